@@ -1,0 +1,123 @@
+"""The Push-T simulator (gym-pusht) and the random pusher that explores it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import gym_pusht  # noqa: F401  (registers the environment)
+import gymnasium
+import numpy as np
+
+ARENA = 512  # side of the arena, in the units of actions and states
+SIZE = 96  # side of an observed frame, in pixels
+FPS = 10
+CENTRE_OF_MASS = np.array([0.0, 45.0])  # of the block, in the block's own frame
+TASK = "Push the T-shaped block with the round pusher."
+
+
+@dataclass(frozen=True)
+class State:
+    """The simulator's state after a step, in arena units and radians."""
+
+    agent: np.ndarray  # (2,)
+    block: np.ndarray  # (3,): x, y, angle
+
+    @property
+    def block_centre(self) -> np.ndarray:
+        """Centre of mass of the block (2,)."""
+        cos, sin = np.cos(self.block[2]), np.sin(self.block[2])
+        return self.block[:2] + np.array([[cos, -sin], [sin, cos]]) @ CENTRE_OF_MASS
+
+
+class Simulator:
+    """gym-pusht with pixels taken from observations: `render()` would draw the action into the picture."""
+
+    def __init__(self) -> None:
+        environment = gymnasium.make("gym_pusht/PushT-v0", obs_type="state", disable_env_checker=True)
+        self.environment = environment.unwrapped  # beyond the time limit and past success
+
+    def reset(self, seed: int) -> State:
+        """Start the episode of `seed`."""
+        _, info = self.environment.reset(seed=seed)
+        return State(info["pos_agent"], info["block_pose"])
+
+    def step(self, action: np.ndarray) -> State:
+        """Move the pusher towards the target `action` (2,), in [0, 512], for a tenth of a second."""
+        *_, info = self.environment.step(np.asarray(action, dtype=np.float64))
+        return State(info["pos_agent"], info["block_pose"])
+
+    def frame(self) -> np.ndarray:
+        """The observed picture (96, 96, 3), uint8."""
+        self.environment.obs_type = "pixels"
+        try:
+            return self.environment.get_obs()
+        finally:
+            self.environment.obs_type = "state"
+
+    def replay(self, seed: int, actions: np.ndarray, first_frame: int = 0) -> tuple[np.ndarray, list[State]]:
+        """Run `actions` (n, 2) from the start of episode `seed`.
+
+        Returns:
+            Frames (n + 1 - first_frame, 96, 96, 3) and all n + 1 states.
+        """
+        states = [self.reset(seed)]
+        frames = [self.frame()] if first_frame == 0 else []
+        for index, action in enumerate(actions, 1):
+            states.append(self.step(action))
+            if index >= first_frame:
+                frames.append(self.frame())
+        return np.stack(frames), states
+
+
+def push_about(rng: np.random.Generator, state: State) -> Iterator[np.ndarray]:
+    """Targets of a pusher that seeks contact, misses, slides off and wanders; send each new `State` back.
+
+    Each stroke heads for the block on a line that passes its centre at a random offset: small offsets push, middling
+    ones turn the block or slide off, large ones miss. Strokes aim the block at the inner arena, so that it seldom
+    jams in a corner. Now and then the pusher wanders or waits instead.
+    """
+    while True:
+        draw = rng.random()
+        if draw < 0.15:
+            waypoints = [rng.uniform(20, ARENA - 20, 2) for _ in range(rng.integers(1, 3))]
+        elif draw < 0.20:
+            waypoints = [state.agent] * int(rng.integers(2, 6))
+        else:
+            waypoints = _stroke(rng, state)
+        speed = rng.uniform(8, 45)  # advance of the target per step; 20 is 200 units a second
+        jitter = rng.choice([0.0, 2.0, 6.0])
+        target = state.agent
+        for waypoint in waypoints:
+            for _ in range(60):
+                offset = waypoint - target
+                distance = float(np.linalg.norm(offset))
+                target = waypoint if distance <= speed else target + offset * (speed / distance)
+                state = yield np.clip(target + rng.normal(0, jitter, 2), 12, ARENA - 12).astype(np.float32)
+                if distance <= speed:
+                    break
+
+
+def _stroke(rng: np.random.Generator, state: State) -> list[np.ndarray]:
+    """Waypoints: round the block to a start behind it, then through it towards the inner arena."""
+    centre = state.block_centre
+    for _ in range(20):
+        goal = rng.uniform(130, ARENA - 130, 2)
+        angle = np.arctan2(*(goal - centre)[::-1]) + rng.normal(0, 0.4)
+        along = np.array([np.cos(angle), np.sin(angle)])
+        across = np.array([-along[1], along[0]])
+        line = centre + across * rng.normal(0, 40)
+        start = line - along * rng.uniform(85, 115)
+        if np.all((start > 15) & (start < ARENA - 15)):
+            break
+    else:
+        return [rng.uniform(20, ARENA - 20, 2)]
+    finish = np.clip(line + along * rng.uniform(-20, 110), 15, ARENA - 15)
+    return [*_way_round(centre, state.agent, start), start, finish]
+
+
+def _way_round(centre: np.ndarray, here: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
+    """Waypoints on a circle about the block, from the side of `here` to the side of `there`."""
+    first = np.arctan2(*(here - centre)[::-1])
+    turn = (np.arctan2(*(there - centre)[::-1]) - first + np.pi) % (2 * np.pi) - np.pi
+    angles = first + turn * np.linspace(0, 1, 2 + int(abs(turn) / 0.7))[1:-1]
+    points = centre + 112 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return list(np.clip(points, 15, ARENA - 15))

@@ -1,0 +1,344 @@
+"""Train an IRASim world model on a LeRobotDataset folder.
+
+    accelerate launch examples/train.py --dataset data/pusht-train --vae runs/pusht-vae --output_dir runs/pusht
+
+The autoencoder is frozen and its latents are encoded once. Objective and defaults are the paper's (Table 10): AdamW,
+constant learning rate 1e-4, no weight decay, gradient clip 0.1, EMA 0.9999, action dropout 0.1, loss on predicted frames
+only. Checkpoints go to `<output_dir>/checkpoint-<step>`; the same command run again goes on from the newest. At the end
+`<output_dir>` is a complete pipeline.
+"""
+
+import json
+import logging
+import math
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, PNDMScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from irasim_diffusers import PRESETS, IRASimPipeline, IRASimTransformer3DModel
+from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents
+from irasim_diffusers.metrics import psnr
+from irasim_diffusers.models import noise_process
+from irasim_diffusers.training import diffusion_loss
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainingArguments:
+    # data
+    dataset: str = field(metadata={"help": "LeRobotDataset v3.0 folder to train on"})
+    vae: str = field(metadata={"help": "frozen autoencoder: folder or Hub id; append ':<subfolder>' where it has one"})
+    output_dir: str = field(metadata={"help": "where checkpoints and the finished pipeline are written"})
+    validation_dataset: str | None = field(default=None, metadata={"help": "LeRobotDataset folder of held-out episodes"})
+    camera: str | None = field(default=None, metadata={"help": "feature key of the camera (default: the only one)"})
+    cache_dir: str | None = field(default=None, metadata={"help": "where latents are kept (default: output_dir/latents)"})
+    # model
+    pretrained_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "transformer to start from: folder or Hub id; its config is kept"}
+    )
+    preset: str | None = field(default=None, metadata={"help": f"size of the paper: {', '.join(PRESETS)}"})
+    num_layers: int = field(default=4, metadata={"help": "pairs of a spatial and a temporal block, without --preset"})
+    num_attention_heads: int = 3
+    attention_head_dim: int = 64
+    patch_size: int = 2
+    sample_frames: int = field(default=16, metadata={"help": "frames of a window, history and predicted"})
+    num_history_frames: int = field(default=1, metadata={"help": "most history frames; each step draws 1 to this many"})
+    action_scale: float | None = field(default=None, metadata={"help": "default: one over the data's deviation"})
+    action_offset: float | None = field(default=None, metadata={"help": "default: the data's mean"})
+    action_space: str = field(default="relative", metadata={"help": "relative, or absolute targets"})
+    prediction_type: str = field(default="epsilon", metadata={"help": "epsilon, v_prediction or sample"})
+    # optimisation
+    train_batch_size: int = field(default=16, metadata={"help": "windows per step and process"})
+    gradient_accumulation_steps: int = 1
+    max_train_steps: int = 300_000
+    learning_rate: float = 1e-4
+    lr_scheduler: str = field(default="constant_with_warmup", metadata={"help": "any of diffusers' get_scheduler"})
+    lr_warmup_steps: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 0.0
+    max_grad_norm: float = 0.1
+    action_dropout: float = field(default=0.1, metadata={"help": "share of trajectories that take the null action"})
+    ema_decay: float = 0.9999
+    ema_warmup: bool = field(default=True, metadata={"help": "let the decay rise with the steps, for short runs"})
+    mixed_precision: str = field(default="bf16", metadata={"help": "no, fp16 or bf16"})
+    gradient_checkpointing: bool = False
+    compile: bool = field(default=False, metadata={"help": "compile the transformer's blocks"})
+    attention_backend: str | None = field(
+        default=None, metadata={"help": "a backend of diffusers; _native_math is twice as fast for training on CPU"}
+    )
+    # bookkeeping
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    validation_steps: int = 2000
+    num_validation_clips: int = 16
+    validation_inference_steps: int = 16
+    report_to: str | None = field(default=None, metadata={"help": "tensorboard, wandb or another tracker of accelerate"})
+    seed: int = 0
+
+
+def load_vae(name: str) -> AutoencoderKL:
+    """The frozen autoencoder of a folder or Hub id, `org/model:vae` for a subfolder."""
+    path, _, subfolder = name.partition(":")
+    return AutoencoderKL.from_pretrained(path, subfolder=subfolder or None).requires_grad_(False).eval()
+
+
+def build_transformer(
+    arguments: TrainingArguments, dataset: LeRobotFolder, vae: AutoencoderKL
+) -> IRASimTransformer3DModel:
+    """A new model for the data set's frames and actions, or the pretrained one."""
+    if arguments.pretrained_model_name_or_path:
+        return IRASimTransformer3DModel.from_pretrained(arguments.pretrained_model_name_or_path)
+    size = PRESETS[arguments.preset] if arguments.preset else {}
+    feature = dataset.info["features"]["action"]
+    statistics = json.loads((dataset.root / "meta" / "stats.json").read_text())["action"]
+    scale, offset = arguments.action_scale, arguments.action_offset
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    height, width, _ = dataset.info["features"][dataset.camera]["shape"]
+    return IRASimTransformer3DModel(
+        **{
+            "num_layers": arguments.num_layers,
+            "num_attention_heads": arguments.num_attention_heads,
+            "attention_head_dim": arguments.attention_head_dim,
+        }
+        | size,
+        in_channels=vae.config.latent_channels,
+        patch_size=arguments.patch_size,
+        sample_height=height // factor,
+        sample_width=width // factor,
+        sample_frames=arguments.sample_frames,
+        num_history_frames=arguments.num_history_frames,
+        action_dim=feature["shape"][0],
+        action_scale=[1 / max(std, 1e-6) for std in statistics["std"]] if scale is None else scale,
+        action_offset=statistics["mean"] if offset is None else offset,
+        action_names=feature["names"],
+        action_space=arguments.action_space,
+        prediction_type=arguments.prediction_type,
+    )
+
+
+def validation_clips(arguments: TrainingArguments, config: dict) -> tuple[np.ndarray, np.ndarray] | None:
+    """Held-out clips: frames (N, F, H, W, 3), uint8, and actions (N, F - h, A), one clip from the middle of an episode."""
+    if arguments.validation_dataset is None:
+        return None
+    frames, actions = [], []
+    for episode in LeRobotFolder(Path(arguments.validation_dataset), arguments.camera).episodes():
+        start = (len(episode) - config["sample_frames"]) // 2
+        last = start + config["sample_frames"]
+        frames.append(episode.frames[start:last])
+        actions.append(episode.actions[start + config["num_history_frames"] - 1 : last - 1])
+        if len(frames) == arguments.num_validation_clips:
+            break
+    return np.stack(frames), np.stack(actions)
+
+
+def validate(pipeline: IRASimPipeline, clips: tuple[np.ndarray, np.ndarray], steps: int) -> dict[str, float]:
+    """PSNR on held-out clips: under their actions, under those of other clips, and of repeating the last seen frame."""
+    frames, actions = clips
+    num_history_frames = frames.shape[1] - actions.shape[1]
+    history, truth = frames[:, :num_history_frames], frames[:, num_history_frames:] / 255.0
+
+    def predict(given: np.ndarray) -> np.ndarray:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(frames))]
+        return pipeline(history, given, num_inference_steps=steps, generator=generators, output_type="np").frames
+
+    return {
+        "psnr": psnr(predict(actions), truth).mean(),
+        "psnr_shuffled_actions": psnr(predict(np.roll(actions, 1, axis=0)), truth).mean(),
+        "psnr_last_frame": psnr(np.broadcast_to(history[:, -1:] / 255.0, truth.shape), truth).mean(),
+    }
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def save_checkpoint(accelerator: Accelerator, output: Path, step: int, limit: int) -> None:
+    """Write a checkpoint under a temporary name, rename it, and drop the oldest beyond `limit`."""
+    partial = output / f"partial-{step}"
+    accelerator.save_state(str(partial))
+    if accelerator.is_main_process:
+        partial.rename(output / f"checkpoint-{step}")
+        for old in checkpoints(output)[:-limit]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def training_loss(
+    model: torch.nn.Module,
+    noise_scheduler: DDPMScheduler,
+    latents: torch.Tensor,
+    actions: torch.Tensor,
+    num_history_frames: int,
+    action_dropout: float,
+) -> torch.Tensor:
+    """The loss of a batch of windows under a fresh history length, timesteps, noise and dropped actions."""
+    history = int(torch.randint(1, num_history_frames + 1, ()))
+    actions = actions[:, history - 1 :]  # action k leads to frame k + 1
+    timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+    noise = torch.randn_like(latents[:, :, history:])
+    keep = torch.rand(len(actions), 1, device=latents.device) >= action_dropout
+    return diffusion_loss(
+        model,
+        noise_scheduler,
+        latents,
+        actions,
+        timesteps=timesteps,
+        noise=noise,
+        action_mask=keep.expand(actions.shape[:2]),
+    )
+
+
+def make_pipeline(vae: AutoencoderKL, transformer: IRASimTransformer3DModel, scheduler_class: type) -> IRASimPipeline:
+    """The pipeline of a model, sampled as the paper does or as asked."""
+    config = {key: value for key, value in noise_process(transformer.config).config.items() if not key.startswith("_")}
+    extra = {"skip_prk_steps": True} if scheduler_class is PNDMScheduler else {}
+    scheduler = scheduler_class.from_config(config | {"steps_offset": 1, "set_alpha_to_one": False} | extra)
+    return IRASimPipeline(vae, transformer, scheduler)
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    output = Path(arguments.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        mixed_precision=arguments.mixed_precision,
+        log_with=arguments.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+    )
+    set_seed(arguments.seed, device_specific=True)
+    output.mkdir(parents=True, exist_ok=True)
+    for partial in output.glob("partial-*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+    dataset = LeRobotFolder(Path(arguments.dataset), arguments.camera)
+    vae = load_vae(arguments.vae).to(accelerator.device)
+    with accelerator.main_process_first():
+        folder = cache_latents(
+            dataset, vae, arguments.cache_dir or output / "latents", mixed_precision=arguments.mixed_precision == "bf16"
+        )
+    transformer = build_transformer(arguments, dataset, vae)
+    config = transformer.config
+    clips = LatentClips(folder, config.sample_frames)
+    held_out = validation_clips(arguments, config) if accelerator.is_main_process else None
+    loader = DataLoader(clips, batch_size=arguments.train_batch_size, shuffle=True, drop_last=True)
+    if arguments.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if arguments.attention_backend:
+        transformer.set_attention_backend(arguments.attention_backend)
+    if arguments.compile:
+        transformer.compile(dynamic=False)
+    logger.info(
+        f"{sum(parameter.numel() for parameter in transformer.parameters()) / 1e6:.2f} M parameters, {len(clips)} windows "
+        f"of {len(clips.episodes)} episodes"
+    )
+
+    ema = EMAModel(
+        transformer.parameters(),
+        decay=arguments.ema_decay,
+        use_ema_warmup=arguments.ema_warmup,
+        power=3 / 4,
+        foreach=True,
+        model_cls=IRASimTransformer3DModel,
+        model_config=config,
+    )
+    ema.to(accelerator.device)
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(),
+        lr=arguments.learning_rate,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        weight_decay=arguments.adam_weight_decay,
+        fused=True,
+    )
+    # accelerate steps a prepared schedule once for each process
+    schedule = get_scheduler(
+        arguments.lr_scheduler,
+        optimizer,
+        num_warmup_steps=arguments.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=arguments.max_train_steps * accelerator.num_processes,
+    )
+    model, optimizer, loader, schedule = accelerator.prepare(transformer, optimizer, loader, schedule)
+    accelerator.register_for_checkpointing(ema)
+    noise_scheduler = noise_process(config)
+    if arguments.report_to:
+        accelerator.init_trackers("irasim-diffusers", config=vars(arguments))
+
+    step = 0
+    if checkpoints(output):
+        newest = checkpoints(output)[-1]
+        accelerator.load_state(str(newest))
+        step = int(newest.name.split("-")[1])
+        logger.info(f"resumed from {newest}")
+    steps_per_epoch = len(loader) // arguments.gradient_accumulation_steps
+    epoch, done = divmod(step, steps_per_epoch)
+    bar = tqdm(total=arguments.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
+    start = time.perf_counter()
+    while step < arguments.max_train_steps:
+        loader.set_epoch(epoch)
+        batches = accelerator.skip_first_batches(loader, done * arguments.gradient_accumulation_steps) if done else loader
+        for batch in batches:
+            with accelerator.accumulate(model):
+                loss = training_loss(
+                    model,
+                    noise_scheduler,
+                    batch["latents"] * vae.config.scaling_factor,
+                    batch["actions"],
+                    config.num_history_frames,
+                    arguments.action_dropout,
+                )
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            ema.step(transformer.parameters())
+            step += 1
+            bar.update()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{schedule.get_last_lr()[0]:.2e}")
+                accelerator.log({"loss": loss.item(), "learning_rate": schedule.get_last_lr()[0]}, step=step)
+            if step % arguments.checkpointing_steps == 0:
+                save_checkpoint(accelerator, output, step, arguments.checkpoints_total_limit)
+            if held_out is not None and step % arguments.validation_steps == 0:
+                ema.store(transformer.parameters())
+                ema.copy_to(transformer.parameters())
+                pipeline = make_pipeline(vae, transformer, DDIMScheduler)
+                pipeline.set_progress_bar_config(disable=True)
+                with torch.compiler.set_stance("force_eager"):
+                    figures = validate(pipeline, held_out, arguments.validation_inference_steps)
+                ema.restore(transformer.parameters())
+                accelerator.log(figures, step=step)
+                text = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+                bar.write(f"step {step}, {time.perf_counter() - start:.0f} s: {text}")
+            if step == arguments.max_train_steps:
+                break
+        epoch, done = epoch + 1, 0
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        ema.copy_to(transformer.parameters())
+        make_pipeline(vae, transformer, PNDMScheduler).save_pretrained(output)
+        logger.info(f"pipeline saved to {output}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Train a small per-frame AutoencoderKL on the pictures of a LeRobotDataset folder.
+
+    accelerate launch examples/train_vae.py --dataset data/pusht-train --output_dir runs/pusht-vae
+
+The large models use the frozen SDXL VAE, as the paper does; a small world model of simple pictures is far lighter with
+a small VAE of its own. Loss: MSE + 0.1 L1 + a trace of KL. `scaling_factor` is set from the latents of the data, so
+that they have unit variance. The same command run again goes on from the last checkpoint.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import AutoencoderKL
+from diffusers.optimization import get_scheduler
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from irasim_diffusers.data import LeRobotFolder
+
+
+@dataclass
+class VAEArguments:
+    dataset: str = field(metadata={"help": "LeRobotDataset v3.0 folder to train on"})
+    output_dir: str = field(metadata={"help": "where checkpoints and, at the end, the VAE are written"})
+    validation_dataset: str | None = field(default=None, metadata={"help": "folder whose pictures are held out"})
+    camera: str | None = field(default=None, metadata={"help": "feature key of the camera (default: the only one)"})
+    frames_per_episode: int = field(default=24, metadata={"help": "pictures used of each episode, evenly spaced"})
+    block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
+    latent_channels: int = 4
+    train_batch_size: int = field(default=16, metadata={"help": "pictures per step and process"})
+    max_train_steps: int = 2800
+    learning_rate: float = 2e-3
+    lr_warmup_steps: int = 100
+    kl_weight: float = 1e-6
+    mixed_precision: str = field(default="bf16", metadata={"help": "no, fp16 or bf16"})
+    compile: bool = field(default=False, metadata={"help": "compile encoder and decoder"})
+    checkpointing_steps: int = 400
+    validation_steps: int = 400
+    seed: int = 0
+
+
+class Autoencoding(torch.nn.Module):
+    """One forward pass through both halves, which distributed wrappers need."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reconstruction (B, 3, H, W) and KL divergence of each picture (B,)."""
+        posterior = self.vae.encode(pictures).latent_dist
+        return self.vae.decode(posterior.sample()).sample, posterior.kl()
+
+
+def load_frames(folder: str, camera: str | None, per_episode: int, episodes: int | None = None) -> torch.Tensor:
+    """Evenly spaced pictures (N, 3, H, W), uint8, of the episodes of a folder."""
+    frames = []
+    dataset = LeRobotFolder(Path(folder), camera)
+    for episode in tqdm(dataset.episodes(), total=len(dataset), desc="reading pictures", unit="episode"):
+        chosen = np.linspace(0, len(episode) - 1, min(per_episode, len(episode))).astype(int)
+        frames.append(torch.from_numpy(episode.frames[chosen]).permute(0, 3, 1, 2))
+        if len(frames) == episodes:
+            break
+    return torch.cat(frames)
+
+
+def to_model(frames: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 to [-1, 1]."""
+    return frames.to(device).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKL, frames: torch.Tensor, device: torch.device) -> float:
+    """PSNR of the mean error of 8-bit pictures."""
+    errors = []
+    for batch in frames.split(32):
+        decoded = vae.decode(vae.encode(to_model(batch, device)).latent_dist.mode()).sample.float()
+        decoded = (decoded.clamp(-1, 1) + 1).mul(127.5).round()
+        errors.append(((decoded - batch.to(device).float()) / 255).square().mean().item() * len(batch))
+    return -10 * math.log10(sum(errors) / len(frames))
+
+
+@torch.no_grad()
+def latent_std(vae: AutoencoderKL, frames: torch.Tensor, device: torch.device) -> float:
+    """Standard deviation of the latents over pictures, positions and channels."""
+    latents = torch.cat([vae.encode(to_model(batch, device)).latent_dist.mode().float() for batch in frames.split(32)])
+    return latents.std().item()
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(VAEArguments).parse_args_into_dataclasses()
+    output = Path(arguments.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=arguments.mixed_precision,
+        project_config=ProjectConfiguration(
+            project_dir=str(output), automatic_checkpoint_naming=True, total_limit=2, logging_dir=str(output / "logs")
+        ),
+    )
+    set_seed(arguments.seed)
+    frames = load_frames(arguments.dataset, arguments.camera, arguments.frames_per_episode)
+    held_out = load_frames(arguments.validation_dataset or arguments.dataset, arguments.camera, 4, episodes=64)
+    height, width = frames.shape[-2:]
+    vae = AutoencoderKL(
+        block_out_channels=tuple(arguments.block_out_channels),
+        down_block_types=("DownEncoderBlock2D",) * len(arguments.block_out_channels),
+        up_block_types=("UpDecoderBlock2D",) * len(arguments.block_out_channels),
+        layers_per_block=1,
+        latent_channels=arguments.latent_channels,
+        sample_size=max(height, width),
+        mid_block_add_attention=False,
+    )
+    if arguments.compile:
+        vae.encoder.compile()
+        vae.decoder.compile()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=arguments.learning_rate, weight_decay=0.0)
+    # accelerate steps a prepared schedule once for each process
+    schedule = get_scheduler(
+        "cosine",
+        optimizer,
+        num_warmup_steps=arguments.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=arguments.max_train_steps * accelerator.num_processes,
+    )
+    autoencoding, optimizer, schedule = accelerator.prepare(Autoencoding(vae), optimizer, schedule)
+
+    step = 0
+    if any((output / "checkpoints").glob("checkpoint_*")):
+        accelerator.load_state()
+        step = schedule.scheduler.last_epoch // accelerator.num_processes
+        accelerator.project_configuration.iteration = step // arguments.checkpointing_steps
+    bar = tqdm(total=arguments.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
+    start = time.perf_counter()
+    while step < arguments.max_train_steps:
+        # the pictures of a step depend on seed, step and process alone, so that a resumed run sees the same ones
+        rng = np.random.default_rng([arguments.seed, step, accelerator.process_index])
+        chosen = torch.from_numpy(rng.integers(len(frames), size=arguments.train_batch_size))
+        pictures = to_model(frames[chosen], accelerator.device)
+        with accelerator.autocast():
+            reconstruction, kl = autoencoding(pictures)
+        difference = reconstruction.float() - pictures
+        loss = difference.square().mean() + 0.1 * difference.abs().mean() + arguments.kl_weight * kl.float().mean()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(autoencoding.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        step += 1
+        bar.update()
+        bar.set_postfix(loss=f"{loss.item():.5f}")
+        if step % arguments.checkpointing_steps == 0 and step < arguments.max_train_steps:
+            accelerator.save_state()
+        if accelerator.is_main_process and (step % arguments.validation_steps == 0):
+            with accelerator.autocast():
+                psnr = reconstruction_psnr(vae, held_out, accelerator.device)
+            bar.write(f"step {step}: held-out PSNR {psnr:.2f} dB, {time.perf_counter() - start:.0f} s")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        vae.register_to_config(scaling_factor=1 / latent_std(vae, held_out, accelerator.device))
+        vae.save_pretrained(output)
+        psnr = reconstruction_psnr(vae, held_out, accelerator.device)
+        print(f"held-out PSNR {psnr:.2f} dB in float32; scaling_factor {vae.config.scaling_factor:.4f}; {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Robot world models after IRASim, in the Hugging Face ecosystem."""
+
+from pathlib import Path
+
+from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
+
+from .models import PRESETS, IRASimTransformer3DModel
+from .pipelines import IRASimPipeline, IRASimPipelineOutput
+from .rollout import WorldModel
+
+__version__ = "0.1.0"
+
+# With this entry model_index.json names the package, not a module path, and loads from folders and from the Hub.
+LOADABLE_CLASSES.setdefault("irasim_diffusers", {"IRASimTransformer3DModel": ["save_pretrained", "from_pretrained"]})
+ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES["irasim_diffusers"])
+
+
+def embedded_checkpoint() -> Path:
+    """Folder of the Push-T world model that ships in the package; `IRASimPipeline.from_pretrained` takes it."""
+    return Path(__file__).parent / "checkpoints" / "pusht"
+
+
+__all__ = [
+    "PRESETS",
+    "IRASimPipeline",
+    "IRASimPipelineOutput",
+    "IRASimTransformer3DModel",
+    "WorldModel",
+    "embedded_checkpoint",
+]

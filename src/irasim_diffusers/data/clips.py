@@ -1,0 +1,133 @@
+"""Clips for training: latents encoded once, windows cut from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ..files import temporary_path
+from .lerobot import LeRobotFolder
+
+EPISODES_PER_FILE = 50
+
+
+def cache_latents(
+    dataset: LeRobotFolder,
+    vae: AutoencoderKL,
+    cache_dir: str | os.PathLike,
+    *,
+    batch_size: int = 40,
+    mixed_precision: bool = False,
+) -> Path:
+    """Encode every frame of a data set once; an interrupted run goes on with the first file missing.
+
+    Args:
+        dataset: The data set.
+        vae: The frozen autoencoder, on the device that shall encode.
+        cache_dir: Where the latents go, under a folder named by data set, camera and autoencoder.
+        batch_size: Frames encoded at a time.
+        mixed_precision: Encode under bfloat16 autocast.
+
+    Returns:
+        The folder of latents: safetensors files with `latents.<episode>` (T, C, h, w), float16, unscaled, and
+        `actions.<episode>` (T, A), float32, for 50 episodes each, and `manifest.json` once complete.
+    """
+    identity = {
+        "dataset": str(dataset.root.resolve()),
+        "camera": dataset.camera,
+        "info": dataset.info,
+        "vae": _fingerprint(vae),
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(cache_dir) / f"{dataset.root.resolve().name}-{digest}"
+    manifest = folder / "manifest.json"
+    if manifest.is_file():
+        return folder
+    tensors: dict[str, torch.Tensor] = {}
+    bar = tqdm(dataset.episodes(), total=len(dataset), desc="encoding latents", unit="episode")
+    for number, episode in enumerate(bar):
+        path = folder / f"latents-{number // EPISODES_PER_FILE:05d}.safetensors"
+        if path.is_file():
+            continue
+        tensors[f"latents.{number}"] = _encode(vae, episode.frames, batch_size, mixed_precision)
+        tensors[f"actions.{number}"] = torch.from_numpy(np.ascontiguousarray(episode.actions))
+        if (number + 1) % EPISODES_PER_FILE == 0 or number + 1 == len(dataset):
+            with temporary_path(path) as partial:
+                save_file(tensors, partial)
+            tensors = {}
+    with temporary_path(manifest) as partial:
+        partial.write_text(json.dumps(identity | {"episodes": len(dataset)}, indent=2))
+    return folder
+
+
+@torch.no_grad()
+def _encode(vae: AutoencoderKL, frames: np.ndarray, batch_size: int, mixed_precision: bool) -> torch.Tensor:
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    latents = []
+    for batch in pixels.split(batch_size):
+        batch = batch.to(vae.device).to(vae.dtype) / 127.5 - 1
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=mixed_precision):
+            latents.append(vae.encode(batch).latent_dist.mode().to("cpu", torch.float16))
+    return torch.cat(latents).contiguous()
+
+
+def _fingerprint(vae: AutoencoderKL) -> str:
+    """Hash of the configuration that shapes latents, and of every weight."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class LatentClips(Dataset):
+    """Windows of cached latents with the actions between their frames.
+
+    Args:
+        folder: Folder made by `cache_latents`.
+        sample_frames: Frames F of a window, history and predicted.
+        stride: Distance between the starts of windows; 1 in training, 16 in the paper's evaluation.
+
+    Raises:
+        ValueError: If the folder is incomplete, or no episode is as long as a window.
+    """
+
+    def __init__(self, folder: str | os.PathLike, sample_frames: int = 16, stride: int = 1) -> None:
+        folder = Path(folder)
+        if not (folder / "manifest.json").is_file():
+            raise ValueError(f"{str(folder)!r} holds no complete set of latents; make it with `cache_latents`.")
+        self.sample_frames = sample_frames
+        self.episodes: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for path in sorted(folder.glob("latents-*.safetensors")):
+            tensors = load_file(path)
+            numbers = sorted(int(name.split(".")[1]) for name in tensors if name.startswith("latents."))
+            self.episodes += [(tensors[f"latents.{number}"], tensors[f"actions.{number}"]) for number in numbers]
+        self.windows = [
+            (episode, start)
+            for episode, (latents, _) in enumerate(self.episodes)
+            for start in range(0, len(latents) - sample_frames + 1, stride)
+        ]
+        if not self.windows:
+            raise ValueError(
+                f"no episode of {str(folder)!r} is as long as a window of {sample_frames} frames; train with fewer "
+                "frames."
+            )
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Latents (C, F, h, w), float32, unscaled, and actions (F - 1, A): row k leads from frame k to frame k + 1."""
+        episode, start = self.windows[index]
+        latents, actions = self.episodes[episode]
+        last = start + self.sample_frames
+        return {"latents": latents[start:last].float().transpose(0, 1), "actions": actions[start : last - 1]}

@@ -1,0 +1,353 @@
+"""LeRobotDataset v3.0 folders, read and written without a dependency on lerobot.
+
+Format: https://huggingface.co/docs/lerobot/lerobot-dataset-v3. Many episodes share one parquet file (vectors, a row a
+frame) and one mp4 file for each camera; `meta/episodes` says where each episode lies in them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..files import temporary_path
+from .episode import Episode
+from .video import iterate_video, write_video
+
+VERSION = "v3.0"
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+INDEX_FEATURES = {
+    "timestamp": "float32",
+    "frame_index": "int64",
+    "episode_index": "int64",
+    "index": "int64",
+    "task_index": "int64",
+}
+
+
+@dataclass(frozen=True)
+class LeRobotFolder:
+    """A LeRobotDataset v3.0 folder.
+
+    Args:
+        root: The folder that holds `meta`, `data` and `videos`.
+        camera: Feature key of the camera; None takes the only one.
+
+    Raises:
+        ValueError: If the folder is no LeRobotDataset v3.0, or the camera is missing or ambiguous.
+    """
+
+    root: Path
+    camera: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root))
+        info_path = self.root / "meta" / "info.json"
+        if not info_path.is_file():
+            raise ValueError(f"{str(self.root)!r} is no LeRobotDataset folder: {str(info_path)!r} is missing.")
+        version = self.info.get("codebase_version")
+        if version != VERSION:
+            raise ValueError(
+                f"{str(self.root)!r} is a LeRobotDataset {version}, only {VERSION} is read; convert it with LeRobot's "
+                "`lerobot.datasets.v30.convert_dataset_v21_to_v30`."
+            )
+        cameras = [key for key, feature in self.info["features"].items() if feature["dtype"] == "video"]
+        if self.camera is None and len(cameras) == 1:
+            object.__setattr__(self, "camera", cameras[0])
+        if self.camera not in cameras:
+            raise ValueError(f"`camera` must be one of {cameras} in {str(self.root)!r}, got {self.camera!r}.")
+
+    @cached_property
+    def info(self) -> dict[str, Any]:
+        """`meta/info.json`."""
+        return json.loads((self.root / "meta" / "info.json").read_text())
+
+    @property
+    def fps(self) -> float:
+        """Frames per second."""
+        return self.info["fps"]
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """One row of `meta/episodes` for each episode, in order, without its statistics."""
+        files = sorted(self.root.glob("meta/episodes/chunk-*/file-*.parquet"))
+        if not files:
+            raise ValueError(f"{str(self.root)!r} has no file in 'meta/episodes'.")
+        rows: list[dict[str, Any]] = []
+        for file in files:
+            names = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]
+            rows += pq.read_table(file, columns=names).to_pylist()
+        return sorted(rows, key=lambda row: row["episode_index"])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def vectors(self, episode_index: int) -> dict[str, np.ndarray]:
+        """All vector features (T, D) of one episode, float32."""
+        row = self.rows[episode_index]
+        table = self._table(row["data/chunk_index"], row["data/file_index"])
+        table = table.filter(pc.equal(table["episode_index"], row["episode_index"]))
+        if len(table) != row["length"]:
+            raise ValueError(
+                f"episode {row['episode_index']} of {str(self.root)!r}: {row['length']} frames announced, "
+                f"{len(table)} rows found."
+            )
+        keys = [key for key, feature in self.info["features"].items() if feature["dtype"] == "float32"]
+        return {
+            key: np.array(table[key].to_pylist(), dtype=np.float32).reshape(len(table), -1)
+            for key in keys
+            if key not in INDEX_FEATURES
+        }
+
+    def episodes(self) -> Iterator[Episode]:
+        """Every episode in order; each video file is decoded once, front to back.
+
+        Raises:
+            ValueError: If a video is unreadable or ends before its episodes do.
+        """
+        path, video, position = None, iter(()), 0
+        for index, row in enumerate(self.rows):
+            location = {name: row[f"videos/{self.camera}/{name}"] for name in ("chunk_index", "file_index")}
+            wanted = self.root / self.info["video_path"].format(video_key=self.camera, **location)
+            start = round(row[f"videos/{self.camera}/from_timestamp"] * self.fps)
+            if wanted != path or start < position:
+                path, video, position = wanted, iterate_video(wanted), 0
+            frames = [frame for frame in _take(video, start - position + row["length"])][start - position :]
+            if len(frames) != row["length"]:
+                raise ValueError(
+                    f"{str(path)!r} ends within episode {row['episode_index']}: {row['length']} frames wanted, "
+                    f"{len(frames)} found."
+                )
+            position = start + row["length"]
+            vectors = self.vectors(index)
+            if "action" not in vectors:
+                raise ValueError(f"{str(self.root)!r} has no feature 'action'.")
+            yield Episode(np.stack(frames), vectors.pop("action"), vectors, row["tasks"][0] if row["tasks"] else "")
+
+    def _table(self, chunk_index: int, file_index: int) -> pa.Table:
+        key = (chunk_index, file_index)
+        cache = self.__dict__.setdefault("_tables", {})
+        if key not in cache:
+            cache.clear()
+            cache[key] = pq.read_table(
+                self.root / self.info["data_path"].format(chunk_index=chunk_index, file_index=file_index)
+            )
+        return cache[key]
+
+
+def _take(frames: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    for _ in range(count):
+        frame = next(frames, None)
+        if frame is None:
+            return
+        yield frame
+
+
+def write_file(
+    root: str | os.PathLike,
+    file_index: int,
+    episodes: Sequence[Episode],
+    *,
+    fps: float,
+    camera: str,
+    task_index: int = 0,
+    first_episode: int = 0,
+    first_frame: int = 0,
+) -> None:
+    """Write one file's worth of episodes: video, then vectors, then the rows of `meta/episodes` that announce them.
+
+    Files may be written in any order and by several processes. A file counts as written once its `meta/episodes` file
+    is there, so an interrupted collection resumes with the first one missing. `write_metadata` completes the folder.
+
+    Args:
+        root: The data set's folder.
+        file_index: Number of the file.
+        episodes: Its episodes, of one task.
+        fps: Frames per second.
+        camera: Feature key of the frames, `observation.image` for example.
+        task_index: Number of the task in the list given to `write_metadata`.
+        first_episode: Number of the first episode within the data set.
+        first_frame: Number of the first frame within the data set.
+    """
+    root = Path(root)
+    place = {"chunk_index": 0, "file_index": file_index}
+    write_video(
+        root / VIDEO_PATH.format(video_key=camera, **place),
+        np.concatenate([episode.frames for episode in episodes]),
+        fps,
+        lossless=True,
+    )
+    columns: dict[str, list[np.ndarray]] = {}
+    rows = []
+    start = 0
+    for number, episode in enumerate(episodes, first_episode):
+        length = len(episode)
+        numbers = np.arange(length)
+        index = {
+            "timestamp": (numbers / fps).astype(np.float32),
+            "frame_index": numbers,
+            "episode_index": np.full(length, number),
+            "index": first_frame + start + numbers,
+            "task_index": np.full(length, task_index),
+        }
+        vectors = {"action": episode.actions, **episode.states}
+        for key, values in {**vectors, **index}.items():
+            columns.setdefault(key, []).append(values)
+        statistics = {camera: _image_statistics(episode.frames)}
+        statistics |= {key: _statistics(np.asarray(value).reshape(length, -1)) for key, value in vectors.items()}
+        rows.append(
+            {
+                "episode_index": number,
+                "tasks": [episode.task],
+                "length": length,
+                "dataset_from_index": first_frame + start,
+                "dataset_to_index": first_frame + start + length,
+                "data/chunk_index": 0,
+                "data/file_index": file_index,
+                f"videos/{camera}/chunk_index": 0,
+                f"videos/{camera}/file_index": file_index,
+                f"videos/{camera}/from_timestamp": start / fps,
+                f"videos/{camera}/to_timestamp": (start + length) / fps,
+                "meta/episodes/chunk_index": 0,
+                "meta/episodes/file_index": file_index,
+            }
+            | {f"stats/{key}/{name}": value for key, stat in statistics.items() for name, value in stat.items()}
+        )
+        start += length
+    _write_table(root / DATA_PATH.format(**place), {key: _column(key, parts) for key, parts in columns.items()})
+    with temporary_path(root / EPISODES_PATH.format(**place)) as partial:
+        pq.write_table(pa.Table.from_pylist(rows), partial)
+
+
+def is_written(root: str | os.PathLike, file_index: int) -> bool:
+    """Whether `write_file` has completed file `file_index`."""
+    return (Path(root) / EPISODES_PATH.format(chunk_index=0, file_index=file_index)).is_file()
+
+
+def write_metadata(
+    root: str | os.PathLike,
+    *,
+    fps: float,
+    camera: str,
+    frame_size: tuple[int, int],
+    names: dict[str, list[str]],
+    tasks: Sequence[str],
+    robot_type: str,
+) -> None:
+    """Complete a folder whose files were written by `write_file`: info.json, stats.json and tasks.parquet.
+
+    Args:
+        root: The data set's folder.
+        fps: Frames per second.
+        camera: Feature key of the frames.
+        frame_size: Height and width.
+        names: Components of each vector feature, `{"action": ["x", "y"]}` for example.
+        tasks: Task strings, by task index.
+        robot_type: Name of the robot.
+    """
+    root = Path(root)
+    files = sorted(root.glob("meta/episodes/chunk-*/file-*.parquet"))
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    height, width = frame_size
+    video_info = {"video.fps": fps, "video.codec": "h264", "video.pix_fmt": "gbrp", "has_audio": False}
+    features: dict[str, Any] = {
+        camera: {
+            "dtype": "video",
+            "shape": [height, width, 3],
+            "names": ["height", "width", "channels"],
+            "info": video_info | {"video.height": height, "video.width": width, "video.channels": 3},
+        }
+    }
+    features |= {key: {"dtype": "float32", "shape": [len(value)], "names": value} for key, value in names.items()}
+    features |= {key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in INDEX_FEATURES.items()}
+    info = {
+        "codebase_version": VERSION,
+        "robot_type": robot_type,
+        "total_episodes": len(rows),
+        "total_frames": sum(row["length"] for row in rows),
+        "total_tasks": len(tasks),
+        "chunks_size": 1000,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "fps": fps,
+        "splits": {"train": f"0:{len(rows)}"},
+        "data_path": DATA_PATH,
+        "video_path": VIDEO_PATH,
+        "features": features,
+    }
+    statistics = {key: _pool([_row_statistics(row, key) for row in rows]) for key in [camera, *names]}
+    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "__index_level_0__": list(tasks)})
+    pandas = {"index_columns": ["__index_level_0__"], "columns": [], "column_indexes": []}
+    with temporary_path(root / "meta" / "tasks.parquet") as partial:
+        pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(pandas)}), partial)
+    for name, content in (("stats.json", statistics), ("info.json", info)):
+        with temporary_path(root / "meta" / name) as partial:
+            partial.write_text(json.dumps(content, indent=4))
+
+
+def _column(key: str, parts: list[np.ndarray]) -> pa.Array:
+    values = np.concatenate(parts)
+    if key in INDEX_FEATURES:
+        return pa.array(values.astype(INDEX_FEATURES[key]))
+    values = values.astype(np.float32)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+
+
+def _write_table(path: Path, columns: dict[str, pa.Array]) -> None:
+    with temporary_path(path) as partial:
+        pq.write_table(pa.table(columns), partial)
+
+
+def _statistics(values: np.ndarray) -> dict[str, list]:
+    """Statistics over the rows of (N, D)."""
+    values = values.astype(np.float64)
+    result = {
+        "min": values.min(0),
+        "max": values.max(0),
+        "mean": values.mean(0),
+        "std": values.std(0),
+        "count": np.array([len(values)]),
+    }
+    result |= {name: np.quantile(values, level, axis=0) for name, level in QUANTILES.items()}
+    return {name: value.tolist() for name, value in result.items()}
+
+
+def _image_statistics(frames: np.ndarray) -> dict[str, list]:
+    """Statistics in [0, 1] over every tenth frame, nested (3, 1, 1) as LeRobot keeps them."""
+    sample = frames[::10]
+    result = _statistics(sample.reshape(-1, 3) / 255.0)
+    result["count"] = [len(sample)]
+    return {name: value if name == "count" else [[[v]] for v in value] for name, value in result.items()}
+
+
+def _row_statistics(row: dict[str, Any], key: str) -> dict[str, np.ndarray]:
+    prefix = f"stats/{key}/"
+    return {name[len(prefix) :]: np.array(value) for name, value in row.items() if name.startswith(prefix)}
+
+
+def _pool(parts: list[dict[str, np.ndarray]]) -> dict[str, list]:
+    """Pool the statistics of several episodes; quantiles are weighted means, as in LeRobot."""
+    count = np.array([part["count"][0] for part in parts], dtype=np.float64)
+    weight = count / count.sum()
+
+    def average(values: np.ndarray) -> np.ndarray:
+        return np.tensordot(weight, values, axes=1)
+
+    stacked = {name: np.stack([part[name] for part in parts]) for name in parts[0] if name != "count"}
+    mean = average(stacked["mean"])
+    variance = average(stacked["std"] ** 2 + (stacked["mean"] - mean) ** 2)
+    result = {"min": stacked["min"].min(0), "max": stacked["max"].max(0), "mean": mean, "std": np.sqrt(variance)}
+    result |= {name: average(stacked[name]) for name in QUANTILES}
+    return {name: value.tolist() for name, value in result.items()} | {"count": [int(count.sum())]}

@@ -1,0 +1,5 @@
+"""Metrics."""
+
+from .frame import psnr
+
+__all__ = ["psnr"]

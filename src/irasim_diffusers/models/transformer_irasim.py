@@ -1,0 +1,337 @@
+"""The IRASim transformer: spatial and temporal blocks in turn, every action modulating its own frame.
+
+Reference: "IRASim: A Fine-Grained World Model for Robot Manipulation" (https://arxiv.org/abs/2406.14540), section 3 and
+appendix 8. Where the paper and its released code differ, the code is followed, because the released weights are.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import (
+    PatchEmbed,
+    PixArtAlphaTextProjection,
+    TimestepEmbedding,
+    Timesteps,
+    get_1d_sincos_pos_embed_from_grid,
+    get_2d_sincos_pos_embed_from_grid,
+)
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import apply_lora_scale
+from diffusers.utils.torch_utils import maybe_allow_in_graph
+from torch import nn
+
+PRESETS: dict[str, dict[str, int]] = {
+    "S": {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 64},
+    "B": {"num_layers": 6, "num_attention_heads": 12, "attention_head_dim": 64},
+    "L": {"num_layers": 12, "num_attention_heads": 16, "attention_head_dim": 64},
+    "XL": {"num_layers": 14, "num_attention_heads": 16, "attention_head_dim": 72},
+}
+"""Sizes of the paper (Table 11); `num_layers` counts pairs of a spatial and a temporal block."""
+
+
+class IRASimAttnProcessor:
+    """Self-attention through diffusers' dispatch, which serves every backend."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "IRASimAttention", hidden_states: torch.Tensor) -> torch.Tensor:
+        """Attend among the tokens of (B, S, D)."""
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+
+        query = query.unflatten(-1, (attn.heads, -1))  # (B, S, heads, head_dim)
+        key = key.unflatten(-1, (attn.heads, -1))
+        value = value.unflatten(-1, (attn.heads, -1))
+
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        hidden_states = hidden_states.flatten(-2)  # (B, S, D)
+        hidden_states = attn.to_out[0](hidden_states)
+        return attn.to_out[1](hidden_states)
+
+
+class IRASimAttention(nn.Module, AttentionModuleMixin):
+    """Self-attention with the projections under diffusers' names."""
+
+    _default_processor_cls = IRASimAttnProcessor
+    _available_processors = [IRASimAttnProcessor]
+
+    def __init__(self, dim: int, heads: int, dim_head: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.use_bias = True
+        self.to_q = nn.Linear(dim, heads * dim_head)
+        self.to_k = nn.Linear(dim, heads * dim_head)
+        self.to_v = nn.Linear(dim, heads * dim_head)
+        self.to_out = nn.ModuleList([nn.Linear(heads * dim_head, dim), nn.Dropout(0.0)])
+        self.set_processor(self._default_processor_cls())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Attend among the tokens of (B, S, D)."""
+        return self.processor(self, hidden_states)
+
+
+@maybe_allow_in_graph
+class IRASimTransformerBlock(nn.Module):
+    """A DiT block with adaLN-zero, over the patches of a frame or over the frames of a patch."""
+
+    def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.temporal = temporal
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn1 = IRASimAttention(dim, num_attention_heads, attention_head_dim)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.ff = FeedForward(dim, activation_fn="gelu-approximate")
+        self.ada_norm = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """Apply the block.
+
+        Args:
+            hidden_states: Tokens (B, F, S, D).
+            temb: Condition of each frame (B, F, D), or one for all frames (B, 1, D).
+
+        Returns:
+            Tokens (B, F, S, D).
+        """
+        modulation = self.ada_norm(temb).unsqueeze(2)  # (B, F, 1, 6 D)
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
+
+        attn_input = self.norm1(hidden_states) * (1 + scale_attn) + shift_attn
+        if self.temporal:
+            attn_input = attn_input.transpose(1, 2)  # (B, S, F, D)
+        attn_output = self.attn1(attn_input.flatten(0, 1)).unflatten(0, attn_input.shape[:2])
+        if self.temporal:
+            attn_output = attn_output.transpose(1, 2)  # (B, F, S, D)
+        hidden_states = hidden_states + gate_attn * attn_output
+
+        ff_input = self.norm2(hidden_states) * (1 + scale_ff) + shift_ff
+        return hidden_states + gate_ff * self.ff(ff_input)
+
+
+class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+    """Frame-Ada of IRASim: predicts the noise of future frames from the clean history and one action a frame.
+
+    The spatial blocks of frame i are modulated by the timestep plus the embedding of the action that leads to frame i;
+    history frames take a learned null action; temporal blocks and the final layer see the timestep alone.
+
+    Args:
+        num_attention_heads: Heads of every attention.
+        attention_head_dim: Channels of a head; the width is heads x channels.
+        num_layers: Pairs of a spatial and a temporal block.
+        in_channels: Channels of the latents.
+        patch_size: Side of a patch, in latent pixels.
+        sample_height: Height of the latents the model was trained on; other sizes work.
+        sample_width: Width of the latents the model was trained on.
+        sample_frames: Frames of the window it was trained on, history and predicted.
+        num_history_frames: History frames it was trained on.
+        action_dim: Components of an action.
+        action_scale: The network sees `(action - action_offset) * action_scale`; one number, or one a component.
+        action_offset: See `action_scale`.
+        action_names: Names of the components.
+        action_units: Units of the components.
+        action_space: `"relative"` where zero asks for no motion, `"absolute"` where an action is a target position.
+        prediction_type: What the network predicts, as in diffusers' schedulers.
+        num_train_timesteps: Steps of the noise process it was trained on; with the next three, as in diffusers.
+        beta_start: First noise variance.
+        beta_end: Last noise variance.
+        beta_schedule: How the variances lie between them.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["IRASimTransformerBlock"]
+    _repeated_blocks = ["IRASimTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "norm", "time_embed", "action_embed", "null_action"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        num_layers: int = 14,
+        in_channels: int = 4,
+        patch_size: int = 2,
+        sample_height: int = 32,
+        sample_width: int = 40,
+        sample_frames: int = 16,
+        num_history_frames: int = 1,
+        action_dim: int = 7,
+        action_scale: float | list[float] = 1.0,
+        action_offset: float | list[float] = 0.0,
+        action_names: list[str] | None = None,
+        action_units: list[str] | None = None,
+        action_space: str = "relative",
+        prediction_type: str = "epsilon",
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+    ) -> None:
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+
+        self.patch_embed = PatchEmbed(
+            height=sample_height,
+            width=sample_width,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            embed_dim=dim,
+            pos_embed_type=None,
+        )
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(256, dim)
+        self.action_embed = PixArtAlphaTextProjection(action_dim, 4 * dim, out_features=dim)
+        self.null_action = nn.Parameter(torch.zeros(dim))
+
+        def block(temporal: bool) -> IRASimTransformerBlock:
+            return IRASimTransformerBlock(dim, num_attention_heads, attention_head_dim, temporal)
+
+        self.transformer_blocks = nn.ModuleList([block(temporal=False) for _ in range(num_layers)])
+        self.temporal_transformer_blocks = nn.ModuleList([block(temporal=True) for _ in range(num_layers)])
+
+        self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.ada_norm_out = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
+
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Initialise as DiT does: every block is the identity at first, and the output zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for linear in (self.time_embed.linear_1, self.time_embed.linear_2):
+            nn.init.normal_(linear.weight, std=0.02)
+        nn.init.normal_(self.null_action, std=0.02)
+        blocks = [*self.transformer_blocks, *self.temporal_transformer_blocks]
+        for linear in (*(block.ada_norm[1] for block in blocks), self.ada_norm_out[1], self.proj_out):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def encode_actions(
+        self, actions: torch.Tensor | None, num_frames: int, action_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embed actions in raw units, one embedding a frame.
+
+        Args:
+            actions: Actions (B, n, A) of the last n frames, or None.
+            num_frames: Frames F of the window; the first F - n take the null action.
+            action_mask: Booleans (B, n); actions at False are replaced by the null action.
+
+        Returns:
+            Embeddings (B, F, D), or (1, F, D) without actions.
+        """
+        if actions is None:
+            return self.null_action.expand(1, num_frames, -1)
+        if actions.ndim != 3 or actions.shape[-1] != self.config.action_dim or actions.shape[1] > num_frames:
+            raise ValueError(
+                f"`actions` must be (batch, at most {num_frames}, {self.config.action_dim}), got "
+                f"{tuple(actions.shape)}: one action for each predicted frame of the window."
+            )
+        dtype = self.null_action.dtype
+        # raw units may need more digits than a 16-bit type has: scale first, then cast
+        scale, offset = (
+            torch.as_tensor(value, dtype=torch.float32, device=actions.device)
+            for value in (self.config.action_scale, self.config.action_offset)
+        )
+        embeddings = self.action_embed(((actions.float() - offset) * scale).to(dtype))  # (B, n, D)
+        if action_mask is not None:
+            embeddings = torch.where(action_mask.unsqueeze(-1), embeddings, self.null_action.to(embeddings.dtype))
+        null = self.null_action.to(embeddings.dtype).expand(len(actions), num_frames - actions.shape[1], -1)
+        return torch.cat([null, embeddings], dim=1)  # (B, F, D)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        actions: torch.Tensor | None = None,
+        action_mask: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict what the scheduler asks for, noise, velocity or sample, for each frame of a window.
+
+        Args:
+            hidden_states: Latents (B, C, F, H, W), the clean history first; any F, H and W divisible by the patch.
+            timestep: Diffusion timesteps (B,), or one a frame (B, F).
+            actions: Actions (B, n, A) in the units of the data set, n <= F. They lead to the last n frames; the first
+                F - n are history. None gives every frame the null action.
+            action_mask: Booleans (B, n); actions at False are replaced by the null action (action dropout).
+            attention_kwargs: `{"scale": s}` scales the LoRA layers.
+            return_dict: Return a `Transformer2DModelOutput` instead of a tuple.
+
+        Returns:
+            The prediction (B, C, F, H, W); that of history frames means nothing.
+        """
+        batch_size, _, num_frames, height, width = hidden_states.shape
+        patch_size = self.config.patch_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"`hidden_states` must have a height and width divisible by the patch size {patch_size}, got "
+                f"{height}x{width}."
+            )
+        grid = (height // patch_size, width // patch_size)
+
+        hidden_states = hidden_states.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
+        hidden_states = self.patch_embed(hidden_states)  # (B F, S, D)
+        hidden_states = hidden_states + self._spatial_positions(*grid).to(hidden_states)
+        hidden_states = hidden_states.unflatten(0, (batch_size, num_frames))  # (B, F, S, D)
+
+        timestep = timestep.view(batch_size, -1)
+        temb = self.time_proj(timestep.flatten()).unflatten(0, timestep.shape)
+        temb = self.time_embed(temb.to(hidden_states.dtype))  # (B, F or 1, D)
+        frame_temb = temb + self.encode_actions(actions, num_frames, action_mask)  # (B, F, D)
+
+        for index, (spatial_block, temporal_block) in enumerate(
+            zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)
+        ):
+            hidden_states = self._run(spatial_block, hidden_states, frame_temb)
+            if index == 0:
+                hidden_states = hidden_states + self._temporal_positions(num_frames).to(hidden_states)
+            hidden_states = self._run(temporal_block, hidden_states, temb)
+
+        shift, scale = self.ada_norm_out(temb).unsqueeze(2).chunk(2, dim=-1)
+        hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
+        hidden_states = self.proj_out(hidden_states)  # (B, F, S, patch patch C)
+
+        hidden_states = hidden_states.unflatten(3, (patch_size, patch_size, -1)).unflatten(2, grid)
+        hidden_states = hidden_states.permute(0, 6, 1, 2, 4, 3, 5)  # (B, C, F, rows, patch, columns, patch)
+        sample = hidden_states.flatten(5, 6).flatten(3, 4)  # (B, C, F, H, W)
+
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
+
+    def _run(
+        self, block: IRASimTransformerBlock, hidden_states: torch.Tensor, temb: torch.Tensor
+    ) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, hidden_states, temb)
+        return block(hidden_states, temb)
+
+    def _spatial_positions(self, rows: int, columns: int) -> torch.Tensor:
+        """Sines and cosines of the integer grid, columns in the first half of the width (1, rows columns, D)."""
+        grid = torch.meshgrid(torch.arange(columns), torch.arange(rows), indexing="xy")
+        dim = self.config.num_attention_heads * self.config.attention_head_dim
+        return get_2d_sincos_pos_embed_from_grid(dim, torch.stack(grid), output_type="pt").float().unsqueeze(0)
+
+    def _temporal_positions(self, num_frames: int) -> torch.Tensor:
+        """Sines and cosines of the frame number (F, 1, D)."""
+        dim = self.config.num_attention_heads * self.config.attention_head_dim
+        frames = torch.arange(num_frames).unsqueeze(1)
+        return get_1d_sincos_pos_embed_from_grid(dim, frames, output_type="pt").float().unsqueeze(1)

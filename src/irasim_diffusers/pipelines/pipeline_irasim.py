@@ -1,0 +1,511 @@
+"""The pipeline: history frames and actions in, the video of those actions out."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput, replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+
+from ..actions import hold_action, prepare_actions
+from ..models import IRASimTransformer3DModel, noise_process
+from ..rollout import chain_windows, count_windows
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import numpy as np
+        >>> from diffusers.utils import export_to_video, load_image
+        >>> from irasim_diffusers import IRASimPipeline, embedded_checkpoint
+
+        >>> pipe = IRASimPipeline.from_pretrained(embedded_checkpoint())
+        >>> frame = load_image("push_t.png")  # 96x96
+        >>> actions = np.linspace([100.0, 100.0], [400.0, 300.0], 15)  # targets of the pusher, (15, 2)
+        >>> video = pipe(frame, actions).frames[0]
+        >>> export_to_video(video, "future.mp4", fps=10)
+        ```
+"""
+
+
+@dataclass
+class IRASimPipelineOutput(BaseOutput):
+    """Output of `IRASimPipeline`.
+
+    Args:
+        frames: Predicted frames of each trajectory, without the history: a list of lists of PIL images, an array
+            (B, n, H, W, 3) or a tensor (B, n, 3, H, W) in [0, 1], or scaled latents (B, C, n, h, w).
+    """
+
+    frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
+
+
+class IRASimPipeline(DiffusionPipeline):
+    """Predicts the video of a robot that executes given actions, from the frames seen so far.
+
+    Args:
+        vae: Per-frame autoencoder.
+        transformer: The denoiser; its config holds the action space, the window and the noise process.
+        scheduler: Any diffusers scheduler of the checkpoint's prediction type and noise process.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ["latents", "actions"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderTiny,
+        transformer: IRASimTransformer3DModel,
+        scheduler: SchedulerMixin,
+    ) -> None:
+        super().__init__()
+        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
+        config = self.vae.config if getattr(self, "vae", None) else {}
+        levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (None,) * 4
+        self.vae_scale_factor = 2 ** (len(levels) - 1)
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Weight of the actions against the null action; 1 is no guidance."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the network is evaluated twice a step."""
+        return self._guidance_scale != 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        """Network steps of one window."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """The timestep being denoised."""
+        return self._current_timestep
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        """What the transformer's attention was given in this call."""
+        return self._attention_kwargs
+
+    @property
+    def interrupt(self) -> bool:
+        """Set to True in a callback to stop denoising."""
+        return self._interrupt
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of the frames the checkpoint was trained on."""
+        config = self.transformer.config
+        return config.sample_height * self.vae_scale_factor, config.sample_width * self.vae_scale_factor
+
+    def check_inputs(
+        self,
+        actions: torch.Tensor,
+        histories: torch.Tensor,
+        num_inference_steps: int,
+        num_videos_per_trajectory: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Refuse what cannot be generated, before anything is computed.
+
+        Raises:
+            ValueError: Names the argument, what was wanted, what came and the remedy.
+        """
+        config = self.transformer.config
+        if histories.shape[1] > config.num_history_frames:
+            raise ValueError(
+                f"`frames` must hold 1 to {config.num_history_frames} history frames for this checkpoint, got "
+                f"{histories.shape[1]}: give the last {config.num_history_frames} (a list of lists is a batch)."
+            )
+        if len(histories) not in (1, len(actions)) and len(actions) != 1:
+            raise ValueError(
+                f"`frames` and `actions` must agree: got {len(histories)} histories and {len(actions)} action "
+                "sequences; give one of either, or as many of both."
+            )
+        if num_inference_steps < 1 or num_videos_per_trajectory < 1:
+            raise ValueError(
+                f"`num_inference_steps` and `num_videos_per_trajectory` must be at least 1, got {num_inference_steps} "
+                f"and {num_videos_per_trajectory}."
+            )
+        batch_size = max(len(histories), len(actions)) * num_videos_per_trajectory
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"`generator` must be one, or a list of {batch_size}, got a list of {len(generator)}.")
+        shape = (batch_size, config.in_channels, actions.shape[1], *self._latent_size(histories))
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"`latents` must be {shape}, got {tuple(latents.shape)}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got "
+                f"{sorted(unknown)}."
+            )
+        self.check_scheduler()
+
+    def check_scheduler(self) -> None:
+        """Refuse a scheduler that the checkpoint was not trained for.
+
+        Raises:
+            ValueError: If prediction type or noise process differ from those in the transformer's config.
+        """
+        name = type(self.scheduler).__name__
+        remedy = f"make it with `{name}.from_config(pipe.scheduler.config)` of the loaded pipeline"
+        wanted = self.transformer.config.prediction_type
+        found = getattr(self.scheduler.config, "prediction_type", None)
+        if found != wanted:
+            raise ValueError(
+                f"`scheduler` must have the checkpoint's prediction type {wanted!r}, got {name} with {found!r}: {remedy}."
+            )
+        trained = noise_process(self.transformer.config).alphas_cumprod
+        alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)
+        if alphas_cumprod is None or getattr(self.scheduler.config, "use_flow_sigmas", False):
+            raise ValueError(
+                f"`scheduler` must have the checkpoint's noise process (linear mixing of variances, "
+                f"{len(trained)} steps), got {name}, a flow or continuous process."
+            )
+        if alphas_cumprod.shape != trained.shape or not torch.allclose(alphas_cumprod.cpu().float(), trained, atol=1e-6):
+            raise ValueError(
+                f"`scheduler` must have the checkpoint's noise process ({len(trained)} steps, beta "
+                f"{self.transformer.config.beta_start} to {self.transformer.config.beta_end}, "
+                f"{self.transformer.config.beta_schedule}), got {name} with other betas: {remedy}."
+            )
+
+    def preprocess_frames(self, frames: Any, resize: bool = False) -> torch.Tensor:
+        """Bring history frames of any accepted form into one.
+
+        Args:
+            frames: See `__call__`.
+            resize: Resize to the checkpoint's frame size instead of refusing another one.
+
+        Returns:
+            Histories (B, h, 3, H, W) in [-1, 1], float32.
+
+        Raises:
+            ValueError: If there is no frame, or frames are not RGB, out of range, or of another size.
+        """
+        pixels = _stack_frames(frames)  # (B, h, 3, H, W) in [0, 1]
+        size = tuple(pixels.shape[-2:])
+        if size != self.frame_size and resize:
+            resized = torch.nn.functional.interpolate(
+                pixels.flatten(0, 1), size=self.frame_size, mode="bilinear", antialias=True
+            )
+            pixels = resized.unflatten(0, pixels.shape[:2])
+        elif size != self.frame_size:
+            raise ValueError(
+                f"`frames` must be {self.frame_size[0]}x{self.frame_size[1]} (height x width) for this checkpoint, got "
+                f"{size[0]}x{size[1]}: pass resize=True (--resize on the command line) to resize them."
+            )
+        return self.video_processor.normalize(pixels)
+
+    def encode_history(self, pixels: torch.Tensor, chunk_size: int = 16) -> torch.Tensor:
+        """Encode histories (B, h, 3, H, W) in [-1, 1] to scaled latents (B, C, h, H / f, W / f), float32."""
+        pixels = pixels.to(self._execution_device, self.vae.dtype)
+        latents = torch.cat([self._encode(chunk) for chunk in pixels.flatten(0, 1).split(chunk_size)]).float()
+        latents = (latents - (getattr(self.vae.config, "shift_factor", None) or 0.0)) * self.vae.config.scaling_factor
+        return latents.unflatten(0, pixels.shape[:2]).transpose(1, 2)
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        encoded = self.vae.encode(pixels)
+        return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+
+    def decode_latents(self, latents: torch.Tensor, chunk_size: int = 16) -> torch.Tensor:
+        """Decode scaled latents (B, C, F, h, w) to pixels (B, 3, F, H, W) in [-1, 1], `chunk_size` frames at a time."""
+        latents = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
+        flat = latents.transpose(1, 2).flatten(0, 1).to(self.vae.dtype)
+        pixels = torch.cat([self.vae.decode(chunk).sample.float() for chunk in flat.split(chunk_size)])
+        return pixels.unflatten(0, (latents.shape[0], latents.shape[2])).transpose(1, 2)
+
+    def prepare_latents(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Noise of `shape` (B, C, n, h, w), float32, or the given noise, at the scheduler's initial scale."""
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        else:
+            latents = latents.to(self._execution_device, torch.float32)
+        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def denoise_window(
+        self,
+        history: torch.Tensor,
+        actions: torch.Tensor,
+        latents: torch.Tensor,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        eta: float = 0.0,
+        attention_kwargs: dict[str, Any] | None = None,
+        on_step_end: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Denoise the future of one window; the history stays clean and is never stepped.
+
+        Args:
+            history: Clean history (B, C, h, H, W), scaled latents.
+            actions: Actions (B, n, A) in raw units.
+            latents: Noise (B, C, n, H, W) from `prepare_latents`.
+            num_inference_steps: Steps of the scheduler.
+            guidance_scale: Above 1 the network is evaluated twice a step, with and without actions.
+            generator: For schedulers that draw noise.
+            timesteps: Custom timesteps, for schedulers that take them.
+            sigmas: Custom sigmas, for schedulers that take them.
+            eta: DDIM's eta.
+            attention_kwargs: Passed to the transformer.
+            on_step_end: Called with step, timestep and latents after each step; returns the latents to go on with.
+
+        Returns:
+            The future (B, C, n, H, W), scaled latents, float32.
+        """
+        timesteps = self._set_timesteps(num_inference_steps, timesteps, sigmas)
+        self._num_timesteps = len(timesteps)
+        step_kwargs = self._step_kwargs(generator, eta)
+        num_history_frames = history.shape[2]
+
+        def predict(noisy: torch.Tensor, timestep: torch.Tensor, window_actions: torch.Tensor | None) -> torch.Tensor:
+            window = torch.cat([history, noisy], dim=2).to(self.transformer.dtype)
+            prediction = self.transformer(
+                window, timestep, window_actions, attention_kwargs=attention_kwargs, return_dict=False
+            )[0]
+            return prediction[:, :, num_history_frames:].float()
+
+        for index, t in enumerate(timesteps):
+            if getattr(self, "_interrupt", False):
+                break
+            self._current_timestep = t
+            noisy = self.scheduler.scale_model_input(latents, t)
+            timestep = t.expand(len(latents)).to(latents.device)
+            with self.transformer.cache_context("cond"):
+                prediction = predict(noisy, timestep, actions)
+            if guidance_scale != 1.0:
+                with self.transformer.cache_context("uncond"):
+                    unconditional = predict(noisy, timestep, None)
+                prediction = unconditional + guidance_scale * (prediction - unconditional)
+            latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
+            if on_step_end is not None:
+                latents = on_step_end(index, t, latents)
+        self._current_timestep = None
+        return latents
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        frames: Any,
+        actions: Any,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        num_videos_per_trajectory: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        resize: bool = False,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        eta: float = 0.0,
+        chunk_size: int = 16,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[["IRASimPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> IRASimPipelineOutput | tuple:
+        """Generate the video of the given actions.
+
+        Args:
+            frames: History in time order: a PIL image, a list of PIL images, uint8 or [0, 1] arrays (H, W, 3),
+                (h, H, W, 3) or (B, h, H, W, 3), tensors (3, H, W), (h, 3, H, W) or (B, h, 3, H, W), or a list of
+                histories, each one of those.
+            actions: Actions (n, A) or (B, n, A) in the units of the checkpoint's action space. One history with
+                several action sequences gives their futures from one encoding. More actions than the window holds
+                are rolled out: each window starts from the last frames of the one before.
+            num_inference_steps: Denoising steps of each window.
+            guidance_scale: Weight of the actions against none; 1 (the paper's) evaluates the network once a step.
+            num_videos_per_trajectory: Samples of each trajectory; those of one follow each other in the output.
+            generator: Seeded generator, or one for each video: then a video is the same alone and in a batch.
+            latents: Initial noise (B, C, n, h, w) of unit variance.
+            output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict: Return an `IRASimPipelineOutput` instead of a tuple.
+            resize: Resize frames of another size instead of refusing them.
+            timesteps: Custom timesteps, for schedulers that take them.
+            sigmas: Custom sigmas, for schedulers that take them.
+            eta: DDIM's eta, in [0, 1].
+            chunk_size: Frames that the autoencoder encodes or decodes at a time; bounds its memory.
+            attention_kwargs: `{"scale": s}` scales LoRA layers.
+            callback_on_step_end: Called as `callback(pipe, step, timestep, {name: tensor})` after each step; returns a
+                dict whose `latents`, if any, replace the current ones. Steps count on over windows.
+            callback_on_step_end_tensor_inputs: Names among `latents` and `actions`; default `latents`.
+
+        Returns:
+            The predicted frames of each trajectory, exactly as many as it has actions.
+
+        Raises:
+            ValueError: On any input that cannot be served, before anything is computed.
+
+        Examples:
+        """
+        config = self.transformer.config
+        tensor_inputs = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        actions = prepare_actions(actions, config.action_dim)
+        histories = self.preprocess_frames(frames, resize)
+        self.check_inputs(
+            actions,
+            histories,
+            num_inference_steps,
+            num_videos_per_trajectory,
+            generator,
+            latents,
+            output_type,
+            tensor_inputs,
+        )
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+        self._interrupt = False
+
+        batch_size = max(len(histories), len(actions)) * num_videos_per_trajectory
+        history = _repeat_to(self.encode_history(histories, chunk_size), batch_size)
+        actions = _repeat_to(actions, batch_size).to(self._execution_device)
+        num_actions = actions.shape[1]
+        windows = count_windows(num_actions, history.shape[2], config.sample_frames, config.num_history_frames)
+        started = 0  # actions whose windows have begun
+        steps = 0  # steps over all windows
+
+        per_window = len(self._set_timesteps(num_inference_steps, timesteps, sigmas))
+        with self.progress_bar(total=windows * per_window) as progress_bar:
+
+            def on_step_end(_: int, t: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
+                nonlocal steps
+                if callback_on_step_end is not None:
+                    tensors = {"latents": current, "actions": actions}
+                    outputs = callback_on_step_end(self, steps, t, {name: tensors[name] for name in tensor_inputs})
+                    current = outputs.pop("latents", current)
+                steps += 1
+                progress_bar.update()
+                return current
+
+            def predict_window(window_history: torch.Tensor, window_actions: torch.Tensor) -> torch.Tensor:
+                nonlocal started
+                wanted = window_actions.shape[1]
+                missing = config.sample_frames - window_history.shape[2] - wanted
+                if missing:
+                    hold = hold_action(window_actions[:, -1:], config.action_space)
+                    window_actions = torch.cat([window_actions, hold.expand(-1, missing, -1)], dim=1)
+                given = None if latents is None else latents[:, :, started : started + wanted]
+                shape = (batch_size, config.in_channels, window_actions.shape[1], *window_history.shape[-2:])
+                if given is not None and missing:
+                    padding = randn_tensor((*shape[:2], missing, *shape[3:]), generator=generator)
+                    given = torch.cat([given.cpu().float(), padding], dim=2)
+                noise = self.prepare_latents(shape, generator, given)
+                started += wanted
+                future = self.denoise_window(
+                    window_history,
+                    window_actions,
+                    noise,
+                    num_inference_steps,
+                    guidance_scale,
+                    generator,
+                    timesteps,
+                    sigmas,
+                    eta,
+                    attention_kwargs,
+                    on_step_end,
+                )
+                return future[:, :, :wanted]
+
+            future = chain_windows(predict_window, history, actions, config.sample_frames, config.num_history_frames)
+
+        if output_type == "latent":
+            video = future
+        else:
+            video = self.video_processor.postprocess_video(self.decode_latents(future, chunk_size), output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (video,)
+        return IRASimPipelineOutput(frames=video)
+
+    def predict(self, frames: Any, actions: Any, **kwargs: Any) -> torch.Tensor:
+        """Predict as a `WorldModel`: `__call__` with tensors (B, n, 3, H, W) in [0, 1] out, unless told otherwise."""
+        return self(frames, actions, **{"output_type": "pt"} | kwargs).frames
+
+    def _latent_size(self, histories: torch.Tensor) -> tuple[int, int]:
+        return histories.shape[-2] // self.vae_scale_factor, histories.shape[-1] // self.vae_scale_factor
+
+    def _set_timesteps(
+        self, num_inference_steps: int, timesteps: list[int] | None, sigmas: list[float] | None
+    ) -> torch.Tensor:
+        custom = {name: value for name, value in {"timesteps": timesteps, "sigmas": sigmas}.items() if value is not None}
+        accepted = inspect.signature(self.scheduler.set_timesteps).parameters
+        if len(custom) > 1 or not custom.keys() <= accepted.keys():
+            raise ValueError(
+                f"`timesteps` and `sigmas` exclude each other and must be known to the scheduler, got {sorted(custom)} for "
+                f"{type(self.scheduler).__name__}."
+            )
+        self.scheduler.set_timesteps(
+            **(custom or {"num_inference_steps": num_inference_steps}), device=self._execution_device
+        )
+        return self.scheduler.timesteps
+
+    def _step_kwargs(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in accepted}
+
+
+def _stack_frames(frames: Any) -> torch.Tensor:
+    """History frames of any accepted form as (B, h, 3, H, W), float32 in [0, 1]."""
+    pixels = _to_tensor(frames)
+    if pixels.ndim not in (3, 4, 5) or pixels.shape[-3] != 3 or 0 in pixels.shape:
+        raise ValueError(
+            f"`frames` must be RGB images, one, a history (h, ...) or a batch of histories (B, h, ...), got shape "
+            f"{tuple(pixels.shape)} (channels first): convert with `image.convert('RGB')`."
+        )
+    if not torch.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
+        raise ValueError(
+            f"`frames` must be uint8, or floats in [0, 1], got floats in [{pixels.min():g}, {pixels.max():g}]: divide by "
+            "255 or take uint8."
+        )
+    return pixels[(None,) * (5 - pixels.ndim)]
+
+
+def _to_tensor(frames: Any) -> torch.Tensor:
+    """Frames as (..., C, H, W), uint8 scaled to [0, 1]."""
+    if isinstance(frames, PIL.Image.Image):
+        if frames.mode != "RGB":
+            raise ValueError(f"`frames` must be RGB, got an image of mode {frames.mode}: use `image.convert('RGB')`.")
+        frames = np.asarray(frames)
+    if isinstance(frames, (list, tuple)):
+        parts = [_to_tensor(frame) for frame in frames]
+        if len({part.shape for part in parts}) != 1:
+            shapes = sorted({tuple(part.shape) for part in parts})
+            raise ValueError(f"`frames` must hold at least one frame, all of one size, got shapes {shapes}.")
+        return torch.stack(parts)
+    if isinstance(frames, np.ndarray):
+        if frames.ndim < 3:
+            raise ValueError(f"`frames` must be (H, W, 3) or more, got an array {frames.shape}: convert it to RGB.")
+        frames = torch.from_numpy(np.ascontiguousarray(np.moveaxis(frames, -1, -3)))
+    if not torch.is_tensor(frames):
+        raise ValueError(f"`frames` must be PIL images, arrays or tensors, got {type(frames).__name__}.")
+    if frames.dtype == torch.uint8:
+        return frames.float() / 255
+    if not frames.is_floating_point():
+        raise ValueError(f"`frames` must be uint8, or floats in [0, 1], got {frames.dtype}.")
+    return frames.float()
+
+
+def _repeat_to(tensor: torch.Tensor, batch_size: int) -> torch.Tensor:
+    return tensor.repeat_interleave(batch_size // len(tensor), dim=0)
