@@ -121,3 +121,16 @@ def _way_round(centre: np.ndarray, here: np.ndarray, there: np.ndarray) -> list[
     angles = first + turn * np.linspace(0, 1, 2 + int(abs(turn) / 0.7))[1:-1]
     points = centre + 112 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     return list(np.clip(points, 15, ARENA - 15))
+
+
+def push_at(rng: np.random.Generator, state: State) -> Iterator[np.ndarray]:
+    """Targets that run from the pusher straight at the block and on, at a random offset and speed."""
+    aim = state.block_centre + rng.normal(0, 30, 2)
+    along = aim - state.agent
+    along = along / max(float(np.linalg.norm(along)), 1e-6)
+    speed = rng.uniform(8, 45)
+    jitter = rng.choice([0.0, 2.0, 6.0])
+    target = state.agent
+    while True:
+        target = np.clip(target + along * speed, 12, ARENA - 12)
+        yield np.clip(target + rng.normal(0, jitter, 2), 12, ARENA - 12).astype(np.float32)

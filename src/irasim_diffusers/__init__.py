@@ -7,8 +7,9 @@ from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, L
 from .models import PRESETS, IRASimTransformer3DModel
 from .pipelines import IRASimPipeline, IRASimPipelineOutput
 from .rollout import WorldModel
+from .version import __version__
 
-__version__ = "0.1.0"
+
 
 # With this entry model_index.json names the package, not a module path, and loads from folders and from the Hub.
 LOADABLE_CLASSES.setdefault("irasim_diffusers", {"IRASimTransformer3DModel": ["save_pretrained", "from_pretrained"]})
@@ -26,5 +27,6 @@ __all__ = [
     "IRASimPipelineOutput",
     "IRASimTransformer3DModel",
     "WorldModel",
+    "__version__",
     "embedded_checkpoint",
 ]

@@ -373,6 +373,7 @@ class IRASimPipeline(DiffusionPipeline):
             output_type,
             tensor_inputs,
         )
+        steps_per_window = len(self._set_timesteps(num_inference_steps, timesteps, sigmas))
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
         self._current_timestep = None
@@ -386,8 +387,7 @@ class IRASimPipeline(DiffusionPipeline):
         started = 0  # actions whose windows have begun
         steps = 0  # steps over all windows
 
-        per_window = len(self._set_timesteps(num_inference_steps, timesteps, sigmas))
-        with self.progress_bar(total=windows * per_window) as progress_bar:
+        with self.progress_bar(total=windows * steps_per_window) as progress_bar:
 
             def on_step_end(_: int, t: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
                 nonlocal steps

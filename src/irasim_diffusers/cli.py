@@ -1,0 +1,312 @@
+"""The `irasim` command."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import IRASimPipeline, __version__, embedded_checkpoint
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+SCHEDULERS = {
+    "pndm": "PNDMScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+
+    Returns:
+        Exit status: 0, or 2 after bad input, which is said in one line.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"irasim: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="irasim", description="Robot world models after IRASim.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    generate = commands.add_parser(
+        "generate",
+        help="predict the video of given actions",
+        description="Predict the video of given actions. Without arguments: the embedded Push-T model on its held-out clip.",
+    )
+    generate.set_defaults(run=run_generate)
+    add = generate.add_argument
+    add("--model", default=str(embedded_checkpoint()), help="pipeline folder or Hub id (default: the embedded Push-T)")
+    add("--frames", type=Path, help="image or video that starts with the history; later frames serve as truth")
+    add("--actions", type=Path, help=".npy, .csv or .json of actions (n, A), in the units of the model's action space")
+    add("--history", type=int, help="history frames taken from a video (default: as many as the model takes)")
+    add("--steps", type=int, default=DEFAULT_STEPS, help="denoising steps of each window (default: %(default)s)")
+    add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s")
+    add("--resize", action="store_true", help="resize frames of another size to the model's")
+    add("--output", type=Path, default=Path("irasim.mp4"), help="mp4 to write, and a .png strip beside it")
+    return parser
+
+
+DEFAULT_STEPS = 50
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    """`irasim generate`: check everything, predict, write video and strip, print the figures."""
+    start = time.perf_counter()
+    strip_path = arguments.output.with_suffix(".png")
+    for path in (arguments.output, strip_path):
+        _check_output(path)
+    if arguments.frames is not None and arguments.actions is None:
+        raise ValueError("--actions is wanted beside --frames: a .npy, .csv or .json file of actions, a row a frame.")
+    example = embedded_checkpoint()
+    video = read_frames(arguments.frames or example / "example.mp4")
+    actions = read_actions(arguments.actions or example / "example_actions.csv")
+    pipeline = _load_pipeline(arguments)
+    history = _history_length(arguments, pipeline, len(video))
+    # frames after the history are the truth of these actions only if frames and actions come from one recording
+    truth = video[history:][: len(actions)] if (arguments.frames is None) == (arguments.actions is None) else video[:0]
+
+    import torch
+
+    evaluations = 0
+
+    def count(*_: object) -> None:
+        nonlocal evaluations
+        evaluations += 1
+
+    pipeline.transformer.register_forward_hook(count)
+    sampling_start = time.perf_counter()
+    frames = pipeline(
+        video[:history],
+        actions,
+        num_inference_steps=arguments.steps,
+        generator=torch.Generator().manual_seed(arguments.seed),
+        resize=arguments.resize,
+        output_type="np",
+    ).frames[0]
+    sampling = time.perf_counter() - sampling_start
+    prediction = (frames * 255).round().astype(np.uint8)
+    seen = video[:history]
+    if seen.shape[1:] != prediction.shape[1:]:
+        seen, truth = prediction[:0], truth[:0]  # resized: the truth is of another size
+    _write_outputs(arguments.output, strip_path, seen, prediction, truth, pipeline_fps(arguments.frames))
+
+    if len(truth):
+        from .metrics import psnr
+
+        compared = prediction[: len(truth)]
+        last = np.broadcast_to(seen[-1:], truth.shape)
+        print(
+            f"PSNR {psnr(compared / 255.0, truth / 255.0):.2f} dB over {len(truth)} frames against the raw true frames "
+            f"(repeating the last seen frame: {psnr(last / 255.0, truth / 255.0):.2f} dB)"
+        )
+    print(
+        f"{len(prediction)} frames in {sampling:.1f} s, {len(prediction) / sampling:.1f} frames/s, {evaluations} network "
+        f"evaluations with {type(pipeline.scheduler).__name__}; {time.perf_counter() - start:.1f} s with loading"
+    )
+    print(f"wrote {arguments.output} and {strip_path}")
+
+
+def read_frames(path: Path) -> np.ndarray:
+    """Frames (T, H, W, 3), uint8 RGB, of a video, or of an image as a video of one frame.
+
+    Raises:
+        ValueError: If the file is missing, unreadable, or not RGB.
+    """
+    if not path.is_file():
+        raise ValueError(f"--frames must be an image or video file, got {str(path)!r}, which does not exist.")
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        from .data import read_video
+
+        try:
+            return read_video(path)
+        except ValueError as error:
+            raise ValueError(f"--frames must be a readable image or video: {error}") from error
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"--frames must be a readable image, got {str(path)!r}: {error}.") from error
+    if image.mode != "RGB":
+        raise ValueError(
+            f"--frames must be an RGB image, got mode {image.mode} in {str(path)!r}: convert it, "
+            "`Image.open(path).convert('RGB').save(path)`."
+        )
+    return np.asarray(image)[None]
+
+
+def read_actions(path: Path) -> np.ndarray:
+    """Actions (n, A), float64, from a .npy, .csv (a header is skipped) or .json file (a list, or `{"actions": list}`).
+
+    Raises:
+        ValueError: If the file is missing, of another kind, or holds no table of numbers.
+    """
+    readers = {".npy": _read_npy, ".csv": _read_csv, ".json": _read_json}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"--actions must be a .npy, .csv or .json file, got {str(path)!r}.")
+    if not path.is_file():
+        raise ValueError(f"--actions must be a file, got {str(path)!r}, which does not exist.")
+    try:
+        actions = np.asarray(reader(path), dtype=np.float64)
+    except (ValueError, TypeError, KeyError, EOFError) as error:
+        raise ValueError(f"--actions must be a table of numbers, a row a frame, in {str(path)!r}: {error}.") from error
+    if actions.ndim != 2:
+        raise ValueError(f"--actions must be (n, A), a row a frame, got {actions.shape} in {str(path)!r}.")
+    return actions
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    return np.load(path, allow_pickle=False)
+
+
+def _read_csv(path: Path) -> list[list[float]]:
+    with path.open(newline="") as file:
+        rows = [row for row in csv.reader(file) if row]
+    if rows and not _is_number(rows[0][0]):
+        rows = rows[1:]
+    return [[float(value) for value in row] for row in rows]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_json(path: Path) -> list:
+    content = json.loads(path.read_text())
+    return content["actions"] if isinstance(content, dict) else content
+
+
+def _check_output(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"--output must be a file, got the directory {str(path)!r}: add a file name ending in .mp4.")
+    if path.suffix.lower() not in (".mp4", ".png"):
+        raise ValueError(f"--output must end in .mp4, got {str(path)!r}.")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ValueError(f"--output must be writable, got {str(path)!r}: choose a folder that you may write to.")
+
+
+def _load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
+    import diffusers
+    import torch
+
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device must be a device of this machine, got {device!r}: {error}") from error
+    try:
+        pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {error}") from error
+    if arguments.scheduler:
+        pipeline.scheduler = getattr(diffusers, SCHEDULERS[arguments.scheduler]).from_config(pipeline.scheduler.config)
+    return pipeline.to(device)
+
+
+def _history_length(arguments: argparse.Namespace, pipeline: IRASimPipeline, num_frames: int) -> int:
+    wanted = arguments.history or pipeline.transformer.config.num_history_frames
+    is_image = arguments.frames is not None and arguments.frames.suffix.lower() in IMAGE_SUFFIXES
+    if is_image and arguments.history is None:
+        return 1
+    if num_frames < wanted:
+        raise ValueError(
+            f"--frames must hold at least the history of {wanted} frames, got {num_frames}: give a longer video, or "
+            f"--history {num_frames}."
+        )
+    return wanted
+
+
+def pipeline_fps(path: Path | None) -> float:
+    """Frames per second to write: those of the user's video, else the 10 of the embedded clip."""
+    if path is None or path.suffix.lower() in IMAGE_SUFFIXES:
+        return 10.0
+    import av
+
+    with av.open(str(path)) as container:
+        return float(container.streams.video[0].average_rate or 10)
+
+
+def _write_outputs(
+    video_path: Path, strip_path: Path, seen: np.ndarray, prediction: np.ndarray, truth: np.ndarray, fps: float
+) -> None:
+    from .data import write_video
+    from .files import temporary_path
+
+    rows = {"prediction": np.concatenate([seen, prediction])}
+    if len(truth):
+        full = np.concatenate([seen, truth])
+        missing = len(rows["prediction"]) - len(full)
+        rows = {"truth": np.concatenate([full, np.repeat(full[-1:], missing, axis=0)]) if missing else full} | rows
+    scale = max(1, 288 // prediction.shape[1])
+    large = [frames.repeat(scale, axis=1).repeat(scale, axis=2) for frames in rows.values()]
+    strip = _strip(rows, len(seen))
+    with temporary_path(strip_path) as partial:
+        strip.save(partial)
+        write_video(video_path, np.concatenate(large, axis=2), fps)
+
+
+def _strip(rows: dict[str, np.ndarray], num_seen: int, columns: int = 10) -> PIL.Image.Image:
+    """A picture of evenly spaced frames, a labelled row for each video."""
+    import PIL.Image
+    import PIL.ImageDraw
+
+    length = len(next(iter(rows.values())))
+    chosen = np.unique(np.linspace(max(num_seen - 1, 0), length - 1, columns).round().astype(int))
+    pictures = np.concatenate([np.concatenate(list(frames[chosen]), axis=1) for frames in rows.values()])
+    height, margin = pictures.shape[0] // len(rows), 14
+    strip = PIL.Image.new("RGB", (pictures.shape[1], pictures.shape[0] + margin * (len(rows) + 1)), "white")
+    draw = PIL.ImageDraw.Draw(strip)
+    width = pictures.shape[1] // len(chosen)
+    for row, name in enumerate(rows):
+        top = margin * (row + 1) + height * row
+        draw.text((2, top - margin + 1), name, fill="black")
+        strip.paste(PIL.Image.fromarray(pictures[height * row : height * (row + 1)]), (0, top))
+    for column, frame in enumerate(chosen):
+        label = "seen" if frame < num_seen else f"+{frame - num_seen + 1}"
+        draw.text((column * width + 2, strip.height - margin + 1), label, fill="black")
+    return strip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

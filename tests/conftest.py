@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler
+
+from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel
+
+# sizes all differ, so that a transposed one shows: latents 4x6, frames 8x12, window 5 = 2 + 3, actions of 3
+TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "num_layers": 2,
+    "sample_height": 4,
+    "sample_width": 6,
+    "sample_frames": 5,
+    "num_history_frames": 2,
+    "action_dim": 3,
+    "action_scale": [0.5, 2.0, 1.0],
+    "action_offset": [1.0, 0.0, -1.0],
+}
+
+
+def tiny_transformer(**changes) -> IRASimTransformer3DModel:
+    """A random model in which every part matters: nothing is left at its zero initialisation."""
+    torch.manual_seed(0)
+    model = IRASimTransformer3DModel(**TINY | changes)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def tiny_vae() -> AutoencoderKL:
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.7,
+        shift_factor=0.2,
+        mid_block_add_attention=False,
+    ).eval()
+
+
+def tiny_pipeline(**changes) -> IRASimPipeline:
+    transformer = tiny_transformer(**changes)
+    scheduler = PNDMScheduler(
+        beta_start=1e-4,
+        beta_end=0.02,
+        skip_prk_steps=True,
+        steps_offset=1,
+        prediction_type=transformer.config.prediction_type,
+    )
+    pipeline = IRASimPipeline(tiny_vae(), transformer, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture()
+def transformer():
+    return tiny_transformer()
+
+
+@pytest.fixture()
+def pipeline():
+    return tiny_pipeline()
+
+
+@pytest.fixture()
+def frames():
+    """A history of two frames, uint8."""
+    return np.random.default_rng(2).integers(0, 256, (2, 8, 12, 3), dtype=np.uint8)
+
+
+@pytest.fixture()
+def actions():
+    """Seven actions: more than two windows of three."""
+    return np.random.default_rng(3).normal(size=(7, 3))

@@ -1,0 +1,155 @@
+"""The Push-T example end to end: the real simulator, `accelerate launch`, tiny networks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from simulator import Simulator, push_about, push_at
+
+from irasim_diffusers import IRASimPipeline
+from irasim_diffusers.data import LeRobotFolder
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SIZES = ["--num_layers", "1", "--num_attention_heads", "2", "--attention_head_dim", "12", "--train_batch_size", "4"]
+SPACE = ["--action_offset", "256", "--action_scale", "0.03125", "--action_space", "absolute"]
+
+
+def run(script, *arguments, launch=None):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *launch] if launch else [sys.executable]
+    command += [str(EXAMPLES / script), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+ONE = ["--num_processes", "1"]
+TWO = ["--num_processes", "2"]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pusht")
+    run("pusht/collect.py", "--output", root / "set", "--episodes", 3, "--length", 60, "--first_seed", 5)
+    run(
+        *("train_vae.py", "--dataset", root / "set", "--output_dir", root / "vae", "--max_train_steps", 6),
+        *("--block_out_channels", 32, 32, 32, 32, "--checkpointing_steps", 3, "--validation_steps", 3),
+        *("--frames_per_episode", 5, "--train_batch_size", 4),
+        launch=ONE,
+    )
+    return root
+
+
+def train(root, output, *arguments, launch=ONE):
+    return run(
+        *("train.py", "--dataset", root / "set", "--vae", root / "vae", "--output_dir", root / output, *SIZES, *SPACE),
+        *("--cache_dir", root / "latents", "--prediction_type", "v_prediction", "--num_history_frames", 2, *arguments),
+        launch=launch,
+    )
+
+
+def weights(folder):
+    return IRASimPipeline.from_pretrained(folder).transformer.state_dict()
+
+
+def test_collected_episodes_are_the_simulators(workspace):
+    folder = LeRobotFolder(workspace / "set")
+    assert (len(folder), folder.fps, folder.info["robot_type"]) == (3, 10, "gym_pusht")
+    simulator = Simulator()
+    for number, episode in enumerate(folder.episodes()):
+        frames, states = simulator.replay(5 + number, episode.actions[:-1])
+        assert np.array_equal(frames, episode.frames)
+        blocks = np.stack([state.block for state in states]).astype(np.float32)
+        assert np.array_equal(blocks, episode.states["observation.environment_state"])
+
+
+def test_collecting_again_goes_on_where_it_stopped(workspace):
+    video = workspace / "set" / "videos" / "observation.image" / "chunk-000" / "file-000.mp4"
+    before = video.stat().st_mtime_ns
+    run("pusht/collect.py", "--output", workspace / "set", "--episodes", 3, "--length", 60, "--first_seed", 5)
+    assert video.stat().st_mtime_ns == before
+
+
+def test_frames_do_not_show_the_action():
+    simulator = Simulator()
+    simulator.reset(3)
+    simulator.step(np.array([300.0, 200.0]))
+    before = simulator.frame()
+    simulator.environment._last_action = np.array([50.0, 450.0])
+    assert np.array_equal(simulator.frame(), before)
+
+
+@pytest.mark.parametrize("policy", [push_about, push_at])
+def test_pushers_stay_in_the_arena_and_touch_the_block(policy):
+    touched = 0
+    for seed in range(12):
+        simulator = Simulator()
+        state = first = simulator.reset(seed)
+        pusher = policy(np.random.default_rng(seed), state)
+        action = next(pusher)
+        for _ in range(60):
+            assert action.shape == (2,)
+            assert (action >= 12).all()
+            assert (action <= 500).all()
+            state = simulator.step(action)
+            action = pusher.send(state)
+        touched += np.linalg.norm(state.block - first.block) > 5
+    assert touched >= 4
+
+
+def test_vae_is_ready_to_use_and_resumes(workspace):
+    config = json.loads((workspace / "vae" / "config.json").read_text())
+    assert 0.1 < config["scaling_factor"] < 100
+    assert config["scaling_factor"] != 0.18215
+    assert (workspace / "vae" / "checkpoints").is_dir()
+
+
+@pytest.fixture(scope="module")
+def trained(workspace):
+    train(
+        *(workspace, "whole", "--max_train_steps", 6, "--checkpointing_steps", 2, "--validation_steps", 6),
+        *("--validation_dataset", workspace / "set", "--num_validation_clips", 2, "--validation_inference_steps", 2),
+    )
+    return workspace / "whole"
+
+
+def test_training_writes_a_pipeline_that_holds_the_action_space(trained):
+    config = IRASimPipeline.from_pretrained(trained).transformer.config
+    assert (config.sample_height, config.sample_width, config.sample_frames) == (12, 12, 16)
+    assert (config.action_dim, config.action_names, config.action_space) == (2, ["target_x", "target_y"], "absolute")
+    assert (config.action_offset, config.action_scale, config.prediction_type) == (256, 0.03125, "v_prediction")
+    assert sorted(path.name for path in trained.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_resuming_is_exact(workspace, trained):
+    train(workspace, "parts", "--max_train_steps", 6, "--checkpointing_steps", 2)
+    for name in ("checkpoint-6", "transformer"):
+        path = workspace / "parts" / name
+        path.rename(path.with_name(f"unused-{name}"))
+    (workspace / "parts" / "partial-5").mkdir()  # a checkpoint that was being written
+    output = train(workspace, "parts", "--max_train_steps", 6, "--checkpointing_steps", 2)
+    assert "checkpoint-4" in output
+    assert not (workspace / "parts" / "partial-5").exists()
+    for name, tensor in weights(trained).items():
+        assert torch.equal(weights(workspace / "parts")[name], tensor), name
+
+
+def test_training_on_two_processes(workspace):
+    train(workspace, "two", "--max_train_steps", 3, "--mixed_precision", "no", launch=TWO)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(workspace / "two").values())
+
+
+def test_evaluation_reports_every_figure(workspace, trained):
+    report = workspace / "report.json"
+    run(
+        *("pusht/evaluate.py", "--model", trained, "--dataset", workspace / "set", "--output", report),
+        *("--num_inference_steps", 1, "--num_clips", 2, "--num_histories", 1, "--first_seed", 5),
+    )
+    figures = json.loads(report.read_text())
+    assert figures["clip_psnr"]["n"] == 2
+    assert figures["identification"]["predictions"] == 8
+    assert 0 <= figures["identification"]["mean"] <= 1
+    assert "evaluate.py" in figures["setting"]["command"]

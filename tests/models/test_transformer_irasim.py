@@ -1,0 +1,194 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, tiny_transformer
+
+from irasim_diffusers import PRESETS, IRASimTransformer3DModel
+
+
+@pytest.fixture()
+def inputs():
+    torch.manual_seed(4)
+    return torch.randn(3, 4, 5, 4, 6), torch.tensor([7, 500, 999]), torch.randn(3, 3, 3)
+
+
+# the paper's counts hold the fixed position tables: 336 rows of the width (RT-1 at 256x320, 16 frames)
+@pytest.mark.parametrize(
+    ("preset", "count"), [("S", 33_206_416), ("B", 132_178_192), ("L", 461_372_432), ("XL", 679_397_776)]
+)
+def test_presets_have_the_papers_parameter_counts(preset, count):
+    with torch.device("meta"):
+        model = IRASimTransformer3DModel(**PRESETS[preset])
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    assert sum(parameter.numel() for parameter in model.parameters()) + 336 * width == count
+
+
+def test_matches_a_plain_reference(transformer, inputs):
+    hidden_states, timestep, actions = inputs
+    expected = plain_forward(transformer.state_dict(), hidden_states, timestep, actions)
+    torch.testing.assert_close(transformer(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+def plain_forward(state, x, t, actions):
+    """IRASim Frame-Ada written out for the tiny model, in the order and sizes of the paper, without diffusers."""
+    (batch, channels, frames, height, width), heads, dim = x.shape, 2, 24
+
+    def linear(name, value):
+        return value @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def sincos(positions, size):
+        omega = 1 / 10000 ** (torch.arange(size // 2, dtype=torch.float64) / (size / 2))
+        angles = positions.double()[:, None] * omega
+        return torch.cat([angles.sin(), angles.cos()], 1).float()
+
+    patches = x.reshape(batch, channels, frames, height // 2, 2, width // 2, 2).permute(0, 2, 3, 5, 1, 4, 6)
+    patches = patches.reshape(batch, frames, -1, channels * 4)
+    tokens = patches @ state["patch_embed.proj.weight"].reshape(dim, -1).T + state["patch_embed.proj.bias"]
+    rows = torch.arange(height // 2).repeat_interleave(width // 2)
+    columns = torch.arange(width // 2).repeat(height // 2)
+    tokens = tokens + torch.cat([sincos(columns, dim // 2), sincos(rows, dim // 2)], 1)
+
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    angles = t.float()[:, None] * frequencies
+    time = torch.cat([angles.cos(), angles.sin()], 1)
+    time = linear("time_embed.linear_2", F.silu(linear("time_embed.linear_1", time)))
+    scaled = (actions - torch.tensor(TINY["action_offset"])) * torch.tensor(TINY["action_scale"])
+    embedded = linear("action_embed.linear_2", F.gelu(linear("action_embed.linear_1", scaled), approximate="tanh"))
+    null = state["null_action"].expand(batch, frames - actions.shape[1], dim)
+    frame_condition = time[:, None] + torch.cat([null, embedded], 1)
+    time_condition = time[:, None].expand(batch, frames, dim)
+
+    def attention(name, value):
+        q, k, v = (linear(f"{name}.to_{p}", value).unflatten(-1, (heads, -1)).transpose(-2, -3) for p in "qkv")
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+        return linear(f"{name}.to_out.0", (weights @ v).transpose(-2, -3).flatten(-2))
+
+    def block(name, value, condition, temporal):
+        parts = linear(f"{name}.ada_norm.1", F.silu(condition)).unsqueeze(2).chunk(6, -1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts
+        inner = F.layer_norm(value, (dim,), eps=1e-6) * (1 + scale1) + shift1
+        attended = attention(f"{name}.attn1", inner.transpose(1, 2) if temporal else inner)
+        value = value + gate1 * (attended.transpose(1, 2) if temporal else attended)
+        inner = F.layer_norm(value, (dim,), eps=1e-6) * (1 + scale2) + shift2
+        inner = linear(f"{name}.ff.net.2", F.gelu(linear(f"{name}.ff.net.0.proj", inner), approximate="tanh"))
+        return value + gate2 * inner
+
+    for index in range(2):
+        tokens = block(f"transformer_blocks.{index}", tokens, frame_condition, temporal=False)
+        if index == 0:
+            tokens = tokens + sincos(torch.arange(frames), dim)[:, None]
+        tokens = block(f"temporal_transformer_blocks.{index}", tokens, time_condition, temporal=True)
+    shift, scale = linear("ada_norm_out.1", F.silu(time_condition)).unsqueeze(2).chunk(2, -1)
+    tokens = linear("proj_out", F.layer_norm(tokens, (dim,), eps=1e-6) * (1 + scale) + shift)
+    tokens = tokens.reshape(batch, frames, height // 2, width // 2, 2, 2, channels)
+    return tokens.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, channels, frames, height, width)
+
+
+def test_new_model_predicts_zero(inputs):
+    torch.manual_seed(0)
+    assert not IRASimTransformer3DModel(**TINY)(*inputs).sample.any()
+
+
+def test_an_action_modulates_its_own_frame_alone(transformer, inputs):
+    hidden_states, timestep, actions = inputs
+    for block in transformer.temporal_transformer_blocks:  # without the temporal blocks frames do not meet
+        torch.nn.init.zeros_(block.ada_norm[1].weight)
+        torch.nn.init.zeros_(block.ada_norm[1].bias)
+    changed = actions.clone()
+    changed[:, 1] += 1
+    difference = transformer(*inputs).sample - transformer(hidden_states, timestep, changed).sample
+    touched = difference.abs().amax(dim=(0, 1, 3, 4)) > 1e-6
+    assert touched.tolist() == [False, False, False, True, False]
+
+
+def test_actions_reach_later_and_earlier_frames_through_time(transformer, inputs):
+    hidden_states, timestep, actions = inputs
+    changed = actions.clone()
+    changed[:, 1] += 1
+    difference = transformer(*inputs).sample - transformer(hidden_states, timestep, changed).sample
+    assert (difference.abs().amax(dim=(0, 1, 3, 4)) > 1e-6).all()
+
+
+def test_no_actions_are_null_actions(transformer, inputs):
+    hidden_states, timestep, actions = inputs
+    nothing = transformer(hidden_states, timestep).sample
+    dropped = transformer(hidden_states, timestep, actions, action_mask=torch.zeros(3, 3, dtype=torch.bool)).sample
+    torch.testing.assert_close(nothing, dropped)
+    keep_one = torch.tensor([[True] * 3, [False] * 3, [True] * 3])
+    mixed = transformer(hidden_states, timestep, actions, action_mask=keep_one).sample
+    torch.testing.assert_close(mixed[1], nothing[1])
+    torch.testing.assert_close(mixed[0], transformer(*inputs).sample[0])
+
+
+def test_one_timestep_a_frame(transformer, inputs):
+    hidden_states, timestep, actions = inputs
+    by_frame = timestep[:, None].repeat(1, 5)
+    torch.testing.assert_close(transformer(hidden_states, by_frame, actions).sample, transformer(*inputs).sample)
+    by_frame[:, 0] = 0
+    assert not torch.allclose(transformer(hidden_states, by_frame, actions).sample, transformer(*inputs).sample)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 3, 2, 8), (2, 4, 7, 10, 4)])
+def test_any_size_and_number_of_frames(transformer, shape):
+    hidden_states = torch.randn(shape)
+    sample = transformer(hidden_states, torch.ones(shape[0]), torch.randn(shape[0], shape[2] - 1, 3)).sample
+    assert sample.shape == shape
+    assert torch.isfinite(sample).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "actions", "message"),
+    [
+        ((1, 4, 5, 3, 6), (1, 3, 3), "divisible by the patch size 2, got 3x6"),
+        ((1, 4, 5, 4, 6), (1, 3, 2), r"at most 5, 3\), got \(1, 3, 2\)"),
+        ((1, 4, 5, 4, 6), (1, 6, 3), r"at most 5, 3\), got \(1, 6, 3\)"),
+    ],
+)
+def test_bad_shapes(transformer, shape, actions, message):
+    with pytest.raises(ValueError, match=message):
+        transformer(torch.randn(shape), torch.ones(1), torch.randn(actions))
+
+
+def test_gradient_checkpointing_changes_no_gradient(inputs):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_transformer().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(*inputs).sample.square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("backend", ["_native_math", "native", "flex"])
+def test_attention_backends_agree(transformer, inputs, backend):
+    expected = transformer(*inputs).sample
+    transformer.set_attention_backend(backend)
+    torch.testing.assert_close(transformer(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_projections_agree(transformer, inputs):
+    expected = transformer(*inputs).sample
+    transformer.fuse_qkv_projections()
+    assert transformer.transformer_blocks[0].attn1.to_qkv.weight.shape == (72, 24)
+    torch.testing.assert_close(transformer(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_saving_and_loading_changes_nothing(transformer, inputs, tmp_path):
+    transformer.save_pretrained(tmp_path)
+    loaded = IRASimTransformer3DModel.from_pretrained(tmp_path)
+    assert dict(loaded.config) == dict(transformer.config) | {"_name_or_path": str(tmp_path)}
+    assert torch.equal(loaded(*inputs).sample, transformer(*inputs).sample)
+
+
+def test_raw_actions_survive_half_precision(transformer, inputs):
+    hidden_states, timestep, actions = inputs
+    transformer.register_to_config(action_scale=1.0, action_offset=4096.0)
+    transformer.to(torch.bfloat16)  # bfloat16 has steps of 32 at 4096
+    samples = [
+        transformer(hidden_states.bfloat16(), timestep, torch.full_like(actions, value)).sample
+        for value in (4096.0, 4097.0)
+    ]
+    assert not torch.equal(*samples)

@@ -1,0 +1,383 @@
+import inspect
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import tiny_pipeline
+
+from irasim_diffusers import IRASimPipeline
+from irasim_diffusers.rollout import chain_windows
+
+SCHEDULERS = [
+    "PNDMScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "UniPCMultistepScheduler",
+    "LCMScheduler",
+]
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def run(pipeline, frames, actions, **kwargs):
+    return pipeline(frames, actions, **{"num_inference_steps": 3, "output_type": "pt"} | kwargs).frames
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_every_scheduler_keeps_the_history_and_only_steps_the_future(name, prediction_type, frames, actions):
+    pipeline = tiny_pipeline(prediction_type=prediction_type)
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    windows = []
+    pipeline.transformer.register_forward_pre_hook(lambda _, args: windows.append(args[0].clone()))
+    history = pipeline.encode_history(pipeline.preprocess_frames(frames)).detach()
+    video = run(pipeline, frames, actions[:3], generator=seeded(0))
+    assert video.shape == (1, 3, 3, 8, 12)
+    assert torch.isfinite(video).all()
+    for window in windows:
+        torch.testing.assert_close(window[:, :, :2], history)
+    assert not torch.equal(windows[0][:, :, 2:], windows[-1][:, :, 2:])
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_perfect_network_is_sampled_exactly(name, pipeline, frames, actions):
+    """With the true noise of one sample as the prediction, every scheduler must find that sample."""
+    pipeline.scheduler = getattr(diffusers, name).from_config(
+        pipeline.scheduler.config, final_sigmas_type="zero", set_alpha_to_one=True, timestep_spacing="leading"
+    )
+    sample = torch.randn(1, 4, 3, 4, 6, generator=torch.Generator().manual_seed(5))
+    alphas = pipeline.scheduler.alphas_cumprod
+
+    class Oracle(torch.nn.Module):
+        dtype = torch.float32
+        config = pipeline.transformer.config
+        cache_context = pipeline.transformer.cache_context
+
+        def forward(self, window, timestep, actions, **_):
+            alpha = float(np.interp(float(timestep[0]), np.arange(len(alphas)), alphas.numpy()))
+            noise = (window[:, :, 2:] - alpha**0.5 * sample) / (1 - alpha) ** 0.5
+            return (torch.cat([window[:, :, :2], noise], dim=2),)
+
+    history = pipeline.encode_history(pipeline.preprocess_frames(frames)).detach()
+    del pipeline.transformer
+    pipeline.register_modules(transformer=None)
+    pipeline.transformer = Oracle()
+    actions = torch.from_numpy(actions[None, :3])
+    pipeline._set_timesteps(40, None, None)
+    noise = pipeline.prepare_latents(sample.shape, seeded(0))
+    future = pipeline.denoise_window(history, actions, noise, 40, generator=seeded(0))
+    assert (future - sample).abs().mean() < 0.06
+
+
+def test_history_is_given_as_it_was(pipeline, frames, actions):
+    before = frames.copy()
+    run(pipeline, frames, actions)
+    assert np.array_equal(frames, before)
+
+
+def test_exactly_one_frame_for_each_action(pipeline, frames, actions):
+    for count in (1, 2, 3, 4, 6, 7):
+        assert run(pipeline, frames, actions[:count]).shape[1] == count
+
+
+@pytest.mark.parametrize("name", ["PNDMScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_a_video_is_the_same_alone_and_in_a_batch(name, pipeline, frames, actions):
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    histories = np.stack([frames, frames[::-1], 255 - frames])
+    batch = np.stack([actions, actions[::-1], actions * 2])
+    together = run(pipeline, histories, batch, generator=seeded(5, 6, 7))
+    for index in range(3):
+        alone = run(pipeline, histories[index], batch[index], generator=seeded(5 + index))
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together[0], together[1])
+
+
+def test_candidates_of_one_history_are_separate_calls(pipeline, frames, actions):
+    candidates = np.stack([actions, actions + 1, actions - 1])
+    encoded = []
+    pipeline.vae.encoder.register_forward_hook(lambda _, args, __: encoded.append(len(args[0])))
+    together = run(pipeline, frames, candidates, generator=seeded(5, 6, 7))
+    assert encoded == [2]  # two history frames, once
+    for index, candidate in enumerate(candidates):
+        alone = run(pipeline, frames, candidate, generator=seeded(5 + index))
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_several_videos_of_a_trajectory(pipeline, frames, actions):
+    batch = np.stack([actions, actions + 1])
+    video = run(pipeline, frames, batch, num_videos_per_trajectory=2, generator=seeded(1, 2, 3, 4))
+    assert len(video) == 4
+    torch.testing.assert_close(video[2:3], run(pipeline, frames, batch[1], generator=seeded(3)), rtol=1e-4, atol=1e-5)
+
+
+def test_same_seed_same_video(pipeline, frames, actions):
+    first, second, other = (run(pipeline, frames, actions, generator=seeded(seed)[0]) for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, other)
+
+
+def test_a_rollout_is_chained_windows(pipeline, frames, actions):
+    rollout = run(pipeline, frames, actions[:6], generator=seeded(9)[0], output_type="latent")
+    generator = seeded(9)[0]
+    history = pipeline.encode_history(pipeline.preprocess_frames(frames)).detach()
+    parts = []
+    for start in (0, 3):
+        window_actions = torch.from_numpy(actions[None, start : start + 3])
+        noise = pipeline.prepare_latents((1, 4, 3, 4, 6), generator)
+        with torch.no_grad():
+            parts.append(pipeline.denoise_window(history, window_actions, noise, 3, generator=generator))
+        history = parts[-1][:, :, -2:]
+    torch.testing.assert_close(rollout, torch.cat(parts, dim=2), rtol=1e-5, atol=1e-6)
+
+
+def test_one_history_frame_grows_to_two(pipeline, frames, actions):
+    histories = []
+    pipeline.transformer.register_forward_pre_hook(lambda _, args: histories.append(args[0].shape[2] - args[2].shape[1]))
+    assert run(pipeline, frames[:1], actions).shape[1] == 7  # 4 + 3
+    assert [*dict.fromkeys(histories)] == [1, 2]
+
+
+def test_a_remainder_is_padded_by_holding(frames, actions):
+    given = []
+    for space in ("absolute", "relative"):
+        pipeline = tiny_pipeline(action_space=space)
+        pipeline.transformer.register_forward_pre_hook(lambda _, args: given.append(args[2][0]))
+        run(pipeline, frames, actions[:1], num_inference_steps=1)
+    first = torch.from_numpy(actions[:1]).float()
+    torch.testing.assert_close(given[0], first.expand(3, -1))
+    torch.testing.assert_close(given[-1], torch.cat([first, torch.zeros(2, 3)]))
+
+
+def test_given_latents_replace_the_noise(pipeline, frames, actions):
+    noise = torch.randn(1, 4, 3, 4, 6, generator=seeded(4)[0])
+    given = run(pipeline, frames, actions[:3], latents=noise)
+    torch.testing.assert_close(given, run(pipeline, frames, actions[:3], generator=seeded(4)[0]))
+
+
+def test_guidance_moves_away_from_no_actions(pipeline, frames, actions):
+    calls = []
+    pipeline.transformer.register_forward_pre_hook(lambda _, args: calls.append(args[2] is None))
+    kwargs = {"generator": seeded(1), "num_inference_steps": 2}
+    run(pipeline, frames, actions[:3], **kwargs)
+    assert not any(calls)
+    plain, guided = (
+        run(pipeline, frames, actions[:3], guidance_scale=scale, **kwargs | {"generator": seeded(1)})
+        for scale in (1.0, 3.0)
+    )
+    assert sum(calls) == 3  # two steps and PNDM's extra one
+    assert not torch.allclose(plain, guided)
+
+
+def test_actions_change_the_video(pipeline, frames, actions):
+    first, second = (run(pipeline, frames, actions * factor, generator=seeded(1)) for factor in (1, 3))
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_chunks_of_the_autoencoder_change_nothing(pipeline, frames, actions):
+    sizes = []
+    pipeline.vae.decoder.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    whole, chunked = (run(pipeline, frames, actions, generator=seeded(1), chunk_size=size) for size in (16, 2))
+    assert sizes == [7, 2, 2, 2, 1]
+    torch.testing.assert_close(whole, chunked, rtol=1e-4, atol=1e-5)
+
+
+def test_output_types_agree(pipeline, frames, actions):
+    outputs = {
+        kind: run(pipeline, frames, actions, generator=seeded(1), output_type=kind) for kind in ("pt", "np", "pil")
+    }
+    assert outputs["np"].shape == (1, 7, 8, 12, 3)
+    assert np.allclose(outputs["np"], outputs["pt"].permute(0, 1, 3, 4, 2).numpy())
+    assert isinstance(outputs["pil"][0][0], PIL.Image.Image)
+    assert np.abs(np.asarray(outputs["pil"][0][6]) - outputs["np"][0, 6] * 255).max() <= 1
+    latents = run(pipeline, frames, actions, generator=seeded(1), output_type="latent")
+    with torch.no_grad():
+        decoded = (pipeline.decode_latents(latents).transpose(1, 2) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(decoded, outputs["pt"], rtol=1e-4, atol=1e-5)
+    as_tuple = run_tuple(pipeline, frames, actions)
+    torch.testing.assert_close(as_tuple, outputs["pt"])
+
+
+def run_tuple(pipeline, frames, actions):
+    (video,) = pipeline(
+        frames, actions, num_inference_steps=3, generator=seeded(1), output_type="pt", return_dict=False
+    )
+    return video
+
+
+def test_every_form_of_frames_is_the_same(pipeline, frames):
+    images = [PIL.Image.fromarray(frame) for frame in frames]
+    channels_first = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    forms = [
+        images,
+        [images],
+        frames,
+        frames[None],
+        [frames],
+        list(frames),
+        frames / 255.0,
+        channels_first,
+        channels_first.float() / 255,
+        channels_first[None],
+    ]
+    expected = pipeline.preprocess_frames(frames)
+    assert expected.shape == (1, 2, 3, 8, 12)
+    for form in forms:
+        torch.testing.assert_close(pipeline.preprocess_frames(form), expected)
+    single = pipeline.preprocess_frames(images[0])
+    torch.testing.assert_close(single, expected[:, :1])
+
+
+def test_encoding_inverts_scaling(pipeline, frames):
+    latents = pipeline.encode_history(pipeline.preprocess_frames(frames))
+    raw = pipeline.vae.encode(pipeline.preprocess_frames(frames)[0]).latent_dist.mode()
+    torch.testing.assert_close(latents[0].transpose(0, 1), (raw - 0.2) * 0.7)
+    torch.testing.assert_close(pipeline.decode_latents(latents)[0, :, 1], pipeline.vae.decode(raw).sample[1])
+
+
+def test_resize(pipeline, frames, actions):
+    large = frames.repeat(3, axis=1).repeat(2, axis=2)
+    assert run(pipeline, large, actions[:1], resize=True).shape == (1, 1, 3, 8, 12)
+
+
+def test_saving_and_loading_changes_nothing(pipeline, frames, actions, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    loaded = IRASimPipeline.from_pretrained(tmp_path)
+    index = (tmp_path / "model_index.json").read_text()
+    assert '"irasim_diffusers",\n    "IRASimTransformer3DModel"' in index
+    videos = [run(pipe, frames, actions, generator=seeded(1)) for pipe in (pipeline, loaded)]
+    assert torch.equal(*videos)
+
+
+def test_callback_sees_and_replaces_latents_and_can_interrupt(pipeline, frames, actions):
+    steps = []
+
+    def callback(pipe, step, timestep, tensors):
+        steps.append((step, int(timestep), tensors["actions"].shape))
+        if step == 1:
+            pipe._interrupt = True
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    latents = run(
+        pipeline,
+        frames,
+        actions[:3],
+        output_type="latent",
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents", "actions"],
+    )
+    assert [step for step, *_ in steps] == [0, 1]
+    assert not latents.any()
+
+
+def test_progress_bar_counts_every_step(pipeline, frames, actions, capsys):
+    pipeline.set_progress_bar_config(disable=False)
+    run(pipeline, frames, actions)
+    assert "12/12" in capsys.readouterr().err  # three windows of three steps, PNDM adds one each
+
+
+def test_gradients_flow_through_the_steps(pipeline, frames, actions):
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    history = pipeline.encode_history(pipeline.preprocess_frames(frames))
+    differentiable = torch.from_numpy(actions[None, :3]).float().requires_grad_()
+    noise = torch.randn(1, 4, 3, 4, 6)
+    pipeline.decode_latents(pipeline.denoise_window(history, differentiable, noise, 2)).mean().backward()
+    assert differentiable.grad.abs().sum() > 0
+
+
+def test_predict_is_the_world_model_protocol(pipeline, frames, actions):
+    candidates = np.stack([actions, actions + 1])
+    video = pipeline.predict(frames, candidates, num_inference_steps=2)
+    assert video.shape == (2, 7, 3, 8, 12)
+    assert pipeline.predict(frames, candidates, num_inference_steps=2, output_type="latent").shape == (2, 4, 7, 4, 6)
+
+
+def test_chaining_stops_at_the_last_action():
+    lengths = []
+
+    def predict(history, actions):
+        lengths.append((history.shape[2], actions.shape[1]))
+        return actions[:, None, :, None, :].cumsum(2)
+
+    actions = torch.randn(2, 8, 3)
+    future = chain_windows(predict, torch.zeros(2, 1, 1, 1, 3), actions, sample_frames=5, num_history_frames=2)
+    assert lengths == [(1, 4), (2, 3), (2, 1)]
+    torch.testing.assert_close(future[:, 0, 7, 0], actions[:, 7])
+
+
+RGBA = PIL.Image.new("RGBA", (12, 8))
+GRAY = PIL.Image.new("L", (12, 8))
+BAD_INPUTS = [
+    ({"actions": np.zeros((3, 2))}, r"`actions` must be \(n, 3\) or .* got \(3, 2\)"),
+    ({"actions": np.zeros(3)}, r"`actions` must be .* got \(3,\)"),
+    ({"actions": np.zeros((0, 3))}, "nothing to predict"),
+    ({"actions": [[0, 0, 0], [0, 0]]}, "`actions` must be .* of one length"),
+    ({"actions": np.array([[0, np.nan, 0]])}, r"`actions` must be finite, got nan at index \(0, 1\)"),
+    ({"actions": np.array([[0, 0, np.inf]])}, "`actions` must be finite, got inf"),
+    ({"actions": np.zeros((2, 3, 3)), "frames": np.zeros((3, 1, 8, 12, 3))}, "3 histories and 2 action sequences"),
+    ({"frames": []}, "`frames` must hold at least one frame"),
+    ({"frames": np.zeros((0, 8, 12, 3))}, "`frames` must be RGB images"),
+    ({"frames": np.zeros((3, 8, 12, 3))}, "1 to 2 history frames for this checkpoint, got 3"),
+    ({"frames": np.zeros((1, 16, 12, 3))}, r"must be 8x12 .* got 16x12: pass resize=True \(--resize"),
+    ({"frames": RGBA}, "must be RGB, got an image of mode RGBA"),
+    ({"frames": GRAY}, "must be RGB, got an image of mode L"),
+    ({"frames": np.zeros((8, 12, 4))}, "must be RGB"),
+    ({"frames": np.zeros((8, 12))}, "must be .*H, W, 3"),
+    ({"frames": np.full((8, 12, 3), 255.0)}, r"floats in \[0, 1\], got floats in \[255, 255\]"),
+    ({"frames": np.full((8, 12, 3), np.nan)}, "floats in"),
+    ({"frames": np.zeros((8, 12, 3), dtype=np.int64)}, "must be uint8, or floats"),
+    ({"frames": "picture.png"}, "PIL images, arrays or tensors, got str"),
+    ({"frames": [np.zeros((8, 12, 3)), np.zeros((8, 14, 3))]}, "all of one size"),
+    ({"num_inference_steps": 0}, "`num_inference_steps` and .* at least 1, got 0"),
+    ({"num_videos_per_trajectory": 0}, "at least 1"),
+    ({"generator": seeded(1, 2)}, "list of 1, got a list of 2"),
+    ({"latents": torch.zeros(1, 4, 2, 4, 6)}, "`latents` must be"),
+    ({"output_type": "latents"}, "pil, np, pt or latent, got 'latents'"),
+    ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"got \['noise'\]"),
+    ({"timesteps": [10, 5]}, "known to the scheduler"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_INPUTS)
+def test_bad_input_is_refused_before_any_work(pipeline, frames, actions, change, message):
+    pipeline.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the network was evaluated"))
+    pipeline.vae.encoder.register_forward_pre_hook(lambda *_: pytest.fail("the history was encoded"))
+    with pytest.raises(ValueError, match=message):
+        run(pipeline, **{"frames": frames, "actions": actions[:3]} | change)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (diffusers.DDIMScheduler(beta_end=0.02, prediction_type="v_prediction"), "prediction type 'epsilon', got DDIM"),
+        (diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012), "noise process .* other betas"),
+        (diffusers.DDIMScheduler(beta_start=1e-4, num_train_timesteps=500), "noise process .* other betas"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "prediction type 'epsilon', got FlowMatchEuler"),
+        (
+            diffusers.DPMSolverMultistepScheduler(
+                beta_start=1e-4, use_flow_sigmas=True, prediction_type="epsilon", flow_shift=1.0
+            ),
+            "flow or continuous process",
+        ),
+    ],
+)
+def test_a_scheduler_of_another_process_is_refused(pipeline, frames, actions, scheduler, message):
+    pipeline.scheduler = scheduler
+    with pytest.raises(ValueError, match=message):
+        run(pipeline, frames, actions)
+
+
+def test_call_has_the_documented_arguments():
+    signature = inspect.signature(IRASimPipeline.__call__)
+    documented = inspect.getdoc(IRASimPipeline.__call__)
+    for name in signature.parameters:
+        assert name == "self" or f"{name}:" in documented
+    assert signature.parameters["num_inference_steps"].default == 50
+    assert signature.parameters["guidance_scale"].default == 1.0

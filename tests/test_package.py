@@ -1,0 +1,77 @@
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+
+import irasim_diffusers
+from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "irasim_diffusers"
+FREE = {"files", "version"}  # leaves that any part may use
+ALLOWED = {
+    "actions": set(),
+    "metrics": set(),
+    "models": set(),
+    "rollout": set(),
+    "files": set(),
+    "version": set(),
+    "data": {"actions"},
+    "pipelines": {"models", "actions", "rollout"},
+    "training": {"models"},
+}
+
+
+def imported_parts(path):
+    """Parts of the package that a module imports, by reading it."""
+    package = path.relative_to(PACKAGE).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            target = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            yield target[0] or node.names[0].name
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("irasim_diffusers."):
+            yield node.module.split(".")[1]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if part in ("__init__", "cli"):
+        return
+    assert set(imported_parts(path)) - {part} <= ALLOWED[part] | FREE
+
+
+def test_the_models_module_path_is_part_of_the_format():
+    assert IRASimTransformer3DModel.__module__ == "irasim_diffusers.models.transformer_irasim"
+    assert IRASimPipeline.__module__ == "irasim_diffusers.pipelines.pipeline_irasim"
+
+
+def test_no_folder_shadows_a_diffusers_pipeline():
+    modules = {path.name for path in (Path(diffusers.__file__).parent / "pipelines").iterdir()}
+    assert not modules & {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+
+
+def test_importing_does_nothing_visible():
+    code = "import irasim_diffusers; print(irasim_diffusers.__version__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == irasim_diffusers.__version__
+
+
+def test_public_names_exist():
+    for name in irasim_diffusers.__all__:
+        assert getattr(irasim_diffusers, name) is not None
+
+
+def test_auto_model_finds_the_class_of_a_pipeline_folder(tmp_path, pipeline):
+    pipeline.save_pretrained(tmp_path)
+    model = diffusers.AutoModel.from_pretrained(tmp_path, subfolder="transformer")
+    assert type(model) is IRASimTransformer3DModel
+
+
+def test_examples_use_public_names_only():
+    for path in (ROOT / "examples").rglob("*.py"):
+        assert not re.findall(r"from irasim_diffusers\S* import [^\n]*\b_[a-z]", path.read_text()), path
