@@ -44,6 +44,7 @@ class TrainingArguments:
     output_dir: str = field(metadata={"help": "where checkpoints and the finished pipeline are written"})
     validation_dataset: str | None = field(default=None, metadata={"help": "LeRobotDataset folder of held-out episodes"})
     camera: str | None = field(default=None, metadata={"help": "feature key of the camera (default: the only one)"})
+    max_train_episodes: int | None = field(default=None, metadata={"help": "train on the first that many episodes"})
     cache_dir: str | None = field(default=None, metadata={"help": "where latents are kept (default: output_dir/latents)"})
     # model
     pretrained_model_name_or_path: str | None = field(
@@ -227,8 +228,8 @@ def main() -> None:
     for partial in output.glob("partial-*"):
         shutil.rmtree(partial, ignore_errors=True)
 
-    dataset = LeRobotFolder(Path(arguments.dataset), arguments.camera)
-    vae = load_vae(arguments.vae).to(accelerator.device)
+    dataset = LeRobotFolder(Path(arguments.dataset), arguments.camera, arguments.max_train_episodes)
+    vae = load_vae(arguments.vae).to(accelerator.device, memory_format=torch.channels_last)
     with accelerator.main_process_first():
         folder = cache_latents(
             dataset, vae, arguments.cache_dir or output / "latents", mixed_precision=arguments.mixed_precision == "bf16"

@@ -68,7 +68,7 @@ def test_public_names_exist():
 
 def test_auto_model_finds_the_class_of_a_pipeline_folder(tmp_path, pipeline):
     pipeline.save_pretrained(tmp_path)
-    model = diffusers.AutoModel.from_pretrained(tmp_path, subfolder="transformer")
+    model = diffusers.AutoModel.from_pretrained(str(tmp_path), subfolder="transformer")
     assert type(model) is IRASimTransformer3DModel
 
 

@@ -45,6 +45,7 @@ def cache_latents(
         "dataset": str(dataset.root.resolve()),
         "camera": dataset.camera,
         "info": dataset.info,
+        "episodes": len(dataset),
         "vae": _fingerprint(vae),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -52,20 +53,21 @@ def cache_latents(
     manifest = folder / "manifest.json"
     if manifest.is_file():
         return folder
+    def file(number: int) -> Path:
+        return folder / f"latents-{number // EPISODES_PER_FILE:05d}.safetensors"
+
+    done = next((k for k in range(0, len(dataset), EPISODES_PER_FILE) if not file(k).is_file()), len(dataset))
     tensors: dict[str, torch.Tensor] = {}
-    bar = tqdm(dataset.episodes(), total=len(dataset), desc="encoding latents", unit="episode")
-    for number, episode in enumerate(bar):
-        path = folder / f"latents-{number // EPISODES_PER_FILE:05d}.safetensors"
-        if path.is_file():
-            continue
+    bar = tqdm(dataset.episodes(done), total=len(dataset), initial=done, desc="encoding latents", unit="episode")
+    for number, episode in enumerate(bar, done):
         tensors[f"latents.{number}"] = _encode(vae, episode.frames, batch_size, mixed_precision)
         tensors[f"actions.{number}"] = torch.from_numpy(np.ascontiguousarray(episode.actions))
         if (number + 1) % EPISODES_PER_FILE == 0 or number + 1 == len(dataset):
-            with temporary_path(path) as partial:
+            with temporary_path(file(number)) as partial:
                 save_file(tensors, partial)
             tensors = {}
     with temporary_path(manifest) as partial:
-        partial.write_text(json.dumps(identity | {"episodes": len(dataset)}, indent=2))
+        partial.write_text(json.dumps(identity, indent=2))
     return folder
 
 
@@ -85,7 +87,7 @@ def _fingerprint(vae: AutoencoderKL) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -44,6 +44,7 @@ class LeRobotFolder:
     Args:
         root: The folder that holds `meta`, `data` and `videos`.
         camera: Feature key of the camera; None takes the only one.
+        max_episodes: Use only the first that many episodes.
 
     Raises:
         ValueError: If the folder is no LeRobotDataset v3.0, or the camera is missing or ambiguous.
@@ -51,6 +52,7 @@ class LeRobotFolder:
 
     root: Path
     camera: str | None = None
+    max_episodes: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
@@ -89,7 +91,7 @@ class LeRobotFolder:
         for file in files:
             names = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]
             rows += pq.read_table(file, columns=names).to_pylist()
-        return sorted(rows, key=lambda row: row["episode_index"])
+        return sorted(rows, key=lambda row: row["episode_index"])[: self.max_episodes]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -111,14 +113,14 @@ class LeRobotFolder:
             if key not in INDEX_FEATURES
         }
 
-    def episodes(self) -> Iterator[Episode]:
-        """Every episode in order; each video file is decoded once, front to back.
+    def episodes(self, first: int = 0) -> Iterator[Episode]:
+        """Every episode from number `first` on, in order; each video file is decoded once, front to back.
 
         Raises:
             ValueError: If a video is unreadable or ends before its episodes do.
         """
         path, video, position = None, iter(()), 0
-        for index, row in enumerate(self.rows):
+        for index, row in enumerate(self.rows[first:], first):
             location = {name: row[f"videos/{self.camera}/{name}"] for name in ("chunk_index", "file_index")}
             wanted = self.root / self.info["video_path"].format(video_key=self.camera, **location)
             start = round(row[f"videos/{self.camera}/from_timestamp"] * self.fps)
@@ -288,13 +290,30 @@ def write_metadata(
         "features": features,
     }
     statistics = {key: _pool([_row_statistics(row, key) for row in rows]) for key in [camera, *names]}
-    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "__index_level_0__": list(tasks)})
-    pandas = {"index_columns": ["__index_level_0__"], "columns": [], "column_indexes": []}
     with temporary_path(root / "meta" / "tasks.parquet") as partial:
-        pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(pandas)}), partial)
+        pq.write_table(_tasks_table(tasks), partial)
     for name, content in (("stats.json", statistics), ("info.json", info)):
         with temporary_path(root / "meta" / name) as partial:
             partial.write_text(json.dumps(content, indent=4))
+
+
+def _tasks_table(tasks: Sequence[str]) -> pa.Table:
+    """Task indices with the task strings as the pandas index, as LeRobot reads them."""
+
+    def column(name: str | None, field_name: str, pandas_type: str, numpy_type: str) -> dict[str, Any]:
+        types = {"pandas_type": pandas_type, "numpy_type": numpy_type, "metadata": None}
+        return {"name": name, "field_name": field_name} | types
+
+    pandas = {
+        "index_columns": ["__index_level_0__"],
+        "column_indexes": [column(None, "None", "unicode", "object")],
+        "columns": [
+            column("task_index", "task_index", "int64", "int64"),
+            column(None, "__index_level_0__", "unicode", "object"),
+        ],
+    }
+    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "__index_level_0__": list(tasks)})
+    return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
 
 
 def _column(key: str, parts: list[np.ndarray]) -> pa.Array:

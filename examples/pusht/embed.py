@@ -1,0 +1,52 @@
+"""Put a trained Push-T pipeline into the package, with one held-out clip.
+
+    python examples/pusht/embed.py --model runs/pusht --dataset data/pusht-test --episode 3 --start 20
+
+Weights are stored in bfloat16; the clip, two history frames and 60 more with their 60 actions, without loss.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from transformers import HfArgumentParser
+
+from irasim_diffusers import IRASimPipeline, embedded_checkpoint
+from irasim_diffusers.data import LeRobotFolder, write_video
+
+
+@dataclass
+class EmbedArguments:
+    model: str = field(metadata={"help": "pipeline folder"})
+    dataset: str = field(metadata={"help": "held-out LeRobotDataset folder"})
+    episode: int = field(default=0, metadata={"help": "episode of the clip"})
+    start: int = field(default=20, metadata={"help": "first frame of the clip"})
+    num_actions: int = 60
+    scheduler: str = field(default="PNDMScheduler", metadata={"help": "scheduler class of diffusers"})
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(EmbedArguments).parse_args_into_dataclasses()
+    target = embedded_checkpoint()
+    pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    pipeline.scheduler = getattr(diffusers, arguments.scheduler).from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(target)
+
+    dataset = LeRobotFolder(Path(arguments.dataset))
+    episode = next(episode for number, episode in enumerate(dataset.episodes()) if number == arguments.episode)
+    history = pipeline.transformer.config.num_history_frames
+    first = arguments.start + history - 1  # this action leads to the first predicted frame
+    frames = episode.frames[arguments.start : arguments.start + history + arguments.num_actions]
+    actions = episode.actions[first : first + arguments.num_actions]
+    write_video(target / "example.mp4", frames, dataset.fps, lossless=True)
+    names = ",".join(pipeline.transformer.config.action_names)
+    np.savetxt(target / "example_actions.csv", actions, delimiter=",", header=names, comments="", fmt="%.3f")
+    for path in sorted(target.rglob("*")):
+        if path.is_file():
+            print(f"{path.stat().st_size / 1e6:8.3f} MB  {path.relative_to(target)}")
+
+
+if __name__ == "__main__":
+    main()
