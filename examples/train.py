@@ -10,7 +10,6 @@ only. Checkpoints go to `<output_dir>/checkpoint-<step>`; the same command run a
 
 import json
 import logging
-import math
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -42,10 +41,14 @@ class TrainingArguments:
     dataset: str = field(metadata={"help": "LeRobotDataset v3.0 folder to train on"})
     vae: str = field(metadata={"help": "frozen autoencoder: folder or Hub id; append ':<subfolder>' where it has one"})
     output_dir: str = field(metadata={"help": "where checkpoints and the finished pipeline are written"})
-    validation_dataset: str | None = field(default=None, metadata={"help": "LeRobotDataset folder of held-out episodes"})
+    validation_dataset: str | None = field(
+        default=None, metadata={"help": "LeRobotDataset folder of held-out episodes"}
+    )
     camera: str | None = field(default=None, metadata={"help": "feature key of the camera (default: the only one)"})
     max_train_episodes: int | None = field(default=None, metadata={"help": "train on the first that many episodes"})
-    cache_dir: str | None = field(default=None, metadata={"help": "where latents are kept (default: output_dir/latents)"})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "where latents are kept (default: output_dir/latents)"}
+    )
     # model
     pretrained_model_name_or_path: str | None = field(
         default=None, metadata={"help": "transformer to start from: folder or Hub id; its config is kept"}
@@ -56,7 +59,9 @@ class TrainingArguments:
     attention_head_dim: int = 64
     patch_size: int = 2
     sample_frames: int = field(default=16, metadata={"help": "frames of a window, history and predicted"})
-    num_history_frames: int = field(default=1, metadata={"help": "most history frames; each step draws 1 to this many"})
+    num_history_frames: int = field(
+        default=1, metadata={"help": "most history frames; each step draws 1 to this many"}
+    )
     action_scale: float | None = field(default=None, metadata={"help": "default: one over the data's deviation"})
     action_offset: float | None = field(default=None, metadata={"help": "default: the data's mean"})
     action_space: str = field(default="relative", metadata={"help": "relative, or absolute targets"})
@@ -87,7 +92,9 @@ class TrainingArguments:
     validation_steps: int = 2000
     num_validation_clips: int = 16
     validation_inference_steps: int = 16
-    report_to: str | None = field(default=None, metadata={"help": "tensorboard, wandb or another tracker of accelerate"})
+    report_to: str | None = field(
+        default=None, metadata={"help": "tensorboard, wandb or another tracker of accelerate"}
+    )
     seed: int = 0
 
 
@@ -232,7 +239,10 @@ def main() -> None:
     vae = load_vae(arguments.vae).to(accelerator.device, memory_format=torch.channels_last)
     with accelerator.main_process_first():
         folder = cache_latents(
-            dataset, vae, arguments.cache_dir or output / "latents", mixed_precision=arguments.mixed_precision == "bf16"
+            dataset,
+            vae,
+            arguments.cache_dir or output / "latents",
+            mixed_precision=arguments.mixed_precision == "bf16",
         )
     transformer = build_transformer(arguments, dataset, vae)
     config = transformer.config
@@ -292,7 +302,9 @@ def main() -> None:
     start = time.perf_counter()
     while step < arguments.max_train_steps:
         loader.set_epoch(epoch)
-        batches = accelerator.skip_first_batches(loader, done * arguments.gradient_accumulation_steps) if done else loader
+        batches = (
+            accelerator.skip_first_batches(loader, done * arguments.gradient_accumulation_steps) if done else loader
+        )
         for batch in batches:
             with accelerator.accumulate(model):
                 loss = training_loss(

@@ -57,23 +57,23 @@ def tiny_pipeline(**changes) -> IRASimPipeline:
     return pipeline
 
 
-@pytest.fixture()
+@pytest.fixture
 def transformer():
     return tiny_transformer()
 
 
-@pytest.fixture()
+@pytest.fixture
 def pipeline():
     return tiny_pipeline()
 
 
-@pytest.fixture()
+@pytest.fixture
 def frames():
     """A history of two frames, uint8."""
     return np.random.default_rng(2).integers(0, 256, (2, 8, 12, 3), dtype=np.uint8)
 
 
-@pytest.fixture()
+@pytest.fixture
 def actions():
     """Seven actions: more than two windows of three."""
     return np.random.default_rng(3).normal(size=(7, 3))

@@ -12,7 +12,7 @@ from irasim_diffusers.data import read_video, write_video
 from irasim_diffusers.metrics import psnr
 
 
-@pytest.fixture()
+@pytest.fixture
 def workspace(tmp_path, monkeypatch):
     """A folder with a tiny model, a video, a picture and actions; the current folder of the command."""
     monkeypatch.chdir(tmp_path)

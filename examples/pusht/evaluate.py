@@ -41,7 +41,9 @@ class EvaluationArguments:
     model: str = field(metadata={"help": "pipeline folder or Hub id"})
     dataset: str = field(metadata={"help": "held-out LeRobotDataset folder made by collect.py"})
     output: str | None = field(default=None, metadata={"help": "JSON report to write"})
-    scheduler: str | None = field(default=None, metadata={"help": "scheduler class of diffusers (default: the model's)"})
+    scheduler: str | None = field(
+        default=None, metadata={"help": "scheduler class of diffusers (default: the model's)"}
+    )
     num_inference_steps: int = 50
     num_history_frames: int = field(default=1, metadata={"help": "observed frames given to the model"})
     num_clips: int = field(default=200, metadata={"help": "clips in which the block moves"})
@@ -73,7 +75,9 @@ def moving_clips(
     found = 0
     for episode in dataset.episodes():
         block = episode.states["observation.environment_state"]
-        starts = [s for s in range(0, len(episode) - length, length) if moved(block[s + history - 1], block[s + length - 1])]
+        starts = [
+            s for s in range(0, len(episode) - length, length) if moved(block[s + history - 1], block[s + length - 1])
+        ]
         for start in starts[:per_episode]:
             last = start + length
             yield episode.frames[start:last], episode.actions[start + history - 1 : last - 1]
@@ -188,7 +192,9 @@ def main() -> None:
         },
     }
     for name in ("clip_psnr", "clip_psnr_last_frame", "clip_psnr_shuffled_actions", "gain_over_last_frame"):
-        print(f"{name} {report[name]['mean']:.2f} dB [{report[name]['low']:.2f}, {report[name]['high']:.2f}]", flush=True)
+        print(
+            f"{name} {report[name]['mean']:.2f} dB [{report[name]['low']:.2f}, {report[name]['high']:.2f}]", flush=True
+        )
 
     if arguments.num_histories:
         tasks = identification_tasks(dataset, arguments.num_histories, length, history, arguments.first_seed)

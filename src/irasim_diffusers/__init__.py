@@ -9,8 +9,6 @@ from .pipelines import IRASimPipeline, IRASimPipelineOutput
 from .rollout import WorldModel
 from .version import __version__
 
-
-
 # With this entry model_index.json names the package, not a module path, and loads from folders and from the Hub.
 LOADABLE_CLASSES.setdefault("irasim_diffusers", {"IRASimTransformer3DModel": ["save_pretrained", "from_pretrained"]})
 ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES["irasim_diffusers"])

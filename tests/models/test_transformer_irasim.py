@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, tiny_transformer
+from diffusers.models.attention_dispatch import attention_backend
 
 from irasim_diffusers import PRESETS, IRASimTransformer3DModel
 
 
-@pytest.fixture()
+@pytest.fixture
 def inputs():
     torch.manual_seed(4)
     return torch.randn(3, 4, 5, 4, 6), torch.tensor([7, 500, 999]), torch.randn(3, 3, 3)
@@ -166,11 +167,8 @@ def test_gradient_checkpointing_changes_no_gradient(inputs):
 def test_attention_backends_agree(transformer, inputs, backend):
     transformer.requires_grad_(False)
     expected = transformer(*inputs).sample
-    transformer.set_attention_backend(backend)  # also sets diffusers' process-wide default
-    try:
+    with attention_backend(backend):
         torch.testing.assert_close(transformer(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
-    finally:
-        transformer.reset_attention_backend()
 
 
 def test_fused_projections_agree(transformer, inputs):

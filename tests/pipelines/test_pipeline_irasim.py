@@ -140,7 +140,9 @@ def test_a_rollout_is_chained_windows(pipeline, frames, actions):
 
 def test_one_history_frame_grows_to_two(pipeline, frames, actions):
     histories = []
-    pipeline.transformer.register_forward_pre_hook(lambda _, args: histories.append(args[0].shape[2] - args[2].shape[1]))
+    pipeline.transformer.register_forward_pre_hook(
+        lambda _, args: histories.append(args[0].shape[2] - args[2].shape[1])
+    )
     assert run(pipeline, frames[:1], actions).shape[1] == 7  # 4 + 3
     assert [*dict.fromkeys(histories)] == [1, 2]
 
@@ -356,7 +358,10 @@ def test_bad_input_is_refused_before_any_work(pipeline, frames, actions, change,
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (diffusers.DDIMScheduler(beta_end=0.02, prediction_type="v_prediction"), "prediction type 'epsilon', got DDIM"),
+        (
+            diffusers.DDIMScheduler(beta_end=0.02, prediction_type="v_prediction"),
+            "prediction type 'epsilon', got DDIM",
+        ),
         (diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012), "noise process .* other betas"),
         (diffusers.DDIMScheduler(beta_start=1e-4, num_train_timesteps=500), "noise process .* other betas"),
         (diffusers.FlowMatchEulerDiscreteScheduler(), "prediction type 'epsilon', got FlowMatchEuler"),

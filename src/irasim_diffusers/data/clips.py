@@ -53,6 +53,7 @@ def cache_latents(
     manifest = folder / "manifest.json"
     if manifest.is_file():
         return folder
+
     def file(number: int) -> Path:
         return folder / f"latents-{number // EPISODES_PER_FILE:05d}.safetensors"
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ class LeRobotFolder:
             start = round(row[f"videos/{self.camera}/from_timestamp"] * self.fps)
             if wanted != path or start < position:
                 path, video, position = wanted, iterate_video(wanted), 0
-            frames = [frame for frame in _take(video, start - position + row["length"])][start - position :]
+            frames = list(islice(video, start - position, start - position + row["length"]))
             if len(frames) != row["length"]:
                 raise ValueError(
                     f"{str(path)!r} ends within episode {row['episode_index']}: {row['length']} frames wanted, "
@@ -147,14 +148,6 @@ class LeRobotFolder:
                 self.root / self.info["data_path"].format(chunk_index=chunk_index, file_index=file_index)
             )
         return cache[key]
-
-
-def _take(frames: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    for _ in range(count):
-        frame = next(frames, None)
-        if frame is None:
-            return
-        yield frame
 
 
 def write_file(

@@ -317,9 +317,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             return (sample,)
         return Transformer2DModelOutput(sample=sample)
 
-    def _run(
-        self, block: IRASimTransformerBlock, hidden_states: torch.Tensor, temb: torch.Tensor
-    ) -> torch.Tensor:
+    def _run(self, block: IRASimTransformerBlock, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, hidden_states, temb)
         return block(hidden_states, temb)

@@ -176,7 +176,9 @@ class IRASimPipeline(DiffusionPipeline):
                 f"`scheduler` must have the checkpoint's noise process (linear mixing of variances, "
                 f"{len(trained)} steps), got {name}, a flow or continuous process."
             )
-        if alphas_cumprod.shape != trained.shape or not torch.allclose(alphas_cumprod.cpu().float(), trained, atol=1e-6):
+        if alphas_cumprod.shape != trained.shape or not torch.allclose(
+            alphas_cumprod.cpu().float(), trained, atol=1e-6
+        ):
             raise ValueError(
                 f"`scheduler` must have the checkpoint's noise process ({len(trained)} steps, beta "
                 f"{self.transformer.config.beta_start} to {self.transformer.config.beta_end}, "
@@ -358,9 +360,11 @@ class IRASimPipeline(DiffusionPipeline):
             ValueError: On any input that cannot be served, before anything is computed.
 
         Examples:
-        """
+        """  # noqa: D414 (filled by the decorator)
         config = self.transformer.config
-        tensor_inputs = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        tensor_inputs = (
+            ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        )
         actions = prepare_actions(actions, config.action_dim)
         histories = self.preprocess_frames(frames, resize)
         self.check_inputs(
@@ -449,7 +453,9 @@ class IRASimPipeline(DiffusionPipeline):
     def _set_timesteps(
         self, num_inference_steps: int, timesteps: list[int] | None, sigmas: list[float] | None
     ) -> torch.Tensor:
-        custom = {name: value for name, value in {"timesteps": timesteps, "sigmas": sigmas}.items() if value is not None}
+        custom = {
+            name: value for name, value in {"timesteps": timesteps, "sigmas": sigmas}.items() if value is not None
+        }
         accepted = inspect.signature(self.scheduler.set_timesteps).parameters
         if len(custom) > 1 or not custom.keys() <= accepted.keys():
             raise ValueError(
