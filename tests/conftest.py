@@ -4,6 +4,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel
+from irasim_diffusers.models import noise_process
 
 # sizes all differ, so that a transposed one shows: latents 4x6, frames 8x12, window 5 = 2 + 3, actions of 3
 TINY = {
@@ -45,13 +46,8 @@ def tiny_vae() -> AutoencoderKL:
 
 def tiny_pipeline(**changes) -> IRASimPipeline:
     transformer = tiny_transformer(**changes)
-    scheduler = PNDMScheduler(
-        beta_start=1e-4,
-        beta_end=0.02,
-        skip_prk_steps=True,
-        steps_offset=1,
-        prediction_type=transformer.config.prediction_type,
-    )
+    process = {name: value for name, value in noise_process(transformer.config).config.items() if name[0] != "_"}
+    scheduler = PNDMScheduler.from_config(process | {"skip_prk_steps": True, "steps_offset": 1})
     pipeline = IRASimPipeline(tiny_vae(), transformer, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -156,33 +156,36 @@ class IRASimPipeline(DiffusionPipeline):
         self.check_scheduler()
 
     def check_scheduler(self) -> None:
-        """Refuse a scheduler that the checkpoint was not trained for.
+        """Refuse a scheduler that does not fit the checkpoint.
 
         Raises:
-            ValueError: If prediction type or noise process differ from those in the transformer's config.
+            ValueError: If prediction type or noise process differ from those in the transformer's config, or if it clips.
         """
-        name = type(self.scheduler).__name__
-        remedy = f"make it with `{name}.from_config(pipe.scheduler.config)` of the loaded pipeline"
-        wanted = self.transformer.config.prediction_type
+        name, config = type(self.scheduler).__name__, self.transformer.config
+        process = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+        settings = ", ".join(f"{key}={config[key]!r}" for key in process)
+        remedy = f"make it with `{name}.from_config(pipe.scheduler.config, {settings}, clip_sample=False)`."
         found = getattr(self.scheduler.config, "prediction_type", None)
-        if found != wanted:
+        if found != config.prediction_type:
             raise ValueError(
-                f"`scheduler` must have the checkpoint's prediction type {wanted!r}, got {name} with {found!r}: {remedy}."
+                f"`scheduler` must have the checkpoint's prediction type {config.prediction_type!r}, got {name} with "
+                f"{found!r}: {remedy}"
             )
-        trained = noise_process(self.transformer.config).alphas_cumprod
+        trained = noise_process(config).alphas_cumprod
         alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)
         if alphas_cumprod is None or getattr(self.scheduler.config, "use_flow_sigmas", False):
             raise ValueError(
-                f"`scheduler` must have the checkpoint's noise process (linear mixing of variances, "
-                f"{len(trained)} steps), got {name}, a flow or continuous process."
+                f"`scheduler` must have the checkpoint's noise process ({settings}), got {name} with a flow or "
+                "continuous process: take a scheduler with betas."
             )
-        if alphas_cumprod.shape != trained.shape or not torch.allclose(
-            alphas_cumprod.cpu().float(), trained, atol=1e-6
-        ):
+        alphas_cumprod = alphas_cumprod.cpu().float()
+        if alphas_cumprod.shape != trained.shape or not torch.allclose(alphas_cumprod, trained, atol=1e-6):
             raise ValueError(
-                f"`scheduler` must have the checkpoint's noise process ({len(trained)} steps, beta "
-                f"{self.transformer.config.beta_start} to {self.transformer.config.beta_end}, "
-                f"{self.transformer.config.beta_schedule}), got {name} with other betas: {remedy}."
+                f"`scheduler` must have the checkpoint's noise process ({settings}), got {name} with other betas: {remedy}"
+            )
+        if getattr(self.scheduler.config, "clip_sample", False):
+            raise ValueError(
+                f"`scheduler` must not clip samples, got {name} with clip_sample=True: latents leave [-1, 1]; {remedy}"
             )
 
     def preprocess_frames(self, frames: Any, resize: bool = False) -> torch.Tensor:
