@@ -14,6 +14,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -211,7 +212,7 @@ def training_loss(
     )
 
 
-def make_pipeline(vae: AutoencoderKL, transformer: IRASimTransformer3DModel, scheduler_class: type) -> IRASimPipeline:
+def make_pipeline(vae: AutoencoderKL, transformer: IRASimTransformer3DModel, scheduler_class: Any) -> IRASimPipeline:
     """The pipeline of a model, sampled as the paper does or as asked."""
     config = {key: value for key, value in noise_process(transformer.config).config.items() if not key.startswith("_")}
     extra = {"skip_prk_steps": True} if scheduler_class is PNDMScheduler else {}

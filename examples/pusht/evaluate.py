@@ -92,7 +92,8 @@ def counterfactuals(task: tuple[int, np.ndarray, int, int, int]) -> tuple[np.nda
     simulator = Simulator()
     _, states = simulator.replay(seed, recorded[:start], first_frame=start)
     rng = np.random.default_rng([seed, 2])
-    sequences, futures = [], []
+    sequences: list[np.ndarray] = []
+    futures: list[np.ndarray] = []
     seen = None
     for attempt in range(60):
         actions = recorded[start : start + num_actions] if attempt == 0 else candidate(rng, states[-1], num_actions)

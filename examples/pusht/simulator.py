@@ -1,7 +1,8 @@
 """The Push-T simulator (gym-pusht) and the random pusher that explores it."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import gym_pusht  # noqa: F401  (registers the environment)
 import gymnasium
@@ -28,12 +29,15 @@ class State:
         return self.block[:2] + np.array([[cos, -sin], [sin, cos]]) @ CENTRE_OF_MASS
 
 
+Pusher: TypeAlias = Generator[np.ndarray, State, None]  # yields targets (2,), is sent the states they lead to
+
+
 class Simulator:
     """gym-pusht with pixels taken from observations: `render()` would draw the action into the picture."""
 
     def __init__(self) -> None:
         environment = gymnasium.make("gym_pusht/PushT-v0", obs_type="state", disable_env_checker=True)
-        self.environment = environment.unwrapped  # beyond the time limit and past success
+        self.environment: Any = environment.unwrapped  # beyond the time limit and past success
 
     def reset(self, seed: int) -> State:
         """Start the episode of `seed`."""
@@ -68,7 +72,7 @@ class Simulator:
         return np.stack(frames), states
 
 
-def push_about(rng: np.random.Generator, state: State) -> Iterator[np.ndarray]:
+def push_about(rng: np.random.Generator, state: State) -> Pusher:
     """Targets of a pusher that seeks contact, misses, slides off and wanders; send each new `State` back.
 
     Each stroke heads for the block on a line that passes its centre at a random offset: small offsets push, middling
@@ -123,7 +127,7 @@ def _way_round(centre: np.ndarray, here: np.ndarray, there: np.ndarray) -> list[
     return list(np.clip(points, 15, ARENA - 15))
 
 
-def push_at(rng: np.random.Generator, state: State) -> Iterator[np.ndarray]:
+def push_at(rng: np.random.Generator, state: State) -> Pusher:
     """Targets that run from the pusher straight at the block and on, at a random offset and speed."""
     aim = state.block_centre + rng.normal(0, 30, 2)
     along = aim - state.agent

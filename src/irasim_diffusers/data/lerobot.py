@@ -120,7 +120,9 @@ class LeRobotFolder:
         Raises:
             ValueError: If a video is unreadable or ends before its episodes do.
         """
-        path, video, position = None, iter(()), 0
+        path: Path | None = None
+        video: Iterator[np.ndarray] = iter(())
+        position = 0
         for index, row in enumerate(self.rows[first:], first):
             location = {name: row[f"videos/{self.camera}/{name}"] for name in ("chunk_index", "file_index")}
             wanted = self.root / self.info["video_path"].format(video_key=self.camera, **location)
@@ -190,7 +192,7 @@ def write_file(
     for number, episode in enumerate(episodes, first_episode):
         length = len(episode)
         numbers = np.arange(length)
-        index = {
+        index: dict[str, np.ndarray] = {
             "timestamp": (numbers / fps).astype(np.float32),
             "frame_index": numbers,
             "episode_index": np.full(length, number),

@@ -65,6 +65,8 @@ class IRASimAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = IRASimAttnProcessor
     _available_processors = [IRASimAttnProcessor]
+    processor: IRASimAttnProcessor
+    to_qkv: nn.Linear  # made by fuse_projections
 
     def __init__(self, dim: int, heads: int, dim_head: int) -> None:
         super().__init__()
@@ -74,7 +76,7 @@ class IRASimAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, heads * dim_head)
         self.to_v = nn.Linear(dim, heads * dim_head)
         self.to_out = nn.ModuleList([nn.Linear(heads * dim_head, dim), nn.Dropout(0.0)])
-        self.set_processor(self._default_processor_cls())
+        self.processor = self._default_processor_cls()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Attend among the tokens of (B, S, D)."""
@@ -207,7 +209,12 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Initialise as DiT does: every block is the identity at first, and the output zero."""
+        """Initialise as DiT does: every block is the identity at first, and the output zero.
+
+        The action encoder starts as random features whose bends lie all over actions of unit size. With DiT's small
+        weights and zero biases it would be all but linear, and a model of absolute targets learns where they are only
+        after tens of thousands of windows more.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -216,6 +223,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         nn.init.zeros_(self.patch_embed.proj.bias)
         for linear in (self.time_embed.linear_1, self.time_embed.linear_2):
             nn.init.normal_(linear.weight, std=0.02)
+        nn.init.normal_(self.action_embed.linear_1.weight, std=2.0)
+        nn.init.uniform_(self.action_embed.linear_1.bias, -4.0, 4.0)
+        nn.init.normal_(self.action_embed.linear_2.weight, std=0.02)
         nn.init.normal_(self.null_action, std=0.02)
         blocks = [*self.transformer_blocks, *self.temporal_transformer_blocks]
         for linear in (*(block.ada_norm[1] for block in blocks), self.ada_norm_out[1], self.proj_out):
@@ -317,7 +327,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             return (sample,)
         return Transformer2DModelOutput(sample=sample)
 
-    def _run(self, block: IRASimTransformerBlock, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    def _run(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, hidden_states, temb)
         return block(hidden_states, temb)

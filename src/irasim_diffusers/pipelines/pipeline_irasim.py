@@ -87,7 +87,7 @@ class IRASimPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @property
-    def current_timestep(self) -> torch.Tensor | None:
+    def current_timestep(self) -> torch.Tensor:
         """The timestep being denoised."""
         return self._current_timestep
 
@@ -278,8 +278,8 @@ class IRASimPipeline(DiffusionPipeline):
         Returns:
             The future (B, C, n, H, W), scaled latents, float32.
         """
-        timesteps = self._set_timesteps(num_inference_steps, timesteps, sigmas)
-        self._num_timesteps = len(timesteps)
+        schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas)
+        self._num_timesteps = len(schedule)
         step_kwargs = self._step_kwargs(generator, eta)
         num_history_frames = history.shape[2]
 
@@ -290,7 +290,7 @@ class IRASimPipeline(DiffusionPipeline):
             )[0]
             return prediction[:, :, num_history_frames:].float()
 
-        for index, t in enumerate(timesteps):
+        for index, t in enumerate(schedule):
             if getattr(self, "_interrupt", False):
                 break
             self._current_timestep = t
@@ -305,7 +305,6 @@ class IRASimPipeline(DiffusionPipeline):
             latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
             if on_step_end is not None:
                 latents = on_step_end(index, t, latents)
-        self._current_timestep = None
         return latents
 
     @torch.no_grad()
@@ -456,7 +455,7 @@ class IRASimPipeline(DiffusionPipeline):
     def _set_timesteps(
         self, num_inference_steps: int, timesteps: list[int] | None, sigmas: list[float] | None
     ) -> torch.Tensor:
-        custom = {
+        custom: dict[str, Any] = {
             name: value for name, value in {"timesteps": timesteps, "sigmas": sigmas}.items() if value is not None
         }
         accepted = inspect.signature(self.scheduler.set_timesteps).parameters
