@@ -93,7 +93,7 @@ BAD = [
     ({"--actions": "nan.npy"}, r"`actions` must be finite, got nan at index \(2, 1\)"),
     ({"--actions": "inf.npy"}, "`actions` must be finite, got inf"),
     ({"--actions": "objects.npy"}, "--actions must be a table of numbers"),
-    ({"--actions": "text.csv"}, "--actions must be a table of numbers .* 'three'"),
+    ({"--actions": "text.csv"}, "--actions must be a table of numbers.* 'three'"),
     ({"--actions": "broken.json"}, "--actions must be a table of numbers"),
     ({"--actions": "actions.txt"}, "--actions must be a .npy, .csv or .json file, got 'actions.txt'"),
     ({"--actions": "missing.npy"}, "--actions must be a file, got 'missing.npy', which does not exist"),

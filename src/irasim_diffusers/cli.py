@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -220,8 +220,12 @@ def _check_output(path: Path) -> None:
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise ValueError(f"--output must be writable, got {str(path)!r}: choose a folder that you may write to.")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # permissions alone do not tell: some file systems refuse root too
+    except OSError as error:
+        raise ValueError(
+            f"--output must be writable, got {str(path)!r}: {error.strerror} in {str(folder)!r}; choose another folder."
+        ) from error
 
 
 def _load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:

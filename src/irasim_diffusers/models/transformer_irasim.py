@@ -209,12 +209,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Initialise as DiT does: every block is the identity at first, and the output zero.
-
-        The action encoder starts as random features whose bends lie all over actions of unit size. With DiT's small
-        weights and zero biases it would be all but linear, and a model of absolute targets learns where they are only
-        after tens of thousands of windows more.
-        """
+        """Initialise as DiT does: every block is the identity at first, and the output zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -223,9 +218,6 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         nn.init.zeros_(self.patch_embed.proj.bias)
         for linear in (self.time_embed.linear_1, self.time_embed.linear_2):
             nn.init.normal_(linear.weight, std=0.02)
-        nn.init.normal_(self.action_embed.linear_1.weight, std=2.0)
-        nn.init.uniform_(self.action_embed.linear_1.bias, -4.0, 4.0)
-        nn.init.normal_(self.action_embed.linear_2.weight, std=0.02)
         nn.init.normal_(self.null_action, std=0.02)
         blocks = [*self.transformer_blocks, *self.temporal_transformer_blocks]
         for linear in (*(block.ada_norm[1] for block in blocks), self.ada_norm_out[1], self.proj_out):
