@@ -23,6 +23,7 @@ from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, PNDMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from diffusers.utils.torch_utils import randn_tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -194,13 +195,16 @@ def training_loss(
     actions: torch.Tensor,
     num_history_frames: int,
     action_dropout: float,
+    draw: tuple[int, ...],
 ) -> torch.Tensor:
-    """The loss of a batch of windows under a fresh history length, timesteps, noise and dropped actions."""
-    history = int(torch.randint(1, num_history_frames + 1, ()))
+    """The loss of a batch of windows; `draw` alone fixes its history length, timesteps, noise and dropped actions."""
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(draw).generate_state(1)[0]))
+    history = int(torch.randint(1, num_history_frames + 1, (), generator=generator))
     actions = actions[:, history - 1 :]  # action k leads to frame k + 1
-    timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-    noise = torch.randn_like(latents[:, :, history:])
-    keep = torch.rand(len(actions), 1, device=latents.device) >= action_dropout
+    steps = noise_scheduler.config.num_train_timesteps
+    timesteps = torch.randint(steps, (len(latents),), generator=generator).to(latents.device)
+    noise = randn_tensor(latents[:, :, history:].shape, generator=generator, device=latents.device)
+    keep = (torch.rand(len(actions), 1, generator=generator) >= action_dropout).to(latents.device)
     return diffusion_loss(
         model,
         noise_scheduler,
@@ -231,7 +235,7 @@ def main() -> None:
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
-    set_seed(arguments.seed, device_specific=True)
+    set_seed(arguments.seed)
     output.mkdir(parents=True, exist_ok=True)
     for partial in output.glob("partial-*"):
         shutil.rmtree(partial, ignore_errors=True)
@@ -299,6 +303,7 @@ def main() -> None:
         logger.info(f"resumed from {newest}")
     steps_per_epoch = len(loader) // arguments.gradient_accumulation_steps
     epoch, done = divmod(step, steps_per_epoch)
+    batch_number = step * arguments.gradient_accumulation_steps
     bar = tqdm(total=arguments.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
     start = time.perf_counter()
     while step < arguments.max_train_steps:
@@ -307,6 +312,7 @@ def main() -> None:
             accelerator.skip_first_batches(loader, done * arguments.gradient_accumulation_steps) if done else loader
         )
         for batch in batches:
+            batch_number += 1
             with accelerator.accumulate(model):
                 loss = training_loss(
                     model,
@@ -315,6 +321,7 @@ def main() -> None:
                     batch["actions"],
                     config.num_history_frames,
                     arguments.action_dropout,
+                    draw=(arguments.seed, batch_number, accelerator.process_index),
                 )
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
