@@ -2,9 +2,12 @@
 
     python examples/pusht/embed.py --model runs/pusht --dataset data/pusht-test --episode 3 --start 20
 
-Weights are stored in bfloat16; the clip, two history frames and 60 more with their 60 actions, without loss.
+Weights are stored in bfloat16; the clip, the history and 60 more frames with their 60 actions, without loss. Its picture
+is what `irasim generate` shows.
 """
 
+import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import torch
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
+from irasim_diffusers.cli import main as generate
 from irasim_diffusers.data import LeRobotFolder, write_video
 
 
@@ -43,6 +47,9 @@ def main() -> None:
     write_video(target / "example.mp4", frames, dataset.fps, lossless=True)
     names = ",".join(pipeline.transformer.config.action_names)
     np.savetxt(target / "example_actions.csv", actions, delimiter=",", header=names, comments="", fmt="%.3f")
+    with tempfile.TemporaryDirectory() as folder:
+        generate(["generate", "--output", f"{folder}/example.mp4"])
+        shutil.copy(f"{folder}/example.png", target / "example.png")
     for path in sorted(target.rglob("*")):
         if path.is_file():
             print(f"{path.stat().st_size / 1e6:8.3f} MB  {path.relative_to(target)}")

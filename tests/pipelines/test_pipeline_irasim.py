@@ -275,6 +275,9 @@ def test_callback_sees_and_replaces_latents_and_can_interrupt(pipeline, frames, 
     )
     assert [step for step, *_ in steps] == [0, 1]
     assert not latents.any()
+    history, noise = torch.zeros(1, 4, 2, 4, 6), torch.randn(1, 4, 3, 4, 6)
+    with torch.no_grad():
+        assert not torch.equal(pipeline.denoise_window(history, torch.zeros(1, 3, 3), noise.clone(), 1), noise)
 
 
 def test_progress_bar_counts_every_step(pipeline, frames, actions, capsys):

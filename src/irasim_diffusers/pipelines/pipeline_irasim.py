@@ -436,6 +436,7 @@ class IRASimPipeline(DiffusionPipeline):
 
             future = chain_windows(predict_window, history, actions, config.sample_frames, config.num_history_frames)
 
+        self._interrupt = False  # a later `denoise_window` of its own shall run
         if output_type == "latent":
             video = future
         else:
