@@ -181,6 +181,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, limit: in
     """Write a checkpoint under a temporary name, rename it, and drop the oldest beyond `limit`."""
     partial = output / f"partial-{step}"
     accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()  # every process writes its own random state
     if accelerator.is_main_process:
         partial.rename(output / f"checkpoint-{step}")
         for old in checkpoints(output)[:-limit]:
@@ -237,8 +238,10 @@ def main() -> None:
     )
     set_seed(arguments.seed)
     output.mkdir(parents=True, exist_ok=True)
-    for partial in output.glob("partial-*"):
-        shutil.rmtree(partial, ignore_errors=True)
+    if accelerator.is_main_process:
+        for partial in output.glob("partial-*"):
+            shutil.rmtree(partial)
+    accelerator.wait_for_everyone()
 
     dataset = LeRobotFolder(Path(arguments.dataset), arguments.camera, arguments.max_train_episodes)
     vae = load_vae(arguments.vae).to(accelerator.device, memory_format=torch.channels_last)
@@ -252,6 +255,8 @@ def main() -> None:
     transformer = build_transformer(arguments, dataset, vae)
     config = transformer.config
     clips = LatentClips(folder, config.sample_frames)
+    if len(clips) < arguments.train_batch_size * accelerator.num_processes:
+        raise ValueError(f"`train_batch_size` must be at most the {len(clips)} windows over all processes: lower it.")
     held_out = validation_clips(arguments, config) if accelerator.is_main_process else None
     loader = DataLoader(clips, batch_size=arguments.train_batch_size, shuffle=True, drop_last=True)
     if arguments.gradient_checkpointing:
@@ -301,7 +306,7 @@ def main() -> None:
         accelerator.load_state(str(newest))
         step = int(newest.name.split("-")[1])
         logger.info(f"resumed from {newest}")
-    steps_per_epoch = len(loader) // arguments.gradient_accumulation_steps
+    steps_per_epoch = -(-len(loader) // arguments.gradient_accumulation_steps)
     epoch, done = divmod(step, steps_per_epoch)
     batch_number = step * arguments.gradient_accumulation_steps
     bar = tqdm(total=arguments.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step")

@@ -106,7 +106,8 @@ class LatentClips(Dataset):
 
     def __init__(self, folder: str | os.PathLike, sample_frames: int = 16, stride: int = 1) -> None:
         folder = Path(folder)
-        if not (folder / "manifest.json").is_file():
+        manifest = folder / "manifest.json"
+        if not manifest.is_file():
             raise ValueError(f"{str(folder)!r} holds no complete set of latents; make it with `cache_latents`.")
         self.sample_frames = sample_frames
         self.episodes: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -114,6 +115,7 @@ class LatentClips(Dataset):
             tensors = load_file(path)
             numbers = sorted(int(name.split(".")[1]) for name in tensors if name.startswith("latents."))
             self.episodes += [(tensors[f"latents.{number}"], tensors[f"actions.{number}"]) for number in numbers]
+        self.episodes = self.episodes[: json.loads(manifest.read_text())["episodes"]]
         self.windows = [
             (episode, start)
             for episode, (latents, _) in enumerate(self.episodes)
