@@ -38,7 +38,10 @@ def main() -> None:
     pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=torch.bfloat16)
     pipeline.scheduler = getattr(diffusers, arguments.scheduler).from_config(pipeline.scheduler.config)
     pipeline.save_pretrained(target)
-    for path in target.glob("*/config.json"):  # where the weights came from on this machine is nobody's business
+    for path in [
+        target / "model_index.json",
+        *target.glob("*/config.json"),
+    ]:  # where the weights came from on this machine is nobody's business
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
