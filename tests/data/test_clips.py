@@ -1,0 +1,55 @@
+import pytest
+import torch
+from conftest import tiny_vae
+from test_lerobot import write_folder
+
+from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents
+
+
+@pytest.fixture()
+def dataset(tmp_path):
+    episodes = write_folder(tmp_path / "set", lengths=(5, 9, 7))
+    return LeRobotFolder(tmp_path / "set"), episodes
+
+
+def encode(vae, episode):
+    pixels = torch.from_numpy(episode.frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        return vae.encode(pixels).latent_dist.mode()
+
+
+def test_windows_hold_the_latents_and_the_actions_between_their_frames(dataset, tmp_path):
+    folder, episodes = dataset
+    vae = tiny_vae()
+    clips = LatentClips(cache_latents(folder, vae, tmp_path / "cache"), sample_frames=6)
+    assert clips.windows == [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1)]
+    item = clips[2]
+    expected = encode(vae, episodes[1])[2:8].transpose(0, 1)
+    torch.testing.assert_close(item["latents"], expected, rtol=2e-3, atol=2e-3)
+    assert torch.equal(item["actions"], torch.from_numpy(episodes[1].actions[2:7]))
+    assert len(LatentClips(cache_latents(folder, vae, tmp_path / "cache"), sample_frames=4, stride=3)) == 1 + 2 + 2
+
+
+def test_latents_are_encoded_once_for_a_data_set_and_autoencoder(dataset, tmp_path):
+    folder, _ = dataset
+    vae = tiny_vae()
+    calls = []
+    vae.encoder.register_forward_hook(lambda *_: calls.append(1))
+    first = cache_latents(folder, vae, tmp_path / "cache")
+    count = len(calls)
+    assert count > 0
+    assert cache_latents(folder, vae, tmp_path / "cache") == first
+    assert len(calls) == count
+    torch.nn.init.normal_(vae.quant_conv.bias)
+    assert cache_latents(folder, vae, tmp_path / "cache") != first
+    assert len(calls) > count
+
+
+def test_incomplete_and_short_sets_are_refused(dataset, tmp_path):
+    folder, _ = dataset
+    cache = cache_latents(folder, tiny_vae(), tmp_path / "cache")
+    with pytest.raises(ValueError, match="no episode .* as long as a window of 10 frames"):
+        LatentClips(cache, sample_frames=10)
+    (cache / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="no complete set of latents"):
+        LatentClips(cache)

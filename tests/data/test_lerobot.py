@@ -1,0 +1,111 @@
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from irasim_diffusers.data import Episode, LeRobotFolder, is_written, write_file, write_metadata
+
+CAMERA = "observation.image"
+NAMES = {"action": ["x", "y", "grip"], "observation.state": ["a", "b"]}
+
+
+def make_episode(number, length):
+    rng = np.random.default_rng(number)
+    return Episode(
+        frames=rng.integers(0, 256, (length, 10, 14, 3), dtype=np.uint8),
+        actions=rng.normal(size=(length, 3)).astype(np.float32),
+        states={"observation.state": rng.normal(size=(length, 2)).astype(np.float32)},
+        task="tidy up",
+    )
+
+
+def write_folder(root, lengths=(5, 9, 7)):
+    episodes = [make_episode(number, length) for number, length in enumerate(lengths)]
+    write_file(root, 0, episodes[:2], fps=10, camera=CAMERA)
+    write_file(root, 1, episodes[2:], fps=10, camera=CAMERA, first_episode=2, first_frame=sum(lengths[:2]))
+    write_metadata(root, fps=10, camera=CAMERA, frame_size=(10, 14), names=NAMES, tasks=["tidy up"], robot_type="test")
+    return episodes
+
+
+def test_what_is_written_is_read(tmp_path):
+    written = write_folder(tmp_path)
+    folder = LeRobotFolder(tmp_path)
+    assert (len(folder), folder.fps, folder.camera) == (3, 10, CAMERA)
+    for before, after in zip(written, folder.episodes(), strict=True):
+        assert np.array_equal(after.frames, before.frames)
+        assert np.array_equal(after.actions, before.actions)
+        assert np.array_equal(after.states["observation.state"], before.states["observation.state"])
+        assert (after.task, len(after)) == ("tidy up", len(before))
+
+
+def test_layout_of_the_format(tmp_path):
+    written = write_folder(tmp_path)
+    info = json.loads((tmp_path / "meta" / "info.json").read_text())
+    assert info["codebase_version"] == "v3.0"
+    assert (info["total_episodes"], info["total_frames"], info["total_tasks"]) == (3, 21, 1)
+    assert info["features"][CAMERA]["dtype"] == "video"
+    assert info["features"]["action"] == {"dtype": "float32", "shape": [3], "names": ["x", "y", "grip"]}
+    tasks = pq.read_table(tmp_path / "meta" / "tasks.parquet").to_pandas()
+    assert tasks.index.tolist() == ["tidy up"]
+    assert tasks["task_index"].tolist() == [0]
+    rows = [
+        row
+        for k in range(2)
+        for row in pq.read_table(tmp_path / f"meta/episodes/chunk-000/file-00{k}.parquet").to_pylist()
+    ]
+    assert [(row["dataset_from_index"], row["dataset_to_index"]) for row in rows] == [(0, 5), (5, 14), (14, 21)]
+    assert [row[f"videos/{CAMERA}/from_timestamp"] for row in rows] == [0.0, 0.5, 0.0]
+    data = pq.read_table(tmp_path / "data/chunk-000/file-001.parquet")
+    assert data["index"].to_pylist() == list(range(14, 21))
+    assert data["episode_index"].to_pylist() == [2] * 7
+    assert np.allclose(data["timestamp"].to_pylist(), np.arange(7) / 10)
+    assert str(data.schema.field("action").type) == "fixed_size_list<element: float>[3]"
+    statistics = json.loads((tmp_path / "meta" / "stats.json").read_text())
+    actions = np.concatenate([episode.actions for episode in written])
+    assert np.allclose(statistics["action"]["mean"], actions.mean(0), atol=1e-6)
+    assert np.allclose(statistics["action"]["std"], actions.std(0), atol=1e-6)
+    assert np.array(statistics[CAMERA]["mean"]).shape == (3, 1, 1)
+
+
+def test_a_file_counts_as_written_when_it_is_complete(tmp_path):
+    assert not is_written(tmp_path, 0)
+    write_file(tmp_path, 0, [make_episode(0, 5)], fps=10, camera=CAMERA)
+    assert is_written(tmp_path, 0)
+
+
+def break_version(root):
+    info = json.loads((root / "meta" / "info.json").read_text())
+    (root / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": "v2.1"}))
+
+
+def break_video(root):
+    path = root / "videos" / CAMERA / "chunk-000" / "file-001.mp4"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def break_rows(root):
+    path = root / "data" / "chunk-000" / "file-001.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 4), path)
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        (lambda root: (root / "meta" / "info.json").unlink(), r"is no LeRobotDataset folder"),
+        (break_version, r"is a LeRobotDataset v2\.1, only v3\.0"),
+        (break_video, r"file-001\.mp4"),
+        (break_rows, r"episode 2 of .* 7 frames announced, 4 rows found"),
+    ],
+)
+def test_broken_folders_are_named(tmp_path, breakage, message):
+    write_folder(tmp_path)
+    breakage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        list(LeRobotFolder(tmp_path).episodes())
+
+
+def test_unknown_camera(tmp_path):
+    write_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"`camera` must be one of \['observation.image'\]"):
+        LeRobotFolder(tmp_path, "wrist")
