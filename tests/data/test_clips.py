@@ -6,7 +6,7 @@ from test_lerobot import write_folder
 from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents
 
 
-@pytest.fixture()
+@pytest.fixture
 def dataset(tmp_path):
     episodes = write_folder(tmp_path / "set", lengths=(5, 9, 7))
     return LeRobotFolder(tmp_path / "set"), episodes
@@ -48,7 +48,7 @@ def test_latents_are_encoded_once_for_a_data_set_and_autoencoder(dataset, tmp_pa
 def test_incomplete_and_short_sets_are_refused(dataset, tmp_path):
     folder, _ = dataset
     cache = cache_latents(folder, tiny_vae(), tmp_path / "cache")
-    with pytest.raises(ValueError, match="no episode .* as long as a window of 10 frames"):
+    with pytest.raises(ValueError, match=r"no episode .* as long as a window of 10 frames"):
         LatentClips(cache, sample_frames=10)
     (cache / "manifest.json").unlink()
     with pytest.raises(ValueError, match="no complete set of latents"):

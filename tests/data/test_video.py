@@ -9,7 +9,7 @@ from irasim_diffusers.data import iterate_video, read_video, write_video
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
-@pytest.fixture()
+@pytest.fixture
 def frames():
     return np.random.default_rng(0).integers(0, 256, (7, 10, 14, 3), dtype=np.uint8)
 
