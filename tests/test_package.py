@@ -75,3 +75,10 @@ def test_auto_model_finds_the_class_of_a_pipeline_folder(tmp_path, pipeline):
 def test_examples_use_public_names_only():
     for path in (ROOT / "examples").rglob("*.py"):
         assert not re.findall(r"from irasim_diffusers\S* import [^\n]*\b_[a-z]", path.read_text()), path
+
+
+def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "future.gif").stat().st_size > 1000

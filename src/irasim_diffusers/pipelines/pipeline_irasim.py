@@ -22,14 +22,14 @@ EXAMPLE_DOC_STRING = """
     Examples:
         ```py
         >>> import numpy as np
-        >>> from diffusers.utils import export_to_video, load_image
+        >>> from diffusers.utils import load_image
         >>> from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 
         >>> pipe = IRASimPipeline.from_pretrained(embedded_checkpoint())
         >>> frame = load_image("push_t.png")  # 96x96
         >>> actions = np.linspace([100.0, 100.0], [400.0, 300.0], 15)  # targets of the pusher, (15, 2)
         >>> video = pipe(frame, actions).frames[0]
-        >>> export_to_video(video, "future.mp4", fps=10)
+        >>> video[0].save("future.gif", save_all=True, append_images=video[1:], duration=100)
         ```
 """
 
