@@ -30,6 +30,7 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
     "flow-euler": "FlowMatchEulerDiscreteScheduler",
 }
+DEFAULT_STEPS = 50
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
@@ -74,9 +75,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--resize", action="store_true", help="resize frames of another size to the model's")
     add("--output", type=Path, default=Path("irasim.mp4"), help="mp4 to write, and a .png strip beside it")
     return parser
-
-
-DEFAULT_STEPS = 50
 
 
 def run_generate(arguments: argparse.Namespace) -> None:

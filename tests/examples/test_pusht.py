@@ -100,7 +100,7 @@ def test_pushers_stay_in_the_arena_and_touch_the_block(policy):
     assert touched >= 4
 
 
-def test_vae_is_ready_to_use_and_resumes(workspace):
+def test_vae_is_ready_to_use(workspace):
     config = json.loads((workspace / "vae" / "config.json").read_text())
     assert 0.1 < config["scaling_factor"] < 100
     assert config["scaling_factor"] != 0.18215
