@@ -29,10 +29,10 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from irasim_diffusers import PRESETS, IRASimPipeline, IRASimTransformer3DModel
-from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents
+from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents, standardised_states
 from irasim_diffusers.metrics import psnr
 from irasim_diffusers.models import noise_process
-from irasim_diffusers.training import diffusion_loss
+from irasim_diffusers.training import StateReadout, diffusion_loss
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,13 @@ class TrainingArguments:
     num_history_frames: int = field(
         default=1, metadata={"help": "most history frames; each step draws 1 to this many"}
     )
+    window_lengths: list[int] = field(
+        default_factory=list,
+        metadata={"help": "lengths that divide sample_frames; each step cuts its windows to one of them, drawn at random"},
+    )
+    history_noise: float = field(
+        default=0.0, metadata={"help": "most deviation of the noise on history latents, against drift in rollouts"}
+    )
     action_scale: float | None = field(default=None, metadata={"help": "default: one over the data's deviation"})
     action_offset: float | None = field(default=None, metadata={"help": "default: the data's mean"})
     action_space: str = field(default="relative", metadata={"help": "relative, or absolute targets"})
@@ -75,11 +82,21 @@ class TrainingArguments:
     learning_rate: float = 1e-4
     lr_scheduler: str = field(default="constant_with_warmup", metadata={"help": "any of diffusers' get_scheduler"})
     lr_warmup_steps: int = 0
+    optimizer: str = field(
+        default="adamw", metadata={"help": "adamw, or muon for the blocks' matrices and adamw for the rest"}
+    )
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 0.0
     max_grad_norm: float = 0.1
     action_dropout: float = field(default=0.1, metadata={"help": "share of trajectories that take the null action"})
+    state_keys: list[str] = field(
+        default_factory=list, metadata={"help": "vector features read out of inner features as a second objective"}
+    )
+    state_angles: list[str] = field(
+        default_factory=list, metadata={"help": "components of these that are angles in radians"}
+    )
+    state_loss_weight: float = 1.0
     ema_decay: float = 0.9999
     ema_warmup: bool = field(default=True, metadata={"help": "let the decay rise with the steps, for short runs"})
     mixed_precision: str = field(default="bf16", metadata={"help": "no, fp16 or bf16"})
@@ -189,32 +206,79 @@ def save_checkpoint(accelerator: Accelerator, output: Path, step: int, limit: in
     accelerator.wait_for_everyone()
 
 
+def cut(clip: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """Clips of F frames cut into windows of `length` frames, a divisor of F; they follow each other in the batch."""
+    frames = torch.arange(clip["latents"].shape[2]).unflatten(0, (-1, length))
+    windows = {
+        "latents": clip["latents"][:, :, frames].transpose(1, 2).flatten(0, 1),
+        "actions": clip["actions"][:, frames[:, :-1]].flatten(0, 1),
+    }
+    return windows | ({"states": clip["states"][:, frames].flatten(0, 1)} if "states" in clip else {})
+
+
 def training_loss(
     model: torch.nn.Module,
     noise_scheduler: DDPMScheduler,
-    latents: torch.Tensor,
-    actions: torch.Tensor,
-    num_history_frames: int,
-    action_dropout: float,
+    clip: dict[str, torch.Tensor],
+    config: dict,
+    arguments: TrainingArguments,
     draw: tuple[int, ...],
 ) -> torch.Tensor:
-    """The loss of a batch of windows; `draw` alone fixes its history length, timesteps, noise and dropped actions."""
+    """The loss of a batch of clips; `draw` alone fixes length and history of its windows, timesteps, noise and drops."""
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence(draw).generate_state(1)[0]))
-    history = int(torch.randint(1, num_history_frames + 1, (), generator=generator))
-    actions = actions[:, history - 1 :]  # action k leads to frame k + 1
+    lengths = arguments.window_lengths or [config["sample_frames"]]
+    windows = cut(clip, lengths[int(torch.randint(len(lengths), (), generator=generator))])
+    latents, states = windows["latents"], windows.get("states")
+    history = int(torch.randint(1, config["num_history_frames"] + 1, (), generator=generator))
+    actions = windows["actions"][:, history - 1 :]  # action k leads to frame k + 1
     steps = noise_scheduler.config.num_train_timesteps
     timesteps = torch.randint(steps, (len(latents),), generator=generator).to(latents.device)
-    noise = randn_tensor(latents[:, :, history:].shape, generator=generator, device=latents.device)
-    keep = (torch.rand(len(actions), 1, generator=generator) >= action_dropout).to(latents.device)
+    noise = randn_tensor(latents.shape, generator=generator, device=latents.device)
+    if arguments.history_noise:
+        deviation = arguments.history_noise * torch.rand(len(latents), 1, 1, 1, 1, generator=generator)
+        disturbed = latents[:, :, :history] + deviation.to(latents) * noise[:, :, :history]
+        latents = torch.cat([disturbed, latents[:, :, history:]], dim=2)
+    keep = (torch.rand(len(actions), 1, generator=generator) >= arguments.action_dropout).to(latents.device)
     return diffusion_loss(
         model,
         noise_scheduler,
         latents,
         actions,
         timesteps=timesteps,
-        noise=noise,
+        noise=noise[:, :, history:],
         action_mask=keep.expand(actions.shape[:2]),
+        states=states,
+        state_loss_weight=arguments.state_loss_weight,
     )
+
+
+def build_optimizers(model: torch.nn.Module, arguments: TrainingArguments) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest."""
+    named = dict(model.named_parameters())
+    matrices = {
+        name: parameter
+        for name, parameter in named.items()
+        if arguments.optimizer == "muon" and parameter.ndim == 2 and "transformer_blocks." in name
+    }
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [parameter for name, parameter in named.items() if name not in matrices],
+            lr=arguments.learning_rate,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            weight_decay=arguments.adam_weight_decay,
+            fused=True,
+        )
+    ]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                list(matrices.values()),
+                lr=arguments.learning_rate,
+                weight_decay=arguments.adam_weight_decay,
+                adjust_lr_fn="match_rms_adamw",  # so that one learning rate serves both
+            )
+        )
+    return optimizers
 
 
 def make_pipeline(vae: AutoencoderKL, transformer: IRASimTransformer3DModel, scheduler_class: Any) -> IRASimPipeline:
@@ -227,6 +291,8 @@ def make_pipeline(vae: AutoencoderKL, transformer: IRASimTransformer3DModel, sch
 
 def main() -> None:
     (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+    if arguments.optimizer not in ("adamw", "muon"):
+        raise ValueError(f"`optimizer` must be adamw or muon, got {arguments.optimizer!r}.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output = Path(arguments.output_dir)
     accelerator = Accelerator(
@@ -244,6 +310,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
 
     dataset = LeRobotFolder(Path(arguments.dataset), arguments.camera, arguments.max_train_episodes)
+    states = standardised_states(dataset, arguments.state_keys, arguments.state_angles) if arguments.state_keys else None
     vae = load_vae(arguments.vae).to(accelerator.device, memory_format=torch.channels_last)
     with accelerator.main_process_first():
         folder = cache_latents(
@@ -254,7 +321,12 @@ def main() -> None:
         )
     transformer = build_transformer(arguments, dataset, vae)
     config = transformer.config
-    clips = LatentClips(folder, config.sample_frames)
+    if any(length <= config.num_history_frames or config.sample_frames % length for length in arguments.window_lengths):
+        raise ValueError(
+            f"`window_lengths` must divide the window of {config.sample_frames} frames and exceed the "
+            f"{config.num_history_frames} history frames, got {arguments.window_lengths}."
+        )
+    clips = LatentClips(folder, config.sample_frames, states=states)
     if len(clips) < arguments.train_batch_size * accelerator.num_processes:
         raise ValueError(f"`train_batch_size` must be at most the {len(clips)} windows over all processes: lower it.")
     held_out = validation_clips(arguments, config) if accelerator.is_main_process else None
@@ -280,21 +352,21 @@ def main() -> None:
         model_config=config,
     )
     ema.to(accelerator.device)
-    optimizer = torch.optim.AdamW(
-        transformer.parameters(),
-        lr=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        weight_decay=arguments.adam_weight_decay,
-        fused=True,
-    )
+    trained = transformer if states is None else StateReadout(transformer, states[0].shape[1])
     # accelerate steps a prepared schedule once for each process
-    schedule = get_scheduler(
-        arguments.lr_scheduler,
-        optimizer,
-        num_warmup_steps=arguments.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=arguments.max_train_steps * accelerator.num_processes,
-    )
-    model, optimizer, loader, schedule = accelerator.prepare(transformer, optimizer, loader, schedule)
+    optimizers = build_optimizers(trained, arguments)
+    schedules = [
+        get_scheduler(
+            arguments.lr_scheduler,
+            optimizer,
+            num_warmup_steps=arguments.lr_warmup_steps * accelerator.num_processes,
+            num_training_steps=arguments.max_train_steps * accelerator.num_processes,
+        )
+        for optimizer in optimizers
+    ]
+    model, loader = accelerator.prepare(trained, loader)
+    optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
+    schedules = [accelerator.prepare(schedule) for schedule in schedules]
     accelerator.register_for_checkpointing(ema)
     noise_scheduler = noise_process(config)
     if arguments.report_to:
@@ -322,26 +394,26 @@ def main() -> None:
                 loss = training_loss(
                     model,
                     noise_scheduler,
-                    batch["latents"] * vae.config.scaling_factor,
-                    batch["actions"],
-                    config.num_history_frames,
-                    arguments.action_dropout,
+                    batch | {"latents": batch["latents"] * vae.config.scaling_factor},
+                    config,
+                    arguments,
                     draw=(arguments.seed, batch_number, accelerator.process_index),
                 )
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
+                for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
             ema.step(transformer.parameters())
             step += 1
             bar.update()
             if step % 20 == 0:
-                bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{schedule.get_last_lr()[0]:.2e}")
-                accelerator.log({"loss": loss.item(), "learning_rate": schedule.get_last_lr()[0]}, step=step)
+                bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{schedules[0].get_last_lr()[0]:.2e}")
+                accelerator.log({"loss": loss.item(), "learning_rate": schedules[0].get_last_lr()[0]}, step=step)
             if step % arguments.checkpointing_steps == 0:
                 save_checkpoint(accelerator, output, step, arguments.checkpoints_total_limit)
             if held_out is not None and step % arguments.validation_steps == 0:

@@ -2,8 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import DDPMScheduler
+from torch import nn
+
+from .models import IRASimTransformer3DModel
+
+
+class StateReadout(nn.Module):
+    """A transformer in training, with a linear readout of the true state from features halfway through it.
+
+    Frames in which an object lies elsewhere than predicted overlap little with the truth, so that their error hardly
+    says which way to move it; the error of a read-out position does. The readout shapes the features in training and is
+    dropped afterwards (an alignment of inner features as in REPA, https://arxiv.org/abs/2410.06940, to known states).
+
+    Args:
+        transformer: The model to train.
+        num_components: Components of the state.
+        layer: Pair of blocks after whose temporal block the state is read; the middle one of the later half if None.
+    """
+
+    def __init__(self, transformer: IRASimTransformer3DModel, num_components: int, layer: int | None = None) -> None:
+        super().__init__()
+        config = transformer.config
+        dim = config.num_attention_heads * config.attention_head_dim
+        layer = (3 * config.num_layers - 1) // 4 if layer is None else layer
+        self.transformer = transformer
+        self.readout = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_components))
+        self.features: list[torch.Tensor] = []
+        transformer.temporal_transformer_blocks[layer].register_forward_hook(self._keep)
+
+    def _keep(self, block: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self.features = [output]
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The transformer's prediction (B, C, F, H, W) and the state read from each frame (B, F, S)."""
+        prediction = self.transformer(*args, **kwargs | {"return_dict": False})[0]
+        return prediction, self.readout(self.features.pop().float().mean(2))
 
 
 def diffusion_target(
@@ -34,17 +71,21 @@ def diffusion_loss(
     timesteps: torch.Tensor,
     noise: torch.Tensor,
     action_mask: torch.Tensor | None = None,
+    states: torch.Tensor | None = None,
+    state_loss_weight: float = 1.0,
 ) -> torch.Tensor:
     """Mean squared error on the predicted frames (paper, section 3.3).
 
     Args:
-        transformer: The model, or a wrapper of it.
+        transformer: The model, or a wrapper of it; with `states`, a `StateReadout` or a wrapper of one.
         scheduler: Its noise process, from `models.noise_process`.
         latents: Scaled latents (B, C, F, H, W), the clean history first.
         actions: Actions (B, n, A) in raw units; the first F - n frames are history.
         timesteps: Diffusion timesteps (B,).
         noise: Noise (B, C, n, H, W).
         action_mask: Booleans (B, n); actions at False are dropped.
+        states: True states (B, F, S), of unit variance, for the readout.
+        state_loss_weight: Weight of the readout's mean squared error.
 
     Returns:
         The loss, a scalar in float32.
@@ -52,8 +93,11 @@ def diffusion_loss(
     num_history_frames = latents.shape[2] - actions.shape[1]
     history, future = latents[:, :, :num_history_frames], latents[:, :, num_history_frames:]
     noisy = scheduler.add_noise(future, noise, timesteps)
-    prediction = transformer(
+    outputs = transformer(
         torch.cat([history, noisy], dim=2), timesteps, actions, action_mask=action_mask, return_dict=False
-    )[0][:, :, num_history_frames:]
+    )
     target = diffusion_target(scheduler, future, noise, timesteps)
-    return (prediction.float() - target.float()).square().mean()
+    loss = (outputs[0][:, :, num_history_frames:].float() - target.float()).square().mean()
+    if states is not None:
+        loss = loss + state_loss_weight * (outputs[1] - states).square().mean()
+    return loss

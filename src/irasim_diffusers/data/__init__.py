@@ -1,6 +1,6 @@
 """Robot clips: video files, episodes and LeRobotDataset folders."""
 
-from .clips import LatentClips, cache_latents
+from .clips import LatentClips, cache_latents, standardised_states
 from .episode import Episode
 from .lerobot import LeRobotFolder, is_written, write_file, write_metadata
 from .video import iterate_video, read_video, write_video
@@ -13,6 +13,7 @@ __all__ = [
     "is_written",
     "iterate_video",
     "read_video",
+    "standardised_states",
     "write_file",
     "write_metadata",
     "write_video",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,39 @@ def cache_latents(
     return folder
 
 
+def standardised_states(
+    dataset: LeRobotFolder, keys: Sequence[str], angles: Sequence[str] = ()
+) -> list[torch.Tensor]:
+    """States of every episode (T, S), float32, each component of zero mean and unit variance over the data set.
+
+    Args:
+        dataset: The data set.
+        keys: Vector features that make up the state.
+        angles: Names of components in radians, which become a cosine and a sine.
+
+    Raises:
+        ValueError: If a feature or component does not exist.
+    """
+    features = dataset.info["features"]
+    names: list[str] = []
+    for key in keys:
+        if key not in features or features[key]["dtype"] != "float32":
+            raise ValueError(f"{str(dataset.root)!r} has no vector feature {key!r}; it has {sorted(features)}.")
+        names += features[key]["names"] or [f"{key}.{index}" for index in range(features[key]["shape"][0])]
+    if not set(angles) <= set(names):
+        raise ValueError(f"{str(dataset.root)!r} has no components {sorted(set(angles) - set(names))} among {names}.")
+    columns = [index for index, name in enumerate(names) if name in angles]
+    episodes = []
+    for number in range(len(dataset)):
+        vectors = dataset.vectors(number)
+        states = np.concatenate([vectors[key] for key in keys], axis=1)
+        turned = states[:, columns]
+        episodes.append(np.concatenate([np.delete(states, columns, axis=1), np.cos(turned), np.sin(turned)], axis=1))
+    pooled = np.concatenate(episodes)
+    mean, deviation = pooled.mean(0), np.maximum(pooled.std(0), 1e-6)
+    return [torch.from_numpy((states - mean) / deviation) for states in episodes]
+
+
 @torch.no_grad()
 def _encode(vae: AutoencoderKL, frames: np.ndarray, batch_size: int, mixed_precision: bool) -> torch.Tensor:
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
@@ -99,17 +133,25 @@ class LatentClips(Dataset):
         folder: Folder made by `cache_latents`.
         sample_frames: Frames F of a window, history and predicted.
         stride: Distance between the starts of windows; 1 in training, 16 in the paper's evaluation.
+        states: States (T, S) of each episode, to go with its windows; see `standardised_states`.
 
     Raises:
         ValueError: If the folder is incomplete, or no episode is as long as a window.
     """
 
-    def __init__(self, folder: str | os.PathLike, sample_frames: int = 16, stride: int = 1) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        sample_frames: int = 16,
+        stride: int = 1,
+        states: Sequence[torch.Tensor] | None = None,
+    ) -> None:
         folder = Path(folder)
         manifest = folder / "manifest.json"
         if not manifest.is_file():
             raise ValueError(f"{str(folder)!r} holds no complete set of latents; make it with `cache_latents`.")
         self.sample_frames = sample_frames
+        self.states = states
         self.episodes: list[tuple[torch.Tensor, torch.Tensor]] = []
         for path in sorted(folder.glob("latents-*.safetensors")):
             tensors = load_file(path)
@@ -131,8 +173,11 @@ class LatentClips(Dataset):
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Latents (C, F, h, w), float32, unscaled, and actions (F - 1, A): row k leads from frame k to frame k + 1."""
+        """Latents (C, F, h, w), float32, unscaled, actions (F - 1, A), of which row k leads from frame k to k + 1, and
+        states (F, S) where there are any.
+        """
         episode, start = self.windows[index]
         latents, actions = self.episodes[episode]
         last = start + self.sample_frames
-        return {"latents": latents[start:last].float().transpose(0, 1), "actions": actions[start : last - 1]}
+        clip = {"latents": latents[start:last].float().transpose(0, 1), "actions": actions[start : last - 1]}
+        return clip if self.states is None else clip | {"states": self.states[episode][start:last]}

@@ -1,0 +1,115 @@
+"""Poses of the Push-T pusher and block, read from pixels alone.
+
+A pixel's colour is unmixed into shares of floor, goal, block and pusher. The pusher lies at the centre of its share; the
+block's pose is the one whose drawing comes nearest to its share.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import least_squares
+
+COLOURS = np.array([[255, 255, 255], [144, 238, 144], [140, 160, 181], [74, 120, 246]]) / 255  # means in a frame
+UNMIX = np.linalg.inv(np.vstack([COLOURS.T, np.ones(4)]))  # (r, g, b, 1) to the shares of the colours
+BLOCK, PUSHER = 2, 3
+UNIT = 96 / 512  # pixels in an arena unit
+WALL = 2  # pixels at the border
+# The block's bar and stem in its own frame (centre, half extents), and its centre of mass; pixels.
+PARTS = [
+    (np.array([0, 15]) * UNIT, np.array([60, 15]) * UNIT),
+    (np.array([0, 75]) * UNIT, np.array([15, 45]) * UNIT),
+]
+CENTRE = np.array([0, 45]) * UNIT
+BLOCK_AREA = 6300 * UNIT**2
+PUSHER_AREA = np.pi * (15 * UNIT) ** 2
+
+
+@dataclass(frozen=True)
+class Poses:
+    """Poses in N frames; those not found are NaN."""
+
+    pusher: np.ndarray  # (N, 2): x, y of the centre, pixels
+    block: np.ndarray  # (N, 3): x, y of the centre of mass, pixels, and the angle, radians
+
+    @property
+    def found(self) -> np.ndarray:
+        """Whether both are found (N,)."""
+        return np.isfinite(self.pusher[:, 0]) & np.isfinite(self.block[:, 0])
+
+
+def read_poses(frames: np.ndarray) -> Poses:
+    """Read the poses in frames (N, 96, 96, 3), uint8 or [0, 1].
+
+    The pusher is found where blue covers 0.5 to 1.6 times its area and lies together; the block where its best drawing
+    and its grey share more than 70 % of their union.
+    """
+    pixels = frames / 255 if frames.dtype == np.uint8 else frames
+    shares = np.clip(np.concatenate([pixels, np.ones_like(pixels[..., :1])], axis=-1) @ UNMIX.T, 0, 1)
+    shares[:, :WALL] = shares[:, -WALL:] = shares[:, :, :WALL] = shares[:, :, -WALL:] = 0
+    return Poses(
+        np.stack([_find_pusher(share) for share in shares[..., PUSHER]]),
+        np.stack([_find_block(share) for share in shares[..., BLOCK]]),
+    )
+
+
+def true_poses(agent: np.ndarray, block: np.ndarray) -> Poses:
+    """The poses of simulator states, agent (N, 2) and block (N, 3) in arena units and radians."""
+    cos, sin = np.cos(block[:, 2]), np.sin(block[:, 2])
+    centre = block[:, :2] * UNIT + np.stack([-sin, cos], axis=1) * CENTRE[1]
+    return Poses(agent * UNIT - 0.5, np.concatenate([centre - 0.5, block[:, 2:]], axis=1))
+
+
+def pose_errors(read: Poses, true: Poses) -> dict[str, np.ndarray]:
+    """Distances of `pusher` and `block_centre` in pixels and of `block_angle` in degrees (N,); NaN where not found."""
+    turn = (read.block[:, 2] - true.block[:, 2] + np.pi) % (2 * np.pi) - np.pi
+    return {
+        "pusher": np.linalg.norm(read.pusher - true.pusher, axis=1),
+        "block_centre": np.linalg.norm(read.block[:, :2] - true.block[:, :2], axis=1),
+        "block_angle": np.degrees(np.abs(turn)),
+    }
+
+
+def _find_pusher(share: np.ndarray) -> np.ndarray:
+    """Centre (2,) of the pusher's share (96, 96), or NaN."""
+    weights = np.where(share > 0.3, share, 0)
+    area = weights.sum()
+    if not 0.5 * PUSHER_AREA < area < 1.6 * PUSHER_AREA:
+        return np.full(2, np.nan)
+    grid = np.stack(np.meshgrid(np.arange(96), np.arange(96)), axis=-1)
+    centre = np.tensordot(weights, grid, 2) / area
+    spread = np.sqrt(np.tensordot(weights, np.square(grid - centre).sum(-1), 2) / area)
+    return centre if spread < 15 * UNIT else np.full(2, np.nan)
+
+
+def _find_block(share: np.ndarray) -> np.ndarray:
+    """Pose (3,) whose drawing is nearest to the block's share (96, 96), or NaN."""
+    weights = np.where(share > 0.3, share, 0)
+    if weights.sum() < 0.5 * BLOCK_AREA:
+        return np.full(3, np.nan)
+    rows, columns = np.nonzero(weights)
+    window = (slice(max(0, rows.min() - 4), rows.max() + 5), slice(max(0, columns.min() - 4), columns.max() + 5))
+    grid = np.stack(np.meshgrid(np.arange(96), np.arange(96)), axis=-1)[window]
+    seen = share[window]
+    middle = np.tensordot(weights[window], grid, 2) / weights.sum()
+
+    def difference(pose: np.ndarray) -> np.ndarray:
+        return (draw_block(pose, grid) - seen).ravel()
+
+    # the centre of area lies 4.3 units nearer to the bar than the centre of mass
+    starts = [
+        np.array([*(middle + 4.3 * UNIT * np.array([-np.sin(angle), np.cos(angle)])), angle])
+        for angle in np.arange(0, 2 * np.pi, np.pi / 12)
+    ]
+    start = min(starts, key=lambda pose: np.square(difference(pose)).sum())
+    pose = least_squares(difference, start, x_scale=[1.0, 1.0, 0.1], diff_step=1e-3, max_nfev=30).x
+    drawn = draw_block(pose, grid)
+    overlap = np.minimum(drawn, seen).sum() / np.maximum(drawn, seen).sum()
+    return pose if overlap > 0.7 else np.full(3, np.nan)
+
+
+def draw_block(pose: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Share of each pixel of `grid` (..., 2) that a block at `pose` (3,) covers."""
+    cos, sin = np.cos(pose[2]), np.sin(pose[2])
+    local = (grid - pose[:2]) @ np.array([[cos, -sin], [sin, cos]]) + CENTRE
+    outside = [np.max(np.abs(local - centre) - extent, axis=-1) for centre, extent in PARTS]
+    return np.clip(0.5 - np.minimum(*outside), 0, 1)  # signed distance, in pixels

@@ -1,0 +1,61 @@
+import pytest
+import torch
+from conftest import tiny_transformer
+
+from irasim_diffusers.models import noise_process
+from irasim_diffusers.training import StateReadout, diffusion_loss
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(5)
+    return {
+        "latents": torch.randn(2, 4, 5, 4, 6),
+        "actions": torch.randn(2, 3, 3),
+        "timesteps": torch.tensor([10, 700]),
+        "noise": torch.randn(2, 4, 3, 4, 6),
+    }
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_loss_is_the_error_on_predicted_frames(batch, prediction_type):
+    model = tiny_transformer(prediction_type=prediction_type)
+    process = noise_process(model.config)
+    share = process.alphas_cumprod[batch["timesteps"]].view(2, 1, 1, 1, 1)
+    future, noise = batch["latents"][:, :, 2:], batch["noise"]
+    noisy = share.sqrt() * future + (1 - share).sqrt() * noise
+    window = torch.cat([batch["latents"][:, :, :2], noisy], dim=2)
+    target = {
+        "epsilon": noise,
+        "v_prediction": share.sqrt() * noise - (1 - share).sqrt() * future,
+        "sample": future,
+    }[prediction_type]
+    output = model(window, batch["timesteps"], batch["actions"]).sample
+    loss = diffusion_loss(model, process, **batch)
+    torch.testing.assert_close(loss, (output[:, :, 2:] - target).square().mean())
+
+
+def test_readout_changes_no_prediction_and_adds_its_error(batch):
+    model = tiny_transformer()
+    process = noise_process(model.config)
+    plain = diffusion_loss(model, process, **batch)
+    readout = StateReadout(model, num_components=7)
+    states = torch.randn(2, 5, 7)
+    prediction, read = readout(batch["latents"], batch["timesteps"], batch["actions"])
+    assert read.shape == states.shape
+    torch.testing.assert_close(prediction, model(batch["latents"], batch["timesteps"], batch["actions"]).sample)
+    torch.testing.assert_close(diffusion_loss(readout, process, **batch, states=states, state_loss_weight=0.0), plain)
+    assert diffusion_loss(readout, process, **batch, states=states) > plain
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_readout_teaches_the_blocks_before_it_and_no_others(batch, checkpointing):
+    model = tiny_transformer(num_layers=3).train()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    readout = StateReadout(model, num_components=7, layer=1)
+    states = readout(batch["latents"], batch["timesteps"], batch["actions"])[1]
+    states.square().mean().backward()
+    for blocks in (model.transformer_blocks, model.temporal_transformer_blocks):
+        assert [block.ff.net[2].weight.grad is not None for block in blocks] == [True, True, False]
+    assert model.action_embed.linear_1.weight.grad.abs().sum() > 0
