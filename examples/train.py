@@ -66,7 +66,9 @@ class TrainingArguments:
     )
     window_lengths: list[int] = field(
         default_factory=list,
-        metadata={"help": "lengths that divide sample_frames; each step cuts its windows to one of them, drawn at random"},
+        metadata={
+            "help": "lengths that divide sample_frames; each step cuts its windows to one of them, drawn at random"
+        },
     )
     history_noise: float = field(
         default=0.0, metadata={"help": "most deviation of the noise on history latents, against drift in rollouts"}
@@ -310,7 +312,9 @@ def main() -> None:
     accelerator.wait_for_everyone()
 
     dataset = LeRobotFolder(Path(arguments.dataset), arguments.camera, arguments.max_train_episodes)
-    states = standardised_states(dataset, arguments.state_keys, arguments.state_angles) if arguments.state_keys else None
+    states = (
+        standardised_states(dataset, arguments.state_keys, arguments.state_angles) if arguments.state_keys else None
+    )
     vae = load_vae(arguments.vae).to(accelerator.device, memory_format=torch.channels_last)
     with accelerator.main_process_first():
         folder = cache_latents(
@@ -321,7 +325,9 @@ def main() -> None:
         )
     transformer = build_transformer(arguments, dataset, vae)
     config = transformer.config
-    if any(length <= config.num_history_frames or config.sample_frames % length for length in arguments.window_lengths):
+    if any(
+        length <= config.num_history_frames or config.sample_frames % length for length in arguments.window_lengths
+    ):
         raise ValueError(
             f"`window_lengths` must divide the window of {config.sample_frames} frames and exceed the "
             f"{config.num_history_frames} history frames, got {arguments.window_lengths}."

@@ -44,11 +44,11 @@ def tiny_vae() -> AutoencoderKL:
     ).eval()
 
 
-def tiny_pipeline(**changes) -> IRASimPipeline:
+def tiny_pipeline(num_inference_steps=50, **changes) -> IRASimPipeline:
     transformer = tiny_transformer(**changes)
     process = {name: value for name, value in noise_process(transformer.config).config.items() if name[0] != "_"}
     scheduler = PNDMScheduler.from_config(process | {"skip_prk_steps": True, "steps_offset": 1})
-    pipeline = IRASimPipeline(tiny_vae(), transformer, scheduler)
+    pipeline = IRASimPipeline(tiny_vae(), transformer, scheduler, num_inference_steps)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -6,6 +6,8 @@ Figures, with bootstrap 95 % intervals over clips:
 - VAE reconstruction, PSNR of held-out frames;
 - clip PSNR over the predicted frames of clips in which the block moves, beside repeating the last seen frame and beside
   the prediction under the actions of another clip;
+- poses of pusher and block read from the last predicted frame, against the simulator's, over the clips in which the block
+  moves and as many in which it does not; and the share of predicted frames in which both are found;
 - counterfactual identification: from one history, 8 action sequences that all move the block and whose futures differ,
   each replayed in the simulator. A prediction counts as right when, of the 8 true futures, its own is the nearest.
 Truth is always the simulator's raw frame; the observed history is never scored.
@@ -15,13 +17,14 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
+from poses import pose_errors, read_poses, true_poses
 from simulator import Simulator, State, push_about, push_at
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -44,9 +47,11 @@ class EvaluationArguments:
     scheduler: str | None = field(
         default=None, metadata={"help": "scheduler class of diffusers (default: the model's)"}
     )
-    num_inference_steps: int = 50
+    num_inference_steps: int | None = field(default=None, metadata={"help": "default: the model's"})
     num_history_frames: int = field(default=1, metadata={"help": "observed frames given to the model"})
-    num_clips: int = field(default=200, metadata={"help": "clips in which the block moves"})
+    num_clips: int = field(
+        default=200, metadata={"help": "clips in which the block moves, and as many with a still one"}
+    )
     num_histories: int = field(default=50, metadata={"help": "histories of the identification; 0 leaves it out"})
     batch_size: int = 8
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
@@ -60,30 +65,49 @@ def moved(before: np.ndarray, after: np.ndarray) -> bool:
     return bool(np.linalg.norm(after[:2] - before[:2]) > MOVED or abs(after[2] - before[2]) > MOVED / 100)
 
 
-def bootstrap(values: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
-    """Mean with a 95 % interval."""
-    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+def bootstrap(values: np.ndarray, rng: np.random.Generator, statistic: Any = np.mean) -> dict[str, float]:
+    """Mean, or another statistic, with a 95 % interval."""
+    samples = statistic(values[rng.integers(len(values), size=(2000, len(values)))], axis=1)
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return {statistic.__name__: float(statistic(values)), "low": float(low), "high": float(high), "n": len(values)}
 
 
-def moving_clips(
-    dataset: LeRobotFolder, num_clips: int, length: int, history: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Frames and actions of clips in which the block moves, spread evenly over the episodes."""
+def held_out_clips(
+    dataset: LeRobotFolder, num_clips: int, length: int, history: int, moving: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frames, actions and last states (5,) of clips in which the block moves or does not, spread over the episodes."""
     per_episode = -(-num_clips // len(dataset))
-    found = 0
+    frames, actions, states = [], [], []
     for episode in dataset.episodes():
         block = episode.states["observation.environment_state"]
         starts = [
-            s for s in range(0, len(episode) - length, length) if moved(block[s + history - 1], block[s + length - 1])
+            start
+            for start in range(0, len(episode) - length, length)
+            if moved(block[start + history - 1], block[start + length - 1]) == moving
         ]
         for start in starts[:per_episode]:
             last = start + length
-            yield episode.frames[start:last], episode.actions[start + history - 1 : last - 1]
-            found += 1
-            if found == num_clips:
-                return
+            frames.append(episode.frames[start:last])
+            actions.append(episode.actions[start + history - 1 : last - 1])
+            states.append(np.concatenate([episode.states["observation.state"][last - 1], block[last - 1]]))
+            if len(frames) == num_clips:
+                break
+        if len(frames) == num_clips:
+            break
+    if not frames:
+        raise ValueError(f"{str(dataset.root)!r} has no clip in which the block {'moves' if moving else 'stays'}.")
+    return np.stack(frames), np.stack(actions), np.stack(states)
+
+
+def pose_figures(prediction: np.ndarray, states: np.ndarray, rng: np.random.Generator) -> dict[str, dict[str, float]]:
+    """Median pose errors in the last frame of predictions (N, n, 96, 96, 3), and the share of found poses."""
+    errors = pose_errors(read_poses(prediction[:, -1]), true_poses(states[:, :2], states[:, 2:]))
+    worst = {"pusher": 96.0, "block_centre": 96.0, "block_angle": 180.0}  # counts where nothing is found
+    figures = {
+        name: bootstrap(np.nan_to_num(values, nan=worst[name]), rng, np.median) for name, values in errors.items()
+    }
+    found = read_poses(prediction[:, 4::5].reshape(-1, *prediction.shape[2:])).found.reshape(len(prediction), -1)
+    return figures | {"found": bootstrap(found.mean(1), rng)}
 
 
 def counterfactuals(task: tuple[int, np.ndarray, int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
@@ -158,9 +182,16 @@ def main() -> None:
             output_type="np",
         ).frames
 
+    def predict_clips(clips: np.ndarray, clip_actions: np.ndarray) -> np.ndarray:
+        parts = [slice(first, first + arguments.batch_size) for first in range(0, len(clips), arguments.batch_size)]
+        bar = tqdm(parts, desc="clips", unit="batch")
+        return np.concatenate([predict(clips[part, :history], clip_actions[part]) for part in bar])
+
     history = arguments.num_history_frames
-    clips = list(moving_clips(dataset, arguments.num_clips, length, history))
-    frames, actions = (np.stack(part) for part in zip(*clips, strict=True))
+    frames, actions, states = held_out_clips(dataset, arguments.num_clips, length, history, moving=True)
+    still_frames, still_actions, still_states = held_out_clips(
+        dataset, arguments.num_clips, length, history, moving=False
+    )
     pixels = torch.from_numpy(frames[:, ::5]).permute(0, 1, 4, 2, 3).flatten(0, 1)
     with torch.no_grad():
         latents = pipeline.encode_history(pixels[:, None].float() / 127.5 - 1)
@@ -170,28 +201,31 @@ def main() -> None:
     print(f"VAE {report['vae_psnr']['mean']:.2f} dB", flush=True)
 
     truth = frames[:, history:] / 255.0
-    start, predicted, shuffled = time.perf_counter(), [], []
-    others = np.roll(actions, 1, axis=0)
-    for first in tqdm(range(0, len(frames), arguments.batch_size), desc="moving clips", unit="batch"):
-        part = slice(first, first + arguments.batch_size)
-        predicted.append(predict(frames[part, :history], actions[part]))
-        shuffled.append(predict(frames[part, :history], others[part]))
+    start = time.perf_counter()
+    prediction = predict_clips(frames, actions)
+    shuffled = predict_clips(frames, np.roll(actions, 1, axis=0))
+    still = predict_clips(still_frames, still_actions)
     seconds = time.perf_counter() - start
-    prediction = np.concatenate(predicted)
+    sampled = len(prediction) + len(shuffled) + len(still)
+    batches = sum(-(-len(part) // arguments.batch_size) for part in (prediction, shuffled, still))
     last = psnr(np.broadcast_to(frames[:, history - 1 : history] / 255.0, truth.shape), truth)
-    own, other = psnr(prediction, truth), psnr(np.concatenate(shuffled), truth)
+    own, other = psnr(prediction, truth), psnr(shuffled, truth)
     report |= {
         "clip_psnr": bootstrap(own, rng),
         "clip_psnr_last_frame": bootstrap(last, rng),
         "clip_psnr_shuffled_actions": bootstrap(other, rng),
         "gain_over_last_frame": bootstrap(own - last, rng),
         "gain_over_shuffled_actions": bootstrap(own - other, rng),
-        "frames_per_second": {"mean": 2 * truth.shape[0] * truth.shape[1] / seconds, "n": 2 * len(truth)},
-        "network_evaluations_per_window": {
-            "mean": evaluations / (2 * len(predicted)),
-            "n": 2 * len(predicted),
+        "frames_per_second": {"mean": sampled * truth.shape[1] / seconds, "n": sampled},
+        "network_evaluations_per_window": {"mean": evaluations / batches, "n": batches},
+        "last_frame": {
+            "all": pose_figures(np.concatenate([prediction, still]), np.concatenate([states, still_states]), rng),
+            "moving": pose_figures(prediction, states, rng),
         },
     }
+    for group, figures in report["last_frame"].items():
+        text = ", ".join(f"{name} {figures[name]['median']:.2f}" for name in ("pusher", "block_centre", "block_angle"))
+        print(f"last frame, {group}: {text}; found {figures['found']['mean']:.3f}", flush=True)
     for name in ("clip_psnr", "clip_psnr_last_frame", "clip_psnr_shuffled_actions", "gain_over_last_frame"):
         print(
             f"{name} {report[name]['mean']:.2f} dB [{report[name]['low']:.2f}, {report[name]['high']:.2f}]", flush=True

@@ -30,7 +30,6 @@ SCHEDULERS = {
     "lcm": "LCMScheduler",
     "flow-euler": "FlowMatchEulerDiscreteScheduler",
 }
-DEFAULT_STEPS = 50
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
@@ -67,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--frames", type=Path, help="image or video that starts with the history; later frames serve as truth")
     add("--actions", type=Path, help=".npy, .csv or .json of actions (n, A), in the units of the model's action space")
     add("--history", type=int, help="history frames taken from a video (default: as many as the model takes)")
-    add("--steps", type=int, default=DEFAULT_STEPS, help="denoising steps of each window (default: %(default)s)")
+    add("--steps", type=int, help="denoising steps of each window (default: the model's)")
     add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")

@@ -388,3 +388,77 @@ def test_call_has_the_documented_arguments():
         assert name == "self" or f"{name}:" in documented
     assert signature.parameters["num_inference_steps"].default == 50
     assert signature.parameters["guidance_scale"].default == 1.0
+
+
+def test_steps_of_the_checkpoint_are_taken_where_a_call_names_none(frames, actions, tmp_path):
+    pipeline = tiny_pipeline(num_inference_steps=2)
+    pipeline.save_pretrained(tmp_path)
+    pipeline = IRASimPipeline.from_pretrained(tmp_path)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    calls = []
+    pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+    pipeline(frames, actions[:3])
+    assert len(calls) == 2
+    next(pipeline.stream(frames, actions, chunk_length=2))
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt", "latent"])
+def test_a_stream_of_whole_windows_is_the_rollout(pipeline, frames, actions, output_type):
+    (generator,) = seeded(4)
+    streamed = list(
+        pipeline.stream(frames, actions[:6], 3, num_inference_steps=3, generator=generator, output_type=output_type)
+    )
+    whole = run(pipeline, frames, actions[:6], generator=seeded(4), output_type=output_type)[0]
+    whole = whole.transpose(0, 1) if output_type == "latent" else whole  # frames first
+    for frame, expected in zip(streamed, whole, strict=True):
+        torch.testing.assert_close(torch.as_tensor(frame), torch.as_tensor(expected))
+        assert not getattr(frame, "requires_grad", False)
+
+
+def test_a_stream_asks_for_actions_only_when_its_frames_are_taken(pipeline, frames, actions):
+    asked, seen = [], []
+
+    def policy():
+        while True:  # never ends, and looks at the frames that its actions led to
+            asked.append(len(seen))
+            yield actions[0] + (0 if not seen else seen[-1].mean())
+
+    stream = pipeline.stream(frames, policy(), 2, num_inference_steps=1, output_type="np")
+    assert asked == []
+    for frame in stream:
+        seen.append(frame)
+        if len(seen) == 5:
+            break
+    assert asked == [0, 0, 2, 2, 4, 4]
+
+
+def test_a_stream_ends_with_a_shorter_chunk(pipeline, frames, actions):
+    lengths = []
+    pipeline.transformer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[2]))
+    images = list(pipeline.stream(frames[0], iter(actions[:5]), 2, num_inference_steps=1))
+    assert [image.size for image in images] == [(12, 8)] * 5
+    assert lengths == [3, 4, 3]  # histories of 1, 2 and 2 frames
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chunk_length": 4}, r"`chunk_length` must be in \[1, 3\] for this checkpoint, got 4"),
+        ({"chunk_length": 0}, r"`chunk_length` must be in \[1, 3\]"),
+        ({"frames": np.zeros((2, 1, 8, 12, 3))}, "`frames` must be one history, got 2"),
+        ({"frames": np.zeros((3, 8, 12, 3))}, "1 to 2 history frames for this checkpoint, got 3"),
+        ({"num_inference_steps": 0}, "at least 1"),
+        ({"output_type": "mp4"}, "`output_type` must be pil, np, pt or latent"),
+    ],
+)
+def test_a_bad_stream_is_refused_at_once(pipeline, frames, actions, change, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.stream(**{"frames": frames, "actions": actions, "chunk_length": 2} | change)
+
+
+def test_a_bad_action_stops_a_stream_when_it_comes(pipeline, frames, actions):
+    stream = pipeline.stream(frames, [actions[0], actions[0][:2]], 1, num_inference_steps=1)
+    next(stream)
+    with pytest.raises(ValueError, match=r"`actions` must be \(n, 3\)"):
+        next(stream)

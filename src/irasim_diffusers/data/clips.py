@@ -73,9 +73,7 @@ def cache_latents(
     return folder
 
 
-def standardised_states(
-    dataset: LeRobotFolder, keys: Sequence[str], angles: Sequence[str] = ()
-) -> list[torch.Tensor]:
+def standardised_states(dataset: LeRobotFolder, keys: Sequence[str], angles: Sequence[str] = ()) -> list[torch.Tensor]:
     """States of every episode (T, S), float32, each component of zero mean and unit variance over the data set.
 
     Args:
@@ -173,8 +171,11 @@ class LatentClips(Dataset):
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Latents (C, F, h, w), float32, unscaled, actions (F - 1, A), of which row k leads from frame k to k + 1, and
-        states (F, S) where there are any.
+        """One window.
+
+        Returns:
+            `latents` (C, F, h, w), float32, unscaled; `actions` (F - 1, A), row k leading from frame k to frame k + 1;
+            where there are any, `states` (F, S).
         """
         episode, start = self.windows[index]
         latents, actions = self.episodes[episode]

@@ -1,8 +1,9 @@
 """The pipeline: history frames and actions in, the video of those actions out."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class IRASimPipeline(DiffusionPipeline):
         vae: Per-frame autoencoder.
         transformer: The denoiser; its config holds the action space, the window and the noise process.
         scheduler: Any diffusers scheduler of the checkpoint's prediction type and noise process.
+        num_inference_steps: Steps that suit model and scheduler, taken where a call names none; part of the checkpoint.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -63,9 +65,11 @@ class IRASimPipeline(DiffusionPipeline):
         vae: AutoencoderKL | AutoencoderTiny,
         transformer: IRASimTransformer3DModel,
         scheduler: SchedulerMixin,
+        num_inference_steps: int = 50,
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
+        self.register_to_config(num_inference_steps=num_inference_steps)
         config = self.vae.config if getattr(self, "vae", None) else {}
         levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (None,) * 4
         self.vae_scale_factor = 2 ** (len(levels) - 1)
@@ -123,12 +127,6 @@ class IRASimPipeline(DiffusionPipeline):
         Raises:
             ValueError: Names the argument, what was wanted, what came and the remedy.
         """
-        config = self.transformer.config
-        if histories.shape[1] > config.num_history_frames:
-            raise ValueError(
-                f"`frames` must hold 1 to {config.num_history_frames} history frames for this checkpoint, got "
-                f"{histories.shape[1]}: give the last {config.num_history_frames} (a list of lists is a batch)."
-            )
         if len(histories) not in (1, len(actions)) and len(actions) != 1:
             raise ValueError(
                 f"`frames` and `actions` must agree: got {len(histories)} histories and {len(actions)} action "
@@ -142,7 +140,7 @@ class IRASimPipeline(DiffusionPipeline):
         batch_size = max(len(histories), len(actions)) * num_videos_per_trajectory
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` must be one, or a list of {batch_size}, got a list of {len(generator)}.")
-        shape = (batch_size, config.in_channels, actions.shape[1], *self._latent_size(histories))
+        shape = (batch_size, self.transformer.config.in_channels, actions.shape[1], *self._latent_size(histories))
         if latents is not None and latents.shape != shape:
             raise ValueError(f"`latents` must be {shape}, got {tuple(latents.shape)}.")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -199,9 +197,15 @@ class IRASimPipeline(DiffusionPipeline):
             Histories (B, h, 3, H, W) in [-1, 1], float32.
 
         Raises:
-            ValueError: If there is no frame, or frames are not RGB, out of range, or of another size.
+            ValueError: If there is no frame or too many, or frames are not RGB, out of range, or of another size.
         """
         pixels = _stack_frames(frames)  # (B, h, 3, H, W) in [0, 1]
+        most = self.transformer.config.num_history_frames
+        if pixels.shape[1] > most:
+            raise ValueError(
+                f"`frames` must hold 1 to {most} history frames for this checkpoint, got {pixels.shape[1]}: give the last "
+                f"{most} (a list of lists is a batch)."
+            )
         size = tuple(pixels.shape[-2:])
         if size != self.frame_size and resize:
             resized = torch.nn.functional.interpolate(
@@ -313,7 +317,7 @@ class IRASimPipeline(DiffusionPipeline):
         self,
         frames: Any,
         actions: Any,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         num_videos_per_trajectory: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -338,7 +342,7 @@ class IRASimPipeline(DiffusionPipeline):
             actions: Actions (n, A) or (B, n, A) in the units of the checkpoint's action space. One history with
                 several action sequences gives their futures from one encoding. More actions than the window holds
                 are rolled out: each window starts from the last frames of the one before.
-            num_inference_steps: Denoising steps of each window.
+            num_inference_steps: Denoising steps of each window; None takes the checkpoint's own number.
             guidance_scale: Weight of the actions against none; 1 (the paper's) evaluates the network once a step.
             num_videos_per_trajectory: Samples of each trajectory; those of one follow each other in the output.
             generator: Seeded generator, or one for each video: then a video is the same alone and in a batch.
@@ -367,6 +371,8 @@ class IRASimPipeline(DiffusionPipeline):
         tensor_inputs = (
             ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
         )
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
         actions = prepare_actions(actions, config.action_dim)
         histories = self.preprocess_frames(frames, resize)
         self.check_inputs(
@@ -449,6 +455,83 @@ class IRASimPipeline(DiffusionPipeline):
     def predict(self, frames: Any, actions: Any, **kwargs: Any) -> torch.Tensor:
         """Predict as a `WorldModel`: `__call__` with tensors (B, n, 3, H, W) in [0, 1] out, unless told otherwise."""
         return self(frames, actions, **{"output_type": "pt"} | kwargs).frames
+
+    def stream(
+        self,
+        frames: Any,
+        actions: Iterable[Any],
+        chunk_length: int = 4,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+        resize: bool = False,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Iterator[PIL.Image.Image | np.ndarray | torch.Tensor]:
+        """Predict one trajectory while its actions come.
+
+        As soon as `chunk_length` actions are there, their frames are predicted and yielded; a next action is asked for
+        only when the frames before it are consumed. So latency is that of one short window, and whoever yields the
+        actions may first look at the frames. The history is carried in latents, never decoded and encoded again.
+
+        Args:
+            frames: The history; see `__call__`.
+            actions: Any iterable of actions (A,) in the units of the action space, finite or not.
+            chunk_length: Actions predicted together; the last chunk may be shorter.
+            num_inference_steps: Denoising steps of each chunk; None takes the checkpoint's own number.
+            guidance_scale: See `__call__`.
+            generator: Seeded generator.
+            output_type: `"pil"` for images, `"np"` (H, W, 3) or `"pt"` (3, H, W) in [0, 1], `"latent"` (C, h, w).
+            resize: Resize frames of another size instead of refusing them.
+            attention_kwargs: See `__call__`.
+
+        Returns:
+            An iterator over predicted frames, one for each action.
+
+        Raises:
+            ValueError: On bad input: at once, but for a bad action, which raises when it comes.
+
+        Examples:
+            ```py
+            >>> for frame in pipe.stream(first_frame, gamepad_targets()):
+            ...     show(frame)
+            ```
+        """
+        config = self.transformer.config
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
+        longest = config.sample_frames - config.num_history_frames
+        if not 1 <= chunk_length <= longest:
+            raise ValueError(f"`chunk_length` must be in [1, {longest}] for this checkpoint, got {chunk_length}.")
+        histories = self.preprocess_frames(frames, resize)
+        hold = torch.zeros(1, chunk_length, config.action_dim)
+        self.check_inputs(hold, histories, num_inference_steps, 1, generator, None, output_type, [])
+        if len(histories) != 1:
+            raise ValueError(f"`frames` must be one history, got {len(histories)}: stream each trajectory by itself.")
+
+        @torch.no_grad()
+        def predict_chunks() -> Iterator[Any]:
+            history = self.encode_history(histories)
+            coming = iter(actions)
+            while chunk := list(islice(coming, chunk_length)):
+                window_actions = prepare_actions([np.asarray(action) for action in chunk], config.action_dim)
+                shape = (1, config.in_channels, len(chunk), *history.shape[-2:])
+                future = self.denoise_window(
+                    history,
+                    window_actions.to(self._execution_device),
+                    self.prepare_latents(shape, generator),
+                    num_inference_steps,
+                    guidance_scale,
+                    generator,
+                    attention_kwargs=attention_kwargs,
+                )
+                history = torch.cat([history, future], dim=2)[:, :, -config.num_history_frames :]
+                if output_type == "latent":
+                    yield from future[0].unbind(1)
+                else:
+                    yield from self.video_processor.postprocess_video(self.decode_latents(future), output_type)[0]
+
+        return predict_chunks()
 
     def _latent_size(self, histories: torch.Tensor) -> tuple[int, int]:
         return histories.shape[-2] // self.vae_scale_factor, histories.shape[-1] // self.vae_scale_factor
