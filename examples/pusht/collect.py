@@ -1,21 +1,25 @@
-"""Collect episodes of Push-T with a random pusher, as a LeRobotDataset v3.0 folder.
+"""Collect episodes of Push-T, as a LeRobotDataset v3.0 folder.
 
-    python examples/pusht/collect.py --output data/pusht-train --episodes 1000 --first_seed 0
+    python examples/pusht/collect.py --output data/pusht-train --episodes 1500 --first_seed 0
 
-Every episode is fixed by its seed. Files of 50 episodes are written one by one; the same command run again goes on
-with the first one missing.
+An aimless pusher, an expert, and the expert with noise take the episodes in the shares asked for. Every episode is fixed
+by its seed. Files of 50 episodes are written one by one; the same command run again goes on with the first one missing.
 """
 
-import argparse
 import functools
 import multiprocessing
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from simulator import FPS, SIZE, TASK, Simulator, push_about
+from expert import push_to_goal
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from simulator import FPS, SIZE, Pusher, Simulator, State, push_about
 from tqdm import tqdm
+from transformers import HfArgumentParser
 
-from irasim_diffusers.data import Episode, is_written, write_file, write_metadata
+from irasim_diffusers.data import Episode, LeRobotFolder, is_written, write_file, write_metadata
 
 CAMERA = "observation.image"
 NAMES = {
@@ -23,13 +27,60 @@ NAMES = {
     "observation.environment_state": ["block_x", "block_y", "block_angle"],
     "action": ["target_x", "target_y"],
 }
+TASKS = {
+    "aimless": "Push the T-shaped block about.",
+    "expert": "Push the T-shaped block onto the T-shaped goal.",
+    "noisy": "Push the T-shaped block onto the T-shaped goal, with an unsteady hand.",
+}
 EPISODES_PER_FILE = 50
+CARD = """# Push-T clips
+
+{episodes} episodes of {length} frames at {fps} Hz of the Push-T simulator (gym-pusht), {size}x{size} pixels, in LeRobotDataset
+v3.0. Pixels are the simulator's observations, which do not show the action. An action is the position in the arena,
+0 to 512 from the top left, that the pusher is to move to.
+
+| pusher | episodes | |
+|---|---|---|
+{rows}
+
+`observation.state` is the pusher's position, `observation.environment_state` position and angle (radians) of the block's
+frame, whose origin is the middle of the bar's upper edge. Videos are stored without loss.
+
+Made by `{command}` of irasim-diffusers; episode k is fixed by seed {first_seed} + k.
+"""
+WHO = {
+    "aimless": "seeks contact, misses, slides off, wanders, waits",
+    "expert": "brings the block to the goal and waits",
+    "noisy": "the expert with noise of 5 to 40 units on every target",
+}
 
 
-def collect_episode(simulator: Simulator, seed: int, length: int) -> Episode:
-    """One episode of `length` frames."""
+@dataclass
+class CollectArguments:
+    output: Path = field(metadata={"help": "folder of the data set"})
+    episodes: int = 1000
+    length: int = field(default=120, metadata={"help": "frames of an episode; 120 are 12 seconds"})
+    first_seed: int = field(default=0, metadata={"help": "seed of episode 0; episode k has first_seed + k"})
+    aimless: float = field(default=0.5, metadata={"help": "share of episodes of the aimless pusher"})
+    expert: float = field(default=0.25, metadata={"help": "share of the expert"})
+    noisy: float = field(default=0.25, metadata={"help": "share of the expert with noise"})
+    num_workers: int = multiprocessing.cpu_count()
+    push_to_hub: str | None = field(default=None, metadata={"help": "Hub repository to publish to, user/name"})
+
+
+def pusher_of(kind: str, rng: np.random.Generator, state: State) -> Pusher:
+    """The pusher of one episode."""
+    if kind == "aimless":
+        return push_about(rng, state)
+    return push_to_goal(rng, state, noise=rng.uniform(5, 40) if kind == "noisy" else 0.0)
+
+
+def collect_episode(simulator: Simulator, seed: int, length: int, shares: dict[str, float]) -> Episode:
+    """One episode of `length` frames, its pusher drawn by the shares."""
     state = simulator.reset(seed)
-    pusher = push_about(np.random.default_rng([seed, 1]), state)
+    weights = np.array([shares[kind] for kind in TASKS])
+    kind = list(TASKS)[np.random.default_rng([seed, 3]).choice(len(TASKS), p=weights / weights.sum())]
+    pusher = pusher_of(kind, np.random.default_rng([seed, 1]), state)
     action = next(pusher)
     frames, states, actions = [], [], []
     for _ in range(length):
@@ -45,37 +96,63 @@ def collect_episode(simulator: Simulator, seed: int, length: int) -> Episode:
             "observation.state": np.stack([state.agent for state in states]).astype(np.float32),
             "observation.environment_state": np.stack([state.block for state in states]).astype(np.float32),
         },
-        task=TASK,
+        task=TASKS[kind],
     )
 
 
-def collect_file(file_index: int, arguments: argparse.Namespace) -> int:
+def collect_file(file_index: int, arguments: CollectArguments) -> int:
     """Collect and write one file of episodes; return its number of episodes."""
     first = file_index * EPISODES_PER_FILE
     numbers = range(first, min(first + EPISODES_PER_FILE, arguments.episodes))
     if not is_written(arguments.output, file_index):
         simulator = Simulator()
+        shares = {kind: getattr(arguments, kind) for kind in TASKS}
+        seeds = [arguments.first_seed + number for number in numbers]
         write_file(
             arguments.output,
             file_index,
-            [collect_episode(simulator, arguments.first_seed + number, arguments.length) for number in numbers],
+            [collect_episode(simulator, seed, arguments.length, shares) for seed in seeds],
             fps=FPS,
             camera=CAMERA,
+            tasks=list(TASKS.values()),
             first_episode=first,
             first_frame=first * arguments.length,
         )
     return len(numbers)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder of the data set")
-    parser.add_argument("--episodes", type=int, default=1000)
-    parser.add_argument("--length", type=int, default=120, help="frames of an episode (default: 120, 12 seconds)")
-    parser.add_argument("--first_seed", type=int, default=0, help="seed of episode 0; episode k has first_seed + k")
-    parser.add_argument("--num_workers", type=int, default=multiprocessing.cpu_count())
-    arguments = parser.parse_args()
+def write_card(arguments: CollectArguments) -> None:
+    """Write the data set card, README.md in the folder."""
+    counts = dict.fromkeys(TASKS.values(), 0)
+    for row in LeRobotFolder(arguments.output).rows:
+        counts[row["tasks"][0]] += 1
+    card = CARD.format(
+        episodes=sum(counts.values()),
+        length=arguments.length,
+        fps=FPS,
+        size=SIZE,
+        rows="\n".join(f"| {kind} | {counts[task]} | {WHO[kind]} |" for kind, task in TASKS.items()),
+        command=" ".join(["python", *sys.argv]),
+        first_seed=arguments.first_seed,
+    )
+    header = DatasetCardData(
+        license="apache-2.0",
+        task_categories=["robotics"],
+        tags=["LeRobot", "push-t", "world-model"],
+        configs=[{"config_name": "default", "data_files": "data/*/*.parquet"}],
+    )
+    DatasetCard(f"---\n{header.to_yaml()}\n---\n\n{card}").save(arguments.output / "README.md")
 
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(CollectArguments).parse_args_into_dataclasses()
+    shares = [getattr(arguments, kind) for kind in TASKS]
+    if min(shares) < 0 or sum(shares) == 0:
+        raise ValueError(
+            f"`aimless`, `expert` and `noisy` must be shares, none negative and not all zero, got {shares}."
+        )
+    if arguments.push_to_hub:  # before hours of work
+        HfApi().create_repo(arguments.push_to_hub, repo_type="dataset", exist_ok=True)
     files = range(-(-arguments.episodes // EPISODES_PER_FILE))
     with multiprocessing.Pool(arguments.num_workers) as pool, tqdm(total=arguments.episodes, unit="episode") as bar:
         for count in pool.imap_unordered(functools.partial(collect_file, arguments=arguments), files):
@@ -86,9 +163,17 @@ def main() -> None:
         camera=CAMERA,
         frame_size=(SIZE, SIZE),
         names=NAMES,
-        tasks=[TASK],
+        tasks=list(TASKS.values()),
         robot_type="gym_pusht",
     )
+    write_card(arguments)
+    if arguments.push_to_hub:
+        HfApi().upload_folder(
+            repo_id=arguments.push_to_hub,
+            repo_type="dataset",
+            folder_path=arguments.output,
+            ignore_patterns="*.partial*",
+        )
 
 
 if __name__ == "__main__":

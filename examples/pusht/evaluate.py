@@ -8,6 +8,7 @@ Figures, with bootstrap 95 % intervals over clips:
   the prediction under the actions of another clip;
 - poses of pusher and block read from the last predicted frame, against the simulator's, over the clips in which the block
   moves and as many in which it does not; and the share of predicted frames in which both are found;
+- the same after rollouts of 60 actions of the expert, beside a block that stays where it was;
 - counterfactual identification: from one history, 8 action sequences that all move the block and whose futures differ,
   each replayed in the simulator. A prediction counts as right when, of the 8 true futures, its own is the nearest.
 Truth is always the simulator's raw frame; the observed history is never scored.
@@ -24,6 +25,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from collect import TASKS
 from poses import pose_errors, read_poses, true_poses
 from simulator import Simulator, State, push_about, push_at
 from tqdm import tqdm
@@ -35,6 +37,8 @@ from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.metrics import psnr
 
 WAYS = 8
+ROLLOUT = 60  # actions of an expert rollout
+STATES = ("observation.state", "observation.environment_state")
 MOVED = 5.0  # arena units or hundredths of a radian by which a block moves in a 'moving' clip; about a pixel
 DISTINCT = 30.0  # PSNR in dB below which two true futures count as different
 
@@ -52,6 +56,7 @@ class EvaluationArguments:
     num_clips: int = field(
         default=200, metadata={"help": "clips in which the block moves, and as many with a still one"}
     )
+    num_rollouts: int = field(default=50, metadata={"help": "expert episodes rolled out; 0 leaves it out"})
     num_histories: int = field(default=50, metadata={"help": "histories of the identification; 0 leaves it out"})
     batch_size: int = 8
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
@@ -89,7 +94,7 @@ def held_out_clips(
             last = start + length
             frames.append(episode.frames[start:last])
             actions.append(episode.actions[start + history - 1 : last - 1])
-            states.append(np.concatenate([episode.states["observation.state"][last - 1], block[last - 1]]))
+            states.append(np.concatenate([episode.states[key][last - 1] for key in STATES]))
             if len(frames) == num_clips:
                 break
         if len(frames) == num_clips:
@@ -99,15 +104,35 @@ def held_out_clips(
     return np.stack(frames), np.stack(actions), np.stack(states)
 
 
-def pose_figures(prediction: np.ndarray, states: np.ndarray, rng: np.random.Generator) -> dict[str, dict[str, float]]:
-    """Median pose errors in the last frame of predictions (N, n, 96, 96, 3), and the share of found poses."""
-    errors = pose_errors(read_poses(prediction[:, -1]), true_poses(states[:, :2], states[:, 2:]))
+def pose_figures(frames: np.ndarray, states: np.ndarray, rng: np.random.Generator) -> dict[str, dict[str, float]]:
+    """Median pose errors of frames (N, 96, 96, 3) against states (N, 5), and the share in which both are found."""
+    poses = read_poses(frames)
     worst = {"pusher": 96.0, "block_centre": 96.0, "block_angle": 180.0}  # counts where nothing is found
-    figures = {
+    errors = pose_errors(poses, true_poses(states[:, :2], states[:, 2:]))
+    return {
         name: bootstrap(np.nan_to_num(values, nan=worst[name]), rng, np.median) for name, values in errors.items()
-    }
-    found = read_poses(prediction[:, 4::5].reshape(-1, *prediction.shape[2:])).found.reshape(len(prediction), -1)
-    return figures | {"found": bootstrap(found.mean(1), rng)}
+    } | {"found": bootstrap(poses.found.astype(float), rng)}
+
+
+def print_poses(title: str, figures: dict[str, dict[str, float]]) -> None:
+    """One line of `pose_figures`."""
+    text = ", ".join(f"{name} {figures[name]['median']:.2f}" for name in ("pusher", "block_centre", "block_angle"))
+    print(f"{title}: {text}; found {figures['found']['mean']:.3f}", flush=True)
+
+
+def expert_episodes(
+    dataset: LeRobotFolder, num_rollouts: int, history: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """Histories, actions (N, 60, 2), and first and last states (N, 5) of expert episodes; None if there are none."""
+    parts = []
+    start = 10  # the pusher is on its way
+    last = start + history - 1 + ROLLOUT
+    for episode in dataset.episodes():
+        if episode.task == TASKS["expert"] and len(episode) > last and len(parts) < num_rollouts:
+            states = np.concatenate([*(episode.states[key] for key in STATES)], axis=1)
+            actions = episode.actions[last - ROLLOUT : last]
+            parts.append((episode.frames[start : start + history], actions, states[last - ROLLOUT], states[last]))
+    return tuple(np.stack(part) for part in zip(*parts, strict=True)) if parts else None  # type: ignore[return-value]
 
 
 def counterfactuals(task: tuple[int, np.ndarray, int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
@@ -219,17 +244,31 @@ def main() -> None:
         "frames_per_second": {"mean": sampled * truth.shape[1] / seconds, "n": sampled},
         "network_evaluations_per_window": {"mean": evaluations / batches, "n": batches},
         "last_frame": {
-            "all": pose_figures(np.concatenate([prediction, still]), np.concatenate([states, still_states]), rng),
-            "moving": pose_figures(prediction, states, rng),
+            "all": pose_figures(
+                np.concatenate([prediction[:, -1], still[:, -1]]), np.concatenate([states, still_states]), rng
+            ),
+            "moving": pose_figures(prediction[:, -1], states, rng),
         },
     }
     for group, figures in report["last_frame"].items():
-        text = ", ".join(f"{name} {figures[name]['median']:.2f}" for name in ("pusher", "block_centre", "block_angle"))
-        print(f"last frame, {group}: {text}; found {figures['found']['mean']:.3f}", flush=True)
+        print_poses(f"last frame, {group}", figures)
     for name in ("clip_psnr", "clip_psnr_last_frame", "clip_psnr_shuffled_actions", "gain_over_last_frame"):
         print(
             f"{name} {report[name]['mean']:.2f} dB [{report[name]['low']:.2f}, {report[name]['high']:.2f}]", flush=True
         )
+
+    expert = expert_episodes(dataset, arguments.num_rollouts, history)
+    if expert is not None:
+        histories, expert_actions, before, after = expert
+        ends = [
+            predict(histories[k : k + 1], expert_actions[k : k + 1])[0, -1]
+            for k in tqdm(range(len(after)), "rollouts")
+        ]
+        stays = pose_errors(true_poses(before[:, :2], before[:, 2:]), true_poses(after[:, :2], after[:, 2:]))
+        report["expert_rollout"] = pose_figures(np.stack(ends), after, rng) | {
+            f"{name}_if_nothing_moved": bootstrap(values, rng, np.median) for name, values in stays.items()
+        }
+        print_poses(f"end of {ROLLOUT} expert actions", report["expert_rollout"])
 
     if arguments.num_histories:
         tasks = identification_tasks(dataset, arguments.num_histories, length, history, arguments.first_seed)

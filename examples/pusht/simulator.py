@@ -12,7 +12,6 @@ ARENA = 512  # side of the arena, in the units of actions and states
 SIZE = 96  # side of an observed frame, in pixels
 FPS = 10
 CENTRE_OF_MASS = np.array([0.0, 45.0])  # of the block, in the block's own frame
-TASK = "Push the T-shaped block with the round pusher."
 
 
 @dataclass(frozen=True)

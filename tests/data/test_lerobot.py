@@ -7,6 +7,7 @@ import pytest
 from irasim_diffusers.data import Episode, LeRobotFolder, is_written, write_file, write_metadata
 
 CAMERA = "observation.image"
+TASKS = ["tidy up", "lay the table"]
 NAMES = {"action": ["x", "y", "grip"], "observation.state": ["a", "b"]}
 
 
@@ -16,15 +17,16 @@ def make_episode(number, length):
         frames=rng.integers(0, 256, (length, 10, 14, 3), dtype=np.uint8),
         actions=rng.normal(size=(length, 3)).astype(np.float32),
         states={"observation.state": rng.normal(size=(length, 2)).astype(np.float32)},
-        task="tidy up",
+        task=TASKS[number % 2],
     )
 
 
 def write_folder(root, lengths=(5, 9, 7)):
     episodes = [make_episode(number, length) for number, length in enumerate(lengths)]
-    write_file(root, 0, episodes[:2], fps=10, camera=CAMERA)
-    write_file(root, 1, episodes[2:], fps=10, camera=CAMERA, first_episode=2, first_frame=sum(lengths[:2]))
-    write_metadata(root, fps=10, camera=CAMERA, frame_size=(10, 14), names=NAMES, tasks=["tidy up"], robot_type="test")
+    shared = {"fps": 10, "camera": CAMERA, "tasks": TASKS}
+    write_file(root, 0, episodes[:2], **shared)
+    write_file(root, 1, episodes[2:], **shared, first_episode=2, first_frame=sum(lengths[:2]))
+    write_metadata(root, fps=10, camera=CAMERA, frame_size=(10, 14), names=NAMES, tasks=TASKS, robot_type="test")
     return episodes
 
 
@@ -36,19 +38,19 @@ def test_what_is_written_is_read(tmp_path):
         assert np.array_equal(after.frames, before.frames)
         assert np.array_equal(after.actions, before.actions)
         assert np.array_equal(after.states["observation.state"], before.states["observation.state"])
-        assert (after.task, len(after)) == ("tidy up", len(before))
+        assert (after.task, len(after)) == (before.task, len(before))
 
 
 def test_layout_of_the_format(tmp_path):
     written = write_folder(tmp_path)
     info = json.loads((tmp_path / "meta" / "info.json").read_text())
     assert info["codebase_version"] == "v3.0"
-    assert (info["total_episodes"], info["total_frames"], info["total_tasks"]) == (3, 21, 1)
+    assert (info["total_episodes"], info["total_frames"], info["total_tasks"]) == (3, 21, 2)
     assert info["features"][CAMERA]["dtype"] == "video"
     assert info["features"]["action"] == {"dtype": "float32", "shape": [3], "names": ["x", "y", "grip"]}
     tasks = pq.read_table(tmp_path / "meta" / "tasks.parquet").to_pandas()
-    assert tasks.index.tolist() == ["tidy up"]
-    assert tasks["task_index"].tolist() == [0]
+    assert tasks.index.tolist() == TASKS
+    assert tasks["task_index"].tolist() == [0, 1]
     rows = [
         row
         for k in range(2)
@@ -70,7 +72,7 @@ def test_layout_of_the_format(tmp_path):
 
 def test_a_file_counts_as_written_when_it_is_complete(tmp_path):
     assert not is_written(tmp_path, 0)
-    write_file(tmp_path, 0, [make_episode(0, 5)], fps=10, camera=CAMERA)
+    write_file(tmp_path, 0, [make_episode(0, 5)], fps=10, camera=CAMERA, tasks=TASKS)
     assert is_written(tmp_path, 0)
 
 

@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from collect import TASKS
+from expert import Lookahead, push_to_goal
+from huggingface_hub import DatasetCard
+from poses import pose_errors, read_poses, true_poses
 from simulator import Simulator, push_about, push_at
 
 from irasim_diffusers import IRASimPipeline
@@ -71,6 +75,63 @@ def test_collecting_again_goes_on_where_it_stopped(workspace):
     before = video.stat().st_mtime_ns
     run("pusht/collect.py", "--output", workspace / "set", "--episodes", 3, "--length", 60, "--first_seed", 5)
     assert video.stat().st_mtime_ns == before
+
+
+def test_the_card_counts_the_pushers(workspace):
+    card = DatasetCard.load(workspace / "set" / "README.md")
+    tasks = [row["tasks"][0] for row in LeRobotFolder(workspace / "set").rows]
+    for kind, task in TASKS.items():
+        assert f"| {kind} | {tasks.count(task)} |" in card.text
+    assert "LeRobot" in card.data.tags
+
+
+def test_lookahead_is_the_simulator():
+    simulator = Simulator()
+    state = simulator.reset(8)
+    for _ in range(15):
+        state = simulator.step(state.agent)  # comes to rest
+    targets = state.agent + np.linspace(0, 1, 20)[:, None] * (state.block_centre - state.agent) * 1.2
+    expected = np.stack([simulator.step(target).block for target in targets])
+    poses = Lookahead().run(state.agent, state.block, targets)
+    assert np.abs(expected[-1] - state.block).max() > 5  # it was pushed
+    np.testing.assert_allclose(poses, expected, atol=1e-3)
+
+
+def test_the_expert_reaches_the_goal():
+    reached = 0
+    for seed in (3, 10, 14, 18):
+        simulator = Simulator()
+        state = simulator.reset(seed)
+        pusher = push_to_goal(np.random.default_rng(seed), state)
+        action = next(pusher)
+        for _ in range(200):
+            state = simulator.step(action)
+            action = pusher.send(state)
+        reached += simulator.environment._get_coverage() > 0.95
+    assert reached >= 3
+
+
+def test_poses_are_read_from_pixels(workspace):
+    for episode in LeRobotFolder(workspace / "set").episodes():
+        read = read_poses(episode.frames[::6])
+        true = true_poses(episode.states["observation.state"], episode.states["observation.environment_state"])
+        true = type(true)(true.pusher[::6], true.block[::6])
+        assert read.found.all()
+        errors = pose_errors(read, true)
+        assert np.median(errors["pusher"]) < 0.2
+        assert np.median(errors["block_centre"]) < 0.3
+        assert np.median(errors["block_angle"]) < 1
+        assert errors["block_centre"].max() < 1
+
+
+def test_what_is_no_pose_is_not_found(workspace):
+    frame = next(LeRobotFolder(workspace / "set").episodes()).frames[0]
+    pale = (frame // 2 + 127).astype(np.uint8)
+    halves = np.where(np.arange(96)[:, None, None] % 8 < 4, frame, 255).astype(np.uint8)
+    read = read_poses(np.stack([np.full_like(frame, 255), pale, halves]))
+    assert not read.found.any()
+    assert np.isnan(read.block[0]).all()
+    assert np.isnan(read.pusher[0]).all()
 
 
 def test_frames_do_not_show_the_action():

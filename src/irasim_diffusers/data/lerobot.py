@@ -159,7 +159,7 @@ def write_file(
     *,
     fps: float,
     camera: str,
-    task_index: int = 0,
+    tasks: Sequence[str],
     first_episode: int = 0,
     first_frame: int = 0,
 ) -> None:
@@ -171,10 +171,10 @@ def write_file(
     Args:
         root: The data set's folder.
         file_index: Number of the file.
-        episodes: Its episodes, of one task.
+        episodes: Its episodes.
         fps: Frames per second.
         camera: Feature key of the frames, `observation.image` for example.
-        task_index: Number of the task in the list given to `write_metadata`.
+        tasks: Tasks of the data set, as given to `write_metadata`; those of the episodes are among them.
         first_episode: Number of the first episode within the data set.
         first_frame: Number of the first frame within the data set.
     """
@@ -197,7 +197,7 @@ def write_file(
             "frame_index": numbers,
             "episode_index": np.full(length, number),
             "index": first_frame + start + numbers,
-            "task_index": np.full(length, task_index),
+            "task_index": np.full(length, tasks.index(episode.task)),
         }
         vectors = {"action": episode.actions, **episode.states}
         for key, values in {**vectors, **index}.items():

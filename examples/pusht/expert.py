@@ -1,0 +1,176 @@
+"""A scripted expert for Push-T: tries short pushes in a simulator of its own and makes the best."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pymunk
+import shapely
+from gym_pusht.envs.pusht import PushTEnv
+from simulator import ARENA, Pusher, State
+
+GOAL = np.array([256.0, 256.0, np.pi / 4])
+REACH = 18.0  # from the block's surface to the pusher's centre before a push, in arena units
+OUTLINE = np.array([[-60, 0], [60, 0], [60, 30], [15, 30], [15, 120], [-15, 120], [-15, 30], [-60, 30]], dtype=float)
+SPEEDS = {"far": (6.0, 14.0), "near": (2.5, 7.0)}  # advance of the target in a step
+SPACING = {"far": 15.0, "near": 9.0}  # between the points from which pushes start
+LONGEST = 12  # steps of a push
+STEP_COST = 0.25  # arena units of distance that one step is worth
+WALK = 20.0  # advance of the target in a step, away from the block
+
+
+class Lookahead:
+    """The environment's physics without its drawing, started from any state."""
+
+    def __init__(self) -> None:
+        self.space = pymunk.Space()
+        self.space.damping = 0.0
+        corners = [(5, 506), (5, 5), (506, 5), (506, 506), (5, 506)]
+        walls = [PushTEnv.add_segment(self.space, a, b, 2) for a, b in itertools.pairwise(corners)]
+        self.space.add(*walls)
+        self.agent = PushTEnv.add_circle(self.space, (256, 400), 15)
+        self.block, _ = PushTEnv.add_tee(self.space, (256, 300), 0)
+
+    def run(self, start: np.ndarray, block: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Block poses (n, 3) after each of the targets (n, 2), with the pusher at rest at `start` (2,) before."""
+        self.agent.position, self.agent.velocity = tuple(start), (0, 0)
+        self.block.angle = block[2]  # first: it turns about the centre of mass and so moves the origin
+        self.block.position = tuple(block[:2])
+        self.block.velocity, self.block.angular_velocity = (0, 0), 0
+        self.space.reindex_shapes_for_body(self.block)
+        self.space.reindex_shapes_for_body(self.agent)
+        poses = np.empty((len(targets), 3))
+        for index, (x, y) in enumerate(targets.tolist()):
+            for _ in range(10):
+                position, velocity = self.agent.position, self.agent.velocity
+                self.agent.velocity = (
+                    velocity.x + (100 * (x - position.x) - 20 * velocity.x) * 0.01,
+                    velocity.y + (100 * (y - position.y) - 20 * velocity.y) * 0.01,
+                )
+                self.space.step(0.01)
+            poses[index] = (*self.block.position, self.block.angle)
+        return poses
+
+
+def outline(poses: np.ndarray) -> np.ndarray:
+    """Corners (..., 8, 2) of blocks at poses (..., 3)."""
+    cos, sin = np.cos(poses[..., 2]), np.sin(poses[..., 2])
+    turn = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], -2)  # rows times this is a rotation
+    return poses[..., None, :2] + OUTLINE @ turn
+
+
+def distance_to_goal(poses: np.ndarray) -> np.ndarray:
+    """Mean distance of the corners of blocks (..., 3) to where they shall be, in arena units."""
+    return np.linalg.norm(outline(poses) - outline(GOAL), axis=-1).mean(-1)
+
+
+def push_to_goal(rng: np.random.Generator, state: State, noise: float = 0.0) -> Pusher:
+    """Targets of an expert that brings the block to the goal; send each new `State` back.
+
+    Before each push it tries a few hundred, from points round the block, in three directions and at two speeds, and takes
+    one of the best by the distance left and the steps needed. At the goal it waits.
+
+    Args:
+        rng: Draws among pushes of nearly equal worth, and the noise.
+        state: The first state.
+        noise: Deviation of the noise on every target, in arena units.
+    """
+    lookahead = Lookahead()
+    patience = 0.0  # grows while nothing helps, so that worse pushes are taken
+    while True:
+        before = distance_to_goal(state.block)
+        targets = [state.agent] if before < 2.0 else _best_push(lookahead, rng, state, patience) or _wander(rng, state)
+        for target in targets:
+            state = yield np.clip(target + rng.normal(0, noise, 2) * (noise > 0), 12, ARENA - 12).astype(np.float32)
+        patience = 0.0 if distance_to_goal(state.block) < before - 0.5 else min(patience + 2.0, 20.0)
+
+
+def _best_push(lookahead: Lookahead, rng: np.random.Generator, state: State, patience: float) -> list[np.ndarray]:
+    """Targets of the way to the best push and of the push, none if there is none."""
+    here = distance_to_goal(state.block)
+    reach = "near" if here < 12 else "far"
+    obstacle = shapely.Polygon(outline(state.block)).buffer(REACH - 1.5, join_style="mitre")
+    best: list[tuple[float, np.ndarray, np.ndarray]] = []
+    for start, targets in _pushes(rng, state.block, SPACING[reach], SPEEDS[reach]):
+        poses = lookahead.run(start, state.block, targets)
+        walk = np.linalg.norm(start - state.agent) / WALK
+        cost = distance_to_goal(poses) - here + STEP_COST * (walk + np.arange(1, len(targets) + 1))
+        length = int(cost.argmin()) + 1
+        best.append((cost[length - 1] + rng.gumbel(0, 0.3 + patience), start, targets[:length]))
+    for cost, start, targets in sorted(best, key=lambda push: push[0])[:60]:
+        if cost >= 0 and not patience:
+            break
+        way = _way(state.agent, start, obstacle)
+        if way is not None:
+            return [*_walk(state.agent, way), *targets]
+    return []
+
+
+def _pushes(
+    rng: np.random.Generator, block: np.ndarray, spacing: float, speeds: tuple[float, ...]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Starts (2,) round the block and targets (12, 2) of pushes from there."""
+    corners = outline(block)
+    for first, second in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        along = (second - first) / np.linalg.norm(second - first)
+        inward = np.array([-along[1], along[0]])
+        side = np.linalg.norm(second - first)
+        for place in np.arange(rng.uniform(3, 3 + spacing), side, spacing):
+            start = first + along * place - inward * REACH
+            if not np.all((start > 22) & (start < ARENA - 22)):
+                continue
+            for slope in (-0.5, 0.0, 0.5):
+                direction = (inward + slope * along) / np.hypot(1, slope)
+                for speed in speeds:
+                    targets = start + direction * speed * np.arange(1, LONGEST + 1)[:, None]
+                    yield start, np.clip(targets, 20, ARENA - 20)
+
+
+def _way(here: np.ndarray, there: np.ndarray, obstacle: shapely.Polygon) -> list[np.ndarray] | None:
+    """Waypoints of the shortest way round the obstacle, `there` the last; None where there is none."""
+    corners = np.array(obstacle.buffer(3, join_style="mitre").exterior.coords[:-1])
+    nodes = [here, there, *(corner for corner in corners if np.all((corner > 20) & (corner < ARENA - 20)))]
+    shapely.prepare(obstacle)
+    lengths, previous = {0: 0.0}, {}
+    open_nodes = set(range(len(nodes)))
+    while open_nodes & lengths.keys():
+        node = min(open_nodes & lengths.keys(), key=lengths.__getitem__)
+        if node == 1:
+            break
+        open_nodes.remove(node)
+        for other in open_nodes:
+            length = lengths[node] + float(np.linalg.norm(nodes[other] - nodes[node]))
+            if length < lengths.get(other, np.inf):
+                line = shapely.LineString([nodes[node], nodes[other]])
+                # from within the margin the pusher may leave, as it may after a push
+                if node == 0 and obstacle.contains(shapely.Point(here)):
+                    line = line.difference(shapely.Point(here).buffer(8))
+                if not obstacle.intersects(line):
+                    lengths[other], previous[other] = length, node
+    if 1 not in lengths:
+        return None
+    way, node = [], 1
+    while node:
+        way.append(nodes[node])
+        node = previous[node]
+    return way[::-1]
+
+
+def _walk(here: np.ndarray, way: list[np.ndarray]) -> list[np.ndarray]:
+    """Targets along the way, and a pause at its end in which the pusher comes to rest."""
+    targets = []
+    for waypoint in way:
+        distance = float(np.linalg.norm(waypoint - here))
+        steps = max(1, int(np.ceil(distance / WALK)))
+        targets += [here + (waypoint - here) * step / steps for step in range(1, steps + 1)]
+        here = waypoint
+    return [*targets, here, here]
+
+
+def _wander(rng: np.random.Generator, state: State) -> list[np.ndarray]:
+    """Steps away from the block."""
+    away = state.agent - state.block_centre
+    aim = state.block_centre + away / max(float(np.linalg.norm(away)), 1e-6) * 130
+    return _walk(state.agent, [np.clip(aim + rng.normal(0, 20, 2), 20, ARENA - 20)])
