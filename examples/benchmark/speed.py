@@ -1,0 +1,121 @@
+"""Speed and memory of a pipeline: whole windows, rollouts in a batch, and streaming.
+
+    python examples/benchmark/speed.py --model runs/pusht --schedulers PNDMScheduler:50 DPMSolverMultistepScheduler:8
+
+Every scheduler is measured in turn, several times over, in one run, so that their ratios can be trusted. A figure is the
+median over the repeats; the first, which warms up, is left out. Decoding is included.
+"""
+
+import json
+import platform
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from transformers import HfArgumentParser
+
+from irasim_diffusers import IRASimPipeline, embedded_checkpoint
+
+
+@dataclass
+class SpeedArguments:
+    model: str = field(default=str(embedded_checkpoint()), metadata={"help": "pipeline folder or Hub id"})
+    schedulers: list[str] = field(
+        default_factory=list, metadata={"help": "class:steps of diffusers' schedulers (default: the model's own)"}
+    )
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    chunk_length: int = field(default=4, metadata={"help": "frames of a streamed chunk"})
+    repeats: int = 5
+    dtype: str = field(default="bfloat16", metadata={"help": "float32, bfloat16 or float16"})
+    device: str = "cpu"
+    compile: bool = field(default=False, metadata={"help": "compile the transformer's blocks"})
+    output: Path | None = field(default=None, metadata={"help": "JSON report to write"})
+
+
+def seconds(work: Callable[[], object], device: str, repeats: int) -> float:
+    """Median duration of `work`, after one more run to warm up."""
+    durations = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        durations.append(time.perf_counter() - start)
+    return float(np.median(durations[1:]))
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(SpeedArguments).parse_args_into_dataclasses()
+    pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    pipeline.to(arguments.device)
+    pipeline.set_progress_bar_config(disable=True)
+    if arguments.compile:
+        pipeline.transformer.compile_repeated_blocks(dynamic=False)
+    config = pipeline.transformer.config
+    history = np.zeros((config.num_history_frames, *pipeline.frame_size, 3), dtype=np.uint8)
+    own = f"{type(pipeline.scheduler).__name__}:{pipeline.config.num_inference_steps}"
+    evaluations = 0
+
+    def count(*_: object) -> None:
+        nonlocal evaluations
+        evaluations += 1
+
+    pipeline.transformer.register_forward_hook(count)
+    rows = []
+    print(
+        "| scheduler | steps | evaluations | "
+        + " | ".join(f"frames/s, batch {size}" for size in arguments.batch_sizes),
+        end="",
+    )
+    print(
+        f" | ms for a chunk of {arguments.chunk_length}: median | slowest |\n"
+        + "|---" * (5 + len(arguments.batch_sizes))
+        + "|"
+    )
+    for name in arguments.schedulers or [own]:
+        class_name, steps = name.split(":")
+        pipeline.scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config)
+        row: dict[str, object] = {"scheduler": class_name, "steps": int(steps)}
+        for size in arguments.batch_sizes:
+            actions = np.zeros((size, config.sample_frames - config.num_history_frames, config.action_dim))
+
+            def window(actions: np.ndarray = actions, steps: int = int(steps)) -> None:
+                pipeline(history, actions, num_inference_steps=steps, output_type="np")
+
+            evaluations = 0
+            frames = actions.shape[0] * actions.shape[1]
+            row[f"frames_per_second_{size}"] = frames / seconds(window, arguments.device, arguments.repeats)
+            row["evaluations"] = evaluations // (arguments.repeats + 1)
+        actions = np.zeros((arguments.chunk_length * (5 * arguments.repeats + 1), config.action_dim))
+        stream = pipeline.stream(
+            history, actions, arguments.chunk_length, num_inference_steps=int(steps), output_type="np"
+        )
+        chunks = []
+        for _ in range(5 * arguments.repeats + 1):
+            start = time.perf_counter()
+            for _ in range(arguments.chunk_length):
+                next(stream)
+            chunks.append(1000 * (time.perf_counter() - start))
+        row |= {"chunk_ms": float(np.median(chunks[1:])), "slowest_chunk_ms": max(chunks[1:])}
+        rows.append(row)
+        speeds = " | ".join(f"{row[f'frames_per_second_{size}']:.1f}" for size in arguments.batch_sizes)
+        print(
+            f"| {class_name} | {steps} | {row['evaluations']} | {speeds} | {row['chunk_ms']:.0f} | "
+            f"{row['slowest_chunk_ms']:.0f} |",
+            flush=True,
+        )
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"peak memory {memory:.2f} GB, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"rows": rows, "peak_memory_gb": memory}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
