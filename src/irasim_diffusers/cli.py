@@ -73,6 +73,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s")
     add("--resize", action="store_true", help="resize frames of another size to the model's")
     add("--output", type=Path, default=Path("irasim.mp4"), help="mp4 to write, and a .png strip beside it")
+
+    convert = commands.add_parser(
+        "convert",
+        help="turn a checkpoint of the IRASim release into a pipeline folder",
+        description="Turn a checkpoint of the IRASim release into a pipeline folder. No code in the file is run.",
+    )
+    convert.set_defaults(run=run_convert)
+    add = convert.add_argument
+    add("--checkpoint", type=Path, required=True, help=".pt file of the release")
+    add("--dataset", choices=("rt1", "bridge", "languagetable"), required=True, help="data set it was trained on")
+    add("--vae", required=True, help="SDXL autoencoder: folder or Hub id; append ':<subfolder>' where it has one")
+    add("--weights", choices=("ema", "model"), default="ema", help="default: %(default)s")
+    add("--final-frame-ada", action="store_true", help="the final layer was trained to see the actions")
+    add("--num-attention-heads", type=int, help="for a width that is none of the paper's")
+    add("--output", type=Path, required=True, help="pipeline folder to write")
     return parser
 
 
@@ -131,6 +146,41 @@ def run_generate(arguments: argparse.Namespace) -> None:
         f"evaluations with {type(pipeline.scheduler).__name__}; {time.perf_counter() - start:.1f} s with loading"
     )
     print(f"wrote {arguments.output} and {strip_path}")
+
+
+def run_convert(arguments: argparse.Namespace) -> None:
+    """`irasim convert`: read, check every tensor, write a complete pipeline, print what mapped to what."""
+    output: Path = arguments.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output must be a new or empty folder, got {str(output)!r}.")
+    from diffusers import AutoencoderKL, PNDMScheduler
+
+    from .conversion import ConversionReport, load_released_irasim
+    from .files import temporary_folder
+
+    report = ConversionReport()
+    heads = {} if arguments.num_attention_heads is None else {"num_attention_heads": arguments.num_attention_heads}
+    transformer = load_released_irasim(
+        arguments.checkpoint,
+        arguments.dataset,
+        final_frame_ada=arguments.final_frame_ada,
+        weights=arguments.weights,
+        report=report,
+        **heads,
+    )
+    path, _, subfolder = arguments.vae.partition(":")
+    try:
+        vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder or None)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--vae must be an AutoencoderKL, a folder or Hub id, got {arguments.vae!r}: {error}"
+        ) from error
+    # as the release samples: with the Runge-Kutta warm-up, 59 network evaluations at 50 steps
+    scheduler = PNDMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", timestep_spacing="linspace")
+    with temporary_folder(output) as partial:
+        IRASimPipeline(vae, transformer, scheduler).save_pretrained(partial)
+    print(report)
+    print(f"{len(report.mapped)} tensors mapped, {len(report.dropped)} dropped; wrote {output}")
 
 
 def read_frames(path: Path) -> np.ndarray:

@@ -122,10 +122,11 @@ class IRASimTransformerBlock(nn.Module):
 
 
 class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
-    """Frame-Ada of IRASim: predicts the noise of future frames from the clean history and one action a frame.
+    """IRASim: predicts the noise of future frames from the clean history and one action a frame.
 
-    The spatial blocks of frame i are modulated by the timestep plus the embedding of the action that leads to frame i;
-    history frames take a learned null action; temporal blocks and the final layer see the timestep alone.
+    Frame-Ada: the spatial blocks of frame i are modulated by the timestep plus the embedding of the action that leads to
+    frame i; history frames take a learned null action; temporal blocks see the timestep alone. Video-Ada: every block is
+    modulated by the timestep plus one embedding of all actions, whose number is fixed.
 
     Args:
         num_attention_heads: Heads of every attention.
@@ -136,12 +137,17 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         sample_height: Height of the latents the model was trained on; other sizes work.
         sample_width: Width of the latents the model was trained on.
         sample_frames: Frames of the window it was trained on, history and predicted.
-        num_history_frames: History frames it was trained on.
+        num_history_frames: Most history frames it was trained on; Video-Ada: exactly as many.
+        conditioning: `"frame"` for Frame-Ada, `"video"` for Video-Ada.
+        final_frame_ada: Whether Frame-Ada's final layer sees the actions too; not so in the released weights.
+        action_activation: Activation of the action encoder, `"gelu_tanh"`; None for the released Language-Table weights,
+            whose two layers have none. Their Video-Ada joins the embedded actions by one more network.
         action_dim: Components of an action.
         action_scale: The network sees `(action - action_offset) * action_scale`; one number, or one a component.
         action_offset: See `action_scale`.
         action_names: Names of the components.
         action_units: Units of the components.
+        fps: Frames a second of the data, where known.
         action_space: `"relative"` where zero asks for no motion, `"absolute"` where an action is a target position.
         prediction_type: What the network predicts, as in diffusers' schedulers.
         num_train_timesteps: Steps of the noise process it was trained on; with the next three, as in diffusers.
@@ -167,12 +173,16 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         sample_width: int = 40,
         sample_frames: int = 16,
         num_history_frames: int = 1,
+        conditioning: str = "frame",
+        final_frame_ada: bool = False,
+        action_activation: str | None = "gelu_tanh",
         action_dim: int = 7,
         action_scale: float | list[float] = 1.0,
         action_offset: float | list[float] = 0.0,
         action_names: list[str] | None = None,
         action_units: list[str] | None = None,
         action_space: str = "relative",
+        fps: float | None = None,
         prediction_type: str = "epsilon",
         num_train_timesteps: int = 1000,
         beta_start: float = 1e-4,
@@ -181,6 +191,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     ) -> None:
         super().__init__()
         dim = num_attention_heads * attention_head_dim
+        num_actions = sample_frames - num_history_frames
+        if conditioning not in ("frame", "video"):
+            raise ValueError(f"`conditioning` must be frame or video, got {conditioning!r}.")
 
         self.patch_embed = PatchEmbed(
             height=sample_height,
@@ -192,7 +205,12 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         )
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, dim)
-        self.action_embed = PixArtAlphaTextProjection(action_dim, 4 * dim, out_features=dim)
+        joint = conditioning == "video" and action_activation is not None
+        self.action_embed = PixArtAlphaTextProjection(action_dim * (num_actions if joint else 1), 4 * dim, dim)
+        if action_activation is None:
+            self.action_embed.act_1 = nn.Identity()
+            if conditioning == "video":
+                self.trajectory_embed = PixArtAlphaTextProjection(dim * num_actions, dim * num_actions, dim)
         self.null_action = nn.Parameter(torch.zeros(dim))
 
         def block(temporal: bool) -> IRASimTransformerBlock:
@@ -227,34 +245,62 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     def encode_actions(
         self, actions: torch.Tensor | None, num_frames: int, action_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Embed actions in raw units, one embedding a frame.
+        """Embed actions in raw units.
 
         Args:
             actions: Actions (B, n, A) of the last n frames, or None.
             num_frames: Frames F of the window; the first F - n take the null action.
-            action_mask: Booleans (B, n); actions at False are replaced by the null action.
+            action_mask: Booleans (B, n); actions at False are replaced by the null action. Video-Ada replaces the whole
+                trajectory where any is False.
 
         Returns:
-            Embeddings (B, F, D), or (1, F, D) without actions.
+            Frame-Ada: an embedding of each frame (B, F, D). Video-Ada: one of the trajectory (B, 1, D). Without actions, B
+            is 1.
         """
+        video = self.config.conditioning == "video"
         if actions is None:
-            return self.null_action.expand(1, num_frames, -1)
-        if actions.ndim != 3 or actions.shape[-1] != self.config.action_dim or actions.shape[1] > num_frames:
-            raise ValueError(
-                f"`actions` must be (batch, at most {num_frames}, {self.config.action_dim}), got "
-                f"{tuple(actions.shape)}: one action for each predicted frame of the window."
-            )
+            return self.null_action.expand(1, 1 if video else num_frames, -1)
+        self._check_actions(actions, num_frames)
         dtype = self.null_action.dtype
         # raw units may need more digits than a 16-bit type has: scale first, then cast
         scale, offset = (
             torch.as_tensor(value, dtype=torch.float32, device=actions.device)
             for value in (self.config.action_scale, self.config.action_offset)
         )
-        embeddings = self.action_embed(((actions.float() - offset) * scale).to(dtype))  # (B, n, D)
+        actions = ((actions.float() - offset) * scale).to(dtype)
+        if video:
+            embeddings = self._embed_trajectory(actions).unsqueeze(1)  # (B, 1, D)
+            action_mask = None if action_mask is None else action_mask.all(dim=1, keepdim=True)
+        else:
+            embeddings = self.action_embed(actions)  # (B, n, D)
+        null_action = self.null_action.to(embeddings.dtype)
         if action_mask is not None:
-            embeddings = torch.where(action_mask.unsqueeze(-1), embeddings, self.null_action.to(embeddings.dtype))
-        null = self.null_action.to(embeddings.dtype).expand(len(actions), num_frames - actions.shape[1], -1)
+            embeddings = torch.where(action_mask.unsqueeze(-1), embeddings, null_action)
+        if video:
+            return embeddings
+        null = null_action.expand(len(actions), num_frames - actions.shape[1], -1)
         return torch.cat([null, embeddings], dim=1)  # (B, F, D)
+
+    def _check_actions(self, actions: torch.Tensor, num_frames: int) -> None:
+        config = self.config
+        fixed = config.sample_frames - config.num_history_frames if config.conditioning == "video" else None
+        if (
+            actions.ndim != 3
+            or actions.shape[-1] != config.action_dim
+            or actions.shape[1] > num_frames
+            or fixed not in (None, actions.shape[1])
+        ):
+            number = f"at most {num_frames}" if fixed is None else f"{fixed} (Video-Ada takes no other number)"
+            raise ValueError(
+                f"`actions` must be (batch, {number}, {config.action_dim}), got {tuple(actions.shape)}: one action for "
+                "each predicted frame of the window."
+            )
+
+    def _embed_trajectory(self, actions: torch.Tensor) -> torch.Tensor:
+        """One embedding (B, D) of scaled actions (B, n, A)."""
+        if self.config.action_activation is not None:
+            return self.action_embed(actions.flatten(1))
+        return self.trajectory_embed(self.action_embed(actions).flatten(1))
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -297,17 +343,19 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         timestep = timestep.view(batch_size, -1)
         temb = self.time_proj(timestep.flatten()).unflatten(0, timestep.shape)
         temb = self.time_embed(temb.to(hidden_states.dtype))  # (B, F or 1, D)
-        frame_temb = temb + self.encode_actions(actions, num_frames, action_mask)  # (B, F, D)
+        action_temb = temb + self.encode_actions(actions, num_frames, action_mask)  # (B, F, D), video: (B, 1 or F, D)
+        temporal_temb = action_temb if self.config.conditioning == "video" else temb
 
         for index, (spatial_block, temporal_block) in enumerate(
             zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)
         ):
-            hidden_states = self._run(spatial_block, hidden_states, frame_temb)
+            hidden_states = self._run(spatial_block, hidden_states, action_temb)
             if index == 0:
                 hidden_states = hidden_states + self._temporal_positions(num_frames).to(hidden_states)
-            hidden_states = self._run(temporal_block, hidden_states, temb)
+            hidden_states = self._run(temporal_block, hidden_states, temporal_temb)
 
-        shift, scale = self.ada_norm_out(temb).unsqueeze(2).chunk(2, dim=-1)
+        final_temb = action_temb if self.config.final_frame_ada else temporal_temb
+        shift, scale = self.ada_norm_out(final_temb).unsqueeze(2).chunk(2, dim=-1)
         hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
         hidden_states = self.proj_out(hidden_states)  # (B, F, S, patch patch C)
 

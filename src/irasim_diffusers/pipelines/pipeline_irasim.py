@@ -206,6 +206,8 @@ class IRASimPipeline(DiffusionPipeline):
                 f"`frames` must hold 1 to {most} history frames for this checkpoint, got {pixels.shape[1]}: give the last "
                 f"{most} (a list of lists is a batch)."
             )
+        if self.transformer.config.conditioning == "video" and pixels.shape[1] != most:
+            raise ValueError(f"`frames` must hold {most} history frames for Video-Ada, got {pixels.shape[1]}.")
         size = tuple(pixels.shape[-2:])
         if size != self.frame_size and resize:
             resized = torch.nn.functional.interpolate(
@@ -503,6 +505,8 @@ class IRASimPipeline(DiffusionPipeline):
         longest = config.sample_frames - config.num_history_frames
         if not 1 <= chunk_length <= longest:
             raise ValueError(f"`chunk_length` must be in [1, {longest}] for this checkpoint, got {chunk_length}.")
+        if config.conditioning == "video" and chunk_length != longest:
+            raise ValueError(f"`chunk_length` must be {longest} for Video-Ada, got {chunk_length}.")
         histories = self.preprocess_frames(frames, resize)
         hold = torch.zeros(1, chunk_length, config.action_dim)
         self.check_inputs(hold, histories, num_inference_steps, 1, generator, None, output_type, [])

@@ -1,0 +1,272 @@
+"""Foreign weights brought into this package's layout, strictly: every tensor finds its place, or nothing is converted."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .models import PRESETS, IRASimTransformer3DModel
+
+ARM = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+ARM_UNITS = ["m", "m", "m", "rad", "rad", "rad", "opening 0 to 1"]
+RELEASED_DATASETS: dict[str, dict[str, Any]] = {
+    name: {
+        "sample_height": 32,
+        "sample_width": 40,
+        "action_dim": 7,
+        "action_scale": [20.0] * 6 + [1.0],
+        "action_names": ARM,
+        "action_units": ARM_UNITS,
+        "fps": fps,
+    }
+    for name, fps in (("rt1", 3.0), ("bridge", 5.0))
+} | {
+    "languagetable": {
+        "sample_height": 36,
+        "sample_width": 64,
+        "action_dim": 2,
+        "action_scale": [20.0, 20.0],
+        "action_names": ["x", "y"],
+        "action_units": ["m", "m"],
+        "action_activation": None,
+        "fps": 10.0,
+    }
+}
+"""Data sets of the released weights: latent size, and the action space as the released data classes scale it."""
+
+
+@dataclass
+class ConversionReport:
+    """What became of the tensors of a file."""
+
+    mapped: dict[str, list[str]] = field(default_factory=dict)  # foreign key -> keys here
+    dropped: dict[str, str] = field(default_factory=dict)  # foreign key -> why it is not needed
+
+    def __str__(self) -> str:
+        """One line for each tensor of the file."""
+        lines = [f"{key} -> {', '.join(targets)}" for key, targets in self.mapped.items()]
+        return "\n".join(lines + [f"{key}: dropped, {reason}" for key, reason in self.dropped.items()])
+
+
+def load_released_irasim(
+    path: str | os.PathLike,
+    dataset: str,
+    *,
+    final_frame_ada: bool = False,
+    weights: str = "ema",
+    report: ConversionReport | None = None,
+    **config: Any,
+) -> IRASimTransformer3DModel:
+    """Read a checkpoint of the IRASim release (https://github.com/bytedance/IRASim).
+
+    Width, depth, patch and conditioning (Frame-Ada or Video-Ada) are read off the weights, the action space is that of the
+    data set. The checkpoint's pickle is read without running any code of it.
+
+    Args:
+        path: `.pt` file with `model` and `ema`, or of the weights alone.
+        dataset: `"rt1"`, `"bridge"` or `"languagetable"`.
+        final_frame_ada: Whether the final layer was trained to see the actions; not so in the published files.
+        weights: `"ema"` or `"model"`.
+        report: Filled with what mapped to what.
+        config: Config entries that differ, such as `num_attention_heads` for a width that is none of the paper's.
+
+    Returns:
+        The model, float32, in evaluation mode.
+
+    Raises:
+        ValueError: If the file is no such checkpoint, or keys are unknown, missing or misshapen; all are listed.
+    """
+    if dataset not in RELEASED_DATASETS:
+        raise ValueError(f"`dataset` must be one of {sorted(RELEASED_DATASETS)}, got {dataset!r}.")
+    if weights not in ("ema", "model"):
+        raise ValueError(f"`weights` must be ema or model, got {weights!r}.")
+    state = _released_state(Path(path), weights)
+    known = RELEASED_DATASETS[dataset] | config
+    model = IRASimTransformer3DModel(**_released_config(state, known, final_frame_ada))
+    _load(model, state, _released_key, report if report is not None else ConversionReport())
+    return model.eval()
+
+
+def _released_state(path: Path, weights: str) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise ValueError(f"`path` must be a checkpoint file, got {str(path)!r}, which does not exist.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_inert_pickle())
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is no checkpoint that can be read safely: {error}") from error
+    if isinstance(content, Mapping) and weights in content:
+        content = content[weights]
+    elif isinstance(content, Mapping) and not all(torch.is_tensor(value) for value in content.values()):
+        raise ValueError(f"{str(path)!r} holds no {weights!r} weights; it has {sorted(map(str, content))}.")
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{str(path)!r} holds no weights.")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _released_config(state: dict[str, torch.Tensor], known: dict[str, Any], final_frame_ada: bool) -> dict[str, Any]:
+    wanted = ("x_embedder.proj.weight", "temp_embed", "blocks.1.attn.qkv.weight")
+    missing = [key for key in wanted if key not in state]
+    if missing:
+        raise ValueError(f"these are no IRASim weights: {missing} missing among {len(state)} keys.")
+    width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    sample_frames = state["temp_embed"].shape[1]
+    encoder = state.get("embed_state.fc1.weight")
+    video = "mlp.fc1.weight" in state or (encoder is not None and encoder.shape[1] != known["action_dim"])
+    heads = {
+        size["num_attention_heads"] * size["attention_head_dim"]: size["num_attention_heads"]
+        for size in PRESETS.values()
+    }
+    if width not in heads and "num_attention_heads" not in known:
+        raise ValueError(f"width {width} is none of the paper's ({sorted(heads)}): give `num_attention_heads`.")
+    derived = {
+        "num_attention_heads": heads.get(width),
+        "num_layers": len({key.split(".")[1] for key in state if key.startswith("blocks.")}) // 2,
+        "in_channels": channels,
+        "patch_size": patch_size,
+        "sample_frames": sample_frames,
+        "conditioning": "video" if video else "frame",
+        "final_frame_ada": final_frame_ada and not video,
+    } | known
+    return derived | {"attention_head_dim": width // derived["num_attention_heads"]}
+
+
+RELEASED_PARTS = {
+    "x_embedder.proj": "patch_embed.proj",
+    "t_embedder.mlp.0": "time_embed.linear_1",
+    "t_embedder.mlp.2": "time_embed.linear_2",
+    "embed_state.fc1": "action_embed.linear_1",
+    "embed_state.fc2": "action_embed.linear_2",
+    "embed_arm_state": "action_embed.linear_1",
+    "embed_state": "action_embed.linear_2",
+    "mlp.fc1": "trajectory_embed.linear_1",
+    "mlp.fc2": "trajectory_embed.linear_2",
+    "final_layer.adaLN_modulation.1": "ada_norm_out.1",
+    "final_layer.linear": "proj_out",
+}
+RELEASED_BLOCK_PARTS = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "ada_norm.1",
+}
+
+
+def _released_key(
+    key: str, tensor: torch.Tensor, model: IRASimTransformer3DModel
+) -> dict[str, torch.Tensor] | str | None:
+    """The tensors here that one of the release becomes, why it is dropped, or None if it is unknown."""
+    config = model.config
+    if key == "pos_embed":
+        grid = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
+        table = model._spatial_positions(*grid)
+        same = tensor.shape == table.shape and torch.allclose(tensor.float(), table, atol=1e-5)
+        return "computed here" if same else None
+    if key == "temp_embed":
+        table = model._temporal_positions(config.sample_frames).transpose(0, 1)
+        return "computed here" if torch.allclose(tensor.float(), table, atol=1e-5) else None
+    if key == "mask_emb_fn.weight":
+        return {"null_action": tensor.reshape(-1)}
+    part, _, kind = key.rpartition(".")
+    if part in RELEASED_PARTS:
+        return {f"{RELEASED_PARTS[part]}.{kind}": tensor}
+    if not part.startswith("blocks."):
+        return None
+    _, number, inner = part.split(".", 2)
+    stack = "temporal_transformer_blocks" if int(number) % 2 else "transformer_blocks"
+    block = f"{stack}.{int(number) // 2}"
+    if inner == "attn.qkv" and tensor.shape[0] % 3 == 0:
+        names = (f"{block}.attn1.to_{name}.{kind}" for name in "qkv")
+        return dict(zip(names, tensor.chunk(3), strict=True))
+    return {f"{block}.{RELEASED_BLOCK_PARTS[inner]}.{kind}": tensor} if inner in RELEASED_BLOCK_PARTS else None
+
+
+def _load(
+    model: IRASimTransformer3DModel,
+    state: dict[str, torch.Tensor],
+    convert: Callable[[str, torch.Tensor, IRASimTransformer3DModel], dict[str, torch.Tensor] | str | None],
+    report: ConversionReport,
+) -> None:
+    """Load converted weights; unknown, missing and misshapen keys stop it with a list."""
+    own = model.state_dict()
+    converted: dict[str, torch.Tensor] = {}
+    problems = []
+    for key, tensor in state.items():
+        result = convert(key, tensor, model)
+        if isinstance(result, str):
+            report.dropped[key] = result
+            continue
+        if result is None or not result.keys() <= own.keys():
+            problems.append(f"{key} {tuple(tensor.shape)}: unknown, or unlike what its place computes")
+            continue
+        report.mapped[key] = list(result)
+        converted |= result
+        problems += [
+            f"{key}: {tuple(value.shape)} where {target} is {tuple(own[target].shape)}"
+            for target, value in result.items()
+            if value.shape != own[target].shape
+        ]
+    problems += [f"nothing for {key} {tuple(value.shape)}" for key, value in own.items() if key not in converted]
+    if problems:
+        raise ValueError(f"{len(problems)} tensors do not fit:\n" + "\n".join(problems))
+    model.load_state_dict({key: value.to(own[key].dtype) for key, value in converted.items()})
+
+
+REBUILDERS = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch", "dtype"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+}
+INERT_MODULES = (
+    *("omegaconf", "typing", "builtins", "__builtin__", "collections", "copyreg", "copy_reg"),
+    *("enum", "argparse", "pathlib", "numpy"),
+)
+
+
+class _Inert:
+    """What stands for an object of a foreign class: it keeps nothing and runs nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        pass
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Rebuilds tensors and containers; of settings objects that lie beside them it makes inert ones; refuses the rest."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in REBUILDERS or (module == "torch" and name.endswith("Storage")):
+            return super().find_class(module, name)
+        if module.split(".")[0] in INERT_MODULES:
+            return _Inert
+        raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
+
+
+def _inert_pickle() -> ModuleType:
+    module = ModuleType("inert_pickle")
+    module.Unpickler = _InertUnpickler  # type: ignore[attr-defined]
+    module.load = lambda file, **kwargs: _InertUnpickler(file, **kwargs).load()  # type: ignore[attr-defined]
+    return module
