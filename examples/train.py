@@ -73,6 +73,7 @@ class TrainingArguments:
     history_noise: float = field(
         default=0.0, metadata={"help": "most deviation of the noise on history latents, against drift in rollouts"}
     )
+    conditioning: str = field(default="frame", metadata={"help": "frame for Frame-Ada, video for Video-Ada"})
     action_scale: float | None = field(default=None, metadata={"help": "default: one over the data's deviation"})
     action_offset: float | None = field(default=None, metadata={"help": "default: the data's mean"})
     action_space: str = field(default="relative", metadata={"help": "relative, or absolute targets"})
@@ -150,6 +151,8 @@ def build_transformer(
         sample_width=width // factor,
         sample_frames=arguments.sample_frames,
         num_history_frames=arguments.num_history_frames,
+        conditioning=arguments.conditioning,
+        fps=dataset.fps,
         action_dim=feature["shape"][0],
         action_scale=[1 / max(std, 1e-6) for std in statistics["std"]] if scale is None else scale,
         action_offset=statistics["mean"] if offset is None else offset,
@@ -231,7 +234,8 @@ def training_loss(
     lengths = arguments.window_lengths or [config["sample_frames"]]
     windows = cut(clip, lengths[int(torch.randint(len(lengths), (), generator=generator))])
     latents, states = windows["latents"], windows.get("states")
-    history = int(torch.randint(1, config["num_history_frames"] + 1, (), generator=generator))
+    shortest = 1 if config["conditioning"] == "frame" else config["num_history_frames"]  # Video-Ada: a fixed number
+    history = int(torch.randint(shortest, config["num_history_frames"] + 1, (), generator=generator))
     actions = windows["actions"][:, history - 1 :]  # action k leads to frame k + 1
     steps = noise_scheduler.config.num_train_timesteps
     timesteps = torch.randint(steps, (len(latents),), generator=generator).to(latents.device)

@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_vae
 from test_lerobot import write_folder
 
-from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents
+from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents, standardised_states
 
 
 @pytest.fixture
@@ -53,3 +54,28 @@ def test_incomplete_and_short_sets_are_refused(dataset, tmp_path):
     (cache / "manifest.json").unlink()
     with pytest.raises(ValueError, match="no complete set of latents"):
         LatentClips(cache)
+
+
+def test_states_go_with_their_windows(dataset, tmp_path):
+    folder, episodes = dataset
+    states = standardised_states(folder, ["observation.state"], angles=["b"])
+    pooled = torch.cat(states)
+    torch.testing.assert_close(pooled.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(pooled.std(0, correction=0), torch.ones(3))
+    raw = np.concatenate([episode.states["observation.state"] for episode in episodes])
+    for column, expected in enumerate((raw[:, 0], np.cos(raw[:, 1]), np.sin(raw[:, 1]))):
+        assert np.corrcoef(pooled[:, column], expected)[0, 1] > 0.9999
+    clips = LatentClips(cache_latents(folder, tiny_vae(), tmp_path / "cache"), sample_frames=6, states=states)
+    assert torch.equal(clips[5]["states"], states[2][1:7])
+
+
+@pytest.mark.parametrize(
+    ("keys", "angles", "message"),
+    [
+        (["observation.pose"], [], "no vector feature 'observation.pose'"),
+        (["action"], ["yaw"], r"no components \['yaw'\]"),
+    ],
+)
+def test_unknown_states_are_refused(dataset, keys, angles, message):
+    with pytest.raises(ValueError, match=message):
+        standardised_states(dataset[0], keys, angles)

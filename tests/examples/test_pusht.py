@@ -198,8 +198,27 @@ def test_resuming_is_exact(workspace, trained):
         assert torch.equal(weights(workspace / "parts")[name], tensor), name
 
 
+def test_every_objective_and_optimiser_resumes_exactly(workspace):
+    flags = ["--optimizer", "muon", "--window_lengths", 16, 8, 4, "--history_noise", 0.2, "--gradient_checkpointing"]
+    flags += ["--state_keys", "observation.state", "observation.environment_state", "--state_angles", "block_angle"]
+    train(workspace, "muon", "--max_train_steps", 4, "--checkpointing_steps", 4, *flags)
+    train(workspace, "muon-parts", "--max_train_steps", 4, "--checkpointing_steps", 2, *flags)
+    for name in ("checkpoint-4", "transformer"):
+        path = workspace / "muon-parts" / name
+        path.rename(path.with_name(f"unused-{name}"))
+    assert "checkpoint-2" in train(workspace, "muon-parts", "--max_train_steps", 4, *flags)
+    for name, tensor in weights(workspace / "muon").items():
+        assert torch.equal(weights(workspace / "muon-parts")[name], tensor), name
+
+
+def test_training_video_ada(workspace):
+    train(workspace, "video", "--max_train_steps", 2, "--conditioning", "video")
+    assert IRASimPipeline.from_pretrained(workspace / "video").transformer.config.conditioning == "video"
+
+
 def test_training_on_two_processes(workspace):
-    train(workspace, "two", "--max_train_steps", 3, "--mixed_precision", "no", launch=TWO)
+    states = ["--state_keys", "observation.state"]
+    train(workspace, "two", "--max_train_steps", 3, "--mixed_precision", "no", *states, launch=TWO)
     assert all(torch.isfinite(tensor).all() for tensor in weights(workspace / "two").values())
 
 

@@ -195,3 +195,49 @@ def test_raw_actions_survive_half_precision(transformer, inputs):
         for value in (4096.0, 4097.0)
     ]
     assert not torch.equal(*samples)
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", None])
+def test_video_ada_modulates_every_frame_by_the_whole_trajectory(activation, inputs):
+    hidden_states, timestep, actions = inputs
+    model = tiny_transformer(conditioning="video", action_activation=activation)
+    for block in model.temporal_transformer_blocks:  # without the temporal blocks frames do not meet
+        torch.nn.init.zeros_(block.ada_norm[1].weight)
+        torch.nn.init.zeros_(block.ada_norm[1].bias)
+    changed = actions.clone()
+    changed[:, 1] += 1
+    difference = model(*inputs).sample - model(hidden_states, timestep, changed).sample
+    assert (difference.abs().amax(dim=(0, 1, 3, 4)) > 1e-6).all()
+
+
+def test_video_ada_drops_whole_trajectories(inputs):
+    hidden_states, timestep, actions = inputs
+    model = tiny_transformer(conditioning="video")
+    keep = torch.tensor([[True] * 3, [True, False, True], [True] * 3])
+    mixed = model(hidden_states, timestep, actions, action_mask=keep).sample
+    torch.testing.assert_close(mixed[1], model(hidden_states, timestep).sample[1])
+    torch.testing.assert_close(mixed[0], model(*inputs).sample[0])
+    by_frame = timestep[:, None].repeat(1, 5)
+    torch.testing.assert_close(model(hidden_states, by_frame, actions).sample, model(*inputs).sample)
+
+
+def test_video_ada_takes_one_number_of_actions(inputs):
+    hidden_states, timestep, actions = inputs
+    model = tiny_transformer(conditioning="video")
+    with pytest.raises(ValueError, match=r"3 \(Video-Ada takes no other number\), 3\), got \(3, 2, 3\)"):
+        model(hidden_states, timestep, actions[:, :2])
+    with pytest.raises(ValueError, match="`conditioning` must be frame or video, got 'clip'"):
+        tiny_transformer(conditioning="clip")
+
+
+def test_the_final_layer_may_see_the_actions(inputs):
+    hidden_states, timestep, actions = inputs
+    plain, seeing = tiny_transformer(), tiny_transformer(final_frame_ada=True)
+    assert not torch.allclose(plain(*inputs).sample, seeing(*inputs).sample)
+    nothing = torch.zeros_like(actions) + torch.tensor(TINY["action_offset"])
+    for model in (plain, seeing):  # with actions embedded as zero and no null action, there is nothing to see
+        torch.nn.init.zeros_(model.action_embed.linear_2.weight)
+        torch.nn.init.zeros_(model.action_embed.linear_2.bias)
+        torch.nn.init.zeros_(model.null_action)
+    same = [model(hidden_states, timestep, nothing).sample for model in (plain, seeing)]
+    torch.testing.assert_close(*same)
