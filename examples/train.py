@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, PNDMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils.torch_utils import randn_tensor
@@ -32,7 +32,7 @@ from irasim_diffusers import PRESETS, IRASimPipeline, IRASimTransformer3DModel
 from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents, standardised_states
 from irasim_diffusers.metrics import psnr
 from irasim_diffusers.models import noise_process
-from irasim_diffusers.training import StateReadout, diffusion_loss
+from irasim_diffusers.training import NoiseProcess, StateReadout, diffusion_loss
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,9 @@ class TrainingArguments:
     action_scale: float | None = field(default=None, metadata={"help": "default: one over the data's deviation"})
     action_offset: float | None = field(default=None, metadata={"help": "default: the data's mean"})
     action_space: str = field(default="relative", metadata={"help": "relative, or absolute targets"})
-    prediction_type: str = field(default="epsilon", metadata={"help": "epsilon, v_prediction or sample"})
+    prediction_type: str = field(
+        default="epsilon", metadata={"help": "epsilon, v_prediction, sample or flow_prediction"}
+    )
     # optimisation
     train_batch_size: int = field(default=16, metadata={"help": "windows per step and process"})
     gradient_accumulation_steps: int = 1
@@ -223,7 +225,7 @@ def cut(clip: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
 
 def training_loss(
     model: torch.nn.Module,
-    noise_scheduler: DDPMScheduler,
+    noise_scheduler: NoiseProcess,
     clip: dict[str, torch.Tensor],
     config: dict,
     arguments: TrainingArguments,
@@ -289,7 +291,10 @@ def build_optimizers(model: torch.nn.Module, arguments: TrainingArguments) -> li
 
 def make_pipeline(vae: AutoencoderKL, transformer: IRASimTransformer3DModel, scheduler_class: Any) -> IRASimPipeline:
     """The pipeline of a model, sampled as the paper does or as asked."""
-    config = {key: value for key, value in noise_process(transformer.config).config.items() if not key.startswith("_")}
+    process = noise_process(transformer.config)
+    if isinstance(process, FlowMatchEulerDiscreteScheduler):
+        return IRASimPipeline(vae, transformer, process)
+    config = {key: value for key, value in process.config.items() if not key.startswith("_")}
     extra = {"skip_prk_steps": True} if scheduler_class is PNDMScheduler else {}
     scheduler = scheduler_class.from_config(config | {"steps_offset": 1, "set_alpha_to_one": False} | extra)
     return IRASimPipeline(vae, transformer, scheduler)

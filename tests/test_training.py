@@ -35,6 +35,17 @@ def test_loss_is_the_error_on_predicted_frames(batch, prediction_type):
     torch.testing.assert_close(loss, (output[:, :, 2:] - target).square().mean())
 
 
+def test_a_flow_runs_straight_from_latents_to_noise(batch):
+    model = tiny_transformer(prediction_type="flow_prediction")
+    process = noise_process(model.config)
+    share = batch["timesteps"].view(2, 1, 1, 1, 1) / 1000
+    future, noise = batch["latents"][:, :, 2:], batch["noise"]
+    window = torch.cat([batch["latents"][:, :, :2], (1 - share) * future + share * noise], dim=2)
+    output = model(window, batch["timesteps"], batch["actions"]).sample
+    loss = diffusion_loss(model, process, **batch)
+    torch.testing.assert_close(loss, (output[:, :, 2:] - (noise - future)).square().mean())
+
+
 def test_readout_changes_no_prediction_and_adds_its_error(batch):
     model = tiny_transformer()
     process = noise_process(model.config)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import json
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import IRASimPipeline, __version__, embedded_checkpoint
+from . import IRASimPipeline, IRASimTransformer3DModel, __version__, embedded_checkpoint
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -76,17 +77,19 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser(
         "convert",
-        help="turn a checkpoint of the IRASim release into a pipeline folder",
-        description="Turn a checkpoint of the IRASim release into a pipeline folder. No code in the file is run.",
+        help="turn pretrained weights into a pipeline folder",
+        description="Turn pretrained weights into a pipeline folder: released IRASim checkpoints as they are, Open-Sora "
+        "(STDiT3) and Latte to start training from. No code in a file is run.",
     )
     convert.set_defaults(run=run_convert)
     add = convert.add_argument
-    add("--checkpoint", type=Path, required=True, help=".pt file of the release")
-    add("--dataset", choices=("rt1", "bridge", "languagetable"), required=True, help="data set it was trained on")
+    add("--source", choices=("irasim", "opensora", "latte"), default="irasim", help="default: %(default)s")
+    add("--checkpoint", type=Path, required=True, help=".pt file of the release; safetensors file or folder")
+    add("--dataset", choices=("rt1", "bridge", "languagetable"), help="data set of a released IRASim checkpoint")
+    add("--weights", choices=("ema", "model"), default="ema", help="of a released checkpoint (default: %(default)s)")
+    add("--final-frame-ada", action="store_true", help="a released checkpoint whose final layer sees the actions")
     add("--vae", required=True, help="SDXL autoencoder: folder or Hub id; append ':<subfolder>' where it has one")
-    add("--weights", choices=("ema", "model"), default="ema", help="default: %(default)s")
-    add("--final-frame-ada", action="store_true", help="the final layer was trained to see the actions")
-    add("--num-attention-heads", type=int, help="for a width that is none of the paper's")
+    add("--config", nargs="*", default=[], metavar="KEY=VALUE", help="config entries, values in JSON: action_dim=7")
     add("--output", type=Path, required=True, help="pipeline folder to write")
     return parser
 
@@ -153,21 +156,27 @@ def run_convert(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output must be a new or empty folder, got {str(output)!r}.")
-    from diffusers import AutoencoderKL, PNDMScheduler
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-    from .conversion import ConversionReport, load_released_irasim
+    from .conversion import ConversionReport, load_latte, load_opensora, load_released_irasim
     from .files import temporary_folder
 
-    report = ConversionReport()
-    heads = {} if arguments.num_attention_heads is None else {"num_attention_heads": arguments.num_attention_heads}
-    transformer = load_released_irasim(
-        arguments.checkpoint,
-        arguments.dataset,
-        final_frame_ada=arguments.final_frame_ada,
-        weights=arguments.weights,
-        report=report,
-        **heads,
-    )
+    report, config = ConversionReport(), dict(_read_setting(text) for text in arguments.config)
+    if arguments.source == "irasim":
+        if arguments.dataset is None:
+            raise ValueError("--dataset is wanted for a released IRASim checkpoint: rt1, bridge or languagetable.")
+        transformer = load_released_irasim(
+            arguments.checkpoint,
+            arguments.dataset,
+            final_frame_ada=arguments.final_frame_ada,
+            weights=arguments.weights,
+            report=report,
+            **config,
+        )
+    else:
+        load = load_opensora if arguments.source == "opensora" else load_latte
+        transformer = load(arguments.checkpoint, report=report, **config)
     path, _, subfolder = arguments.vae.partition(":")
     try:
         vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder or None)
@@ -175,12 +184,26 @@ def run_convert(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--vae must be an AutoencoderKL, a folder or Hub id, got {arguments.vae!r}: {error}"
         ) from error
-    # as the release samples: with the Runge-Kutta warm-up, 59 network evaluations at 50 steps
-    scheduler = PNDMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", timestep_spacing="linspace")
+    scheduler: SchedulerMixin
+    if transformer.config.prediction_type == "flow_prediction":
+        scheduler = FlowMatchEulerDiscreteScheduler()
+    else:  # as the release samples: with the Runge-Kutta warm-up, 59 network evaluations at 50 steps
+        scheduler = PNDMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", timestep_spacing="linspace")
     with temporary_folder(output) as partial:
         IRASimPipeline(vae, transformer, scheduler).save_pretrained(partial)
     print(report)
     print(f"{len(report.mapped)} tensors mapped, {len(report.dropped)} dropped; wrote {output}")
+
+
+def _read_setting(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    known = inspect.signature(IRASimTransformer3DModel.__init__).parameters
+    if not separator or name not in known or name == "self":
+        raise ValueError(f"--config must be KEY=VALUE with a key of the model's config, got {text!r}.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def read_frames(path: Path) -> np.ndarray:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from .models import PRESETS, IRASimTransformer3DModel
 
@@ -40,6 +42,10 @@ RELEASED_DATASETS: dict[str, dict[str, Any]] = {
     }
 }
 """Data sets of the released weights: latent size, and the action space as the released data classes scale it."""
+
+
+# the tensors here that a foreign one becomes, or why it is dropped, or None if it is unknown
+Conversion: TypeAlias = dict[str, torch.Tensor] | str | None
 
 
 @dataclass
@@ -111,10 +117,7 @@ def _released_state(path: Path, weights: str) -> dict[str, torch.Tensor]:
 
 
 def _released_config(state: dict[str, torch.Tensor], known: dict[str, Any], final_frame_ada: bool) -> dict[str, Any]:
-    wanted = ("x_embedder.proj.weight", "temp_embed", "blocks.1.attn.qkv.weight")
-    missing = [key for key in wanted if key not in state]
-    if missing:
-        raise ValueError(f"these are no IRASim weights: {missing} missing among {len(state)} keys.")
+    _require(state, "IRASim", ("x_embedder.proj.weight", "temp_embed", "blocks.1.attn.qkv.weight"))
     width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     sample_frames = state["temp_embed"].shape[1]
     encoder = state.get("embed_state.fc1.weight")
@@ -127,7 +130,7 @@ def _released_config(state: dict[str, torch.Tensor], known: dict[str, Any], fina
         raise ValueError(f"width {width} is none of the paper's ({sorted(heads)}): give `num_attention_heads`.")
     derived = {
         "num_attention_heads": heads.get(width),
-        "num_layers": len({key.split(".")[1] for key in state if key.startswith("blocks.")}) // 2,
+        "num_layers": _count(state, "blocks.") // 2,
         "in_channels": channels,
         "patch_size": patch_size,
         "sample_frames": sample_frames,
@@ -161,7 +164,6 @@ RELEASED_BLOCK_PARTS = {
 def _released_key(
     key: str, tensor: torch.Tensor, model: IRASimTransformer3DModel
 ) -> dict[str, torch.Tensor] | str | None:
-    """The tensors here that one of the release becomes, why it is dropped, or None if it is unknown."""
     config = model.config
     if key == "pos_embed":
         grid = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
@@ -187,13 +189,214 @@ def _released_key(
     return {f"{block}.{RELEASED_BLOCK_PARTS[inner]}.{kind}": tensor} if inner in RELEASED_BLOCK_PARTS else None
 
 
+def load_opensora(
+    path: str | os.PathLike, *, report: ConversionReport | None = None, **config: Any
+) -> IRASimTransformer3DModel:
+    """Start from Open-Sora 1.2 (STDiT3, hpcai-tech/OpenSora-STDiT-v3): all but its text is reused.
+
+    Before training, the model computes what STDiT3 does without cross-attention, whatever the actions: the last layer of
+    the action encoder and the null action are zero. Sample it with `FlowMatchEulerDiscreteScheduler`.
+
+    Args:
+        path: `model.safetensors`, or a folder with one.
+        report: Filled with what mapped to what.
+        config: The action space, size, frames and rate of the data to train on: `action_dim`, `action_scale`,
+            `sample_height`, `sample_width`, `sample_frames`, `fps` and so on.
+
+    Returns:
+        The model, float32.
+
+    Raises:
+        ValueError: If keys are unknown, missing or misshapen; all are listed.
+    """
+    state = _safetensors_state(Path(path))
+    _require(
+        state, "Open-Sora", ("x_embedder.proj.weight", "final_layer.linear.weight", "spatial_blocks.0.attn.qkv.weight")
+    )
+    width, channels, _, patch_size, _ = state["x_embedder.proj.weight"].shape
+    normed = state.get("spatial_blocks.0.attn.q_norm.weight")
+    if normed is None and "num_attention_heads" not in config:
+        raise ValueError("weights without query and key norms do not tell their heads: give `num_attention_heads`.")
+    heads = config.get("num_attention_heads") or width // len(normed)  # type: ignore[arg-type]
+    derived = {
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "num_layers": _count(state, "spatial_blocks."),
+        "in_channels": channels,
+        "patch_size": patch_size,
+        "norm_type": "ada_norm_single",
+        "qk_norm": None if normed is None else "rms_norm",
+        "temporal_position": "rope",
+        "spatial_position": "area",
+        "use_fps": True,
+        "history_timestep": "zero",
+        "final_frame_ada": True,
+        "prediction_type": "flow_prediction",
+    }
+    model = IRASimTransformer3DModel(**derived | config)
+    _zero_actions(model)
+    _load(model, state, _opensora_key, report if report is not None else ConversionReport(), new=_is_action)
+    return model
+
+
+def load_latte(
+    path: str | os.PathLike, *, report: ConversionReport | None = None, **config: Any
+) -> IRASimTransformer3DModel:
+    """Start from Latte-1 in diffusers' format (maxin-cn/Latte-1): all but its text is reused.
+
+    Before training, the model computes what Latte does without cross-attention, whatever the actions.
+
+    Args:
+        path: The `transformer` folder, or its safetensors file.
+        report: Filled with what mapped to what.
+        config: As for `load_opensora`; also `num_attention_heads`, 16 if not given.
+
+    Returns:
+        The model, float32.
+
+    Raises:
+        ValueError: If keys are unknown, missing or misshapen; all are listed.
+    """
+    state = _safetensors_state(Path(path))
+    _require(state, "Latte", ("pos_embed.proj.weight", "proj_out.weight", "adaln_single.linear.weight"))
+    width, channels, patch_size, _ = state["pos_embed.proj.weight"].shape
+    heads = config.get("num_attention_heads", 16)
+    derived = {
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "num_layers": _count(state, "transformer_blocks."),
+        "in_channels": channels,
+        "patch_size": patch_size,
+        "norm_type": "ada_norm_single",
+        "spatial_position": "fixed",
+        "final_frame_ada": True,
+    }
+    model = IRASimTransformer3DModel(**derived | config)
+    _zero_actions(model)
+    _load(model, state, _latte_key, report if report is not None else ConversionReport(), new=_is_action)
+    return model
+
+
+def _safetensors_state(path: Path) -> dict[str, torch.Tensor]:
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise ValueError(f"`path` must be a safetensors file or a folder with some, got {str(path)!r}.")
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            state |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{str(file)!r} is no safetensors file: {error}") from error
+    return state
+
+
+def _require(state: dict[str, torch.Tensor], family: str, keys: Sequence[str]) -> None:
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise ValueError(f"these are no {family} weights: {missing} missing among {len(state)} keys.")
+
+
+def _count(state: dict[str, torch.Tensor], prefix: str) -> int:
+    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
+
+
+def _is_action(key: str) -> bool:
+    return key.startswith(("action_embed.", "trajectory_embed.", "null_action"))
+
+
+def _zero_actions(model: IRASimTransformer3DModel) -> None:
+    """Let every action embed to zero, so that a pretrained model starts as what it was."""
+    encoder = getattr(model, "trajectory_embed", model.action_embed)
+    for parameter in (encoder.linear_2.weight, encoder.linear_2.bias, model.null_action):
+        torch.nn.init.zeros_(parameter)
+
+
+OPENSORA_PARTS = {
+    "t_embedder.mlp.0": "time_embed.linear_1",
+    "t_embedder.mlp.2": "time_embed.linear_2",
+    "fps_embedder.mlp.0": "fps_embed.linear_1",
+    "fps_embedder.mlp.2": "fps_embed.linear_2",
+    "t_block.1": "ada_norm_single.1",
+}
+OPENSORA_BLOCK_PARTS = {
+    "attn.q_norm": "attn1.norm_q",
+    "attn.k_norm": "attn1.norm_k",
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+
+
+def _opensora_key(key: str, tensor: torch.Tensor, model: IRASimTransformer3DModel) -> Conversion:
+    config = model.config
+    if key.startswith("y_embedder.") or ".cross_attn." in key:
+        return "text"
+    if key == "rope.freqs":
+        frequencies = 10000.0 ** (-torch.arange(0, config.attention_head_dim, 2) / config.attention_head_dim)
+        same = tensor.shape == frequencies.shape and torch.allclose(tensor.float(), frequencies, rtol=1e-4)
+        return "computed here" if same else None
+    if key == "x_embedder.proj.weight":
+        return {"patch_embed.proj.weight": tensor.squeeze(2)}
+    if key == "x_embedder.proj.bias":
+        return {"patch_embed.proj.bias": tensor}
+    if key == "final_layer.scale_shift_table":
+        return {"scale_shift_table": tensor}
+    part, _, kind = key.rpartition(".")
+    if part == "final_layer.linear":  # diffusers' velocity points the other way
+        return {f"proj_out.{kind}": -_without_sigma(tensor, model)}
+    if part in OPENSORA_PARTS:
+        return {f"{OPENSORA_PARTS[part]}.{kind}": tensor}
+    for stack, ours in (
+        ("spatial_blocks.", "transformer_blocks"),
+        ("temporal_blocks.", "temporal_transformer_blocks"),
+    ):
+        if key.startswith(stack):
+            number, inner = key.removeprefix(stack).split(".", 1)
+            block, (name, _, kind) = f"{ours}.{number}", inner.rpartition(".")
+            if inner == "scale_shift_table":
+                return {f"{block}.scale_shift_table": tensor}
+            if name == "attn.qkv" and tensor.shape[0] % 3 == 0:
+                return {
+                    f"{block}.attn1.to_{letter}.{kind}": third
+                    for letter, third in zip("qkv", tensor.chunk(3), strict=True)
+                }
+            if name in OPENSORA_BLOCK_PARTS:
+                return {f"{block}.{OPENSORA_BLOCK_PARTS[name]}.{kind}": tensor}
+    return None
+
+
+def _latte_key(key: str, tensor: torch.Tensor, model: IRASimTransformer3DModel) -> Conversion:
+    if key.startswith("caption_projection.") or ".attn2." in key:
+        return "text"
+    if key.startswith("proj_out."):
+        return {key: _without_sigma(tensor, model)}
+    for foreign, ours in (
+        ("pos_embed.proj.", "patch_embed.proj."),
+        ("adaln_single.emb.timestep_embedder.", "time_embed."),
+        ("adaln_single.linear.", "ada_norm_single.1."),
+    ):
+        if key.startswith(foreign):
+            return {key.replace(foreign, ours): tensor}
+    known = key == "scale_shift_table" or key.startswith(("transformer_blocks.", "temporal_transformer_blocks."))
+    return {key: tensor} if known else None
+
+
+def _without_sigma(tensor: torch.Tensor, model: IRASimTransformer3DModel) -> torch.Tensor:
+    """The rows that predict the mean, of a layer that predicts mean and variance, channel fastest."""
+    channels = model.config.in_channels
+    if tensor.shape[0] != 2 * channels * model.config.patch_size**2:
+        return tensor  # misshapen: said by the caller
+    return tensor.unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1)
+
+
 def _load(
     model: IRASimTransformer3DModel,
     state: dict[str, torch.Tensor],
-    convert: Callable[[str, torch.Tensor, IRASimTransformer3DModel], dict[str, torch.Tensor] | str | None],
+    convert: Callable[[str, torch.Tensor, IRASimTransformer3DModel], Conversion],
     report: ConversionReport,
+    new: Callable[[str], bool] = lambda key: False,
 ) -> None:
-    """Load converted weights; unknown, missing and misshapen keys stop it with a list."""
+    """Load converted weights; unknown, missing and misshapen keys stop it with a list. `new` keys stay as they are."""
     own = model.state_dict()
     converted: dict[str, torch.Tensor] = {}
     problems = []
@@ -212,10 +415,14 @@ def _load(
             for target, value in result.items()
             if value.shape != own[target].shape
         ]
-    problems += [f"nothing for {key} {tuple(value.shape)}" for key, value in own.items() if key not in converted]
+    problems += [
+        f"nothing for {key} {tuple(value.shape)}"
+        for key, value in own.items()
+        if key not in converted and not new(key)
+    ]
     if problems:
         raise ValueError(f"{len(problems)} tensors do not fit:\n" + "\n".join(problems))
-    model.load_state_dict({key: value.to(own[key].dtype) for key, value in converted.items()})
+    model.load_state_dict(own | {key: value.to(own[key].dtype) for key, value in converted.items()})
 
 
 REBUILDERS = {

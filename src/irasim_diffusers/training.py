@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from .models import IRASimTransformer3DModel
@@ -43,14 +43,29 @@ class StateReadout(nn.Module):
         return prediction, self.readout(self.features.pop().float().mean(2))
 
 
-def diffusion_target(
-    scheduler: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+NoiseProcess: TypeAlias = DDPMScheduler | FlowMatchEulerDiscreteScheduler
+
+
+def add_noise(
+    scheduler: NoiseProcess, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
-    """What the network shall predict, by the scheduler's `prediction_type`.
+    """Latents at the given timesteps; a flow runs straight from the latents at 0 to the noise at the last."""
+    if isinstance(scheduler, DDPMScheduler):
+        return scheduler.add_noise(latents, noise, timesteps)
+    share = (timesteps / scheduler.config.num_train_timesteps).view(-1, *[1] * (latents.ndim - 1)).to(latents)
+    return (1 - share) * latents + share * noise
+
+
+def diffusion_target(
+    scheduler: NoiseProcess, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """What the network shall predict, by the scheduler's `prediction_type`; the velocity `noise - latents` of a flow.
 
     Raises:
         ValueError: If the prediction type is none of epsilon, v_prediction and sample.
     """
+    if not isinstance(scheduler, DDPMScheduler):
+        return noise - latents
     match scheduler.config.prediction_type:
         case "epsilon":
             return noise
@@ -64,7 +79,7 @@ def diffusion_target(
 
 def diffusion_loss(
     transformer: torch.nn.Module,
-    scheduler: DDPMScheduler,
+    scheduler: NoiseProcess,
     latents: torch.Tensor,
     actions: torch.Tensor,
     *,
@@ -92,7 +107,7 @@ def diffusion_loss(
     """
     num_history_frames = latents.shape[2] - actions.shape[1]
     history, future = latents[:, :, :num_history_frames], latents[:, :, num_history_frames:]
-    noisy = scheduler.add_noise(future, noise, timesteps)
+    noisy = add_noise(scheduler, future, noise, timesteps)
     outputs = transformer(
         torch.cat([history, noisy], dim=2), timesteps, actions, action_mask=action_mask, return_dict=False
     )

@@ -211,9 +211,12 @@ def test_every_objective_and_optimiser_resumes_exactly(workspace):
         assert torch.equal(weights(workspace / "muon-parts")[name], tensor), name
 
 
-def test_training_video_ada(workspace):
-    train(workspace, "video", "--max_train_steps", 2, "--conditioning", "video")
-    assert IRASimPipeline.from_pretrained(workspace / "video").transformer.config.conditioning == "video"
+def test_training_video_ada_as_a_flow(workspace):
+    flags = ["--conditioning", "video", "--prediction_type", "flow_prediction"]
+    train(workspace, "video", "--max_train_steps", 2, *flags)
+    pipeline = IRASimPipeline.from_pretrained(workspace / "video")
+    assert (pipeline.transformer.config.conditioning, pipeline.transformer.config.fps) == ("video", 10)
+    pipeline(np.zeros((2, 96, 96, 3), np.uint8), np.zeros((14, 2)), num_inference_steps=1)
 
 
 def test_training_on_two_processes(workspace):

@@ -226,7 +226,7 @@ def test_video_ada_takes_one_number_of_actions(inputs):
     model = tiny_transformer(conditioning="video")
     with pytest.raises(ValueError, match=r"3 \(Video-Ada takes no other number\), 3\), got \(3, 2, 3\)"):
         model(hidden_states, timestep, actions[:, :2])
-    with pytest.raises(ValueError, match="`conditioning` must be frame or video, got 'clip'"):
+    with pytest.raises(ValueError, match="`conditioning` must be one of frame, video, got 'clip'"):
         tiny_transformer(conditioning="clip")
 
 

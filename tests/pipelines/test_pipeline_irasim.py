@@ -164,7 +164,10 @@ def test_given_latents_replace_the_noise(pipeline, frames, actions):
 
 def test_guidance_moves_away_from_no_actions(pipeline, frames, actions):
     calls = []
-    pipeline.transformer.register_forward_pre_hook(lambda _, args: calls.append(args[2] is None))
+    pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(kwargs["action_mask"] is not None and not kwargs["action_mask"].any()),
+        with_kwargs=True,
+    )
     kwargs = {"generator": seeded(1), "num_inference_steps": 2}
     run(pipeline, frames, actions[:3], **kwargs)
     assert not any(calls)
@@ -381,13 +384,16 @@ def test_a_scheduler_of_another_process_is_refused(pipeline, frames, actions, sc
         run(pipeline, frames, actions)
 
 
-def test_call_has_the_documented_arguments():
-    signature = inspect.signature(IRASimPipeline.__call__)
-    documented = inspect.getdoc(IRASimPipeline.__call__)
-    for name in signature.parameters:
+@pytest.mark.parametrize("method", [IRASimPipeline.__init__, IRASimPipeline.__call__, IRASimPipeline.stream])
+def test_arguments_are_documented(method):
+    documented = inspect.getdoc(IRASimPipeline if method is IRASimPipeline.__init__ else method)
+    for name in inspect.signature(method).parameters:
         assert name == "self" or f"{name}:" in documented
-    assert signature.parameters["num_inference_steps"].default == 50
-    assert signature.parameters["guidance_scale"].default == 1.0
+
+
+def test_defaults_are_the_papers():
+    assert inspect.signature(IRASimPipeline.__init__).parameters["num_inference_steps"].default == 50
+    assert inspect.signature(IRASimPipeline.__call__).parameters["guidance_scale"].default == 1.0
 
 
 def test_steps_of_the_checkpoint_are_taken_where_a_call_names_none(frames, actions, tmp_path):
@@ -472,3 +478,30 @@ def test_video_ada_rolls_out_with_full_windows(frames, actions):
         run(pipeline, frames[:1], actions)
     with pytest.raises(ValueError, match="`chunk_length` must be 3 for Video-Ada, got 2"):
         pipeline.stream(frames, actions, chunk_length=2)
+
+
+def test_a_flow_is_sampled_by_schedulers_of_flows_alone(frames, actions):
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipeline = tiny_pipeline(prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match="must be one of rectified flow for this checkpoint, got PNDMScheduler"):
+        run(pipeline, frames, actions)
+    pipeline.scheduler = flow
+    history = pipeline.encode_history(pipeline.preprocess_frames(frames)).detach()
+    sample = torch.randn(1, 4, 3, 4, 6)
+    noise = pipeline.prepare_latents(sample.shape, seeded(0))
+    windows = []
+
+    def velocity(_, args, output):
+        windows.append(args[0])
+        return (torch.cat([args[0][:, :, :2], noise - sample], dim=2),)
+
+    pipeline.transformer.register_forward_hook(velocity)
+    future = pipeline.denoise_window(history, torch.from_numpy(actions[None, :3]), noise, 3)
+    torch.testing.assert_close(future, sample)  # a straight line is exact in any number of steps
+    assert all(torch.equal(window[:, :, :2], history) for window in windows)
+    pipeline.scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    assert run(pipeline, frames, actions[:3]).shape == (1, 3, 3, 8, 12)
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = flow
+    with pytest.raises(ValueError, match="must have the checkpoint's prediction type 'epsilon'"):
+        run(pipeline, frames, actions)

@@ -2,11 +2,13 @@
 
 from typing import Any
 
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 
-def noise_process(config: Any) -> DDPMScheduler:
+def noise_process(config: Any) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
     """The noise process that a transformer's config records, as a scheduler to train with and compare against."""
+    if config.prediction_type == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
     return DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_start=config.beta_start,

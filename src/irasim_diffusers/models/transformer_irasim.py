@@ -17,6 +17,8 @@ from diffusers.models.embeddings import (
     PixArtAlphaTextProjection,
     TimestepEmbedding,
     Timesteps,
+    apply_rotary_emb,
+    get_1d_rotary_pos_embed,
     get_1d_sincos_pos_embed_from_grid,
     get_2d_sincos_pos_embed_from_grid,
 )
@@ -41,8 +43,13 @@ class IRASimAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: "IRASimAttention", hidden_states: torch.Tensor) -> torch.Tensor:
-        """Attend among the tokens of (B, S, D)."""
+    def __call__(
+        self,
+        attn: "IRASimAttention",
+        hidden_states: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Attend among the tokens of (B, S, D), rotated where a rotation (S, head_dim) is given."""
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -51,6 +58,11 @@ class IRASimAttnProcessor:
         query = query.unflatten(-1, (attn.heads, -1))  # (B, S, heads, head_dim)
         key = key.unflatten(-1, (attn.heads, -1))
         value = value.unflatten(-1, (attn.heads, -1))
+        if attn.norm_q is not None and attn.norm_k is not None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
 
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
@@ -68,8 +80,12 @@ class IRASimAttention(nn.Module, AttentionModuleMixin):
     processor: IRASimAttnProcessor
     to_qkv: nn.Linear  # made by fuse_projections
 
-    def __init__(self, dim: int, heads: int, dim_head: int) -> None:
+    def __init__(self, dim: int, heads: int, dim_head: int, qk_norm: str | None = None) -> None:
         super().__init__()
+        if qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"`qk_norm` must be None or rms_norm, got {qk_norm!r}.")
+        self.norm_q = nn.RMSNorm(dim_head, eps=1e-6) if qk_norm else None
+        self.norm_k = nn.RMSNorm(dim_head, eps=1e-6) if qk_norm else None
         self.heads = heads
         self.use_bias = True
         self.to_q = nn.Linear(dim, heads * dim_head)
@@ -78,41 +94,65 @@ class IRASimAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(heads * dim_head, dim), nn.Dropout(0.0)])
         self.processor = self._default_processor_cls()
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Attend among the tokens of (B, S, D)."""
-        return self.processor(self, hidden_states)
+        return self.processor(self, hidden_states, image_rotary_emb)
 
 
 @maybe_allow_in_graph
 class IRASimTransformerBlock(nn.Module):
-    """A DiT block with adaLN-zero, over the patches of a frame or over the frames of a patch."""
+    """A DiT block over the patches of a frame or over the frames of a patch, with adaLN-zero or adaLN-single."""
 
-    def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, temporal: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        temporal: bool,
+        norm_type: str = "ada_norm_zero",
+        qk_norm: str | None = None,
+    ) -> None:
         super().__init__()
         self.temporal = temporal
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attn1 = IRASimAttention(dim, num_attention_heads, attention_head_dim)
+        self.attn1 = IRASimAttention(dim, num_attention_heads, attention_head_dim, qk_norm)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.ff = FeedForward(dim, activation_fn="gelu-approximate")
-        self.ada_norm = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.norm_type = norm_type
+        if norm_type == "ada_norm_zero":
+            self.ada_norm = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        else:
+            self.scale_shift_table = nn.Parameter(torch.zeros(6, dim))
 
-    def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Apply the block.
 
         Args:
             hidden_states: Tokens (B, F, S, D).
-            temb: Condition of each frame (B, F, D), or one for all frames (B, 1, D).
+            temb: Condition of each frame (B, F, D), or one for all frames (B, 1, D); with adaLN-single the modulation that
+                all blocks share, 6 D wide.
+            image_rotary_emb: Cosines and sines (F, head_dim) of a temporal block with rotary positions.
 
         Returns:
             Tokens (B, F, S, D).
         """
-        modulation = self.ada_norm(temb).unsqueeze(2)  # (B, F, 1, 6 D)
+        if self.norm_type == "ada_norm_zero":
+            modulation = self.ada_norm(temb).unsqueeze(2)  # (B, F, 1, 6 D)
+        else:
+            modulation = (temb + self.scale_shift_table.flatten()).unsqueeze(2)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
 
         attn_input = self.norm1(hidden_states) * (1 + scale_attn) + shift_attn
         if self.temporal:
             attn_input = attn_input.transpose(1, 2)  # (B, S, F, D)
-        attn_output = self.attn1(attn_input.flatten(0, 1)).unflatten(0, attn_input.shape[:2])
+        attn_output = self.attn1(attn_input.flatten(0, 1), image_rotary_emb).unflatten(0, attn_input.shape[:2])
         if self.temporal:
             attn_output = attn_output.transpose(1, 2)  # (B, F, S, D)
         hidden_states = hidden_states + gate_attn * attn_output
@@ -140,6 +180,13 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         num_history_frames: Most history frames it was trained on; Video-Ada: exactly as many.
         conditioning: `"frame"` for Frame-Ada, `"video"` for Video-Ada.
         final_frame_ada: Whether Frame-Ada's final layer sees the actions too; not so in the released weights.
+        norm_type: `"ada_norm_zero"`, or `"ada_norm_single"` of Open-Sora and Latte, also in the final layer.
+        qk_norm: `"rms_norm"` for Open-Sora.
+        temporal_position: `"sincos"`, or `"rope"` of Open-Sora.
+        spatial_position: `"grid"`; `"area"` of Open-Sora, on the integer grid scaled to an area of 512x512 pixels; `"fixed"`
+            of Latte, a grid of 32x32 patches stretched to any other.
+        use_fps: Whether frames a second are embedded, as in Open-Sora.
+        history_timestep: `"same"` where history frames take the timestep of the others, `"zero"` where they take none.
         action_activation: Activation of the action encoder, `"gelu_tanh"`; None for the released Language-Table weights,
             whose two layers have none. Their Video-Ada joins the embedded actions by one more network.
         action_dim: Components of an action.
@@ -149,7 +196,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_units: Units of the components.
         fps: Frames a second of the data, where known.
         action_space: `"relative"` where zero asks for no motion, `"absolute"` where an action is a target position.
-        prediction_type: What the network predicts, as in diffusers' schedulers.
+        prediction_type: What the network predicts, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which
+            has no betas.
         num_train_timesteps: Steps of the noise process it was trained on; with the next three, as in diffusers.
         beta_start: First noise variance.
         beta_end: Last noise variance.
@@ -175,6 +223,12 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         num_history_frames: int = 1,
         conditioning: str = "frame",
         final_frame_ada: bool = False,
+        norm_type: str = "ada_norm_zero",
+        qk_norm: str | None = None,
+        temporal_position: str = "sincos",
+        spatial_position: str = "grid",
+        use_fps: bool = False,
+        history_timestep: str = "same",
         action_activation: str | None = "gelu_tanh",
         action_dim: int = 7,
         action_scale: float | list[float] = 1.0,
@@ -192,8 +246,15 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         super().__init__()
         dim = num_attention_heads * attention_head_dim
         num_actions = sample_frames - num_history_frames
-        if conditioning not in ("frame", "video"):
-            raise ValueError(f"`conditioning` must be frame or video, got {conditioning!r}.")
+        for name, value, known in (
+            ("conditioning", conditioning, ("frame", "video")),
+            ("norm_type", norm_type, ("ada_norm_zero", "ada_norm_single")),
+            ("temporal_position", temporal_position, ("sincos", "rope")),
+            ("spatial_position", spatial_position, ("grid", "area", "fixed")),
+            ("history_timestep", history_timestep, ("same", "zero")),
+        ):
+            if value not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
 
         self.patch_embed = PatchEmbed(
             height=sample_height,
@@ -205,6 +266,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         )
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, dim)
+        if use_fps:
+            self.fps_embed = TimestepEmbedding(256, dim)
         joint = conditioning == "video" and action_activation is not None
         self.action_embed = PixArtAlphaTextProjection(action_dim * (num_actions if joint else 1), 4 * dim, dim)
         if action_activation is None:
@@ -214,13 +277,17 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         self.null_action = nn.Parameter(torch.zeros(dim))
 
         def block(temporal: bool) -> IRASimTransformerBlock:
-            return IRASimTransformerBlock(dim, num_attention_heads, attention_head_dim, temporal)
+            return IRASimTransformerBlock(dim, num_attention_heads, attention_head_dim, temporal, norm_type, qk_norm)
 
         self.transformer_blocks = nn.ModuleList([block(temporal=False) for _ in range(num_layers)])
         self.temporal_transformer_blocks = nn.ModuleList([block(temporal=True) for _ in range(num_layers)])
 
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.ada_norm_out = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        if norm_type == "ada_norm_zero":
+            self.ada_norm_out = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        else:
+            self.ada_norm_single = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+            self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
         self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
 
         self.gradient_checkpointing = False
@@ -237,8 +304,13 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         for linear in (self.time_embed.linear_1, self.time_embed.linear_2):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.normal_(self.null_action, std=0.02)
-        blocks = [*self.transformer_blocks, *self.temporal_transformer_blocks]
-        for linear in (*(block.ada_norm[1] for block in blocks), self.ada_norm_out[1], self.proj_out):
+        zeros = [self.proj_out]
+        if self.config.norm_type == "ada_norm_zero":
+            blocks = [*self.transformer_blocks, *self.temporal_transformer_blocks]
+            zeros += [self.ada_norm_out[1], *(block.ada_norm[1] for block in blocks)]
+        else:
+            zeros.append(self.ada_norm_single[1])
+        for linear in zeros:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
@@ -309,6 +381,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         timestep: torch.Tensor,
         actions: torch.Tensor | None = None,
         action_mask: torch.Tensor | None = None,
+        fps: float | torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
@@ -316,10 +389,11 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
         Args:
             hidden_states: Latents (B, C, F, H, W), the clean history first; any F, H and W divisible by the patch.
-            timestep: Diffusion timesteps (B,), or one a frame (B, F).
+            timestep: Diffusion timesteps (B,), or one a frame (B, F); see `history_timestep`.
             actions: Actions (B, n, A) in the units of the data set, n <= F. They lead to the last n frames; the first
-                F - n are history. None gives every frame the null action.
+                F - n are history. None gives every frame the null action and counts none as history.
             action_mask: Booleans (B, n); actions at False are replaced by the null action (action dropout).
+            fps: Frames a second, one number or (B,), for models that embed it; default: the config's.
             attention_kwargs: `{"scale": s}` scales the LoRA layers.
             return_dict: Return a `Transformer2DModelOutput` instead of a tuple.
 
@@ -341,21 +415,33 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         hidden_states = hidden_states.unflatten(0, (batch_size, num_frames))  # (B, F, S, D)
 
         timestep = timestep.view(batch_size, -1)
+        if self.config.history_timestep == "zero" and actions is not None:
+            predicted = torch.arange(num_frames, device=timestep.device) >= num_frames - actions.shape[1]
+            timestep = timestep * predicted  # (B, F)
         temb = self.time_proj(timestep.flatten()).unflatten(0, timestep.shape)
         temb = self.time_embed(temb.to(hidden_states.dtype))  # (B, F or 1, D)
+        if self.config.use_fps:
+            temb = temb + self._embed_fps(fps, temb)
         action_temb = temb + self.encode_actions(actions, num_frames, action_mask)  # (B, F, D), video: (B, 1 or F, D)
         temporal_temb = action_temb if self.config.conditioning == "video" else temb
+        final_temb = action_temb if self.config.final_frame_ada else temporal_temb
+        if self.config.norm_type == "ada_norm_single":
+            action_temb, temporal_temb = self.ada_norm_single(action_temb), self.ada_norm_single(temporal_temb)
+        rotary = self._rotary_positions(num_frames, hidden_states) if self.config.temporal_position == "rope" else None
 
         for index, (spatial_block, temporal_block) in enumerate(
             zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)
         ):
             hidden_states = self._run(spatial_block, hidden_states, action_temb)
-            if index == 0:
+            if index == 0 and rotary is None:
                 hidden_states = hidden_states + self._temporal_positions(num_frames).to(hidden_states)
-            hidden_states = self._run(temporal_block, hidden_states, temporal_temb)
+            hidden_states = self._run(temporal_block, hidden_states, temporal_temb, rotary)
 
-        final_temb = action_temb if self.config.final_frame_ada else temporal_temb
-        shift, scale = self.ada_norm_out(final_temb).unsqueeze(2).chunk(2, dim=-1)
+        if self.config.norm_type == "ada_norm_zero":
+            final_modulation = self.ada_norm_out(final_temb)  # (B, F or 1, 2 D)
+        else:
+            final_modulation = torch.cat([final_temb, final_temb], dim=-1) + self.scale_shift_table.flatten()
+        shift, scale = final_modulation.unsqueeze(2).chunk(2, dim=-1)
         hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
         hidden_states = self.proj_out(hidden_states)  # (B, F, S, patch patch C)
 
@@ -367,15 +453,30 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             return (sample,)
         return Transformer2DModelOutput(sample=sample)
 
-    def _run(self, block: nn.Module, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    def _embed_fps(self, fps: float | torch.Tensor | None, temb: torch.Tensor) -> torch.Tensor:
+        fps = self.config.fps if fps is None else fps
+        if fps is None:
+            raise ValueError("`fps` must be given: this model embeds frames a second and its config names none.")
+        frequencies = self.time_proj(torch.as_tensor(fps, device=temb.device).float().reshape(-1))
+        return self.fps_embed(frequencies.to(temb.dtype)).unsqueeze(1)  # (B or 1, 1, D)
+
+    def _run(self, block: nn.Module, *inputs: Any) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, hidden_states, temb)
-        return block(hidden_states, temb)
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
 
     def _spatial_positions(self, rows: int, columns: int) -> torch.Tensor:
-        """Sines and cosines of the integer grid, columns in the first half of the width (1, rows columns, D)."""
-        grid = torch.meshgrid(torch.arange(columns), torch.arange(rows), indexing="xy")
-        dim = self.config.num_attention_heads * self.config.attention_head_dim
+        """Sines and cosines of the grid, columns in the first half of the width (1, rows columns, D)."""
+        config = self.config
+        down, across = torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64)
+        if config.spatial_position == "area":
+            side = round((rows * columns) ** 0.5)
+            area = (rows * columns) ** 0.5 * config.patch_size / 64  # 64 latent pixels are Open-Sora's 512 pixels
+            down, across = down * side / rows / area, across * side / columns / area
+        elif config.spatial_position == "fixed":
+            down, across = down * 32 / rows, across * 32 / columns  # Latte's grid has 32 patches a side
+        grid = torch.meshgrid(across, down, indexing="xy")
+        dim = config.num_attention_heads * config.attention_head_dim
         return get_2d_sincos_pos_embed_from_grid(dim, torch.stack(grid), output_type="pt").float().unsqueeze(0)
 
     def _temporal_positions(self, num_frames: int) -> torch.Tensor:
@@ -383,3 +484,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         frames = torch.arange(num_frames).unsqueeze(1)
         return get_1d_sincos_pos_embed_from_grid(dim, frames, output_type="pt").float().unsqueeze(1)
+
+    def _rotary_positions(self, num_frames: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (F, head_dim) of interleaved rotary positions."""
+        cos, sin = get_1d_rotary_pos_embed(self.config.attention_head_dim, num_frames, use_real=True)
+        return cos.to(hidden_states.device), sin.to(hidden_states.device)

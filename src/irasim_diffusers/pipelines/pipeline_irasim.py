@@ -164,6 +164,14 @@ class IRASimPipeline(DiffusionPipeline):
         settings = ", ".join(f"{key}={config[key]!r}" for key in process)
         remedy = f"make it with `{name}.from_config(pipe.scheduler.config, {settings}, clip_sample=False)`."
         found = getattr(self.scheduler.config, "prediction_type", None)
+        flows = hasattr(self.scheduler, "scale_noise") or getattr(self.scheduler.config, "use_flow_sigmas", False)
+        if config.prediction_type == "flow_prediction":
+            if not flows or found not in (None, "flow_prediction"):
+                raise ValueError(
+                    f"`scheduler` must be one of rectified flow for this checkpoint, got {name} with {found!r}: take "
+                    "`FlowMatchEulerDiscreteScheduler()`."
+                )
+            return
         if found != config.prediction_type:
             raise ValueError(
                 f"`scheduler` must have the checkpoint's prediction type {config.prediction_type!r}, got {name} with "
@@ -171,7 +179,7 @@ class IRASimPipeline(DiffusionPipeline):
             )
         trained = noise_process(config).alphas_cumprod
         alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)
-        if alphas_cumprod is None or getattr(self.scheduler.config, "use_flow_sigmas", False):
+        if alphas_cumprod is None or flows:
             raise ValueError(
                 f"`scheduler` must have the checkpoint's noise process ({settings}), got {name} with a flow or "
                 "continuous process: take a scheduler with betas."
@@ -289,10 +297,12 @@ class IRASimPipeline(DiffusionPipeline):
         step_kwargs = self._step_kwargs(generator, eta)
         num_history_frames = history.shape[2]
 
-        def predict(noisy: torch.Tensor, timestep: torch.Tensor, window_actions: torch.Tensor | None) -> torch.Tensor:
+        nothing = torch.zeros(actions.shape[:2], dtype=torch.bool, device=actions.device)
+
+        def predict(noisy: torch.Tensor, timestep: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
             window = torch.cat([history, noisy], dim=2).to(self.transformer.dtype)
             prediction = self.transformer(
-                window, timestep, window_actions, attention_kwargs=attention_kwargs, return_dict=False
+                window, timestep, actions, action_mask=mask, attention_kwargs=attention_kwargs, return_dict=False
             )[0]
             return prediction[:, :, num_history_frames:].float()
 
@@ -300,13 +310,14 @@ class IRASimPipeline(DiffusionPipeline):
             if getattr(self, "_interrupt", False):
                 break
             self._current_timestep = t
-            noisy = self.scheduler.scale_model_input(latents, t)
+            scale = getattr(self.scheduler, "scale_model_input", None)  # those of flows have none
+            noisy = latents if scale is None else scale(latents, t)
             timestep = t.expand(len(latents)).to(latents.device)
             with self.transformer.cache_context("cond"):
-                prediction = predict(noisy, timestep, actions)
+                prediction = predict(noisy, timestep)
             if guidance_scale != 1.0:
                 with self.transformer.cache_context("uncond"):
-                    unconditional = predict(noisy, timestep, None)
+                    unconditional = predict(noisy, timestep, nothing)
                 prediction = unconditional + guidance_scale * (prediction - unconditional)
             latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
             if on_step_end is not None:
