@@ -23,6 +23,7 @@ ALLOWED = {
     "data": {"actions"},
     "pipelines": {"models", "actions", "rollout"},
     "training": {"models"},
+    "conversion": {"models"},
 }
 
 
