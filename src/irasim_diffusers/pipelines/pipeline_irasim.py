@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
@@ -47,8 +48,11 @@ class IRASimPipelineOutput(BaseOutput):
     frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
 
 
-class IRASimPipeline(DiffusionPipeline):
+class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     """Predicts the video of a robot that executes given actions, from the frames seen so far.
+
+    LoRA of the transformer is loaded, set, fused and saved as in any pipeline of diffusers; the mixin is the one of its that
+    knows a transformer and nothing else.
 
     Args:
         vae: Per-frame autoencoder.

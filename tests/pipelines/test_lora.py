@@ -1,0 +1,71 @@
+import pytest
+import torch
+from conftest import tiny_pipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "action_embed.linear_2"]
+
+
+def predict(pipeline, frames, actions, **kwargs):
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(frames, actions[:3], num_inference_steps=2, generator=generator, output_type="pt", **kwargs).frames
+
+
+@pytest.fixture
+def adapted(frames, actions, tmp_path):
+    """A folder of LoRA weights, what the pipeline predicts without them and with them."""
+    pipeline = tiny_pipeline()
+    plain = predict(pipeline, frames, actions)
+    pipeline.transformer.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS))
+    torch.manual_seed(8)
+    for name, parameter in pipeline.transformer.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    pipeline.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(pipeline.transformer))
+    changed = predict(pipeline, frames, actions)
+    assert not torch.allclose(plain, changed)
+    return tmp_path, plain, changed
+
+
+def loaded(folder, **kwargs):
+    pipeline = tiny_pipeline()
+    pipeline.load_lora_weights(folder, **kwargs)
+    return pipeline
+
+
+def test_what_is_saved_is_loaded_in_diffusers_format(adapted, frames, actions):
+    folder, _, changed = adapted
+    keys = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert all(key.startswith("transformer.") for key in keys)
+    # without metadata alpha is the rank: half of the trained scale
+    pipeline = loaded(folder, adapter_name="robot")
+    pipeline.set_adapters("robot", 2.0)
+    torch.testing.assert_close(predict(pipeline, frames, actions), changed, rtol=1e-4, atol=1e-5)
+    assert pipeline.get_active_adapters() == ["robot"]
+
+
+def test_adapters_are_scaled_and_switched(adapted, frames, actions):
+    folder, plain, _ = adapted
+    pipeline = loaded(folder, adapter_name="one")
+    pipeline.load_lora_weights(folder, adapter_name="two")
+    pipeline.set_adapters("one", 0.0)
+    torch.testing.assert_close(predict(pipeline, frames, actions), plain, rtol=1e-4, atol=1e-5)
+    pipeline.set_adapters(["one", "two"], [0.5, 0.5])
+    both = predict(pipeline, frames, actions)
+    pipeline.set_adapters("one")
+    torch.testing.assert_close(predict(pipeline, frames, actions), both, rtol=1e-4, atol=1e-5)
+    silent = predict(pipeline, frames, actions, attention_kwargs={"scale": 0.0})
+    torch.testing.assert_close(silent, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_fusing_changes_nothing_and_unloading_everything_back(adapted, frames, actions):
+    folder, plain, _ = adapted
+    pipeline = loaded(folder)
+    applied = predict(pipeline, frames, actions)
+    pipeline.fuse_lora()
+    torch.testing.assert_close(predict(pipeline, frames, actions), applied, rtol=1e-4, atol=1e-5)
+    pipeline.unfuse_lora()
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(predict(pipeline, frames, actions), plain, rtol=1e-4, atol=1e-5)
+    assert not any("lora_" in name for name, _ in pipeline.transformer.named_parameters())
