@@ -29,7 +29,8 @@ class EmbedArguments:
     episode: int = field(default=0, metadata={"help": "episode of the clip"})
     start: int = field(default=20, metadata={"help": "first frame of the clip"})
     num_actions: int = 60
-    scheduler: str = field(default="PNDMScheduler", metadata={"help": "scheduler class of diffusers"})
+    scheduler: str = field(default="DDIMScheduler", metadata={"help": "scheduler class of diffusers"})
+    num_inference_steps: int = field(default=8, metadata={"help": "steps that a call takes where it names none"})
 
 
 def main() -> None:
@@ -37,6 +38,9 @@ def main() -> None:
     target = embedded_checkpoint()
     pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=torch.bfloat16)
     pipeline.scheduler = getattr(diffusers, arguments.scheduler).from_config(pipeline.scheduler.config)
+    pipeline.register_to_config(num_inference_steps=arguments.num_inference_steps)
+    dataset = LeRobotFolder(Path(arguments.dataset))
+    pipeline.transformer.register_to_config(fps=dataset.fps)
     pipeline.save_pretrained(target)
     for path in [
         target / "model_index.json",
@@ -46,7 +50,6 @@ def main() -> None:
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
-    dataset = LeRobotFolder(Path(arguments.dataset))
     episode = next(episode for number, episode in enumerate(dataset.episodes()) if number == arguments.episode)
     history = pipeline.transformer.config.num_history_frames
     first = arguments.start + history - 1  # this action leads to the first predicted frame
