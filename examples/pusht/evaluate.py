@@ -124,7 +124,7 @@ def expert_episodes(
     dataset: LeRobotFolder, num_rollouts: int, history: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
     """Histories, actions (N, 60, 2), and first and last states (N, 5) of expert episodes; None if there are none."""
-    parts = []
+    parts: list[tuple[np.ndarray, ...]] = []
     start = 10  # the pusher is on its way
     last = start + history - 1 + ROLLOUT
     for episode in dataset.episodes():
@@ -222,7 +222,7 @@ def main() -> None:
         latents = pipeline.encode_history(pixels[:, None].float() / 127.5 - 1)
         decoded = (pipeline.decode_latents(latents)[:, :, 0].clamp(-1, 1) + 1) / 2
     vae_error = ((decoded.mul(255).round() / 255).cpu().numpy() - pixels.numpy() / 255.0) ** 2
-    report = {"vae_psnr": {"mean": float(-10 * np.log10(vae_error.mean())), "n": len(pixels)}}
+    report: dict[str, Any] = {"vae_psnr": {"mean": float(-10 * np.log10(vae_error.mean())), "n": len(pixels)}}
     print(f"VAE {report['vae_psnr']['mean']:.2f} dB", flush=True)
 
     truth = frames[:, history:] / 255.0

@@ -304,7 +304,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         for linear in (self.time_embed.linear_1, self.time_embed.linear_2):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.normal_(self.null_action, std=0.02)
-        zeros = [self.proj_out]
+        zeros: list[Any] = [self.proj_out]
         if self.config.norm_type == "ada_norm_zero":
             blocks = [*self.transformer_blocks, *self.temporal_transformer_blocks]
             zeros += [self.ada_norm_out[1], *(block.ada_norm[1] for block in blocks)]
