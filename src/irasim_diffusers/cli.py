@@ -163,9 +163,16 @@ def run_convert(arguments: argparse.Namespace) -> None:
     from .files import temporary_folder
 
     report, config = ConversionReport(), dict(_read_setting(text) for text in arguments.config)
+    if arguments.source == "irasim" and arguments.dataset is None:
+        raise ValueError("--dataset is wanted for a released IRASim checkpoint: rt1, bridge or languagetable.")
+    path, _, subfolder = arguments.vae.partition(":")
+    try:
+        vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder or None)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--vae must be an AutoencoderKL, a folder or Hub id, got {arguments.vae!r}: {error}"
+        ) from error
     if arguments.source == "irasim":
-        if arguments.dataset is None:
-            raise ValueError("--dataset is wanted for a released IRASim checkpoint: rt1, bridge or languagetable.")
         transformer = load_released_irasim(
             arguments.checkpoint,
             arguments.dataset,
@@ -177,13 +184,6 @@ def run_convert(arguments: argparse.Namespace) -> None:
     else:
         load = load_opensora if arguments.source == "opensora" else load_latte
         transformer = load(arguments.checkpoint, report=report, **config)
-    path, _, subfolder = arguments.vae.partition(":")
-    try:
-        vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder or None)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--vae must be an AutoencoderKL, a folder or Hub id, got {arguments.vae!r}: {error}"
-        ) from error
     scheduler: SchedulerMixin
     if transformer.config.prediction_type == "flow_prediction":
         scheduler = FlowMatchEulerDiscreteScheduler()
