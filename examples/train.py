@@ -88,7 +88,8 @@ class TrainingArguments:
     lr_scheduler: str = field(default="constant_with_warmup", metadata={"help": "any of diffusers' get_scheduler"})
     lr_warmup_steps: int = 0
     optimizer: str = field(
-        default="adamw", metadata={"help": "adamw, or muon (torch 2.9) for the blocks' matrices and adamw for the rest"}
+        default="adamw",
+        metadata={"help": "adamw, or muon (torch 2.9) for the blocks' matrices and adamw for the rest"},
     )
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999

@@ -127,11 +127,13 @@ def expert_episodes(
     parts: list[tuple[np.ndarray, ...]] = []
     start = 10  # the pusher is on its way
     last = start + history - 1 + ROLLOUT
-    for episode in dataset.episodes():
-        if episode.task == TASKS["expert"] and len(episode) > last and len(parts) < num_rollouts:
+    for episode in dataset.episodes() if num_rollouts else ():
+        if episode.task == TASKS["expert"] and len(episode) > last:
             states = np.concatenate([*(episode.states[key] for key in STATES)], axis=1)
             actions = episode.actions[last - ROLLOUT : last]
             parts.append((episode.frames[start : start + history], actions, states[last - ROLLOUT], states[last]))
+        if len(parts) == num_rollouts:
+            break
     return tuple(np.stack(part) for part in zip(*parts, strict=True)) if parts else None  # type: ignore[return-value]
 
 
