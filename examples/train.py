@@ -77,6 +77,9 @@ class TrainingArguments:
     action_scale: float | None = field(default=None, metadata={"help": "default: one over the data's deviation"})
     action_offset: float | None = field(default=None, metadata={"help": "default: the data's mean"})
     action_space: str = field(default="relative", metadata={"help": "relative, or absolute targets"})
+    action_frequencies: int = field(
+        default=0, metadata={"help": "octaves of sines and cosines of the actions; 6 for absolute targets"}
+    )
     prediction_type: str = field(
         default="epsilon", metadata={"help": "epsilon, v_prediction, sample or flow_prediction"}
     )
@@ -161,6 +164,7 @@ def build_transformer(
         action_offset=statistics["mean"] if offset is None else offset,
         action_names=feature["names"],
         action_space=arguments.action_space,
+        action_frequencies=arguments.action_frequencies,
         prediction_type=arguments.prediction_type,
     )
 

@@ -241,3 +241,12 @@ def test_the_final_layer_may_see_the_actions(inputs):
         torch.nn.init.zeros_(model.null_action)
     same = [model(hidden_states, timestep, nothing).sample for model in (plain, seeing)]
     torch.testing.assert_close(*same)
+
+
+def test_action_frequencies_join_waves_to_the_scaled_actions(inputs):
+    _, _, actions = inputs
+    model = tiny_transformer(action_frequencies=2)
+    seen = (actions - torch.tensor(TINY["action_offset"])) * torch.tensor(TINY["action_scale"])
+    angles = torch.stack([2 * math.pi * seen[..., a] / length for a in range(3) for length in (16, 8)], dim=-1)
+    expected = model.action_embed(torch.cat([seen, angles.sin(), angles.cos()], dim=-1))
+    torch.testing.assert_close(model.encode_actions(actions, 5)[:, 2:], expected)

@@ -189,6 +189,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         history_timestep: `"same"` where history frames take the timestep of the others, `"zero"` where they take none.
         action_activation: Activation of the action encoder, `"gelu_tanh"`; None for the released Language-Table weights,
             whose two layers have none. Their Video-Ada joins the embedded actions by one more network.
+        action_frequencies: Number of octaves of sines and cosines of the scaled actions that join them, the longest wave 16;
+            so a token can tell where an absolute target lies beside it. 0, the paper's, for none.
         action_dim: Components of an action.
         action_scale: The network sees `(action - action_offset) * action_scale`; one number, or one a component.
         action_offset: See `action_scale`.
@@ -230,6 +232,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         use_fps: bool = False,
         history_timestep: str = "same",
         action_activation: str | None = "gelu_tanh",
+        action_frequencies: int = 0,
         action_dim: int = 7,
         action_scale: float | list[float] = 1.0,
         action_offset: float | list[float] = 0.0,
@@ -269,7 +272,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         if use_fps:
             self.fps_embed = TimestepEmbedding(256, dim)
         joint = conditioning == "video" and action_activation is not None
-        self.action_embed = PixArtAlphaTextProjection(action_dim * (num_actions if joint else 1), 4 * dim, dim)
+        features = action_dim * (1 + 2 * action_frequencies)
+        self.action_embed = PixArtAlphaTextProjection(features * (num_actions if joint else 1), 4 * dim, dim)
         if action_activation is None:
             self.action_embed.act_1 = nn.Identity()
             if conditioning == "video":
@@ -339,7 +343,12 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             torch.as_tensor(value, dtype=torch.float32, device=actions.device)
             for value in (self.config.action_scale, self.config.action_offset)
         )
-        actions = ((actions.float() - offset) * scale).to(dtype)
+        actions = (actions.float() - offset) * scale
+        if self.config.action_frequencies:
+            octaves = 2.0 ** torch.arange(self.config.action_frequencies, device=actions.device)
+            phases = (actions.unsqueeze(-1) * octaves * (torch.pi / 8)).flatten(-2)
+            actions = torch.cat([actions, phases.sin(), phases.cos()], dim=-1)  # (B, n, A (1 + 2 octaves))
+        actions = actions.to(dtype)
         if video:
             embeddings = self._embed_trajectory(actions).unsqueeze(1)  # (B, 1, D)
             action_mask = None if action_mask is None else action_mask.all(dim=1, keepdim=True)
