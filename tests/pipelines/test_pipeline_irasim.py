@@ -60,6 +60,7 @@ def test_a_perfect_network_is_sampled_exactly(name, pipeline, frames, actions):
         dtype, device = torch.float32, torch.device("cpu")
         config = pipeline.transformer.config
         cache_context = pipeline.transformer.cache_context
+        _reset_stateful_cache = pipeline.transformer._reset_stateful_cache
 
         def forward(self, window, timestep, actions, **_):
             alpha = float(np.interp(float(timestep[0]), np.arange(len(alphas)), alphas.numpy()))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -131,6 +132,7 @@ class IRASimTransformerBlock(nn.Module):
         hidden_states: torch.Tensor,
         temb: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_embedding: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Apply the block.
 
@@ -139,10 +141,14 @@ class IRASimTransformerBlock(nn.Module):
             temb: Condition of each frame (B, F, D), or one for all frames (B, 1, D); with adaLN-single the modulation that
                 all blocks share, 6 D wide.
             image_rotary_emb: Cosines and sines (F, head_dim) of a temporal block with rotary positions.
+            position_embedding: Positions (F, 1, D) that are added to the tokens first. The block adds them, not the model,
+                so that a cache that skips the block skips them too.
 
         Returns:
             Tokens (B, F, S, D).
         """
+        if position_embedding is not None:
+            hidden_states = hidden_states + position_embedding
         if self.norm_type == "ada_norm_zero":
             modulation = self.ada_norm(temb).unsqueeze(2)  # (B, F, 1, 6 D)
         else:
@@ -436,15 +442,18 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         final_temb = action_temb if self.config.final_frame_ada else temporal_temb
         if self.config.norm_type == "ada_norm_single":
             action_temb, temporal_temb = self.ada_norm_single(action_temb), self.ada_norm_single(temporal_temb)
-        rotary = self._rotary_positions(num_frames, hidden_states) if self.config.temporal_position == "rope" else None
+        rotary = positions = None
+        if self.config.temporal_position == "rope":
+            rotary = self._rotary_positions(num_frames, hidden_states)
+        else:
+            positions = self._temporal_positions(num_frames).to(hidden_states)
 
-        for index, (spatial_block, temporal_block) in enumerate(
-            zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)
+        for spatial_block, temporal_block in zip(
+            self.transformer_blocks, self.temporal_transformer_blocks, strict=True
         ):
             hidden_states = self._run(spatial_block, hidden_states, action_temb)
-            if index == 0 and rotary is None:
-                hidden_states = hidden_states + self._temporal_positions(num_frames).to(hidden_states)
-            hidden_states = self._run(temporal_block, hidden_states, temporal_temb, rotary)
+            hidden_states = self._run(temporal_block, hidden_states, temporal_temb, rotary, positions)
+            positions = None  # the first temporal block adds them
 
         if self.config.norm_type == "ada_norm_zero":
             final_modulation = self.ada_norm_out(final_temb)  # (B, F or 1, 2 D)
@@ -498,3 +507,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         """Cosines and sines (F, head_dim) of interleaved rotary positions."""
         cos, sin = get_1d_rotary_pos_embed(self.config.attention_head_dim, num_frames, use_real=True)
         return cos.to(hidden_states.device), sin.to(hidden_states.device)
+
+
+TransformerBlockRegistry.register(
+    IRASimTransformerBlock, TransformerBlockMetadata()
+)  # for the caches that skip blocks

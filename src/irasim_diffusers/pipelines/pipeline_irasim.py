@@ -300,6 +300,7 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         self._num_timesteps = len(schedule)
         step_kwargs = self._step_kwargs(generator, eta)
         num_history_frames = history.shape[2]
+        self.transformer._reset_stateful_cache()  # what the window before left in a cache is another video's
 
         nothing = torch.zeros(actions.shape[:2], dtype=torch.bool, device=actions.device)
 

@@ -1,0 +1,220 @@
+"""What diffusers offers every pipeline, on the embedded model: that it works, what it saves and what it costs."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, PipelineQuantizationConfig, PyramidAttentionBroadcastConfig, TorchAoConfig
+
+from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, embedded_checkpoint
+from irasim_diffusers.data import read_video
+
+FRAMES = read_video(embedded_checkpoint() / "example.mp4")
+ACTIONS = np.loadtxt(embedded_checkpoint() / "example_actions.csv", delimiter=",", skiprows=1, dtype=np.float32)
+WINDOW = 14
+
+
+def load(**kwargs) -> IRASimPipeline:
+    pipeline = IRASimPipeline.from_pretrained(embedded_checkpoint(), **kwargs)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generate(pipeline, num_actions=WINDOW, **kwargs) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(FRAMES[:2], ACTIONS[1:][:num_actions], generator=generator, output_type="pt", **kwargs).frames
+
+
+def psnr(video: torch.Tensor, other: torch.Tensor) -> float:
+    return float(-10 * torch.log10((video.float() - other.float()).square().mean()))
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    """Bytes of the tensors that a module's parameters really hold, those inside quantised ones too."""
+
+    def size(tensor: torch.Tensor) -> int:
+        names = getattr(tensor, "tensor_data_names", None)
+        return sum(size(getattr(tensor, name)) for name in names) if names else tensor.nbytes
+
+    return sum(size(parameter) for parameter in module.parameters())
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def video(plain):
+    return generate(plain)
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return torch.from_numpy(FRAMES[2 : 2 + WINDOW]).permute(0, 3, 1, 2)[None] / 255
+
+
+def count_calls(module: torch.nn.Module) -> list[int]:
+    calls: list[int] = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_bfloat16_costs_a_tenth_of_a_decibel_at_most(video, truth):
+    halved = load(dtype=torch.bfloat16)
+    assert halved.transformer.dtype == halved.vae.dtype == torch.bfloat16
+    assert abs(psnr(generate(halved), truth) - psnr(video, truth)) < 0.1
+
+
+def test_int8_weights_take_a_quarter_of_the_memory(plain, video, truth):
+    quantization = pytest.importorskip("torchao.quantization")
+    config = PipelineQuantizationConfig(
+        quant_mapping={"transformer": TorchAoConfig(quantization.Int8WeightOnlyConfig())}
+    )
+    quantised = load(quantization_config=config)
+    assert weight_bytes(quantised.transformer) < 0.3 * weight_bytes(plain.transformer)
+    prediction = generate(quantised)
+    assert not torch.equal(prediction, video)
+    assert abs(psnr(prediction, truth) - psnr(video, truth)) < 0.3
+
+
+@pytest.mark.gpu
+def test_4_bit_weights_on_cuda(plain, video, truth):
+    config = PipelineQuantizationConfig(
+        quant_backend="bitsandbytes_4bit",
+        quant_kwargs={"load_in_4bit": True},
+        components_to_quantize=["transformer"],
+    )
+    quantised = load(quantization_config=config).to("cuda")
+    assert weight_bytes(quantised.transformer) < 0.3 * weight_bytes(plain.transformer)
+    assert abs(psnr(generate(quantised).cpu(), truth) - psnr(video, truth)) < 1.0
+
+
+def test_layerwise_casting_stores_weights_in_8_bits(plain, video):
+    pipeline = load()
+    pipeline.transformer.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=pipeline.transformer.dtype
+    )
+    stored = {name for name, parameter in pipeline.transformer.named_parameters() if parameter.itemsize == 1}
+    assert "transformer_blocks.0.attn1.to_q.weight" in stored
+    assert not any("time_embed" in name or "action_embed" in name or "ada_norm" in name for name in stored)
+    assert weight_bytes(pipeline.transformer) < 0.6 * weight_bytes(plain.transformer)
+    assert 25 < psnr(generate(pipeline), video) < 80
+
+
+@pytest.mark.parametrize(
+    "kind", [{"offload_type": "block_level", "num_blocks_per_group": 1}, {"offload_type": "leaf_level"}]
+)
+def test_group_offload_changes_no_video(kind, video):
+    pipeline = load()
+    pipeline.transformer.enable_group_offload(onload_device=torch.device("cpu"), **kind)
+    torch.testing.assert_close(generate(pipeline), video)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offload_leaves_weights_on_the_cpu_between_calls(method, video):
+    pipeline = load()
+    getattr(pipeline, method)()
+    assert psnr(generate(pipeline).cpu(), video) > 40
+    assert {parameter.device.type for parameter in pipeline.transformer.parameters()} <= {"cpu", "meta"}
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "balanced"])
+def test_device_map_of_a_pipeline(device_map, video):
+    torch.testing.assert_close(generate(load(device_map=device_map)).cpu(), video, atol=1e-3, rtol=0)
+
+
+def test_device_map_of_the_model_alone(video):
+    transformer = IRASimTransformer3DModel.from_pretrained(
+        embedded_checkpoint(), subfolder="transformer", device_map="auto"
+    )
+    assert transformer.hf_device_map
+    if not torch.cuda.is_available():
+        torch.testing.assert_close(generate(load(transformer=transformer)), video)
+
+
+def test_regional_compilation_has_no_graph_break_and_compiles_once(plain, video):
+    pipeline = load()
+    pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    torch.testing.assert_close(generate(pipeline, num_inference_steps=1).shape, video.shape)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled = generate(pipeline)
+    assert psnr(compiled, video) > 60
+
+
+def test_first_block_cache_skips_blocks_within_a_window_only(plain):
+    expected = generate(plain, 2 * WINDOW, num_inference_steps=16)
+    pipeline = load()
+    calls = count_calls(pipeline.transformer.transformer_blocks[1].ff)
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    torch.testing.assert_close(generate(pipeline, 2 * WINDOW, num_inference_steps=16), expected)
+    assert len(calls) == 32
+
+    pipeline.transformer.disable_cache()
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    calls.clear()
+    generate(pipeline, 2 * WINDOW, num_inference_steps=16)
+    assert len(calls) == 2  # the first step of either window
+
+    pipeline.transformer.disable_cache()
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    calls.clear()
+    cached = generate(pipeline, WINDOW, num_inference_steps=16)
+    assert 1 < len(calls) < 16
+    assert psnr(cached, expected[:, :WINDOW]) > 25
+
+
+def test_pyramid_attention_broadcast_skips_attention(plain, video):
+    pipeline = load()
+    calls = count_calls(pipeline.transformer.temporal_transformer_blocks[1].attn1.to_q)
+    pipeline.transformer.enable_cache(
+        PyramidAttentionBroadcastConfig(
+            temporal_attention_block_skip_range=2,
+            temporal_attention_timestep_skip_range=(0, 700),
+            current_timestep_callback=lambda: pipeline.current_timestep,
+        )
+    )
+    broadcast = generate(pipeline)
+    pipeline.scheduler.set_timesteps(8)
+    skippable = sum(0 < timestep < 700 for timestep in pipeline.scheduler.timesteps)
+    assert 8 - skippable <= len(calls) <= 8 - skippable // 2
+    assert 25 < psnr(broadcast, video) < 80
+
+
+def test_guidance_has_a_cache_of_its_own(plain):
+    """Cached guidance evaluates two networks; with one cache for both, their difference would vanish."""
+    expected = generate(plain, guidance_scale=3.0)
+    pipeline = load()
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    assert psnr(generate(pipeline, guidance_scale=3.0), expected) > psnr(generate(plain), expected)
+
+
+def test_vae_slicing_and_tiling(video):
+    pipeline = load()
+    calls = count_calls(pipeline.vae.decoder)
+    pipeline.vae.enable_slicing()
+    torch.testing.assert_close(generate(pipeline), video, atol=1e-4, rtol=0)
+    assert len(calls) == WINDOW
+    pipeline.vae.disable_slicing()
+    pipeline.vae.enable_tiling()
+    pipeline.vae.tile_sample_min_size, pipeline.vae.tile_latent_min_size = 64, 8
+    calls.clear()
+    tiled = generate(pipeline)
+    assert len(calls) > 1
+    assert tiled.shape == video.shape
+    assert psnr(tiled, video) > 15
+
+
+def test_a_tiny_autoencoder_in_place_of_the_vae(plain):
+    vae = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
+    ).eval()
+    pipeline = load(vae=vae)
+    assert generate(pipeline).shape == (1, WINDOW, 3, 96, 96)
+    history = pipeline.encode_history(pipeline.preprocess_frames(FRAMES[:2])).detach()
+    expected = vae.encode(torch.from_numpy(FRAMES[:2]).permute(0, 3, 1, 2) / 127.5 - 1).latents
+    torch.testing.assert_close(history[0].transpose(0, 1), expected, atol=1e-4, rtol=1e-4)
