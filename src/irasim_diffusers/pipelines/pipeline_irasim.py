@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
+from huggingface_hub import file_exists
 
 from ..actions import hold_action, prepare_actions
 from ..models import IRASimTransformer3DModel, noise_process
 from ..rollout import chain_windows, count_windows
+from .model_card import PIPELINE_FILE, write_model_card
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -552,6 +555,16 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                     yield from self.video_processor.postprocess_video(self.decode_latents(future), output_type)[0]
 
         return predict_chunks()
+
+    def _upload_folder(
+        self, working_dir: str, repo_id: str, token: str | None = None, **kwargs: Any
+    ) -> Any:  # the one step that `push_to_hub` and `save_pretrained(push_to_hub=True)` share
+        """Upload with a card written from the config, unless the repository has one, and the one-line `pipeline.py`."""
+        folder = Path(working_dir)
+        if not file_exists(repo_id, "README.md", token=token):
+            write_model_card(self, repo_id).save(folder / "README.md")
+        (folder / "pipeline.py").write_text(PIPELINE_FILE)
+        return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
 
     def _latent_size(self, histories: torch.Tensor) -> tuple[int, int]:
         return histories.shape[-2] // self.vae_scale_factor, histories.shape[-1] // self.vae_scale_factor

@@ -1,0 +1,97 @@
+"""The model card of a published pipeline, written from its config."""
+
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+PIPELINE_FILE = "from irasim_diffusers import IRASimPipeline  # noqa: F401\n"
+"""`pipeline.py` of a published repository: with it `DiffusionPipeline.from_pretrained` finds the class."""
+
+TEXT = """
+# {title}
+
+A world model of a robot: from {history} of {height}x{width} pixels and a sequence of actions it predicts the frames to
+come, one for each action. [IRASim](https://arxiv.org/abs/2406.14540), {conditioning}, as a diffusers pipeline of
+[irasim-diffusers](https://pypi.org/project/irasim-diffusers).
+
+```python
+from diffusers.utils import load_image
+from irasim_diffusers import IRASimPipeline
+
+pipe = IRASimPipeline.from_pretrained("{repo_id}")
+frame = load_image("frame.png")  # {width}x{height}
+actions = [{action}] * {num_actions}
+video = pipe(frame, actions).frames[0]
+```
+
+## Actions
+
+{space}
+
+| component | unit | offset | scale |
+|---|---|---|---|
+{components}
+
+## Model
+
+| | |
+|---|---|
+| transformer | {num_layers} spatial and {num_layers} temporal blocks, width {dim}, {heads} heads, patch {patch}; {parameters:.2f} M parameters |
+| autoencoder | {vae}, {factor} times smaller latents of {channels} channels |
+| window | {frames} frames, at most {num_history} of them history{fps} |
+| objective | {objective} |
+| sampler | {scheduler}, {steps} steps |
+"""
+
+
+def write_model_card(pipeline: Any, repo_id: str) -> ModelCard:
+    """The card of a pipeline: what it predicts, its action space, how it is built and how it is called."""
+    config, dim = pipeline.transformer.config, pipeline.transformer.config.action_dim
+    height, width = pipeline.frame_size
+    names = config.action_names or [f"action {index}" for index in range(dim)]
+    units = config.action_units or ["as recorded"] * dim
+    offsets, scales = (
+        value if isinstance(value, list | tuple) else [value] * dim
+        for value in (config.action_offset, config.action_scale)
+    )
+    rows = zip(names, units, offsets, scales, strict=True)
+    flow = config.prediction_type == "flow_prediction"
+    text = TEXT.format(
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        history="one frame" if config.num_history_frames == 1 else f"1 to {config.num_history_frames} frames",
+        height=height,
+        width=width,
+        conditioning="every action modulating its own frame (Frame-Ada)"
+        if config.conditioning == "frame"
+        else "all frames modulated by the whole trajectory (Video-Ada)",
+        action=[round(float(offset), 3) for offset in offsets],
+        num_actions=config.sample_frames - config.num_history_frames,
+        space="Absolute: an action is a target position."
+        if config.action_space == "absolute"
+        else "Relative: zero asks for no motion.",
+        components="\n".join(f"| {name} | {unit} | {offset:g} | {scale:g} |" for name, unit, offset, scale in rows),
+        num_layers=config.num_layers,
+        dim=config.num_attention_heads * config.attention_head_dim,
+        heads=config.num_attention_heads,
+        patch=config.patch_size,
+        parameters=sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e6,
+        vae=type(pipeline.vae).__name__,
+        factor=pipeline.vae_scale_factor,
+        channels=config.in_channels,
+        frames=config.sample_frames,
+        num_history=config.num_history_frames,
+        fps="" if config.fps is None else f", {config.fps:g} frames a second",
+        objective="rectified flow"
+        if flow
+        else f"{config.prediction_type}, {config.num_train_timesteps} steps, {config.beta_schedule} betas "
+        f"{config.beta_start:g} to {config.beta_end:g}",
+        scheduler=type(pipeline.scheduler).__name__,
+        steps=pipeline.config.num_inference_steps,
+    )
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="robotics",
+        tags=["world-model", "irasim", "robotics", "video-prediction"],
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")

@@ -1,0 +1,143 @@
+"""A local stand-in for the Hub: the HTTP endpoints that huggingface_hub calls to create, commit to and read a model."""
+
+import base64
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlparse
+
+Files = dict[str, bytes]
+
+
+class HubServer:
+    """Repositories in memory, each a map of revision to files; every commit can be had by its id as well."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, dict[str, Files]] = {}
+        self.requests: list[str] = []
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+
+    def commit(self, repository: str, changes: Files, revision: str = "main") -> str:
+        """Files of a repository with changes applied, as a new commit of a revision."""
+        revisions = self.repositories.setdefault(repository, {})
+        files = revisions.get(revision, {}) | changes
+        commit = hashlib.sha1(
+            repr(sorted((name, hashlib.sha1(data).digest()) for name, data in files.items())).encode()
+        )
+        revisions[revision] = revisions[commit.hexdigest()] = files
+        return commit.hexdigest()
+
+    def sha(self, repository: str, revision: str) -> str:
+        files = self.repositories[repository][revision]
+        return next(
+            name for name, value in self.repositories[repository].items() if value is files and len(name) == 40
+        )
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        self.hub.requests.append(f"{self.command} {self.path}")
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        parts = [unquote(part) for part in urlparse(self.path).path.split("/")[1:]]
+        if parts[:2] == ["api", "models"]:
+            repository, rest = "/".join(parts[2:4]), parts[4:]
+            revision = rest[1] if len(rest) > 1 else "main"
+            files = self._files(repository, revision)
+            if files is None:
+                return
+            if rest[:1] == ["tree"]:
+                entries = [
+                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                    for name, data in files.items()
+                ]
+                return self._json(entries)
+            siblings = [{"rfilename": name} for name in files]
+            return self._json(
+                {"id": repository, "sha": self.hub.sha(repository, revision), "siblings": siblings, "tags": []}
+            )
+        if "resolve" in parts:
+            at = parts.index("resolve")
+            repository, revision, name = "/".join(parts[:at]), parts[at + 1], "/".join(parts[at + 2 :])
+            files = self._files(repository, revision)
+            if files is None:
+                return
+            if name not in files:
+                return self._error("EntryNotFound")
+            commit = self.hub.sha(repository, revision)
+            return self._send(
+                200, files[name], {"ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"', "X-Repo-Commit": commit}
+            )
+        return self._error("RepoNotFound")
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = self._read_chunks()
+        path = [unquote(part) for part in urlparse(self.path).path.split("/")[1:]]
+        if path[:3] == ["api", "repos", "create"]:
+            wanted = json.loads(body)
+            repository = "/".join(part for part in (wanted.get("organization") or "user", wanted["name"]) if part)
+            if repository not in self.hub.repositories:
+                self.hub.commit(repository, {".gitattributes": b""})
+            return self._json({"url": f"{self.hub.endpoint}/{repository}"})
+        if path[:2] == ["api", "validate-yaml"]:
+            return self._json({"errors": [], "warnings": []})
+        repository, kind = "/".join(path[2:4]), path[4]
+        if kind == "preupload":
+            files = json.loads(body)["files"]
+            return self._json(
+                {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
+            )
+        if kind == "commit":
+            lines = [json.loads(line) for line in body.splitlines()]
+            changes = {
+                line["value"]["path"]: base64.b64decode(line["value"]["content"])
+                for line in lines
+                if line["key"] == "file"
+            }
+            commit = self.hub.commit(repository, changes, path[5])
+            return self._json({"commitUrl": f"{self.hub.endpoint}/{repository}/commit/{commit}", "commitOid": commit})
+        return self._error("RepoNotFound")
+
+    def _read_chunks(self) -> bytes:
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _files(self, repository: str, revision: str) -> Files | None:
+        if repository not in self.hub.repositories:
+            return self._error("RepoNotFound")
+        if revision not in self.hub.repositories[repository]:
+            return self._error("RevisionNotFound")
+        return self.hub.repositories[repository][revision]
+
+    def _json(self, value: object) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _error(self, code: str) -> None:
+        self._send(404, b"{}", {"X-Error-Code": code})
+
+    def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
