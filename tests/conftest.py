@@ -21,6 +21,13 @@ TINY = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 def tiny_transformer(**changes) -> IRASimTransformer3DModel:
     """A random model in which every part matters: nothing is left at its zero initialisation."""
     torch.manual_seed(0)

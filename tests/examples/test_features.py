@@ -1,0 +1,24 @@
+"""The blocks of examples/features.md run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+TEXT = (Path(__file__).parents[2] / "examples" / "features.md").read_text()
+START, *BLOCKS = re.findall(r"```python ?(\w*)\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("needs", "code"), [pytest.param(*b, marks=[pytest.mark.gpu] * (b[0] == "gpu")) for b in BLOCKS]
+)
+def test_block(needs, code, tmp_path, monkeypatch):
+    if needs == "hub":
+        pytest.skip("tests/test_hub.py does the same against a stand-in")
+    if "torchao" in code:
+        pytest.importorskip("torchao")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    exec(START[1], namespace)
+    exec(code, namespace)
+    assert len(namespace["video"]) == 28
