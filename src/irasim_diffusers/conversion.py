@@ -161,18 +161,13 @@ RELEASED_BLOCK_PARTS = {
 }
 
 
-def _released_key(
-    key: str, tensor: torch.Tensor, model: IRASimTransformer3DModel
-) -> dict[str, torch.Tensor] | str | None:
+def _released_key(key: str, tensor: torch.Tensor, model: IRASimTransformer3DModel) -> Conversion:
     config = model.config
     if key == "pos_embed":
         grid = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
-        table = model._spatial_positions(*grid)
-        same = tensor.shape == table.shape and torch.allclose(tensor.float(), table, atol=1e-5)
-        return "computed here" if same else None
+        return _computed(tensor, model._spatial_positions(*grid))
     if key == "temp_embed":
-        table = model._temporal_positions(config.sample_frames).transpose(0, 1)
-        return "computed here" if torch.allclose(tensor.float(), table, atol=1e-5) else None
+        return _computed(tensor, model._temporal_positions(config.sample_frames).transpose(0, 1))
     if key == "mask_emb_fn.weight":
         return {"null_action": tensor.reshape(-1)}
     part, _, kind = key.rpartition(".")
@@ -332,9 +327,9 @@ def _opensora_key(key: str, tensor: torch.Tensor, model: IRASimTransformer3DMode
     if key.startswith("y_embedder.") or ".cross_attn." in key:
         return "text"
     if key == "rope.freqs":
-        frequencies = 10000.0 ** (-torch.arange(0, config.attention_head_dim, 2) / config.attention_head_dim)
-        same = tensor.shape == frequencies.shape and torch.allclose(tensor.float(), frequencies, rtol=1e-4)
-        return "computed here" if same else None
+        return _computed(
+            tensor, 10000.0 ** (-torch.arange(0, config.attention_head_dim, 2) / config.attention_head_dim)
+        )
     if key == "x_embedder.proj.weight":
         return {"patch_embed.proj.weight": tensor.squeeze(2)}
     if key == "x_embedder.proj.bias":
@@ -363,6 +358,12 @@ def _opensora_key(key: str, tensor: torch.Tensor, model: IRASimTransformer3DMode
             if name in OPENSORA_BLOCK_PARTS:
                 return {f"{block}.{OPENSORA_BLOCK_PARTS[name]}.{kind}": tensor}
     return None
+
+
+def _computed(tensor: torch.Tensor, table: torch.Tensor) -> str | None:
+    """Why a fixed table is dropped, if it is the one that the model computes itself."""
+    same = tensor.shape == table.shape and torch.allclose(tensor.float(), table, rtol=1e-4, atol=1e-5)
+    return "computed here" if same else None
 
 
 def _latte_key(key: str, tensor: torch.Tensor, model: IRASimTransformer3DModel) -> Conversion:
