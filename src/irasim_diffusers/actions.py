@@ -1,9 +1,11 @@
-"""Action spaces: checking raw actions, and the action that asks for no motion."""
+"""Action spaces: checking raw actions, the action that asks for no motion, and actions from absolute states and back."""
 
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.spatial.transform import Rotation
 
 
 def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
@@ -43,3 +45,102 @@ def hold_action(last_action: torch.Tensor, action_space: str) -> torch.Tensor:
     In an absolute space that is the target already being followed; in a relative one, zero.
     """
     return last_action if action_space == "absolute" else torch.zeros_like(last_action)
+
+
+DERIVATIONS = ("recorded", "relative_euler", "relative_6d", "relative_planar", "absolute")
+"""How actions come from a recording: as recorded, or from the states of successive frames; see `derive_actions`."""
+
+
+def derive_actions(states: np.ndarray, derivation: str) -> np.ndarray:
+    """Actions between the states of successive frames.
+
+    `"relative_euler"` takes states (x, y, z, roll, pitch, yaw, rest...), metres and radians, extrinsic xyz Euler angles,
+    and gives the motion in the frame of the previous pose (paper, appendix 9): R[k-1]^T (p[k] - p[k-1]), the Euler angles
+    of R[k-1]^T R[k], and the rest as it is at the next frame, such as the gripper's opening. `"relative_6d"` is the same
+    with the first two columns of the relative rotation, which have no singularity (https://arxiv.org/abs/1812.07035), in
+    place of its angles. `"relative_planar"` is the difference of states, `"absolute"` the next state itself.
+
+    Args:
+        states: States (T, S).
+        derivation: One of `DERIVATIONS` but `"recorded"`.
+
+    Returns:
+        Actions (T - 1, A), float64; row k leads from frame k to frame k + 1.
+
+    Raises:
+        ValueError: If the derivation is unknown, or the states do not fit it.
+    """
+    states = np.asarray(states, dtype=np.float64)
+    _check_derivation(derivation, states)
+    previous, following = states[:-1], states[1:]
+    if derivation == "absolute":
+        return following
+    if derivation == "relative_planar":
+        return following - previous
+    start, end = _rotations(previous), _rotations(following)
+    translation = start.inv().apply(following[:, :3] - previous[:, :3])
+    turn = start.inv() * end
+    return np.concatenate([translation, _turn_to_action(turn, derivation), following[:, 6:]], axis=1)
+
+
+def integrate_actions(state: np.ndarray, actions: np.ndarray, derivation: str) -> np.ndarray:
+    """States that actions lead to: the inverse of `derive_actions`.
+
+    Args:
+        state: First state (S,).
+        actions: Actions (n, A).
+        derivation: As in `derive_actions`.
+
+    Returns:
+        States (n + 1, S), float64, the first one included.
+    """
+    state, actions = np.asarray(state, dtype=np.float64), np.asarray(actions, dtype=np.float64)
+    _check_derivation(derivation, state[None])
+    if derivation == "absolute":
+        return np.concatenate([state[None], actions])
+    if derivation == "relative_planar":
+        return np.concatenate([state[None], state + np.cumsum(actions, axis=0)])
+    states, pose = [state], _rotations(state)
+    size = 9 if derivation == "relative_6d" else 6
+    for action in actions:
+        position = states[-1][:3] + pose.apply(action[:3])
+        pose = pose * _action_to_turn(action[3:size], derivation)
+        states.append(np.concatenate([position, _euler_angles(pose), action[size:]]))
+    return np.stack(states)
+
+
+def _check_derivation(derivation: str, states: np.ndarray) -> None:
+    if derivation not in DERIVATIONS[1:]:
+        raise ValueError(f"`derivation` must be one of {DERIVATIONS[1:]}, got {derivation!r}.")
+    least = 6 if derivation in ("relative_euler", "relative_6d") else 1
+    if states.ndim != 2 or states.shape[1] < least:
+        raise ValueError(f"`states` must be (T, {least} or more) for {derivation!r}, got {states.shape}.")
+    if not np.isfinite(states).all():
+        frame = int(np.nonzero(~np.isfinite(states).all(axis=1))[0][0])
+        raise ValueError(f"`states` must be finite, got {states[frame].tolist()} at frame {frame}.")
+
+
+def _rotations(states: np.ndarray) -> Rotation:
+    return Rotation.from_euler("xyz", states[..., 3:6])
+
+
+def _euler_angles(rotation: Rotation) -> np.ndarray:
+    with warnings.catch_warnings():  # at a pitch of 90 degrees roll and yaw are one: any split gives the same rotation
+        warnings.simplefilter("ignore", UserWarning)
+        return rotation.as_euler("xyz")
+
+
+def _turn_to_action(turn: Rotation, derivation: str) -> np.ndarray:
+    if derivation == "relative_euler":
+        return _euler_angles(turn)
+    return turn.as_matrix()[:, :, :2].transpose(0, 2, 1).reshape(-1, 6)
+
+
+def _action_to_turn(action: np.ndarray, derivation: str) -> Rotation:
+    if derivation == "relative_euler":
+        return Rotation.from_euler("xyz", action)
+    first, second = action[:3], action[3:]
+    first = first / np.linalg.norm(first)
+    second = second - first.dot(second) * first
+    second = second / np.linalg.norm(second)
+    return Rotation.from_matrix(np.stack([first, second, np.cross(first, second)], axis=1))
