@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from irasim_diffusers import PRESETS, IRASimPipeline, IRASimTransformer3DModel
+from irasim_diffusers.conversion import change_patch_size
 from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents, standardised_states
 from irasim_diffusers.metrics import psnr
 from irasim_diffusers.models import noise_process
@@ -53,13 +54,18 @@ class TrainingArguments:
     )
     # model
     pretrained_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "transformer to start from: folder or Hub id; its config is kept"}
+        default=None,
+        metadata={
+            "help": "transformer to start from: folder or Hub id; of its config only patch and octaves may change"
+        },
     )
     preset: str | None = field(default=None, metadata={"help": f"size of the paper: {', '.join(PRESETS)}"})
     num_layers: int = field(default=4, metadata={"help": "pairs of a spatial and a temporal block, without --preset"})
     num_attention_heads: int = 3
     attention_head_dim: int = 64
-    patch_size: int = 2
+    patch_size: int | None = field(
+        default=None, metadata={"help": "in latent pixels; default: 2, or the pretrained one's"}
+    )
     sample_frames: int = field(default=16, metadata={"help": "frames of a window, history and predicted"})
     num_history_frames: int = field(
         default=1, metadata={"help": "most history frames; each step draws 1 to this many"}
@@ -77,8 +83,11 @@ class TrainingArguments:
     action_scale: float | None = field(default=None, metadata={"help": "default: one over the data's deviation"})
     action_offset: float | None = field(default=None, metadata={"help": "default: the data's mean"})
     action_space: str = field(default="relative", metadata={"help": "relative, or absolute targets"})
-    action_frequencies: int = field(
-        default=0, metadata={"help": "octaves of sines and cosines of the actions; 6 for absolute targets"}
+    action_frequencies: int | None = field(
+        default=None,
+        metadata={
+            "help": "octaves of sines and cosines that join the actions; default: none, or the pretrained one's"
+        },
     )
     prediction_type: str = field(
         default="epsilon", metadata={"help": "epsilon, v_prediction, sample or flow_prediction"}
@@ -137,7 +146,11 @@ def build_transformer(
 ) -> IRASimTransformer3DModel:
     """A new model for the data set's frames and actions, or the pretrained one."""
     if arguments.pretrained_model_name_or_path:
-        return IRASimTransformer3DModel.from_pretrained(arguments.pretrained_model_name_or_path)
+        model = IRASimTransformer3DModel.from_pretrained(arguments.pretrained_model_name_or_path)
+        patch_size = arguments.patch_size or model.config.patch_size
+        if (patch_size, arguments.action_frequencies) == (model.config.patch_size, None):
+            return model
+        return change_patch_size(model, patch_size, arguments.action_frequencies)
     size = PRESETS[arguments.preset] if arguments.preset else {}
     feature = dataset.info["features"]["action"]
     statistics = json.loads((dataset.root / "meta" / "stats.json").read_text())["action"]
@@ -152,7 +165,7 @@ def build_transformer(
         }
         | size,
         in_channels=vae.config.latent_channels,
-        patch_size=arguments.patch_size,
+        patch_size=arguments.patch_size or 2,
         sample_height=height // factor,
         sample_width=width // factor,
         sample_frames=arguments.sample_frames,
@@ -164,7 +177,7 @@ def build_transformer(
         action_offset=statistics["mean"] if offset is None else offset,
         action_names=feature["names"],
         action_space=arguments.action_space,
-        action_frequencies=arguments.action_frequencies,
+        action_frequencies=arguments.action_frequencies or 0,
         prediction_type=arguments.prediction_type,
     )
 

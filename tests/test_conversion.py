@@ -8,7 +8,7 @@ import omegaconf
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_vae
+from conftest import tiny_transformer, tiny_vae
 from diffusers import LatteTransformer3DModel
 from safetensors.torch import save_file
 
@@ -17,6 +17,7 @@ from irasim_diffusers.cli import main
 from irasim_diffusers.conversion import (
     RELEASED_DATASETS,
     ConversionReport,
+    change_patch_size,
     load_latte,
     load_opensora,
     load_released_irasim,
@@ -493,3 +494,34 @@ def test_the_command_starts_from_opensora(tmp_path, capsys):
         assert "--config must be KEY=VALUE" in capsys.readouterr().err
     assert main([*command[:1], *command[3:7], "--output", f"{tmp_path}/second"]) == 2
     assert "--dataset is wanted" in capsys.readouterr().err
+
+
+def test_a_model_at_its_own_patch_size_stays_what_it_was():
+    torch.manual_seed(0)
+    model = tiny_transformer(action_frequencies=1)
+    more = change_patch_size(model, 2, action_frequencies=3)
+    inputs = torch.randn(3, 4, 5, 4, 6), torch.tensor([7, 500, 999]), torch.randn(3, 3, 3)
+    torch.testing.assert_close(more(*inputs).sample, model(*inputs).sample)
+    assert more.config.action_frequencies == 3
+
+
+def test_finer_patches_keep_their_place_and_their_scale():
+    model = tiny_transformer(patch_size=3, sample_height=6, sample_width=9)
+    fine = change_patch_size(model, 1)
+    coarse_places = model._spatial_positions(2, 3)
+    torch.testing.assert_close(
+        fine._spatial_positions(6, 9).unflatten(1, (6, 9))[:, 1::3, 1::3].flatten(1, 2), coarse_places
+    )
+    torch.testing.assert_close(fine.patch_embed.proj.weight[..., 0, 0], model.patch_embed.proj.weight[..., 1, 1] * 9)
+    for name in ("weight", "bias"):  # what the middle of a coarse patch wrote
+        coarse_rows = getattr(model.proj_out, name).unflatten(0, (3, 3, 4))
+        torch.testing.assert_close(getattr(fine.proj_out, name), coarse_rows[1, 1])
+    again = change_patch_size(fine, 2)
+    assert again.config.base_patch_size == 3
+    assert again(torch.randn(1, 4, 5, 6, 8), torch.tensor([5]), torch.randn(1, 3, 3)).sample.shape == (1, 4, 5, 6, 8)
+
+
+@pytest.mark.parametrize("changes", [{"conditioning": "video"}, {"spatial_position": "fixed"}])
+def test_patches_of_other_kinds_of_models_do_not_change(changes):
+    with pytest.raises(ValueError, match="`model` must be of Frame-Ada with grid positions"):
+        change_patch_size(tiny_transformer(**changes), 1)

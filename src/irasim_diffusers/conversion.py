@@ -272,6 +272,70 @@ def load_latte(
     return model
 
 
+@torch.no_grad()
+def change_patch_size(
+    model: IRASimTransformer3DModel, patch_size: int, action_frequencies: int | None = None
+) -> IRASimTransformer3DModel:
+    """Go on with a trained model at another patch size: coarse patches learn cheaply, fine ones draw sharply.
+
+    Positions keep their place in the picture, and the layers that read and write patches are interpolated about the middle
+    of a patch (after FlexiViT, https://arxiv.org/abs/2212.08013, whose patches change scale instead). A short training
+    lets the model settle.
+
+    Args:
+        model: The trained model, with `spatial_position="grid"`.
+        patch_size: Side of the new patches, in latent pixels.
+        action_frequencies: Octaves of sines and cosines that join the actions, at first without effect; None for as many as
+            before.
+
+    Returns:
+        A new model; the given one is left as it is.
+
+    Raises:
+        ValueError: If the model's positions are not on the plain grid, or octaves would be lost.
+    """
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    before = config["action_frequencies"]
+    after = before if action_frequencies is None else action_frequencies
+    if config["spatial_position"] != "grid" or after < before or config["conditioning"] != "frame":
+        raise ValueError(
+            "`model` must be of Frame-Ada with grid positions, and `action_frequencies` no fewer than it has, got "
+            f"{config['conditioning']!r}, {config['spatial_position']!r} and {after} after {before}."
+        )
+    base = config["base_patch_size"] or config["patch_size"]
+    new = IRASimTransformer3DModel(
+        **config | {"patch_size": patch_size, "base_patch_size": base, "action_frequencies": after}
+    )
+    state = model.state_dict()
+    old = config["patch_size"]
+    kernel = state["patch_embed.proj.weight"]
+    state["patch_embed.proj.weight"] = _crop(kernel, patch_size) * (old / patch_size) ** 2
+    for name in ("proj_out.weight", "proj_out.bias"):  # rows: down, across, channel
+        rows = state[name].reshape(old, old, config["in_channels"], -1).permute(3, 2, 0, 1)
+        state[name] = _crop(rows, patch_size).permute(2, 3, 1, 0).reshape(-1, *state[name].shape[1:])
+    columns = state["action_embed.linear_1.weight"]
+    joined = new.state_dict()["action_embed.linear_1.weight"].zero_()
+    dim = config["action_dim"]
+    places = torch.arange(joined.shape[1])
+    kind = (places - dim) // (dim * after) if after else places  # 0 for sines, 1 for cosines
+    octave = (places - dim) % after if after else places
+    kept = (places < dim) | ((kind >= 0) & (octave < before))
+    joined[:, kept] = columns
+    state["action_embed.linear_1.weight"] = joined
+    new.load_state_dict(state)
+    return new
+
+
+def _crop(kernel: torch.Tensor, size: int) -> torch.Tensor:
+    """Kernels (..., old, old) as seen through a window of `size` pixels about their middle, at the same scale."""
+    places = (torch.arange(size, device=kernel.device) - (size - 1) / 2) * 2 / max(kernel.shape[-1] - 1, 1)
+    grid = torch.stack(torch.meshgrid(places, places, indexing="xy"), dim=-1).to(kernel)
+    sampled = torch.nn.functional.grid_sample(
+        kernel.flatten(0, -3).unsqueeze(0), grid.unsqueeze(0), padding_mode="border", align_corners=True
+    )
+    return sampled[0].unflatten(0, kernel.shape[:-2])
+
+
 def _safetensors_state(path: Path) -> dict[str, torch.Tensor]:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):

@@ -189,6 +189,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         norm_type: `"ada_norm_zero"`, or `"ada_norm_single"` of Open-Sora and Latte, also in the final layer.
         qk_norm: `"rms_norm"` for Open-Sora.
         temporal_position: `"sincos"`, or `"rope"` of Open-Sora.
+        base_patch_size: Patch size in whose grid `"grid"` positions count, for a model that was trained with that one first.
         spatial_position: `"grid"`; `"area"` of Open-Sora, on the integer grid scaled to an area of 512x512 pixels; `"fixed"`
             of Latte, a grid of 32x32 patches stretched to any other.
         use_fps: Whether frames a second are embedded, as in Open-Sora.
@@ -235,6 +236,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         qk_norm: str | None = None,
         temporal_position: str = "sincos",
         spatial_position: str = "grid",
+        base_patch_size: int | None = None,
         use_fps: bool = False,
         history_timestep: str = "same",
         action_activation: str | None = "gelu_tanh",
@@ -487,6 +489,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         """Sines and cosines of the grid, columns in the first half of the width (1, rows columns, D)."""
         config = self.config
         down, across = torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64)
+        if config.base_patch_size is not None:  # the middle of a patch in units of the other grid
+            ratio = config.patch_size / config.base_patch_size
+            down, across = (down + 0.5) * ratio - 0.5, (across + 0.5) * ratio - 0.5
         if config.spatial_position == "area":
             side = round((rows * columns) ** 0.5)
             area = (rows * columns) ** 0.5 * config.patch_size / 64  # 64 latent pixels are Open-Sora's 512 pixels
