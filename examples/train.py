@@ -1,4 +1,4 @@
-"""Train an IRASim world model on a LeRobotDataset folder.
+"""Train an IRASim world model on robot clips.
 
     accelerate launch examples/train.py --dataset data/pusht-train --vae runs/pusht-vae --output_dir runs/pusht
 
@@ -8,7 +8,6 @@ only. Checkpoints go to `<output_dir>/checkpoint-<step>`; the same command run a
 `<output_dir>` is a complete pipeline.
 """
 
-import json
 import logging
 import shutil
 import time
@@ -24,13 +23,23 @@ from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteSchedu
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils.torch_utils import randn_tensor
+from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from irasim_diffusers import PRESETS, IRASimPipeline, IRASimTransformer3DModel
 from irasim_diffusers.conversion import change_patch_size
-from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents, standardised_states
+from irasim_diffusers.data import (
+    EpisodeSource,
+    LatentClips,
+    MixedClips,
+    PreparedEpisodes,
+    action_statistics,
+    cache_latents,
+    open_dataset,
+    standardised_states,
+)
 from irasim_diffusers.metrics import psnr
 from irasim_diffusers.models import noise_process
 from irasim_diffusers.training import NoiseProcess, StateReadout, diffusion_loss
@@ -41,14 +50,44 @@ logger = logging.getLogger(__name__)
 @dataclass
 class TrainingArguments:
     # data
-    dataset: str = field(metadata={"help": "LeRobotDataset v3.0 folder to train on"})
+    dataset: list[str] = field(
+        metadata={"help": "LeRobotDataset, IRASim-format or `datasets` folder, or Hub id; several are mixed"}
+    )
     vae: str = field(metadata={"help": "frozen autoencoder: folder or Hub id; append ':<subfolder>' where it has one"})
     output_dir: str = field(metadata={"help": "where checkpoints and the finished pipeline are written"})
     validation_dataset: str | None = field(
-        default=None, metadata={"help": "LeRobotDataset folder of held-out episodes"}
+        default=None, metadata={"help": "data set of held-out episodes, in any of these forms"}
     )
-    camera: str | None = field(default=None, metadata={"help": "feature key of the camera (default: the only one)"})
-    max_train_episodes: int | None = field(default=None, metadata={"help": "train on the first that many episodes"})
+    dataset_weights: list[float] = field(
+        default_factory=list, metadata={"help": "share of each data set (default: as long as they are)"}
+    )
+    cameras: list[str] = field(
+        default_factory=list,
+        metadata={"help": "cameras, stacked into one picture; left,right makes a row (default: the only one)"},
+    )
+    split: str = field(default="train", metadata={"help": "split of IRASim-format and `datasets` data"})
+    validation_split: str = field(default="train", metadata={"help": "split of the validation data"})
+    max_train_episodes: int | None = field(
+        default=None, metadata={"help": "train on the first that many episodes of each data set"}
+    )
+    skip_broken: bool = field(
+        default=False, metadata={"help": "leave out episodes that cannot be read, and list them"}
+    )
+    recorded_latents: bool = field(
+        default=False, metadata={"help": "take the latents beside the videos of IRASim-format data"}
+    )
+    fps: float | None = field(default=None, metadata={"help": "frames a second, where the data do not record them"})
+    frame_skip: int = field(default=1, metadata={"help": "keep every frame of that number"})
+    action_column: str = field(default="actions", metadata={"help": "column of actions of `datasets` data"})
+    action_derivation: str = field(
+        default="recorded",
+        metadata={"help": "recorded, or from states: relative_euler, relative_6d, relative_planar, absolute"},
+    )
+    action_composition: str | None = field(
+        default=None, metadata={"help": "how recorded actions compose over skipped frames; see action_derivation"}
+    )
+    state_key: str | None = field(default=None, metadata={"help": "state that actions are derived from"})
+    pad_actions_to: int | None = field(default=None, metadata={"help": "components after padding with zeros"})
     cache_dir: str | None = field(
         default=None, metadata={"help": "where latents are kept (default: output_dir/latents)"}
     )
@@ -141,10 +180,38 @@ def load_vae(name: str) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(path, subfolder=subfolder or None).requires_grad_(False).eval()
 
 
+def open_source(name: str, arguments: TrainingArguments, split: str) -> EpisodeSource:
+    """A data set in the form and with the actions that the arguments ask for."""
+    source = open_dataset(
+        name,
+        arguments.cameras or None,
+        split=split,
+        max_episodes=arguments.max_train_episodes,
+        fps=arguments.fps,
+        action_column=arguments.action_column,
+    )
+    return PreparedEpisodes(
+        source,
+        arguments.action_derivation,
+        arguments.state_key,
+        arguments.frame_skip,
+        arguments.action_composition,
+        arguments.pad_actions_to,
+    )
+
+
+def latent_size(folder: Path) -> tuple[int, int]:
+    """Height and width of the latents in a folder of `cache_latents`."""
+    with safe_open(next(iter(sorted(folder.glob("latents-*.safetensors")))), "pt") as file:
+        name = next(name for name in file.keys() if name.startswith("latents."))  # noqa: SIM118
+        height, width = file.get_slice(name).get_shape()[-2:]
+    return height, width
+
+
 def build_transformer(
-    arguments: TrainingArguments, dataset: LeRobotFolder, vae: AutoencoderKL
+    arguments: TrainingArguments, dataset: EpisodeSource, latent_size: tuple[int, int], vae: AutoencoderKL
 ) -> IRASimTransformer3DModel:
-    """A new model for the data set's frames and actions, or the pretrained one."""
+    """A new model for the data set's latents and actions, or the pretrained one."""
     if arguments.pretrained_model_name_or_path:
         model = IRASimTransformer3DModel.from_pretrained(arguments.pretrained_model_name_or_path)
         patch_size = arguments.patch_size or model.config.patch_size
@@ -152,11 +219,9 @@ def build_transformer(
             return model
         return change_patch_size(model, patch_size, arguments.action_frequencies)
     size = PRESETS[arguments.preset] if arguments.preset else {}
-    feature = dataset.info["features"]["action"]
-    statistics = json.loads((dataset.root / "meta" / "stats.json").read_text())["action"]
+    statistics = action_statistics(dataset)
     scale, offset = arguments.action_scale, arguments.action_offset
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    height, width, _ = dataset.info["features"][dataset.camera]["shape"]
+    height, width = latent_size
     return IRASimTransformer3DModel(
         **{
             "num_layers": arguments.num_layers,
@@ -166,17 +231,19 @@ def build_transformer(
         | size,
         in_channels=vae.config.latent_channels,
         patch_size=arguments.patch_size or 2,
-        sample_height=height // factor,
-        sample_width=width // factor,
+        sample_height=height,
+        sample_width=width,
         sample_frames=arguments.sample_frames,
         num_history_frames=arguments.num_history_frames,
         conditioning=arguments.conditioning,
         fps=dataset.fps,
-        action_dim=feature["shape"][0],
+        cameras=[list(row) for row in dataset.cameras],
+        action_dim=len(statistics["mean"]),
         action_scale=[1 / max(std, 1e-6) for std in statistics["std"]] if scale is None else scale,
         action_offset=statistics["mean"] if offset is None else offset,
-        action_names=feature["names"],
+        action_names=dataset.component_names("action"),
         action_space=arguments.action_space,
+        action_derivation=arguments.action_derivation,
         action_frequencies=arguments.action_frequencies or 0,
         prediction_type=arguments.prediction_type,
     )
@@ -187,13 +254,17 @@ def validation_clips(arguments: TrainingArguments, config: dict) -> tuple[np.nda
     if arguments.validation_dataset is None:
         return None
     frames, actions = [], []
-    for episode in LeRobotFolder(Path(arguments.validation_dataset), arguments.camera).episodes():
+    for episode in open_source(arguments.validation_dataset, arguments, arguments.validation_split):
+        if len(episode) < config["sample_frames"]:
+            continue
         start = (len(episode) - config["sample_frames"]) // 2
         last = start + config["sample_frames"]
         frames.append(episode.frames[start:last])
         actions.append(episode.actions[start + config["num_history_frames"] - 1 : last - 1])
         if len(frames) == arguments.num_validation_clips:
             break
+    if not frames:
+        raise ValueError(f"no episode of {arguments.validation_dataset!r} is as long as a window.")
     return np.stack(frames), np.stack(actions)
 
 
@@ -338,19 +409,25 @@ def main() -> None:
             shutil.rmtree(partial)
     accelerator.wait_for_everyone()
 
-    dataset = LeRobotFolder(Path(arguments.dataset), arguments.camera, arguments.max_train_episodes)
-    states = (
-        standardised_states(dataset, arguments.state_keys, arguments.state_angles) if arguments.state_keys else None
-    )
+    sources = [open_source(name, arguments, arguments.split) for name in arguments.dataset]
+    states = [
+        standardised_states(source, arguments.state_keys, arguments.state_angles) if arguments.state_keys else None
+        for source in sources
+    ]
     vae = load_vae(arguments.vae).to(accelerator.device, memory_format=torch.channels_last)
     with accelerator.main_process_first():
-        folder = cache_latents(
-            dataset,
-            vae,
-            arguments.cache_dir or output / "latents",
-            mixed_precision=arguments.mixed_precision == "bf16",
-        )
-    transformer = build_transformer(arguments, dataset, vae)
+        folders = [
+            cache_latents(
+                source,
+                vae,
+                arguments.cache_dir or output / "latents",
+                mixed_precision=arguments.mixed_precision == "bf16",
+                skip_broken=arguments.skip_broken,
+                recorded=arguments.recorded_latents,
+            )
+            for source in sources
+        ]
+    transformer = build_transformer(arguments, sources[0], latent_size(folders[0]), vae)
     config = transformer.config
     if any(
         length <= config.num_history_frames or config.sample_frames % length for length in arguments.window_lengths
@@ -359,7 +436,10 @@ def main() -> None:
             f"`window_lengths` must divide the window of {config.sample_frames} frames and exceed the "
             f"{config.num_history_frames} history frames, got {arguments.window_lengths}."
         )
-    clips = LatentClips(folder, config.sample_frames, states=states)
+    parts = [
+        LatentClips(folder, config.sample_frames, states=known) for folder, known in zip(folders, states, strict=True)
+    ]
+    clips = MixedClips(parts, arguments.dataset_weights or None, arguments.seed)
     if len(clips) < arguments.train_batch_size * accelerator.num_processes:
         raise ValueError(f"`train_batch_size` must be at most the {len(clips)} windows over all processes: lower it.")
     held_out = validation_clips(arguments, config) if accelerator.is_main_process else None
@@ -372,7 +452,7 @@ def main() -> None:
         transformer.compile(dynamic=False)
     logger.info(
         f"{sum(parameter.numel() for parameter in transformer.parameters()) / 1e6:.2f} M parameters, {len(clips)} windows "
-        f"of {len(clips.episodes)} episodes"
+        f"of {sum(len(part.episodes) for part in parts)} episodes"
     )
 
     ema = EMAModel(
@@ -385,7 +465,7 @@ def main() -> None:
         model_config=config,
     )
     ema.to(accelerator.device)
-    trained = transformer if states is None else StateReadout(transformer, states[0].shape[1])
+    trained = transformer if states[0] is None else StateReadout(transformer, states[0][0].shape[1])
     # accelerate steps a prepared schedule once for each process
     optimizers = build_optimizers(trained, arguments)
     schedules = [

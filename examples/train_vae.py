@@ -1,10 +1,11 @@
-"""Train a small per-frame AutoencoderKL on the pictures of a LeRobotDataset folder.
+"""Train a small per-frame AutoencoderKL on the pictures of robot clips.
 
     accelerate launch examples/train_vae.py --dataset data/pusht-train --output_dir runs/pusht-vae
 
 The large models use the frozen SDXL VAE, as the paper does; a small world model of simple pictures is far lighter with
 a small VAE of its own. Loss: MSE + 0.1 L1 + a trace of KL. `scaling_factor` is set from the latents of the data, so
-that they have unit variance. The same command run again goes on from the last checkpoint.
+that they have unit variance. The same command run again goes on from the last checkpoint. With `--pretrained` and
+`--freeze_encoder` the decoder alone is trained on, so that latents, and world models of them, stay as they are.
 """
 
 import math
@@ -21,15 +22,22 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from irasim_diffusers.data import LeRobotFolder
+from irasim_diffusers.data import open_dataset
 
 
 @dataclass
 class VAEArguments:
-    dataset: str = field(metadata={"help": "LeRobotDataset v3.0 folder to train on"})
+    dataset: str = field(metadata={"help": "LeRobotDataset, IRASim-format or `datasets` folder, or Hub id"})
     output_dir: str = field(metadata={"help": "where checkpoints and, at the end, the VAE are written"})
-    validation_dataset: str | None = field(default=None, metadata={"help": "folder whose pictures are held out"})
-    camera: str | None = field(default=None, metadata={"help": "feature key of the camera (default: the only one)"})
+    validation_dataset: str | None = field(default=None, metadata={"help": "data set whose pictures are held out"})
+    cameras: list[str] = field(
+        default_factory=list,
+        metadata={"help": "cameras, stacked into one picture; left,right makes a row (default: the only one)"},
+    )
+    split: str = field(default="train", metadata={"help": "split of IRASim-format and `datasets` data"})
+    validation_split: str = field(default="train", metadata={"help": "split of the validation data"})
+    pretrained: str | None = field(default=None, metadata={"help": "autoencoder to start from: folder or Hub id"})
+    freeze_encoder: bool = field(default=False, metadata={"help": "train the decoder alone, from --pretrained"})
     frames_per_episode: int = field(default=24, metadata={"help": "pictures used of each episode, evenly spaced"})
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
     latent_channels: int = 4
@@ -58,15 +66,15 @@ class Autoencoding(torch.nn.Module):
         return self.vae.decode(posterior.sample()).sample, posterior.kl()
 
 
-def load_frames(folder: str, camera: str | None, per_episode: int, episodes: int | None = None) -> torch.Tensor:
-    """Evenly spaced pictures (N, 3, H, W), uint8, of the episodes of a folder."""
+def load_frames(
+    name: str, cameras: list[str], split: str, per_episode: int, episodes: int | None = None
+) -> torch.Tensor:
+    """Evenly spaced pictures (N, 3, H, W), uint8, of the episodes of a data set."""
     frames = []
-    dataset = LeRobotFolder(Path(folder), camera)
-    for episode in tqdm(dataset.episodes(), total=len(dataset), desc="reading pictures", unit="episode"):
+    dataset = open_dataset(name, cameras or None, split=split, max_episodes=episodes)
+    for episode in tqdm(dataset, total=len(dataset), desc="reading pictures", unit="episode"):
         chosen = np.linspace(0, len(episode) - 1, min(per_episode, len(episode))).astype(int)
         frames.append(torch.from_numpy(episode.frames[chosen]).permute(0, 3, 1, 2))
-        if len(frames) == episodes:
-            break
     return torch.cat(frames)
 
 
@@ -93,8 +101,29 @@ def latent_std(vae: AutoencoderKL, frames: torch.Tensor, device: torch.device) -
     return latents.std().item()
 
 
+def build_vae(arguments: VAEArguments, sample_size: int) -> AutoencoderKL:
+    """A new autoencoder, or the pretrained one, with the encoder frozen where asked."""
+    if arguments.pretrained:
+        vae = AutoencoderKL.from_pretrained(arguments.pretrained)
+        if arguments.freeze_encoder:
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
+        return vae
+    return AutoencoderKL(
+        block_out_channels=tuple(arguments.block_out_channels),
+        down_block_types=("DownEncoderBlock2D",) * len(arguments.block_out_channels),
+        up_block_types=("UpDecoderBlock2D",) * len(arguments.block_out_channels),
+        layers_per_block=1,
+        latent_channels=arguments.latent_channels,
+        sample_size=sample_size,
+        mid_block_add_attention=False,
+    )
+
+
 def main() -> None:
     (arguments,) = HfArgumentParser(VAEArguments).parse_args_into_dataclasses()
+    if arguments.freeze_encoder and not arguments.pretrained:
+        raise ValueError("`freeze_encoder` needs `pretrained`: an untrained encoder is no use.")
     output = Path(arguments.output_dir)
     accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
@@ -103,22 +132,20 @@ def main() -> None:
         ),
     )
     set_seed(arguments.seed)
-    frames = load_frames(arguments.dataset, arguments.camera, arguments.frames_per_episode)
-    held_out = load_frames(arguments.validation_dataset or arguments.dataset, arguments.camera, 4, episodes=64)
-    height, width = frames.shape[-2:]
-    vae = AutoencoderKL(
-        block_out_channels=tuple(arguments.block_out_channels),
-        down_block_types=("DownEncoderBlock2D",) * len(arguments.block_out_channels),
-        up_block_types=("UpDecoderBlock2D",) * len(arguments.block_out_channels),
-        layers_per_block=1,
-        latent_channels=arguments.latent_channels,
-        sample_size=max(height, width),
-        mid_block_add_attention=False,
+    frames = load_frames(arguments.dataset, arguments.cameras, arguments.split, arguments.frames_per_episode)
+    held_out = load_frames(
+        arguments.validation_dataset or arguments.dataset,
+        arguments.cameras,
+        arguments.validation_split if arguments.validation_dataset else arguments.split,
+        4,
+        episodes=64,
     )
+    vae = build_vae(arguments, max(frames.shape[-2:]))
     if arguments.compile:
         vae.encoder.compile()
         vae.decoder.compile()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=arguments.learning_rate, weight_decay=0.0)
+    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=arguments.learning_rate, weight_decay=0.0)
     # accelerate steps a prepared schedule once for each process
     schedule = get_scheduler(
         "cosine",
@@ -160,7 +187,8 @@ def main() -> None:
             bar.write(f"step {step}: held-out PSNR {psnr:.2f} dB, {time.perf_counter() - start:.0f} s")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        vae.register_to_config(scaling_factor=1 / latent_std(vae, held_out, accelerator.device))
+        if not arguments.freeze_encoder:
+            vae.register_to_config(scaling_factor=1 / latent_std(vae, held_out, accelerator.device))
         vae.save_pretrained(output)
         psnr = reconstruction_psnr(vae, held_out, accelerator.device)
         print(f"held-out PSNR {psnr:.2f} dB in float32; scaling_factor {vae.config.scaling_factor:.4f}; {output}")

@@ -50,7 +50,7 @@ def main() -> None:
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
-    episode = next(episode for number, episode in enumerate(dataset.episodes()) if number == arguments.episode)
+    episode = dataset[arguments.episode]
     history = pipeline.transformer.config.num_history_frames
     first = arguments.start + history - 1  # this action leads to the first predicted frame
     frames = episode.frames[arguments.start : arguments.start + history + arguments.num_actions]

@@ -83,7 +83,7 @@ def held_out_clips(
     """Frames, actions and last states (5,) of clips in which the block moves or does not, spread over the episodes."""
     per_episode = -(-num_clips // len(dataset))
     frames, actions, states = [], [], []
-    for episode in dataset.episodes():
+    for episode in dataset:
         block = episode.states["observation.environment_state"]
         starts = [
             start
@@ -100,7 +100,7 @@ def held_out_clips(
         if len(frames) == num_clips:
             break
     if not frames:
-        raise ValueError(f"{str(dataset.root)!r} has no clip in which the block {'moves' if moving else 'stays'}.")
+        raise ValueError(f"{dataset.name!r} has no clip in which the block {'moves' if moving else 'stays'}.")
     return np.stack(frames), np.stack(actions), np.stack(states)
 
 
@@ -127,7 +127,7 @@ def expert_episodes(
     parts: list[tuple[np.ndarray, ...]] = []
     start = 10  # the pusher is on its way
     last = start + history - 1 + ROLLOUT
-    for episode in dataset.episodes() if num_rollouts else ():
+    for episode in dataset if num_rollouts else ():
         if episode.task == TASKS["expert"] and len(episode) > last:
             states = np.concatenate([*(episode.states[key] for key in STATES)], axis=1)
             actions = episode.actions[last - ROLLOUT : last]

@@ -33,8 +33,8 @@ def write_folder(root, lengths=(5, 9, 7)):
 def test_what_is_written_is_read(tmp_path):
     written = write_folder(tmp_path)
     folder = LeRobotFolder(tmp_path)
-    assert (len(folder), folder.fps, folder.camera) == (3, 10, CAMERA)
-    for before, after in zip(written, folder.episodes(), strict=True):
+    assert (len(folder), folder.fps, folder.cameras) == (3, 10, ((CAMERA,),))
+    for before, after in zip(written, folder, strict=True):
         assert np.array_equal(after.frames, before.frames)
         assert np.array_equal(after.actions, before.actions)
         assert np.array_equal(after.states["observation.state"], before.states["observation.state"])
@@ -78,7 +78,7 @@ def test_a_file_counts_as_written_when_it_is_complete(tmp_path):
 
 def break_version(root):
     info = json.loads((root / "meta" / "info.json").read_text())
-    (root / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": "v2.1"}))
+    (root / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": "v1.6"}))
 
 
 def break_video(root):
@@ -95,7 +95,7 @@ def break_rows(root):
     ("breakage", "message"),
     [
         (lambda root: (root / "meta" / "info.json").unlink(), r"is no LeRobotDataset folder"),
-        (break_version, r"is a LeRobotDataset v2\.1, only v3\.0"),
+        (break_version, r"is a LeRobotDataset v1\.6; v3\.0 and v2\.1 are read"),
         (break_video, r"file-001\.mp4"),
         (break_rows, r"episode 2 of .* 7 frames announced, 4 rows found"),
     ],
@@ -104,10 +104,10 @@ def test_broken_folders_are_named(tmp_path, breakage, message):
     write_folder(tmp_path)
     breakage(tmp_path)
     with pytest.raises(ValueError, match=message):
-        list(LeRobotFolder(tmp_path).episodes())
+        list(LeRobotFolder(tmp_path))
 
 
 def test_unknown_camera(tmp_path):
     write_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"`camera` must be one of \['observation.image'\]"):
+    with pytest.raises(ValueError, match=r"`cameras` must be among \['observation.image'\]"):
         LeRobotFolder(tmp_path, "wrist")

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import av
@@ -6,7 +7,7 @@ import pytest
 
 from irasim_diffusers.data import iterate_video, read_video, write_video
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_unreadable_video_names_the_file(tmp_path):
         list(iterate_video(tmp_path / "missing.mp4"))
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared robot clips are not here")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
 def test_reads_real_robot_clips():
     frames = read_video(SHARED / "droid" / "videos" / "val" / "199" / "0.mp4")
     assert frames.shape[1:] == (192, 320, 3)

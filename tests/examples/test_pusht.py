@@ -63,7 +63,7 @@ def test_collected_episodes_are_the_simulators(workspace):
     folder = LeRobotFolder(workspace / "set")
     assert (len(folder), folder.fps, folder.info["robot_type"]) == (3, 10, "gym_pusht")
     simulator = Simulator()
-    for number, episode in enumerate(folder.episodes()):
+    for number, episode in enumerate(folder):
         frames, states = simulator.replay(5 + number, episode.actions[:-1])
         assert np.array_equal(frames, episode.frames)
         blocks = np.stack([state.block for state in states]).astype(np.float32)
@@ -112,7 +112,7 @@ def test_the_expert_reaches_the_goal():
 
 
 def test_poses_are_read_from_pixels(workspace):
-    for episode in LeRobotFolder(workspace / "set").episodes():
+    for episode in LeRobotFolder(workspace / "set"):
         read = read_poses(episode.frames[::6])
         true = true_poses(episode.states["observation.state"], episode.states["observation.environment_state"])
         true = type(true)(true.pusher[::6], true.block[::6])
@@ -125,7 +125,7 @@ def test_poses_are_read_from_pixels(workspace):
 
 
 def test_what_is_no_pose_is_not_found(workspace):
-    frame = next(LeRobotFolder(workspace / "set").episodes()).frames[0]
+    frame = LeRobotFolder(workspace / "set")[0].frames[0]
     pale = (frame // 2 + 127).astype(np.uint8)
     halves = np.where(np.arange(96)[:, None, None] % 8 < 4, frame, 255).astype(np.uint8)
     read = read_poses(np.stack([np.full_like(frame, 255), pale, halves]))

@@ -1,19 +1,34 @@
-"""Robot clips: video files, episodes and LeRobotDataset folders."""
+"""Robot clips: video files, episodes from many sources, latents and windows."""
 
-from .clips import LatentClips, cache_latents, standardised_states
-from .episode import Episode
+from .clips import LatentClips, MixedClips, action_statistics, cache_latents, standardised_states
+from .episode import CameraLayout, Episode, EpisodeSource, camera_layout, tile
+from .irasim_release import IRASimFolder
 from .lerobot import LeRobotFolder, is_written, write_file, write_metadata
-from .video import iterate_video, read_video, write_video
+from .prepared import PreparedEpisodes
+from .sources import open_dataset
+from .tables import TableEpisodes
+from .video import iterate_video, read_frames, read_video, write_video
 
 __all__ = [
+    "CameraLayout",
     "Episode",
+    "EpisodeSource",
+    "IRASimFolder",
     "LatentClips",
     "LeRobotFolder",
+    "MixedClips",
+    "PreparedEpisodes",
+    "TableEpisodes",
+    "action_statistics",
     "cache_latents",
+    "camera_layout",
     "is_written",
     "iterate_video",
+    "open_dataset",
+    "read_frames",
     "read_video",
     "standardised_states",
+    "tile",
     "write_file",
     "write_metadata",
     "write_video",

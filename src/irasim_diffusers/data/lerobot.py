@@ -1,30 +1,33 @@
-"""LeRobotDataset v3.0 folders, read and written without a dependency on lerobot.
+"""LeRobotDataset folders, v3.0 and v2.1 read and v3.0 written, without a dependency on lerobot.
 
-Format: https://huggingface.co/docs/lerobot/lerobot-dataset-v3. Many episodes share one parquet file (vectors, a row a
-frame) and one mp4 file for each camera; `meta/episodes` says where each episode lies in them.
+Format: https://huggingface.co/docs/lerobot/lerobot-dataset-v3. In v3.0 many episodes share one parquet file (vectors, a
+row a frame) and one mp4 file for each camera; `meta/episodes` says where each episode lies in them. In v2.1 every episode
+has files of its own.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..files import temporary_path
-from .episode import Episode
-from .video import iterate_video, write_video
+from .episode import Episode, camera_layout, tile
+from .video import read_frames, write_video
 
 VERSION = "v3.0"
+READABLE_VERSIONS = (VERSION, "v2.1")
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -40,37 +43,46 @@ INDEX_FEATURES = {
 
 @dataclass(frozen=True)
 class LeRobotFolder:
-    """A LeRobotDataset v3.0 folder.
+    """A LeRobotDataset folder, v3.0 or v2.1, with video or image features.
 
     Args:
-        root: The folder that holds `meta`, `data` and `videos`.
-        camera: Feature key of the camera; None takes the only one.
+        root: The folder that holds `meta`, `data` and, for video features, `videos`.
+        cameras: Feature key of the camera, several that are stacked, or rows of them; None takes the only one. After
+            construction the layout, a tuple of rows.
         max_episodes: Use only the first that many episodes.
 
     Raises:
-        ValueError: If the folder is no LeRobotDataset v3.0, or the camera is missing or ambiguous.
+        ValueError: If the folder is no LeRobotDataset of these versions, or a camera is missing or ambiguous.
     """
 
     root: Path
-    camera: str | None = None
+    cameras: Any = None
     max_episodes: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
         info_path = self.root / "meta" / "info.json"
         if not info_path.is_file():
-            raise ValueError(f"{str(self.root)!r} is no LeRobotDataset folder: {str(info_path)!r} is missing.")
+            raise ValueError(f"{self.name!r} is no LeRobotDataset folder: {str(info_path)!r} is missing.")
         version = self.info.get("codebase_version")
-        if version != VERSION:
+        if version not in READABLE_VERSIONS:
             raise ValueError(
-                f"{str(self.root)!r} is a LeRobotDataset {version}, only {VERSION} is read; convert it with LeRobot's "
-                "`lerobot.datasets.v30.convert_dataset_v21_to_v30`."
+                f"{self.name!r} is a LeRobotDataset {version}; {' and '.join(READABLE_VERSIONS)} are read: convert it with "
+                "LeRobot's own scripts."
             )
-        cameras = [key for key, feature in self.info["features"].items() if feature["dtype"] == "video"]
-        if self.camera is None and len(cameras) == 1:
-            object.__setattr__(self, "camera", cameras[0])
-        if self.camera not in cameras:
-            raise ValueError(f"`camera` must be one of {cameras} in {str(self.root)!r}, got {self.camera!r}.")
+        known = [key for key, feature in self.info["features"].items() if feature["dtype"] in ("video", "image")]
+        if self.cameras is None and len(known) != 1:
+            raise ValueError(f"`cameras` must name one or more of {known} in {self.name!r}.")
+        layout = camera_layout(known[0] if self.cameras is None else self.cameras)
+        for key in [key for row in layout for key in row]:
+            if key not in known:
+                raise ValueError(f"`cameras` must be among {known} in {self.name!r}, got {key!r}.")
+        object.__setattr__(self, "cameras", layout)
+
+    @property
+    def name(self) -> str:
+        """The folder."""
+        return str(self.root)
 
     @cached_property
     def info(self) -> dict[str, Any]:
@@ -82,74 +94,128 @@ class LeRobotFolder:
         """Frames per second."""
         return self.info["fps"]
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Folder, cameras, `info.json` and number of episodes."""
+        return {"root": str(self.root.resolve()), "cameras": self.cameras, "info": self.info, "episodes": len(self)}
+
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """One row of `meta/episodes` for each episode, in order, without its statistics."""
-        files = sorted(self.root.glob("meta/episodes/chunk-*/file-*.parquet"))
-        if not files:
-            raise ValueError(f"{str(self.root)!r} has no file in 'meta/episodes'.")
-        rows: list[dict[str, Any]] = []
-        for file in files:
-            names = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]
-            rows += pq.read_table(file, columns=names).to_pylist()
+        """One row for each episode, in order, without its statistics: its number, length, tasks, and place in files."""
+        if self.info["codebase_version"] == VERSION:
+            files = sorted(self.root.glob("meta/episodes/chunk-*/file-*.parquet"))
+            rows: list[dict[str, Any]] = []
+            for file in files:
+                names = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]
+                rows += pq.read_table(file, columns=names).to_pylist()
+        else:
+            files = [self.root / "meta" / "episodes.jsonl"]
+            rows = [json.loads(line) for line in files[0].read_text().splitlines()] if files[0].is_file() else []
+        if not rows:
+            raise ValueError(f"{self.name!r} has no episode in its 'meta' folder.")
         return sorted(rows, key=lambda row: row["episode_index"])[: self.max_episodes]
 
     def __len__(self) -> int:
+        """Number of episodes."""
         return len(self.rows)
 
-    def vectors(self, episode_index: int) -> dict[str, np.ndarray]:
-        """All vector features (T, D) of one episode, float32."""
-        row = self.rows[episode_index]
-        table = self._table(row["data/chunk_index"], row["data/file_index"])
-        table = table.filter(pc.equal(table["episode_index"], row["episode_index"]))
-        if len(table) != row["length"]:
-            raise ValueError(
-                f"episode {row['episode_index']} of {str(self.root)!r}: {row['length']} frames announced, "
-                f"{len(table)} rows found."
-            )
-        keys = [key for key, feature in self.info["features"].items() if feature["dtype"] == "float32"]
-        return {
-            key: np.array(table[key].to_pylist(), dtype=np.float32).reshape(len(table), -1)
-            for key in keys
-            if key not in INDEX_FEATURES
-        }
+    def __iter__(self) -> Iterator[Episode]:
+        """Every episode in order."""
+        return (self[number] for number in range(len(self)))
 
-    def episodes(self, first: int = 0) -> Iterator[Episode]:
-        """Every episode from number `first` on, in order; each video file is decoded once, front to back.
+    def __getitem__(self, number: int) -> Episode:
+        """One episode; only its part of the videos is decoded.
 
         Raises:
-            ValueError: If a video is unreadable or ends before its episodes do.
+            ValueError: If a video is unreadable or ends before the episode does, or vectors are missing or not finite.
         """
-        path: Path | None = None
-        video: Iterator[np.ndarray] = iter(())
-        position = 0
-        for index, row in enumerate(self.rows[first:], first):
-            location = {name: row[f"videos/{self.camera}/{name}"] for name in ("chunk_index", "file_index")}
-            wanted = self.root / self.info["video_path"].format(video_key=self.camera, **location)
-            start = round(row[f"videos/{self.camera}/from_timestamp"] * self.fps)
-            if wanted != path or start < position:
-                path, video, position = wanted, iterate_video(wanted), 0
-            frames = list(islice(video, start - position, start - position + row["length"]))
-            if len(frames) != row["length"]:
-                raise ValueError(
-                    f"{str(path)!r} ends within episode {row['episode_index']}: {row['length']} frames wanted, "
-                    f"{len(frames)} found."
-                )
-            position = start + row["length"]
-            vectors = self.vectors(index)
-            if "action" not in vectors:
-                raise ValueError(f"{str(self.root)!r} has no feature 'action'.")
-            yield Episode(np.stack(frames), vectors.pop("action"), vectors, row["tasks"][0] if row["tasks"] else "")
+        row = self.rows[number]
+        vectors = self.vectors(number)
+        try:
+            views = {key: self._frames(row, key) for rows in self.cameras for key in rows}
+            frames = tile(self.cameras, views)
+        except ValueError as error:
+            raise ValueError(f"episode {row['episode_index']} of {self.name!r}: {error}") from error
+        return Episode(frames, vectors.pop("action"), vectors, row["tasks"][0] if row["tasks"] else "")
 
-    def _table(self, chunk_index: int, file_index: int) -> pa.Table:
-        key = (chunk_index, file_index)
-        cache = self.__dict__.setdefault("_tables", {})
-        if key not in cache:
-            cache.clear()
-            cache[key] = pq.read_table(
-                self.root / self.info["data_path"].format(chunk_index=chunk_index, file_index=file_index)
-            )
-        return cache[key]
+    def vectors(self, number: int) -> dict[str, np.ndarray]:
+        """All vector features (T, D) of one episode, float32, `action` among them."""
+        row = self.rows[number]
+        where = f"episode {row['episode_index']} of {self.name!r}"
+        keys = [
+            key
+            for key, feature in self.info["features"].items()
+            if feature["dtype"] in ("float32", "float64") and key not in INDEX_FEATURES
+        ]
+        if "action" not in keys:
+            raise ValueError(f"{self.name!r} has no feature 'action' of floats; it has {keys}.")
+        table = self._rows(row, keys)
+        if len(table) != row["length"]:
+            raise ValueError(f"{where}: {row['length']} frames announced, {len(table)} rows found.")
+        vectors = {key: _matrix(table[key]) for key in keys}
+        if not np.isfinite(vectors["action"]).all():
+            frame = int(np.nonzero(~np.isfinite(vectors["action"]).all(axis=1))[0][0])
+            raise ValueError(f"{where}: the action at frame {frame} is {vectors['action'][frame].tolist()}.")
+        return vectors
+
+    def component_names(self, key: str) -> list[str] | None:
+        """Names of the components of a vector feature; LeRobot knows lists, and lists under a heading."""
+        names = self.info["features"][key].get("names")
+        if isinstance(names, dict):
+            names = next(iter(names.values()))
+        return list(names) if isinstance(names, (list, tuple)) else None
+
+    def _frames(self, row: dict[str, Any], key: str) -> np.ndarray:
+        if self.info["features"][key]["dtype"] == "image":
+            pictures = self._rows(row, [key])[key].to_pylist()
+            return np.stack([_decode_image(picture, self.root) for picture in pictures])
+        if self.info["codebase_version"] == VERSION:
+            place = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
+            start = round(row[f"videos/{key}/from_timestamp"] * self.fps)
+        else:
+            place, start = self._own_file(row), 0
+        path = self.root / self.info["video_path"].format(video_key=key, **place)
+        return read_frames(path, start, row["length"], self.fps)
+
+    def _rows(self, row: dict[str, Any], columns: list[str]) -> pa.Table:
+        """Columns of one episode from its parquet file; the columns read last are kept, for the episode after it."""
+        if self.info["codebase_version"] == VERSION:
+            place = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
+        else:
+            place = self._own_file(row)
+        path = self.root / self.info["data_path"].format(**place)
+        key = (path, *columns)
+        kept = self.__dict__.get("_kept")
+        if kept is None or kept[0] != key:
+            try:
+                kept = key, pq.read_table(path, columns=[*columns, "episode_index"])
+            except (OSError, pa.ArrowInvalid) as error:
+                raise ValueError(f"episode {row['episode_index']}: cannot read {str(path)!r}: {error}") from error
+            self.__dict__["_kept"] = kept
+        table = kept[1]
+        return table.filter(pc.equal(table["episode_index"], row["episode_index"]))
+
+    def _own_file(self, row: dict[str, Any]) -> dict[str, int]:
+        return {
+            "episode_chunk": row["episode_index"] // self.info["chunks_size"],
+            "episode_index": row["episode_index"],
+        }
+
+
+def _matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of numbers or lists of one length as (T, D), float32."""
+    array = column.combine_chunks()
+    flat = array.flatten() if pa.types.is_nested(array.type) else array
+    return flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(array), -1)
+
+
+def _decode_image(picture: dict[str, Any], root: Path) -> np.ndarray:
+    source: Any = io.BytesIO(picture["bytes"]) if picture.get("bytes") else root / picture["path"]
+    try:
+        with PIL.Image.open(source) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"cannot read picture {picture.get('path')!r}: {error}") from error
 
 
 def write_file(

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -14,11 +14,11 @@ import numpy as np
 from ..files import temporary_path
 
 
-def read_video(path: str | os.PathLike) -> np.ndarray:
+def read_video(path: str | os.PathLike | BinaryIO) -> np.ndarray:
     """Decode every frame of a video file.
 
     Args:
-        path: The video file; every format of FFmpeg works.
+        path: The video file, or an open one; every format of FFmpeg works.
 
     Returns:
         Frames (T, H, W, 3), uint8 RGB.
@@ -28,25 +28,66 @@ def read_video(path: str | os.PathLike) -> np.ndarray:
     """
     frames = list(iterate_video(path))
     if not frames:
-        raise ValueError(f"{os.fspath(path)!r} holds no video frame; give a readable video file.")
+        raise ValueError(f"{str(path)!r} holds no video frame; give a readable video file.")
     return np.stack(frames)
 
 
-def iterate_video(path: str | os.PathLike) -> Iterator[np.ndarray]:
+def iterate_video(path: str | os.PathLike | BinaryIO) -> Iterator[np.ndarray]:
     """Decode a video file one frame (H, W, 3), uint8 RGB, at a time.
 
     Raises:
         ValueError: If the file is missing or is no video.
     """
+    source: Any = path if hasattr(path, "read") else os.fspath(path)
     try:
-        with av.open(os.fspath(path)) as container:
+        with av.open(source) as container:
             if not container.streams.video:
-                raise ValueError(f"{os.fspath(path)!r} has no video stream; give a video or image file.")
+                raise ValueError(f"{str(source)!r} has no video stream; give a video or image file.")
             for frame in container.decode(video=0):
                 yield frame.to_ndarray(format="rgb24")
     except (av.error.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read {str(source)!r} as a video: {reason}.") from error
+
+
+def read_frames(path: str | os.PathLike, start: int, count: int, fps: float) -> np.ndarray:
+    """Decode only a part of a video: it seeks to the keyframe before.
+
+    Args:
+        path: The video file.
+        start: Number of the first frame, counted at `fps` from time zero.
+        count: Number of frames.
+        fps: Frames per second.
+
+    Returns:
+        Frames (count, H, W, 3), uint8 RGB.
+
+    Raises:
+        ValueError: If the file is missing, is no video, or ends before.
+    """
+    frames: list[np.ndarray] = []
+    try:
+        with av.open(os.fspath(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{os.fspath(path)!r} has no video stream; give a video or image file.")
+            stream = container.streams.video[0]
+            time_base = float(stream.time_base or 1 / fps)
+            if start:
+                container.seek(int((start - 0.5) / fps / time_base), stream=stream, backward=True)
+            for frame in container.decode(stream):
+                if frame.pts is not None and frame.pts * time_base * fps < start - 0.5:
+                    continue
+                frames.append(frame.to_ndarray(format="rgb24"))
+                if len(frames) == count:
+                    break
+    except (av.error.FFmpegError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read {os.fspath(path)!r} as a video: {reason}.") from error
+    if len(frames) < count:
+        raise ValueError(
+            f"{os.fspath(path)!r} ends early: {count} frames wanted from number {start}, {len(frames)} found."
+        )
+    return np.stack(frames)
 
 
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, lossless: bool = False) -> Path:

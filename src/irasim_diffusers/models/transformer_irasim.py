@@ -205,6 +205,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_units: Units of the components.
         fps: Frames a second of the data, where known.
         action_space: `"relative"` where zero asks for no motion, `"absolute"` where an action is a target position.
+        action_derivation: `"recorded"`, or how actions come from states, one of `actions.DERIVATIONS`.
+        cameras: Names of the cameras as tiled in a frame, rows from the top, each from the left.
         prediction_type: What the network predicts, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which
             has no betas.
         num_train_timesteps: Steps of the noise process it was trained on; with the next three, as in diffusers.
@@ -247,6 +249,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_names: list[str] | None = None,
         action_units: list[str] | None = None,
         action_space: str = "relative",
+        action_derivation: str = "recorded",
+        cameras: list[list[str]] | None = None,
         fps: float | None = None,
         prediction_type: str = "epsilon",
         num_train_timesteps: int = 1000,

@@ -1,0 +1,150 @@
+"""Episodes brought to the actions and the rate that a model wants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..actions import DERIVATIONS, derive_actions, integrate_actions
+from .episode import CameraLayout, Episode, EpisodeSource
+
+
+@dataclass(frozen=True)
+class PreparedEpisodes:
+    """A data source with other actions, or with fewer frames a second.
+
+    Args:
+        source: Any data source.
+        derivation: `"recorded"`, or how actions come from the states of successive frames; see `actions.derive_actions`.
+        state_key: The state they are derived from; None takes the only one.
+        frame_skip: Keep every frame of that number. Recorded actions are composed over the frames between: absolute
+            targets to the last, planar motions to their sum, motions of poses to one; `composition` says which they are.
+        composition: How recorded actions compose, one of `actions.DERIVATIONS` but `"recorded"`.
+        action_dim: Components after padding with zeros, as for RoboNet, whose robots move in fewer dimensions than five.
+
+    Raises:
+        ValueError: If the source does not have what is asked for.
+    """
+
+    source: EpisodeSource
+    derivation: str = "recorded"
+    state_key: str | None = None
+    frame_skip: int = 1
+    composition: str | None = None
+    action_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.derivation not in DERIVATIONS or self.composition not in (None, *DERIVATIONS[1:]):
+            raise ValueError(
+                f"`derivation` must be one of {DERIVATIONS} and `composition` None or another, got {self.derivation!r} and "
+                f"{self.composition!r}."
+            )
+        if self.frame_skip < 1:
+            raise ValueError(f"`frame_skip` must be at least 1, got {self.frame_skip}.")
+        if self.derivation == "recorded" and self.frame_skip > 1 and self.composition is None:
+            raise ValueError(
+                "`composition` must say how recorded actions compose over skipped frames: absolute, relative_planar, "
+                "relative_euler or relative_6d."
+            )
+        if self.derivation != "recorded":
+            states = sorted(set(self.source.vectors(0)) - {"action"})
+            key = self.state_key or (states[0] if len(states) == 1 else None)
+            if key not in states:
+                raise ValueError(
+                    f"`state_key` must be one of {states} in {self.source.name!r}, got {self.state_key!r}."
+                )
+            object.__setattr__(self, "state_key", key)
+
+    @property
+    def name(self) -> str:
+        """Where the data lie."""
+        return self.source.name
+
+    @property
+    def fps(self) -> float | None:
+        """Frames a second that are kept."""
+        return None if self.source.fps is None else self.source.fps / self.frame_skip
+
+    @property
+    def cameras(self) -> CameraLayout:
+        """The cameras of the source."""
+        return self.source.cameras
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """That of the source with all that is changed."""
+        changes = {name: getattr(self, name) for name in ("derivation", "state_key", "frame_skip", "composition")}
+        return self.source.identity | {"prepared": changes | {"action_dim": self.action_dim}}
+
+    def __len__(self) -> int:
+        """Number of episodes."""
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[Episode]:
+        """Every episode in order."""
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Episode:
+        """One episode."""
+        episode = self.source[number]
+        vectors = self._prepare({"action": episode.actions, **episode.states}, number)
+        return Episode(episode.frames[:: self.frame_skip], vectors.pop("action"), vectors, episode.task)
+
+    def vectors(self, number: int) -> dict[str, np.ndarray]:
+        """`action` and states of one episode."""
+        return self._prepare(self.source.vectors(number), number)
+
+    def latents(self, number: int) -> torch.Tensor | None:
+        """Latents that lie beside the video, of the frames that are kept."""
+        latents = self.source.latents(number) if hasattr(self.source, "latents") else None
+        return None if latents is None else latents[:: self.frame_skip]
+
+    def component_names(self, key: str) -> list[str] | None:
+        """Names of the components; those of derived actions where they are the state's own."""
+        if key != "action" or self.derivation == "recorded":
+            names = self.source.component_names(key)
+        else:
+            names = self.source.component_names(str(self.state_key)) if self.derivation != "relative_6d" else None
+        if key == "action" and names is not None and self.action_dim is not None:
+            names = names + [f"unused {index}" for index in range(len(names), self.action_dim)]
+        return names
+
+    def _prepare(self, vectors: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+        kept = {key: value[:: self.frame_skip] for key, value in vectors.items()}
+        try:
+            if self.derivation != "recorded":
+                states = kept[str(self.state_key)]
+                kept["action"] = _with_hold(derive_actions(states, self.derivation), self.derivation)
+            elif self.frame_skip > 1:
+                kept["action"] = _compose(vectors["action"], self.frame_skip, str(self.composition))
+        except ValueError as error:
+            raise ValueError(f"episode {number} of {self.name!r}: {error}") from error
+        missing = (self.action_dim or 0) - kept["action"].shape[1]
+        if missing < 0 < (self.action_dim or 0):
+            raise ValueError(f"`action_dim` must be at least {kept['action'].shape[1]} for {self.name!r}.")
+        padding = ((0, 0), (0, max(missing, 0)))
+        return kept | {"action": np.pad(kept["action"], padding).astype(np.float32)}
+
+
+def _with_hold(actions: np.ndarray, derivation: str) -> np.ndarray:
+    """Actions with a last row that asks for no motion."""
+    hold = actions[-1:].copy()
+    if derivation == "relative_planar":
+        hold[:] = 0
+    elif derivation == "relative_euler":
+        hold[:, :6] = 0
+    elif derivation == "relative_6d":
+        hold[:, :9] = [0, 0, 0, 1, 0, 0, 0, 1, 0]
+    return np.concatenate([actions, hold])
+
+
+def _compose(actions: np.ndarray, skip: int, composition: str) -> np.ndarray:
+    """Actions (T, A) over every `skip` frames as one each; the rest at the end is composed as far as it goes."""
+    origin = np.zeros(actions.shape[1] - (3 if composition == "relative_6d" else 0))
+    groups = (actions[start : start + skip] for start in range(0, len(actions), skip))
+    ends = [integrate_actions(origin, group, composition)[-1] for group in groups]
+    return np.stack([derive_actions(np.stack([origin, end]), composition)[0] for end in ends])

@@ -1,0 +1,92 @@
+"""Any data set by its folder or Hub id."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from .episode import EpisodeSource, camera_layout
+from .irasim_release import IRASimFolder
+from .lerobot import LeRobotFolder
+from .tables import TableEpisodes
+
+
+def open_dataset(
+    name: str | os.PathLike,
+    cameras: Any = None,
+    *,
+    split: str = "train",
+    max_episodes: int | None = None,
+    fps: float | None = None,
+    action_column: str = "actions",
+    revision: str | None = None,
+) -> EpisodeSource:
+    """Open a data set of any form that is read here, from a folder or the Hub.
+
+    A folder with `meta/info.json` is a LeRobotDataset, one with `annotation` is of IRASim's release format, one that
+    `datasets` has saved, or a Hub repository of another form, is a table. Of a LeRobotDataset on the Hub only the cameras
+    asked for are downloaded.
+
+    Args:
+        name: Folder or Hub id.
+        cameras: One camera, several that are stacked, or rows of them; None takes the only one.
+        split: For IRASim's format and tables.
+        max_episodes: Use only the first that many episodes.
+        fps: Frames a second, for formats that do not record them.
+        action_column: For tables.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: If the folder holds no data set, or a camera, split or column does not exist.
+    """
+    folder = Path(name)
+    if not folder.exists():
+        if Path(name).is_absolute() or str(name).count("/") != 1:
+            raise ValueError(
+                f"`dataset` must be a folder or a Hub id like org/name, got {str(name)!r}, which is no folder."
+            )
+        try:
+            folder = _download_lerobot(str(name), cameras, revision)
+        except EntryNotFoundError:
+            import datasets
+
+            table = datasets.load_dataset(str(name), split=split, revision=revision)
+            return _table(table, cameras, max_episodes, fps, action_column)
+    if (folder / "meta" / "info.json").is_file():
+        return LeRobotFolder(folder, cameras, max_episodes)
+    if (folder / "annotation").is_dir():
+        return IRASimFolder(folder, split, cameras, fps, max_episodes)
+    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+        import datasets
+
+        table = datasets.load_from_disk(str(folder))
+        table = table[split] if isinstance(table, datasets.DatasetDict) else table
+        return _table(table, cameras, max_episodes, fps, action_column)
+    raise ValueError(
+        f"{str(folder)!r} holds no data set that is read here: 'meta/info.json' (LeRobotDataset), 'annotation' (IRASim) and "
+        "'dataset_info.json' (datasets) are missing."
+    )
+
+
+def _table(table: Any, cameras: Any, max_episodes: int | None, fps: float | None, action_column: str) -> TableEpisodes:
+    if max_episodes is not None:
+        table = table.select(range(min(max_episodes, len(table))))
+    return TableEpisodes(table, "video" if cameras is None else cameras, action_column, fps=fps)
+
+
+def _download_lerobot(name: str, cameras: Any, revision: str | None) -> Path:
+    """What is needed of a LeRobotDataset on the Hub: all vectors, and the videos of the cameras asked for."""
+    info_path = hf_hub_download(name, "meta/info.json", repo_type="dataset", revision=revision)
+    features = json.loads(Path(info_path).read_text())["features"]
+    known = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
+    wanted = known if cameras is None else [camera for row in camera_layout(cameras) for camera in row]
+    if cameras is None and len(known) != 1:
+        raise ValueError(f"`cameras` must name one or more of {known} in {name!r}.")
+    videos = [pattern.format(key) for key in wanted for pattern in ("videos/{}/*", "videos/*/{}/*")]
+    patterns = ["meta/*", "data/*", *videos]
+    return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns))

@@ -1,0 +1,349 @@
+"""Every form of data set gives the same episodes."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from test_lerobot import CAMERA, make_episode, write_folder
+
+from irasim_diffusers.actions import derive_actions, integrate_actions
+from irasim_diffusers.data import (
+    IRASimFolder,
+    LeRobotFolder,
+    MixedClips,
+    PreparedEpisodes,
+    TableEpisodes,
+    action_statistics,
+    cache_latents,
+    open_dataset,
+    read_frames,
+    write_video,
+)
+
+SHARED = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
+needs_clips = pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
+
+
+def write_v21(root, episodes, cameras=("left", "right")):
+    """A LeRobotDataset v2.1: every episode in files of its own; the second camera sees the first one's negative."""
+    vector = {"dtype": "float32", "shape": [3], "names": {"motors": ["x", "y", "grip"]}}
+    info = {
+        "codebase_version": "v2.1",
+        "fps": 10,
+        "chunks_size": 2,
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+        "features": {key: {"dtype": "video", "shape": [10, 14, 3]} for key in cameras} | {"action": vector},
+    }
+    (root / "meta").mkdir(parents=True)
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    rows = [
+        {"episode_index": number, "tasks": [episode.task], "length": len(episode)}
+        for number, episode in enumerate(episodes)
+    ]
+    (root / "meta" / "episodes.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    for number, episode in enumerate(episodes):
+        place = {"episode_chunk": number // 2, "episode_index": number}
+        path = root / info["data_path"].format(**place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = {"action": list(episode.actions), "episode_index": [number] * len(episode)}
+        pq.write_table(pa.table(table), path)
+        for camera, frames in zip(cameras, (episode.frames, 255 - episode.frames), strict=True):
+            write_video(root / info["video_path"].format(video_key=camera, **place), frames, 10, lossless=True)
+
+
+def test_version_2_1_with_two_cameras(tmp_path):
+    episodes = [make_episode(number, length) for number, length in enumerate((5, 9, 7))]
+    write_v21(tmp_path, episodes)
+    stacked = open_dataset(tmp_path, ["left", "right"])
+    beside = open_dataset(tmp_path, ["right,left"])
+    assert stacked.cameras == (("left",), ("right",))
+    assert beside.cameras == (("right", "left"),)
+    assert stacked.component_names("action") == ["x", "y", "grip"]
+    for number, episode in enumerate(episodes):
+        negative = 255 - episode.frames
+        assert np.array_equal(stacked[number].frames, np.concatenate([episode.frames, negative], axis=1))
+        assert np.array_equal(beside[number].frames, np.concatenate([negative, episode.frames], axis=2))
+        assert np.array_equal(stacked[number].actions, episode.actions)
+        assert stacked[number].task == episode.task
+    with pytest.raises(ValueError, match=r"`cameras` must name one or more of \['left', 'right'\]"):
+        open_dataset(tmp_path)
+
+
+def test_pictures_inside_parquet(tmp_path):
+    written = write_folder(tmp_path)
+    info = json.loads((tmp_path / "meta" / "info.json").read_text())
+    info["features"][CAMERA]["dtype"] = "image"
+    (tmp_path / "meta" / "info.json").write_text(json.dumps(info))
+    (tmp_path / "videos").rename(tmp_path / "gone")
+
+    def encoded(frame):
+        file = io.BytesIO()
+        PIL.Image.fromarray(frame).save(file, "png")
+        return {"bytes": file.getvalue(), "path": "frame.png"}
+
+    for number, part in enumerate((written[:2], written[2:])):
+        path = tmp_path / f"data/chunk-000/file-00{number}.parquet"
+        pictures = [encoded(frame) for episode in part for frame in episode.frames]
+        pq.write_table(pq.read_table(path).append_column(CAMERA, [pictures]), path)
+    for before, after in zip(written, open_dataset(tmp_path), strict=True):
+        assert np.array_equal(after.frames, before.frames)
+
+
+@pytest.mark.parametrize("codec", ["libsvtav1", "libx264"])
+def test_a_part_of_a_video_is_that_part(codec, tmp_path):
+    ramp = np.arange(40, dtype=np.uint8)[:, None, None, None] * 6 + np.zeros((40, 64, 64, 3), dtype=np.uint8)
+    with av.open(str(tmp_path / "clip.mp4"), mode="w") as container:
+        stream = container.add_stream(codec, rate=30, options={"g": "16", "crf": "20"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for frame in ramp:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    for start, count in ((0, 3), (15, 2), (16, 5), (37, 3)):
+        frames = read_frames(tmp_path / "clip.mp4", start, count, 30)
+        assert np.abs(frames.astype(int) - ramp[start : start + count]).max() <= 4
+    with pytest.raises(ValueError, match=r"clip.mp4' ends early: 5 frames wanted from number 37, 3 found"):
+        read_frames(tmp_path / "clip.mp4", 37, 5, 30)
+
+
+def write_release(root, flavour, length=6):
+    """Two episodes in IRASim's format; returns frames and what their annotations say."""
+    generator = np.random.default_rng(3)
+    poses = np.concatenate([generator.normal(size=(length, 3)), generator.uniform(-3, 3, (length, 3))], axis=1)
+    gripper = generator.uniform(size=(length, 1))
+    frames = generator.integers(0, 256, (length, 10, 14, 3), dtype=np.uint8)
+    annotation = {
+        "planar": {"actions": poses[:-1, :2].tolist(), "video_path": "videos/train/0.mp4"},
+        "rt1": {
+            "state": poses.tolist(),
+            "continuous_gripper_state": gripper[:, 0].tolist(),
+            "videos": [{"video_path": "videos/train/0.mp4"}],
+        },
+        "droid": {
+            "states": np.concatenate([poses, gripper], axis=1).tolist(),
+            "videos": [{"video_path": "videos/train/0.mp4"}, {"video_path": "videos/train/1.mp4"}],
+            "texts": ["pick it up"],
+        },
+    }[flavour]
+    write_video(root / "videos/train/0.mp4", frames, 5, lossless=True)
+    write_video(root / "videos/train/1.mp4", 255 - frames, 5, lossless=True)
+    folder = root / "annotation" / "train"
+    folder.mkdir(parents=True)
+    for number in (2, 10):
+        (folder / f"{number}.json").write_text(json.dumps(annotation))
+    return frames, poses, gripper
+
+
+@pytest.mark.parametrize("flavour", ["planar", "rt1", "droid"])
+def test_the_release_format_in_all_flavours(flavour, tmp_path):
+    frames, poses, gripper = write_release(tmp_path, flavour)
+    data = open_dataset(tmp_path, "0" if flavour == "droid" else None, fps=5)
+    assert isinstance(data, IRASimFolder)
+    assert [path.stem for path in data.files] == ["2", "10"]  # by number, not by letter
+    episode = data[0]
+    assert np.array_equal(episode.frames, frames)
+    if flavour == "planar":
+        np.testing.assert_allclose(episode.actions[:-1], poses[:-1, :2], rtol=1e-6)
+        assert not episode.actions[-1].any()
+    else:
+        states = np.concatenate([poses, gripper], axis=1)
+        np.testing.assert_allclose(episode.actions[:-1], derive_actions(states, "relative_euler"), atol=1e-6)
+        assert not episode.actions[-1, :6].any()
+        np.testing.assert_allclose(episode.states["state"], states, rtol=1e-6)
+        assert data.component_names("action")[-1] == "gripper"
+    if flavour == "droid":
+        assert episode.task == "pick it up"
+        assert open_dataset(tmp_path, ["0", "1"])[0].frames.shape == (6, 20, 14, 3)
+
+
+def lose(root, key):
+    path = root / "annotation" / "train" / "10.json"
+    annotation = json.loads(path.read_text())
+    annotation.pop(key)
+    path.write_text(json.dumps(annotation))
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        (lambda root: lose(root, "continuous_gripper_state"), r"10\.json' has neither 'actions', nor 'states'"),
+        (lambda root: lose(root, "videos"), r"10\.json'"),
+        (lambda root: (root / "videos/train/0.mp4").write_bytes(b"nothing"), r"json': cannot read .*0\.mp4"),
+        (lambda root: (root / "annotation/train/10.json").write_text("{"), r"10\.json' is no JSON"),
+        (
+            lambda root: write_video(root / "videos/train/0.mp4", np.zeros((4, 10, 14, 3), np.uint8), 5),
+            "4 frames want 3",
+        ),
+    ],
+)
+def test_broken_release_files_are_named(breakage, message, tmp_path):
+    write_release(tmp_path, "rt1")
+    breakage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        list(open_dataset(tmp_path))
+
+
+def test_unknown_split_and_folder(tmp_path):
+    write_release(tmp_path, "rt1")
+    with pytest.raises(ValueError, match=r"`split` must be one of \['train'\] in .* got 'test'"):
+        open_dataset(tmp_path, split="test")
+    with pytest.raises(ValueError, match="holds no data set that is read here"):
+        open_dataset(tmp_path / "videos")
+    with pytest.raises(ValueError, match="which is no folder"):
+        open_dataset(tmp_path / "nowhere")
+
+
+def test_tables_with_videos_and_with_pictures(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    episodes = [make_episode(number, length) for number, length in enumerate((5, 6))]
+    paths = [
+        str(write_video(tmp_path / f"{number}.mp4", episode.frames, 10, lossless=True))
+        for number, episode in enumerate(episodes)
+    ]
+    columns = {
+        "video": paths,
+        "pictures": [[PIL.Image.fromarray(frame) for frame in episode.frames] for episode in episodes],
+        "actions": [episode.actions[:-1].tolist() for episode in episodes],
+    }
+    features = datasets.Features(
+        video=datasets.Video(),
+        pictures=datasets.List(datasets.Image()),
+        actions=datasets.List(datasets.List(datasets.Value("float32"))),
+    )
+    table = datasets.Dataset.from_dict(columns, features=features)
+    table.save_to_disk(str(tmp_path / "table"))
+    for camera in ("video", "pictures"):
+        data = open_dataset(tmp_path / "table", camera, max_episodes=2)
+        assert isinstance(data, TableEpisodes)
+        for before, after in zip(episodes, data, strict=True):
+            assert np.array_equal(after.frames, before.frames)
+            np.testing.assert_allclose(after.actions[:-1], before.actions[:-1])
+    with pytest.raises(ValueError, match="column 'wrist' does not exist"):
+        open_dataset(tmp_path / "table", "wrist")
+    with pytest.raises(ValueError, match="must hold a video or a list of images"):
+        open_dataset(tmp_path / "table", "actions")
+
+
+@pytest.mark.parametrize("derivation", ["relative_euler", "relative_6d", "relative_planar", "absolute"])
+def test_skipping_frames_composes_actions(derivation, tmp_path):
+    _, poses, gripper = write_release(tmp_path, "droid", length=7)
+    states = np.concatenate([poses, gripper], axis=1)
+    source = open_dataset(tmp_path, "0", fps=6)
+    derived = PreparedEpisodes(source, derivation)
+    skipping = PreparedEpisodes(source, derivation, frame_skip=3)
+    assert (skipping.fps, len(skipping[0])) == (2, 3)
+    assert np.array_equal(skipping[0].frames, source[0].frames[::3])
+    end = integrate_actions(states[0], skipping[0].actions[:-1], derivation)
+    np.testing.assert_allclose(end[:, :3], states[::3, :3], atol=1e-5)
+    composed = PreparedEpisodes(derived, frame_skip=3, composition=derivation)
+    np.testing.assert_allclose(composed[0].actions[:-1], skipping[0].actions[:-1], atol=1e-5)
+
+
+def test_narrow_actions_are_padded(tmp_path):
+    write_release(tmp_path, "planar")
+    padded = PreparedEpisodes(open_dataset(tmp_path), action_dim=5)
+    assert padded[0].actions.shape == (6, 5)
+    assert not padded[0].actions[:, 2:].any()
+    assert padded.component_names("action") == ["x", "y", "unused 2", "unused 3", "unused 4"]
+    with pytest.raises(ValueError, match="`action_dim` must be at least 2"):
+        PreparedEpisodes(open_dataset(tmp_path), action_dim=1)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"derivation": "guess"}, "`derivation` must be one of"),
+        ({"frame_skip": 2}, "`composition` must say how recorded actions compose"),
+        ({"frame_skip": 0}, "`frame_skip` must be at least 1"),
+        ({"derivation": "absolute", "state_key": "pose"}, r"`state_key` must be one of \['observation.state'\]"),
+    ],
+)
+def test_bad_preparations(changes, message, tmp_path):
+    write_folder(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        PreparedEpisodes(LeRobotFolder(tmp_path), **changes)
+
+
+def test_broken_episodes_are_skipped_and_listed(tmp_path):
+    from conftest import tiny_vae
+
+    write_folder(tmp_path / "set")
+    path = tmp_path / "set" / "data" / "chunk-000" / "file-000.parquet"
+    table = pq.read_table(path)
+    actions = table["action"].to_pylist()
+    actions[6] = [float("nan")] * 3  # of episode 1
+    column = pa.FixedSizeListArray.from_arrays(pa.array(np.ravel(actions).astype(np.float32)), 3)
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", column), path)
+    data = LeRobotFolder(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"episode 1 of .* the action at frame 1 is"):
+        cache_latents(data, tiny_vae(), tmp_path / "cache")
+    folder = cache_latents(data, tiny_vae(), tmp_path / "cache", skip_broken=True)
+    assert list(json.loads((folder / "manifest.json").read_text())["broken"]) == ["1"]
+    from irasim_diffusers.data import LatentClips
+
+    assert {number for number, _ in LatentClips(folder, 5).windows} == {0, 2}
+
+
+def test_sets_are_mixed_by_weight(tmp_path):
+    class Set:
+        def __init__(self, letter, size):
+            self.letter, self.size = letter, size
+
+        def __len__(self):
+            return self.size
+
+        def __getitem__(self, index):
+            return f"{self.letter}{range(self.size)[index]}"
+
+    mixed = MixedClips([Set("a", 30), Set("b", 10)], [1, 3])
+    items = [mixed[index] for index in range(len(mixed))]
+    assert len(items) == 40
+    assert sum(item.startswith("b") for item in items) == 30
+    assert len({item for item in items if item.startswith("b")}) == 10
+    assert sorted(mixed[i] for i in range(40)) == sorted(
+        MixedClips([Set("a", 30), Set("b", 10)], [2, 6])[i] for i in range(40)
+    )
+    plain = MixedClips([Set("a", 30), Set("b", 10)])
+    assert len({plain[index] for index in range(40)}) == 40
+    with pytest.raises(ValueError, match="`weights` must be 2 positive numbers"):
+        MixedClips([Set("a", 3), Set("b", 1)], [1, 0])
+
+
+def test_statistics_of_actions(tmp_path):
+    episodes = write_folder(tmp_path)
+    actions = np.concatenate([episode.actions for episode in episodes])
+    statistics = action_statistics(LeRobotFolder(tmp_path))
+    np.testing.assert_allclose(statistics["mean"], actions.mean(0), atol=1e-6)
+    np.testing.assert_allclose(statistics["q99"], np.quantile(actions, 0.99, axis=0), atol=1e-6)
+
+
+@needs_clips
+def test_real_droid_clips():
+    one, three = (open_dataset(SHARED / "droid", cameras, fps=5) for cameras in ("0", ["0", "1", "2"]))
+    assert (len(one), len(open_dataset(SHARED / "droid", "0", split="val"))) == (7, 4)
+    episode = three[0]
+    assert episode.frames.shape[1:] == (576, 320, 3)
+    assert np.array_equal(episode.frames[:, :192], one[0].frames)
+    assert episode.actions.shape == (len(episode), 7)
+    assert np.abs(episode.actions[:, :3]).max() < 0.3  # metres in a fifth of a second
+    back = integrate_actions(episode.states["state"][0], episode.actions[:-1], "relative_euler")
+    np.testing.assert_allclose(back[:, :3], episode.states["state"][:, :3], atol=1e-4)
+
+
+@needs_clips
+def test_real_language_table_clip_and_its_latents():
+    data = open_dataset(SHARED / "language_table", split="test", fps=10)
+    episode = data[0]
+    assert (len(episode), episode.actions.shape) == (18, (18, 2))
+    latents = data.latents(0)
+    assert latents.shape == (18, 4, 36, 64)
+    assert 0.5 < latents.std() < 1.5  # scaled already
+    assert torch.isfinite(latents).all()
