@@ -70,3 +70,24 @@ def test_readout_teaches_the_blocks_before_it_and_no_others(batch, checkpointing
     for blocks in (model.transformer_blocks, model.temporal_transformer_blocks):
         assert [block.ff.net[2].weight.grad is not None for block in blocks] == [True, True, False]
     assert model.action_embed.linear_1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_caps_the_weight_of_the_samples_error(batch, prediction_type):
+    """Whatever is predicted, a sample's error counts as the error of its clean latents times min(SNR, gamma)."""
+    model = tiny_transformer(prediction_type=prediction_type)
+    process = noise_process(model.config)
+    share = process.alphas_cumprod[batch["timesteps"]]
+    snr = share / (1 - share)
+    plain = torch.stack(
+        [diffusion_loss(model, process, **{name: value[k : k + 1] for name, value in batch.items()}) for k in range(2)]
+    )
+    to_clean_error = {"epsilon": 1 / snr, "v_prediction": 1 - share, "sample": torch.ones(2)}[prediction_type]
+    weighted = diffusion_loss(model, process, **batch, snr_gamma=5.0)
+    torch.testing.assert_close(weighted, (plain * to_clean_error * snr.clamp_max(5.0)).mean())
+
+
+def test_a_flow_takes_no_min_snr(batch):
+    model = tiny_transformer(prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match="`snr_gamma` must be None for a flow"):
+        diffusion_loss(model, noise_process(model.config), **batch, snr_gamma=5.0)

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_snr
 from torch import nn
 
 from .models import IRASimTransformer3DModel
@@ -77,6 +78,21 @@ def diffusion_target(
             raise ValueError(f"`prediction_type` must be epsilon, v_prediction or sample, got {other!r}.")
 
 
+def min_snr_weights(scheduler: NoiseProcess, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Weights (B,) that cap the weight of a sample's error at the signal-to-noise ratio `gamma`.
+
+    Raises:
+        ValueError: For a flow, which has no such weights.
+    """
+    if not isinstance(scheduler, DDPMScheduler):
+        raise ValueError("`snr_gamma` must be None for a flow: its noise process has no signal-to-noise weights.")
+    snr = compute_snr(scheduler, timesteps)
+    capped = snr.clamp_max(gamma)
+    return {"epsilon": capped / snr, "v_prediction": capped / (snr + 1), "sample": capped}[
+        scheduler.config.prediction_type
+    ]
+
+
 def diffusion_loss(
     transformer: torch.nn.Module,
     scheduler: NoiseProcess,
@@ -88,6 +104,7 @@ def diffusion_loss(
     action_mask: torch.Tensor | None = None,
     states: torch.Tensor | None = None,
     state_loss_weight: float = 1.0,
+    snr_gamma: float | None = None,
 ) -> torch.Tensor:
     """Mean squared error on the predicted frames (paper, section 3.3).
 
@@ -101,6 +118,8 @@ def diffusion_loss(
         action_mask: Booleans (B, n); actions at False are dropped.
         states: True states (B, F, S), of unit variance, for the readout.
         state_loss_weight: Weight of the readout's mean squared error.
+        snr_gamma: Weigh timesteps by min-SNR with this gamma (https://arxiv.org/abs/2303.09556), 5 in its paper; None for
+            equal weights. A flow has none.
 
     Returns:
         The loss, a scalar in float32.
@@ -112,7 +131,10 @@ def diffusion_loss(
         torch.cat([history, noisy], dim=2), timesteps, actions, action_mask=action_mask, return_dict=False
     )
     target = diffusion_target(scheduler, future, noise, timesteps)
-    loss = (outputs[0][:, :, num_history_frames:].float() - target.float()).square().mean()
+    errors = (outputs[0][:, :, num_history_frames:].float() - target.float()).square().mean(dim=(1, 2, 3, 4))
+    if snr_gamma is not None:
+        errors = errors * min_snr_weights(scheduler, timesteps, snr_gamma)
+    loss = errors.mean()
     if states is not None:
         loss = loss + state_loss_weight * (outputs[1] - states).square().mean()
     return loss

@@ -69,3 +69,33 @@ def test_fusing_changes_nothing_and_unloading_everything_back(adapted, frames, a
     pipeline.unload_lora_weights()
     torch.testing.assert_close(predict(pipeline, frames, actions), plain, rtol=1e-4, atol=1e-5)
     assert not any("lora_" in name for name, _ in pipeline.transformer.named_parameters())
+
+
+def test_an_adapter_may_bring_its_action_encoder(frames, actions, tmp_path):
+    pipeline = tiny_pipeline()
+    plain = predict(pipeline, frames, actions)
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    pipeline.transformer.null_action.data += 1
+    pipeline.transformer.action_embed.linear_2.bias.data += 1
+    encoder = {
+        name: value
+        for name, value in pipeline.transformer.state_dict().items()
+        if name.startswith(("action_embed.", "null_action"))
+    }
+    layers = get_peft_model_state_dict(pipeline.transformer)
+    pipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers | encoder)
+    changed = predict(pipeline, frames, actions)
+    assert not torch.allclose(changed, plain)
+
+    fresh = loaded(tmp_path)
+    torch.testing.assert_close(predict(fresh, frames, actions), changed)
+    fresh.load_lora_weights(tmp_path, adapter_name="again")
+    fresh.unload_lora_weights()
+    torch.testing.assert_close(predict(fresh, frames, actions), plain)
+
+    other = tiny_pipeline(action_dim=5, action_scale=1.0, action_offset=0.0)
+    with pytest.raises(ValueError, match=r"another action space: \['action_embed.linear_1.weight'\]"):
+        other.load_lora_weights(tmp_path)
+    pipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers | {"proj_out.bias": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"other weights, \['proj_out.bias'\]"):
+        fresh.load_lora_weights(tmp_path)

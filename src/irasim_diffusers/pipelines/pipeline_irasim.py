@@ -55,7 +55,8 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     """Predicts the video of a robot that executes given actions, from the frames seen so far.
 
     LoRA of the transformer is loaded, set, fused and saved as in any pipeline of diffusers; the mixin is the one of its that
-    knows a transformer and nothing else.
+    knows a transformer and nothing else. A LoRA file may hold the action encoder whole, for an adapter of another action
+    space.
 
     Args:
         vae: Per-frame autoencoder.
@@ -555,6 +556,53 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                     yield from self.video_processor.postprocess_video(self.decode_latents(future), output_type)[0]
 
         return predict_chunks()
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        low_cpu_mem_usage: bool = True,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load LoRA weights as diffusers does; see `~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`.
+
+        Where the file holds the action encoder and the null action, these replace the model's own until
+        `unload_lora_weights`.
+        """
+        state_dict, metadata = self.lora_state_dict(
+            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
+        )
+        layers = {key: value for key, value in state_dict.items() if "lora" in key}
+        whole = {key.removeprefix("transformer."): value for key, value in state_dict.items() if key not in layers}
+        unknown = [key for key in whole if not key.startswith(("action_embed.", "trajectory_embed.", "null_action"))]
+        if unknown or not layers:
+            raise ValueError(
+                f"no LoRA file of an IRASim transformer: it has no LoRA layer, or other weights, {unknown}."
+            )
+        if whole:
+            own = self.transformer.state_dict()
+            misshapen = [key for key, value in whole.items() if key not in own or own[key].shape != value.shape]
+            if misshapen:
+                raise ValueError(f"the file's action encoder is of another action space: {misshapen} do not fit.")
+            self._action_weights = getattr(self, "_action_weights", None) or {key: own[key].clone() for key in whole}
+            self.transformer.load_state_dict(whole, strict=False)
+        self.load_lora_into_transformer(
+            layers,
+            transformer=self.transformer,
+            adapter_name=adapter_name,
+            metadata=metadata,
+            _pipeline=self,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            hotswap=hotswap,
+        )
+
+    def unload_lora_weights(self) -> None:
+        """Remove all LoRA layers and bring the model's own action encoder back."""
+        super().unload_lora_weights()
+        if getattr(self, "_action_weights", None):
+            self.transformer.load_state_dict(self._action_weights, strict=False)
+            self._action_weights = None
 
     def _upload_folder(
         self, working_dir: str, repo_id: str, token: str | None = None, **kwargs: Any
