@@ -21,8 +21,11 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, _collate_lora_metadata
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import create_repo, file_exists, upload_folder
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -45,6 +48,7 @@ from irasim_diffusers.models import noise_process
 from irasim_diffusers.training import NoiseProcess, StateReadout, diffusion_loss
 
 logger = logging.getLogger(__name__)
+ACTION_ENCODER = ("action_embed.", "trajectory_embed.", "null_action")
 
 
 @dataclass
@@ -53,8 +57,14 @@ class TrainingArguments:
     dataset: list[str] = field(
         metadata={"help": "LeRobotDataset, IRASim-format or `datasets` folder, or Hub id; several are mixed"}
     )
-    vae: str = field(metadata={"help": "frozen autoencoder: folder or Hub id; append ':<subfolder>' where it has one"})
     output_dir: str = field(metadata={"help": "where checkpoints and the finished pipeline are written"})
+    vae: str | None = field(
+        default=None,
+        metadata={
+            "help": "frozen autoencoder: folder or Hub id, ':<subfolder>' appended where it has one (default: that of the "
+            "pretrained pipeline)"
+        },
+    )
     validation_dataset: str | None = field(
         default=None, metadata={"help": "data set of held-out episodes, in any of these forms"}
     )
@@ -131,6 +141,12 @@ class TrainingArguments:
     prediction_type: str = field(
         default="epsilon", metadata={"help": "epsilon, v_prediction, sample or flow_prediction"}
     )
+    # LoRA
+    lora_rank: int = field(default=0, metadata={"help": "train adapters of that rank and the action encoder alone"})
+    lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapters (default: their rank)"})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], metadata={"help": "layers that get adapters"}
+    )
     # optimisation
     train_batch_size: int = field(default=16, metadata={"help": "windows per step and process"})
     gradient_accumulation_steps: int = 1
@@ -140,12 +156,15 @@ class TrainingArguments:
     lr_warmup_steps: int = 0
     optimizer: str = field(
         default="adamw",
-        metadata={"help": "adamw, or muon (torch 2.9) for the blocks' matrices and adamw for the rest"},
+        metadata={
+            "help": "adamw, adamw8bit (bitsandbytes), or muon (torch 2.9) for the blocks' matrices and adamw for the rest"
+        },
     )
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 0.0
     max_grad_norm: float = 0.1
+    snr_gamma: float | None = field(default=None, metadata={"help": "min-SNR weights of timesteps; 5 in its paper"})
     action_dropout: float = field(default=0.1, metadata={"help": "share of trajectories that take the null action"})
     state_keys: list[str] = field(
         default_factory=list, metadata={"help": "vector features read out of inner features as a second objective"}
@@ -162,6 +181,7 @@ class TrainingArguments:
     attention_backend: str | None = field(
         default=None, metadata={"help": "a backend of diffusers; _native_math is twice as fast for training on CPU"}
     )
+    dataloader_num_workers: int = 0
     # bookkeeping
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
@@ -171,6 +191,8 @@ class TrainingArguments:
     report_to: str | None = field(
         default=None, metadata={"help": "tensorboard, wandb or another tracker of accelerate"}
     )
+    push_to_hub: bool = field(default=False, metadata={"help": "publish what was trained, with a card"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "where to (default: the name of output_dir)"})
     seed: int = 0
 
 
@@ -178,6 +200,13 @@ def load_vae(name: str) -> AutoencoderKL:
     """The frozen autoencoder of a folder or Hub id, `org/model:vae` for a subfolder."""
     path, _, subfolder = name.partition(":")
     return AutoencoderKL.from_pretrained(path, subfolder=subfolder or None).requires_grad_(False).eval()
+
+
+def is_pipeline(name: str) -> bool:
+    """Whether a folder or Hub id holds a whole pipeline."""
+    if Path(name).is_dir():
+        return (Path(name) / "model_index.json").is_file()
+    return file_exists(name, "model_index.json")
 
 
 def open_source(name: str, arguments: TrainingArguments, split: str) -> EpisodeSource:
@@ -213,7 +242,8 @@ def build_transformer(
 ) -> IRASimTransformer3DModel:
     """A new model for the data set's latents and actions, or the pretrained one."""
     if arguments.pretrained_model_name_or_path:
-        model = IRASimTransformer3DModel.from_pretrained(arguments.pretrained_model_name_or_path)
+        name = arguments.pretrained_model_name_or_path
+        model = IRASimTransformer3DModel.from_pretrained(name, subfolder="transformer" if is_pipeline(name) else None)
         patch_size = arguments.patch_size or model.config.patch_size
         if (patch_size, arguments.action_frequencies) == (model.config.patch_size, None):
             return model
@@ -346,36 +376,50 @@ def training_loss(
         action_mask=keep.expand(actions.shape[:2]),
         states=states,
         state_loss_weight=arguments.state_loss_weight,
+        snr_gamma=arguments.snr_gamma,
     )
 
 
 def build_optimizers(model: torch.nn.Module, arguments: TrainingArguments) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest."""
-    named = dict(model.named_parameters())
+    """AdamW for all that is trained, or Muon for the matrices of the blocks and AdamW for the rest."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = {
         name: parameter
         for name, parameter in named.items()
         if arguments.optimizer == "muon" and parameter.ndim == 2 and "transformer_blocks." in name
     }
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [parameter for name, parameter in named.items() if name not in matrices],
-            lr=arguments.learning_rate,
-            betas=(arguments.adam_beta1, arguments.adam_beta2),
-            weight_decay=arguments.adam_weight_decay,
-            fused=True,
-        )
-    ]
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                list(matrices.values()),
-                lr=arguments.learning_rate,
-                weight_decay=arguments.adam_weight_decay,
-                adjust_lr_fn="match_rms_adamw",  # so that one learning rate serves both
-            )
-        )
+    settings: dict[str, Any] = {"lr": arguments.learning_rate, "weight_decay": arguments.adam_weight_decay}
+    rest = [parameter for name, parameter in named.items() if name not in matrices]
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    if arguments.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        return [bitsandbytes.optim.AdamW8bit(rest, betas=betas, **settings)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=betas, fused=True, **settings)]
+    if matrices:  # one learning rate serves both
+        optimizers.append(torch.optim.Muon(list(matrices.values()), adjust_lr_fn="match_rms_adamw", **settings))
     return optimizers
+
+
+def add_lora(transformer: IRASimTransformer3DModel, arguments: TrainingArguments) -> None:
+    """Adapters to train; of the model itself only the action encoder and the null action are trained on."""
+    alpha = arguments.lora_rank if arguments.lora_alpha is None else arguments.lora_alpha
+    transformer.add_adapter(
+        LoraConfig(r=arguments.lora_rank, lora_alpha=alpha, target_modules=arguments.lora_target_modules)
+    )
+    for name, parameter in transformer.named_parameters():
+        if name.startswith(ACTION_ENCODER):
+            parameter.requires_grad_(True)
+
+
+def save_lora(transformer: IRASimTransformer3DModel, output: Path) -> None:
+    """The adapters with the action encoder, as `IRASimPipeline.load_lora_weights` takes them."""
+    encoder = {name: value for name, value in transformer.state_dict().items() if name.startswith(ACTION_ENCODER)}
+    IRASimPipeline.save_lora_weights(
+        output,
+        transformer_lora_layers=get_peft_model_state_dict(transformer) | encoder,
+        **_collate_lora_metadata({"transformer": transformer}),
+    )
 
 
 def make_pipeline(vae: AutoencoderKL, transformer: IRASimTransformer3DModel, scheduler_class: Any) -> IRASimPipeline:
@@ -389,10 +433,47 @@ def make_pipeline(vae: AutoencoderKL, transformer: IRASimTransformer3DModel, sch
     return IRASimPipeline(vae, transformer, scheduler)
 
 
+def publish(vae: AutoencoderKL, transformer: IRASimTransformer3DModel, arguments: TrainingArguments) -> None:
+    """Push the pipeline, or the adapters with a card that names what they adapt."""
+    name = arguments.hub_model_id or Path(arguments.output_dir).name
+    if not arguments.lora_rank:
+        make_pipeline(vae, transformer, PNDMScheduler).push_to_hub(name)
+        return
+    repository = create_repo(name, exist_ok=True).repo_id
+    card = load_or_create_model_card(
+        repository,
+        from_training=True,
+        base_model=arguments.pretrained_model_name_or_path,
+        model_description=f"LoRA of rank {arguments.lora_rank} for a robot world model, with its action encoder: "
+        f'`pipe.load_lora_weights("{repository}")`.',
+    )
+    populate_model_card(card, tags=["lora", "world-model", "irasim", "robotics"])
+    card.save(Path(arguments.output_dir) / "README.md")
+    upload_folder(
+        repo_id=repository,
+        folder_path=arguments.output_dir,
+        allow_patterns=["README.md", "pytorch_lora_weights.safetensors"],
+    )
+
+
+def check_arguments(arguments: TrainingArguments) -> None:
+    """Refuse what cannot work before anything is read, and fill in the autoencoder of a pretrained pipeline."""
+    if arguments.optimizer not in ("adamw", "adamw8bit", "muon"):
+        raise ValueError(f"`optimizer` must be adamw, adamw8bit or muon, got {arguments.optimizer!r}.")
+    pretrained = arguments.pretrained_model_name_or_path
+    if arguments.vae is None:
+        if pretrained is None or not is_pipeline(pretrained):
+            raise ValueError("`vae` must be given, unless a pretrained pipeline brings its own.")
+        arguments.vae = f"{pretrained}:vae"
+    if arguments.lora_rank and pretrained is None:
+        raise ValueError("`lora_rank` needs `pretrained_model_name_or_path`: adapters adapt a trained model.")
+    if arguments.lora_rank and (arguments.patch_size or arguments.action_frequencies):
+        raise ValueError("`lora_rank` keeps the model as it is: leave `patch_size` and `action_frequencies` out.")
+
+
 def main() -> None:
     (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
-    if arguments.optimizer not in ("adamw", "muon"):
-        raise ValueError(f"`optimizer` must be adamw or muon, got {arguments.optimizer!r}.")
+    check_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output = Path(arguments.output_dir)
     accelerator = Accelerator(
@@ -443,7 +524,15 @@ def main() -> None:
     if len(clips) < arguments.train_batch_size * accelerator.num_processes:
         raise ValueError(f"`train_batch_size` must be at most the {len(clips)} windows over all processes: lower it.")
     held_out = validation_clips(arguments, config) if accelerator.is_main_process else None
-    loader = DataLoader(clips, batch_size=arguments.train_batch_size, shuffle=True, drop_last=True)
+    loader = DataLoader(
+        clips,
+        batch_size=arguments.train_batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=arguments.dataloader_num_workers,
+    )
+    if arguments.lora_rank:
+        add_lora(transformer, arguments)
     if arguments.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if arguments.attention_backend:
@@ -546,8 +635,13 @@ def main() -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         ema.copy_to(transformer.parameters())
-        make_pipeline(vae, transformer, PNDMScheduler).save_pretrained(output)
-        logger.info(f"pipeline saved to {output}")
+        if arguments.lora_rank:
+            save_lora(transformer, output)
+        else:
+            make_pipeline(vae, transformer, PNDMScheduler).save_pretrained(output)
+        logger.info(f"saved to {output}")
+        if arguments.push_to_hub:
+            publish(vae, transformer, arguments)
     accelerator.end_training()
 
 

@@ -1,0 +1,158 @@
+"""Training on clips of any robot, through `accelerate launch`."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_pipeline, tiny_vae
+from safetensors.torch import load_file
+from test_pusht import run
+from train import TrainingArguments, check_arguments
+
+from irasim_diffusers import IRASimPipeline
+from irasim_diffusers.data import write_video
+
+CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
+ONE = ["--num_processes", "1"]
+SHORT = [
+    *("--num_layers", 1, "--num_attention_heads", 2, "--attention_head_dim", 12, "--sample_frames", 4),
+    *("--train_batch_size", 4, "--max_train_steps", 2, "--checkpointing_steps", 2, "--mixed_precision", "no"),
+]
+
+
+def write_robot(root, seed, episodes=3, cameras=2):
+    """A few clips of a robot arm in the format of the IRASim release; a square moves as its first two components say."""
+    generator = np.random.default_rng(seed)
+    (root / "annotation" / "train").mkdir(parents=True)
+    for number in range(episodes):
+        poses = np.cumsum(generator.normal(size=(9, 7)) * 0.05, axis=0)
+        frames = np.full((9, 16, 32, 3), 220, dtype=np.uint8)
+        for frame, (x, y, *_) in zip(frames, poses, strict=True):
+            row, column = int(6 + 20 * x) % 12, int(14 + 20 * y) % 28
+            frame[row : row + 4, column : column + 4] = (200, 30, 30)
+        videos = [f"videos/train/{number}/{camera}.mp4" for camera in range(cameras)]
+        for path in videos:
+            write_video(root / path, frames, 5, lossless=True)
+        annotation = {"states": poses.tolist(), "videos": [{"video_path": path} for path in videos]}
+        (root / "annotation" / "train" / f"{number}.json").write_text(json.dumps(annotation))
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    root = tmp_path_factory.mktemp("robots")
+    write_robot(root / "first", 1)
+    write_robot(root / "second", 2, episodes=2)
+    (root / "second" / "videos" / "train" / "1" / "0.mp4").write_bytes(b"broken")
+    tiny_vae().save_pretrained(root / "vae")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(workspace):
+    output = run(
+        *("train.py", "--dataset", workspace / "first", workspace / "second", "--dataset_weights", 1, 3),
+        *("--vae", workspace / "vae", "--output_dir", workspace / "model", "--cameras", 0, 1, "--skip_broken"),
+        *("--fps", 5, "--action_derivation", "relative_6d", "--frame_skip", 2, "--snr_gamma", 5, *SHORT),
+        launch=ONE,
+    )
+    return workspace / "model", output
+
+
+def test_two_robots_with_two_cameras_and_derived_actions(trained):
+    folder, output = trained
+    assert "skipped" in output
+    assert "1/0.mp4" in output
+    pipeline = IRASimPipeline.from_pretrained(folder)
+    config = pipeline.transformer.config
+    assert (config.cameras, config.fps, config.action_dim) == ([["0"], ["1"]], 2.5, 10)
+    assert (config.action_derivation, pipeline.frame_size) == ("relative_6d", (32, 32))
+    video = pipeline(
+        np.zeros((32, 32, 3), np.uint8), np.zeros((3, 10)), num_inference_steps=2, output_type="np"
+    ).frames
+    assert video.shape == (1, 3, 32, 32, 3)
+
+
+def test_lora_trains_adapters_and_the_action_encoder_alone(workspace, trained):
+    base, _ = trained
+    run(
+        *("train.py", "--dataset", workspace / "first", "--pretrained_model_name_or_path", base),
+        *("--output_dir", workspace / "lora", "--cameras", 0, 1, "--action_derivation", "relative_6d"),
+        *("--lora_rank", 3, "--lora_alpha", 6, "--learning_rate", 0.01, *SHORT),
+        launch=ONE,
+    )
+    state = load_file(workspace / "lora" / "pytorch_lora_weights.safetensors")
+    assert all(key.startswith("transformer.") for key in state)
+    assert {key.split(".")[1] for key in state if "lora" not in key} == {"action_embed", "null_action"}
+    assert not (workspace / "lora" / "model_index.json").exists()
+
+    def predict(pipeline):
+        generator = torch.Generator().manual_seed(0)
+        frame = np.zeros((32, 32, 3), np.uint8)
+        return pipeline(frame, np.ones((3, 10)), num_inference_steps=2, generator=generator, output_type="pt").frames
+
+    pipeline = IRASimPipeline.from_pretrained(base)
+    before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
+    plain = predict(pipeline)
+    pipeline.load_lora_weights(workspace / "lora")
+    adapted = predict(pipeline)
+    assert not torch.allclose(plain, adapted)
+    for name, value in pipeline.transformer.state_dict().items():
+        own = name.replace(".base_layer", "")
+        if "lora" not in name and not own.startswith(("action_embed", "null_action")):
+            assert torch.equal(value, before[own])
+    assert pipeline.transformer.peft_config["default_0"].lora_alpha == 6
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(predict(pipeline), plain)
+
+
+def test_a_pretrained_model_goes_on_with_finer_patches(workspace, trained):
+    base, _ = trained
+    run(
+        *("train.py", "--dataset", workspace / "first", "--pretrained_model_name_or_path", base, "--cameras", 0, 1),
+        *("--output_dir", workspace / "finer", "--action_derivation", "relative_6d", "--patch_size", 1, *SHORT),
+        launch=ONE,
+    )
+    config = IRASimPipeline.from_pretrained(workspace / "finer").transformer.config
+    assert (config.patch_size, config.base_patch_size) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "sgd"}, "`optimizer` must be adamw, adamw8bit or muon"),
+        ({"vae": None}, "`vae` must be given, unless a pretrained pipeline brings its own"),
+        ({"lora_rank": 4}, "`lora_rank` needs `pretrained_model_name_or_path`"),
+        (
+            {"lora_rank": 4, "pretrained_model_name_or_path": "model", "patch_size": 1},
+            "leave `patch_size` and `action_frequencies` out",
+        ),
+    ],
+)
+def test_bad_arguments(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_arguments(TrainingArguments(**{"dataset": ["set"], "output_dir": "out", "vae": "vae"} | changes))
+
+
+def test_the_autoencoder_of_a_pretrained_pipeline(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    arguments = TrainingArguments(dataset=["set"], output_dir="out", pretrained_model_name_or_path=str(tmp_path))
+    check_arguments(arguments)
+    assert arguments.vae == f"{tmp_path}:vae"
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
+def test_on_latents_beside_real_clips(tmp_path):
+    """The Language-Table clip with the latents that were released with it."""
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    run(
+        *("train.py", "--dataset", CLIPS / "language_table", "--split", "test", "--recorded_latents", "--fps", 10),
+        *("--vae", tmp_path / "vae", "--output_dir", tmp_path / "model", "--action_scale", 20, "--action_offset", 0),
+        *(*SHORT, "--sample_frames", 8, "--train_batch_size", 2),
+        launch=ONE,
+    )
+    config = IRASimPipeline.from_pretrained(tmp_path / "model").transformer.config
+    assert (config.sample_height, config.sample_width, config.action_dim) == (36, 64, 2)
+    assert config.action_names == ["x", "y"]
