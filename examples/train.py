@@ -298,8 +298,14 @@ def validation_clips(arguments: TrainingArguments, config: dict) -> tuple[np.nda
     return np.stack(frames), np.stack(actions)
 
 
-def validate(pipeline: IRASimPipeline, clips: tuple[np.ndarray, np.ndarray], steps: int) -> dict[str, float]:
-    """PSNR on held-out clips: under their actions, under those of other clips, and of repeating the last seen frame."""
+def validate(
+    pipeline: IRASimPipeline, clips: tuple[np.ndarray, np.ndarray], steps: int
+) -> tuple[dict[str, float], np.ndarray]:
+    """Figures on held-out clips, and a picture of some of them.
+
+    The figures are the PSNR under the clips' own actions, under those of other clips, and of repeating the last seen frame.
+    In the picture (H, W, 3), uint8, truth and prediction lie below each other, for the first four clips.
+    """
     frames, actions = clips
     num_history_frames = frames.shape[1] - actions.shape[1]
     history, truth = frames[:, :num_history_frames], frames[:, num_history_frames:] / 255.0
@@ -308,11 +314,23 @@ def validate(pipeline: IRASimPipeline, clips: tuple[np.ndarray, np.ndarray], ste
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(frames))]
         return pipeline(history, given, num_inference_steps=steps, generator=generators, output_type="np").frames
 
-    return {
-        "psnr": psnr(predict(actions), truth).mean(),
+    own = predict(actions)
+    figures = {
+        "psnr": psnr(own, truth).mean(),
         "psnr_shuffled_actions": psnr(predict(np.roll(actions, 1, axis=0)), truth).mean(),
         "psnr_last_frame": psnr(np.broadcast_to(history[:, -1:] / 255.0, truth.shape), truth).mean(),
     }
+    strips = [np.concatenate(list(video), axis=1) for pair in zip(truth[:4], own[:4], strict=True) for video in pair]
+    return figures, (np.concatenate(strips) * 255).round().astype(np.uint8)
+
+
+def log_picture(accelerator: Accelerator, picture: np.ndarray, step: int) -> None:
+    """Show the validation picture in every tracker that shows pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": picture[None]}, step=step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({"validation": [picture]}, step=step)
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -572,7 +590,10 @@ def main() -> None:
     accelerator.register_for_checkpointing(ema)
     noise_scheduler = noise_process(config)
     if arguments.report_to:
-        accelerator.init_trackers("irasim-diffusers", config=vars(arguments))
+        settings = {
+            name: value if isinstance(value, int | float) else str(value) for name, value in vars(arguments).items()
+        }
+        accelerator.init_trackers("irasim-diffusers", config=settings)
 
     step = 0
     if checkpoints(output):
@@ -624,9 +645,10 @@ def main() -> None:
                 pipeline = make_pipeline(vae, transformer, DDIMScheduler)
                 pipeline.set_progress_bar_config(disable=True)
                 with torch.compiler.set_stance("force_eager"):
-                    figures = validate(pipeline, held_out, arguments.validation_inference_steps)
+                    figures, picture = validate(pipeline, held_out, arguments.validation_inference_steps)
                 ema.restore(transformer.parameters())
                 accelerator.log(figures, step=step)
+                log_picture(accelerator, picture, step)
                 text = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
                 bar.write(f"step {step}, {time.perf_counter() - start:.0f} s: {text}")
             if step == arguments.max_train_steps:

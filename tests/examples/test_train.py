@@ -1,7 +1,12 @@
 """Training on clips of any robot, through `accelerate launch`."""
 
+import contextlib
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +14,7 @@ import pytest
 import torch
 from conftest import tiny_pipeline, tiny_vae
 from safetensors.torch import load_file
-from test_pusht import run
+from test_pusht import EXAMPLES, run
 from train import TrainingArguments, check_arguments
 
 from irasim_diffusers import IRASimPipeline
@@ -156,3 +161,39 @@ def test_on_latents_beside_real_clips(tmp_path):
     config = IRASimPipeline.from_pretrained(tmp_path / "model").transformer.config
     assert (config.sample_height, config.sample_width, config.action_dim) == (36, 64, 2)
     assert config.action_names == ["x", "y"]
+
+
+def test_killed_at_random_moments_and_resumed_is_uninterrupted(workspace):
+    """With a checkpoint every step some kills fall into the writing of one."""
+
+    def arguments(output):
+        return [
+            *("train.py", "--dataset", workspace / "first", "--vae", workspace / "vae", "--output_dir", output),
+            *("--cache_dir", workspace / "kill-latents", "--cameras", 0, 1, *SHORT),
+            *("--max_train_steps", 30, "--checkpointing_steps", 1),
+        ]
+
+    run(*arguments(workspace / "steady"), launch=ONE)
+    output, generator = workspace / "killed", np.random.default_rng(11)
+    reached = [0]
+    while reached[-1] < 30 and len(reached) < 4:
+        script, *rest = arguments(output)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *ONE, str(EXAMPLES / script)]
+        process = subprocess.Popen(
+            [*command, *map(str, rest)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        while process.poll() is None and not (output / f"checkpoint-{reached[-1] + 1}").exists():
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.3))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reached.append(max(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")))
+    assert reached == sorted(set(reached)), "every run goes on"
+    run(*arguments(output), launch=ONE)
+    expected, resumed = (
+        IRASimPipeline.from_pretrained(folder).transformer for folder in (workspace / "steady", output)
+    )
+    for name, value in expected.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert not list(output.glob("partial-*"))
