@@ -8,25 +8,28 @@ only. Checkpoints go to `<output_dir>/checkpoint-<step>`; the same command run a
 `<output_dir>` is a complete pipeline.
 """
 
+import contextlib
 import logging
 import shutil
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, _collate_lora_metadata
+from diffusers.utils import is_bitsandbytes_available
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import create_repo, file_exists, upload_folder
+from huggingface_hub import create_repo, hf_hub_download, upload_folder
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -34,11 +37,10 @@ from transformers import HfArgumentParser
 from irasim_diffusers import PRESETS, IRASimPipeline, IRASimTransformer3DModel
 from irasim_diffusers.conversion import change_patch_size
 from irasim_diffusers.data import (
-    EpisodeSource,
     LatentClips,
     MixedClips,
     PreparedEpisodes,
-    action_statistics,
+    action_normalisation,
     cache_latents,
     open_dataset,
     standardised_states,
@@ -88,7 +90,10 @@ class TrainingArguments:
     )
     fps: float | None = field(default=None, metadata={"help": "frames a second, where the data do not record them"})
     frame_skip: int = field(default=1, metadata={"help": "keep every frame of that number"})
+    height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
+    width: int | None = field(default=None, metadata={"help": "see --height"})
     action_column: str = field(default="actions", metadata={"help": "column of actions of `datasets` data"})
+    state_columns: list[str] = field(default_factory=list, metadata={"help": "columns of states of `datasets` data"})
     action_derivation: str = field(
         default="recorded",
         metadata={"help": "recorded, or from states: relative_euler, relative_6d, relative_planar, absolute"},
@@ -105,19 +110,23 @@ class TrainingArguments:
     pretrained_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "transformer to start from: folder or Hub id; of its config only patch and octaves may change"
+            "help": "pipeline or transformer to start from: folder or Hub id; window, patch and action scaling may change"
         },
     )
     preset: str | None = field(default=None, metadata={"help": f"size of the paper: {', '.join(PRESETS)}"})
-    num_layers: int = field(default=4, metadata={"help": "pairs of a spatial and a temporal block, without --preset"})
-    num_attention_heads: int = 3
-    attention_head_dim: int = 64
+    num_layers: int | None = field(
+        default=None, metadata={"help": "pairs of a spatial and a temporal block, without --preset (default: 4)"}
+    )
+    num_attention_heads: int | None = field(default=None, metadata={"help": "without --preset (default: 3)"})
+    attention_head_dim: int | None = field(default=None, metadata={"help": "without --preset (default: 64)"})
     patch_size: int | None = field(
         default=None, metadata={"help": "in latent pixels; default: 2, or the pretrained one's"}
     )
-    sample_frames: int = field(default=16, metadata={"help": "frames of a window, history and predicted"})
-    num_history_frames: int = field(
-        default=1, metadata={"help": "most history frames; each step draws 1 to this many"}
+    sample_frames: int | None = field(
+        default=None, metadata={"help": "frames of a window, history and predicted (default: 16)"}
+    )
+    num_history_frames: int | None = field(
+        default=None, metadata={"help": "most history frames (default: 1); each step draws 1 to this many"}
     )
     window_lengths: list[int] = field(
         default_factory=list,
@@ -128,18 +137,29 @@ class TrainingArguments:
     history_noise: float = field(
         default=0.0, metadata={"help": "most deviation of the noise on history latents, against drift in rollouts"}
     )
-    conditioning: str = field(default="frame", metadata={"help": "frame for Frame-Ada, video for Video-Ada"})
-    action_scale: float | None = field(default=None, metadata={"help": "default: one over the data's deviation"})
-    action_offset: float | None = field(default=None, metadata={"help": "default: the data's mean"})
-    action_space: str = field(default="relative", metadata={"help": "relative, or absolute targets"})
+    conditioning: str | None = field(
+        default=None, metadata={"help": "frame for Frame-Ada (default), video for Video-Ada"}
+    )
+    action_normalisation: str = field(
+        default="std", metadata={"help": "offset and scale from the data: std, or quantile (1 % and 99 %)"}
+    )
+    action_scale: list[float] = field(
+        default_factory=list, metadata={"help": "one, or one a component, instead of the data's"}
+    )
+    action_offset: list[float] = field(
+        default_factory=list, metadata={"help": "one, or one a component, instead of the data's"}
+    )
+    action_space: str | None = field(
+        default=None, metadata={"help": "relative (default), or absolute for recorded target positions"}
+    )
     action_frequencies: int | None = field(
         default=None,
         metadata={
             "help": "octaves of sines and cosines that join the actions; default: none, or the pretrained one's"
         },
     )
-    prediction_type: str = field(
-        default="epsilon", metadata={"help": "epsilon, v_prediction, sample or flow_prediction"}
+    prediction_type: str | None = field(
+        default=None, metadata={"help": "epsilon (default), v_prediction, sample or flow_prediction"}
     )
     # LoRA
     lora_rank: int = field(default=0, metadata={"help": "train adapters of that rank and the action encoder alone"})
@@ -196,9 +216,25 @@ class TrainingArguments:
     seed: int = 0
 
 
+NEW_MODEL: dict[str, Any] = {
+    "num_layers": 4,
+    "num_attention_heads": 3,
+    "attention_head_dim": 64,
+    "sample_frames": 16,
+    "num_history_frames": 1,
+    "conditioning": "frame",
+    "action_space": "relative",
+    "prediction_type": "epsilon",
+    "patch_size": 2,
+    "action_frequencies": 0,
+}
+"""Config of a model that starts from nothing, where no flag says otherwise."""
+WINDOW = ("sample_frames", "num_history_frames")
+
+
 def load_vae(name: str) -> AutoencoderKL:
     """The frozen autoencoder of a folder or Hub id, `org/model:vae` for a subfolder."""
-    path, _, subfolder = name.partition(":")
+    path, _, subfolder = (name, "", "") if Path(name).is_dir() or ":" not in name else name.rpartition(":")
     return AutoencoderKL.from_pretrained(path, subfolder=subfolder or None).requires_grad_(False).eval()
 
 
@@ -206,18 +242,23 @@ def is_pipeline(name: str) -> bool:
     """Whether a folder or Hub id holds a whole pipeline."""
     if Path(name).is_dir():
         return (Path(name) / "model_index.json").is_file()
-    return file_exists(name, "model_index.json")
+    try:
+        hf_hub_download(name, "model_index.json")
+    except RemoteEntryNotFoundError:
+        return False
+    return True
 
 
-def open_source(name: str, arguments: TrainingArguments, split: str) -> EpisodeSource:
+def open_source(name: str, arguments: TrainingArguments, split: str, max_episodes: int | None) -> PreparedEpisodes:
     """A data set in the form and with the actions that the arguments ask for."""
     source = open_dataset(
         name,
         arguments.cameras or None,
         split=split,
-        max_episodes=arguments.max_train_episodes,
+        max_episodes=max_episodes,
         fps=arguments.fps,
         action_column=arguments.action_column,
+        state_columns=arguments.state_columns,
     )
     return PreparedEpisodes(
         source,
@@ -226,56 +267,103 @@ def open_source(name: str, arguments: TrainingArguments, split: str) -> EpisodeS
         arguments.frame_skip,
         arguments.action_composition,
         arguments.pad_actions_to,
+        (arguments.height, arguments.width) if arguments.height and arguments.width else None,
     )
 
 
-def latent_size(folder: Path) -> tuple[int, int]:
-    """Height and width of the latents in a folder of `cache_latents`."""
-    with safe_open(next(iter(sorted(folder.glob("latents-*.safetensors")))), "pt") as file:
-        name = next(name for name in file.keys() if name.startswith("latents."))  # noqa: SIM118
-        height, width = file.get_slice(name).get_shape()[-2:]
-    return height, width
+def check_frames(source: PreparedEpisodes, vae: AutoencoderKL, patch_size: int) -> None:
+    """Refuse pictures that do not divide into patches, before hours of encoding."""
+    for number in range(len(source)):
+        with contextlib.suppress(ValueError):  # broken episodes are named, or skipped, when their turn comes
+            height, width = source[number].frames.shape[1:3]
+            break
+    else:
+        raise ValueError(f"no episode of {source.name!r} can be read.")
+    multiple = 2 ** (len(vae.config.block_out_channels) - 1) * patch_size
+    if height % multiple or width % multiple:
+        nearest = [max(round(side / multiple), 1) * multiple for side in (height, width)]
+        raise ValueError(
+            f"frames of {source.name!r} must have sides divisible by {multiple}, got {height}x{width}: resize them with "
+            f"--height {nearest[0]} --width {nearest[1]}."
+        )
+
+
+def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel | None:
+    """The model to go on with, its patches and octaves as asked; None for a new one."""
+    name = arguments.pretrained_model_name_or_path
+    if name is None:
+        return None
+    model = IRASimTransformer3DModel.from_pretrained(name, subfolder="transformer" if is_pipeline(name) else None)
+    fixed = NEW_MODEL.keys() - {
+        "patch_size",
+        "action_frequencies",
+        *(WINDOW if model.config.conditioning == "frame" else ()),
+    }
+    for flag in sorted(fixed):
+        asked = getattr(arguments, flag)
+        if asked not in (None, model.config[flag]):
+            raise ValueError(
+                f"`{flag}` is {model.config[flag]!r} in {name!r} and cannot become {asked!r}: leave it out."
+            )
+    model.register_to_config(**{flag: getattr(arguments, flag) for flag in WINDOW if getattr(arguments, flag)})
+    patch_size = arguments.patch_size or model.config.patch_size
+    if (patch_size, arguments.action_frequencies) != (model.config.patch_size, None):
+        model = change_patch_size(model, patch_size, arguments.action_frequencies)
+    return model
 
 
 def build_transformer(
-    arguments: TrainingArguments, dataset: EpisodeSource, latent_size: tuple[int, int], vae: AutoencoderKL
+    arguments: TrainingArguments,
+    source: PreparedEpisodes,
+    parts: list[LatentClips],
+    vae: AutoencoderKL,
+    pretrained: IRASimTransformer3DModel | None,
 ) -> IRASimTransformer3DModel:
-    """A new model for the data set's latents and actions, or the pretrained one."""
-    if arguments.pretrained_model_name_or_path:
-        name = arguments.pretrained_model_name_or_path
-        model = IRASimTransformer3DModel.from_pretrained(name, subfolder="transformer" if is_pipeline(name) else None)
-        patch_size = arguments.patch_size or model.config.patch_size
-        if (patch_size, arguments.action_frequencies) == (model.config.patch_size, None):
-            return model
-        return change_patch_size(model, patch_size, arguments.action_frequencies)
-    size = PRESETS[arguments.preset] if arguments.preset else {}
-    statistics = action_statistics(dataset)
-    scale, offset = arguments.action_scale, arguments.action_offset
-    height, width = latent_size
+    """A new model for the data's latents and actions, or the pretrained one told of them."""
+    actions = torch.cat([part.actions for part in parts])
+    offset, scale = action_normalisation(actions, arguments.action_normalisation)
+    action_dim = len(offset)
+    for name, given in (("action_scale", arguments.action_scale), ("action_offset", arguments.action_offset)):
+        if len(given) not in (0, 1, action_dim):
+            raise ValueError(f"`{name}` must be one number, or {action_dim}, got {given}.")
+    given_scale = arguments.action_scale[0] if len(arguments.action_scale) == 1 else arguments.action_scale
+    given_offset = arguments.action_offset[0] if len(arguments.action_offset) == 1 else arguments.action_offset
+    height, width = parts[0].latent_size
+    known = {
+        "sample_height": height,
+        "sample_width": width,
+        "fps": source.fps,
+        "cameras": [list(row) for row in source.cameras],
+    }
+    if pretrained is not None:
+        config = pretrained.config
+        if config.action_dim != action_dim:
+            raise ValueError(
+                f"{arguments.pretrained_model_name_or_path!r} takes {config.action_dim} action components, the data have {action_dim}."
+            )
+        asked = {"action_scale": given_scale, "action_offset": given_offset}
+        if not arguments.lora_rank:
+            pretrained.register_to_config(**known | {name: value for name, value in asked.items() if value != []})
+        elif (config.sample_height, config.sample_width) != (height, width):
+            raise ValueError(
+                f"adapters keep the model's frames: latents must be {config.sample_height}x{config.sample_width}, got "
+                f"{height}x{width}; resize with --height and --width."
+            )
+        return pretrained
+    settings = {
+        name: default if getattr(arguments, name) is None else getattr(arguments, name)
+        for name, default in NEW_MODEL.items()
+    }
+    if arguments.action_derivation == "absolute":
+        settings["action_space"] = "absolute"
     return IRASimTransformer3DModel(
-        **{
-            "num_layers": arguments.num_layers,
-            "num_attention_heads": arguments.num_attention_heads,
-            "attention_head_dim": arguments.attention_head_dim,
-        }
-        | size,
+        **settings | (PRESETS[arguments.preset] if arguments.preset else {}) | known,
         in_channels=vae.config.latent_channels,
-        patch_size=arguments.patch_size or 2,
-        sample_height=height,
-        sample_width=width,
-        sample_frames=arguments.sample_frames,
-        num_history_frames=arguments.num_history_frames,
-        conditioning=arguments.conditioning,
-        fps=dataset.fps,
-        cameras=[list(row) for row in dataset.cameras],
-        action_dim=len(statistics["mean"]),
-        action_scale=[1 / max(std, 1e-6) for std in statistics["std"]] if scale is None else scale,
-        action_offset=statistics["mean"] if offset is None else offset,
-        action_names=dataset.component_names("action"),
-        action_space=arguments.action_space,
-        action_derivation=arguments.action_derivation,
-        action_frequencies=arguments.action_frequencies or 0,
-        prediction_type=arguments.prediction_type,
+        action_dim=action_dim,
+        action_scale=scale if given_scale == [] else given_scale,
+        action_offset=offset if given_offset == [] else given_offset,
+        action_names=source.component_names("action"),
+        action_derivation=source.action_derivation,
     )
 
 
@@ -284,7 +372,7 @@ def validation_clips(arguments: TrainingArguments, config: dict) -> tuple[np.nda
     if arguments.validation_dataset is None:
         return None
     frames, actions = [], []
-    for episode in open_source(arguments.validation_dataset, arguments, arguments.validation_split):
+    for episode in open_source(arguments.validation_dataset, arguments, arguments.validation_split, None):
         if len(episode) < config["sample_frames"]:
             continue
         start = (len(episode) - config["sample_frames"]) // 2
@@ -426,6 +514,8 @@ def add_lora(transformer: IRASimTransformer3DModel, arguments: TrainingArguments
         LoraConfig(r=arguments.lora_rank, lora_alpha=alpha, target_modules=arguments.lora_target_modules)
     )
     for name, parameter in transformer.named_parameters():
+        if name.startswith(ACTION_ENCODER) and "lora_" in name:
+            raise ValueError("`lora_target_modules` must leave out the action encoder, which is trained whole.")
         if name.startswith(ACTION_ENCODER):
             parameter.requires_grad_(True)
 
@@ -483,6 +573,18 @@ def check_arguments(arguments: TrainingArguments) -> None:
         if pretrained is None or not is_pipeline(pretrained):
             raise ValueError("`vae` must be given, unless a pretrained pipeline brings its own.")
         arguments.vae = f"{pretrained}:vae"
+    if arguments.optimizer == "adamw8bit" and not is_bitsandbytes_available():
+        raise ValueError("`optimizer` adamw8bit needs `pip install bitsandbytes`.")
+    if arguments.preset not in (None, *PRESETS):
+        raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {arguments.preset!r}.")
+    if arguments.snr_gamma is not None and arguments.prediction_type == "flow_prediction":
+        raise ValueError("`snr_gamma` must be left out for a flow, which has no signal-to-noise weights.")
+    if len(arguments.dataset_weights) not in (0, len(arguments.dataset)):
+        raise ValueError(
+            f"`dataset_weights` must be {len(arguments.dataset)} numbers, got {arguments.dataset_weights}."
+        )
+    if (arguments.height is None) != (arguments.width is None):
+        raise ValueError("`height` and `width` must be given together.")
     if arguments.lora_rank and pretrained is None:
         raise ValueError("`lora_rank` needs `pretrained_model_name_or_path`: adapters adapt a trained model.")
     if arguments.lora_rank and (arguments.patch_size or arguments.action_frequencies):
@@ -500,6 +602,7 @@ def main() -> None:
         log_with=arguments.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],  # one may encode for long
     )
     set_seed(arguments.seed)
     output.mkdir(parents=True, exist_ok=True)
@@ -508,25 +611,35 @@ def main() -> None:
             shutil.rmtree(partial)
     accelerator.wait_for_everyone()
 
-    sources = [open_source(name, arguments, arguments.split) for name in arguments.dataset]
-    states = [
-        standardised_states(source, arguments.state_keys, arguments.state_angles) if arguments.state_keys else None
+    sources = [
+        open_source(name, arguments, arguments.split, arguments.max_train_episodes) for name in arguments.dataset
+    ]
+    vae = load_vae(str(arguments.vae)).to(accelerator.device, memory_format=torch.channels_last)
+    pretrained = load_pretrained(arguments)
+    for source in sources:
+        check_frames(source, vae, pretrained.config.patch_size if pretrained else arguments.patch_size or 2)
+    folders = [
+        cache_latents(
+            source,
+            vae,
+            arguments.cache_dir or output / "latents",
+            mixed_precision=arguments.mixed_precision == "bf16",
+            skip_broken=arguments.skip_broken,
+            recorded=arguments.recorded_latents,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            wait_for_everyone=accelerator.wait_for_everyone,
+        )
         for source in sources
     ]
-    vae = load_vae(arguments.vae).to(accelerator.device, memory_format=torch.channels_last)
-    with accelerator.main_process_first():
-        folders = [
-            cache_latents(
-                source,
-                vae,
-                arguments.cache_dir or output / "latents",
-                mixed_precision=arguments.mixed_precision == "bf16",
-                skip_broken=arguments.skip_broken,
-                recorded=arguments.recorded_latents,
-            )
-            for source in sources
-        ]
-    transformer = build_transformer(arguments, sources[0], latent_size(folders[0]), vae)
+    sample_frames = arguments.sample_frames or (
+        pretrained.config.sample_frames if pretrained else NEW_MODEL["sample_frames"]
+    )
+    parts = [LatentClips(folder, sample_frames) for folder in folders]
+    for source, part in zip(sources, parts, strict=True):
+        if arguments.state_keys:
+            part.states = standardised_states(source, arguments.state_keys, arguments.state_angles, part.episodes)
+    transformer = build_transformer(arguments, sources[0], parts, vae, pretrained)
     config = transformer.config
     if any(
         length <= config.num_history_frames or config.sample_frames % length for length in arguments.window_lengths
@@ -535,9 +648,6 @@ def main() -> None:
             f"`window_lengths` must divide the window of {config.sample_frames} frames and exceed the "
             f"{config.num_history_frames} history frames, got {arguments.window_lengths}."
         )
-    parts = [
-        LatentClips(folder, config.sample_frames, states=known) for folder, known in zip(folders, states, strict=True)
-    ]
     clips = MixedClips(parts, arguments.dataset_weights or None, arguments.seed)
     if len(clips) < arguments.train_batch_size * accelerator.num_processes:
         raise ValueError(f"`train_batch_size` must be at most the {len(clips)} windows over all processes: lower it.")
@@ -572,7 +682,7 @@ def main() -> None:
         model_config=config,
     )
     ema.to(accelerator.device)
-    trained = transformer if states[0] is None else StateReadout(transformer, states[0][0].shape[1])
+    trained = StateReadout(transformer, clips[0]["states"].shape[1]) if arguments.state_keys else transformer
     # accelerate steps a prepared schedule once for each process
     optimizers = build_optimizers(trained, arguments)
     schedules = [
@@ -595,6 +705,7 @@ def main() -> None:
         }
         accelerator.init_trackers("irasim-diffusers", config=settings)
 
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
     step = 0
     if checkpoints(output):
         newest = checkpoints(output)[-1]
@@ -603,11 +714,12 @@ def main() -> None:
         logger.info(f"resumed from {newest}")
     steps_per_epoch = -(-len(loader) // arguments.gradient_accumulation_steps)
     epoch, done = divmod(step, steps_per_epoch)
-    batch_number = step * arguments.gradient_accumulation_steps
+    batch_number = epoch * len(loader) + done * arguments.gradient_accumulation_steps
     bar = tqdm(total=arguments.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
     start = time.perf_counter()
     while step < arguments.max_train_steps:
         loader.set_epoch(epoch)
+        clips.set_epoch(epoch)
         batches = (
             accelerator.skip_first_batches(loader, done * arguments.gradient_accumulation_steps) if done else loader
         )
@@ -617,7 +729,7 @@ def main() -> None:
                 loss = training_loss(
                     model,
                     noise_scheduler,
-                    batch | {"latents": batch["latents"] * vae.config.scaling_factor},
+                    batch | {"latents": (batch["latents"] - shift) * vae.config.scaling_factor},
                     config,
                     arguments,
                     draw=(arguments.seed, batch_number, accelerator.process_index),

@@ -52,11 +52,17 @@ def test_relative_euler_is_the_papers_formula():
 
 def test_standing_still_is_the_action_that_holds():
     states = np.repeat(next(trajectories())[:1], 3, axis=0)
-    moved = derive_actions(states, "relative_euler")[:, :6]
-    np.testing.assert_allclose(moved, hold_action(torch.ones(1, 1, 6), "relative")[0].expand(2, 6), atol=1e-12)
-    np.testing.assert_allclose(derive_actions(states, "relative_6d")[0, 3:9], [1, 0, 0, 0, 1, 0], atol=1e-12)
+    for derivation in ("relative_euler", "relative_6d", "relative_planar", "absolute"):
+        still = derive_actions(states, derivation)[:1]
+        last = still + np.pad(np.ones((1, still.shape[1] - 1)), ((0, 0), (0, 1)))  # moves, with the same gripper
+        space = "absolute" if derivation == "absolute" else "relative"
+        held = hold_action(torch.from_numpy(still if space == "absolute" else last)[None], space, derivation)
+        if derivation == "relative_planar":
+            still[:] = 0
+        np.testing.assert_allclose(held[0].numpy(), still, atol=1e-12)
     last = torch.tensor([[[3.0, 4.0]]])
     assert torch.equal(hold_action(last, "absolute"), last)
+    assert not hold_action(last, "relative").any()
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,19 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
     return actions if actions.ndim == 3 else actions.unsqueeze(0)
 
 
-def hold_action(last_action: torch.Tensor, action_space: str) -> torch.Tensor:
+def hold_action(last_action: torch.Tensor, action_space: str, derivation: str = "recorded") -> torch.Tensor:
     """The action (B, 1, A) that asks for no motion after `last_action` (B, 1, A).
 
-    In an absolute space that is the target already being followed; in a relative one, zero.
+    In an absolute space that is the target already being followed; in a relative one, zero. Of motions of poses it is the
+    rotation that turns nothing, with the rest, such as a gripper's opening, as it was.
     """
-    return last_action if action_space == "absolute" else torch.zeros_like(last_action)
+    hold = last_action.clone()
+    if action_space != "absolute" and derivation != "absolute":
+        moving = {"relative_euler": 6, "relative_6d": 9}.get(derivation, hold.shape[-1])
+        hold[..., :moving] = 0
+        if derivation == "relative_6d":
+            hold[..., [3, 7]] = 1
+    return hold
 
 
 DERIVATIONS = ("recorded", "relative_euler", "relative_6d", "relative_planar", "absolute")

@@ -26,6 +26,7 @@ RELEASED_DATASETS: dict[str, dict[str, Any]] = {
         "action_scale": [20.0] * 6 + [1.0],
         "action_names": ARM,
         "action_units": ARM_UNITS,
+        "action_derivation": "relative_euler",
         "fps": fps,
     }
     for name, fps in (("rt1", 3.0), ("bridge", 5.0))

@@ -59,7 +59,7 @@ def test_incomplete_and_short_sets_are_refused(dataset, tmp_path):
 def test_states_go_with_their_windows(dataset, tmp_path):
     folder, episodes = dataset
     states = standardised_states(folder, ["observation.state"], angles=["b"])
-    pooled = torch.cat(states)
+    pooled = torch.cat(list(states.values()))
     torch.testing.assert_close(pooled.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(pooled.std(0, correction=0), torch.ones(3))
     raw = np.concatenate([episode.states["observation.state"] for episode in episodes])

@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -12,19 +14,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import tiny_vae
 from test_lerobot import CAMERA, make_episode, write_folder
 
 from irasim_diffusers.actions import derive_actions, integrate_actions
 from irasim_diffusers.data import (
     IRASimFolder,
+    LatentClips,
     LeRobotFolder,
     MixedClips,
     PreparedEpisodes,
     TableEpisodes,
-    action_statistics,
+    action_normalisation,
     cache_latents,
     open_dataset,
     read_frames,
+    standardised_states,
     write_video,
 )
 
@@ -272,57 +277,123 @@ def test_bad_preparations(changes, message, tmp_path):
         PreparedEpisodes(LeRobotFolder(tmp_path), **changes)
 
 
-def test_broken_episodes_are_skipped_and_listed(tmp_path):
-    from conftest import tiny_vae
-
-    write_folder(tmp_path / "set")
-    path = tmp_path / "set" / "data" / "chunk-000" / "file-000.parquet"
+def break_action(root, episode):
+    """Put a NaN into the second action of an episode of `write_folder`."""
+    path = root / "data" / "chunk-000" / "file-000.parquet"
     table = pq.read_table(path)
     actions = table["action"].to_pylist()
-    actions[6] = [float("nan")] * 3  # of episode 1
+    actions[table["episode_index"].to_pylist().index(episode) + 1] = [float("nan")] * 3
     column = pa.FixedSizeListArray.from_arrays(pa.array(np.ravel(actions).astype(np.float32)), 3)
     pq.write_table(table.set_column(table.column_names.index("action"), "action", column), path)
+
+
+def test_broken_episodes_are_skipped_and_listed(tmp_path):
+    write_folder(tmp_path / "set")
+    break_action(tmp_path / "set", 1)
     data = LeRobotFolder(tmp_path / "set")
     with pytest.raises(ValueError, match=r"episode 1 of .* the action at frame 1 is"):
         cache_latents(data, tiny_vae(), tmp_path / "cache")
     folder = cache_latents(data, tiny_vae(), tmp_path / "cache", skip_broken=True)
     assert list(json.loads((folder / "manifest.json").read_text())["broken"]) == ["1"]
-    from irasim_diffusers.data import LatentClips
+    clips = LatentClips(folder, 5)
+    assert {number for number, _ in clips.windows} == {0, 2}
+    assert set(standardised_states(data, ["observation.state"], numbers=clips.episodes)) == {0, 2}
+    with pytest.raises(ValueError, match=r"1 episodes were skipped as broken, the first: episode 1 of"):
+        cache_latents(data, tiny_vae(), tmp_path / "cache")
 
-    assert {number for number, _ in LatentClips(folder, 5).windows} == {0, 2}
+
+def test_when_nothing_can_be_read(tmp_path):
+    write_folder(tmp_path / "set")
+    for episode in (0, 1):
+        break_action(tmp_path / "set", episode)
+    with pytest.raises(ValueError, match=r"no episode can be read; the first: episode 0 of"):
+        cache_latents(
+            LeRobotFolder(tmp_path / "set", max_episodes=2), tiny_vae(), tmp_path / "cache", skip_broken=True
+        )
 
 
-def test_sets_are_mixed_by_weight(tmp_path):
-    class Set:
-        def __init__(self, letter, size):
-            self.letter, self.size = letter, size
+def test_processes_encode_their_shares(tmp_path, monkeypatch):
+    monkeypatch.setattr("irasim_diffusers.data.clips.EPISODES_PER_FILE", 1)
+    write_folder(tmp_path / "set")
+    data, vae = LeRobotFolder(tmp_path / "set"), tiny_vae()
+    alone = LatentClips(cache_latents(data, vae, tmp_path / "alone"), 5)
+    barrier = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(
+            pool.map(
+                lambda index: cache_latents(
+                    *(data, vae, tmp_path / "together"),
+                    process_index=index,
+                    num_processes=2,
+                    wait_for_everyone=barrier.wait,
+                ),
+                range(2),
+            )
+        )
+    assert folders[0] == folders[1]
+    together = LatentClips(folders[0], 5)
+    assert together.windows == alone.windows
+    assert all(torch.equal(together[index]["latents"], alone[index]["latents"]) for index in range(len(alone)))
 
-        def __len__(self):
-            return self.size
 
-        def __getitem__(self, index):
-            return f"{self.letter}{range(self.size)[index]}"
+class Windows:
+    """Windows that say which they are."""
 
-    mixed = MixedClips([Set("a", 30), Set("b", 10)], [1, 3])
-    items = [mixed[index] for index in range(len(mixed))]
-    assert len(items) == 40
-    assert sum(item.startswith("b") for item in items) == 30
-    assert len({item for item in items if item.startswith("b")}) == 10
-    assert sorted(mixed[i] for i in range(40)) == sorted(
-        MixedClips([Set("a", 30), Set("b", 10)], [2, 6])[i] for i in range(40)
-    )
-    plain = MixedClips([Set("a", 30), Set("b", 10)])
-    assert len({plain[index] for index in range(40)}) == 40
+    def __init__(self, first, size, width=2):
+        self.first, self.size, self.width = first, size, width
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        return {"actions": torch.full((self.width,), self.first + range(self.size)[index])}
+
+
+def test_sets_are_mixed_by_weight():
+    def drawn(mixed):
+        return [int(mixed[index]["actions"][0]) for index in range(len(mixed))]
+
+    mixed = MixedClips([Windows(0, 30), Windows(100, 10)], [1, 3])
+    first = drawn(mixed)
+    assert (len(first), sum(number >= 100 for number in first)) == (40, 30)
+    assert {number for number in first if number >= 100} == set(range(100, 110))
+    mixed.set_epoch(1)
+    second = drawn(mixed)
+    assert {number for number in first if number < 100} != {number for number in second if number < 100}
+    mixed.set_epoch(0)
+    assert drawn(mixed) == first
+    assert sorted(drawn(MixedClips([Windows(0, 30), Windows(100, 10)]))) == [*range(30), *range(100, 110)]
     with pytest.raises(ValueError, match="`weights` must be 2 positive numbers"):
-        MixedClips([Set("a", 3), Set("b", 1)], [1, 0])
+        MixedClips([Windows(0, 3), Windows(5, 1)], [1, 0])
+    with pytest.raises(ValueError, match="the sets do not fit together"):
+        MixedClips([Windows(0, 3), Windows(5, 1, width=7)])
 
 
-def test_statistics_of_actions(tmp_path):
-    episodes = write_folder(tmp_path)
-    actions = np.concatenate([episode.actions for episode in episodes])
-    statistics = action_statistics(LeRobotFolder(tmp_path))
-    np.testing.assert_allclose(statistics["mean"], actions.mean(0), atol=1e-6)
-    np.testing.assert_allclose(statistics["q99"], np.quantile(actions, 0.99, axis=0), atol=1e-6)
+def test_normalisation_of_actions():
+    actions = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([2.0, 0.01, 0.0]) + 5
+    offset, scale = (torch.tensor(values) for values in action_normalisation(actions))
+    seen = (actions - offset) * scale
+    torch.testing.assert_close(seen.mean(0), torch.zeros(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(seen[:, :2].std(0, correction=0), torch.ones(2), atol=1e-3, rtol=0)
+    assert scale[2] == 1
+    offset, scale = (torch.tensor(values) for values in action_normalisation(actions, "quantile"))
+    inside = (((actions - offset) * scale)[:, :2].abs() <= 1).float().mean(0)
+    torch.testing.assert_close(inside, torch.full((2,), 0.98), atol=0.005, rtol=0)
+    with pytest.raises(ValueError, match="`kind` must be std or quantile"):
+        action_normalisation(actions, "max")
+
+
+def test_frames_are_resized(tmp_path):
+    frames, *_ = write_release(tmp_path, "planar")
+    resized = PreparedEpisodes(open_dataset(tmp_path), frame_size=(20, 28))[0].frames
+    assert resized.shape == (6, 20, 28, 3)
+    assert abs(resized.mean() - frames.mean()) < 2
+
+
+def test_frames_at_another_rate_are_refused(tmp_path):
+    write_video(tmp_path / "clip.mp4", np.zeros((8, 16, 16, 3), np.uint8), 20)
+    with pytest.raises(ValueError, match=r"has no frame number 2 at 10 frames/s"):
+        read_frames(tmp_path / "clip.mp4", 0, 4, 10)
 
 
 @needs_clips

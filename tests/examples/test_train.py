@@ -1,6 +1,5 @@
 """Training on clips of any robot, through `accelerate launch`."""
 
-import contextlib
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ from irasim_diffusers.data import write_video
 
 CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
 ONE = ["--num_processes", "1"]
+STEPS = 60  # of the run that is killed
 SHORT = [
     *("--num_layers", 1, "--num_attention_heads", 2, "--attention_head_dim", 12, "--sample_frames", 4),
     *("--train_batch_size", 4, "--max_train_steps", 2, "--checkpointing_steps", 2, "--mixed_precision", "no"),
@@ -129,6 +129,10 @@ def test_a_pretrained_model_goes_on_with_finer_patches(workspace, trained):
     [
         ({"optimizer": "sgd"}, "`optimizer` must be adamw, adamw8bit or muon"),
         ({"vae": None}, "`vae` must be given, unless a pretrained pipeline brings its own"),
+        ({"preset": "M"}, "`preset` must be one of S, B, L, XL, got 'M'"),
+        ({"snr_gamma": 5, "prediction_type": "flow_prediction"}, "`snr_gamma` must be left out for a flow"),
+        ({"dataset_weights": [1, 2]}, r"`dataset_weights` must be 1 numbers, got \[1, 2\]"),
+        ({"height": 32}, "`height` and `width` must be given together"),
         ({"lora_rank": 4}, "`lora_rank` needs `pretrained_model_name_or_path`"),
         (
             {"lora_rank": 4, "pretrained_model_name_or_path": "model", "patch_size": 1},
@@ -170,26 +174,30 @@ def test_killed_at_random_moments_and_resumed_is_uninterrupted(workspace):
         return [
             *("train.py", "--dataset", workspace / "first", "--vae", workspace / "vae", "--output_dir", output),
             *("--cache_dir", workspace / "kill-latents", "--cameras", 0, 1, *SHORT),
-            *("--max_train_steps", 30, "--checkpointing_steps", 1),
+            *("--max_train_steps", STEPS, "--checkpointing_steps", 1, "--gradient_accumulation_steps", 2),
         ]
 
     run(*arguments(workspace / "steady"), launch=ONE)
     output, generator = workspace / "killed", np.random.default_rng(11)
+
+    def newest():
+        return max((int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")), default=0)
+
     reached = [0]
-    while reached[-1] < 30 and len(reached) < 4:
+    for _ in range(3):
         script, *rest = arguments(output)
         command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *ONE, str(EXAMPLES / script)]
         process = subprocess.Popen(
             [*command, *map(str, rest)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        while process.poll() is None and not (output / f"checkpoint-{reached[-1] + 1}").exists():
+        while process.poll() is None and newest() <= reached[-1]:
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.3))
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        reached.append(max(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")))
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        reached.append(newest())
     assert reached == sorted(set(reached)), "every run goes on"
+    assert reached[-1] < STEPS, "the last kill came before the end"
     run(*arguments(output), launch=ONE)
     expected, resumed = (
         IRASimPipeline.from_pretrained(folder).transformer for folder in (workspace / "steady", output)

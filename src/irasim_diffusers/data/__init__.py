@@ -1,6 +1,6 @@
 """Robot clips: video files, episodes from many sources, latents and windows."""
 
-from .clips import LatentClips, MixedClips, action_statistics, cache_latents, standardised_states
+from .clips import LatentClips, MixedClips, action_normalisation, cache_latents, standardised_states
 from .episode import CameraLayout, Episode, EpisodeSource, camera_layout, tile
 from .irasim_release import IRASimFolder
 from .lerobot import LeRobotFolder, is_written, write_file, write_metadata
@@ -19,7 +19,7 @@ __all__ = [
     "MixedClips",
     "PreparedEpisodes",
     "TableEpisodes",
-    "action_statistics",
+    "action_normalisation",
     "cache_latents",
     "camera_layout",
     "is_written",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,11 @@ def cache_latents(
     mixed_precision: bool = False,
     skip_broken: bool = False,
     recorded: bool = False,
+    process_index: int = 0,
+    num_processes: int = 1,
+    wait_for_everyone: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Encode every frame of a data set once; an interrupted run goes on with the first file missing.
+    """Encode every frame of a data set once; an interrupted run goes on with the files missing.
 
     Args:
         dataset: The data set.
@@ -41,6 +44,9 @@ def cache_latents(
         mixed_precision: Encode under bfloat16 autocast.
         skip_broken: Leave out episodes that cannot be read, and list them in the manifest, instead of stopping at one.
         recorded: Take the latents that lie beside the videos (`IRASimFolder`), made by the same autoencoder and scaled.
+        process_index: Number of this process among those that encode together, each its share of the files.
+        num_processes: How many they are.
+        wait_for_everyone: Returns when all of them have called it.
 
     Returns:
         The folder of latents: safetensors files with `latents.<episode>` (T, C, h, w), float16, unscaled, and
@@ -48,14 +54,16 @@ def cache_latents(
         number of `episodes` and what is `broken`.
 
     Raises:
-        ValueError: If an episode is broken, unless it shall be skipped; names file and episode.
+        ValueError: If an episode is broken, unless it shall be skipped, also where an earlier run skipped it; names file
+            and episode. If no episode can be read.
     """
-    identity = json.loads(json.dumps({"data": dataset.identity, "vae": _fingerprint(vae), "recorded": recorded}))
+    scale = vae.config.scaling_factor if recorded else None
+    identity = json.loads(json.dumps({"data": dataset.identity, "vae": _fingerprint(vae), "recorded": scale}))
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache_dir) / f"{Path(dataset.name).name}-{digest}"
     manifest = folder / "manifest.json"
     if manifest.is_file():
-        return folder
+        return _checked(folder, skip_broken)
 
     def encode(number: int) -> tuple[torch.Tensor, np.ndarray]:
         if not recorded:
@@ -67,27 +75,46 @@ def cache_latents(
         unscaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         return unscaled.half(), dataset.vectors(number)["action"]
 
-    broken: dict[int, str] = {}
-    with tqdm(total=len(dataset), desc="encoding latents", unit="episode") as bar:
-        for first in range(0, len(dataset), EPISODES_PER_FILE):
-            numbers = range(first, min(first + EPISODES_PER_FILE, len(dataset)))
-            file = folder / f"latents-{first // EPISODES_PER_FILE:05d}.safetensors"
-            errors = file.with_suffix(".broken.json")
-            if not file.is_file():
-                tensors, failed = _encode_episodes(dataset, numbers, encode, skip_broken, bar)
-                with temporary_path(errors) as partial:
-                    partial.write_text(json.dumps(failed))
-                with temporary_path(file) as partial:
-                    save_file(tensors, partial)
-            bar.update(numbers[-1] + 1 - bar.n)
-            broken |= json.loads(errors.read_text())
-    with temporary_path(manifest) as partial:
-        partial.write_text(json.dumps(identity | {"episodes": len(dataset), "broken": broken}, indent=2))
+    starts = range(0, len(dataset), EPISODES_PER_FILE)
+    files = {start: folder / f"latents-{start // EPISODES_PER_FILE:05d}.safetensors" for start in starts}
+    share = list(starts)[process_index::num_processes]
+    total = sum(min(start + EPISODES_PER_FILE, len(dataset)) - start for start in share)
+    with tqdm(total=total, desc="encoding latents", unit="episode", disable=process_index > 0) as bar:
+        for start in share:
+            numbers = range(start, min(start + EPISODES_PER_FILE, len(dataset)))
+            if files[start].is_file():
+                bar.update(len(numbers))
+                continue
+            tensors, failed = _encode_episodes(numbers, encode, skip_broken, bar)
+            with temporary_path(files[start].with_suffix(".broken.json")) as partial:
+                partial.write_text(json.dumps(failed))
+            with temporary_path(files[start]) as partial:
+                save_file(tensors, partial)
+    wait_for_everyone()
+    if process_index == 0:
+        failures = [json.loads(file.with_suffix(".broken.json").read_text()) for file in files.values()]
+        broken = {number: error for failed in failures for number, error in failed.items()}
+        with temporary_path(manifest) as partial:
+            partial.write_text(json.dumps(identity | {"episodes": len(dataset), "broken": broken}, indent=2))
+    wait_for_everyone()
+    return _checked(folder, skip_broken)
+
+
+def _checked(folder: Path, skip_broken: bool) -> Path:
+    """A complete folder, if it holds something and all, or what is missing may be."""
+    content = json.loads((folder / "manifest.json").read_text())
+    broken = content["broken"]
+    if len(broken) == content["episodes"]:
+        raise ValueError(f"no episode can be read; the first: {next(iter(broken.values()), 'there is none')}")
+    if broken and not skip_broken:
+        raise ValueError(
+            f"{len(broken)} episodes were skipped as broken, the first: {next(iter(broken.values()))} Skip them again, or "
+            f"mend them and delete {str(folder)!r}."
+        )
     return folder
 
 
 def _encode_episodes(
-    dataset: EpisodeSource,
     numbers: range,
     encode: Callable[[int], tuple[torch.Tensor, np.ndarray]],
     skip_broken: bool,
@@ -111,18 +138,22 @@ def _encode_episodes(
     return tensors, failed
 
 
-def standardised_states(dataset: EpisodeSource, keys: Sequence[str], angles: Sequence[str] = ()) -> list[torch.Tensor]:
-    """States of every episode (T, S), float32, each component of zero mean and unit variance over the data set.
+def standardised_states(
+    dataset: EpisodeSource, keys: Sequence[str], angles: Sequence[str] = (), numbers: Iterable[int] | None = None
+) -> dict[int, torch.Tensor]:
+    """States (T, S) of episodes by number, float32, each component of zero mean and unit variance over all of them.
 
     Args:
         dataset: The data set.
         keys: Vector features that make up the state.
         angles: Names of components in radians, which become a cosine and a sine.
+        numbers: The episodes; None for all.
 
     Raises:
         ValueError: If a feature or component does not exist.
     """
-    first = dataset.vectors(0)
+    numbers = list(range(len(dataset)) if numbers is None else numbers)
+    first = dataset.vectors(numbers[0])
     names: list[str] = []
     for key in keys:
         if key not in first:
@@ -131,23 +162,15 @@ def standardised_states(dataset: EpisodeSource, keys: Sequence[str], angles: Seq
     if not set(angles) <= set(names):
         raise ValueError(f"{dataset.name!r} has no components {sorted(set(angles) - set(names))} among {names}.")
     columns = [index for index, name in enumerate(names) if name in angles]
-    episodes = []
-    for number in range(len(dataset)):
+    episodes = {}
+    for number in numbers:
         vectors = dataset.vectors(number)
         states = np.concatenate([vectors[key] for key in keys], axis=1)
         turned = states[:, columns]
-        episodes.append(np.concatenate([np.delete(states, columns, axis=1), np.cos(turned), np.sin(turned)], axis=1))
-    pooled = np.concatenate(episodes)
+        episodes[number] = np.concatenate([np.delete(states, columns, axis=1), np.cos(turned), np.sin(turned)], axis=1)
+    pooled = np.concatenate(list(episodes.values()))
     mean, deviation = pooled.mean(0), np.maximum(pooled.std(0), 1e-6)
-    return [torch.from_numpy((states - mean) / deviation) for states in episodes]
-
-
-def action_statistics(dataset: EpisodeSource) -> dict[str, list[float]]:
-    """Mean, deviation and the 1 % and 99 % quantiles of every component of the actions, over all episodes."""
-    actions = np.concatenate([dataset.vectors(number)["action"] for number in range(len(dataset))]).astype(np.float64)
-    q01, q99 = np.quantile(actions, [0.01, 0.99], axis=0)
-    parts = {"mean": actions.mean(0), "std": actions.std(0), "q01": q01, "q99": q99}
-    return {name: values.tolist() for name, values in parts.items()}
+    return {number: torch.from_numpy((states - mean) / deviation) for number, states in episodes.items()}
 
 
 @torch.no_grad()
@@ -162,7 +185,7 @@ def _encode(vae: AutoencoderKL, frames: np.ndarray, batch_size: int, mixed_preci
 
 
 def _fingerprint(vae: AutoencoderKL) -> str:
-    """Hash of the configuration that shapes latents, and of every weight."""
+    """Hash of every weight."""
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
@@ -177,7 +200,7 @@ class LatentClips(Dataset):
         folder: Folder made by `cache_latents`.
         sample_frames: Frames F of a window, history and predicted.
         stride: Distance between the starts of windows; 1 in training, 16 in the paper's evaluation.
-        states: States (T, S) of each episode of the data set, to go with its windows; see `standardised_states`.
+        states: States (T, S) of episodes by number, to go with their windows; see `standardised_states`.
 
     Raises:
         ValueError: If the folder is incomplete, or no episode is as long as a window.
@@ -188,7 +211,7 @@ class LatentClips(Dataset):
         folder: str | os.PathLike,
         sample_frames: int = 16,
         stride: int = 1,
-        states: Sequence[torch.Tensor] | None = None,
+        states: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
         folder = Path(folder)
         manifest = folder / "manifest.json"
@@ -214,6 +237,17 @@ class LatentClips(Dataset):
                 "frames."
             )
 
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        latents, _ = next(iter(self.episodes.values()))
+        return latents.shape[-2], latents.shape[-1]
+
+    @property
+    def actions(self) -> torch.Tensor:
+        """Actions (N, A) of all episodes, one after the other."""
+        return torch.cat([actions for _, actions in self.episodes.values()])
+
     def __len__(self) -> int:
         return len(self.windows)
 
@@ -235,23 +269,35 @@ class MixedClips(Dataset):
     """Several sets of clips as one, each with its share.
 
     Args:
-        clips: The sets.
+        clips: The sets, of one latent size and action space.
         weights: Share of each in the whole, in any unit; None for as many as they have. The whole is as long as all sets
-            together; a set whose share is larger than it repeats its windows, one whose share is smaller leaves some out.
-        seed: Chooses the windows that are left out or repeated once more.
+            together; a set whose share is larger than it repeats windows, one whose share is smaller leaves some out, others
+            in every epoch.
+        seed: Chooses them, with the epoch.
+
+    Raises:
+        ValueError: If the sets do not fit together, or a weight is missing or not positive.
     """
 
     def __init__(self, clips: Sequence[LatentClips], weights: Sequence[float] | None = None, seed: int = 0) -> None:
         if weights is not None and (len(weights) != len(clips) or min(weights) <= 0):
             raise ValueError(f"`weights` must be {len(clips)} positive numbers, got {list(weights)}.")
+        shapes = [{name: value.shape for name, value in part[0].items()} for part in clips]
+        if any(shape != shapes[0] for shape in shapes):
+            raise ValueError(f"the sets do not fit together: their windows are {shapes}.")
         self.clips = clips
-        sizes = np.array([len(part) for part in clips])
-        shares = sizes / sizes.sum() if weights is None else np.asarray(weights) / np.sum(weights)
-        order = np.random.default_rng(seed)
+        self.seed = seed
+        self.sizes = np.array([len(part) for part in clips])
+        self.shares = self.sizes / self.sizes.sum() if weights is None else np.asarray(weights) / np.sum(weights)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the windows of an epoch."""
+        order = np.random.default_rng([self.seed, epoch])
         self.windows = [
             (number, int(window))
-            for number, (size, share) in enumerate(zip(sizes, shares, strict=True))
-            for window in np.resize(order.permutation(size), round(share * sizes.sum()))
+            for number, (size, share) in enumerate(zip(self.sizes, self.shares, strict=True))
+            for window in np.resize(order.permutation(size), max(round(share * self.sizes.sum()), 1))
         ]
 
     def __len__(self) -> int:
@@ -261,3 +307,29 @@ class MixedClips(Dataset):
         """One window; see `LatentClips`."""
         number, window = self.windows[index]
         return self.clips[number][window]
+
+
+def action_normalisation(actions: torch.Tensor, kind: str = "std") -> tuple[list[float], list[float]]:
+    """Offset and scale of every component for a model's config.
+
+    Args:
+        actions: Actions (N, A) in raw units.
+        kind: `"std"` for zero mean and unit deviation; `"quantile"` to bring the 1 % and 99 % quantiles to -1 and 1, which
+            outliers do not stretch.
+
+    Returns:
+        Offset and scale; the scale of a component that never changes is 1.
+
+    Raises:
+        ValueError: If the kind is unknown.
+    """
+    values = actions.double()
+    if kind == "std":
+        offset, spread = values.mean(0), values.std(0, correction=0)
+    elif kind == "quantile":
+        low, high = (torch.from_numpy(np.quantile(values.numpy(), level, axis=0)) for level in (0.01, 0.99))
+        offset, spread = (low + high) / 2, (high - low) / 2
+    else:
+        raise ValueError(f"`kind` must be std or quantile, got {kind!r}.")
+    scale = torch.where(spread > 1e-6, 1 / spread.clamp_min(1e-6), 1.0)
+    return offset.tolist(), scale.tolist()

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +55,7 @@ class IRASimFolder:
         if not self.files:
             splits = sorted(path.name for path in (self.root / "annotation").glob("*") if path.is_dir())
             raise ValueError(f"`split` must be one of {splits} in {str(self.root)!r}, got {self.split!r}.")
-        known = [str(number) for number in range(len(_videos(self._annotation(0))))]
+        known = [str(number) for number in range(len(_videos(self._first)))]
         if self.cameras is None and len(known) != 1:
             raise ValueError(f"`cameras` must name one or more of {known} in {self.name!r}.")
         layout = camera_layout(known[0] if self.cameras is None else self.cameras)
@@ -76,6 +77,19 @@ class IRASimFolder:
             return not path.stem.isdigit(), int(path.stem) if path.stem.isdigit() else 0, path.stem
 
         return sorted((self.root / "annotation" / self.split).glob("*.json"), key=order)[: self.max_episodes]
+
+    @cached_property
+    def _first(self) -> dict[str, Any]:
+        """The first annotation that can be read; broken ones are named when their turn comes."""
+        for number in range(len(self.files)):
+            with suppress(ValueError):
+                return self._annotation(number)
+        raise ValueError(f"no annotation in {self.name!r} can be read.")
+
+    @property
+    def action_derivation(self) -> str:
+        """`"relative_euler"` where poses are recorded, else `"recorded"`."""
+        return "recorded" if "actions" in self._first else "relative_euler"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -138,8 +152,9 @@ class IRASimFolder:
     def component_names(self, key: str) -> list[str] | None:
         """Planar x and y; or position, Euler angles and gripper of the rest."""
         names = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
-        width = self.vectors(0)[key].shape[1]
-        return {2: names[:2], 7: names}.get(width)
+        if key == "action" and "actions" in self._first:
+            return names[:2] if len(self._first["actions"][0]) == 2 else None
+        return names
 
     def latents(self, number: int) -> torch.Tensor | None:
         """Latents (T, C, h, w) of one episode that lie beside its video, scaled by the autoencoder's factor, or None.
@@ -184,11 +199,11 @@ def _states(annotation: dict[str, Any], path: Path) -> np.ndarray:
     if "states" in annotation:
         return np.asarray(annotation["states"], dtype=np.float64)
     if "state" in annotation and "continuous_gripper_state" in annotation:
-        poses = np.asarray(annotation["state"], dtype=np.float64)[:, :6]
+        poses = np.asarray(annotation["state"], dtype=np.float64)
         gripper = np.asarray(annotation["continuous_gripper_state"], dtype=np.float64).reshape(-1, 1)
-        if len(poses) != len(gripper):
-            raise ValueError(f"{str(path)!r}: {len(poses)} poses but {len(gripper)} gripper states.")
-        return np.concatenate([poses, gripper], axis=1)
+        if poses.ndim != 2 or len(poses) != len(gripper):
+            raise ValueError(f"{str(path)!r}: poses {poses.shape} do not go with {len(gripper)} gripper states.")
+        return np.concatenate([poses[:, :6], gripper], axis=1)
     raise ValueError(
         f"{str(path)!r} has neither 'actions', nor 'states', nor 'state' and 'continuous_gripper_state'; it has "
         f"{sorted(annotation)}."

@@ -145,7 +145,7 @@ class LeRobotFolder:
         keys = [
             key
             for key, feature in self.info["features"].items()
-            if feature["dtype"] in ("float32", "float64") and key not in INDEX_FEATURES
+            if feature["dtype"] in ("float32", "float64") and key not in INDEX_FEATURES and len(feature["shape"]) == 1
         ]
         if "action" not in keys:
             raise ValueError(f"{self.name!r} has no feature 'action' of floats; it has {keys}.")
@@ -160,14 +160,16 @@ class LeRobotFolder:
 
     def component_names(self, key: str) -> list[str] | None:
         """Names of the components of a vector feature; LeRobot knows lists, and lists under a heading."""
-        names = self.info["features"][key].get("names")
+        feature = self.info["features"][key]
+        names = feature.get("names")
         if isinstance(names, dict):
             names = next(iter(names.values()))
-        return list(names) if isinstance(names, (list, tuple)) else None
+        return list(names) if isinstance(names, (list, tuple)) and len(names) == feature["shape"][0] else None
 
     def _frames(self, row: dict[str, Any], key: str) -> np.ndarray:
         if self.info["features"][key]["dtype"] == "image":
-            pictures = self._rows(row, [key])[key].to_pylist()
+            only = [("episode_index", "=", row["episode_index"])]
+            pictures = pq.read_table(self._data_path(row), columns=[key], filters=only)[key].to_pylist()
             return np.stack([_decode_image(picture, self.root) for picture in pictures])
         if self.info["codebase_version"] == VERSION:
             place = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
@@ -179,11 +181,7 @@ class LeRobotFolder:
 
     def _rows(self, row: dict[str, Any], columns: list[str]) -> pa.Table:
         """Columns of one episode from its parquet file; the columns read last are kept, for the episode after it."""
-        if self.info["codebase_version"] == VERSION:
-            place = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
-        else:
-            place = self._own_file(row)
-        path = self.root / self.info["data_path"].format(**place)
+        path = self._data_path(row)
         key = (path, *columns)
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] != key:
@@ -194,6 +192,13 @@ class LeRobotFolder:
             self.__dict__["_kept"] = kept
         table = kept[1]
         return table.filter(pc.equal(table["episode_index"], row["episode_index"]))
+
+    def _data_path(self, row: dict[str, Any]) -> Path:
+        if self.info["codebase_version"] == VERSION:
+            place = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
+        else:
+            place = self._own_file(row)
+        return self.root / self.info["data_path"].format(**place)
 
     def _own_file(self, row: dict[str, Any]) -> dict[str, int]:
         return {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..actions import DERIVATIONS, derive_actions, integrate_actions
+from ..actions import DERIVATIONS, derive_actions, hold_action, integrate_actions
 from .episode import CameraLayout, Episode, EpisodeSource
 
 
@@ -25,6 +25,7 @@ class PreparedEpisodes:
             targets to the last, planar motions to their sum, motions of poses to one; `composition` says which they are.
         composition: How recorded actions compose, one of `actions.DERIVATIONS` but `"recorded"`.
         action_dim: Components after padding with zeros, as for RoboNet, whose robots move in fewer dimensions than five.
+        frame_size: Height and width to which frames are resized; None leaves them.
 
     Raises:
         ValueError: If the source does not have what is asked for.
@@ -36,6 +37,7 @@ class PreparedEpisodes:
     frame_skip: int = 1
     composition: str | None = None
     action_dim: int | None = None
+    frame_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.derivation not in DERIVATIONS or self.composition not in (None, *DERIVATIONS[1:]):
@@ -78,7 +80,15 @@ class PreparedEpisodes:
     def identity(self) -> dict[str, Any]:
         """That of the source with all that is changed."""
         changes = {name: getattr(self, name) for name in ("derivation", "state_key", "frame_skip", "composition")}
-        return self.source.identity | {"prepared": changes | {"action_dim": self.action_dim}}
+        return self.source.identity | {
+            "prepared": changes | {"action_dim": self.action_dim, "frame_size": self.frame_size}
+        }
+
+    @property
+    def action_derivation(self) -> str:
+        """How actions came from states, here or in the source."""
+        known = getattr(self.source, "action_derivation", "recorded")
+        return known if self.derivation == "recorded" else self.derivation
 
     def __len__(self) -> int:
         """Number of episodes."""
@@ -92,7 +102,10 @@ class PreparedEpisodes:
         """One episode."""
         episode = self.source[number]
         vectors = self._prepare({"action": episode.actions, **episode.states}, number)
-        return Episode(episode.frames[:: self.frame_skip], vectors.pop("action"), vectors, episode.task)
+        frames = episode.frames[:: self.frame_skip]
+        if self.frame_size is not None and frames.shape[1:3] != tuple(self.frame_size):
+            frames = _resize(frames, self.frame_size)
+        return Episode(frames, vectors.pop("action"), vectors, episode.task)
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
         """`action` and states of one episode."""
@@ -118,7 +131,9 @@ class PreparedEpisodes:
         try:
             if self.derivation != "recorded":
                 states = kept[str(self.state_key)]
-                kept["action"] = _with_hold(derive_actions(states, self.derivation), self.derivation)
+                actions = torch.from_numpy(derive_actions(states, self.derivation))
+                hold = hold_action(actions[-1:], "relative", self.derivation)  # leads out of the episode
+                kept["action"] = torch.cat([actions, hold]).numpy()
             elif self.frame_skip > 1:
                 kept["action"] = _compose(vectors["action"], self.frame_skip, str(self.composition))
         except ValueError as error:
@@ -130,16 +145,14 @@ class PreparedEpisodes:
         return kept | {"action": np.pad(kept["action"], padding).astype(np.float32)}
 
 
-def _with_hold(actions: np.ndarray, derivation: str) -> np.ndarray:
-    """Actions with a last row that asks for no motion."""
-    hold = actions[-1:].copy()
-    if derivation == "relative_planar":
-        hold[:] = 0
-    elif derivation == "relative_euler":
-        hold[:, :6] = 0
-    elif derivation == "relative_6d":
-        hold[:, :9] = [0, 0, 0, 1, 0, 0, 0, 1, 0]
-    return np.concatenate([actions, hold])
+def _resize(frames: np.ndarray, size: tuple[int, int], chunk_size: int = 64) -> np.ndarray:
+    """Frames (T, H, W, 3), uint8, at another size, bilinear and antialiased."""
+    parts = []
+    for start in range(0, len(frames), chunk_size):
+        pixels = torch.from_numpy(np.ascontiguousarray(frames[start : start + chunk_size])).permute(0, 3, 1, 2).float()
+        resized = torch.nn.functional.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True)
+        parts.append(resized.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy())
+    return np.concatenate(parts)
 
 
 def _compose(actions: np.ndarray, skip: int, composition: str) -> np.ndarray:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from .episode import EpisodeSource, camera_layout
 from .irasim_release import IRASimFolder
@@ -24,6 +25,7 @@ def open_dataset(
     max_episodes: int | None = None,
     fps: float | None = None,
     action_column: str = "actions",
+    state_columns: Sequence[str] = (),
     revision: str | None = None,
 ) -> EpisodeSource:
     """Open a data set of any form that is read here, from a folder or the Hub.
@@ -39,6 +41,7 @@ def open_dataset(
         max_episodes: Use only the first that many episodes.
         fps: Frames a second, for formats that do not record them.
         action_column: For tables.
+        state_columns: For tables.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
@@ -51,12 +54,13 @@ def open_dataset(
                 f"`dataset` must be a folder or a Hub id like org/name, got {str(name)!r}, which is no folder."
             )
         try:
-            folder = _download_lerobot(str(name), cameras, revision)
-        except EntryNotFoundError:
+            info = hf_hub_download(str(name), "meta/info.json", repo_type="dataset", revision=revision)
+        except RemoteEntryNotFoundError:
             import datasets
 
             table = datasets.load_dataset(str(name), split=split, revision=revision)
-            return _table(table, cameras, max_episodes, fps, action_column)
+            return _table(table, cameras, max_episodes, fps, action_column, state_columns)
+        folder = _download_lerobot(str(name), Path(info), cameras, revision)
     if (folder / "meta" / "info.json").is_file():
         return LeRobotFolder(folder, cameras, max_episodes)
     if (folder / "annotation").is_dir():
@@ -66,23 +70,29 @@ def open_dataset(
 
         table = datasets.load_from_disk(str(folder))
         table = table[split] if isinstance(table, datasets.DatasetDict) else table
-        return _table(table, cameras, max_episodes, fps, action_column)
+        return _table(table, cameras, max_episodes, fps, action_column, state_columns)
     raise ValueError(
         f"{str(folder)!r} holds no data set that is read here: 'meta/info.json' (LeRobotDataset), 'annotation' (IRASim) and "
         "'dataset_info.json' (datasets) are missing."
     )
 
 
-def _table(table: Any, cameras: Any, max_episodes: int | None, fps: float | None, action_column: str) -> TableEpisodes:
+def _table(
+    table: Any,
+    cameras: Any,
+    max_episodes: int | None,
+    fps: float | None,
+    action_column: str,
+    state_columns: Sequence[str],
+) -> TableEpisodes:
     if max_episodes is not None:
         table = table.select(range(min(max_episodes, len(table))))
-    return TableEpisodes(table, "video" if cameras is None else cameras, action_column, fps=fps)
+    return TableEpisodes(table, "video" if cameras is None else cameras, action_column, state_columns, fps)
 
 
-def _download_lerobot(name: str, cameras: Any, revision: str | None) -> Path:
+def _download_lerobot(name: str, info: Path, cameras: Any, revision: str | None) -> Path:
     """What is needed of a LeRobotDataset on the Hub: all vectors, and the videos of the cameras asked for."""
-    info_path = hf_hub_download(name, "meta/info.json", repo_type="dataset", revision=revision)
-    features = json.loads(Path(info_path).read_text())["features"]
+    features = json.loads(info.read_text())["features"]
     known = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
     wanted = known if cameras is None else [camera for row in camera_layout(cameras) for camera in row]
     if cameras is None and len(known) != 1:

@@ -84,11 +84,11 @@ class TableEpisodes:
         Raises:
             ValueError: If a video is unreadable, or frames and actions disagree.
         """
-        row = self.dataset[number]
         try:
+            row = self.dataset[number]
             frames = tile(self.cameras, {name: _frames(row[name]) for names in self.cameras for name in names})
             vectors = self._vectors(row, len(frames))
-        except ValueError as error:
+        except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"episode {number} of {self.name!r}: {error}") from error
         return Episode(frames, vectors.pop("action"), vectors)
 
@@ -115,4 +115,6 @@ class TableEpisodes:
 def _frames(value: Any) -> np.ndarray:
     if isinstance(value, dict):
         return read_video(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"])
-    return np.stack([np.asarray(picture.convert("RGB")) for picture in value if isinstance(picture, PIL.Image.Image)])
+    if not value or not all(isinstance(picture, PIL.Image.Image) for picture in value):
+        raise ValueError("a picture is missing, or all are.")
+    return np.stack([np.asarray(picture.convert("RGB")) for picture in value])

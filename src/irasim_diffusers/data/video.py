@@ -75,8 +75,15 @@ def read_frames(path: str | os.PathLike, start: int, count: int, fps: float) -> 
             if start:
                 container.seek(int((start - 0.5) / fps / time_base), stream=stream, backward=True)
             for frame in container.decode(stream):
-                if frame.pts is not None and frame.pts * time_base * fps < start - 0.5:
-                    continue
+                if frame.pts is not None:
+                    number = frame.pts * time_base * fps
+                    if number < start - 0.5:
+                        continue
+                    if abs(number - start - len(frames)) > 0.5:
+                        raise ValueError(
+                            f"{os.fspath(path)!r} has no frame number {start + len(frames)} at {fps:g} frames/s: frames are "
+                            "missing, or it has another rate."
+                        )
                 frames.append(frame.to_ndarray(format="rgb24"))
                 if len(frames) == count:
                     break

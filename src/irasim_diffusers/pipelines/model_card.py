@@ -7,6 +7,11 @@ from huggingface_hub import ModelCard, ModelCardData
 PIPELINE_FILE = "from irasim_diffusers import IRASimPipeline  # noqa: F401\n"
 """`pipeline.py` of a published repository: with it `DiffusionPipeline.from_pretrained` finds the class."""
 
+HOLD = {
+    "relative_euler": "zero in position and angles, with the rest as before,",
+    "relative_6d": "zero in position and (1, 0, 0, 0, 1, 0) in rotation, with the rest as before,",
+}
+
 TEXT = """
 # {title}
 
@@ -69,7 +74,7 @@ def write_model_card(pipeline: Any, repo_id: str) -> ModelCard:
         num_actions=config.sample_frames - config.num_history_frames,
         space="Absolute: an action is a target position."
         if config.action_space == "absolute"
-        else "Relative: zero asks for no motion.",
+        else f"Relative: {HOLD.get(config.action_derivation, 'zero')} asks for no motion.",
         components="\n".join(f"| {name} | {unit} | {offset:g} | {scale:g} |" for name, unit, offset, scale in rows),
         num_layers=config.num_layers,
         dim=config.num_attention_heads * config.attention_head_dim,

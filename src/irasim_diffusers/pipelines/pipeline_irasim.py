@@ -55,8 +55,7 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     """Predicts the video of a robot that executes given actions, from the frames seen so far.
 
     LoRA of the transformer is loaded, set, fused and saved as in any pipeline of diffusers; the mixin is the one of its that
-    knows a transformer and nothing else. A LoRA file may hold the action encoder whole, for an adapter of another action
-    space.
+    knows a transformer and nothing else. A LoRA file may hold the action encoder whole, where that was trained with it.
 
     Args:
         vae: Per-frame autoencoder.
@@ -438,7 +437,7 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 wanted = window_actions.shape[1]
                 missing = config.sample_frames - window_history.shape[2] - wanted
                 if missing:
-                    hold = hold_action(window_actions[:, -1:], config.action_space)
+                    hold = hold_action(window_actions[:, -1:], config.action_space, config.action_derivation)
                     window_actions = torch.cat([window_actions, hold.expand(-1, missing, -1)], dim=1)
                 given = None if latents is None else latents[:, :, started : started + wanted]
                 shape = (batch_size, config.in_channels, window_actions.shape[1], *window_history.shape[-2:])
@@ -580,13 +579,10 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(
                 f"no LoRA file of an IRASim transformer: it has no LoRA layer, or other weights, {unknown}."
             )
-        if whole:
-            own = self.transformer.state_dict()
-            misshapen = [key for key, value in whole.items() if key not in own or own[key].shape != value.shape]
-            if misshapen:
-                raise ValueError(f"the file's action encoder is of another action space: {misshapen} do not fit.")
-            self._action_weights = getattr(self, "_action_weights", None) or {key: own[key].clone() for key in whole}
-            self.transformer.load_state_dict(whole, strict=False)
+        own = self.transformer.state_dict()
+        misshapen = [key for key, value in whole.items() if key not in own or own[key].shape != value.shape]
+        if misshapen:
+            raise ValueError(f"the file's action encoder is of another action space: {misshapen} do not fit.")
         self.load_lora_into_transformer(
             layers,
             transformer=self.transformer,
@@ -596,6 +592,9 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             low_cpu_mem_usage=low_cpu_mem_usage,
             hotswap=hotswap,
         )
+        if whole:
+            self._action_weights = getattr(self, "_action_weights", None) or {key: own[key].clone() for key in whole}
+            self.transformer.load_state_dict(whole, strict=False)
 
     def unload_lora_weights(self) -> None:
         """Remove all LoRA layers and bring the model's own action encoder back."""
