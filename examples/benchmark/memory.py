@@ -1,0 +1,133 @@
+"""Memory that training takes, for each size of the paper: computed without a GPU, measured with one.
+
+    python examples/benchmark/memory.py                  # computed, in seconds
+    python examples/benchmark/memory.py --measure        # on a CUDA device: a real step each
+
+Computed: weights, gradients, AdamW's moments and EMA in float32, and the tensors that autograd keeps for one window in
+bfloat16, counted on the meta device; what kernels need in passing and fragmentation come on top. Frames of 256x320 as in the
+paper's RT-1 runs, 16 a window.
+"""
+
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from diffusers.utils import logging
+from peft import LoraConfig
+from transformers import HfArgumentParser
+
+from irasim_diffusers import PRESETS, IRASimTransformer3DModel
+from irasim_diffusers.models import noise_process
+from irasim_diffusers.training import diffusion_loss
+
+
+@dataclass
+class MemoryArguments:
+    measure: bool = field(default=False, metadata={"help": "run a step on a CUDA device instead of computing"})
+    batch_size: int = field(default=1, metadata={"help": "windows"})
+    lora_rank: int = 16
+    presets: list[str] = field(default_factory=lambda: list(PRESETS))
+
+
+def build(preset: str, lora_rank: int, checkpointing: bool, device: str) -> IRASimTransformer3DModel:
+    """A model of the paper as train.py trains it."""
+    with torch.device(device):
+        model = IRASimTransformer3DModel(**PRESETS[preset])
+        if lora_rank:
+            model.add_adapter(LoraConfig(r=lora_rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    for name, parameter in model.named_parameters():
+        if name.startswith(("action_embed.", "null_action")):
+            parameter.requires_grad_(True)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    return model.train()
+
+
+def loss_of(model: IRASimTransformer3DModel, batch_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """The loss of one step on random windows."""
+    config, device = model.config, model.device
+    frames, size = config.sample_frames, (config.sample_height, config.sample_width)
+    latents = torch.zeros(batch_size, config.in_channels, frames, *size, device=device, dtype=dtype)
+    actions = torch.zeros(batch_size, frames - 1, config.action_dim, device=device)
+    return diffusion_loss(
+        model,
+        noise_process(config),
+        latents,
+        actions,
+        timesteps=torch.zeros(batch_size, dtype=torch.long, device=device),
+        noise=latents[:, :, 1:],
+    )
+
+
+def kept_bytes(model: IRASimTransformer3DModel, batch_size: int) -> int:
+    """Bytes of the tensors that autograd keeps for the backward pass, weights left out."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = loss_of(model, batch_size, torch.bfloat16)
+    total = sum(storage.nbytes() for storage in storages.values())
+    del loss
+    return total
+
+
+def computed(preset: str, lora_rank: int, checkpointing: bool, eight_bit: bool, batch_size: int) -> float:
+    """Gigabytes of a training step."""
+    model = build(preset, lora_rank, checkpointing, "meta")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    states = 4 * total + 4 * total + (4 + (2 if eight_bit else 8)) * trained  # weights, EMA, gradients and moments
+    activations = kept_bytes(model.to(torch.bfloat16), batch_size)
+    if checkpointing:  # one pair of blocks is computed again at a time
+        whole = kept_bytes(build(preset, lora_rank, False, "meta").to(torch.bfloat16), batch_size)
+        activations += whole // (2 * model.config.num_layers)
+    return (states + activations) / 1e9
+
+
+def measured(preset: str, lora_rank: int, checkpointing: bool, eight_bit: bool, batch_size: int) -> float:
+    """Gigabytes at the peak of a second step on the CUDA device; EMA is computed."""
+    model = build(preset, lora_rank, checkpointing, "cuda")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if eight_bit:
+        import bitsandbytes
+
+        optimizer = bitsandbytes.optim.AdamW8bit(trained)
+    else:
+        optimizer = torch.optim.AdamW(trained, fused=True)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = loss_of(model, batch_size, torch.float32)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return (torch.cuda.max_memory_allocated() + 4 * sum(p.numel() for p in model.parameters())) / 1e9
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(MemoryArguments).parse_args_into_dataclasses()
+    if arguments.measure and not torch.cuda.is_available():
+        raise ValueError("`measure` needs a CUDA device.")
+    logging.set_verbosity_error()
+    memory = measured if arguments.measure else computed
+    columns = list(product((False, True), (False, True)))  # checkpointing, 8-bit moments
+    titles = [
+        f"{'checkpointing' if checkpointing else 'plain'}{', 8-bit AdamW' if eight_bit else ''}"
+        for checkpointing, eight_bit in columns
+    ]
+    print(f"GB for batches of {arguments.batch_size}, {'measured' if arguments.measure else 'computed'}\n")
+    print(f"| model | trained | {' | '.join(titles)} |\n|{'---|' * (2 + len(columns))}")
+    for preset, rank in product(arguments.presets, (0, arguments.lora_rank)):
+        figures = [memory(preset, rank, *column, arguments.batch_size) for column in columns]
+        trained = f"LoRA of rank {rank}" if rank else "whole"
+        print(f"| {preset} | {trained} | {' | '.join(f'{figure:.1f}' for figure in figures)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
