@@ -53,8 +53,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         parts = [unquote(part) for part in urlparse(self.path).path.split("/")[1:]]
-        if parts[:2] == ["api", "models"]:
-            repository, rest = "/".join(parts[2:4]), parts[4:]
+        if parts[0] == "api" and parts[1] in ("models", "datasets"):
+            repository, rest = self._repository(parts), parts[4:]
             revision = rest[1] if len(rest) > 1 else "main"
             files = self._files(repository, revision)
             if files is None:
@@ -90,13 +90,15 @@ class _Handler(BaseHTTPRequestHandler):
         path = [unquote(part) for part in urlparse(self.path).path.split("/")[1:]]
         if path[:3] == ["api", "repos", "create"]:
             wanted = json.loads(body)
-            repository = "/".join(part for part in (wanted.get("organization") or "user", wanted["name"]) if part)
+            repository = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
+            if wanted.get("type") == "dataset":
+                repository = f"datasets/{repository}"
             if repository not in self.hub.repositories:
                 self.hub.commit(repository, {".gitattributes": b""})
             return self._json({"url": f"{self.hub.endpoint}/{repository}"})
         if path[:2] == ["api", "validate-yaml"]:
             return self._json({"errors": [], "warnings": []})
-        repository, kind = "/".join(path[2:4]), path[4]
+        repository, kind = self._repository(path), path[4]
         if kind == "preupload":
             files = json.loads(body)["files"]
             return self._json(
@@ -112,6 +114,10 @@ class _Handler(BaseHTTPRequestHandler):
             commit = self.hub.commit(repository, changes, path[5])
             return self._json({"commitUrl": f"{self.hub.endpoint}/{repository}/commit/{commit}", "commitOid": commit})
         return self._error("RepoNotFound")
+
+    def _repository(self, path: list[str]) -> str:
+        """The key of a repository by an API path: data sets stand under `datasets/`, as in their web addresses."""
+        return "/".join(path[2:4] if path[1] == "models" else ["datasets", *path[2:4]])
 
     def _read_chunks(self) -> bytes:
         body = b""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
+from test_lerobot import make_episode
+from test_sources import write_release, write_v21
 
 START = """
 import sys
@@ -150,3 +152,57 @@ def test_the_card_is_written_from_the_config_and_then_left_alone(hub, published,
     run(hub, tmp_path, 'tiny_pipeline().push_to_hub("lab/other")')
     assert "# Ours" in hub.repositories["lab/other"]["main"]["README.md"].decode()
     assert "model_index.json" in hub.repositories["lab/other"]["main"]
+
+
+def test_clips_are_published_with_a_card_and_trained_on_by_their_name(hub, tmp_path):
+    write_release(tmp_path / "robot", "droid")
+    run(
+        hub,
+        tmp_path,
+        """
+        from irasim_diffusers.cli import main
+        arguments = ["data", "--dataset", "robot", "--cameras", "0", "1", "--fps", "5", "--output", "clips"]
+        assert main([*arguments, "--push-to-hub", "lab/clips"]) == 0
+        """,
+    )
+    files = hub.repositories["datasets/lab/clips"]["main"]
+    card = files["README.md"].decode()
+    for line in (
+        "LeRobot",
+        "2 episodes, 12 frames of 20x14 pixels at 5 frames",
+        "tiled by rows: 0; 1",
+        "yaw, gripper",
+    ):
+        assert line in card
+    (tmp_path / "reader").mkdir()
+    run(
+        hub,
+        tmp_path / "reader",
+        """
+        from irasim_diffusers.data import LeRobotFolder, open_dataset
+        there, here = open_dataset("lab/clips"), open_dataset("../robot", ["0", "1"])
+        assert isinstance(there, LeRobotFolder)
+        for mine, theirs in zip(here, there, strict=True):
+            assert np.array_equal(mine.frames, theirs.frames)
+            np.testing.assert_allclose(mine.actions, theirs.actions, atol=1e-6)
+            assert mine.task == theirs.task
+        """,
+    )
+
+
+def test_only_the_cameras_asked_for_are_downloaded(hub, tmp_path):
+    write_v21(tmp_path / "two", [make_episode(number, 5) for number in range(2)])
+    files = {str(path.relative_to(tmp_path / "two")): path.read_bytes() for path in (tmp_path / "two").rglob("*.*")}
+    hub.commit("datasets/lab/two", files)
+    hub.requests.clear()
+    run(
+        hub,
+        tmp_path,
+        """
+        from irasim_diffusers.data import open_dataset
+        assert open_dataset("lab/two", "left")[1].frames.shape == (5, 10, 14, 3)
+        """,
+    )
+    asked = " ".join(hub.requests)
+    assert "left/episode_000001.mp4" in asked
+    assert "right" not in asked

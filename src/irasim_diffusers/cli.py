@@ -91,7 +91,73 @@ def _parser() -> argparse.ArgumentParser:
     add("--vae", required=True, help="SDXL autoencoder: folder or Hub id; append ':<subfolder>' where it has one")
     add("--config", nargs="*", default=[], metavar="KEY=VALUE", help="config entries, values in JSON: action_dim=7")
     add("--output", type=Path, required=True, help="pipeline folder to write")
+
+    data = commands.add_parser(
+        "data",
+        help="write clips as a LeRobotDataset, or publish them",
+        description="Write clips of any form that train.py reads as a LeRobotDataset v3.0 with a card, and publish it where "
+        "asked. The same command run again goes on.",
+    )
+    data.set_defaults(run=run_data)
+    add = data.add_argument
+    add("--dataset", required=True, help="LeRobotDataset, IRASim-format or `datasets` folder, or Hub id")
+    add("--cameras", nargs="*", default=[], help="cameras, stacked into one picture; left,right makes a row")
+    add("--split", default="train", help="of IRASim-format and `datasets` data (default: %(default)s)")
+    add("--fps", type=float, help="frames a second, where the data do not record them")
+    add("--action-column", default="actions", help="of `datasets` data (default: %(default)s)")
+    add("--skip-broken", action="store_true", help="leave out episodes that cannot be read, and name them")
+    add("--robot-type", default="unknown", help="name of the robot")
+    add("--output", type=Path, required=True, help="folder to write")
+    add("--push-to-hub", metavar="ORG/NAME", help="publish the folder as this data set")
     return parser
+
+
+def run_data(arguments: argparse.Namespace) -> None:
+    """`irasim data`: read any form, write one, with a card, and publish it."""
+    from huggingface_hub import HfApi
+    from tqdm.auto import tqdm
+
+    from .data import open_dataset, write_dataset_card, write_lerobot
+
+    output: Path = arguments.output
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "meta").is_dir())):
+        raise ValueError(f"--output must be a new folder, or one that this command began, got {str(output)!r}.")
+    source = open_dataset(
+        arguments.dataset,
+        arguments.cameras or None,
+        split=arguments.split,
+        fps=arguments.fps,
+        action_column=arguments.action_column,
+    )
+    if arguments.push_to_hub:  # before hours of work
+        HfApi().create_repo(arguments.push_to_hub, repo_type="dataset", exist_ok=True)
+    skipped: list[str] = []
+    with tqdm(total=len(source), desc="writing clips", unit="episode") as bar:
+
+        def on_episode(_: int, error: str | None) -> None:
+            bar.update()
+            if error is not None:
+                skipped.append(error)
+                bar.write(f"skipped: {error}")
+
+        folder = write_lerobot(
+            source,
+            output,
+            robot_type=arguments.robot_type,
+            skip_broken=arguments.skip_broken,
+            on_episode=on_episode,
+        )
+    tiled = sum(len(row) for row in source.cameras) > 1
+    names = "; ".join(", ".join(row) for row in source.cameras)
+    write_dataset_card(
+        folder, arguments.push_to_hub or output.name, f", the cameras tiled by rows: {names}" if tiled else ""
+    )
+    print(f"{len(folder)} episodes written to {output}, {len(skipped)} skipped")
+    if arguments.push_to_hub:
+        HfApi().upload_folder(
+            repo_id=arguments.push_to_hub, repo_type="dataset", folder_path=output, ignore_patterns="*.partial*"
+        )
+        print(f"published as {arguments.push_to_hub}")
 
 
 def run_generate(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,82 @@
+"""How much a long rollout drifts: history carried in latents against decoded and encoded again, for windows and for chunks.
+
+    python examples/benchmark/drift.py --dataset data/pusht-test --num_episodes 16
+
+Prints the PSNR of the clip's mean error, over four equal parts of the rollout, with that of repeating the last seen frame.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from irasim_diffusers import IRASimPipeline, embedded_checkpoint
+from irasim_diffusers.data import open_dataset
+
+
+@dataclass
+class DriftArguments:
+    dataset: str = field(metadata={"help": "held-out clips"})
+    model: str = str(embedded_checkpoint())
+    num_episodes: int = 16
+    num_actions: int = 56
+    chunk_lengths: list[int] = field(default_factory=lambda: [14, 4], metadata={"help": "actions predicted at a time"})
+    dtype: str = field(default="bfloat16", metadata={"help": "float32 or bfloat16"})
+    device: str = "cpu"
+
+
+def in_latents(pipeline: IRASimPipeline, frames: np.ndarray, actions: np.ndarray, chunk_length: int) -> np.ndarray:
+    """Frames (n, H, W, 3) of a rollout whose history stays latent."""
+    generator = torch.Generator().manual_seed(0)
+    return np.stack(list(pipeline.stream(frames, actions, chunk_length, generator=generator, output_type="np")))
+
+
+def through_pixels(pipeline: IRASimPipeline, frames: np.ndarray, actions: np.ndarray, chunk_length: int) -> np.ndarray:
+    """The same with every chunk's history decoded to 8-bit pictures and encoded again."""
+    generator, history, parts = torch.Generator().manual_seed(0), frames, []
+    for start in range(0, len(actions), chunk_length):
+        chunk = actions[start : start + chunk_length]
+        predicted = np.stack(
+            list(pipeline.stream(history, chunk, chunk_length, generator=generator, output_type="np"))
+        )
+        parts.append(predicted)
+        pictures = (predicted * 255).round().astype(np.uint8)
+        history = np.concatenate([history, pictures])[-len(frames) :]
+    return np.concatenate(parts)
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(DriftArguments).parse_args_into_dataclasses()
+    pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).to(
+        arguments.device
+    )
+    source = open_dataset(arguments.dataset, max_episodes=arguments.num_episodes)
+    seen = pipeline.transformer.config.num_history_frames
+    ways = {"latents": in_latents, "pixels": through_pixels}
+    errors: dict[tuple[str, int], list[np.ndarray]] = {}
+    for episode in tqdm(source, total=len(source), unit="episode"):
+        truth = episode.frames[seen : seen + arguments.num_actions] / 255.0
+        actions = episode.actions[seen - 1 : seen - 1 + arguments.num_actions]
+
+        def by_part(video: np.ndarray, truth: np.ndarray = truth) -> np.ndarray:
+            parts = np.array_split(np.square(video - truth).mean(axis=(1, 2, 3)), 4)
+            return np.array([-10 * np.log10(part.mean()) for part in parts])
+
+        still = np.broadcast_to(episode.frames[seen - 1] / 255.0, truth.shape)
+        errors.setdefault(("the last seen frame", 0), []).append(by_part(still))
+        for length in arguments.chunk_lengths:
+            for name, roll in ways.items():
+                video = roll(pipeline, episode.frames[:seen], actions, length)
+                errors.setdefault((name, length), []).append(by_part(video))
+    quarter = arguments.num_actions // 4
+    titles = " | ".join(f"actions {k * quarter + 1} to {(k + 1) * quarter}" for k in range(4))
+    print(f"| history | actions at a time | {titles} |\n|{'---|' * 6}")
+    for (name, length), values in errors.items():
+        figures = " | ".join(f"{value:.2f} dB" for value in np.mean(values, axis=0))
+        print(f"| {name} | {length or ''} | {figures} |")
+
+
+if __name__ == "__main__":
+    main()
