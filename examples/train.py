@@ -334,6 +334,8 @@ def build_transformer(
         "sample_width": width,
         "fps": source.fps,
         "cameras": [list(row) for row in source.cameras],
+        "action_names": source.component_names("action"),
+        "action_derivation": source.action_derivation,
     }
     if pretrained is not None:
         config = pretrained.config
@@ -342,8 +344,22 @@ def build_transformer(
                 f"{arguments.pretrained_model_name_or_path!r} takes {config.action_dim} action components, the data have {action_dim}."
             )
         asked = {"action_scale": given_scale, "action_offset": given_offset}
+        if (config.action_space == "absolute") != (arguments.action_derivation == "absolute") and (
+            arguments.action_derivation != "recorded"
+        ):
+            raise ValueError(
+                f"the pretrained model's action space is {config.action_space!r}: `action_derivation` cannot be "
+                f"{arguments.action_derivation!r}."
+            )
         if not arguments.lora_rank:
+            if known["fps"] is None:
+                known.pop("fps")
             pretrained.register_to_config(**known | {name: value for name, value in asked.items() if value != []})
+        elif config.action_derivation != source.action_derivation:
+            raise ValueError(
+                f"adapters keep the model's actions: `action_derivation` must be {config.action_derivation!r}, got "
+                f"{source.action_derivation!r}."
+            )
         elif (config.sample_height, config.sample_width) != (height, width):
             raise ValueError(
                 f"adapters keep the model's frames: latents must be {config.sample_height}x{config.sample_width}, got "
@@ -362,8 +378,6 @@ def build_transformer(
         action_dim=action_dim,
         action_scale=scale if given_scale == [] else given_scale,
         action_offset=offset if given_offset == [] else given_offset,
-        action_names=source.component_names("action"),
-        action_derivation=source.action_derivation,
     )
 
 
@@ -372,7 +386,14 @@ def validation_clips(arguments: TrainingArguments, config: dict) -> tuple[np.nda
     if arguments.validation_dataset is None:
         return None
     frames, actions = [], []
-    for episode in open_source(arguments.validation_dataset, arguments, arguments.validation_split, None):
+    source = open_source(arguments.validation_dataset, arguments, arguments.validation_split, None)
+    for number in range(len(source)):
+        try:
+            episode = source[number]
+        except ValueError:
+            if not arguments.skip_broken:
+                raise
+            continue
         if len(episode) < config["sample_frames"]:
             continue
         start = (len(episode) - config["sample_frames"]) // 2
@@ -587,8 +608,16 @@ def check_arguments(arguments: TrainingArguments) -> None:
         raise ValueError("`height` and `width` must be given together.")
     if arguments.lora_rank and pretrained is None:
         raise ValueError("`lora_rank` needs `pretrained_model_name_or_path`: adapters adapt a trained model.")
-    if arguments.lora_rank and (arguments.patch_size or arguments.action_frequencies):
-        raise ValueError("`lora_rank` keeps the model as it is: leave `patch_size` and `action_frequencies` out.")
+    kept = ("patch_size", "action_frequencies", "sample_frames", "num_history_frames", "action_scale", "action_offset")
+    given = [name for name in kept if getattr(arguments, name)]
+    if arguments.lora_rank and given:
+        raise ValueError(f"`lora_rank` keeps the model as it is: leave {', '.join(given)} out.")
+    if pretrained is not None and arguments.preset:
+        raise ValueError("`preset` is for a new model: leave it out with `pretrained_model_name_or_path`.")
+    if arguments.optimizer == "muon" and arguments.mixed_precision == "fp16":
+        raise ValueError(
+            "`optimizer` muon is two optimisers, which accelerate cannot scale for fp16: take bf16 or no."
+        )
 
 
 def main() -> None:
@@ -636,14 +665,15 @@ def main() -> None:
         pretrained.config.sample_frames if pretrained else NEW_MODEL["sample_frames"]
     )
     parts = [LatentClips(folder, sample_frames) for folder in folders]
-    for source, part in zip(sources, parts, strict=True):
-        if arguments.state_keys:
-            part.states = standardised_states(source, arguments.state_keys, arguments.state_angles, part.episodes)
+    if arguments.state_keys:
+        numbers = [part.episodes for part in parts]
+        known = standardised_states(sources, arguments.state_keys, arguments.state_angles, numbers)
+        for part, states in zip(parts, known, strict=True):
+            part.states = states
     transformer = build_transformer(arguments, sources[0], parts, vae, pretrained)
     config = transformer.config
-    if any(
-        length <= config.num_history_frames or config.sample_frames % length for length in arguments.window_lengths
-    ):
+    lengths = [*arguments.window_lengths, config.sample_frames]
+    if any(length <= config.num_history_frames or config.sample_frames % length for length in lengths):
         raise ValueError(
             f"`window_lengths` must divide the window of {config.sample_frames} frames and exceed the "
             f"{config.num_history_frames} history frames, got {arguments.window_lengths}."
@@ -710,6 +740,7 @@ def main() -> None:
     if checkpoints(output):
         newest = checkpoints(output)[-1]
         accelerator.load_state(str(newest))
+        ema.to(accelerator.device)  # accelerate loads it onto the CPU
         step = int(newest.name.split("-")[1])
         logger.info(f"resumed from {newest}")
     steps_per_epoch = -(-len(loader) // arguments.gradient_accumulation_steps)

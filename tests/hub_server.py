@@ -83,6 +83,12 @@ class _Handler(BaseHTTPRequestHandler):
             )
         return self._error("RepoNotFound")
 
+    def do_DELETE(self) -> None:
+        path = [unquote(part) for part in urlparse(self.path).path.split("/")[1:]]
+        if self.hub.repositories[self._repository(path)].pop(path[5], None) is None:
+            return self._error("RevisionNotFound")
+        return self._json({})
+
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -104,6 +110,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(
                 {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
             )
+        if kind == "tag":
+            revisions = self.hub.repositories[repository]
+            revisions[json.loads(body)["tag"]] = revisions[path[5]]
+            return self._json({})
         if kind == "commit":
             lines = [json.loads(line) for line in body.splitlines()]
             changes = {

@@ -525,3 +525,37 @@ def test_finer_patches_keep_their_place_and_their_scale():
 def test_patches_of_other_kinds_of_models_do_not_change(changes):
     with pytest.raises(ValueError, match="`model` must be of Frame-Ada with grid positions"):
         change_patch_size(tiny_transformer(**changes), 1)
+
+
+def test_tables_that_were_averaged_with_the_weights_are_the_same_tables(tmp_path):
+    """The release's EMA averages its fixed position tables too, which moves them a little over its training."""
+    _, overrides, state = case("rt1")
+    averaged = state | {key: state[key] * (1 - 1.7e-4) for key in ("pos_embed", "temp_embed")}
+    report = ConversionReport()
+    load_released_irasim(write(tmp_path / "a.pt", state, ema=averaged), "rt1", report=report, **overrides)
+    assert report.dropped["temp_embed"] == "computed here, differs by at most 0.0002"
+
+
+@pytest.mark.parametrize("key", ["blocks.0.scale_shift_table", "blocks.x.attn.qkv.weight"])
+def test_keys_of_other_blocks_are_unknown(key, tmp_path):
+    _, overrides, state = case("rt1")
+    with pytest.raises(ValueError, match=rf"1 tensors do not fit:\n{key} \(3,\): unknown"):
+        load_released_irasim(
+            write(tmp_path / "a.pt", state | {key: torch.zeros(3)}), "rt1", weights="model", **overrides
+        )
+
+
+def test_a_torchscript_program_is_not_run(tmp_path):
+    class Program(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    torch.jit.save(torch.jit.script(Program()), tmp_path / "program.pt")
+    with pytest.raises(ValueError, match="is a TorchScript program, not a checkpoint"):
+        load_released_irasim(tmp_path / "program.pt", "rt1")
+
+
+def test_open_sora_wants_the_rate_of_the_clips(tmp_path, capsys):
+    arguments = ["convert", "--source", "opensora", "--checkpoint", str(tmp_path), "--vae", "vae"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert "fps=<frames a second of your clips> is wanted" in capsys.readouterr().err

@@ -163,9 +163,16 @@ def test_clips_are_published_with_a_card_and_trained_on_by_their_name(hub, tmp_p
         from irasim_diffusers.cli import main
         arguments = ["data", "--dataset", "robot", "--cameras", "0", "1", "--fps", "5", "--output", "clips"]
         assert main([*arguments, "--push-to-hub", "lab/clips"]) == 0
+        assert main([*arguments, "--push-to-hub", "lab/clips"]) == 0  # goes on, and tags again
+        arguments[3:6] = ["--cameras", "1"]
+        assert main(arguments) == 2, "other settings do not mix in"
+        assert main(["data", "--dataset", "clips", "--output", "other"]) == 0
+        assert main(["data", "--dataset", "robot", "--cameras", "0", "--fps", "5", "--output", "robot"]) == 2
         """,
     )
     files = hub.repositories["datasets/lab/clips"]["main"]
+    assert hub.repositories["datasets/lab/clips"]["v3.0"] is files  # LeRobot asks for the tag
+    assert not any("irasim-source" in name for name in files)
     card = files["README.md"].decode()
     for line in (
         "LeRobot",

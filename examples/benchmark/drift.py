@@ -30,7 +30,8 @@ class DriftArguments:
 def in_latents(pipeline: IRASimPipeline, frames: np.ndarray, actions: np.ndarray, chunk_length: int) -> np.ndarray:
     """Frames (n, H, W, 3) of a rollout whose history stays latent."""
     generator = torch.Generator().manual_seed(0)
-    return np.stack(list(pipeline.stream(frames, actions, chunk_length, generator=generator, output_type="np")))
+    video = pipeline.stream(frames, actions, chunk_length, generator=generator, output_type="np")
+    return np.stack([np.asarray(frame) for frame in video])
 
 
 def through_pixels(pipeline: IRASimPipeline, frames: np.ndarray, actions: np.ndarray, chunk_length: int) -> np.ndarray:
@@ -38,9 +39,8 @@ def through_pixels(pipeline: IRASimPipeline, frames: np.ndarray, actions: np.nda
     generator, history, parts = torch.Generator().manual_seed(0), frames, []
     for start in range(0, len(actions), chunk_length):
         chunk = actions[start : start + chunk_length]
-        predicted = np.stack(
-            list(pipeline.stream(history, chunk, chunk_length, generator=generator, output_type="np"))
-        )
+        video = pipeline.stream(history, chunk, chunk_length, generator=generator, output_type="np")
+        predicted = np.stack([np.asarray(frame) for frame in video])
         parts.append(predicted)
         pictures = (predicted * 255).round().astype(np.uint8)
         history = np.concatenate([history, pictures])[-len(frames) :]
@@ -49,6 +49,8 @@ def through_pixels(pipeline: IRASimPipeline, frames: np.ndarray, actions: np.nda
 
 def main() -> None:
     (arguments,) = HfArgumentParser(DriftArguments).parse_args_into_dataclasses()
+    if arguments.num_actions % 4:
+        raise ValueError(f"`num_actions` must be divisible by 4, got {arguments.num_actions}.")
     pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).to(
         arguments.device
     )
@@ -57,6 +59,8 @@ def main() -> None:
     ways = {"latents": in_latents, "pixels": through_pixels}
     errors: dict[tuple[str, int], list[np.ndarray]] = {}
     for episode in tqdm(source, total=len(source), unit="episode"):
+        if len(episode) < seen + arguments.num_actions:
+            continue
         truth = episode.frames[seen : seen + arguments.num_actions] / 255.0
         actions = episode.actions[seen - 1 : seen - 1 + arguments.num_actions]
 
@@ -70,6 +74,8 @@ def main() -> None:
             for name, roll in ways.items():
                 video = roll(pipeline, episode.frames[:seen], actions, length)
                 errors.setdefault((name, length), []).append(by_part(video))
+    if not errors:
+        raise ValueError(f"no episode of {arguments.dataset!r} is as long as {seen + arguments.num_actions} frames.")
     quarter = arguments.num_actions // 4
     titles = " | ".join(f"actions {k * quarter + 1} to {(k + 1) * quarter}" for k in range(4))
     print(f"| history | actions at a time | {titles} |\n|{'---|' * 6}")

@@ -19,7 +19,14 @@ from simulator import FPS, SIZE, Pusher, Simulator, State, push_about
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from irasim_diffusers.data import Episode, LeRobotFolder, is_written, write_file, write_metadata
+from irasim_diffusers.data import (
+    Episode,
+    LeRobotFolder,
+    is_written,
+    publish_lerobot,
+    write_file,
+    write_metadata,
+)
 
 CAMERA = "observation.image"
 NAMES = {
@@ -168,12 +175,7 @@ def main() -> None:
     )
     write_card(arguments)
     if arguments.push_to_hub:
-        HfApi().upload_folder(
-            repo_id=arguments.push_to_hub,
-            repo_type="dataset",
-            folder_path=arguments.output,
-            ignore_patterns="*.partial*",
-        )
+        publish_lerobot(LeRobotFolder(arguments.output), arguments.push_to_hub)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--split", default="train", help="of IRASim-format and `datasets` data (default: %(default)s)")
     add("--fps", type=float, help="frames a second, where the data do not record them")
     add("--action-column", default="actions", help="of `datasets` data (default: %(default)s)")
+    add("--state-columns", nargs="*", default=[], help="of `datasets` data")
     add("--skip-broken", action="store_true", help="leave out episodes that cannot be read, and name them")
     add("--robot-type", default="unknown", help="name of the robot")
     add("--output", type=Path, required=True, help="folder to write")
@@ -117,17 +118,18 @@ def run_data(arguments: argparse.Namespace) -> None:
     from huggingface_hub import HfApi
     from tqdm.auto import tqdm
 
-    from .data import open_dataset, write_dataset_card, write_lerobot
+    from .data import open_dataset, publish_lerobot, write_dataset_card, write_lerobot
 
     output: Path = arguments.output
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "meta").is_dir())):
-        raise ValueError(f"--output must be a new folder, or one that this command began, got {str(output)!r}.")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output must be a folder, got the file {str(output)!r}.")
     source = open_dataset(
         arguments.dataset,
         arguments.cameras or None,
         split=arguments.split,
         fps=arguments.fps,
         action_column=arguments.action_column,
+        state_columns=arguments.state_columns,
     )
     if arguments.push_to_hub:  # before hours of work
         HfApi().create_repo(arguments.push_to_hub, repo_type="dataset", exist_ok=True)
@@ -154,9 +156,7 @@ def run_data(arguments: argparse.Namespace) -> None:
     )
     print(f"{len(folder)} episodes written to {output}, {len(skipped)} skipped")
     if arguments.push_to_hub:
-        HfApi().upload_folder(
-            repo_id=arguments.push_to_hub, repo_type="dataset", folder_path=output, ignore_patterns="*.partial*"
-        )
+        publish_lerobot(folder, arguments.push_to_hub)
         print(f"published as {arguments.push_to_hub}")
 
 
@@ -229,6 +229,8 @@ def run_convert(arguments: argparse.Namespace) -> None:
     from .files import temporary_folder
 
     report, config = ConversionReport(), dict(_read_setting(text) for text in arguments.config)
+    if arguments.source == "opensora" and "fps" not in config:
+        raise ValueError("--config fps=<frames a second of your clips> is wanted for Open-Sora, which embeds it.")
     if arguments.source == "irasim" and arguments.dataset is None:
         raise ValueError("--dataset is wanted for a released IRASim checkpoint: rt1, bridge or languagetable.")
     path, _, subfolder = arguments.vae.partition(":")

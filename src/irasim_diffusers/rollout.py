@@ -35,7 +35,8 @@ def chain_windows(
     The first window starts from the history given; each following one from the last `num_history_frames` frames so far.
 
     Args:
-        predict_window: Takes a history (B, C, h, H, W) and actions (B, m, A), returns the future (B, C, m, H, W).
+        predict_window: Takes a history (B, C, h, H, W) and actions (B, m, A), returns the future (B, C, m, H, W), or none of
+            its frames to end there.
         history: First history (B, C, h, H, W).
         actions: All actions (B, n, A).
         sample_frames: Frames of a window, history and predicted.
@@ -49,6 +50,8 @@ def chain_windows(
         length = sample_frames - history.shape[2]
         future = predict_window(history, actions[:, :length])
         futures.append(future)
+        if not future.shape[2]:
+            break
         history = torch.cat([history, future], dim=2)[:, :, -num_history_frames:]
         actions = actions[:, length:]
     return torch.cat(futures, dim=2)

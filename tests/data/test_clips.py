@@ -58,7 +58,7 @@ def test_incomplete_and_short_sets_are_refused(dataset, tmp_path):
 
 def test_states_go_with_their_windows(dataset, tmp_path):
     folder, episodes = dataset
-    states = standardised_states(folder, ["observation.state"], angles=["b"])
+    (states,) = standardised_states([folder], ["observation.state"], angles=["b"])
     pooled = torch.cat(list(states.values()))
     torch.testing.assert_close(pooled.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(pooled.std(0, correction=0), torch.ones(3))
@@ -78,4 +78,4 @@ def test_states_go_with_their_windows(dataset, tmp_path):
 )
 def test_unknown_states_are_refused(dataset, keys, angles, message):
     with pytest.raises(ValueError, match=message):
-        standardised_states(dataset[0], keys, angles)
+        standardised_states([dataset[0]], keys, angles)

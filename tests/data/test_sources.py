@@ -297,7 +297,10 @@ def test_broken_episodes_are_skipped_and_listed(tmp_path):
     assert list(json.loads((folder / "manifest.json").read_text())["broken"]) == ["1"]
     clips = LatentClips(folder, 5)
     assert {number for number, _ in clips.windows} == {0, 2}
-    assert set(standardised_states(data, ["observation.state"], numbers=clips.episodes)) == {0, 2}
+    derived = PreparedEpisodes(data, "absolute", "observation.state")  # though an episode is broken
+    assert derived.vectors(0)["action"].shape == (5, 2)
+    (states,) = standardised_states([data], ["observation.state"], numbers=[clips.episodes])
+    assert set(states) == {0, 2}
     with pytest.raises(ValueError, match=r"1 episodes were skipped as broken, the first: episode 1 of"):
         cache_latents(data, tiny_vae(), tmp_path / "cache")
 
@@ -316,7 +319,11 @@ def test_processes_encode_their_shares(tmp_path, monkeypatch):
     monkeypatch.setattr("irasim_diffusers.data.clips.EPISODES_PER_FILE", 1)
     write_folder(tmp_path / "set")
     data, vae = LeRobotFolder(tmp_path / "set"), tiny_vae()
+    encoded: list[int] = []
+    vae.encoder.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
     alone = LatentClips(cache_latents(data, vae, tmp_path / "alone"), 5)
+    assert sum(encoded) == 21
+    encoded.clear()
     barrier = threading.Barrier(2)
     with ThreadPoolExecutor(2) as pool:
         folders = list(
@@ -331,6 +338,7 @@ def test_processes_encode_their_shares(tmp_path, monkeypatch):
             )
         )
     assert folders[0] == folders[1]
+    assert sum(encoded) == 21, "no episode was encoded twice"
     together = LatentClips(folders[0], 5)
     assert together.windows == alone.windows
     assert all(torch.equal(together[index]["latents"], alone[index]["latents"]) for index in range(len(alone)))

@@ -22,10 +22,8 @@ from irasim_diffusers.data import write_video
 CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
 ONE = ["--num_processes", "1"]
 STEPS = 60  # of the run that is killed
-SHORT = [
-    *("--num_layers", 1, "--num_attention_heads", 2, "--attention_head_dim", 12, "--sample_frames", 4),
-    *("--train_batch_size", 4, "--max_train_steps", 2, "--checkpointing_steps", 2, "--mixed_precision", "no"),
-]
+MODEL = ["--num_layers", 1, "--num_attention_heads", 2, "--attention_head_dim", 12, "--sample_frames", 4]
+SHORT = ["--train_batch_size", 4, "--max_train_steps", 2, "--checkpointing_steps", 2, "--mixed_precision", "no"]
 
 
 def write_robot(root, seed, episodes=3, cameras=2):
@@ -60,7 +58,7 @@ def trained(workspace):
     output = run(
         *("train.py", "--dataset", workspace / "first", workspace / "second", "--dataset_weights", 1, 3),
         *("--vae", workspace / "vae", "--output_dir", workspace / "model", "--cameras", 0, 1, "--skip_broken"),
-        *("--fps", 5, "--action_derivation", "relative_6d", "--frame_skip", 2, "--snr_gamma", 5, *SHORT),
+        *("--fps", 5, "--action_derivation", "relative_6d", "--frame_skip", 2, "--snr_gamma", 5, *MODEL, *SHORT),
         launch=ONE,
     )
     return workspace / "model", output
@@ -133,10 +131,12 @@ def test_a_pretrained_model_goes_on_with_finer_patches(workspace, trained):
         ({"snr_gamma": 5, "prediction_type": "flow_prediction"}, "`snr_gamma` must be left out for a flow"),
         ({"dataset_weights": [1, 2]}, r"`dataset_weights` must be 1 numbers, got \[1, 2\]"),
         ({"height": 32}, "`height` and `width` must be given together"),
+        ({"preset": "S", "pretrained_model_name_or_path": "model"}, "`preset` is for a new model"),
+        ({"optimizer": "muon", "mixed_precision": "fp16"}, "`optimizer` muon is two optimisers"),
         ({"lora_rank": 4}, "`lora_rank` needs `pretrained_model_name_or_path`"),
         (
             {"lora_rank": 4, "pretrained_model_name_or_path": "model", "patch_size": 1},
-            "leave `patch_size` and `action_frequencies` out",
+            "keeps the model as it is: leave patch_size out",
         ),
     ],
 )
@@ -159,7 +159,7 @@ def test_on_latents_beside_real_clips(tmp_path):
     run(
         *("train.py", "--dataset", CLIPS / "language_table", "--split", "test", "--recorded_latents", "--fps", 10),
         *("--vae", tmp_path / "vae", "--output_dir", tmp_path / "model", "--action_scale", 20, "--action_offset", 0),
-        *(*SHORT, "--sample_frames", 8, "--train_batch_size", 2),
+        *(*MODEL, *SHORT, "--sample_frames", 8, "--train_batch_size", 2),
         launch=ONE,
     )
     config = IRASimPipeline.from_pretrained(tmp_path / "model").transformer.config
@@ -173,7 +173,7 @@ def test_killed_at_random_moments_and_resumed_is_uninterrupted(workspace):
     def arguments(output):
         return [
             *("train.py", "--dataset", workspace / "first", "--vae", workspace / "vae", "--output_dir", output),
-            *("--cache_dir", workspace / "kill-latents", "--cameras", 0, 1, *SHORT),
+            *("--cache_dir", workspace / "kill-latents", "--cameras", 0, 1, *MODEL, *SHORT),
             *("--max_train_steps", STEPS, "--checkpointing_steps", 1, "--gradient_accumulation_steps", 2),
         ]
 

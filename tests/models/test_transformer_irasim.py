@@ -158,7 +158,10 @@ def test_gradient_checkpointing_changes_no_gradient(inputs):
         model = tiny_transformer().train()
         if checkpointing:
             model.enable_gradient_checkpointing()
+        calls: list[int] = []
+        model.transformer_blocks[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
         model(*inputs).sample.square().mean().backward()
+        assert len(calls) == (2 if checkpointing else 1)
         gradients.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(*gradients)
 

@@ -80,6 +80,7 @@ def test_int8_weights_take_a_quarter_of_the_memory(plain, video, truth):
 
 @pytest.mark.gpu
 def test_4_bit_weights_on_cuda(plain, video, truth):
+    pytest.importorskip("bitsandbytes")
     config = PipelineQuantizationConfig(
         quant_backend="bitsandbytes_4bit",
         quant_kwargs={"load_in_4bit": True},
@@ -109,6 +110,17 @@ def test_group_offload_changes_no_video(kind, video):
     pipeline = load()
     pipeline.transformer.enable_group_offload(onload_device=torch.device("cpu"), **kind)
     torch.testing.assert_close(generate(pipeline), video)
+
+
+@pytest.mark.gpu
+def test_group_offload_keeps_weights_on_the_cpu_between_calls(video):
+    pipeline = load()
+    pipeline.transformer.enable_group_offload(
+        onload_device=torch.device("cuda"), offload_type="block_level", num_blocks_per_group=1
+    )
+    pipeline.vae.to("cuda")
+    assert psnr(generate(pipeline).cpu(), video) > 40
+    assert {parameter.device.type for parameter in pipeline.transformer.transformer_blocks.parameters()} == {"cpu"}
 
 
 @pytest.mark.gpu
@@ -180,6 +192,17 @@ def test_pyramid_attention_broadcast_skips_attention(plain, video):
     skippable = sum(0 < timestep < 700 for timestep in pipeline.scheduler.timesteps)
     assert 8 - skippable <= len(calls) <= 8 - skippable // 2
     assert 25 < psnr(broadcast, video) < 80
+
+
+def test_broadcast_does_not_go_with_guidance():
+    pipeline = load()
+    pipeline.transformer.enable_cache(
+        PyramidAttentionBroadcastConfig(
+            temporal_attention_block_skip_range=2, current_timestep_callback=lambda: pipeline.current_timestep
+        )
+    )
+    with pytest.raises(ValueError, match="`guidance_scale` must be 1 with pyramid attention broadcast"):
+        generate(pipeline, guidance_scale=2.0)
 
 
 def test_guidance_has_a_cache_of_its_own(plain):

@@ -22,7 +22,11 @@ def adapted(frames, actions, tmp_path):
     for name, parameter in pipeline.transformer.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    pipeline.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(pipeline.transformer))
+    pipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(pipeline.transformer),
+        transformer_lora_adapter_metadata=pipeline.transformer.peft_config["default"].to_dict(),
+    )
     changed = predict(pipeline, frames, actions)
     assert not torch.allclose(plain, changed)
     return tmp_path, plain, changed
@@ -38,9 +42,7 @@ def test_what_is_saved_is_loaded_in_diffusers_format(adapted, frames, actions):
     folder, _, changed = adapted
     keys = load_file(folder / "pytorch_lora_weights.safetensors")
     assert all(key.startswith("transformer.") for key in keys)
-    # without metadata alpha is the rank: half of the trained scale
     pipeline = loaded(folder, adapter_name="robot")
-    pipeline.set_adapters("robot", 2.0)
     torch.testing.assert_close(predict(pipeline, frames, actions), changed, rtol=1e-4, atol=1e-5)
     assert pipeline.get_active_adapters() == ["robot"]
 

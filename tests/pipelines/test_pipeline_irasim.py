@@ -279,6 +279,19 @@ def test_callback_sees_and_replaces_latents_and_can_interrupt(pipeline, frames, 
     )
     assert [step for step, *_ in steps] == [0, 1]
     assert not latents.any()
+    steps.clear()
+    assert (
+        run(
+            pipeline,
+            frames,
+            actions,
+            callback_on_step_end=lambda pipe, step, t, tensors: callback(
+                pipe, step, t, tensors | {"actions": actions}
+            ),
+        ).shape[1]
+        == 3
+    )
+    assert [step for step, *_ in steps] == [0, 1], "windows to come are left out"
     history, noise = torch.zeros(1, 4, 2, 4, 6), torch.randn(1, 4, 3, 4, 6)
     with torch.no_grad():
         assert not torch.equal(pipeline.denoise_window(history, torch.zeros(1, 3, 3), noise.clone(), 1), noise)

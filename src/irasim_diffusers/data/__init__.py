@@ -5,7 +5,7 @@ from .episode import CameraLayout, Episode, EpisodeSource, camera_layout, tile
 from .irasim_release import IRASimFolder
 from .lerobot import LeRobotFolder, is_written, write_file, write_metadata
 from .prepared import PreparedEpisodes
-from .publish import write_dataset_card, write_lerobot
+from .publish import publish_lerobot, write_dataset_card, write_lerobot
 from .sources import open_dataset
 from .tables import TableEpisodes
 from .video import iterate_video, read_frames, read_video, write_video
@@ -26,6 +26,7 @@ __all__ = [
     "is_written",
     "iterate_video",
     "open_dataset",
+    "publish_lerobot",
     "read_frames",
     "read_video",
     "standardised_states",

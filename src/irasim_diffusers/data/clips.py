@@ -139,20 +139,38 @@ def _encode_episodes(
 
 
 def standardised_states(
-    dataset: EpisodeSource, keys: Sequence[str], angles: Sequence[str] = (), numbers: Iterable[int] | None = None
-) -> dict[int, torch.Tensor]:
-    """States (T, S) of episodes by number, float32, each component of zero mean and unit variance over all of them.
+    datasets: Sequence[EpisodeSource],
+    keys: Sequence[str],
+    angles: Sequence[str] = (),
+    numbers: Sequence[Iterable[int]] | None = None,
+) -> list[dict[int, torch.Tensor]]:
+    """States (T, S) of episodes by number, float32, each component of zero mean and unit variance over all data sets.
 
     Args:
-        dataset: The data set.
+        datasets: The data sets.
         keys: Vector features that make up the state.
         angles: Names of components in radians, which become a cosine and a sine.
-        numbers: The episodes; None for all.
+        numbers: The episodes of each data set; None for all.
+
+    Returns:
+        For each data set, states by number of the episode.
 
     Raises:
         ValueError: If a feature or component does not exist.
     """
-    numbers = list(range(len(dataset)) if numbers is None else numbers)
+    chosen = [list(part) for part in numbers] if numbers else [list(range(len(dataset))) for dataset in datasets]
+    parts = [_states(dataset, keys, angles, part) for dataset, part in zip(datasets, chosen, strict=True)]
+    pooled = np.concatenate([states for part in parts for states in part.values()])
+    mean, deviation = pooled.mean(0), np.maximum(pooled.std(0), 1e-6)
+    return [
+        {number: torch.from_numpy((states - mean) / deviation) for number, states in part.items()} for part in parts
+    ]
+
+
+def _states(
+    dataset: EpisodeSource, keys: Sequence[str], angles: Sequence[str], numbers: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """States of some episodes, angles as cosines and sines at the end."""
     first = dataset.vectors(numbers[0])
     names: list[str] = []
     for key in keys:
@@ -168,9 +186,7 @@ def standardised_states(
         states = np.concatenate([vectors[key] for key in keys], axis=1)
         turned = states[:, columns]
         episodes[number] = np.concatenate([np.delete(states, columns, axis=1), np.cos(turned), np.sin(turned)], axis=1)
-    pooled = np.concatenate(list(episodes.values()))
-    mean, deviation = pooled.mean(0), np.maximum(pooled.std(0), 1e-6)
-    return {number: torch.from_numpy((states - mean) / deviation) for number, states in episodes.items()}
+    return episodes
 
 
 @torch.no_grad()
@@ -245,8 +261,8 @@ class LatentClips(Dataset):
 
     @property
     def actions(self) -> torch.Tensor:
-        """Actions (N, A) of all episodes, one after the other."""
-        return torch.cat([actions for _, actions in self.episodes.values()])
+        """Actions (N, A) between the frames of all episodes, one after the other."""
+        return torch.cat([actions[:-1] for _, actions in self.episodes.values()])
 
     def __len__(self) -> int:
         return len(self.windows)

@@ -154,7 +154,8 @@ class IRASimFolder:
         names = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
         if key == "action" and "actions" in self._first:
             return names[:2] if len(self._first["actions"][0]) == 2 else None
-        return names
+        width = len(self._first["states"][0]) if "states" in self._first else len(names)
+        return names if width == len(names) else None
 
     def latents(self, number: int) -> torch.Tensor | None:
         """Latents (T, C, h, w) of one episode that lie beside its video, scaled by the autoencoder's factor, or None.

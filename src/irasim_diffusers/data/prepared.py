@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ class PreparedEpisodes:
                 "relative_euler or relative_6d."
             )
         if self.derivation != "recorded":
-            states = sorted(set(self.source.vectors(0)) - {"action"})
+            states = sorted(set(_first_vectors(self.source)) - {"action"})
             key = self.state_key or (states[0] if len(states) == 1 else None)
             if key not in states:
                 raise ValueError(
@@ -143,6 +144,14 @@ class PreparedEpisodes:
             raise ValueError(f"`action_dim` must be at least {kept['action'].shape[1]} for {self.name!r}.")
         padding = ((0, 0), (0, max(missing, 0)))
         return kept | {"action": np.pad(kept["action"], padding).astype(np.float32)}
+
+
+def _first_vectors(source: EpisodeSource) -> dict[str, np.ndarray]:
+    """The vectors of the first episode that can be read; broken ones are named when their turn comes."""
+    for number in range(len(source)):
+        with suppress(ValueError):
+            return source.vectors(number)
+    raise ValueError(f"no episode of {source.name!r} can be read.")
 
 
 def _resize(frames: np.ndarray, size: tuple[int, int], chunk_size: int = 64) -> np.ndarray:

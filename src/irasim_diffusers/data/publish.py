@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from huggingface_hub import DatasetCard, DatasetCardData
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from huggingface_hub.errors import RevisionNotFoundError
 
+from ..files import temporary_path
 from .episode import Episode, EpisodeSource
-from .lerobot import EPISODES_PATH, LeRobotFolder, is_written, write_file, write_metadata
+from .lerobot import EPISODES_PATH, VERSION, LeRobotFolder, is_written, write_file, write_metadata
 
 EPISODES_PER_FILE = 50
+SOURCE_FILE = ".irasim-source.json"
+"""Says in a folder that `write_lerobot` writes what it is written from."""
 CARD = """
 # {title}
 
@@ -55,11 +61,18 @@ def write_lerobot(
         The folder.
 
     Raises:
-        ValueError: If the source records no frame rate, an episode is broken, or none can be read.
+        ValueError: If the source records no frame rate, the folder holds another data set, an episode is broken, or none can
+            be read.
     """
     if source.fps is None:
         raise ValueError(f"{source.name!r} records no frames a second: give `fps`.")
     root = Path(root)
+    marker, identity = root / SOURCE_FILE, json.loads(json.dumps(source.identity | {"fps": source.fps}))
+    begun = json.loads(marker.read_text()) if marker.is_file() else None
+    if begun not in (None, identity) or (begun is None and root.is_dir() and any(root.iterdir())):
+        raise ValueError(f"{str(root)!r} holds another data set, or the same with other settings: give a new folder.")
+    with temporary_path(marker) as partial:
+        partial.write_text(json.dumps(identity))
     tasks: list[str] = []
     written = frames = 0
     for file_index, start in enumerate(range(0, len(source), EPISODES_PER_FILE)):
@@ -75,7 +88,7 @@ def write_lerobot(
                         raise
                     on_episode(number, str(error))
             if not episodes:
-                raise ValueError(f"no episode from {start} to {numbers[-1]} of {source.name!r} can be read.")
+                continue
             tasks += [task for task in dict.fromkeys(episode.task for episode in episodes) if task not in tasks]
             write_file(
                 *(root, file_index, episodes),
@@ -144,3 +157,15 @@ def _first_readable(source: EpisodeSource) -> Episode:
         except ValueError:
             continue
     raise ValueError(f"no episode of {source.name!r} can be read.")
+
+
+def publish_lerobot(folder: LeRobotFolder, repo_id: str) -> None:
+    """Upload a LeRobotDataset with the tag of its version, which LeRobot asks for."""
+    hub = HfApi()
+    hub.create_repo(repo_id, repo_type="dataset", exist_ok=True)
+    hub.upload_folder(
+        repo_id=repo_id, repo_type="dataset", folder_path=folder.root, ignore_patterns=["*.partial*", SOURCE_FILE]
+    )
+    with suppress(RevisionNotFoundError):
+        hub.delete_tag(repo_id, tag=VERSION, repo_type="dataset")
+    hub.create_tag(repo_id, tag=VERSION, repo_type="dataset")

@@ -109,7 +109,11 @@ class TableEpisodes:
             actions = np.concatenate([actions, actions[-1:]])  # leads out of the episode: never used
         if length is not None and len(actions) != length:
             raise ValueError(f"{length} frames want {length} actions, or one fewer, got {len(actions)}.")
-        return {"action": actions} | {key: np.asarray(row[key], dtype=np.float32) for key in self.state_columns}
+        states = {key: np.asarray(row[key], dtype=np.float32) for key in self.state_columns}
+        for key, value in states.items():
+            if value.ndim != 2 or length not in (None, len(value)):
+                raise ValueError(f"{length} frames want states ({length}, S), got {value.shape} in column {key!r}.")
+        return {"action": actions} | states
 
 
 def _frames(value: Any) -> np.ndarray:

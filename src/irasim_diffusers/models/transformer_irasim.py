@@ -218,7 +218,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     _supports_gradient_checkpointing = True
     _no_split_modules = ["IRASimTransformerBlock"]
     _repeated_blocks = ["IRASimTransformerBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "norm", "time_embed", "action_embed", "null_action"]
+    _skip_layerwise_casting_patterns = [
+        *("patch_embed", "norm", "time_embed", "fps_embed", "action_embed", "trajectory_embed")
+    ]
 
     @register_to_config
     def __init__(

@@ -1,5 +1,6 @@
 """Pipelines."""
 
-from .pipeline_irasim import IRASimPipeline, IRASimPipelineOutput
+from .pipeline_irasim import IRASimPipeline
+from .pipeline_output import IRASimPipelineOutput
 
 __all__ = ["IRASimPipeline", "IRASimPipelineOutput"]

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, PyramidAttentionBroadcastConfig
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput, replace_example_docstring
+from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from huggingface_hub import file_exists
@@ -22,6 +21,7 @@ from ..actions import hold_action, prepare_actions
 from ..models import IRASimTransformer3DModel, noise_process
 from ..rollout import chain_windows, count_windows
 from .model_card import PIPELINE_FILE, write_model_card
+from .pipeline_output import IRASimPipelineOutput
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -37,18 +37,6 @@ EXAMPLE_DOC_STRING = """
         >>> video[0].save("future.gif", save_all=True, append_images=video[1:], duration=100)
         ```
 """
-
-
-@dataclass
-class IRASimPipelineOutput(BaseOutput):
-    """Output of `IRASimPipeline`.
-
-    Args:
-        frames: Predicted frames of each trajectory, without the history: a list of lists of PIL images, an array
-            (B, n, H, W, 3) or a tensor (B, n, 3, H, W) in [0, 1], or scaled latents (B, C, n, h, w).
-    """
-
-    frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
 
 
 class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
@@ -109,7 +97,7 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     @property
     def interrupt(self) -> bool:
-        """Set to True in a callback to stop denoising."""
+        """Whether denoising shall stop: a callback sets `pipe._interrupt = True`. Windows to come are left out."""
         return self._interrupt
 
     @property
@@ -123,6 +111,7 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         actions: torch.Tensor,
         histories: torch.Tensor,
         num_inference_steps: int,
+        guidance_scale: float,
         num_videos_per_trajectory: int,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
@@ -150,6 +139,17 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         shape = (batch_size, self.transformer.config.in_channels, actions.shape[1], *self._latent_size(histories))
         if latents is not None and latents.shape != shape:
             raise ValueError(f"`latents` must be {shape}, got {tuple(latents.shape)}.")
+        config = self.transformer.config
+        if config.use_fps and config.fps is None:
+            raise ValueError(
+                "the model embeds frames a second, but its config names none: set `fps` when converting it."
+            )
+        cache = getattr(self.transformer, "_cache_config", None)
+        if guidance_scale != 1.0 and isinstance(cache, PyramidAttentionBroadcastConfig):
+            raise ValueError(
+                "`guidance_scale` must be 1 with pyramid attention broadcast, which keeps one state for both evaluations of a "
+                "step: take the first-block cache."
+            )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -252,6 +252,11 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         latents = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
         flat = latents.transpose(1, 2).flatten(0, 1).to(self.vae.dtype)
         pixels = torch.cat([self.vae.decode(chunk).sample.float() for chunk in flat.split(chunk_size)])
+        if self.vae.dtype == torch.float16 and not torch.isfinite(pixels).all():
+            raise ValueError(
+                "the autoencoder overflows in float16, as SDXL's does: load with `dtype={'default': torch.float16, 'vae': "
+                "torch.float32}`, or in bfloat16."
+            )
         return pixels.unflatten(0, (latents.shape[0], latents.shape[2])).transpose(1, 2)
 
     def prepare_latents(
@@ -400,6 +405,7 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             actions,
             histories,
             num_inference_steps,
+            guidance_scale,
             num_videos_per_trajectory,
             generator,
             latents,
@@ -434,6 +440,8 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
             def predict_window(window_history: torch.Tensor, window_actions: torch.Tensor) -> torch.Tensor:
                 nonlocal started
+                if self._interrupt:
+                    return window_history[:, :, :0]
                 wanted = window_actions.shape[1]
                 missing = config.sample_frames - window_history.shape[2] - wanted
                 if missing:
@@ -528,7 +536,7 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(f"`chunk_length` must be {longest} for Video-Ada, got {chunk_length}.")
         histories = self.preprocess_frames(frames, resize)
         hold = torch.zeros(1, chunk_length, config.action_dim)
-        self.check_inputs(hold, histories, num_inference_steps, 1, generator, None, output_type, [])
+        self.check_inputs(hold, histories, num_inference_steps, guidance_scale, 1, generator, None, output_type, [])
         if len(histories) != 1:
             raise ValueError(f"`frames` must be one history, got {len(histories)}: stream each trajectory by itself.")
 
