@@ -159,7 +159,7 @@ def test_gradient_checkpointing_changes_no_gradient(inputs):
         if checkpointing:
             model.enable_gradient_checkpointing()
         calls: list[int] = []
-        model.transformer_blocks[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model.transformer_blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         model(*inputs).sample.square().mean().backward()
         assert len(calls) == (2 if checkpointing else 1)
         gradients.append([parameter.grad for parameter in model.parameters()])
