@@ -388,11 +388,11 @@ def opensora_forward(state, x, t, fps, clean, head):
 
 # width, head, pairs, patch, channels; frames, clean frames, patches high and wide, action components
 OPENSORA_CASES = [
-    (24, 6, 3, 2, 4, 5, 1, 2, 7, 3),
-    (16, 8, 1, 1, 3, 4, 2, 6, 5, 2),
-    (40, 10, 2, 3, 2, 7, 3, 1, 4, 6),
-    (36, 18, 1, 4, 1, 3, 1, 5, 2, 7),
-    (20, 4, 2, 2, 5, 8, 6, 3, 1, 1),
+    (24, 6, 3, 2, 4, 5, 1, 8, 7, 9),
+    (16, 8, 1, 2, 3, 5, 4, 6, 7, 9),
+    (40, 10, 2, 3, 5, 7, 4, 1, 6, 8),
+    (36, 18, 1, 4, 2, 6, 3, 5, 8, 7),
+    (20, 4, 2, 1, 5, 8, 6, 3, 7, 9),
 ]
 
 
@@ -422,27 +422,75 @@ def test_opensora_starts_as_stdit3_without_text(values, tmp_path):
         model(x, t, actions)
 
 
-@pytest.mark.parametrize(("heads", "depth", "rows", "columns"), [(2, 1, 3, 5), (3, 2, 4, 1)])
-def test_latte_starts_as_latte_without_text(heads, depth, rows, columns, tmp_path):
-    torch.manual_seed(7)
-    frames = 6
+# heads, head, pairs, patch, channels; frames, patches high and wide, action components
+LATTE_CASES = [
+    (3, 8, 1, 2, 4, 6, 5, 7, 9),
+    (4, 6, 2, 1, 3, 5, 7, 8, 9),
+    (2, 10, 3, 4, 5, 7, 1, 6, 8),
+    (5, 4, 1, 2, 3, 8, 6, 9, 7),
+    (1, 12, 2, 4, 6, 3, 5, 8, 7),
+]
+
+
+def test_sizes_all_differ_within_a_case():
+    for values in [*OPENSORA_CASES, *LATTE_CASES]:
+        assert len(set(values)) == len(values), values
+
+
+def latte_model(heads, head, depth, patch, channels, frames):
+    """diffusers' own Latte, random, which is independent of the model here."""
     latte = LatteTransformer3DModel(
-        num_attention_heads=heads, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=depth, patch_size=2,
-        sample_size=64, cross_attention_dim=8 * heads, caption_channels=5, attention_bias=True, norm_type="ada_norm_single",
-        activation_fn="gelu-approximate", norm_elementwise_affine=False, video_length=frames,
+        num_attention_heads=heads, attention_head_dim=head, in_channels=channels, out_channels=2 * channels,
+        num_layers=depth, patch_size=patch, sample_size=64, cross_attention_dim=head * heads, caption_channels=5,
+        attention_bias=True, norm_type="ada_norm_single", activation_fn="gelu-approximate",
+        norm_elementwise_affine=False, video_length=frames,
     )  # fmt: skip
     for parameter in latte.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     for block in latte.transformer_blocks:
         torch.nn.init.zeros_(block.attn2.to_out[0].weight)
         torch.nn.init.zeros_(block.attn2.to_out[0].bias)
+    return latte
+
+
+@pytest.mark.parametrize("values", LATTE_CASES)
+def test_latte_starts_as_latte_without_text(values, tmp_path):
+    heads, head, depth, patch, channels, frames, rows, columns, action_dim = values
+    torch.manual_seed(7)
+    latte = latte_model(heads, head, depth, patch, channels, frames)
     latte.save_pretrained(tmp_path)
-    model = load_latte(tmp_path, num_attention_heads=heads, action_dim=3)
-    x, t = torch.randn(2, 4, frames, 2 * rows, 2 * columns), torch.tensor([12, 640])
+    report = ConversionReport()
+    model = load_latte(tmp_path, report=report, num_attention_heads=heads, action_dim=action_dim)
+    x, t = torch.randn(2, channels, frames, patch * rows, patch * columns), torch.tensor([12, 640])
     with torch.no_grad():
-        expected = latte(x, t, encoder_hidden_states=torch.randn(2, 7, 5)).sample[:, :4]
-        output = model(x, t, torch.randn(2, frames - 1, 3)).sample
+        expected = latte(x, t, encoder_hidden_states=torch.randn(2, 7, 5)).sample[:, :channels]
+        output = model(x, t, torch.randn(2, frames - 1, action_dim)).sample
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    assert report.mapped.keys() | report.dropped.keys() == latte.state_dict().keys()
+    assert set(report.dropped.values()) == {"text"}
+
+
+def test_latte_lists_its_problems_and_the_command_takes_it(tmp_path, capsys):
+    latte = latte_model(3, 8, 1, 2, 4, 6)
+    latte.save_pretrained(tmp_path / "latte")
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    command = ["convert", "--source", "latte", "--checkpoint", str(tmp_path / "latte"), "--vae", str(tmp_path / "vae")]
+    command += ["--output", str(tmp_path / "out"), "--config", "num_attention_heads=3", "action_dim=5"]
+    assert main(command) == 0
+    assert IRASimPipeline.from_pretrained(tmp_path / "out").transformer.config.spatial_position == "fixed"
+    state = latte.state_dict()
+    del state["transformer_blocks.0.attn1.to_k.bias"]
+    state["temporal_transformer_blocks.0.ff.net.2.weight"] = torch.zeros(3, 4)
+    state["surprise"] = torch.zeros(2)
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "broken.safetensors")
+    with pytest.raises(ValueError, match="3 tensors do not fit") as raised:
+        load_latte(tmp_path / "broken.safetensors", num_attention_heads=3)
+    for line in (
+        "nothing for transformer_blocks.0.attn1.to_k.bias (24,)",
+        "ff.net.2.weight: (3, 4) where",
+        "surprise (2,)",
+    ):
+        assert line in str(raised.value)
 
 
 def test_pretrained_families_list_their_problems_too(tmp_path):

@@ -191,7 +191,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         temporal_position: `"sincos"`, or `"rope"` of Open-Sora.
         base_patch_size: Patch size in whose grid `"grid"` positions count, for a model that was trained with that one first.
         spatial_position: `"grid"`; `"area"` of Open-Sora, on the integer grid scaled to an area of 512x512 pixels; `"fixed"`
-            of Latte, a grid of 32x32 patches stretched to any other.
+            of Latte, a grid of 64x64 latent pixels stretched to any other.
         use_fps: Whether frames a second are embedded, as in Open-Sora.
         history_timestep: `"same"` where history frames take the timestep of the others, `"zero"` where they take none.
         action_activation: Activation of the action encoder, `"gelu_tanh"`; None for the released Language-Table weights,
@@ -503,7 +503,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             area = (rows * columns) ** 0.5 * config.patch_size / 64  # 64 latent pixels are Open-Sora's 512 pixels
             down, across = down * side / rows / area, across * side / columns / area
         elif config.spatial_position == "fixed":
-            down, across = down * 32 / rows, across * 32 / columns  # Latte's grid has 32 patches a side
+            side = 64 // config.patch_size  # Latte's grid: 64 latent pixels a side, 32 patches of two
+            down, across = down * side / rows, across * side / columns
         grid = torch.meshgrid(across, down, indexing="xy")
         dim = config.num_attention_heads * config.attention_head_dim
         return get_2d_sincos_pos_embed_from_grid(dim, torch.stack(grid), output_type="pt").float().unsqueeze(0)
