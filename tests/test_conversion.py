@@ -2,6 +2,8 @@ import collections
 import math
 import os
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import omegaconf
@@ -12,7 +14,7 @@ from conftest import tiny_transformer, tiny_vae
 from diffusers import LatteTransformer3DModel
 from safetensors.torch import save_file
 
-from irasim_diffusers import IRASimPipeline
+from irasim_diffusers import PRESETS, IRASimPipeline, IRASimTransformer3DModel
 from irasim_diffusers.cli import main
 from irasim_diffusers.conversion import (
     RELEASED_DATASETS,
@@ -607,3 +609,23 @@ def test_open_sora_wants_the_rate_of_the_clips(tmp_path, capsys):
     arguments = ["convert", "--source", "opensora", "--checkpoint", str(tmp_path), "--vae", "vae"]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
     assert "fps=<frames a second of your clips> is wanted" in capsys.readouterr().err
+
+
+def test_the_sizes_in_the_guide():
+    text = (Path(__file__).parents[1] / "examples" / "convert.md").read_text()
+    rows = dict(re.findall(r"^\| (.+?) \|.*\| ([\d,]+) \|$", text, flags=re.MULTILINE))
+    names = {"rt1": "RT-1", "bridge": "Bridge", "languagetable": "Language-Table"}
+    single = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28, "norm_type": "ada_norm_single"}
+    models = {
+        f"{names[dataset]}, {conditioning.title()}-Ada": PRESETS["XL"] | known | {"conditioning": conditioning}
+        for dataset, known in RELEASED_DATASETS.items()
+        for conditioning in ("frame", "video")
+    } | {
+        "Open-Sora 1.2, STDiT3": single | {"qk_norm": "rms_norm", "temporal_position": "rope", "use_fps": True},
+        "Latte-1": single,
+    }
+    assert rows.keys() == models.keys()
+    for name, config in models.items():
+        with torch.device("meta"):
+            model = IRASimTransformer3DModel(**config)
+        assert rows[name] == f"{sum(parameter.numel() for parameter in model.parameters()):,}", name
