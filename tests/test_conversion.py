@@ -539,8 +539,12 @@ def test_the_command_starts_from_opensora(tmp_path, capsys):
     assert pipeline.transformer.config.fps == 5
     images = pipeline(np.zeros((16, 8, 3), np.uint8), np.zeros((3, 2)), num_inference_steps=2).frames[0]
     assert len(images) == 3
+    shift = (64 * 8 * 4) ** 0.5 / 512 * 16**0.5  # pixels and frames of a window
+    assert pipeline.scheduler.config.shift == pytest.approx(shift)
+    expected = [shift * s / (1 + (shift - 1) * s) for s in (1.0, 0.5)]
+    np.testing.assert_allclose(pipeline.scheduler.sigmas, [*expected, 0.0], rtol=1e-5)
     for wrong in ("action_dims=2", "action_dim"):
-        assert main([*command[:7], "--output", f"{tmp_path}/second", "--config", wrong]) == 2
+        assert main([*command[:7], "--output", f"{tmp_path}/second", "--config", "fps=5", wrong]) == 2
         assert "--config must be KEY=VALUE" in capsys.readouterr().err
     assert main([*command[:1], *command[3:7], "--output", f"{tmp_path}/second"]) == 2
     assert "--dataset is wanted" in capsys.readouterr().err

@@ -222,11 +222,12 @@ def run_convert(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output must be a new or empty folder, got {str(output)!r}.")
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+    from diffusers import AutoencoderKL, PNDMScheduler
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     from .conversion import ConversionReport, load_latte, load_opensora, load_released_irasim
     from .files import temporary_folder
+    from .models import noise_process
 
     report, config = ConversionReport(), dict(_read_setting(text) for text in arguments.config)
     if arguments.source == "opensora" and "fps" not in config:
@@ -254,7 +255,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
         transformer = load(arguments.checkpoint, report=report, **config)
     scheduler: SchedulerMixin
     if transformer.config.prediction_type == "flow_prediction":
-        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler = noise_process(transformer.config)
     else:  # as the release samples: with the Runge-Kutta warm-up, 59 network evaluations at 50 steps
         scheduler = PNDMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", timestep_spacing="linspace")
     with temporary_folder(output) as partial:

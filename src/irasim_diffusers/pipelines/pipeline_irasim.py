@@ -636,6 +636,8 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 f"`timesteps` and `sigmas` exclude each other and must be known to the scheduler, got {sorted(custom)} for "
                 f"{type(self.scheduler).__name__}."
             )
+        if not custom and "sigmas" in accepted and self.transformer.config.prediction_type == "flow_prediction":
+            custom = {"sigmas": np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)}
         self.scheduler.set_timesteps(
             **(custom or {"num_inference_steps": num_inference_steps}), device=self._execution_device
         )
