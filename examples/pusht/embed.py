@@ -30,14 +30,17 @@ class EmbedArguments:
     start: int = field(default=20, metadata={"help": "first frame of the clip"})
     num_actions: int = 60
     scheduler: str = field(default="DDIMScheduler", metadata={"help": "scheduler class of diffusers"})
-    num_inference_steps: int = field(default=8, metadata={"help": "steps that a call takes where it names none"})
+    timestep_spacing: str = field(default="trailing", metadata={"help": "of the scheduler; few steps need trailing"})
+    num_inference_steps: int = field(default=2, metadata={"help": "steps that a call takes where it names none"})
 
 
 def main() -> None:
     (arguments,) = HfArgumentParser(EmbedArguments).parse_args_into_dataclasses()
     target = embedded_checkpoint()
     pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=torch.bfloat16)
-    pipeline.scheduler = getattr(diffusers, arguments.scheduler).from_config(pipeline.scheduler.config)
+    pipeline.scheduler = getattr(diffusers, arguments.scheduler).from_config(
+        pipeline.scheduler.config, timestep_spacing=arguments.timestep_spacing
+    )
     pipeline.register_to_config(num_inference_steps=arguments.num_inference_steps)
     dataset = LeRobotFolder(Path(arguments.dataset))
     pipeline.transformer.register_to_config(fps=dataset.fps)
