@@ -315,13 +315,12 @@ def test_when_nothing_can_be_read(tmp_path):
         )
 
 
-def test_processes_encode_their_shares(tmp_path, monkeypatch):
-    monkeypatch.setattr("irasim_diffusers.data.clips.EPISODES_PER_FILE", 1)
+def test_processes_encode_their_shares(tmp_path):
     write_folder(tmp_path / "set")
     data, vae = LeRobotFolder(tmp_path / "set"), tiny_vae()
     encoded: list[int] = []
     vae.encoder.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
-    alone = LatentClips(cache_latents(data, vae, tmp_path / "alone"), 5)
+    alone = LatentClips(cache_latents(data, vae, tmp_path / "alone", episodes_per_file=1), 5)
     assert sum(encoded) == 21
     encoded.clear()
     barrier = threading.Barrier(2)
@@ -330,6 +329,7 @@ def test_processes_encode_their_shares(tmp_path, monkeypatch):
             pool.map(
                 lambda index: cache_latents(
                     *(data, vae, tmp_path / "together"),
+                    episodes_per_file=1,
                     process_index=index,
                     num_processes=2,
                     wait_for_everyone=barrier.wait,

@@ -18,8 +18,6 @@ from tqdm.auto import tqdm
 from ..files import temporary_path
 from .episode import EpisodeSource
 
-EPISODES_PER_FILE = 50
-
 
 def cache_latents(
     dataset: EpisodeSource,
@@ -30,6 +28,7 @@ def cache_latents(
     mixed_precision: bool = False,
     skip_broken: bool = False,
     recorded: bool = False,
+    episodes_per_file: int = 50,
     process_index: int = 0,
     num_processes: int = 1,
     wait_for_everyone: Callable[[], None] = lambda: None,
@@ -44,13 +43,14 @@ def cache_latents(
         mixed_precision: Encode under bfloat16 autocast.
         skip_broken: Leave out episodes that cannot be read, and list them in the manifest, instead of stopping at one.
         recorded: Take the latents that lie beside the videos (`IRASimFolder`), made by the same autoencoder and scaled.
+        episodes_per_file: Episodes in each file, the unit of work that is shared, and redone after an interruption.
         process_index: Number of this process among those that encode together, each its share of the files.
         num_processes: How many they are.
         wait_for_everyone: Returns when all of them have called it.
 
     Returns:
         The folder of latents: safetensors files with `latents.<episode>` (T, C, h, w), float16, unscaled, and
-        `actions.<episode>` (T, A), float32, for 50 episodes each, and once complete `manifest.json`, which holds the
+        `actions.<episode>` (T, A), float32, and once complete `manifest.json`, which holds the
         number of `episodes` and what is `broken`.
 
     Raises:
@@ -58,7 +58,16 @@ def cache_latents(
             and episode. If no episode can be read.
     """
     scale = vae.config.scaling_factor if recorded else None
-    identity = json.loads(json.dumps({"data": dataset.identity, "vae": _fingerprint(vae), "recorded": scale}))
+    identity = json.loads(
+        json.dumps(
+            {
+                "data": dataset.identity,
+                "vae": _fingerprint(vae),
+                "recorded": scale,
+                "episodes_per_file": episodes_per_file,
+            }
+        )
+    )
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache_dir) / f"{Path(dataset.name).name}-{digest}"
     manifest = folder / "manifest.json"
@@ -75,13 +84,13 @@ def cache_latents(
         unscaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         return unscaled.half(), dataset.vectors(number)["action"]
 
-    starts = range(0, len(dataset), EPISODES_PER_FILE)
-    files = {start: folder / f"latents-{start // EPISODES_PER_FILE:05d}.safetensors" for start in starts}
+    starts = range(0, len(dataset), episodes_per_file)
+    files = {start: folder / f"latents-{start // episodes_per_file:05d}.safetensors" for start in starts}
     share = list(starts)[process_index::num_processes]
-    total = sum(min(start + EPISODES_PER_FILE, len(dataset)) - start for start in share)
+    total = sum(min(start + episodes_per_file, len(dataset)) - start for start in share)
     with tqdm(total=total, desc="encoding latents", unit="episode", disable=process_index > 0) as bar:
         for start in share:
-            numbers = range(start, min(start + EPISODES_PER_FILE, len(dataset)))
+            numbers = range(start, min(start + episodes_per_file, len(dataset)))
             if files[start].is_file():
                 bar.update(len(numbers))
                 continue

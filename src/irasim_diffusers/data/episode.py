@@ -63,6 +63,14 @@ class EpisodeSource(Protocol):
         """Names of the components of `action` or a state, where known."""
 
 
+class InOrder:
+    """Lends data sources their iteration."""
+
+    def __iter__(self: EpisodeSource) -> Iterator[Episode]:
+        """Every episode in order."""
+        return (self[number] for number in range(len(self)))
+
+
 def camera_layout(cameras: str | Sequence[str] | Sequence[Sequence[str]]) -> CameraLayout:
     """A layout from one camera, several to be stacked, or rows of them; a row may be written as `left,right`."""
     rows = [cameras] if isinstance(cameras, str) else cameras

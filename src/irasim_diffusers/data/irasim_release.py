@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,12 +20,12 @@ import numpy as np
 import torch
 
 from ..actions import derive_actions
-from .episode import Episode, camera_layout, tile
+from .episode import Episode, InOrder, camera_layout, tile
 from .video import read_video
 
 
 @dataclass(frozen=True)
-class IRASimFolder:
+class IRASimFolder(InOrder):
     """A data set in the format of the IRASim release.
 
     Actions of poses are the motion in the frame of the previous pose and the gripper's next opening; see
@@ -103,10 +102,6 @@ class IRASimFolder:
     def __len__(self) -> int:
         """Number of episodes."""
         return len(self.files)
-
-    def __iter__(self) -> Iterator[Episode]:
-        """Every episode in order."""
-        return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> Episode:
         """One episode.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..files import temporary_path
-from .episode import Episode, camera_layout, tile
+from .episode import Episode, InOrder, camera_layout, tile
 from .video import read_frames, write_video
 
 VERSION = "v3.0"
@@ -42,7 +42,7 @@ INDEX_FEATURES = {
 
 
 @dataclass(frozen=True)
-class LeRobotFolder:
+class LeRobotFolder(InOrder):
     """A LeRobotDataset folder, v3.0 or v2.1, with video or image features.
 
     Args:
@@ -118,10 +118,6 @@ class LeRobotFolder:
     def __len__(self) -> int:
         """Number of episodes."""
         return len(self.rows)
-
-    def __iter__(self) -> Iterator[Episode]:
-        """Every episode in order."""
-        return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> Episode:
         """One episode; only its part of the videos is decoded.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +10,11 @@ import numpy as np
 import torch
 
 from ..actions import DERIVATIONS, derive_actions, hold_action, integrate_actions
-from .episode import CameraLayout, Episode, EpisodeSource
+from .episode import CameraLayout, Episode, EpisodeSource, InOrder
 
 
 @dataclass(frozen=True)
-class PreparedEpisodes:
+class PreparedEpisodes(InOrder):
     """A data source with other actions, or with fewer frames a second.
 
     Args:
@@ -94,10 +93,6 @@ class PreparedEpisodes:
     def __len__(self) -> int:
         """Number of episodes."""
         return len(self.source)
-
-    def __iter__(self) -> Iterator[Episode]:
-        """Every episode in order."""
-        return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> Episode:
         """One episode."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
-from .episode import Episode, camera_layout, tile
+from .episode import Episode, InOrder, camera_layout, tile
 from .video import read_video
 
 
 @dataclass(frozen=True)
-class TableEpisodes:
+class TableEpisodes(InOrder):
     """A `datasets.Dataset` whose rows are episodes.
 
     A camera is a column of the type Video, or a list of pictures; videos are decoded here and need no torchcodec. Actions
@@ -73,10 +73,6 @@ class TableEpisodes:
     def __len__(self) -> int:
         """Number of episodes."""
         return len(self.dataset)
-
-    def __iter__(self) -> Iterator[Episode]:
-        """Every episode in order."""
-        return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> Episode:
         """One episode.
