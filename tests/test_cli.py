@@ -4,6 +4,7 @@ import re
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from conftest import tiny_pipeline
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
@@ -78,6 +79,19 @@ def test_seed_and_scheduler_change_the_video(workspace):
         videos.append(read_video(f"{number}.mp4"))
     assert not np.array_equal(videos[0], videos[1])
     assert not np.array_equal(videos[0], videos[2])
+
+
+def test_float16_leaves_the_vae_in_float32(workspace):
+    pipeline = tiny_pipeline()
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_in.weight.mul_(1e6)  # beyond float16, as inside SDXL's
+    pipeline.save_pretrained("large")
+    arguments = ["--model", "large", "--frames", "frame.png", "--actions", "actions.npy", "--steps", "2"]
+    videos = []
+    for dtype in ("float32", "float16"):
+        assert generate(*arguments, "--dtype", dtype, "--output", f"{dtype}.mp4") == 0
+        videos.append(read_video(f"{dtype}.mp4").astype(int))
+    assert abs(videos[0] - videos[1]).mean() < 1
 
 
 def test_resize(workspace):

@@ -378,8 +378,11 @@ def _load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device must be a device of this machine, got {device!r}: {error}") from error
+    dtype = getattr(torch, arguments.dtype)
+    if dtype == torch.float16:  # in which SDXL's autoencoder overflows
+        dtype = {"default": dtype, "vae": torch.float32}
     try:
-        pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+        pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {error}") from error
     if arguments.scheduler:

@@ -66,6 +66,12 @@ def test_bfloat16_costs_a_tenth_of_a_decibel_at_most(video, truth):
     assert abs(psnr(generate(halved), truth) - psnr(video, truth)) < 0.1
 
 
+def test_float16_with_the_vae_in_float32(video, truth):
+    halved = load(dtype={"default": torch.float16, "vae": torch.float32})
+    assert (halved.transformer.dtype, halved.vae.dtype) == (torch.float16, torch.float32)
+    assert abs(psnr(generate(halved), truth) - psnr(video, truth)) < 0.1
+
+
 def test_int8_weights_take_a_quarter_of_the_memory(plain, video, truth):
     quantization = pytest.importorskip("torchao.quantization")
     config = PipelineQuantizationConfig(

@@ -1,0 +1,148 @@
+"""What diffusers gives its models, on every architecture the one class covers."""
+
+import pytest
+import torch
+from conftest import tiny_transformer
+from diffusers.models.attention_dispatch import attention_backend
+
+from irasim_diffusers import IRASimTransformer3DModel
+from irasim_diffusers.models.transformer_irasim import IRASimAttnProcessor
+
+ARCHITECTURES = {
+    "Frame-Ada": {},
+    "Video-Ada": {"conditioning": "video"},
+    "Open-Sora": {
+        "norm_type": "ada_norm_single",
+        "qk_norm": "rms_norm",
+        "temporal_position": "rope",
+        "spatial_position": "area",
+        "history_timestep": "zero",
+        "use_fps": True,
+        "fps": 3.0,
+        "prediction_type": "flow_prediction",
+    },
+    "Latte": {"norm_type": "ada_norm_single", "spatial_position": "fixed"},
+    "Language-Table": {"conditioning": "video", "action_activation": None},
+}
+
+
+@pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+def model(request):
+    return tiny_transformer(**request.param)
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(4)
+    return torch.randn(3, 4, 5, 4, 6), torch.tensor([7, 500, 999]), torch.randn(3, 3, 3)
+
+
+def test_gradient_checkpointing_changes_no_gradient(model, inputs):
+    model.train()
+    gradients = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        calls: list[int] = []
+        hook = model.transformer_blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        model(*inputs).sample.square().mean().backward()
+        hook.remove()
+        assert len(calls) == (2 if checkpointing else 1)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math", "_native_flash", "flex"])
+def test_attention_backends_agree(model, inputs, backend):
+    model.requires_grad_(False)
+    expected = model(*inputs).sample
+    with attention_backend(backend):
+        torch.testing.assert_close(model(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["native", "_native_flash", "_native_efficient", "_native_cudnn", "_native_math"])
+def test_attention_backends_agree_on_cuda(model, backend):
+    torch.manual_seed(4)
+    model.to("cuda", torch.bfloat16).requires_grad_(False)
+    inputs = (
+        torch.randn(3, 4, 5, 4, 6).to(model.device, model.dtype),
+        torch.ones(3).cuda(),
+        torch.randn(3, 3, 3).cuda(),
+    )
+    with attention_backend("_native_math"):
+        expected = model(*inputs).sample
+    with attention_backend(backend):
+        torch.testing.assert_close(model(*inputs).sample, expected, rtol=5e-2, atol=5e-2)
+
+
+def test_an_attention_processor_may_be_replaced(model, inputs):
+    shapes = []
+
+    class Recording(IRASimAttnProcessor):
+        def __call__(self, attn, hidden_states, image_rotary_emb=None):
+            shapes.append(tuple(hidden_states.shape))
+            return super().__call__(attn, hidden_states, image_rotary_emb)
+
+    expected = model(*inputs).sample
+    model.set_attn_processor(Recording())
+    assert len(model.attn_processors) == 4
+    assert torch.equal(model(*inputs).sample, expected)
+    assert shapes == [(15, 6, 24), (18, 5, 24)] * 2  # patches of each frame, frames of each patch
+
+
+def test_fused_projections_agree(model, inputs):
+    expected = model(*inputs).sample
+    model.fuse_qkv_projections()
+    assert model.transformer_blocks[0].attn1.to_qkv.weight.shape == (72, 24)
+    torch.testing.assert_close(model(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+    model.unfuse_qkv_projections()
+    assert torch.equal(model(*inputs).sample, expected)
+
+
+def test_regional_compilation_without_graph_breaks(model, inputs):
+    expected = model(*inputs).sample
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(model(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+        hidden_states, timestep, actions = inputs
+        with torch.compiler.set_stance("fail_on_recompile"):
+            model(hidden_states + 1, timestep - 1, actions - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(model, inputs, dtype):
+    expected = model(*inputs).sample
+    model.to(dtype)
+    hidden_states, timestep, actions = inputs
+    sample = model(hidden_states.to(dtype), timestep, actions).sample
+    assert sample.dtype == dtype
+    error = (sample.float() - expected).square().mean().sqrt() / expected.std()
+    assert error < (0.02 if dtype == torch.bfloat16 else 0.003)
+
+
+def test_layerwise_casting(model, inputs):
+    expected = model(*inputs).sample
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert model.transformer_blocks[0].ff.net[2].weight.dtype == torch.float8_e4m3fn
+    assert model.patch_embed.proj.weight.dtype == torch.float32
+    sample = model(*inputs).sample
+    error = (sample - expected).square().mean().sqrt() / expected.std()
+    assert 0 < error < 0.1
+
+
+@pytest.mark.parametrize("max_shard_size", ["10GB", "50KB"])
+def test_saving_and_loading_changes_nothing(model, inputs, tmp_path, max_shard_size):
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors.index.json").is_file() == (max_shard_size == "50KB")
+    loaded = IRASimTransformer3DModel.from_pretrained(tmp_path)
+    public = [{k: v for k, v in each.config.items() if not k.startswith("_")} for each in (loaded, model)]
+    assert public[0] == public[1]
+    assert torch.equal(loaded(*inputs).sample, model(*inputs).sample)
+
+
+def test_a_tuple_where_asked(model, inputs):
+    (sample,) = model(*inputs, return_dict=False)
+    assert torch.equal(sample, model(*inputs).sample)
