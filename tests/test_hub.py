@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
-from test_lerobot import make_episode
+from test_lerobot import make_episode, write_folder
 from test_sources import write_release, write_v21
 
 START = """
@@ -213,3 +213,24 @@ def test_only_the_cameras_asked_for_are_downloaded(hub, tmp_path):
     asked = " ".join(hub.requests)
     assert "left/episode_000001.mp4" in asked
     assert "right" not in asked
+
+
+def test_only_the_first_episodes_asked_for_are_downloaded(hub, tmp_path):
+    root = tmp_path / "three"
+    write_folder(root)  # the third has files of its own
+    files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
+    hub.commit("datasets/lab/three", files)
+    hub.requests.clear()
+    run(
+        hub,
+        tmp_path,
+        """
+        from irasim_diffusers.data import open_dataset
+        assert [len(episode) for episode in open_dataset("lab/three", max_episodes=2)] == [5, 9]
+        """,
+    )
+    asked = " ".join(hub.requests)
+    assert "image/chunk-000/file-000.mp4" in asked
+    assert "data/chunk-000/file-000.parquet" in asked
+    assert "image/chunk-000/file-001.mp4" not in asked
+    assert "data/chunk-000/file-001.parquet" not in asked

@@ -1,10 +1,28 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_vae
-from test_lerobot import write_folder
+from diffusers import AutoencoderKL
+from test_lerobot import CAMERA, edit_table, write_folder
 
-from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents, standardised_states
+from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents, standardised_states, write_video
+
+ENCODE_SLOWLY = """
+import time
+from conftest import tiny_vae
+from irasim_diffusers.data import LeRobotFolder, cache_latents
+
+vae = tiny_vae()
+vae.encoder.register_forward_hook(lambda *_: time.sleep(0.5))
+cache_latents(LeRobotFolder("set"), vae, "cache", episodes_per_file=1)
+"""
 
 
 @pytest.fixture
@@ -22,7 +40,7 @@ def encode(vae, episode):
 def test_windows_hold_the_latents_and_the_actions_between_their_frames(dataset, tmp_path):
     folder, episodes = dataset
     vae = tiny_vae()
-    clips = LatentClips(cache_latents(folder, vae, tmp_path / "cache"), sample_frames=6)
+    clips = LatentClips(cache_latents(folder, vae, tmp_path / "cache"), sample_frames=6, skip_short=True)
     assert clips.windows == [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1)]
     item = clips[2]
     expected = encode(vae, episodes[1])[2:8].transpose(0, 1)
@@ -46,11 +64,68 @@ def test_latents_are_encoded_once_for_a_data_set_and_autoencoder(dataset, tmp_pa
     assert len(calls) > count
 
 
+def test_other_files_and_precision_make_other_latents(dataset, tmp_path):
+    folder, episodes = dataset
+    vae = tiny_vae()
+    first = cache_latents(folder, vae, tmp_path / "cache")
+    assert cache_latents(folder, vae, tmp_path / "cache", mixed_precision=True) != first
+    video = tmp_path / "set/videos" / CAMERA / "chunk-000/file-001.mp4"
+    write_video(video, 255 - episodes[2].frames[:, ::2, ::2], 10, lossless=True)
+    assert cache_latents(LeRobotFolder(tmp_path / "set"), vae, tmp_path / "cache") != first
+
+
+def test_the_manifest_names_autoencoder_and_dtype(dataset, tmp_path):
+    folder, _ = dataset
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    named = cache_latents(folder, AutoencoderKL.from_pretrained(tmp_path / "vae"), tmp_path / "named")
+    content = json.loads((named / "manifest.json").read_text())
+    assert (content["autoencoder"], content["dtype"]) == (str(tmp_path / "vae"), "float16")
+    unnamed = cache_latents(folder, tiny_vae(), tmp_path / "unnamed")
+    assert json.loads((unnamed / "manifest.json").read_text())["autoencoder"] == "AutoencoderKL"
+    assert unnamed.name == named.name, "the same weights by another name"
+
+
+def test_encoding_goes_on_where_it_was_killed(dataset, tmp_path):
+    folder, episodes = dataset
+    paths = filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    encoder = subprocess.Popen([sys.executable, "-W", "ignore", "-c", ENCODE_SLOWLY], cwd=tmp_path, env=environment)
+    try:
+        while not (finished := list(tmp_path.glob("cache/*/latents-*.safetensors"))):
+            assert encoder.poll() is None, "it ended by itself"
+            time.sleep(0.02)
+    finally:
+        encoder.kill()
+        encoder.wait()
+    written = {path: path.stat().st_mtime_ns for path in finished}
+    assert len(written) < 3
+    dead, alive = (
+        finished[0].with_name(f".latents-00002.{number}.partial.safetensors") for number in (encoder.pid, os.getppid())
+    )
+    for partial in (dead, alive):
+        partial.write_bytes(b"half")
+    vae = tiny_vae()
+    encoded = []
+    vae.encoder.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
+    clips = LatentClips(cache_latents(folder, vae, tmp_path / "cache", episodes_per_file=1), 5)
+    assert encoded == [len(episode) for episode in episodes[len(written) :]]
+    assert {path: path.stat().st_mtime_ns for path in finished} == written
+    assert len(clips.episodes) == 3
+    assert list(finished[0].parent.glob("*.partial*")) == [alive]
+
+
 def test_incomplete_and_short_sets_are_refused(dataset, tmp_path):
     folder, _ = dataset
     cache = cache_latents(folder, tiny_vae(), tmp_path / "cache")
     with pytest.raises(ValueError, match=r"no episode .* as long as a window of 10 frames"):
         LatentClips(cache, sample_frames=10)
+    with pytest.raises(
+        ValueError, match=r"2 episodes .* shorter than a window of 8 frames, the first number 0 with 5"
+    ):
+        LatentClips(cache, sample_frames=8)
+    clips = LatentClips(cache, sample_frames=8, skip_short=True)
+    assert (clips.short, list(clips.episodes)) == ([0, 2], [1])
+    assert len(clips.actions) == 8, "actions are those of the episodes that are kept"
     (cache / "manifest.json").unlink()
     with pytest.raises(ValueError, match="no complete set of latents"):
         LatentClips(cache)
@@ -65,8 +140,27 @@ def test_states_go_with_their_windows(dataset, tmp_path):
     raw = np.concatenate([episode.states["observation.state"] for episode in episodes])
     for column, expected in enumerate((raw[:, 0], np.cos(raw[:, 1]), np.sin(raw[:, 1]))):
         assert np.corrcoef(pooled[:, column], expected)[0, 1] > 0.9999
-    clips = LatentClips(cache_latents(folder, tiny_vae(), tmp_path / "cache"), sample_frames=6, states=states)
+    cache = cache_latents(folder, tiny_vae(), tmp_path / "cache")
+    clips = LatentClips(cache, sample_frames=6, states=states, skip_short=True)
     assert torch.equal(clips[5]["states"], states[2][1:7])
+
+
+def test_states_that_never_change_become_zero(dataset, tmp_path):
+    for name in ("file-000", "file-001"):
+        path = tmp_path / "set/data/chunk-000" / f"{name}.parquet"
+        edit_table(path, lambda row: row["observation.state"].__setitem__(1, 1000.1))
+    (states,) = standardised_states([dataset[0]], ["observation.state"])
+    pooled = torch.cat(list(states.values()))
+    assert pooled.dtype == torch.float32
+    assert pooled[:, 1].abs().max() < 1e-3
+    torch.testing.assert_close(pooled[:, 0].std(correction=0), torch.tensor(1.0))
+
+
+def test_states_that_are_not_finite_are_named(dataset, tmp_path):
+    path = tmp_path / "set/data/chunk-000/file-000.parquet"
+    edit_table(path, lambda row: row["observation.state"].__setitem__(0, [1.0, float("nan")][row["index"] == 13]))
+    with pytest.raises(ValueError, match=r"episode 1 of .*'observation.state' at frame 8 is \[nan, "):
+        standardised_states([dataset[0]], ["observation.state"])
 
 
 @pytest.mark.parametrize(

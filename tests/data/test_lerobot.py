@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -91,13 +92,56 @@ def break_rows(root):
     pq.write_table(pq.read_table(path).slice(0, 4), path)
 
 
+def edit_table(path, change):
+    """Change the rows of a parquet file."""
+    rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        change(row)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def edit_episode(name, value):
+    """Change what `meta/episodes` says of episode 1, which shares a file with episode 0."""
+
+    def change(row):
+        row[name] = value if row["episode_index"] == 1 else row[name]
+
+    return lambda root: edit_table(root / "meta/episodes/chunk-000/file-000.parquet", change)
+
+
+def edit_vectors(key, value):
+    """Change a vector of episode 1."""
+
+    def change(row):
+        row[key] = value if row["index"] == 9 else row[key]
+
+    return lambda root: edit_table(root / "data/chunk-000/file-000.parquet", change)
+
+
 @pytest.mark.parametrize(
     ("breakage", "message"),
     [
         (lambda root: (root / "meta" / "info.json").unlink(), r"is no LeRobotDataset folder"),
         (break_version, r"is a LeRobotDataset v1\.6; v3\.0 and v2\.1 are read"),
         (break_video, r"file-001\.mp4"),
-        (break_rows, r"episode 2 of .* 7 frames announced, 4 rows found"),
+        (break_rows, r"episode 2 of .* 7 frames announced, 4 rows found in .*file-001\.parquet"),
+        (edit_episode(f"videos/{CAMERA}/chunk_index", None), r"episode 1 of .*image/chunk_index' is missing in 'meta"),
+        (edit_episode(f"videos/{CAMERA}/from_timestamp", None), r"episode 1 of .*from_timestamp' is missing in 'meta"),
+        (edit_episode(f"videos/{CAMERA}/file_index", float("nan")), r"episode 1 of .*cannot convert float NaN"),
+        (edit_episode("data/file_index", None), r"episode 1 of .*'data/file_index' is missing in 'meta/episodes'"),
+        (edit_episode("length", None), r"episode 1 of .*'length' is missing"),
+        (
+            edit_vectors("action", [1.0]),
+            r"episode 1 of .*file-000\.parquet': 'action' must be 3 numbers .* got \[3, 1\]",
+        ),
+        (
+            edit_vectors("observation.state", None),
+            r"episode 1 of .*'observation.state' must be 2 numbers .* got \[2, None\]",
+        ),
+        (
+            lambda root: (root / "data/chunk-000/file-000.parquet").write_bytes(b"PAR1"),
+            r"episode 0 of .*file-000\.parquet",
+        ),
     ],
 )
 def test_broken_folders_are_named(tmp_path, breakage, message):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import tiny_vae
-from test_lerobot import CAMERA, make_episode, write_folder
+from test_lerobot import CAMERA, edit_table, make_episode, write_folder
 
 from irasim_diffusers.actions import derive_actions, integrate_actions
 from irasim_diffusers.data import (
@@ -27,6 +27,9 @@ from irasim_diffusers.data import (
     TableEpisodes,
     action_normalisation,
     cache_latents,
+    check_mixture,
+    first_readable,
+    frame_skip_for,
     open_dataset,
     read_frames,
     standardised_states,
@@ -83,24 +86,64 @@ def test_version_2_1_with_two_cameras(tmp_path):
         open_dataset(tmp_path)
 
 
-def test_pictures_inside_parquet(tmp_path):
-    written = write_folder(tmp_path)
-    info = json.loads((tmp_path / "meta" / "info.json").read_text())
-    info["features"][CAMERA]["dtype"] = "image"
-    (tmp_path / "meta" / "info.json").write_text(json.dumps(info))
-    (tmp_path / "videos").rename(tmp_path / "gone")
+def test_videos_of_version_2_1_that_do_not_go_with_their_vectors(tmp_path):
+    episodes = [make_episode(number, length) for number, length in enumerate((5, 9, 7))]
+    write_v21(tmp_path, episodes)
+    video = tmp_path / "videos/chunk-000/left/episode_000001.mp4"
+    longer = np.concatenate([episodes[1].frames, episodes[1].frames[:1]])
+    write_video(video, longer, 10, lossless=True)
+    with pytest.raises(ValueError, match=r"episode 1 of .*left/episode_000001\.mp4' goes on after the 9 frames"):
+        open_dataset(tmp_path, "left")[1]
+    video.unlink()
+    with pytest.raises(ValueError, match=r"episode 1 of .*left/episode_000001\.mp4"):
+        open_dataset(tmp_path, "left")[1]
+    assert np.array_equal(open_dataset(tmp_path, "right")[1].frames, 255 - episodes[1].frames)
+
+
+def put_pictures_into_parquet(root, camera, files):
+    """Move the frames of a camera from videos into parquet files, each given with its episodes."""
+    info = json.loads((root / "meta" / "info.json").read_text())
+    info["features"][camera]["dtype"] = "image"
+    (root / "meta" / "info.json").write_text(json.dumps(info | {"video_path": None}))
+    (root / "videos").rename(root / "gone")
 
     def encoded(frame):
         file = io.BytesIO()
         PIL.Image.fromarray(frame).save(file, "png")
         return {"bytes": file.getvalue(), "path": "frame.png"}
 
-    for number, part in enumerate((written[:2], written[2:])):
-        path = tmp_path / f"data/chunk-000/file-00{number}.parquet"
+    for name, part in files.items():
         pictures = [encoded(frame) for episode in part for frame in episode.frames]
-        pq.write_table(pq.read_table(path).append_column(CAMERA, [pictures]), path)
+        pq.write_table(pq.read_table(root / name).append_column(camera, [pictures]), root / name)
+
+
+def test_pictures_inside_parquet(tmp_path):
+    written = write_folder(tmp_path)
+    names = [f"data/chunk-000/file-00{number}.parquet" for number in range(2)]
+    put_pictures_into_parquet(tmp_path, CAMERA, {names[0]: written[:2], names[1]: written[2:]})
     for before, after in zip(written, open_dataset(tmp_path), strict=True):
         assert np.array_equal(after.frames, before.frames)
+
+    def lose_picture(row):
+        row[CAMERA] = None if row["index"] == 9 else row[CAMERA]
+
+    edit_table(tmp_path / names[0], lose_picture)
+    assert len(open_dataset(tmp_path)[0]) == 5
+    with pytest.raises(ValueError, match=rf"episode 1 of .*file-000\.parquet' has no picture '{CAMERA}' at frame 4"):
+        open_dataset(tmp_path)[1]
+    pq.write_table(pq.read_table(tmp_path / names[1]).drop_columns([CAMERA]), tmp_path / names[1])
+    with pytest.raises(ValueError, match=r"episode 2 of .*file-001\.parquet': No match for .*image"):
+        open_dataset(tmp_path)[2]
+
+
+def test_pictures_inside_parquet_of_version_2_1(tmp_path):
+    episodes = [make_episode(number, length) for number, length in enumerate((5, 9, 7))]
+    write_v21(tmp_path, episodes)
+    names = [f"data/chunk-00{number // 2}/episode_00000{number}.parquet" for number in range(3)]
+    put_pictures_into_parquet(tmp_path, "left", {name: [part] for name, part in zip(names, episodes, strict=True)})
+    for before, after in zip(episodes, open_dataset(tmp_path, "left"), strict=True):
+        assert np.array_equal(after.frames, before.frames)
+        assert np.array_equal(after.actions, before.actions)
 
 
 @pytest.mark.parametrize("codec", ["libsvtav1", "libx264"])
@@ -169,18 +212,31 @@ def test_the_release_format_in_all_flavours(flavour, tmp_path):
         assert open_dataset(tmp_path, ["0", "1"])[0].frames.shape == (6, 20, 14, 3)
 
 
-def lose(root, key):
+def change(root, **changes):
+    """Change the annotation of the last episode; None takes an entry away."""
     path = root / "annotation" / "train" / "10.json"
-    annotation = json.loads(path.read_text())
-    annotation.pop(key)
-    path.write_text(json.dumps(annotation))
+    annotation = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in annotation.items() if value is not None}))
+
+
+def lose(root, key):
+    change(root, **{key: None})
 
 
 @pytest.mark.parametrize(
     ("breakage", "message"),
     [
-        (lambda root: lose(root, "continuous_gripper_state"), r"10\.json' has neither 'actions', nor 'states'"),
-        (lambda root: lose(root, "videos"), r"10\.json'"),
+        (lambda root: lose(root, "continuous_gripper_state"), r"10\.json': it has neither 'actions', nor 'states'"),
+        (lambda root: lose(root, "videos"), r"10\.json' names no video"),
+        (lambda root: change(root, videos=[{"path": "0.mp4"}]), r"10\.json': it names no video_path of camera 0"),
+        (lambda root: change(root, state=[[1, 2], [3]]), r"10\.json': 'state' must be numbers in rows of one length"),
+        (lambda root: change(root, state=[{"x": 1}]), r"10\.json': 'state' must be numbers in rows of one length"),
+        (
+            lambda root: change(root, actions=[[1, 2], [3]]),
+            r"10\.json': 'actions' must be numbers in rows of one length",
+        ),
+        (lambda root: (root / "annotation/train/10.json").write_text("[]"), r"10\.json' names no video"),
+        (lambda root: (root / "annotation/train/10.json").write_bytes(b"\xff"), r"10\.json' is no JSON"),
         (lambda root: (root / "videos/train/0.mp4").write_bytes(b"nothing"), r"json': cannot read .*0\.mp4"),
         (lambda root: (root / "annotation/train/10.json").write_text("{"), r"10\.json' is no JSON"),
         (
@@ -194,6 +250,55 @@ def test_broken_release_files_are_named(breakage, message, tmp_path):
     breakage(tmp_path)
     with pytest.raises(ValueError, match=message):
         list(open_dataset(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("entry", "content", "message"),
+    [
+        ([], torch.zeros(6, 4, 2, 3), None),
+        ([{"latent_video_path": "10.pt"}], torch.zeros(6, 4, 2, 3), None),
+        ([{"latent_video_path": "10.pt"}], {"obs": torch.zeros(6, 4, 2, 3)}, None),
+        ([{}], torch.zeros(6, 4, 2, 3), r"10\.json': it names no latent_video_path of camera 0"),
+        ([{"latent_video_path": "10.pt"}], {"latents": torch.zeros(6)}, r"10\.json'.*10\.pt' .* got no tensor"),
+        ([{"latent_video_path": "10.pt"}], torch.zeros(5, 4, 2, 3), r"10\.pt' must hold latents \(6, C, h, w\)"),
+        ([{"latent_video_path": "10.pt"}], torch.zeros(6), r"10\.pt' .* got \(6,\)"),
+    ],
+)
+def test_latents_beside_videos(entry, content, message, tmp_path):
+    write_release(tmp_path, "rt1")
+    change(tmp_path, latent_videos=entry)
+    torch.save(content, tmp_path / "10.pt")
+    data = open_dataset(tmp_path)
+    assert data.latents(0) is None
+    if message is None:
+        assert (data.latents(1) is not None) == bool(entry)
+    else:
+        with pytest.raises(ValueError, match=message):
+            data.latents(1)
+
+
+def test_files_changed_in_place_make_another_set(tmp_path):
+    frames, *_ = write_release(tmp_path, "droid")
+    before = {camera: open_dataset(tmp_path, camera).identity for camera in ("0", "1")}
+    assert open_dataset(tmp_path, "0").identity == before["0"]
+    write_video(tmp_path / "videos/train/0.mp4", frames, 5)
+    assert open_dataset(tmp_path, "0").identity != before["0"]
+    assert open_dataset(tmp_path, "1").identity == before["1"], "the other camera's video is the same"
+
+
+def test_the_first_readable_episode_is_sought_among_the_first(tmp_path):
+    write_release(tmp_path, "rt1")
+    broken = [tmp_path / "annotation/train" / f"{number}.json" for number in (0, 1)]
+    broken[0].write_text("{")
+    broken[1].write_text("[]")
+    data = open_dataset(tmp_path)
+    assert len(first_readable(data, data.__getitem__)) == 6
+    with pytest.raises(ValueError, match=r"none of the first 2 episodes .*0\.json' is no JSON"):
+        first_readable(data, data.vectors, attempts=2)
+    for number in range(25):
+        (tmp_path / "annotation/train" / f"{number}.json").write_text("{")
+    with pytest.raises(ValueError, match=r"none of the first 20 episodes .*0\.json' is no JSON"):
+        open_dataset(tmp_path)
 
 
 def test_unknown_split_and_folder(tmp_path):
@@ -235,6 +340,10 @@ def test_tables_with_videos_and_with_pictures(tmp_path):
         open_dataset(tmp_path / "table", "wrist")
     with pytest.raises(ValueError, match="must hold a video or a list of images"):
         open_dataset(tmp_path / "table", "actions")
+    ragged = datasets.Dataset.from_dict(columns | {"actions": [[[1.0], [2.0, 3.0]], None]}, features=features)
+    for number in range(2):
+        with pytest.raises(ValueError, match=rf"episode {number} of "):
+            TableEpisodes(ragged).vectors(number)
 
 
 @pytest.mark.parametrize("derivation", ["relative_euler", "relative_6d", "relative_planar", "absolute"])
@@ -275,6 +384,70 @@ def test_bad_preparations(changes, message, tmp_path):
     write_folder(tmp_path)
     with pytest.raises(ValueError, match=message):
         PreparedEpisodes(LeRobotFolder(tmp_path), **changes)
+
+
+def test_recorded_actions_are_what_composition_says(tmp_path):
+    write_folder(tmp_path / "lerobot")
+    source = LeRobotFolder(tmp_path / "lerobot")
+    said = PreparedEpisodes(source, composition="absolute")
+    assert (PreparedEpisodes(source).action_derivation, said.action_derivation) == ("recorded", "absolute")
+    assert np.array_equal(said[1].actions, source[1].actions)
+    assert said.identity == PreparedEpisodes(source).identity, "nothing is changed that latents depend on"
+    write_release(tmp_path / "release", "rt1")
+    known = PreparedEpisodes(open_dataset(tmp_path / "release"), composition="absolute")
+    assert known.action_derivation == "relative_euler"
+
+
+@pytest.mark.parametrize(("source", "target", "skip"), [(30, 10, 3), (10, 10, 1), (29.97, 9.99, 3), (30.0002, 15, 2)])
+def test_frames_to_skip_for_a_rate(source, target, skip):
+    assert frame_skip_for(source, target) == skip
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        (30, 20, "`target_fps` must divide the 30 frames a second of the data, got 20"),
+        (10, 30, "must divide the 10 frames .* got 30"),
+        (30, 0, "got 0"),
+        (None, 5, "no frames a second to bring to 5"),
+    ],
+)
+def test_rates_that_skipping_does_not_give(source, target, message):
+    with pytest.raises(ValueError, match=message):
+        frame_skip_for(source, target)
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """Data sets of 10 frames a second and one camera: recorded actions of three names, and of two and padding."""
+    write_folder(tmp_path / "lerobot")
+    write_release(tmp_path / "planar", "planar")
+    padded = PreparedEpisodes(open_dataset(tmp_path / "planar", fps=10), action_dim=3)
+    return LeRobotFolder(tmp_path / "lerobot"), padded
+
+
+def test_sets_that_agree_are_one_mixture(mixture):
+    check_mixture(mixture)
+    check_mixture(mixture[:1])
+
+
+def test_sets_that_differ_are_no_mixture(mixture, tmp_path):
+    lerobot, _ = mixture
+    write_v21(tmp_path / "two", [make_episode(0, 5)])
+    write_folder(tmp_path / "renamed")
+    info = json.loads((tmp_path / "renamed/meta/info.json").read_text())
+    info["features"]["action"]["names"] = ["x", "z", "grip"]
+    (tmp_path / "renamed/meta/info.json").write_text(json.dumps(info))
+    left, right = (open_dataset(tmp_path / "two", cameras) for cameras in (["left,right"], ["right,left"]))
+    for sources, message in [
+        ([lerobot, lerobot, PreparedEpisodes(lerobot, "absolute", frame_skip=2)], "frames a second are 10 and 5"),
+        ([left, right], r"cameras are \(\('left', 'right'\),\) and \(\('right', 'left'\),\)"),
+        ([lerobot, left], "cameras are a single one and"),
+        ([lerobot, LeRobotFolder(tmp_path / "renamed")], r"action components are \['x', 'y', 'grip'\] and \['x', 'z'"),
+        ([lerobot, PreparedEpisodes(lerobot, composition="absolute")], "action derivations are recorded and absolute"),
+    ]:
+        with pytest.raises(ValueError, match=rf"{tmp_path}.* and .*{tmp_path}.* cannot be mixed: their {message}"):
+            check_mixture(sources)
 
 
 def break_action(root, episode):

@@ -1,10 +1,10 @@
 """Robot clips: video files, episodes from many sources, latents and windows."""
 
 from .clips import LatentClips, MixedClips, action_normalisation, cache_latents, standardised_states
-from .episode import CameraLayout, Episode, EpisodeSource, camera_layout, tile
+from .episode import CameraLayout, Episode, EpisodeSource, camera_layout, check_mixture, first_readable, tile
 from .irasim_release import IRASimFolder
 from .lerobot import LeRobotFolder, is_written, write_file, write_metadata
-from .prepared import PreparedEpisodes
+from .prepared import PreparedEpisodes, frame_skip_for
 from .publish import publish_lerobot, write_dataset_card, write_lerobot
 from .sources import open_dataset
 from .tables import TableEpisodes
@@ -23,6 +23,9 @@ __all__ = [
     "action_normalisation",
     "cache_latents",
     "camera_layout",
+    "check_mixture",
+    "first_readable",
+    "frame_skip_for",
     "is_written",
     "iterate_video",
     "open_dataset",

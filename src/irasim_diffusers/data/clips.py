@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
@@ -51,7 +52,7 @@ def cache_latents(
     Returns:
         The folder of latents: safetensors files with `latents.<episode>` (T, C, h, w), float16, unscaled, and
         `actions.<episode>` (T, A), float32, and once complete `manifest.json`, which holds the
-        number of `episodes` and what is `broken`.
+        number of `episodes`, what is `broken`, the `autoencoder` and the `dtype` of the latents.
 
     Raises:
         ValueError: If an episode is broken, unless it shall be skipped, also where an earlier run skipped it; names file
@@ -64,6 +65,7 @@ def cache_latents(
                 "data": dataset.identity,
                 "vae": _fingerprint(vae),
                 "recorded": scale,
+                "mixed_precision": mixed_precision and not recorded,
                 "episodes_per_file": episodes_per_file,
             }
         )
@@ -103,10 +105,20 @@ def cache_latents(
     if process_index == 0:
         failures = [json.loads(file.with_suffix(".broken.json").read_text()) for file in files.values()]
         broken = {number: error for failed in failures for number, error in failed.items()}
+        autoencoder = str(vae.config.get("_name_or_path") or type(vae).__name__)
+        content = {"episodes": len(dataset), "broken": broken, "autoencoder": autoencoder, "dtype": "float16"}
         with temporary_path(manifest) as partial:
-            partial.write_text(json.dumps(identity | {"episodes": len(dataset), "broken": broken}, indent=2))
+            partial.write_text(json.dumps(identity | content, indent=2))
+        _remove_leftovers(folder)
     wait_for_everyone()
     return _checked(folder, skip_broken)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete the half-written files of encoders that were killed; those of another run that is alive stay."""
+    for partial in folder.glob(".*.partial*"):
+        if not psutil.pid_exists(int(partial.name.split(".")[-3])):
+            partial.unlink(missing_ok=True)
 
 
 def _checked(folder: Path, skip_broken: bool) -> Path:
@@ -155,6 +167,8 @@ def standardised_states(
 ) -> list[dict[int, torch.Tensor]]:
     """States (T, S) of episodes by number, float32, each component of zero mean and unit variance over all data sets.
 
+    A component that never changes becomes zero.
+
     Args:
         datasets: The data sets.
         keys: Vector features that make up the state.
@@ -165,14 +179,16 @@ def standardised_states(
         For each data set, states by number of the episode.
 
     Raises:
-        ValueError: If a feature or component does not exist.
+        ValueError: If a feature or component does not exist, or a state is not finite.
     """
     chosen = [list(part) for part in numbers] if numbers else [list(range(len(dataset))) for dataset in datasets]
     parts = [_states(dataset, keys, angles, part) for dataset, part in zip(datasets, chosen, strict=True)]
-    pooled = np.concatenate([states for part in parts for states in part.values()])
-    mean, deviation = pooled.mean(0), np.maximum(pooled.std(0), 1e-6)
+    pooled = np.concatenate([states for part in parts for states in part.values()], dtype=np.float64)
+    mean, deviation = pooled.mean(0), pooled.std(0)
+    deviation = np.where(deviation > 1e-6, deviation, 1)
     return [
-        {number: torch.from_numpy((states - mean) / deviation) for number, states in part.items()} for part in parts
+        {number: torch.from_numpy((states - mean) / deviation).float() for number, states in part.items()}
+        for part in parts
     ]
 
 
@@ -192,6 +208,13 @@ def _states(
     episodes = {}
     for number in numbers:
         vectors = dataset.vectors(number)
+        for key in keys:
+            if not np.isfinite(vectors[key]).all():
+                frame = int(np.nonzero(~np.isfinite(vectors[key]).all(axis=1))[0][0])
+                raise ValueError(
+                    f"episode {number} of {dataset.name!r}: {key!r} at frame {frame} is {vectors[key][frame].tolist()}: mend "
+                    "the recording, or leave the episode out."
+                )
         states = np.concatenate([vectors[key] for key in keys], axis=1)
         turned = states[:, columns]
         episodes[number] = np.concatenate([np.delete(states, columns, axis=1), np.cos(turned), np.sin(turned)], axis=1)
@@ -226,9 +249,10 @@ class LatentClips(Dataset):
         sample_frames: Frames F of a window, history and predicted.
         stride: Distance between the starts of windows; 1 in training, 16 in the paper's evaluation.
         states: States (T, S) of episodes by number, to go with their windows; see `standardised_states`.
+        skip_short: Leave out episodes that are shorter than a window, and list their numbers in `short`.
 
     Raises:
-        ValueError: If the folder is incomplete, or no episode is as long as a window.
+        ValueError: If the folder is incomplete, an episode is shorter than a window, unless it shall be skipped, or all are.
     """
 
     def __init__(
@@ -237,6 +261,7 @@ class LatentClips(Dataset):
         sample_frames: int = 16,
         stride: int = 1,
         states: Mapping[int, torch.Tensor] | None = None,
+        skip_short: bool = False,
     ) -> None:
         folder = Path(folder)
         manifest = folder / "manifest.json"
@@ -251,16 +276,26 @@ class LatentClips(Dataset):
             self.episodes |= {
                 number: (tensors[f"latents.{number}"], tensors[f"actions.{number}"]) for number in numbers
             }
-        self.windows = [
-            (number, start)
-            for number, (latents, _) in self.episodes.items()
-            for start in range(0, len(latents) - sample_frames + 1, stride)
-        ]
-        if not self.windows:
+        lengths = {number: len(latents) for number, (latents, _) in self.episodes.items()}
+        self.short = [number for number, length in lengths.items() if length < sample_frames]
+        if len(self.short) == len(lengths):
             raise ValueError(
                 f"no episode of {str(folder)!r} is as long as a window of {sample_frames} frames; train with fewer "
                 "frames."
             )
+        if self.short and not skip_short:
+            raise ValueError(
+                f"{len(self.short)} episodes of {str(folder)!r} are shorter than a window of {sample_frames} frames, the "
+                f"first number {self.short[0]} with {lengths[self.short[0]]}; train with fewer frames, or leave them out "
+                "with `skip_short` (`--skip_broken`)."
+            )
+        for number in self.short:
+            del self.episodes[number]
+        self.windows = [
+            (number, start)
+            for number in self.episodes
+            for start in range(0, lengths[number] - sample_frames + 1, stride)
+        ]
 
     @property
     def latent_size(self) -> tuple[int, int]:

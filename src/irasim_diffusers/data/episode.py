@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
+Value = TypeVar("Value")
 CameraLayout: TypeAlias = tuple[tuple[str, ...], ...]
 """Names of cameras as their pictures are tiled: rows from the top, each from the left."""
 
@@ -69,6 +75,74 @@ class InOrder:
     def __iter__(self: EpisodeSource) -> Iterator[Episode]:
         """Every episode in order."""
         return (self[number] for number in range(len(self)))
+
+
+def first_readable(source: EpisodeSource, read: Callable[[int], Value], attempts: int = 20) -> Value:
+    """What `read` gives of the first episode that can be read.
+
+    Broken episodes are named, or skipped, when their turn comes.
+
+    Args:
+        source: The data source.
+        read: Reads a part of the episode of a number: `source.vectors`, or `source.__getitem__` for all of it.
+        attempts: How many episodes are tried, since a large set takes long.
+
+    Raises:
+        ValueError: If none of them can be read; says why the first cannot.
+    """
+    errors: list[ValueError] = []
+    for number in range(min(len(source), attempts)):
+        try:
+            return read(number)
+        except ValueError as error:
+            errors.append(error)
+    reason = errors[0] if errors else "there is none."
+    raise ValueError(f"none of the first {len(errors)} episodes of {source.name!r} can be read: {reason}")
+
+
+def check_mixture(sources: Sequence[EpisodeSource]) -> None:
+    """Refuse data sets that cannot be one: what their shapes do not show.
+
+    A single camera may be called otherwise in another set, and components padded with zeros fit any.
+
+    Raises:
+        ValueError: If frames a second, cameras, names of the action's components or the derivation of actions differ; names
+            two data sets and what differs.
+    """
+    for first, second in combinations(sources, 2):
+        ours, theirs = _traits(first), _traits(second)
+        for what in ours:
+            if ours[what] != theirs[what] and not (what == "action components" and _fit(ours[what], theirs[what])):
+                raise ValueError(
+                    f"{first.name!r} and {second.name!r} cannot be mixed: their {what} are {ours[what]} and {theirs[what]}; "
+                    "give sets that agree, or bring them to one form first."
+                )
+
+
+def _traits(source: EpisodeSource) -> dict[str, Any]:
+    """What must be the same in all sets of a mixture."""
+    return {
+        "frames a second": source.fps,
+        "cameras": source.cameras if sum(len(row) for row in source.cameras) > 1 else "a single one",
+        "action components": source.component_names("action"),
+        "action derivations": getattr(source, "action_derivation", "recorded"),
+    }
+
+
+def _fit(ours: list[str] | None, theirs: list[str] | None) -> bool:
+    """Whether names of components are the same as far as they are known, and not of padding."""
+    if ours is None or theirs is None:
+        return True
+    used = [pair for pair in zip(ours, theirs, strict=False) if not any(name.startswith("unused ") for name in pair)]
+    return len(ours) == len(theirs) and all(a == b for a, b in used)
+
+
+def sizes_digest(root: Path, files: Iterable[Path]) -> str:
+    """Hash of the names and sizes of files, by which a set whose files were changed in place is another one."""
+    sizes = [
+        (os.path.relpath(path, root), path.stat().st_size if path.is_file() else None) for path in sorted(set(files))
+    ]
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 
 def camera_layout(cameras: str | Sequence[str] | Sequence[Sequence[str]]) -> CameraLayout:

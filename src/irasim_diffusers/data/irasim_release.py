@@ -8,7 +8,6 @@ annotation holds tells its flavour: `actions` (Language-Table), `state` and `con
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from ..actions import derive_actions
-from .episode import Episode, InOrder, camera_layout, tile
+from .episode import Episode, InOrder, camera_layout, first_readable, sizes_digest, tile
 from .video import read_video
 
 
@@ -54,7 +53,7 @@ class IRASimFolder(InOrder):
         if not self.files:
             splits = sorted(path.name for path in (self.root / "annotation").glob("*") if path.is_dir())
             raise ValueError(f"`split` must be one of {splits} in {str(self.root)!r}, got {self.split!r}.")
-        known = [str(number) for number in range(len(_videos(self._first)))]
+        known = [str(number) for number in range(len(_media(self._first, "video")))]
         if self.cameras is None and len(known) != 1:
             raise ValueError(f"`cameras` must name one or more of {known} in {self.name!r}.")
         layout = camera_layout(known[0] if self.cameras is None else self.cameras)
@@ -80,10 +79,7 @@ class IRASimFolder(InOrder):
     @cached_property
     def _first(self) -> dict[str, Any]:
         """The first annotation that can be read; broken ones are named when their turn comes."""
-        for number in range(len(self.files)):
-            with suppress(ValueError):
-                return self._annotation(number)
-        raise ValueError(f"no annotation in {self.name!r} can be read.")
+        return first_readable(self, self._annotation)
 
     @property
     def action_derivation(self) -> str:
@@ -92,11 +88,18 @@ class IRASimFolder(InOrder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Folder, cameras, and names and sizes of the annotations."""
+        """Folder, cameras, and a hash of the names and sizes of annotations, videos and latents."""
+        cameras = [camera for row in self.cameras for camera in row]
+        files = list(self.files)
+        for number in range(len(self)):
+            with suppress(ValueError):  # broken episodes are named when their turn comes
+                annotation = self._annotation(number)
+                files += [self.root / _media_path(annotation, "video", camera) for camera in cameras]
+                files += [self.root / _media_path(annotation, "latent_video", camera) for camera in cameras]
         return {
             "root": str(self.root.resolve()),
             "cameras": self.cameras,
-            "files": [(path.name, path.stat().st_size) for path in self.files],
+            "files": sizes_digest(self.root, files),
         }
 
     def __len__(self) -> int:
@@ -111,16 +114,16 @@ class IRASimFolder(InOrder):
         """
         annotation = self._annotation(number)
         vectors = self.vectors(number)
-        videos = _videos(annotation)
         try:
-            views = {camera: read_video(self.root / videos[int(camera)]) for row in self.cameras for camera in row}
+            paths = {camera: _media_path(annotation, "video", camera) for row in self.cameras for camera in row}
+            views = {camera: read_video(self.root / path) for camera, path in paths.items()}
             frames = tile(self.cameras, views)
             if len(frames) != len(vectors["action"]):
                 raise ValueError(
                     f"{len(frames)} frames want {len(frames) - 1} actions between them, got "
                     f"{len(vectors['action']) - 1}."
                 )
-        except (ValueError, IndexError) as error:
+        except ValueError as error:
             raise ValueError(f"{str(self.files[number])!r}: {error}") from error
         texts = annotation.get("texts") or [annotation.get("language_instruction") or ""]
         return Episode(frames, vectors.pop("action"), vectors, texts[0])
@@ -128,79 +131,109 @@ class IRASimFolder(InOrder):
     def vectors(self, number: int) -> dict[str, np.ndarray]:
         """`action` (T, A) and, where poses are recorded, `state` (T, 7) of one episode, float32."""
         annotation = self._annotation(number)
-        path = self.files[number]
-        if "actions" in annotation:
-            between, vectors = np.asarray(annotation["actions"], dtype=np.float64), {}
-            last = np.zeros_like(between[:1])
-        else:
-            states = _states(annotation, path)
-            try:
-                between = derive_actions(states, "relative_euler")
-            except ValueError as error:
-                raise ValueError(f"{str(path)!r}: {error}") from error
-            vectors = {"state": states.astype(np.float32)}
-            last = np.concatenate([np.zeros((1, 6)), states[-1:, 6:]], axis=1)
-        if between.ndim != 2 or not np.isfinite(between).all():
-            raise ValueError(f"{str(path)!r}: actions must be finite and (n, A), got {between.shape}.")
-        return {"action": np.concatenate([between, last]).astype(np.float32)} | vectors
+        try:
+            return _vectors(annotation)
+        except ValueError as error:
+            raise ValueError(f"{str(self.files[number])!r}: {error}") from error
 
     def component_names(self, key: str) -> list[str] | None:
         """Planar x and y; or position, Euler angles and gripper of the rest."""
         names = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
-        if key == "action" and "actions" in self._first:
-            return names[:2] if len(self._first["actions"][0]) == 2 else None
-        width = len(self._first["states"][0]) if "states" in self._first else len(names)
+        width = first_readable(self, self.vectors)[key].shape[1]
+        if self.action_derivation == "recorded":
+            return names[:2] if width == 2 else None
         return names if width == len(names) else None
 
     def latents(self, number: int) -> torch.Tensor | None:
-        """Latents (T, C, h, w) of one episode that lie beside its video, scaled by the autoencoder's factor, or None.
+        """Latents (T, C, h, w) of one episode that lie beside its video, scaled by the autoencoder's factor.
+
+        None where there are none, or several cameras are tiled.
 
         Raises:
-            ValueError: If the file cannot be read, or several cameras are tiled.
+            ValueError: If the file cannot be read, or holds something else.
         """
         annotation = self._annotation(number)
-        paths = [annotation["latent_video_path"]] if "latent_video_path" in annotation else []
-        paths = paths or [latent["latent_video_path"] for latent in annotation.get("latent_videos", [])]
-        if not paths or sum(len(row) for row in self.cameras) != 1:
+        camera, *others = [camera for row in self.cameras for camera in row]
+        if others or not _media(annotation, "latent_video"):
             return None
-        path = self.root / paths[int(self.cameras[0][0])]
-        if not path.is_file():
-            return None
+        length = len(self.vectors(number)["action"])
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"cannot read latents from {os.fspath(path)!r}: {error}") from error
-        latents = content["obs"] if isinstance(content, dict) else content
-        if len(latents) != len(self.vectors(number)["action"]):
-            raise ValueError(f"{os.fspath(path)!r} holds {len(latents)} frames, unlike the actions beside it.")
-        return latents.float()
+            path = self.root / _media_path(annotation, "latent_video", camera)
+            return _read_latents(path, length) if path.is_file() else None
+        except ValueError as error:
+            raise ValueError(f"{str(self.files[number])!r}: {error}") from error
 
     def _annotation(self, number: int) -> dict[str, Any]:
         path = self.files[number]
         try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            annotation = json.loads(path.read_text())
+        except ValueError as error:
             raise ValueError(f"{str(path)!r} is no JSON: {error}") from error
+        if not isinstance(annotation, dict) or not _media(annotation, "video"):
+            raise ValueError(f"{str(path)!r} names no video, neither in 'video_path' nor in 'videos'.")
+        return annotation
 
 
-def _videos(annotation: dict[str, Any]) -> list[str]:
-    """Paths of the videos of all cameras, as one string or a list of records."""
-    if "video_path" in annotation:
-        return [annotation["video_path"]]
-    return [video["video_path"] for video in annotation.get("videos", [])]
+def _media(annotation: dict[str, Any], kind: str) -> list[Any]:
+    """Paths of the files `video` or `latent_video` of all cameras, as one string or a list of records."""
+    if f"{kind}_path" in annotation:
+        return [annotation[f"{kind}_path"]]
+    return [record.get(f"{kind}_path") for record in annotation.get(f"{kind}s") or []]
 
 
-def _states(annotation: dict[str, Any], path: Path) -> np.ndarray:
+def _media_path(annotation: dict[str, Any], kind: str, camera: str) -> str:
+    """The path of one camera."""
+    paths = _media(annotation, kind)
+    if int(camera) >= len(paths) or not isinstance(paths[int(camera)], str):
+        raise ValueError(f"it names no {kind}_path of camera {camera}.")
+    return paths[int(camera)]
+
+
+def _read_latents(path: Path, length: int) -> torch.Tensor:
+    """Latents of that many frames in a file of their own, by themselves or under `obs`."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"cannot read latents from {str(path)!r}: {error}") from error
+    latents = content.get("obs") if isinstance(content, dict) else content
+    if not torch.is_tensor(latents) or latents.ndim != 4 or len(latents) != length:
+        found = tuple(latents.shape) if torch.is_tensor(latents) else "no tensor"
+        raise ValueError(f"{str(path)!r} must hold latents ({length}, C, h, w), alone or as 'obs', got {found}.")
+    return latents.float()
+
+
+def _vectors(annotation: dict[str, Any]) -> dict[str, np.ndarray]:
+    """`action` and, where poses are recorded, `state` of an annotation."""
+    if "actions" in annotation:
+        between, vectors = _numbers(annotation, "actions"), {}
+        last = np.zeros_like(between[:1])
+    else:
+        states = _states(annotation)
+        between = derive_actions(states, "relative_euler")
+        vectors = {"state": states.astype(np.float32)}
+        last = np.concatenate([np.zeros((1, 6)), states[-1:, 6:]], axis=1)
+    if between.ndim != 2 or not np.isfinite(between).all():
+        raise ValueError(f"actions must be finite and (n, A), got {between.shape}.")
+    return {"action": np.concatenate([between, last]).astype(np.float32)} | vectors
+
+
+def _states(annotation: dict[str, Any]) -> np.ndarray:
     """Poses and gripper (T, 7) of either flavour."""
     if "states" in annotation:
-        return np.asarray(annotation["states"], dtype=np.float64)
+        return _numbers(annotation, "states")
     if "state" in annotation and "continuous_gripper_state" in annotation:
-        poses = np.asarray(annotation["state"], dtype=np.float64)
-        gripper = np.asarray(annotation["continuous_gripper_state"], dtype=np.float64).reshape(-1, 1)
+        poses = _numbers(annotation, "state")
+        gripper = _numbers(annotation, "continuous_gripper_state").reshape(-1, 1)
         if poses.ndim != 2 or len(poses) != len(gripper):
-            raise ValueError(f"{str(path)!r}: poses {poses.shape} do not go with {len(gripper)} gripper states.")
+            raise ValueError(f"poses {poses.shape} do not go with {len(gripper)} gripper states.")
         return np.concatenate([poses[:, :6], gripper], axis=1)
     raise ValueError(
-        f"{str(path)!r} has neither 'actions', nor 'states', nor 'state' and 'continuous_gripper_state'; it has "
-        f"{sorted(annotation)}."
+        f"it has neither 'actions', nor 'states', nor 'state' and 'continuous_gripper_state', but {sorted(annotation)}."
     )
+
+
+def _numbers(annotation: dict[str, Any], key: str) -> np.ndarray:
+    try:
+        return np.asarray(annotation[key], dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{key!r} must be numbers in rows of one length: {error}") from error

@@ -11,6 +11,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..files import temporary_path
-from .episode import Episode, InOrder, camera_layout, tile
+from .episode import Episode, InOrder, camera_layout, sizes_digest, tile
 from .video import read_frames, write_video
 
 VERSION = "v3.0"
@@ -96,21 +97,42 @@ class LeRobotFolder(InOrder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Folder, cameras, `info.json` and number of episodes."""
-        return {"root": str(self.root.resolve()), "cameras": self.cameras, "info": self.info, "episodes": len(self)}
+        """Folder, cameras, `info.json`, number of episodes, and a hash of the names and sizes of the files."""
+        return {
+            "root": str(self.root.resolve()),
+            "cameras": self.cameras,
+            "info": self.info,
+            "episodes": len(self),
+            "files": sizes_digest(self.root, self.files),
+        }
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read for these episodes and cameras, beside `info.json`."""
+        keys = [key for row in self.cameras for key in row if self.info["features"][key]["dtype"] == "video"]
+        files = set(self._episode_files)
+        for row in self.rows:
+            with suppress(ValueError):  # broken episodes are named when their turn comes
+                files.add(self._path(row))
+                files |= {self._path(row, key) for key in keys}
+        return sorted(files)
+
+    @property
+    def _episode_files(self) -> list[Path]:
+        if self.info["codebase_version"] == VERSION:
+            return sorted(self.root.glob("meta/episodes/chunk-*/file-*.parquet"))
+        return [path for path in (self.root / "meta" / "episodes.jsonl",) if path.is_file()]
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """One row for each episode, in order, without its statistics: its number, length, tasks, and place in files."""
-        if self.info["codebase_version"] == VERSION:
-            files = sorted(self.root.glob("meta/episodes/chunk-*/file-*.parquet"))
-            rows: list[dict[str, Any]] = []
-            for file in files:
+        rows: list[dict[str, Any]] = []
+        for file in self._episode_files:
+            if file.suffix == ".parquet":
                 names = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]
                 rows += pq.read_table(file, columns=names).to_pylist()
-        else:
-            files = [self.root / "meta" / "episodes.jsonl"]
-            rows = [json.loads(line) for line in files[0].read_text().splitlines()] if files[0].is_file() else []
+            else:
+                rows += [json.loads(line) for line in file.read_text().splitlines()]
         if not rows:
             raise ValueError(f"{self.name!r} has no episode in its 'meta' folder.")
         return sorted(rows, key=lambda row: row["episode_index"])[: self.max_episodes]
@@ -123,7 +145,8 @@ class LeRobotFolder(InOrder):
         """One episode; only its part of the videos is decoded.
 
         Raises:
-            ValueError: If a video is unreadable or ends before the episode does, or vectors are missing or not finite.
+            ValueError: If a video is unreadable or not as long as the episode, a camera is missing, or vectors are missing
+                or not finite.
         """
         row = self.rows[number]
         vectors = self.vectors(number)
@@ -132,12 +155,11 @@ class LeRobotFolder(InOrder):
             frames = tile(self.cameras, views)
         except ValueError as error:
             raise ValueError(f"episode {row['episode_index']} of {self.name!r}: {error}") from error
-        return Episode(frames, vectors.pop("action"), vectors, row["tasks"][0] if row["tasks"] else "")
+        return Episode(frames, vectors.pop("action"), vectors, (row.get("tasks") or [""])[0])
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
         """All vector features (T, D) of one episode, float32, `action` among them."""
         row = self.rows[number]
-        where = f"episode {row['episode_index']} of {self.name!r}"
         keys = [
             key
             for key, feature in self.info["features"].items()
@@ -145,13 +167,16 @@ class LeRobotFolder(InOrder):
         ]
         if "action" not in keys:
             raise ValueError(f"{self.name!r} has no feature 'action' of floats; it has {keys}.")
-        table = self._rows(row, keys)
-        if len(table) != row["length"]:
-            raise ValueError(f"{where}: {row['length']} frames announced, {len(table)} rows found.")
-        vectors = {key: _matrix(table[key]) for key in keys}
-        if not np.isfinite(vectors["action"]).all():
-            frame = int(np.nonzero(~np.isfinite(vectors["action"]).all(axis=1))[0][0])
-            raise ValueError(f"{where}: the action at frame {frame} is {vectors['action'][frame].tolist()}.")
+        try:
+            table, length = self._rows(row, keys), _entry(row, "length")
+            if len(table) != length:
+                raise ValueError(f"{length} frames announced, {len(table)} rows found in {str(self._path(row))!r}.")
+            vectors = {key: self._matrix(row, key, table[key]) for key in keys}
+            if not np.isfinite(vectors["action"]).all():
+                frame = int(np.nonzero(~np.isfinite(vectors["action"]).all(axis=1))[0][0])
+                raise ValueError(f"the action at frame {frame} is {vectors['action'][frame].tolist()}.")
+        except ValueError as error:
+            raise ValueError(f"episode {row['episode_index']} of {self.name!r}: {error}") from error
         return vectors
 
     def component_names(self, key: str) -> list[str] | None:
@@ -165,49 +190,63 @@ class LeRobotFolder(InOrder):
     def _frames(self, row: dict[str, Any], key: str) -> np.ndarray:
         if self.info["features"][key]["dtype"] == "image":
             only = [("episode_index", "=", row["episode_index"])]
-            pictures = pq.read_table(self._data_path(row), columns=[key], filters=only)[key].to_pylist()
+            pictures = _read_table(self._path(row), columns=[key], filters=only)[key].to_pylist()
+            for frame, picture in enumerate(pictures):
+                if not (picture and (picture.get("bytes") or picture.get("path"))):
+                    raise ValueError(f"{str(self._path(row))!r} has no picture {key!r} at frame {frame}.")
             return np.stack([_decode_image(picture, self.root) for picture in pictures])
         if self.info["codebase_version"] == VERSION:
-            place = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
-            start = round(row[f"videos/{key}/from_timestamp"] * self.fps)
-        else:
-            place, start = self._own_file(row), 0
-        path = self.root / self.info["video_path"].format(video_key=key, **place)
-        return read_frames(path, start, row["length"], self.fps)
+            start = round(_entry(row, f"videos/{key}/from_timestamp") * self.fps)
+            return read_frames(self._path(row, key), start, row["length"], self.fps)
+        return read_frames(self._path(row, key), 0, row["length"], self.fps, whole=True)
+
+    def _matrix(self, row: dict[str, Any], key: str, column: pa.ChunkedArray) -> np.ndarray:
+        """A column of numbers, or of lists as long as `info.json` says, as (T, D), float32."""
+        array = column.combine_chunks()
+        if pa.types.is_nested(array.type):
+            width, widths = self.info["features"][key]["shape"][0], pc.unique(pc.list_value_length(array)).to_pylist()
+            if widths != [width]:
+                raise ValueError(
+                    f"{str(self._path(row))!r}: {key!r} must be {width} numbers in every row, got {widths}."
+                )
+            array = array.flatten()
+        return array.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), -1)
 
     def _rows(self, row: dict[str, Any], columns: list[str]) -> pa.Table:
         """Columns of one episode from its parquet file; the columns read last are kept, for the episode after it."""
-        path = self._data_path(row)
+        path = self._path(row)
         key = (path, *columns)
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] != key:
-            try:
-                kept = key, pq.read_table(path, columns=[*columns, "episode_index"])
-            except (OSError, pa.ArrowInvalid) as error:
-                raise ValueError(f"episode {row['episode_index']}: cannot read {str(path)!r}: {error}") from error
+            kept = key, _read_table(path, columns=[*columns, "episode_index"])
             self.__dict__["_kept"] = kept
         table = kept[1]
         return table.filter(pc.equal(table["episode_index"], row["episode_index"]))
 
-    def _data_path(self, row: dict[str, Any]) -> Path:
+    def _path(self, row: dict[str, Any], camera: str | None = None) -> Path:
+        """The parquet file of an episode, or the video of a camera."""
         if self.info["codebase_version"] == VERSION:
-            place = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
+            folder = "data" if camera is None else f"videos/{camera}"
+            place = {name: int(_entry(row, f"{folder}/{name}")) for name in ("chunk_index", "file_index")}
         else:
-            place = self._own_file(row)
-        return self.root / self.info["data_path"].format(**place)
-
-    def _own_file(self, row: dict[str, Any]) -> dict[str, int]:
-        return {
-            "episode_chunk": row["episode_index"] // self.info["chunks_size"],
-            "episode_index": row["episode_index"],
-        }
+            number = row["episode_index"]
+            place = {"episode_chunk": number // self.info["chunks_size"], "episode_index": number}
+        template = self.info["data_path" if camera is None else "video_path"]
+        return self.root / template.format(video_key=camera, **place)
 
 
-def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of numbers or lists of one length as (T, D), float32."""
-    array = column.combine_chunks()
-    flat = array.flatten() if pa.types.is_nested(array.type) else array
-    return flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(array), -1)
+def _entry(row: dict[str, Any], name: str) -> Any:
+    """What `meta/episodes` says of an episode, which some broken ones lack."""
+    if row.get(name) is None:
+        raise ValueError(f"{name!r} is missing in 'meta/episodes'.")
+    return row[name]
+
+
+def _read_table(path: Path, **options: Any) -> pa.Table:
+    try:
+        return pq.read_table(path, **options)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error}") from error
 
 
 def _decode_image(picture: dict[str, Any], root: Path) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from ..actions import DERIVATIONS, derive_actions, hold_action, integrate_actions
-from .episode import CameraLayout, Episode, EpisodeSource, InOrder
+from .episode import CameraLayout, Episode, EpisodeSource, InOrder, first_readable
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class PreparedEpisodes(InOrder):
         state_key: The state they are derived from; None takes the only one.
         frame_skip: Keep every frame of that number. Recorded actions are composed over the frames between: absolute
             targets to the last, planar motions to their sum, motions of poses to one; `composition` says which they are.
-        composition: How recorded actions compose, one of `actions.DERIVATIONS` but `"recorded"`.
+        composition: What recorded actions are, one of `actions.DERIVATIONS` but `"recorded"`; needed to compose them.
         action_dim: Components after padding with zeros, as for RoboNet, whose robots move in fewer dimensions than five.
         frame_size: Height and width to which frames are resized; None leaves them.
 
@@ -53,7 +52,7 @@ class PreparedEpisodes(InOrder):
                 "relative_euler or relative_6d."
             )
         if self.derivation != "recorded":
-            states = sorted(set(_first_vectors(self.source)) - {"action"})
+            states = sorted(set(first_readable(self.source, self.source.vectors)) - {"action"})
             key = self.state_key or (states[0] if len(states) == 1 else None)
             if key not in states:
                 raise ValueError(
@@ -79,16 +78,19 @@ class PreparedEpisodes(InOrder):
     @property
     def identity(self) -> dict[str, Any]:
         """That of the source with all that is changed."""
-        changes = {name: getattr(self, name) for name in ("derivation", "state_key", "frame_skip", "composition")}
+        changes = {name: getattr(self, name) for name in ("derivation", "state_key", "frame_skip", "action_dim")}
+        composition = self.composition if self.frame_skip > 1 else None  # else it changes nothing
         return self.source.identity | {
-            "prepared": changes | {"action_dim": self.action_dim, "frame_size": self.frame_size}
+            "prepared": changes | {"composition": composition, "frame_size": self.frame_size}
         }
 
     @property
     def action_derivation(self) -> str:
-        """How actions came from states, here or in the source."""
+        """How actions came from states, here or in the source, or are said to by `composition`."""
+        if self.derivation != "recorded":
+            return self.derivation
         known = getattr(self.source, "action_derivation", "recorded")
-        return known if self.derivation == "recorded" else self.derivation
+        return self.composition if self.composition and known == "recorded" else known
 
     def __len__(self) -> int:
         """Number of episodes."""
@@ -141,12 +143,25 @@ class PreparedEpisodes(InOrder):
         return kept | {"action": np.pad(kept["action"], padding).astype(np.float32)}
 
 
-def _first_vectors(source: EpisodeSource) -> dict[str, np.ndarray]:
-    """The vectors of the first episode that can be read; broken ones are named when their turn comes."""
-    for number in range(len(source)):
-        with suppress(ValueError):
-            return source.vectors(number)
-    raise ValueError(f"no episode of {source.name!r} can be read.")
+def frame_skip_for(source_fps: float | None, target_fps: float) -> int:
+    """The `frame_skip` that brings frames to another rate.
+
+    Args:
+        source_fps: Frames a second of the data.
+        target_fps: Frames a second that are wanted.
+
+    Raises:
+        ValueError: If the rate of the data is unknown, or no multiple of the other.
+    """
+    if source_fps is None:
+        raise ValueError(f"the data record no frames a second to bring to {target_fps:g}: give `fps`.")
+    skip = round(source_fps / target_fps) if target_fps > 0 else 0
+    if skip < 1 or abs(source_fps / target_fps - skip) > 1e-3:
+        raise ValueError(
+            f"`target_fps` must divide the {source_fps:g} frames a second of the data, got {target_fps:g}: every n-th frame "
+            "is kept."
+        )
+    return skip
 
 
 def _resize(frames: np.ndarray, size: tuple[int, int], chunk_size: int = 64) -> np.ndarray:

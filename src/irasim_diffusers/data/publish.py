@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
 from ..files import temporary_path
-from .episode import Episode, EpisodeSource
+from .episode import Episode, EpisodeSource, first_readable
 from .lerobot import EPISODES_PATH, VERSION, LeRobotFolder, is_written, write_file, write_metadata
 
 EPISODES_PER_FILE = 50
@@ -61,8 +61,8 @@ def write_lerobot(
         The folder.
 
     Raises:
-        ValueError: If the source records no frame rate, the folder holds another data set, an episode is broken, or none can
-            be read.
+        ValueError: If the source records no frame rate, the folder holds another data set, an episode is broken, or none
+            of the first can be read.
     """
     if source.fps is None:
         raise ValueError(f"{source.name!r} records no frames a second: give `fps`.")
@@ -71,6 +71,7 @@ def write_lerobot(
     begun = json.loads(marker.read_text()) if marker.is_file() else None
     if begun not in (None, identity) or (begun is None and root.is_dir() and any(root.iterdir())):
         raise ValueError(f"{str(root)!r} holds another data set, or the same with other settings: give a new folder.")
+    first = first_readable(source, source.__getitem__)
     with temporary_path(marker) as partial:
         partial.write_text(json.dumps(identity))
     tasks: list[str] = []
@@ -106,7 +107,6 @@ def write_lerobot(
         ).to_pylist()
         tasks += [task for row in rows for task in row["tasks"] if task not in tasks]
         written, frames = written + len(rows), frames + sum(row["length"] for row in rows)
-    first = _first_readable(source)
     vectors = {"action": first.actions, **first.states}
     names = {
         key: source.component_names(key) or [f"{key}.{index}" for index in range(value.shape[1])]
@@ -148,15 +148,6 @@ def write_dataset_card(folder: LeRobotFolder, repo_id: str, cameras: str = "") -
         configs=[{"config_name": "default", "data_files": "data/*/*.parquet"}],
     )
     DatasetCard(f"---\n{data.to_yaml()}\n---\n{text}").save(folder.root / "README.md")
-
-
-def _first_readable(source: EpisodeSource) -> Episode:
-    for number in range(len(source)):
-        try:
-            return source[number]
-        except ValueError:
-            continue
-    raise ValueError(f"no episode of {source.name!r} can be read.")
 
 
 def publish_lerobot(folder: LeRobotFolder, repo_id: str) -> None:

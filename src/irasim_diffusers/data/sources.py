@@ -32,7 +32,7 @@ def open_dataset(
 
     A folder with `meta/info.json` is a LeRobotDataset, one with `annotation` is of IRASim's release format, one that
     `datasets` has saved, or a Hub repository of another form, is a table. Of a LeRobotDataset on the Hub only the cameras
-    asked for are downloaded.
+    and first episodes asked for are downloaded.
 
     Args:
         name: Folder or Hub id.
@@ -60,7 +60,7 @@ def open_dataset(
 
             table = datasets.load_dataset(str(name), split=split, revision=revision)
             return _table(table, cameras, max_episodes, fps, action_column, state_columns)
-        folder = _download_lerobot(str(name), Path(info), cameras, revision)
+        folder = _download_lerobot(str(name), Path(info), cameras, max_episodes, revision)
     if (folder / "meta" / "info.json").is_file():
         return LeRobotFolder(folder, cameras, max_episodes)
     if (folder / "annotation").is_dir():
@@ -90,13 +90,17 @@ def _table(
     return TableEpisodes(table, "video" if cameras is None else cameras, action_column, state_columns, fps)
 
 
-def _download_lerobot(name: str, info: Path, cameras: Any, revision: str | None) -> Path:
-    """What is needed of a LeRobotDataset on the Hub: all vectors, and the videos of the cameras asked for."""
+def _download_lerobot(name: str, info: Path, cameras: Any, max_episodes: int | None, revision: str | None) -> Path:
+    """What is needed of a LeRobotDataset on the Hub: vectors and videos of the episodes and cameras asked for."""
     features = json.loads(info.read_text())["features"]
     known = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
     wanted = known if cameras is None else [camera for row in camera_layout(cameras) for camera in row]
     if cameras is None and len(known) != 1:
         raise ValueError(f"`cameras` must name one or more of {known} in {name!r}.")
     videos = [pattern.format(key) for key in wanted for pattern in ("videos/{}/*", "videos/*/{}/*")]
-    patterns = ["meta/*", "data/*", *videos]
-    return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns))
+    patterns = ["data/*", *videos]
+    if max_episodes is not None:
+        folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns="meta/*")
+        files = LeRobotFolder(Path(folder), cameras, max_episodes).files
+        patterns = [path.relative_to(folder).as_posix() for path in files]
+    return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=["meta/*", *patterns]))

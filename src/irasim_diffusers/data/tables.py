@@ -91,7 +91,10 @@ class TableEpisodes(InOrder):
     def vectors(self, number: int) -> dict[str, np.ndarray]:
         """`action` and states of one episode."""
         columns = [self.action_column, *self.state_columns]
-        return self._vectors(self.dataset.select_columns(columns)[number], None)
+        try:
+            return self._vectors(self.dataset.select_columns(columns)[number], None)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"episode {number} of {self.name!r}: {error}") from error
 
     def component_names(self, key: str) -> list[str] | None:
         """None: such a data set names no components."""

@@ -50,7 +50,7 @@ def iterate_video(path: str | os.PathLike | BinaryIO) -> Iterator[np.ndarray]:
         raise ValueError(f"cannot read {str(source)!r} as a video: {reason}.") from error
 
 
-def read_frames(path: str | os.PathLike, start: int, count: int, fps: float) -> np.ndarray:
+def read_frames(path: str | os.PathLike, start: int, count: int, fps: float, whole: bool = False) -> np.ndarray:
     """Decode only a part of a video: it seeks to the keyframe before.
 
     Args:
@@ -58,12 +58,13 @@ def read_frames(path: str | os.PathLike, start: int, count: int, fps: float) -> 
         start: Number of the first frame, counted at `fps` from time zero.
         count: Number of frames.
         fps: Frames per second.
+        whole: Whether the video must end with them.
 
     Returns:
         Frames (count, H, W, 3), uint8 RGB.
 
     Raises:
-        ValueError: If the file is missing, is no video, or ends before.
+        ValueError: If the file is missing, is no video, ends before, or goes on where it must end.
     """
     frames: list[np.ndarray] = []
     try:
@@ -75,6 +76,8 @@ def read_frames(path: str | os.PathLike, start: int, count: int, fps: float) -> 
             if start:
                 container.seek(int((start - 0.5) / fps / time_base), stream=stream, backward=True)
             for frame in container.decode(stream):
+                if len(frames) == count:
+                    raise ValueError(f"{os.fspath(path)!r} goes on after the {count} frames of its episode.")
                 if frame.pts is not None:
                     number = frame.pts * time_base * fps
                     if number < start - 0.5:
@@ -85,7 +88,7 @@ def read_frames(path: str | os.PathLike, start: int, count: int, fps: float) -> 
                             "missing, or it has another rate."
                         )
                 frames.append(frame.to_ndarray(format="rgb24"))
-                if len(frames) == count:
+                if len(frames) == count and not whole:
                     break
     except (av.error.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
