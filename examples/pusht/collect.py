@@ -3,10 +3,12 @@
     python examples/pusht/collect.py --output data/pusht-train --episodes 1500 --first_seed 0
 
 An aimless pusher, an expert, and the expert with noise take the episodes in the shares asked for. Every episode is fixed
-by its seed. Files of 50 episodes are written one by one; the same command run again goes on with the first one missing.
+by its seed. Files of 50 episodes are written one by one; the same command run again goes on with the first one missing, a
+command with other settings is refused. `--pusher_radius` changes the world.
 """
 
 import functools
+import json
 import multiprocessing
 import sys
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from expert import push_to_goal
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
-from simulator import FPS, SIZE, Pusher, Simulator, State, push_about
+from simulator import FPS, PUSHER_RADIUS, SIZE, Pusher, Simulator, State, push_about
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -27,6 +29,8 @@ from irasim_diffusers.data import (
     write_file,
     write_metadata,
 )
+from irasim_diffusers.data.publish import SOURCE_FILE
+from irasim_diffusers.files import temporary_path
 
 CAMERA = "observation.image"
 NAMES = {
@@ -44,7 +48,8 @@ CARD = """# Push-T clips
 
 {episodes} episodes of {length} frames at {fps} Hz of the Push-T simulator (gym-pusht), {size}x{size} pixels, in LeRobotDataset
 v3.0. Pixels are the simulator's observations, which do not show the action. An action is the position in the arena,
-0 to 512 from the top left, that the pusher is to move to.
+0 to 512 from the top left, that the pusher is to move to. The pusher's radius is {pusher_radius:g} of these units
+(in gym-pusht {default_radius:g}).
 
 | pusher | episodes | |
 |---|---|---|
@@ -71,8 +76,33 @@ class CollectArguments:
     aimless: float = field(default=0.5, metadata={"help": "share of episodes of the aimless pusher"})
     expert: float = field(default=0.25, metadata={"help": "share of the expert"})
     noisy: float = field(default=0.25, metadata={"help": "share of the expert with noise"})
+    pusher_radius: float = field(
+        default=PUSHER_RADIUS, metadata={"help": "arena units; the expert knows a pusher of 15 only"}
+    )
     num_workers: int = multiprocessing.cpu_count()
     push_to_hub: str | None = field(default=None, metadata={"help": "Hub repository to publish to, user/name"})
+
+
+def begin(arguments: CollectArguments) -> None:
+    """Note in the folder what fixes its episodes.
+
+    Raises:
+        ValueError: If the folder was begun with anything else.
+    """
+    root, marker = arguments.output, arguments.output / SOURCE_FILE
+    names = ("episodes", "length", "first_seed", *TASKS, "pusher_radius")
+    wanted = {name: getattr(arguments, name) for name in names}
+    if not marker.is_file():
+        if root.is_dir() and any(root.iterdir()):
+            raise ValueError(f"{str(root)!r} holds files of unknown settings: give a new folder.")
+        with temporary_path(marker) as partial:
+            partial.write_text(json.dumps(wanted))
+    begun = json.loads(marker.read_text())
+    changes = [
+        f"`{name}` {begun.get(name)}, not {value}" for name, value in wanted.items() if begun.get(name) != value
+    ]
+    if changes:
+        raise ValueError(f"{str(root)!r} was begun with {', '.join(changes)}: give a new folder or these settings.")
 
 
 def pusher_of(kind: str, rng: np.random.Generator, state: State) -> Pusher:
@@ -112,7 +142,7 @@ def collect_file(file_index: int, arguments: CollectArguments) -> int:
     first = file_index * EPISODES_PER_FILE
     numbers = range(first, min(first + EPISODES_PER_FILE, arguments.episodes))
     if not is_written(arguments.output, file_index):
-        simulator = Simulator()
+        simulator = Simulator(arguments.pusher_radius)
         shares = {kind: getattr(arguments, kind) for kind in TASKS}
         seeds = [arguments.first_seed + number for number in numbers]
         write_file(
@@ -138,6 +168,8 @@ def write_card(arguments: CollectArguments) -> None:
         length=arguments.length,
         fps=FPS,
         size=SIZE,
+        pusher_radius=arguments.pusher_radius,
+        default_radius=PUSHER_RADIUS,
         rows="\n".join(f"| {kind} | {counts[task]} | {WHO[kind]} |" for kind, task in TASKS.items()),
         command=" ".join(["python", *sys.argv]),
         first_seed=arguments.first_seed,
@@ -158,6 +190,14 @@ def main() -> None:
         raise ValueError(
             f"`aimless`, `expert` and `noisy` must be shares, none negative and not all zero, got {shares}."
         )
+    if arguments.pusher_radius <= 0:
+        raise ValueError(f"`pusher_radius` must be positive, got {arguments.pusher_radius:g}.")
+    if arguments.pusher_radius != PUSHER_RADIUS and arguments.expert + arguments.noisy > 0:
+        raise ValueError(
+            f"the expert plans for a pusher of radius {PUSHER_RADIUS:g}: with `pusher_radius` {arguments.pusher_radius:g}, "
+            f"`expert` and `noisy` must be 0, got {arguments.expert:g} and {arguments.noisy:g}."
+        )
+    begin(arguments)
     if arguments.push_to_hub:  # before hours of work
         HfApi().create_repo(arguments.push_to_hub, repo_type="dataset", exist_ok=True)
     files = range(-(-arguments.episodes // EPISODES_PER_FILE))

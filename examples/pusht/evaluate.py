@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from collect import TASKS
 from poses import pose_errors, read_poses, true_poses
-from simulator import Simulator, State, push_about, push_at
+from simulator import PUSHER_RADIUS, Simulator, State, push_about, push_at
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -62,7 +62,21 @@ class EvaluationArguments:
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
     device: str = "cpu"
     first_seed: int = field(default=1_000_000, metadata={"help": "first seed of the data set"})
+    pusher_radius: float = field(default=PUSHER_RADIUS, metadata={"help": "radius of the data set's pusher"})
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recorded history whose futures are to be told apart."""
+
+    seed: int
+    pusher_radius: float
+    actions: np.ndarray  # (T, 2), recorded
+    blocks: np.ndarray  # (T, 3), recorded: x, y, angle
+    start: int  # the last frame seen
+    num_actions: int
+    history: int  # frames seen
 
 
 def moved(before: np.ndarray, after: np.ndarray) -> bool:
@@ -104,9 +118,11 @@ def held_out_clips(
     return np.stack(frames), np.stack(actions), np.stack(states)
 
 
-def pose_figures(frames: np.ndarray, states: np.ndarray, rng: np.random.Generator) -> dict[str, dict[str, float]]:
+def pose_figures(
+    frames: np.ndarray, states: np.ndarray, rng: np.random.Generator, pusher_radius: float
+) -> dict[str, dict[str, float]]:
     """Median pose errors of frames (N, 96, 96, 3) against states (N, 5), and the share in which both are found."""
-    poses = read_poses(frames)
+    poses = read_poses(frames, pusher_radius)
     worst = {"pusher": 96.0, "block_centre": 96.0, "block_angle": 180.0}  # counts where nothing is found
     errors = pose_errors(poses, true_poses(states[:, :2], states[:, 2:]))
     return {
@@ -137,21 +153,31 @@ def expert_episodes(
     return tuple(np.stack(part) for part in zip(*parts, strict=True)) if parts else None  # type: ignore[return-value]
 
 
-def counterfactuals(task: tuple[int, np.ndarray, int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Histories, actions (8, n, 2) and true frames (8, n, 96, 96, 3) of one seed, or None where 8 are not found."""
-    seed, recorded, start, num_actions, history = task
-    simulator = Simulator()
-    _, states = simulator.replay(seed, recorded[:start], first_frame=start)
-    rng = np.random.default_rng([seed, 2])
+def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Histories, actions (8, n, 2) and true frames (8, n, 96, 96, 3) of one seed, or None where 8 are not found.
+
+    Raises:
+        ValueError: If the simulator does not repeat the recorded episode.
+    """
+    start, end = task.start, task.start + task.num_actions
+    past = task.actions[:start]
+    simulator = Simulator(task.pusher_radius)
+    _, states = simulator.replay(task.seed, past, first_frame=start)
+    rng = np.random.default_rng([task.seed, 2])
     sequences: list[np.ndarray] = []
     futures: list[np.ndarray] = []
     seen = None
     for attempt in range(60):
-        actions = recorded[start : start + num_actions] if attempt == 0 else candidate(rng, states[-1], num_actions)
-        frames, outcome = simulator.replay(seed, np.concatenate([recorded[:start], actions]), start + 1 - history)
+        actions = task.actions[start:end] if attempt == 0 else candidate(rng, states[-1], task.num_actions)
+        frames, outcome = simulator.replay(task.seed, np.concatenate([past, actions]), start + 1 - task.history)
+        if attempt == 0 and moved(task.blocks[end], outcome[-1].block):
+            raise ValueError(
+                f"the simulator leaves the block of seed {task.seed} at {outcome[-1].block.round(2).tolist()}, the data set at "
+                f"{task.blocks[end].round(2).tolist()}: `first_seed` and `pusher_radius` must be the data set's."
+            )
         if not moved(outcome[start].block, outcome[-1].block):
             continue
-        seen, future = frames[:history], frames[history:]
+        seen, future = frames[: task.history], frames[task.history :]
         if any(psnr(future / 255.0, other / 255.0) > DISTINCT for other in futures):
             continue
         sequences.append(actions)
@@ -168,8 +194,8 @@ def candidate(rng: np.random.Generator, state: State, num_actions: int) -> np.nd
 
 
 def identification_tasks(
-    dataset: LeRobotFolder, num_histories: int, length: int, history: int, first_seed: int
-) -> list[tuple[int, np.ndarray, int, int, int]]:
+    dataset: LeRobotFolder, num_histories: int, length: int, history: int, first_seed: int, pusher_radius: float
+) -> list[Task]:
     """One history an episode, where the recorded block is about to move."""
     tasks = []
     for number in range(len(dataset)):
@@ -177,7 +203,8 @@ def identification_tasks(
         block = vectors["observation.environment_state"]
         starts = [k for k in range(20, len(block) - length, 5) if moved(block[k], block[k + 5])]
         if starts:
-            tasks.append((first_seed + number, vectors["action"], starts[0], length - history, history))
+            actions, num_actions = vectors["action"], length - history
+            tasks.append(Task(first_seed + number, pusher_radius, actions, block, starts[0], num_actions, history))
     return tasks[: 2 * num_histories]  # some have no 8 distinct futures
 
 
@@ -247,9 +274,12 @@ def main() -> None:
         "network_evaluations_per_window": {"mean": evaluations / batches, "n": batches},
         "last_frame": {
             "all": pose_figures(
-                np.concatenate([prediction[:, -1], still[:, -1]]), np.concatenate([states, still_states]), rng
+                np.concatenate([prediction[:, -1], still[:, -1]]),
+                np.concatenate([states, still_states]),
+                rng,
+                arguments.pusher_radius,
             ),
-            "moving": pose_figures(prediction[:, -1], states, rng),
+            "moving": pose_figures(prediction[:, -1], states, rng, arguments.pusher_radius),
         },
     }
     for group, figures in report["last_frame"].items():
@@ -267,13 +297,15 @@ def main() -> None:
             for k in tqdm(range(len(after)), "rollouts")
         ]
         stays = pose_errors(true_poses(before[:, :2], before[:, 2:]), true_poses(after[:, :2], after[:, 2:]))
-        report["expert_rollout"] = pose_figures(np.stack(ends), after, rng) | {
+        report["expert_rollout"] = pose_figures(np.stack(ends), after, rng, arguments.pusher_radius) | {
             f"{name}_if_nothing_moved": bootstrap(values, rng, np.median) for name, values in stays.items()
         }
         print_poses(f"end of {ROLLOUT} expert actions", report["expert_rollout"])
 
     if arguments.num_histories:
-        tasks = identification_tasks(dataset, arguments.num_histories, length, history, arguments.first_seed)
+        tasks = identification_tasks(
+            dataset, arguments.num_histories, length, history, arguments.first_seed, arguments.pusher_radius
+        )
         right: list[np.ndarray] = []
         with multiprocessing.get_context("spawn").Pool() as pool:
             bar = tqdm(total=arguments.num_histories, desc="counterfactuals", unit="history")

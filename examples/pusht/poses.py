@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import uniform_filter
 from scipy.optimize import least_squares
+from simulator import PUSHER_RADIUS
 
 COLOURS = np.array([[255, 255, 255], [144, 238, 144], [140, 160, 181], [74, 120, 246]]) / 255  # means in a frame
 UNMIX = np.linalg.inv(np.vstack([COLOURS.T, np.ones(4)]))  # (r, g, b, 1) to the shares of the colours
@@ -22,7 +23,6 @@ PARTS = [
 ]
 CENTRE = np.array([0, 45]) * UNIT
 BLOCK_AREA = 6300 * UNIT**2
-PUSHER_AREA = np.pi * (15 * UNIT) ** 2
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Poses:
         return np.isfinite(self.pusher[:, 0]) & np.isfinite(self.block[:, 0])
 
 
-def read_poses(frames: np.ndarray) -> Poses:
-    """Read the poses in frames (N, 96, 96, 3), uint8 or [0, 1].
+def read_poses(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> Poses:
+    """Read the poses in frames (N, 96, 96, 3), uint8 or [0, 1], of a pusher of that radius in arena units.
 
     The pusher is found where blue covers 0.5 to 1.6 times its area in one place, and less than half of it elsewhere; the
     block where its best drawing and its grey share more than 70 % of their union.
@@ -48,7 +48,7 @@ def read_poses(frames: np.ndarray) -> Poses:
     shares = np.clip(np.concatenate([pixels, np.ones_like(pixels[..., :1])], axis=-1) @ UNMIX.T, 0, 1)
     shares[:, :WALL] = shares[:, -WALL:] = shares[:, :, :WALL] = shares[:, :, -WALL:] = 0
     return Poses(
-        np.stack([_find_pusher(share) for share in shares[..., PUSHER]]),
+        np.stack([_find_pusher(share, pusher_radius * UNIT) for share in shares[..., PUSHER]]),
         np.stack([_find_block(share) for share in shares[..., BLOCK]]),
     )
 
@@ -70,14 +70,16 @@ def pose_errors(read: Poses, true: Poses) -> dict[str, np.ndarray]:
     }
 
 
-def _find_pusher(share: np.ndarray) -> np.ndarray:
-    """Centre (2,) of the pusher's share (96, 96), or NaN."""
+def _find_pusher(share: np.ndarray, radius: float) -> np.ndarray:
+    """Centre (2,) of the pusher's share (96, 96), or NaN; the radius in pixels."""
     weights = np.where(share > 0.3, share, 0)
-    row, column = np.unravel_index(uniform_filter(weights, 7, mode="constant").argmax(), weights.shape)
-    window = (slice(max(0, row - 5), row + 6), slice(max(0, column - 5), column + 6))
+    reach = int(np.ceil(radius))
+    row, column = np.unravel_index(uniform_filter(weights, 2 * reach + 1, mode="constant").argmax(), weights.shape)
+    window = tuple(slice(max(0, middle - reach - 2), middle + reach + 3) for middle in (row, column))
     area = weights[window].sum()
     elsewhere = weights.sum() - area
-    if not 0.5 * PUSHER_AREA < area < 1.6 * PUSHER_AREA or elsewhere > 0.5 * PUSHER_AREA:
+    whole = np.pi * radius**2
+    if not 0.5 * whole < area < 1.6 * whole or elsewhere > 0.5 * whole:
         return np.full(2, np.nan)
     grid = np.stack(np.meshgrid(np.arange(96), np.arange(96)), axis=-1)[window]
     return np.tensordot(weights[window], grid, 2) / area

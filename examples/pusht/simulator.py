@@ -4,13 +4,14 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import gym_pusht  # noqa: F401  (registers the environment)
-import gymnasium
 import numpy as np
+import pymunk
+from gym_pusht.envs.pusht import PushTEnv
 
 ARENA = 512  # side of the arena, in the units of actions and states
 SIZE = 96  # side of an observed frame, in pixels
 FPS = 10
+PUSHER_RADIUS = 15.0  # in gym-pusht, arena units
 CENTRE_OF_MASS = np.array([0.0, 45.0])  # of the block, in the block's own frame
 
 
@@ -31,12 +32,29 @@ class State:
 Pusher: TypeAlias = Generator[np.ndarray, State, None]  # yields targets (2,), is sent the states they lead to
 
 
-class Simulator:
-    """gym-pusht with pixels taken from observations: `render()` would draw the action into the picture."""
+class PushT(PushTEnv):
+    """gym-pusht's environment with a pusher of any radius."""
 
-    def __init__(self) -> None:
-        environment = gymnasium.make("gym_pusht/PushT-v0", obs_type="state", disable_env_checker=True)
-        self.environment: Any = environment.unwrapped  # beyond the time limit and past success
+    def __init__(self, pusher_radius: float) -> None:
+        super().__init__(obs_type="state")
+        self.pusher_radius = pusher_radius
+
+    def add_circle(self, space: pymunk.Space, position: tuple[float, float], radius: float) -> pymunk.Body:
+        """Add the pusher, at its own radius."""
+        return super().add_circle(space, position, self.pusher_radius)
+
+
+class Simulator:
+    """gym-pusht with pixels taken from observations: `render()` would draw the action into the picture.
+
+    It has no time limit and goes on past success.
+
+    Args:
+        pusher_radius: Radius of the pusher in arena units; another than 15 makes another world, to collide with and to see.
+    """
+
+    def __init__(self, pusher_radius: float = PUSHER_RADIUS) -> None:
+        self.environment: Any = PushT(pusher_radius)
 
     def reset(self, seed: int) -> State:
         """Start the episode of `seed`."""

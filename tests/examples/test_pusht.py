@@ -1,15 +1,21 @@
 """The Push-T example end to end: the real simulator, `accelerate launch`, tiny networks."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
+import shapely
 import torch
 from collect import TASKS
-from expert import Lookahead, push_to_goal
+from collect import main as collect
+from evaluate import counterfactuals, identification_tasks
+from expert import Lookahead, outline, push_to_goal
 from huggingface_hub import DatasetCard
 from poses import pose_errors, read_poses, true_poses
 from simulator import Simulator, push_about, push_at
@@ -23,15 +29,15 @@ SPACE = ["--action_offset", "256", "--action_scale", "0.03125", "--action_space"
 
 
 def run(script, *arguments, launch=None):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *launch] if launch else [sys.executable]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch] if launch else [sys.executable]
     command += [str(EXAMPLES / script), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout + result.stderr
 
 
-ONE = ["--num_processes", "1"]
-TWO = ["--num_processes", "2"]
+ONE = ["--cpu", "--num_processes", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,102 @@ def test_the_card_counts_the_pushers(workspace):
     for kind, task in TASKS.items():
         assert f"| {kind} | {tasks.count(task)} |" in card.text
     assert "LeRobot" in card.data.tags
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--aimless", "1"], "`aimless` 0.5, not 1.0: give"),
+        (["--first_seed", "6", "--length", "90"], "`length` 60, not 90, `first_seed` 5, not 6: give"),
+        (["--episodes", "4"], "`episodes` 3, not 4: give"),
+        (
+            ["--pusher_radius", "30", "--expert", "0", "--noisy", "0"],
+            "`expert` 0.25, not 0.0, .*`pusher_radius` 15.0, not 30.0",
+        ),
+        (["--pusher_radius", "30"], "`expert` and `noisy` must be 0, got 0.25 and 0.25"),
+        (["--pusher_radius", "0"], "must be positive, got 0"),
+        (["--aimless", "-1"], "must be shares, none negative"),
+    ],
+)
+def test_a_folder_begun_otherwise_and_bad_settings_are_refused(workspace, monkeypatch, changes, message):
+    begun = ["--output", str(workspace / "set"), "--episodes", "3", "--length", "60", "--first_seed", "5"]
+    monkeypatch.setattr(sys, "argv", ["collect.py", *begun, *changes])
+    with pytest.raises(ValueError, match=message):
+        collect()
+
+
+def test_a_folder_of_unknown_settings_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "meta").mkdir()
+    monkeypatch.setattr(sys, "argv", ["collect.py", "--output", str(tmp_path)])
+    with pytest.raises(ValueError, match="unknown settings"):
+        collect()
+
+
+def test_the_default_world_is_gym_pushts():
+    environment = gymnasium.make("gym_pusht/PushT-v0", obs_type="pixels", disable_env_checker=True).unwrapped
+    simulator = Simulator()
+    state = first = simulator.reset(8)
+    frame, info = environment.reset(seed=8)
+    pusher = push_at(np.random.default_rng(8), state)
+    action = next(pusher)
+    for _ in range(40):
+        assert np.array_equal(simulator.frame(), frame)
+        assert np.array_equal(state.agent, info["pos_agent"])
+        assert np.array_equal(state.block, info["block_pose"])
+        state = simulator.step(action)
+        frame, *_, info = environment.step(action.astype(np.float64))
+        action = pusher.send(state)
+    assert np.linalg.norm(state.block - first.block) > 5  # it was pushed
+
+
+@pytest.mark.parametrize("radius", [15.0, 22.0, 30.0])
+def test_the_pusher_collides_and_is_seen_at_its_radius(radius):
+    simulator = Simulator(radius)
+    state = first = simulator.reset(8)
+    for target in np.linspace(state.agent, state.block_centre, 60):
+        state = simulator.step(target)
+    frame = simulator.frame()
+    assert np.linalg.norm(state.block[:2] - first.block[:2]) > 5
+    gap = shapely.Polygon(outline(state.block)).distance(shapely.Point(state.agent))
+    assert gap == pytest.approx(radius, abs=1)
+    blue = frame[..., 2].astype(int) - frame[..., 0] > 100
+    assert blue.sum() == pytest.approx(np.pi * (radius * 96 / 512) ** 2, rel=0.2)
+    read = read_poses(frame[None], radius)
+    errors = pose_errors(read, true_poses(state.agent[None], state.block[None]))
+    assert errors["pusher"] < 0.4
+    assert errors["block_centre"] < 0.5
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pusht") / "changed"
+    run(
+        *("pusht/collect.py", "--output", root, "--episodes", 4, "--length", 60, "--first_seed", 5),
+        *("--aimless", 1, "--expert", 0, "--noisy", 0, "--pusher_radius", 30),
+    )
+    return LeRobotFolder(root)
+
+
+def test_a_changed_world_is_collected(changed):
+    assert "pusher's radius is 30 of" in DatasetCard.load(changed.root / "README.md").text
+    for number, episode in enumerate(changed):
+        frames, states = Simulator(30.0).replay(5 + number, episode.actions[:-1])
+        assert np.array_equal(frames, episode.frames)
+        blocks = np.stack([state.block for state in states]).astype(np.float32)
+        assert np.array_equal(blocks, episode.states["observation.environment_state"])
+        assert not np.array_equal(Simulator().replay(5 + number, episode.actions[:-1])[0], frames)
+
+
+def test_identification_is_in_the_world_of_the_data_set(changed):
+    task = identification_tasks(changed, 1, 10, 2, 5, 30.0)[0]
+    seen, sequences, futures = counterfactuals(task)
+    assert (seen.shape, sequences.shape, futures.shape) == ((2, 96, 96, 3), (8, 8, 2), (8, 8, 96, 96, 3))
+    recorded = changed[task.seed - 5].frames
+    assert np.array_equal(seen, recorded[task.start - 1 : task.start + 1])
+    assert np.array_equal(futures[0], recorded[task.start + 1 : task.start + 9])
+    for wrong in ({"pusher_radius": 15.0}, {"seed": task.seed + 100}):
+        with pytest.raises(ValueError, match="`first_seed` and `pusher_radius` must be the data set's"):
+            counterfactuals(replace(task, **wrong))
 
 
 def test_lookahead_is_the_simulator():
@@ -165,7 +267,7 @@ def test_vae_is_ready_to_use(workspace):
     config = json.loads((workspace / "vae" / "config.json").read_text())
     assert 0.1 < config["scaling_factor"] < 100
     assert config["scaling_factor"] != 0.18215
-    assert (workspace / "vae" / "checkpoints").is_dir()
+    assert [path.name for path in (workspace / "vae").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
 @pytest.fixture(scope="module")
@@ -217,12 +319,6 @@ def test_training_video_ada_as_a_flow(workspace):
     pipeline = IRASimPipeline.from_pretrained(workspace / "video")
     assert (pipeline.transformer.config.conditioning, pipeline.transformer.config.fps) == ("video", 10)
     pipeline(np.zeros((2, 96, 96, 3), np.uint8), np.zeros((14, 2)), num_inference_steps=1)
-
-
-def test_training_on_two_processes(workspace):
-    states = ["--state_keys", "observation.state"]
-    train(workspace, "two", "--max_train_steps", 3, "--mixed_precision", "no", *states, launch=TWO)
-    assert all(torch.isfinite(tensor).all() for tensor in weights(workspace / "two").values())
 
 
 def test_evaluation_reports_every_figure(workspace, trained):
