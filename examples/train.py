@@ -8,8 +8,9 @@ only. Checkpoints go to `<output_dir>/checkpoint-<step>`; the same command run a
 `<output_dir>` is a complete pipeline.
 """
 
-import contextlib
+import json
 import logging
+import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -19,14 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, _collate_lora_metadata
 from diffusers.utils import is_bitsandbytes_available
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo, hf_hub_download, upload_folder
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from peft import LoraConfig, get_peft_model_state_dict
@@ -35,21 +36,35 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from irasim_diffusers import PRESETS, IRASimPipeline, IRASimTransformer3DModel
-from irasim_diffusers.conversion import change_patch_size
+from irasim_diffusers.conversion import change_action_dim, change_patch_size
 from irasim_diffusers.data import (
     LatentClips,
     MixedClips,
     PreparedEpisodes,
     action_normalisation,
     cache_latents,
+    check_mixture,
+    first_readable,
+    frame_skip_for,
     open_dataset,
     standardised_states,
+    write_video,
 )
+from irasim_diffusers.files import temporary_folder
 from irasim_diffusers.metrics import psnr
 from irasim_diffusers.models import noise_process
-from irasim_diffusers.training import NoiseProcess, StateReadout, diffusion_loss
+from irasim_diffusers.training import (
+    NoiseProcess,
+    StateReadout,
+    averaged_state,
+    checkpoints,
+    diffusion_loss,
+    load_average,
+    save_average,
+    save_checkpoint,
+)
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__, log_level="INFO")
 ACTION_ENCODER = ("action_embed.", "trajectory_embed.", "null_action")
 
 
@@ -90,6 +105,7 @@ class TrainingArguments:
     )
     fps: float | None = field(default=None, metadata={"help": "frames a second, where the data do not record them"})
     frame_skip: int = field(default=1, metadata={"help": "keep every frame of that number"})
+    target_fps: float | None = field(default=None, metadata={"help": "the same, as the rate that remains"})
     height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
     width: int | None = field(default=None, metadata={"help": "see --height"})
     action_column: str = field(default="actions", metadata={"help": "column of actions of `datasets` data"})
@@ -99,7 +115,10 @@ class TrainingArguments:
         metadata={"help": "recorded, or from states: relative_euler, relative_6d, relative_planar, absolute"},
     )
     action_composition: str | None = field(
-        default=None, metadata={"help": "how recorded actions compose over skipped frames; see action_derivation"}
+        default=None,
+        metadata={
+            "help": "what recorded actions are, and so how they compose over skipped frames; see action_derivation"
+        },
     )
     state_key: str | None = field(default=None, metadata={"help": "state that actions are derived from"})
     pad_actions_to: int | None = field(default=None, metadata={"help": "components after padding with zeros"})
@@ -110,9 +129,12 @@ class TrainingArguments:
     pretrained_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "pipeline or transformer to start from: folder or Hub id; window, patch and action scaling may change"
+            "aliases": ["--pretrained"],
+            "help": "pipeline or transformer to start from: folder or Hub id; window, patch and action scaling may change",
         },
     )
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the pretrained model"})
+    variant: str | None = field(default=None, metadata={"help": "of the pretrained model's files, like fp16"})
     preset: str | None = field(default=None, metadata={"help": f"size of the paper: {', '.join(PRESETS)}"})
     num_layers: int | None = field(
         default=None, metadata={"help": "pairs of a spatial and a temporal block, without --preset (default: 4)"}
@@ -162,10 +184,15 @@ class TrainingArguments:
         default=None, metadata={"help": "epsilon (default), v_prediction, sample or flow_prediction"}
     )
     # LoRA
-    lora_rank: int = field(default=0, metadata={"help": "train adapters of that rank and the action encoder alone"})
+    lora_rank: int = field(
+        default=0,
+        metadata={"aliases": ["--rank"], "help": "train adapters of that rank and the action encoder alone"},
+    )
     lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapters (default: their rank)"})
+    lora_dropout: float = 0.0
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], metadata={"help": "layers that get adapters"}
+        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"],
+        metadata={"aliases": ["--lora_layers"], "help": "layers that get adapters"},
     )
     # optimisation
     train_batch_size: int = field(default=16, metadata={"help": "windows per step and process"})
@@ -174,6 +201,8 @@ class TrainingArguments:
     learning_rate: float = 1e-4
     lr_scheduler: str = field(default="constant_with_warmup", metadata={"help": "any of diffusers' get_scheduler"})
     lr_warmup_steps: int = 0
+    lr_num_cycles: int = field(default=1, metadata={"help": "of cosine_with_restarts"})
+    lr_power: float = field(default=1.0, metadata={"help": "of polynomial"})
     optimizer: str = field(
         default="adamw",
         metadata={
@@ -183,6 +212,7 @@ class TrainingArguments:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 0.0
+    adam_epsilon: float = 1e-8
     max_grad_norm: float = 0.1
     snr_gamma: float | None = field(default=None, metadata={"help": "min-SNR weights of timesteps; 5 in its paper"})
     action_dropout: float = field(default=0.1, metadata={"help": "share of trajectories that take the null action"})
@@ -195,7 +225,11 @@ class TrainingArguments:
     state_loss_weight: float = 1.0
     ema_decay: float = 0.9999
     ema_warmup: bool = field(default=True, metadata={"help": "let the decay rise with the steps, for short runs"})
-    mixed_precision: str = field(default="bf16", metadata={"help": "no, fp16 or bf16"})
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={"help": "no, fp16 or bf16 (default: that of accelerate's config, bf16 where it names none)"},
+    )
+    allow_tf32: bool = field(default=False, metadata={"help": "faster float32 products on Ampere GPUs and later"})
     gradient_checkpointing: bool = False
     compile: bool = field(default=False, metadata={"help": "compile the transformer's blocks"})
     attention_backend: str | None = field(
@@ -203,6 +237,7 @@ class TrainingArguments:
     )
     dataloader_num_workers: int = 0
     # bookkeeping
+    logging_steps: int = 20
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
     validation_steps: int = 2000
@@ -232,18 +267,24 @@ NEW_MODEL: dict[str, Any] = {
 WINDOW = ("sample_frames", "num_history_frames")
 
 
-def load_vae(name: str) -> AutoencoderKL:
-    """The frozen autoencoder of a folder or Hub id, `org/model:vae` for a subfolder."""
-    path, _, subfolder = (name, "", "") if Path(name).is_dir() or ":" not in name else name.rpartition(":")
-    return AutoencoderKL.from_pretrained(path, subfolder=subfolder or None).requires_grad_(False).eval()
+def load_vae(arguments: TrainingArguments) -> AutoencoderKL:
+    """The frozen autoencoder: that named, or that of the pretrained pipeline."""
+    if arguments.vae is None:
+        name, subfolder, revision = str(arguments.pretrained_model_name_or_path), "vae", arguments.revision
+    else:
+        split = ":" in arguments.vae and not Path(arguments.vae).is_dir()
+        name, _, subfolder = arguments.vae.rpartition(":") if split else (arguments.vae, "", "")
+        revision = None
+    vae = AutoencoderKL.from_pretrained(name, subfolder=subfolder or None, revision=revision)
+    return vae.requires_grad_(False).eval()
 
 
-def is_pipeline(name: str) -> bool:
+def is_pipeline(name: str, revision: str | None = None) -> bool:
     """Whether a folder or Hub id holds a whole pipeline."""
     if Path(name).is_dir():
         return (Path(name) / "model_index.json").is_file()
     try:
-        hf_hub_download(name, "model_index.json")
+        hf_hub_download(name, "model_index.json", revision=revision)
     except RemoteEntryNotFoundError:
         return False
     return True
@@ -260,11 +301,12 @@ def open_source(name: str, arguments: TrainingArguments, split: str, max_episode
         action_column=arguments.action_column,
         state_columns=arguments.state_columns,
     )
+    skip = arguments.frame_skip if arguments.target_fps is None else frame_skip_for(source.fps, arguments.target_fps)
     return PreparedEpisodes(
         source,
         arguments.action_derivation,
         arguments.state_key,
-        arguments.frame_skip,
+        skip,
         arguments.action_composition,
         arguments.pad_actions_to,
         (arguments.height, arguments.width) if arguments.height and arguments.width else None,
@@ -273,12 +315,7 @@ def open_source(name: str, arguments: TrainingArguments, split: str, max_episode
 
 def check_frames(source: PreparedEpisodes, vae: AutoencoderKL, patch_size: int) -> None:
     """Refuse pictures that do not divide into patches, before hours of encoding."""
-    for number in range(len(source)):
-        with contextlib.suppress(ValueError):  # broken episodes are named, or skipped, when their turn comes
-            height, width = source[number].frames.shape[1:3]
-            break
-    else:
-        raise ValueError(f"no episode of {source.name!r} can be read.")
+    height, width = first_readable(source, source.__getitem__).frames.shape[1:3]
     multiple = 2 ** (len(vae.config.block_out_channels) - 1) * patch_size
     if height % multiple or width % multiple:
         nearest = [max(round(side / multiple), 1) * multiple for side in (height, width)]
@@ -293,10 +330,16 @@ def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel | 
     name = arguments.pretrained_model_name_or_path
     if name is None:
         return None
-    model = IRASimTransformer3DModel.from_pretrained(name, subfolder="transformer" if is_pipeline(name) else None)
+    model = IRASimTransformer3DModel.from_pretrained(
+        name,
+        subfolder="transformer" if is_pipeline(name, arguments.revision) else None,
+        revision=arguments.revision,
+        variant=arguments.variant,
+    )
     fixed = NEW_MODEL.keys() - {
         "patch_size",
         "action_frequencies",
+        "action_space",
         *(WINDOW if model.config.conditioning == "frame" else ()),
     }
     for flag in sorted(fixed):
@@ -323,13 +366,14 @@ def build_transformer(
     actions = torch.cat([part.actions for part in parts])
     offset, scale = action_normalisation(actions, arguments.action_normalisation)
     action_dim = len(offset)
-    for name, given in (("action_scale", arguments.action_scale), ("action_offset", arguments.action_offset)):
-        if len(given) not in (0, 1, action_dim):
-            raise ValueError(f"`{name}` must be one number, or {action_dim}, got {given}.")
-    given_scale = arguments.action_scale[0] if len(arguments.action_scale) == 1 else arguments.action_scale
-    given_offset = arguments.action_offset[0] if len(arguments.action_offset) == 1 else arguments.action_offset
+    given: dict[str, Any] = {}
+    for name in ("action_scale", "action_offset"):
+        values = getattr(arguments, name)
+        if len(values) not in (0, 1, action_dim):
+            raise ValueError(f"`{name}` must be one number, or {action_dim}, got {values}.")
+        given[name] = values[0] if len(values) == 1 else values
     height, width = parts[0].latent_size
-    known = {
+    known: dict[str, Any] = {
         "sample_height": height,
         "sample_width": width,
         "fps": source.fps,
@@ -337,47 +381,57 @@ def build_transformer(
         "action_names": source.component_names("action"),
         "action_derivation": source.action_derivation,
     }
-    if pretrained is not None:
+    if pretrained is not None and arguments.lora_rank:
         config = pretrained.config
-        if config.action_dim != action_dim:
-            raise ValueError(
-                f"{arguments.pretrained_model_name_or_path!r} takes {config.action_dim} action components, the data have {action_dim}."
+        asked: dict[str, Any] = {"action_dim": action_dim, "sample_height": height, "sample_width": width}
+        if source.action_derivation != "recorded":  # then the data do not say
+            asked["action_derivation"] = source.action_derivation
+        for name, value in asked.items():
+            if config[name] != value:
+                raise ValueError(f"adapters keep the model as it is: `{name}` is {config[name]!r}, got {value!r}.")
+        return pretrained
+    derivation, action_space = source.action_derivation, arguments.action_space
+    if derivation != "recorded":
+        derived = "absolute" if derivation == "absolute" else "relative"
+        if action_space not in (None, derived):
+            raise ValueError(f"`action_space` must be {derived!r} for {derivation} actions, got {action_space!r}.")
+        action_space = derived
+    if pretrained is not None:
+        if pretrained.config.action_dim != action_dim:
+            logger.info(
+                f"the data have {action_dim} action components, the pretrained model {pretrained.config.action_dim}: the "
+                "action encoder starts anew"
             )
-        asked = {"action_scale": given_scale, "action_offset": given_offset}
-        if (config.action_space == "absolute") != (arguments.action_derivation == "absolute") and (
-            arguments.action_derivation != "recorded"
-        ):
-            raise ValueError(
-                f"the pretrained model's action space is {config.action_space!r}: `action_derivation` cannot be "
-                f"{arguments.action_derivation!r}."
-            )
-        if not arguments.lora_rank:
-            if known["fps"] is None:
-                known.pop("fps")
-            pretrained.register_to_config(**known | {name: value for name, value in asked.items() if value != []})
-        elif config.action_derivation != source.action_derivation:
-            raise ValueError(
-                f"adapters keep the model's actions: `action_derivation` must be {config.action_derivation!r}, got "
-                f"{source.action_derivation!r}."
-            )
-        elif (config.sample_height, config.sample_width) != (height, width):
-            raise ValueError(
-                f"adapters keep the model's frames: latents must be {config.sample_height}x{config.sample_width}, got "
-                f"{height}x{width}; resize with --height and --width."
-            )
+            pretrained = change_action_dim(pretrained, action_dim)
+        config = pretrained.config
+        encoder = getattr(pretrained, "trajectory_embed", pretrained.action_embed)
+        if not encoder.linear_2.weight.any():  # it has seen no actions yet
+            known |= {"action_scale": scale, "action_offset": offset, "action_space": action_space or "relative"}
+        else:
+            if derivation == "recorded":  # the data do not say: the model's own stays
+                known.pop("action_derivation")
+            for name, wanted in (("action_space", action_space), ("action_derivation", derivation)):
+                if wanted not in (None, "recorded", config[name]) and config[name] != "recorded":
+                    raise ValueError(
+                        f"`{name}` is {config[name]!r} in {arguments.pretrained_model_name_or_path!r} and cannot become "
+                        f"{wanted!r}."
+                    )
+        known |= {name: value for name, value in given.items() if value != []}
+        if known["fps"] is None:
+            known.pop("fps")
+        pretrained.register_to_config(**known)
         return pretrained
     settings = {
         name: default if getattr(arguments, name) is None else getattr(arguments, name)
         for name, default in NEW_MODEL.items()
     }
-    if arguments.action_derivation == "absolute":
-        settings["action_space"] = "absolute"
+    settings["action_space"] = action_space or "relative"
     return IRASimTransformer3DModel(
         **settings | (PRESETS[arguments.preset] if arguments.preset else {}) | known,
         in_channels=vae.config.latent_channels,
         action_dim=action_dim,
-        action_scale=scale if given_scale == [] else given_scale,
-        action_offset=offset if given_offset == [] else given_offset,
+        action_scale=scale if given["action_scale"] == [] else given["action_scale"],
+        action_offset=offset if given["action_offset"] == [] else given["action_offset"],
     )
 
 
@@ -395,6 +449,11 @@ def validation_clips(arguments: TrainingArguments, config: dict) -> tuple[np.nda
                 raise
             continue
         if len(episode) < config["sample_frames"]:
+            if not arguments.skip_broken:
+                raise ValueError(
+                    f"episode {number} of {arguments.validation_dataset!r} has {len(episode)} frames, fewer than a window of "
+                    f"{config['sample_frames']}: train with fewer, or leave it out with --skip_broken."
+                )
             continue
         start = (len(episode) - config["sample_frames"]) // 2
         last = start + config["sample_frames"]
@@ -410,10 +469,10 @@ def validation_clips(arguments: TrainingArguments, config: dict) -> tuple[np.nda
 def validate(
     pipeline: IRASimPipeline, clips: tuple[np.ndarray, np.ndarray], steps: int
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Figures on held-out clips, and a picture of some of them.
+    """Figures on held-out clips, and a video of some of them.
 
     The figures are the PSNR under the clips' own actions, under those of other clips, and of repeating the last seen frame.
-    In the picture (H, W, 3), uint8, truth and prediction lie below each other, for the first four clips.
+    In the video (n, H, W, 3), uint8, truth and prediction lie below each other, for the first four clips side by side.
     """
     frames, actions = clips
     num_history_frames = frames.shape[1] - actions.shape[1]
@@ -429,44 +488,24 @@ def validate(
         "psnr_shuffled_actions": psnr(predict(np.roll(actions, 1, axis=0)), truth).mean(),
         "psnr_last_frame": psnr(np.broadcast_to(history[:, -1:] / 255.0, truth.shape), truth).mean(),
     }
-    strips = [np.concatenate(list(video), axis=1) for pair in zip(truth[:4], own[:4], strict=True) for video in pair]
-    return figures, (np.concatenate(strips) * 255).round().astype(np.uint8)
+    rows = [np.concatenate(list(clips[:4]), axis=2) for clips in (truth, own)]  # (n, H, 4 W, 3) each
+    return figures, (np.concatenate(rows, axis=1) * 255).round().astype(np.uint8)
 
 
-def log_picture(accelerator: Accelerator, picture: np.ndarray, step: int) -> None:
-    """Show the validation picture in every tracker that shows pictures."""
+def log_video(accelerator: Accelerator, video: np.ndarray, path: Path, fps: float, step: int) -> None:
+    """Write the validation video, and show it in the trackers: whole where they take videos, else its last frame."""
+    write_video(path, video, fps)
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"validation": picture[None]}, step=step, dataformats="NHWC")
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({"validation": [picture]}, step=step)
+        if tracker.name in ("wandb", "trackio"):
+            library = __import__(tracker.name)
+            tracker.log({"validation": library.Video(str(path))}, step=step)
+        elif tracker.name == "tensorboard":
+            tracker.log_images({"validation": video[-1:]}, step=step, dataformats="NHWC")
 
 
-def checkpoints(output: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-
-
-def save_checkpoint(accelerator: Accelerator, output: Path, step: int, limit: int) -> None:
-    """Write a checkpoint under a temporary name, rename it, and drop the oldest beyond `limit`."""
-    partial = output / f"partial-{step}"
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()  # every process writes its own random state
-    if accelerator.is_main_process:
-        partial.rename(output / f"checkpoint-{step}")
-        for old in checkpoints(output)[:-limit]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def cut(clip: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
-    """Clips of F frames cut into windows of `length` frames, a divisor of F; they follow each other in the batch."""
-    frames = torch.arange(clip["latents"].shape[2]).unflatten(0, (-1, length))
-    windows = {
-        "latents": clip["latents"][:, :, frames].transpose(1, 2).flatten(0, 1),
-        "actions": clip["actions"][:, frames[:, :-1]].flatten(0, 1),
-    }
-    return windows | ({"states": clip["states"][:, frames].flatten(0, 1)} if "states" in clip else {})
+def cut(frames: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+    """Clips (B, ...) with F frames in `dim` as windows (B F / length, ...) of `length`, those of a clip one after another."""
+    return frames.unflatten(dim, (-1, length)).movedim(dim, 1).flatten(0, 1)
 
 
 def training_loss(
@@ -475,33 +514,43 @@ def training_loss(
     clip: dict[str, torch.Tensor],
     config: dict,
     arguments: TrainingArguments,
-    draw: tuple[int, ...],
+    step: int,
+    position: int,
 ) -> torch.Tensor:
-    """The loss of a batch of clips; `draw` alone fixes length and history of its windows, timesteps, noise and drops."""
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(draw).generate_state(1)[0]))
-    lengths = arguments.window_lengths or [config["sample_frames"]]
-    windows = cut(clip, lengths[int(torch.randint(len(lengths), (), generator=generator))])
-    latents, states = windows["latents"], windows.get("states")
+    """The loss of a batch of clips, cut into windows of one length with one number of history frames.
+
+    Seed and step alone fix these two; seed and a clip's place in the run, from `position` on, its timesteps, noise and
+    drops. So several processes draw what one would.
+    """
+    clips, _, frames, *_ = clip["latents"].shape
+    common = np.random.default_rng([arguments.seed, 0, step])
+    length = int(common.choice(arguments.window_lengths or [frames]))
     shortest = 1 if config["conditioning"] == "frame" else config["num_history_frames"]  # Video-Ada: a fixed number
-    history = int(torch.randint(shortest, config["num_history_frames"] + 1, (), generator=generator))
-    actions = windows["actions"][:, history - 1 :]  # action k leads to frame k + 1
-    steps = noise_scheduler.config.num_train_timesteps
-    timesteps = torch.randint(steps, (len(latents),), generator=generator).to(latents.device)
-    noise = randn_tensor(latents.shape, generator=generator, device=latents.device)
-    if arguments.history_noise:
-        deviation = arguments.history_noise * torch.rand(len(latents), 1, 1, 1, 1, generator=generator)
-        disturbed = latents[:, :, :history] + deviation.to(latents) * noise[:, :, :history]
-        latents = torch.cat([disturbed, latents[:, :, history:]], dim=2)
-    keep = (torch.rand(len(actions), 1, generator=generator) >= arguments.action_dropout).to(latents.device)
+    history = int(common.integers(shortest, config["num_history_frames"] + 1))
+
+    def draw(kind: int, *shape: int) -> torch.Tensor:
+        """Uniform numbers, or normal ones where kind is 0."""
+        generators = [np.random.default_rng([arguments.seed, 1, position + index, kind]) for index in range(clips)]
+        drawn = [
+            each.random(shape, np.float32) if kind else each.standard_normal(shape, np.float32) for each in generators
+        ]
+        return torch.from_numpy(np.stack(drawn)).to(clip["latents"].device)
+
+    latents = cut(clip["latents"], length, 2)
+    noise = cut(draw(0, *clip["latents"].shape[1:]), length, 2)
+    timestep, deviation, drop = draw(1, 3, frames // length).transpose(0, 1).flatten(1)
+    # action k leads to frame k + 1; no window needs the one into its first frame
+    actions = cut(torch.nn.functional.pad(clip["actions"], (0, 0, 1, 0)), length, 1)[:, history:]
+    latents[:, :, :history] += arguments.history_noise * deviation.view(-1, 1, 1, 1, 1) * noise[:, :, :history]
     return diffusion_loss(
         model,
         noise_scheduler,
         latents,
         actions,
-        timesteps=timesteps,
+        timesteps=(timestep * noise_scheduler.config.num_train_timesteps).long(),
         noise=noise[:, :, history:],
-        action_mask=keep.expand(actions.shape[:2]),
-        states=states,
+        action_mask=(drop >= arguments.action_dropout)[:, None].expand(actions.shape[:2]),
+        states=cut(clip["states"], length, 1) if "states" in clip else None,
         state_loss_weight=arguments.state_loss_weight,
         snr_gamma=arguments.snr_gamma,
     )
@@ -516,13 +565,13 @@ def build_optimizers(model: torch.nn.Module, arguments: TrainingArguments) -> li
         if arguments.optimizer == "muon" and parameter.ndim == 2 and "transformer_blocks." in name
     }
     settings: dict[str, Any] = {"lr": arguments.learning_rate, "weight_decay": arguments.adam_weight_decay}
+    adam: dict[str, Any] = {"betas": (arguments.adam_beta1, arguments.adam_beta2), "eps": arguments.adam_epsilon}
     rest = [parameter for name, parameter in named.items() if name not in matrices]
-    betas = (arguments.adam_beta1, arguments.adam_beta2)
     if arguments.optimizer == "adamw8bit":
         import bitsandbytes
 
-        return [bitsandbytes.optim.AdamW8bit(rest, betas=betas, **settings)]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=betas, fused=True, **settings)]
+        return [bitsandbytes.optim.AdamW8bit(rest, **adam, **settings)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, fused=True, **adam, **settings)]
     if matrices:  # one learning rate serves both
         optimizers.append(torch.optim.Muon(list(matrices.values()), adjust_lr_fn="match_rms_adamw", **settings))
     return optimizers
@@ -532,7 +581,12 @@ def add_lora(transformer: IRASimTransformer3DModel, arguments: TrainingArguments
     """Adapters to train; of the model itself only the action encoder and the null action are trained on."""
     alpha = arguments.lora_rank if arguments.lora_alpha is None else arguments.lora_alpha
     transformer.add_adapter(
-        LoraConfig(r=arguments.lora_rank, lora_alpha=alpha, target_modules=arguments.lora_target_modules)
+        LoraConfig(
+            r=arguments.lora_rank,
+            lora_alpha=alpha,
+            lora_dropout=arguments.lora_dropout,
+            target_modules=arguments.lora_target_modules,
+        )
     )
     for name, parameter in transformer.named_parameters():
         if name.startswith(ACTION_ENCODER) and "lora_" in name:
@@ -551,9 +605,13 @@ def save_lora(transformer: IRASimTransformer3DModel, output: Path) -> None:
     )
 
 
-def make_pipeline(vae: AutoencoderKL, transformer: IRASimTransformer3DModel, scheduler_class: Any) -> IRASimPipeline:
+def make_pipeline(
+    vae: AutoencoderKL, transformer: IRASimTransformer3DModel, scheduler_class: Any = PNDMScheduler
+) -> IRASimPipeline:
     """The pipeline of a model, sampled as the paper does or as asked."""
     process = noise_process(transformer.config)
+    if transformer.config.prediction_type == "sample":
+        scheduler_class = DDIMScheduler  # PNDM knows no such prediction
     if isinstance(process, FlowMatchEulerDiscreteScheduler):
         return IRASimPipeline(vae, transformer, process)
     config = {key: value for key, value in process.config.items() if not key.startswith("_")}
@@ -566,7 +624,7 @@ def publish(vae: AutoencoderKL, transformer: IRASimTransformer3DModel, arguments
     """Push the pipeline, or the adapters with a card that names what they adapt."""
     name = arguments.hub_model_id or Path(arguments.output_dir).name
     if not arguments.lora_rank:
-        make_pipeline(vae, transformer, PNDMScheduler).push_to_hub(name)
+        make_pipeline(vae, transformer).push_to_hub(name)
         return
     repository = create_repo(name, exist_ok=True).repo_id
     card = load_or_create_model_card(
@@ -586,14 +644,14 @@ def publish(vae: AutoencoderKL, transformer: IRASimTransformer3DModel, arguments
 
 
 def check_arguments(arguments: TrainingArguments) -> None:
-    """Refuse what cannot work before anything is read, and fill in the autoencoder of a pretrained pipeline."""
+    """Refuse what cannot work before anything is read."""
     if arguments.optimizer not in ("adamw", "adamw8bit", "muon"):
         raise ValueError(f"`optimizer` must be adamw, adamw8bit or muon, got {arguments.optimizer!r}.")
     pretrained = arguments.pretrained_model_name_or_path
-    if arguments.vae is None:
-        if pretrained is None or not is_pipeline(pretrained):
-            raise ValueError("`vae` must be given, unless a pretrained pipeline brings its own.")
-        arguments.vae = f"{pretrained}:vae"
+    if arguments.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"`optimizer` muon needs torch 2.9, this is {torch.__version__}.")
+    if arguments.vae is None and (pretrained is None or not is_pipeline(pretrained, arguments.revision)):
+        raise ValueError("`vae` must be given, unless a pretrained pipeline brings its own.")
     if arguments.optimizer == "adamw8bit" and not is_bitsandbytes_available():
         raise ValueError("`optimizer` adamw8bit needs `pip install bitsandbytes`.")
     if arguments.preset not in (None, *PRESETS):
@@ -606,6 +664,10 @@ def check_arguments(arguments: TrainingArguments) -> None:
         )
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("`height` and `width` must be given together.")
+    if arguments.frame_skip > 1 and arguments.target_fps is not None:
+        raise ValueError("`frame_skip` and `target_fps` exclude each other.")
+    if arguments.window_lengths and arguments.conditioning == "video":
+        raise ValueError("`window_lengths` must be left out for Video-Ada, which takes one number of actions.")
     if arguments.lora_rank and pretrained is None:
         raise ValueError("`lora_rank` needs `pretrained_model_name_or_path`: adapters adapt a trained model.")
     kept = ("patch_size", "action_frequencies", "sample_frames", "num_history_frames", "action_scale", "action_offset")
@@ -614,36 +676,112 @@ def check_arguments(arguments: TrainingArguments) -> None:
         raise ValueError(f"`lora_rank` keeps the model as it is: leave {', '.join(given)} out.")
     if pretrained is not None and arguments.preset:
         raise ValueError("`preset` is for a new model: leave it out with `pretrained_model_name_or_path`.")
-    if arguments.optimizer == "muon" and arguments.mixed_precision == "fp16":
-        raise ValueError(
-            "`optimizer` muon is two optimisers, which accelerate cannot scale for fp16: take bf16 or no."
-        )
+
+
+def check_distribution(accelerator: Accelerator, arguments: TrainingArguments) -> None:
+    """Refuse what cannot be sharded, and keep raw actions in float32 where accelerate would round them."""
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
+    if arguments.optimizer == "muon":
+        raise ValueError(f"`optimizer` muon cannot run under {kind.value}: take adamw.")
+    if kind == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError("FSDP must be of version 2: take examples/accelerate_configs/fsdp2.yaml.")
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast does the rest
+    elif accelerator.state.deepspeed_plugin.zero_stage > 2:
+        raise ValueError("DeepSpeed must be ZeRO-1 or 2: take examples/accelerate_configs/zero2.yaml, or FSDP.")
+
+
+def run_settings(
+    arguments: TrainingArguments, accelerator: Accelerator, folders: list[Path], config: dict
+) -> dict[str, Any]:
+    """What a run must keep to be the same run when it is resumed."""
+    flags = ("seed", "train_batch_size", "dataset_weights", "window_lengths", "optimizer", "lora_rank", "state_keys")
+    settings = {flag: getattr(arguments, flag) for flag in flags} | {
+        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+        "processes": accelerator.num_processes,
+        "latents": [folder.name for folder in folders],
+        "model": {key: value for key, value in config.items() if not key.startswith("_")},
+    }
+    return json.loads(json.dumps(settings))
+
+
+def check_settings(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse to go on from a checkpoint of another run."""
+    flat = [
+        settings | {f"model.{key}": value for key, value in settings["model"].items()} for settings in (before, now)
+    ]
+    changed = [key for key in flat[1] if key != "model" and flat[0].get(key) != flat[1][key]]
+    if changed:
+        listed = ", ".join(f"{key} was {flat[0].get(key)!r} and is {flat[1][key]!r}" for key in changed)
+        raise ValueError(f"{str(checkpoint)!r} is of another run: {listed}. Undo that, or take another `output_dir`.")
+
+
+def averaged_transformer(
+    transformer: IRASimTransformer3DModel, ema: EMAModel, arguments: TrainingArguments
+) -> IRASimTransformer3DModel:
+    """A model of its own with the averaged weights, whole whatever the sharding; every process must call it."""
+    config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
+    averaged = IRASimTransformer3DModel(**config)
+    if arguments.lora_rank:
+        add_lora(averaged, arguments)
+    averaged.load_state_dict(averaged_state(ema, transformer))
+    return averaged.eval()
+
+
+def save(vae: AutoencoderKL, transformer: IRASimTransformer3DModel, arguments: TrainingArguments) -> None:
+    """Write the pipeline or the adapters beside the checkpoints, what tells that they are complete last."""
+    output = Path(arguments.output_dir)
+    with temporary_folder(output / "finished") as partial:
+        if arguments.lora_rank:
+            save_lora(transformer, partial)
+        else:
+            make_pipeline(vae, transformer).save_pretrained(partial)
+    for path in sorted((output / "finished").iterdir(), key=lambda path: path.name == "model_index.json"):
+        if (output / path.name).is_dir():
+            shutil.rmtree(output / path.name)
+        path.replace(output / path.name)
+    (output / "finished").rmdir()
 
 
 def main() -> None:
     (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
     check_arguments(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     output = Path(arguments.output_dir)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     accelerator = Accelerator(
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        mixed_precision=arguments.mixed_precision,
+        mixed_precision=arguments.mixed_precision or (launched if launched != "no" else "bf16"),
         log_with=arguments.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],  # one may encode for long
     )
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check_distribution(accelerator, arguments)
+    if arguments.optimizer == "muon" and accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "`optimizer` muon is two optimisers, which accelerate cannot scale for fp16: take bf16 or no."
+        )
+    torch.backends.cuda.matmul.allow_tf32 = arguments.allow_tf32
     set_seed(arguments.seed)
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        for partial in output.glob("partial-*"):
+        for partial in (*output.glob("partial-*"), *output.glob(".finished.*.partial")):
             shutil.rmtree(partial)
+        if arguments.push_to_hub:  # refused now rather than at the end
+            create_repo(arguments.hub_model_id or output.name, exist_ok=True)
     accelerator.wait_for_everyone()
 
     sources = [
         open_source(name, arguments, arguments.split, arguments.max_train_episodes) for name in arguments.dataset
     ]
-    vae = load_vae(str(arguments.vae)).to(accelerator.device, memory_format=torch.channels_last)
+    check_mixture(sources)
+    vae = load_vae(arguments).to(accelerator.device, memory_format=torch.channels_last)
     pretrained = load_pretrained(arguments)
     for source in sources:
         check_frames(source, vae, pretrained.config.patch_size if pretrained else arguments.patch_size or 2)
@@ -652,7 +790,7 @@ def main() -> None:
             source,
             vae,
             arguments.cache_dir or output / "latents",
-            mixed_precision=arguments.mixed_precision == "bf16",
+            mixed_precision=accelerator.mixed_precision == "bf16",
             skip_broken=arguments.skip_broken,
             recorded=arguments.recorded_latents,
             process_index=accelerator.process_index,
@@ -664,7 +802,7 @@ def main() -> None:
     sample_frames = arguments.sample_frames or (
         pretrained.config.sample_frames if pretrained else NEW_MODEL["sample_frames"]
     )
-    parts = [LatentClips(folder, sample_frames) for folder in folders]
+    parts = [LatentClips(folder, sample_frames, skip_short=arguments.skip_broken) for folder in folders]
     if arguments.state_keys:
         numbers = [part.episodes for part in parts]
         known = standardised_states(sources, arguments.state_keys, arguments.state_angles, numbers)
@@ -696,38 +834,39 @@ def main() -> None:
     if arguments.attention_backend:
         transformer.set_attention_backend(arguments.attention_backend)
     if arguments.compile:
-        transformer.compile(dynamic=False)
+        transformer.compile_repeated_blocks(dynamic=False)
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    used = sum(len({number for number, _ in part.windows}) for part in parts)
     logger.info(
-        f"{sum(parameter.numel() for parameter in transformer.parameters()) / 1e6:.2f} M parameters, {len(clips)} windows "
-        f"of {sum(len(part.episodes) for part in parts)} episodes"
+        f"{parameters / 1e6:.2f} M parameters, {len(clips)} windows of {used} episodes, "
+        f"{sum(map(len, sources)) - used} left out, {accelerator.num_processes} processes "
+        f"({accelerator.distributed_type.value})"
     )
 
-    ema = EMAModel(
-        transformer.parameters(),
-        decay=arguments.ema_decay,
-        use_ema_warmup=arguments.ema_warmup,
-        power=3 / 4,
-        foreach=True,
-        model_cls=IRASimTransformer3DModel,
-        model_config=config,
-    )
-    ema.to(accelerator.device)
     trained = StateReadout(transformer, clips[0]["states"].shape[1]) if arguments.state_keys else transformer
-    # accelerate steps a prepared schedule once for each process
     optimizers = build_optimizers(trained, arguments)
+    # accelerate steps a prepared schedule once for each process
     schedules = [
         get_scheduler(
             arguments.lr_scheduler,
             optimizer,
             num_warmup_steps=arguments.lr_warmup_steps * accelerator.num_processes,
             num_training_steps=arguments.max_train_steps * accelerator.num_processes,
+            num_cycles=arguments.lr_num_cycles,
+            power=arguments.lr_power,
         )
         for optimizer in optimizers
     ]
-    model, loader = accelerator.prepare(trained, loader)
-    optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
-    schedules = [accelerator.prepare(schedule) for schedule in schedules]
-    accelerator.register_for_checkpointing(ema)
+    model, loader, *prepared = accelerator.prepare(trained, loader, *optimizers, *schedules)
+    optimizers, schedules = prepared[: len(optimizers)], prepared[len(optimizers) :]
+    ema = EMAModel(  # after the model is sharded, if it is
+        (parameter for parameter in transformer.parameters() if parameter.requires_grad),
+        decay=arguments.ema_decay,
+        use_ema_warmup=arguments.ema_warmup,
+        power=3 / 4,
+        foreach=True,
+    )
+    ema.to(accelerator.device)
     noise_scheduler = noise_process(config)
     if arguments.report_to:
         settings = {
@@ -736,35 +875,39 @@ def main() -> None:
         accelerator.init_trackers("irasim-diffusers", config=settings)
 
     shift = getattr(vae.config, "shift_factor", None) or 0.0
+    settings = run_settings(arguments, accelerator, folders, config)
     step = 0
     if checkpoints(output):
         newest = checkpoints(output)[-1]
+        check_settings(json.loads((newest / "settings.json").read_text()), settings, newest)
         accelerator.load_state(str(newest))
-        ema.to(accelerator.device)  # accelerate loads it onto the CPU
+        load_average(ema, transformer, newest)
         step = int(newest.name.split("-")[1])
         logger.info(f"resumed from {newest}")
-    steps_per_epoch = -(-len(loader) // arguments.gradient_accumulation_steps)
+    accumulation = accelerator.gradient_accumulation_steps
+    steps_per_epoch = -(-len(loader) // accumulation)
     epoch, done = divmod(step, steps_per_epoch)
-    batch_number = epoch * len(loader) + done * arguments.gradient_accumulation_steps
+    batch_number = epoch * len(loader) + done * accumulation
     bar = tqdm(total=arguments.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
     start = time.perf_counter()
+    total = torch.zeros((), device=accelerator.device)  # loss over the batches of a step
     while step < arguments.max_train_steps:
         loader.set_epoch(epoch)
         clips.set_epoch(epoch)
-        batches = (
-            accelerator.skip_first_batches(loader, done * arguments.gradient_accumulation_steps) if done else loader
-        )
+        batches = accelerator.skip_first_batches(loader, done * accumulation) if done else loader
         for batch in batches:
-            batch_number += 1
+            place = batch_number * accelerator.num_processes + accelerator.process_index
             with accelerator.accumulate(model):
-                loss = training_loss(
-                    model,
-                    noise_scheduler,
-                    batch | {"latents": (batch["latents"] - shift) * vae.config.scaling_factor},
-                    config,
-                    arguments,
-                    draw=(arguments.seed, batch_number, accelerator.process_index),
-                )
+                with accelerator.autocast():
+                    loss = training_loss(
+                        model,
+                        noise_scheduler,
+                        batch | {"latents": (batch["latents"] - shift) * vae.config.scaling_factor},
+                        config,
+                        arguments,
+                        step=step,
+                        position=place * arguments.train_batch_size,
+                    )
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
@@ -772,41 +915,50 @@ def main() -> None:
                     optimizer.step()
                     schedule.step()
                     optimizer.zero_grad()
+            batch_number += 1
+            total += loss.detach() / accumulation
             if not accelerator.sync_gradients:
                 continue
-            ema.step(transformer.parameters())
+            ema.step(parameter for parameter in transformer.parameters() if parameter.requires_grad)
             step += 1
             bar.update()
-            if step % 20 == 0:
-                bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{schedules[0].get_last_lr()[0]:.2e}")
-                accelerator.log({"loss": loss.item(), "learning_rate": schedules[0].get_last_lr()[0]}, step=step)
-            if step % arguments.checkpointing_steps == 0:
-                save_checkpoint(accelerator, output, step, arguments.checkpoints_total_limit)
-            if held_out is not None and step % arguments.validation_steps == 0:
-                ema.store(transformer.parameters())
-                ema.copy_to(transformer.parameters())
-                pipeline = make_pipeline(vae, transformer, DDIMScheduler)
-                pipeline.set_progress_bar_config(disable=True)
-                with torch.compiler.set_stance("force_eager"):
-                    figures, picture = validate(pipeline, held_out, arguments.validation_inference_steps)
-                ema.restore(transformer.parameters())
+            if step % arguments.logging_steps == 0:
+                figures = {
+                    "loss": accelerator.reduce(total, "mean").item(),
+                    "learning_rate": schedules[0].get_last_lr()[0],
+                }
+                bar.set_postfix(loss=f"{figures['loss']:.4f}", lr=f"{figures['learning_rate']:.2e}")
                 accelerator.log(figures, step=step)
-                log_picture(accelerator, picture, step)
-                text = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
-                bar.write(f"step {step}, {time.perf_counter() - start:.0f} s: {text}")
+            total.zero_()
+            if step % arguments.checkpointing_steps == 0:
+                save_checkpoint(
+                    accelerator,
+                    output,
+                    step,
+                    arguments.checkpoints_total_limit,
+                    lambda folder: save_average(accelerator, ema, transformer, folder, settings),
+                )
+            if arguments.validation_dataset and step % arguments.validation_steps == 0:
+                averaged = averaged_transformer(transformer, ema, arguments)
+                if held_out is not None:
+                    pipeline = make_pipeline(vae, averaged.to(accelerator.device), DDIMScheduler)
+                    pipeline.set_progress_bar_config(disable=True)
+                    with accelerator.autocast():
+                        figures, video = validate(pipeline, held_out, arguments.validation_inference_steps)
+                    accelerator.log(figures, step=step)
+                    log_video(accelerator, video, output / f"validation/step-{step}.mp4", config.fps or 10, step)
+                    text = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+                    bar.write(f"step {step}, {time.perf_counter() - start:.0f} s: {text}")
+                del averaged
             if step == arguments.max_train_steps:
                 break
         epoch, done = epoch + 1, 0
-    accelerator.wait_for_everyone()
+    averaged = averaged_transformer(transformer, ema, arguments)
     if accelerator.is_main_process:
-        ema.copy_to(transformer.parameters())
-        if arguments.lora_rank:
-            save_lora(transformer, output)
-        else:
-            make_pipeline(vae, transformer, PNDMScheduler).save_pretrained(output)
+        save(vae, averaged, arguments)
         logger.info(f"saved to {output}")
         if arguments.push_to_hub:
-            publish(vae, transformer, arguments)
+            publish(vae, averaged, arguments)
     accelerator.end_training()
 
 

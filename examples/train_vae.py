@@ -9,6 +9,7 @@ that they have unit variance. The same command run again goes on from the last c
 """
 
 import math
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from irasim_diffusers.data import open_dataset
+from irasim_diffusers.data import PreparedEpisodes, open_dataset
+from irasim_diffusers.training import checkpoints, save_checkpoint
 
 
 @dataclass
@@ -38,6 +40,12 @@ class VAEArguments:
     validation_split: str = field(default="train", metadata={"help": "split of the validation data"})
     pretrained: str | None = field(default=None, metadata={"help": "autoencoder to start from: folder or Hub id"})
     freeze_encoder: bool = field(default=False, metadata={"help": "train the decoder alone, from --pretrained"})
+    action_column: str = field(default="actions", metadata={"help": "column of actions of `datasets` data"})
+    skip_broken: bool = field(
+        default=False, metadata={"help": "leave out episodes that cannot be read, and list them"}
+    )
+    height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
+    width: int | None = field(default=None, metadata={"help": "see --height"})
     frames_per_episode: int = field(default=24, metadata={"help": "pictures used of each episode, evenly spaced"})
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
     latent_channels: int = 4
@@ -67,14 +75,31 @@ class Autoencoding(torch.nn.Module):
 
 
 def load_frames(
-    name: str, cameras: list[str], split: str, per_episode: int, episodes: int | None = None
+    arguments: VAEArguments, name: str, split: str, per_episode: int, episodes: int | None = None
 ) -> torch.Tensor:
     """Evenly spaced pictures (N, 3, H, W), uint8, of the episodes of a data set."""
     frames = []
-    dataset = open_dataset(name, cameras or None, split=split, max_episodes=episodes)
-    for episode in tqdm(dataset, total=len(dataset), desc="reading pictures", unit="episode"):
+    source = open_dataset(
+        name,
+        arguments.cameras or None,
+        split=split,
+        max_episodes=episodes,
+        action_column=arguments.action_column,
+    )
+    size = (arguments.height, arguments.width) if arguments.height and arguments.width else None
+    dataset = PreparedEpisodes(source, frame_size=size)
+    for number in tqdm(range(len(dataset)), desc="reading pictures", unit="episode"):
+        try:
+            episode = dataset[number]
+        except ValueError as error:
+            if not arguments.skip_broken:
+                raise
+            tqdm.write(f"skipped: {error}")
+            continue
         chosen = np.linspace(0, len(episode) - 1, min(per_episode, len(episode))).astype(int)
         frames.append(torch.from_numpy(episode.frames[chosen]).permute(0, 3, 1, 2))
+    if not frames:
+        raise ValueError(f"no episode of {name!r} can be read.")
     return torch.cat(frames)
 
 
@@ -124,22 +149,21 @@ def main() -> None:
     (arguments,) = HfArgumentParser(VAEArguments).parse_args_into_dataclasses()
     if arguments.freeze_encoder and not arguments.pretrained:
         raise ValueError("`freeze_encoder` needs `pretrained`: an untrained encoder is no use.")
+    if (arguments.height is None) != (arguments.width is None):
+        raise ValueError("`height` and `width` must be given together.")
     output = Path(arguments.output_dir)
     accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
-        project_config=ProjectConfiguration(
-            project_dir=str(output), automatic_checkpoint_naming=True, total_limit=2, logging_dir=str(output / "logs")
-        ),
     )
     set_seed(arguments.seed)
-    frames = load_frames(arguments.dataset, arguments.cameras, arguments.split, arguments.frames_per_episode)
-    held_out = load_frames(
-        arguments.validation_dataset or arguments.dataset,
-        arguments.cameras,
-        arguments.validation_split if arguments.validation_dataset else arguments.split,
-        4,
-        episodes=64,
-    )
+    output.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        for partial in output.glob("partial-*"):
+            shutil.rmtree(partial)
+    frames = load_frames(arguments, arguments.dataset, arguments.split, arguments.frames_per_episode)
+    validation = arguments.validation_dataset or arguments.dataset
+    split = arguments.validation_split if arguments.validation_dataset else arguments.split
+    held_out = load_frames(arguments, validation, split, 4, episodes=64)
     vae = build_vae(arguments, max(frames.shape[-2:]))
     if arguments.compile:
         vae.encoder.compile()
@@ -156,10 +180,9 @@ def main() -> None:
     autoencoding, optimizer, schedule = accelerator.prepare(Autoencoding(vae), optimizer, schedule)
 
     step = 0
-    if any((output / "checkpoints").glob("checkpoint_*")):
-        accelerator.load_state()
-        step = schedule.scheduler.last_epoch // accelerator.num_processes
-        accelerator.project_configuration.iteration = step // arguments.checkpointing_steps
+    if checkpoints(output):
+        accelerator.load_state(str(checkpoints(output)[-1]))
+        step = int(checkpoints(output)[-1].name.split("-")[1])
     bar = tqdm(total=arguments.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
     start = time.perf_counter()
     while step < arguments.max_train_steps:
@@ -180,7 +203,7 @@ def main() -> None:
         bar.update()
         bar.set_postfix(loss=f"{loss.item():.5f}")
         if step % arguments.checkpointing_steps == 0 and step < arguments.max_train_steps:
-            accelerator.save_state()
+            save_checkpoint(accelerator, output, step, limit=2)
         if accelerator.is_main_process and (step % arguments.validation_steps == 0):
             with accelerator.autocast():
                 psnr = reconstruction_psnr(vae, held_out, accelerator.device)

@@ -334,6 +334,28 @@ def change_patch_size(
     return new
 
 
+def change_action_dim(model: IRASimTransformer3DModel, action_dim: int) -> IRASimTransformer3DModel:
+    """Go on with a trained model on a robot with other actions: a new action encoder, which at first embeds all as the null action.
+
+    Args:
+        model: The trained model.
+        action_dim: Components of the new actions.
+
+    Returns:
+        A new model; the given one is left as it is. Its actions have neither scale nor names yet.
+    """
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    unknown = {"action_scale": 1.0, "action_offset": 0.0, "action_names": None, "action_units": None}
+    new = IRASimTransformer3DModel(**config | {"action_dim": action_dim} | unknown)
+    encoder = ("action_embed.", "trajectory_embed.")
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith(encoder)}
+    new.load_state_dict(state, strict=False)
+    last = getattr(new, "trajectory_embed", new.action_embed).linear_2
+    torch.nn.init.zeros_(last.weight)
+    last.bias.data.copy_(new.null_action)
+    return new.to(model.dtype)
+
+
 def _crop(kernel: torch.Tensor, size: int) -> torch.Tensor:
     """Kernels (..., old, old) as seen through a window of `size` pixels about their middle, at the same scale."""
     places = (torch.arange(size, device=kernel.device) - (size - 1) / 2) * 2 / max(kernel.shape[-1] - 1, 1)

@@ -1,13 +1,22 @@
-"""The training objective: noise on predicted frames, clean history, loss on predicted frames only."""
+"""The training objective, noise on predicted frames with a clean history, and checkpoints of a run."""
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from accelerate import Accelerator
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import compute_snr
+from diffusers.training_utils import EMAModel, compute_snr
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .models import IRASimTransformer3DModel
 
@@ -27,6 +36,7 @@ class StateReadout(nn.Module):
 
     def __init__(self, transformer: IRASimTransformer3DModel, num_components: int, layer: int | None = None) -> None:
         super().__init__()
+        self._no_split_modules = transformer._no_split_modules  # what FSDP wraps
         config = transformer.config
         dim = config.num_attention_heads * config.attention_head_dim
         layer = (3 * config.num_layers - 1) // 4 if layer is None else layer
@@ -138,3 +148,75 @@ def diffusion_loss(
     if states is not None:
         loss = loss + state_loss_weight * (outputs[1] - states).square().mean()
     return loss
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Complete checkpoints `checkpoint-<step>` in a folder, oldest first."""
+    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def save_checkpoint(
+    accelerator: Accelerator, output: Path, step: int, limit: int, add: Callable[[Path], None] | None = None
+) -> None:
+    """Write a checkpoint under a temporary name, rename it, and drop the oldest beyond `limit`.
+
+    Args:
+        accelerator: Its state is saved; every process must call this.
+        output: Folder of the checkpoints.
+        step: Number of the step that is done.
+        limit: Most checkpoints to keep.
+        add: Writes more into the folder of the checkpoint.
+    """
+    partial = output / f"partial-{step}"
+    accelerator.save_state(str(partial))
+    if add is not None:
+        add(partial)
+    accelerator.wait_for_everyone()  # every process writes its own random state
+    if accelerator.is_main_process:
+        partial.rename(output / f"checkpoint-{step}")
+        for old in checkpoints(output)[: -max(limit, 1)]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def averaged_state(ema: EMAModel, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a model with the averages in place of what is trained, gathered from shards, on the CPU.
+
+    Args:
+        ema: Averages of the parameters that require a gradient, in their order.
+        model: The model; where it is sharded every process must call this.
+    """
+    averages = iter(ema.shadow_params)
+    parameters = {
+        name: next(averages) if parameter.requires_grad else parameter.detach()
+        for name, parameter in model.named_parameters()
+    }
+    return {name: _whole(tensor).cpu() for name, tensor in (dict(model.named_buffers()) | parameters).items()}
+
+
+def save_average(accelerator: Accelerator, ema: EMAModel, model: nn.Module, folder: Path, settings: dict) -> None:
+    """Write `ema.safetensors`, and `settings.json` with the settings of the run; every process must call this."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    whole = [_whole(shadow).cpu().contiguous() for shadow in ema.shadow_params]
+    if accelerator.is_main_process:
+        metadata = {"optimization_step": str(ema.optimization_step)}
+        save_file(dict(zip(names, whole, strict=True)), folder / "ema.safetensors", metadata)
+        (folder / "settings.json").write_text(json.dumps(settings, indent=2))
+
+
+def load_average(ema: EMAModel, model: nn.Module, folder: Path) -> None:
+    """Bring averages back that `save_average` wrote, sharded as the model is."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with safe_open(folder / "ema.safetensors", "pt") as file:
+        ema.optimization_step = int(file.metadata()["optimization_step"])
+        for name, shadow in zip(names, ema.shadow_params, strict=True):
+            value = file.get_tensor(name).to(shadow.device)
+            if isinstance(shadow, DTensor):
+                value = distribute_tensor(value, shadow.device_mesh, shadow.placements)
+            shadow.copy_(value)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor gathered from its shards, if it has some."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

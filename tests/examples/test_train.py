@@ -11,16 +11,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline, tiny_vae
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import tiny_pipeline, tiny_transformer, tiny_vae
+from hub_server import HubServer
 from safetensors.torch import load_file
-from test_pusht import EXAMPLES, run
-from train import TrainingArguments, check_arguments
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_pusht import EXAMPLES, ONE, run
+from train import TrainingArguments, check_arguments, load_vae
 
 from irasim_diffusers import IRASimPipeline
-from irasim_diffusers.data import write_video
+from irasim_diffusers.data import read_video, write_video
 
 CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
-ONE = ["--num_processes", "1"]
+TWO = [
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+]  # the launcher of several processes; there are none for CPUs but with MPI
+CONFIGS = EXAMPLES / "accelerate_configs"
 STEPS = 60  # of the run that is killed
 MODEL = ["--num_layers", 1, "--num_attention_heads", 2, "--attention_head_dim", 12, "--sample_frames", 4]
 SHORT = ["--train_batch_size", 4, "--max_train_steps", 2, "--checkpointing_steps", 2, "--mixed_precision", "no"]
@@ -132,7 +140,8 @@ def test_a_pretrained_model_goes_on_with_finer_patches(workspace, trained):
         ({"dataset_weights": [1, 2]}, r"`dataset_weights` must be 1 numbers, got \[1, 2\]"),
         ({"height": 32}, "`height` and `width` must be given together"),
         ({"preset": "S", "pretrained_model_name_or_path": "model"}, "`preset` is for a new model"),
-        ({"optimizer": "muon", "mixed_precision": "fp16"}, "`optimizer` muon is two optimisers"),
+        ({"frame_skip": 2, "target_fps": 5}, "`frame_skip` and `target_fps` exclude each other"),
+        ({"window_lengths": [4, 2], "conditioning": "video"}, "`window_lengths` must be left out for Video-Ada"),
         ({"lora_rank": 4}, "`lora_rank` needs `pretrained_model_name_or_path`"),
         (
             {"lora_rank": 4, "pretrained_model_name_or_path": "model", "patch_size": 1},
@@ -146,10 +155,133 @@ def test_bad_arguments(changes, message):
 
 
 def test_the_autoencoder_of_a_pretrained_pipeline(tmp_path):
-    tiny_pipeline().save_pretrained(tmp_path)
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path)
     arguments = TrainingArguments(dataset=["set"], output_dir="out", pretrained_model_name_or_path=str(tmp_path))
     check_arguments(arguments)
-    assert arguments.vae == f"{tmp_path}:vae"
+    assert torch.equal(load_vae(arguments).encoder.conv_in.weight, pipeline.vae.encoder.conv_in.weight)
+
+
+def read_log(folder):
+    """The scalars by name that tensorboard was given."""
+    logs = [EventAccumulator(str(events)).Reload() for events in folder.rglob("events.out.*")]
+    return {name: [event.value for event in log.Scalars(name)] for log in logs for name in log.Tags()["scalars"]}
+
+
+def train_robot(workspace, output, *arguments, launch=ONE):
+    return run(
+        *(
+            "train.py",
+            "--dataset",
+            workspace / "first",
+            "--vae",
+            workspace / "vae",
+            "--output_dir",
+            workspace / output,
+        ),
+        *("--cache_dir", workspace / "shared-latents", "--cameras", 0, 1, *MODEL, *SHORT, *arguments),
+        launch=launch,
+    )
+
+
+def test_two_processes_do_what_one_does_at_the_same_global_batch(workspace):
+    flags = ["--max_train_steps", 5, "--logging_steps", 1, "--report_to", "tensorboard", "--window_lengths", 4, 2]
+    flags += ["--history_noise", 0.2, "--learning_rate", 1e-3]
+    one = train_robot(workspace, "one", *flags, "--train_batch_size", 4, "--gradient_accumulation_steps", 2)
+    two = train_robot(workspace, "two", *flags, "--train_batch_size", 4, launch=TWO)
+    assert "1 processes (NO)" in one
+    assert "2 processes (MULTI_CPU)" in two
+    losses = [read_log(workspace / folder)["loss"] for folder in ("one", "two")]
+    assert len(losses[0]) == 5
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    states = [IRASimPipeline.from_pretrained(workspace / folder).transformer.state_dict() for folder in ("one", "two")]
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_with_everything_logged_and_published(workspace):
+    hub = HubServer()
+    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(workspace / "hf"), "HF_TOKEN": "hf_local"}
+    old = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        train_robot(
+            *(workspace, "logged", "--compile", "--report_to", "tensorboard", "--logging_steps", 1, "--fps", 5),
+            *("--validation_dataset", workspace / "first", "--validation_steps", 2, "--num_validation_clips", 2),
+            *("--validation_inference_steps", 2, "--push_to_hub", "--hub_model_id", "lab/arm"),
+        )
+    finally:
+        for name, value in old.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        hub.close()
+    video = read_video(workspace / "logged" / "validation" / "step-2.mp4")
+    assert video.shape == (3, 64, 64, 3)  # predicted frames of two clips side by side, above them the truth
+    log = read_log(workspace / "logged")
+    assert {"loss", "learning_rate", "psnr", "psnr_shuffled_actions", "psnr_last_frame"} <= log.keys()
+    assert np.isfinite(log["psnr"]).all()
+    assert {"model_index.json", "README.md", "pipeline.py"} <= set(hub.repositories["lab/arm"]["main"])
+
+
+def test_a_run_is_not_resumed_as_another(workspace):
+    train_robot(workspace, "settled")
+    with pytest.raises(AssertionError, match="is of another run: train_batch_size was 4 and is 3"):
+        train_robot(workspace, "settled", "--train_batch_size", 3, "--max_train_steps", 4)
+    train_robot(workspace, "settled", "--learning_rate", 1e-5, "--max_train_steps", 4)
+
+
+def test_a_model_that_predicts_the_sample_is_ready_to_use(workspace):
+    train_robot(workspace, "sample", "--prediction_type", "sample", "--snr_gamma", 5)
+    pipeline = IRASimPipeline.from_pretrained(workspace / "sample")
+    pipeline(np.zeros((32, 32, 3), np.uint8), np.zeros((3, 7)), num_inference_steps=2)
+
+
+@pytest.mark.parametrize("action_dim", [7, 5])
+def test_a_model_that_has_seen_no_such_actions_takes_their_scale_from_the_data(workspace, action_dim):
+    """What comes from Open-Sora or Latte, and what was trained on a robot with another number of joints."""
+    transformer = tiny_transformer(
+        num_layers=1, action_dim=action_dim, action_scale=1.0, action_offset=0.0, sample_frames=4, num_history_frames=1
+    )
+    if action_dim == 7:
+        torch.nn.init.zeros_(transformer.action_embed.linear_2.weight)
+    transformer.save_pretrained(workspace / f"foreign-{action_dim}")
+    output = train_robot(
+        *(
+            workspace,
+            f"tuned-{action_dim}",
+            "--pretrained",
+            workspace / f"foreign-{action_dim}",
+            "--max_train_steps",
+            1,
+        )
+    )
+    assert ("the action encoder starts anew" in output) == (action_dim == 5)
+    config = IRASimPipeline.from_pretrained(workspace / f"tuned-{action_dim}").transformer.config
+    assert config.action_dim == len(config.action_scale) == 7
+    assert min(config.action_scale) > 1
+
+
+def test_configs_of_accelerate_are_read():
+    kinds = {path.stem: load_config_from_file(str(path)).distributed_type.value for path in CONFIGS.glob("*.yaml")}
+    assert kinds == {"single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("config", "kind"), [("fsdp2", "FSDP"), ("zero2", "DEEPSPEED")])
+def test_sharded_training_resumes(workspace, config, kind):
+    if config == "zero2":
+        pytest.importorskip("deepspeed")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{config}.yaml"]
+    launch += ["--num_processes", torch.cuda.device_count(), EXAMPLES / "train.py"]
+    for steps in (2, 4):
+        arguments = [
+            *("--dataset", workspace / "first", "--vae", workspace / "vae", "--output_dir", workspace / config),
+            *("--cameras", 0, 1, *MODEL, *SHORT, "--max_train_steps", steps, "--mixed_precision", "bf16"),
+        ]
+        done = subprocess.run([*map(str, launch + arguments)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"({kind})" in done.stdout + done.stderr
+    assert "resumed from" in done.stdout + done.stderr
+    state = IRASimPipeline.from_pretrained(workspace / config).transformer.state_dict()
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
@@ -186,7 +318,7 @@ def test_killed_at_random_moments_and_resumed_is_uninterrupted(workspace):
     reached = [0]
     for _ in range(3):
         script, *rest = arguments(output)
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *ONE, str(EXAMPLES / script)]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *ONE, str(EXAMPLES / script)]
         process = subprocess.Popen(
             [*command, *map(str, rest)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
