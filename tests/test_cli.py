@@ -1,11 +1,13 @@
 import json
 import re
 
+import av
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from conftest import tiny_pipeline
+from test_conversion import latte_model
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.cli import main, read_actions
@@ -94,6 +96,31 @@ def test_float16_leaves_the_vae_in_float32(workspace):
     assert abs(videos[0] - videos[1]).mean() < 1
 
 
+def frame_rate(path):
+    with av.open(str(path)) as container:
+        return container.streams.video[0].average_rate
+
+
+def test_frames_come_at_the_rate_of_the_video_or_of_the_model(workspace):
+    tiny_pipeline(fps=3).save_pretrained("slow")
+    arguments = ["--actions", "actions.npy", "--steps", "1", "--frames"]
+    for model, frames, rate in (("slow", "frame.png", 3), ("slow", "video.mp4", 5), ("model", "frame.png", 10)):
+        assert generate("--model", model, *arguments, frames) == 0
+        assert frame_rate("irasim.mp4") == rate
+
+
+def test_a_converted_scheduler_has_the_noise_process_of_the_config(workspace, capsys):
+    latte_model(heads=2, head=6, depth=1, patch=2, channels=4, frames=4).save_pretrained("latte")
+    arguments = ["--source", "latte", "--checkpoint", "latte", "--vae", "model:vae", "--output", "converted"]
+    process = {"prediction_type": "v_prediction", "num_train_timesteps": 500, "beta_end": 0.01, "beta_start": 0.001}
+    sizes = {"num_attention_heads": 2, "action_dim": 3, "sample_height": 4, "sample_width": 6}
+    config = [f"{name}={json.dumps(value)}" for name, value in (process | sizes).items()]
+    assert main(["convert", *arguments, "--config", *config]) == 0, capsys.readouterr().err
+    pipeline = IRASimPipeline.from_pretrained("converted")
+    pipeline.check_scheduler()
+    assert {name: pipeline.scheduler.config[name] for name in process} == process
+
+
 def test_resize(workspace):
     arguments = ["--model", "model", "--frames", "large.png", "--actions", "actions.npy", "--steps", "1"]
     assert generate(*arguments, "--resize") == 0
@@ -120,6 +147,8 @@ BAD = [
     ({"--frames": "missing.mp4"}, "--frames must be an image or video file, got 'missing.mp4'"),
     ({"--frames": "short.mp4"}, "--frames must hold at least the history of 2 frames, got 1"),
     ({"--frames": "video.mp4", "--history": "3"}, "`frames` must hold 1 to 2 history frames"),
+    ({"--frames": "video.mp4", "--history": "0"}, "--history must be at least 1, got 0"),
+    ({"--frames": "frame.png", "--history": "-1"}, "--history must be at least 1, got -1"),
     ({"--output": "folder.mp4"}, "--output must be a file, got the directory 'folder.mp4'"),
     ({"--output": "clip.txt"}, "--output must end in .mp4, got 'clip.txt'"),
     ({"--output": "/proc/clip.mp4"}, "--output must be writable, got '/proc/clip.mp4'"),

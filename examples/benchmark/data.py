@@ -58,8 +58,9 @@ def main() -> None:
         return len(episode) // config.sample_frames
 
     clips = LatentClips(
-        cache_latents(source, AutoencoderKL.from_pretrained(arguments.vae, skip_short=True), arguments.cache_dir),
+        cache_latents(source, AutoencoderKL.from_pretrained(arguments.vae), arguments.cache_dir),
         config.sample_frames,
+        skip_short=True,
     )
     loader = DataLoader(clips, batch_size=arguments.batch_size, shuffle=True, drop_last=True)
     batches = iter(loader)

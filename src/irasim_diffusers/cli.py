@@ -199,7 +199,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     seen = video[:history]
     if seen.shape[1:] != prediction.shape[1:]:
         seen, truth = prediction[:0], truth[:0]  # resized: the truth is of another size
-    _write_outputs(arguments.output, strip_path, seen, prediction, truth, pipeline_fps(arguments.frames))
+    fps = _frame_rate(arguments.frames) or pipeline.transformer.config.fps or 10.0
+    _write_outputs(arguments.output, strip_path, seen, prediction, truth, fps)
 
     if len(truth):
         from .metrics import psnr
@@ -257,7 +258,9 @@ def run_convert(arguments: argparse.Namespace) -> None:
     if transformer.config.prediction_type == "flow_prediction":
         scheduler = noise_process(transformer.config)
     else:  # as the release samples: with the Runge-Kutta warm-up, 59 network evaluations at 50 steps
-        scheduler = PNDMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", timestep_spacing="linspace")
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+        process = {name: transformer.config[name] for name in names}
+        scheduler = PNDMScheduler(**process, timestep_spacing="linspace")
     with temporary_folder(output) as partial:
         IRASimPipeline(vae, transformer, scheduler).save_pretrained(partial)
     print(report)
@@ -391,7 +394,11 @@ def _load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
 
 
 def _history_length(arguments: argparse.Namespace, pipeline: IRASimPipeline, num_frames: int) -> int:
-    wanted = arguments.history or pipeline.transformer.config.num_history_frames
+    wanted = arguments.history
+    if wanted is None:
+        wanted = pipeline.transformer.config.num_history_frames
+    if wanted < 1:
+        raise ValueError(f"--history must be at least 1, got {wanted}: the model starts from seen frames.")
     is_image = arguments.frames is not None and arguments.frames.suffix.lower() in IMAGE_SUFFIXES
     if is_image and arguments.history is None:
         return 1
@@ -403,14 +410,14 @@ def _history_length(arguments: argparse.Namespace, pipeline: IRASimPipeline, num
     return wanted
 
 
-def pipeline_fps(path: Path | None) -> float:
-    """Frames per second to write: those of the user's video, else the 10 of the embedded clip."""
+def _frame_rate(path: Path | None) -> float | None:
+    """Frames a second of the user's video, where there is one that tells."""
     if path is None or path.suffix.lower() in IMAGE_SUFFIXES:
-        return 10.0
+        return None
     import av
 
     with av.open(str(path)) as container:
-        return float(container.streams.video[0].average_rate or 10)
+        return float(container.streams.video[0].average_rate or 0) or None
 
 
 def _write_outputs(

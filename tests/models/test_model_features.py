@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import tiny_transformer
 from diffusers.models.attention_dispatch import attention_backend
+from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from irasim_diffusers import IRASimTransformer3DModel
 from irasim_diffusers.models.transformer_irasim import IRASimAttnProcessor
@@ -61,6 +64,18 @@ def test_attention_backends_agree(model, inputs, backend):
         torch.testing.assert_close(model(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_backend_may_be_set_for_good(model, inputs):
+    processor = model.transformer_blocks[0].attn1.processor
+    expected = model(*inputs).sample
+    with attention_backend("native"):  # brings the process-wide setting back, which `reset_attention_backend` leaves
+        model.set_attention_backend("_native_math")
+        assert processor._attention_backend == "_native_math"
+        torch.testing.assert_close(model(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+        model.reset_attention_backend()
+    assert processor._attention_backend is None
+    assert torch.equal(model(*inputs).sample, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["native", "_native_flash", "_native_efficient", "_native_cudnn", "_native_math"])
 def test_attention_backends_agree_on_cuda(model, backend):
@@ -110,6 +125,81 @@ def test_regional_compilation_without_graph_breaks(model, inputs):
         hidden_states, timestep, actions = inputs
         with torch.compiler.set_stance("fail_on_recompile"):
             model(hidden_states + 1, timestep - 1, actions - 1)
+
+
+def test_compilation_of_the_whole_model_without_graph_breaks(model, inputs):
+    expected = model(*inputs).sample
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+        hidden_states, timestep, actions = inputs
+        with torch.compiler.set_stance("fail_on_recompile"):
+            compiled(hidden_states + 1, timestep - 1, actions - 1)
+
+
+class DoubleOperations(TorchDispatchMode):
+    """Counts operations in float64, in which only tables of positions are computed."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **kwargs or {})
+        self.number += torch.is_tensor(output) and output.dtype == torch.float64
+        return output
+
+
+def test_tables_are_computed_once_for_every_size(model, inputs):
+    _, timestep, actions = inputs
+    numbers = []
+    for size in (6, 6, 8, 6):
+        with DoubleOperations() as operations:
+            model(torch.zeros(3, 4, 5, 4, size), timestep, actions)
+        numbers.append(operations.number)
+    assert numbers[0] > 0
+    assert numbers[2] > 0
+    assert numbers[1] == numbers[3] == 0
+    expected = model(*inputs).sample
+    model.register_to_config(action_scale=3.0)
+    assert not torch.equal(model(*inputs).sample, expected)
+
+
+def test_tables_of_inference_mode_serve_training(model, inputs):
+    with torch.inference_mode():
+        model(*inputs)
+    model.train()(*inputs).sample.mean().backward()
+    assert model.patch_embed.proj.weight.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_a_model_split_over_devices(model, inputs):
+    expected = model(*inputs).sample
+    last = [model.transformer_blocks[1], model.temporal_transformer_blocks[1], model.norm_out, model.proj_out]
+    for part in [*last, *([model.ada_norm_out] if hasattr(model, "ada_norm_out") else [])]:
+        add_hook_to_module(part.to("cuda"), AlignDevicesHook("cuda"))
+    sample = model(*inputs).sample
+    assert sample.device.type == "cuda"
+    torch.testing.assert_close(sample.cpu(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_adapter_of_the_model_is_saved_loaded_and_swapped(model, inputs, tmp_path):
+    expected = []
+    for number in range(2):
+        adapted = IRASimTransformer3DModel.from_config(model.config)
+        adapted.load_state_dict(model.state_dict())
+        adapted.add_adapter(LoraConfig(r=2 + number, lora_alpha=3, target_modules=["to_q", "ff.net.2"]))
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        adapted.save_lora_adapter(tmp_path / str(number))
+        expected.append(adapted(*inputs).sample)
+    model.enable_lora_hotswap(target_rank=3)
+    for number, swap in enumerate((False, True)):
+        model.load_lora_adapter(
+            tmp_path / str(number), prefix=None, use_safetensors=True, adapter_name="robot", hotswap=swap
+        )
+        torch.testing.assert_close(model(*inputs).sample, expected[number], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(*expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

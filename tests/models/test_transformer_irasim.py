@@ -130,6 +130,30 @@ def test_one_timestep_a_frame(transformer, inputs):
     assert not torch.allclose(transformer(hidden_states, by_frame, actions).sample, transformer(*inputs).sample)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_timestep_for_the_batch(transformer, inputs, shape):
+    hidden_states, _, actions = inputs
+    expected = transformer(hidden_states, torch.full((3,), 500), actions).sample
+    torch.testing.assert_close(transformer(hidden_states, torch.full(shape, 500), actions).sample, expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"conditioning": "clip"}, "`conditioning` must be one of frame, video, got 'clip'"),
+        ({"action_activation": "relu"}, "`action_activation` must be one of gelu_tanh, None, got 'relu'"),
+        ({"action_space": "abs"}, "`action_space` must be one of relative, absolute, got 'abs'"),
+        ({"action_scale": [1.0, 2.0]}, "`action_scale` must have `action_dim` = 3 entries, one a component, got 2"),
+        ({"action_offset": [0.0] * 4}, "`action_offset` must have .* got 4"),
+        ({"action_names": ["x"]}, "`action_names` must have .* got 1"),
+        ({"action_units": ["m"] * 2}, "`action_units` must have .* got 2"),
+    ],
+)
+def test_bad_configs(config, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_transformer(**config)
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 3, 2, 8), (2, 4, 7, 10, 4)])
 def test_any_size_and_number_of_frames(transformer, shape):
     hidden_states = torch.randn(shape)
@@ -191,8 +215,6 @@ def test_video_ada_takes_one_number_of_actions(inputs):
     model = tiny_transformer(conditioning="video")
     with pytest.raises(ValueError, match=r"3 \(Video-Ada takes no other number\), 3\), got \(3, 2, 3\)"):
         model(hidden_states, timestep, actions[:, :2])
-    with pytest.raises(ValueError, match="`conditioning` must be one of frame, video, got 'clip'"):
-        tiny_transformer(conditioning="clip")
 
 
 def test_the_final_layer_may_see_the_actions(inputs):

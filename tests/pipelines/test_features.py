@@ -4,7 +4,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, PipelineQuantizationConfig, PyramidAttentionBroadcastConfig, TorchAoConfig
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PipelineQuantizationConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+    TorchAoConfig,
+)
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, embedded_checkpoint
 from irasim_diffusers.data import read_video
@@ -84,6 +92,17 @@ def test_int8_weights_take_a_quarter_of_the_memory(plain, video, truth):
     assert abs(psnr(prediction, truth) - psnr(video, truth)) < 0.3
 
 
+def test_a_vae_that_overflows_in_float16_is_named(plain):
+    for part, message in (("encoder", "overflows in float16"), ("decoder", "overflows in float16")):
+        pipeline = load(dtype=torch.float16)
+        calls = count_calls(pipeline.transformer)
+        with torch.no_grad():
+            getattr(pipeline.vae, part).conv_in.weight.mul_(1e6)
+        with pytest.raises(ValueError, match=message):
+            generate(pipeline)
+        assert bool(calls) == (part == "decoder"), "the history is encoded before anything is sampled"
+
+
 @pytest.mark.gpu
 def test_4_bit_weights_on_cuda(plain, video, truth):
     pytest.importorskip("bitsandbytes")
@@ -116,6 +135,36 @@ def test_group_offload_changes_no_video(kind, video):
     pipeline = load()
     pipeline.transformer.enable_group_offload(onload_device=torch.device("cpu"), **kind)
     torch.testing.assert_close(generate(pipeline), video)
+    pipeline = load()
+    pipeline.enable_group_offload(onload_device=torch.device("cpu"), **kind)
+    torch.testing.assert_close(generate(pipeline), video)
+
+
+def test_a_pipeline_from_another_shares_its_parts(plain, video):
+    pipeline = IRASimPipeline.from_pipe(plain, scheduler=diffusers.DDPMScheduler.from_config(plain.scheduler.config))
+    assert pipeline.transformer is plain.transformer
+    assert pipeline.config.num_inference_steps == plain.config.num_inference_steps
+    assert psnr(generate(pipeline), video) < 80
+    torch.testing.assert_close(generate(IRASimPipeline.from_pipe(plain)), video)
+
+
+@pytest.mark.gpu
+def test_a_stream_leaves_weights_on_the_cpu():
+    pipeline = load()
+    pipeline.enable_model_cpu_offload()
+    stream = pipeline.stream(FRAMES[:2], ACTIONS[1:])
+    next(stream)
+    stream.close()
+    assert {parameter.device.type for parameter in pipeline.transformer.parameters()} == {"cpu"}
+
+
+@pytest.mark.gpu
+def test_given_noise_is_filled_up_by_a_generator_on_cuda():
+    pipeline = load().to("cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    latents = torch.randn(1, 4, WINDOW + 3, 12, 12)
+    kwargs = {"latents": latents, "output_type": "latent"}
+    assert pipeline(FRAMES[:2], ACTIONS[1 : WINDOW + 4], generator=generator, **kwargs).frames.shape == latents.shape
 
 
 @pytest.mark.gpu
@@ -154,6 +203,7 @@ def test_device_map_of_the_model_alone(video):
 
 def test_regional_compilation_has_no_graph_break_and_compiles_once(plain, video):
     pipeline = load()
+    torch._dynamo.reset()
     pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
     torch.testing.assert_close(generate(pipeline, num_inference_steps=1).shape, video.shape)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -201,15 +251,42 @@ def test_pyramid_attention_broadcast_skips_attention(plain):
     assert 25 < psnr(broadcast, expected) < 80
 
 
-def test_broadcast_does_not_go_with_guidance():
+@pytest.mark.parametrize(
+    ("make", "computed"),
+    [
+        (lambda _: MagCacheConfig(mag_ratios=[1.0] * 16, num_inference_steps=16), 6),
+        (lambda _: TaylorSeerCacheConfig(cache_interval=2, cache_identifiers=[r"^(temporal_)?transformer_blocks.*attn1$"]), 9),
+        (
+            lambda pipeline: FasterCacheConfig(
+                temporal_attention_block_skip_range=2,
+                current_timestep_callback=lambda: pipeline.current_timestep,
+                is_guidance_distilled=True,
+            ),
+            11,
+        ),
+    ],
+    ids=["MagCache", "TaylorSeer", "FasterCache"],
+)  # fmt: skip
+def test_other_caches_skip_attention_in_every_window(plain, make, computed):
+    expected = generate(plain, 2 * WINDOW, num_inference_steps=16)
     pipeline = load()
-    pipeline.transformer.enable_cache(
-        PyramidAttentionBroadcastConfig(
-            temporal_attention_block_skip_range=2, current_timestep_callback=lambda: pipeline.current_timestep
-        )
-    )
-    with pytest.raises(ValueError, match="`guidance_scale` must be 1 with pyramid attention broadcast"):
+    calls = count_calls(pipeline.transformer.temporal_transformer_blocks[1].attn1.to_q)
+    pipeline.transformer.enable_cache(make(pipeline))
+    cached = generate(pipeline, 2 * WINDOW, num_inference_steps=16)
+    assert len(calls) == 2 * computed
+    assert 30 < psnr(cached, expected) < 80
+
+
+@pytest.mark.parametrize("kind", [PyramidAttentionBroadcastConfig, FasterCacheConfig])
+def test_caches_of_one_state_do_not_go_with_guidance(kind):
+    pipeline = load()
+    config = kind(temporal_attention_block_skip_range=2, current_timestep_callback=lambda: pipeline.current_timestep)
+    pipeline.transformer.enable_cache(config)
+    with pytest.raises(ValueError, match=f"`guidance_scale` must be at most 1 with {kind.__name__}, got 2.0"):
         generate(pipeline, guidance_scale=2.0)
+    if kind is FasterCacheConfig:
+        with pytest.raises(ValueError, match="`FasterCacheConfig` must have is_guidance_distilled=True"):
+            generate(pipeline)
 
 
 def test_guidance_has_a_cache_of_its_own(plain):

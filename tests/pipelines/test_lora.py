@@ -4,6 +4,8 @@ from conftest import tiny_pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 
+from irasim_diffusers import IRASimPipeline
+
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "action_embed.linear_2"]
 
 
@@ -71,6 +73,102 @@ def test_fusing_changes_nothing_and_unloading_everything_back(adapted, frames, a
     pipeline.unload_lora_weights()
     torch.testing.assert_close(predict(pipeline, frames, actions), plain, rtol=1e-4, atol=1e-5)
     assert not any("lora_" in name for name, _ in pipeline.transformer.named_parameters())
+
+
+def test_pickles_are_read_only_where_named(adapted, frames, actions):
+    folder, _, _ = adapted
+    torch.save(load_file(folder / "pytorch_lora_weights.safetensors"), folder / "pytorch_lora_weights.bin")
+    (folder / "pytorch_lora_weights.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        loaded(folder)
+    pipeline = loaded(folder / "pytorch_lora_weights.bin")
+    assert not torch.allclose(predict(pipeline, frames, actions), predict(tiny_pipeline(), frames, actions))
+
+
+def save_with_encoder(folder, shift=1.0, parts=("action_embed.", "null_action"), targets=("to_q",)):
+    """An adapter with parts of a changed action encoder, as train.py writes it."""
+    pipeline = tiny_pipeline()
+    pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=list(targets)))
+    torch.manual_seed(9)
+    for name, parameter in pipeline.transformer.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    encoder = {
+        name: value + shift
+        for name, value in tiny_pipeline().transformer.state_dict().items()
+        if name.startswith(parts)
+    }
+    pipeline.save_lora_weights(
+        folder, transformer_lora_layers=get_peft_model_state_dict(pipeline.transformer) | encoder
+    )
+    return folder
+
+
+def test_what_is_fused_stays_with_its_action_encoder(frames, actions, tmp_path):
+    folder = save_with_encoder(tmp_path / "lora")
+    pipeline = loaded(folder)
+    applied = predict(pipeline, frames, actions)
+    pipeline.fuse_lora()
+    with pytest.raises(ValueError, match="LoRA layers are fused with the present one"):
+        pipeline.load_lora_weights(folder, adapter_name="second")
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(predict(pipeline, frames, actions), applied, rtol=1e-4, atol=1e-5)
+    pipeline.save_pretrained(tmp_path / "merged")
+    merged = IRASimPipeline.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(predict(merged, frames, actions), applied, rtol=1e-4, atol=1e-5)
+
+    pipeline.load_lora_weights(save_with_encoder(tmp_path / "other", shift=2.0))
+    assert not torch.allclose(predict(pipeline, frames, actions), applied)
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(predict(pipeline, frames, actions), applied, rtol=1e-4, atol=1e-5)
+
+
+def test_unfusing_brings_the_action_encoder_back(frames, actions, tmp_path):
+    plain = predict(tiny_pipeline(), frames, actions)
+    pipeline = loaded(save_with_encoder(tmp_path))
+    applied = predict(pipeline, frames, actions)
+    pipeline.fuse_lora()
+    pipeline.unfuse_lora()
+    torch.testing.assert_close(predict(pipeline, frames, actions), applied, rtol=1e-4, atol=1e-5)
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(predict(pipeline, frames, actions), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_unloading_brings_back_what_any_file_replaced(frames, actions, tmp_path):
+    plain = predict(tiny_pipeline(), frames, actions)
+    pipeline = loaded(save_with_encoder(tmp_path / "first", parts=("null_action",)))
+    pipeline.load_lora_weights(save_with_encoder(tmp_path / "second", shift=2.0), adapter_name="second")
+    sharing = IRASimPipeline.from_pipe(pipeline)
+    sharing.unload_lora_weights()
+    torch.testing.assert_close(predict(pipeline, frames, actions), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_an_action_encoder_under_adapters_is_replaced(frames, actions, tmp_path):
+    file = save_with_encoder(tmp_path / "encoder")
+    pipeline = loaded(save_with_encoder(tmp_path / "adapter", parts=("none",), targets=["action_embed.linear_2"]))
+    pipeline.load_lora_weights(file, adapter_name="second")
+    pipeline.set_adapters("second")
+    torch.testing.assert_close(predict(pipeline, frames, actions), predict(loaded(file), frames, actions))
+    pipeline.unload_lora_weights()
+    plain = predict(tiny_pipeline(), frames, actions)
+    torch.testing.assert_close(predict(pipeline, frames, actions), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_an_action_encoder_out_of_memory_is_not_silently_left(frames, actions, tmp_path):
+    pipeline = tiny_pipeline()
+    plain = predict(pipeline, frames, actions)
+    pipeline.enable_sequential_cpu_offload(device="cpu")  # parameters wait on the meta device
+    with pytest.raises(ValueError, match=r"must be in memory .* `remove_all_hooks\(\)` ends sequential offload"):
+        pipeline.load_lora_weights(save_with_encoder(tmp_path))
+    assert not pipeline.get_list_adapters()
+    pipeline.remove_all_hooks()
+    pipeline.load_lora_weights(tmp_path)
+    pipeline.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match="must be in memory"):
+        pipeline.unload_lora_weights()
+    pipeline.remove_all_hooks()
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(predict(pipeline, frames, actions), plain, rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_may_bring_its_action_encoder(frames, actions, tmp_path):

@@ -6,6 +6,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import tiny_pipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.rollout import chain_windows
@@ -70,7 +71,6 @@ def test_a_perfect_network_is_sampled_exactly(name, pipeline, frames, actions):
     history = pipeline.encode_history(pipeline.preprocess_frames(frames)).detach()
     pipeline.transformer = Oracle()
     actions = torch.from_numpy(actions[None, :3])
-    pipeline._set_timesteps(40, None, None)
     noise = pipeline.prepare_latents(sample.shape, seeded(0))
     future = pipeline.denoise_window(history, actions, noise, 40, generator=seeded(0))
     assert (future - sample).abs().mean() < 0.06
@@ -123,11 +123,20 @@ def test_same_seed_same_video(pipeline, frames, actions):
     assert not torch.allclose(first, other)
 
 
-def test_a_rollout_is_chained_windows(pipeline, frames, actions):
+def leading(pipeline, name):
+    """The pipeline with a scheduler whose initial noise depends on its timesteps, if it is one of sigmas."""
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, timestep_spacing="leading")
+    return pipeline
+
+
+@pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler"])
+def test_a_rollout_is_chained_windows(name, pipeline, frames, actions):
+    leading(pipeline, name)
     rollout = run(pipeline, frames, actions[:6], generator=seeded(9)[0], output_type="latent")
     generator = seeded(9)[0]
     history = pipeline.encode_history(pipeline.preprocess_frames(frames)).detach()
     parts = []
+    leading(pipeline, name)  # a fresh one, whose timesteps are not yet set
     for start in (0, 3):
         window_actions = torch.from_numpy(actions[None, start : start + 3])
         noise = pipeline.prepare_latents((1, 4, 3, 4, 6), generator)
@@ -163,6 +172,40 @@ def test_given_latents_replace_the_noise(pipeline, frames, actions):
     torch.testing.assert_close(given, run(pipeline, frames, actions[:3], generator=seeded(4)[0]))
 
 
+def test_given_latents_serve_every_window_and_are_filled_up(pipeline, frames, actions):
+    noise = torch.randn(1, 4, 7, 4, 6, generator=seeded(4)[0])
+    kwargs = {"latents": noise, "output_type": "latent"}
+    whole = run(pipeline, frames, actions, generator=seeded(5)[0], **kwargs)
+    assert torch.equal(run(pipeline, frames, actions, generator=seeded(5)[0], **kwargs), whole)
+    for count in (3, 6):  # whole windows, to which the generator adds nothing
+        part = run(pipeline, frames, actions[:count], **kwargs | {"latents": noise[:, :, :count]})
+        torch.testing.assert_close(part, whole[:, :, :count])
+    last = run(pipeline, frames, actions, generator=seeded(6)[0], **kwargs)
+    torch.testing.assert_close(last[:, :, :6], whole[:, :, :6])
+    assert not torch.allclose(last[:, :, 6], whole[:, :, 6]), "the frames that fill the last window up are drawn"
+    filled = pipeline.prepare_latents((1, 4, 5, 4, 6), seeded(7)[0], noise[:, :, :2])
+    assert torch.equal(filled[:, :, :2], noise[:, :, :2])
+    assert torch.equal(filled[:, :, 2:], torch.randn(1, 4, 3, 4, 6, generator=seeded(7)[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("DDIMScheduler", {"eta": 1.0}),
+        ("DDPMScheduler", {"timesteps": [900, 500, 20], "num_inference_steps": 50}),
+        ("EulerDiscreteScheduler", {"sigmas": [100.0, 10.0, 0.1, 0.0], "num_inference_steps": 50}),
+    ],
+)
+def test_options_of_samplers_take_effect(name, change, pipeline, frames, actions):
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    calls = []
+    pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+    plain = run(pipeline, frames, actions[:3], generator=seeded(1))
+    changed = run(pipeline, frames, actions[:3], generator=seeded(1), **change)
+    assert len(calls) == 6, "both take three steps"
+    assert not torch.allclose(changed, plain, atol=1e-3)
+
+
 def test_guidance_moves_away_from_no_actions(pipeline, frames, actions):
     calls = []
     pipeline.transformer.register_forward_pre_hook(
@@ -178,6 +221,10 @@ def test_guidance_moves_away_from_no_actions(pipeline, frames, actions):
     )
     assert sum(calls) == 3  # two steps and PNDM's extra one
     assert not torch.allclose(plain, guided)
+    for scale in (0.0, 0.5):  # as in diffusers, there is guidance above 1 alone
+        assert torch.equal(
+            run(pipeline, frames, actions[:3], guidance_scale=scale, **kwargs | {"generator": seeded(1)}), plain
+        )
 
 
 def test_actions_change_the_video(pipeline, frames, actions):
@@ -264,7 +311,7 @@ def test_callback_sees_and_replaces_latents_and_can_interrupt(pipeline, frames, 
     steps = []
 
     def callback(pipe, step, timestep, tensors):
-        steps.append((step, int(timestep), tensors["actions"].shape))
+        steps.append((step, int(timestep)))
         if step == 1:
             pipe._interrupt = True
         return {"latents": torch.zeros_like(tensors["latents"])}
@@ -275,26 +322,69 @@ def test_callback_sees_and_replaces_latents_and_can_interrupt(pipeline, frames, 
         actions[:3],
         output_type="latent",
         callback_on_step_end=callback,
-        callback_on_step_end_tensor_inputs=["latents", "actions"],
+        callback_on_step_end_tensor_inputs=["latents"],
     )
     assert [step for step, *_ in steps] == [0, 1]
     assert not latents.any()
     steps.clear()
-    assert (
-        run(
-            pipeline,
-            frames,
-            actions,
-            callback_on_step_end=lambda pipe, step, t, tensors: callback(
-                pipe, step, t, tensors | {"actions": actions}
-            ),
-        ).shape[1]
-        == 3
-    )
+    assert run(pipeline, frames, actions, callback_on_step_end=callback).shape[1] == 3
     assert [step for step, *_ in steps] == [0, 1], "windows to come are left out"
     history, noise = torch.zeros(1, 4, 2, 4, 6), torch.randn(1, 4, 3, 4, 6)
     with torch.no_grad():
         assert not torch.equal(pipeline.denoise_window(history, torch.zeros(1, 3, 3), noise.clone(), 1), noise)
+
+
+def test_an_interrupt_ends_with_its_call(pipeline, frames, actions):
+    def fail(pipe, *_):
+        pipe._interrupt = True
+        raise RuntimeError("the callback failed")
+
+    with pytest.raises(RuntimeError, match="the callback failed"):
+        run(pipeline, frames, actions[:3], callback_on_step_end=fail)
+    assert not pipeline.interrupt
+    pipeline._interrupt = True  # as of a stream that was left
+    assert len(list(pipeline.stream(frames, actions[:3], 3, num_inference_steps=1))) == 3
+
+
+def test_an_interrupted_stream_ends(pipeline, frames, actions):
+    seen = []
+
+    def policy():
+        for action in actions:
+            seen.append(action)
+            pipeline._interrupt = len(seen) >= 5
+            yield action
+
+    assert len(list(pipeline.stream(frames, policy(), 2, num_inference_steps=1))) == 4
+    assert not pipeline.interrupt
+    stream = pipeline.stream(frames, actions, 2, num_inference_steps=1)
+    next(stream)
+    pipeline._interrupt = True
+    assert len(list(stream)) == 1, "what is predicted is given, and nothing more is asked for"
+
+
+class CutGuidance(PipelineCallback):
+    tensor_inputs = ["latents"]
+
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+        if step_index == int(pipeline.num_timesteps * self.config.cutoff_step_ratio):
+            pipeline._guidance_scale = 0.0
+        assert callback_kwargs.keys() == {"latents"}
+        return callback_kwargs
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_callbacks_of_diffusers_may_end_guidance(several, pipeline, frames, actions):
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    calls = []
+    pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
+    callback = CutGuidance(cutoff_step_ratio=0.5)
+    callback = MultiPipelineCallbacks([callback]) if several else callback
+    kwargs = {"guidance_scale": 3.0, "callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": []}
+    run(pipeline, frames, actions, num_inference_steps=4, **kwargs)
+    assert pipeline.num_timesteps == 12  # three windows
+    assert len(calls) == 7 * 2 + 5  # the callback acts after the step of index 6
+    assert not pipeline.do_classifier_free_guidance
 
 
 def test_progress_bar_counts_every_step(pipeline, frames, actions, capsys):
@@ -360,7 +450,7 @@ BAD_INPUTS = [
     ({"generator": seeded(1, 2)}, "list of 1, got a list of 2"),
     ({"latents": torch.zeros(1, 4, 2, 4, 6)}, "`latents` must be"),
     ({"output_type": "latents"}, "pil, np, pt or latent, got 'latents'"),
-    ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"got \['noise'\]"),
+    ({"callback_on_step_end_tensor_inputs": ["actions"]}, r"among \['latents'\], got \['actions'\]"),
     ({"timesteps": [10, 5]}, "known to the scheduler"),
 ]
 
@@ -423,8 +513,10 @@ def test_steps_of_the_checkpoint_are_taken_where_a_call_names_none(frames, actio
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
 @pytest.mark.parametrize("output_type", ["np", "pt", "latent"])
-def test_a_stream_of_whole_windows_is_the_rollout(pipeline, frames, actions, output_type):
+def test_a_stream_of_whole_windows_is_the_rollout(name, pipeline, frames, actions, output_type):
+    leading(pipeline, name)
     (generator,) = seeded(4)
     streamed = list(
         pipeline.stream(frames, actions[:6], 3, num_inference_steps=3, generator=generator, output_type=output_type)
@@ -434,6 +526,32 @@ def test_a_stream_of_whole_windows_is_the_rollout(pipeline, frames, actions, out
     for frame, expected in zip(streamed, whole, strict=True):
         torch.testing.assert_close(torch.as_tensor(frame), torch.as_tensor(expected))
         assert not getattr(frame, "requires_grad", False)
+
+
+def test_a_stream_is_the_same_beside_other_calls(pipeline, frames, actions):
+    leading(pipeline, "EulerDiscreteScheduler")
+    kwargs = {"num_inference_steps": 3, "output_type": "pt"}
+    alone = list(pipeline.stream(frames, actions[:6], 3, generator=seeded(4)[0], **kwargs))
+    beside = []
+    for frame in pipeline.stream(frames, actions[:6], 3, generator=seeded(4)[0], guidance_scale=1.0, **kwargs):
+        run(pipeline, frames, actions[:1], num_inference_steps=1, guidance_scale=2.0)
+        beside.append(frame)
+    torch.testing.assert_close(torch.stack(beside), torch.stack(alone))
+
+
+def test_a_stream_leaves_the_state_of_a_call(pipeline, frames, actions):
+    list(pipeline.stream(frames, actions[:2], 2, 1, guidance_scale=2.0, attention_kwargs={"scale": 0.5}))
+    assert (pipeline.guidance_scale, pipeline.attention_kwargs) == (2.0, {"scale": 0.5})
+
+
+def test_a_stream_that_ends_or_is_closed_frees_its_hooks(pipeline, frames, actions):
+    pipeline.enable_model_cpu_offload(device="cpu")
+    for leave in (lambda stream: stream.close(), list):
+        stream = pipeline.stream(frames, actions[:4], 2, num_inference_steps=1)
+        next(stream)
+        during = pipeline.vae._hf_hook
+        leave(stream)
+        assert pipeline.vae._hf_hook is not during, "hooks are set anew for the next call"
 
 
 def test_a_stream_asks_for_actions_only_when_its_frames_are_taken(pipeline, frames, actions):
@@ -494,10 +612,31 @@ def test_video_ada_rolls_out_with_full_windows(frames, actions):
         pipeline.stream(frames, actions, chunk_length=2)
 
 
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_video_ada_streams_whole_windows(count, frames, actions):
+    pipeline = tiny_pipeline(conditioning="video")
+    kwargs = {"num_inference_steps": 2, "output_type": "pt"}
+    streamed = list(pipeline.stream(frames, iter(actions[:count]), generator=seeded(4)[0], **kwargs))
+    whole = run(pipeline, frames, actions[:count], generator=seeded(4)[0], **kwargs)[0]
+    torch.testing.assert_close(torch.stack(streamed), whole)
+
+
+@pytest.mark.parametrize(("window", "lengths"), [(5, [5, 5, 3]), (16, [6, 5])])
+def test_chunks_of_a_stream_fit_the_window(window, lengths, frames, actions):
+    pipeline = tiny_pipeline(sample_frames=window)
+    seen = []
+    pipeline.transformer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2]))
+    assert len(list(pipeline.stream(frames, actions, num_inference_steps=1))) == 7
+    assert seen == lengths
+
+
 def test_a_flow_is_sampled_by_schedulers_of_flows_alone(frames, actions):
     flow = diffusers.FlowMatchEulerDiscreteScheduler()
     pipeline = tiny_pipeline(prediction_type="flow_prediction")
-    with pytest.raises(ValueError, match="must be one of rectified flow for this checkpoint, got PNDMScheduler"):
+    with pytest.raises(ValueError, match=r"must be one of rectified flow in 1000 steps .* got PNDMScheduler"):
+        run(pipeline, frames, actions)
+    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
+    with pytest.raises(ValueError, match=r"and 500 steps: take .*noise_process\(pipe.transformer.config\)"):
         run(pipeline, frames, actions)
     pipeline.scheduler = flow
     history = pipeline.encode_history(pipeline.preprocess_frames(frames)).detach()

@@ -4,6 +4,7 @@ Reference: "IRASim: A Fine-Grained World Model for Robot Manipulation" (https://
 appendix 8. Where the paper and its released code differ, the code is followed, because the released weights are.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from diffusers.models.embeddings import (
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import apply_lora_scale
-from diffusers.utils.torch_utils import maybe_allow_in_graph
+from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device, maybe_allow_in_graph
 from torch import nn
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -36,6 +37,8 @@ PRESETS: dict[str, dict[str, int]] = {
     "XL": {"num_layers": 14, "num_attention_heads": 16, "attention_head_dim": 72},
 }
 """Sizes of the paper (Table 11); `num_layers` counts pairs of a spatial and a temporal block."""
+
+CPU = torch.device("cpu")
 
 
 class IRASimAttnProcessor:
@@ -89,6 +92,7 @@ class IRASimAttention(nn.Module, AttentionModuleMixin):
         self.norm_k = nn.RMSNorm(dim_head, eps=1e-6) if qk_norm else None
         self.heads = heads
         self.use_bias = True
+        self.is_cross_attention = False
         self.to_q = nn.Linear(dim, heads * dim_head)
         self.to_k = nn.Linear(dim, heads * dim_head)
         self.to_v = nn.Linear(dim, heads * dim_head)
@@ -219,7 +223,12 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     _no_split_modules = ["IRASimTransformerBlock"]
     _repeated_blocks = ["IRASimTransformerBlock"]
     _skip_layerwise_casting_patterns = [
-        *("patch_embed", "norm", "time_embed", "fps_embed", "action_embed", "trajectory_embed")
+        "patch_embed",
+        "norm",
+        "time_embed",
+        "fps_embed",
+        "action_embed",
+        "trajectory_embed",
     ]
 
     @register_to_config
@@ -269,9 +278,21 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             ("temporal_position", temporal_position, ("sincos", "rope")),
             ("spatial_position", spatial_position, ("grid", "area", "fixed")),
             ("history_timestep", history_timestep, ("same", "zero")),
+            ("action_activation", action_activation, ("gelu_tanh", None)),
+            ("action_space", action_space, ("relative", "absolute")),
         ):
             if value not in known:
-                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
+                raise ValueError(f"`{name}` must be one of {', '.join(map(str, known))}, got {value!r}.")
+        for name, values in (
+            ("action_scale", action_scale),
+            ("action_offset", action_offset),
+            ("action_names", action_names),
+            ("action_units", action_units),
+        ):
+            if isinstance(values, list | tuple) and len(values) != action_dim:
+                raise ValueError(
+                    f"`{name}` must have `action_dim` = {action_dim} entries, one a component, got {len(values)}."
+                )
 
         self.patch_embed = PatchEmbed(
             height=sample_height,
@@ -309,6 +330,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
 
         self.gradient_checkpointing = False
+        self._tables: dict[tuple, Any] = {}
+        self._tables_config: Any = None
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -333,7 +356,11 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             nn.init.zeros_(linear.bias)
 
     def encode_actions(
-        self, actions: torch.Tensor | None, num_frames: int, action_mask: torch.Tensor | None = None
+        self,
+        actions: torch.Tensor | None,
+        num_frames: int,
+        action_mask: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
         """Embed actions in raw units.
 
@@ -342,6 +369,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             num_frames: Frames F of the window; the first F - n take the null action.
             action_mask: Booleans (B, n); actions at False are replaced by the null action. Video-Ada replaces the whole
                 trajectory where any is False.
+            dtype: Type of the model's tokens, in which scaled actions are embedded.
 
         Returns:
             Frame-Ada: an embedding of each frame (B, F, D). Video-Ada: one of the trajectory (B, 1, D). Without actions, B
@@ -349,14 +377,10 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         """
         video = self.config.conditioning == "video"
         if actions is None:
-            return self.null_action.expand(1, 1 if video else num_frames, -1)
+            return self.null_action.to(dtype).expand(1, 1 if video else num_frames, -1)
         self._check_actions(actions, num_frames)
-        dtype = self.null_action.dtype
         # raw units may need more digits than a 16-bit type has: scale first, then cast
-        scale, offset = (
-            torch.as_tensor(value, dtype=torch.float32, device=actions.device)
-            for value in (self.config.action_scale, self.config.action_offset)
-        )
+        scale, offset = self._cached(self._action_scaling, actions.device)
         actions = (actions.float() - offset) * scale
         if self.config.action_frequencies:
             octaves = 2.0 ** torch.arange(self.config.action_frequencies, device=actions.device)
@@ -368,7 +392,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             action_mask = None if action_mask is None else action_mask.all(dim=1, keepdim=True)
         else:
             embeddings = self.action_embed(actions)  # (B, n, D)
-        null_action = self.null_action.to(embeddings.dtype)
+        null_action = self.null_action.to(embeddings)
         if action_mask is not None:
             embeddings = torch.where(action_mask.unsqueeze(-1), embeddings, null_action)
         if video:
@@ -434,27 +458,29 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
         hidden_states = hidden_states.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
         hidden_states = self.patch_embed(hidden_states)  # (B F, S, D)
-        hidden_states = hidden_states + self._spatial_positions(*grid).to(hidden_states)
+        device, dtype = hidden_states.device, hidden_states.dtype
+        hidden_states = hidden_states + self._cached(self._spatial_positions, *grid, device, dtype)
         hidden_states = hidden_states.unflatten(0, (batch_size, num_frames))  # (B, F, S, D)
 
-        timestep = timestep.view(batch_size, -1)
+        timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
+        timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
         if self.config.history_timestep == "zero" and actions is not None:
             predicted = torch.arange(num_frames, device=timestep.device) >= num_frames - actions.shape[1]
             timestep = timestep * predicted  # (B, F)
         temb = self.time_proj(timestep.flatten()).unflatten(0, timestep.shape)
-        temb = self.time_embed(temb.to(hidden_states.dtype))  # (B, F or 1, D)
+        temb = self.time_embed(temb.to(dtype))  # (B, F or 1, D)
         if self.config.use_fps:
             temb = temb + self._embed_fps(fps, temb)
-        action_temb = temb + self.encode_actions(actions, num_frames, action_mask)  # (B, F, D), video: (B, 1 or F, D)
+        action_temb = temb + self.encode_actions(actions, num_frames, action_mask, dtype)  # (B, F or 1, D)
         temporal_temb = action_temb if self.config.conditioning == "video" else temb
         final_temb = action_temb if self.config.final_frame_ada else temporal_temb
         if self.config.norm_type == "ada_norm_single":
             action_temb, temporal_temb = self.ada_norm_single(action_temb), self.ada_norm_single(temporal_temb)
         rotary = positions = None
         if self.config.temporal_position == "rope":
-            rotary = self._rotary_positions(num_frames, hidden_states)
+            rotary = self._cached(self._rotary_positions, num_frames, device)
         else:
-            positions = self._temporal_positions(num_frames).to(hidden_states)
+            positions = self._cached(self._temporal_positions, num_frames, device, dtype)
 
         for spatial_block, temporal_block in zip(
             self.transformer_blocks, self.temporal_transformer_blocks, strict=True
@@ -466,8 +492,10 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         if self.config.norm_type == "ada_norm_zero":
             final_modulation = self.ada_norm_out(final_temb)  # (B, F or 1, 2 D)
         else:
-            final_modulation = torch.cat([final_temb, final_temb], dim=-1) + self.scale_shift_table.flatten()
-        shift, scale = final_modulation.unsqueeze(2).chunk(2, dim=-1)
+            table = self.scale_shift_table.flatten().to(final_temb.device)
+            final_modulation = torch.cat([final_temb, final_temb], dim=-1) + table
+        # a model split over GPUs has its last blocks on another one than its embeddings
+        shift, scale = final_modulation.to(hidden_states.device).unsqueeze(2).chunk(2, dim=-1)
         hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
         hidden_states = self.proj_out(hidden_states)  # (B, F, S, patch patch C)
 
@@ -491,10 +519,29 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
 
-    def _spatial_positions(self, rows: int, columns: int) -> torch.Tensor:
-        """Sines and cosines of the grid, columns in the first half of the width (1, rows columns, D)."""
+    def _cached(self, build: Callable[..., Any], *arguments: Any) -> Any:
+        """`build(*arguments)`, kept for later forwards until the config changes; a compiled graph holds its own."""
+        if torch.compiler.is_compiling():
+            return build(*arguments)
+        if self._tables_config is not self.config:
+            self._tables, self._tables_config = {}, self.config
+        key = (build.__name__, *arguments)
+        if key not in self._tables:
+            with torch.inference_mode(False):  # autograd refuses tables made inside it
+                self._tables[key] = build(*arguments)
+        return self._tables[key]
+
+    def _action_scaling(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
-        down, across = torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64)
+        scale = torch.tensor(config.action_scale, dtype=torch.float32, device=device)
+        return scale, torch.tensor(config.action_offset, dtype=torch.float32, device=device)
+
+    def _spatial_positions(
+        self, rows: int, columns: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Sines and cosines of the grid, columns in the first half of the width (1, rows columns, D)."""
+        config, exact = self.config, maybe_adjust_dtype_for_device(torch.float64, device)
+        down, across = (torch.arange(number, dtype=exact, device=device) for number in (rows, columns))
         if config.base_patch_size is not None:  # the middle of a patch in units of the other grid
             ratio = config.patch_size / config.base_patch_size
             down, across = (down + 0.5) * ratio - 0.5, (across + 0.5) * ratio - 0.5
@@ -507,20 +554,21 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             down, across = down * side / rows, across * side / columns
         grid = torch.meshgrid(across, down, indexing="xy")
         dim = config.num_attention_heads * config.attention_head_dim
-        return get_2d_sincos_pos_embed_from_grid(dim, torch.stack(grid), output_type="pt").float().unsqueeze(0)
+        return get_2d_sincos_pos_embed_from_grid(dim, torch.stack(grid)).float().to(dtype).unsqueeze(0)
 
-    def _temporal_positions(self, num_frames: int) -> torch.Tensor:
+    def _temporal_positions(
+        self, num_frames: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
         """Sines and cosines of the frame number (F, 1, D)."""
         dim = self.config.num_attention_heads * self.config.attention_head_dim
-        frames = torch.arange(num_frames).unsqueeze(1)
-        return get_1d_sincos_pos_embed_from_grid(dim, frames, output_type="pt").float().unsqueeze(1)
+        frames = torch.arange(num_frames, device=device)
+        return get_1d_sincos_pos_embed_from_grid(dim, frames).float().to(dtype).unsqueeze(1)
 
-    def _rotary_positions(self, num_frames: int, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotary_positions(self, num_frames: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (F, head_dim) of interleaved rotary positions."""
-        cos, sin = get_1d_rotary_pos_embed(self.config.attention_head_dim, num_frames, use_real=True)
-        return cos.to(hidden_states.device), sin.to(hidden_states.device)
+        frames = torch.arange(num_frames, device=device)
+        return get_1d_rotary_pos_embed(self.config.attention_head_dim, frames, use_real=True)
 
 
-TransformerBlockRegistry.register(
-    IRASimTransformerBlock, TransformerBlockMetadata()
-)  # for the caches that skip blocks
+# for the caches that skip blocks
+TransformerBlockRegistry.register(IRASimTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))

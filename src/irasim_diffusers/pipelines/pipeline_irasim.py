@@ -9,8 +9,14 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, PyramidAttentionBroadcastConfig
-from diffusers.loaders import CogVideoXLoraLoaderMixin
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    FasterCacheConfig,
+    PyramidAttentionBroadcastConfig,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
@@ -20,6 +26,7 @@ from huggingface_hub import file_exists
 from ..actions import hold_action, prepare_actions
 from ..models import IRASimTransformer3DModel, noise_process
 from ..rollout import chain_windows, count_windows
+from .lora import IRASimLoraLoaderMixin
 from .model_card import PIPELINE_FILE, write_model_card
 from .pipeline_output import IRASimPipelineOutput
 
@@ -39,11 +46,11 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
+class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     """Predicts the video of a robot that executes given actions, from the frames seen so far.
 
-    LoRA of the transformer is loaded, set, fused and saved as in any pipeline of diffusers; the mixin is the one of its that
-    knows a transformer and nothing else. A LoRA file may hold the action encoder whole, where that was trained with it.
+    LoRA of the transformer is loaded, set, fused and saved as in any pipeline of diffusers. A LoRA file may hold the
+    action encoder whole, where that was trained with it.
 
     Args:
         vae: Per-frame autoencoder.
@@ -53,7 +60,8 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _callback_tensor_inputs = ["latents", "actions"]
+    _callback_tensor_inputs = ["latents"]
+    _interrupt = False
 
     def __init__(
         self,
@@ -72,17 +80,17 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     @property
     def guidance_scale(self) -> float:
-        """Weight of the actions against the null action; 1 is no guidance."""
+        """Weight of the actions against the null action; up to 1 there is no guidance. A callback may change it."""
         return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the network is evaluated twice a step."""
-        return self._guidance_scale != 1.0
+        return self._guidance_scale > 1
 
     @property
     def num_timesteps(self) -> int:
-        """Network steps of one window."""
+        """Steps of a call, over all its windows."""
         return self._num_timesteps
 
     @property
@@ -97,7 +105,7 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
     @property
     def interrupt(self) -> bool:
-        """Whether denoising shall stop: a callback sets `pipe._interrupt = True`. Windows to come are left out."""
+        """Whether denoising shall stop: a callback sets `pipe._interrupt = True`. Later windows are left out."""
         return self._interrupt
 
     @property
@@ -145,10 +153,15 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 "the model embeds frames a second, but its config names none: set `fps` when converting it."
             )
         cache = getattr(self.transformer, "_cache_config", None)
-        if guidance_scale != 1.0 and isinstance(cache, PyramidAttentionBroadcastConfig):
+        if guidance_scale > 1 and isinstance(cache, (PyramidAttentionBroadcastConfig, FasterCacheConfig)):
             raise ValueError(
-                "`guidance_scale` must be 1 with pyramid attention broadcast, which keeps one state for both evaluations of a "
-                "step: take the first-block cache."
+                f"`guidance_scale` must be at most 1 with {type(cache).__name__}, got {guidance_scale}: this cache keeps "
+                "one state for both evaluations of a step; take the first-block cache."
+            )
+        if isinstance(cache, FasterCacheConfig) and not cache.is_guidance_distilled:
+            raise ValueError(
+                "`FasterCacheConfig` must have is_guidance_distilled=True, got False: it takes half of each batch for "
+                "one without actions."
             )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}.")
@@ -173,10 +186,12 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         found = getattr(self.scheduler.config, "prediction_type", None)
         flows = hasattr(self.scheduler, "scale_noise") or getattr(self.scheduler.config, "use_flow_sigmas", False)
         if config.prediction_type == "flow_prediction":
-            if not flows or found not in (None, "flow_prediction"):
+            number = getattr(self.scheduler.config, "num_train_timesteps", None)
+            if not flows or found not in (None, "flow_prediction") or number != config.num_train_timesteps:
                 raise ValueError(
-                    f"`scheduler` must be one of rectified flow for this checkpoint, got {name} with {found!r}: take "
-                    "`FlowMatchEulerDiscreteScheduler()`."
+                    f"`scheduler` must be one of rectified flow in {config.num_train_timesteps} steps for this checkpoint, "
+                    f"got {name} with {found!r} and {number} steps: take "
+                    "`irasim_diffusers.models.noise_process(pipe.transformer.config)`."
                 )
             return
         if found != config.prediction_type:
@@ -240,6 +255,7 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         """Encode histories (B, h, 3, H, W) in [-1, 1] to scaled latents (B, C, h, H / f, W / f), float32."""
         pixels = pixels.to(self._execution_device, self.vae.dtype)
         latents = torch.cat([self._encode(chunk) for chunk in pixels.flatten(0, 1).split(chunk_size)]).float()
+        self._check_overflow(latents)
         latents = (latents - (getattr(self.vae.config, "shift_factor", None) or 0.0)) * self.vae.config.scaling_factor
         return latents.unflatten(0, pixels.shape[:2]).transpose(1, 2)
 
@@ -252,12 +268,15 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         latents = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
         flat = latents.transpose(1, 2).flatten(0, 1).to(self.vae.dtype)
         pixels = torch.cat([self.vae.decode(chunk).sample.float() for chunk in flat.split(chunk_size)])
-        if self.vae.dtype == torch.float16 and not torch.isfinite(pixels).all():
+        self._check_overflow(pixels)
+        return pixels.unflatten(0, (latents.shape[0], latents.shape[2])).transpose(1, 2)
+
+    def _check_overflow(self, values: torch.Tensor) -> None:
+        if self.vae.dtype == torch.float16 and not torch.isfinite(values).all():
             raise ValueError(
                 "the autoencoder overflows in float16, as SDXL's does: load with `dtype={'default': torch.float16, 'vae': "
                 "torch.float32}`, or in bfloat16."
             )
-        return pixels.unflatten(0, (latents.shape[0], latents.shape[2])).transpose(1, 2)
 
     def prepare_latents(
         self,
@@ -265,12 +284,13 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Noise of `shape` (B, C, n, h, w), float32, or the given noise, at the scheduler's initial scale."""
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        else:
-            latents = latents.to(self._execution_device, torch.float32)
-        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        """Noise of `shape` (B, C, n, h, w) and unit variance, float32: the given one, and drawn for frames after it."""
+        device, given = self._execution_device, 0 if latents is None else latents.shape[2]
+        drawn = (*shape[:2], shape[2] - given, *shape[3:])
+        noise = [] if latents is None else [latents.to(device, torch.float32)]
+        if given < shape[2]:
+            noise.append(randn_tensor(drawn, generator=generator, device=device, dtype=torch.float32))
+        return torch.cat(noise, dim=2)
 
     def denoise_window(
         self,
@@ -291,7 +311,7 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         Args:
             history: Clean history (B, C, h, H, W), scaled latents.
             actions: Actions (B, n, A) in raw units.
-            latents: Noise (B, C, n, H, W) from `prepare_latents`.
+            latents: Noise (B, C, n, H, W) of unit variance, from `prepare_latents`; scaled here as the scheduler wants.
             num_inference_steps: Steps of the scheduler.
             guidance_scale: Above 1 the network is evaluated twice a step, with and without actions.
             generator: For schedulers that draw noise.
@@ -305,7 +325,9 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             The future (B, C, n, H, W), scaled latents, float32.
         """
         schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas)
-        self._num_timesteps = len(schedule)
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # which depends on the timesteps
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
         step_kwargs = self._step_kwargs(generator, eta)
         num_history_frames = history.shape[2]
         self.transformer._reset_stateful_cache()  # what the window before left in a cache is another video's
@@ -320,7 +342,7 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             return prediction[:, :, num_history_frames:].float()
 
         for index, t in enumerate(schedule):
-            if getattr(self, "_interrupt", False):
+            if self.interrupt:
                 break
             self._current_timestep = t
             scale = getattr(self.scheduler, "scale_model_input", None)  # those of flows have none
@@ -328,10 +350,10 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             timestep = t.expand(len(latents)).to(latents.device)
             with self.transformer.cache_context("cond"):
                 prediction = predict(noisy, timestep)
-            if guidance_scale != 1.0:
+            if self.do_classifier_free_guidance:
                 with self.transformer.cache_context("uncond"):
                     unconditional = predict(noisy, timestep, nothing)
-                prediction = unconditional + guidance_scale * (prediction - unconditional)
+                prediction = unconditional + self.guidance_scale * (prediction - unconditional)
             latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
             if on_step_end is not None:
                 latents = on_step_end(index, t, latents)
@@ -369,7 +391,8 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 several action sequences gives their futures from one encoding. More actions than the window holds
                 are rolled out: each window starts from the last frames of the one before.
             num_inference_steps: Denoising steps of each window; None takes the checkpoint's own number.
-            guidance_scale: Weight of the actions against none; 1 (the paper's) evaluates the network once a step.
+            guidance_scale: Weight of the actions against none; up to 1 (the paper's) there is no guidance, and one
+                evaluation of the network a step.
             num_videos_per_trajectory: Samples of each trajectory; those of one follow each other in the output.
             generator: Seeded generator, or one for each video: then a video is the same alone and in a batch.
             latents: Initial noise (B, C, n, h, w) of unit variance.
@@ -382,8 +405,9 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             chunk_size: Frames that the autoencoder encodes or decodes at a time; bounds its memory.
             attention_kwargs: `{"scale": s}` scales LoRA layers.
             callback_on_step_end: Called as `callback(pipe, step, timestep, {name: tensor})` after each step; returns a
-                dict whose `latents`, if any, replace the current ones. Steps count on over windows.
-            callback_on_step_end_tensor_inputs: Names among `latents` and `actions`; default `latents`.
+                dict whose `latents`, if any, replace the current ones. Steps count on over windows. Or a
+                `PipelineCallback` of diffusers, or several.
+            callback_on_step_end_tensor_inputs: What `callback` is given: `latents`, the default, or nothing.
 
         Returns:
             The predicted frames of each trajectory, exactly as many as it has actions.
@@ -394,9 +418,10 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         Examples:
         """  # noqa: D414 (filled by the decorator)
         config = self.transformer.config
-        tensor_inputs = (
-            ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
-        )
+        tensor_inputs = callback_on_step_end_tensor_inputs
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            tensor_inputs = callback_on_step_end.tensor_inputs
+        tensor_inputs = ["latents"] if tensor_inputs is None else tensor_inputs
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
         actions = prepare_actions(actions, config.action_dim)
@@ -414,25 +439,24 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         )
         steps_per_window = len(self._set_timesteps(num_inference_steps, timesteps, sigmas))
         self._guidance_scale = guidance_scale
-        self._attention_kwargs = attention_kwargs
         self._current_timestep = None
         self._interrupt = False
 
         batch_size = max(len(histories), len(actions)) * num_videos_per_trajectory
         history = _repeat_to(self.encode_history(histories, chunk_size), batch_size)
         actions = _repeat_to(actions, batch_size).to(self._execution_device)
-        num_actions = actions.shape[1]
-        windows = count_windows(num_actions, history.shape[2], config.sample_frames, config.num_history_frames)
+        windows = count_windows(actions.shape[1], history.shape[2], config.sample_frames, config.num_history_frames)
+        self._num_timesteps = windows * steps_per_window
         started = 0  # actions whose windows have begun
         steps = 0  # steps over all windows
 
-        with self.progress_bar(total=windows * steps_per_window) as progress_bar:
+        with self.progress_bar(total=self.num_timesteps) as progress_bar:
 
             def on_step_end(_: int, t: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
                 nonlocal steps
                 if callback_on_step_end is not None:
-                    tensors = {"latents": current, "actions": actions}
-                    outputs = callback_on_step_end(self, steps, t, {name: tensors[name] for name in tensor_inputs})
+                    tensors = {"latents": current} if tensor_inputs else {}
+                    outputs = callback_on_step_end(self, steps, t, tensors)
                     current = outputs.pop("latents", current)
                 steps += 1
                 progress_bar.update()
@@ -440,26 +464,19 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
 
             def predict_window(window_history: torch.Tensor, window_actions: torch.Tensor) -> torch.Tensor:
                 nonlocal started
-                if self._interrupt:
+                if self.interrupt:
                     return window_history[:, :, :0]
                 wanted = window_actions.shape[1]
-                missing = config.sample_frames - window_history.shape[2] - wanted
-                if missing:
-                    hold = hold_action(window_actions[:, -1:], config.action_space, config.action_derivation)
-                    window_actions = torch.cat([window_actions, hold.expand(-1, missing, -1)], dim=1)
+                length = config.sample_frames - window_history.shape[2]
                 given = None if latents is None else latents[:, :, started : started + wanted]
-                shape = (batch_size, config.in_channels, window_actions.shape[1], *window_history.shape[-2:])
-                if given is not None and missing:
-                    padding = randn_tensor((*shape[:2], missing, *shape[3:]), generator=generator)
-                    given = torch.cat([given.cpu().float(), padding], dim=2)
-                noise = self.prepare_latents(shape, generator, given)
+                shape = (batch_size, config.in_channels, length, *window_history.shape[-2:])
                 started += wanted
                 future = self.denoise_window(
                     window_history,
-                    window_actions,
-                    noise,
+                    self._pad_actions(window_actions, length),
+                    self.prepare_latents(shape, generator, given),
                     num_inference_steps,
-                    guidance_scale,
+                    self.guidance_scale,  # as a callback left it
                     generator,
                     timesteps,
                     sigmas,
@@ -469,9 +486,13 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
                 )
                 return future[:, :, :wanted]
 
-            future = chain_windows(predict_window, history, actions, config.sample_frames, config.num_history_frames)
+            try:
+                future = chain_windows(
+                    predict_window, history, actions, config.sample_frames, config.num_history_frames
+                )
+            finally:
+                self._interrupt = False  # a later `denoise_window` of its own shall run
 
-        self._interrupt = False  # a later `denoise_window` of its own shall run
         if output_type == "latent":
             video = future
         else:
@@ -489,7 +510,7 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         self,
         frames: Any,
         actions: Iterable[Any],
-        chunk_length: int = 4,
+        chunk_length: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         generator: torch.Generator | None = None,
@@ -506,7 +527,8 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         Args:
             frames: The history; see `__call__`.
             actions: Any iterable of actions (A,) in the units of the action space, finite or not.
-            chunk_length: Actions predicted together; the last chunk may be shorter.
+            chunk_length: Actions predicted together; the last chunk may be shorter. None for 4, or as many as the window
+                holds where they are fewer, or for Video-Ada, which takes no other number.
             num_inference_steps: Denoising steps of each chunk; None takes the checkpoint's own number.
             guidance_scale: See `__call__`.
             generator: Seeded generator.
@@ -529,10 +551,12 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
         config = self.transformer.config
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
-        longest = config.sample_frames - config.num_history_frames
+        longest, video_ada = config.sample_frames - config.num_history_frames, config.conditioning == "video"
+        if chunk_length is None:
+            chunk_length = longest if video_ada else min(4, longest)
         if not 1 <= chunk_length <= longest:
             raise ValueError(f"`chunk_length` must be in [1, {longest}] for this checkpoint, got {chunk_length}.")
-        if config.conditioning == "video" and chunk_length != longest:
+        if video_ada and chunk_length != longest:
             raise ValueError(f"`chunk_length` must be {longest} for Video-Ada, got {chunk_length}.")
         histories = self.preprocess_frames(frames, resize)
         hold = torch.zeros(1, chunk_length, config.action_dim)
@@ -541,85 +565,58 @@ class IRASimPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):
             raise ValueError(f"`frames` must be one history, got {len(histories)}: stream each trajectory by itself.")
 
         @torch.no_grad()
-        def predict_chunks() -> Iterator[Any]:
-            history = self.encode_history(histories)
+        def predict_chunks(length: int) -> Iterator[Any]:
+            self._interrupt = False
             coming = iter(actions)
-            while chunk := list(islice(coming, chunk_length)):
-                window_actions = prepare_actions([np.asarray(action) for action in chunk], config.action_dim)
-                shape = (1, config.in_channels, len(chunk), *history.shape[-2:])
-                future = self.denoise_window(
-                    history,
-                    window_actions.to(self._execution_device),
-                    self.prepare_latents(shape, generator),
-                    num_inference_steps,
-                    guidance_scale,
-                    generator,
-                    attention_kwargs=attention_kwargs,
-                )
-                history = torch.cat([history, future], dim=2)[:, :, -config.num_history_frames :]
-                if output_type == "latent":
-                    yield from future[0].unbind(1)
-                else:
-                    yield from self.video_processor.postprocess_video(self.decode_latents(future), output_type)[0]
+            try:
+                history = self.encode_history(histories)
+                while not self.interrupt and (chunk := list(islice(coming, length))):
+                    chunk_actions = prepare_actions([np.asarray(action) for action in chunk], config.action_dim)
+                    chunk_actions = chunk_actions.to(self._execution_device)
+                    if video_ada:
+                        chunk_actions = self._pad_actions(chunk_actions, length)
+                    shape = (1, config.in_channels, chunk_actions.shape[1], *history.shape[-2:])
+                    future = self.denoise_window(
+                        history,
+                        chunk_actions,
+                        self.prepare_latents(shape, generator),
+                        num_inference_steps,
+                        guidance_scale,
+                        generator,
+                        attention_kwargs=attention_kwargs,
+                    )[:, :, : len(chunk)]
+                    if self.interrupt:
+                        break
+                    history = torch.cat([history, future], dim=2)[:, :, -config.num_history_frames :]
+                    if output_type == "latent":
+                        yield from future[0].unbind(1)
+                    else:
+                        yield from self.video_processor.postprocess_video(self.decode_latents(future), output_type)[0]
+            finally:
+                self._interrupt = False
+                self.maybe_free_model_hooks()
 
-        return predict_chunks()
-
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor],
-        adapter_name: str | None = None,
-        low_cpu_mem_usage: bool = True,
-        hotswap: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Load LoRA weights as diffusers does; see `~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`.
-
-        Where the file holds the action encoder and the null action, these replace the model's own until
-        `unload_lora_weights`.
-        """
-        state_dict, metadata = self.lora_state_dict(
-            pretrained_model_name_or_path_or_dict, return_lora_metadata=True, **kwargs
-        )
-        layers = {key: value for key, value in state_dict.items() if "lora" in key}
-        whole = {key.removeprefix("transformer."): value for key, value in state_dict.items() if key not in layers}
-        unknown = [key for key in whole if not key.startswith(("action_embed.", "trajectory_embed.", "null_action"))]
-        if unknown or not layers:
-            raise ValueError(
-                f"no LoRA file of an IRASim transformer: it has no LoRA layer, or other weights, {unknown}."
-            )
-        own = self.transformer.state_dict()
-        misshapen = [key for key, value in whole.items() if key not in own or own[key].shape != value.shape]
-        if misshapen:
-            raise ValueError(f"the file's action encoder is of another action space: {misshapen} do not fit.")
-        self.load_lora_into_transformer(
-            layers,
-            transformer=self.transformer,
-            adapter_name=adapter_name,
-            metadata=metadata,
-            _pipeline=self,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            hotswap=hotswap,
-        )
-        if whole:
-            self._action_weights = getattr(self, "_action_weights", None) or {key: own[key].clone() for key in whole}
-            self.transformer.load_state_dict(whole, strict=False)
-
-    def unload_lora_weights(self) -> None:
-        """Remove all LoRA layers and bring the model's own action encoder back."""
-        super().unload_lora_weights()
-        if getattr(self, "_action_weights", None):
-            self.transformer.load_state_dict(self._action_weights, strict=False)
-            self._action_weights = None
+        return predict_chunks(chunk_length)
 
     def _upload_folder(
         self, working_dir: str, repo_id: str, token: str | None = None, **kwargs: Any
     ) -> Any:  # the one step that `push_to_hub` and `save_pretrained(push_to_hub=True)` share
-        """Upload with a card written from the config, unless the repository has one, and the one-line `pipeline.py`."""
+        """Upload with a card written from the config, unless the repository has one, and the one-line `pipeline.py`.
+
+        Both belong at the top of a repository: a subfolder gets neither.
+        """
         folder = Path(working_dir)
-        if not file_exists(repo_id, "README.md", token=token):
-            write_model_card(self, repo_id).save(folder / "README.md")
-        (folder / "pipeline.py").write_text(PIPELINE_FILE)
+        if not kwargs.get("subfolder"):
+            if not file_exists(repo_id, "README.md", token=token):
+                write_model_card(self, repo_id).save(folder / "README.md")
+            (folder / "pipeline.py").write_text(PIPELINE_FILE)
         return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
+
+    def _pad_actions(self, actions: torch.Tensor, length: int) -> torch.Tensor:
+        """Actions (B, m, A) and holds after them, `length` together."""
+        config = self.transformer.config
+        hold = hold_action(actions[:, -1:], config.action_space, config.action_derivation)
+        return torch.cat([actions, hold.expand(-1, length - actions.shape[1], -1)], dim=1)
 
     def _latent_size(self, histories: torch.Tensor) -> tuple[int, int]:
         return histories.shape[-2] // self.vae_scale_factor, histories.shape[-1] // self.vae_scale_factor

@@ -1,0 +1,101 @@
+"""LoRA weights whose file may bring the action encoder whole."""
+
+from typing import Any
+
+import torch
+from diffusers.loaders import CogVideoXLoraLoaderMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+ACTION_ENCODER = ("action_embed.", "trajectory_embed.", "null_action")
+
+
+class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
+    """LoRA as in any pipeline of diffusers; its CogVideoX mixin knows a transformer and nothing else."""
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        low_cpu_mem_usage: bool = True,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load LoRA weights as diffusers does; see `~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`.
+
+        Where the file holds the action encoder and the null action, these replace the model's own until
+        `unload_lora_weights`; of several files the one loaded last counts. `disable_lora`, `set_adapters` and
+        `delete_adapters` act on the LoRA layers alone. A file that is no safetensors is read only where it is named.
+
+        Raises:
+            ValueError: If the file holds other weights, or an action encoder that does not fit or cannot be set now.
+        """
+        source = pretrained_model_name_or_path_or_dict
+        if isinstance(source, dict) or not str(source).endswith(".bin"):
+            kwargs.setdefault("use_safetensors", True)
+        state_dict, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
+        layers = {key: value for key, value in state_dict.items() if "lora" in key}
+        encoder = {key.removeprefix("transformer."): value for key, value in state_dict.items() if key not in layers}
+        unknown = [key for key in encoder if not key.startswith(ACTION_ENCODER)]
+        if unknown or not layers:
+            raise ValueError(
+                f"no LoRA file of an IRASim transformer: it has no LoRA layer, or other weights, {unknown}."
+            )
+        if encoder and self._is_fused():
+            raise ValueError(
+                "the file brings an action encoder, but LoRA layers are fused with the present one: call "
+                "`unfuse_lora()`, or `unload_lora_weights()`, which keeps what is fused."
+            )
+        own = self._writable_weights() if encoder else {}
+        misshapen = [key for key, value in encoder.items() if key not in own or own[key].shape != value.shape]
+        if misshapen:
+            raise ValueError(f"the file's action encoder is of another action space: {misshapen} do not fit.")
+        self.load_lora_into_transformer(
+            layers,
+            transformer=self.transformer,
+            adapter_name=adapter_name,
+            metadata=metadata,
+            _pipeline=self,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            hotswap=hotswap,
+        )
+        if encoder:
+            # kept with the transformer, which several pipelines may share
+            kept = {key: own[key].clone() for key in encoder} | getattr(self.transformer, "_own_action_encoder", {})
+            self.transformer._own_action_encoder = kept
+            self._set_weights(encoder)
+
+    def unload_lora_weights(self) -> None:
+        """Remove all LoRA layers and bring the model's own action encoder back, unless the layers are fused.
+
+        What is fused stays, with the action encoder it was trained with: `fuse_lora()` and then this make one model.
+        """
+        own = {} if self._is_fused() else getattr(self.transformer, "_own_action_encoder", {})
+        if own:
+            self._set_weights(own)
+        super().unload_lora_weights()
+        self.transformer._own_action_encoder = {}
+
+    def _is_fused(self) -> bool:
+        return any(isinstance(module, BaseTunerLayer) and module.merged for module in self.transformer.modules())
+
+    def _writable_weights(self) -> dict[str, torch.Tensor]:
+        """The transformer's own weights, under their names without LoRA."""
+        own = {
+            key.replace(".base_layer.", "."): value
+            for key, value in self.transformer.state_dict().items()
+            if key.startswith(ACTION_ENCODER) and "lora_" not in key
+        }
+        plain = (type(value) is torch.Tensor and value.is_floating_point() for value in own.values())
+        if not all(plain) or any(value.is_meta for value in own.values()):
+            raise ValueError(
+                "the action encoder must be in memory and not quantised to be replaced: `remove_all_hooks()` ends "
+                "sequential offload, to be enabled again afterwards; a quantisation config takes "
+                "`modules_to_not_convert=['action_embed', 'trajectory_embed']`."
+            )
+        return own
+
+    def _set_weights(self, values: dict[str, torch.Tensor]) -> None:
+        own = self._writable_weights()
+        with torch.no_grad():
+            for key, value in values.items():
+                own[key].copy_(value)
