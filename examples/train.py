@@ -15,6 +15,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,12 @@ class TrainingArguments:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 0.1
     snr_gamma: float | None = field(default=None, metadata={"help": "min-SNR weights of timesteps; 5 in its paper"})
+    timestep_bias: float = field(
+        default=0.0,
+        metadata={
+            "help": "draw timestep t with density t^bias: 2 dwells on the noisy ones, which few-step samplers take"
+        },
+    )
     action_dropout: float = field(default=0.1, metadata={"help": "share of trajectories that take the null action"})
     state_keys: list[str] = field(
         default_factory=list, metadata={"help": "vector features read out of inner features as a second objective"}
@@ -497,8 +504,7 @@ def log_video(accelerator: Accelerator, video: np.ndarray, path: Path, fps: floa
     write_video(path, video, fps)
     for tracker in accelerator.trackers:
         if tracker.name in ("wandb", "trackio"):
-            library = __import__(tracker.name)
-            tracker.log({"validation": library.Video(str(path))}, step=step)
+            tracker.log({"validation": import_module(tracker.name).Video(str(path))}, step=step)
         elif tracker.name == "tensorboard":
             tracker.log_images({"validation": video[-1:]}, step=step, dataformats="NHWC")
 
@@ -538,6 +544,7 @@ def training_loss(
 
     latents = cut(clip["latents"], length, 2)
     noise = cut(draw(0, *clip["latents"].shape[1:]), length, 2)
+    steps = noise_scheduler.config.num_train_timesteps
     timestep, deviation, drop = draw(1, 3, frames // length).transpose(0, 1).flatten(1)
     # action k leads to frame k + 1; no window needs the one into its first frame
     actions = cut(torch.nn.functional.pad(clip["actions"], (0, 0, 1, 0)), length, 1)[:, history:]
@@ -547,7 +554,7 @@ def training_loss(
         noise_scheduler,
         latents,
         actions,
-        timesteps=(timestep * noise_scheduler.config.num_train_timesteps).long(),
+        timesteps=(timestep ** (1 / (1 + arguments.timestep_bias)) * steps).long().clamp_max(steps - 1),
         noise=noise[:, :, history:],
         action_mask=(drop >= arguments.action_dropout)[:, None].expand(actions.shape[:2]),
         states=cut(clip["states"], length, 1) if "states" in clip else None,
@@ -668,6 +675,8 @@ def check_arguments(arguments: TrainingArguments) -> None:
         raise ValueError("`frame_skip` and `target_fps` exclude each other.")
     if arguments.window_lengths and arguments.conditioning == "video":
         raise ValueError("`window_lengths` must be left out for Video-Ada, which takes one number of actions.")
+    if arguments.timestep_bias <= -1:
+        raise ValueError(f"`timestep_bias` must be above -1, got {arguments.timestep_bias}.")
     if arguments.lora_rank and pretrained is None:
         raise ValueError("`lora_rank` needs `pretrained_model_name_or_path`: adapters adapt a trained model.")
     kept = ("patch_size", "action_frequencies", "sample_frames", "num_history_frames", "action_scale", "action_offset")
@@ -678,8 +687,12 @@ def check_arguments(arguments: TrainingArguments) -> None:
         raise ValueError("`preset` is for a new model: leave it out with `pretrained_model_name_or_path`.")
 
 
-def check_distribution(accelerator: Accelerator, arguments: TrainingArguments) -> None:
-    """Refuse what cannot be sharded, and keep raw actions in float32 where accelerate would round them."""
+def check_accelerator(accelerator: Accelerator, arguments: TrainingArguments) -> None:
+    """Refuse what cannot be scaled or sharded, and keep raw actions in float32 where accelerate would round them."""
+    if arguments.optimizer == "muon" and accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "`optimizer` muon is two optimisers, which accelerate cannot scale for fp16: take bf16 or no."
+        )
     kind = accelerator.distributed_type
     if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return
@@ -762,16 +775,12 @@ def main() -> None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],  # one may encode for long
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    check_distribution(accelerator, arguments)
-    if arguments.optimizer == "muon" and accelerator.mixed_precision == "fp16":
-        raise ValueError(
-            "`optimizer` muon is two optimisers, which accelerate cannot scale for fp16: take bf16 or no."
-        )
+    check_accelerator(accelerator, arguments)
     torch.backends.cuda.matmul.allow_tf32 = arguments.allow_tf32
     set_seed(arguments.seed)
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        for partial in (*output.glob("partial-*"), *output.glob(".finished.*.partial")):
+        for partial in (*output.glob("partial-*"), *output.glob("*finished*")):
             shutil.rmtree(partial)
         if arguments.push_to_hub:  # refused now rather than at the end
             create_repo(arguments.hub_model_id or output.name, exist_ok=True)
@@ -783,7 +792,7 @@ def main() -> None:
     check_mixture(sources)
     vae = load_vae(arguments).to(accelerator.device, memory_format=torch.channels_last)
     pretrained = load_pretrained(arguments)
-    for source in sources:
+    for source in [] if arguments.recorded_latents else sources:
         check_frames(source, vae, pretrained.config.patch_size if pretrained else arguments.patch_size or 2)
     folders = [
         cache_latents(
@@ -866,7 +875,7 @@ def main() -> None:
         power=3 / 4,
         foreach=True,
     )
-    ema.to(accelerator.device)
+    ema.to(accelerator.device, torch.float32)  # whatever DeepSpeed made of the model
     noise_scheduler = noise_process(config)
     if arguments.report_to:
         settings = {

@@ -141,6 +141,7 @@ def test_a_pretrained_model_goes_on_with_finer_patches(workspace, trained):
         ({"height": 32}, "`height` and `width` must be given together"),
         ({"preset": "S", "pretrained_model_name_or_path": "model"}, "`preset` is for a new model"),
         ({"frame_skip": 2, "target_fps": 5}, "`frame_skip` and `target_fps` exclude each other"),
+        ({"timestep_bias": -1}, "`timestep_bias` must be above -1, got -1"),
         ({"window_lengths": [4, 2], "conditioning": "video"}, "`window_lengths` must be left out for Video-Ada"),
         ({"lora_rank": 4}, "`lora_rank` needs `pretrained_model_name_or_path`"),
         (
@@ -186,7 +187,7 @@ def train_robot(workspace, output, *arguments, launch=ONE):
 
 def test_two_processes_do_what_one_does_at_the_same_global_batch(workspace):
     flags = ["--max_train_steps", 5, "--logging_steps", 1, "--report_to", "tensorboard", "--window_lengths", 4, 2]
-    flags += ["--history_noise", 0.2, "--learning_rate", 1e-3]
+    flags += ["--history_noise", 0.2, "--timestep_bias", 2, "--learning_rate", 1e-3]
     one = train_robot(workspace, "one", *flags, "--train_batch_size", 4, "--gradient_accumulation_steps", 2)
     two = train_robot(workspace, "two", *flags, "--train_batch_size", 4, launch=TWO)
     assert "1 processes (NO)" in one
