@@ -54,6 +54,7 @@ from irasim_diffusers.data import (
 from irasim_diffusers.files import temporary_folder
 from irasim_diffusers.metrics import psnr
 from irasim_diffusers.models import noise_process
+from irasim_diffusers.models.transformer_irasim import ACTION_ENCODER
 from irasim_diffusers.training import (
     NoiseProcess,
     StateReadout,
@@ -66,7 +67,6 @@ from irasim_diffusers.training import (
 )
 
 logger = get_logger(__name__, log_level="INFO")
-ACTION_ENCODER = ("action_embed.", "trajectory_embed.", "null_action")
 
 
 @dataclass

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .models import PRESETS, IRASimTransformer3DModel
+from .models.transformer_irasim import ACTION_ENCODER
 
 ARM = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
 ARM_UNITS = ["m", "m", "m", "rad", "rad", "rad", "opening 0 to 1"]
@@ -393,7 +394,7 @@ def _count(state: dict[str, torch.Tensor], prefix: str) -> int:
 
 
 def _is_action(key: str) -> bool:
-    return key.startswith(("action_embed.", "trajectory_embed.", "null_action"))
+    return key.startswith(ACTION_ENCODER)
 
 
 def _zero_actions(model: IRASimTransformer3DModel) -> None:

@@ -38,6 +38,9 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 """Sizes of the paper (Table 11); `num_layers` counts pairs of a spatial and a temporal block."""
 
+ACTION_ENCODER = ("action_embed.", "trajectory_embed.", "null_action")
+"""How the names of the weights begin that embed actions."""
+
 CPU = torch.device("cpu")
 
 

@@ -6,7 +6,7 @@ import torch
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-ACTION_ENCODER = ("action_embed.", "trajectory_embed.", "null_action")
+from ..models.transformer_irasim import ACTION_ENCODER
 
 
 class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
