@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from irasim_diffusers import PRESETS, IRASimPipeline, IRASimTransformer3DModel
-from irasim_diffusers.conversion import change_action_dim, change_patch_size
+from irasim_diffusers.conversion import change_action_dim, change_autoencoder, change_patch_size
 from irasim_diffusers.data import (
     LatentClips,
     MixedClips,
@@ -181,6 +181,12 @@ class TrainingArguments:
             "help": "octaves of sines and cosines that join the actions; default: none, or the pretrained one's"
         },
     )
+    relative_latents: bool | None = field(
+        default=None,
+        metadata={
+            "help": "predict latents relative to the last history frame (default: no, or as the pretrained one)"
+        },
+    )
     prediction_type: str | None = field(
         default=None, metadata={"help": "epsilon (default), v_prediction, sample or flow_prediction"}
     )
@@ -266,6 +272,7 @@ NEW_MODEL: dict[str, Any] = {
     "num_history_frames": 1,
     "conditioning": "frame",
     "action_space": "relative",
+    "relative_latents": False,
     "prediction_type": "epsilon",
     "patch_size": 2,
     "action_frequencies": 0,
@@ -277,12 +284,16 @@ WINDOW = ("sample_frames", "num_history_frames")
 def load_vae(arguments: TrainingArguments) -> AutoencoderKL:
     """The frozen autoencoder: that named, or that of the pretrained pipeline."""
     if arguments.vae is None:
-        name, subfolder, revision = str(arguments.pretrained_model_name_or_path), "vae", arguments.revision
-    else:
-        split = ":" in arguments.vae and not Path(arguments.vae).is_dir()
-        name, _, subfolder = arguments.vae.rpartition(":") if split else (arguments.vae, "", "")
-        revision = None
-    vae = AutoencoderKL.from_pretrained(name, subfolder=subfolder or None, revision=revision)
+        return pretrained_vae(arguments)
+    split = ":" in arguments.vae and not Path(arguments.vae).is_dir()
+    name, _, subfolder = arguments.vae.rpartition(":") if split else (arguments.vae, "", "")
+    return AutoencoderKL.from_pretrained(name, subfolder=subfolder or None).requires_grad_(False).eval()
+
+
+def pretrained_vae(arguments: TrainingArguments) -> AutoencoderKL:
+    """The frozen autoencoder of the pretrained pipeline."""
+    name = str(arguments.pretrained_model_name_or_path)
+    vae = AutoencoderKL.from_pretrained(name, subfolder="vae", revision=arguments.revision)
     return vae.requires_grad_(False).eval()
 
 
@@ -332,8 +343,10 @@ def check_frames(source: PreparedEpisodes, vae: AutoencoderKL, patch_size: int) 
         )
 
 
-def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel | None:
-    """The model to go on with, its patches and octaves as asked; None for a new one."""
+def load_pretrained(
+    arguments: TrainingArguments, vae: AutoencoderKL, source: PreparedEpisodes
+) -> IRASimTransformer3DModel | None:
+    """The model to go on with, its autoencoder, patches and octaves as asked; None for a new one."""
     name = arguments.pretrained_model_name_or_path
     if name is None:
         return None
@@ -347,6 +360,7 @@ def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel | 
         "patch_size",
         "action_frequencies",
         "action_space",
+        "relative_latents",
         *(WINDOW if model.config.conditioning == "frame" else ()),
     }
     for flag in sorted(fixed):
@@ -355,11 +369,52 @@ def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel | 
             raise ValueError(
                 f"`{flag}` is {model.config[flag]!r} in {name!r} and cannot become {asked!r}: leave it out."
             )
-    model.register_to_config(**{flag: getattr(arguments, flag) for flag in WINDOW if getattr(arguments, flag)})
+    changed = {flag: getattr(arguments, flag) for flag in (*WINDOW, "relative_latents")}
+    model.register_to_config(**{flag: value for flag, value in changed.items() if value is not None})
+    if arguments.vae is not None and is_pipeline(name, arguments.revision):
+        model = follow_autoencoder(model, pretrained_vae(arguments), vae, source)
     patch_size = arguments.patch_size or model.config.patch_size
     if (patch_size, arguments.action_frequencies) != (model.config.patch_size, None):
         model = change_patch_size(model, patch_size, arguments.action_frequencies)
     return model
+
+
+@torch.no_grad()
+def follow_autoencoder(
+    model: IRASimTransformer3DModel, own: AutoencoderKL, other: AutoencoderKL, source: PreparedEpisodes
+) -> IRASimTransformer3DModel:
+    """The pretrained model, brought to the latents of another autoencoder where these are not those of its own."""
+    pictures = []
+    for number in np.linspace(0, len(source) - 1, min(len(source), 32)).astype(int):
+        try:
+            frames = source[int(number)].frames
+        except ValueError:  # named, or skipped, when its turn comes
+            continue
+        pictures.append(frames[np.linspace(0, len(frames) - 1, 16).astype(int)])
+    if not pictures:
+        raise ValueError(f"none of {len(source)} episodes of {source.name!r} can be read.")
+    pixels = torch.from_numpy(np.concatenate(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
+    own.to(other.device)
+    few = [scaled_latents(vae, pixels[:: len(pixels) // 4]) for vae in (own, other)]
+    if few[0].shape == few[1].shape and (few[0] - few[1]).square().mean() < 1e-4 * few[0].square().mean():
+        return model
+    before, after = (scaled_latents(vae, pixels) for vae in (own, other))
+    patch_size, remainder = divmod(model.config.patch_size * after.shape[-1], before.shape[-1])
+    if remainder or not patch_size:
+        raise ValueError(
+            f"`vae` must have latents whose patches cover as much as the pretrained model's, got {tuple(after.shape[1:])} for "
+            f"{tuple(before.shape[1:])} in patches of {model.config.patch_size}: take another autoencoder."
+        )
+    logger.info(
+        f"another autoencoder than the pretrained model's: patches of {patch_size} latent pixels are fitted to it"
+    )
+    return change_autoencoder(model, patch_size, before, after)
+
+
+def scaled_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Latents of pictures (N, 3, H, W) in [-1, 1] as the transformer sees them, float32 on the CPU."""
+    latents = [vae.encode(part.to(vae.device)).latent_dist.mode().float().cpu() for part in pixels.split(16)]
+    return (torch.cat(latents) - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 
 def build_transformer(
@@ -557,6 +612,7 @@ def training_loss(
         timesteps=(timestep ** (1 / (1 + arguments.timestep_bias)) * steps).long().clamp_max(steps - 1),
         noise=noise[:, :, history:],
         action_mask=(drop >= arguments.action_dropout)[:, None].expand(actions.shape[:2]),
+        relative_latents=config["relative_latents"],
         states=cut(clip["states"], length, 1) if "states" in clip else None,
         state_loss_weight=arguments.state_loss_weight,
         snr_gamma=arguments.snr_gamma,
@@ -679,8 +735,8 @@ def check_arguments(arguments: TrainingArguments) -> None:
         raise ValueError(f"`timestep_bias` must be above -1, got {arguments.timestep_bias}.")
     if arguments.lora_rank and pretrained is None:
         raise ValueError("`lora_rank` needs `pretrained_model_name_or_path`: adapters adapt a trained model.")
-    kept = ("patch_size", "action_frequencies", "sample_frames", "num_history_frames", "action_scale", "action_offset")
-    given = [name for name in kept if getattr(arguments, name)]
+    kept = ("patch_size", "action_frequencies", *WINDOW, "relative_latents", "action_scale", "action_offset")
+    given = [name for name in kept if getattr(arguments, name) not in (None, [])]
     if arguments.lora_rank and given:
         raise ValueError(f"`lora_rank` keeps the model as it is: leave {', '.join(given)} out.")
     if pretrained is not None and arguments.preset:
@@ -791,7 +847,7 @@ def main() -> None:
     ]
     check_mixture(sources)
     vae = load_vae(arguments).to(accelerator.device, memory_format=torch.channels_last)
-    pretrained = load_pretrained(arguments)
+    pretrained = load_pretrained(arguments, vae, sources[0])
     for source in [] if arguments.recorded_latents else sources:
         check_frames(source, vae, pretrained.config.patch_size if pretrained else arguments.patch_size or 2)
     folders = [

@@ -49,6 +49,9 @@ class VAEArguments:
     frames_per_episode: int = field(default=24, metadata={"help": "pictures used of each episode, evenly spaced"})
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
     latent_channels: int = 4
+    norm_num_groups: int = field(
+        default=32, metadata={"help": "of the group norms; with 1, latents depend least on what lies far away"}
+    )
     train_batch_size: int = field(default=16, metadata={"help": "pictures per step and process"})
     max_train_steps: int = 2800
     learning_rate: float = 2e-3
@@ -140,6 +143,7 @@ def build_vae(arguments: VAEArguments, sample_size: int) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * len(arguments.block_out_channels),
         layers_per_block=1,
         latent_channels=arguments.latent_channels,
+        norm_num_groups=arguments.norm_num_groups,
         sample_size=sample_size,
         mid_block_add_attention=False,
     )

@@ -19,6 +19,7 @@ from irasim_diffusers.cli import main
 from irasim_diffusers.conversion import (
     RELEASED_DATASETS,
     ConversionReport,
+    change_autoencoder,
     change_patch_size,
     load_latte,
     load_opensora,
@@ -579,6 +580,29 @@ def test_finer_patches_keep_their_place_and_their_scale():
 def test_patches_of_other_kinds_of_models_do_not_change(changes):
     with pytest.raises(ValueError, match="`model` must be of Frame-Ada with grid positions"):
         change_patch_size(tiny_transformer(**changes), 1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"base_patch_size": 3}, {"conditioning": "video"}])
+def test_a_model_follows_an_autoencoder_whose_latents_are_a_linear_map_of_its_own(changes):
+    model = tiny_transformer(**changes)
+    latents, noise = torch.randn(200, 4, 4, 6), torch.randn(2, 4, 5, 4, 6)
+
+    def other(latents):  # one channel of twice the size, each quarter of it scaled
+        return torch.nn.functional.pixel_shuffle(latents * torch.tensor([1.0, -1.2, 0.8, 1.1]).view(4, 1, 1), 2)
+
+    followed = change_autoencoder(model, 4, latents, other(latents))
+    assert (followed.config.in_channels, followed.config.sample_height, followed.config.sample_width) == (1, 8, 12)
+    inputs = torch.tensor([7, 999]), torch.randn(2, 3, 3)
+    shuffled = other(noise.transpose(1, 2)).transpose(1, 2)
+    expected = other(model(noise, *inputs).sample.transpose(1, 2)).transpose(1, 2)
+    assert (followed(shuffled, *inputs).sample - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+def test_another_autoencoder_must_keep_the_grid_of_patches():
+    latents = torch.randn(9, 4, 4, 6)
+    for patch_size, after in ((2, torch.randn(9, 4, 8, 12)), (4, torch.randn(8, 4, 8, 12))):
+        with pytest.raises(ValueError, match="`after` must have as many pictures and patches as `before`"):
+            change_autoencoder(tiny_transformer(), patch_size, latents, after)
 
 
 def test_tables_that_were_averaged_with_the_weights_are_the_same_tables(tmp_path):

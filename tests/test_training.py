@@ -35,6 +35,16 @@ def test_loss_is_the_error_on_predicted_frames(batch, prediction_type):
     torch.testing.assert_close(loss, (output[:, :, 2:] - target).square().mean())
 
 
+def test_relative_latents_are_those_of_the_change_since_the_history(batch):
+    model = tiny_transformer()
+    process = noise_process(model.config)
+    changes = batch["latents"].clone()
+    changes[:, :, 2:] -= changes[:, :, 1:2]
+    expected = diffusion_loss(model, process, **batch | {"latents": changes})
+    assert diffusion_loss(model, process, **batch, relative_latents=True) == expected
+    assert diffusion_loss(model, process, **batch) != expected
+
+
 def test_a_flow_runs_straight_from_latents_to_noise(batch):
     model = tiny_transformer(prediction_type="flow_prediction")
     process = noise_process(model.config)

@@ -335,6 +335,71 @@ def change_patch_size(
     return new
 
 
+def change_autoencoder(
+    model: IRASimTransformer3DModel, patch_size: int, before: torch.Tensor, after: torch.Tensor
+) -> IRASimTransformer3DModel:
+    """Go on with a trained model on the latents of another autoencoder.
+
+    The layers that read and write patches are joined to linear maps between the patches of both, fitted to pictures by least
+    squares. A short training lets the model settle.
+
+    Args:
+        model: The trained model.
+        patch_size: Side of the new patches, in new latent pixels; a patch must cover as much of the picture as before.
+        before: Scaled latents (N, C, h, w) of some pictures under the model's autoencoder.
+        after: Scaled latents (N, C', h', w') of the same pictures under the other one.
+
+    Returns:
+        A new model; the given one is left as it is.
+
+    Raises:
+        ValueError: If the grids of patches differ.
+    """
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    old = config["patch_size"]
+    grids = [(len(x), x.shape[2] / size, x.shape[3] / size) for x, size in ((before, old), (after, patch_size))]
+    if grids[0] != grids[1]:
+        raise ValueError(
+            f"`after` must have as many pictures and patches as `before`, {grids[0]}, got {grids[1]}: choose `patch_size` so that "
+            "a patch covers as much of the picture as before."
+        )
+    if config["base_patch_size"] is not None:
+        config["base_patch_size"] = config["base_patch_size"] * patch_size / old
+    new = IRASimTransformer3DModel(
+        **config
+        | {
+            "patch_size": patch_size,
+            "in_channels": after.shape[1],
+            "sample_height": after.shape[2],
+            "sample_width": after.shape[3],
+        }
+    )
+    patches_before, patches_after = _patches(before, old), _patches(after, patch_size)
+    state = model.state_dict()
+    kernel = state["patch_embed.proj.weight"]
+    read = kernel.flatten(1).double() @ _least_squares(patches_after, patches_before).T
+    state["patch_embed.proj.weight"] = read.unflatten(1, (-1, patch_size, patch_size)).to(kernel)
+    write = _least_squares(patches_before, patches_after).T
+    for name in ("proj_out.weight", "proj_out.bias"):  # rows: down, across, channel
+        rows = state[name].reshape(old, old, config["in_channels"], -1).permute(2, 0, 1, 3)
+        rows = (write @ rows.flatten(0, 2).double()).reshape(after.shape[1], patch_size, patch_size, -1)
+        state[name] = rows.permute(1, 2, 0, 3).reshape(-1, *state[name].shape[1:]).to(state[name])
+    new.load_state_dict(state)
+    return new
+
+
+def _patches(latents: torch.Tensor, size: int) -> torch.Tensor:
+    """Patches (patches, C size size) of latents (N, C, h, w), in float64."""
+    return torch.nn.functional.unfold(latents.double(), size, stride=size).transpose(1, 2).flatten(0, 1)
+
+
+def _least_squares(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The matrix that brings rows of `given` nearest those of `wanted`, damped so that it does not blow up noise."""
+    gram = given.T @ given
+    damping = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + damping, given.T @ wanted)
+
+
 def change_action_dim(model: IRASimTransformer3DModel, action_dim: int) -> IRASimTransformer3DModel:
     """Go on with a trained model on a robot with other actions: a new action encoder, which at first embeds all as the null action.
 

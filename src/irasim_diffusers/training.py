@@ -112,6 +112,7 @@ def diffusion_loss(
     timesteps: torch.Tensor,
     noise: torch.Tensor,
     action_mask: torch.Tensor | None = None,
+    relative_latents: bool = False,
     states: torch.Tensor | None = None,
     state_loss_weight: float = 1.0,
     snr_gamma: float | None = None,
@@ -126,6 +127,7 @@ def diffusion_loss(
         timesteps: Diffusion timesteps (B,).
         noise: Noise (B, C, n, H, W).
         action_mask: Booleans (B, n); actions at False are dropped.
+        relative_latents: As in the model's config: predict the latents relative to the last history frame.
         states: True states (B, F, S), of unit variance, for the readout.
         state_loss_weight: Weight of the readout's mean squared error.
         snr_gamma: Weigh timesteps by min-SNR with this gamma (https://arxiv.org/abs/2303.09556), 5 in its paper; None for
@@ -136,6 +138,8 @@ def diffusion_loss(
     """
     num_history_frames = latents.shape[2] - actions.shape[1]
     history, future = latents[:, :, :num_history_frames], latents[:, :, num_history_frames:]
+    if relative_latents:
+        future = future - history[:, :, -1:]
     noisy = add_noise(scheduler, future, noise, timesteps)
     outputs = transformer(
         torch.cat([history, noisy], dim=2), timesteps, actions, action_mask=action_mask, return_dict=False

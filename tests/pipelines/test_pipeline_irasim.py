@@ -48,6 +48,19 @@ def test_every_scheduler_keeps_the_history_and_only_steps_the_future(name, predi
     assert not torch.equal(windows[0][:, :, 2:], windows[-1][:, :, 2:])
 
 
+def test_what_stands_still_is_zero_in_relative_latents(frames, actions):
+    """A network that finds no change repeats the last frame, window after window, in calls and streams."""
+    pipeline = tiny_pipeline(prediction_type="sample", relative_latents=True)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
+    for parameter in pipeline.transformer.proj_out.parameters():
+        torch.nn.init.zeros_(parameter)
+    last = pipeline.encode_history(pipeline.preprocess_frames(frames))[:, :, -1:]
+    video = run(pipeline, frames, actions, output_type="latent")
+    torch.testing.assert_close(video, last.expand(-1, -1, 7, -1, -1), atol=1e-4, rtol=0)
+    for frame in pipeline.stream(frames, actions, 2, num_inference_steps=2, output_type="latent"):
+        torch.testing.assert_close(frame, last[0, :, 0], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_perfect_network_is_sampled_exactly(name, pipeline, frames, actions):
     """With the true noise of one sample as the prediction, every scheduler must find that sample."""

@@ -214,6 +214,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_space: `"relative"` where zero asks for no motion, `"absolute"` where an action is a target position.
         action_derivation: `"recorded"`, or how actions come from states, one of `actions.DERIVATIONS`.
         cameras: Names of the cameras as tiled in a frame, rows from the top, each from the left.
+        relative_latents: Whether the latents of predicted frames are those relative to the last history frame, so that what
+            stands still is zero; not so in the paper. Pipeline and training subtract and add that frame.
         prediction_type: What the network predicts, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which
             has no betas.
         num_train_timesteps: Steps of the noise process it was trained on; with the next three, as in diffusers.
@@ -266,6 +268,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_derivation: str = "recorded",
         cameras: list[list[str]] | None = None,
         fps: float | None = None,
+        relative_latents: bool = False,
         prediction_type: str = "epsilon",
         num_train_timesteps: int = 1000,
         beta_start: float = 1e-4,

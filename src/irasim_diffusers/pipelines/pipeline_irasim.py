@@ -319,7 +319,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             sigmas: Custom sigmas, for schedulers that take them.
             eta: DDIM's eta.
             attention_kwargs: Passed to the transformer.
-            on_step_end: Called with step, timestep and latents after each step; returns the latents to go on with.
+            on_step_end: Called with step, timestep and latents after each step; returns the latents to go on with. They are
+                relative to the last history frame where the checkpoint's are.
 
         Returns:
             The future (B, C, n, H, W), scaled latents, float32.
@@ -357,7 +358,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
             if on_step_end is not None:
                 latents = on_step_end(index, t, latents)
-        return latents
+        return latents + history[:, :, -1:] if self.transformer.config.relative_latents else latents
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
