@@ -32,6 +32,9 @@ class EmbedArguments:
     scheduler: str = field(default="DDIMScheduler", metadata={"help": "scheduler class of diffusers"})
     timestep_spacing: str = field(default="trailing", metadata={"help": "of the scheduler; few steps need trailing"})
     num_inference_steps: int = field(default=2, metadata={"help": "steps that a call takes where it names none"})
+    window_length: int | None = field(
+        default=None, metadata={"help": "frames of a window of a rollout (default: all)"}
+    )
 
 
 def main() -> None:
@@ -41,7 +44,9 @@ def main() -> None:
     pipeline.scheduler = getattr(diffusers, arguments.scheduler).from_config(
         pipeline.scheduler.config, timestep_spacing=arguments.timestep_spacing
     )
-    pipeline.register_to_config(num_inference_steps=arguments.num_inference_steps)
+    pipeline.register_to_config(
+        num_inference_steps=arguments.num_inference_steps, window_length=arguments.window_length
+    )
     dataset = LeRobotFolder(Path(arguments.dataset))
     pipeline.transformer.register_to_config(fps=dataset.fps)
     pipeline.save_pretrained(target)

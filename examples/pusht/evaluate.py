@@ -52,6 +52,7 @@ class EvaluationArguments:
         default=None, metadata={"help": "scheduler class of diffusers (default: the model's)"}
     )
     num_inference_steps: int | None = field(default=None, metadata={"help": "default: the model's"})
+    window_length: int | None = field(default=None, metadata={"help": "frames of a window (default: the model's)"})
     num_history_frames: int = field(default=1, metadata={"help": "observed frames given to the model"})
     num_clips: int = field(
         default=200, metadata={"help": "clips in which the block moves, and as many with a still one"}
@@ -232,6 +233,7 @@ def main() -> None:
             frames,
             actions,
             num_inference_steps=arguments.num_inference_steps,
+            window_length=arguments.window_length,
             generator=generators,
             output_type="np",
         ).frames

@@ -422,6 +422,27 @@ def test_predict_is_the_world_model_protocol(pipeline, frames, actions):
     assert pipeline.predict(frames, candidates, num_inference_steps=2, output_type="latent").shape == (2, 4, 7, 4, 6)
 
 
+def test_shorter_windows_are_what_a_stream_predicts(tmp_path, frames, actions):
+    """Windows of a call, by argument or by the checkpoint's own length, and chunks of a stream are the same windows."""
+    pipeline = tiny_pipeline()
+    chunks = pipeline.stream(
+        frames, actions, 2, num_inference_steps=2, generator=torch.Generator().manual_seed(1), output_type="latent"
+    )
+    expected = torch.stack(list(chunks)[:6], dim=1)[None]
+    kwargs = {"num_inference_steps": 2, "output_type": "latent"}
+    video = run(pipeline, frames, actions[:6], window_length=4, generator=torch.Generator().manual_seed(1), **kwargs)
+    torch.testing.assert_close(video, expected)
+    assert not torch.allclose(
+        run(pipeline, frames, actions[:6], generator=torch.Generator().manual_seed(1), **kwargs), expected
+    )
+    pipeline.register_to_config(window_length=4)
+    pipeline.save_pretrained(tmp_path)
+    again = IRASimPipeline.from_pretrained(tmp_path)
+    torch.testing.assert_close(
+        run(again, frames, actions[:6], generator=torch.Generator().manual_seed(1), **kwargs), expected
+    )
+
+
 def test_chaining_stops_at_the_last_action():
     lengths = []
 
@@ -464,6 +485,8 @@ BAD_INPUTS = [
     ({"latents": torch.zeros(1, 4, 2, 4, 6)}, "`latents` must be"),
     ({"output_type": "latents"}, "pil, np, pt or latent, got 'latents'"),
     ({"callback_on_step_end_tensor_inputs": ["actions"]}, r"among \['latents'\], got \['actions'\]"),
+    ({"window_length": 2}, r"`window_length` must be in \[3, 5\] for this checkpoint, got 2"),
+    ({"window_length": 6}, r"must be in \[3, 5\]"),
     ({"timesteps": [10, 5]}, "known to the scheduler"),
 ]
 

@@ -57,6 +57,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         transformer: The denoiser; its config holds the action space, the window and the noise process.
         scheduler: Any diffusers scheduler of the checkpoint's prediction type and noise process.
         num_inference_steps: Steps that suit model and scheduler, taken where a call names none; part of the checkpoint.
+        window_length: Frames of the windows of a rollout, history and predicted, taken where a call names none; None for the
+            model's `sample_frames`.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -69,10 +71,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         transformer: IRASimTransformer3DModel,
         scheduler: SchedulerMixin,
         num_inference_steps: int = 50,
+        window_length: int | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
-        self.register_to_config(num_inference_steps=num_inference_steps)
+        self.register_to_config(num_inference_steps=num_inference_steps, window_length=window_length)
         config = self.vae.config if getattr(self, "vae", None) else {}
         levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (None,) * 4
         self.vae_scale_factor = 2 ** (len(levels) - 1)
@@ -172,6 +175,19 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 f"{sorted(unknown)}."
             )
         self.check_scheduler()
+
+    def check_window(self, window_length: int) -> None:
+        """Refuse windows that the checkpoint cannot take.
+
+        Raises:
+            ValueError: If a window has no room for the history and a predicted frame, or Video-Ada is to take another number.
+        """
+        config = self.transformer.config
+        shortest = config.sample_frames if config.conditioning == "video" else config.num_history_frames + 1
+        if not shortest <= window_length <= config.sample_frames:
+            raise ValueError(
+                f"`window_length` must be in [{shortest}, {config.sample_frames}] for this checkpoint, got {window_length}."
+            )
 
     def check_scheduler(self) -> None:
         """Refuse a scheduler that does not fit the checkpoint.
@@ -378,6 +394,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         sigmas: list[float] | None = None,
         eta: float = 0.0,
         chunk_size: int = 16,
+        window_length: int | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[["IRASimPipeline", int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
@@ -404,6 +421,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             sigmas: Custom sigmas, for schedulers that take them.
             eta: DDIM's eta, in [0, 1].
             chunk_size: Frames that the autoencoder encodes or decodes at a time; bounds its memory.
+            window_length: Frames of each window, history and predicted: fewer than the model's `sample_frames` are predicted
+                from nearer, in more windows; None takes the checkpoint's own number.
             attention_kwargs: `{"scale": s}` scales LoRA layers.
             callback_on_step_end: Called as `callback(pipe, step, timestep, {name: tensor})` after each step; returns a
                 dict whose `latents`, if any, replace the current ones. Steps count on over windows. Or a
@@ -425,8 +444,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         tensor_inputs = ["latents"] if tensor_inputs is None else tensor_inputs
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
+        if window_length is None:
+            window_length = self.config.window_length or config.sample_frames
         actions = prepare_actions(actions, config.action_dim)
         histories = self.preprocess_frames(frames, resize)
+        self.check_window(window_length)
         self.check_inputs(
             actions,
             histories,
@@ -446,7 +468,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         batch_size = max(len(histories), len(actions)) * num_videos_per_trajectory
         history = _repeat_to(self.encode_history(histories, chunk_size), batch_size)
         actions = _repeat_to(actions, batch_size).to(self._execution_device)
-        windows = count_windows(actions.shape[1], history.shape[2], config.sample_frames, config.num_history_frames)
+        windows = count_windows(actions.shape[1], history.shape[2], window_length, config.num_history_frames)
         self._num_timesteps = windows * steps_per_window
         started = 0  # actions whose windows have begun
         steps = 0  # steps over all windows
@@ -468,7 +490,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 if self.interrupt:
                     return window_history[:, :, :0]
                 wanted = window_actions.shape[1]
-                length = config.sample_frames - window_history.shape[2]
+                length = window_length - window_history.shape[2]
                 given = None if latents is None else latents[:, :, started : started + wanted]
                 shape = (batch_size, config.in_channels, length, *window_history.shape[-2:])
                 started += wanted
@@ -488,9 +510,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 return future[:, :, :wanted]
 
             try:
-                future = chain_windows(
-                    predict_window, history, actions, config.sample_frames, config.num_history_frames
-                )
+                future = chain_windows(predict_window, history, actions, window_length, config.num_history_frames)
             finally:
                 self._interrupt = False  # a later `denoise_window` of its own shall run
 
