@@ -181,11 +181,9 @@ class TrainingArguments:
             "help": "octaves of sines and cosines that join the actions; default: none, or the pretrained one's"
         },
     )
-    relative_latents: bool | None = field(
-        default=None,
-        metadata={
-            "help": "predict latents relative to the last history frame (default: no, or as the pretrained one)"
-        },
+    relative_latents: bool = field(
+        default=False,
+        metadata={"help": "predict latents relative to the last history frame, as a pretrained model may"},
     )
     prediction_type: str | None = field(
         default=None, metadata={"help": "epsilon (default), v_prediction, sample or flow_prediction"}
@@ -370,7 +368,7 @@ def load_pretrained(
                 f"`{flag}` is {model.config[flag]!r} in {name!r} and cannot become {asked!r}: leave it out."
             )
     changed = {flag: getattr(arguments, flag) for flag in (*WINDOW, "relative_latents")}
-    model.register_to_config(**{flag: value for flag, value in changed.items() if value is not None})
+    model.register_to_config(**{flag: value for flag, value in changed.items() if value})
     if arguments.vae is not None and is_pipeline(name, arguments.revision):
         model = follow_autoencoder(model, pretrained_vae(arguments), vae, source)
     patch_size = arguments.patch_size or model.config.patch_size
@@ -673,12 +671,12 @@ def make_pipeline(
 ) -> IRASimPipeline:
     """The pipeline of a model, sampled as the paper does or as asked."""
     process = noise_process(transformer.config)
-    if transformer.config.prediction_type == "sample":
-        scheduler_class = DDIMScheduler  # PNDM knows no such prediction
     if isinstance(process, FlowMatchEulerDiscreteScheduler):
         return IRASimPipeline(vae, transformer, process)
     config = {key: value for key, value in process.config.items() if not key.startswith("_")}
-    extra = {"skip_prk_steps": True} if scheduler_class is PNDMScheduler else {}
+    extra: dict[str, Any] = {"skip_prk_steps": True} if scheduler_class is PNDMScheduler else {}
+    if transformer.config.prediction_type == "sample":
+        extra["prediction_type"] = "v_prediction"  # PNDM takes no samples; the pipeline converts
     scheduler = scheduler_class.from_config(config | {"steps_offset": 1, "set_alpha_to_one": False} | extra)
     return IRASimPipeline(vae, transformer, scheduler)
 
@@ -736,7 +734,7 @@ def check_arguments(arguments: TrainingArguments) -> None:
     if arguments.lora_rank and pretrained is None:
         raise ValueError("`lora_rank` needs `pretrained_model_name_or_path`: adapters adapt a trained model.")
     kept = ("patch_size", "action_frequencies", *WINDOW, "relative_latents", "action_scale", "action_offset")
-    given = [name for name in kept if getattr(arguments, name) not in (None, [])]
+    given = [name for name in kept if getattr(arguments, name) not in (None, [], False)]
     if arguments.lora_rank and given:
         raise ValueError(f"`lora_rank` keeps the model as it is: leave {', '.join(given)} out.")
     if pretrained is not None and arguments.preset:

@@ -389,7 +389,10 @@ def _load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
     except (OSError, ValueError) as error:
         raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {error}") from error
     if arguments.scheduler:
-        pipeline.scheduler = getattr(diffusers, SCHEDULERS[arguments.scheduler]).from_config(pipeline.scheduler.config)
+        kind = pipeline.transformer.config.prediction_type
+        changes = {"prediction_type": "v_prediction"} if kind == "sample" else {}  # which all of them take
+        scheduler_class = getattr(diffusers, SCHEDULERS[arguments.scheduler])
+        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **changes)
     return pipeline.to(device)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import tiny_pipeline, tiny_transformer, tiny_vae
+from diffusers import AutoencoderKL
 from hub_server import HubServer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -119,15 +120,21 @@ def test_lora_trains_adapters_and_the_action_encoder_alone(workspace, trained):
     torch.testing.assert_close(predict(pipeline), plain)
 
 
-def test_a_pretrained_model_goes_on_with_finer_patches(workspace, trained):
+def test_a_pretrained_model_goes_on_with_another_autoencoder_and_finer_patches(workspace, trained):
     base, _ = trained
-    run(
+    flat = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, latent_channels=3, mid_block_add_attention=False)
+    flat.save_pretrained(workspace / "flat")  # latents of twice the size, in another number of channels
+    output = run(
         *("train.py", "--dataset", workspace / "first", "--pretrained_model_name_or_path", base, "--cameras", 0, 1),
-        *("--output_dir", workspace / "finer", "--action_derivation", "relative_6d", "--patch_size", 1, *SHORT),
+        *("--output_dir", workspace / "finer", "--action_derivation", "relative_6d", "--vae", workspace / "flat"),
+        *("--patch_size", 2, "--relative_latents", *SHORT),
         launch=ONE,
     )
-    config = IRASimPipeline.from_pretrained(workspace / "finer").transformer.config
-    assert (config.patch_size, config.base_patch_size) == (1, 2)
+    assert "patches of 4 latent pixels are fitted to it" in output
+    pipeline = IRASimPipeline.from_pretrained(workspace / "finer")
+    config = pipeline.transformer.config
+    assert (config.in_channels, config.patch_size, config.base_patch_size) == (3, 2, 4)
+    assert (config.relative_latents, pipeline.frame_size) == (True, (32, 32))
 
 
 @pytest.mark.parametrize(

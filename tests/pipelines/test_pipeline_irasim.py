@@ -9,6 +9,7 @@ from conftest import tiny_pipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from irasim_diffusers import IRASimPipeline
+from irasim_diffusers.pipelines.pipeline_irasim import WITHOUT_SAMPLE
 from irasim_diffusers.rollout import chain_windows
 
 SCHEDULERS = [
@@ -59,6 +60,26 @@ def test_what_stands_still_is_zero_in_relative_latents(frames, actions):
     torch.testing.assert_close(video, last.expand(-1, -1, 7, -1, -1), atol=1e-4, rtol=0)
     for frame in pipeline.stream(frames, actions, 2, num_inference_steps=2, output_type="latent"):
         torch.testing.assert_close(frame, last[0, :, 0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_predicted_samples_serve_every_scheduler(name, frames, actions):
+    """A network that always predicts one sample ends there, under velocities too."""
+    pipeline = tiny_pipeline(prediction_type="sample")
+    sample = torch.randn(1, 4, 5, 4, 6, generator=torch.Generator().manual_seed(5))
+    pipeline.transformer.register_forward_hook(lambda *_: (sample,))
+    settings = {"final_sigmas_type": "zero", "set_alpha_to_one": True, "timestep_spacing": "leading"}
+    scheduler_class = getattr(diffusers, name)
+    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **settings, prediction_type="sample")
+    if name in WITHOUT_SAMPLE:
+        with pytest.raises(ValueError, match=f"which {name} does not: make it with .* prediction_type='v_prediction'"):
+            run(pipeline, frames, actions[:3])
+    pipeline.scheduler = scheduler_class.from_config(
+        pipeline.scheduler.config, **settings, prediction_type="v_prediction"
+    )
+    video = run(pipeline, frames, actions[:3], num_inference_steps=40, generator=seeded(0), output_type="latent")
+    tolerance = 0.05 if name == "PNDMScheduler" else 2e-3  # it extrapolates velocities
+    torch.testing.assert_close(video, sample[:, :, 2:], atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

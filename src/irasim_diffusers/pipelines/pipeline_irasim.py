@@ -46,6 +46,10 @@ EXAMPLE_DOC_STRING = """
 """
 
 
+WITHOUT_SAMPLE = ("PNDMScheduler", "HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+"""Schedulers that take no predicted samples; the pipeline gives them velocities instead."""
+
+
 class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     """Predicts the video of a robot that executes given actions, from the frames seen so far.
 
@@ -55,7 +59,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     Args:
         vae: Per-frame autoencoder.
         transformer: The denoiser; its config holds the action space, the window and the noise process.
-        scheduler: Any diffusers scheduler of the checkpoint's prediction type and noise process.
+        scheduler: Any diffusers scheduler of the checkpoint's prediction type and noise process; one of velocities where the
+            checkpoint predicts samples.
         num_inference_steps: Steps that suit model and scheduler, taken where a call names none; part of the checkpoint.
         window_length: Frames of the windows of a rollout, history and predicted, taken where a call names none; None for the
             model's `sample_frames`.
@@ -210,10 +215,16 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                     "`irasim_diffusers.models.noise_process(pipe.transformer.config)`."
                 )
             return
-        if found != config.prediction_type:
+        sample = config.prediction_type == "sample"
+        if found != config.prediction_type and not (sample and found == "v_prediction"):
             raise ValueError(
                 f"`scheduler` must have the checkpoint's prediction type {config.prediction_type!r}, got {name} with "
                 f"{found!r}: {remedy}"
+            )
+        if found == "sample" and name in WITHOUT_SAMPLE:
+            raise ValueError(
+                f"`scheduler` must take predicted samples, which {name} does not: make it with "
+                f"`{name}.from_config(pipe.scheduler.config, prediction_type='v_prediction')`; the pipeline converts."
             )
         trained = noise_process(config).alphas_cumprod
         alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)
@@ -371,6 +382,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 with self.transformer.cache_context("uncond"):
                     unconditional = predict(noisy, timestep, nothing)
                 prediction = unconditional + self.guidance_scale * (prediction - unconditional)
+            if self.transformer.config.prediction_type == "sample":
+                prediction = self._as_scheduler_takes(prediction, noisy, float(t))
             latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
             if on_step_end is not None:
                 latents = on_step_end(index, t, latents)
@@ -660,6 +673,16 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             **(custom or {"num_inference_steps": num_inference_steps}), device=self._execution_device
         )
         return self.scheduler.timesteps
+
+    def _as_scheduler_takes(self, sample: torch.Tensor, noisy: torch.Tensor, timestep: float) -> torch.Tensor:
+        """A predicted sample, or the velocity that it means where the scheduler takes velocities."""
+        if self.scheduler.config.prediction_type == "sample":
+            return sample
+        alphas_cumprod = self.scheduler.alphas_cumprod.double().cpu().numpy()
+        sigmas = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
+        sigma = float(np.interp(timestep, np.arange(len(sigmas)), sigmas))  # as schedulers of sigmas interpolate
+        alpha = (1 + sigma**2) ** -0.5
+        return (alpha * noisy - sample) / (alpha * sigma)
 
     def _step_kwargs(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters
