@@ -4,7 +4,7 @@
 
 The large models use the frozen SDXL VAE, as the paper does; a small world model of simple pictures is far lighter with
 a small VAE of its own. Loss: MSE + 0.1 L1 + a trace of KL. `scaling_factor` is set from the latents of the data, so
-that they have unit variance. The same command run again goes on from the last checkpoint. With `--pretrained` and
+that they have unit variance, or `--latent_std`. The same command run again goes on from the last checkpoint. With `--pretrained` and
 `--freeze_encoder` the decoder alone is trained on, so that latents, and world models of them, stay as they are.
 """
 
@@ -51,6 +51,10 @@ class VAEArguments:
     latent_channels: int = 4
     norm_num_groups: int = field(
         default=32, metadata={"help": "of the group norms; with 1, latents depend least on what lies far away"}
+    )
+    latent_std: float = field(
+        default=1.0,
+        metadata={"help": "of scaled latents; a quarter where most of a picture is empty and few latents are large"},
     )
     train_batch_size: int = field(default=16, metadata={"help": "pictures per step and process"})
     max_train_steps: int = 2800
@@ -215,7 +219,8 @@ def main() -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if not arguments.freeze_encoder:
-            vae.register_to_config(scaling_factor=1 / latent_std(vae, held_out, accelerator.device))
+            deviation = latent_std(vae, held_out, accelerator.device)
+            vae.register_to_config(scaling_factor=arguments.latent_std / deviation)
         vae.save_pretrained(output)
         psnr = reconstruction_psnr(vae, held_out, accelerator.device)
         print(f"held-out PSNR {psnr:.2f} dB in float32; scaling_factor {vae.config.scaling_factor:.4f}; {output}")
