@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from irasim_diffusers import PRESETS, IRASimPipeline, IRASimTransformer3DModel
-from irasim_diffusers.conversion import change_action_dim, change_autoencoder, change_patch_size
+from irasim_diffusers.conversion import change_action_dim, change_autoencoder, change_patch_size, predict_samples
 from irasim_diffusers.data import (
     LatentClips,
     MixedClips,
@@ -186,7 +186,10 @@ class TrainingArguments:
         metadata={"help": "predict latents relative to the last history frame, as a pretrained model may"},
     )
     prediction_type: str | None = field(
-        default=None, metadata={"help": "epsilon (default), v_prediction, sample or flow_prediction"}
+        default=None,
+        metadata={
+            "help": "epsilon (default), v_prediction, sample or flow_prediction; a pretrained model of v may become one of samples"
+        },
     )
     # LoRA
     lora_rank: int = field(
@@ -362,13 +365,15 @@ def load_pretrained(
         *(WINDOW if model.config.conditioning == "frame" else ()),
     }
     for flag in sorted(fixed):
-        asked = getattr(arguments, flag)
-        if asked not in (None, model.config[flag]):
+        asked, has = getattr(arguments, flag), model.config[flag]
+        if asked not in (None, has) and (has, asked) != ("v_prediction", "sample"):
             raise ValueError(
                 f"`{flag}` is {model.config[flag]!r} in {name!r} and cannot become {asked!r}: leave it out."
             )
     changed = {flag: getattr(arguments, flag) for flag in (*WINDOW, "relative_latents")}
     model.register_to_config(**{flag: value for flag, value in changed.items() if value})
+    if (model.config.prediction_type, arguments.prediction_type) == ("v_prediction", "sample"):
+        model = predict_samples(model)
     if arguments.vae is not None and is_pipeline(name, arguments.revision):
         model = follow_autoencoder(model, pretrained_vae(arguments), vae, source)
     patch_size = arguments.patch_size or model.config.patch_size

@@ -24,6 +24,7 @@ from irasim_diffusers.conversion import (
     load_latte,
     load_opensora,
     load_released_irasim,
+    predict_samples,
 )
 
 
@@ -596,6 +597,16 @@ def test_a_model_follows_an_autoencoder_whose_latents_are_a_linear_map_of_its_ow
     shuffled = other(noise.transpose(1, 2)).transpose(1, 2)
     expected = other(model(noise, *inputs).sample.transpose(1, 2)).transpose(1, 2)
     assert (followed(shuffled, *inputs).sample - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+def test_at_the_last_timestep_a_velocity_is_the_negated_sample():
+    model = tiny_transformer(prediction_type="v_prediction")
+    inputs = torch.randn(2, 4, 5, 4, 6), torch.tensor([999, 999]), torch.randn(2, 3, 3)
+    samples = predict_samples(model)
+    torch.testing.assert_close(samples(*inputs).sample, -model(*inputs).sample)
+    assert samples.config.prediction_type == "sample"
+    with pytest.raises(ValueError, match=r"`model` must predict velocities .* got 'sample'"):
+        predict_samples(samples)
 
 
 def test_another_autoencoder_must_keep_the_grid_of_patches():

@@ -335,6 +335,31 @@ def change_patch_size(
     return new
 
 
+def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel:
+    """Go on with a model of velocities as one of samples, which need not carry the noise of fine latents through its width.
+
+    At the last timestep a velocity is the negated sample, so that the output is negated. A short training lets the model
+    settle.
+
+    Args:
+        model: The trained model, with `prediction_type="v_prediction"`.
+
+    Returns:
+        A new model; the given one is left as it is.
+
+    Raises:
+        ValueError: If the model predicts something else.
+    """
+    if model.config.prediction_type != "v_prediction":
+        raise ValueError(f"`model` must predict velocities (v_prediction), got {model.config.prediction_type!r}.")
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    new = IRASimTransformer3DModel(**config | {"prediction_type": "sample"})
+    new.load_state_dict(
+        {name: -value if name.startswith("proj_out.") else value for name, value in model.state_dict().items()}
+    )
+    return new
+
+
 def change_autoencoder(
     model: IRASimTransformer3DModel, patch_size: int, before: torch.Tensor, after: torch.Tensor
 ) -> IRASimTransformer3DModel:

@@ -254,7 +254,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         qk_norm: str | None = None,
         temporal_position: str = "sincos",
         spatial_position: str = "grid",
-        base_patch_size: int | None = None,
+        base_patch_size: float | None = None,
         use_fps: bool = False,
         history_timestep: str = "same",
         action_activation: str | None = "gelu_tanh",
