@@ -287,8 +287,27 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         beta_schedule: str = "linear",
     ) -> None:
         super().__init__()
-        dim = num_attention_heads * attention_head_dim
-        num_actions = sample_frames - num_history_frames
+        for name, count in (
+            ("num_attention_heads", num_attention_heads),
+            ("attention_head_dim", attention_head_dim),
+            ("num_layers", num_layers),
+            ("in_channels", in_channels),
+            ("patch_size", patch_size),
+            ("sample_height", sample_height),
+            ("sample_width", sample_width),
+            ("sample_frames", sample_frames),
+            ("num_history_frames", num_history_frames),
+            ("action_dim", action_dim),
+        ):
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"`{name}` must be a whole number, at least 1, got {count!r}.")
+        if num_history_frames >= sample_frames:
+            raise ValueError(
+                f"`num_history_frames` must be less than `sample_frames` = {sample_frames}, which hold the predicted frames "
+                f"too, got {num_history_frames}."
+            )
+        if fps is not None and not 0 < fps < float("inf"):
+            raise ValueError(f"`fps` must be a positive number of frames a second, or None, got {fps}.")
         for name, value, known in (
             ("conditioning", conditioning, ("frame", "video")),
             ("norm_type", norm_type, ("ada_norm_zero", "ada_norm_single")),
@@ -297,6 +316,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             ("history_timestep", history_timestep, ("same", "zero")),
             ("action_activation", action_activation, ("gelu_tanh", None)),
             ("action_space", action_space, ("relative", "absolute")),
+            ("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample", "flow_prediction")),
+            ("beta_schedule", beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2")),
         ):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, known))}, got {value!r}.")
@@ -311,6 +332,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                     f"`{name}` must have `action_dim` = {action_dim} entries, one a component, got {len(values)}."
                 )
 
+        dim = num_attention_heads * attention_head_dim
+        num_actions = sample_frames - num_history_frames
         self.patch_embed = PatchEmbed(
             height=sample_height,
             width=sample_width,

@@ -151,7 +151,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             raise ValueError(f"`latents` must be {shape}, got {tuple(latents.shape)}.")
         config = self.transformer.config
         if fps is not None and not config.use_fps:
-            raise ValueError(f"`fps` must be None for this checkpoint, which does not embed frames a second, got {fps}.")
+            raise ValueError(
+                f"`fps` must be None for this checkpoint, which does not embed frames a second, got {fps}."
+            )
         rate = config.fps if fps is None else fps
         if config.use_fps and (rate is None or not 0 < rate < float("inf")):
             raise ValueError(
@@ -588,7 +590,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             raise ValueError(f"`chunk_length` must be {longest} for Video-Ada, got {chunk_length}.")
         histories = self.preprocess_frames(frames, resize)
         hold = torch.zeros(1, chunk_length, config.action_dim)
-        self.check_inputs(hold, histories, num_inference_steps, guidance_scale, 1, generator, None, output_type, [], fps)
+        self.check_inputs(
+            hold, histories, num_inference_steps, guidance_scale, 1, generator, None, output_type, [], fps
+        )
         if len(histories) != 1:
             raise ValueError(f"`frames` must be one history, got {len(histories)}: stream each trajectory by itself.")
 
