@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import tiny_pipeline, tiny_transformer
+from conftest import ARCHITECTURES, tiny_pipeline, tiny_transformer
 from diffusers import ContextParallelConfig, FirstBlockCacheConfig, ParallelConfig
 from diffusers.hooks.context_parallel import apply_context_parallel
-from test_model_features import ARCHITECTURES
 from torch.distributed.device_mesh import init_device_mesh
 
 FRAMES = np.random.default_rng(2).integers(0, 256, (2, 8, 12, 3), dtype=np.uint8)

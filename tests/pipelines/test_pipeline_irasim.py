@@ -633,6 +633,7 @@ def test_chunks_of_a_stream_fit_the_window(window, lengths, frames, actions):
 def test_a_flow_is_sampled_by_schedulers_of_flows_alone(frames, actions):
     flow = diffusers.FlowMatchEulerDiscreteScheduler()
     pipeline = tiny_pipeline(prediction_type="flow_prediction")
+    pipeline.scheduler = diffusers.PNDMScheduler()
     with pytest.raises(ValueError, match=r"must be one of rectified flow in 1000 steps .* got PNDMScheduler"):
         run(pipeline, frames, actions)
     pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
