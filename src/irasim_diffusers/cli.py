@@ -243,12 +243,15 @@ def run_convert(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--vae must be an AutoencoderKL, a folder or Hub id, got {arguments.vae!r}: {error}"
         ) from error
-    load: Callable[..., IRASimTransformer3DModel]
-    load = {"irasim": load_released_irasim, "opensora": load_opensora, "latte": load_latte}[arguments.source]
+    loaders: dict[str, Callable[..., IRASimTransformer3DModel]] = {
+        "irasim": load_released_irasim,
+        "opensora": load_opensora,
+        "latte": load_latte,
+    }
     released = {name: getattr(arguments, name) for name in ("dataset", "weights", "final_frame_ada")}
     options = released if arguments.source == "irasim" else {}
     try:
-        transformer = load(arguments.checkpoint, report=report, **options, **config)
+        transformer = loaders[arguments.source](arguments.checkpoint, report=report, **options, **config)
     except (TypeError, ZeroDivisionError, RuntimeError) as error:  # what layers make of values they cannot have
         raise ValueError(f"--config must make a model, got {' '.join(arguments.config)!r}: {error}") from error
     if vae.config.latent_channels != transformer.config.in_channels:
