@@ -21,6 +21,25 @@ TINY = {
 }
 
 
+# the families that the one class covers
+ARCHITECTURES = {
+    "Frame-Ada": {},
+    "Video-Ada": {"conditioning": "video"},
+    "Open-Sora": {
+        "norm_type": "ada_norm_single",
+        "qk_norm": "rms_norm",
+        "temporal_position": "rope",
+        "spatial_position": "area",
+        "history_timestep": "zero",
+        "use_fps": True,
+        "fps": 3.0,
+        "prediction_type": "flow_prediction",
+    },
+    "Latte": {"norm_type": "ada_norm_single", "spatial_position": "fixed"},
+    "Language-Table": {"conditioning": "video", "action_activation": None},
+}
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
@@ -53,8 +72,10 @@ def tiny_vae() -> AutoencoderKL:
 
 def tiny_pipeline(num_inference_steps=50, **changes) -> IRASimPipeline:
     transformer = tiny_transformer(**changes)
-    process = {name: value for name, value in noise_process(transformer.config).config.items() if name[0] != "_"}
-    scheduler = PNDMScheduler.from_config(process | {"skip_prk_steps": True, "steps_offset": 1})
+    scheduler = noise_process(transformer.config)
+    if transformer.config.prediction_type != "flow_prediction":
+        process = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
+        scheduler = PNDMScheduler.from_config(process | {"skip_prk_steps": True, "steps_offset": 1})
     pipeline = IRASimPipeline(tiny_vae(), transformer, scheduler, num_inference_steps)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,4 +1,5 @@
 import collections
+import json
 import math
 import os
 import pickle
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_transformer, tiny_vae
-from diffusers import LatteTransformer3DModel
+from diffusers import AutoencoderKL, LatteTransformer3DModel
 from safetensors.torch import save_file
 
 from irasim_diffusers import PRESETS, IRASimPipeline, IRASimTransformer3DModel
@@ -138,11 +139,11 @@ def released_forward(state, x, t, actions, *, heads, dataset, video, final_frame
 # sizes all differ within a case: width, heads, single blocks, patch, frames, channels, patches high and wide
 SIZES = ("dim", "heads", "depth", "patch", "frames", "channels", "rows", "columns")
 CASES = {
-    "rt1": ("rt1", False, (24, 2, 4, 2, 5, 3, 2, 7)),
-    "bridge": ("bridge", False, (16, 4, 2, 1, 3, 5, 6, 2)),
-    "languagetable": ("languagetable", False, (20, 5, 6, 3, 4, 2, 1, 9)),
-    "rt1-video": ("rt1", True, (28, 7, 4, 2, 6, 3, 5, 1)),
-    "languagetable-video": ("languagetable", True, (12, 3, 2, 4, 7, 1, 2, 5)),
+    "rt1": ("rt1", False, (24, 3, 4, 2, 5, 1, 6, 8)),
+    "bridge": ("bridge", False, (16, 4, 2, 1, 3, 5, 6, 9)),
+    "languagetable": ("languagetable", False, (20, 5, 6, 3, 4, 8, 1, 9)),
+    "rt1-video": ("rt1", True, (32, 8, 4, 2, 6, 3, 5, 1)),
+    "languagetable-video": ("languagetable", True, (12, 3, 6, 4, 7, 1, 8, 5)),
 }
 
 
@@ -195,7 +196,7 @@ def test_released_weights_give_the_released_outputs(name, final_frame_ada, tmp_p
 def test_the_config_is_complete(tmp_path):
     _, overrides, state = case("languagetable-video")
     config = load_released_irasim(write(tmp_path / "a.pt", state, ema=state), "languagetable", **overrides).config
-    assert (config.conditioning, config.sample_frames, config.num_layers, config.patch_size) == ("video", 7, 1, 4)
+    assert (config.conditioning, config.sample_frames, config.num_layers, config.patch_size) == ("video", 7, 3, 4)
     assert (config.action_scale, config.action_names, config.fps) == ([20.0, 20.0], ["x", "y"], 10.0)
 
 
@@ -223,7 +224,7 @@ def test_every_problem_is_listed(tmp_path):
     assert "nothing for transformer_blocks.1.ff.net.2.bias (24,)" in message
     assert "blocks.0.attn.proj.weight: (5, 5) where transformer_blocks.0.attn1.to_out.0.weight is (24, 24)" in message
     assert "surprise (1,): unknown" in message
-    assert "pos_embed (1, 14, 24): unknown, or unlike what its place computes" in message
+    assert "pos_embed (1, 48, 24): unknown, or unlike what its place computes" in message
 
 
 class Attack:
@@ -249,6 +250,9 @@ def test_code_in_a_file_is_never_run(legacy, tmp_path):
     [
         ({"ema": {"a": torch.zeros(1)}}, {}, "no IRASim weights"),
         ({"other": 3}, {}, r"holds no 'ema' weights; it has \['other'\]"),
+        ({"model": {"a": torch.zeros(1)}}, {}, r"holds no 'ema' weights; it has \['model'\]"),
+        ({"ema": {"x_embedder.proj.weight": 3}}, {}, "holds no weights: a dictionary of tensors is wanted"),
+        ({}, {"path": Path(__file__).parent}, "must be a checkpoint file, got .*, a folder"),
         (pickle.dumps(3), {}, "no checkpoint that can be read safely"),
         (None, {}, "does not exist"),
         ({}, {"dataset": "droid"}, "`dataset` must be one of"),
@@ -263,6 +267,43 @@ def test_bad_files(content, arguments, message, tmp_path):
         torch.save(content, path)
     with pytest.raises(ValueError, match=message):
         load_released_irasim(**{"path": path, "dataset": "rt1"} | arguments)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_damaged_file_is_refused_or_whole(legacy, tmp_path):
+    _, overrides, state = case("rt1")
+    torch.save({"ema": state}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    content, rng = (tmp_path / "a.pt").read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for length in rng.integers(0, len(content), 20):
+        damaged = bytearray(content[:length])
+        for place in rng.integers(0, min(len(damaged), 3000), 3) if len(damaged) % 2 else ():
+            damaged[place] = rng.integers(256)
+        (tmp_path / "a.pt").write_bytes(damaged)
+        try:
+            load_released_irasim(tmp_path / "a.pt", "rt1", **overrides)
+        except ValueError:
+            refused += 1
+    assert refused == 20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_files_of_16_bits_are_widened(dtype, tmp_path):
+    _, overrides, state = case("rt1")
+    state = {key: value.to(dtype) for key, value in state.items()}
+    model = load_released_irasim(write(tmp_path / "a.pt", state, ema=state), "rt1", **overrides)
+    assert torch.equal(model.proj_out.weight, state["final_layer.linear.weight"].float())
+    state = {
+        key: value.to(dtype) for key, value in opensora_state(dim=24, head=6, depth=1, patch=2, channels=4).items()
+    }
+    save_file(state, tmp_path / "model.safetensors")
+    assert load_opensora(tmp_path).fps_embed.linear_1.bias.dtype == torch.float32
+
+
+def test_weights_of_another_data_set_are_listed(tmp_path):
+    _, overrides, state = case("rt1")
+    with pytest.raises(ValueError, match=r"embed_state.fc1.weight: \(96, 7\) where action_embed.linear_1.weight is"):
+        load_released_irasim(write(tmp_path / "a.pt", state, ema=state), "languagetable", **overrides)
 
 
 def test_an_unknown_width_needs_its_heads(tmp_path):
@@ -437,7 +478,8 @@ LATTE_CASES = [
 
 
 def test_sizes_all_differ_within_a_case():
-    for values in [*OPENSORA_CASES, *LATTE_CASES]:
+    released = [(*values, RELEASED_DATASETS[dataset]["action_dim"]) for dataset, _, values in CASES.values()]
+    for values in [*released, *OPENSORA_CASES, *LATTE_CASES]:
         assert len(set(values)) == len(values), values
 
 
@@ -513,6 +555,31 @@ def test_pretrained_families_list_their_problems_too(tmp_path):
         load_opensora(tmp_path / "broken.safetensors")
     with pytest.raises(ValueError, match="must be a safetensors file or a folder"):
         load_opensora(tmp_path / "nowhere")
+
+
+def test_shards_are_read_by_their_folder(tmp_path):
+    state = opensora_state(dim=24, head=6, depth=1, patch=2, channels=4)
+    whole = tmp_path / "whole.safetensors"
+    save_file(state, whole)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    names = [shards / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for number, name in enumerate(names):
+        save_file(dict(list(state.items())[number::2]), name)
+    index = shards / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {key: names[i % 2].name for i, key in enumerate(state)}}))
+    expected = load_opensora(whole).state_dict()
+    for key, value in load_opensora(shards).state_dict().items():
+        assert torch.equal(value, expected[key]) or key.startswith("action_embed.")
+    with pytest.raises(ValueError, match=r"of shards give the folder, not the index"):
+        load_opensora(index)
+    whole.rename(shards / "model.fp16.safetensors")
+    with pytest.raises(ValueError, match=f"holds {len(state)} tensors more than once"):
+        load_opensora(shards)
+    names[0].unlink()
+    (shards / "model.fp16.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"nothing for|missing"):
+        load_opensora(shards)
 
 
 def test_the_command_starts_from_opensora(tmp_path, capsys):
@@ -648,6 +715,44 @@ def test_open_sora_wants_the_rate_of_the_clips(tmp_path, capsys):
     arguments = ["convert", "--source", "opensora", "--checkpoint", str(tmp_path), "--vae", "vae"]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
     assert "fps=<frames a second of your clips> is wanted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "rt2"], "invalid choice: 'rt2'"),
+        (["--checkpoint", "{folder}"], "must be a checkpoint file, got .*, a folder"),
+        (["--checkpoint", "{folder}/cut.pt"], "is no checkpoint that can be read safely"),
+        (["--checkpoint", "{folder}/alone.pt", "--weights", "ema"], "holds no 'ema' weights"),
+        (["--dataset", "languagetable"], r"\d+ tensors do not fit"),
+        (["--vae", "{folder}/eight"], "--vae must have 4 latent channels, as the weights, got .* with 8"),
+        (["--config", "num_attention_heads=x"], "--config num_attention_heads must be int in JSON, got 'x'"),
+        (["--config", "action_scale=[1,2"], r"--config action_scale must be float \| list\[float\] in JSON, got"),
+        (["--config", "num_attention_heads=0"], "--config must make a model, got .*: .*zero"),
+        (["--config", "num_attention_heads=3", "action_dim=0"], "`action_dim` must be a whole number, at least 1"),
+    ],
+)
+def test_bad_conversions_are_one_line(arguments, message, tmp_path, capsys):
+    state = released_state("rt1", False, dim=24, depth=2, patch=2, frames=4, channels=4, rows=16, columns=20)
+    write(tmp_path / "a.pt", state, ema=state)
+    write(tmp_path / "alone.pt", state)
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:2000])
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    AutoencoderKL(norm_num_groups=4, block_out_channels=(4,), latent_channels=8).save_pretrained(tmp_path / "eight")
+    given = {"--checkpoint": f"{tmp_path}/a.pt", "--dataset": "rt1", "--vae": f"{tmp_path}/vae"}
+    command = ["convert", *(word for pair in given.items() for word in pair), "--output", f"{tmp_path}/out"]
+    command += ["--config", "num_attention_heads=3", *(word.format(folder=tmp_path) for word in arguments)]
+    before = sorted(tmp_path.iterdir())
+    try:
+        status = main(command)
+    except SystemExit as stop:  # argparse
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert re.search(message, error)
+    assert "Traceback" not in error
+    assert error.count("\n") == 1 or error.startswith("usage")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_the_sizes_in_the_guide():

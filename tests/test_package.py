@@ -56,10 +56,27 @@ def test_no_folder_shadows_a_diffusers_pipeline():
     assert not modules & {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
 
 
-def test_importing_does_nothing_visible():
-    code = "import irasim_diffusers; print(irasim_diffusers.__version__)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == irasim_diffusers.__version__
+NEWCOMER = """
+import sys
+sys.modules["torchao"] = None  # comes with the tests alone, and warns of itself
+from irasim_diffusers import IRASimPipeline, __version__, embedded_checkpoint
+print(__version__)
+IRASimPipeline.from_pretrained(embedded_checkpoint())
+from irasim_diffusers.cli import main
+sys.exit(main(["generate", "--steps", "1"]))
+"""
+
+
+def test_a_first_use_prints_nothing_but_what_it_did(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-W", "default", "-c", NEWCOMER], capture_output=True, text=True, cwd=tmp_path
+    )
+    version, *rest = result.stdout.splitlines()
+    assert version == irasim_diffusers.__version__
+    assert [line.split()[0] for line in rest] == ["PSNR", "60", "wrote"]
+    bar = r"(Loading pipeline components\.\.\.: +)?\d+%\|.*\| \d+/\d+ \[.*\]"
+    for line in re.split("[\r\n]+", result.stderr):
+        assert re.fullmatch(bar, line.strip()) or not line.strip(), line
 
 
 def test_public_names_exist():

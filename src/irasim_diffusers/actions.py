@@ -23,10 +23,12 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
     """
     wanted = f"`actions` must be (n, {action_dim}) or (batch, n, {action_dim})"
     try:
+        if isinstance(actions, list | tuple) and actions and all(torch.is_tensor(action) for action in actions):
+            actions = torch.stack(tuple(actions))
         if not torch.is_tensor(actions):
             actions = torch.from_numpy(np.asarray(actions, dtype=np.float32))
         actions = actions.to(torch.float32)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{wanted}, all numbers and all sequences of one length; {error}.") from error
     if actions.ndim not in (2, 3) or 0 in actions.shape[:-1] or actions.shape[-1] != action_dim:
         remedy = "there is nothing to predict" if 0 in actions.shape else "one row for each frame to predict"

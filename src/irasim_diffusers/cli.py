@@ -9,8 +9,9 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -242,18 +243,22 @@ def run_convert(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--vae must be an AutoencoderKL, a folder or Hub id, got {arguments.vae!r}: {error}"
         ) from error
-    if arguments.source == "irasim":
-        transformer = load_released_irasim(
-            arguments.checkpoint,
-            arguments.dataset,
-            final_frame_ada=arguments.final_frame_ada,
-            weights=arguments.weights,
-            report=report,
-            **config,
+    loaders: dict[str, Callable[..., IRASimTransformer3DModel]] = {
+        "irasim": load_released_irasim,
+        "opensora": load_opensora,
+        "latte": load_latte,
+    }
+    released = {name: getattr(arguments, name) for name in ("dataset", "weights", "final_frame_ada")}
+    options = released if arguments.source == "irasim" else {}
+    try:
+        transformer = loaders[arguments.source](arguments.checkpoint, report=report, **options, **config)
+    except (TypeError, ZeroDivisionError, RuntimeError) as error:  # what layers make of values they cannot have
+        raise ValueError(f"--config must make a model, got {' '.join(arguments.config)!r}: {error}") from error
+    if vae.config.latent_channels != transformer.config.in_channels:
+        raise ValueError(
+            f"--vae must have {transformer.config.in_channels} latent channels, as the weights, got {arguments.vae!r} with "
+            f"{vae.config.latent_channels}."
         )
-    else:
-        load = load_opensora if arguments.source == "opensora" else load_latte
-        transformer = load(arguments.checkpoint, report=report, **config)
     scheduler: SchedulerMixin
     if transformer.config.prediction_type == "flow_prediction":
         scheduler = noise_process(transformer.config)
@@ -275,6 +280,10 @@ def _read_setting(text: str) -> tuple[str, Any]:
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
+        kind = known[name].annotation
+        if str not in (kind, *get_args(kind)):
+            wanted = getattr(kind, "__name__", kind)
+            raise ValueError(f"--config {name} must be {wanted} in JSON, got {value!r}.") from None
         return name, value
 
 

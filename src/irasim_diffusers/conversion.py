@@ -106,19 +106,20 @@ def load_released_irasim(
 
 def _released_state(path: Path, weights: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise ValueError(f"`path` must be a checkpoint file, got {str(path)!r}, which does not exist.")
+        found = "a folder" if path.is_dir() else "which does not exist"
+        raise ValueError(f"`path` must be a checkpoint file, got {str(path)!r}, {found}.")
     if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
         raise ValueError(f"{str(path)!r} is a TorchScript program, not a checkpoint: loading it would run its code.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_inert_pickle())
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"{str(path)!r} is no checkpoint that can be read safely: {error}") from error
     if isinstance(content, Mapping) and weights in content:
         content = content[weights]
     elif isinstance(content, Mapping) and not all(torch.is_tensor(value) for value in content.values()):
         raise ValueError(f"{str(path)!r} holds no {weights!r} weights; it has {sorted(map(str, content))}.")
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{str(path)!r} holds no weights.")
+    if not isinstance(content, Mapping) or not content or not all(map(torch.is_tensor, content.values())):
+        raise ValueError(f"{str(path)!r} holds no weights: a dictionary of tensors is wanted.")
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
@@ -464,9 +465,17 @@ def _safetensors_state(path: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     for file in files:
         try:
-            state |= load_file(file)
+            part = load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"{str(file)!r} is no safetensors file: {error}") from error
+            raise ValueError(
+                f"{str(file)!r} is no safetensors file (of shards give the folder, not the index): {error}"
+            ) from error
+        if twice := sorted(state.keys() & part.keys()):
+            raise ValueError(
+                f"{str(path)!r} holds {len(twice)} tensors more than once, {twice[0]} first: name one file, or leave one "
+                "set of shards in the folder."
+            )
+        state |= part
     return state
 
 
@@ -554,8 +563,9 @@ EMA_DRIFT = 1e-3
 
 def _computed(tensor: torch.Tensor, table: torch.Tensor, tolerance: float = 1e-4) -> str | None:
     """Why a fixed table is dropped, if it is the one that the model computes itself."""
-    if tensor.shape != table.shape:
+    if tensor.shape != table.shape or not tensor.is_floating_point():
         return None
+    tolerance = max(tolerance, torch.finfo(tensor.dtype).eps)  # 16-bit files hold rounded tables
     gap = float((tensor.float() - table).abs().max())
     return f"computed here, differs by at most {gap:.1g}" if gap <= tolerance else None
 

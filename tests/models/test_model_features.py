@@ -1,32 +1,19 @@
 """What diffusers gives its models, on every architecture the one class covers."""
 
+import inspect
+import json
+
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from conftest import tiny_transformer
+from conftest import ARCHITECTURES, tiny_transformer
+from diffusers import TorchAoConfig
 from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from irasim_diffusers import IRASimTransformer3DModel
 from irasim_diffusers.models.transformer_irasim import IRASimAttnProcessor
-
-ARCHITECTURES = {
-    "Frame-Ada": {},
-    "Video-Ada": {"conditioning": "video"},
-    "Open-Sora": {
-        "norm_type": "ada_norm_single",
-        "qk_norm": "rms_norm",
-        "temporal_position": "rope",
-        "spatial_position": "area",
-        "history_timestep": "zero",
-        "use_fps": True,
-        "fps": 3.0,
-        "prediction_type": "flow_prediction",
-    },
-    "Latte": {"norm_type": "ada_norm_single", "spatial_position": "fixed"},
-    "Language-Table": {"conditioning": "video", "action_activation": None},
-}
 
 
 @pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
@@ -38,6 +25,28 @@ def model(request):
 def inputs():
     torch.manual_seed(4)
     return torch.randn(3, 4, 5, 4, 6), torch.tensor([7, 500, 999]), torch.randn(3, 3, 3)
+
+
+def test_a_config_is_json_and_makes_the_same_model(model):
+    parameters = inspect.signature(IRASimTransformer3DModel.__init__).parameters
+    assert all(value.default is not inspect.Parameter.empty for name, value in parameters.items() if name != "self")
+    assert all(f"{name}:" in inspect.getdoc(IRASimTransformer3DModel) for name in parameters if name != "self")
+    config = json.loads(model.to_json_string())
+    again = IRASimTransformer3DModel.from_config(config)
+    assert {key: again.config[key] for key in parameters if key != "self"} == {
+        key: value for key, value in config.items() if key in parameters
+    }
+    assert [(name, value.shape) for name, value in again.named_parameters()] == [
+        (name, value.shape) for name, value in model.named_parameters()
+    ]
+
+
+def test_every_weight_is_trained(model, inputs):
+    """With clips that have actions and one that has none."""
+    mask = torch.tensor([[True] * 3, [False] * 3, [True] * 3])
+    model(*inputs, action_mask=mask).sample.square().mean().backward()
+    untrained = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
+    assert untrained == []
 
 
 def test_gradient_checkpointing_changes_no_gradient(model, inputs):
@@ -171,6 +180,65 @@ def test_tables_of_inference_mode_serve_training(model, inputs):
     assert model.patch_embed.proj.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("model", [{}, ARCHITECTURES["Open-Sora"]], ids=["sincos", "rope"], indirect=True)
+def test_regional_compilation_serves_every_size(model, inputs):
+    _, timestep, actions = inputs
+    torch._dynamo.reset()
+    sizes = [(4, 14), (6, 10), (8, 4)]
+    windows = [torch.randn(3, 4, 5, *size) for size in sizes]
+    expected = [model(window, timestep, actions).sample for window in windows]
+    model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        for number, window in enumerate(windows):
+            with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+                sample = model(window, timestep, actions).sample
+            torch.testing.assert_close(sample, expected[number], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_whose_weights_wait_on_the_disk(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    split = IRASimTransformer3DModel.from_pretrained(
+        tmp_path / "model",
+        device_map="auto",
+        max_memory={"cpu": size * 3 // 5},
+        offload_folder=tmp_path / "offload",
+    )
+    assert set(split.hf_device_map.values()) == {"cpu", "disk"}
+    blocks = [name for name in split.hf_device_map if "blocks." in name]
+    assert all(len(name.split(".")) == 2 for name in blocks), "no block is split"
+    for number in (3, None):  # with actions and with none
+        arguments = (*inputs[:2], inputs[2] if number else None)
+        torch.testing.assert_close(split(*arguments).sample, model(*arguments).sample, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_group_offload(model, inputs, tmp_path, kind, on_disk):
+    model.requires_grad_(False)
+    expected = model(*inputs).sample
+    model.enable_group_offload(
+        torch.device("cpu"),
+        offload_type=kind,
+        num_blocks_per_group=1 if kind == "block_level" else None,
+        offload_to_disk_path=str(tmp_path) if on_disk else None,
+    )
+    for _ in range(2):
+        torch.testing.assert_close(model(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
+    assert bool(list(tmp_path.rglob("*.safetensors"))) == on_disk
+
+
+def test_int8_weights(model, inputs, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    model.save_pretrained(tmp_path)
+    quantised = IRASimTransformer3DModel.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    )
+    expected = model(*inputs).sample
+    error = (quantised(*inputs).sample - expected).square().mean().sqrt() / expected.std()
+    assert 0 < error < 0.05
+
+
 @pytest.mark.gpu
 def test_a_model_split_over_devices(model, inputs):
     expected = model(*inputs).sample
@@ -200,6 +268,9 @@ def test_an_adapter_of_the_model_is_saved_loaded_and_swapped(model, inputs, tmp_
         )
         torch.testing.assert_close(model(*inputs).sample, expected[number], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(*expected)
+    silent = model(*inputs, attention_kwargs={"scale": 0.0}).sample
+    model.disable_lora()
+    torch.testing.assert_close(silent, model(*inputs).sample, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -221,6 +292,15 @@ def test_layerwise_casting(model, inputs):
     sample = model(*inputs).sample
     error = (sample - expected).square().mean().sqrt() / expected.std()
     assert 0 < error < 0.1
+
+
+def test_loading_in_half_precision(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path, variant="fp32")
+    loaded = IRASimTransformer3DModel.from_pretrained(tmp_path, variant="fp32", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    expected = model(*inputs).sample
+    sample = loaded(inputs[0].bfloat16(), *inputs[1:]).sample
+    assert (sample.float() - expected).square().mean().sqrt() < 0.02 * expected.std()
 
 
 @pytest.mark.parametrize("max_shard_size", ["10GB", "50KB"])

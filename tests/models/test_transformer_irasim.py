@@ -147,6 +147,13 @@ def test_one_timestep_for_the_batch(transformer, inputs, shape):
         ({"action_offset": [0.0] * 4}, "`action_offset` must have .* got 4"),
         ({"action_names": ["x"]}, "`action_names` must have .* got 1"),
         ({"action_units": ["m"] * 2}, "`action_units` must have .* got 2"),
+        ({"prediction_type": "noise"}, "`prediction_type` must be one of epsilon, .* got 'noise'"),
+        ({"beta_schedule": "cosine"}, "`beta_schedule` must be one of linear, .* got 'cosine'"),
+        ({"num_attention_heads": "2"}, "`num_attention_heads` must be a whole number, at least 1, got '2'"),
+        ({"action_dim": 0}, "`action_dim` must be a whole number, at least 1, got 0"),
+        ({"patch_size": 1.5}, "`patch_size` must be a whole number, at least 1, got 1.5"),
+        ({"num_history_frames": 5}, "`num_history_frames` must be less than `sample_frames` = 5, .* got 5"),
+        ({"fps": -3.0}, "`fps` must be a positive number of frames a second, or None, got -3.0"),
     ],
 )
 def test_bad_configs(config, message):

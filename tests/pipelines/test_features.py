@@ -1,9 +1,15 @@
-"""What diffusers offers every pipeline, on the embedded model: that it works, what it saves and what it costs."""
+"""What diffusers offers every pipeline.
+
+On the embedded model: that it works, what it saves and what it costs. On tiny models of every architecture: that it works.
+"""
+
+import inspect
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import ARCHITECTURES, tiny_pipeline
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -13,6 +19,7 @@ from diffusers import (
     TaylorSeerCacheConfig,
     TorchAoConfig,
 )
+from peft import LoraConfig, get_peft_model_state_dict
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, embedded_checkpoint
 from irasim_diffusers.data import read_video
@@ -328,3 +335,165 @@ def test_a_tiny_autoencoder_in_place_of_the_vae(plain):
     history = pipeline.encode_history(pipeline.preprocess_frames(FRAMES[:2])).detach()
     expected = vae.encode(torch.from_numpy(FRAMES[:2]).permute(0, 3, 1, 2) / 127.5 - 1).latents
     torch.testing.assert_close(history[0].transpose(0, 1), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
+def tiny(request):
+    """A tiny pipeline of one architecture, whose sampler takes as many steps as it is told."""
+    pipeline = tiny_pipeline(**request.param)
+    if pipeline.transformer.config.prediction_type != "flow_prediction":
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    return pipeline
+
+
+def predict(pipeline, frames, actions, **kwargs) -> torch.Tensor:
+    kwargs = {"num_inference_steps": 2, "output_type": "pt"} | kwargs
+    return pipeline(frames, actions, generator=torch.Generator().manual_seed(0), **kwargs).frames
+
+
+def test_a_saved_pipeline_is_the_same(tiny, frames, actions, tmp_path):
+    expected = predict(tiny, frames, actions)
+    tiny.save_pretrained(tmp_path)
+    loaded = IRASimPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is type(tiny.scheduler)
+    torch.testing.assert_close(predict(loaded, frames, actions), expected, rtol=0, atol=1e-6)
+
+
+def test_a_trajectory_is_the_same_alone_and_in_a_batch(tiny, frames, actions):
+    batch = np.stack([actions, actions[::-1], actions * 2])
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+    kwargs = {"num_inference_steps": 2, "output_type": "pt"}
+    together = tiny(frames, batch, generator=generators, **kwargs).frames
+    alone = tiny(frames, batch[2], generator=torch.Generator().manual_seed(7), **kwargs).frames
+    torch.testing.assert_close(together[2:], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together[0], together[2])
+
+
+def test_half_precision_is_close(tiny, frames, actions):
+    expected = predict(tiny, frames, actions)
+    tiny.to(torch.bfloat16)
+    assert tiny.transformer.dtype == tiny.vae.dtype == torch.bfloat16
+    assert psnr(predict(tiny, frames, actions), expected) > 25
+
+
+CACHES = {
+    "first block": lambda _: FirstBlockCacheConfig(threshold=1e9),
+    "broadcast": lambda pipeline: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_identifiers=("^transformer_blocks",),
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 1001),
+        current_timestep_callback=lambda: pipeline.current_timestep,
+    ),
+    "faster": lambda pipeline: FasterCacheConfig(
+        spatial_attention_block_identifiers=("^transformer_blocks",),
+        spatial_attention_block_skip_range=2,
+        current_timestep_callback=lambda: pipeline.current_timestep,
+        is_guidance_distilled=True,
+    ),
+    "mag": lambda _: MagCacheConfig(mag_ratios=[1.0] * 8, num_inference_steps=8),
+    "taylor": lambda _: TaylorSeerCacheConfig(
+        cache_interval=2, cache_identifiers=[r"^(temporal_)?transformer_blocks.*attn1$"]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_caches_skip_attention_of_every_architecture(tiny, frames, actions, name):
+    expected = predict(tiny, frames, actions, num_inference_steps=8)
+    calls = count_calls(tiny.transformer.transformer_blocks[1].attn1.to_q)
+    tiny.transformer.enable_cache(CACHES[name](tiny))
+    cached = predict(tiny, frames, actions, num_inference_steps=8)
+    assert len(calls) in range(3, 24, 3), "some of eight steps, the same in each of three windows"
+    assert torch.isfinite(cached).all()
+    assert not torch.equal(cached, expected)
+    tiny.transformer.disable_cache()
+    torch.testing.assert_close(predict(tiny, frames, actions, num_inference_steps=8), expected)
+
+
+def test_a_cache_that_skips_nothing_changes_nothing(tiny, frames, actions):
+    kwargs = {"guidance_scale": 2.0}
+    expected = predict(tiny, frames, actions, **kwargs)
+    tiny.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    torch.testing.assert_close(predict(tiny, frames, actions, **kwargs), expected)
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_group_offload_of_every_architecture(tiny, frames, actions, kind):
+    expected = predict(tiny, frames, actions)
+    number = 1 if kind == "block_level" else None
+    tiny.enable_group_offload(torch.device("cpu"), offload_type=kind, num_blocks_per_group=number)
+    torch.testing.assert_close(predict(tiny, frames, actions), expected)
+
+
+def test_model_offload_of_every_architecture(tiny, frames, actions):
+    expected = predict(tiny, frames, actions)
+    tiny.enable_model_cpu_offload(device="cpu")
+    assert set(tiny.model_cpu_offload_seq.split("->")) == {
+        name for name, part in tiny.components.items() if isinstance(part, torch.nn.Module)
+    }
+    hook = tiny.transformer._hf_hook
+    torch.testing.assert_close(predict(tiny, frames, actions), expected)
+    assert tiny.transformer._hf_hook is not hook, "hooks are set anew for the next call"
+
+
+def test_lora_of_every_architecture(tiny, frames, actions, tmp_path):
+    plain = predict(tiny, frames, actions)
+    tiny.transformer.add_adapter(LoraConfig(r=3, target_modules=["to_q", "to_v", "ff.net.2"]))
+    torch.manual_seed(8)
+    for name, parameter in tiny.transformer.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    applied = predict(tiny, frames, actions)
+    metadata = tiny.transformer.peft_config["default"].to_dict()
+    layers = get_peft_model_state_dict(tiny.transformer)
+    encoder = {
+        key.replace(".base_layer.", "."): value
+        for key, value in tiny.transformer.state_dict().items()
+        if key.startswith(("action_embed.", "trajectory_embed.", "null_action"))
+    }
+    tiny.save_lora_weights(
+        tmp_path, transformer_lora_layers=layers | encoder, transformer_lora_adapter_metadata=metadata
+    )
+    tiny.unload_lora_weights()
+    torch.testing.assert_close(predict(tiny, frames, actions), plain, rtol=1e-4, atol=1e-5)
+    tiny.load_lora_weights(tmp_path)
+    torch.testing.assert_close(predict(tiny, frames, actions), applied, rtol=1e-4, atol=1e-5)
+    tiny.fuse_lora()
+    torch.testing.assert_close(predict(tiny, frames, actions), applied, rtol=1e-4, atol=1e-5)
+    tiny.unfuse_lora()
+    tiny.unload_lora_weights()
+    torch.testing.assert_close(predict(tiny, frames, actions), plain, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(applied, plain)
+
+
+def test_names_are_those_of_every_pipeline_of_diffusers():
+    given = inspect.signature(IRASimPipeline.__call__).parameters
+    optional = {"num_inference_steps", "guidance_scale", "generator", "latents", "output_type", "return_dict", "eta"}
+    optional |= {"timesteps", "sigmas", "attention_kwargs", "callback_on_step_end"}
+    optional |= {"callback_on_step_end_tensor_inputs"}
+    assert optional <= given.keys()
+    assert all(given[name].default is not inspect.Parameter.empty for name in optional)
+    assert given["return_dict"].default is True
+    assert given["output_type"].default == "pil"
+
+
+def test_the_state_of_a_call(tiny, frames, actions):
+    seen = []
+
+    def callback(pipeline, step, timestep, tensors):
+        assert pipeline.current_timestep == timestep
+        assert (pipeline.guidance_scale, pipeline.do_classifier_free_guidance) == (2.0, True)
+        assert pipeline.attention_kwargs == {"scale": 0.5}
+        seen.append(step)
+        return {}
+
+    kwargs = {"guidance_scale": 2.0, "attention_kwargs": {"scale": 0.5}, "callback_on_step_end": callback}
+    predict(tiny, frames, actions, **kwargs)
+    assert seen == list(range(tiny.num_timesteps)) == list(range(6))
+    assert tiny.current_timestep is None
+    assert not tiny.interrupt
+
+
+def test_sizes_of_a_pipeline_whose_autoencoder_is_left_out(plain):
+    pipeline = IRASimPipeline.from_pretrained(embedded_checkpoint(), vae=None)
+    assert pipeline.vae_scale_factor == plain.vae_scale_factor == 8

@@ -171,6 +171,28 @@ def test_an_action_encoder_out_of_memory_is_not_silently_left(frames, actions, t
     torch.testing.assert_close(predict(pipeline, frames, actions), plain, rtol=1e-4, atol=1e-5)
 
 
+def test_an_action_encoder_on_disk_is_not_silently_left(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.transformer.enable_group_offload(
+        torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "offload")
+    )
+    with pytest.raises(ValueError, match="LoRA is loaded before group offload to disk is enabled"):
+        pipeline.load_lora_weights(save_with_encoder(tmp_path / "lora"))
+    assert not pipeline.get_list_adapters()
+
+
+def test_a_wrapped_model_is_adapted_and_brought_back(frames, actions, tmp_path):
+    file = save_with_encoder(tmp_path)
+    plain, applied = predict(tiny_pipeline(), frames, actions), predict(loaded(file), frames, actions)
+    pipeline = tiny_pipeline()
+    pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+    with torch.compiler.set_stance("force_eager"):  # it is the wrapper that matters
+        pipeline.load_lora_weights(file)
+        torch.testing.assert_close(predict(pipeline, frames, actions), applied, rtol=1e-4, atol=1e-5)
+        pipeline.unload_lora_weights()
+        torch.testing.assert_close(predict(pipeline, frames, actions), plain, rtol=1e-4, atol=1e-5)
+
+
 def test_an_adapter_may_bring_its_action_encoder(frames, actions, tmp_path):
     pipeline = tiny_pipeline()
     plain = predict(pipeline, frames, actions)

@@ -596,6 +596,62 @@ def test_a_stream_is_the_same_beside_other_calls(pipeline, frames, actions):
     torch.testing.assert_close(torch.stack(beside), torch.stack(alone))
 
 
+RATES = {"use_fps": True, "prediction_type": "flow_prediction", "norm_type": "ada_norm_single"}
+
+
+def test_frames_a_second_of_one_call(frames, actions):
+    pipeline = tiny_pipeline(**RATES, fps=3.0)
+    plain, slow, fast = (
+        run(pipeline, frames, actions[:3], generator=seeded(1), **kwargs) for kwargs in ({}, {"fps": 3}, {"fps": 24.0})
+    )
+    torch.testing.assert_close(plain, slow)
+    assert not torch.allclose(plain, fast, atol=1e-3)
+    torch.testing.assert_close(
+        pipeline.predict(frames, actions[:3], num_inference_steps=3, generator=seeded(1), fps=24.0), fast
+    )
+    kwargs = {"num_inference_steps": 3, "output_type": "pt", "fps": 24.0}
+    streamed = list(pipeline.stream(frames, actions[:3], 3, generator=seeded(1)[0], **kwargs))
+    torch.testing.assert_close(torch.stack(streamed)[None], fast)
+    unknown = tiny_pipeline(**RATES)
+    torch.testing.assert_close(run(unknown, frames, actions[:3], generator=seeded(1), fps=24.0), fast)
+
+
+@pytest.mark.parametrize(
+    ("config", "fps", "message"),
+    [
+        ({}, 10.0, "`fps` must be None for this checkpoint, which does not embed frames a second, got 10.0"),
+        (RATES, None, "`fps` must be the positive number of frames a second, .* got None: give it"),
+        (RATES, 0.0, "`fps` must be the positive number .* got 0.0"),
+        (RATES, float("nan"), "`fps` must be the positive number .* got nan"),
+    ],
+)
+def test_bad_frames_a_second(config, fps, message, frames, actions):
+    pipeline = tiny_pipeline(**config)
+    with pytest.raises(ValueError, match=message):
+        run(pipeline, frames, actions, fps=fps)
+    with pytest.raises(ValueError, match=message):
+        pipeline.stream(frames, actions, 2, num_inference_steps=1, fps=fps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_actions_of_a_policy_are_tensors(pipeline, frames, actions, dtype):
+    """A policy returns tensors of its own type, with their graph unless told otherwise."""
+    tensors = [torch.tensor(action, dtype=dtype, requires_grad=True) for action in actions[:4]]
+    rounded = torch.stack(tensors).detach().float().numpy()
+    expected = list(pipeline.stream(frames, rounded, 2, 1, generator=seeded(4)[0], output_type="pt"))
+    streamed = list(pipeline.stream(frames, iter(tensors), 2, 1, generator=seeded(4)[0], output_type="pt"))
+    torch.testing.assert_close(torch.stack(streamed), torch.stack(expected))
+    called = run(pipeline, frames, tensors, generator=seeded(4))
+    torch.testing.assert_close(called, run(pipeline, frames, rounded, generator=seeded(4)))
+
+
+@pytest.mark.gpu
+def test_actions_of_a_policy_on_cuda(pipeline, frames, actions):
+    pipeline.to("cuda")
+    tensors = [torch.tensor(action).cuda() for action in actions[:4]]
+    assert len(list(pipeline.stream(frames, iter(tensors), 2, 1))) == 4
+
+
 def test_a_stream_leaves_the_state_of_a_call(pipeline, frames, actions):
     list(pipeline.stream(frames, actions[:2], 2, 1, guidance_scale=2.0, attention_kwargs={"scale": 0.5}))
     assert (pipeline.guidance_scale, pipeline.attention_kwargs) == (2.0, {"scale": 0.5})
@@ -690,6 +746,7 @@ def test_chunks_of_a_stream_fit_the_window(window, lengths, frames, actions):
 def test_a_flow_is_sampled_by_schedulers_of_flows_alone(frames, actions):
     flow = diffusers.FlowMatchEulerDiscreteScheduler()
     pipeline = tiny_pipeline(prediction_type="flow_prediction")
+    pipeline.scheduler = diffusers.PNDMScheduler()
     with pytest.raises(ValueError, match=r"must be one of rectified flow in 1000 steps .* got PNDMScheduler"):
         run(pipeline, frames, actions)
     pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)

@@ -11,6 +11,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
@@ -72,7 +73,12 @@ class IRASimAttnProcessor:
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
 
         hidden_states = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+            query,
+            key,
+            value,
+            backend=self._attention_backend,
+            # processes divide the patches, see `_cp_plan`: each has all frames of its own
+            parallel_config=None if attn.temporal else self._parallel_config,
         )
         hidden_states = hidden_states.flatten(-2)  # (B, S, D)
         hidden_states = attn.to_out[0](hidden_states)
@@ -87,13 +93,16 @@ class IRASimAttention(nn.Module, AttentionModuleMixin):
     processor: IRASimAttnProcessor
     to_qkv: nn.Linear  # made by fuse_projections
 
-    def __init__(self, dim: int, heads: int, dim_head: int, qk_norm: str | None = None) -> None:
+    def __init__(
+        self, dim: int, heads: int, dim_head: int, qk_norm: str | None = None, temporal: bool = False
+    ) -> None:
         super().__init__()
         if qk_norm not in (None, "rms_norm"):
             raise ValueError(f"`qk_norm` must be None or rms_norm, got {qk_norm!r}.")
         self.norm_q = nn.RMSNorm(dim_head, eps=1e-6) if qk_norm else None
         self.norm_k = nn.RMSNorm(dim_head, eps=1e-6) if qk_norm else None
         self.heads = heads
+        self.temporal = temporal
         self.use_bias = True
         self.is_cross_attention = False
         self.to_q = nn.Linear(dim, heads * dim_head)
@@ -125,7 +134,7 @@ class IRASimTransformerBlock(nn.Module):
         super().__init__()
         self.temporal = temporal
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attn1 = IRASimAttention(dim, num_attention_heads, attention_head_dim, qk_norm)
+        self.attn1 = IRASimAttention(dim, num_attention_heads, attention_head_dim, qk_norm, temporal)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.ff = FeedForward(dim, activation_fn="gelu-approximate")
         self.norm_type = norm_type
@@ -235,6 +244,11 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         "action_embed",
         "trajectory_embed",
     ]
+    # patches are divided, so that only spatial attention crosses processes; conditions and positions have none of them
+    _cp_plan = {
+        "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=2, expected_dims=4)},
+        "proj_out": ContextParallelOutput(gather_dim=2, expected_dims=4),
+    }
 
     @register_to_config
     def __init__(
@@ -276,8 +290,27 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         beta_schedule: str = "linear",
     ) -> None:
         super().__init__()
-        dim = num_attention_heads * attention_head_dim
-        num_actions = sample_frames - num_history_frames
+        for name, count in (
+            ("num_attention_heads", num_attention_heads),
+            ("attention_head_dim", attention_head_dim),
+            ("num_layers", num_layers),
+            ("in_channels", in_channels),
+            ("patch_size", patch_size),
+            ("sample_height", sample_height),
+            ("sample_width", sample_width),
+            ("sample_frames", sample_frames),
+            ("num_history_frames", num_history_frames),
+            ("action_dim", action_dim),
+        ):
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"`{name}` must be a whole number, at least 1, got {count!r}.")
+        if num_history_frames >= sample_frames:
+            raise ValueError(
+                f"`num_history_frames` must be less than `sample_frames` = {sample_frames}, which hold the predicted frames "
+                f"too, got {num_history_frames}."
+            )
+        if fps is not None and not 0 < fps < float("inf"):
+            raise ValueError(f"`fps` must be a positive number of frames a second, or None, got {fps}.")
         for name, value, known in (
             ("conditioning", conditioning, ("frame", "video")),
             ("norm_type", norm_type, ("ada_norm_zero", "ada_norm_single")),
@@ -286,6 +319,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             ("history_timestep", history_timestep, ("same", "zero")),
             ("action_activation", action_activation, ("gelu_tanh", None)),
             ("action_space", action_space, ("relative", "absolute")),
+            ("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample", "flow_prediction")),
+            ("beta_schedule", beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2")),
         ):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, known))}, got {value!r}.")
@@ -300,6 +335,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                     f"`{name}` must have `action_dim` = {action_dim} entries, one a component, got {len(values)}."
                 )
 
+        dim = num_attention_heads * attention_head_dim
+        num_actions = sample_frames - num_history_frames
         self.patch_embed = PatchEmbed(
             height=sample_height,
             width=sample_width,

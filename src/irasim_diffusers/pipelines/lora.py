@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from diffusers.loaders import CogVideoXLoraLoaderMixin
+from diffusers.utils.torch_utils import unwrap_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..models.transformer_irasim import ACTION_ENCODER
@@ -60,8 +62,9 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         )
         if encoder:
             # kept with the transformer, which several pipelines may share
-            kept = {key: own[key].clone() for key in encoder} | getattr(self.transformer, "_own_action_encoder", {})
-            self.transformer._own_action_encoder = kept
+            transformer = unwrap_module(self.transformer)
+            kept = {key: own[key].clone() for key in encoder} | getattr(transformer, "_own_action_encoder", {})
+            transformer._own_action_encoder = kept
             self._set_weights(encoder)
 
     def unload_lora_weights(self) -> None:
@@ -69,28 +72,34 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
         What is fused stays, with the action encoder it was trained with: `fuse_lora()` and then this make one model.
         """
-        own = {} if self._is_fused() else getattr(self.transformer, "_own_action_encoder", {})
+        transformer = unwrap_module(self.transformer)
+        own = {} if self._is_fused() else getattr(transformer, "_own_action_encoder", {})
         if own:
             self._set_weights(own)
         super().unload_lora_weights()
-        self.transformer._own_action_encoder = {}
+        if transformer is not self.transformer:
+            transformer.unload_lora()  # diffusers passes over what `torch.compile` wraps
+        transformer._own_action_encoder = {}
 
     def _is_fused(self) -> bool:
         return any(isinstance(module, BaseTunerLayer) and module.merged for module in self.transformer.modules())
 
     def _writable_weights(self) -> dict[str, torch.Tensor]:
         """The transformer's own weights, under their names without LoRA."""
+        transformer = unwrap_module(self.transformer)
         own = {
             key.replace(".base_layer.", "."): value
-            for key, value in self.transformer.state_dict().items()
+            for key, value in transformer.state_dict().items()
             if key.startswith(ACTION_ENCODER) and "lora_" not in key
         }
         plain = (type(value) is torch.Tensor and value.is_floating_point() for value in own.values())
-        if not all(plain) or any(value.is_meta for value in own.values()):
+        offload = _get_top_level_group_offload_hook(transformer)
+        on_disk = offload is not None and offload.config.offload_to_disk_path is not None
+        if not all(plain) or on_disk or any(value.is_meta for value in own.values()):
             raise ValueError(
                 "the action encoder must be in memory and not quantised to be replaced: `remove_all_hooks()` ends "
-                "sequential offload, to be enabled again afterwards; a quantisation config takes "
-                "`modules_to_not_convert=['action_embed', 'trajectory_embed']`."
+                "sequential offload, to be enabled again afterwards; LoRA is loaded before group offload to disk is enabled; "
+                "a quantisation config takes `modules_to_not_convert=['action_embed', 'trajectory_embed']`."
             )
         return own
 

@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderTiny,
     DiffusionPipeline,
     FasterCacheConfig,
+    FirstBlockCacheConfig,
     PyramidAttentionBroadcastConfig,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -133,6 +134,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         latents: torch.Tensor | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
+        fps: float | None = None,
     ) -> None:
         """Refuse what cannot be generated, before anything is computed.
 
@@ -156,9 +158,15 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         if latents is not None and latents.shape != shape:
             raise ValueError(f"`latents` must be {shape}, got {tuple(latents.shape)}.")
         config = self.transformer.config
-        if config.use_fps and config.fps is None:
+        if fps is not None and not config.use_fps:
             raise ValueError(
-                "the model embeds frames a second, but its config names none: set `fps` when converting it."
+                f"`fps` must be None for this checkpoint, which does not embed frames a second, got {fps}."
+            )
+        rate = config.fps if fps is None else fps
+        if config.use_fps and (rate is None or not 0 < rate < float("inf")):
+            raise ValueError(
+                f"`fps` must be the positive number of frames a second, which this model embeds, got {rate}: give it, or "
+                "set it in the config."
             )
         cache = getattr(self.transformer, "_cache_config", None)
         if guidance_scale > 1 and isinstance(cache, (PyramidAttentionBroadcastConfig, FasterCacheConfig)):
@@ -170,6 +178,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             raise ValueError(
                 "`FasterCacheConfig` must have is_guidance_distilled=True, got False: it takes half of each batch for "
                 "one without actions."
+            )
+        if isinstance(cache, FirstBlockCacheConfig) and self.transformer._parallel_config is not None:
+            raise ValueError(
+                "`FirstBlockCacheConfig` does not go with context parallelism: processes would disagree on what to skip; "
+                "take another cache."
             )
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}.")
@@ -281,7 +294,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     def encode_history(self, pixels: torch.Tensor, chunk_size: int = 16) -> torch.Tensor:
         """Encode histories (B, h, 3, H, W) in [-1, 1] to scaled latents (B, C, h, H / f, W / f), float32."""
         pixels = pixels.to(self._execution_device, self.vae.dtype)
-        latents = torch.cat([self._encode(chunk) for chunk in pixels.flatten(0, 1).split(chunk_size)]).float()
+        latents = torch.cat([self._encode(chunk) for chunk in pixels.flatten(0, 1).split(chunk_size)])
+        latents = latents.to(self._execution_device, torch.float32)  # the autoencoder may be on another one
         self._check_overflow(latents)
         latents = (latents - (getattr(self.vae.config, "shift_factor", None) or 0.0)) * self.vae.config.scaling_factor
         return latents.unflatten(0, pixels.shape[:2]).transpose(1, 2)
@@ -331,6 +345,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         sigmas: list[float] | None = None,
         eta: float = 0.0,
         attention_kwargs: dict[str, Any] | None = None,
+        fps: float | None = None,
         on_step_end: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Denoise the future of one window; the history stays clean and is never stepped.
@@ -346,6 +361,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             sigmas: Custom sigmas, for schedulers that take them.
             eta: DDIM's eta.
             attention_kwargs: Passed to the transformer.
+            fps: Frames a second, for checkpoints that embed it; None takes the config's.
             on_step_end: Called with step, timestep and latents after each step; returns the latents to go on with. They are
                 relative to the last history frame where the checkpoint's are.
 
@@ -365,7 +381,13 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         def predict(noisy: torch.Tensor, timestep: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
             window = torch.cat([history, noisy], dim=2).to(self.transformer.dtype)
             prediction = self.transformer(
-                window, timestep, actions, action_mask=mask, attention_kwargs=attention_kwargs, return_dict=False
+                window,
+                timestep,
+                actions,
+                action_mask=mask,
+                fps=fps,
+                attention_kwargs=attention_kwargs,
+                return_dict=False,
             )[0]
             return prediction[:, :, num_history_frames:].float()
 
@@ -408,6 +430,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         eta: float = 0.0,
         chunk_size: int = 16,
         window_length: int | None = None,
+        fps: float | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[["IRASimPipeline", int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
@@ -436,6 +459,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             chunk_size: Frames that the autoencoder encodes or decodes at a time; bounds its memory.
             window_length: Frames of each window, history and predicted: fewer than the model's `sample_frames` are predicted
                 from nearer, in more windows; None takes the checkpoint's own number.
+            fps: Frames a second of history and actions, for checkpoints that embed it, as Open-Sora; None takes the
+                config's.
             attention_kwargs: `{"scale": s}` scales LoRA layers.
             callback_on_step_end: Called as `callback(pipe, step, timestep, {name: tensor})` after each step; returns a
                 dict whose `latents`, if any, replace the current ones. Steps count on over windows. Or a
@@ -472,6 +497,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             latents,
             output_type,
             tensor_inputs,
+            fps,
         )
         steps_per_window = len(self._set_timesteps(num_inference_steps, timesteps, sigmas))
         self._guidance_scale = guidance_scale
@@ -518,6 +544,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                     sigmas,
                     eta,
                     attention_kwargs,
+                    fps,
                     on_step_end,
                 )
                 return future[:, :, :wanted]
@@ -526,6 +553,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 future = chain_windows(predict_window, history, actions, window_length, config.num_history_frames)
             finally:
                 self._interrupt = False  # a later `denoise_window` of its own shall run
+        self._current_timestep = None
 
         if output_type == "latent":
             video = future
@@ -550,6 +578,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         generator: torch.Generator | None = None,
         output_type: str = "pil",
         resize: bool = False,
+        fps: float | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> Iterator[PIL.Image.Image | np.ndarray | torch.Tensor]:
         """Predict one trajectory while its actions come.
@@ -568,6 +597,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             generator: Seeded generator.
             output_type: `"pil"` for images, `"np"` (H, W, 3) or `"pt"` (3, H, W) in [0, 1], `"latent"` (C, h, w).
             resize: Resize frames of another size instead of refusing them.
+            fps: See `__call__`.
             attention_kwargs: See `__call__`.
 
         Returns:
@@ -594,7 +624,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             raise ValueError(f"`chunk_length` must be {longest} for Video-Ada, got {chunk_length}.")
         histories = self.preprocess_frames(frames, resize)
         hold = torch.zeros(1, chunk_length, config.action_dim)
-        self.check_inputs(hold, histories, num_inference_steps, guidance_scale, 1, generator, None, output_type, [])
+        self.check_inputs(
+            hold, histories, num_inference_steps, guidance_scale, 1, generator, None, output_type, [], fps
+        )
         if len(histories) != 1:
             raise ValueError(f"`frames` must be one history, got {len(histories)}: stream each trajectory by itself.")
 
@@ -605,7 +637,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             try:
                 history = self.encode_history(histories)
                 while not self.interrupt and (chunk := list(islice(coming, length))):
-                    chunk_actions = prepare_actions([np.asarray(action) for action in chunk], config.action_dim)
+                    chunk_actions = prepare_actions(chunk, config.action_dim)
                     chunk_actions = chunk_actions.to(self._execution_device)
                     if video_ada:
                         chunk_actions = self._pad_actions(chunk_actions, length)
@@ -618,6 +650,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                         guidance_scale,
                         generator,
                         attention_kwargs=attention_kwargs,
+                        fps=fps,
                     )[:, :, : len(chunk)]
                     if self.interrupt:
                         break
