@@ -56,7 +56,8 @@ class UNetLinearAttnProcessor(IRASimAttnProcessor):
         key = key.float().softmax(1)
         context = torch.einsum("bshd,bshe->bhde", key, value.float())
         hidden_states = torch.einsum("bshd,bhde->bshe", query, context).flatten(-2).to(hidden_states.dtype)
-        return attn.to_out[1](attn.to_out[0](hidden_states))
+        hidden_states = attn.to_out[0](hidden_states)
+        return attn.to_out[1](hidden_states)
 
 
 class UNetTrajectoryAttention(nn.Module):
@@ -70,7 +71,7 @@ class UNetTrajectoryAttention(nn.Module):
         self.norm = nn.LayerNorm(channels)
         self.attn = IRASimAttention(channels, num_heads, head_dim)
         if linear:
-            self.attn.set_processor(UNetLinearAttnProcessor())
+            self.attn.processor = UNetLinearAttnProcessor()
 
     def forward(
         self,
@@ -266,8 +267,8 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
             in_channels=2 * base, out_channels=base, temb_channels=None, groups=NORM_GROUPS
         )
         self.conv_out = nn.Conv2d(base, in_channels, kernel_size=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for parameter in self.conv_out.parameters():  # a new model predicts zero
+            nn.init.zeros_(parameter)
 
         self.gradient_checkpointing = False
 
