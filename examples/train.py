@@ -161,7 +161,7 @@ class TrainingArguments:
     )
     block_out_channels: list[int] = field(
         default_factory=list,
-        metadata={"help": "channels of the U-Net's resolutions, without --preset (default: 32 64 128 192)"},
+        metadata={"help": "channels of the U-Net's resolutions, without --preset (default: 48 96 168)"},
     )
     condition_dim: int | None = field(
         default=None, metadata={"help": "size of the U-Net's trajectory embedding, without --preset (default: 192)"}
@@ -307,7 +307,7 @@ NEW_MODEL: dict[str, Any] = {
 }
 """Config of a model that starts from nothing, where no flag says otherwise."""
 NEW_UNET: dict[str, Any] = {
-    "block_out_channels": [32, 64, 128, 192],
+    "block_out_channels": [48, 96, 168],
     "num_attention_heads": 4,
     "attention_head_dim": 32,
     "condition_dim": 192,
@@ -317,7 +317,7 @@ NEW_UNET: dict[str, Any] = {
     "relative_latents": False,
     "prediction_type": "epsilon",
 }
-"""The same of a U-Net."""
+"""The same of a U-Net, of about as many parameters."""
 MODELS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "transformer": (IRASimTransformer3DModel, NEW_MODEL, PRESETS),
     "unet": (UNetTrajectoryModel, NEW_UNET, UNET_PRESETS),

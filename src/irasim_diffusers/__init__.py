@@ -10,9 +10,12 @@ from .rollout import WorldModel
 from .version import __version__
 
 # With this entry model_index.json names the package, not a module path, and loads from folders and from the Hub.
-MODELS = (IRASimTransformer3DModel, UNetTrajectoryModel)
 LOADABLE_CLASSES.setdefault(
-    "irasim_diffusers", {model.__name__: ["save_pretrained", "from_pretrained"] for model in MODELS}
+    "irasim_diffusers",
+    {
+        "IRASimTransformer3DModel": ["save_pretrained", "from_pretrained"],
+        "UNetTrajectoryModel": ["save_pretrained", "from_pretrained"],
+    },
 )
 ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES["irasim_diffusers"])
 
