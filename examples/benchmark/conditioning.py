@@ -51,7 +51,9 @@ class ConditioningArguments:
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "any of these"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     num_history_frames: list[int] = field(default_factory=lambda: [1], metadata={"help": "1 2 compares both"})
-    config_file: str | None = field(default=None, metadata={"help": "config of accelerate (default: one process)"})
+    config_file: str | None = field(
+        default=None, metadata={"help": "config of `accelerate launch` (default: one process)"}
+    )
     first_seed: int = field(default=1_000_000, metadata={"help": "first seed of the test set"})
     num_clips: int = field(default=200, metadata={"help": "see evaluate.py, as the following"})
     num_histories: int = 50

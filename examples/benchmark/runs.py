@@ -10,19 +10,19 @@ from irasim_diffusers.files import temporary_path
 EXAMPLES = Path(__file__).parents[1]
 
 
-def run_once(marker: Path, script: str, *arguments: object, launch: list[str] | None = None) -> None:
+def run_once(marker: Path, script: str, *arguments: object, config_file: str | None = None) -> None:
     """Run an example unless it is done with these arguments.
 
     Args:
         marker: File that is written when it is done, and holds its arguments.
         script: Path of the script below `examples`.
         arguments: What it is given.
-        launch: Arguments of `accelerate launch`; None runs the script itself.
+        config_file: Config for `accelerate launch`; None runs the script in one process.
     """
     given = [script, *map(str, arguments)]
     if marker.is_file() and json.loads(marker.read_text()) == given:
         return
-    launcher = [] if launch is None else ["-m", "accelerate.commands.launch", *launch]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config_file] if config_file else []
     subprocess.run([sys.executable, *launcher, str(EXAMPLES / script), *given[1:]], check=True)
     with temporary_path(marker) as partial:
         partial.write_text(json.dumps(given))
@@ -30,8 +30,7 @@ def run_once(marker: Path, script: str, *arguments: object, launch: list[str] | 
 
 def train_once(output: Path, *arguments: object, config_file: str | None = None) -> None:
     """Train with `train.py` into a folder unless that is done; a run that was stopped goes on from its checkpoint."""
-    launch = ["--config_file", config_file] if config_file else ["--num_processes", "1"]
-    run_once(output / "done.json", "train.py", "--output_dir", output, *arguments, launch=launch)
+    run_once(output / "done.json", "train.py", "--output_dir", output, *arguments, config_file=config_file)
 
 
 def write_report(folder: Path, name: str, content: dict, table: str) -> None:

@@ -27,7 +27,9 @@ from irasim_diffusers.files import temporary_path
 class ScalingArguments:
     output_dir: Path = field(metadata={"help": "a folder for each size, and the report"})
     sizes: list[str] = field(metadata={"help": "presets, or layers x heads x channels of a head, like 4x3x64"})
-    config_file: str | None = field(default=None, metadata={"help": "config of accelerate (default: one process)"})
+    config_file: str | None = field(
+        default=None, metadata={"help": "config of `accelerate launch` (default: one process)"}
+    )
     intervals: int = field(default=20, metadata={"help": "points of a loss curve, each the mean over its steps"})
 
 

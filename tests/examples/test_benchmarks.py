@@ -1,7 +1,6 @@
 """Scripts that train several models and compare them."""
 
 import json
-from pathlib import Path
 
 import conditioning
 import numpy as np
@@ -9,20 +8,20 @@ import PIL.Image
 import pytest
 import scaling
 from scipy import stats
-from test_pusht import run
 from test_train import write_robot
 
 
-def test_sizes_are_trained_once_and_plotted(tmp_path):
+def test_sizes_are_trained_once_and_plotted(tmp_path, monkeypatch, capsys):
     write_robot(tmp_path / "robot", 1, episodes=2, cameras=1)
     arguments = [
-        *("benchmark/scaling.py", "--output_dir", tmp_path / "runs", "--sizes", "1x2x12", "--intervals", 2),
+        *("scaling.py", "--output_dir", tmp_path / "runs", "--sizes", "1x2x12", "--intervals", 2),
         *("--dataset", tmp_path / "robot", "--validation_dataset", tmp_path / "robot", "--pixel_space"),
         *("--num_validation_clips", 1, "--validation_inference_steps", 1, "--validation_steps", 1, "--fps", 5),
         *("--sample_frames", 4, "--train_batch_size", 2, "--max_train_steps", 3, "--mixed_precision", "no"),
     ]
-    output = run(*arguments)
-    assert "| 1x2x12 | " in output
+    monkeypatch.setattr("sys.argv", [*map(str, arguments)])
+    scaling.main()
+    assert "| 1x2x12 | " in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "runs" / "scaling.json").read_text())["rows"]
     assert [step for step, _ in row["loss"]] == [2, 3]
     assert [step for step, _ in row["psnr"]] == [1, 2, 3]
@@ -30,7 +29,7 @@ def test_sizes_are_trained_once_and_plotted(tmp_path):
     assert PIL.Image.open(tmp_path / "runs" / "scaling.png").width > 1000
     weights = tmp_path / "runs" / "1x2x12" / "transformer" / "diffusion_pytorch_model.safetensors"
     before = weights.stat().st_mtime_ns
-    run(*arguments)
+    scaling.main()
     assert weights.stat().st_mtime_ns == before
 
 
@@ -95,9 +94,16 @@ def test_one_seed_has_the_interval_of_its_clips():
     assert differences[0]["clip_psnr"] == {"value": 1.0}
 
 
-def test_an_unknown_model_is_refused(tmp_path):
-    with pytest.raises(AssertionError, match="`models` must be among Frame-Ada, Video-Ada, LVDM, got GAN"):
-        run(
-            *("benchmark/conditioning.py", "--output_dir", tmp_path, "--test_dataset", Path("set")),
-            *("--max_train_minutes", 1, "--models", "GAN"),
-        )
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (conditioning, ["--models", "GAN"], "`models` must be among Frame-Ada, Video-Ada, LVDM, got GAN"),
+        (conditioning, ["--max_train_steps", "5"], "`max_train_steps` must be left out: the clock ends"),
+        (scaling, ["--sizes", "1x2x12"], "`validation_dataset` must be given among the flags of train.py"),
+    ],
+)
+def test_bad_flags(tmp_path, monkeypatch, script, flags, message):
+    needed = ["--test_dataset", "set", "--max_train_minutes", "1"] if script is conditioning else []
+    monkeypatch.setattr("sys.argv", [script.__file__, "--output_dir", str(tmp_path), *needed, *flags])
+    with pytest.raises(ValueError, match=message):
+        script.main()
