@@ -153,9 +153,10 @@ def train_and_evaluate(
     )
     names = ("first_seed", "num_clips", "num_histories", "scheduler", "num_inference_steps", "dtype", "device")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    report = folder / "report.json"
+    steps = int(checkpoints(folder)[-1].name.split("-")[1])  # more after a longer budget
+    report = folder / f"report-{steps}.json"
     run_once(
-        folder / "evaluated.json",
+        folder / f"evaluated-{steps}.json",
         "pusht/evaluate.py",
         *("--model", folder, "--dataset", arguments.test_dataset, "--output", report),
         *("--num_history_frames", history, "--num_rollouts", 0),
@@ -166,7 +167,7 @@ def train_and_evaluate(
         "num_history_frames": history,
         "seed": seed,
         "parameters": IRASimPipeline.from_pretrained(folder).transformer.num_parameters(),
-        "steps": int(checkpoints(folder)[-1].name.split("-")[1]),
+        "steps": steps,
         "figures": read_figures(json.loads(report.read_text())),
     }
 

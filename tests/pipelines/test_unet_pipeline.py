@@ -13,8 +13,11 @@ from irasim_diffusers.pipelines.model_card import write_model_card
 
 def make_pipeline(vae, **changes):
     unet = tiny_unet(**changes)
-    process = {name: value for name, value in noise_process(unet.config).config.items() if name[0] != "_"}
-    pipeline = IRASimPipeline(vae, unet, DDIMScheduler.from_config(process), num_inference_steps=2)
+    scheduler = noise_process(unet.config)
+    if unet.config.prediction_type != "flow_prediction":
+        process = {name: value for name, value in scheduler.config.items() if name[0] != "_"}
+        scheduler = DDIMScheduler.from_config(process)
+    pipeline = IRASimPipeline(vae, unet, scheduler, num_inference_steps=2)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -70,14 +73,20 @@ def test_pixels_are_their_own_latents(frames):
     np.testing.assert_allclose(decoded[0], frames / 255, atol=1e-6)
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "flow_prediction"])
-def test_other_predictions(frames, actions, prediction_type):
-    unet = tiny_unet(prediction_type=prediction_type)
-    process = noise_process(unet.config)
-    if prediction_type == "v_prediction":
-        process = DDIMScheduler.from_config({name: value for name, value in process.config.items() if name[0] != "_"})
-    pipeline = IRASimPipeline(tiny_vae(), unet, process, num_inference_steps=2)
-    assert torch.isfinite(generate(pipeline, frames, actions)).all()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prediction_type": "v_prediction"},
+        {"prediction_type": "sample"},
+        {"prediction_type": "flow_prediction"},
+        {"relative_latents": True},
+    ],
+)
+def test_every_objective(frames, actions, changes):
+    plain, other = make_pipeline(tiny_vae()), make_pipeline(tiny_vae(), **changes)
+    videos = [generate(pipeline, frames, actions) for pipeline in (plain, other)]
+    assert torch.isfinite(videos[1]).all()
+    assert not torch.allclose(*videos)
 
 
 def test_the_card_says_what_it_is(pipeline):
