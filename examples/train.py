@@ -8,6 +8,7 @@ only. Checkpoints go to `<output_dir>/checkpoint-<step>`; the same command run a
 `<output_dir>` is a complete pipeline.
 """
 
+import functools
 import json
 import logging
 import os
@@ -25,6 +26,9 @@ from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, _collate_lora_metadata
 from diffusers.utils import is_bitsandbytes_available
@@ -36,7 +40,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from irasim_diffusers import PRESETS, IRASimPipeline, IRASimTransformer3DModel
+from irasim_diffusers import PRESETS, UNET_PRESETS, IRASimPipeline, IRASimTransformer3DModel, UNetTrajectoryModel
 from irasim_diffusers.conversion import change_action_dim, change_autoencoder, change_patch_size, predict_samples
 from irasim_diffusers.data import (
     LatentClips,
@@ -82,6 +86,9 @@ class TrainingArguments:
             "help": "frozen autoencoder: folder or Hub id, ':<subfolder>' appended where it has one (default: that of the "
             "pretrained pipeline)"
         },
+    )
+    pixel_space: bool = field(
+        default=False, metadata={"help": "train on the frames themselves, without an autoencoder"}
     )
     validation_dataset: str | None = field(
         default=None, metadata={"help": "data set of held-out episodes, in any of these forms"}
@@ -136,12 +143,29 @@ class TrainingArguments:
     )
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the pretrained model"})
     variant: str | None = field(default=None, metadata={"help": "of the pretrained model's files, like fp16"})
-    preset: str | None = field(default=None, metadata={"help": f"size of the paper: {', '.join(PRESETS)}"})
+    model: str = field(
+        default="transformer", metadata={"help": "transformer, or unet for the paper's baselines VDM and LVDM"}
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={"help": f"size of the paper: {', '.join(PRESETS)}; of the U-Net: {', '.join(UNET_PRESETS)}"},
+    )
     num_layers: int | None = field(
         default=None, metadata={"help": "pairs of a spatial and a temporal block, without --preset (default: 4)"}
     )
-    num_attention_heads: int | None = field(default=None, metadata={"help": "without --preset (default: 3)"})
-    attention_head_dim: int | None = field(default=None, metadata={"help": "without --preset (default: 64)"})
+    num_attention_heads: int | None = field(
+        default=None, metadata={"help": "without --preset (default: 3; of the U-Net: 4)"}
+    )
+    attention_head_dim: int | None = field(
+        default=None, metadata={"help": "without --preset (default: 64; of the U-Net: 32)"}
+    )
+    block_out_channels: list[int] = field(
+        default_factory=list,
+        metadata={"help": "channels of the U-Net's resolutions, without --preset (default: 48 96 168)"},
+    )
+    condition_dim: int | None = field(
+        default=None, metadata={"help": "size of the U-Net's trajectory embedding, without --preset (default: 192)"}
+    )
     patch_size: int | None = field(
         default=None, metadata={"help": "in latent pixels; default: 2, or the pretrained one's"}
     )
@@ -206,6 +230,9 @@ class TrainingArguments:
     train_batch_size: int = field(default=16, metadata={"help": "windows per step and process"})
     gradient_accumulation_steps: int = 1
     max_train_steps: int = 300_000
+    max_train_minutes: float | None = field(
+        default=None, metadata={"help": "stop after this time, validation and checkpoints included, if not before"}
+    )
     learning_rate: float = 1e-4
     lr_scheduler: str = field(default="constant_with_warmup", metadata={"help": "any of diffusers' get_scheduler"})
     lr_warmup_steps: int = 0
@@ -279,23 +306,68 @@ NEW_MODEL: dict[str, Any] = {
     "action_frequencies": 0,
 }
 """Config of a model that starts from nothing, where no flag says otherwise."""
+NEW_UNET: dict[str, Any] = {
+    "block_out_channels": [48, 96, 168],
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "condition_dim": 192,
+    "sample_frames": 16,
+    "num_history_frames": 1,
+    "action_space": "relative",
+    "relative_latents": False,
+    "prediction_type": "epsilon",
+}
+"""The same of a U-Net, of about as many parameters."""
+MODELS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "transformer": (IRASimTransformer3DModel, NEW_MODEL, PRESETS),
+    "unet": (UNetTrajectoryModel, NEW_UNET, UNET_PRESETS),
+}
+"""Class, config and presets by `model`."""
+FOREIGN = {
+    "transformer": ("block_out_channels", "condition_dim"),
+    "unet": (
+        "pretrained_model_name_or_path",
+        "num_layers",
+        "patch_size",
+        "window_lengths",
+        "action_frequencies",
+        "state_keys",
+    ),
+}
+"""Flags that a model knows nothing of."""
 WINDOW = ("sample_frames", "num_history_frames")
 
 
-def load_vae(arguments: TrainingArguments) -> AutoencoderKL:
-    """The frozen autoencoder: that named, or that of the pretrained pipeline."""
+class PixelSpace(torch.nn.Module):
+    """Stands where an autoencoder stands, and leaves frames as they are."""
+
+    config = FrozenDict(latent_channels=3, block_out_channels=(None,), scaling_factor=1.0)
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def encode(self, pixels: torch.Tensor) -> AutoencoderKLOutput:
+        """The frames, as what an autoencoder gives."""
+        return AutoencoderKLOutput(
+            DiagonalGaussianDistribution(torch.cat([pixels, pixels], dim=1), deterministic=True)
+        )
+
+
+def load_vae(arguments: TrainingArguments) -> AutoencoderKL | PixelSpace:
+    """The frozen autoencoder: that named, that of the pretrained pipeline, or none."""
+    if arguments.pixel_space:
+        return PixelSpace()
     if arguments.vae is None:
         return pretrained_vae(arguments)
     split = ":" in arguments.vae and not Path(arguments.vae).is_dir()
     name, _, subfolder = arguments.vae.rpartition(":") if split else (arguments.vae, "", "")
-    return AutoencoderKL.from_pretrained(name, subfolder=subfolder or None).requires_grad_(False).eval()
+    vae = AutoencoderKL.from_pretrained(name, subfolder=subfolder or None)
+    return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
 def pretrained_vae(arguments: TrainingArguments) -> AutoencoderKL:
     """The frozen autoencoder of the pretrained pipeline."""
     name = str(arguments.pretrained_model_name_or_path)
     vae = AutoencoderKL.from_pretrained(name, subfolder="vae", revision=arguments.revision)
-    return vae.requires_grad_(False).eval()
+    return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
 def is_pipeline(name: str, revision: str | None = None) -> bool:
@@ -332,7 +404,7 @@ def open_source(name: str, arguments: TrainingArguments, split: str, max_episode
     )
 
 
-def check_frames(source: PreparedEpisodes, vae: AutoencoderKL, patch_size: int) -> None:
+def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | PixelSpace, patch_size: int) -> None:
     """Refuse pictures that do not divide into patches, before hours of encoding."""
     height, width = first_readable(source, source.__getitem__).frames.shape[1:3]
     multiple = 2 ** (len(vae.config.block_out_channels) - 1) * patch_size
@@ -424,9 +496,9 @@ def build_transformer(
     arguments: TrainingArguments,
     source: PreparedEpisodes,
     parts: list[LatentClips],
-    vae: AutoencoderKL,
+    vae: AutoencoderKL | PixelSpace,
     pretrained: IRASimTransformer3DModel | None,
-) -> IRASimTransformer3DModel:
+) -> IRASimTransformer3DModel | UNetTrajectoryModel:
     """A new model for the data's latents and actions, or the pretrained one told of them."""
     actions = torch.cat([part.actions for part in parts])
     offset, scale = action_normalisation(actions, arguments.action_normalisation)
@@ -486,14 +558,15 @@ def build_transformer(
             known.pop("fps")
         pretrained.register_to_config(**known)
         return pretrained
+    model_class, defaults, presets = MODELS[arguments.model]
     settings = {
-        name: default if getattr(arguments, name) is None else getattr(arguments, name)
-        for name, default in NEW_MODEL.items()
+        name: default if getattr(arguments, name) in (None, []) else getattr(arguments, name)
+        for name, default in defaults.items()
     }
     settings["action_space"] = action_space or "relative"
-    return IRASimTransformer3DModel(
-        **settings | (PRESETS[arguments.preset] if arguments.preset else {}) | known,
-        in_channels=vae.config.latent_channels,
+    settings |= presets[arguments.preset] if arguments.preset else {}
+    return model_class(
+        **settings | known | {"in_channels": vae.config.latent_channels},
         action_dim=action_dim,
         action_scale=scale if given["action_scale"] == [] else given["action_scale"],
         action_offset=offset if given["action_offset"] == [] else given["action_offset"],
@@ -672,9 +745,12 @@ def save_lora(transformer: IRASimTransformer3DModel, output: Path) -> None:
 
 
 def make_pipeline(
-    vae: AutoencoderKL, transformer: IRASimTransformer3DModel, scheduler_class: Any = PNDMScheduler
+    vae: AutoencoderKL | PixelSpace,
+    transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
+    scheduler_class: Any = PNDMScheduler,
 ) -> IRASimPipeline:
     """The pipeline of a model, sampled as the paper does or as asked."""
+    vae = None if isinstance(vae, PixelSpace) else vae
     process = noise_process(transformer.config)
     if isinstance(process, FlowMatchEulerDiscreteScheduler):
         return IRASimPipeline(vae, transformer, process)
@@ -686,7 +762,11 @@ def make_pipeline(
     return IRASimPipeline(vae, transformer, scheduler)
 
 
-def publish(vae: AutoencoderKL, transformer: IRASimTransformer3DModel, arguments: TrainingArguments) -> None:
+def publish(
+    vae: AutoencoderKL | PixelSpace,
+    transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
+    arguments: TrainingArguments,
+) -> None:
     """Push the pipeline, or the adapters with a card that names what they adapt."""
     name = arguments.hub_model_id or Path(arguments.output_dir).name
     if not arguments.lora_rank:
@@ -716,12 +796,30 @@ def check_arguments(arguments: TrainingArguments) -> None:
     pretrained = arguments.pretrained_model_name_or_path
     if arguments.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         raise ValueError(f"`optimizer` muon needs torch 2.9, this is {torch.__version__}.")
-    if arguments.vae is None and (pretrained is None or not is_pipeline(pretrained, arguments.revision)):
-        raise ValueError("`vae` must be given, unless a pretrained pipeline brings its own.")
+    if arguments.model not in MODELS:
+        raise ValueError(f"`model` must be one of {', '.join(MODELS)}, got {arguments.model!r}.")
+    foreign = [name for name in FOREIGN[arguments.model] if getattr(arguments, name)]
+    if arguments.model == "unet":
+        foreign += ["conditioning"] if arguments.conditioning == "frame" else []
+        foreign += ["optimizer"] if arguments.optimizer == "muon" else []
+    if foreign:
+        raise ValueError(f"`model` {arguments.model} is not for {', '.join(foreign)}: leave it out.")
+    if arguments.pixel_space and (arguments.vae or arguments.recorded_latents or pretrained):
+        raise ValueError("`pixel_space` is for a new model: leave vae, recorded_latents and a pretrained model out.")
+    if not (arguments.pixel_space or arguments.vae) and not (
+        pretrained and is_pipeline(pretrained, arguments.revision)
+    ):
+        raise ValueError("`vae` must be given, unless a pretrained pipeline brings its own or with `pixel_space`.")
     if arguments.optimizer == "adamw8bit" and not is_bitsandbytes_available():
         raise ValueError("`optimizer` adamw8bit needs `pip install bitsandbytes`.")
-    if arguments.preset not in (None, *PRESETS):
-        raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {arguments.preset!r}.")
+    presets = MODELS[arguments.model][2]
+    if arguments.preset not in (None, *presets):
+        raise ValueError(f"`preset` must be one of {', '.join(presets)}, got {arguments.preset!r}.")
+    if arguments.max_train_minutes is not None and not arguments.lr_scheduler.startswith("constant"):
+        raise ValueError(
+            f"`lr_scheduler` must be constant or constant_with_warmup with `max_train_minutes`, got "
+            f"{arguments.lr_scheduler!r}: the others need to know the number of steps."
+        )
     if arguments.snr_gamma is not None and arguments.prediction_type == "flow_prediction":
         raise ValueError("`snr_gamma` must be left out for a flow, which has no signal-to-noise weights.")
     if len(arguments.dataset_weights) not in (0, len(arguments.dataset)):
@@ -794,18 +892,22 @@ def check_settings(before: dict[str, Any], now: dict[str, Any], checkpoint: Path
 
 
 def averaged_transformer(
-    transformer: IRASimTransformer3DModel, ema: EMAModel, arguments: TrainingArguments
-) -> IRASimTransformer3DModel:
+    transformer: IRASimTransformer3DModel | UNetTrajectoryModel, ema: EMAModel, arguments: TrainingArguments
+) -> IRASimTransformer3DModel | UNetTrajectoryModel:
     """A model of its own with the averaged weights, whole whatever the sharding; every process must call it."""
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
-    averaged = IRASimTransformer3DModel(**config)
+    averaged = MODELS[arguments.model][0](**config)
     if arguments.lora_rank:
         add_lora(averaged, arguments)
     averaged.load_state_dict(averaged_state(ema, transformer))
     return averaged.eval()
 
 
-def save(vae: AutoencoderKL, transformer: IRASimTransformer3DModel, arguments: TrainingArguments) -> None:
+def save(
+    vae: AutoencoderKL | PixelSpace,
+    transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
+    arguments: TrainingArguments,
+) -> None:
     """Write the pipeline or the adapters beside the checkpoints, what tells that they are complete last."""
     output = Path(arguments.output_dir)
     with temporary_folder(output / "finished") as partial:
@@ -849,10 +951,11 @@ def main() -> None:
         open_source(name, arguments, arguments.split, arguments.max_train_episodes) for name in arguments.dataset
     ]
     check_mixture(sources)
-    vae = load_vae(arguments).to(accelerator.device, memory_format=torch.channels_last)
+    vae = load_vae(arguments).to(accelerator.device)
     pretrained = load_pretrained(arguments, vae, sources[0])
+    patch_size = pretrained.config.patch_size if pretrained else arguments.patch_size or NEW_MODEL["patch_size"]
     for source in [] if arguments.recorded_latents else sources:
-        check_frames(source, vae, pretrained.config.patch_size if pretrained else arguments.patch_size or 2)
+        check_frames(source, vae, 1 if arguments.model == "unet" else patch_size)
     folders = [
         cache_latents(
             source,
@@ -944,10 +1047,12 @@ def main() -> None:
 
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     settings = run_settings(arguments, accelerator, folders, config)
-    step = 0
+    step, seconds = 0, 0.0
     if checkpoints(output):
         newest = checkpoints(output)[-1]
-        check_settings(json.loads((newest / "settings.json").read_text()), settings, newest)
+        before = json.loads((newest / "settings.json").read_text())
+        check_settings(before, settings, newest)
+        seconds = before.get("seconds", 0.0)
         accelerator.load_state(str(newest))
         load_average(ema, transformer, newest)
         step = int(newest.name.split("-")[1])
@@ -957,9 +1062,10 @@ def main() -> None:
     epoch, done = divmod(step, steps_per_epoch)
     batch_number = epoch * len(loader) + done * accumulation
     bar = tqdm(total=arguments.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
-    start = time.perf_counter()
+    start = time.perf_counter() - seconds
+    limit = float("inf") if arguments.max_train_minutes is None else 60 * arguments.max_train_minutes
     total = torch.zeros((), device=accelerator.device)  # loss over the batches of a step
-    while step < arguments.max_train_steps:
+    while step < arguments.max_train_steps and seconds < limit:
         loader.set_epoch(epoch)
         clips.set_epoch(epoch)
         batches = accelerator.skip_first_batches(loader, done * accumulation) if done else loader
@@ -998,13 +1104,18 @@ def main() -> None:
                 bar.set_postfix(loss=f"{figures['loss']:.4f}", lr=f"{figures['learning_rate']:.2e}")
                 accelerator.log(figures, step=step)
             total.zero_()
-            if step % arguments.checkpointing_steps == 0:
+            seconds = time.perf_counter() - start
+            if limit < float("inf"):  # all processes must stop at one step
+                seconds = accelerator.reduce(torch.tensor(seconds, device=accelerator.device), "mean").item()
+            if step % arguments.checkpointing_steps == 0 or seconds >= limit:
                 save_checkpoint(
                     accelerator,
                     output,
                     step,
                     arguments.checkpoints_total_limit,
-                    lambda folder: save_average(accelerator, ema, transformer, folder, settings),
+                    functools.partial(
+                        save_average, accelerator, ema, transformer, settings=settings | {"seconds": seconds}
+                    ),
                 )
             if arguments.validation_dataset and step % arguments.validation_steps == 0:
                 averaged = averaged_transformer(transformer, ema, arguments)
@@ -1018,13 +1129,13 @@ def main() -> None:
                     text = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
                     bar.write(f"step {step}, {time.perf_counter() - start:.0f} s: {text}")
                 del averaged
-            if step == arguments.max_train_steps:
+            if step == arguments.max_train_steps or seconds >= limit:
                 break
         epoch, done = epoch + 1, 0
     averaged = averaged_transformer(transformer, ema, arguments)
     if accelerator.is_main_process:
         save(vae, averaged, arguments)
-        logger.info(f"saved to {output}")
+        logger.info(f"saved to {output} after {step} steps in {seconds / 60:.1f} min")
         if arguments.push_to_hub:
             publish(vae, averaged, arguments)
     accelerator.end_training()

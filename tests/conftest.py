@@ -3,7 +3,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler
 
-from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel
+from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, UNetTrajectoryModel
 from irasim_diffusers.models import noise_process
 
 # sizes all differ, so that a transposed one shows: latents 4x6, frames 8x12, window 5 = 2 + 3, actions of 3
@@ -53,6 +53,17 @@ def tiny_transformer(**changes) -> IRASimTransformer3DModel:
     model = IRASimTransformer3DModel(**TINY | changes)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def tiny_unet(**changes) -> UNetTrajectoryModel:
+    """The same as a U-Net of two resolutions."""
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": [8, 16], "attention_head_dim": 4, "condition_dim": 20}
+    shared = {name: value for name, value in TINY.items() if name != "num_layers"}
+    model = UNetTrajectoryModel(**shared | sizes | changes)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
 

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 
 import irasim_diffusers
-from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel
+from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, UNetTrajectoryModel
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "irasim_diffusers"
@@ -48,6 +48,7 @@ def test_imports_point_one_way(path):
 
 def test_the_models_module_path_is_part_of_the_format():
     assert IRASimTransformer3DModel.__module__ == "irasim_diffusers.models.transformer_irasim"
+    assert UNetTrajectoryModel.__module__ == "irasim_diffusers.models.unet_trajectory"
     assert IRASimPipeline.__module__ == "irasim_diffusers.pipelines.pipeline_irasim"
 
 

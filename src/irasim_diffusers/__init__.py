@@ -4,13 +4,19 @@ from pathlib import Path
 
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
-from .models import PRESETS, IRASimTransformer3DModel
+from .models import PRESETS, UNET_PRESETS, IRASimTransformer3DModel, UNetTrajectoryModel
 from .pipelines import IRASimPipeline, IRASimPipelineOutput
 from .rollout import WorldModel
 from .version import __version__
 
 # With this entry model_index.json names the package, not a module path, and loads from folders and from the Hub.
-LOADABLE_CLASSES.setdefault("irasim_diffusers", {"IRASimTransformer3DModel": ["save_pretrained", "from_pretrained"]})
+LOADABLE_CLASSES.setdefault(
+    "irasim_diffusers",
+    {
+        "IRASimTransformer3DModel": ["save_pretrained", "from_pretrained"],
+        "UNetTrajectoryModel": ["save_pretrained", "from_pretrained"],
+    },
+)
 ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES["irasim_diffusers"])
 
 
@@ -21,9 +27,11 @@ def embedded_checkpoint() -> Path:
 
 __all__ = [
     "PRESETS",
+    "UNET_PRESETS",
     "IRASimPipeline",
     "IRASimPipelineOutput",
     "IRASimTransformer3DModel",
+    "UNetTrajectoryModel",
     "WorldModel",
     "__version__",
     "embedded_checkpoint",

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import conditioning
 import gymnasium
 import numpy as np
 import pytest
@@ -329,3 +330,23 @@ def test_evaluation_reports_every_figure(workspace, trained):
     assert figures["identification"]["predictions"] == 8
     assert 0 <= figures["identification"]["mean"] <= 1
     assert "evaluate.py" in figures["setting"]["command"]
+
+
+def test_a_u_net_is_trained_for_a_time_and_evaluated(workspace, monkeypatch, capsys):
+    arguments = [
+        *("conditioning.py", "--output_dir", workspace / "conditioning", "--models", "LVDM", "--seeds", 3),
+        *("--max_train_minutes", 1e-3, "--num_history_frames", 2, "--test_dataset", workspace / "set"),
+        *("--num_inference_steps", 1, "--num_clips", 1, "--num_histories", 0, "--scheduler", "DDIMScheduler"),
+        *("--dataset", workspace / "set", "--vae", workspace / "vae", "--block_out_channels", 8, 16, *SPACE),
+        *("--train_batch_size", 2, "--mixed_precision", "no"),
+    ]
+    monkeypatch.setattr("sys.argv", [*map(str, arguments)])
+    conditioning.main()
+    (row,) = json.loads((workspace / "conditioning" / "conditioning.json").read_text())["rows"]
+    assert (row["model"], row["seeds"], row["num_history_frames"]) == ("LVDM", 1, 2)
+    assert "| LVDM | 2 | 1 | " in capsys.readouterr().out
+    folder = workspace / "conditioning" / "LVDM-history-2-seed-3"
+    config = IRASimPipeline.from_pretrained(folder).transformer.config
+    assert (config.block_out_channels, config.num_history_frames, config.action_scale) == ([8, 16], 2, 0.03125)
+    steps = int(row["steps"])
+    assert json.loads((folder / f"checkpoint-{steps}" / "settings.json").read_text())["seconds"] >= 0.06

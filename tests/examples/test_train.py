@@ -18,10 +18,10 @@ from hub_server import HubServer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_pusht import EXAMPLES, ONE, run
-from train import TrainingArguments, check_arguments, load_vae
+from train import PixelSpace, TrainingArguments, check_arguments, load_vae
 
 from irasim_diffusers import IRASimPipeline
-from irasim_diffusers.data import read_video, write_video
+from irasim_diffusers.data import IRASimFolder, LatentClips, cache_latents, read_video, write_video
 
 CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
 TWO = [
@@ -137,12 +137,42 @@ def test_a_pretrained_model_goes_on_with_another_autoencoder_and_finer_patches(w
     assert (config.relative_latents, pipeline.frame_size) == (True, (32, 32))
 
 
+def test_a_u_net_in_pixel_space(workspace):
+    run(
+        *("train.py", "--dataset", workspace / "first", "--output_dir", workspace / "pixels", "--cameras", 0),
+        *("--model", "unet", "--pixel_space", "--block_out_channels", 8, 16, "--sample_frames", 4, *SHORT),
+        *("--fps", 5, "--gradient_checkpointing", "--validation_dataset", workspace / "first"),
+        *("--validation_steps", 2, "--num_validation_clips", 1, "--validation_inference_steps", 1),
+        launch=ONE,
+    )
+    pipeline = IRASimPipeline.from_pretrained(workspace / "pixels")
+    assert pipeline.vae is None
+    assert (pipeline.transformer.config.in_channels, pipeline.frame_size) == (3, (16, 32))
+    assert pipeline.transformer.conv_out.weight.any()
+    video = pipeline(np.zeros((16, 32, 3), np.uint8), np.zeros((3, 7)), num_inference_steps=1, output_type="np").frames
+    assert video.shape == (1, 3, 16, 32, 3)
+
+
+def test_pixels_are_cached_as_they_are(workspace):
+    source = IRASimFolder(workspace / "first", cameras=["0"], fps=5)
+    clips = LatentClips(cache_latents(source, PixelSpace(), workspace / "pixel-cache"), 4)
+    pixels = (clips[0]["latents"].permute(1, 2, 3, 0) + 1) * 127.5
+    assert np.array_equal(pixels.round().numpy().astype(np.uint8), source[0].frames[:4])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"optimizer": "sgd"}, "`optimizer` must be adamw, adamw8bit or muon"),
         ({"vae": None}, "`vae` must be given, unless a pretrained pipeline brings its own"),
         ({"preset": "M"}, "`preset` must be one of S, B, L, XL, got 'M'"),
+        ({"model": "gan"}, "`model` must be one of transformer, unet, got 'gan'"),
+        ({"model": "unet", "preset": "S"}, "`preset` must be one of VDM, LVDM, got 'S'"),
+        ({"model": "unet", "conditioning": "frame"}, "`model` unet is not for conditioning"),
+        ({"model": "unet", "optimizer": "muon", "num_layers": 2}, "`model` unet is not for num_layers, optimizer"),
+        ({"block_out_channels": [8, 16]}, "`model` transformer is not for block_out_channels"),
+        ({"pixel_space": True}, "`pixel_space` is for a new model: leave vae"),
+        ({"max_train_minutes": 1, "lr_scheduler": "cosine"}, "`lr_scheduler` must be constant or .* got 'cosine'"),
         ({"snr_gamma": 5, "prediction_type": "flow_prediction"}, "`snr_gamma` must be left out for a flow"),
         ({"dataset_weights": [1, 2]}, r"`dataset_weights` must be 1 numbers, got \[1, 2\]"),
         ({"height": 32}, "`height` and `width` must be given together"),

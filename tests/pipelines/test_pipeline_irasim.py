@@ -719,9 +719,9 @@ def test_video_ada_rolls_out_with_full_windows(frames, actions):
     pipeline = tiny_pipeline(conditioning="video")
     video = run(pipeline, frames, actions)
     assert video.shape[1] == len(actions)
-    with pytest.raises(ValueError, match="must hold 2 history frames for Video-Ada, got 1"):
+    with pytest.raises(ValueError, match="must hold 2 history frames for a model of whole trajectories, got 1"):
         run(pipeline, frames[:1], actions)
-    with pytest.raises(ValueError, match="`chunk_length` must be 3 for Video-Ada, got 2"):
+    with pytest.raises(ValueError, match="`chunk_length` must be 3 for a model of whole trajectories, got 2"):
         pipeline.stream(frames, actions, chunk_length=2)
 
 

@@ -31,6 +31,8 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device, maybe_allow_in_graph
 from torch import nn
 
+from .action_space import check_action_space
+
 PRESETS: dict[str, dict[str, int]] = {
     "S": {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 64},
     "B": {"num_layers": 6, "num_attention_heads": 12, "attention_head_dim": 64},
@@ -58,14 +60,7 @@ class IRASimAttnProcessor:
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attend among the tokens of (B, S, D), rotated where a rotation (S, head_dim) is given."""
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-
-        query = query.unflatten(-1, (attn.heads, -1))  # (B, S, heads, head_dim)
-        key = key.unflatten(-1, (attn.heads, -1))
-        value = value.unflatten(-1, (attn.heads, -1))
+        query, key, value = self.project(attn, hidden_states)  # (B, S, heads, head_dim)
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
@@ -83,6 +78,15 @@ class IRASimAttnProcessor:
         hidden_states = hidden_states.flatten(-2)  # (B, S, D)
         hidden_states = attn.to_out[0](hidden_states)
         return attn.to_out[1](hidden_states)
+
+    @staticmethod
+    def project(attn: "IRASimAttention", hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Query, key and value (B, S, heads, head_dim) of tokens (B, S, D)."""
+        if attn.fused_projections:
+            projections = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            projections = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        return tuple(projection.unflatten(-1, (attn.heads, -1)) for projection in projections)
 
 
 class IRASimAttention(nn.Module, AttentionModuleMixin):
@@ -318,22 +322,12 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             ("spatial_position", spatial_position, ("grid", "area", "fixed")),
             ("history_timestep", history_timestep, ("same", "zero")),
             ("action_activation", action_activation, ("gelu_tanh", None)),
-            ("action_space", action_space, ("relative", "absolute")),
             ("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample", "flow_prediction")),
             ("beta_schedule", beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2")),
         ):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, known))}, got {value!r}.")
-        for name, values in (
-            ("action_scale", action_scale),
-            ("action_offset", action_offset),
-            ("action_names", action_names),
-            ("action_units", action_units),
-        ):
-            if isinstance(values, list | tuple) and len(values) != action_dim:
-                raise ValueError(
-                    f"`{name}` must have `action_dim` = {action_dim} entries, one a component, got {len(values)}."
-                )
+        check_action_space(action_dim, action_space, action_scale, action_offset, action_names, action_units)
 
         dim = num_attention_heads * attention_head_dim
         num_actions = sample_frames - num_history_frames

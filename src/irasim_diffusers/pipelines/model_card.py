@@ -16,7 +16,7 @@ TEXT = """
 # {title}
 
 A world model of a robot: from {history} of {height}x{width} pixels and a sequence of actions it predicts the frames to
-come, one for each action. [IRASim](https://arxiv.org/abs/2406.14540), {conditioning}, as a diffusers pipeline of
+come, one for each action. {method}, as a diffusers pipeline of
 [irasim-diffusers](https://pypi.org/project/irasim-diffusers).
 
 ```python
@@ -41,12 +41,31 @@ video = pipe(frame, actions).frames[0]
 
 | | |
 |---|---|
-| transformer | {num_layers} spatial and {num_layers} temporal blocks, width {dim}, {heads} heads, patch {patch}; {parameters:.2f} M parameters |
-| autoencoder | {vae}, {factor} times smaller latents of {channels} channels |
+| network | {network}; {parameters:.2f} M parameters |
+| autoencoder | {autoencoder} |
 | window | {frames} frames, at most {num_history} of them history{fps} |
 | objective | {objective} |
 | sampler | {scheduler}, {steps} steps |
 """
+
+
+def describe_method(config: Any) -> str:
+    """What a model is after, and how its actions reach the frames."""
+    if "block_out_channels" in config:
+        paper = "[Video Diffusion Models](https://arxiv.org/abs/2204.03458)"
+        return f"A U-Net after {paper}, the baseline of IRASim, all frames modulated by the whole trajectory"
+    if config.conditioning == "frame":
+        return "[IRASim](https://arxiv.org/abs/2406.14540), every action modulating its own frame (Frame-Ada)"
+    return "[IRASim](https://arxiv.org/abs/2406.14540), all frames modulated by the whole trajectory (Video-Ada)"
+
+
+def describe_network(config: Any) -> str:
+    """What a network is built of, in one line."""
+    heads = config.num_attention_heads
+    if "block_out_channels" in config:
+        return f"U-Net of {'-'.join(map(str, config.block_out_channels))} channels, {heads} heads"
+    layers, width = config.num_layers, heads * config.attention_head_dim
+    return f"{layers} spatial and {layers} temporal blocks, width {width}, {heads} heads, patch {config.patch_size}"
 
 
 def write_model_card(pipeline: Any, repo_id: str) -> ModelCard:
@@ -67,23 +86,18 @@ def write_model_card(pipeline: Any, repo_id: str) -> ModelCard:
         history="one frame" if config.num_history_frames == 1 else f"1 to {config.num_history_frames} frames",
         height=height,
         width=width,
-        conditioning="every action modulating its own frame (Frame-Ada)"
-        if config.conditioning == "frame"
-        else "all frames modulated by the whole trajectory (Video-Ada)",
+        method=describe_method(config),
         action=[round(float(offset), 3) for offset in offsets],
         num_actions=config.sample_frames - config.num_history_frames,
         space="Absolute: an action is a target position."
         if config.action_space == "absolute"
         else f"Relative: {HOLD.get(config.action_derivation, 'zero')} asks for no motion.",
         components="\n".join(f"| {name} | {unit} | {offset:g} | {scale:g} |" for name, unit, offset, scale in rows),
-        num_layers=config.num_layers,
-        dim=config.num_attention_heads * config.attention_head_dim,
-        heads=config.num_attention_heads,
-        patch=config.patch_size,
+        network=describe_network(config),
         parameters=sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e6,
-        vae=type(pipeline.vae).__name__,
-        factor=pipeline.vae_scale_factor,
-        channels=config.in_channels,
+        autoencoder="none, the network works on pixels"
+        if pipeline.vae is None
+        else f"{type(pipeline.vae).__name__}, {pipeline.vae_scale_factor} times smaller latents of {config.in_channels} channels",
         frames=config.sample_frames,
         num_history=config.num_history_frames,
         fps="" if config.fps is None else f", {config.fps:g} frames a second",

@@ -25,7 +25,7 @@ from diffusers.video_processor import VideoProcessor
 from huggingface_hub import file_exists
 
 from ..actions import hold_action, prepare_actions
-from ..models import IRASimTransformer3DModel, noise_process
+from ..models import IRASimTransformer3DModel, UNetTrajectoryModel, noise_process
 from ..rollout import chain_windows, count_windows
 from .lora import IRASimLoraLoaderMixin
 from .model_card import PIPELINE_FILE, write_model_card
@@ -58,8 +58,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     action encoder whole, where that was trained with it.
 
     Args:
-        vae: Per-frame autoencoder.
-        transformer: The denoiser; its config holds the action space, the window and the noise process.
+        vae: Per-frame autoencoder; None for a model in pixel space, whose latents are the frames in [-1, 1].
+        transformer: The denoiser, a transformer or the baselines' U-Net; its config holds the action space, the window and
+            the noise process.
         scheduler: Any diffusers scheduler of the checkpoint's prediction type and noise process; one of velocities where the
             checkpoint predicts samples.
         num_inference_steps: Steps that suit model and scheduler, taken where a call names none; part of the checkpoint.
@@ -68,13 +69,14 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
     _interrupt = False
 
     def __init__(
         self,
-        vae: AutoencoderKL | AutoencoderTiny,
-        transformer: IRASimTransformer3DModel,
+        vae: AutoencoderKL | AutoencoderTiny | None,
+        transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
         scheduler: SchedulerMixin,
         num_inference_steps: int = 50,
         window_length: int | None = None,
@@ -83,7 +85,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
         self.register_to_config(num_inference_steps=num_inference_steps, window_length=window_length)
         config = self.vae.config if getattr(self, "vae", None) else {}
-        levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (None,) * 4
+        levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (None,)
         self.vae_scale_factor = 2 ** (len(levels) - 1)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -158,12 +160,13 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         if latents is not None and latents.shape != shape:
             raise ValueError(f"`latents` must be {shape}, got {tuple(latents.shape)}.")
         config = self.transformer.config
-        if fps is not None and not config.use_fps:
+        uses_fps = config.get("use_fps")
+        if fps is not None and not uses_fps:
             raise ValueError(
                 f"`fps` must be None for this checkpoint, which does not embed frames a second, got {fps}."
             )
         rate = config.fps if fps is None else fps
-        if config.use_fps and (rate is None or not 0 < rate < float("inf")):
+        if uses_fps and (rate is None or not 0 < rate < float("inf")):
             raise ValueError(
                 f"`fps` must be the positive number of frames a second, which this model embeds, got {rate}: give it, or "
                 "set it in the config."
@@ -277,7 +280,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 f"{most} (a list of lists is a batch)."
             )
         if self.transformer.config.conditioning == "video" and pixels.shape[1] != most:
-            raise ValueError(f"`frames` must hold {most} history frames for Video-Ada, got {pixels.shape[1]}.")
+            raise ValueError(
+                f"`frames` must hold {most} history frames for a model of whole trajectories, got {pixels.shape[1]}."
+            )
         size = tuple(pixels.shape[-2:])
         if size != self.frame_size and resize:
             resized = torch.nn.functional.interpolate(
@@ -293,6 +298,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     def encode_history(self, pixels: torch.Tensor, chunk_size: int = 16) -> torch.Tensor:
         """Encode histories (B, h, 3, H, W) in [-1, 1] to scaled latents (B, C, h, H / f, W / f), float32."""
+        if self.vae is None:
+            return pixels.to(self._execution_device).float().transpose(1, 2)
         pixels = pixels.to(self._execution_device, self.vae.dtype)
         latents = torch.cat([self._encode(chunk) for chunk in pixels.flatten(0, 1).split(chunk_size)])
         latents = latents.to(self._execution_device, torch.float32)  # the autoencoder may be on another one
@@ -306,6 +313,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     def decode_latents(self, latents: torch.Tensor, chunk_size: int = 16) -> torch.Tensor:
         """Decode scaled latents (B, C, F, h, w) to pixels (B, 3, F, H, W) in [-1, 1], `chunk_size` frames at a time."""
+        if self.vae is None:
+            return latents
         latents = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
         flat = latents.transpose(1, 2).flatten(0, 1).to(self.vae.dtype)
         pixels = torch.cat([self.vae.decode(chunk).sample.float() for chunk in flat.split(chunk_size)])
@@ -385,9 +394,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 timestep,
                 actions,
                 action_mask=mask,
-                fps=fps,
                 attention_kwargs=attention_kwargs,
                 return_dict=False,
+                **({} if fps is None else {"fps": fps}),
             )[0]
             return prediction[:, :, num_history_frames:].float()
 
@@ -591,7 +600,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             frames: The history; see `__call__`.
             actions: Any iterable of actions (A,) in the units of the action space, finite or not.
             chunk_length: Actions predicted together; the last chunk may be shorter. None for 4, or as many as the window
-                holds where they are fewer, or for Video-Ada, which takes no other number.
+                holds where they are fewer, or for Video-Ada and the U-Net, which take no other number.
             num_inference_steps: Denoising steps of each chunk; None takes the checkpoint's own number.
             guidance_scale: See `__call__`.
             generator: Seeded generator.
@@ -621,7 +630,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         if not 1 <= chunk_length <= longest:
             raise ValueError(f"`chunk_length` must be in [1, {longest}] for this checkpoint, got {chunk_length}.")
         if video_ada and chunk_length != longest:
-            raise ValueError(f"`chunk_length` must be {longest} for Video-Ada, got {chunk_length}.")
+            raise ValueError(
+                f"`chunk_length` must be {longest} for a model of whole trajectories, got {chunk_length}."
+            )
         histories = self.preprocess_frames(frames, resize)
         hold = torch.zeros(1, chunk_length, config.action_dim)
         self.check_inputs(

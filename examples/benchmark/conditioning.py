@@ -1,0 +1,195 @@
+r"""Does every frame gain from its own action? Frame-Ada, Video-Ada and LVDM on Push-T with one budget of time.
+
+    python examples/benchmark/conditioning.py --output_dir runs/conditioning --max_train_minutes 30 --seeds 0 1 2 \
+        --test_dataset data/pusht-test --dataset data/pusht-train --vae runs/pusht-vae \
+        --action_space absolute --action_offset 256 --action_scale 0.03125 --learning_rate 1e-3 \
+        --attention_backend _native_math
+
+Same data, about as many parameters (train.py's own sizes), the same wall clock; all other flags go to train.py as they are,
+for all models alike. Each model is trained once a seed and number of history frames, one after the other, and evaluated by
+pusht/evaluate.py on the same clips. What is done is not done again. Written are `conditioning.json` and
+`conditioning.md`.
+
+Intervals are Student's over the seeds, of the differences over pairs of runs of one seed; with one seed they are evaluate.py's
+over clips, and differences have none.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from runs import run_once, train_once, write_report
+from scipy import stats
+from transformers import HfArgumentParser
+
+from irasim_diffusers import IRASimPipeline
+from irasim_diffusers.training import checkpoints
+
+MODELS = {
+    "Frame-Ada": ["--conditioning", "frame"],
+    "Video-Ada": ["--conditioning", "video"],
+    "LVDM": ["--model", "unet"],
+}
+FIGURES = {
+    "clip_psnr": "PSNR, dB",
+    "gain_over_last_frame": "over repeating the seen frame, dB",
+    "gain_over_shuffled_actions": "own over other actions, dB",
+    "last_frame/moving/pusher": "pusher error, px",
+    "last_frame/moving/block_centre": "block error, px",
+    "identification": "identification, 8 ways",
+}
+"""Figures of evaluate.py's report, with their titles."""
+
+
+@dataclass
+class ConditioningArguments:
+    output_dir: Path = field(metadata={"help": "a folder for each run, and the report"})
+    test_dataset: str = field(metadata={"help": "held-out data set made by collect.py"})
+    max_train_minutes: float = field(metadata={"help": "wall clock of every training"})
+    models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "any of these"})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    num_history_frames: list[int] = field(default_factory=lambda: [1], metadata={"help": "1 2 compares both"})
+    config_file: str | None = field(
+        default=None, metadata={"help": "config of `accelerate launch` (default: one process)"}
+    )
+    first_seed: int = field(default=1_000_000, metadata={"help": "first seed of the test set"})
+    num_clips: int = field(default=200, metadata={"help": "see evaluate.py, as the following"})
+    num_histories: int = 50
+    scheduler: str | None = None
+    num_inference_steps: int | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+def read_figures(report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The figures that a report holds, each as value, low and high."""
+    figures = {}
+    for name in FIGURES:
+        entry: Any = report
+        for part in name.split("/"):
+            entry = entry.get(part, {})
+        if entry:
+            figures[name] = {
+                "value": entry.get("mean", entry.get("median")),
+                "low": entry["low"],
+                "high": entry["high"],
+            }
+    return figures
+
+
+def over_seeds(values: list[float]) -> dict[str, float]:
+    """Mean of the seeds' figures with Student's 95 % interval; of one seed without."""
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return {"value": mean}
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return {"value": mean, "low": mean - half, "high": mean + half}
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of one model: means over its seeds."""
+    row: dict[str, Any] = {name: float(np.mean([run[name] for run in runs])) for name in ("parameters", "steps")}
+    if len(runs) == 1:
+        return row | runs[0]["figures"]
+    return row | {name: over_seeds([run["figures"][name]["value"] for run in runs]) for name in runs[0]["figures"]}
+
+
+def gains(first: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the first model's figures are above another's, paired by seed."""
+    pairs = [(one["figures"], two["figures"]) for one, two in zip(first, other, strict=True)]
+    return {name: over_seeds([one[name]["value"] - two[name]["value"] for one, two in pairs]) for name in pairs[0][0]}
+
+
+def compare(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A row for each model and number of history frames, and one for what the first model gains over each other."""
+    groups: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    for run in runs:
+        groups.setdefault(run["num_history_frames"], {}).setdefault(run["model"], []).append(run)
+    rows, differences = [], []
+    for history, models in groups.items():
+        (first, best), *others = models.items()
+        common = {"num_history_frames": history, "seeds": len(best)}
+        rows += [{"model": model} | common | summarise(group) for model, group in models.items()]
+        differences += [{"model": f"{first} - {model}"} | common | gains(best, group) for model, group in others]
+    return rows, differences
+
+
+def cell(value: dict[str, float] | None) -> str:
+    """A figure as text."""
+    if value is None:
+        return ""
+    interval = f" [{value['low']:.3f}, {value['high']:.3f}]" if "low" in value else ""
+    return f"{value['value']:.3f}{interval}"
+
+
+def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str:
+    """Both tables in Markdown."""
+    titles = " | ".join(FIGURES.values())
+    text = f"| model | history | seeds | parameters | steps | {titles} |\n{'|---' * (5 + len(FIGURES))}|\n"
+    for row in rows:
+        figures = " | ".join(cell(row.get(name)) for name in FIGURES)
+        text += f"| {row['model']} | {row['num_history_frames']} | {row['seeds']} | {row['parameters']:,.0f} | "
+        text += f"{row['steps']:,.0f} | {figures} |\n"
+    if differences:
+        text += f"\n| difference | history | seeds | {titles} |\n{'|---' * (3 + len(FIGURES))}|\n"
+    for row in differences:
+        figures = " | ".join(cell(row.get(name)) for name in FIGURES)
+        text += f"| {row['model']} | {row['num_history_frames']} | {row['seeds']} | {figures} |\n"
+    return text
+
+
+def train_and_evaluate(
+    arguments: ConditioningArguments, flags: list[str], model: str, history: int, seed: int
+) -> dict[str, Any]:
+    """Train and evaluate one model."""
+    folder = arguments.output_dir / f"{model}-history-{history}-seed-{seed}"
+    train_once(
+        folder,
+        *("--cache_dir", arguments.output_dir / "latents", *flags, *MODELS[model]),
+        *("--num_history_frames", history, "--seed", seed, "--max_train_minutes", arguments.max_train_minutes),
+        config_file=arguments.config_file,
+    )
+    names = ("first_seed", "num_clips", "num_histories", "scheduler", "num_inference_steps", "dtype", "device")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    steps = int(checkpoints(folder)[-1].name.split("-")[1])  # more after a longer budget
+    report = folder / f"report-{steps}.json"
+    run_once(
+        folder / f"evaluated-{steps}.json",
+        "pusht/evaluate.py",
+        *("--model", folder, "--dataset", arguments.test_dataset, "--output", report),
+        *("--num_history_frames", history, "--num_rollouts", 0),
+        *(part for name, value in given.items() for part in (f"--{name}", value)),
+    )
+    return {
+        "model": model,
+        "num_history_frames": history,
+        "seed": seed,
+        "parameters": IRASimPipeline.from_pretrained(folder).transformer.num_parameters(),
+        "steps": steps,
+        "figures": read_figures(json.loads(report.read_text())),
+    }
+
+
+def main() -> None:
+    parser = HfArgumentParser(ConditioningArguments, allow_abbrev=False)
+    arguments, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    unknown = [model for model in arguments.models if model not in MODELS]
+    if unknown:
+        raise ValueError(f"`models` must be among {', '.join(MODELS)}, got {', '.join(unknown)}.")
+    if "--max_train_steps" in flags:
+        raise ValueError("`max_train_steps` must be left out: the clock ends every training (`max_train_minutes`).")
+    runs = [
+        train_and_evaluate(arguments, flags, model, history, seed)
+        for history in arguments.num_history_frames
+        for seed in arguments.seeds
+        for model in arguments.models
+    ]
+    rows, differences = compare(runs)
+    content = {"rows": rows, "differences": differences, "runs": runs, "flags": flags}
+    write_report(arguments.output_dir, "conditioning", content, tables(rows, differences))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Scripts that train several models and compare them."""
+
+import json
+
+import conditioning
+import numpy as np
+import PIL.Image
+import pytest
+import scaling
+from scipy import stats
+from test_train import write_robot
+
+
+def test_sizes_are_trained_once_and_plotted(tmp_path, monkeypatch, capsys):
+    write_robot(tmp_path / "robot", 1, episodes=2, cameras=1)
+    arguments = [
+        *("scaling.py", "--output_dir", tmp_path / "runs", "--sizes", "1x2x12", "--intervals", 2),
+        *("--dataset", tmp_path / "robot", "--validation_dataset", tmp_path / "robot", "--pixel_space"),
+        *("--num_validation_clips", 1, "--validation_inference_steps", 1, "--validation_steps", 1, "--fps", 5),
+        *("--sample_frames", 4, "--train_batch_size", 2, "--max_train_steps", 3, "--mixed_precision", "no"),
+    ]
+    monkeypatch.setattr("sys.argv", [*map(str, arguments)])
+    scaling.main()
+    assert "| 1x2x12 | " in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "runs" / "scaling.json").read_text())["rows"]
+    assert [step for step, _ in row["loss"]] == [2, 3]
+    assert [step for step, _ in row["psnr"]] == [1, 2, 3]
+    assert np.isfinite([value for name in ("loss", "psnr") for _, value in row[name]]).all()
+    assert PIL.Image.open(tmp_path / "runs" / "scaling.png").width > 1000
+    weights = tmp_path / "runs" / "1x2x12" / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    scaling.main()
+    assert weights.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("size", "flags"),
+    [
+        ("XL", ["--preset", "XL"]),
+        ("4x3x64", ["--num_layers", "4", "--num_attention_heads", "3", "--attention_head_dim", "64"]),
+    ],
+)
+def test_sizes(size, flags):
+    assert scaling.size_flags(size) == flags
+
+
+@pytest.mark.parametrize("size", ["M", "4x3", "4x3x", "4x3x6.4"])
+def test_bad_sizes(size):
+    with pytest.raises(ValueError, match=r"`sizes` must be presets \(S, B, L, XL\) or like 4x3x64, got"):
+        scaling.size_flags(size)
+
+
+def test_a_curve_is_means_over_equal_parts():
+    assert scaling.averaged({1: 4.0, 2: 2.0, 3: 1.0, 4: 0.0}, 2) == [[2, 3.0], [4, 0.5]]
+    assert scaling.averaged({7: 4.0}, 20) == [[7, 4.0]]
+
+
+def make_run(model, seed, psnr):
+    report = {
+        "clip_psnr": {"mean": psnr, "low": psnr - 1, "high": psnr + 1},
+        "last_frame": {"moving": {"pusher": {"median": 2.0, "low": 1.0, "high": 3.0}}},
+    }
+    figures = conditioning.read_figures(report)
+    return {
+        "model": model,
+        "num_history_frames": 1,
+        "seed": seed,
+        "parameters": 5,
+        "steps": 10 + seed,
+        "figures": figures,
+    }
+
+
+def test_intervals_are_students_over_the_seeds_and_differences_are_paired():
+    first, second = [25.0, 24.0, 26.5], [24.0, 23.5, 25.0]
+    runs = [make_run("Frame-Ada", seed, value) for seed, value in enumerate(first)]
+    runs += [make_run("LVDM", seed, value) for seed, value in enumerate(second)]
+    rows, (difference,) = conditioning.compare(runs)
+    assert [(row["model"], row["seeds"], row["steps"]) for row in rows] == [("Frame-Ada", 3, 11), ("LVDM", 3, 11)]
+    for found, values in ((rows[0], first), (rows[1], second), (difference, np.subtract(first, second))):
+        interval = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+        np.testing.assert_allclose([found["clip_psnr"]["low"], found["clip_psnr"]["high"]], interval)
+    assert difference["model"] == "Frame-Ada - LVDM"
+    text = conditioning.tables(rows, [difference])
+    assert "| LVDM | 1 | 3 | 5 | 11 | 24.167 [" in text
+    assert "| Frame-Ada - LVDM | 1 | 3 | 1.000 [" in text
+
+
+def test_one_seed_has_the_interval_of_its_clips():
+    rows, differences = conditioning.compare([make_run("Frame-Ada", 0, 25.0), make_run("LVDM", 0, 24.0)])
+    assert rows[0]["clip_psnr"] == {"value": 25.0, "low": 24.0, "high": 26.0}
+    assert rows[0]["last_frame/moving/pusher"]["value"] == 2
+    assert "identification" not in rows[0]
+    assert differences[0]["clip_psnr"] == {"value": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (conditioning, ["--models", "GAN"], "`models` must be among Frame-Ada, Video-Ada, LVDM, got GAN"),
+        (conditioning, ["--max_train_steps", "5"], "`max_train_steps` must be left out: the clock ends"),
+        (scaling, ["--sizes", "1x2x12"], "`validation_dataset` must be given among the flags of train.py"),
+    ],
+)
+def test_bad_flags(tmp_path, monkeypatch, script, flags, message):
+    needed = ["--test_dataset", "set", "--max_train_minutes", "1"] if script is conditioning else []
+    monkeypatch.setattr("sys.argv", [script.__file__, "--output_dir", str(tmp_path), *needed, *flags])
+    with pytest.raises(ValueError, match=message):
+        script.main()
