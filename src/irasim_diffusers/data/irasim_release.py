@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from ..actions import derive_actions
-from .episode import Episode, InOrder, camera_layout, first_readable, sizes_digest, tile
-from .video import read_video
+from .episode import Episode, InOrder, camera_layout, first_readable, sizes_digest, tile, window_slice
+from .video import read_frames, read_video
 
 
 @dataclass(frozen=True)
@@ -112,20 +112,36 @@ class IRASimFolder(InOrder):
         Raises:
             ValueError: If a file is missing or unreadable, or frames and actions disagree.
         """
+        return self._read(number, None)
+
+    def window(self, number: int, start: int, length: int) -> Episode:
+        """Frames of an episode from frame `start` on, with what goes with them; no others are decoded in vain.
+
+        Raises:
+            ValueError: As for the episode, or if the window does not lie within it.
+        """
+        return self._read(number, (start, length))
+
+    def _read(self, number: int, window: tuple[int, int] | None) -> Episode:
         annotation = self._annotation(number)
         vectors = self.vectors(number)
+        total = len(vectors["action"])
         try:
-            paths = {camera: _media_path(annotation, "video", camera) for row in self.cameras for camera in row}
-            views = {camera: read_video(self.root / path) for camera, path in paths.items()}
+            part = window_slice(*(window or (0, total)), total)
+            views = {}
+            for camera in [camera for row in self.cameras for camera in row]:
+                path = self.root / _media_path(annotation, "video", camera)
+                if window is None:
+                    views[camera] = read_video(path)
+                else:
+                    views[camera] = read_frames(path, part.start, part.stop - part.start, whole=part.stop == total)
             frames = tile(self.cameras, views)
-            if len(frames) != len(vectors["action"]):
-                raise ValueError(
-                    f"{len(frames)} frames want {len(frames) - 1} actions between them, got "
-                    f"{len(vectors['action']) - 1}."
-                )
+            if len(frames) != part.stop - part.start:
+                raise ValueError(f"{len(frames)} frames want {len(frames) - 1} actions between them, got {total - 1}.")
         except ValueError as error:
             raise ValueError(f"{str(self.files[number])!r}: {error}") from error
         texts = annotation.get("texts") or [annotation.get("language_instruction") or ""]
+        vectors = {key: value[part] for key, value in vectors.items()}
         return Episode(frames, vectors.pop("action"), vectors, texts[0])
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
