@@ -284,6 +284,16 @@ def test_files_changed_in_place_make_another_set(tmp_path):
     write_video(tmp_path / "videos/train/0.mp4", frames, 5)
     assert open_dataset(tmp_path, "0").identity != before["0"]
     assert open_dataset(tmp_path, "1").identity == before["1"], "the other camera's video is the same"
+    annotation = tmp_path / "annotation/train/10.json"
+    text = annotation.read_text()
+    digit = text.index(".") + 1
+    annotation.write_text(text[:digit] + str(9 - int(text[digit])) + text[digit + 1 :])
+    assert open_dataset(tmp_path, "1").identity != before["1"], "a number of the same length"
+    annotation.write_text(text)
+    assert open_dataset(tmp_path, "1").identity == before["1"], "written anew with the same content"
+    for broken in ("{", '{"videos": [{"video_path": "\\x"}, {"video_path": 3}]}'):
+        annotation.write_text(broken)
+        assert open_dataset(tmp_path, "1").identity != before["1"]
 
 
 def test_the_first_readable_episode_is_sought_among_the_first(tmp_path):
