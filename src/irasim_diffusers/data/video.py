@@ -43,7 +43,7 @@ def iterate_video(path: str | os.PathLike | BinaryIO) -> Iterator[np.ndarray]:
     """
     with _open(path) as (container, stream):
         for frame in container.decode(stream):
-            yield _pixels(frame, path)
+            yield _whole(frame, path).to_ndarray(format="rgb24")
 
 
 def read_frames(
@@ -69,6 +69,7 @@ def read_frames(
     with _open(path) as (container, stream):
         for number, frame in _decode_from(container, stream, start, fps):
             if number < start - 0.5:
+                _whole(frame, path)  # those after it are made from it
                 continue
             if len(frames) == count:
                 raise ValueError(f"{str(path)!r} goes on after the {count} frames of its episode.")
@@ -78,7 +79,7 @@ def read_frames(
                     f"{str(path)!r} has no frame number {start + len(frames)}{rate}: frames are missing, or it has another "
                     "rate."
                 )
-            frames.append(_pixels(frame, path))
+            frames.append(_whole(frame, path).to_ndarray(format="rgb24"))
             if len(frames) == count and not whole:
                 break
     if len(frames) < count:
@@ -110,10 +111,11 @@ def _open(path: str | os.PathLike | BinaryIO) -> Iterator[tuple[Any, Any]]:
         raise ValueError(f"cannot read {str(source)!r} as a video: {reason}.") from error
 
 
-def _pixels(frame: Any, path: str | os.PathLike | BinaryIO) -> np.ndarray:
+def _whole(frame: Any, path: str | os.PathLike | BinaryIO) -> Any:
+    """The frame, unless it is damaged."""
     if frame.is_corrupt:  # the decoder has painted over what is missing
         raise ValueError(f"{str(path)!r} is damaged: a frame cannot be decoded whole.")
-    return frame.to_ndarray(format="rgb24")
+    return frame
 
 
 def _timestamps(container: Any, stream: Any) -> list[int | None]:
