@@ -81,8 +81,9 @@ def test_frames_at_uneven_times_are_numbered_in_their_order(frames, tmp_path):
 def test_damaged_and_cut_videos_are_refused(tmp_path):
     path = encode(tmp_path / "clip.mp4", "libx264", {"g": "250", "crf": "30"})
     content = path.read_bytes()
-    middle = content.index(b"mdat") + len(content) // 2
-    path.write_bytes(content[:middle] + bytes(40) + content[middle + 40 :])  # a decoder paints over such a hole
+    middle = content.index(b"mdat") + len(content) // 3
+    hole = bytes(255 - byte for byte in content[middle : middle + 400])  # a decoder paints over it
+    path.write_bytes(content[:middle] + hole + content[middle + 400 :])
     with pytest.raises(ValueError, match=r"clip\.mp4' is damaged|cannot read .*clip\.mp4"):
         read_video(path)
     with pytest.raises(ValueError, match=r"clip\.mp4' is damaged|cannot read .*clip\.mp4"):
