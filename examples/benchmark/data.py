@@ -2,7 +2,8 @@
 
     python examples/benchmark/data.py --dataset data/pusht-test --vae runs/pusht-vae --cache_dir runs/latents
 
-One process, one row for each way; prints a table in Markdown. Windows are counted by processor time, since decoders take all cores. Without `--vae` only decoding is measured, which works for any data set.
+One process, one row for each way; prints a table in Markdown. Windows are counted by processor time, since
+decoders take all cores. Without `--vae` only decoding is measured, which works for any data set.
 """
 
 import time

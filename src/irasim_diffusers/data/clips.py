@@ -88,9 +88,8 @@ def cache_latents(
 
     starts = range(0, len(dataset), episodes_per_file)
     files = {start: folder / f"latents-{start // episodes_per_file:05d}.safetensors" for start in starts}
-    share = np.array_split(starts, num_processes)[
-        process_index
-    ].tolist()  # neighbours share the files they are read from
+    shares = np.array_split(starts, num_processes)  # neighbours, which lie in the same files
+    share = shares[process_index].tolist()
     total = sum(min(start + episodes_per_file, len(dataset)) - start for start in share)
     with tqdm(total=total, desc="encoding latents", unit="episode", disable=process_index > 0) as bar:
         for start in share:

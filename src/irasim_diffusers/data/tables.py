@@ -128,7 +128,10 @@ class TableEpisodes(InOrder):
 
     def _row(self, number: int) -> dict[str, Any]:
         number = range(len(self))[number]
-        return self._rows[number] if self._streams else self.dataset[number]
+        try:
+            return self._rows[number] if self._streams else self.dataset[number]
+        except EOFError as error:
+            raise ValueError(f"episode {number} of {self.name!r}: {error}") from error
 
     def _read(self, number: int, window: tuple[int, int] | None) -> Episode:
         row = self._row(number)
@@ -173,7 +176,7 @@ class _StreamedRows:
         while self.number < number:
             row = next(self.following, None)
             if row is None:
-                raise ValueError(f"the data end after {self.number + 1} rows: give that as `max_episodes`.")
+                raise EOFError(f"the data end after {self.number + 1} rows: give that as `max_episodes`.")
             self.row, self.number = row, self.number + 1
         return self.row
 
