@@ -105,6 +105,13 @@ class TrainingArguments:
     max_train_episodes: int | None = field(
         default=None, metadata={"help": "train on the first that many episodes of each data set"}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "of data sets on the Hub keep the latents only: download file by file, encode, delete; for data larger than "
+            "the disk"
+        },
+    )
     skip_broken: bool = field(
         default=False, metadata={"help": "leave out episodes that cannot be read, and list them"}
     )
@@ -112,7 +119,7 @@ class TrainingArguments:
         default=False, metadata={"help": "take the latents beside the videos of IRASim-format data"}
     )
     fps: float | None = field(default=None, metadata={"help": "frames a second, where the data do not record them"})
-    frame_skip: int = field(default=1, metadata={"help": "keep every frame of that number"})
+    frame_skip: int = field(default=1, metadata={"help": "train on every frame of that number, from any on"})
     target_fps: float | None = field(default=None, metadata={"help": "the same, as the rate that remains"})
     height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
     width: int | None = field(default=None, metadata={"help": "see --height"})
@@ -381,8 +388,10 @@ def is_pipeline(name: str, revision: str | None = None) -> bool:
     return True
 
 
-def open_source(name: str, arguments: TrainingArguments, split: str, max_episodes: int | None) -> PreparedEpisodes:
-    """A data set in the form and with the actions that the arguments ask for."""
+def open_source(
+    name: str, arguments: TrainingArguments, split: str, max_episodes: int | None, all_phases: bool
+) -> PreparedEpisodes:
+    """A data set in the form and with the actions that the arguments ask for, with or without the frames skipped."""
     source = open_dataset(
         name,
         arguments.cameras or None,
@@ -391,6 +400,7 @@ def open_source(name: str, arguments: TrainingArguments, split: str, max_episode
         fps=arguments.fps,
         action_column=arguments.action_column,
         state_columns=arguments.state_columns,
+        streaming=arguments.streaming,
     )
     skip = arguments.frame_skip if arguments.target_fps is None else frame_skip_for(source.fps, arguments.target_fps)
     return PreparedEpisodes(
@@ -401,6 +411,7 @@ def open_source(name: str, arguments: TrainingArguments, split: str, max_episode
         arguments.action_composition,
         arguments.pad_actions_to,
         (arguments.height, arguments.width) if arguments.height and arguments.width else None,
+        all_phases,
     )
 
 
@@ -578,25 +589,23 @@ def validation_clips(arguments: TrainingArguments, config: dict) -> tuple[np.nda
     if arguments.validation_dataset is None:
         return None
     frames, actions = [], []
-    source = open_source(arguments.validation_dataset, arguments, arguments.validation_split, None)
+    source = open_source(arguments.validation_dataset, arguments, arguments.validation_split, None, all_phases=False)
+    wanted = config["sample_frames"]
     for number in range(len(source)):
         try:
-            episode = source[number]
+            length = len(source.vectors(number)["action"])
+            if length < wanted:
+                raise ValueError(
+                    f"episode {number} of {arguments.validation_dataset!r} has {length} frames, fewer than a window of "
+                    f"{wanted}: train with fewer, or leave it out with --skip_broken."
+                )
+            clip = source.window(number, (length - wanted) // 2, wanted)
         except ValueError:
             if not arguments.skip_broken:
                 raise
             continue
-        if len(episode) < config["sample_frames"]:
-            if not arguments.skip_broken:
-                raise ValueError(
-                    f"episode {number} of {arguments.validation_dataset!r} has {len(episode)} frames, fewer than a window of "
-                    f"{config['sample_frames']}: train with fewer, or leave it out with --skip_broken."
-                )
-            continue
-        start = (len(episode) - config["sample_frames"]) // 2
-        last = start + config["sample_frames"]
-        frames.append(episode.frames[start:last])
-        actions.append(episode.actions[start + config["num_history_frames"] - 1 : last - 1])
+        frames.append(clip.frames)
+        actions.append(clip.actions[config["num_history_frames"] - 1 : -1])
         if len(frames) == arguments.num_validation_clips:
             break
     if not frames:
@@ -948,7 +957,8 @@ def main() -> None:
     accelerator.wait_for_everyone()
 
     sources = [
-        open_source(name, arguments, arguments.split, arguments.max_train_episodes) for name in arguments.dataset
+        open_source(name, arguments, arguments.split, arguments.max_train_episodes, all_phases=True)
+        for name in arguments.dataset
     ]
     check_mixture(sources)
     vae = load_vae(arguments).to(accelerator.device)
@@ -973,7 +983,10 @@ def main() -> None:
     sample_frames = arguments.sample_frames or (
         pretrained.config.sample_frames if pretrained else NEW_MODEL["sample_frames"]
     )
-    parts = [LatentClips(folder, sample_frames, skip_short=arguments.skip_broken) for folder in folders]
+    parts = [
+        LatentClips(folder, sample_frames, skip_short=arguments.skip_broken, frame_skip=source.frame_skip)
+        for folder, source in zip(folders, sources, strict=True)
+    ]
     if arguments.state_keys:
         numbers = [part.episodes for part in parts]
         known = standardised_states(sources, arguments.state_keys, arguments.state_angles, numbers)

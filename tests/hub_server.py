@@ -5,7 +5,7 @@ import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
 
 Files = dict[str, bytes]
 
@@ -41,6 +41,24 @@ class HubServer:
         )
 
 
+def _entries(files: Files, name: str) -> list[dict[str, object]]:
+    """What is told of a file or folder, if there is one."""
+    if name in files:
+        oid = hashlib.sha1(files[name]).hexdigest()
+        return [{"type": "file", "path": name, "size": len(files[name]), "oid": oid}]
+    return (
+        [{"type": "directory", "path": name, "oid": ""}] if any(file.startswith(f"{name}/") for file in files) else []
+    )
+
+
+def _tree(files: Files, folder: str, recursive: bool) -> list[dict[str, object]]:
+    """What is told of all files below a folder, or of what lies in it."""
+    inside = [name for name in files if not folder or name.startswith(f"{folder}/")]
+    depth = folder.count("/") + 1 if folder else 0
+    names = inside if recursive else dict.fromkeys("/".join(name.split("/")[: depth + 1]) for name in inside)
+    return [entry for name in names for entry in _entries(files, name)]
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
@@ -60,11 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
             if files is None:
                 return
             if rest[:1] == ["tree"]:
-                entries = [
-                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                    for name, data in files.items()
-                ]
-                return self._json(entries)
+                return self._json(_tree(files, "/".join(rest[2:]), "recursive=true" in self.path.lower()))
             siblings = [{"rfilename": name} for name in files]
             return self._json(
                 {"id": repository, "sha": self.hub.sha(repository, revision), "siblings": siblings, "tags": []}
@@ -77,10 +91,16 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             if name not in files:
                 return self._error("EntryNotFound")
-            commit = self.hub.sha(repository, revision)
-            return self._send(
-                200, files[name], {"ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"', "X-Repo-Commit": commit}
-            )
+            headers = {
+                "ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"',
+                "X-Repo-Commit": self.hub.sha(repository, revision),
+                "Accept-Ranges": "bytes",
+            }
+            if "Range" not in self.headers:
+                return self._send(200, files[name], headers)
+            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+            part = files[name][int(first) : int(last) + 1 if last else None]
+            return self._send(206, part, headers | {"Content-Range": f"bytes {first}-{last}/{len(files[name])}"})
         return self._error("RepoNotFound")
 
     def do_DELETE(self) -> None:
@@ -110,6 +130,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(
                 {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
             )
+        if kind == "paths-info":
+            files = self._files(repository, path[5])
+            wanted = parse_qs(body.decode())["paths"] if body[:1] != b"{" else json.loads(body)["paths"]
+            return self._json([entry for name in wanted for entry in _entries(files or {}, name)])
         if kind == "tag":
             revisions = self.hub.repositories[repository]
             revisions[json.loads(body)["tag"]] = revisions[path[5]]

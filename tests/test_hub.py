@@ -1,14 +1,22 @@
 """Publishing and loading through the Hub's HTTP endpoints, each side in a process of its own, as two users would."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from conftest import tiny_vae
 from hub_server import HubServer
-from test_lerobot import make_episode, write_folder
+from test_lerobot import CAMERA, NAMES, TASKS, make_episode, write_folder
 from test_sources import write_release, write_v21
+
+from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents, write_file, write_metadata, write_video
 
 START = """
 import sys
@@ -197,10 +205,16 @@ def test_clips_are_published_with_a_card_and_trained_on_by_their_name(hub, tmp_p
     )
 
 
+def on_the_hub(hub, root, repository):
+    """Publish a folder; returns the sizes of its videos and tables."""
+    files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
+    hub.commit(f"datasets/{repository}", files)
+    return {name: len(data) for name, data in files.items() if not name.startswith("meta")}
+
+
 def test_only_the_cameras_asked_for_are_downloaded(hub, tmp_path):
     write_v21(tmp_path / "two", [make_episode(number, 5) for number in range(2)])
-    files = {str(path.relative_to(tmp_path / "two")): path.read_bytes() for path in (tmp_path / "two").rglob("*.*")}
-    hub.commit("datasets/lab/two", files)
+    on_the_hub(hub, tmp_path / "two", "lab/two")
     hub.requests.clear()
     run(
         hub,
@@ -216,10 +230,8 @@ def test_only_the_cameras_asked_for_are_downloaded(hub, tmp_path):
 
 
 def test_only_the_first_episodes_asked_for_are_downloaded(hub, tmp_path):
-    root = tmp_path / "three"
-    write_folder(root)  # the third has files of its own
-    files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
-    hub.commit("datasets/lab/three", files)
+    write_folder(tmp_path / "three")  # the third episode has files of its own
+    on_the_hub(hub, tmp_path / "three", "lab/three")
     hub.requests.clear()
     run(
         hub,
@@ -234,3 +246,143 @@ def test_only_the_first_episodes_asked_for_are_downloaded(hub, tmp_path):
     assert "data/chunk-000/file-000.parquet" in asked
     assert "image/chunk-000/file-001.mp4" not in asked
     assert "data/chunk-000/file-001.parquet" not in asked
+
+
+ENCODE = """
+        import os, signal
+        from multiprocessing import get_context
+        from pathlib import Path
+        import torch.distributed
+        from conftest import tiny_vae
+        from irasim_diffusers.data import cache_latents, open_dataset
+
+        assets, most = Path(os.environ["HF_HOME"]) / "assets", int(sys.argv[1])
+
+        def encode(rank, processes, last):
+            meeting = f"file://{Path(f'meeting-{processes}').absolute()}"
+            torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
+            vae, encoded = tiny_vae(), []
+
+            def look(*_):
+                held = sum(path.stat().st_size for path in assets.rglob("file-*.*") if path.suffix != ".metadata")
+                assert 0 < held <= most * processes, f"{held} bytes on the disk"
+                encoded.append(held)
+                if len(encoded) == last:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            vae.encoder.register_forward_hook(look)
+            cache_latents(
+                open_dataset("lab/large", streaming=True), vae, "cache", episodes_per_file=2, process_index=rank,
+                num_processes=processes, wait_for_everyone=torch.distributed.barrier,
+            )
+
+        def run(*jobs):
+            processes = [get_context("fork").Process(target=encode, args=job) for job in jobs]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join()
+            return [process.exitcode for process in processes]
+
+        assert run((0, 1, 3)) == [-signal.SIGKILL]
+        assert len(list(assets.rglob("*.mp4"))) == 1, "it held the second video"
+        assert len(list(Path("cache").rglob("*.safetensors"))) == 1
+        assert run((0, 2, 0), (1, 2, 0)) == [0, 0]
+        assert not list(assets.rglob("*.*")), "all is deleted, what the killed process held as well"
+"""
+
+
+def test_a_set_larger_than_the_disk_is_encoded_file_by_file(hub, tmp_path):
+    root, episodes = tmp_path / "large", [make_episode(number, 5 + number) for number in range(8)]
+    starts = np.cumsum([0, *(len(episode) for episode in episodes)]).tolist()
+    for file in range(4):
+        place = {"first_episode": 2 * file, "first_frame": starts[2 * file]}
+        write_file(root, file, episodes[2 * file : 2 * file + 2], fps=10, camera=CAMERA, tasks=TASKS, **place)
+    write_metadata(root, fps=10, camera=CAMERA, frame_size=(10, 14), names=NAMES, tasks=TASKS, robot_type="test")
+    sizes = on_the_hub(hub, root, "lab/large")
+    most = sum(max(size for name, size in sizes.items() if name.endswith(kind)) for kind in (".mp4", ".parquet"))
+    assert sum(sizes.values()) > 3 * most
+    hub.requests.clear()
+    run(hub, tmp_path, ENCODE, str(most))
+    fetched = [request.split("/")[-1] for request in hub.requests if request.startswith("GET") and ".mp4" in request]
+    assert sorted(fetched) == ["file-000.mp4", "file-001.mp4", "file-001.mp4", "file-002.mp4", "file-003.mp4"]
+
+    clips = LatentClips(next(tmp_path.glob("cache/*")), 5)
+    here = LatentClips(cache_latents(LeRobotFolder(root), tiny_vae(), tmp_path / "here"), 5)
+    assert clips.windows == here.windows
+    for index in range(len(here)):
+        assert torch.equal(clips[index]["latents"], here[index]["latents"])
+        assert torch.equal(clips[index]["actions"], here[index]["actions"])
+
+
+def publish_table(hub, folder, episodes, repository, card=True):
+    """A table of two episodes a file, videos inside, as `datasets` writes it."""
+    files = {}
+    features = {"video": {"_type": "Video"}, "actions": {"_type": "List", "feature": {"_type": "List"}}}
+    features["actions"]["feature"]["feature"] = {"dtype": "float32", "_type": "Value"}
+    for number in range(0, len(episodes), 2):
+        videos = [
+            write_video(folder / "video.mp4", episode.frames, 10, lossless=True).read_bytes()
+            for episode in episodes[number : number + 2]
+        ]
+        actions = [episode.actions.tolist() for episode in episodes[number : number + 2]]
+        table = pa.table({"video": [{"bytes": video, "path": "video.mp4"} for video in videos], "actions": actions})
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        pq.write_table(table, folder / "part.parquet")
+        files[f"data/train-{number // 2:05d}.parquet"] = (folder / "part.parquet").read_bytes()
+    if card:
+        rows = {"name": "train", "num_bytes": 1, "num_examples": len(episodes)}
+        files["README.md"] = f"---\ndataset_info:\n  splits:\n  - {json.dumps(rows)}\n---\n".encode()
+    hub.commit(f"datasets/{repository}", files)
+
+
+def test_other_sets_larger_than_the_disk(hub, tmp_path):
+    episodes = [make_episode(number, 5 + number) for number in range(6)]
+    write_v21(tmp_path / "v21", episodes)
+    (tmp_path / "v21/videos/chunk-000/left/episode_000001.mp4").unlink()
+    on_the_hub(hub, tmp_path / "v21", "lab/v21")
+    publish_table(hub, tmp_path, episodes, "lab/table")
+    publish_table(hub, tmp_path, episodes, "lab/uncounted", card=False)
+    hub.requests.clear()
+    run(
+        hub,
+        tmp_path,
+        """
+        import os
+        from pathlib import Path
+        from irasim_diffusers.data import open_dataset
+
+        def refusal(action):
+            try:
+                action()
+            except ValueError as error:
+                return str(error)
+
+        home = Path(os.environ["HF_HOME"])
+        def sizes(pattern="*"):
+            return [path.stat().st_size for path in home.rglob(pattern) if path.is_file()]
+
+        source = open_dataset("lab/v21", ["left", "right"], streaming=True)
+        for number in (0, 2, 3, 4, 5):
+            assert len(source[number]) == 5 + number
+            assert source.window(number, 2, 3).frames.shape == (3, 20, 14, 3)
+            assert len(sizes("*.mp4")) == 2, "one of each camera"
+        assert "episode 1 of 'lab/v21': 'videos/chunk-000/left/episode_000001.mp4' does not exist on the Hub" in refusal(
+            lambda: source[1]
+        )
+        del source
+        assert not sizes("*.mp4")
+
+        before = sum(sizes())
+        table = open_dataset("lab/table", streaming=True)
+        assert table.identity["fingerprint"].startswith("lab/table at ")
+        assert [len(episode) for episode in table] == [5, 6, 7, 8, 9, 10]
+        assert np.array_equal(table.window(1, 2, 3).frames, table[1].frames[2:5])  # back to the start
+        assert table.vectors(4)["action"].shape == (9, 3)
+        assert sum(sizes()) - before < 2000, "nothing but the card"
+        assert "`max_episodes` must be given" in refusal(lambda: open_dataset("lab/uncounted", streaming=True))
+        assert len(open_dataset("lab/uncounted", streaming=True, max_episodes=6)[5]) == 10
+        beyond = open_dataset("lab/uncounted", streaming=True, max_episodes=7)
+        assert "the data end after 6 rows" in refusal(lambda: beyond[6])
+        """,
+    )

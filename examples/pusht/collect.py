@@ -3,8 +3,8 @@
     python examples/pusht/collect.py --output data/pusht-train --episodes 1500 --first_seed 0
 
 An aimless pusher, an expert, and the expert with noise take the episodes in the shares asked for. Every episode is fixed
-by its seed. Files of 50 episodes are written one by one; the same command run again goes on with the first one missing, a
-command with other settings is refused. `--pusher_radius` changes the world.
+by its seed. Files of 50 episodes are written one by one; the same command run again goes on with the first one missing, one
+that asks for more episodes adds them, one with other settings is refused. `--pusher_radius` changes the world.
 """
 
 import functools
@@ -13,8 +13,10 @@ import multiprocessing
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from expert import push_to_goal
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from simulator import FPS, PUSHER_RADIUS, SIZE, Pusher, Simulator, State, push_about
@@ -29,6 +31,7 @@ from irasim_diffusers.data import (
     write_file,
     write_metadata,
 )
+from irasim_diffusers.data.lerobot import EPISODES_PATH
 from irasim_diffusers.data.publish import SOURCE_FILE
 from irasim_diffusers.files import temporary_path
 
@@ -84,10 +87,10 @@ class CollectArguments:
 
 
 def begin(arguments: CollectArguments) -> None:
-    """Note in the folder what fixes its episodes.
+    """Note in the folder what fixes its episodes; a finished one that shall grow is unfinished until it has.
 
     Raises:
-        ValueError: If the folder was begun with anything else.
+        ValueError: If the folder was begun with anything else than fewer episodes.
     """
     root, marker = arguments.output, arguments.output / SOURCE_FILE
     names = ("episodes", "length", "first_seed", *TASKS, "pusher_radius")
@@ -95,14 +98,23 @@ def begin(arguments: CollectArguments) -> None:
     if not marker.is_file():
         if root.is_dir() and any(root.iterdir()):
             raise ValueError(f"{str(root)!r} holds files of unknown settings: give a new folder.")
-        with temporary_path(marker) as partial:
-            partial.write_text(json.dumps(wanted))
+        write_marker(marker, wanted)
     begun = json.loads(marker.read_text())
+    if begun | {"episodes": None} == wanted | {"episodes": None} and begun["episodes"] < arguments.episodes:
+        (root / "meta" / "info.json").unlink(missing_ok=True)
+        write_marker(marker, wanted)
+        return
     changes = [
         f"`{name}` {begun.get(name)}, not {value}" for name, value in wanted.items() if begun.get(name) != value
     ]
     if changes:
         raise ValueError(f"{str(root)!r} was begun with {', '.join(changes)}: give a new folder or these settings.")
+
+
+def write_marker(marker: Path, settings: dict[str, Any]) -> None:
+    """Write what fixes the episodes of a folder."""
+    with temporary_path(marker) as partial:
+        partial.write_text(json.dumps(settings))
 
 
 def pusher_of(kind: str, rng: np.random.Generator, state: State) -> Pusher:
@@ -137,11 +149,18 @@ def collect_episode(simulator: Simulator, seed: int, length: int, shares: dict[s
     )
 
 
+def written_episodes(root: Path, file_index: int) -> int:
+    """Number of episodes in a file; a new version of a file that has grown keeps those that it had as they are."""
+    if not is_written(root, file_index):
+        return 0
+    return pq.read_metadata(root / EPISODES_PATH.format(chunk_index=0, file_index=file_index)).num_rows
+
+
 def collect_file(file_index: int, arguments: CollectArguments) -> int:
-    """Collect and write one file of episodes; return its number of episodes."""
+    """Collect and write one file of episodes, if it is not there or shall have more; return its number of episodes."""
     first = file_index * EPISODES_PER_FILE
     numbers = range(first, min(first + EPISODES_PER_FILE, arguments.episodes))
-    if not is_written(arguments.output, file_index):
+    if written_episodes(arguments.output, file_index) < len(numbers):
         simulator = Simulator(arguments.pusher_radius)
         shares = {kind: getattr(arguments, kind) for kind in TASKS}
         seeds = [arguments.first_seed + number for number in numbers]

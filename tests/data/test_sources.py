@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -284,6 +285,16 @@ def test_files_changed_in_place_make_another_set(tmp_path):
     write_video(tmp_path / "videos/train/0.mp4", frames, 5)
     assert open_dataset(tmp_path, "0").identity != before["0"]
     assert open_dataset(tmp_path, "1").identity == before["1"], "the other camera's video is the same"
+    annotation = tmp_path / "annotation/train/10.json"
+    text = annotation.read_text()
+    digit = text.index(".") + 1
+    annotation.write_text(text[:digit] + str(9 - int(text[digit])) + text[digit + 1 :])
+    assert open_dataset(tmp_path, "1").identity != before["1"], "a number of the same length"
+    annotation.write_text(text)
+    assert open_dataset(tmp_path, "1").identity == before["1"], "written anew with the same content"
+    for broken in ("{", '{"videos": [{"video_path": "\\x"}, {"video_path": 3}]}'):
+        annotation.write_text(broken)
+        assert open_dataset(tmp_path, "1").identity != before["1"]
 
 
 def test_the_first_readable_episode_is_sought_among_the_first(tmp_path):
@@ -301,6 +312,84 @@ def test_the_first_readable_episode_is_sought_among_the_first(tmp_path):
         open_dataset(tmp_path)
 
 
+def make_table(folder, episodes):
+    """A table with a column of videos, one of pictures, actions between frames, and states."""
+    datasets = pytest.importorskip("datasets")
+    columns = {
+        "video": [
+            str(write_video(folder / f"{number}.mp4", episode.frames, 10, lossless=True))
+            for number, episode in enumerate(episodes)
+        ],
+        "pictures": [[PIL.Image.fromarray(frame) for frame in episode.frames] for episode in episodes],
+        "actions": [episode.actions[:-1].tolist() for episode in episodes],
+        "state": [episode.states["observation.state"].tolist() for episode in episodes],
+    }
+    numbers = datasets.List(datasets.List(datasets.Value("float32")))
+    features = datasets.Features(
+        video=datasets.Video(), pictures=datasets.List(datasets.Image()), actions=numbers, state=numbers
+    )
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def sources_of_every_form(folder, form):
+    """A source of each form, of two or three short episodes."""
+    episodes = [make_episode(number, length) for number, length in enumerate((5, 9, 7))]
+    if form == "v3.0":
+        write_folder(folder)
+        return LeRobotFolder(folder)
+    if form == "v2.1":
+        write_v21(folder, episodes)
+        return LeRobotFolder(folder, ["left", "right"])
+    if form == "pictures":
+        write_v21(folder, episodes)
+        names = [f"data/chunk-00{number // 2}/episode_00000{number}.parquet" for number in range(3)]
+        put_pictures_into_parquet(folder, "left", {name: [part] for name, part in zip(names, episodes, strict=True)})
+        return LeRobotFolder(folder, "left")
+    if form == "release":
+        write_release(folder, "droid", length=9)
+        return IRASimFolder(folder, cameras=["0,1"], fps=5)
+    folder.mkdir()
+    table = make_table(folder, episodes)
+    if form == "stream":
+        return TableEpisodes(table.to_iterable_dataset(), "video", length=3, origin="here")
+    return TableEpisodes(table, form.split()[1], state_columns=["state"])
+
+
+@pytest.mark.parametrize("form", ["v3.0", "v2.1", "pictures", "release", "table video", "table pictures", "stream"])
+def test_windows_are_those_of_the_whole_episode(form, tmp_path):
+    source = sources_of_every_form(tmp_path / "set", form)
+    resized = PreparedEpisodes(source, frame_size=(20, 28))
+    skipping = PreparedEpisodes(source, frame_skip=2, composition="absolute")
+    dense = PreparedEpisodes(source, frame_skip=2, composition="absolute", all_phases=True)
+    for data in (source, resized, skipping, dense):
+        for number in range(len(data)):
+            whole = data[number]
+            assert {key: len(value) for key, value in data.vectors(number).items()} == dict.fromkeys(
+                ["action", *whole.states], len(whole)
+            )
+            for start in range(len(whole)):
+                length = min(3, len(whole) - start)
+                part, window = slice(start, start + length), data.window(number, start, length)
+                assert np.array_equal(window.frames, whole.frames[part]), (number, start)
+                assert np.array_equal(window.actions, whole.actions[part])
+                assert window.task == whole.task
+                assert window.states.keys() == whole.states.keys()
+                assert all(np.array_equal(window.states[key], whole.states[key][part]) for key in whole.states)
+    for start, length in ((-1, 2), (0, 0), (4, 50), (99, 1)):
+        with pytest.raises(ValueError, match=rf"a window must lie within .* `start` {start}, `length` {length}"):
+            source.window(0, start, length)
+        with pytest.raises(ValueError, match="a window must lie within"):
+            skipping.window(0, start, length)
+
+
+def test_streamed_tables_say_how_long_they_are(tmp_path):
+    table = make_table(tmp_path, [make_episode(0, 5)]).to_iterable_dataset()
+    with pytest.raises(ValueError, match="`length` and `origin` must be given"):
+        TableEpisodes(table)
+    with pytest.raises(ValueError, match="the data end after 1 rows"):
+        list(TableEpisodes(table, length=2, origin="here"))
+
+
 def test_unknown_split_and_folder(tmp_path):
     write_release(tmp_path, "rt1")
     with pytest.raises(ValueError, match=r"`split` must be one of \['train'\] in .* got 'test'"):
@@ -312,23 +401,8 @@ def test_unknown_split_and_folder(tmp_path):
 
 
 def test_tables_with_videos_and_with_pictures(tmp_path):
-    datasets = pytest.importorskip("datasets")
     episodes = [make_episode(number, length) for number, length in enumerate((5, 6))]
-    paths = [
-        str(write_video(tmp_path / f"{number}.mp4", episode.frames, 10, lossless=True))
-        for number, episode in enumerate(episodes)
-    ]
-    columns = {
-        "video": paths,
-        "pictures": [[PIL.Image.fromarray(frame) for frame in episode.frames] for episode in episodes],
-        "actions": [episode.actions[:-1].tolist() for episode in episodes],
-    }
-    features = datasets.Features(
-        video=datasets.Video(),
-        pictures=datasets.List(datasets.Image()),
-        actions=datasets.List(datasets.List(datasets.Value("float32"))),
-    )
-    table = datasets.Dataset.from_dict(columns, features=features)
+    table = make_table(tmp_path, episodes)
     table.save_to_disk(str(tmp_path / "table"))
     for camera in ("video", "pictures"):
         data = open_dataset(tmp_path / "table", camera, max_episodes=2)
@@ -340,7 +414,8 @@ def test_tables_with_videos_and_with_pictures(tmp_path):
         open_dataset(tmp_path / "table", "wrist")
     with pytest.raises(ValueError, match="must hold a video or a list of images"):
         open_dataset(tmp_path / "table", "actions")
-    ragged = datasets.Dataset.from_dict(columns | {"actions": [[[1.0], [2.0, 3.0]], None]}, features=features)
+    feature, ragged = table.features["actions"], [[[1.0], [2.0, 3.0]], None]
+    ragged = table.remove_columns("actions").add_column("actions", ragged, feature=feature)
     for number in range(2):
         with pytest.raises(ValueError, match=rf"episode {number} of "):
             TableEpisodes(ragged).vectors(number)
@@ -359,6 +434,45 @@ def test_skipping_frames_composes_actions(derivation, tmp_path):
     np.testing.assert_allclose(end[:, :3], states[::3, :3], atol=1e-5)
     composed = PreparedEpisodes(derived, frame_skip=3, composition=derivation)
     np.testing.assert_allclose(composed[0].actions[:-1], skipping[0].actions[:-1], atol=1e-5)
+
+
+def test_windows_of_skipped_frames_begin_at_any_frame(tmp_path):
+    written = write_folder(tmp_path / "set", lengths=(5, 9, 7))
+    source, vae = LeRobotFolder(tmp_path / "set"), tiny_vae()
+    dense = PreparedEpisodes(source, frame_skip=3, composition="relative_planar", all_phases=True)
+    assert (dense.fps, len(dense[1])) == (10 / 3, 9)
+    folder = cache_latents(dense, vae, tmp_path / "cache")
+    (states,) = standardised_states([dense], ["observation.state"])
+    clips = LatentClips(folder, 3, frame_skip=3, skip_short=True, states=states)
+    assert (clips.windows, clips.short) == ([(1, 0), (1, 1), (1, 2), (2, 0)], [0])
+    every = LatentClips(cache_latents(source, vae, tmp_path / "cache"), 5).episodes
+    for index, (number, start) in enumerate(clips.windows):
+        assert torch.equal(clips[index]["latents"], every[number][0][start : start + 7 : 3].float().transpose(0, 1))
+        assert torch.equal(clips[index]["states"], states[number][start : start + 7 : 3])
+        between = written[number].actions[start : start + 6].reshape(2, 3, 3).sum(1)
+        np.testing.assert_allclose(clips[index]["actions"], between, atol=1e-6)
+        if start == 0:
+            first_phase = PreparedEpisodes(source, frame_skip=3, composition="relative_planar")[number]
+            assert np.array_equal(clips[index]["actions"], first_phase.actions[:2])
+    assert len(clips.actions) == 9 - 3 + 7 - 3, "none that leads out of an episode"
+    with pytest.raises(ValueError, match=r"1 episodes .* shorter than a window of 3 frames, every 3th, the first"):
+        LatentClips(folder, 3, frame_skip=3)
+    plain = PreparedEpisodes(source)
+    assert PreparedEpisodes(source, all_phases=True).identity == plain.identity, "without a skip nothing changes"
+    assert dense.identity != PreparedEpisodes(source, frame_skip=3, composition="relative_planar").identity
+
+
+@pytest.mark.parametrize("derivation", ["relative_euler", "relative_6d", "relative_planar", "absolute"])
+def test_the_last_action_of_an_episode_holds(derivation, tmp_path):
+    _, poses, gripper = write_release(tmp_path, "droid", length=4)
+    last = np.concatenate([poses, gripper], axis=1)[-1]
+    for skip in (1, 2, 5):  # a single frame is left of five
+        episode = PreparedEpisodes(open_dataset(tmp_path, "0"), derivation, frame_skip=skip)[0]
+        start = episode.states["state"][-1]
+        after = integrate_actions(start, episode.actions[-1:], derivation)[-1]
+        np.testing.assert_allclose(after[[0, 1, 2, 6]], start[[0, 1, 2, 6]], atol=1e-6)
+        assert len(episode.actions) == len(episode)
+    assert np.isfinite(last).all()
 
 
 def test_narrow_actions_are_padded(tmp_path):
@@ -476,6 +590,46 @@ def test_broken_episodes_are_skipped_and_listed(tmp_path):
     assert set(states) == {0, 2}
     with pytest.raises(ValueError, match=r"1 episodes were skipped as broken, the first: episode 1 of"):
         cache_latents(data, tiny_vae(), tmp_path / "cache")
+
+
+def test_everything_that_can_be_broken_is_named_or_skipped_and_listed(tmp_path):
+    root = tmp_path / "set"
+    episodes = [make_episode(number, length) for number, length in enumerate((9, 8, 7, 9, 8, 3))]
+    write_v21(root, episodes)
+    (root / "videos/chunk-000/right/episode_000001.mp4").unlink()  # a missing camera
+    truncated = root / "videos/chunk-001/left/episode_000002.mp4"
+    truncated.write_bytes(truncated.read_bytes()[:-200])
+    table = root / "data/chunk-001/episode_000003.parquet"
+    pq.write_table(pq.read_table(table).slice(0, 8), table)  # fewer actions than frames
+
+    def lose(row):
+        row["action"] = [1.0, float("nan"), 2.0]
+
+    edit_table(root / "data/chunk-002/episode_000004.parquet", lose)
+    messages = {
+        1: r"episode 1 of .*right/episode_000001\.mp4",
+        2: r"episode 2 of .*cannot read .*left/episode_000002\.mp4",
+        3: r"episode 3 of .* 9 frames announced, 8 rows found in .*episode_000003\.parquet",
+        4: r"episode 4 of .* the action at frame 0 is \[1\.0, nan, 2\.0\]",
+    }
+    data = LeRobotFolder(root, ["left", "right"])
+    for number, message in messages.items():
+        for read in (lambda number: data[number], lambda number: data.window(number, 1, 2)):
+            with pytest.raises(ValueError, match=message):
+                read(number)
+    with pytest.raises(ValueError, match=messages[1]):
+        cache_latents(data, tiny_vae(), tmp_path / "cache")
+    folder = cache_latents(data, tiny_vae(), tmp_path / "cache", skip_broken=True)
+    broken = json.loads((folder / "manifest.json").read_text())["broken"]
+    assert list(broken) == [str(number) for number in messages]
+    for number, message in messages.items():
+        assert re.search(message, broken[str(number)])
+    with pytest.raises(
+        ValueError, match=r"1 episodes .* shorter than a window of 5 frames, the first number 5 with 3"
+    ):
+        LatentClips(folder, 5)
+    clips = LatentClips(folder, 5, skip_short=True)
+    assert (list(clips.episodes), clips.short) == ([0], [5])
 
 
 def test_when_nothing_can_be_read(tmp_path):

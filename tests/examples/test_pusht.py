@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -83,6 +84,19 @@ def test_collecting_again_goes_on_where_it_stopped(workspace):
     assert video.stat().st_mtime_ns == before
 
 
+def test_a_folder_grows(workspace, tmp_path):
+    shutil.copytree(workspace / "set", tmp_path / "set")
+    run("pusht/collect.py", "--output", tmp_path / "set", "--episodes", 4, "--length", 60, "--first_seed", 5)
+    before, after = LeRobotFolder(workspace / "set"), LeRobotFolder(tmp_path / "set")
+    assert (len(after), after.info["total_episodes"], after.info["total_frames"]) == (4, 4, 240)
+    for number in range(3):
+        assert np.array_equal(after[number].frames, before[number].frames)
+        assert np.array_equal(after[number].actions, before[number].actions)
+    frames, _ = Simulator().replay(8, after[3].actions[:-1])
+    assert np.array_equal(frames, after[3].frames)
+    assert "4 episodes" in (tmp_path / "set" / "README.md").read_text()
+
+
 def test_the_card_counts_the_pushers(workspace):
     card = DatasetCard.load(workspace / "set" / "README.md")
     tasks = [row["tasks"][0] for row in LeRobotFolder(workspace / "set").rows]
@@ -96,7 +110,8 @@ def test_the_card_counts_the_pushers(workspace):
     [
         (["--aimless", "1"], "`aimless` 0.5, not 1.0: give"),
         (["--first_seed", "6", "--length", "90"], "`length` 60, not 90, `first_seed` 5, not 6: give"),
-        (["--episodes", "4"], "`episodes` 3, not 4: give"),
+        (["--episodes", "2"], "`episodes` 3, not 2: give"),
+        (["--episodes", "4", "--length", "90"], "`episodes` 3, not 4, `length` 60, not 90: give"),
         (
             ["--pusher_radius", "30", "--expert", "0", "--noisy", "0"],
             "`expert` 0.25, not 0.0, .*`pusher_radius` 15.0, not 30.0",

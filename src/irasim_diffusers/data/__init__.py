@@ -8,7 +8,7 @@ from .prepared import PreparedEpisodes, frame_skip_for
 from .publish import publish_lerobot, write_dataset_card, write_lerobot
 from .sources import open_dataset
 from .tables import TableEpisodes
-from .video import iterate_video, read_frames, read_video, write_video
+from .video import count_frames, iterate_video, read_frames, read_video, write_video
 
 __all__ = [
     "CameraLayout",
@@ -24,6 +24,7 @@ __all__ = [
     "cache_latents",
     "camera_layout",
     "check_mixture",
+    "count_frames",
     "first_readable",
     "frame_skip_for",
     "is_written",

@@ -88,7 +88,8 @@ def cache_latents(
 
     starts = range(0, len(dataset), episodes_per_file)
     files = {start: folder / f"latents-{start // episodes_per_file:05d}.safetensors" for start in starts}
-    share = list(starts)[process_index::num_processes]
+    shares = np.array_split(starts, num_processes)  # neighbours, which lie in the same files
+    share = shares[process_index].tolist()
     total = sum(min(start + episodes_per_file, len(dataset)) - start for start in share)
     with tqdm(total=total, desc="encoding latents", unit="episode", disable=process_index > 0) as bar:
         for start in share:
@@ -248,6 +249,7 @@ class LatentClips(Dataset):
         folder: Folder made by `cache_latents`.
         sample_frames: Frames F of a window, history and predicted.
         stride: Distance between the starts of windows; 1 in training, 16 in the paper's evaluation.
+        frame_skip: Distance between the frames of a window, where all were encoded; see `PreparedEpisodes.all_phases`.
         states: States (T, S) of episodes by number, to go with their windows; see `standardised_states`.
         skip_short: Leave out episodes that are shorter than a window, and list their numbers in `short`.
 
@@ -262,12 +264,14 @@ class LatentClips(Dataset):
         stride: int = 1,
         states: Mapping[int, torch.Tensor] | None = None,
         skip_short: bool = False,
+        frame_skip: int = 1,
     ) -> None:
         folder = Path(folder)
         manifest = folder / "manifest.json"
         if not manifest.is_file():
             raise ValueError(f"{str(folder)!r} holds no complete set of latents; make it with `cache_latents`.")
-        self.sample_frames = sample_frames
+        self.frame_skip = frame_skip
+        self.span = (sample_frames - 1) * frame_skip + 1  # from the first frame of a window to its last
         self.states = states
         self.episodes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for path in sorted(folder.glob("latents-*.safetensors")):
@@ -277,24 +281,20 @@ class LatentClips(Dataset):
                 number: (tensors[f"latents.{number}"], tensors[f"actions.{number}"]) for number in numbers
             }
         lengths = {number: len(latents) for number, (latents, _) in self.episodes.items()}
-        self.short = [number for number, length in lengths.items() if length < sample_frames]
+        self.short = [number for number, length in lengths.items() if length < self.span]
+        window = f"window of {sample_frames} frames" + (f", every {frame_skip}th" if frame_skip > 1 else "")
         if len(self.short) == len(lengths):
-            raise ValueError(
-                f"no episode of {str(folder)!r} is as long as a window of {sample_frames} frames; train with fewer "
-                "frames."
-            )
+            raise ValueError(f"no episode of {str(folder)!r} is as long as a {window}; train with fewer frames.")
         if self.short and not skip_short:
             raise ValueError(
-                f"{len(self.short)} episodes of {str(folder)!r} are shorter than a window of {sample_frames} frames, the "
-                f"first number {self.short[0]} with {lengths[self.short[0]]}; train with fewer frames, or leave them out "
+                f"{len(self.short)} episodes of {str(folder)!r} are shorter than a {window}, the first "
+                f"number {self.short[0]} with {lengths[self.short[0]]}; train with fewer frames, or leave them out "
                 "with `skip_short` (`--skip_broken`)."
             )
         for number in self.short:
             del self.episodes[number]
         self.windows = [
-            (number, start)
-            for number in self.episodes
-            for start in range(0, lengths[number] - sample_frames + 1, stride)
+            (number, start) for number in self.episodes for start in range(0, lengths[number] - self.span + 1, stride)
         ]
 
     @property
@@ -306,7 +306,7 @@ class LatentClips(Dataset):
     @property
     def actions(self) -> torch.Tensor:
         """Actions (N, A) between the frames of all episodes, one after the other."""
-        return torch.cat([actions[:-1] for _, actions in self.episodes.values()])
+        return torch.cat([actions[: -self.frame_skip] for _, actions in self.episodes.values()])
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -320,9 +320,9 @@ class LatentClips(Dataset):
         """
         episode, start = self.windows[index]
         latents, actions = self.episodes[episode]
-        last = start + self.sample_frames
-        clip = {"latents": latents[start:last].float().transpose(0, 1), "actions": actions[start : last - 1]}
-        return clip if self.states is None else clip | {"states": self.states[episode][start:last]}
+        part = slice(start, start + self.span, self.frame_skip)
+        clip = {"latents": latents[part].float().transpose(0, 1), "actions": actions[part][:-1]}
+        return clip if self.states is None else clip | {"states": self.states[episode][part]}
 
 
 class MixedClips(Dataset):

@@ -62,6 +62,9 @@ class EpisodeSource(Protocol):
     def __iter__(self) -> Iterator[Episode]:
         """Every episode in order."""
 
+    def window(self, number: int, start: int, length: int) -> Episode:
+        """`length` frames of an episode from frame `start` on, as in the whole of it, decoding no more than needed."""
+
     def vectors(self, number: int) -> dict[str, np.ndarray]:
         """`action` and states of one episode, (T, D) each, float32."""
 
@@ -98,6 +101,23 @@ def first_readable(source: EpisodeSource, read: Callable[[int], Value], attempts
             errors.append(error)
     reason = errors[0] if errors else "there is none."
     raise ValueError(f"none of the first {len(errors)} episodes of {source.name!r} can be read: {reason}")
+
+
+def window_slice(start: int, length: int | None, frames: int) -> slice:
+    """The part of an episode's rows that a window is.
+
+    Args:
+        start: Its first frame.
+        length: Number of its frames; None for all that follow.
+        frames: Number of frames of the episode.
+
+    Raises:
+        ValueError: If it is empty or not within the episode.
+    """
+    stop = frames if length is None else start + length
+    if not 0 <= start < stop <= frames:
+        raise ValueError(f"a window must lie within the {frames} frames, got `start` {start}, `length` {length}.")
+    return slice(start, stop)
 
 
 def check_mixture(sources: Sequence[EpisodeSource]) -> None:

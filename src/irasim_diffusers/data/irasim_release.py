@@ -7,8 +7,12 @@ annotation holds tells its flavour: `actions` (Language-Table), `state` and `con
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pickle
+import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +23,11 @@ import numpy as np
 import torch
 
 from ..actions import derive_actions
-from .episode import Episode, InOrder, camera_layout, first_readable, sizes_digest, tile
-from .video import read_video
+from .episode import Episode, InOrder, camera_layout, first_readable, tile, window_slice
+from .video import read_frames, read_video
+
+MEDIA_ENTRY = re.compile(rb'"(video|latent_video)_path"\s*:\s*("(?:[^"\\]|\\.)*")')
+"""Where an annotation names a video or latents, and the JSON string of the path."""
 
 
 @dataclass(frozen=True)
@@ -88,19 +95,14 @@ class IRASimFolder(InOrder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Folder, cameras, and a hash of the names and sizes of annotations, videos and latents."""
-        cameras = [camera for row in self.cameras for camera in row]
-        files = list(self.files)
-        for number in range(len(self)):
-            with suppress(ValueError):  # broken episodes are named when their turn comes
-                annotation = self._annotation(number)
-                files += [self.root / _media_path(annotation, "video", camera) for camera in cameras]
-                files += [self.root / _media_path(annotation, "latent_video", camera) for camera in cameras]
-        return {
-            "root": str(self.root.resolve()),
-            "cameras": self.cameras,
-            "files": sizes_digest(self.root, files),
-        }
+        """Folder, cameras, and a hash of the annotations and of the sizes of their videos and latents."""
+        cameras = [int(camera) for row in self.cameras for camera in row]
+        root, digest = str(self.root), hashlib.sha256()
+        for file in self.files:
+            content = file.read_bytes()
+            sizes = [_size(os.path.join(root, path)) for path in _media_files(content, cameras)]
+            digest.update(json.dumps([file.name, hashlib.sha256(content).hexdigest(), sizes]).encode())
+        return {"root": str(self.root.resolve()), "cameras": self.cameras, "files": digest.hexdigest()}
 
     def __len__(self) -> int:
         """Number of episodes."""
@@ -112,20 +114,36 @@ class IRASimFolder(InOrder):
         Raises:
             ValueError: If a file is missing or unreadable, or frames and actions disagree.
         """
+        return self._read(number, None)
+
+    def window(self, number: int, start: int, length: int) -> Episode:
+        """Frames of an episode from frame `start` on, with what goes with them; no others are decoded in vain.
+
+        Raises:
+            ValueError: As for the episode, or if the window does not lie within it.
+        """
+        return self._read(number, (start, length))
+
+    def _read(self, number: int, window: tuple[int, int] | None) -> Episode:
         annotation = self._annotation(number)
         vectors = self.vectors(number)
+        total = len(vectors["action"])
         try:
-            paths = {camera: _media_path(annotation, "video", camera) for row in self.cameras for camera in row}
-            views = {camera: read_video(self.root / path) for camera, path in paths.items()}
+            part = window_slice(*(window or (0, total)), total)
+            views = {}
+            for camera in [camera for row in self.cameras for camera in row]:
+                path = self.root / _media_path(annotation, "video", camera)
+                if window is None:
+                    views[camera] = read_video(path)
+                else:
+                    views[camera] = read_frames(path, part.start, part.stop - part.start, whole=part.stop == total)
             frames = tile(self.cameras, views)
-            if len(frames) != len(vectors["action"]):
-                raise ValueError(
-                    f"{len(frames)} frames want {len(frames) - 1} actions between them, got "
-                    f"{len(vectors['action']) - 1}."
-                )
+            if len(frames) != part.stop - part.start:
+                raise ValueError(f"{len(frames)} frames want {len(frames) - 1} actions between them, got {total - 1}.")
         except ValueError as error:
             raise ValueError(f"{str(self.files[number])!r}: {error}") from error
         texts = annotation.get("texts") or [annotation.get("language_instruction") or ""]
+        vectors = {key: value[part] for key, value in vectors.items()}
         return Episode(frames, vectors.pop("action"), vectors, texts[0])
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
@@ -179,6 +197,23 @@ def _media(annotation: dict[str, Any], kind: str) -> list[Any]:
     if f"{kind}_path" in annotation:
         return [annotation[f"{kind}_path"]]
     return [record.get(f"{kind}_path") for record in annotation.get(f"{kind}s") or []]
+
+
+def _media_files(content: bytes, cameras: Sequence[int]) -> list[str]:
+    """Paths of the videos and latents of some cameras, found without parsing all the numbers of an annotation."""
+    found: dict[bytes, list[bytes]] = {b"video": [], b"latent_video": []}
+    for kind, path in MEDIA_ENTRY.findall(content):
+        found[kind].append(path)
+    with suppress(ValueError):  # a broken episode is named when its turn comes
+        return [json.loads(paths[camera]) for paths in found.values() for camera in cameras if camera < len(paths)]
+    return []
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):  # likewise
+        return None
 
 
 def _media_path(annotation: dict[str, Any], kind: str, camera: str) -> str:

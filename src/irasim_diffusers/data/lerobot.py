@@ -24,7 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..files import temporary_path
-from .episode import Episode, InOrder, camera_layout, sizes_digest, tile
+from .episode import Episode, InOrder, camera_layout, sizes_digest, tile, window_slice
+from .hub import HubFiles
 from .video import read_frames, write_video
 
 VERSION = "v3.0"
@@ -51,6 +52,7 @@ class LeRobotFolder(InOrder):
         cameras: Feature key of the camera, several that are stacked, or rows of them; None takes the only one. After
             construction the layout, a tuple of rows.
         max_episodes: Use only the first that many episodes.
+        remote: Where all but `meta` is, if not in the folder.
 
     Raises:
         ValueError: If the folder is no LeRobotDataset of these versions, or a camera is missing or ambiguous.
@@ -59,6 +61,7 @@ class LeRobotFolder(InOrder):
     root: Path
     cameras: Any = None
     max_episodes: int | None = None
+    remote: HubFiles | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
@@ -82,8 +85,8 @@ class LeRobotFolder(InOrder):
 
     @property
     def name(self) -> str:
-        """The folder."""
-        return str(self.root)
+        """The folder, or the name on the Hub."""
+        return str(self.root) if self.remote is None else self.remote.repo_id
 
     @cached_property
     def info(self) -> dict[str, Any]:
@@ -97,13 +100,14 @@ class LeRobotFolder(InOrder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Folder, cameras, `info.json`, number of episodes, and a hash of the names and sizes of the files."""
+        """Folder, cameras, `info.json`, number of episodes, and a hash of the names and sizes of the files, or the commit."""
+        remote = self.remote
         return {
-            "root": str(self.root.resolve()),
+            "root": str(self.root.resolve()) if remote is None else remote.repo_id,
             "cameras": self.cameras,
             "info": self.info,
             "episodes": len(self),
-            "files": sizes_digest(self.root, self.files),
+            "files": sizes_digest(self.root, self.files) if remote is None else remote.revision,
         }
 
     @property
@@ -148,13 +152,23 @@ class LeRobotFolder(InOrder):
             ValueError: If a video is unreadable or not as long as the episode, a camera is missing, or vectors are missing
                 or not finite.
         """
+        return self.window(number, 0)
+
+    def window(self, number: int, start: int, length: int | None = None) -> Episode:
+        """Frames of an episode from frame `start` on, with what goes with them; no others are decoded in vain.
+
+        Raises:
+            ValueError: As for the episode, or if the window does not lie within it.
+        """
         row = self.rows[number]
         vectors = self.vectors(number)
         try:
-            views = {key: self._frames(row, key) for rows in self.cameras for key in rows}
+            part = window_slice(start, length, row["length"])
+            views = {key: self._frames(row, key, part) for rows in self.cameras for key in rows}
             frames = tile(self.cameras, views)
         except ValueError as error:
             raise ValueError(f"episode {row['episode_index']} of {self.name!r}: {error}") from error
+        vectors = {key: value[part] for key, value in vectors.items()}
         return Episode(frames, vectors.pop("action"), vectors, (row.get("tasks") or [""])[0])
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
@@ -187,18 +201,19 @@ class LeRobotFolder(InOrder):
             names = next(iter(names.values()))
         return list(names) if isinstance(names, (list, tuple)) and len(names) == feature["shape"][0] else None
 
-    def _frames(self, row: dict[str, Any], key: str) -> np.ndarray:
+    def _frames(self, row: dict[str, Any], key: str, part: slice) -> np.ndarray:
         if self.info["features"][key]["dtype"] == "image":
             only = [("episode_index", "=", row["episode_index"])]
-            pictures = _read_table(self._path(row), columns=[key], filters=only)[key].to_pylist()
-            for frame, picture in enumerate(pictures):
+            pictures = _read_table(self._file(row), columns=[key], filters=only)[key].to_pylist()[part]
+            for frame, picture in enumerate(pictures, part.start):
                 if not (picture and (picture.get("bytes") or picture.get("path"))):
                     raise ValueError(f"{str(self._path(row))!r} has no picture {key!r} at frame {frame}.")
             return np.stack([_decode_image(picture, self.root) for picture in pictures])
-        if self.info["codebase_version"] == VERSION:
-            start = round(_entry(row, f"videos/{key}/from_timestamp") * self.fps)
-            return read_frames(self._path(row, key), start, row["length"], self.fps)
-        return read_frames(self._path(row, key), 0, row["length"], self.fps, whole=True)
+        shared = self.info["codebase_version"] == VERSION
+        first = round(_entry(row, f"videos/{key}/from_timestamp") * self.fps) if shared else 0
+        last = not shared and part.stop == row["length"]
+        count = part.stop - part.start
+        return read_frames(self._file(row, key), first + part.start, count, self.fps, whole=last)
 
     def _matrix(self, row: dict[str, Any], key: str, column: pa.ChunkedArray) -> np.ndarray:
         """A column of numbers, or of lists as long as `info.json` says, as (T, D), float32."""
@@ -218,7 +233,7 @@ class LeRobotFolder(InOrder):
         key = (path, *columns)
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] != key:
-            kept = key, _read_table(path, columns=[*columns, "episode_index"])
+            kept = key, _read_table(self._file(row), columns=[*columns, "episode_index"])
             self.__dict__["_kept"] = kept
         table = kept[1]
         return table.filter(pc.equal(table["episode_index"], row["episode_index"]))
@@ -233,6 +248,13 @@ class LeRobotFolder(InOrder):
             place = {"episode_chunk": number // self.info["chunks_size"], "episode_index": number}
         template = self.info["data_path" if camera is None else "video_path"]
         return self.root / template.format(video_key=camera, **place)
+
+    def _file(self, row: dict[str, Any], camera: str | None = None) -> Path:
+        """The same on this disk, downloaded if it is not here."""
+        path = self._path(row, camera)
+        if self.remote is None:
+            return path
+        return self.remote.fetch(path.relative_to(self.root).as_posix(), "data" if camera is None else camera)
 
 
 def _entry(row: dict[str, Any], name: str) -> Any:

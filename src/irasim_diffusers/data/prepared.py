@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..actions import DERIVATIONS, derive_actions, hold_action, integrate_actions
-from .episode import CameraLayout, Episode, EpisodeSource, InOrder, first_readable
+from ..actions import DERIVATIONS, derive_actions, integrate_actions
+from .episode import CameraLayout, Episode, EpisodeSource, InOrder, first_readable, window_slice
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class PreparedEpisodes(InOrder):
         composition: What recorded actions are, one of `actions.DERIVATIONS` but `"recorded"`; needed to compose them.
         action_dim: Components after padding with zeros, as for RoboNet, whose robots move in fewer dimensions than five.
         frame_size: Height and width to which frames are resized; None leaves them.
+        all_phases: Keep the frames between as well, for windows that begin at any of them: row t of `action` then leads from
+            frame t to frame t + `frame_skip`, and only every `frame_skip`-th frame makes a clip; see `LatentClips`.
 
     Raises:
         ValueError: If the source does not have what is asked for.
@@ -37,6 +39,7 @@ class PreparedEpisodes(InOrder):
     composition: str | None = None
     action_dim: int | None = None
     frame_size: tuple[int, int] | None = None
+    all_phases: bool = False
 
     def __post_init__(self) -> None:
         if self.derivation not in DERIVATIONS or self.composition not in (None, *DERIVATIONS[1:]):
@@ -79,10 +82,15 @@ class PreparedEpisodes(InOrder):
     def identity(self) -> dict[str, Any]:
         """That of the source with all that is changed."""
         changes = {name: getattr(self, name) for name in ("derivation", "state_key", "frame_skip", "action_dim")}
-        composition = self.composition if self.frame_skip > 1 else None  # else it changes nothing
-        return self.source.identity | {
-            "prepared": changes | {"composition": composition, "frame_size": self.frame_size}
-        }
+        changes["frame_size"] = self.frame_size
+        changes["composition"] = self.composition if self.frame_skip > 1 else None  # else it changes nothing
+        phases = {"all_phases": True} if self._step != self.frame_skip else {}
+        return self.source.identity | {"prepared": changes | phases}
+
+    @property
+    def _step(self) -> int:
+        """Distance of the frames that are kept."""
+        return 1 if self.all_phases else self.frame_skip
 
     @property
     def action_derivation(self) -> str:
@@ -100,10 +108,28 @@ class PreparedEpisodes(InOrder):
         """One episode."""
         episode = self.source[number]
         vectors = self._prepare({"action": episode.actions, **episode.states}, number)
-        frames = episode.frames[:: self.frame_skip]
+        return self._episode(episode.frames, vectors, episode.task)
+
+    def window(self, number: int, start: int, length: int) -> Episode:
+        """`length` of the frames that are kept from number `start` on, with what goes with them.
+
+        Raises:
+            ValueError: As for the episode, or if the window does not lie within it.
+        """
+        vectors = self.vectors(number)
+        try:
+            part = window_slice(start, length, len(vectors["action"]))
+        except ValueError as error:
+            raise ValueError(f"episode {number} of {self.name!r}: {error}") from error
+        episode = self.source.window(number, start * self._step, (length - 1) * self._step + 1)
+        return self._episode(episode.frames, {key: value[part] for key, value in vectors.items()}, episode.task)
+
+    def _episode(self, frames: np.ndarray, vectors: dict[str, np.ndarray], task: str) -> Episode:
+        """Of frames of the source and vectors as they are wanted."""
+        frames = frames[:: self._step]
         if self.frame_size is not None and frames.shape[1:3] != tuple(self.frame_size):
             frames = _resize(frames, self.frame_size)
-        return Episode(frames, vectors.pop("action"), vectors, episode.task)
+        return Episode(frames, vectors.pop("action"), vectors, task)
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
         """`action` and states of one episode."""
@@ -112,7 +138,7 @@ class PreparedEpisodes(InOrder):
     def latents(self, number: int) -> torch.Tensor | None:
         """Latents that lie beside the video, of the frames that are kept."""
         latents = self.source.latents(number) if hasattr(self.source, "latents") else None
-        return None if latents is None else latents[:: self.frame_skip]
+        return None if latents is None else latents[:: self._step]
 
     def component_names(self, key: str) -> list[str] | None:
         """Names of the components; those of derived actions where they are the state's own."""
@@ -125,13 +151,25 @@ class PreparedEpisodes(InOrder):
         return names
 
     def _prepare(self, vectors: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+        """The vectors of the frames that are kept."""
+        if self._step == self.frame_skip:
+            return self._prepare_phase(vectors, number)
+        length, skip = len(vectors["action"]), self.frame_skip
+        phases = [
+            self._prepare_phase({key: value[phase:] for key, value in vectors.items()}, number)
+            for phase in range(min(skip, length))
+        ]
+        order = np.argsort(np.concatenate([np.arange(phase, length, skip) for phase in range(len(phases))]))
+        return {key: np.concatenate([part[key] for part in phases])[order] for key in phases[0]}
+
+    def _prepare_phase(self, vectors: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+        """Every `frame_skip`-th row, from the first on, with the action that leads to the next."""
         kept = {key: value[:: self.frame_skip] for key, value in vectors.items()}
         try:
             if self.derivation != "recorded":
                 states = kept[str(self.state_key)]
-                actions = torch.from_numpy(derive_actions(states, self.derivation))
-                hold = hold_action(actions[-1:], "relative", self.derivation)  # leads out of the episode
-                kept["action"] = torch.cat([actions, hold]).numpy()
+                after = np.concatenate([states, states[-1:]])  # the last action holds: it leads out of the episode
+                kept["action"] = derive_actions(after, self.derivation)
             elif self.frame_skip > 1:
                 kept["action"] = _compose(vectors["action"], self.frame_skip, str(self.composition))
         except ValueError as error:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from .episode import EpisodeSource, camera_layout
+from .hub import HubFiles
 from .irasim_release import IRASimFolder
 from .lerobot import LeRobotFolder
 from .tables import TableEpisodes
@@ -27,12 +28,13 @@ def open_dataset(
     action_column: str = "actions",
     state_columns: Sequence[str] = (),
     revision: str | None = None,
+    streaming: bool = False,
 ) -> EpisodeSource:
     """Open a data set of any form that is read here, from a folder or the Hub.
 
     A folder with `meta/info.json` is a LeRobotDataset, one with `annotation` is of IRASim's release format, one that
     `datasets` has saved, or a Hub repository of another form, is a table. Of a LeRobotDataset on the Hub only the cameras
-    and first episodes asked for are downloaded.
+    and first episodes asked for are downloaded; with `streaming` only what is read, which is deleted when other files are.
 
     Args:
         name: Folder or Hub id.
@@ -43,9 +45,12 @@ def open_dataset(
         action_column: For tables.
         state_columns: For tables.
         revision: Branch, tag or commit on the Hub.
+        streaming: For data on the Hub that are larger than this disk: keep no more than one file of each camera. Episodes are
+            quick to read in order.
 
     Raises:
-        ValueError: If the folder holds no data set, or a camera, split or column does not exist.
+        ValueError: If the folder holds no data set, or a camera, split or column does not exist, or a table to be streamed
+            does not say how many rows it has.
     """
     folder = Path(name)
     if not folder.exists():
@@ -58,8 +63,16 @@ def open_dataset(
         except RemoteEntryNotFoundError:
             import datasets
 
-            table = datasets.load_dataset(str(name), split=split, revision=revision)
-            return _table(table, cameras, max_episodes, fps, action_column, state_columns)
+            if streaming:
+                revision = HfApi().dataset_info(str(name), revision=revision).sha
+            table = datasets.load_dataset(str(name), split=split, revision=revision, streaming=streaming)
+            origin = f"{name} at {revision}" if streaming else None
+            return _table(table, cameras, max_episodes, fps, action_column, state_columns, origin)
+        if streaming:
+            folder = Path(
+                snapshot_download(str(name), repo_type="dataset", revision=revision, allow_patterns="meta/*")
+            )
+            return LeRobotFolder(folder, cameras, max_episodes, HubFiles(str(name), folder.name))
         folder = _download_lerobot(str(name), Path(info), cameras, max_episodes, revision)
     if (folder / "meta" / "info.json").is_file():
         return LeRobotFolder(folder, cameras, max_episodes)
@@ -84,10 +97,25 @@ def _table(
     fps: float | None,
     action_column: str,
     state_columns: Sequence[str],
+    origin: str | None = None,
 ) -> TableEpisodes:
-    if max_episodes is not None:
+    """A table, or a stream of one from an `origin`."""
+    length = None if origin is None else _announced_rows(table, max_episodes)
+    if origin is None and max_episodes is not None:
         table = table.select(range(min(max_episodes, len(table))))
-    return TableEpisodes(table, "video" if cameras is None else cameras, action_column, state_columns, fps)
+    cameras = "video" if cameras is None else cameras
+    return TableEpisodes(table, cameras, action_column, state_columns, fps, length, origin)
+
+
+def _announced_rows(table: Any, max_episodes: int | None) -> int:
+    """Number of rows of a stream to read."""
+    known = (table.info.splits or {}).get(str(table.split))
+    counts = [count for count in (known.num_examples if known else None, max_episodes) if count is not None]
+    if not counts:
+        raise ValueError(
+            f"`max_episodes` must be given for {table.info.dataset_name!r}, whose card does not say how many rows it has."
+        )
+    return min(counts)
 
 
 def _download_lerobot(name: str, info: Path, cameras: Any, max_episodes: int | None, revision: str | None) -> Path:
