@@ -471,14 +471,14 @@ def follow_autoencoder(
 ) -> IRASimTransformer3DModel:
     """The pretrained model, brought to the latents of another autoencoder where these are not those of its own."""
     pictures = []
-    for number in np.linspace(0, len(source) - 1, min(len(source), 32)).astype(int):
+    for number in range(min(len(source), 32)):
         try:
-            frames = source[int(number)].frames
+            frames = source[number].frames
         except ValueError:  # named, or skipped, when its turn comes
             continue
         pictures.append(frames[np.linspace(0, len(frames) - 1, 16).astype(int)])
     if not pictures:
-        raise ValueError(f"none of {len(source)} episodes of {source.name!r} can be read.")
+        raise ValueError(f"none of the first episodes of {source.name!r} can be read.")
     pixels = torch.from_numpy(np.concatenate(pictures)).permute(0, 3, 1, 2) / 127.5 - 1
     own.to(other.device)
     few = [scaled_latents(vae, pixels[:: len(pixels) // 4]) for vae in (own, other)]
