@@ -105,7 +105,7 @@ class PipelinePredictor:
         digest = hashlib.sha256()
         for module in (self.pipeline.vae, self.pipeline.transformer):
             for name, tensor in sorted(module.state_dict().items()):
-                digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
         return {
             "weights": digest.hexdigest()[:16],
             "scheduler": type(self.pipeline.scheduler).__name__,

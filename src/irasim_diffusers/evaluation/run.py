@@ -26,7 +26,7 @@ from ..metrics import (
     summarise_faithfulness,
 )
 from .predictors import ClipReader, FolderPredictor, PipelinePredictor, save_prediction
-from .protocols import Clip, Protocol, find_clips
+from .protocols import Clip, Protocol, find_clips, published_figures
 from .report import summarise, write_report
 from .scores import Backbones, features_of_clip, score_clip
 
@@ -90,6 +90,10 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     for package, name in (("skimage", "scikit-image"), ("matplotlib", "matplotlib")):  # before hours of work
         if find_spec(package) is None:
             raise ValueError(f"an evaluation needs {name}: pip install irasim-diffusers[evaluation].")
+    if evaluation.ways < 2:
+        raise ValueError(f"`ways` must be at least 2, got {evaluation.ways}.")
+    if evaluation.published is not None:
+        published_figures(evaluation.protocol, evaluation.published)
     if (evaluation.backbones.inception or evaluation.backbones.i3d) and evaluation.protocol.predicted is None:
         raise ValueError("FID and FVD are of short clips: leave them out under irasim-long, as the paper does.")
     clips = find_clips(evaluation.dataset, evaluation.protocol, evaluation.num_clips)
