@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from conftest import tiny_pipeline
 
 from irasim_diffusers import IRASimPipeline
-from irasim_diffusers.cli import main
+from irasim_diffusers.cli import _parser, main
 from irasim_diffusers.data import open_dataset, write_video
 from irasim_diffusers.evaluation import (
     PROTOCOLS,
@@ -311,6 +312,16 @@ def test_a_clip_brings_the_action_before_it(workspace):
     assert np.array_equal(data.truth, episode.frames[8:13])
     assert np.array_equal(data.actions, episode.actions[7:12])
     assert np.array_equal(data.action_before, episode.actions[6])
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/evaluation.md"])
+def test_commands_of_the_documents_are_understood(page):
+    text = (Path(__file__).parents[2] / page).read_text()
+    commands = re.findall(r"^irasim evaluate (.*)$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        arguments = _parser().parse_args(["evaluate", *shlex.split(command, comments=True)])
+        assert arguments.run.__name__ == "run_evaluate"
 
 
 def test_published_figures():
