@@ -244,7 +244,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     from accelerate.utils import InitProcessGroupKwargs
 
     from .data import PreparedEpisodes
-    from .evaluation import PROTOCOLS, Evaluation, FolderPredictor, PipelinePredictor, evaluate
+    from .evaluation import PROTOCOLS, Evaluation, evaluate
 
     start = time.perf_counter()
     if arguments.output.exists() and not arguments.output.is_dir():
@@ -266,22 +266,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         arguments.pad_actions_to,
         (arguments.height, arguments.width) if arguments.height else None,
     )
-    setting: dict[str, Any] = {"dataset": arguments.dataset, "split": arguments.split}
-    pipeline_predictor, predictor = None, None
-    if arguments.predictions is None and arguments.model is None:
-        arguments.model = str(embedded_checkpoint())
-    if arguments.model is not None:
-        pipeline = _load_pipeline(arguments)
-        pipeline.set_progress_bar_config(disable=True)
-        predictor = pipeline_predictor = PipelinePredictor(
-            pipeline, arguments.steps, arguments.seed, arguments.resize, arguments.batch_size
-        )
-        setting |= pipeline_predictor.setting | {"model": arguments.model, "dtype": arguments.dtype}
-    if arguments.predictions is not None:
-        predictor = FolderPredictor(arguments.predictions, arguments.resize)
-        setting |= {"predictions": str(arguments.predictions)}
-    else:
-        pipeline_predictor.check_dataset(dataset)
+    predictor, encode, setting = _load_predictor(arguments, dataset)
     report = evaluate(
         Evaluation(
             dataset,
@@ -291,19 +276,40 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             num_clips=arguments.num_clips,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
-            encode=None if pipeline_predictor is None else pipeline_predictor.encode,
+            encode=encode,
             backbones=_load_backbones(arguments),
             faithfulness_clips=arguments.faithfulness_clips,
             ways=arguments.ways,
             save_predictions=arguments.save_predictions,
             published=arguments.published,
-            setting=setting,
+            setting={"dataset": arguments.dataset, "split": arguments.split} | setting,
             unchecked={"command": shlex.join(["irasim", *arguments.argv]), "versions": _versions()},
         )
     )
     if accelerator.is_main_process:
         _print_report(report)
         print(f"{time.perf_counter() - start:.0f} s; wrote {arguments.output / 'report.md'}")
+
+
+def _load_predictor(arguments: argparse.Namespace, dataset: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """What predicts, what encodes for latent L2, and what the report says of both."""
+    from .evaluation import FolderPredictor, PipelinePredictor
+
+    name, folder = arguments.model, None
+    if arguments.predictions is not None:
+        folder = FolderPredictor(arguments.predictions, arguments.resize)
+        if name is None:
+            return folder, None, {"predictions": str(arguments.predictions)}
+    arguments.model = name or str(embedded_checkpoint())
+    pipeline = _load_pipeline(arguments)
+    pipeline.set_progress_bar_config(disable=True)
+    predictor = PipelinePredictor(pipeline, arguments.steps, arguments.seed, arguments.resize, arguments.batch_size)
+    setting = predictor.setting | {"dtype": arguments.dtype}
+    if folder is not None:
+        autoencoder = {key: setting[key] for key in ("weights", "dtype")} | {"autoencoder": arguments.model}
+        return folder, predictor.encode, autoencoder | {"predictions": str(arguments.predictions)}
+    predictor.check_dataset(dataset)
+    return predictor, predictor.encode, {"model": arguments.model} | setting
 
 
 def _load_backbones(arguments: argparse.Namespace) -> Any:

@@ -140,6 +140,9 @@ def test_videos_of_another_model_are_scored(workspace, evaluated, capsys):
     assert report["metrics"]["ssim"]["mean"] == pytest.approx(1)
     assert report["metrics"]["psnr"]["mean"] == pytest.approx(10 * np.log10(255**2 * 8 * 12 * 3))
     assert "latent_l2" not in report["metrics"]
+    write_video(folder / "000001-000000.mp4", np.zeros((15, 8, 12, 3), np.uint8), 5, lossless=True)
+    assert run(workspace, workspace / "perfect", "--predictions", folder) == 0
+    assert load(workspace / "perfect")["clips"]["worst"]["name"] == "000001-000000"  # the new file is scored
     (folder / "000000-000016.mp4").unlink()
     assert run(workspace, workspace / "lacking", "--predictions", folder) == 2
     message = "must hold 000000-000016.npz or 000000-000016.mp4, the 15 frames predicted from frame 17 of episode 0"
@@ -211,13 +214,13 @@ def test_a_killed_evaluation_goes_on_where_it_was(workspace, tmp_path):
 def test_another_setting_needs_another_folder(workspace, evaluated, capsys):
     arguments = ["--model", workspace / "model", "--ways", 3]
     assert run(workspace, workspace / "report", *arguments, "--seed", 1) == 2
-    assert "holds the figures of another evaluation, with `seed` 0 instead of 1" in capsys.readouterr().err
+    assert "another evaluation; seed differ, the first is 0 there and 1 here" in capsys.readouterr().err
     shutil.copytree(workspace / "model", workspace / "trained")
     pipeline = IRASimPipeline.from_pretrained(workspace / "trained")
     pipeline.transformer.null_action.data += 1
     pipeline.save_pretrained(workspace / "trained")
     assert run(workspace, workspace / "report", "--model", workspace / "trained", "--ways", 3) == 2
-    assert "holds the figures of another evaluation, with `weights`" in capsys.readouterr().err
+    assert "another evaluation; model, weights differ" in capsys.readouterr().err
 
 
 class ChannelMeans(torch.nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -57,9 +58,12 @@ PROTOCOLS = {
     )
 }
 
+Table: TypeAlias = dict[str, dict[str, tuple[float, ...]]]
+"""Data set -> model -> values."""
+
 _SHORT = ("psnr", "ssim", "latent_l2", "fid", "fvd")
 _LONG = ("latent_l2", "psnr")
-_SHORT_TABLE = {  # the paper's table 1
+_SHORT_TABLE: Table = {  # the paper's table 1
     "rt1": {
         "VDM": (13.762, 0.554, 0.4983, 41.23, 371.13),
         "LVDM": (25.041, 0.815, 0.2244, 4.26, 30.72),
@@ -79,7 +83,7 @@ _SHORT_TABLE = {  # the paper's table 1
         "IRASim Frame-Ada": (28.818, 0.888, 0.1660, 6.38, 48.49),
     },
 }
-_LONG_TABLE = {  # table 3
+_LONG_TABLE: Table = {  # table 3
     "rt1": {
         "LVDM": (0.2567, 23.573),
         "IRASim Video-Ada": (0.2519, 23.984),
@@ -96,10 +100,10 @@ _LONG_TABLE = {  # table 3
         "IRASim Frame-Ada": (0.1730, 26.773),
     },
 }
-_ROBONET_TABLE = {  # table 2, SSIM of percents there
+_ROBONET_TABLE: Table = {  # table 2, SSIM of percents there
     "robonet": {"MaskViT": (20.4, 0.671), "iVideoGPT": (23.8, 0.808), "IRASim": (24.6, 0.811)}
 }
-_TABLES = {
+_TABLES: dict[str, tuple[tuple[str, ...], Table]] = {
     "irasim-short": (_SHORT, _SHORT_TABLE),
     "irasim-short-release": (_SHORT, _SHORT_TABLE),  # the paper does not say which of the two it used
     "irasim-long": (_LONG, _LONG_TABLE),

@@ -113,7 +113,7 @@ def write_report(
 def markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
     parts = [
-        f"# {report['setting'].get('model', 'Predictions')} on {report['setting'].get('dataset', 'clips')}",
+        f"# {report['setting'].get('predictions') or report['setting'].get('model', 'Predictions')} on {report['setting'].get('dataset', 'clips')}",
         f"Protocol {report['protocol']['name']}: {report['protocol']['text']}. {report['n']} clips; means with bootstrap 95 % "
         "intervals over clips. History is never scored; truth is the raw frames.",
         _table(report),

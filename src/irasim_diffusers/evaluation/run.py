@@ -139,14 +139,14 @@ def _setting(evaluation: Evaluation, num_clips: int) -> dict[str, Any]:
 def _claim(output: Path, setting: dict[str, Any], clips: Sequence[Clip]) -> None:
     """Make the output folder this evaluation's, or see that it is."""
     path = output / "setting.json"
-    if path.is_file():
+    if path.is_file() and (output / "figures").is_dir():
         found = json.loads(path.read_text())
         differing = [name for name in setting if found.get(name) != setting[name]]
         if differing:
-            name = differing[0]
+            first = differing[0]
             raise ValueError(
-                f"`output` {str(output)!r} holds the figures of another evaluation, with `{name}` {found.get(name)!r} instead of "
-                f"{setting[name]!r}: choose a new folder."
+                f"`output` {str(output)!r} holds the figures of another evaluation; {', '.join(differing)} differ, the first is "
+                f"{found.get(first)!r} there and {setting[first]!r} here: choose a new folder."
             )
         return
     _write_json(output / "clips.json", [asdict(clip) for clip in clips])
@@ -159,7 +159,7 @@ def _score(evaluation: Evaluation, reader: ClipReader) -> None:
     numbers = range(len(reader.clips))
     batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
     for batch in _share(batches, "clips", "clip"):
-        missing = [number for number in batch if not _figures(evaluation.output, reader.clips[number]).is_file()]
+        missing = [number for number in batch if not _is_finished(evaluation, reader.clips[number])]
         data = [reader(number) for number in missing]
         for one in data:
             _check_size(evaluation.protocol, one.frames)
@@ -173,6 +173,16 @@ def _score(evaluation: Evaluation, reader: ClipReader) -> None:
                     np.savez(partial, **features)  # type: ignore[arg-type]
             figures = score_clip(one, prediction, evaluation.protocol, evaluation.encode, evaluation.backbones)
             _write_json(_figures(evaluation.output, one.clip), {"name": one.clip.name} | figures)
+
+
+def _is_finished(evaluation: Evaluation, clip: Clip) -> bool:
+    """Whether a clip has its figures, of the file that lies in the folder now, and its prediction where one is to be saved."""
+    figures, saved = _figures(evaluation.output, clip), evaluation.save_predictions
+    if not figures.is_file() or (saved is not None and not (saved / f"{clip.name}.npz").is_file()):
+        return False
+    if isinstance(evaluation.predictor, FolderPredictor):
+        return figures.stat().st_mtime_ns >= evaluation.predictor.path(clip).stat().st_mtime_ns
+    return True
 
 
 def _share(batches: Sequence[Sequence[int]], description: str, unit: str) -> Iterator[Sequence[int]]:

@@ -46,4 +46,4 @@ def fvd(prediction: np.ndarray, truth: np.ndarray) -> float:
 def _covariance_root(features: np.ndarray, ddof: int) -> np.ndarray:
     """A matrix R, with at most D rows, for which R^T R is the covariance."""
     centred = (features - features.mean(axis=0)) / np.sqrt(len(features) - ddof)
-    return np.linalg.qr(centred, mode="r") if len(centred) > centred.shape[1] else centred
+    return np.asarray(np.linalg.qr(centred, mode="r")) if len(centred) > centred.shape[1] else centred
