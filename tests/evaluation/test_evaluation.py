@@ -29,6 +29,7 @@ from irasim_diffusers.evaluation import (
     Prediction,
     Protocol,
     evaluate,
+    features_of_clip,
     find_clips,
     published_figures,
     score_clip,
@@ -273,6 +274,23 @@ def test_pictures_of_pixels_are_encoded_for_latents_and_networks_are_asked():
     error = np.square((data.truth[::-1].astype(float) - data.truth) / 255)
     assert found["latent_l2"] == pytest.approx(error.mean(), rel=1e-5)
     np.testing.assert_allclose(found["lpips"], 4 * error.mean(axis=(1, 2, 3)), rtol=1e-5)
+
+
+def test_the_release_mirrors_true_videos_only():
+    data, video = clip_data(), clip_data().truth[::-1]
+    backbones = Backbones(
+        inception=lambda frames: frames.mean(axis=(1, 2)), i3d=lambda frames: frames.mean(axis=(0, 1, 3))
+    )
+    plain = features_of_clip(data, Prediction(video), PROTOCOLS["irasim-short"], backbones)
+    assert {name: value.shape for name, value in plain.items()} == {
+        "fid_prediction": (15, 3),
+        "fid_truth": (15, 3),
+        "fvd_prediction": (1, 32),
+        "fvd_truth": (1, 32),
+    }
+    released = features_of_clip(data, Prediction(video), PROTOCOLS["irasim-short-release"], backbones)
+    assert np.array_equal(released["fvd_truth"], [plain["fvd_truth"][0], plain["fvd_truth"][0, ::-1]])
+    assert np.array_equal(released["fvd_prediction"], plain["fvd_prediction"])
 
 
 class Lengths:

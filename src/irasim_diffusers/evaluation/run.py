@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
@@ -25,7 +27,7 @@ from ..metrics import (
     sensitivity_maps,
     summarise_faithfulness,
 )
-from .predictors import ClipReader, FolderPredictor, PipelinePredictor, save_prediction
+from .predictors import ClipData, ClipReader, FolderPredictor, PipelinePredictor, save_prediction
 from .protocols import Clip, Protocol, find_clips, published_figures
 from .report import summarise, write_report
 from .scores import Backbones, features_of_clip, score_clip
@@ -211,31 +213,31 @@ def _measure_faithfulness(evaluation: Evaluation, reader: ClipReader, chosen: Se
         return None
     predictor: Any = evaluation.predictor
     last_frames, actions, holds = [], [], []
-    for number in chosen:
-        data = reader(number)
+    for data in map(reader, chosen):
         last_frames.append(data.history[-1])
         actions.append(data.actions)
         holds.append(predictor.hold(data))
     ways = min(evaluation.ways, len(chosen))
     others = counterfactual_actions(np.stack(last_frames), np.stack(actions), np.stack(holds), ways, evaluation.seed)
     steps = others.true.std(axis=(0, 1))
-    for batch in _share([[place] for place in range(len(chosen))], "other actions", "clip"):
-        place = batch[0]
+    for (place,) in _share([[place] for place in range(len(chosen))], "other actions", "clip"):
         clip = reader.clips[chosen[place]]
         errors, maps = _errors(evaluation.output, clip), _map(evaluation.output, clip)
-        if errors.is_file() and (place >= MAPS or maps.is_file()):
+        if errors.is_file():  # written last
             continue
         data = reader(chosen[place])
-
-        def predict(_: np.ndarray, sequences: np.ndarray, data: Any = data) -> Any:
-            return predictor.futures(data, sequences)
-
+        predict = partial(_futures, predictor, data)
         if place < MAPS:
-            with temporary_path(maps) as partial:
-                np.save(partial, sensitivity_maps(predict, data.history, data.actions, steps))
+            with temporary_path(maps) as partial_map:
+                np.save(partial_map, sensitivity_maps(predict, data.history, data.actions, steps))
         found = future_errors(predict, data.history, others.of_clip(place), data.truth)
         _write_json(errors, {"errors": found.tolist(), "motion": motion(data.history[-1], data.truth)})
     return others
+
+
+def _futures(predictor: PipelinePredictor, data: ClipData, _: np.ndarray, sequences: np.ndarray) -> torch.Tensor:
+    """`WorldModel.predict` for one clip, whose history is known."""
+    return predictor.futures(data, sequences)
 
 
 def _summarise_faithfulness(evaluation: Evaluation, clips: Sequence[Clip], chosen: Sequence[int]) -> dict[str, Any]:
