@@ -309,7 +309,7 @@ def _load_predictor(arguments: argparse.Namespace, dataset: Any) -> tuple[Any, A
         autoencoder = {key: setting[key] for key in ("weights", "dtype")} | {"autoencoder": arguments.model}
         return folder, predictor.encode, autoencoder | {"predictions": str(arguments.predictions)}
     predictor.check_dataset(dataset)
-    return predictor, predictor.encode, {"model": arguments.model} | setting
+    return predictor, predictor.encode, {"model": name or "the embedded Push-T model"} | setting
 
 
 def _load_backbones(arguments: argparse.Namespace) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -124,10 +125,10 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
 def _setting(evaluation: Evaluation, num_clips: int) -> dict[str, Any]:
     backbones = evaluation.backbones
     measured = {name: getattr(backbones, name) is not None for name in ("lpips", "inception", "i3d")}
-    identity = json.loads(json.dumps(evaluation.dataset.identity, default=str))
+    identity = json.dumps(evaluation.dataset.identity, default=str, sort_keys=True)
     return evaluation.setting | {
         "protocol": evaluation.protocol.name,
-        "data": identity,
+        "data": hashlib.sha256(identity.encode()).hexdigest()[:16],
         "num_clips": num_clips,
         "batch_size": evaluation.batch_size,
         "seed": evaluation.seed,
