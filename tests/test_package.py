@@ -24,6 +24,8 @@ ALLOWED = {
     "pipelines": {"models", "actions", "rollout"},
     "training": {"models"},
     "conversion": {"models"},
+    "pictures": set(),
+    "evaluation": {"actions", "data", "metrics", "pictures", "pipelines", "rollout"},
 }
 
 

@@ -34,7 +34,7 @@ from transformers import HfArgumentParser
 import irasim_diffusers
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.data import LeRobotFolder
-from irasim_diffusers.metrics import psnr
+from irasim_diffusers.metrics import bootstrap, identified, psnr
 
 WAYS = 8
 ROLLOUT = 60  # actions of an expert rollout
@@ -83,13 +83,6 @@ class Task:
 def moved(before: np.ndarray, after: np.ndarray) -> bool:
     """Whether the block's pose (x, y, angle) changed by more than about a pixel."""
     return bool(np.linalg.norm(after[:2] - before[:2]) > MOVED or abs(after[2] - before[2]) > MOVED / 100)
-
-
-def bootstrap(values: np.ndarray, rng: np.random.Generator, statistic: Any = np.mean) -> dict[str, float]:
-    """Mean, or another statistic, with a 95 % interval."""
-    samples = statistic(values[rng.integers(len(values), size=(2000, len(values)))], axis=1)
-    low, high = np.quantile(samples, [0.025, 0.975])
-    return {statistic.__name__: float(statistic(values)), "low": float(low), "high": float(high), "n": len(values)}
 
 
 def held_out_clips(
@@ -324,7 +317,7 @@ def main() -> None:
                 seen, sequences, futures = found
                 prediction = predict(seen, sequences)
                 error = np.square(prediction[:, None] - futures[None] / 255.0).mean(axis=(2, 3, 4, 5))  # (8, 8)
-                right.append(error.argmin(1) == np.arange(WAYS))
+                right.append(identified(error, np.arange(WAYS)))
                 bar.update()
                 if len(right) == arguments.num_histories:
                     break

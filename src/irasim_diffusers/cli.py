@@ -6,19 +6,17 @@ import argparse
 import csv
 import inspect
 import json
+import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 
 from . import IRASimPipeline, IRASimTransformer3DModel, __version__, embedded_checkpoint
-
-if TYPE_CHECKING:
-    import PIL.Image
 
 SCHEDULERS = {
     "pndm": "PNDMScheduler",
@@ -45,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0, or 2 after bad input, which is said in one line.
     """
     arguments = _parser().parse_args(argv)
+    arguments.argv = sys.argv[1:] if argv is None else argv
     try:
         arguments.run(arguments)
     except (ValueError, OSError) as error:
@@ -101,17 +100,88 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.set_defaults(run=run_data)
     add = data.add_argument
-    add("--dataset", required=True, help="LeRobotDataset, IRASim-format or `datasets` folder, or Hub id")
-    add("--cameras", nargs="*", default=[], help="cameras, stacked into one picture; left,right makes a row")
-    add("--split", default="train", help="of IRASim-format and `datasets` data (default: %(default)s)")
-    add("--fps", type=float, help="frames a second, where the data do not record them")
-    add("--action-column", default="actions", help="of `datasets` data (default: %(default)s)")
-    add("--state-columns", nargs="*", default=[], help="of `datasets` data")
+    _add_dataset(data, "train")
     add("--skip-broken", action="store_true", help="leave out episodes that cannot be read, and name them")
     add("--robot-type", default="unknown", help="name of the robot")
     add("--output", type=Path, required=True, help="folder to write")
     add("--push-to-hub", metavar="ORG/NAME", help="publish the folder as this data set")
+    _add_evaluate(commands)
     return parser
+
+
+def _add_dataset(command: argparse.ArgumentParser, split: str) -> None:
+    add = command.add_argument
+    add("--dataset", required=True, help="LeRobotDataset, IRASim-format or `datasets` folder, or Hub id")
+    add("--cameras", nargs="*", default=[], help="cameras, stacked into one picture; left,right makes a row")
+    add("--split", default=split, help="of IRASim-format and `datasets` data (default: %(default)s)")
+    add("--fps", type=float, help="frames a second, where the data do not record them")
+    add("--action-column", default="actions", help="of `datasets` data (default: %(default)s)")
+    add("--state-columns", nargs="*", default=[], help="of `datasets` data")
+
+
+def _add_evaluate(commands: Any) -> None:
+    from .actions import DERIVATIONS
+    from .evaluation import PROTOCOLS, PUBLISHED_DATASETS
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score predictions of recorded clips, and whether the model obeys its actions",
+        description="Score a model, or predictions in a folder, on recorded clips by a named protocol: the paper's figures, "
+        "obedience to actions, plots. The same command again goes on where it was stopped; under `accelerate launch -m "
+        "irasim_diffusers.cli evaluate` several processes share the clips.",
+    )
+    evaluate.set_defaults(run=run_evaluate)
+    _add_dataset(evaluate, "test")
+    add = evaluate.add_argument
+    add(
+        "--model",
+        help="pipeline folder or Hub id (default: the embedded Push-T); with --predictions, for its autoencoder",
+    )
+    add("--predictions", type=Path, help="score this folder's <clip>.npz or <clip>.mp4 instead of a model")
+    add("--protocol", choices=PROTOCOLS, default="irasim-short", help="default: %(default)s")
+    add("--num-clips", type=int, help="clips to score, spread evenly over the data (default: all)")
+    add("--output", type=Path, default=Path("irasim-evaluation"), help="folder to write (default: %(default)s)")
+    add(
+        "--save-predictions",
+        "--save_predictions",
+        type=Path,
+        help="folder for the predictions, as --predictions reads",
+    )
+    add("--published", choices=PUBLISHED_DATASETS, help="the paper's figures on this data set, beside")
+    add(
+        "--faithfulness-clips",
+        type=int,
+        default=200,
+        help="clips with changed actions; 0: none (default: %(default)s)",
+    )
+    add("--ways", type=int, default=4, help="futures that identification chooses from (default: %(default)s)")
+    add(
+        "--lpips", nargs="?", const="", metavar="ALEXNET", help="LPIPS; AlexNet's file or org/name:file, or downloaded"
+    )
+    add("--inception", metavar="WEIGHTS", help="FID; pytorch-fid's weights, a file or org/name:file")
+    add("--i3d", metavar="FILE", help="FVD; StyleGAN-V's i3d_torchscript.pt. Loading it runs code of the file")
+    add("--steps", type=int, help="denoising steps of each window (default: the model's)")
+    add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--batch-size", type=int, default=8, help="windows predicted together (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s")
+    add(
+        "--resize",
+        action="store_true",
+        help="resize frames for a model of another size, and predictions to the truth's",
+    )
+    add(
+        "--height",
+        type=int,
+        help="with --width: size to which the data are brought, as the paper brings Bridge to 256x320",
+    )
+    add("--width", type=int, help="see --height")
+    add("--action-derivation", choices=DERIVATIONS, default="recorded", help="as the model was trained (%(default)s)")
+    add("--state-key", help="the state that actions are derived from")
+    add("--frame-skip", type=int, default=1, help="keep every frame of that number (default: %(default)s)")
+    add("--action-composition", choices=DERIVATIONS[1:], help="how recorded actions compose over skipped frames")
+    add("--pad-actions-to", type=int, help="components after padding with zeros")
 
 
 def run_data(arguments: argparse.Namespace) -> None:
@@ -119,19 +189,12 @@ def run_data(arguments: argparse.Namespace) -> None:
     from huggingface_hub import HfApi
     from tqdm.auto import tqdm
 
-    from .data import open_dataset, publish_lerobot, write_dataset_card, write_lerobot
+    from .data import publish_lerobot, write_dataset_card, write_lerobot
 
     output: Path = arguments.output
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output must be a folder, got the file {str(output)!r}.")
-    source = open_dataset(
-        arguments.dataset,
-        arguments.cameras or None,
-        split=arguments.split,
-        fps=arguments.fps,
-        action_column=arguments.action_column,
-        state_columns=arguments.state_columns,
-    )
+    source = _open_dataset(arguments)
     if arguments.push_to_hub:  # before hours of work
         HfApi().create_repo(arguments.push_to_hub, repo_type="dataset", exist_ok=True)
     skipped: list[str] = []
@@ -159,6 +222,126 @@ def run_data(arguments: argparse.Namespace) -> None:
     if arguments.push_to_hub:
         publish_lerobot(folder, arguments.push_to_hub)
         print(f"published as {arguments.push_to_hub}")
+
+
+def _open_dataset(arguments: argparse.Namespace) -> Any:
+    from .data import open_dataset
+
+    return open_dataset(
+        arguments.dataset,
+        arguments.cameras or None,
+        split=arguments.split,
+        fps=arguments.fps,
+        action_column=arguments.action_column,
+        state_columns=arguments.state_columns,
+    )
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    """`irasim evaluate`: open data and model, evaluate, print what a reader wants first."""
+    from datetime import timedelta
+
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    from .data import PreparedEpisodes
+    from .evaluation import PROTOCOLS, Evaluation, evaluate
+
+    start = time.perf_counter()
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise ValueError(f"--output must be a folder, got the file {str(arguments.output)!r}.")
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
+    if (arguments.height is None) != (arguments.width is None):
+        raise ValueError("--height and --width go together.")
+    kwargs = InitProcessGroupKwargs(timeout=timedelta(days=1))  # one process may predict for long
+    accelerator = Accelerator(cpu=arguments.device == "cpu", kwargs_handlers=[kwargs])
+    if arguments.device == "auto":
+        arguments.device = str(accelerator.device)
+    dataset = PreparedEpisodes(
+        _open_dataset(arguments),
+        arguments.action_derivation,
+        arguments.state_key,
+        arguments.frame_skip,
+        arguments.action_composition,
+        arguments.pad_actions_to,
+        (arguments.height, arguments.width) if arguments.height else None,
+    )
+    predictor, encode, setting = _load_predictor(arguments, dataset)
+    report = evaluate(
+        Evaluation(
+            dataset,
+            PROTOCOLS[arguments.protocol],
+            predictor,
+            arguments.output,
+            num_clips=arguments.num_clips,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            encode=encode,
+            backbones=_load_backbones(arguments),
+            faithfulness_clips=arguments.faithfulness_clips,
+            ways=arguments.ways,
+            save_predictions=arguments.save_predictions,
+            published=arguments.published,
+            setting={"dataset": arguments.dataset, "split": arguments.split} | setting,
+            unchecked={"command": shlex.join(["irasim", *arguments.argv]), "versions": _versions()},
+        )
+    )
+    if accelerator.is_main_process:
+        _print_report(report)
+        print(f"{time.perf_counter() - start:.0f} s; wrote {arguments.output / 'report.md'}")
+
+
+def _load_predictor(arguments: argparse.Namespace, dataset: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """What predicts, what encodes for latent L2, and what the report says of both."""
+    from .evaluation import FolderPredictor, PipelinePredictor
+
+    name, folder = arguments.model, None
+    if arguments.predictions is not None:
+        folder = FolderPredictor(arguments.predictions, arguments.resize)
+        if name is None:
+            return folder, None, {"predictions": str(arguments.predictions)}
+    arguments.model = name or str(embedded_checkpoint())
+    pipeline = _load_pipeline(arguments)
+    pipeline.set_progress_bar_config(disable=True)
+    predictor = PipelinePredictor(pipeline, arguments.steps, arguments.seed, arguments.resize, arguments.batch_size)
+    setting = predictor.setting | {"dtype": arguments.dtype}
+    if folder is not None:
+        autoencoder = {key: setting[key] for key in ("weights", "dtype")} | {"autoencoder": arguments.model}
+        return folder, predictor.encode, autoencoder | {"predictions": str(arguments.predictions)}
+    predictor.check_dataset(dataset)
+    return predictor, predictor.encode, {"model": name or "the embedded Push-T model"} | setting
+
+
+def _load_backbones(arguments: argparse.Namespace) -> Any:
+    from .evaluation import Backbones
+    from .metrics import load_i3d, load_inception, load_lpips
+
+    device = arguments.device
+    return Backbones(
+        None if arguments.lpips is None else load_lpips(arguments.lpips or None, device),
+        None if arguments.inception is None else load_inception(arguments.inception, device),
+        None if arguments.i3d is None else load_i3d(arguments.i3d, device),
+        device,
+    )
+
+
+def _versions() -> dict[str, str]:
+    import diffusers
+    import torch
+
+    return {"irasim_diffusers": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    psnr, last, gain = report["metrics"]["psnr"], report["last_frame"]["psnr"], report["gain_over_last_frame"]
+    print(
+        f"{report['protocol']['name']}, {report['n']} clips: PSNR {psnr['mean']:.2f} dB [{psnr['low']:.2f}, {psnr['high']:.2f}] "
+        f"(repeating the last seen frame: {last['mean']:.2f} dB; PSNR of clips gains {gain['mean']:.2f} dB over it), SSIM "
+        f"{report['metrics']['ssim']['mean']:.3f}"
+    )
+    if "faithfulness" in report:
+        print(report["faithfulness"]["verdict"]["text"])
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
@@ -437,6 +620,7 @@ def _write_outputs(
 ) -> None:
     from .data import write_video
     from .files import temporary_path
+    from .pictures import film_strip
 
     rows = {"prediction": np.concatenate([seen, prediction])}
     if len(truth):
@@ -445,32 +629,10 @@ def _write_outputs(
         rows = {"truth": np.concatenate([full, np.repeat(full[-1:], missing, axis=0)]) if missing else full} | rows
     scale = max(1, 288 // prediction.shape[1])
     large = [frames.repeat(scale, axis=1).repeat(scale, axis=2) for frames in rows.values()]
-    strip = _strip(rows, len(seen))
+    strip = film_strip(rows, len(seen))
     with temporary_path(strip_path) as partial:
         strip.save(partial)
         write_video(video_path, np.concatenate(large, axis=2), fps)
-
-
-def _strip(rows: dict[str, np.ndarray], num_seen: int, columns: int = 10) -> PIL.Image.Image:
-    """A picture of evenly spaced frames, a labelled row for each video."""
-    import PIL.Image
-    import PIL.ImageDraw
-
-    length = len(next(iter(rows.values())))
-    chosen = np.unique(np.linspace(max(num_seen - 1, 0), length - 1, columns).round().astype(int))
-    pictures = np.concatenate([np.concatenate(list(frames[chosen]), axis=1) for frames in rows.values()])
-    height, margin = pictures.shape[0] // len(rows), 14
-    strip = PIL.Image.new("RGB", (pictures.shape[1], pictures.shape[0] + margin * (len(rows) + 1)), "white")
-    draw = PIL.ImageDraw.Draw(strip)
-    width = pictures.shape[1] // len(chosen)
-    for row, name in enumerate(rows):
-        top = margin * (row + 1) + height * row
-        draw.text((2, top - margin + 1), name, fill="black")
-        strip.paste(PIL.Image.fromarray(pictures[height * row : height * (row + 1)]), (0, top))
-    for column, frame in enumerate(chosen):
-        label = "seen" if frame < num_seen else f"+{frame - num_seen + 1}"
-        draw.text((column * width + 2, strip.height - margin + 1), label, fill="black")
-    return strip
 
 
 if __name__ == "__main__":

@@ -1,17 +1,25 @@
+import cv2
 import numpy as np
 import pytest
-from skimage.metrics import peak_signal_noise_ratio
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from irasim_diffusers.metrics import psnr
+from irasim_diffusers.metrics import frame_lpips, frame_psnr, frame_ssim, gray, latent_l2, psnr
 
 
-def test_psnr_equals_scikit_image_on_whole_clips():
-    rng = np.random.default_rng(0)
-    truth, prediction = rng.random((2, 3, 4, 5, 6, 3))
-    clips = zip(truth, prediction, strict=True)
-    expected = [peak_signal_noise_ratio(one, other, data_range=1) for one, other in clips]
-    assert psnr(prediction, truth).shape == (3,)
-    assert np.allclose(psnr(prediction, truth), expected)
+@pytest.fixture
+def clips():
+    """Two clips of three frames, truth and prediction, in [0, 1]."""
+    return np.random.default_rng(0).random((2, 2, 3, 9, 11, 3))
+
+
+def test_psnr_equals_scikit_image_on_whole_clips(clips):
+    truth, prediction = clips
+    expected = [
+        peak_signal_noise_ratio(one, other, data_range=1) for one, other in zip(truth, prediction, strict=True)
+    ]
+    assert psnr(prediction, truth).shape == (2,)
+    assert np.allclose(psnr(prediction, truth), expected, rtol=1e-12)
 
 
 def test_static_frames_do_not_blow_it_up():
@@ -21,6 +29,44 @@ def test_static_frames_do_not_blow_it_up():
     assert psnr(prediction, truth) == pytest.approx(20 + 10 * np.log10(4))
 
 
-def test_shapes_must_agree():
+def test_frames_equal_scikit_image_on_bytes(clips):
+    """As the paper computes them: on frames of 8 bits, one by one."""
+    truth, prediction = np.rint(clips * 255).astype(np.uint8)
+    pairs = list(zip(truth.reshape(-1, 9, 11, 3), prediction.reshape(-1, 9, 11, 3), strict=True))
+    expected = np.reshape([peak_signal_noise_ratio(*pair, data_range=255) for pair in pairs], (2, 3))
+    assert np.allclose(frame_psnr(prediction / 255, truth / 255), expected, rtol=1e-12)
+    expected = np.reshape([structural_similarity(*pair, channel_axis=-1) for pair in pairs], (2, 3))
+    assert np.allclose(frame_ssim(prediction / 255, truth / 255), expected, rtol=1e-9)
+
+
+def test_the_grey_of_the_release_equals_opencv(clips):
+    frames = np.rint(clips[0] * 255).astype(np.uint8)
+    expected = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames.reshape(-1, 9, 11, 3)])
+    grey = gray(frames)
+    assert grey.shape == (2, 3, 9, 11, 1)
+    assert abs(grey.reshape(expected.shape).astype(int) - expected).max() <= 1  # which rounds in fixed point
+    other = cv2.GaussianBlur(expected[0], (3, 3), 0)
+    value = frame_ssim(grey[0, 0] / 255, other[..., None] / 255)
+    assert value == pytest.approx(structural_similarity(grey[0, 0, ..., 0], other), rel=1e-9)
+
+
+def test_latent_l2_is_the_mean_squared_error_of_each_clip():
+    prediction, truth = torch.randn(2, 3, 4, 5, 6, 7, generator=torch.Generator().manual_seed(0))
+    expected = [torch.nn.functional.mse_loss(*pair).item() for pair in zip(prediction, truth, strict=True)]
+    assert np.allclose(latent_l2(prediction, truth), expected, rtol=1e-5)
+
+
+def test_lpips_gets_frames_as_it_wants_them(clips):
+    def network(prediction, truth):  # in [-1, 1], channels first
+        assert prediction.shape == (3, 3, 9, 11)
+        return (prediction - truth).abs().amax(dim=(1, 2, 3), keepdim=True)
+
+    truth, prediction = clips[:, 0]
+    expected = 2 * abs(prediction - truth).max(axis=(1, 2, 3))
+    assert np.allclose(frame_lpips(network, prediction, truth), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("metric", [psnr, frame_psnr, frame_ssim])
+def test_shapes_must_agree(metric):
     with pytest.raises(ValueError, match=r"one shape, got \(1, 2, 2, 3\) and \(2, 2, 2, 3\)"):
-        psnr(np.zeros((1, 2, 2, 3)), np.zeros((2, 2, 2, 3)))
+        metric(np.zeros((1, 2, 2, 3)), np.zeros((2, 2, 2, 3)))

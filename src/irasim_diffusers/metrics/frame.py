@@ -1,6 +1,9 @@
 """Metrics of frames against frames."""
 
+from collections.abc import Callable
+
 import numpy as np
+import torch
 
 
 def psnr(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -16,8 +19,96 @@ def psnr(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     Returns:
         PSNR of each clip (...), in dB; infinite where the two are equal.
     """
+    return _decibels(_squared_error(prediction, truth).mean(axis=(-4, -3, -2, -1)))
+
+
+def frame_psnr(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """PSNR of each frame, in dB; the paper reports its mean.
+
+    Args:
+        prediction: Frames (..., H, W, C) in [0, 1].
+        truth: As `prediction`.
+
+    Returns:
+        PSNR (...), as scikit-image gives it; infinite where two frames are equal.
+    """
+    return _decibels(_squared_error(prediction, truth).mean(axis=(-3, -2, -1)))
+
+
+def frame_ssim(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """SSIM of each frame by scikit-image: a window of 7x7 pixels, the mean over channels.
+
+    Args:
+        prediction: Frames (..., H, W, C) in [0, 1].
+        truth: As `prediction`.
+
+    Returns:
+        SSIM (...).
+    """
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError as error:
+        raise ImportError("SSIM needs scikit-image: pip install irasim-diffusers[evaluation].") from error
+    _check_shapes(prediction, truth)
+    size = prediction.shape[-3:]
+    pairs = zip(prediction.reshape(-1, *size), truth.reshape(-1, *size), strict=True)
+    values = [
+        structural_similarity(one.astype(np.float64), other.astype(np.float64), data_range=1.0, channel_axis=-1)
+        for one, other in pairs
+    ]
+    return np.array(values).reshape(prediction.shape[:-3])
+
+
+def latent_l2(prediction: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of the scaled latents (..., C, T, h, w) of each clip, as (...), float64."""
+    _check_shapes(prediction, truth)
+    return (prediction.double() - truth.double()).square().mean(dim=(-4, -3, -2, -1))
+
+
+def gray(frames: np.ndarray) -> np.ndarray:
+    """Luma (..., H, W, 1) of RGB frames (..., H, W, 3), both uint8, by the weights of BT.601 as in OpenCV."""
+    weights = np.array([0.299, 0.587, 0.114])
+    return np.rint(frames.astype(np.float64) @ weights).astype(np.uint8)[..., None]
+
+
+@torch.no_grad()
+def frame_lpips(
+    network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    device: str | torch.device = "cpu",
+) -> np.ndarray:
+    """LPIPS of each frame of a clip.
+
+    Args:
+        network: From `load_lpips`: takes two batches (T, 3, H, W) in [-1, 1].
+        prediction: Frames (T, H, W, 3) in [0, 1].
+        truth: As `prediction`.
+        device: Where the network is.
+
+    Returns:
+        Distances (T,), float64.
+    """
+    _check_shapes(prediction, truth)
+    pair = [
+        torch.from_numpy(np.moveaxis(frames * 2.0 - 1, -1, -3)).to(device, torch.float32)
+        for frames in (prediction, truth)
+    ]
+    return network(*pair).flatten().double().cpu().numpy()
+
+
+def _squared_error(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    _check_shapes(prediction, truth)
+    return np.square(prediction.astype(np.float64) - truth)
+
+
+def _check_shapes(prediction: np.ndarray | torch.Tensor, truth: np.ndarray | torch.Tensor) -> None:
     if prediction.shape != truth.shape:
-        raise ValueError(f"`prediction` and `truth` must have one shape, got {prediction.shape} and {truth.shape}.")
-    error = np.square(prediction.astype(np.float64) - truth).mean(axis=(-4, -3, -2, -1))
+        raise ValueError(
+            f"`prediction` and `truth` must have one shape, got {tuple(prediction.shape)} and {tuple(truth.shape)}."
+        )
+
+
+def _decibels(error: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore"):
         return -10 * np.log10(error)

@@ -1,0 +1,237 @@
+"""The report of an evaluation: JSON, a table to read, and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import temporary_path
+from ..metrics import ALTERATIONS, STRATA, bootstrap
+from ..pictures import film_strip
+from .predictors import ClipReader, Predictor
+from .protocols import Clip, Protocol, published_figures
+
+TITLES = {
+    "psnr": "PSNR, mean of frames (dB)",
+    "ssim": "SSIM, mean of frames",
+    "clip_psnr": "PSNR of the clip's mean error (dB)",
+    "lpips": "LPIPS, AlexNet",
+    "latent_l2": "latent L2",
+    "fid": "FID",
+    "fvd": "FVD",
+}
+COMPARED = ("psnr", "ssim", "clip_psnr")  # with repeating the last frame seen
+
+
+def summarise(
+    figures: Sequence[dict[str, Any]], protocol: Protocol, seed: int, published: str | None = None
+) -> dict[str, Any]:
+    """What the figures of all clips say.
+
+    Args:
+        figures: Of each clip, from `score_clip`, with its `name`.
+        protocol: Theirs.
+        seed: Of the bootstrap.
+        published: Data set whose figures in the paper stand beside.
+
+    Returns:
+        `metrics`: mean of each with its interval over clips; the same of repeating the last frame seen in `last_frame`, and
+        the clips' gain over it; `horizon`: PSNR by the predicted frame's number; `clips`: the best, median and worst;
+        `published`: figures reported by others; `protocol` and `network_evaluations`.
+    """
+
+    def interval(values: Any) -> dict[str, float]:
+        return bootstrap(np.asarray(values, dtype=np.float64), np.random.default_rng(seed))
+
+    def mean_of(part: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+        return interval([np.mean(one[name]) for one in part])
+
+    last = [one["last_frame"] for one in figures]
+    own = np.array([one["clip_psnr"] for one in figures])
+    order = np.argsort(own, kind="stable")
+    evaluations = [one["network_evaluations"] for one in figures if "network_evaluations" in one]
+    names = [name for name in ("psnr", "ssim", "clip_psnr", "lpips", "latent_l2") if name in figures[0]]
+    return {
+        "protocol": {"name": protocol.name, "text": protocol.text},
+        "n": len(figures),
+        "metrics": {name: mean_of(figures, name) for name in names},
+        "last_frame": {name: mean_of(last, name) for name in COMPARED},
+        "gain_over_last_frame": interval(own - [one["clip_psnr"] for one in last]),
+        "network_evaluations_per_window": float(np.mean(evaluations)) if evaluations else None,
+        "horizon": {"model": _horizon(figures, seed), "last_frame": _horizon(last, seed)},
+        "clips": {
+            which: {"name": figures[place]["name"], "clip_psnr": float(own[place])}
+            for which, place in (("best", order[-1]), ("median", order[len(order) // 2]), ("worst", order[0]))
+        },
+        "published": {} if published is None else {"dataset": published} | published_figures(protocol, published),
+    }
+
+
+def _horizon(figures: Sequence[dict[str, Any]], seed: int) -> list[dict[str, float]]:
+    """Mean PSNR of the first predicted frame, the second and so on, over the clips that have it."""
+    longest = max(len(one["psnr"]) for one in figures)
+    return [
+        bootstrap(np.array([one["psnr"][k] for one in figures if len(one["psnr"]) > k]), np.random.default_rng(seed))
+        for k in range(longest)
+    ]
+
+
+def write_report(
+    report: dict[str, Any], output: Path, clips: Sequence[Clip], reader: ClipReader, predictor: Predictor
+) -> None:
+    """Write `report.json`, `report.md` and pictures into a folder.
+
+    Args:
+        report: From `summarise`, with what belongs to the evaluation.
+        output: The folder.
+        clips: All clips.
+        reader: Reads them.
+        predictor: Predicts the best, median and worst of them again, for their pictures.
+    """
+    numbers = {clip.name: number for number, clip in enumerate(clips)}
+    for which, clip in report["clips"].items():
+        data = reader(numbers[clip["name"]])
+        (prediction,) = predictor.predict([data])
+        rows = {"truth": data.truth, "prediction": prediction.frames}
+        videos = {name: np.concatenate([data.history, frames]) for name, frames in rows.items()}
+        with temporary_path(output / f"{which}.png") as partial:
+            film_strip(videos, len(data.history)).save(partial)
+    plot_horizon(report["horizon"], output / "horizon.png")
+    if "faithfulness" in report:
+        names = list(report["faithfulness"]["sensitivity"]["grey_levels_per_deviation"])
+        plot_sensitivity(np.load(output / "sensitivity.npy"), names, output / "sensitivity.png")
+    with temporary_path(output / "report.md") as partial:
+        partial.write_text(markdown(report))
+    with temporary_path(output / "report.json") as partial:
+        partial.write_text(json.dumps(report, indent=2))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page."""
+    parts = [
+        f"# {report['setting'].get('predictions') or report['setting'].get('model', 'Predictions')} on {report['setting'].get('dataset', 'clips')}",
+        f"Protocol {report['protocol']['name']}: {report['protocol']['text']}. {report['n']} clips; means with bootstrap 95 % "
+        "intervals over clips. History is never scored; truth is the raw frames.",
+        _table(report),
+    ]
+    if report["published"]:
+        parts.append(
+            "*Reported: figures of the paper (arXiv 2406.14540), not measured here; on its own test clips of "
+            f"{report['published']['dataset']}.*"
+        )
+    parts.append("![PSNR by predicted frame](horizon.png)")
+    if "faithfulness" in report:
+        parts += ["## Does it obey its actions?", _faithfulness_text(report["faithfulness"])]
+    parts.append("## Best, median and worst clip")
+    parts += [
+        f"{which.capitalize()}, {clip['name']}: {clip['clip_psnr']:.2f} dB\n\n![{which}]({which}.png)"
+        for which, clip in report["clips"].items()
+    ]
+    evaluations = report["network_evaluations_per_window"]
+    setting = report["setting"] | ({"network evaluations a window": f"{evaluations:g}"} if evaluations else {})
+    rows = [f"| {name} | {_cell(value)} |" for name, value in setting.items() if name != "command"]
+    parts += ["## Setting", "\n".join(["| | |", "|---|---|", *rows])]
+    if "command" in setting:
+        parts.append(f"```bash\n{setting['command']}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(report: dict[str, Any]) -> str:
+    """Metrics by rows; ours, repeating the last frame, and what others report by columns."""
+    reported = {name: values for name, values in report["published"].items() if name != "dataset"}
+    header = ["figure", "n", "here", "repeating the last frame seen", *(f"{name} (reported)" for name in reported)]
+    rows = [header, ["---"] * len(header)]
+    known = report["metrics"].keys() | report["distances"].keys() | {key for one in reported.values() for key in one}
+    for name in (name for name in TITLES if name in known):
+        measured = report["metrics"].get(name)
+        value = report["distances"].get(name)
+        here = _interval(measured, name) if measured else f"{value['value']:.2f}" if value else "not measured"
+        last = report["last_frame"].get(name)
+        others = [f"{one[name]:g}" if name in one else "" for one in reported.values()]
+        count = (measured or value or {"n": ""})["n"]
+        rows.append([TITLES[name], f"{count}", here, _interval(last, name) if last else "", *others])
+    gain = _interval(report["gain_over_last_frame"], "psnr")
+    rows.append(["gain over repeating the last frame (dB)", f"{report['n']}", gain, "", *[""] * len(reported)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _interval(value: dict[str, float], name: str) -> str:
+    digits = 2 if "psnr" in name else 4
+    return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+
+
+def _faithfulness_text(found: dict[str, Any]) -> str:
+    groups = [name for name in ("all", *STRATA) if name in found["identification"]]
+    costs = {
+        "shuffled": "cost of another clip's actions (dB)",
+        "held": "cost of holding still (dB)",
+        "reversed": "cost of actions in reverse order (dB)",
+    }
+    rate = f"nearest of {found['ways']} (chance {1 / found['ways']:.0%})"
+    rows = [["clips", "n", rate, *(costs[name] for name in ALTERATIONS)], ["---"] * (3 + len(ALTERATIONS))]
+    for group in groups:
+        share = found["identification"][group]
+        rows.append(
+            [
+                group,
+                f"{share['n']}",
+                f"{share['mean']:.1%} [{share['low']:.1%}, {share['high']:.1%}]",
+                *(_interval(found["gap"][name][group], "psnr") for name in ALTERATIONS),
+            ]
+        )
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    explanation = (
+        "Thirds of the clips by how much the truth moves. Nearest: the prediction under the true actions is nearer the truth "
+        "than those under the actions of clips that begin alike. Cost: the PSNR lost under altered actions."
+    )
+    maps = (
+        "![sensitivity](sensitivity.png)\n\nWhich component moves which pixels: mean change of a pixel, in levels of 255, when "
+        "the component is shifted by its standard deviation in all actions."
+    )
+    return "\n\n".join([f"**{found['verdict']['text']}**", table, explanation, maps])
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def plot_horizon(horizon: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """PSNR against the number of the predicted frame, with intervals."""
+    figure = _figure(6, 4)
+    axes = figure.add_subplot()
+    for name, label in (("model", "prediction"), ("last_frame", "repeating the last frame seen")):
+        means, lows, highs = ([point[key] for point in horizon[name]] for key in ("mean", "low", "high"))
+        steps = np.arange(1, len(means) + 1)
+        axes.plot(steps, means, label=label, marker="." if len(means) == 1 else None)
+        axes.fill_between(steps, lows, highs, alpha=0.3)
+    axes.set(xlabel="predicted frame", ylabel="PSNR (dB)")
+    axes.legend()
+    with temporary_path(path) as partial:
+        figure.savefig(partial, dpi=120, bbox_inches="tight")
+
+
+def plot_sensitivity(maps: np.ndarray, names: Sequence[str], path: Path) -> None:
+    """A map (H, W) for each component of the actions, all of one scale."""
+    columns = min(4, len(maps))
+    rows = -(-len(maps) // columns)
+    figure = _figure(3 * columns + 1, 3 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.ravel():
+        axes.axis("off")
+    for axes, name, values in zip(grid.ravel(), names, maps, strict=False):
+        image = axes.imshow(values * 255, vmin=0, vmax=max(maps.max() * 255, 1e-9), cmap="magma")
+        axes.set_title(name)
+    figure.colorbar(image, ax=grid.ravel().tolist(), label="levels of 255 per deviation")
+    with temporary_path(path) as partial:
+        figure.savefig(partial, dpi=120, bbox_inches="tight")
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))

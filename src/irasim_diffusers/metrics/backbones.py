@@ -1,0 +1,153 @@
+"""Pretrained networks of LPIPS, FID and FVD, from files or the Hub; none ships in the package."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+
+EXTRA = "pip install irasim-diffusers[backbones], with a torchvision that fits your torch"
+
+
+def find_weights(name: str, argument: str) -> Path:
+    """The file of some weights.
+
+    Args:
+        name: A file, or `org/name:file` on the Hub.
+        argument: What to call it in messages.
+
+    Raises:
+        ValueError: If there is no such file, or the Hub cannot be reached.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    repository, separator, file = name.partition(":")
+    if not separator or repository.count("/") != 1:
+        raise ValueError(f"`{argument}` must be a file, or org/name:file on the Hub, got {name!r}.")
+    try:
+        return Path(hf_hub_download(repository, file))
+    except OSError as error:
+        raise ValueError(f"`{argument}` {name!r} cannot be had from the Hub; give a file: {error}") from error
+
+
+def load_lpips(backbone: str | None = None, device: str | torch.device = "cpu") -> torch.nn.Module:
+    """LPIPS with AlexNet, version 0.1, of the `lpips` package.
+
+    Args:
+        backbone: torchvision's AlexNet (`alexnet-owt-7be5be79.pth`), a file or `org/name:file`; None lets torchvision
+            download it.
+        device: Where it shall be.
+
+    Raises:
+        ValueError: If the package is missing, or the weights are.
+    """
+    try:
+        import lpips
+    except (ImportError, RuntimeError) as error:  # torchvision built for another torch raises the latter
+        raise ValueError(f"LPIPS needs the package lpips: {EXTRA} ({error}).") from error
+    if backbone is None:
+        try:
+            return lpips.LPIPS(net="alex", verbose=False).to(device)
+        except OSError as error:
+            raise ValueError(
+                f"AlexNet's weights cannot be downloaded ({error}): give `lpips` the file alexnet-owt-7be5be79.pth."
+            ) from error
+    network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    layers = {name.split(".", 1)[1]: name for name in network.net.state_dict()}  # slice2.3.weight of features.3.weight
+    state = _load_state(find_weights(backbone, "lpips"), "lpips")
+    features = {name.removeprefix("features."): value for name, value in state.items() if name.startswith("features.")}
+    _load_strictly(network.net, {layers.get(name, name): value for name, value in features.items()}, "lpips")
+    return network.to(device)
+
+
+def load_inception(weights: str, device: str | torch.device = "cpu") -> Callable[[np.ndarray], np.ndarray]:
+    """Features of pytorch-fid's Inception.
+
+    Args:
+        weights: `pt_inception-2015-12-05-6726825d.pth` of pytorch-fid's releases, a file or `org/name:file`.
+        device: Where it shall be.
+
+    Returns:
+        A function from frames (T, H, W, 3), uint8, to features (T, 2048).
+
+    Raises:
+        ValueError: If the package is missing, or the weights are or do not fit.
+    """
+    try:
+        from pytorch_fid import inception as parts
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"FID needs the package pytorch-fid: {EXTRA} ({error}).") from error
+    network = parts._inception_v3(num_classes=1008, aux_logits=False, weights=None)
+    replaced = {  # where TensorFlow's pooling differs from torchvision's; as `fid_inception_v3`, which downloads
+        "Mixed_5b": parts.FIDInceptionA(192, pool_features=32),
+        "Mixed_5c": parts.FIDInceptionA(256, pool_features=64),
+        "Mixed_5d": parts.FIDInceptionA(288, pool_features=64),
+        "Mixed_6b": parts.FIDInceptionC(768, channels_7x7=128),
+        "Mixed_6c": parts.FIDInceptionC(768, channels_7x7=160),
+        "Mixed_6d": parts.FIDInceptionC(768, channels_7x7=160),
+        "Mixed_6e": parts.FIDInceptionC(768, channels_7x7=192),
+        "Mixed_7b": parts.FIDInceptionE_1(1280),
+        "Mixed_7c": parts.FIDInceptionE_2(2048),
+    }
+    for name, block in replaced.items():
+        setattr(network, name, block)
+    _load_strictly(network, _load_state(find_weights(weights, "inception"), "inception"), "inception")
+    network.fc, network.transform_input = torch.nn.Identity(), False
+    network.eval().to(device)
+
+    @torch.no_grad()
+    def features(frames: np.ndarray) -> np.ndarray:
+        pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(frames, -1, 1))).to(device).float() / 255
+        pixels = torch.nn.functional.interpolate(pixels, size=(299, 299), mode="bilinear", align_corners=False)
+        return network(2 * pixels - 1).cpu().numpy()
+
+    return features
+
+
+def load_i3d(path: str, device: str | torch.device = "cpu") -> Callable[[np.ndarray], np.ndarray]:
+    """Features of StyleGAN-V's I3D, `i3d_torchscript.pt`.
+
+    TorchScript is a program: loading it runs code of the file. It is therefore never downloaded; take it from a source
+    that you trust.
+
+    Args:
+        path: The file.
+        device: Where it shall be.
+
+    Returns:
+        A function from a video (T, H, W, 3), uint8, to features (400,).
+
+    Raises:
+        ValueError: If there is no such file, or it is no TorchScript.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"`i3d` must be the file i3d_torchscript.pt, got {str(path)!r}, which does not exist.")
+    try:
+        network = torch.jit.load(str(path), map_location=device).eval()
+    except RuntimeError as error:
+        raise ValueError(
+            f"`i3d` must be a TorchScript file, got {str(path)!r}: {str(error).splitlines()[0]}"
+        ) from error
+
+    @torch.no_grad()
+    def features(video: np.ndarray) -> np.ndarray:
+        pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(video, -1, 0)))[None].to(device)  # (1, 3, T, H, W)
+        return network(pixels, rescale=True, resize=True, return_features=True)[0].cpu().numpy()
+
+    return features
+
+
+def _load_state(path: Path, argument: str) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds: zip, pickle, and what a hostile file asks for
+        raise ValueError(f"`{argument}` must be a file of weights, got {str(path)!r}: {error}") from error
+
+
+def _load_strictly(network: torch.nn.Module, state: dict[str, Any], argument: str) -> None:
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"`{argument}` holds the weights of another network: {error}") from error

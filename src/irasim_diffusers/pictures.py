@@ -1,0 +1,32 @@
+"""Pictures of videos."""
+
+from __future__ import annotations
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+
+
+def film_strip(rows: dict[str, np.ndarray], num_seen: int, columns: int = 10) -> PIL.Image.Image:
+    """A picture of evenly spaced frames, a labelled row for each video.
+
+    Args:
+        rows: Videos (T, H, W, 3), uint8, of one shape, by name.
+        num_seen: Frames at the start that were given, not predicted.
+        columns: Frames of a row, at most.
+    """
+    length = len(next(iter(rows.values())))
+    chosen = np.unique(np.linspace(max(num_seen - 1, 0), length - 1, columns).round().astype(int))
+    pictures = np.concatenate([np.concatenate(list(frames[chosen]), axis=1) for frames in rows.values()])
+    height, margin = pictures.shape[0] // len(rows), 14
+    strip = PIL.Image.new("RGB", (pictures.shape[1], pictures.shape[0] + margin * (len(rows) + 1)), "white")
+    draw = PIL.ImageDraw.Draw(strip)
+    width = pictures.shape[1] // len(chosen)
+    for row, name in enumerate(rows):
+        top = margin * (row + 1) + height * row
+        draw.text((2, top - margin + 1), name, fill="black")
+        strip.paste(PIL.Image.fromarray(pictures[height * row : height * (row + 1)]), (0, top))
+    for column, frame in enumerate(chosen):
+        label = "seen" if frame < num_seen else f"+{frame - num_seen + 1}"
+        draw.text((column * width + 2, strip.height - margin + 1), label, fill="black")
+    return strip

@@ -1,0 +1,422 @@
+"""`irasim evaluate` on tiny models and clips of a robot, and the steps it is made of."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import tiny_pipeline
+
+from irasim_diffusers import IRASimPipeline
+from irasim_diffusers.cli import _parser, main
+from irasim_diffusers.data import open_dataset, write_video
+from irasim_diffusers.evaluation import (
+    PROTOCOLS,
+    Backbones,
+    Clip,
+    ClipData,
+    ClipReader,
+    Evaluation,
+    PipelinePredictor,
+    Prediction,
+    Protocol,
+    evaluate,
+    features_of_clip,
+    find_clips,
+    published_figures,
+    score_clip,
+)
+from irasim_diffusers.evaluation.scores import through_mp4
+from irasim_diffusers.metrics import frame_psnr, frame_ssim, gray, latent_l2
+
+CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
+LENGTHS = (34, 16, 9)  # of the episodes: two clips of 16 frames, one, none
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A tiny model, and episodes of 8x12 pixels with three recorded actions in IRASim's format."""
+    root = tmp_path_factory.mktemp("evaluation")
+    tiny_pipeline(num_inference_steps=1).save_pretrained(root / "model")
+    rng = np.random.default_rng(0)
+    (root / "data" / "annotation" / "test").mkdir(parents=True)
+    for number, length in enumerate(LENGTHS):
+        frames = rng.integers(0, 256, (length, 8, 12, 3), dtype=np.uint8)
+        write_video(root / "data" / "videos" / f"{number}.mp4", frames, 5, lossless=True)
+        annotation = {"actions": rng.normal(size=(length - 1, 3)).tolist(), "video_path": f"videos/{number}.mp4"}
+        (root / "data" / "annotation" / "test" / f"{number}.json").write_text(json.dumps(annotation))
+    return root
+
+
+def run(workspace, output, *arguments):
+    command = ["evaluate", "--dataset", workspace / "data", "--output", output, "--device", "cpu"]
+    return main([str(argument) for argument in (*command, *arguments)])
+
+
+def load(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def evaluated(workspace):
+    arguments = ["--model", workspace / "model", "--ways", 3, "--save-predictions", workspace / "predictions"]
+    assert run(workspace, workspace / "report", *arguments, "--published", "rt1") == 0
+    return load(workspace / "report")
+
+
+def test_the_report_says_what_was_measured_and_how(workspace, evaluated):
+    assert evaluated["protocol"]["name"] == "irasim-short"
+    assert evaluated["n"] == 3
+    for name in ("psnr", "ssim", "clip_psnr", "latent_l2"):
+        figure = evaluated["metrics"][name]
+        assert figure["low"] <= figure["mean"] <= figure["high"]
+        assert figure["n"] == 3
+    assert len(evaluated["horizon"]["model"]) == 15
+    assert evaluated["network_evaluations_per_window"] == 1
+    assert evaluated["faithfulness"]["verdict"]["obeys"] is None  # of three clips nothing can be told
+    assert evaluated["faithfulness"]["sensitivity"]["n"] == 3
+    setting = evaluated["setting"]
+    assert (setting["scheduler"], setting["num_inference_steps"], setting["seed"]) == ("PNDMScheduler", 1, 0)
+    assert setting["command"].startswith("irasim evaluate --dataset")
+    assert set(setting["versions"]) == {"irasim_diffusers", "diffusers", "torch"}
+    page = (workspace / "report" / "report.md").read_text()
+    assert "| PSNR, mean of frames (dB) | 3 |" in page
+    assert "IRASim Frame-Ada (reported)" in page
+    assert "26.048" in page
+    for name in ("horizon", "sensitivity", "best", "median", "worst"):
+        assert f"({name}.png)" in page
+        assert PIL.Image.open(workspace / "report" / f"{name}.png").size[0] > 50
+
+
+def test_figures_are_those_of_the_pipeline_against_raw_frames(workspace, evaluated):
+    """By hand, for one clip: history not scored, noise by the clip's number, latents as they were denoised."""
+    pipeline = IRASimPipeline.from_pretrained(workspace / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    episode = open_dataset(workspace / "data", split="test")[0]
+    latents = pipeline(
+        episode.frames[16:17],
+        episode.actions[16:31],
+        generator=torch.Generator().manual_seed(1),
+        output_type="latent",
+    ).frames
+    with torch.no_grad():
+        pixels = (pipeline.decode_latents(latents) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 3, 0)
+        truth = episode.frames[17:32]
+        encoded = pipeline.encode_history(torch.from_numpy(truth).permute(0, 3, 1, 2)[None] / 127.5 - 1)
+    prediction = np.rint(pixels.numpy() * 255) / 255
+    figures = json.loads((workspace / "report" / "figures" / "000000-000016.json").read_text())
+    np.testing.assert_allclose(figures["psnr"], frame_psnr(prediction, truth / 255), rtol=1e-4)
+    np.testing.assert_allclose(figures["ssim"], frame_ssim(prediction, truth / 255), rtol=1e-3, atol=1e-5)
+    assert figures["latent_l2"] == pytest.approx(latent_l2(latents, encoded).item(), rel=1e-4)
+    repeated = np.broadcast_to(episode.frames[16], truth.shape) / 255
+    np.testing.assert_allclose(figures["last_frame"]["psnr"], frame_psnr(repeated, truth / 255))
+
+
+def test_saved_predictions_score_as_the_model(workspace, evaluated):
+    files = sorted(path.name for path in (workspace / "predictions").iterdir())
+    assert files == ["000000-000000.npz", "000000-000016.npz", "000001-000000.npz"]
+    arguments = ["--predictions", workspace / "predictions", "--model", workspace / "model"]
+    assert run(workspace, workspace / "rescored", *arguments) == 0
+    again = load(workspace / "rescored")
+    assert again["metrics"] == evaluated["metrics"]
+    assert "faithfulness" not in again
+
+
+def test_videos_of_another_model_are_scored(workspace, evaluated, capsys):
+    folder = workspace / "videos"
+    dataset = open_dataset(workspace / "data", split="test")
+    for clip in find_clips(dataset, PROTOCOLS["irasim-short"]):
+        frames = dataset[clip.episode].frames[clip.start + 1 : clip.start + 16]
+        write_video(folder / f"{clip.name}.mp4", frames, 5, lossless=True)
+    assert run(workspace, workspace / "perfect", "--predictions", folder) == 0
+    report = load(workspace / "perfect")
+    assert report["metrics"]["ssim"]["mean"] == pytest.approx(1)
+    assert report["metrics"]["psnr"]["mean"] == pytest.approx(10 * np.log10(255**2 * 8 * 12 * 3))
+    assert "latent_l2" not in report["metrics"]
+    write_video(folder / "000001-000000.mp4", np.zeros((15, 8, 12, 3), np.uint8), 5, lossless=True)
+    assert run(workspace, workspace / "perfect", "--predictions", folder) == 0
+    assert load(workspace / "perfect")["clips"]["worst"]["name"] == "000001-000000"  # the new file is scored
+    (folder / "000000-000016.mp4").unlink()
+    assert run(workspace, workspace / "lacking", "--predictions", folder) == 2
+    message = "must hold 000000-000016.npz or 000000-000016.mp4, the 15 frames predicted from frame 17 of episode 0"
+    assert message in capsys.readouterr().err
+    assert len(json.loads((workspace / "lacking" / "clips.json").read_text())) == 3
+
+
+def test_whole_episodes_are_rolled_out(workspace, evaluated, capsys):
+    arguments = ["--model", workspace / "model", "--protocol", "irasim-long", "--num-clips", 2]
+    assert run(workspace, workspace / "long", *arguments) == 0
+    report = load(workspace / "long")
+    assert [clip["predicted"] for clip in json.loads((workspace / "long" / "clips.json").read_text())] == [33, 8]
+    assert [report["horizon"]["model"][k]["n"] for k in (0, 7, 8, 32)] == [2, 2, 1, 1]
+    assert report["network_evaluations_per_window"] == 1
+    assert "faithfulness" not in report
+
+
+def test_several_processes_score_as_one(workspace, evaluated):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
+    command += ["irasim_diffusers.cli", "evaluate", "--dataset", workspace / "data", "--model", workspace / "model"]
+    command += ["--output", workspace / "two", "--ways", 3, "--batch-size", 8]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = load(workspace / "two")
+    for name in ("metrics", "last_frame", "horizon", "clips"):
+        assert report[name] == evaluated[name]
+    assert report["faithfulness"]["identification"] == evaluated["faithfulness"]["identification"]
+    assert result.stdout.count("irasim-short, 3 clips: PSNR") == 1
+
+
+class Stopping(PipelinePredictor):
+    """Is killed after some batches, and counts the clips it predicts."""
+
+    def __init__(self, pipeline, batches):
+        super().__init__(pipeline, 1)
+        self.batches, self.predicted = batches, []
+
+    def predict(self, clips):
+        if not self.batches:
+            raise KeyboardInterrupt
+        self.batches -= 1
+        self.predicted += [clip.clip.name for clip in clips]
+        return super().predict(clips)
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(workspace, tmp_path):
+    dataset = open_dataset(workspace / "data", split="test")
+    pipeline = IRASimPipeline.from_pretrained(workspace / "model")
+    pipeline.set_progress_bar_config(disable=True)
+
+    def start(batches):
+        predictor = Stopping(pipeline, batches)
+        options = {"batch_size": 1, "faithfulness_clips": 0}
+        return predictor, Evaluation(dataset, PROTOCOLS["irasim-short"], predictor, tmp_path, **options)
+
+    predictor, evaluation = start(2)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(evaluation)
+    assert len(predictor.predicted) == 2
+    assert not (tmp_path / "report.json").exists()
+    assert not list(tmp_path.rglob("*.partial*"))
+    predictor, evaluation = start(9)
+    evaluate(evaluation)
+    assert predictor.predicted[0] == "000001-000000"  # then only the pictures
+    assert len(predictor.predicted) == 4
+
+
+def test_another_setting_needs_another_folder(workspace, evaluated, capsys):
+    arguments = ["--model", workspace / "model", "--ways", 3]
+    assert run(workspace, workspace / "report", *arguments, "--seed", 1) == 2
+    assert "another evaluation; seed differ, the first is 0 there and 1 here" in capsys.readouterr().err
+    shutil.copytree(workspace / "model", workspace / "trained")
+    pipeline = IRASimPipeline.from_pretrained(workspace / "trained")
+    pipeline.transformer.null_action.data += 1
+    pipeline.save_pretrained(workspace / "trained")
+    assert run(workspace, workspace / "report", "--model", workspace / "trained", "--ways", 3) == 2
+    assert "another evaluation; model, weights differ" in capsys.readouterr().err
+
+
+class ChannelMeans(torch.nn.Module):
+    """Called as StyleGAN-V's I3D."""
+
+    def forward(self, videos: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+        return videos.float().mean(dim=(3, 4)).flatten(1)
+
+
+def test_distances_of_features(workspace, tmp_path):
+    torch.jit.script(ChannelMeans()).save(str(tmp_path / "i3d.pt"))
+    assert run(workspace, tmp_path / "out", "--model", workspace / "model", "--i3d", tmp_path / "i3d.pt") == 0
+    report = load(tmp_path / "out")
+    assert report["distances"]["fvd"]["n"] == 3
+    assert report["distances"]["fvd"]["value"] > 0
+    assert "| FVD | 3 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def clip_data(size=(16, 32), length=15):
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (length + 1, size[0] // 4, size[1] // 4, 3), dtype=np.uint8)
+    frames = coarse.repeat(4, axis=1).repeat(4, axis=2)
+    return ClipData(Clip("a", 0, 0, 1, length), 0, frames, np.zeros((length, 3)), np.zeros(3))
+
+
+def test_the_releases_variant_is_of_grey_frames_out_of_mp4():
+    data = clip_data()
+    prediction = np.clip(data.truth.astype(int) + 20, 0, 255).astype(np.uint8)
+    found = score_clip(data, Prediction(prediction), PROTOCOLS["irasim-short-release"])
+    pair = [gray(through_mp4(data.history, video)) / 255 for video in (prediction, data.truth)]
+    assert pair[0].shape == (15, 16, 32, 1)
+    np.testing.assert_allclose(found["psnr"], frame_psnr(*pair))
+    plain = score_clip(data, Prediction(prediction), PROTOCOLS["irasim-short"])
+    assert not np.allclose(found["psnr"], plain["psnr"], atol=0.05)
+    assert found["clip_psnr"] == plain["clip_psnr"]
+    with pytest.raises(ValueError, match="sides divisible by 16 for irasim-short-release, got 16x24"):
+        score_clip(clip_data((16, 24)), Prediction(prediction[:, :, :24]), PROTOCOLS["irasim-short-release"])
+
+
+def test_pictures_of_pixels_are_encoded_for_latents_and_networks_are_asked():
+    data = clip_data()
+
+    def encode(frames):
+        return torch.from_numpy(frames.copy()).permute(3, 0, 1, 2) / 255
+
+    def network(prediction, truth):
+        return (prediction - truth).square().mean(dim=(1, 2, 3), keepdim=True)
+
+    found = score_clip(data, Prediction(data.truth[::-1]), PROTOCOLS["irasim-short"], encode, Backbones(lpips=network))
+    error = np.square((data.truth[::-1].astype(float) - data.truth) / 255)
+    assert found["latent_l2"] == pytest.approx(error.mean(), rel=1e-5)
+    np.testing.assert_allclose(found["lpips"], 4 * error.mean(axis=(1, 2, 3)), rtol=1e-5)
+
+
+def test_the_release_mirrors_true_videos_only():
+    data, video = clip_data(), clip_data().truth[::-1]
+    backbones = Backbones(
+        inception=lambda frames: frames.mean(axis=(1, 2)), i3d=lambda frames: frames.mean(axis=(0, 1, 3))
+    )
+    plain = features_of_clip(data, Prediction(video), PROTOCOLS["irasim-short"], backbones)
+    assert {name: value.shape for name, value in plain.items()} == {
+        "fid_prediction": (15, 3),
+        "fid_truth": (15, 3),
+        "fvd_prediction": (1, 32),
+        "fvd_truth": (1, 32),
+    }
+    released = features_of_clip(data, Prediction(video), PROTOCOLS["irasim-short-release"], backbones)
+    assert np.array_equal(released["fvd_truth"], [plain["fvd_truth"][0], plain["fvd_truth"][0, ::-1]])
+    assert np.array_equal(released["fvd_prediction"], plain["fvd_prediction"])
+
+
+class Lengths:
+    name, fps = "lengths", None
+
+    def __init__(self, *lengths):
+        self.lengths = lengths
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def vectors(self, number):
+        return {"action": np.zeros((self.lengths[number], 2))}
+
+
+def starts(clips):
+    return [(clip.episode, clip.start, clip.history, clip.predicted) for clip in clips]
+
+
+def test_clips_of_each_protocol():
+    dataset = Lengths(33, 15, 1, 24)
+    assert starts(find_clips(dataset, PROTOCOLS["irasim-short"])) == [(0, 0, 1, 15), (0, 16, 1, 15), (3, 0, 1, 15)]
+    assert starts(find_clips(dataset, PROTOCOLS["irasim-long"])) == [(0, 0, 1, 32), (1, 0, 1, 14), (3, 0, 1, 23)]
+    robonet = [(0, 0, 2, 10), (0, 12, 2, 10), (1, 0, 2, 10), (3, 0, 2, 10), (3, 12, 2, 10)]
+    assert starts(find_clips(dataset, PROTOCOLS["robonet"])) == robonet
+    assert starts(find_clips(dataset, PROTOCOLS["robonet"], 3)) == robonet[::2]
+    with pytest.raises(
+        ValueError, match="no episode of 'lengths' is as long as a clip of irasim-short, 1 frame given"
+    ):
+        find_clips(Lengths(15, 3), PROTOCOLS["irasim-short"])
+    with pytest.raises(ValueError, match="`num_clips` must be at least 1, got 0"):
+        find_clips(dataset, PROTOCOLS["irasim-short"], 0)
+
+
+def test_a_clip_brings_the_action_before_it(workspace):
+    dataset = open_dataset(workspace / "data", split="test")
+    reader = ClipReader(dataset, find_clips(dataset, Protocol("any", "", 2, 5, 6)))
+    data, episode = reader(1), dataset[0]
+    assert np.array_equal(data.history, episode.frames[6:8])
+    assert np.array_equal(data.truth, episode.frames[8:13])
+    assert np.array_equal(data.actions, episode.actions[7:12])
+    assert np.array_equal(data.action_before, episode.actions[6])
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/evaluation.md"])
+def test_commands_of_the_documents_are_understood(page):
+    text = (Path(__file__).parents[2] / page).read_text()
+    commands = re.findall(r"^irasim evaluate (.*)$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        arguments = _parser().parse_args(["evaluate", *shlex.split(command, comments=True)])
+        assert arguments.run.__name__ == "run_evaluate"
+
+
+def test_published_figures():
+    assert published_figures(PROTOCOLS["irasim-short"], "bridge")["IRASim Frame-Ada"]["fvd"] == 20.91
+    assert published_figures(PROTOCOLS["irasim-long"], "rt1")["LVDM"] == {"latent_l2": 0.2567, "psnr": 23.573}
+    with pytest.raises(ValueError, match=r"`published` must be one of \['robonet'\] under the protocol robonet"):
+        published_figures(PROTOCOLS["robonet"], "rt1")
+
+
+BAD = [
+    (["--num-clips", "0"], "`num_clips` must be at least 1, got 0"),
+    (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+    (["--height", "8"], "--height and --width go together"),
+    (["--height", "16", "--width", "24"], "must be 8x12 .* got 16x24: .*--resize"),
+    (["--protocol", "robonet"], r"must be \(256, 256\) .* under the protocol robonet, got \(8, 12\)"),
+    (["--protocol", "irasim-short-release"], "sides divisible by 16"),
+    (["--published", "robonet"], "`published` must be one of"),
+    (["--pad-actions-to", "4"], "action components of .* must be 3 as the model's, got 4: see --pad-actions-to"),
+    (["--split", "train"], "`split` must be one of"),
+    (["--dataset", "nowhere"], "`dataset` must be a folder or a Hub id"),
+    (["--predictions", "nowhere"], "`predictions` must be a folder, got 'nowhere'"),
+    (["--i3d", "nowhere.pt"], "`i3d` must be the file i3d_torchscript.pt"),
+    (["--ways", "1"], "`ways` must be at least 2, got 1"),
+    (["--model", "nowhere"], "--model must be a pipeline folder or Hub id"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input_is_one_line(workspace, tmp_path, capsys, arguments, message):
+    assert run(workspace, tmp_path / "out", "--model", workspace / "model", *arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert re.search(message, lines[-1]), lines[-1]
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"frames": np.zeros((16, 8, 12, 3), np.uint8)}, r"must hold the 15 predicted frames .* got \(16, 8, 12, 3\)"),
+        ({"frames": np.zeros((15, 8, 12, 3))}, "uint8, without the history, got .* float64"),
+        ({"frames": np.zeros((15, 16, 24, 3), np.uint8)}, "must be 8x12 .* got 16x24: pass --resize"),
+        ({"video": np.zeros((15, 8, 12, 3), np.uint8)}, "must be an npz file with an array `frames`"),
+    ],
+)
+def test_bad_predictions_are_named(workspace, evaluated, tmp_path, capsys, arrays, message):
+    shutil.copytree(workspace / "predictions", tmp_path / "predictions")
+    np.savez(tmp_path / "predictions" / "000000-000016.npz", **arrays)
+    assert run(workspace, tmp_path / "out", "--predictions", tmp_path / "predictions") == 2
+    assert re.search(f"000000-000016.npz.*{message}", capsys.readouterr().err)
+
+
+def test_other_sizes_are_resized_where_asked(workspace, evaluated, tmp_path):
+    shutil.copytree(workspace / "predictions", tmp_path / "predictions")
+    grown = np.full((15, 16, 24, 3), 7, np.uint8)
+    np.savez(tmp_path / "predictions" / "000000-000016.npz", frames=grown)
+    assert run(workspace, tmp_path / "out", "--predictions", tmp_path / "predictions", "--resize") == 0
+    size = ["--height", 16, "--width", 24, "--resize", "--faithfulness-clips", 0]
+    assert run(workspace, tmp_path / "model", "--model", workspace / "model", *size) == 0
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
+@pytest.mark.parametrize(
+    ("name", "split", "space", "expected"),
+    [
+        ("droid", "val", {"action_dim": 7, "action_derivation": "relative_euler"}, 2),
+        ("language_table", "test", {"action_dim": 2}, 1),
+    ],
+)
+def test_real_clips_of_robots(tmp_path, name, split, space, expected):
+    scaling = {"action_scale": 1.0, "action_offset": 0.0}
+    tiny_pipeline(1, sample_height=12, sample_width=20, **scaling, **space).save_pretrained(tmp_path / "model")
+    arguments = ["--dataset", CLIPS / name, "--split", split, "--cameras", 0, "--height", 24, "--width", 40]
+    arguments += ["--model", tmp_path / "model", "--output", tmp_path / "out", "--num-clips", 2, "--device", "cpu"]
+    assert main(["evaluate", *map(str, arguments)]) == 0
+    report = load(tmp_path / "out")
+    assert report["n"] == expected
+    assert ("faithfulness" in report) == (expected > 1)

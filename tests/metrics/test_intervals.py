@@ -1,0 +1,25 @@
+import numpy as np
+import pytest
+
+from irasim_diffusers.metrics import bootstrap
+
+
+def test_interval_is_that_of_the_normal_distribution_for_many_values():
+    values = np.random.default_rng(0).normal(3, 2, size=1000)
+    found = bootstrap(values, np.random.default_rng(1))
+    error = 1.96 * values.std() / np.sqrt(1000)
+    assert found["mean"] == pytest.approx(values.mean())
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(error, rel=0.1)
+    assert found["n"] == 1000
+
+
+def test_of_medians_and_of_one_value():
+    found = bootstrap(np.array([1.0, 2.0, 30.0]), np.random.default_rng(0), np.median)
+    assert (found["median"], found["low"], found["high"]) == (2, 1, 30)
+    assert bootstrap(np.array([5.0]), np.random.default_rng(0)) == {"mean": 5, "low": 5, "high": 5, "n": 1}
+
+
+@pytest.mark.parametrize("values", [np.zeros(0), np.zeros((2, 3))])
+def test_bad_values(values):
+    with pytest.raises(ValueError, match=r"`values` must be \(n,\)"):
+        bootstrap(values, np.random.default_rng(0))
