@@ -1,0 +1,162 @@
+"""Which of two models' videos people find nearer the truth (paper, section 13): pairs, answers that are kept, rates."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import temporary_path
+from ..metrics import bootstrap
+
+CHOICES = ("left", "similar", "right")
+OUTCOMES = ("win", "tie", "loss")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two videos of one clip beside each other, over the truth; a rater does not learn the models' names."""
+
+    clip: str
+    left: str  # name of a model
+    right: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a rater said of a comparison."""
+
+    rater: str
+    clip: str
+    left: str
+    right: str
+    choice: str  # one of CHOICES: which is the better
+
+
+class PreferenceStudy:
+    """A study whose answers survive whatever happens to the page that asks for them.
+
+    Each answer is on disk when `answer` returns, a line of `answers.jsonl`. Several processes may serve one study.
+
+    Args:
+        folder: Where the answers are kept; that of an earlier session goes on.
+        clips: Names of the clips.
+        model: Name of the model that the rates are of.
+        others: Names of the models it is compared with.
+        seed: Of order and sides, which differ from rater to rater.
+
+    Raises:
+        ValueError: If there is nothing to compare, or a name stands twice.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, clips: Sequence[str], model: str, others: Sequence[str], seed: int = 0
+    ) -> None:
+        models = [model, *others]
+        if not clips or not others or len(set(models)) < len(models) or len(set(clips)) < len(clips):
+            raise ValueError(
+                f"`clips` and `others` must have names, each once, got {len(clips)} clips and the models {models}."
+            )
+        self.clips = tuple(clips)
+        self.model = model
+        self.others = tuple(others)
+        self.seed = seed
+        self._file = Path(folder) / "answers.jsonl"
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+
+    def comparisons(self, rater: str) -> list[Comparison]:
+        """All comparisons of the study in the order and with the sides of a rater, always the same ones."""
+        digest = hashlib.sha256(json.dumps([self.seed, rater]).encode()).digest()
+        rng = np.random.default_rng(list(digest))
+        pairs = [(clip, other) for clip in self.clips for other in self.others]
+        swapped = rng.random(len(pairs)) < 0.5
+        shown = [
+            Comparison(clip, other, self.model) if swap else Comparison(clip, self.model, other)
+            for (clip, other), swap in zip(pairs, swapped, strict=True)
+        ]
+        return [shown[index] for index in rng.permutation(len(shown))]
+
+    def remaining(self, rater: str) -> list[Comparison]:
+        """The comparisons that a rater has not answered yet."""
+        answered = {(answer.clip, answer.left, answer.right) for answer in self.answers() if answer.rater == rater}
+        shown = self.comparisons(rater)
+        return [each for each in shown if (each.clip, each.left, each.right) not in answered]
+
+    def answer(self, rater: str, comparison: Comparison, choice: str) -> None:
+        """Keep an answer; a later one to the same comparison takes its place.
+
+        Raises:
+            ValueError: If the rater has no name, the choice is unknown, or the comparison is none of the rater's.
+        """
+        if not rater:
+            raise ValueError("`rater` must be a name, got none.")
+        if choice not in CHOICES:
+            raise ValueError(f"`choice` must be one of {', '.join(CHOICES)}, got {choice!r}.")
+        if comparison not in self.comparisons(rater):
+            raise ValueError(f"`comparison` must be one of the study's for {rater!r}, got {comparison}.")
+        answer = Answer(rater, comparison.clip, comparison.left, comparison.right, choice)
+        # a line begins on its own, also after one that was cut off; one write of O_APPEND is not torn by others
+        line = f"\n{json.dumps(vars(answer))}\n".encode()
+        file = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(file, line)
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def answers(self) -> list[Answer]:
+        """The answers that count, the last of each rater to each comparison, of this study's clips and models."""
+        latest: dict[tuple[str, str, frozenset[str]], Answer] = {}
+        for line in self._file.read_text().splitlines() if self._file.exists() else ():
+            try:
+                answer = Answer(**json.loads(line))
+            except (json.JSONDecodeError, TypeError):  # empty, or cut off by a crash
+                continue
+            if answer.clip in self.clips and {answer.left, answer.right} <= {self.model, *self.others}:
+                latest[answer.rater, answer.clip, frozenset((answer.left, answer.right))] = answer
+        return list(latest.values())
+
+    def rates(self, seed: int = 0) -> dict[str, dict[str, Any]]:
+        """How often the model wins, ties and loses against each other one.
+
+        Raters of one clip see the same videos, so that clips, not answers, are the independent units of the intervals.
+
+        Returns:
+            For each other model that was compared: `win`, `tie` and `loss`, each the mean over clips with a bootstrap 95 %
+            interval, and the numbers of `answers` and `raters`.
+        """
+        rates: dict[str, dict[str, Any]] = {}
+        for other in self.others:
+            answers = [answer for answer in self.answers() if other in (answer.left, answer.right)]
+            if not answers:
+                continue
+            outcomes = {clip: [] for clip in self.clips if any(answer.clip == clip for answer in answers)}
+            for answer in answers:
+                outcomes[answer.clip].append(self._outcome(answer))
+            rates[other] = {
+                kind: bootstrap(
+                    np.array([np.mean([outcome == kind for outcome in of_clip]) for of_clip in outcomes.values()]),
+                    np.random.default_rng(seed),
+                )
+                for kind in OUTCOMES
+            } | {"answers": len(answers), "raters": len({answer.rater for answer in answers})}
+        return rates
+
+    def export(self, path: str | os.PathLike) -> None:
+        """Write the answers that count as CSV, with what each means for the model."""
+        with temporary_path(path) as partial, open(partial, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*(field.name for field in fields(Answer)), "outcome"])
+            writer.writerows([*vars(answer).values(), self._outcome(answer)] for answer in self.answers())
+
+    def _outcome(self, answer: Answer) -> str:
+        if answer.choice == "similar":
+            return "tie"
+        return "win" if getattr(answer, answer.choice) == self.model else "loss"

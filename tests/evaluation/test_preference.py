@@ -1,0 +1,120 @@
+import csv
+import json
+import multiprocessing
+
+import pytest
+
+from irasim_diffusers.evaluation import Comparison, PreferenceStudy
+
+CLIPS = [f"clip-{number}" for number in range(40)]
+
+
+def study(folder, **changes):
+    return PreferenceStudy(**{"folder": folder, "clips": CLIPS, "model": "ours", "others": ["a", "b"]} | changes)
+
+
+def test_order_and_sides_are_random_but_a_raters_own(tmp_path):
+    shown = study(tmp_path).comparisons("ann")
+    assert shown == study(tmp_path).comparisons("ann")
+    assert shown != study(tmp_path).comparisons("bob")
+    assert shown != study(tmp_path, seed=1).comparisons("ann")
+    assert {(each.clip, *sorted((each.left, each.right))) for each in shown} == {
+        (clip, other, "ours") for clip in CLIPS for other in "ab"
+    }
+    assert 20 < sum(each.left == "ours" for each in shown) < 60
+    assert [each.clip for each in shown] != sorted(each.clip for each in shown)
+
+
+def test_answers_survive_and_the_last_one_counts(tmp_path):
+    first, second, *rest = study(tmp_path).comparisons("ann")
+    study(tmp_path).answer("ann", first, "left")
+    study(tmp_path).answer("ann", second, "similar")
+    study(tmp_path).answer("ann", first, "right")
+    again = study(tmp_path)
+    assert again.remaining("ann") == rest
+    assert len(again.remaining("bob")) == 80
+    assert {(answer.clip, answer.choice) for answer in again.answers()} == {
+        (first.clip, "right"),
+        (second.clip, "similar"),
+    }
+
+
+def test_a_line_that_a_crash_cut_off_costs_no_other(tmp_path):
+    first, second, *_ = study(tmp_path).comparisons("ann")
+    study(tmp_path).answer("ann", first, "left")
+    with open(tmp_path / "answers.jsonl", "a") as file:
+        file.write('{"rater": "ann", "cli')
+    study(tmp_path).answer("ann", second, "right")
+    assert [answer.choice for answer in study(tmp_path).answers()] == ["left", "right"]
+
+
+def _answer_all(folder, rater):
+    for comparison in study(folder).comparisons(rater):
+        study(folder).answer(rater, comparison, "similar")
+
+
+def test_several_processes_serve_one_study(tmp_path):
+    workers = [
+        multiprocessing.get_context("fork").Process(target=_answer_all, args=(tmp_path, name)) for name in "xyz"
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(study(tmp_path).answers()) == 3 * 80
+    assert not any(study(tmp_path).remaining(name) for name in "xyz")
+
+
+def test_rates_count_clips_not_answers(tmp_path):
+    """Two raters prefer ours to a in three quarters of the clips, whatever its side, and never answer b."""
+    for rater in ("ann", "bob"):
+        for comparison in study(tmp_path).comparisons(rater):
+            if "b" in (comparison.left, comparison.right):
+                continue
+            ours = "left" if comparison.left == "ours" else "right"
+            theirs = "right" if ours == "left" else "left"
+            number = CLIPS.index(comparison.clip)
+            study(tmp_path).answer(rater, comparison, ours if number < 30 else theirs if number < 36 else "similar")
+    rates = study(tmp_path).rates()
+    assert rates.keys() == {"a"}
+    assert (rates["a"]["answers"], rates["a"]["raters"]) == (80, 2)
+    assert [rates["a"][kind]["mean"] for kind in ("win", "tie", "loss")] == [0.75, 0.1, 0.15]
+    win = rates["a"]["win"]
+    assert win["n"] == 40
+    deviation = (0.75 * 0.25 / 40) ** 0.5
+    assert (win["high"] - win["low"]) / 2 == pytest.approx(1.96 * deviation, rel=0.15)
+
+    study(tmp_path).export(tmp_path / "out.csv")
+    with open(tmp_path / "out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 80
+    assert sum(row["outcome"] == "win" for row in rows) == 60
+
+
+def test_answers_of_other_clips_and_models_do_not_count(tmp_path):
+    line = {"rater": "ann", "clip": "clip-0", "left": "ours", "right": "c", "choice": "left"}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | {"clip": "x", "right": "a"}))
+    assert study(tmp_path).answers() == []
+    assert study(tmp_path).rates() == {}
+
+
+@pytest.mark.parametrize(
+    ("rater", "changes", "choice", "message"),
+    [
+        ("", {}, "left", "`rater` must be a name"),
+        ("ann", {}, "better", "`choice` must be one of left, similar, right, got 'better'"),
+        ("ann", {"clip": "clip-99"}, "left", "`comparison` must be one of the study's for 'ann'"),
+        ("ann", {"left": "a", "right": "b"}, "left", "`comparison` must be one of the study's"),
+    ],
+)
+def test_bad_answers_are_refused(rater, changes, choice, message, tmp_path):
+    shown = study(tmp_path).comparisons(rater)[0]
+    with pytest.raises(ValueError, match=message):
+        study(tmp_path).answer(rater, Comparison(**vars(shown) | changes), choice)
+    assert study(tmp_path).answers() == []
+
+
+@pytest.mark.parametrize("changes", [{"clips": []}, {"others": []}, {"others": ["ours"]}, {"clips": ["x", "x"]}])
+def test_bad_studies_are_refused(changes, tmp_path):
+    with pytest.raises(ValueError, match="`clips` and `others` must have names, each once"):
+        study(tmp_path, **changes)
