@@ -273,7 +273,7 @@ def main() -> None:
         "gain_over_last_frame": bootstrap(own - last, rng),
         "gain_over_shuffled_actions": bootstrap(own - other, rng),
         "frames_per_second": {"mean": sampled * truth.shape[1] / seconds, "n": sampled},
-        "network_evaluations_per_window": {"mean": evaluations / batches, "n": batches},
+        "network_evaluations_per_clip": {"mean": evaluations / batches, "n": batches},
         "last_frame": {
             "all": pose_figures(
                 np.concatenate([prediction[:, -1], still[:, -1]]),

@@ -104,12 +104,13 @@ class PipelinePredictor:
         """What its figures depend on, JSON-able; weights by their hash."""
         digest = hashlib.sha256()
         for module in (self.pipeline.vae, self.pipeline.transformer):
-            for name, tensor in sorted(module.state_dict().items()):
+            for name, tensor in sorted(module.state_dict().items()) if module is not None else ():
                 digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
         return {
             "weights": digest.hexdigest()[:16],
             "scheduler": type(self.pipeline.scheduler).__name__,
             "num_inference_steps": self.num_inference_steps or self.pipeline.config.num_inference_steps,
+            "window_length": self.pipeline.window_length,
             "resize": self.resize,
         }
 
@@ -143,7 +144,7 @@ class PipelinePredictor:
         pixels = (self._decode(latents, clips[0].frames.shape[1:3]) * 255).round().byte()
         frames = pixels.cpu().numpy().transpose(0, 2, 3, 4, 1)  # (B, n, H, W, 3)
         windows = count_windows(
-            latents.shape[2], histories.shape[1], self.config.sample_frames, self.config.num_history_frames
+            latents.shape[2], histories.shape[1], self.pipeline.window_length, self.config.num_history_frames
         )
         evaluations = (self._evaluations - before) / windows
         return [Prediction(*pair, evaluations) for pair in zip(frames, latents, strict=True)]

@@ -120,6 +120,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         return self._interrupt
 
     @property
+    def window_length(self) -> int:
+        """Frames of the windows of a rollout, history and predicted, where a call names no other number."""
+        return self.config.window_length or self.transformer.config.sample_frames
+
+    @property
     def frame_size(self) -> tuple[int, int]:
         """Height and width of the frames the checkpoint was trained on."""
         config = self.transformer.config
@@ -492,7 +497,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
         if window_length is None:
-            window_length = self.config.window_length or config.sample_frames
+            window_length = self.window_length
         actions = prepare_actions(actions, config.action_dim)
         histories = self.preprocess_frames(frames, resize)
         self.check_window(window_length)
