@@ -42,7 +42,9 @@ def main() -> None:
     target = embedded_checkpoint()
     pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=torch.bfloat16)
     pipeline.scheduler = getattr(diffusers, arguments.scheduler).from_config(
-        pipeline.scheduler.config, timestep_spacing=arguments.timestep_spacing
+        pipeline.scheduler.config,
+        timestep_spacing=arguments.timestep_spacing,
+        prediction_type=pipeline.transformer.config.prediction_type,
     )
     pipeline.register_to_config(
         num_inference_steps=arguments.num_inference_steps, window_length=arguments.window_length
