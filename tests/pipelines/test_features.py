@@ -325,10 +325,10 @@ def test_vae_slicing_and_tiling(video):
 
 def test_a_tiny_autoencoder_in_place_of_the_vae(plain):
     vae = diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(8,) * 3,
-        decoder_block_out_channels=(8,) * 3,
-        num_encoder_blocks=(1,) * 3,
-        num_decoder_blocks=(1,) * 3,
+        encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        num_encoder_blocks=(1,) * 4,
+        num_decoder_blocks=(1,) * 4,
     ).eval()
     pipeline = load(vae=vae)
     assert generate(pipeline).shape == (1, WINDOW, 3, 96, 96)

@@ -137,7 +137,9 @@ class PreferenceStudy:
             answers = [answer for answer in self.answers() if other in (answer.left, answer.right)]
             if not answers:
                 continue
-            outcomes = {clip: [] for clip in self.clips if any(answer.clip == clip for answer in answers)}
+            outcomes: dict[str, list[str]] = {
+                clip: [] for clip in self.clips if any(answer.clip == clip for answer in answers)
+            }
             for answer in answers:
                 outcomes[answer.clip].append(self._outcome(answer))
             rates[other] = {
