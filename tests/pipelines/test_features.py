@@ -492,8 +492,3 @@ def test_the_state_of_a_call(tiny, frames, actions):
     assert seen == list(range(tiny.num_timesteps)) == list(range(6))
     assert tiny.current_timestep is None
     assert not tiny.interrupt
-
-
-def test_sizes_of_a_pipeline_whose_autoencoder_is_left_out(plain):
-    pipeline = IRASimPipeline.from_pretrained(embedded_checkpoint(), vae=None)
-    assert pipeline.vae_scale_factor == plain.vae_scale_factor == 8
