@@ -3,6 +3,7 @@
 Endpoints take no place in Gradio's queue: a session has one request at a time, and a model serves its sessions in turn.
 """
 
+import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable
 from functools import wraps
@@ -80,7 +81,8 @@ def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
         """The recording: mp4 of the first frame and those predicted, and a `.npy` of the actions (n, A), raw units."""
         with sessions.use(session) as driven:
             folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
-            video, actions = await driven.world.run(driven.session.save, folder / "drive.mp4")
+            # in no turn of the model's: the session is kept by this request, and others drive on meanwhile
+            video, actions = await asyncio.to_thread(driven.session.save, folder / "drive.mp4")
             return gr.FileData(path=str(video)), gr.FileData(path=str(actions))
 
     async def stop(session: str) -> bool:

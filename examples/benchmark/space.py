@@ -81,6 +81,12 @@ def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> 
         page.keyboard.up(KEYS[0])
         figures = page.evaluate("document.querySelector('.drive').figures")
         if screenshot is not None:
+            page.get_by_role("button", name="Reset").click()
+            page.locator(".count").wait_for(state="hidden")
+            page.keyboard.down(KEYS[0])
+            page.wait_for_timeout(300)
+            page.keyboard.up(KEYS[0])
+            page.wait_for_timeout(3000)
             page.screenshot(path=screenshot)
         browser.close()
     times, latencies = np.array(figures["shown"][shown:]), np.array(figures["latencies"][1:])  # the first warms up
