@@ -7,7 +7,6 @@ import re
 import numpy as np
 import PIL.Image
 import pytest
-from poses import read_poses
 
 from irasim_diffusers.data import read_video
 
@@ -28,7 +27,9 @@ def picture(page):
 
 
 def pusher(page):
-    return read_poses(picture(page)[None]).pusher[0]
+    """Centre (x, y) of what is blue; half of it may be out of the picture, or paint on the block."""
+    frame = picture(page).astype(int)
+    return np.argwhere(frame[..., 2] - frame[..., 0] > 90).mean(axis=0)[::-1]
 
 
 def predicted(page):
@@ -75,24 +76,24 @@ DIRECTIONS = {"ArrowLeft": (0, -1), "ArrowRight": (0, 1), "ArrowUp": (1, -1), "A
 
 def test_the_pusher_moves_the_way_pressed(drive):
     choose(drive, OPEN)
-    drive.get_by_role("slider", name="Speed").fill("0.4")
+    drive.get_by_role("slider", name="Speed").fill("0.2")
     for key, (axis, sign) in DIRECTIONS.items():
-        hold(drive, lambda key=key: drive.keyboard.down(key), lambda key=key: drive.keyboard.up(key), 3)
+        hold(drive, lambda key=key: drive.keyboard.down(key), lambda key=key: drive.keyboard.up(key), 6)
         moved = pusher(drive) - TARGET
-        assert moved[axis] * sign > 5, key
-        assert abs(moved[1 - axis]) < 3, key
+        assert moved[axis] * sign > 4, key
+        assert abs(moved[1 - axis]) < 4, key
         drive.get_by_role("button", name="Reset").click()
         drive.locator(".count").wait_for(state="hidden")
-    hold(drive, lambda: drive.keyboard.down("d"), lambda: drive.keyboard.up("d"), 3)
-    assert (pusher(drive) - TARGET)[0] > 5
+    hold(drive, lambda: drive.keyboard.down("d"), lambda: drive.keyboard.up("d"), 6)
+    assert (pusher(drive) - TARGET)[0] > 4
 
 
 def test_buttons_and_picture_steer_too(drive):
     choose(drive, OPEN)
-    drive.get_by_role("slider", name="Speed").fill("0.4")
+    drive.get_by_role("slider", name="Speed").fill("0.2")
     drive.get_by_label("target_y -").hover()
-    hold(drive, drive.mouse.down, drive.mouse.up, 3)
-    assert (pusher(drive) - TARGET)[1] < -5
+    hold(drive, drive.mouse.down, drive.mouse.up, 6)
+    assert (pusher(drive) - TARGET)[1] < -4
     drive.get_by_role("slider", name="Speed").fill("1")
     box = drive.locator(".stage canvas").bounding_box()
     goal = np.array([0.8, 0.3])  # of the picture
@@ -150,12 +151,13 @@ def test_uploads_good_and_bad(drive, tmp_path):
     good = tmp_path / "good.png"
     PIL.Image.fromarray(picture(drive)).resize((192, 192)).save(good)
     robot = pusher(drive)
+    drive.get_by_role("slider", name="Speed").fill("0.2")
     field.set_input_files(good)
     drive.get_by_text("Where is the robot?").wait_for()
     box = drive.locator(".stage canvas").bounding_box()
     drive.mouse.click(*(np.array([box["x"], box["y"]]) + (robot + 0.5) / 96 * [box["width"], box["height"]]))
     drive.locator(".message").wait_for(state="hidden")
-    hold(drive, lambda: drive.keyboard.down("ArrowDown"), lambda: drive.keyboard.up("ArrowDown"), 3)
+    hold(drive, lambda: drive.keyboard.down("ArrowDown"), lambda: drive.keyboard.up("ArrowDown"), 8)
     moved = pusher(drive) - robot
     assert moved[1] > 5
     assert abs(moved[0]) < 4
