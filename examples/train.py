@@ -514,6 +514,7 @@ def build_transformer(
     actions = torch.cat([part.actions for part in parts])
     offset, scale = action_normalisation(actions, arguments.action_normalisation)
     action_dim = len(offset)
+    bounds = {"action_low": actions.amin(0).tolist(), "action_high": actions.amax(0).tolist()}
     given: dict[str, Any] = {}
     for name in ("action_scale", "action_offset"):
         values = getattr(arguments, name)
@@ -554,7 +555,11 @@ def build_transformer(
         config = pretrained.config
         encoder = getattr(pretrained, "trajectory_embed", pretrained.action_embed)
         if not encoder.linear_2.weight.any():  # it has seen no actions yet
-            known |= {"action_scale": scale, "action_offset": offset, "action_space": action_space or "relative"}
+            known |= {
+                "action_scale": scale,
+                "action_offset": offset,
+                "action_space": action_space or "relative",
+            } | bounds
         else:
             if derivation == "recorded":  # the data do not say: the model's own stays
                 known.pop("action_derivation")
@@ -577,7 +582,7 @@ def build_transformer(
     settings["action_space"] = action_space or "relative"
     settings |= presets[arguments.preset] if arguments.preset else {}
     return model_class(
-        **settings | known | {"in_channels": vae.config.latent_channels},
+        **settings | known | bounds | {"in_channels": vae.config.latent_channels},
         action_dim=action_dim,
         action_scale=scale if given["action_scale"] == [] else given["action_scale"],
         action_offset=offset if given["action_offset"] == [] else given["action_offset"],

@@ -25,6 +25,7 @@ ALLOWED = {
     "training": {"models"},
     "conversion": {"models"},
     "pictures": set(),
+    "driving": {"actions", "data", "pipelines"},
     "evaluation": {"actions", "data", "metrics", "pictures", "pipelines", "rollout"},
 }
 

@@ -50,7 +50,7 @@ def main() -> None:
         num_inference_steps=arguments.num_inference_steps, window_length=arguments.window_length
     )
     dataset = LeRobotFolder(Path(arguments.dataset))
-    pipeline.transformer.register_to_config(fps=dataset.fps)
+    pipeline.transformer.register_to_config(fps=dataset.fps, action_low=0.0, action_high=512.0)  # of the arena
     pipeline.save_pretrained(target)
     for path in [
         target / "model_index.json",

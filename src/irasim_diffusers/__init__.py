@@ -4,6 +4,7 @@ from pathlib import Path
 
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
+from .driving import DrivingSession, Steering
 from .models import PRESETS, UNET_PRESETS, IRASimTransformer3DModel, UNetTrajectoryModel
 from .pipelines import IRASimPipeline, IRASimPipelineOutput
 from .rollout import WorldModel
@@ -28,9 +29,11 @@ def embedded_checkpoint() -> Path:
 __all__ = [
     "PRESETS",
     "UNET_PRESETS",
+    "DrivingSession",
     "IRASimPipeline",
     "IRASimPipelineOutput",
     "IRASimTransformer3DModel",
+    "Steering",
     "UNetTrajectoryModel",
     "WorldModel",
     "__version__",

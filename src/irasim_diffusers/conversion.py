@@ -29,6 +29,8 @@ RELEASED_DATASETS: dict[str, dict[str, Any]] = {
         "action_scale": [20.0] * 6 + [1.0],
         "action_names": ARM,
         "action_units": ARM_UNITS,
+        "action_low": [None] * 6 + [0.0],
+        "action_high": [None] * 6 + [1.0],
         "action_derivation": "relative_euler",
         "fps": fps,
     }
@@ -438,6 +440,7 @@ def change_action_dim(model: IRASimTransformer3DModel, action_dim: int) -> IRASi
     """
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     unknown = {"action_scale": 1.0, "action_offset": 0.0, "action_names": None, "action_units": None}
+    unknown |= {"action_low": None, "action_high": None}
     new = IRASimTransformer3DModel(**config | {"action_dim": action_dim} | unknown)
     encoder = ("action_embed.", "trajectory_embed.")
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(encoder)}

@@ -223,6 +223,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_offset: See `action_scale`.
         action_names: Names of the components.
         action_units: Units of the components.
+        action_low: Least action of the data or the robot, in raw units, one number or one a component; None where not known.
+        action_high: Greatest action, likewise.
         fps: Frames a second of the data, where known.
         action_space: `"relative"` where zero asks for no motion, `"absolute"` where an action is a target position.
         action_derivation: `"recorded"`, or how actions come from states, one of `actions.DERIVATIONS`.
@@ -282,6 +284,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_offset: float | list[float] = 0.0,
         action_names: list[str] | None = None,
         action_units: list[str] | None = None,
+        action_low: float | list[float | None] | None = None,
+        action_high: float | list[float | None] | None = None,
         action_space: str = "relative",
         action_derivation: str = "recorded",
         cameras: list[list[str]] | None = None,
@@ -327,7 +331,16 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         ):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, known))}, got {value!r}.")
-        check_action_space(action_dim, action_space, action_scale, action_offset, action_names, action_units)
+        check_action_space(
+            action_dim,
+            action_space,
+            action_scale,
+            action_offset,
+            action_names,
+            action_units,
+            action_low,
+            action_high,
+        )
 
         dim = num_attention_heads * attention_head_dim
         num_actions = sample_frames - num_history_frames

@@ -182,6 +182,8 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         action_offset: See `action_scale`.
         action_names: Names of the components.
         action_units: Units of the components.
+        action_low: Least action of the data or the robot, in raw units, one number or one a component; None where not known.
+        action_high: Greatest action, likewise.
         action_space: `"relative"` where zero asks for no motion, `"absolute"` where an action is a target position.
         action_derivation: `"recorded"`, or how actions come from states, one of `actions.DERIVATIONS`.
         cameras: Names of the cameras as tiled in a frame, rows from the top, each from the left.
@@ -218,6 +220,8 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         action_offset: float | list[float] = 0.0,
         action_names: list[str] | None = None,
         action_units: list[str] | None = None,
+        action_low: float | list[float | None] | None = None,
+        action_high: float | list[float | None] | None = None,
         action_space: str = "relative",
         action_derivation: str = "recorded",
         cameras: list[list[str]] | None = None,
@@ -236,7 +240,16 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
             raise ValueError(
                 f"`block_out_channels` must be multiples of {NORM_GROUPS}, the groups of a norm, got {block_out_channels}."
             )
-        check_action_space(action_dim, action_space, action_scale, action_offset, action_names, action_units)
+        check_action_space(
+            action_dim,
+            action_space,
+            action_scale,
+            action_offset,
+            action_names,
+            action_units,
+            action_low,
+            action_high,
+        )
         base, deepest = block_out_channels[0], block_out_channels[-1]
         temb_channels = 4 * base + condition_dim
         num_actions = sample_frames - num_history_frames

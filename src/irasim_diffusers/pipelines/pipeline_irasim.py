@@ -578,6 +578,47 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             return (video,)
         return IRASimPipelineOutput(frames=video)
 
+    def predict_latents(
+        self,
+        history: torch.Tensor,
+        actions: torch.Tensor,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        fps: float | None = None,
+    ) -> torch.Tensor:
+        """Predict a few frames that follow a history, all in latents: one window, as short as its actions.
+
+        Args:
+            history: Clean history (B, C, h, H, W), from `encode_history` or an earlier call.
+            actions: Actions (B, n, A) in raw units; n + h must not exceed the model's `sample_frames`.
+            num_inference_steps: Denoising steps; None takes the checkpoint's own number.
+            guidance_scale: See `__call__`, as the following.
+            generator: Seeded generator, or one for each video.
+            attention_kwargs: Passed to the transformer.
+            fps: Frames a second, for checkpoints that embed it.
+
+        Returns:
+            The future (B, C, n, H, W), scaled latents, float32.
+        """
+        config = self.transformer.config
+        length = actions.shape[1]
+        actions = actions.to(self._execution_device)
+        if config.conditioning == "video":  # takes one number of actions
+            actions = self._pad_actions(actions, config.sample_frames - config.num_history_frames)
+        shape = (len(actions), config.in_channels, actions.shape[1], *history.shape[-2:])
+        return self.denoise_window(
+            history,
+            actions,
+            self.prepare_latents(shape, generator),
+            self.config.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            guidance_scale,
+            generator,
+            attention_kwargs=attention_kwargs,
+            fps=fps,
+        )[:, :, :length]
+
     def predict(self, frames: Any, actions: Any, **kwargs: Any) -> torch.Tensor:
         """Predict as a `WorldModel`: `__call__` with tensors (B, n, 3, H, W) in [0, 1] out, unless told otherwise."""
         return self(frames, actions, **{"output_type": "pt"} | kwargs).frames
@@ -654,20 +695,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 history = self.encode_history(histories)
                 while not self.interrupt and (chunk := list(islice(coming, length))):
                     chunk_actions = prepare_actions(chunk, config.action_dim)
-                    chunk_actions = chunk_actions.to(self._execution_device)
-                    if video_ada:
-                        chunk_actions = self._pad_actions(chunk_actions, length)
-                    shape = (1, config.in_channels, chunk_actions.shape[1], *history.shape[-2:])
-                    future = self.denoise_window(
-                        history,
-                        chunk_actions,
-                        self.prepare_latents(shape, generator),
-                        num_inference_steps,
-                        guidance_scale,
-                        generator,
-                        attention_kwargs=attention_kwargs,
-                        fps=fps,
-                    )[:, :, : len(chunk)]
+                    future = self.predict_latents(
+                        history, chunk_actions, num_inference_steps, guidance_scale, generator, attention_kwargs, fps
+                    )
                     if self.interrupt:
                         break
                     history = torch.cat([history, future], dim=2)[:, :, -config.num_history_frames :]

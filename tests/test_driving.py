@@ -1,0 +1,159 @@
+import numpy as np
+import pytest
+import torch
+
+from irasim_diffusers import DrivingSession, IRASimPipeline, Steering, embedded_checkpoint
+from irasim_diffusers.actions import integrate_actions
+from irasim_diffusers.data import read_video
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = IRASimPipeline.from_pretrained(embedded_checkpoint())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def clip():
+    folder = embedded_checkpoint()
+    actions = np.loadtxt(folder / "example_actions.csv", delimiter=",", skiprows=1)
+    return read_video(folder / "example.mp4"), actions
+
+
+@pytest.fixture
+def session(pipe, clip):
+    return DrivingSession(pipe, clip[0][:2], Steering(pipe.transformer.config, start=clip[1][0]), seed=3)
+
+
+class Space(dict):
+    """A config with the action space alone, which is all that steering reads."""
+
+    __getattr__ = dict.__getitem__
+
+
+def arm(**changes):
+    known = {
+        "action_dim": 7,
+        "action_space": "relative",
+        "action_derivation": "relative_euler",
+        "action_names": None,
+        "action_scale": 20.0,
+        "action_low": [None] * 6 + [0.0],
+        "action_high": [None] * 6 + [1.0],
+    }
+    return Space(known | changes)
+
+
+def test_keys_move_a_target_within_its_bounds(pipe):
+    steering = Steering(pipe.transformer.config, speed=2.0, start=[300.0, 30.0])
+    step = 2.0 * 32
+    assert steering.action(steering.command({"ArrowLeft"})).tolist() == [300 - step, 30]
+    assert steering.action(steering.command({"D", "s"})).tolist() == [300, 30 + step]
+    assert steering.action(steering.command({"ArrowLeft", "ArrowRight", "q"})).tolist() == [300, 30 + step]
+    for _ in range(9):
+        steering.action(steering.command({"w"}))
+    assert steering.hold().tolist() == [300, 0]
+    steering.go_on_from(None)
+    assert steering.hold().tolist() == [300, 30]
+
+
+def test_an_arm_moves_while_keys_are_held_and_its_gripper_stays_where_it_was():
+    steering = Steering(arm(action_scale=[20.0] * 6 + [4.0]), speed=0.5)
+    assert [control.key for control in steering.controls if control.component == 0] == ["ArrowDown", "ArrowUp"]
+    moved = steering.action(steering.command({"w", "g"}))
+    assert moved.tolist() == [0.025, 0, 0, 0, 0, 0, 0.125]
+    assert steering.hold().tolist() == [0, 0, 0, 0, 0, 0, 0.125]
+    for _ in range(9):
+        steering.action(steering.command({"g"}))
+    assert steering.hold()[6] == 1
+
+
+@pytest.mark.parametrize(("derivation", "size"), [("relative_euler", 7), ("relative_6d", 10), ("relative_planar", 2)])
+def test_the_command_zero_leaves_a_state_where_it_is(derivation, size):
+    config = arm(action_dim=size, action_derivation=derivation, action_low=None, action_high=None)
+    steering = Steering(config)
+    state = {7: [0.3, 0.1, 0.2, 0.4, -0.3, 1.0, 0.0], 10: [0.3, 0.1, 0.2, 0.4, -0.3, 1.0, 0.0], 2: [0.3, 0.1]}[size]
+    held = np.stack([steering.action(np.zeros(size)) for _ in range(3)])
+    np.testing.assert_allclose(integrate_actions(np.array(state), held, derivation)[-1], state, atol=1e-9)
+
+
+def test_a_session_equals_the_stream_of_its_actions(session, pipe, clip):
+    actions = clip[1][:7]
+    frames = [*session.step(actions[:3]), *session.step(actions[3:])]
+    assert len(session) == 7
+    np.testing.assert_allclose(session.actions, actions, atol=1e-4)
+    others = list(pipe.stream(clip[0][:2], actions, chunk_length=3, generator=torch.Generator().manual_seed(0)))
+    assert np.abs(np.stack(frames).astype(int) - np.stack(others)).mean() < 1  # the noise alone differs
+
+
+def test_undo_goes_back_to_the_same_future(session):
+    session.drive({"ArrowRight"}, 2)
+    once = [np.asarray(frame) for frame in session.drive({"ArrowUp"}, 3)]
+    target = session.steering.hold()
+    assert np.array_equal(session.undo(3), session.frames[1])
+    twice = [np.asarray(frame) for frame in session.drive({"ArrowUp"}, 3)]
+    np.testing.assert_array_equal(once, twice)
+    assert np.array_equal(session.steering.hold(), target)
+    assert np.array_equal(session.undo(99), session.first_frame)
+    assert len(session) == 0
+
+
+def test_what_is_dropped_does_not_change_what_follows(pipe, clip, session):
+    short = DrivingSession(
+        pipe, clip[0][:2], Steering(pipe.transformer.config, start=clip[1][0]), seed=3, max_frames=1
+    )
+    for keys in ({"ArrowLeft"}, {"ArrowDown"}, {"ArrowDown"}, set()):
+        np.testing.assert_array_equal(short.drive(keys)[0], session.drive(keys)[0])
+    assert len(short) == 1
+    short.undo(5)
+    session.undo(1)
+    np.testing.assert_array_equal(short.drive({"ArrowUp"})[0], session.drive({"ArrowUp"})[0])
+
+
+def test_sessions_of_one_pipeline_do_not_mix(pipe, clip, session):
+    alone = [np.asarray(frame) for frame in session.drive({"ArrowRight"}, 2) + session.drive(set(), 2)]
+    session.reset()
+    other = DrivingSession(pipe, clip[0][20:22], Steering(pipe.transformer.config, start=clip[1][20]))
+    between = session.drive({"ArrowRight"}, 2)
+    other.drive({"ArrowLeft"}, 4)
+    np.testing.assert_array_equal(alone, [np.asarray(frame) for frame in between + session.drive(set(), 2)])
+
+
+def test_a_recording_holds_the_first_frame_and_every_action(session, tmp_path):
+    session.drive({"ArrowRight"}, 4)
+    video, actions = session.save(tmp_path / "drive.mp4")
+    assert read_video(video).shape == (5, 96, 96, 3)
+    np.testing.assert_allclose(np.load(actions), session.actions, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("do", "message"),
+    [
+        (lambda session, _: session.step([[1.0, 2.0, 3.0]]), r"`actions` must be \(n, 2\)"),
+        (lambda session, _: session.step([[1.0, float("nan")]]), "`actions` must be finite"),
+        (lambda session, _: session.step(np.zeros((15, 2))), "at most 14, got"),
+        (lambda session, _: session.drive({"w"}, 0), r"`num_frames` must be in \[1, 14\], got 0"),
+        (lambda session, _: session.undo(-1), "`num_frames` must not be negative"),
+        (lambda session, folder: session.save(folder / "a.mp4"), "nothing has been predicted"),
+        (lambda session, _: session.steering.action([0.0, 1.5]), r"`command` must be in \[-1, 1\]"),
+        (lambda session, _: session.steering.action([0.0]), "`actions` must be"),
+        (lambda session, _: Steering(session.pipe.transformer.config), "`start` must be the robot's own"),
+        (lambda session, _: DrivingSession(session.pipe, np.zeros((9, 9, 3)), session.steering), "`frames` must be"),
+        (
+            lambda session, _: DrivingSession(session.pipe, np.zeros((2, 2, 96, 96, 3)), session.steering),
+            "one history, got 2",
+        ),
+        (
+            lambda session, _: DrivingSession(session.pipe, session.first_frame, session.steering, max_frames=0),
+            "at least 1",
+        ),
+    ],
+)
+def test_bad_input_is_refused_and_changes_nothing(session, tmp_path, do, message):
+    with pytest.raises(ValueError, match=message):
+        do(session, tmp_path)
+    assert len(session) == 0
+    assert not list(tmp_path.iterdir())
