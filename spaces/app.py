@@ -9,9 +9,10 @@ import os
 
 import gradio as gr
 from drive import drive_page
+from trajectory import trajectory_page
 from worlds import EMBEDDED, Worlds
 
-PAGES = {"Drive": drive_page}
+PAGES = {"Drive": drive_page, "Trajectory": trajectory_page}
 LAUNCH = {
     "max_file_size": "10mb",
     "ssr_mode": False,

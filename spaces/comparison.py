@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from uploads import resize
+from visitor_files import resize
 from worlds import World
 
 from irasim_diffusers import IRASimPipeline
@@ -73,6 +73,30 @@ def _view(pipeline: IRASimPipeline, scheduler: Any) -> IRASimPipeline:
     return view
 
 
+def name_settings(first: Setting, second: Setting | None) -> dict[str, Setting]:
+    """The settings by what tells them apart.
+
+    Raises:
+        ValueError: If nothing does, or if one set of actions does not suit both models.
+    """
+    if second is None:
+        return {"Prediction": first}
+    if first == second:
+        raise ValueError("Both settings are the same: change the model, the sampler, the steps or the seed of one.")
+    dims = {one.world.pipeline.transformer.config.action_dim for one in (first, second)}
+    if len(dims) > 1:
+        raise ValueError(f"{first.world.name} and {second.world.name} take actions of different dimensions.")
+    said = {
+        "world": lambda one: one.world.name,
+        "scheduler": lambda one: one.scheduler.removesuffix("Scheduler"),
+        "steps": lambda one: f"{one.steps} step{'s' * (one.steps > 1)}",
+        "seed": lambda one: f"seed {one.seed}",
+    }
+    differing = [say for name, say in said.items() if getattr(first, name) != getattr(second, name)]
+    lettered = (("A", first), ("B", second))
+    return {f"{letter}: {', '.join(say(one) for say in differing)}": one for letter, one in lettered}
+
+
 async def predict(
     pipeline: IRASimPipeline, setting: Setting, history: np.ndarray, actions: np.ndarray
 ) -> AsyncIterator[np.ndarray]:
@@ -103,6 +127,23 @@ async def predict(
 
     while predicted := await setting.world.run(next_window):
         yield np.stack(predicted)
+
+
+def align(panels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Videos (T, H, W, 3) brought to the length of the longest, on their last frame, and the size of the first."""
+    length = max(map(len, panels.values()))
+    size = next(iter(panels.values())).shape[1:3]
+    return {
+        name: resize(np.concatenate([frames, np.repeat(frames[-1:], length - len(frames), axis=0)]), size)
+        for name, frames in panels.items()
+    }
+
+
+def side_by_side(panels: dict[str, np.ndarray]) -> np.ndarray:
+    """One video (T, H, W, 3) of several of one shape, enlarged where they are small."""
+    whole = np.concatenate(list(panels.values()), axis=2)
+    factor = max(1, 288 // whole.shape[1])
+    return whole.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def errors(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@ const picture = element.querySelector("img");
 const paths = element.querySelectorAll("path");
 const tip = element.querySelector(".tip");
 const hint = element.querySelector(".hint");
+const starts = element.querySelector(".starts");
 
 let points = []; // x, y in [0, 1], milliseconds
 let pen = null;
@@ -33,6 +34,19 @@ function show() {
   hint.textContent = value.hint || "";
   if (pen === null) points = value.path || [];
   draw();
+  starts.replaceChildren(
+    ...(value.starts || []).map((url, index) => {
+      const button = document.createElement("button");
+      const image = document.createElement("img");
+      button.type = "button";
+      button.setAttribute("aria-pressed", index === value.chosen);
+      button.addEventListener("click", () => trigger("picked", { index }));
+      image.src = url;
+      image.alt = `Start frame ${index + 1}`;
+      button.append(image);
+      return button;
+    }),
+  );
 }
 
 stage.addEventListener("pointerdown", (event) => {

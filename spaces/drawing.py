@@ -18,11 +18,12 @@ TEMPLATE = """
   <span class="tip" hidden></span>
   <p class="hint"></p>
 </div>
+<div class="starts" role="group" aria-label="Start frame"></div>
 """
 
 
 def drawing(value: dict[str, Any] | None, **kwargs: Any) -> gr.HTML:
-    """A picture to draw one path on; its event `drawn` comes when the pen is lifted.
+    """A picture to draw one path on; its event `drawn` comes when the pen is lifted, `picked` with the `index` of a start below it.
 
     Its value is what `canvas` gives, with the path drawn as `path`.
     """
@@ -36,9 +37,27 @@ def drawing(value: dict[str, Any] | None, **kwargs: Any) -> gr.HTML:
     )
 
 
-def canvas(picture: np.ndarray, hint: str, enabled: bool = True) -> dict[str, Any]:
-    """An empty canvas over a picture (H, W, 3), uint8; the hint stands on it until something is drawn."""
-    return {"image": picture_url(picture), "small": picture.shape[1] < 256, "hint": hint, "enabled": enabled, "path": []}
+def canvas(
+    picture: np.ndarray, hint: str, enabled: bool, starts: list[np.ndarray], chosen: int | None
+) -> dict[str, Any]:
+    """An empty canvas.
+
+    Args:
+        picture: What to draw on (H, W, 3), uint8.
+        hint: Stands on it until something is drawn.
+        enabled: Whether anything can be drawn.
+        starts: Pictures to choose from, below.
+        chosen: Which of them is on the canvas.
+    """
+    return {
+        "image": picture_url(picture),
+        "small": picture.shape[1] < 256,
+        "hint": hint,
+        "enabled": enabled,
+        "starts": [picture_url(start) for start in starts],
+        "chosen": chosen,
+        "path": [],
+    }
 
 
 def read_path(value: Any) -> np.ndarray:

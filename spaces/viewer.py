@@ -41,7 +41,11 @@ def videos(panels: dict[str, np.ndarray], fps: float, seen: int = 0) -> dict[str
         fps: Frames a second.
         seen: Frames at the start that were given, not predicted.
     """
-    return {"panels": [{"title": title} | _sheet(frames) for title, frames in panels.items()], "fps": fps, "seen": seen}
+    return {
+        "panels": [{"title": title} | _sheet(frames) for title, frames in panels.items()],
+        "fps": fps,
+        "seen": seen,
+    }
 
 
 def _sheet(frames: np.ndarray) -> dict[str, Any]:
