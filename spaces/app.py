@@ -6,9 +6,12 @@ python spaces/app.py --model push-t org/model runs/mine --port 7861
 
 import argparse
 import os
+from typing import Any
 
 import gradio as gr
 from drive import drive_page
+from preference import preference_page
+from study_videos import find_study
 from trajectory import trajectory_page
 from worlds import EMBEDDED, Worlds
 
@@ -22,12 +25,15 @@ LAUNCH = {
 }
 
 
-def build_app(worlds: Worlds) -> gr.Blocks:
+def build_app(worlds: Worlds, study: Any = None) -> gr.Blocks:
     """All pages over these models."""
     with gr.Blocks(title="Drive a robot's world model", delete_cache=(600, 3600)) as app:
         for name, page in PAGES.items():
             with gr.Tab(name, elem_id=f"tab-{name.lower()}"):
                 page(worlds)
+        if study is not None:
+            with gr.Tab("Preference", elem_id="tab-preference"):
+                preference_page(*study)
     return app
 
 
@@ -42,8 +48,14 @@ def main() -> None:
         help=f"pipeline folders or Hub ids (default: the environment's IRASIM_MODELS, or {EMBEDDED})",
     )
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument(
+        "--study",
+        default=os.environ.get("IRASIM_STUDY"),
+        help="folder of a preference study (default: a demonstration)",
+    )
     arguments = parser.parse_args()
-    app = build_app(Worlds(arguments.model))
+    worlds = Worlds(arguments.model)
+    app = build_app(worlds, find_study(arguments.study, worlds))
     app.launch(server_port=arguments.port, **LAUNCH)
 
 

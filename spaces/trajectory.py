@@ -149,7 +149,7 @@ class TrajectoryPage:
 
     def _connect(self) -> None:
         private: Any = {"api_visibility": "private"}
-        quiet: Any = private | {"show_progress": "hidden"}
+        quiet: Any = private | {"show_progress": "hidden", "queue": False}
         asked: Any = {
             self.scene,
             self.kind,
@@ -172,13 +172,11 @@ class TrajectoryPage:
         } | private
         drawn = self.pad.drawn(lambda: DRAWN, outputs=self.kind, **quiet).then(**predict)
         pressed = self.run.click(**predict)
-        self.stop.click(
-            self.interrupt, outputs=[self.status, self.run, self.stop], cancels=[drawn, pressed], queue=False, **quiet
-        )
+        self.stop.click(self.interrupt, outputs=[self.status, self.run, self.stop], cancels=[drawn, pressed], **quiet)
         start = [self.scene, self.pad, self.kind]
         self.pad.picked(self.choose_example, self.first[0], start, **quiet)
         self.upload.upload(self.choose_upload, [self.upload, self.first[0]], start, **private)
-        self.first[0].change(self.choose_model, self.first[0], [*start, self.scale, *self.first[1:3]], **private)
+        self.first[0].change(self.choose_model, model, [*start, self.scale, *self.first[1:3]], **private)
         self.second[0].change(self.choose_sampler, self.second[0], self.second[1:3], **private)
         self.compare.change(lambda on: gr.Column(visible=on), self.compare, self.second_box, **quiet)
         self.kind.change(
@@ -188,26 +186,26 @@ class TrajectoryPage:
             **quiet,
         )
 
-    def choose_example(self, name: str, event: gr.EventData) -> tuple[Any, ...]:
+    def choose_example(self, name: str, kind: str, event: gr.EventData) -> tuple[Any, ...]:
         """Start from an example."""
         scenes, index = self.scenes.get(name, []), event.index
         if not isinstance(index, int) or not 0 <= index < len(scenes):
             return gr.skip(), gr.skip(), gr.skip()
-        return self._start(scenes[index], name, index)
+        return self._start(scenes[index], name, kind, index)
 
-    def choose_upload(self, path: str, name: str) -> tuple[Any, ...]:
+    def choose_upload(self, path: str, name: str, kind: str) -> tuple[Any, ...]:
         """Start from a file of the visitor's."""
         try:
-            return self._start(upload_scene(path, self.worlds.named(name)), name)
+            return self._start(upload_scene(path, self.worlds.named(name)), name, kind)
         except ValueError as error:
             gr.Warning(str(error), title="That cannot be a start")
             return gr.skip(), gr.skip(), gr.skip()
 
-    def choose_model(self, name: str) -> tuple[Any, ...]:
+    def choose_model(self, name: str, kind: str) -> tuple[Any, ...]:
         """Start with another model."""
         world, scenes = self.worlds.named(name), self.scenes[name]
         scale = gr.Number(default_scale(world), visible=_is_scaled(world))
-        return *self._start(scenes[0] if scenes else None, name, 0), scale, *self.choose_sampler(name)
+        return *self._start(scenes[0] if scenes else None, name, kind, 0), scale, *self.choose_sampler(name)
 
     def choose_sampler(self, name: str) -> tuple[Any, ...]:
         """The samplers and steps of another model."""
@@ -215,10 +213,14 @@ class TrajectoryPage:
         own, names = type(pipeline.scheduler).__name__, scheduler_names(pipeline)
         return gr.Dropdown(list(names), value=own), pipeline.config.num_inference_steps
 
-    def _start(self, scene: Scene | None, name: str, chosen: int | None = None) -> tuple[Any, ...]:
+    def _start(self, scene: Scene | None, name: str, kind: str, chosen: int | None = None) -> tuple[Any, ...]:
         world = self.worlds.named(name)
         kinds = action_kinds(world, scene)
-        return scene, start_canvas(scene, world, self.scenes[name], chosen), gr.Radio(kinds, value=kinds[0])
+        return (
+            scene,
+            start_canvas(scene, world, self.scenes[name], chosen),
+            gr.Radio(kinds, value=kind if kind in kinds else kinds[0]),
+        )
 
     def _settings(self, asked: dict[Any, Any]) -> dict[str, Setting]:
         def setting(controls: list[Any]) -> Setting:
