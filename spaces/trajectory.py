@@ -173,9 +173,9 @@ class TrajectoryPage:
         drawn = self.pad.drawn(lambda: DRAWN, outputs=self.kind, **quiet).then(**predict)
         pressed = self.run.click(**predict)
         self.stop.click(self.interrupt, outputs=[self.status, self.run, self.stop], cancels=[drawn, pressed], **quiet)
-        start = [self.scene, self.pad, self.kind]
-        self.pad.picked(self.choose_example, self.first[0], start, **quiet)
-        self.upload.upload(self.choose_upload, [self.upload, self.first[0]], start, **private)
+        start, model = [self.scene, self.pad, self.kind], [self.first[0], self.kind]
+        self.pad.picked(self.choose_example, model, start, **quiet)
+        self.upload.upload(self.choose_upload, [self.upload, *model], start, **private)
         self.first[0].change(self.choose_model, model, [*start, self.scale, *self.first[1:3]], **private)
         self.second[0].change(self.choose_sampler, self.second[0], self.second[1:3], **private)
         self.compare.change(lambda on: gr.Column(visible=on), self.compare, self.second_box, **quiet)
