@@ -30,23 +30,22 @@ CSS = (Path(__file__).parent / "preference.css").read_text()
 OUTCOMES = {"win": "better", "tie": "similar", "loss": "worse"}
 
 
-def preference_page(study: PreferenceStudy, videos: Videos, fps: float = FPS, key: str | None = None) -> None:
+def preference_page(study: PreferenceStudy, videos: Videos, key: str | None = None) -> None:
     """Build the page, inside a tab.
 
     Args:
         study: Asks and keeps.
         videos: What to show.
-        fps: Frames a second.
         key: What the owner must give to see results; None shows them to everyone.
     """
-    PreferencePage(study, videos, fps, key)
+    PreferencePage(study, videos, key)
 
 
 class PreferencePage:
     """The page's components, and what happens to them."""
 
-    def __init__(self, study: PreferenceStudy, videos: Videos, fps: float, key: str | None) -> None:
-        self.study, self.videos, self.fps, self.key = study, videos, fps, key
+    def __init__(self, study: PreferenceStudy, videos: Videos, key: str | None) -> None:
+        self.study, self.videos, self.key = study, videos, key
         # a fixed secret, so that a restart of the server loses no rater; it hides nothing of value
         self.rater = gr.BrowserState(None, storage_key="irasim-rater", secret="irasim-preference")
         self.current = gr.State()
@@ -72,7 +71,9 @@ class PreferencePage:
         self.thanks = gr.Markdown(
             "### Thank you, that was all.\n\nYour answers are kept.", visible=False, elem_id="preference-thanks"
         )
-        self.back = gr.Button("← Back to the one before", size="sm", visible=False, elem_id="preference-back")
+        self.back = gr.Button(
+            "← Back to the one before", size="sm", variant="secondary", visible=False, elem_id="preference-back"
+        )
 
     def _build_results(self) -> None:
         with gr.Accordion("Results, for the owner of the study", open=False, elem_id="preference-results"):
@@ -135,7 +136,7 @@ class PreferencePage:
         if comparison is not None:
             sides = {"Left": comparison.left, "Right": comparison.right, "What truly happened": TRUTH}
             panels = {title: await self.videos(model, comparison.clip) for title, model in sides.items()}
-            view = show(panels, self.fps)
+            view = show(panels, FPS)
         return (
             rater,
             comparison,
@@ -185,7 +186,7 @@ def rates_page(rates: dict[str, dict[str, Any]], model: str) -> str:
     parts = []
     for other, of in rates.items():
         title = f"{html.escape(model)} against {html.escape(other)}"
-        note = f"{of['answers']} answers of {of['raters']} raters on {of['win']['n']} clips"
+        note = f"{of['answers']} answers of {of['raters']} rater{'s' * (of['raters'] != 1)} on {of['win']['n']} clips"
         bars = "".join(f'<b class="{kind}" style="width: {100 * of[kind]["mean"]:.1f}%"></b>' for kind in OUTCOMES)
         figures = "".join(
             f'<li class="{kind}"><strong>{of[kind]["mean"]:.0%}</strong> {word} <small>[{of[kind]["low"]:.0%}, '

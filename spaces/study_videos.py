@@ -1,6 +1,8 @@
 """The videos of a preference study: those in a folder, or a demonstration made with the embedded model."""
 
 import asyncio
+import os
+import secrets
 import tempfile
 from collections.abc import Awaitable, Callable
 from itertools import islice
@@ -35,6 +37,17 @@ def find_study(folder: str | None, worlds: Worlds) -> tuple[PreferenceStudy, Vid
         except ValueError:
             continue
     return None
+
+
+def owner_key(folder: str | None) -> str | None:
+    """What the owner of a folder's study must give to see its results: IRASIM_STUDY_KEY, or one that is printed."""
+    if not folder:
+        return None
+    key = os.environ.get("IRASIM_STUDY_KEY")
+    if not key:
+        key = secrets.token_urlsafe(8)
+        print(f"The results of the study are shown to who gives this key: {key}", flush=True)  # noqa: T201
+    return key
 
 
 def open_study(folder: str | Path) -> tuple[PreferenceStudy, Videos]:

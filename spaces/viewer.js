@@ -73,7 +73,8 @@ function draw() {
   const ahead = frame - shown.seen + 1;
   slider.value = frame;
   element.dataset.frame = frame;
-  clock.textContent = `${ahead > 0 ? `+${ahead}` : "seen"} · ${(frame / shown.fps).toFixed(1)} s`;
+  const name = !shown.seen ? `${frame + 1} / ${length}` : ahead > 0 ? `+${ahead}` : "seen";
+  clock.textContent = `${name} · ${(frame / shown.fps).toFixed(1)} s`;
   button.textContent = playing ? "❚❚" : "▶";
 }
 

@@ -21,6 +21,7 @@ from irasim_diffusers.cli import read_actions, read_frames
 Result = TypeVar("Result")
 EMBEDDED = "push-t"
 NUM_STARTS = 6
+NUM_DEMO = 40
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Start:
     name: str
     frames: np.ndarray  # (h, H, W, 3), uint8: as many as the model takes as history, the start being the last
     action: np.ndarray | None  # (A,): the action that led to it, in raw units; None where nothing is known
+    demo: np.ndarray | None  # (m, A): the actions recorded after it
 
 
 @dataclass
@@ -121,12 +123,13 @@ def _example_file(model: str, name: str) -> Path | None:
 
 
 def _starts(pipeline: IRASimPipeline, clip: np.ndarray, actions: np.ndarray | None) -> dict[str, Start]:
-    """Pictures spread over the clip; the actions before the first of them are not known."""
+    """Pictures spread over the clip."""
     length = pipeline.transformer.config.num_history_frames
     starts = {}
     for end in np.linspace(length, len(clip), NUM_STARTS).round().astype(int):
-        name = f"frame {end - 1}"
-        row = end - 1 - (len(clip) - len(actions)) if actions is not None else -1
-        action = actions[max(row, 0)] if actions is not None else None
-        starts[name] = Start(name, clip[end - length : end], action)
+        name, action, demo = f"frame {end - 1}", None, None
+        if actions is not None:
+            row = end - (len(clip) - len(actions))  # of the action that follows
+            action, demo = actions[max(row - 1, 0)], actions[row : row + NUM_DEMO]
+        starts[name] = Start(name, clip[end - length : end], action, demo)
     return starts
