@@ -7,6 +7,7 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
+from diffusers.configuration_utils import FrozenDict
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.data import write_video
@@ -81,13 +82,8 @@ class TestPaths:
 
 
 def config_of(**changes):
-    from diffusers.configuration_utils import FrozenDict
-
-    class Config(FrozenDict):
-        __getattr__ = dict.__getitem__
-
     whole = {"action_dim": 2, "action_space": "absolute", "action_low": 0.0, "action_high": 512.0}
-    return Config(whole | changes)
+    return FrozenDict(whole | changes)
 
 
 def npy(array, **kwargs):
