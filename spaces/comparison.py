@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from visitor_files import resize
 from worlds import World
+from zero_gpu import ZERO_GPU, LentPipeline
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.metrics import frame_psnr
@@ -112,12 +113,16 @@ async def predict(
         The predicted frames of a window (m, H, W, 3), uint8.
     """
     window = pipeline.window_length - pipeline.transformer.config.num_history_frames
+    generator = torch.Generator().manual_seed(setting.seed)
+    if ZERO_GPU:  # a stream cannot cross to the process that has the GPU
+        yield (await setting.world.run(predict_whole, pipeline, setting, history, actions, generator))[0]
+        return
     frames = pipeline.stream(
         history,
         actions,
         chunk_length=window,
         num_inference_steps=setting.steps,
-        generator=torch.Generator().manual_seed(setting.seed),
+        generator=generator,
         output_type="np",
         resize=True,
     )
@@ -127,6 +132,23 @@ async def predict(
 
     while predicted := await setting.world.run(next_window):
         yield np.stack(predicted)
+
+
+def predict_whole(
+    pipeline: IRASimPipeline, setting: Setting, histories: np.ndarray, actions: np.ndarray, generator: Any
+) -> np.ndarray:
+    """Predict whole videos (B, n, H, W, 3), uint8, where a GPU may be lent for the time of a call.
+
+    Args:
+        pipeline: That of the setting.
+        setting: The setting.
+        histories: Frames (h, H, W, 3) or (B, h, H, W, 3), uint8.
+        actions: Actions (n, A) or (B, n, A).
+        generator: Seeded generator, or one for each video.
+    """
+    lent: Any = LentPipeline(f"{setting.world.name} {setting.scheduler}", pipeline)
+    options = {"num_inference_steps": setting.steps, "generator": generator, "output_type": "np", "resize": True}
+    return (lent(histories, actions, **options).frames * 255).round().astype(np.uint8)
 
 
 def align(panels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -78,7 +78,7 @@ function update() {
   root.classList.toggle("running", Boolean(running));
   stage.classList.toggle("planar", planar());
   find(".hint.drag").hidden = !planar();
-  find(".state").textContent = replaying ? "Replay" : running ? (demo.length ? "Example actions: press a key to take over" : "Driving") : session ? "Hold a key to drive" : "Ready";
+  find(".state").textContent = replaying ? "Replay" : running ? (demo.length ? "Example actions: press a key to take over" : "Driving") : session ? "Ready to drive" : "Ready";
   find(".count").textContent = frames.length > 1 ? `${frames.length - 1} predicted` : "";
   const some = session && frames.length > 1;
   for (const button of root.querySelectorAll(".tools button")) button.disabled = !some;
@@ -372,6 +372,7 @@ const tools = {
     find(".saved video").src = find(".saved a.video").href = video.url;
     find(".saved a.actions").href = actions.url;
     find(".saved").hidden = false;
+    find(".saved").scrollIntoView({ block: "nearest" });
   },
 };
 const DOING = { reset: "Resetting\u2026", undo: "Taking back\u2026", replay: "", save: "Writing the video\u2026" };

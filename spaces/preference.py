@@ -62,11 +62,11 @@ class PreferencePage:
             gr.Markdown(PRIVACY)
         with gr.Column(visible=False) as self.rating:
             self.view = viewer("", elem_id="preference-view", elem_classes="pair")
-            with gr.Row(elem_id="preference-choices"):
+            with gr.Row(equal_height=True, elem_id="preference-choices"):
                 self.choices = {
-                    "left": gr.Button("Left is better", min_width=100, elem_id="preference-left"),
-                    "similar": gr.Button("Similar", min_width=80, elem_id="preference-similar"),
-                    "right": gr.Button("Right is better", min_width=100, elem_id="preference-right"),
+                    "left": gr.Button("Left is better", size="md", min_width=80, elem_id="preference-left"),
+                    "similar": gr.Button("Similar", size="md", min_width=80, elem_id="preference-similar"),
+                    "right": gr.Button("Right is better", size="md", min_width=80, elem_id="preference-right"),
                 }
         self.thanks = gr.Markdown(
             "### Thank you, that was all.\n\nYour answers are kept.", visible=False, elem_id="preference-thanks"

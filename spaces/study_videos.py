@@ -11,7 +11,7 @@ from pathlib import Path
 import anyio.to_thread
 import numpy as np
 import torch
-from comparison import Setting, pipeline_of
+from comparison import Setting, pipeline_of, predict_whole
 from worlds import World, Worlds
 
 from irasim_diffusers.data import iterate_video
@@ -116,9 +116,7 @@ def demonstration(world: World, folder: str | Path) -> tuple[PreferenceStudy, Vi
 
     def predict(name: str) -> np.ndarray:
         generators = [torch.Generator().manual_seed(number) for number in range(len(ends))]
-        steps = settings[name].steps
-        frames = pipelines[name](histories, taken, steps, generator=generators, output_type="np").frames
-        return (frames * 255).round().astype(np.uint8)
+        return predict_whole(pipelines[name], settings[name], histories, taken, generators)
 
     async def videos(model: str, clip: str) -> np.ndarray:
         async with making:

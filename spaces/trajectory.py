@@ -142,7 +142,13 @@ class TrajectoryPage:
             self.action_plot = gr.LinePlot(
                 x="frame", y="action", color="component", title="Actions by frame", height=220
             )
-            self.strip = gr.Image(label="Frames", format="png", interactive=False, elem_id="trajectory-strip")
+            self.strip = gr.Image(
+                show_label=False,
+                format="png",
+                interactive=False,
+                buttons=["download", "fullscreen"],
+                elem_id="trajectory-strip",
+            )
             with gr.Row():
                 self.video = gr.DownloadButton("Video (.mp4)", size="sm", elem_id="trajectory-video")
                 self.table = gr.DownloadButton("Actions (.csv)", size="sm", elem_id="trajectory-table")
@@ -298,7 +304,7 @@ def _is_scaled(world: World) -> bool:
 
 def _summary(frames: int, seconds: float, figures: dict[str, np.ndarray]) -> str:
     said = [f"{frames} frames in {seconds:.1f} s"]
-    said += [f"{name} {np.nanmean(values):.1f} dB" for name, values in figures.items() if np.isfinite(values).any()]
+    said += [f"{name} ({np.nanmean(values):.1f} dB)" for name, values in figures.items() if np.isfinite(values).any()]
     return " · ".join(html.escape(one) for one in said)
 
 

@@ -46,18 +46,22 @@ async function show(value) {
   if (own !== version) return;
   const layout = (video) => JSON.stringify(video.panels.map((each) => [each.title, each.width, each.height]));
   const next = value || { panels: [], fps: 10, seen: 0 };
-  if (layout(next) !== layout(shown)) {
+  const changed = layout(next) !== layout(shown);
+  if (changed) {
     build(next);
     frame = 0;
   }
   shown = next;
   sheets = loaded;
+  const before = length;
   length = Math.max(0, ...shown.panels.map((panel) => panel.count));
   slider.max = Math.max(0, length - 1);
   controls.hidden = length < 2;
   element.toggleAttribute("data-filled", shown.panels.length > 0);
   frame = Math.min(frame, Math.max(0, length - 1));
   draw();
+  // another video: on a phone it lies below what asked for it
+  if (length && (changed || length < before)) element.scrollIntoView({ block: "nearest", behavior: calm ? "auto" : "smooth" });
 }
 
 function draw() {

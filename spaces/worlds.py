@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from zero_gpu import ZERO_GPU, LentPipeline
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.cli import read_actions, read_frames
 
 Result = TypeVar("Result")
 EMBEDDED = "push-t"
-NUM_STARTS = 6
+NUM_STARTS = 5
 NUM_DEMO = 40
 
 
@@ -78,14 +79,14 @@ class Worlds(dict[str, World]):
             except (OSError, ValueError) as error:
                 self.failures[name] = " ".join(str(error).split())
 
-    def named(self, name: str) -> World:
+    def named(self, name: object) -> World:
         """The model of that name.
 
         Raises:
             ValueError: If there is none.
         """
-        if name not in self:
-            reason = f": {self.failures[name]}" if name in self.failures else ""
+        if not isinstance(name, str) or name not in self:
+            reason = f": {self.failures[name]}" if isinstance(name, str) and name in self.failures else ""
             raise ValueError(
                 f"`model` must be one of {', '.join(self) or '(none could be loaded)'}, got {name!r}{reason}."
             )
@@ -100,9 +101,11 @@ def load_world(name: str, dtype: torch.dtype, device: str | torch.device | None 
         ValueError: If it does not fit.
     """
     folder = str(embedded_checkpoint()) if name == EMBEDDED else name
-    pipeline = IRASimPipeline.from_pretrained(folder, dtype=dtype)
-    pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipeline: Any = IRASimPipeline.from_pretrained(folder, dtype=dtype)
+    pipeline.to(device or ("cuda" if ZERO_GPU or torch.cuda.is_available() else "cpu"))
     pipeline.set_progress_bar_config(disable=True)
+    if ZERO_GPU:
+        pipeline = LentPipeline(name, pipeline)
     video, table = _example_file(folder, "example.mp4"), _example_file(folder, "example_actions.csv")
     if video is None:
         return World(name, pipeline)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler
+from space_browser import app_url, browser, page  # noqa: F401 (fixtures)
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, UNetTrajectoryModel
 from irasim_diffusers.models import noise_process

@@ -1,3 +1,4 @@
+import asyncio
 import base64
 import io
 import json
@@ -7,13 +8,23 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from diffusers.configuration_utils import FrozenDict
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.data import write_video
 
 pytest.importorskip("gradio")
-from comparison import Setting, align, errors, name_settings, pipeline_of, scheduler_names
+from comparison import (
+    Setting,
+    align,
+    errors,
+    name_settings,
+    pipeline_of,
+    predict,
+    predict_whole,
+    scheduler_names,
+)
 from drawing import path_actions, read_path, resample
 from poses import read_poses
 from scenes import DRAWN, FILE, RECORDED, Scene, action_kinds, choose_actions, examples, known_truth, upload_scene
@@ -221,6 +232,20 @@ class TestSettings:
         for bad in (Setting(world, "EDMEulerScheduler", 2, 0), Setting(world, "DDIMScheduler", 101, 0)):
             with pytest.raises(ValueError, match=r"does not take the scheduler|Steps must be"):
                 pipeline_of(bad)
+
+    def test_windows_join_to_what_one_call_predicts(self, world):
+        setting = Setting(world, "DDIMScheduler", 1, 3)
+        history, actions = world.clip[:2], world.clip_actions[:8]
+
+        async def windows():
+            return [part async for part in predict(pipeline_of(setting), setting, history, actions)]
+
+        parts = asyncio.run(windows())
+        generator = torch.Generator().manual_seed(3)
+        (whole,) = predict_whole(pipeline_of(setting), setting, history, actions, generator)
+        assert [len(part) for part in parts] == [6, 2]
+        assert np.abs(np.concatenate(parts)[:6].astype(int) - whole[:6]).max() <= 1
+        assert whole.shape == (8, 96, 96, 3)
 
     def test_errors_stop_with_the_truth(self):
         truth = np.full((2, 4, 6, 3), 100, np.uint8)

@@ -1,4 +1,4 @@
-"""The Space in a process of its own, and a browser to look at it; one of each serves all tests of this folder."""
+"""The Space in a process of its own, and a browser to look at it; one of each serves all tests that ask for them."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SPACES = Path(__file__).parents[2] / "spaces"
+SPACES = Path(__file__).parents[1] / "spaces"
 BROWSER_ARGUMENTS = [
     "--headless",
     "--no-sandbox",
@@ -60,9 +60,9 @@ def app_url(tmp_path_factory):
     process.wait(20)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Debian's Chromium."""
+    """Debian's Chromium; one for each module, for playwright keeps an event loop running as long as it is open."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")
     if chromium is None:

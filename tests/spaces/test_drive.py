@@ -1,0 +1,171 @@
+"""The Drive page in a real browser."""
+
+import base64
+import io
+import re
+
+import numpy as np
+import PIL.Image
+import pytest
+from poses import read_poses
+
+from irasim_diffusers.data import read_video
+
+OPEN = "frame 46"  # the pusher has room on all sides
+TARGET = np.array([64, 30])  # where it is going there, pixels
+
+
+@pytest.fixture
+def drive(page, app_url):
+    page.goto(app_url)
+    page.locator(".begin").wait_for()
+    return page
+
+
+def picture(page):
+    url = page.evaluate("document.querySelector('.stage canvas').toDataURL()")
+    return np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB"))
+
+
+def pusher(page):
+    return read_poses(picture(page)[None]).pusher[0]
+
+
+def predicted(page):
+    found = re.match(r"\d+", page.locator(".count").inner_text() or "0")
+    return int(found[0]) if found else 0
+
+
+def choose(page, name):
+    page.get_by_label(f"Start from {name}", exact=True).click()
+    page.locator(".begin").wait_for(state="hidden")
+    page.locator(".busy").wait_for(state="hidden")
+
+
+def wait_for_rest(page):
+    page.wait_for_function("!document.querySelector('.drive').classList.contains('running')")
+
+
+def wait_for_frames(page, number):
+    page.wait_for_function(
+        "number => parseInt(document.querySelector('.count').textContent || '0') >= number", arg=number
+    )
+
+
+def hold(page, press, release, frames=5):
+    before = predicted(page)
+    press()
+    wait_for_frames(page, before + frames)
+    release()
+    wait_for_rest(page)
+
+
+def test_one_click_and_the_robot_moves(drive):
+    before = picture(drive)
+    drive.locator(".begin").click()
+    wait_for_frames(drive, 3)
+    wait_for = "document.querySelector('.drive').figures.shown.length >= 3"
+    drive.wait_for_function(wait_for)
+    assert np.abs(picture(drive).astype(int) - before).max() > 100
+    drive.close()  # in the midst of generation
+
+
+DIRECTIONS = {"ArrowLeft": (0, -1), "ArrowRight": (0, 1), "ArrowUp": (1, -1), "ArrowDown": (1, 1)}
+
+
+def test_the_pusher_moves_the_way_pressed(drive):
+    choose(drive, OPEN)
+    drive.get_by_role("slider", name="Speed").fill("0.5")
+    for key, (axis, sign) in DIRECTIONS.items():
+        hold(drive, lambda key=key: drive.keyboard.down(key), lambda key=key: drive.keyboard.up(key), 3)
+        moved = pusher(drive) - TARGET
+        assert moved[axis] * sign > 5, key
+        assert abs(moved[1 - axis]) < 3, key
+        drive.get_by_role("button", name="Reset").click()
+        drive.locator(".count").wait_for(state="hidden")
+    hold(drive, lambda: drive.keyboard.down("d"), lambda: drive.keyboard.up("d"), 3)
+    assert (pusher(drive) - TARGET)[0] > 5
+
+
+def test_buttons_and_picture_steer_too(drive):
+    choose(drive, OPEN)
+    drive.get_by_label("target_y -").hover()
+    hold(drive, drive.mouse.down, drive.mouse.up, 3)
+    assert (pusher(drive) - TARGET)[1] < -5
+    box = drive.locator(".stage canvas").bounding_box()
+    goal = np.array([0.8, 0.3])  # of the picture
+    drive.mouse.move(*(np.array([box["x"], box["y"]]) + goal * [box["width"], box["height"]]))
+    hold(drive, drive.mouse.down, drive.mouse.up, 12)
+    assert np.linalg.norm(pusher(drive) - goal * 96) < 8
+
+
+def test_keys_act_in_the_drive_area_alone(drive):
+    choose(drive, OPEN)
+    drive.get_by_role("slider", name="Speed").focus()
+    drive.keyboard.press("ArrowRight")
+    assert drive.get_by_role("slider", name="Speed").input_value() == "1.1"
+    drive.locator("h1").click()
+    drive.evaluate("document.activeElement.blur()")
+    drive.keyboard.down("ArrowRight")
+    drive.wait_for_timeout(400)
+    drive.keyboard.up("ArrowRight")
+    assert predicted(drive) == 0
+
+
+def test_recording_undo_and_replay(drive, tmp_path):
+    choose(drive, OPEN)
+    assert drive.get_by_role("button", name="Save video").is_disabled()
+    hold(drive, lambda: drive.keyboard.down("w"), lambda: drive.keyboard.up("w"), 8)
+    frames = predicted(drive)
+    last = picture(drive)
+    drive.get_by_role("button", name="Replay").click()
+    drive.get_by_role("button", name="Stop").wait_for()
+    drive.get_by_role("button", name="Replay").wait_for()
+    np.testing.assert_array_equal(picture(drive), last)
+    drive.get_by_role("button", name="Undo").click()
+    drive.wait_for_function(
+        "number => parseInt(document.querySelector('.count').textContent || '0') === number", arg=max(0, frames - 10)
+    )
+    kept = predicted(drive)
+    drive.get_by_role("button", name="Save video").click()
+    for link, suffix in (("Video (mp4)", "mp4"), ("Actions (npy)", "npy")):
+        with drive.expect_download() as download:
+            drive.get_by_role("link", name=link).click()
+        download.value.save_as(tmp_path / f"drive.{suffix}")
+    assert read_video(tmp_path / "drive.mp4").shape == (1 + kept, 96, 96, 3)
+    actions = np.load(tmp_path / "drive.npy")
+    assert actions.shape == (kept, 2)
+    assert (np.diff(actions[:4, 1]) < 0).all()  # up
+
+
+def test_uploads_good_and_bad(drive, tmp_path):
+    field = drive.locator(".starts input[type=file]")
+    for name, content in {"text.png": b"no picture", "empty.png": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        field.set_input_files(tmp_path / name)
+        drive.locator(".message.bad").wait_for()
+        choose(drive, OPEN)  # the page lives on
+    good = tmp_path / "good.png"
+    PIL.Image.fromarray(picture(drive)).resize((192, 192)).save(good)
+    robot = pusher(drive)
+    field.set_input_files(good)
+    drive.get_by_text("Where is the robot?").wait_for()
+    box = drive.locator(".stage canvas").bounding_box()
+    drive.mouse.click(*(np.array([box["x"], box["y"]]) + (robot + 0.5) / 96 * [box["width"], box["height"]]))
+    drive.locator(".message").wait_for(state="hidden")
+    hold(drive, lambda: drive.keyboard.down("ArrowDown"), lambda: drive.keyboard.up("ArrowDown"), 3)
+    moved = pusher(drive) - robot
+    assert moved[1] > 5
+    assert abs(moved[0]) < 4
+
+
+def test_a_phone_shows_all_of_it(browser, app_url):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(app_url)
+    page.locator(".begin").tap()
+    wait_for_frames(page, 2)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    box = page.locator(".pad").bounding_box()
+    assert box["y"] + box["height"] < 844  # reached by the thumb without scrolling
+    context.close()

@@ -1,0 +1,275 @@
+"""What a device can ask of the Space, by gradio_client and in the process itself."""
+
+import asyncio
+import base64
+import io
+import json
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import PIL.Image
+import pytest
+
+gradio_client = pytest.importorskip("gradio_client")
+pytest.importorskip("gradio")
+from app import build_app  # noqa: E402
+from gradio.utils import get_upload_folder  # noqa: E402
+from sessions import Sessions  # noqa: E402
+from uploads import read_picture  # noqa: E402
+from worlds import Worlds  # noqa: E402
+from zero_gpu import LentPipeline  # noqa: E402
+
+from irasim_diffusers import DrivingSession, Steering  # noqa: E402
+from irasim_diffusers.data import read_video  # noqa: E402
+
+SIDEWAYS = [[150.0, 400.0], [200.0, 400.0], [250.0, 400.0]]
+
+
+def pixels(data_url):
+    return np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(data_url.split(",")[1]))).convert("RGB")).astype(int)
+
+
+@pytest.fixture(scope="module")
+def client(app_url):
+    return gradio_client.Client(app_url, verbose=False)
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    return Worlds(["push-t"])
+
+
+@pytest.fixture
+def session(client):
+    name, *_ = client.predict("push-t", "frame 1", None, 0, api_name="/start")
+    yield name
+    client.predict(name, api_name="/stop")
+
+
+def test_a_rollout_from_start_to_stop(client):
+    session, first, space = client.predict("push-t", "frame 1", None, 0, api_name="/start")
+    assert pixels(first).shape == (96, 96, 3)
+    assert (space["names"], space["space"], space["fps"]) == (["target_x", "target_y"], "absolute", 10)
+    assert (space["low"], space["high"]) == ([0, 0], [512, 512])
+    frames = client.predict(session, SIDEWAYS, api_name="/step")
+    assert len(frames) == 3
+    assert np.abs(pixels(frames[-1]) - pixels(first)).max() > 100
+    driven, actions = client.predict(session, [0.5, -1], 2, 0.5, api_name="/drive")
+    assert len(driven) == 2
+    np.testing.assert_allclose(actions, [[258, 384], [266, 368]])  # from the last action, 16 units at half the speed
+    video, table = client.predict(session, api_name="/record")
+    assert read_video(video).shape == (1 + 5, 96, 96, 3)
+    np.testing.assert_allclose(np.load(table), [*SIDEWAYS, *actions])
+    last, left = client.predict(session, 2, api_name="/undo")
+    assert left == 3
+    assert last == frames[-1]
+    assert client.predict(session, api_name="/reset") == first
+    assert client.predict(session, SIDEWAYS, api_name="/step") == frames  # the same seed
+    assert client.predict(session, api_name="/stop") is True
+    assert client.predict(session, api_name="/stop") is False
+
+
+def test_sessions_are_not_mixed(client):
+    right, left = SIDEWAYS, SIDEWAYS[::-1]
+
+    def start():
+        return client.predict("push-t", "frame 1", None, 0, api_name="/start")[0]
+
+    def step(session, row):
+        return client.predict(session, [row], api_name="/step")[0]
+
+    first = start()
+    alone = [step(first, row) for row in right]
+    second, third = start(), start()
+    beside = [(step(second, one), step(third, other)) for one, other in zip(right, left, strict=True)]
+    assert [one for one, _ in beside] == alone
+    assert beside[-1][0] != beside[-1][1]
+    assert len({first, second, third}) == 3
+    assert min(map(len, (first, second, third))) >= 20
+    for session in (first, second, third):
+        client.predict(session, api_name="/stop")
+
+
+def test_an_uploaded_picture_is_brought_to_the_models_size(client, tmp_path):
+    path = tmp_path / "wide.png"
+    PIL.Image.new("RGBA", (230, 110), (10, 200, 30, 255)).save(path)
+    session, first, space = client.predict("push-t", gradio_client.handle_file(path), [100, 300], 0, api_name="/start")
+    assert pixels(first).shape == (96, 96, 3)
+    assert space["hold"] == [100, 300]
+    assert client.predict(session, api_name="/stop")
+
+
+BAD = [
+    ("/start", ("nope", "frame 1", None, 0), "`model` must be one of push-t, got 'nope'"),
+    ("/start", (["push-t"], "frame 1", None, 0), "`model` must be one of"),
+    ("/start", ("push-t", "frame 1000", None, 0), "`frames` must be an upload or one of frame 1"),
+    ("/start", ("push-t", {"path": "/etc/passwd"}, None, 0), "`frames` must be the name of an example or an uploaded"),
+    ("/start", ("push-t", 5, None, 0), "`frames` must be the name of an example or an uploaded"),
+    ("/start", ("push-t", "frame 1", [1, 2, 3], 0), "must be"),
+    ("/start", ("push-t", "frame 1", None, -1), "`seed` must be a whole number"),
+    ("/start", ("push-t", "frame 1", None, "x"), "`seed` must be a whole number"),
+    ("/step", ("guess", SIDEWAYS), "`session` must be one that `start` gave"),
+    ("/step", (None, [[1, 2, 3]]), r"`actions` must be \(n, 2\)"),
+    ("/step", (None, [[1, None]]), "`actions` must be finite"),
+    ("/step", (None, "forward"), "`actions` must be"),
+    ("/step", (None, []), "`actions` must be"),
+    ("/step", (None, [[1, 2]] * 15), "`actions` must be one sequence of at most 14"),
+    ("/drive", (None, [2, 0], 1, 1), r"`command` must be in \[-1, 1\]"),
+    ("/drive", (None, [0], 1, 1), "must be"),
+    ("/drive", (None, [0, 0], 0, 1), "`frames` must be a whole number"),
+    ("/drive", (None, [0, 0], 1.5, 1), "`frames` must be a whole number"),
+    ("/drive", (None, [0, 0], 1, 0), "`speed` must be in"),
+    ("/undo", (None, -1), "`frames` must be a whole number"),
+    ("/record", (None,), "nothing has been predicted yet"),
+]
+
+
+@pytest.mark.parametrize(("endpoint", "arguments", "message"), BAD)
+def test_bad_input_is_told(client, session, endpoint, arguments, message):
+    arguments = [session if index == 0 and value is None else value for index, value in enumerate(arguments)]
+    with pytest.raises(gradio_client.exceptions.AppError, match=message):
+        client.predict(*arguments, api_name=endpoint)
+
+
+def test_files_outside_the_uploads_cannot_be_had(app_url, client):
+    for path in ("/etc/passwd", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", __file__):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(f"{app_url}gradio_api/file={path}")
+        assert error.value.code in (403, 404)
+    disguised = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    status, answer = post(app_url, "start", json.dumps(["push-t", disguised, None, 0]))
+    assert status == 500
+    assert b"root:" not in answer
+
+
+def test_plain_http_does_as_well(app_url):
+    status, answer = post(app_url, "start", '["push-t", "frame 1", null, 0]')
+    assert status == 200
+    session = json.loads(answer)["data"][0]
+    status, answer = post(app_url, "step", json.dumps([session, SIDEWAYS]))
+    assert (status, len(json.loads(answer)["data"][0])) == (200, 3)
+    status, answer = post(app_url, "step", json.dumps([session, [[1, float("nan")]]]))
+    assert status == 500
+    assert b"must be finite, got nan" in answer
+    for garbage in ("[]", "[1, 2, 3, 4, 5]", "no JSON"):
+        assert post(app_url, "step", garbage)[0] in (422, 500)
+    assert json.loads(post(app_url, "stop", json.dumps([session]))[1])["data"] == [True]
+
+
+def post(app_url, endpoint, data):
+    body = f'{{"data": {data}}}'.encode()
+    request = urllib.request.Request(f"{app_url}gradio_api/run/{endpoint}", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def save(path, name):
+    picture = PIL.Image.new("1", (5100, 5000) if name == "huge" else (300, 200))
+    picture.save(path, "GIF" if name == "animation" else "PNG")
+    content = path.read_bytes()
+    if name == "cut":
+        path.write_bytes(content[: len(content) - 30])
+    elif name == "text":
+        path.write_text("no picture")
+    elif name == "heavy":
+        path.write_bytes(content + bytes(10_000_001))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("huge", "at most 25 million pixels, got 5100x5000"),
+        ("heavy", "at most 10 MB"),
+        ("cut", "must be a whole picture"),
+        ("text", "must be a whole picture"),
+        ("animation", "must be a whole picture"),
+    ],
+)
+def test_bad_pictures_are_refused(tmp_path, monkeypatch, name, message):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    save(tmp_path / "picture", name)
+    with pytest.raises(ValueError, match=message):
+        read_picture({"path": str(tmp_path / "picture")}, (96, 96))
+
+
+def test_pictures_elsewhere_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    PIL.Image.new("RGB", (20, 20)).save(tmp_path / "secret.png")
+    (tmp_path / "uploads").mkdir()
+    (tmp_path / "uploads" / "link.png").symlink_to(tmp_path / "secret.png")
+    assert get_upload_folder() == str(tmp_path / "uploads")
+    for path in ("secret.png", "uploads/../secret.png", "uploads/link.png"):
+        with pytest.raises(ValueError, match="uploaded picture"):
+            read_picture({"path": str(tmp_path / path)}, (96, 96))
+
+
+def new_session(world):
+    start = world.starts["frame 1"]
+    steering = Steering(world.pipeline.transformer.config, start=start.action)
+    return DrivingSession(world.pipeline, start.frames, steering, max_frames=5)
+
+
+def test_places_are_bounded_and_idle_sessions_are_freed(worlds):
+    world = worlds["push-t"]
+    sessions = Sessions(most=2, idle_seconds=0.5)
+
+    async def visitors():
+        first = await sessions.open(world, lambda: new_session(world))
+        with sessions.use(first):
+            await sessions.open(world, lambda: new_session(world))
+            with pytest.raises(ValueError, match="all 2 places are taken"):
+                await sessions.open(world, lambda: new_session(world))
+            with pytest.raises(ValueError, match="still at its last request"), sessions.use(first):
+                pass
+            await asyncio.sleep(1)
+            assert len(sessions) == 1  # the other was idle, this one is in use
+        await asyncio.sleep(1.2)
+        assert len(sessions) == 0
+        with pytest.raises(ValueError, match="has ended or was idle"), sessions.use(first):
+            pass
+
+    asyncio.run(visitors())
+
+
+def test_a_models_turns_come_in_the_order_of_asking(worlds):
+    world, done = worlds["push-t"], []
+
+    async def visitors():
+        async def visit(number):
+            await world.run(time.sleep, 0.01)
+            done.append(number)
+
+        await asyncio.gather(*(visit(number) for number in range(20)))
+
+    asyncio.run(visitors())
+    assert done == list(range(20))
+
+
+def test_memory_of_a_session_is_bounded(worlds):
+    frames = Sessions(bytes_each=10**6).max_frames(worlds["push-t"])
+    assert frames == 10**6 // (96 * 96 * 3 + 24 * 24 * 4 * 4)
+
+
+def test_a_lent_pipeline_gives_the_same_frames(worlds):
+    world = worlds["push-t"]
+    lent = LentPipeline("push-t", world.pipeline)
+    start = world.starts["frame 1"]
+    frames = [
+        DrivingSession(pipe, start.frames, Steering(pipe.transformer.config, start=start.action)).drive(["d"], 2)
+        for pipe in (world.pipeline, lent)
+    ]
+    np.testing.assert_array_equal(np.stack(frames[0]), np.stack(frames[1]))
+
+
+def test_a_model_that_cannot_be_loaded_is_told_in_the_page(worlds):
+    broken = Worlds(["/no/such/<b>model</b>"])
+    assert list(broken.failures) == ["/no/such/<b>model</b>"]
+    with pytest.raises(ValueError, match="none could be loaded"):
+        broken.named("push-t")
+    texts = str(build_app(broken, Sessions()).get_config_file()["components"])
+    assert "&lt;b&gt;model&lt;/b&gt; cannot be loaded" in texts
