@@ -269,8 +269,8 @@ class TrajectoryPage:
                     done += len(frames)
                     progress((done, total), desc="Predicting", unit="frames")
                     yield {self.view: videos(panels, fps, seen)}
-        finally:
-            self.running.pop(request.session_hash, None)
+        finally:  # also when the visitor stops it or leaves
+            self._stop(request.session_hash)
         yield {self.run: gr.Button(visible=True), self.stop: gr.Button(visible=False)}
         if done < total:  # stopped
             return
@@ -291,9 +291,12 @@ class TrajectoryPage:
 
     def interrupt(self, request: gr.Request) -> tuple[Any, ...]:
         """Stop what this visitor has running, at its next step."""
-        for pipeline in self.running.pop(request.session_hash, ()):
-            pipeline._interrupt = True
+        self._stop(request.session_hash)
         return "Stopped.", gr.Button(visible=True), gr.Button(visible=False)
+
+    def _stop(self, session: str | None) -> None:
+        for pipeline in self.running.pop(session, ()):
+            pipeline._interrupt = True
 
 
 def _is_scaled(world: World) -> bool:

@@ -119,6 +119,6 @@ def resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Frames (T, H, W, 3), uint8, of another height and width, as the pipeline resizes."""
     if frames.shape[1:3] == size:
         return frames
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    pixels = torch.tensor(frames).permute(0, 3, 1, 2).float()
     pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
     return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
