@@ -20,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
@@ -776,6 +777,31 @@ def make_pipeline(
     return IRASimPipeline(vae, transformer, scheduler)
 
 
+def finished_pipeline(
+    vae: AutoencoderKL | PixelSpace,
+    transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
+    arguments: TrainingArguments,
+) -> IRASimPipeline:
+    """The pipeline of what was trained, sampled as the pretrained pipeline is where that suits the model still."""
+    pipeline = make_pipeline(vae, transformer)
+    name, revision = arguments.pretrained_model_name_or_path, arguments.revision
+    if name is None or not is_pipeline(name, revision):
+        return pipeline
+    known = IRASimPipeline.load_config(name, revision=revision)
+    scheduler = getattr(diffusers, known["scheduler"][1]).from_pretrained(
+        name, subfolder="scheduler", revision=revision
+    )
+    settings = {key: known[key] for key in ("num_inference_steps", "window_length", "timesteps") if key in known}
+    if (settings.get("window_length") or 0) > transformer.config.sample_frames:
+        settings["window_length"] = None
+    sampled = IRASimPipeline(pipeline.vae, transformer, scheduler, **settings)
+    try:
+        sampled.check_scheduler()
+    except ValueError:  # another prediction type or noise process than before
+        return pipeline
+    return sampled
+
+
 def publish(
     vae: AutoencoderKL | PixelSpace,
     transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
@@ -784,7 +810,7 @@ def publish(
     """Push the pipeline, or the adapters with a card that names what they adapt."""
     name = arguments.hub_model_id or Path(arguments.output_dir).name
     if not arguments.lora_rank:
-        make_pipeline(vae, transformer).push_to_hub(name)
+        finished_pipeline(vae, transformer, arguments).push_to_hub(name)
         return
     repository = create_repo(name, exist_ok=True).repo_id
     card = load_or_create_model_card(
@@ -928,7 +954,7 @@ def save(
         if arguments.lora_rank:
             save_lora(transformer, partial)
         else:
-            make_pipeline(vae, transformer).save_pretrained(partial)
+            finished_pipeline(vae, transformer, arguments).save_pretrained(partial)
     for path in sorted((output / "finished").iterdir(), key=lambda path: path.name == "model_index.json"):
         if (output / path.name).is_dir():
             shutil.rmtree(output / path.name)

@@ -132,9 +132,9 @@ function begin(action = null) {
   return starting;
 }
 
-async function start_anew(action) {
-  await halt();
+function start_anew(action) {
   return during("Starting\u2026", async () => {
+    await halt();
     end();
     const [name, first, found] = await call("start", [model, start, action, 0]);
     [session, space, frames, last, demo] = [name, found, [first], found.hold, []];

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import anyio.to_thread
 import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
@@ -39,7 +41,8 @@ class Start:
 class World:
     """A model and what belongs to it.
 
-    One prediction runs at a time, for a pipeline's scheduler keeps state; `run` gives turns in the order of asking.
+    One prediction runs at a time, for a pipeline's scheduler keeps state, and in one thread, for torch keeps memory and helpers for
+    each thread that computes.
     """
 
     name: str
@@ -48,12 +51,12 @@ class World:
     clip_actions: np.ndarray | None = None  # (n, A): row k leads to frame `clip_history` + k of it
     clip_history: int = 1
     starts: dict[str, Start] = field(default_factory=dict)
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """`work(*arguments)` in a thread, when it is this caller's turn: who asked first comes first."""
-        async with self._turn:
-            return await anyio.to_thread.run_sync(work, *arguments)
+        """`work(*arguments)` in the model's thread, when it is this caller's turn: who asked first comes first."""
+        in_context = partial(copy_context().run, work, *arguments)  # which tells ZeroGPU who asks
+        return await asyncio.get_running_loop().run_in_executor(self._thread, in_context)
 
 
 class Worlds(dict[str, World]):

@@ -10,7 +10,7 @@ import torch
 from irasim_diffusers import IRASimPipeline
 
 try:
-    from spaces import GPU  # must come before CUDA is touched
+    from spaces import GPU  # type: ignore[attr-defined]  # must come before CUDA is touched
 except ImportError:
 
     def GPU(function: Any) -> Any:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import tiny_pipeline, tiny_transformer, tiny_vae
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler
 from hub_server import HubServer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -121,11 +121,15 @@ def test_lora_trains_adapters_and_the_action_encoder_alone(workspace, trained):
 
 
 def test_a_pretrained_model_goes_on_with_another_autoencoder_and_finer_patches(workspace, trained):
-    base, _ = trained
+    sampled = IRASimPipeline.from_pretrained(trained[0])
+    sampled.scheduler = DDIMScheduler.from_config(sampled.scheduler.config, timestep_spacing="trailing")
+    sampled.register_to_config(num_inference_steps=3)
+    sampled.save_pretrained(workspace / "sampled")
     flat = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, latent_channels=3, mid_block_add_attention=False)
     flat.save_pretrained(workspace / "flat")  # latents of twice the size, in another number of channels
     output = run(
-        *("train.py", "--dataset", workspace / "first", "--pretrained_model_name_or_path", base, "--cameras", 0, 1),
+        *("train.py", "--dataset", workspace / "first", "--cameras", 0, 1),
+        *("--pretrained_model_name_or_path", workspace / "sampled"),
         *("--output_dir", workspace / "finer", "--action_derivation", "relative_6d", "--vae", workspace / "flat"),
         *("--patch_size", 2, "--relative_latents", *SHORT),
         launch=ONE,
@@ -135,6 +139,7 @@ def test_a_pretrained_model_goes_on_with_another_autoencoder_and_finer_patches(w
     config = pipeline.transformer.config
     assert (config.in_channels, config.patch_size, config.base_patch_size) == (3, 2, 4)
     assert (config.relative_latents, pipeline.frame_size) == (True, (32, 32))
+    assert (pipeline.config.num_inference_steps, pipeline.scheduler.config.timestep_spacing) == (3, "trailing")
 
 
 def test_a_u_net_in_pixel_space(workspace):

@@ -75,7 +75,7 @@ DIRECTIONS = {"ArrowLeft": (0, -1), "ArrowRight": (0, 1), "ArrowUp": (1, -1), "A
 
 def test_the_pusher_moves_the_way_pressed(drive):
     choose(drive, OPEN)
-    drive.get_by_role("slider", name="Speed").fill("0.5")
+    drive.get_by_role("slider", name="Speed").fill("0.4")
     for key, (axis, sign) in DIRECTIONS.items():
         hold(drive, lambda key=key: drive.keyboard.down(key), lambda key=key: drive.keyboard.up(key), 3)
         moved = pusher(drive) - TARGET
@@ -89,9 +89,11 @@ def test_the_pusher_moves_the_way_pressed(drive):
 
 def test_buttons_and_picture_steer_too(drive):
     choose(drive, OPEN)
+    drive.get_by_role("slider", name="Speed").fill("0.4")
     drive.get_by_label("target_y -").hover()
     hold(drive, drive.mouse.down, drive.mouse.up, 3)
     assert (pusher(drive) - TARGET)[1] < -5
+    drive.get_by_role("slider", name="Speed").fill("1")
     box = drive.locator(".stage canvas").bounding_box()
     goal = np.array([0.8, 0.3])  # of the picture
     drive.mouse.move(*(np.array([box["x"], box["y"]]) + goal * [box["width"], box["height"]]))

@@ -8,21 +8,19 @@ import time
 import urllib.error
 import urllib.request
 
+import gradio_client
 import numpy as np
 import PIL.Image
 import pytest
+from app import build_app
+from gradio.utils import get_upload_folder
+from sessions import Sessions
+from uploads import read_picture
+from worlds import Worlds
+from zero_gpu import LentPipeline
 
-gradio_client = pytest.importorskip("gradio_client")
-pytest.importorskip("gradio")
-from app import build_app  # noqa: E402
-from gradio.utils import get_upload_folder  # noqa: E402
-from sessions import Sessions  # noqa: E402
-from uploads import read_picture  # noqa: E402
-from worlds import Worlds  # noqa: E402
-from zero_gpu import LentPipeline  # noqa: E402
-
-from irasim_diffusers import DrivingSession, Steering  # noqa: E402
-from irasim_diffusers.data import read_video  # noqa: E402
+from irasim_diffusers import DrivingSession, Steering
+from irasim_diffusers.data import read_video
 
 SIDEWAYS = [[150.0, 400.0], [200.0, 400.0], [250.0, 400.0]]
 
