@@ -117,7 +117,7 @@ async def predict(
     if ZERO_GPU:  # a stream cannot cross to the process that has the GPU
         yield (await setting.world.run(predict_whole, pipeline, setting, history, actions, generator))[0]
         return
-    frames = pipeline.stream(
+    frames: Any = pipeline.stream(
         history,
         actions,
         chunk_length=window,

@@ -107,7 +107,7 @@ class TrajectoryPage:
             with gr.Column(visible=False) as self.second_box:
                 self.second = self._setting_controls(world, "b", seed=1)
 
-    def _setting_controls(self, world: World, name: str, seed: int) -> list[gr.components.Component]:
+    def _setting_controls(self, world: World, name: str, seed: int) -> list[Any]:
         """Model, sampler, steps and seed."""
         own, names = type(world.pipeline.scheduler).__name__, scheduler_names(world.pipeline)
         model = gr.Dropdown(list(self.worlds), value=world.name, label="Model", visible=len(self.worlds) > 1)
