@@ -11,16 +11,20 @@ from typing import Any
 import gradio as gr
 from drive import drive_page
 from endpoints import add_endpoints
+from preference import preference_page
 from sessions import Sessions
+from study_videos import find_study, owner_key
+from trajectory import trajectory_page
 from worlds import EMBEDDED, Worlds
 
-PAGES = {"Drive": drive_page}
+PAGES = {"Drive": drive_page, "Trajectory": trajectory_page}
 HEADER = """<header class="header"><h1>Drive the robot of a world model</h1>
 <p>Nothing here is simulated: every frame after the first is predicted from your actions.</p></header>"""
 CSS = """
 .header h1 { font-size: 1.5rem; font-weight: 650; margin: 0; }
 .header p { margin: 0.2rem 0 0; color: var(--body-text-color-subdued); }
 .failure { padding: 0.6rem 0.9rem; border: 1px solid #dc2626; border-radius: 0.6rem; background: rgb(220 38 38 / 0.1); }
+#preference { max-width: 680px; margin: 0 auto; }
 """
 LAUNCH: dict[str, Any] = {
     "theme": gr.themes.Default(primary_hue="blue", neutral_hue="slate"),
@@ -33,7 +37,7 @@ LAUNCH: dict[str, Any] = {
 }
 
 
-def build_app(worlds: Worlds, sessions: Sessions) -> gr.Blocks:
+def build_app(worlds: Worlds, sessions: Sessions, study: tuple[Any, ...] | None = None) -> gr.Blocks:
     """All pages over these models, and the endpoints."""
     with gr.Blocks(title="Drive a robot's world model", delete_cache=(300, 1800)) as app:
         gr.HTML(HEADER)
@@ -41,6 +45,9 @@ def build_app(worlds: Worlds, sessions: Sessions) -> gr.Blocks:
         for name, page in PAGES.items():
             with gr.Tab(name, elem_id=f"tab-{name.lower()}"):
                 page(worlds)
+        if study is not None:
+            with gr.Tab("Preference", elem_id="tab-preference"):
+                preference_page(*study)
     return app
 
 
@@ -61,8 +68,17 @@ def main() -> None:
         default=120.0,
         help="a session nobody uses for so long ends (default: %(default)s)",
     )
+    parser.add_argument(
+        "--study",
+        default=os.environ.get("IRASIM_STUDY"),
+        help="folder of a preference study (default: the environment's IRASIM_STUDY, or a demonstration)",
+    )
     arguments = parser.parse_args()
-    app = build_app(Worlds(arguments.model), Sessions(idle_seconds=arguments.idle_seconds))
+    worlds = Worlds(arguments.model)
+    study = find_study(arguments.study, worlds)
+    app = build_app(
+        worlds, Sessions(idle_seconds=arguments.idle_seconds), study and (*study, owner_key(arguments.study))
+    )
     app.launch(server_port=arguments.port, **LAUNCH)
 
 

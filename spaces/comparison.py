@@ -1,0 +1,190 @@
+"""Predictions of one start under the same actions by different models, samplers or seeds, and how far each is from the truth."""
+
+import copy
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from visitor_files import resize
+from worlds import World
+from zero_gpu import ZERO_GPU, LentPipeline
+
+from irasim_diffusers import IRASimPipeline
+from irasim_diffusers.metrics import frame_psnr
+
+MAX_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What predicts."""
+
+    world: World
+    scheduler: str  # name of a class of diffusers
+    steps: int
+    seed: int
+
+
+@lru_cache
+def scheduler_names(pipeline: IRASimPipeline) -> tuple[str, ...]:
+    """Schedulers that a checkpoint accepts, its own first."""
+    own = type(pipeline.scheduler).__name__
+    fitting = []
+    for kind in pipeline.scheduler.compatibles:
+        try:
+            _with_scheduler(pipeline, kind).check_scheduler()
+        except (ValueError, ImportError):  # another noise process, or a package that is not installed
+            continue
+        fitting.append(kind.__name__)
+    return own, *sorted(set(fitting) - {own})
+
+
+def pipeline_of(setting: Setting) -> IRASimPipeline:
+    """A pipeline of the setting's scheduler that shares the weights and nothing else, so that others may run beside it.
+
+    Raises:
+        ValueError: If the checkpoint does not accept the scheduler, or the steps are too few or too many.
+    """
+    pipeline = setting.world.pipeline
+    if setting.scheduler not in scheduler_names(pipeline):
+        raise ValueError(f"{setting.world.name} does not take the scheduler {setting.scheduler!r}.")
+    if not 1 <= setting.steps <= MAX_STEPS:
+        raise ValueError(f"Steps must be 1 to {MAX_STEPS}, got {setting.steps}.")
+    if setting.scheduler == type(pipeline.scheduler).__name__:
+        return _view(pipeline, copy.deepcopy(pipeline.scheduler))
+    kinds = {kind.__name__: kind for kind in pipeline.scheduler.compatibles}
+    return _with_scheduler(pipeline, kinds[setting.scheduler])
+
+
+def _with_scheduler(pipeline: IRASimPipeline, kind: Any) -> IRASimPipeline:
+    sample = pipeline.transformer.config.prediction_type == "sample"
+    changes = {"prediction_type": "v_prediction"} if sample else {}  # which all of them take
+    return _view(pipeline, kind.from_config(pipeline.scheduler.config, **changes))
+
+
+def _view(pipeline: IRASimPipeline, scheduler: Any) -> IRASimPipeline:
+    settings = {name: pipeline.config[name] for name in ("num_inference_steps", "window_length")}
+    view = IRASimPipeline(pipeline.vae, pipeline.transformer, scheduler, **settings)
+    view.set_progress_bar_config(disable=True)
+    return view
+
+
+def name_settings(first: Setting, second: Setting | None) -> dict[str, Setting]:
+    """The settings by what tells them apart.
+
+    Raises:
+        ValueError: If nothing does, or if one set of actions does not suit both models.
+    """
+    if second is None:
+        return {"Prediction": first}
+    if first == second:
+        raise ValueError("Both settings are the same: change the model, the sampler, the steps or the seed of one.")
+    dims = {one.world.pipeline.transformer.config.action_dim for one in (first, second)}
+    if len(dims) > 1:
+        raise ValueError(f"{first.world.name} and {second.world.name} take actions of different dimensions.")
+    said = {
+        "world": lambda one: one.world.name,
+        "scheduler": lambda one: one.scheduler.removesuffix("Scheduler"),
+        "steps": lambda one: f"{one.steps} step{'s' * (one.steps > 1)}",
+        "seed": lambda one: f"seed {one.seed}",
+    }
+    differing = [say for name, say in said.items() if getattr(first, name) != getattr(second, name)]
+    lettered = (("A", first), ("B", second))
+    return {f"{letter}: {', '.join(say(one) for say in differing)}": one for letter, one in lettered}
+
+
+async def predict(
+    pipeline: IRASimPipeline, setting: Setting, history: np.ndarray, actions: np.ndarray
+) -> AsyncIterator[np.ndarray]:
+    """Predict window by window; others take their turns between two windows.
+
+    Args:
+        pipeline: That of the setting; another thread may set its `_interrupt`.
+        setting: The setting.
+        history: Frames (h, H, W, 3), uint8.
+        actions: Actions (n, A).
+
+    Yields:
+        The predicted frames of a window (m, H, W, 3), uint8.
+    """
+    window = pipeline.window_length - pipeline.transformer.config.num_history_frames
+    generator = torch.Generator().manual_seed(setting.seed)
+    if ZERO_GPU:  # a stream cannot cross to the process that has the GPU
+        yield (await setting.world.run(predict_whole, pipeline, setting, history, actions, generator))[0]
+        return
+    frames: Any = pipeline.stream(
+        history,
+        actions,
+        chunk_length=window,
+        num_inference_steps=setting.steps,
+        generator=generator,
+        output_type="np",
+        resize=True,
+    )
+
+    def next_window() -> list[np.ndarray]:
+        return [(frame * 255).round().astype(np.uint8) for frame in islice(frames, window)]
+
+    while predicted := await setting.world.run(next_window):
+        yield np.stack(predicted)
+
+
+def predict_whole(
+    pipeline: IRASimPipeline, setting: Setting, histories: np.ndarray, actions: np.ndarray, generator: Any
+) -> np.ndarray:
+    """Predict whole videos (B, n, H, W, 3), uint8, where a GPU may be lent for the time of a call.
+
+    Args:
+        pipeline: That of the setting.
+        setting: The setting.
+        histories: Frames (h, H, W, 3) or (B, h, H, W, 3), uint8.
+        actions: Actions (n, A) or (B, n, A).
+        generator: Seeded generator, or one for each video.
+    """
+    lent: Any = LentPipeline(f"{setting.world.name} {setting.scheduler}", pipeline)
+    options = {"num_inference_steps": setting.steps, "generator": generator, "output_type": "np", "resize": True}
+    return (lent(histories, actions, **options).frames * 255).round().astype(np.uint8)
+
+
+def align(panels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Videos (T, H, W, 3) brought to the length of the longest, on their last frame, and the size of the first."""
+    length = max(map(len, panels.values()))
+    size = next(iter(panels.values())).shape[1:3]
+    return {
+        name: resize(np.concatenate([frames, np.repeat(frames[-1:], length - len(frames), axis=0)]), size)
+        for name, frames in panels.items()
+    }
+
+
+def side_by_side(panels: dict[str, np.ndarray]) -> np.ndarray:
+    """One video (T, H, W, 3) of several of one shape, enlarged where they are small."""
+    whole = np.concatenate(list(panels.values()), axis=2)
+    factor = max(1, 288 // whole.shape[1])
+    return whole.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def errors(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """PSNR of each predicted frame (n, H, W, 3) that has its truth (m, H, W, 3), in dB; NaN where the two are equal."""
+    count = min(len(prediction), len(truth))
+    true = resize(truth[:count], prediction.shape[1:3])
+    values = frame_psnr(prediction[:count] / 255, true / 255)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def error_table(errors: dict[str, np.ndarray]) -> pd.DataFrame:
+    """PSNR of each frame of each video, as a plot reads it."""
+    rows = [(number + 1, value, name) for name, values in errors.items() for number, value in enumerate(values)]
+    return pd.DataFrame(rows, columns=["frame", "PSNR (dB)", "video"]).astype({"PSNR (dB)": float, "frame": int})
+
+
+def action_table(actions: np.ndarray, names: list[str] | None) -> pd.DataFrame:
+    """Actions (n, A) as a plot reads them."""
+    names = names or [f"action {index}" for index in range(actions.shape[1])]
+    columns = zip(names, actions.T, strict=True)
+    rows = [(row + 1, float(value), name) for name, column in columns for row, value in enumerate(column)]
+    return pd.DataFrame(rows, columns=["frame", "action", "component"])

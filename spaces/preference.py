@@ -1,0 +1,199 @@
+"""The Preference page: people compare two predictions with what truly happened (paper, section 13), without learning whose they are."""
+
+import hmac
+import html
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from study_videos import TRUTH, Videos
+from viewer import videos as show
+from viewer import viewer
+
+from irasim_diffusers.evaluation import Comparison, PreferenceStudy
+
+FPS = 10
+RATER = re.compile(r"[0-9a-f]{16}")
+INTRODUCTION = """### Which prediction is nearer to the recording?
+
+Above, two models predict one video from the same first frames and the same actions; below is what truly happened. Say which of
+the two is more like it: the robot's way, what it touches, and how sharp everything stays. Let them play as often as you like,
+or stop them and go frame by frame. If you find no clear difference, say so rather than guess."""
+PRIVACY = (
+    "*Your answers are kept under a random number in this browser: close it, come back, and go on where you were.*"
+)
+CSS = (Path(__file__).parent / "preference.css").read_text()
+OUTCOMES = {"win": "better", "tie": "similar", "loss": "worse"}
+
+
+def preference_page(study: PreferenceStudy, videos: Videos, key: str | None = None) -> None:
+    """Build the page, inside a tab.
+
+    Args:
+        study: Asks and keeps.
+        videos: What to show.
+        key: What the owner must give to see results; None shows them to everyone.
+    """
+    PreferencePage(study, videos, key)
+
+
+class PreferencePage:
+    """The page's components, and what happens to them."""
+
+    def __init__(self, study: PreferenceStudy, videos: Videos, key: str | None) -> None:
+        self.study, self.videos, self.key = study, videos, key
+        # a fixed secret, so that a restart of the server loses no rater; it hides nothing of value
+        self.rater = gr.BrowserState(None, storage_key="irasim-rater", secret="irasim-preference")
+        self.current = gr.State()
+        with gr.Column(elem_id="preference"):
+            self._build_rating()
+            self._build_results()
+        self._connect()
+
+    def _build_rating(self) -> None:
+        self.bar = gr.HTML(_bar(0, len(self.study.comparisons(""))), css_template=CSS, elem_id="preference-bar")
+        with gr.Column() as self.welcome:
+            gr.Markdown(INTRODUCTION)
+            self.begin = gr.Button("Begin", variant="primary", elem_id="preference-begin")
+            gr.Markdown(PRIVACY)
+        with gr.Column(visible=False) as self.rating:
+            self.view = viewer("", elem_id="preference-view", elem_classes="pair")
+            with gr.Row(equal_height=True, elem_id="preference-choices"):
+                self.choices = {
+                    "left": gr.Button("Left is better", size="md", min_width=80, elem_id="preference-left"),
+                    "similar": gr.Button("Similar", size="md", min_width=80, elem_id="preference-similar"),
+                    "right": gr.Button("Right is better", size="md", min_width=80, elem_id="preference-right"),
+                }
+        self.thanks = gr.Markdown(
+            "### Thank you, that was all.\n\nYour answers are kept.", visible=False, elem_id="preference-thanks"
+        )
+        self.back = gr.Button(
+            "← Back to the one before", size="sm", variant="secondary", visible=False, elem_id="preference-back"
+        )
+
+    def _build_results(self) -> None:
+        with gr.Accordion("Results, for the owner of the study", open=False, elem_id="preference-results"):
+            with gr.Row():
+                self.password = gr.Textbox(
+                    label="Owner's key", type="password", visible=self.key is not None, elem_id="preference-key"
+                )
+                self.ask = gr.Button("Show results", elem_id="preference-show")
+            self.rates = gr.HTML(css_template=CSS, elem_id="preference-rates")
+            self.export = gr.DownloadButton("Answers (.csv)", visible=False, elem_id="preference-export")
+
+    def _connect(self) -> None:
+        private: Any = {"api_visibility": "private"}
+        shown = [self.rater, self.current, self.bar, self.welcome, self.rating, self.thanks, self.back, self.view]
+        gr.on(None, self.greet, self.rater, [self.bar, self.begin], queue=False, show_progress="hidden", **private)
+        step: Any = {"outputs": shown, "show_progress_on": [self.bar]} | private
+        self.begin.click(self.go_on, self.rater, **step)
+        self.back.click(self.go_back, [self.rater, self.current], **step)
+        for choice, button in self.choices.items():
+            button.click(self.answering(choice), [self.rater, self.current], **step)
+        self.ask.click(self.results, self.password, [self.rates, self.export], **private)
+        self.password.submit(self.results, self.password, [self.rates, self.export], **private)
+
+    def greet(self, rater: Any) -> tuple[Any, ...]:
+        """How far a rater is who comes back."""
+        if not _is_rater(rater):
+            return gr.skip(), gr.skip()
+        total, left = len(self.study.comparisons(rater)), len(self.study.remaining(rater))
+        return _bar(total - left, total), gr.Button("Begin" if left == total else "Go on" if left else "Finish")
+
+    async def go_on(self, rater: Any) -> tuple[Any, ...]:
+        """Show the next comparison to a rater, or to a new one the first."""
+        rater = rater if _is_rater(rater) else secrets.token_hex(8)
+        return await self._show(rater, next(iter(self.study.remaining(rater)), None))
+
+    async def go_back(self, rater: Any, current: Comparison | None) -> tuple[Any, ...]:
+        """Show the comparison before; an answer to it takes the place of the earlier one."""
+        shown = self.study.comparisons(rater)
+        place = shown.index(current) if current in shown else len(shown)
+        return await self._show(rater, shown[max(0, place - 1)])
+
+    def answering(self, choice: str) -> Any:
+        """What the button of a choice does."""
+
+        async def answer(rater: Any, current: Comparison | None) -> tuple[Any, ...]:
+            if current is not None and _is_rater(rater):
+                try:
+                    self.study.answer(rater, current, choice)
+                except (ValueError, OSError) as error:
+                    gr.Warning(str(error), title="The answer was not kept")
+                    return await self._show(rater, current)
+            return await self.go_on(rater)
+
+        return answer
+
+    async def _show(self, rater: str, comparison: Comparison | None) -> tuple[Any, ...]:
+        shown = self.study.comparisons(rater)
+        answered = len(shown) - len(self.study.remaining(rater))
+        view: Any = gr.skip()
+        if comparison is not None:
+            sides = {"Left": comparison.left, "Right": comparison.right, "What truly happened": TRUTH}
+            panels = {title: await self.videos(model, comparison.clip) for title, model in sides.items()}
+            view = show(panels, FPS)
+        return (
+            rater,
+            comparison,
+            _bar(answered, len(shown)),
+            gr.Column(visible=False),
+            gr.Column(visible=comparison is not None),
+            gr.Markdown(visible=comparison is None),
+            gr.Button(visible=comparison is None or shown.index(comparison) > 0),
+            view,
+        )
+
+    def results(self, password: str) -> Iterator[tuple[Any, ...]]:
+        """The rates so far, and the answers as a file, for who has the key."""
+        if self.key is not None and not hmac.compare_digest(str(password).encode(), self.key.encode()):
+            gr.Warning("This is not the owner's key.", title="Results are the owner's")
+            yield gr.skip(), gr.skip()
+            return
+        with tempfile.TemporaryDirectory() as folder:  # Gradio copies what it serves
+            path = Path(folder) / "answers.csv"
+            self.study.export(path)
+            page = rates_page(self.study.rates(), self.study.model)
+            yield page, gr.DownloadButton(value=str(path), visible=True)
+
+
+def _is_rater(rater: Any) -> bool:
+    """Whether a browser's word for its rater can be one; it comes from outside."""
+    return isinstance(rater, str) and RATER.fullmatch(rater) is not None
+
+
+def _bar(answered: int, total: int) -> str:
+    share = 100 * answered / total
+    return (
+        f'<div class="preference-bar" role="progressbar" aria-valuemin="0" aria-valuemax="{total}" aria-valuenow="{answered}">'
+        f'<span>{answered} of {total} compared</span><i><b style="width: {share:.0f}%"></b></i></div>'
+    )
+
+
+def rates_page(rates: dict[str, dict[str, Any]], model: str) -> str:
+    """How often a model was found better than each other one, as HTML.
+
+    Args:
+        rates: From `PreferenceStudy.rates`.
+        model: Whose rates they are.
+    """
+    if not rates:
+        return "<p>No answers yet.</p>"
+    parts = []
+    for other, of in rates.items():
+        title = f"{html.escape(model)} against {html.escape(other)}"
+        note = f"{of['answers']} answers of {of['raters']} rater{'s' * (of['raters'] != 1)} on {of['win']['n']} clips"
+        bars = "".join(f'<b class="{kind}" style="width: {100 * of[kind]["mean"]:.1f}%"></b>' for kind in OUTCOMES)
+        figures = "".join(
+            f'<li class="{kind}"><strong>{of[kind]["mean"]:.0%}</strong> {word} <small>[{of[kind]["low"]:.0%}, '
+            f"{of[kind]['high']:.0%}]</small></li>"
+            for kind, word in OUTCOMES.items()
+        )
+        parts.append(
+            f'<section class="rates"><h4>{title}</h4><div>{bars}</div><ul>{figures}</ul><p>{note}; intervals: 95 %, over clips</p></section>'
+        )
+    return "".join(parts)

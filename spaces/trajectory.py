@@ -1,0 +1,324 @@
+"""The Trajectory page: draw a path, or give actions in a file, and see the video of them; compare two settings side by side."""
+
+import html
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from comparison import (
+    MAX_STEPS,
+    Setting,
+    action_table,
+    align,
+    error_table,
+    errors,
+    name_settings,
+    pipeline_of,
+    predict,
+    scheduler_names,
+    side_by_side,
+)
+from drawing import can_draw, drawing
+from scenes import (
+    DRAWN,
+    FILE,
+    LONGEST_DRAWING,
+    Scene,
+    action_kinds,
+    choose_actions,
+    default_scale,
+    examples,
+    known_truth,
+    start_canvas,
+    upload_scene,
+)
+from viewer import videos, viewer
+from visitor_files import ACTION_SUFFIXES, resize
+from worlds import World, Worlds
+
+from irasim_diffusers.data import write_video
+from irasim_diffusers.pictures import film_strip
+
+COLOURS = ("#6366f1", "#f59e0b")
+BASELINE, BASELINE_COLOUR = "last seen frame, repeated", "#9ca3af"
+INTRODUCTION = (
+    "Draw where the robot shall go, replay what was recorded, or bring your own actions: the model predicts the video of it. "
+    "Compare two models, samplers or seeds side by side."
+)
+
+
+def trajectory_page(worlds: Worlds) -> None:
+    """Build the page, inside a tab."""
+    if worlds:
+        TrajectoryPage(worlds)
+    else:
+        gr.Markdown("No model could be loaded.")
+
+
+class TrajectoryPage:
+    """The page's components, and what happens to them."""
+
+    def __init__(self, worlds: Worlds) -> None:
+        self.worlds = worlds
+        self.scenes = {name: examples(world) for name, world in worlds.items()}
+        self.running: dict[str | None, list[Any]] = {}  # pipelines at work, by session
+        gr.Markdown(INTRODUCTION)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=320):
+                self._build_start(next(iter(worlds.values())))
+                self._build_settings(next(iter(worlds.values())))
+            with gr.Column(scale=6, min_width=320):
+                self._build_results()
+        self._connect()
+
+    def _build_start(self, world: World) -> None:
+        scenes = self.scenes[world.name]
+        scene = scenes[0] if scenes else None
+        kinds = action_kinds(world, scene)
+        self.scene = gr.State(scene)
+        self.pad = drawing(start_canvas(scene, world, scenes, 0), elem_id="trajectory-pad")
+        with gr.Row():
+            self.run = gr.Button("Predict", variant="primary", min_width=120, elem_id="trajectory-run")
+            self.stop = gr.Button("Stop", variant="stop", min_width=120, visible=False, elem_id="trajectory-stop")
+            self.upload = gr.UploadButton(
+                "Own start …", file_types=["image", "video"], min_width=120, elem_id="trajectory-upload"
+            )
+        self.kind = gr.Radio(kinds, value=kinds[0], label="Actions", elem_id="trajectory-kind")
+        self.file = gr.File(
+            label=f"Actions: a row for each frame ({', '.join(ACTION_SUFFIXES)})",
+            file_types=list(ACTION_SUFFIXES),
+            height=130,
+            visible=kinds[0] == FILE,
+            elem_id="trajectory-file",
+        )
+        self.length = gr.Slider(1, LONGEST_DRAWING, 24, step=1, label="Frames to predict", elem_id="trajectory-length")
+        self.scale = gr.Number(
+            default_scale(world), label="Width of the picture, in units of the actions", visible=_is_scaled(world)
+        )
+
+    def _build_settings(self, world: World) -> None:
+        with gr.Accordion("Model, sampler, seed; compare two", open=False, elem_id="trajectory-settings"):
+            self.first = self._setting_controls(world, "a", seed=0)
+            self.compare = gr.Checkbox(label="Compare with a second setting", elem_id="trajectory-compare")
+            with gr.Column(visible=False) as self.second_box:
+                self.second = self._setting_controls(world, "b", seed=1)
+
+    def _setting_controls(self, world: World, name: str, seed: int) -> list[Any]:
+        """Model, sampler, steps and seed."""
+        own, names = type(world.pipeline.scheduler).__name__, scheduler_names(world.pipeline)
+        model = gr.Dropdown(list(self.worlds), value=world.name, label="Model", visible=len(self.worlds) > 1)
+        with gr.Row():
+            scheduler = gr.Dropdown(
+                list(names), value=own, label="Sampler", min_width=150, scale=3, elem_id=f"trajectory-scheduler-{name}"
+            )
+            steps = gr.Number(
+                world.pipeline.config.num_inference_steps,
+                label="Steps",
+                precision=0,
+                minimum=1,
+                maximum=MAX_STEPS,
+                min_width=70,
+                elem_id=f"trajectory-steps-{name}",
+            )
+            number = gr.Number(seed, label="Seed", precision=0, min_width=70, elem_id=f"trajectory-seed-{name}")
+        return [model, scheduler, steps, number]
+
+    def _build_results(self) -> None:
+        self.view = viewer("Draw on the picture, or press Predict: the video appears here.", elem_id="trajectory-view")
+        self.status = gr.HTML(min_height=48, elem_id="trajectory-status")
+        with gr.Column(visible=False) as self.results:
+            self.error_plot = gr.LinePlot(
+                x="frame",
+                y="PSNR (dB)",
+                color="video",
+                title="Likeness to the truth by frame: higher is better",
+                height=220,
+                elem_id="trajectory-errors",
+            )
+            self.action_plot = gr.LinePlot(
+                x="frame", y="action", color="component", title="Actions by frame", height=220
+            )
+            self.strip = gr.Image(
+                show_label=False,
+                format="png",
+                interactive=False,
+                buttons=["download", "fullscreen"],
+                elem_id="trajectory-strip",
+            )
+            with gr.Row():
+                self.video = gr.DownloadButton("Video (.mp4)", size="sm", elem_id="trajectory-video")
+                self.table = gr.DownloadButton("Actions (.csv)", size="sm", elem_id="trajectory-table")
+
+    def _connect(self) -> None:
+        private: Any = {"api_visibility": "private"}
+        quiet: Any = private | {"show_progress": "hidden", "queue": False}
+        asked: Any = {
+            self.scene,
+            self.kind,
+            self.pad,
+            self.file,
+            self.length,
+            self.scale,
+            *self.first,
+            self.compare,
+            *self.second,
+        }
+        made = [self.view, self.status, self.results, self.error_plot, self.action_plot, self.strip, self.video]
+        made += [self.table, self.run, self.stop]
+        predict: Any = {
+            "fn": self.predict,
+            "inputs": asked,
+            "outputs": made,
+            "show_progress_on": [self.status],
+            "concurrency_limit": None,  # a world gives turns itself
+        } | private
+        drawn = self.pad.drawn(lambda: DRAWN, outputs=self.kind, **quiet).then(**predict)
+        pressed = self.run.click(**predict)
+        self.stop.click(self.interrupt, outputs=[self.status, self.run, self.stop], cancels=[drawn, pressed], **quiet)
+        start, model = [self.scene, self.pad, self.kind], [self.first[0], self.kind]
+        self.pad.picked(self.choose_example, model, start, **quiet)
+        self.upload.upload(self.choose_upload, [self.upload, *model], start, **private)
+        self.first[0].change(self.choose_model, model, [*start, self.scale, *self.first[1:3]], **private)
+        self.second[0].change(self.choose_sampler, self.second[0], self.second[1:3], **private)
+        self.compare.change(lambda on: gr.Column(visible=on), self.compare, self.second_box, **quiet)
+        self.kind.change(
+            lambda kind: (gr.File(visible=kind == FILE), gr.Slider(visible=kind != FILE)),
+            self.kind,
+            [self.file, self.length],
+            **quiet,
+        )
+
+    def choose_example(self, name: str, kind: str, event: gr.EventData) -> tuple[Any, ...]:
+        """Start from an example."""
+        scenes, index = self.scenes.get(name, []), event.index
+        if not isinstance(index, int) or not 0 <= index < len(scenes):
+            return gr.skip(), gr.skip(), gr.skip()
+        return self._start(scenes[index], name, kind, index)
+
+    def choose_upload(self, path: str, name: str, kind: str) -> tuple[Any, ...]:
+        """Start from a file of the visitor's."""
+        try:
+            return self._start(upload_scene(path, self.worlds.named(name)), name, kind)
+        except ValueError as error:
+            gr.Warning(str(error), title="That cannot be a start")
+            return gr.skip(), gr.skip(), gr.skip()
+
+    def choose_model(self, name: str, kind: str) -> tuple[Any, ...]:
+        """Start with another model."""
+        world, scenes = self.worlds.named(name), self.scenes[name]
+        scale = gr.Number(default_scale(world), visible=_is_scaled(world))
+        return *self._start(scenes[0] if scenes else None, name, kind, 0), scale, *self.choose_sampler(name)
+
+    def choose_sampler(self, name: str) -> tuple[Any, ...]:
+        """The samplers and steps of another model."""
+        pipeline = self.worlds.named(name).pipeline
+        own, names = type(pipeline.scheduler).__name__, scheduler_names(pipeline)
+        return gr.Dropdown(list(names), value=own), pipeline.config.num_inference_steps
+
+    def _start(self, scene: Scene | None, name: str, kind: str, chosen: int | None = None) -> tuple[Any, ...]:
+        world = self.worlds.named(name)
+        kinds = action_kinds(world, scene)
+        return (
+            scene,
+            start_canvas(scene, world, self.scenes[name], chosen),
+            gr.Radio(kinds, value=kind if kind in kinds else kinds[0]),
+        )
+
+    def _settings(self, asked: dict[Any, Any]) -> dict[str, Setting]:
+        def setting(controls: list[Any]) -> Setting:
+            name, scheduler, steps, seed = (asked[control] for control in controls)
+            return Setting(self.worlds.named(name), scheduler, int(steps or 0), int(seed or 0) % 2**63)
+
+        return name_settings(setting(self.first), setting(self.second) if asked[self.compare] else None)
+
+    async def predict(
+        self,
+        asked: dict[Any, Any],
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio hands it over)
+    ) -> AsyncIterator[dict[Any, Any]]:
+        """Predict under each setting, show frames as they come, and at the end what there is to say of them."""
+        try:
+            settings = self._settings(asked)
+            world = next(iter(settings.values())).world
+            scene, kind = asked[self.scene], asked[self.kind]
+            if scene is None:
+                raise ValueError("Give a picture or video to start from.")
+            given = (asked[each] for each in (self.pad, self.file, self.length, self.scale))
+            actions = choose_actions(kind, scene, world, *given)
+            pipelines = {name: pipeline_of(setting) for name, setting in settings.items()}
+        except ValueError as error:
+            gr.Warning(str(error), title="That cannot be predicted")
+            yield {self.status: gr.skip()}
+            return
+        self.running[request.session_hash] = list(pipelines.values())
+        yield {self.run: gr.Button(visible=False), self.stop: gr.Button(visible=True)}
+        truth = known_truth(kind, scene)[: len(actions)]
+        begun, total, done = time.perf_counter(), len(actions) * len(settings), 0
+        fps, seen = world.pipeline.transformer.config.fps or 10, len(scene.history)
+        panels = {"Truth": np.concatenate([scene.history, truth])} if len(truth) else {}
+        panels |= {name: resize(scene.history, each.world.pipeline.frame_size) for name, each in settings.items()}
+        try:
+            for name, setting in settings.items():
+                async for frames in predict(pipelines[name], setting, scene.history, actions):
+                    panels[name] = np.concatenate([panels[name], frames])
+                    done += len(frames)
+                    progress((done, total), desc="Predicting", unit="frames")
+                    yield {self.view: videos(panels, fps, seen)}
+        finally:  # also when the visitor stops it or leaves
+            self._stop(request.session_hash)
+        yield {self.run: gr.Button(visible=True), self.stop: gr.Button(visible=False)}
+        if done < total:  # stopped
+            return
+        figures = {name: errors(panels[name][seen:], truth) for name in settings} if len(truth) else {}
+        if figures:
+            figures[BASELINE] = errors(np.repeat(scene.history[-1:], len(truth), axis=0), truth)
+        names = world.pipeline.transformer.config.action_names
+        with tempfile.TemporaryDirectory() as folder:  # Gradio copies what it serves
+            yield {
+                self.status: _summary(total, time.perf_counter() - begun, figures),
+                self.results: gr.Column(visible=True),
+                self.error_plot: _error_plot(figures),
+                self.action_plot: action_table(actions, names),
+                self.strip: film_strip(align(panels), seen, columns=8),
+                self.video: str(write_video(Path(folder) / "prediction.mp4", side_by_side(align(panels)), fps)),
+                self.table: str(_write_actions(Path(folder) / "actions.csv", actions, names)),
+            }
+
+    def interrupt(self, request: gr.Request) -> tuple[Any, ...]:
+        """Stop what this visitor has running, at its next step."""
+        self._stop(request.session_hash)
+        return "Stopped.", gr.Button(visible=True), gr.Button(visible=False)
+
+    def _stop(self, session: str | None) -> None:
+        for pipeline in self.running.pop(session, ()):
+            pipeline._interrupt = True
+
+
+def _is_scaled(world: World) -> bool:
+    """Whether a drawn path needs a scale."""
+    config = world.pipeline.transformer.config
+    return config.action_space == "relative" and can_draw(config) is None
+
+
+def _summary(frames: int, seconds: float, figures: dict[str, np.ndarray]) -> str:
+    said = [f"{frames} frames in {seconds:.1f} s"]
+    said += [f"{name} ({np.nanmean(values):.1f} dB)" for name, values in figures.items() if np.isfinite(values).any()]
+    return " · ".join(html.escape(one) for one in said)
+
+
+def _error_plot(figures: dict[str, np.ndarray]) -> gr.LinePlot:
+    if not figures:
+        return gr.LinePlot(visible=False)
+    colours = dict(zip(figures, COLOURS, strict=False)) | {BASELINE: BASELINE_COLOUR}
+    return gr.LinePlot(error_table(figures), color_map=colours, visible=True)
+
+
+def _write_actions(path: Path, actions: np.ndarray, names: list[str] | None) -> Path:
+    header = ",".join(names or [f"action_{index}" for index in range(actions.shape[1])])
+    np.savetxt(path, actions, delimiter=",", header=header, comments="", fmt="%.6g")
+    return path

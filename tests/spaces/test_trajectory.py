@@ -1,0 +1,381 @@
+import asyncio
+import base64
+import io
+import json
+import pickle
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers.configuration_utils import FrozenDict
+
+from irasim_diffusers import IRASimPipeline, embedded_checkpoint
+from irasim_diffusers.data import write_video
+
+pytest.importorskip("gradio")
+from comparison import (
+    Setting,
+    align,
+    errors,
+    name_settings,
+    pipeline_of,
+    predict,
+    predict_whole,
+    scheduler_names,
+)
+from drawing import path_actions, read_path, resample
+from poses import read_poses
+from scenes import DRAWN, FILE, RECORDED, Scene, action_kinds, choose_actions, examples, known_truth, upload_scene
+from viewer import videos
+from visitor_files import MAX_ACTIONS, read_action_file, read_clip
+from worlds import World
+
+
+@pytest.fixture(scope="module")
+def world():
+    pipeline = IRASimPipeline.from_pretrained(embedded_checkpoint())
+    clip = np.random.default_rng(0).integers(0, 256, (30, 96, 96, 3), dtype=np.uint8)
+    return World("push-t", pipeline, clip, np.random.default_rng(1).uniform(0, 512, (28, 2)), 2)
+
+
+class TestPaths:
+    def test_steps_take_equal_times(self):
+        """A pen that waits, then goes: the places wait too."""
+        points = np.array([[0.0, 0.5, 100.0], [0.0, 0.5, 200.0], [1.0, 0.0, 300.0]])
+        places = resample(points, 4)
+        np.testing.assert_allclose(places[:, 0], [0, 0, 0, 0.5, 1])
+        np.testing.assert_allclose(places[:, 1], [0.5, 0.5, 0.5, 0.25, 0])
+
+    def test_without_time_every_point_takes_as_long(self):
+        np.testing.assert_allclose(
+            resample(np.array([[0, 0, 7.0], [1, 0, 7.0], [1, 1, 7.0]]), 2), [[0, 0], [1, 0], [1, 1]]
+        )
+        np.testing.assert_allclose(resample(np.array([[0.3, 0.6, 7.0]]), 2), [[0.3, 0.6]] * 3)
+
+    def test_a_picture_spans_the_bounds_of_targets(self):
+        config = config_of(action_low=[-1.0, 0.0], action_high=[1.0, 8.0])
+        actions = path_actions(np.array([[0.9, 0.9], [0, 0], [1, 1], [0.5, 0.25]]), config)
+        np.testing.assert_allclose(actions, [[-1, 0], [1, 8], [0, 2]])
+
+    def test_motions_add_up_to_the_path(self):
+        places = np.random.default_rng(0).random((6, 2))
+        actions = path_actions(places, config_of(action_space="relative"), 3.0)
+        np.testing.assert_allclose(places[0] + np.cumsum(actions, axis=0) / 3, places[1:])
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [({"action_dim": 7}, "7 components"), ({"action_low": None}, "does not record the bounds")],
+    )
+    def test_spaces_that_cannot_be_drawn(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            path_actions(np.zeros((3, 2)), config_of(**changes))
+
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            ([], "nothing is drawn yet"),
+            ("abc", "must be a list"),
+            ([[0, 0, 1]] * 20_001, "at most 20000"),
+            ([[0, 0]], "got shape"),
+            ([[0, "x", 1]], "all numbers"),
+            ([[0, None, 1]], "finite"),
+            ([[0, 1.5, 1]], "lie on the picture"),
+        ],
+    )
+    def test_what_is_no_path(self, path, message):
+        with pytest.raises(ValueError, match=message):
+            read_path({"path": path})
+
+    def test_time_never_runs_back(self):
+        assert read_path({"path": [[0, 0, 5], [1, 1, 4]]})[1, 2] == 5
+
+
+def config_of(**changes):
+    whole = {"action_dim": 2, "action_space": "absolute", "action_low": 0.0, "action_high": 512.0}
+    return FrozenDict(whole | changes)
+
+
+def npy(array, **kwargs):
+    file = io.BytesIO()
+    np.save(file, array, **kwargs)
+    return file.getvalue()
+
+
+ACTIONS = np.array([[58.0, 334.0], [60.0, 300.0], [62.5, 280.0]])
+HUGE_HEADER = npy(np.zeros(0)).replace(b"(0,), ", b"(9999999999, 2), ")[:128]
+BAD_ACTIONS = [
+    ("a.npy", npy(np.zeros((3, 7))), "has 7 numbers a row, and this model takes actions of 2"),
+    ("a.npy", npy(np.array([[1, np.nan]])), "row 1: every number must be finite"),
+    ("a.npy", npy(np.array([{"a": 1}], dtype=object), allow_pickle=True), "no table of numbers"),
+    ("a.npy", pickle.dumps([[1, 2]]), "no table of numbers"),
+    ("a.npy", b"PK\x03\x04 and no more", "no table of numbers"),
+    ("a.npy", HUGE_HEADER, "no table of numbers"),
+    ("a.npy", npy(np.zeros((MAX_ACTIONS + 1, 2))), "241 actions: give 1 to 240"),
+    ("a.npy", npy(np.zeros((0, 2))), "0 actions: give 1 to 240"),
+    ("a.csv", b"x,y\n1,two\n", "no table of numbers"),
+    ("a.csv", b"1,2\n3\n", "no table of numbers"),
+    ("a.csv", b'"' + b"1" * 200_000, "no table of numbers"),
+    ("a.json", b"{}", "no table of numbers"),
+    ("a.json", b"[" * 100_000, "no table of numbers"),
+    ("a.json", b"\xff\xfe", "no table of numbers"),
+    ("a.txt", b"1,2", "a .npy, .csv or .json file"),
+    ("a.csv", b"1,2\n" * 300_000, "too large"),
+]
+
+
+class TestFiles:
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("a.npy", npy(ACTIONS)),
+            ("a.csv", b"x,y\n58,334\n60,300\n62.5,280\n"),
+            ("a.json", json.dumps({"actions": ACTIONS.tolist()}).encode()),
+        ],
+    )
+    def test_good_actions(self, tmp_path, name, content):
+        (tmp_path / name).write_bytes(content)
+        np.testing.assert_array_equal(read_action_file(tmp_path / name, 2), ACTIONS)
+
+    @pytest.mark.parametrize(("name", "content", "message"), BAD_ACTIONS)
+    def test_bad_actions(self, tmp_path, name, content, message):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message) as error:
+            read_action_file(tmp_path / name, 2)
+        assert str(tmp_path) not in str(error.value)
+
+    def test_clips(self, tmp_path):
+        frames = np.full((9, 20, 30, 3), 200, np.uint8)
+        write_video(tmp_path / "a.mp4", frames, 10)
+        PIL.Image.fromarray(frames[0]).save(tmp_path / "a.png")
+        assert read_clip(tmp_path / "a.mp4", (8, 12), 5).shape == (5, 8, 12, 3)
+        assert abs(int(read_clip(tmp_path / "a.mp4", (20, 30), 9).mean()) - 200) < 3
+        assert read_clip(tmp_path / "a.png", (8, 12), 5).shape == (1, 8, 12, 3)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.mp4", b"no video", "cannot be read"),
+            ("a.mp4", b"\0\0\0\x20ftypisom" + b"\0" * 400, "cannot be read"),
+            ("a.mp4", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "cannot be read"),
+            ("a.png", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "cannot be read"),
+            ("a.png", b"", "cannot be read"),
+        ],
+    )
+    def test_bad_clips(self, tmp_path, name, content, message):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_clip(tmp_path / name, (8, 12), 5)
+
+    def test_huge_pictures_are_not_decoded(self, tmp_path):
+        PIL.Image.new("1", (5000, 5000)).save(tmp_path / "a.png")
+        with pytest.raises(ValueError, match="5000x5000 pixels: give at most 16 million"):
+            read_clip(tmp_path / "a.png", (8, 12), 5)
+
+
+class TestScenes:
+    def test_examples_know_how_it_went_on(self, world):
+        for scene in examples(world):
+            end = 30 - len(scene.truth)
+            np.testing.assert_array_equal(scene.history, world.clip[end - 2 : end])
+            np.testing.assert_array_equal(scene.recorded, world.clip_actions[end - 2 :])
+            assert len(scene.truth) == len(scene.recorded) >= 12
+
+    def test_an_uploaded_video_goes_on_as_the_truth_of_a_file(self, world, tmp_path):
+        path = write_video(tmp_path / "a.mp4", world.clip, 10)
+        scene = upload_scene(path, world)
+        assert (len(scene.history), len(scene.truth)) == (2, 28)
+        assert len(known_truth(FILE, scene)) == 28
+        assert len(known_truth(DRAWN, scene)) == 0
+        assert action_kinds(world, scene) == [DRAWN, FILE]
+        example = examples(world)[0]
+        assert len(known_truth(RECORDED, example)) == 28
+        assert len(known_truth(FILE, example)) == 0
+
+    @pytest.mark.parametrize(
+        ("kind", "length", "message"),
+        [
+            (FILE, 5, "Give a file"),
+            (RECORDED, 5, "Nothing is recorded"),
+            (DRAWN, 5, "nothing is drawn"),
+            (DRAWN, 61, "1 to 60"),
+        ],
+    )
+    def test_actions_that_are_missing(self, world, kind, length, message):
+        scene = Scene(world.clip[:2], world.clip[:0])
+        with pytest.raises(ValueError, match=message):
+            choose_actions(kind, scene, world, {"path": []}, None, length, 1.0)
+
+
+class TestSettings:
+    def test_schedulers_are_the_checkpoints_and_its_own_first(self, world):
+        names = scheduler_names(world.pipeline)
+        assert names[0] == "DDIMScheduler"
+        assert {"PNDMScheduler", "EulerDiscreteScheduler"} < set(names)
+        assert "EDMEulerScheduler" not in names
+        view = pipeline_of(Setting(world, "EulerDiscreteScheduler", 3, 0))
+        assert type(view.scheduler).__name__ == "EulerDiscreteScheduler"
+        assert view.transformer is world.pipeline.transformer
+        assert type(world.pipeline.scheduler).__name__ == "DDIMScheduler"
+        assert pipeline_of(Setting(world, "DDIMScheduler", 3, 0)).scheduler is not world.pipeline.scheduler
+
+    def test_what_tells_two_settings_apart(self, world):
+        first = Setting(world, "DDIMScheduler", 2, 0)
+        assert list(name_settings(first, None)) == ["Prediction"]
+        assert list(name_settings(first, Setting(world, "DDIMScheduler", 1, 5))) == [
+            "A: 2 steps, seed 0",
+            "B: 1 step, seed 5",
+        ]
+        with pytest.raises(ValueError, match="Both settings are the same"):
+            name_settings(first, first)
+        for bad in (Setting(world, "EDMEulerScheduler", 2, 0), Setting(world, "DDIMScheduler", 101, 0)):
+            with pytest.raises(ValueError, match=r"does not take the scheduler|Steps must be"):
+                pipeline_of(bad)
+
+    def test_windows_join_to_what_one_call_predicts(self, world):
+        setting = Setting(world, "DDIMScheduler", 1, 3)
+        history, actions = world.clip[:2], world.clip_actions[:8]
+
+        async def windows():
+            return [part async for part in predict(pipeline_of(setting), setting, history, actions)]
+
+        parts = asyncio.run(windows())
+        generator = torch.Generator().manual_seed(3)
+        (whole,) = predict_whole(pipeline_of(setting), setting, history, actions, generator)
+        assert [len(part) for part in parts] == [6, 2]
+        assert np.abs(np.concatenate(parts)[:6].astype(int) - whole[:6]).max() <= 1
+        assert whole.shape == (8, 96, 96, 3)
+
+    def test_errors_stop_with_the_truth(self):
+        truth = np.full((2, 4, 6, 3), 100, np.uint8)
+        prediction = np.concatenate([truth, truth[:1]]) + np.array([0, 51, 0], np.uint8)[:, None, None, None]
+        values = errors(prediction, truth)
+        assert np.isnan(values[0])
+        assert values[1] == pytest.approx(-20 * np.log10(0.2))
+        assert len(values) == 2
+        assert {part.shape for part in align({"a": truth, "b": prediction}).values()} == {(3, 4, 6, 3)}
+
+    def test_the_viewer_holds_every_frame(self):
+        frames = np.random.default_rng(0).integers(0, 256, (7, 5, 9, 3), dtype=np.uint8)
+        (panel,) = videos({"a": frames}, 10)["panels"]
+        sheet = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(panel["sheet"].split(",")[1]))))
+        for number, frame in enumerate(frames):
+            row, column = divmod(number, panel["columns"])
+            np.testing.assert_array_equal(sheet[row * 5 : row * 5 + 5, column * 9 : column * 9 + 9], frame)
+
+
+@pytest.fixture
+def trajectory(page, app_url):
+    page.goto(app_url)
+    page.get_by_role("tab", name="Trajectory").click()
+    page.locator("#trajectory-pad .starts button").first.wait_for()
+    return page
+
+
+def set_length(page, frames):
+    page.locator("#trajectory-length input[type=number]").fill(str(frames))
+    page.locator("#trajectory-length input[type=number]").press("Tab")
+
+
+def shown_frames(page):
+    """The last frame of each video, (N, 96, 96, 3)."""
+    slider = page.locator("#trajectory-view .frame")
+    slider.fill(slider.get_attribute("max"))
+    urls = page.locator("#trajectory-view canvas").evaluate_all("all => all.map(one => one.toDataURL())")
+    return np.stack(
+        [np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB")) for url in urls]
+    )
+
+
+def upload(page, name, content):
+    file = {"name": name, "mimeType": "application/octet-stream", "buffer": content}
+    page.locator("#trajectory-file input[type=file]").set_input_files(file)
+    page.locator("#trajectory-file").get_by_text(name.split(".")[0], exact=False).first.wait_for()
+
+
+def test_the_pusher_follows_a_drawn_path(trajectory):
+    page = trajectory
+    set_length(page, 12)
+    page.locator("#trajectory-pad .stage").scroll_into_view_if_needed()
+    box = page.locator("#trajectory-pad .stage").bounding_box()
+    page.mouse.move(box["x"] + 0.12 * box["width"], box["y"] + 0.65 * box["height"])
+    page.mouse.down()
+    for y in np.linspace(0.65, 0.25, 12):
+        page.mouse.move(box["x"] + 0.12 * box["width"], box["y"] + y * box["height"])
+        time.sleep(0.01)
+    page.mouse.up()
+    page.locator("#trajectory-status").get_by_text("12 frames in").wait_for()
+    ((x, y),) = read_poses(shown_frames(page)).pusher
+    assert abs(x - 0.12 * 96) < 3
+    assert 0.2 * 96 < y < 0.4 * 96  # it lags a little behind its target; it began at 0.65
+
+
+def test_files_of_actions_bad_and_good(trajectory):
+    page = trajectory
+    page.get_by_label("From a file").check()
+    page.locator("#trajectory-run").click()
+    page.get_by_text("Give a file of actions first.").wait_for()
+    for name, content, message in [
+        BAD_ACTIONS[0],
+        BAD_ACTIONS[2],
+        ("good.csv", b"60,330\n65,320\n70,310\n", "3 frames in"),
+    ]:
+        upload(page, name, content)
+        page.locator("#trajectory-run").click()
+        page.get_by_text(message).first.wait_for()
+        if message != "3 frames in":
+            page.locator("#trajectory-file").get_by_label("Clear").or_(
+                page.locator("#trajectory-file").get_by_label("Remove this file")
+            ).first.click()
+    with page.expect_download() as download:
+        page.locator("#trajectory-table").click()
+    assert download.value.path().read_text() == "target_x,target_y\n60,330\n65,320\n70,310\n"
+
+
+def test_two_seeds_beside_the_truth(trajectory):
+    page = trajectory
+    set_length(page, 6)
+    page.get_by_label("Recorded").check()
+    page.locator("#trajectory-settings > button, #trajectory-settings .label-wrap").first.click()
+    page.get_by_label("Compare with a second setting").check()
+    page.locator("#trajectory-seed-b input").fill("7")
+    page.locator("#trajectory-seed-b input").press("Tab")
+    page.locator("#trajectory-run").click()
+    page.locator("#trajectory-status").get_by_text("12 frames in").wait_for()
+    assert page.locator("#trajectory-view figcaption").all_inner_texts() == ["Truth", "A: seed 0", "B: seed 7"]
+    truth, first, second = shown_frames(page).astype(float)
+    assert 0 < np.abs(first - second).mean() < np.abs(first - 128).mean()
+    assert np.abs(first - truth).mean() < 5
+    page.locator("#trajectory-errors").wait_for()
+
+
+def test_starts_that_are_no_pictures(trajectory, tmp_path):
+    page = trajectory
+    PIL.Image.new("1", (5000, 5000)).save(tmp_path / "huge.png")
+    (tmp_path / "broken.mp4").write_bytes(b"\0\0\0\x20ftypisom" + b"\0" * 400)
+    PIL.Image.new("RGB", (60, 40), "red").save(tmp_path / "red.png")
+    before = page.locator("#trajectory-pad .stage img").get_attribute("src")
+    for name, message in [("huge.png", "give at most 16 million"), ("broken.mp4", "cannot be read")]:
+        with page.expect_file_chooser() as chooser:
+            page.locator("#trajectory-upload").click()
+        chooser.value.set_files(tmp_path / name)
+        page.get_by_text(message).wait_for()
+        assert page.locator("#trajectory-pad .stage img").get_attribute("src") == before
+    with page.expect_file_chooser() as chooser:
+        page.locator("#trajectory-upload").click()
+    chooser.value.set_files(tmp_path / "red.png")
+    page.wait_for_function("before => document.querySelector('#trajectory-pad .stage img').src !== before", arg=before)
+
+
+def test_a_long_prediction_can_be_stopped(trajectory):
+    page = trajectory
+    set_length(page, 60)
+    page.get_by_label("Recorded").check()
+    page.locator("#trajectory-settings > button, #trajectory-settings .label-wrap").first.click()
+    page.locator("#trajectory-steps-a input").fill("40")
+    page.locator("#trajectory-steps-a input").press("Tab")
+    page.locator("#trajectory-run").click()
+    page.locator("#trajectory-stop").click()
+    page.get_by_text("Stopped.").wait_for()
+    page.locator("#trajectory-run").wait_for()
