@@ -1,0 +1,421 @@
+// The Drive page. Keys, buttons, a gamepad or a finger on the picture make a command; one request at a time turns it into
+// frames, which are shown at the robot's own rate. A request asks for as many frames as pass while it is under way.
+const models = JSON.parse(props.value);
+const root = element.querySelector(".drive");
+const find = (selector) => root.querySelector(selector);
+const stage = find(".stage"), canvas = find("canvas"), file = find("input[type=file]"), slider = find(".speed input");
+const MOST_FRAMES = 4; // of a request: more would make the robot deaf
+const SETTLE_MS = 800; // for which time goes on when nothing is pressed
+const ARROWS = { ArrowUp: "\u2191", ArrowLeft: "\u2190", ArrowDown: "\u2193", ArrowRight: "\u2192" };
+
+let model = Object.keys(models)[0];
+let start = Object.keys(models[model]?.starts ?? {})[0]; // name of an example, or an upload
+let session = null; // its name at the server
+let space = models[model]?.space; // the action space
+let frames = []; // data URLs, the first frame first
+let last = []; // the last action
+let demo = []; // actions of the example clip, until the visitor takes over
+let goal = null; // where the picture is pressed, raw units
+let locating = false; // whether the next press on the picture says where the robot is
+let running = null; // the loop's promise
+let starting = null; // that of a start under way
+let replaying = false;
+let epoch = 0; // frames of an earlier one are not shown
+let trip = 60; // milliseconds of a request, smoothed
+let pressed_at = null;
+const held = new Set();
+const figures = (root.figures = { latencies: [], shown: [] });
+
+async function call(name, data) {
+  const answer = await fetch(`${window.gradio_config?.root ?? ""}/gradio_api/run/${name}`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ data }),
+  });
+  const body = await answer.json().catch(() => ({}));
+  if (!answer.ok || body.error) throw new Error(body.error ?? body.detail ?? `The server answered ${answer.status}.`);
+  return body.data;
+}
+
+const sleep = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+
+function say(text, bad = false) {
+  const message = find(".message");
+  message.hidden = !text;
+  message.textContent = text ?? "";
+  message.classList.toggle("bad", bad);
+}
+
+// progress for what takes long, and errors for what fails
+async function during(text, work) {
+  const busy = find(".busy");
+  busy.querySelector("span").textContent = text;
+  const timer = setTimeout(() => (busy.hidden = false), 250);
+  say();
+  try {
+    return await work();
+  } catch (error) {
+    fail(error);
+  } finally {
+    clearTimeout(timer);
+    busy.hidden = true;
+  }
+}
+
+function fail(error) {
+  say(error.message === "Failed to fetch" ? "The server cannot be reached." : error.message, true);
+  if (/^`session` must/.test(error.message)) end();
+  update();
+}
+
+function end() {
+  if (session) call("stop", [session]).catch(() => {});
+  session = null;
+}
+
+function update() {
+  find(".begin").hidden = Boolean(session) || !start;
+  root.classList.toggle("running", Boolean(running));
+  stage.classList.toggle("planar", planar());
+  find(".hint.drag").hidden = !planar();
+  find(".state").textContent = replaying ? "Replay" : running ? (demo.length ? "Example actions: press a key to take over" : "Driving") : session ? "Hold a key to drive" : "Ready";
+  find(".count").textContent = frames.length > 1 ? `${frames.length - 1} predicted` : "";
+  const some = session && frames.length > 1;
+  for (const button of root.querySelectorAll(".tools button")) button.disabled = !some;
+  find("[data-do=replay]").textContent = replaying ? "Stop" : "Replay";
+  for (const button of root.querySelectorAll(".pictures button[data-start]")) button.ariaPressed = button.dataset.start === start;
+}
+
+async function draw(url, of = epoch) {
+  const image = new Image();
+  image.src = url;
+  await image.decode();
+  if (of !== epoch) return false;
+  if (canvas.width !== image.width || canvas.height !== image.height) {
+    [canvas.width, canvas.height] = [image.width, image.height];
+    stage.style.aspectRatio = `${image.width} / ${image.height}`;
+  }
+  canvas.getContext("2d").drawImage(image, 0, 0);
+  return true;
+}
+
+// ---- driving
+
+const planar = () => space?.space === "absolute" && space.names.length === 2 && [...space.low, ...space.high].every(Number.isFinite);
+const clamp = (value) => Math.max(-1, Math.min(1, value));
+
+function command() {
+  const values = space.names.map(() => 0);
+  const stick = gamepad();
+  for (const { key, component, sign } of space.controls) values[component] += sign * (held.has(key) ? 1 : (stick[key] ?? 0));
+  if (goal) goal.forEach((value, index) => (values[index] += (value - last[index]) / (space.step[index] * slider.value)));
+  return values.map(clamp);
+}
+
+function gamepad() {
+  const keys = {};
+  for (const pad of navigator.getGamepads?.() ?? []) {
+    if (!pad) continue;
+    const axes = [["ArrowLeft", "ArrowRight"], ["ArrowUp", "ArrowDown"], ["o", "u"], ["r", "f"]];
+    axes.forEach(([negative, positive], index) => {
+      const value = pad.axes[index] ?? 0;
+      if (Math.abs(value) > 0.15) keys[value < 0 ? negative : positive] = Math.abs(value);
+    });
+    const buttons = { 6: "h", 7: "g", 12: "ArrowUp", 13: "ArrowDown", 14: "ArrowLeft", 15: "ArrowRight" };
+    for (const [index, key] of Object.entries(buttons)) if (pad.buttons[index]?.pressed) keys[key] = 1;
+  }
+  return keys;
+}
+
+function begin(action = null) {
+  starting ??= start_anew(action).finally(() => (starting = null));
+  return starting;
+}
+
+async function start_anew(action) {
+  await halt();
+  return during("Starting\u2026", async () => {
+    end();
+    const [name, first, found] = await call("start", [model, start, action, 0]);
+    [session, space, frames, last, demo] = [name, found, [first], found.hold, []];
+    find(".saved").hidden = true;
+    await draw(first);
+    build_pad();
+    return session;
+  }).finally(update);
+}
+
+// wait for the loop to end, and forget frames that are not shown yet
+async function halt() {
+  epoch += 1;
+  replaying = false;
+  demo = [];
+  await running;
+  if (session) await draw(frames[frames.length - 1]);
+}
+
+async function drive() {
+  if (running || (!session && !start)) return;
+  if (!session && !(await begin())) return;
+  if (running) return;
+  if (replaying) await halt();
+  running = loop(epoch).catch(fail).finally(() => ((running = null), update()));
+  update();
+}
+
+async function loop(mine) {
+  const interval = 1000 / space.fps;
+  let due = performance.now(); // when the next frame is to be shown
+  let quiet_since = null;
+  while (session && mine === epoch && !document.hidden) {
+    const wanted = command();
+    if (wanted.some((value) => value !== 0)) [demo, quiet_since] = [[], null];
+    else quiet_since ??= performance.now();
+    if (!demo.length && quiet_since && performance.now() - quiet_since > SETTLE_MS) break;
+    const number = Math.min(Math.max(1, Math.ceil((trip - 5) / interval)), MOST_FRAMES, space.longest_step);
+    const [asked, press] = [performance.now(), pressed_at];
+    pressed_at = null;
+    const waiting = setTimeout(() => (find(".state").textContent = "Waiting for a turn\u2026"), 1000);
+    try {
+      const rows = demo.splice(0, number);
+      const [pictures, actions] = rows.length ? [(await call("step", [session, rows]))[0], rows] : await call("drive", [session, wanted, number, Number(slider.value)]);
+      frames.push(...pictures);
+      frames.splice(1, Math.max(0, frames.length - 1 - space.max_frames));
+      if (mine !== epoch) return;
+      [last] = actions.slice(-1);
+      trip += 0.3 * (performance.now() - asked - trip);
+      due = Math.max(due, performance.now() - interval);
+      pictures.forEach((picture, index) => show(picture, due + index * interval, mine, index === 0 ? press : null));
+      due += pictures.length * interval;
+    } finally {
+      clearTimeout(waiting);
+    }
+    update();
+    await sleep(Math.max(0, due - performance.now() - trip));
+  }
+  await sleep(Math.max(0, due - interval - performance.now()));
+}
+
+async function show(picture, at, mine, press) {
+  await sleep(Math.max(0, at - performance.now()));
+  if (!(await draw(picture, mine))) return;
+  const now = performance.now();
+  figures.shown.push(now);
+  if (press !== null) figures.latencies.push(now - press);
+  for (const list of Object.values(figures)) if (list.length > 500) list.shift();
+  const recent = figures.shown.slice(-15);
+  const rate = (1000 * (recent.length - 1)) / (recent[recent.length - 1] - recent[0]);
+  const latency = [...figures.latencies.slice(-9)].sort((a, b) => a - b)[Math.floor(Math.min(figures.latencies.length, 9) / 2)];
+  find(".figures").textContent = [rate > 1 && `${rate.toFixed(1)} frames/s`, latency && `key to frame ${latency.toFixed(0)} ms`].filter(Boolean).join(" \u00b7 ");
+}
+
+// ---- keys, buttons, picture
+
+function press(key) {
+  if (!held.has(key)) pressed_at ??= performance.now();
+  held.add(key);
+  root.querySelector(`[data-key="${key}"]`)?.classList.add("down");
+  drive();
+}
+
+function release(key) {
+  held.delete(key);
+  root.querySelector(`[data-key="${key}"]`)?.classList.remove("down");
+}
+
+const release_all = () => ([...held].forEach(release), (goal = null));
+
+function key_of(event) {
+  const key = event.key.length > 1 ? event.key : event.key.toLowerCase();
+  const known = space?.same_keys[key] ?? key;
+  return space?.controls.some((control) => control.key === known) ? known : null;
+}
+
+const typing = (target) => target.matches("input, textarea, select, [contenteditable]");
+
+root.addEventListener("keydown", (event) => {
+  const key = key_of(event);
+  if (!key || typing(event.target) || event.ctrlKey || event.altKey || event.metaKey) return;
+  event.preventDefault();
+  press(key);
+});
+window.addEventListener("keyup", (event) => key_of(event) && release(key_of(event)));
+window.addEventListener("blur", release_all);
+root.addEventListener("focusout", (event) => root.contains(event.relatedTarget) || release_all());
+document.addEventListener("visibilitychange", release_all);
+window.addEventListener("pagehide", () => {
+  const body = new Blob([JSON.stringify({ data: [session] })], { type: "application/json" });
+  if (session) navigator.sendBeacon(`${window.gradio_config?.root ?? ""}/gradio_api/run/stop`, body);
+});
+window.addEventListener("gamepadconnected", () => say("Gamepad connected: drive with its stick."));
+setInterval(() => !running && !document.hidden && root.offsetParent && Object.keys(gamepad()).length && drive(), 50);
+
+function build_pad() {
+  const button = ({ key, label }) => {
+    const made = document.createElement("button");
+    made.type = "button";
+    made.dataset.key = key;
+    made.textContent = ARROWS[key] ?? label;
+    made.ariaLabel = label;
+    made.addEventListener("pointerdown", (event) => {
+      event.preventDefault();
+      made.setPointerCapture(event.pointerId);
+      stage.focus({ preventScroll: true });
+      press(key);
+    });
+    for (const name of ["pointerup", "pointercancel", "lostpointercapture"]) made.addEventListener(name, () => release(key));
+    made.addEventListener("keydown", (event) => [" ", "Enter"].includes(event.key) && (event.preventDefault(), press(key)));
+    made.addEventListener("keyup", () => release(key));
+    made.addEventListener("contextmenu", (event) => event.preventDefault());
+    return made;
+  };
+  const controls = space?.controls ?? [];
+  find(".pad").replaceChildren(...controls.filter(({ key }) => key in ARROWS).map(button));
+  find(".more").replaceChildren(...controls.filter(({ key }) => !(key in ARROWS)).map(button));
+}
+
+function place(event) {
+  const box = canvas.getBoundingClientRect();
+  const share = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+  return share.map((value, index) => space.low[index] + Math.max(0, Math.min(1, value)) * (space.high[index] - space.low[index]));
+}
+
+canvas.addEventListener("pointerdown", async (event) => {
+  if (!planar() || !session) return;
+  canvas.setPointerCapture(event.pointerId);
+  if (locating) {
+    locating = false;
+    await begin(place(event));
+    return;
+  }
+  pressed_at ??= performance.now();
+  goal = place(event);
+  drive();
+});
+canvas.addEventListener("pointermove", (event) => goal && (goal = place(event)));
+for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => (goal = null));
+
+// ---- start pictures and tools
+
+function build_pictures() {
+  const known = Object.entries(models[model]?.starts ?? {}).map(([name, { picture }]) => {
+    const made = document.createElement("button");
+    made.type = "button";
+    made.dataset.start = name;
+    made.ariaLabel = `Start from ${name}`;
+    made.title = name;
+    made.append(Object.assign(new Image(), { src: picture, alt: "" }));
+    made.addEventListener("click", () => choose(name));
+    return made;
+  });
+  const more = document.createElement("button");
+  more.type = "button";
+  more.className = "upload";
+  more.textContent = "+ Upload";
+  more.addEventListener("click", () => file.click());
+  find(".pictures").replaceChildren(...known, more);
+}
+
+async function choose(name) {
+  start = name;
+  locating = false;
+  stage.focus({ preventScroll: true });
+  await begin();
+}
+
+file.addEventListener("change", async () => {
+  const [picture] = file.files;
+  file.value = "";
+  if (!picture) return;
+  await halt();
+  const sent = await during("Uploading\u2026", async () => {
+    if (picture.size > 1e7) throw new Error(`The picture must have at most 10 MB, got ${(picture.size / 1e6).toFixed(0)} MB.`);
+    return upload(picture);
+  });
+  if (!sent) return;
+  const before = start;
+  start = { path: sent.path, meta: { _type: "gradio.FileData" } };
+  if (!(await begin())) {
+    start = before;
+    return update();
+  }
+  if (planar()) {
+    locating = true;
+    say("Where is the robot? Tap it in the picture, then drive.");
+  }
+});
+
+const tools = {
+  async reset() {
+    const [first] = await call("reset", [session]);
+    frames = [first];
+    last = space.hold;
+    await draw(first);
+  },
+  async undo() {
+    const [picture, left] = await call("undo", [session, Math.round(space.fps)]);
+    frames.length = left + 1;
+    await draw(picture);
+  },
+  async replay() {
+    replaying = true;
+    const mine = epoch;
+    update();
+    for (const picture of frames) {
+      if (!(await draw(picture, mine))) return;
+      await sleep(1000 / space.fps);
+    }
+    replaying = false;
+  },
+  async save() {
+    const [video, actions] = await call("record", [session]);
+    find(".saved video").src = find(".saved a.video").href = video.url;
+    find(".saved a.actions").href = actions.url;
+    find(".saved").hidden = false;
+  },
+};
+const DOING = { reset: "Resetting\u2026", undo: "Taking back\u2026", replay: "", save: "Writing the video\u2026" };
+
+find(".tools").addEventListener("click", async (event) => {
+  const what = event.target.dataset.do;
+  if (!what || event.target.disabled) return;
+  stage.focus({ preventScroll: true });
+  const stop = what === "replay" && replaying;
+  await halt();
+  if (what === "replay" && !stop) await tools.replay();
+  else if (!stop) await during(DOING[what], tools[what]);
+  update();
+});
+
+find(".begin").addEventListener("click", async () => {
+  stage.focus({ preventScroll: true });
+  if (!(await begin())) return;
+  demo = [...(models[model].starts[start]?.demo ?? [])];
+  drive();
+});
+stage.addEventListener("pointerdown", () => stage.focus({ preventScroll: true }));
+slider.addEventListener("input", () => (find(".speed output").textContent = `${Number(slider.value).toFixed(1)}\u00d7`));
+slider.addEventListener("change", () => stage.focus({ preventScroll: true }));
+
+function open(name) {
+  [model, start, session, frames] = [name, Object.keys(models[name].starts)[0], null, []];
+  space = models[name].space;
+  build_pad();
+  build_pictures();
+  update();
+  if (start) draw(models[name].starts[start].picture);
+  else say("This model brings no start pictures: upload one.");
+}
+
+const select = find(".model");
+select.hidden = Object.keys(models).length < 2;
+select.replaceChildren(...Object.keys(models).map((name) => new Option(name, name)));
+select.addEventListener("change", async () => {
+  await halt();
+  end();
+  open(select.value);
+});
+if (model) {
+  open(model);
+  stage.focus({ preventScroll: true });
+}
