@@ -372,6 +372,7 @@ const tools = {
     find(".saved video").src = find(".saved a.video").href = video.url;
     find(".saved a.actions").href = actions.url;
     find(".saved").hidden = false;
+    find(".saved").scrollIntoView({ block: "nearest" });
   },
 };
 const DOING = { reset: "Resetting\u2026", undo: "Taking back\u2026", replay: "", save: "Writing the video\u2026" };

@@ -28,6 +28,7 @@ def drive_page(worlds: Worlds) -> None:
         html_template=(FOLDER / "drive.html").read_text(),
         css_template=(FOLDER / "drive.css").read_text(),
         js_on_load=(FOLDER / "drive.js").read_text(),
+        apply_default_css=False,
         elem_id="drive",
     )
 

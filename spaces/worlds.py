@@ -20,7 +20,7 @@ from irasim_diffusers.cli import read_actions, read_frames
 
 Result = TypeVar("Result")
 EMBEDDED = "push-t"
-NUM_STARTS = 6
+NUM_STARTS = 5
 NUM_DEMO = 40
 
 

@@ -51,6 +51,7 @@ class ConditioningArguments:
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "any of these"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     num_history_frames: list[int] = field(default_factory=lambda: [1], metadata={"help": "1 2 compares both"})
+    patch_size: int = field(default=2, metadata={"help": "of the transformers; a U-Net has none"})
     config_file: str | None = field(
         default=None, metadata={"help": "config of `accelerate launch` (default: one process)"}
     )
@@ -58,6 +59,7 @@ class ConditioningArguments:
     num_clips: int = field(default=200, metadata={"help": "see evaluate.py, as the following"})
     num_histories: int = 50
     scheduler: str | None = None
+    timestep_spacing: str | None = None
     num_inference_steps: int | None = None
     dtype: str = "float32"
     device: str = "cpu"
@@ -148,10 +150,20 @@ def train_and_evaluate(
     train_once(
         folder,
         *("--cache_dir", arguments.output_dir / "latents", *flags, *MODELS[model]),
+        *(() if model == "LVDM" else ("--patch_size", arguments.patch_size)),
         *("--num_history_frames", history, "--seed", seed, "--max_train_minutes", arguments.max_train_minutes),
         config_file=arguments.config_file,
     )
-    names = ("first_seed", "num_clips", "num_histories", "scheduler", "num_inference_steps", "dtype", "device")
+    names = (
+        "first_seed",
+        "num_clips",
+        "num_histories",
+        "scheduler",
+        "timestep_spacing",
+        "num_inference_steps",
+        "dtype",
+        "device",
+    )
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     steps = int(checkpoints(folder)[-1].name.split("-")[1])  # more after a longer budget
     report = folder / f"report-{steps}.json"

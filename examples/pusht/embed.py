@@ -32,6 +32,9 @@ class EmbedArguments:
     scheduler: str = field(default="DDIMScheduler", metadata={"help": "scheduler class of diffusers"})
     timestep_spacing: str = field(default="trailing", metadata={"help": "of the scheduler; few steps need trailing"})
     num_inference_steps: int = field(default=2, metadata={"help": "steps that a call takes where it names none"})
+    timesteps: list[int] | None = field(
+        default=None, metadata={"help": "timesteps of these steps, where the scheduler takes them"}
+    )
     window_length: int | None = field(
         default=None, metadata={"help": "frames of a window of a rollout (default: all)"}
     )
@@ -47,7 +50,9 @@ def main() -> None:
         prediction_type=pipeline.transformer.config.prediction_type,
     )
     pipeline.register_to_config(
-        num_inference_steps=arguments.num_inference_steps, window_length=arguments.window_length
+        num_inference_steps=len(arguments.timesteps or ()) or arguments.num_inference_steps,
+        window_length=arguments.window_length,
+        timesteps=arguments.timesteps,
     )
     dataset = LeRobotFolder(Path(arguments.dataset))
     pipeline.transformer.register_to_config(fps=dataset.fps, action_low=0.0, action_high=512.0)  # of the arena

@@ -51,6 +51,9 @@ class EvaluationArguments:
     scheduler: str | None = field(
         default=None, metadata={"help": "scheduler class of diffusers (default: the model's)"}
     )
+    timestep_spacing: str | None = field(
+        default=None, metadata={"help": "of the scheduler, with `scheduler`: few steps need trailing"}
+    )
     num_inference_steps: int | None = field(default=None, metadata={"help": "default: the model's"})
     window_length: int | None = field(default=None, metadata={"help": "frames of a window (default: the model's)"})
     num_history_frames: int = field(default=1, metadata={"help": "observed frames given to the model"})
@@ -214,12 +217,15 @@ def reconstruction(pipeline: IRASimPipeline, frames: np.ndarray) -> dict[str, fl
 
 def main() -> None:
     (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
+    if arguments.timestep_spacing and not arguments.scheduler:
+        raise ValueError("`timestep_spacing` needs `scheduler`.")
     rng = np.random.default_rng(arguments.seed)
     pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipeline.to(arguments.device)
     pipeline.set_progress_bar_config(disable=True)
     if arguments.scheduler:
-        pipeline.scheduler = getattr(diffusers, arguments.scheduler).from_config(pipeline.scheduler.config)
+        changes = {"timestep_spacing": arguments.timestep_spacing} if arguments.timestep_spacing else {}
+        pipeline.scheduler = getattr(diffusers, arguments.scheduler).from_config(pipeline.scheduler.config, **changes)
     dataset = LeRobotFolder(Path(arguments.dataset))
     length = pipeline.transformer.config.sample_frames
     evaluations = 0

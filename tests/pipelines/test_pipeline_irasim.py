@@ -570,6 +570,29 @@ def test_steps_of_the_checkpoint_are_taken_where_a_call_names_none(frames, actio
     assert len(calls) == 4
 
 
+def test_timesteps_of_the_checkpoint_are_taken_where_its_number_of_steps_is(frames, actions, tmp_path):
+    parts = tiny_pipeline().components
+    parts["scheduler"] = diffusers.EulerDiscreteScheduler.from_config(parts["scheduler"].config)
+    pipeline = IRASimPipeline(**parts, num_inference_steps=3, timesteps=[999, 300, 40])
+    pipeline.save_pretrained(tmp_path)
+    pipeline = IRASimPipeline.from_pretrained(tmp_path)
+    taken = []
+    pipeline.transformer.register_forward_pre_hook(lambda _, inputs: taken.append(int(inputs[1][0])))
+    pipeline(frames, actions[:3])
+    next(pipeline.stream(frames, actions, chunk_length=2))
+    assert taken == 2 * [999, 300, 40]
+    taken.clear()
+    pipeline(frames, actions[:3], num_inference_steps=2)
+    pipeline(frames, actions[:3], timesteps=[800, 20])
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)  # has its own alone
+    pipeline(frames, actions[:3])
+    assert taken[2:4] == [800, 20]
+    assert len(taken) == 7
+    assert not {300, 40} & set(taken)
+    with pytest.raises(ValueError, match="`timesteps` must be `num_inference_steps` = 50 numbers, got 2"):
+        IRASimPipeline(**parts, timesteps=[999, 300])
+
+
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
 @pytest.mark.parametrize("output_type", ["np", "pt", "latent"])
 def test_a_stream_of_whole_windows_is_the_rollout(name, pipeline, frames, actions, output_type):

@@ -66,6 +66,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         num_inference_steps: Steps that suit model and scheduler, taken where a call names none; part of the checkpoint.
         window_length: Frames of the windows of a rollout, history and predicted, taken where a call names none; None for the
             model's `sample_frames`.
+        timesteps: Timesteps that suit the model, `num_inference_steps` of them, in place of the scheduler's own spacing where
+            a call asks for as many steps and the scheduler takes custom ones.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -80,10 +82,17 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         scheduler: SchedulerMixin,
         num_inference_steps: int = 50,
         window_length: int | None = None,
+        timesteps: list[int] | None = None,
     ) -> None:
         super().__init__()
+        if timesteps is not None and len(timesteps) != num_inference_steps:
+            raise ValueError(
+                f"`timesteps` must be `num_inference_steps` = {num_inference_steps} numbers, got {len(timesteps)}."
+            )
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
-        self.register_to_config(num_inference_steps=num_inference_steps, window_length=window_length)
+        self.register_to_config(
+            num_inference_steps=num_inference_steps, window_length=window_length, timesteps=timesteps
+        )
         config = self.vae.config if getattr(self, "vae", None) else {}
         levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (None,)
         self.vae_scale_factor = 2 ** (len(levels) - 1)
@@ -746,7 +755,10 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 f"`timesteps` and `sigmas` exclude each other and must be known to the scheduler, got {sorted(custom)} for "
                 f"{type(self.scheduler).__name__}."
             )
-        if not custom and "sigmas" in accepted and self.transformer.config.prediction_type == "flow_prediction":
+        own = self.config.timesteps
+        if not custom and own and len(own) == num_inference_steps and "timesteps" in accepted:
+            custom = {"timesteps": own}
+        elif not custom and "sigmas" in accepted and self.transformer.config.prediction_type == "flow_prediction":
             custom = {"sigmas": np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)}
         self.scheduler.set_timesteps(
             **(custom or {"num_inference_steps": num_inference_steps}), device=self._execution_device
