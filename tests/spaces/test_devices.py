@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import re
 import struct
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,17 +59,22 @@ def test_the_pusher_follows_a_stick(app_url, tmp_path):
     def push():
         with open(tmp_path / "js0", "wb", buffering=0) as stick:
             stick.write(struct.pack("=IhBB", 0, -32767, 2, 1))  # up
-            time.sleep(1.5)
+            time.sleep(3)
 
     thread = threading.Thread(target=push)
     thread.start()
-    arguments = TeleoperateArguments("gamepad", app_url, gamepad=tmp_path / "js0", output=tmp_path / "stick.mp4")
+    arguments = TeleoperateArguments(
+        "gamepad", app_url, gamepad=tmp_path / "js0", speed=0.25, output=tmp_path / "stick.mp4"
+    )
     video, actions = teleoperate(arguments)
     thread.join()
-    moved = np.diff(np.load(actions), axis=0)
-    np.testing.assert_allclose(moved, [[0, -16]] * len(moved), atol=1e-3)
-    pusher = pusher_of(read_video(video))
-    assert pusher[-1, 1] < pusher[0, 1]
+    targets = np.load(actions)
+    np.testing.assert_allclose(targets[:, 0], START[0], atol=1e-3)
+    moved = np.diff(np.concatenate([[START[1]], targets[:, 1]]))
+    up = np.argmax(moved < -1)  # the first request may be faster than the stick
+    np.testing.assert_allclose(moved[:up], 0, atol=1e-3)
+    np.testing.assert_allclose(moved[up:], -8, atol=1e-3)
+    assert len(read_video(video)) == len(targets) + 1
 
 
 def test_what_the_space_refuses_is_told(app_url, tmp_path):
@@ -76,3 +83,13 @@ def test_what_the_space_refuses_is_told(app_url, tmp_path):
     with pytest.raises(Exception, match=r"`actions` must be \(n, 2\)"):
         teleoperate(arguments)
     assert not (tmp_path / "a.mp4").exists()
+
+
+def test_python_of_the_guide_runs(app_url):
+    guide = (Path(__file__).parents[2] / "examples" / "teleoperate.md").read_text()
+    code = re.search(r"```python\n(.*?)```", guide, re.DOTALL)[1]
+    known: dict = {}
+    exec(compile(code.replace("http://127.0.0.1:7860", app_url), "teleoperate.md", "exec"), known)
+    assert known["first_frame"].startswith("data:image/")
+    assert len(known["frames"]) == 2
+    assert len(read_video(known["video"])) == 4  # the first, and two of each call less one taken back
