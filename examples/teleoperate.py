@@ -72,7 +72,7 @@ class TeleoperateArguments:
         },
     )
     scale: float = field(default=1.0, metadata={"help": "units of the action space that a metre of the hand becomes"})
-    actions: Path | None = field(default=None, metadata={"help": ".npy, .csv or .json of recorded actions"})
+    actions: Path = field(default=Path("actions.csv"), metadata={"help": ".npy, .csv or .json of recorded actions"})
 
 
 @dataclass
@@ -272,7 +272,7 @@ def teleoperate(arguments: TeleoperateArguments) -> tuple[Path, Path] | None:
         if drawn:
             show(first)
         for endpoint, values in requests(arguments, space):
-            answer = client.predict(session, *values, api_name=endpoint)
+            answer = ask(client, session, *values, api_name=endpoint)
             frames = answer[0] if endpoint == "/drive" else answer
             count += len(frames)
             for frame in frames if drawn else ():
@@ -286,6 +286,16 @@ def teleoperate(arguments: TeleoperateArguments) -> tuple[Path, Path] | None:
         written = save(client, session, arguments.output) if count else None
         client.predict(session, api_name="/stop")
     return written
+
+
+def ask(client: Client, *values: Any, api_name: str) -> Any:
+    """The answer of an endpoint; Ctrl-C waits for it, for a session has one request at a time."""
+    job = client.submit(*values, api_name=api_name)
+    try:
+        return job.result()
+    except KeyboardInterrupt:
+        job.result()
+        raise
 
 
 def wait(due: float, fps: float) -> float:
@@ -311,8 +321,8 @@ def check_arguments(arguments: TeleoperateArguments) -> None:
         raise ValueError(f"`chunk` must be at least 1, got {arguments.chunk}.")
     if not 0 <= arguments.dead_zone < 1:
         raise ValueError(f"`dead_zone` must be in [0, 1), got {arguments.dead_zone:g}.")
-    if arguments.device == "file" and arguments.actions is None:
-        raise ValueError("`actions` is wanted with `--device file`: a .npy, .csv or .json table, a row a frame.")
+    if arguments.device == "file":
+        read_actions(arguments.actions)
     if arguments.device == "gamepad" and not arguments.gamepad.exists():
         raise ValueError(
             f"`gamepad` must be a joystick device, got {str(arguments.gamepad)!r}, which is not there: plug it in."

@@ -198,7 +198,7 @@ def test_a_press_counts_once_and_a_repeat_for_a_while(terminal):
 @pytest.mark.parametrize(
     ("read", "keys", "rest"),
     [
-        (b"wQ0", ["w", "Q", "0"], b""),
+        (b"wQ0", ["w", "q", "0"], b""),
         (b"\x1b[A\x1b[B\x1b[C\x1b[D", ["ArrowUp", "ArrowDown", "ArrowRight", "ArrowLeft"], b""),
         (b"\x1bOA\x1b[1;2Dw", ["ArrowUp", "ArrowLeft", "w"], b""),
         (b"\x7f\x08\x03", ["Backspace", "Backspace", "\x03"], b""),
@@ -208,7 +208,7 @@ def test_a_press_counts_once_and_a_repeat_for_a_while(terminal):
         (b"\x1bq", ["q"], b""),  # Escape before it
         (b"\x1b\x1b[A", ["ArrowUp"], b""),
         (b"\x1b[\x03", ["[", "\x03"], b""),
-        (b"\xc3\xa4", ["\xc3", "\xa4"], b""),
+        (b"\xc3\xa4", ["\xe3", "\xa4"], b""),
     ],
 )
 def test_bytes_of_a_terminal_are_keys(read, keys, rest):

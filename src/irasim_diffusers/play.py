@@ -194,7 +194,7 @@ class Keys:
 def decode_keys(read: bytes) -> tuple[list[str], bytes]:
     """Names of the keys that a terminal's bytes stand for, and the bytes of a sequence that is not complete yet.
 
-    Arrows are escape sequences, plain (ESC [ A), of the keypad's application mode (ESC O A), or with modifiers (ESC [ 1 ; 2 A).
+    Letters are small ones, whatever Caps Lock says. Arrows are escape sequences, plain (ESC [ A), of the keypad's application mode (ESC O A), or with modifiers (ESC [ 1 ; 2 A).
     """
     keys, end = [], 0
     text = read.decode("latin-1")
@@ -202,7 +202,7 @@ def decode_keys(read: bytes) -> tuple[list[str], bytes]:
         end = match.end()
         sequence = match[0]
         if len(sequence) == 1:
-            keys.append("Backspace" if sequence in "\x7f\x08" else sequence)
+            keys.append("Backspace" if sequence in "\x7f\x08" else sequence.lower())
         elif sequence[-1] in "ABCD":
             keys.append(list(SYMBOLS)["ABCD".index(sequence[-1])])
     return keys, read[end:]

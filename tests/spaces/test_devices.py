@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import struct
 import sys
 import threading
@@ -53,20 +54,23 @@ def test_the_pusher_follows_a_hand(app_url, tmp_path, monkeypatch):
     assert pusher[-1, 1] < pusher[0, 1] - 15
 
 
-def test_the_pusher_follows_a_stick(app_url, tmp_path):
+def test_the_pusher_follows_a_stick_until_ctrl_c(app_url, tmp_path):
     os.mkfifo(tmp_path / "js0")
 
     def push():
         with open(tmp_path / "js0", "wb", buffering=0) as stick:
             stick.write(struct.pack("=IhBB", 0, -32767, 2, 1))  # up
             time.sleep(3)
+            os.kill(os.getpid(), signal.SIGINT)
+            done.wait(60)
 
-    thread = threading.Thread(target=push)
+    done, thread = threading.Event(), threading.Thread(target=push)
     thread.start()
     arguments = TeleoperateArguments(
         "gamepad", app_url, gamepad=tmp_path / "js0", speed=0.25, output=tmp_path / "stick.mp4"
     )
     video, actions = teleoperate(arguments)
+    done.set()
     thread.join()
     targets = np.load(actions)
     np.testing.assert_allclose(targets[:, 0], START[0], atol=1e-3)
