@@ -194,7 +194,8 @@ class Keys:
 def decode_keys(read: bytes) -> tuple[list[str], bytes]:
     """Names of the keys that a terminal's bytes stand for, and the bytes of a sequence that is not complete yet.
 
-    Letters are small ones, whatever Caps Lock says. Arrows are escape sequences, plain (ESC [ A), of the keypad's application mode (ESC O A), or with modifiers (ESC [ 1 ; 2 A).
+    Letters are small ones, whatever Caps Lock says. Arrows are escape sequences: plain (ESC [ A), of the keypad's application mode
+    (ESC O A), or with modifiers (ESC [ 1 ; 2 A).
     """
     keys, end = [], 0
     text = read.decode("latin-1")

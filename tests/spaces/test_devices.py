@@ -69,9 +69,13 @@ def test_the_pusher_follows_a_stick_until_ctrl_c(app_url, tmp_path):
     arguments = TeleoperateArguments(
         "gamepad", app_url, gamepad=tmp_path / "js0", speed=0.25, output=tmp_path / "stick.mp4"
     )
-    video, actions = teleoperate(arguments)
-    done.set()
-    thread.join()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        video, actions = teleoperate(arguments)
+    finally:
+        done.set()
+        thread.join()
+        signal.signal(signal.SIGINT, handler)
     targets = np.load(actions)
     np.testing.assert_allclose(targets[:, 0], START[0], atol=1e-3)
     moved = np.diff(np.concatenate([[START[1]], targets[:, 1]]))
