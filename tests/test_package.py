@@ -26,6 +26,7 @@ ALLOWED = {
     "conversion": {"models"},
     "pictures": set(),
     "driving": {"actions", "data", "pipelines"},
+    "play": {"driving"},
     "evaluation": {"actions", "data", "metrics", "pictures", "pipelines", "rollout"},
 }
 

@@ -62,18 +62,30 @@ def _parser() -> argparse.ArgumentParser:
         description="Predict the video of given actions. Without arguments: the embedded Push-T model on its held-out clip.",
     )
     generate.set_defaults(run=run_generate)
+    _add_sampling(generate, dtype="float32")
     add = generate.add_argument
-    add("--model", default=str(embedded_checkpoint()), help="pipeline folder or Hub id (default: the embedded Push-T)")
-    add("--frames", type=Path, help="image or video that starts with the history; later frames serve as truth")
     add("--actions", type=Path, help=".npy, .csv or .json of actions (n, A), in the units of the model's action space")
-    add("--history", type=int, help="history frames taken from a video (default: as many as the model takes)")
-    add("--steps", type=int, help="denoising steps of each window (default: the model's)")
-    add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's)")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s")
-    add("--resize", action="store_true", help="resize frames of another size to the model's")
     add("--output", type=Path, default=Path("irasim.mp4"), help="mp4 to write, and a .png strip beside it")
+
+    play = commands.add_parser(
+        "play",
+        help="drive the robot with the keyboard",
+        description="Drive the robot with the keyboard, in a terminal, and save the video and the actions. Without arguments: "
+        "the embedded Push-T model from the first frames of its held-out clip.",
+    )
+    play.set_defaults(run=run_play)
+    _add_sampling(play, dtype="bfloat16")
+    add = play.add_argument
+    add("--start", type=float, nargs="+", metavar="VALUE", help="action to go on from, where actions are absolute")
+    add("--speed", type=float, default=0.5, help="of a held key, in normalised actions a frame (default: %(default)s)")
+    add(
+        "--chunk",
+        type=int,
+        default=2,
+        help="frames predicted together: more are faster, and answer later (%(default)s)",
+    )
+    add("--script", help="drive by this instead of keys, without a terminal: 'right*10 hold*5 up+right*10'")
+    add("--output", type=Path, default=Path("drive.mp4"), help="mp4 to write, and a .npy of the actions (%(default)s)")
 
     convert = commands.add_parser(
         "convert",
@@ -107,6 +119,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--push-to-hub", metavar="ORG/NAME", help="publish the folder as this data set")
     _add_evaluate(commands)
     return parser
+
+
+def _add_sampling(command: argparse.ArgumentParser, dtype: str) -> None:
+    add = command.add_argument
+    add("--model", default=str(embedded_checkpoint()), help="pipeline folder or Hub id (default: the embedded Push-T)")
+    add("--frames", type=Path, help="image or video that starts with the history; later frames serve as truth")
+    add("--history", type=int, help="history frames taken from a video (default: as many as the model takes)")
+    add("--steps", type=int, help="denoising steps of each window (default: the model's)")
+    add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default=dtype, help="default: %(default)s")
+    add("--resize", action="store_true", help="resize frames of another size to the model's")
 
 
 def _add_dataset(command: argparse.ArgumentParser, split: str) -> None:
@@ -348,8 +373,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     """`irasim generate`: check everything, predict, write video and strip, print the figures."""
     start = time.perf_counter()
     strip_path = arguments.output.with_suffix(".png")
-    for path in (arguments.output, strip_path):
-        _check_output(path)
+    _check_output(arguments.output, ".mp4")
+    _check_output(strip_path, ".png")
     if arguments.frames is not None and arguments.actions is None:
         raise ValueError("--actions is wanted beside --frames: a .npy, .csv or .json file of actions, a row a frame.")
     example = embedded_checkpoint()
@@ -400,6 +425,55 @@ def run_generate(arguments: argparse.Namespace) -> None:
         f"evaluations with {type(pipeline.scheduler).__name__}; {time.perf_counter() - start:.1f} s with loading"
     )
     print(f"wrote {arguments.output} and {strip_path}")
+
+
+def run_play(arguments: argparse.Namespace) -> None:
+    """`irasim play`: check everything, drive by keys or a script, save what was driven however it ended."""
+    from . import DrivingSession, Steering
+    from .play import check_terminal, follow, play
+
+    if arguments.script is None:
+        check_terminal()
+    _check_output(arguments.output, ".mp4")
+    _check_output(arguments.output.with_suffix(".npy"), ".npy")
+    if not 0 < arguments.speed < float("inf"):
+        raise ValueError(f"--speed must be positive, got {arguments.speed}.")
+    if arguments.steps is not None and arguments.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {arguments.steps}.")
+    example = embedded_checkpoint()
+    video, start = read_frames(arguments.frames or example / "example.mp4"), arguments.start
+    if arguments.frames is None and start is None:
+        start = read_actions(example / "example_actions.csv")[0]
+    pipeline = _load_pipeline(arguments)
+    pipeline.set_progress_bar_config(disable=True)
+    config = pipeline.transformer.config
+    if start is not None and len(start) != config.action_dim:
+        raise ValueError(
+            f"--start must have {config.action_dim} values, one a component of the action, got {len(start)}."
+        )
+    history = video[: _history_length(arguments, pipeline, len(video))]
+    session = DrivingSession(
+        pipeline,
+        history,
+        Steering(config, arguments.speed, start),
+        arguments.seed,
+        num_inference_steps=arguments.steps,
+        resize=arguments.resize,
+    )
+    if not 1 <= arguments.chunk <= session.longest_step:
+        raise ValueError(f"--chunk must be in [1, {session.longest_step}], got {arguments.chunk}.")
+    try:
+        if arguments.script is None:
+            rate = play(session, arguments.chunk)
+        else:
+            rate = follow(session, arguments.script, arguments.chunk)
+    finally:
+        if len(session):
+            wrote = session.save(arguments.output)
+    if len(session):
+        print(f"{len(session)} frames, {rate:.1f} frames/s; wrote {' and '.join(map(str, wrote))}")
+    else:
+        print("nothing was driven, nothing was written")
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
@@ -546,10 +620,10 @@ def _read_json(path: Path) -> list:
     return content["actions"] if isinstance(content, dict) else content
 
 
-def _check_output(path: Path) -> None:
+def _check_output(path: Path, suffix: str) -> None:
     if path.is_dir():
         raise ValueError(f"--output must be a file, got the directory {str(path)!r}: add a file name ending in .mp4.")
-    if path.suffix.lower() not in (".mp4", ".png"):
+    if path.suffix.lower() != suffix:
         raise ValueError(f"--output must end in .mp4, got {str(path)!r}.")
     folder = path.absolute().parent
     while not folder.exists():

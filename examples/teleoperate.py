@@ -1,0 +1,341 @@
+"""Drive the robot of a Space with a gamepad, with the poses of a VR headset or a phone, or with recorded actions.
+
+    python examples/teleoperate.py --space http://127.0.0.1:7860 --device gamepad
+    python tracker.py | python examples/teleoperate.py --device poses --axes=-z,-x,y --scale 1.5
+    python examples/teleoperate.py --device file --actions actions.npy --output drive.mp4
+
+The Space (`python spaces/app.py`, or one on the Hub) predicts; this client turns a device into actions, shows the frames
+where it runs in a terminal, and saves the recording at the end: of the file or the poses, or at Ctrl-C. See teleoperate.md.
+"""
+
+import base64
+import json
+import os
+import select
+import shutil
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+from gradio_client import Client, handle_file
+from scipy.spatial.transform import Rotation, Slerp
+from transformers import HfArgumentParser
+
+from irasim_diffusers.actions import derive_actions, integrate_actions
+from irasim_diffusers.cli import read_actions
+from irasim_diffusers.play import draw
+
+JOYSTICK_EVENT = struct.Struct("=IhBB")  # Linux' js_event: milliseconds, value, type, number
+BUTTON, AXIS, INITIAL = 1, 2, 0x80
+# The sticks (left: 0 and 1, right: 3 and 4, as Linux numbers those of Xbox pads), the cross (6 and 7), A and B, as the
+# keys that they stand for, negative direction first.
+STICKS = {
+    0: ("ArrowLeft", "ArrowRight"),
+    1: ("ArrowUp", "ArrowDown"),
+    3: ("o", "u"),
+    4: ("r", "f"),
+    6: ("j", "l"),
+    7: ("i", "k"),
+}
+BUTTONS = {0: "g", 1: "h"}
+DERIVATIONS = {2: "relative_planar", 3: "relative_planar", 7: "relative_euler", 10: "relative_6d"}
+
+
+@dataclass
+class TeleoperateArguments:
+    device: Literal["gamepad", "poses", "file"] = field(metadata={"help": "what drives"})
+    space: str = field(default="http://127.0.0.1:7860", metadata={"help": "address or Hub id of the Space"})
+    model: str = field(default="push-t", metadata={"help": "model of the Space"})
+    frames: str = field(default="frame 1", metadata={"help": "picture to start from: one of the Space's, or a file"})
+    start: list[float] | None = field(
+        default=None, metadata={"help": "action where the robot is, for absolute spaces"}
+    )
+    seed: int = 0
+    output: Path = field(default=Path("drive.mp4"), metadata={"help": "mp4 to write, and a .npy of the actions"})
+    chunk: int = field(default=2, metadata={"help": "frames asked for at a time"})
+    gamepad: Path = field(default=Path("/dev/input/js0"), metadata={"help": "Linux joystick device"})
+    dead_zone: float = field(default=0.15, metadata={"help": "share of a stick's way that counts as its middle"})
+    speed: float = field(default=0.5, metadata={"help": "of a stick at its end, in normalised actions a frame"})
+    udp: int | None = field(default=None, metadata={"help": "port that poses come to; None reads standard input"})
+    axes: str = field(
+        default="x,y,z",
+        metadata={
+            "help": "the tracker's axes that are the robot's x, y, z: --axes=-z,-x,y; two of them for planar spaces"
+        },
+    )
+    scale: float = field(default=1.0, metadata={"help": "units of the action space that a metre of the hand becomes"})
+    actions: Path = field(default=Path("actions.csv"), metadata={"help": ".npy, .csv or .json of recorded actions"})
+
+
+@dataclass
+class Gamepad:
+    """Where sticks and buttons are."""
+
+    axes: dict[int, float] = field(default_factory=dict)  # -1..1; right and down are positive
+    buttons: set[int] = field(default_factory=set)  # those pressed
+
+    def take(self, events: bytes) -> None:
+        """Follow joystick events; what they say of other things is left out."""
+        for _, value, kind, number in JOYSTICK_EVENT.iter_unpack(events):
+            if kind & ~INITIAL == AXIS:
+                self.axes[number] = max(-1.0, value / 32767)
+            elif kind & ~INITIAL == BUTTON:
+                (self.buttons.add if value else self.buttons.discard)(number)
+
+    def command(self, controls: list[dict[str, Any]], dead_zone: float) -> np.ndarray:
+        """The command (A,) in [-1, 1] of the sticks, by the controls of a space: a component for each of its keys."""
+        pushed = dict.fromkeys((BUTTONS[number] for number in self.buttons & BUTTONS.keys()), 1.0)
+        for axis, (negative, positive) in STICKS.items():
+            value = self.axes.get(axis, 0.0)
+            pushed[positive if value > 0 else negative] = max(0.0, (abs(value) - dead_zone) / (1 - dead_zone))
+        command = np.zeros(1 + max(control["component"] for control in controls))
+        for control in controls:
+            command[control["component"]] += control["sign"] * pushed.get(control["key"], 0.0)
+        return command
+
+
+def gamepad_commands(path: Path, space: dict[str, Any], dead_zone: float) -> Iterator[list[float]]:
+    """A command whenever one is asked for, until the gamepad is unplugged."""
+    gamepad = Gamepad()
+    with path.open("rb", buffering=0) as device:
+        while True:
+            while select.select([device], [], [], 0)[0]:
+                try:
+                    events = device.read(JOYSTICK_EVENT.size * 64)
+                except OSError:
+                    return
+                if not events:
+                    return
+                gamepad.take(events)
+            command = np.zeros(len(space["names"]))
+            steered = gamepad.command(space["controls"], dead_zone)
+            command[: len(steered)] = steered
+            yield command.tolist()
+
+
+def read_pose(line: str, axes: np.ndarray, scale: float) -> tuple[float, np.ndarray]:
+    """Time and state (x, y, z, roll, pitch, yaw, gripper) of a pose in JSON.
+
+    Args:
+        line: `{"time": seconds, "position": [x, y, z], "rotation": [x, y, z, w], "gripper": 0..1}`, metres; a rotation of three
+            numbers is roll, pitch and yaw in radians. Without rotation or gripper they stay as they are.
+        axes: Rows (3, 3) that make the robot's axes of the tracker's, see `axes_matrix`.
+        scale: Units of the action space for a metre.
+
+    Raises:
+        ValueError: If it is no such pose.
+    """
+    try:
+        pose = json.loads(line)
+        position = np.asarray(pose["position"], dtype=np.float64).reshape(3)
+        rotation = np.asarray(pose.get("rotation", [0, 0, 0, 1]), dtype=np.float64)
+        turn = Rotation.from_quat(rotation) if len(rotation) == 4 else Rotation.from_euler("xyz", rotation.reshape(3))
+        values = np.array([pose["time"], *position, *turn.as_quat(), pose.get("gripper", 0.0)], dtype=np.float64)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"a pose must be a line of JSON with time, position and rotation, got {line!r}: {error}."
+        ) from error
+    if not np.isfinite(values).all():
+        raise ValueError(f"a pose must be of finite numbers, got {line!r}.")
+    turn = Rotation.from_matrix(axes @ turn.as_matrix() @ axes.T)
+    return values[0], np.concatenate([scale * axes @ position, turn.as_euler("xyz"), values[-1:]])
+
+
+def axes_matrix(axes: str) -> np.ndarray:
+    """Rows (3, 3) of the robot's axes in the tracker's: `"-z,-x,y"` for WebXR's y up and -z ahead.
+
+    Raises:
+        ValueError: If they are not x, y and z with signs, or two of them, or turn a right hand into a left one.
+    """
+    names = axes.split(",")
+    rows = [(-1.0 if name.startswith("-") else 1.0) * np.eye(3)["xyz".find(name[-1:])] for name in names]
+    if len(rows) == 2:
+        rows.append(np.cross(rows[0], rows[1]))
+    known = all(name.removeprefix("-") in ("x", "y", "z") for name in names)
+    if not known or len(rows) != 3 or np.linalg.det(rows) < 0.5:
+        raise ValueError(f"`axes` must be x, y and z, right-handed, or two of them, such as -z,-x,y; got {axes!r}.")
+    return np.array(rows)
+
+
+def at_rate(poses: Iterable[tuple[float, np.ndarray]], fps: float) -> Iterator[np.ndarray]:
+    """States (7,) of a stream of poses every 1 / fps seconds from the first on, between two poses interpolated.
+
+    Raises:
+        ValueError: If time goes backwards.
+    """
+    before, first, count = None, 0.0, 0
+    for now, state in poses:
+        if before is None:
+            first = now
+        elif now <= before[0]:
+            raise ValueError(f"times of poses must grow, got {now:g} after {before[0]:g}.")
+        while first + count / fps <= now + 1e-9:
+            yield state if before is None else _between(before, (now, state), first + count / fps)
+            count += 1
+        before = now, state
+
+
+def _between(before: tuple[float, np.ndarray], after: tuple[float, np.ndarray], time: float) -> np.ndarray:
+    share = min(1.0, (time - before[0]) / (after[0] - before[0]))
+    state = (1 - share) * before[1] + share * after[1]
+    turns = Rotation.from_euler("xyz", np.stack([before[1][3:6], after[1][3:6]]))
+    state[3:6] = Slerp([0.0, 1.0], turns)(share).as_euler("xyz")
+    return state
+
+
+def actions_of_poses(states: np.ndarray, last: np.ndarray, space: dict[str, Any]) -> np.ndarray:
+    """Actions (n, A) of a space from the states (n + 1, 7) of a hand: its motions, each in the frame of the pose before.
+
+    Args:
+        states: As `at_rate` gives them, scaled to the units of the space.
+        last: Action (A,) before these; targets of absolute spaces move on from it.
+        space: As the Space's `/start` describes it.
+
+    Raises:
+        ValueError: If the space has another number of components than motions have.
+    """
+    size = len(space["names"])
+    if size not in DERIVATIONS:
+        raise ValueError(
+            f"poses become actions of {sorted(DERIVATIONS)} components, got {size}: send actions from a file."
+        )
+    states = states[:, :size] if size < 7 else states
+    actions = derive_actions(states, DERIVATIONS[size])
+    if space["space"] == "absolute":
+        actions = integrate_actions(last, actions, DERIVATIONS[size])[1:]
+    low = [-np.inf if bound is None else bound for bound in space["low"]]
+    high = [np.inf if bound is None else bound for bound in space["high"]]
+    return np.clip(actions, low, high)
+
+
+def pose_actions(lines: Iterable[str], arguments: TeleoperateArguments, space: dict[str, Any]) -> Iterator[np.ndarray]:
+    """Chunks of actions (n, A) as soon as their poses have come."""
+    axes, last = axes_matrix(arguments.axes), np.array(space["hold"])
+    poses = (read_pose(line, axes, arguments.scale) for line in lines if line.strip())
+    states: list[np.ndarray] = []
+    for state in at_rate(poses, space["fps"]):
+        states.append(state)
+        if len(states) > arguments.chunk:
+            yield (actions := actions_of_poses(np.stack(states), last, space))
+            states, last = states[-1:], actions[-1]
+    if len(states) > 1:
+        yield actions_of_poses(np.stack(states), last, space)
+
+
+def received_lines(port: int) -> Iterator[str]:
+    """Lines of the datagrams that come to a port of this machine."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(("", port))
+        while True:
+            yield from receiver.recv(65536).decode(errors="replace").splitlines()
+
+
+def requests(arguments: TeleoperateArguments, space: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+    """What to ask of the Space, one after the other: an endpoint and its arguments after the session."""
+    if arguments.device == "gamepad":
+        for command in gamepad_commands(arguments.gamepad, space, arguments.dead_zone):
+            yield "/drive", [command, arguments.chunk, arguments.speed]
+    elif arguments.device == "poses":
+        lines = sys.stdin if arguments.udp is None else received_lines(arguments.udp)
+        for actions in pose_actions(lines, arguments, space):
+            yield "/step", [actions.tolist()]
+    else:
+        actions = read_actions(arguments.actions)
+        for first in range(0, len(actions), arguments.chunk):
+            yield "/step", [actions[first : first + arguments.chunk].tolist()]
+
+
+def show(frame: str) -> None:
+    """Draw a frame, a data URL, in the terminal."""
+    picture = PIL.Image.open(BytesIO(base64.b64decode(frame.partition(",")[2])))
+    columns, lines = shutil.get_terminal_size()
+    print("\x1b[H" + "\x1b[K\n".join(draw(picture, columns, lines - 1)) + "\x1b[J", flush=True)
+
+
+def teleoperate(arguments: TeleoperateArguments) -> tuple[Path, Path] | None:
+    """Drive until the device ends or Ctrl-C; paths of the video and its actions, or None if nothing was driven."""
+    client = Client(arguments.space, verbose=False)
+    picture = handle_file(arguments.frames) if os.path.isfile(arguments.frames) else arguments.frames
+    session, first, space = client.predict(
+        arguments.model, picture, arguments.start, arguments.seed, api_name="/start"
+    )
+    drawn, count, due = sys.stdout.isatty(), 0, time.monotonic()
+    try:
+        if drawn:
+            show(first)
+        for endpoint, values in requests(arguments, space):
+            answer = ask(client, session, *values, api_name=endpoint)
+            frames = answer[0] if endpoint == "/drive" else answer
+            count += len(frames)
+            for frame in frames if drawn else ():
+                show(frame)
+                due = wait(due, space["fps"])
+            if arguments.device == "gamepad" and not drawn:  # time passes as the robot's does
+                due = wait(due, space["fps"] / len(frames))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        written = save(client, session, arguments.output) if count else None
+        client.predict(session, api_name="/stop")
+    return written
+
+
+def ask(client: Client, *values: Any, api_name: str) -> Any:
+    """The answer of an endpoint; Ctrl-C waits for it, for a session has one request at a time."""
+    job = client.submit(*values, api_name=api_name)
+    try:
+        return job.result()
+    except KeyboardInterrupt:
+        job.result()
+        raise
+
+
+def wait(due: float, fps: float) -> float:
+    """Sleep for the rest of a frame that was due at a time; when the next one is due."""
+    due = max(due + 1 / fps, time.monotonic())
+    time.sleep(max(0.0, due - time.monotonic()))
+    return due
+
+
+def save(client: Client, session: str, output: Path) -> tuple[Path, Path]:
+    """Fetch the recording of a session."""
+    video, actions = client.predict(session, api_name="/record")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    paths = output.with_suffix(".mp4"), output.with_suffix(".npy")
+    for source, path in zip((video, actions), paths, strict=True):
+        shutil.copyfile(source, path)
+    return paths
+
+
+def check_arguments(arguments: TeleoperateArguments) -> None:
+    """Refuse what cannot work before anything is asked of the Space."""
+    if arguments.chunk < 1:
+        raise ValueError(f"`chunk` must be at least 1, got {arguments.chunk}.")
+    if not 0 <= arguments.dead_zone < 1:
+        raise ValueError(f"`dead_zone` must be in [0, 1), got {arguments.dead_zone:g}.")
+    if arguments.device == "file":
+        read_actions(arguments.actions)
+    if arguments.device == "gamepad" and not arguments.gamepad.exists():
+        raise ValueError(
+            f"`gamepad` must be a joystick device, got {str(arguments.gamepad)!r}, which is not there: plug it in."
+        )
+    axes_matrix(arguments.axes)
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(TeleoperateArguments).parse_args_into_dataclasses()
+    check_arguments(arguments)
+    written = teleoperate(arguments)
+    print(f"wrote {' and '.join(map(str, written))}" if written else "nothing was driven, nothing was written")
+
+
+if __name__ == "__main__":
+    main()

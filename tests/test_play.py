@@ -1,0 +1,305 @@
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import threading
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from poses import read_poses
+
+from irasim_diffusers import DrivingSession, IRASimPipeline, Steering, embedded_checkpoint
+from irasim_diffusers.cli import main, read_actions
+from irasim_diffusers.data import read_video
+from irasim_diffusers.play import HELD, Keys, decode_keys, draw, follow, play
+
+UP, RIGHT = b"\x1b[A", b"\x1bOC"  # plain, and in the keypad's application mode
+
+
+class Terminal:
+    """A pseudo-terminal, and a user at it who reads what is written and presses keys."""
+
+    def __init__(self):
+        self.user, self.program = pty.openpty()
+        self.before = termios.tcgetattr(self.program)
+        self.written = b""
+
+    def look(self, seconds=0.02):
+        while select.select([self.user], [], [], seconds)[0]:
+            self.written += os.read(self.user, 65536)
+
+    def seconds_driven(self):
+        return float(re.findall(rb"\r\n *([\d.]+) s   ", self.written)[-1])
+
+    def wait(self, text, count=1):
+        deadline = time.monotonic() + 120
+        while self.written.count(text) < count:
+            assert time.monotonic() < deadline, self.written[-2000:]
+            self.look()
+
+    def hold(self, key, until):
+        """Press as a held key repeats, until so many seconds are shown as driven."""
+        deadline = time.monotonic() + 120
+        while self.seconds_driven() < until:
+            assert time.monotonic() < deadline, self.written[-2000:]
+            self.press(key)
+            self.look(0.04)
+
+    def press(self, key):
+        os.write(self.user, key)
+
+
+@pytest.fixture
+def terminal():
+    terminal = Terminal()
+    yield terminal
+    os.close(terminal.user)
+    os.close(terminal.program)
+
+
+def test_the_pusher_goes_where_keys_of_a_terminal_send_it(terminal, tmp_path):
+    command = [sys.executable, "-m", "irasim_diffusers.cli", "play", "--output", str(tmp_path / "drive.mp4")]
+    streams = {"stdin": terminal.program, "stdout": terminal.program, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **streams, start_new_session=True) as process:
+        terminal.wait(b"press a key to drive")
+        assert termios.tcgetattr(terminal.program) != terminal.before
+        terminal.hold(UP, until=1.2)
+        terminal.hold(RIGHT, until=2.6)
+        terminal.press(b"q")
+        terminal.wait(b"drive.npy")
+        assert process.wait(30) == 0, process.stderr.read()
+    assert termios.tcgetattr(terminal.program) == terminal.before
+    assert terminal.written.index(b"\x1b[?1049h\x1b[?25l") < terminal.written.index(b"\x1b[?25h\x1b[?1049l")
+    video, actions = read_video(tmp_path / "drive.mp4"), np.load(tmp_path / "drive.npy")
+    assert len(video) == len(actions) + 1 >= 25
+    pusher = read_poses(video).pusher
+    turn = np.argmax(np.diff(actions[:, 0]) > 0) + 1
+    moves = []
+    for phase in (pusher[: turn + 1], pusher[turn + 1 :]):
+        found = phase[np.isfinite(phase[:, 0])]  # not where block and pusher touch
+        moves.append(found[-1] - found[0])
+    (sideways, up), (right, aside) = moves
+    assert up < -10
+    assert abs(sideways) < 10
+    assert right > 10
+    assert abs(aside) < 15
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = IRASimPipeline.from_pretrained(embedded_checkpoint(), dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def session(pipe):
+    folder = embedded_checkpoint()
+    start = read_actions(folder / "example_actions.csv")[0]
+    return DrivingSession(pipe, read_video(folder / "example.mp4")[:2], Steering(pipe.transformer.config, 0.5, start))
+
+
+def drive_as(terminal, monkeypatch, session, user, **options):
+    """Play at the terminal while a thread is the user."""
+    failures = []
+
+    def sit():
+        try:
+            terminal.wait(b"press a key to drive")
+            user()
+            while not done.is_set():
+                terminal.look()
+        except BaseException as error:
+            failures.append(error)
+            terminal.press(b"q")
+
+    done = threading.Event()
+    thread = threading.Thread(target=sit)
+    with open(terminal.program, closefd=False) as keys, open(terminal.program, "w", closefd=False) as screen:
+        monkeypatch.setattr(sys, "stdin", keys)
+        monkeypatch.setattr(sys, "stdout", screen)
+        thread.start()
+        try:
+            return play(session, **options)
+        finally:
+            done.set()
+            thread.join()
+            monkeypatch.undo()
+            assert failures == []
+
+
+def test_undo_takes_back_what_was_seen_and_reset_all(terminal, monkeypatch, session):
+    counts = []
+
+    def user():
+        for key in (b"u", b"0"):
+            standing = terminal.written.count(b"press a key to drive")
+            terminal.hold(b"w", until=1.5)
+            terminal.press(key)
+            terminal.wait(b"press a key to drive", standing + 1)
+            counts.append(terminal.seconds_driven())
+        terminal.hold(b"d", until=0.2)
+        terminal.press(b"\x03")
+
+    assert drive_as(terminal, monkeypatch, session, user) > 0
+    assert 0.4 <= counts[0] <= 1.5  # from at least 1.5 s one second was taken
+    assert counts[1] == 0
+    assert 0 < len(session) <= 6
+    assert session.actions[0, 0] > session.steering.start[0]
+    assert termios.tcgetattr(terminal.program) == terminal.before
+
+
+def test_sigterm_ends_like_a_key(terminal, monkeypatch, session):
+    def user():
+        terminal.hold(b"w", until=0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    drive_as(terminal, monkeypatch, session, user)
+    assert len(session) > 0
+    assert termios.tcgetattr(terminal.program) == terminal.before
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_an_error_leaves_the_terminal_as_it_was(terminal, monkeypatch, session):
+    with pytest.raises(ValueError, match=r"`num_frames` must be in \[1, 14\], got 15"):
+        drive_as(terminal, monkeypatch, session, lambda: terminal.press(b"w"), chunk_length=15)
+    assert termios.tcgetattr(terminal.program) == terminal.before
+    assert terminal.written.endswith(b"\x1b[?25h\x1b[?1049l")
+
+
+def test_a_press_counts_once_and_a_repeat_for_a_while(terminal):
+    keys = Keys(terminal.program)
+    attributes = termios.tcgetattr(terminal.program)
+    attributes[3] &= ~(termios.ICANON | termios.ECHO)
+    termios.tcsetattr(terminal.program, termios.TCSANOW, attributes)
+    terminal.press(b"w\x1b[")
+    assert keys.read(1) == {"w"}
+    terminal.press(b"C")
+    assert keys.read(1) == {"ArrowRight"}
+    assert keys.read(0) == set()
+    time.sleep(HELD + 0.05)
+    assert keys.held() == {"w", "ArrowRight"}  # pressed since it was asked last
+    assert keys.held() == set()
+    terminal.press(b"w")
+    keys.read(1)
+    assert keys.held() == keys.held() == {"w"}
+    keys.release()
+    assert keys.held() == set()
+
+
+@pytest.mark.parametrize(
+    ("read", "keys", "rest"),
+    [
+        (b"wQ0", ["w", "q", "0"], b""),
+        (b"\x1b[A\x1b[B\x1b[C\x1b[D", ["ArrowUp", "ArrowDown", "ArrowRight", "ArrowLeft"], b""),
+        (b"\x1bOA\x1b[1;2Dw", ["ArrowUp", "ArrowLeft", "w"], b""),
+        (b"\x7f\x08\x03", ["Backspace", "Backspace", "\x03"], b""),
+        (b"a\x1b", ["a"], b"\x1b"),
+        (b"a\x1b[1;", ["a"], b"\x1b[1;"),
+        (b"\x1b[3~\x1b[15~q", ["q"], b""),  # Delete, F5
+        (b"\x1bq", ["q"], b""),  # Escape before it
+        (b"\x1b\x1b[A", ["ArrowUp"], b""),
+        (b"\x1b[\x03", ["[", "\x03"], b""),
+        (b"\xc3\xa4", ["\xe3", "\xa4"], b""),
+    ],
+)
+def test_bytes_of_a_terminal_are_keys(read, keys, rest):
+    found = decode_keys(read)
+    assert ([key for key in found[0] if key != "\x1b"], found[1]) == (keys, rest)
+    pieces, unread = [], b""
+    for byte in read:
+        some, unread = decode_keys(unread + bytes([byte]))
+        pieces += some
+    assert ([key for key in pieces if key != "\x1b"], unread) == (keys, rest)
+
+
+def pixels_of(rows):
+    """The picture that rows of half-block characters show."""
+    lines = []
+    for row in rows:
+        colours, upper, lower = {}, [], []
+        for ground, *colour, _ in re.findall(r"\x1b\[(38|48);2;(\d+);(\d+);(\d+)m|(▀)", row):
+            if ground:
+                colours[ground] = [int(value) for value in colour]
+            else:
+                upper.append(colours["38"])
+                lower.append(colours["48"])
+        assert row.endswith("\x1b[0m")
+        lines += [upper, lower]
+    return np.array(lines)
+
+
+def test_a_drawn_picture_shows_every_pixel():
+    picture = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    picture[2:6, 3:9] = 200  # one run
+    np.testing.assert_array_equal(pixels_of(draw(PIL.Image.fromarray(picture), 12, 30)), picture)
+    odd = draw(PIL.Image.fromarray(picture[:7]), 12, 30)
+    np.testing.assert_array_equal(pixels_of(odd), [*picture[:7], picture[6]])
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(80, 22), (10, 40), (200, 1), (1, 0)])
+def test_a_drawn_picture_fits_the_terminal(columns, lines):
+    drawn = pixels_of(draw(PIL.Image.new("RGB", (96, 64), "red"), columns, lines))
+    assert drawn.shape[1] <= columns
+    assert drawn.shape[0] <= 2 * max(lines, 1)
+    assert drawn.shape[1] == columns or drawn.shape[0] >= 2 * lines - 1
+
+
+def test_a_script_gives_the_same_video_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.mp4", "b.mp4"):
+        assert main(["play", "--script", "up+right*5 hold*2 s", "--seed", "3", "--output", name]) == 0
+    assert re.search(r"^8 frames, [\d.]+ frames/s; wrote b.mp4 and b.npy$", capsys.readouterr().out, re.MULTILINE)
+    difference = read_video("a.mp4").astype(int) - read_video("b.mp4")
+    assert np.abs(difference).mean() < 0.5  # bfloat16 rounds by where in memory the weights lie
+    moved = np.diff(np.load("a.npy"), axis=0)
+    np.testing.assert_allclose(moved, [[16, -16]] * 4 + [[0, 0]] * 2 + [[0, 16]])
+
+
+def test_a_script_is_the_same_as_driving_with_its_keys(session):
+    follow(session, "left*3 down", chunk_length=2)
+    frames = [np.asarray(frame) for frame in session.frames]
+    session.reset()
+    driven = session.drive({"ArrowLeft"}, 2) + session.drive({"ArrowLeft"}, 1) + session.drive({"ArrowDown"}, 1)
+    np.testing.assert_array_equal(frames, [np.asarray(frame) for frame in driven])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "standard input must be a terminal, got a pipe or a file: run in one, or give --script"),
+        (["--script", ""], "`script` must have one part at least"),
+        (
+            ["--script", "jump*3"],
+            r"`script` must be of parts .* out of hold, up, down, right, left, w, .*got 'jump\*3'",
+        ),
+        (["--script", "up*0"], r"`script` must be .*; got 'up\*0'"),
+        (["--script", "right up*"], r"`script` must be .*; got 'up\*'"),
+        (["--script", "up", "--chunk", "0"], r"--chunk must be in \[1, 14\], got 0"),
+        (["--script", "up", "--chunk", "15"], r"--chunk must be in \[1, 14\], got 15"),
+        (["--script", "up", "--speed", "0"], "--speed must be positive, got 0"),
+        (["--script", "up", "--speed", "nan"], "--speed must be positive, got nan"),
+        (["--script", "up", "--start", "1", "2", "3"], "--start must have 2 values, one a component .*, got 3"),
+        (["--script", "up", "--start", "1", "nan"], "`actions` must be finite"),
+        (["--script", "up", "--frames", "frame.png"], "`start` must be the robot's own .*target_x, target_y"),
+        (["--script", "up", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--script", "up", "--output", "clip.png"], "--output must end in .mp4, got 'clip.png'"),
+        (["--script", "up", "--model", "nowhere"], "--model must be a pipeline folder"),
+    ],
+)
+def test_bad_options_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    PIL.Image.new("RGB", (96, 96)).save("frame.png")
+    assert main(["play", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.match(f"irasim: error: .*{message}", captured.err.strip().splitlines()[-1])
+    assert [path.name for path in tmp_path.iterdir()] == ["frame.png"]
