@@ -372,7 +372,6 @@ def test_a_set_on_the_hub_is_trained_on_as_a_folder(workspace):
         return run(
             *("train.py", "--dataset", dataset, "--vae", workspace / "vae", "--output_dir", workspace / output),
             *("--patch_size", 1, *MODEL, *SHORT, "--max_train_steps", 4, *arguments),
-            launch=ONE,
         )
 
     train(root, "from-disk")
