@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler
 from hub_server import HubServer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_lerobot import write_folder
 from test_pusht import EXAMPLES, ONE, run
 from train import PixelSpace, TrainingArguments, check_arguments, load_vae
 
@@ -24,6 +26,7 @@ from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.data import IRASimFolder, LatentClips, cache_latents, read_video, write_video
 
 CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
+needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
 TWO = [
     "--multi_gpu",
     "--num_processes",
@@ -211,6 +214,17 @@ def read_log(folder):
     return {name: [event.value for event in log.Scalars(name)] for log in logs for name in log.Tags()["scalars"]}
 
 
+@contextmanager
+def local_hub(home):
+    """The stand-in for the Hub, with a cache of its own."""
+    hub = HubServer()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_local"}.items():
+            patch.setenv(name, value)
+        yield hub
+    hub.close()
+
+
 def train_robot(workspace, output, *arguments, launch=ONE):
     return run(
         *(
@@ -242,20 +256,12 @@ def test_two_processes_do_what_one_does_at_the_same_global_batch(workspace):
 
 
 def test_compiled_with_everything_logged_and_published(workspace):
-    hub = HubServer()
-    environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(workspace / "hf"), "HF_TOKEN": "hf_local"}
-    old = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
+    with local_hub(workspace / "hf") as hub:
         train_robot(
             *(workspace, "logged", "--compile", "--report_to", "tensorboard", "--logging_steps", 1, "--fps", 5),
             *("--validation_dataset", workspace / "first", "--validation_steps", 2, "--num_validation_clips", 2),
             *("--validation_inference_steps", 2, "--push_to_hub", "--hub_model_id", "lab/arm"),
         )
-    finally:
-        for name, value in old.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-        hub.close()
     video = read_video(workspace / "logged" / "validation" / "step-2.mp4")
     assert video.shape == (3, 64, 64, 3)  # predicted frames of two clips side by side, above them the truth
     log = read_log(workspace / "logged")
@@ -327,19 +333,67 @@ def test_sharded_training_resumes(workspace, config, kind):
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
 
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
-def test_on_latents_beside_real_clips(tmp_path):
-    """The Language-Table clip with the latents that were released with it."""
-    tiny_vae().save_pretrained(tmp_path / "vae")
+def train_on_clips(name, folder, *arguments):
+    """Forty steps on real clips, over which the loss must fall; returns the pipeline."""
+    tiny_vae().save_pretrained(folder / "vae")
     run(
-        *("train.py", "--dataset", CLIPS / "language_table", "--split", "test", "--recorded_latents", "--fps", 10),
-        *("--vae", tmp_path / "vae", "--output_dir", tmp_path / "model", "--action_scale", 20, "--action_offset", 0),
-        *(*MODEL, *SHORT, "--sample_frames", 8, "--train_batch_size", 2),
+        *("train.py", "--dataset", CLIPS / name, "--vae", folder / "vae", "--output_dir", folder / "model"),
+        *(*MODEL, *SHORT, "--max_train_steps", 40, "--learning_rate", 1e-2, "--max_grad_norm", 1),
+        *("--report_to", "tensorboard", "--logging_steps", 1, *arguments),
         launch=ONE,
     )
-    config = IRASimPipeline.from_pretrained(tmp_path / "model").transformer.config
+    losses = read_log(folder / "model")["loss"]
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10]), losses
+    return IRASimPipeline.from_pretrained(folder / "model")
+
+
+@needs_clips
+@pytest.mark.parametrize(("cameras", "size"), [(["2"], (24, 40)), (["0", "1", "2"], (72, 40))])
+def test_on_one_and_three_cameras_of_a_real_robot(cameras, size, tmp_path):
+    flags = ["--fps", 5, "--max_train_episodes", 1, "--height", size[0], "--width", size[1], "--cameras", *cameras]
+    pipeline = train_on_clips("droid", tmp_path, *flags)
+    config = pipeline.transformer.config
+    assert (config.cameras, config.fps, pipeline.frame_size) == ([[camera] for camera in cameras], 5, size)
+    assert (config.action_derivation, config.action_space) == ("relative_euler", "relative")
+    assert config.action_names == ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+
+
+@needs_clips
+def test_on_latents_beside_real_clips(tmp_path):
+    """The Language-Table clip with the latents that were released with it."""
+    flags = ["--split", "test", "--recorded_latents", "--fps", 10, "--action_scale", 20, "--action_offset", 0]
+    pipeline = train_on_clips("language_table", tmp_path, *flags, "--sample_frames", 8, "--train_batch_size", 2)
+    config = pipeline.transformer.config
     assert (config.sample_height, config.sample_width, config.action_dim) == (36, 64, 2)
-    assert config.action_names == ["x", "y"]
+    assert (config.action_names, config.action_derivation) == (["x", "y"], "recorded")
+
+
+def test_a_set_on_the_hub_is_trained_on_as_a_folder(workspace):
+    """Streamed, stopped and gone on with, as from the disk at one go."""
+    root = workspace / "files"
+    write_folder(root)
+
+    def train(dataset, output, *arguments):
+        return run(
+            *("train.py", "--dataset", dataset, "--vae", workspace / "vae", "--output_dir", workspace / output),
+            *("--patch_size", 1, *MODEL, *SHORT, "--max_train_steps", 4, *arguments),
+        )
+
+    train(root, "from-disk")
+    with local_hub(workspace / "streaming") as hub:
+        files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
+        hub.commit("datasets/lab/files", files)
+        output = train("lab/files", "streamed", "--streaming", "--max_train_steps", 2)
+        assert "12 windows of 3 episodes, 0 left out" in output
+        assert "resumed from" in train("lab/files", "streamed", "--streaming")
+    fetched = [request.split("/")[-1] for request in hub.requests if request.startswith("GET") and ".mp4" in request]
+    assert fetched == [f"file-{number:03d}.mp4" for number in (0, 1, 0)], "once each, but for the size of pictures"
+    assert not list((workspace / "streaming").rglob("*.mp4"))
+    expected, streamed = (
+        IRASimPipeline.from_pretrained(workspace / folder).transformer for folder in ("from-disk", "streamed")
+    )
+    for name, value in expected.state_dict().items():
+        assert torch.equal(streamed.state_dict()[name], value), name
 
 
 def test_killed_at_random_moments_and_resumed_is_uninterrupted(workspace):
