@@ -770,7 +770,9 @@ def make_pipeline(
     if isinstance(process, FlowMatchEulerDiscreteScheduler):
         return IRASimPipeline(vae, transformer, process)
     config = {key: value for key, value in process.config.items() if not key.startswith("_")}
-    extra: dict[str, Any] = {"skip_prk_steps": True} if scheduler_class is PNDMScheduler else {}
+    extra: dict[str, Any] = {"skip_prk_steps": True}
+    if scheduler_class is not PNDMScheduler:
+        extra = {"timestep_spacing": "trailing"}  # few steps begin at pure noise then
     if transformer.config.prediction_type == "sample":
         extra["prediction_type"] = "v_prediction"  # PNDM takes no samples; the pipeline converts
     scheduler = scheduler_class.from_config(config | {"steps_offset": 1, "set_alpha_to_one": False} | extra)
