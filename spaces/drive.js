@@ -109,7 +109,7 @@ function command() {
   const stick = gamepad();
   for (const { key, component, sign } of space.controls) values[component] += sign * (held.has(key) ? 1 : (stick[key] ?? 0));
   if (goal) goal.forEach((value, index) => (values[index] += (value - last[index]) / (space.step[index] * slider.value)));
-  return values.map(clamp);
+  return values.map((value) => (Math.abs(value) < 0.02 ? 0 : clamp(value))); // what is there is not sought for ever
 }
 
 function gamepad() {
@@ -241,7 +241,7 @@ root.addEventListener("keydown", (event) => {
 });
 window.addEventListener("keyup", (event) => key_of(event) && release(key_of(event)));
 window.addEventListener("blur", release_all);
-root.addEventListener("focusout", (event) => root.contains(event.relatedTarget) || release_all());
+root.addEventListener("focusout", (event) => root.contains(event.relatedTarget) || [...held].forEach(release));
 document.addEventListener("visibilitychange", release_all);
 window.addEventListener("pagehide", () => {
   const body = new Blob([JSON.stringify({ data: [session] })], { type: "application/json" });

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -25,6 +27,7 @@ Result = TypeVar("Result")
 EMBEDDED = "push-t"
 NUM_STARTS = 5
 NUM_DEMO = 40
+TURNS_BETWEEN_TRIMS = 20
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,22 @@ class World:
     clip_actions: np.ndarray | None = None  # (n, A): row k leads to frame `clip_history` + k of it
     clip_history: int = 1
     starts: dict[str, Start] = field(default_factory=dict)
+    _turns: int = 0
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """`work(*arguments)` in the model's thread, when it is this caller's turn: who asked first comes first."""
         in_context = partial(copy_context().run, work, *arguments)  # which tells ZeroGPU who asks
-        return await asyncio.get_running_loop().run_in_executor(self._thread, in_context)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._take_turn, in_context)
+
+    def _take_turn(self, work: Callable[[], Result]) -> Result:
+        try:
+            return work()
+        finally:
+            self._turns += 1
+            if self._turns % TURNS_BETWEEN_TRIMS == 0 and sys.platform == "linux":
+                # small frames that are kept lie between large tensors that are not: megabytes a turn, unless given back
+                getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
 class Worlds(dict[str, World]):
