@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -315,9 +316,9 @@ def main() -> None:
             dataset, arguments.num_histories, length, history, arguments.first_seed, arguments.pusher_radius
         )
         right: list[np.ndarray] = []
-        with multiprocessing.get_context("spawn").Pool() as pool:
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
             bar = tqdm(total=arguments.num_histories, desc="counterfactuals", unit="history")
-            for found in pool.imap(counterfactuals, tasks):
+            for found in pool.map(counterfactuals, tasks):
                 if found is None:
                     continue
                 seen, sequences, futures = found
@@ -327,7 +328,7 @@ def main() -> None:
                 bar.update()
                 if len(right) == arguments.num_histories:
                     break
-            pool.terminate()
+            pool.shutdown(cancel_futures=True)
         rates = np.stack(right).mean(1)  # by history: the 8 predictions of one are not independent
         report["identification"] = bootstrap(rates, rng) | {"ways": WAYS, "predictions": WAYS * len(rates)}
         found_rate = report["identification"]
