@@ -104,11 +104,11 @@ async function draw(url, of = epoch) {
 const planar = () => space?.space === "absolute" && space.names.length === 2 && [...space.low, ...space.high].every(Number.isFinite);
 const clamp = (value) => Math.max(-1, Math.min(1, value));
 
-function command() {
+function command(number) {
   const values = space.names.map(() => 0);
   const stick = gamepad();
   for (const { key, component, sign } of space.controls) values[component] += sign * (held.has(key) ? 1 : (stick[key] ?? 0));
-  if (goal) goal.forEach((value, index) => (values[index] += (value - last[index]) / (space.step[index] * slider.value)));
+  if (goal) goal.forEach((value, index) => (values[index] += (value - last[index]) / (space.step[index] * slider.value * number)));
   return values.map((value) => (Math.abs(value) < 0.02 ? 0 : clamp(value))); // what is there is not sought for ever
 }
 
@@ -168,11 +168,11 @@ async function loop(mine) {
   let due = performance.now(); // when the next frame is to be shown
   let quiet_since = null;
   while (session && mine === epoch && !document.hidden) {
-    const wanted = command();
+    const number = Math.min(Math.max(1, Math.ceil((trip - 5) / interval)), MOST_FRAMES, space.longest_step);
+    const wanted = command(number);
     if (wanted.some((value) => value !== 0)) [demo, quiet_since] = [[], null];
     else quiet_since ??= performance.now();
     if (!demo.length && quiet_since && performance.now() - quiet_since > SETTLE_MS) break;
-    const number = Math.min(Math.max(1, Math.ceil((trip - 5) / interval)), MOST_FRAMES, space.longest_step);
     const [asked, press] = [performance.now(), pressed_at];
     pressed_at = null;
     const waiting = setTimeout(() => (find(".state").textContent = "Waiting for a turn\u2026"), 1000);

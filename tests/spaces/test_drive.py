@@ -98,7 +98,7 @@ def test_buttons_and_picture_steer_too(drive):
     box = drive.locator(".stage canvas").bounding_box()
     goal = np.array([0.8, 0.3])  # of the picture
     drive.mouse.move(*(np.array([box["x"], box["y"]]) + goal * [box["width"], box["height"]]))
-    hold(drive, drive.mouse.down, drive.mouse.up, 6)
+    hold(drive, drive.mouse.down, drive.mouse.up, 12)
     assert np.linalg.norm(pusher(drive) - goal * 96) < 8
 
 
