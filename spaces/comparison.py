@@ -68,7 +68,7 @@ def _with_scheduler(pipeline: IRASimPipeline, kind: Any) -> IRASimPipeline:
 
 
 def _view(pipeline: IRASimPipeline, scheduler: Any) -> IRASimPipeline:
-    settings = {name: pipeline.config[name] for name in ("num_inference_steps", "window_length")}
+    settings = {name: pipeline.config[name] for name in ("num_inference_steps", "window_length", "timesteps")}
     view = IRASimPipeline(pipeline.vae, pipeline.transformer, scheduler, **settings)
     view.set_progress_bar_config(disable=True)
     return view
