@@ -263,8 +263,14 @@ ENCODE = """
             torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
             vae, encoded = tiny_vae(), []
 
+            def on_disk():
+                try:
+                    return sum(path.stat().st_size for path in assets.rglob("file-*.*") if path.suffix != ".metadata")
+                except FileNotFoundError:  # the other process has just deleted one
+                    return on_disk()
+
             def look(*_):
-                held = sum(path.stat().st_size for path in assets.rglob("file-*.*") if path.suffix != ".metadata")
+                held = on_disk()
                 assert 0 < held <= most * processes, f"{held} bytes on the disk"
                 encoded.append(held)
                 if len(encoded) == last:
