@@ -52,8 +52,9 @@ def upload_scene(path: str, world: World) -> Scene:
 def action_kinds(world: World, scene: Scene | None) -> list[str]:
     """Where the actions may come from, what suits best first."""
     kinds = {
+        RECORDED: scene is not None
+        and scene.recorded is not None,  # one click is enough; a drawn path takes its place
         DRAWN: can_draw(world.pipeline.transformer.config) is None,
-        RECORDED: scene is not None and scene.recorded is not None,
         FILE: True,
     }
     return [kind for kind, possible in kinds.items() if possible]

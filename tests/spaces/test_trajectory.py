@@ -335,8 +335,7 @@ def test_files_of_actions_bad_and_good(trajectory):
 
 def test_two_seeds_beside_the_truth(trajectory):
     page = trajectory
-    set_length(page, 6)
-    page.get_by_label("Recorded").check()
+    set_length(page, 6)  # of the recorded actions, which are chosen at first
     page.locator("#trajectory-settings > button, #trajectory-settings .label-wrap").first.click()
     page.get_by_label("Compare with a second setting").check()
     page.locator("#trajectory-seed-b input").fill("7")
