@@ -292,7 +292,11 @@ canvas.addEventListener("pointerdown", async (event) => {
   goal = place(event);
   drive();
 });
-canvas.addEventListener("pointermove", (event) => goal && (goal = place(event)));
+canvas.addEventListener("pointermove", (event) => {
+  if (!goal) return;
+  goal = place(event);
+  drive(); // time stands still once the robot is there
+});
 for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => (goal = null));
 
 // ---- start pictures and tools

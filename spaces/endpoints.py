@@ -141,9 +141,7 @@ def _middle(config: Any) -> list[float] | None:
 
 def _drive(session: DrivingSession, command: Any, number: int, speed: float) -> tuple[list[str], list[list[float]]]:
     steering = session.steering
-    steering.step = np.broadcast_to(
-        speed / np.asarray(session.pipe.transformer.config.action_scale), steering.step.shape
-    )
+    steering.speed = speed
     actions = [steering.action(command) for _ in range(number)]
     return [data_url(frame) for frame in session.step(actions)], [action.tolist() for action in actions]
 

@@ -58,8 +58,8 @@ def _uploaded_path(upload: Any) -> Path:
     return found
 
 
-def data_url(picture: PIL.Image.Image) -> str:
-    """The picture as lossless WebP in a data URL: the smallest that needs no second request."""
+def data_url(picture: PIL.Image.Image, **options: Any) -> str:
+    """The picture as WebP in a data URL, which needs no second request: lossless unless `options` say otherwise."""
     buffer = BytesIO()
-    picture.save(buffer, "WEBP", lossless=True, method=0)
+    picture.save(buffer, "WEBP", **{"lossless": True, "method": 0} | options)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

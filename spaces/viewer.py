@@ -1,7 +1,5 @@
 """Videos beside each other that play in step, frame by frame where one wants to look closely."""
 
-import base64
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import PIL.Image
+from uploads import data_url
 
 LOSSLESS_PIXELS = 2**21  # sheets up to that size lose nothing
 HERE = Path(__file__).parent
@@ -63,7 +62,5 @@ def _sheet(frames: np.ndarray) -> dict[str, Any]:
 
 def picture_url(pixels: np.ndarray) -> str:
     """A picture (H, W, 3), uint8, as a data URL."""
-    file = io.BytesIO()
     lossless = pixels.shape[0] * pixels.shape[1] <= LOSSLESS_PIXELS
-    PIL.Image.fromarray(pixels).save(file, "webp", lossless=lossless, quality=50 if lossless else 92, method=1)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_url(PIL.Image.fromarray(pixels), lossless=lossless, quality=50 if lossless else 92, method=1)

@@ -1,17 +1,10 @@
 """The Space in a process of its own, and a browser to look at it; one of each serves all tests that ask for them."""
 
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
 
 import pytest
+from space import serve
 
-SPACES = Path(__file__).parents[1] / "spaces"
 BROWSER_ARGUMENTS = [
     "--headless",
     "--no-sandbox",
@@ -24,37 +17,12 @@ BROWSER_ARGUMENTS = [
 ]
 
 
-def serve(log: Path, **environment: str) -> tuple[subprocess.Popen, str]:
-    """Start the Space and wait until it answers; the process and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(SPACES / "app.py"), "--port", str(port)],
-            env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"} | environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-        except OSError:
-            time.sleep(0.2)
-        else:
-            return process, url
-    process.kill()
-    raise RuntimeError(f"the Space did not start:\n{log.read_text()}")
-
-
 @pytest.fixture(scope="session")
 def app_url(tmp_path_factory):
     """Address of the Space with the embedded model."""
     pytest.importorskip("gradio")
     folder = tmp_path_factory.mktemp("space")
-    process, url = serve(folder / "space.log", GRADIO_TEMP_DIR=str(folder / "files"))
+    process, url = serve(folder / "space.log", GRADIO_TEMP_DIR=str(folder / "files"), HF_HUB_OFFLINE="1")
     yield url
     process.terminate()
     process.wait(20)

@@ -73,8 +73,9 @@ def test_an_arm_moves_while_keys_are_held_and_its_gripper_stays_where_it_was():
 
 @pytest.mark.parametrize(("derivation", "size"), [("relative_euler", 7), ("relative_6d", 10), ("relative_planar", 2)])
 def test_the_command_zero_leaves_a_state_where_it_is(derivation, size):
-    config = arm(action_dim=size, action_derivation=derivation, action_low=None, action_high=None)
-    steering = Steering(config)
+    bounds = {"action_low": 0.01, "action_high": 0.01}  # of data in which everything moved alike
+    config = arm(action_dim=size, action_derivation=derivation, **bounds)
+    steering = Steering(config, start=np.zeros(size))
     state = {7: [0.3, 0.1, 0.2, 0.4, -0.3, 1.0, 0.0], 10: [0.3, 0.1, 0.2, 0.4, -0.3, 1.0, 0.0], 2: [0.3, 0.1]}[size]
     held = np.stack([steering.action(np.zeros(size)) for _ in range(3)])
     np.testing.assert_allclose(integrate_actions(np.array(state), held, derivation)[-1], state, atol=1e-9)

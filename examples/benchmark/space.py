@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -38,25 +39,41 @@ class SpaceArguments:
     screenshot: Path | None = field(default=None, metadata={"help": "PNG to write of the page after driving"})
 
 
-def serve(model: str) -> tuple[subprocess.Popen, str]:
-    """Start the Space; its process and address."""
+def serve(log: Path, *flags: str, **environment: str) -> tuple[subprocess.Popen, str]:
+    """Start the Space and wait until it answers, two minutes at most.
+
+    Args:
+        log: File for what it prints.
+        flags: Of app.py.
+        environment: Variables beside this process's own.
+
+    Returns:
+        Its process and address.
+
+    Raises:
+        RuntimeError: If it does not start.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}/"
-    process = subprocess.Popen(
-        [sys.executable, str(SPACE), "--model", model, "--port", str(port)],
-        env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"},
-        stdout=subprocess.DEVNULL,
-    )
-    while process.poll() is None:
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(SPACE), "--port", str(port), *flags],
+            env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"} | environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
         try:
             urllib.request.urlopen(url, timeout=5).close()
         except OSError:
             time.sleep(0.2)
         else:
             return process, url
-    raise RuntimeError("the Space did not start")
+    process.kill()
+    raise RuntimeError(f"the Space did not start:\n{log.read_text()}")
 
 
 def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> dict[str, float]:
@@ -160,7 +177,8 @@ def drive_together(url: str, arguments: SpaceArguments, process: psutil.Process)
 
 def main() -> None:
     (arguments,) = HfArgumentParser(SpaceArguments).parse_args_into_dataclasses()
-    process, url = serve(arguments.model)
+    folder = tempfile.TemporaryDirectory()
+    process, url = serve(Path(folder.name) / "space.log", "--model", arguments.model)
     report: dict[str, Any] = {"load": os.getloadavg(), "cores": len(os.sched_getaffinity(0))}
     try:
         if arguments.presses:
@@ -191,6 +209,7 @@ def main() -> None:
     finally:
         process.terminate()
         process.wait(20)
+        folder.cleanup()
     if arguments.output:
         arguments.output.write_text(json.dumps(report, indent=2))
 

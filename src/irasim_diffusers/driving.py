@@ -74,7 +74,8 @@ class Steering:
         self.space: str = config.action_space
         self.derivation: str = config.action_derivation
         self.names = list(config.action_names or (f"action {index}" for index in range(size)))
-        self.step = np.broadcast_to(np.float64(speed) / np.asarray(config.action_scale, dtype=np.float64), size)
+        self.speed = speed
+        self._scale = np.broadcast_to(np.asarray(config.action_scale, dtype=np.float64), size)
         self.low = _bounds(config.action_low, size, -np.inf)
         self.high = _bounds(config.action_high, size, np.inf)
         if start is None:
@@ -88,6 +89,11 @@ class Steering:
         planar = PICTURE_KEYS if self.space == "absolute" else TABLE_KEYS
         self.keys = tuple(keys if keys is not None else planar if size == 2 else ARM_KEYS)[:size]
         self.last = self.start
+
+    @property
+    def step(self) -> np.ndarray:
+        """What a command of 1 moves (A,), raw units."""
+        return self.speed / self._scale
 
     @property
     def controls(self) -> list[Control]:
@@ -122,7 +128,8 @@ class Steering:
         command = prepare_actions([command], len(self.start))[0, 0].double().numpy()
         if np.abs(command).max() > 1:
             raise ValueError(f"`command` must be in [-1, 1], got {command.tolist()}.")
-        self.last = np.clip(self.hold() + self.step * command, self.low, self.high)
+        hold = self.hold()  # within bounds by definition, whatever the data were
+        self.last = np.clip(hold + self.step * command, np.minimum(self.low, hold), np.maximum(self.high, hold))
         return self.last.copy()
 
     def hold(self) -> np.ndarray:

@@ -98,7 +98,16 @@ def test_buttons_and_picture_steer_too(drive):
     box = drive.locator(".stage canvas").bounding_box()
     goal = np.array([0.8, 0.3])  # of the picture
     drive.mouse.move(*(np.array([box["x"], box["y"]]) + goal * [box["width"], box["height"]]))
-    hold(drive, drive.mouse.down, drive.mouse.up, 12)
+    before = predicted(drive)
+    drive.mouse.down()
+    wait_for_frames(drive, before + 2)
+    wait_for_rest(drive)  # once it is there, time stands still
+    assert np.linalg.norm(pusher(drive) - goal * 96) < 8
+    before, goal = predicted(drive), np.array([0.6, 0.15])  # dragged on, without letting go
+    drive.mouse.move(*(np.array([box["x"], box["y"]]) + goal * [box["width"], box["height"]]))
+    wait_for_frames(drive, before + 2)
+    wait_for_rest(drive)
+    drive.mouse.up()
     assert np.linalg.norm(pusher(drive) - goal * 96) < 8
 
 

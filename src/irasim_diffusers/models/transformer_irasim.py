@@ -331,16 +331,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         ):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, known))}, got {value!r}.")
-        check_action_space(
-            action_dim,
-            action_space,
-            action_scale,
-            action_offset,
-            action_names,
-            action_units,
-            action_low,
-            action_high,
-        )
+        check_action_space(self.config)
 
         dim = num_attention_heads * attention_head_dim
         num_actions = sample_frames - num_history_frames

@@ -240,16 +240,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
             raise ValueError(
                 f"`block_out_channels` must be multiples of {NORM_GROUPS}, the groups of a norm, got {block_out_channels}."
             )
-        check_action_space(
-            action_dim,
-            action_space,
-            action_scale,
-            action_offset,
-            action_names,
-            action_units,
-            action_low,
-            action_high,
-        )
+        check_action_space(self.config)
         base, deepest = block_out_channels[0], block_out_channels[-1]
         temb_channels = 4 * base + condition_dim
         num_actions = sample_frames - num_history_frames
