@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-from space import serve
 
 BROWSER_ARGUMENTS = [
     "--headless",
@@ -21,6 +20,8 @@ BROWSER_ARGUMENTS = [
 def app_url(tmp_path_factory):
     """Address of the Space with the embedded model."""
     pytest.importorskip("gradio")
+    from space import serve  # here, for tests start processes that know tests/ alone and import conftest
+
     folder = tmp_path_factory.mktemp("space")
     process, url = serve(folder / "space.log", GRADIO_TEMP_DIR=str(folder / "files"), HF_HUB_OFFLINE="1")
     yield url
