@@ -324,6 +324,7 @@ NEW_UNET: dict[str, Any] = {
     "action_space": "relative",
     "relative_latents": False,
     "prediction_type": "epsilon",
+    "action_frequencies": 0,
 }
 """The same of a U-Net, of about as many parameters."""
 MODELS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
@@ -338,8 +339,6 @@ FOREIGN = {
         "num_layers",
         "patch_size",
         "window_lengths",
-        "action_frequencies",
-        "state_keys",
     ),
 }
 """Flags that a model knows nothing of."""

@@ -22,6 +22,7 @@ from zero_gpu import ZERO_GPU, LentPipeline
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.cli import read_actions, read_frames
+from irasim_diffusers.devices import default_device, fast_dtype
 
 Result = TypeVar("Result")
 EMBEDDED = "push-t"
@@ -77,7 +78,7 @@ class Worlds(dict[str, World]):
 
     Args:
         models: Pipeline folders or Hub ids; `"push-t"` is the model that ships in the package.
-        dtype: None for bfloat16.
+        dtype: None for the fastest on the device.
         device: None for CUDA where there is one.
 
     Attributes:
@@ -91,7 +92,7 @@ class Worlds(dict[str, World]):
         self.failures: dict[str, str] = {}
         for name in models:
             try:
-                self[name] = load_world(name, dtype or torch.bfloat16, device)
+                self[name] = load_world(name, dtype, device)
             except (OSError, ValueError) as error:
                 self.failures[name] = " ".join(str(error).split())
 
@@ -109,7 +110,7 @@ class Worlds(dict[str, World]):
         return self[name]
 
 
-def load_world(name: str, dtype: torch.dtype, device: str | torch.device | None = None) -> World:
+def load_world(name: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> World:
     """Load a model with its example clip.
 
     Raises:
@@ -117,8 +118,10 @@ def load_world(name: str, dtype: torch.dtype, device: str | torch.device | None 
         ValueError: If it does not fit.
     """
     folder = str(embedded_checkpoint()) if name == EMBEDDED else name
+    device = device or ("cuda" if ZERO_GPU else default_device())
+    dtype = dtype or (torch.bfloat16 if ZERO_GPU else fast_dtype(device))
     pipeline: Any = IRASimPipeline.from_pretrained(folder, dtype=dtype)
-    pipeline.to(device or ("cuda" if ZERO_GPU or torch.cuda.is_available() else "cpu"))
+    pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     if ZERO_GPU:
         pipeline = LentPipeline(name, pipeline)

@@ -19,6 +19,7 @@ ALLOWED = {
     "models": set(),
     "rollout": set(),
     "files": set(),
+    "devices": set(),
     "version": set(),
     "data": {"actions"},
     "pipelines": {"models", "actions", "rollout"},

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_transformer
+from conftest import tiny_transformer, tiny_unet
 
 from irasim_diffusers.models import noise_process
 from irasim_diffusers.training import StateReadout, diffusion_loss
@@ -56,8 +56,9 @@ def test_a_flow_runs_straight_from_latents_to_noise(batch):
     torch.testing.assert_close(loss, (output[:, :, 2:] - (noise - future)).square().mean())
 
 
-def test_readout_changes_no_prediction_and_adds_its_error(batch):
-    model = tiny_transformer()
+@pytest.mark.parametrize("make_model", [tiny_transformer, tiny_unet])
+def test_readout_changes_no_prediction_and_adds_its_error(batch, make_model):
+    model = make_model()
     process = noise_process(model.config)
     plain = diffusion_loss(model, process, **batch)
     readout = StateReadout(model, num_components=7)
@@ -71,15 +72,27 @@ def test_readout_changes_no_prediction_and_adds_its_error(batch):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_readout_teaches_the_blocks_before_it_and_no_others(batch, checkpointing):
-    model = tiny_transformer(num_layers=3).train()
+    model = tiny_transformer(num_layers=4).train()
     if checkpointing:
         model.enable_gradient_checkpointing()
-    readout = StateReadout(model, num_components=7, layer=1)
+    readout = StateReadout(model, num_components=7)
     states = readout(batch["latents"], batch["timesteps"], batch["actions"])[1]
     states.square().mean().backward()
     for blocks in (model.transformer_blocks, model.temporal_transformer_blocks):
-        assert [block.ff.net[2].weight.grad is not None for block in blocks] == [True, True, False]
+        assert [block.ff.net[2].weight.grad is not None for block in blocks] == [True, True, True, False]
     assert model.action_embed.linear_1.weight.grad.abs().sum() > 0
+
+
+def test_readout_teaches_a_unet_down_to_its_middle(batch):
+    model = tiny_unet().train()
+    model.enable_gradient_checkpointing()
+    readout = StateReadout(model, num_components=7)
+    states = readout(batch["latents"], batch["timesteps"], batch["actions"])[1]
+    states[1, 3].square().mean().backward()
+    gradients = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert {"conv_in.weight", "action_embed.linear_1.weight", "mid_block.resnets.1.conv2.weight"} <= gradients
+    assert not any(name.startswith(("up_blocks", "conv_out")) for name in gradients)
+    assert states.std(dim=(0, 1)).gt(0).all()  # each frame has a state of its own
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "the embedded Push-T model from the first frames of its held-out clip.",
     )
     play.set_defaults(run=run_play)
-    _add_sampling(play, dtype="bfloat16")
+    _add_sampling(play, dtype="auto")
     add = play.add_argument
     add("--start", type=float, nargs="+", metavar="VALUE", help="action to go on from, where actions are absolute")
     add("--speed", type=float, default=0.5, help="of a held key, in normalised actions a frame (default: %(default)s)")
@@ -130,7 +130,12 @@ def _add_sampling(command: argparse.ArgumentParser, dtype: str) -> None:
     add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default=dtype, help="default: %(default)s")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default=dtype,
+        help="auto: bfloat16 where the device multiplies in it, else float32 (default: %(default)s)",
+    )
     add("--resize", action="store_true", help="resize frames of another size to the model's")
 
 
@@ -640,14 +645,14 @@ def _load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
     import diffusers
     import torch
 
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    from .devices import default_device, fast_dtype
+
+    device = default_device() if arguments.device == "auto" else arguments.device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device must be a device of this machine, got {device!r}: {error}") from error
-    dtype = getattr(torch, arguments.dtype)
+    dtype = fast_dtype(device) if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     if dtype == torch.float16:  # in which SDXL's autoencoder overflows
         dtype = {"default": dtype, "vae": torch.float32}
     try:

@@ -18,40 +18,47 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .models import IRASimTransformer3DModel
+from .models import IRASimTransformer3DModel, UNetTrajectoryModel
 
 
 class StateReadout(nn.Module):
-    """A transformer in training, with a linear readout of the true state from features halfway through it.
+    """A network in training, with a linear readout of the true state from features halfway through it.
 
     Frames in which an object lies elsewhere than predicted overlap little with the truth, so that their error hardly
     says which way to move it; the error of a read-out position does. The readout shapes the features in training and is
     dropped afterwards (an alignment of inner features as in REPA, https://arxiv.org/abs/2410.06940, to known states).
 
     Args:
-        transformer: The model to train.
+        transformer: The model to train. The state is read after the pair of blocks in the middle of a transformer's later half,
+            and after the middle of a U-Net, where pixels are fewest.
         num_components: Components of the state.
-        layer: Pair of blocks after whose temporal block the state is read; the middle one of the later half if None.
     """
 
-    def __init__(self, transformer: IRASimTransformer3DModel, num_components: int, layer: int | None = None) -> None:
+    def __init__(self, transformer: IRASimTransformer3DModel | UNetTrajectoryModel, num_components: int) -> None:
         super().__init__()
         self._no_split_modules = transformer._no_split_modules  # what FSDP wraps
         config = transformer.config
-        dim = config.num_attention_heads * config.attention_head_dim
-        layer = (3 * config.num_layers - 1) // 4 if layer is None else layer
+        self.is_unet = isinstance(transformer, UNetTrajectoryModel)
+        if self.is_unet:
+            block, dim = transformer.mid_block, config.block_out_channels[-1]
+        else:
+            block = transformer.temporal_transformer_blocks[(3 * config.num_layers - 1) // 4]
+            dim = config.num_attention_heads * config.attention_head_dim
         self.transformer = transformer
         self.readout = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_components))
         self.features: list[torch.Tensor] = []
-        transformer.temporal_transformer_blocks[layer].register_forward_hook(self._keep)
+        block.register_forward_hook(self._keep)
 
     def _keep(self, block: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         self.features = [output]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The transformer's prediction (B, C, F, H, W) and the state read from each frame (B, F, S)."""
+        """The network's prediction (B, C, F, H, W) and the state read from each frame (B, F, S)."""
         prediction = self.transformer(*args, **kwargs | {"return_dict": False})[0]
-        return prediction, self.readout(self.features.pop().float().mean(2))
+        features = self.features.pop().float()
+        if self.is_unet:  # (B F, D, H, W) to (B, F, S, D), as a transformer's
+            features = features.flatten(2).mT.unflatten(0, (-1, prediction.shape[2]))
+        return prediction, self.readout(features.mean(2))
 
 
 NoiseProcess: TypeAlias = DDPMScheduler | FlowMatchEulerDiscreteScheduler

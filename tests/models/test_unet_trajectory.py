@@ -43,6 +43,16 @@ def test_alone_as_in_a_batch(unet, inputs):
         torch.testing.assert_close(alone[0], together[index], rtol=1e-4, atol=1e-4)
 
 
+def test_action_frequencies_join_waves_to_the_scaled_actions(inputs):
+    model = tiny_unet(action_frequencies=2)
+    actions = inputs[2]
+    scale, offset = (torch.tensor(model.config[name]) for name in ("action_scale", "action_offset"))
+    phases = [((actions - offset) * scale * torch.pi / 8 * octave) for octave in (1, 2)]
+    waves = [wave(torch.stack(phases, -1)).flatten(-2) for wave in (torch.sin, torch.cos)]
+    features = torch.cat([(actions - offset) * scale, *waves], -1)
+    torch.testing.assert_close(model.encode_actions(actions), model.action_embed(features.flatten(1)))
+
+
 def test_attention_in_parts_is_attention(unet, inputs, monkeypatch):
     whole = unet(*inputs).sample
     monkeypatch.setattr("irasim_diffusers.models.unet_trajectory.MOST_SEQUENCES", 7)

@@ -1,6 +1,8 @@
-"""The action space that a network's config records."""
+"""The action space that a network's config records, and what a network sees of an action."""
 
 from typing import Any
+
+import torch
 
 
 def check_action_space(config: Any) -> None:
@@ -25,3 +27,25 @@ def check_action_space(config: Any) -> None:
             raise ValueError(
                 f"`action_low` must not exceed `action_high`, got {least} and {most} for component {index}."
             )
+
+
+def action_features(
+    actions: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, frequencies: int
+) -> torch.Tensor:
+    """What a network sees of actions: `(action - offset) * scale`, joined by its sines and cosines.
+
+    Args:
+        actions: Actions (..., A) in raw units, which may need more digits than a 16-bit type has.
+        scale: Scale, one or one a component, float32.
+        offset: Offset, likewise.
+        frequencies: Number of octaves, the longest wave 16 scaled units; 0 for none.
+
+    Returns:
+        Features (..., A (1 + 2 frequencies)), float32.
+    """
+    actions = (actions.float() - offset) * scale
+    if not frequencies:
+        return actions
+    octaves = 2.0 ** torch.arange(frequencies, device=actions.device)
+    phases = (actions.unsqueeze(-1) * octaves * (torch.pi / 8)).flatten(-2)
+    return torch.cat([actions, phases.sin(), phases.cos()], dim=-1)

@@ -31,7 +31,7 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device, maybe_allow_in_graph
 from torch import nn
 
-from .action_space import check_action_space
+from .action_space import action_features, check_action_space
 
 PRESETS: dict[str, dict[str, int]] = {
     "S": {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 64},
@@ -420,14 +420,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         if actions is None:
             return self.null_action.to(dtype).expand(1, 1 if video else num_frames, -1)
         self._check_actions(actions, num_frames)
-        # raw units may need more digits than a 16-bit type has: scale first, then cast
         scale, offset = self._cached(self._action_scaling, actions.device)
-        actions = (actions.float() - offset) * scale
-        if self.config.action_frequencies:
-            octaves = 2.0 ** torch.arange(self.config.action_frequencies, device=actions.device)
-            phases = (actions.unsqueeze(-1) * octaves * (torch.pi / 8)).flatten(-2)
-            actions = torch.cat([actions, phases.sin(), phases.cos()], dim=-1)  # (B, n, A (1 + 2 octaves))
-        actions = actions.to(dtype)
+        actions = action_features(actions, scale, offset, self.config.action_frequencies).to(dtype)
         if video:
             embeddings = self._embed_trajectory(actions).unsqueeze(1)  # (B, 1, D)
             action_mask = None if action_mask is None else action_mask.all(dim=1, keepdim=True)

@@ -28,7 +28,7 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.torch_utils import maybe_allow_in_graph
 from torch import nn
 
-from .action_space import check_action_space
+from .action_space import action_features, check_action_space
 from .transformer_irasim import IRASimAttention, IRASimAttnProcessor
 
 UNET_PRESETS: dict[str, dict[str, Any]] = {
@@ -177,6 +177,8 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         sample_frames: Frames of the window it was trained on, history and predicted.
         num_history_frames: History frames; exactly as many.
         conditioning: `"video"`, which says that the whole trajectory conditions all frames.
+        action_frequencies: Number of octaves of sines and cosines of the scaled actions that join them, the longest wave 16; 0,
+            the paper's, for none.
         action_dim: Components of an action.
         action_scale: The network sees `(action - action_offset) * action_scale`; one number, or one a component.
         action_offset: See `action_scale`.
@@ -215,6 +217,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         sample_frames: int = 16,
         num_history_frames: int = 1,
         conditioning: str = "video",
+        action_frequencies: int = 0,
         action_dim: int = 7,
         action_scale: float | list[float] = 1.0,
         action_offset: float | list[float] = 0.0,
@@ -247,7 +250,8 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
 
         self.time_proj = Timesteps(base, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(base, 4 * base)
-        self.action_embed = PixArtAlphaTextProjection(action_dim * num_actions, 4 * condition_dim, condition_dim)
+        features = action_dim * (1 + 2 * action_frequencies)
+        self.action_embed = PixArtAlphaTextProjection(features * num_actions, 4 * condition_dim, condition_dim)
         self.null_action = nn.Parameter(torch.randn(condition_dim))
 
         def block(in_channels: int, out_channels: int, middle: bool = False) -> UNetTrajectoryBlock:
@@ -294,12 +298,12 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         """
         if actions is None:
             return self.null_action.to(dtype).unsqueeze(0)
-        # raw units may need more digits than a 16-bit type has: scale first, then cast
         scale, offset = (
             torch.tensor(values, dtype=torch.float32, device=actions.device)
             for values in (self.config.action_scale, self.config.action_offset)
         )
-        embedding = self.action_embed(((actions.float() - offset) * scale).to(dtype).flatten(1))
+        features = action_features(actions, scale, offset, self.config.action_frequencies)
+        embedding = self.action_embed(features.to(dtype).flatten(1))
         if action_mask is None:
             return embedding
         return torch.where(action_mask.all(dim=1, keepdim=True), embedding, self.null_action.to(embedding))
