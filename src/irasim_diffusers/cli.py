@@ -280,8 +280,9 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     if arguments.output.exists() and not arguments.output.is_dir():
         raise ValueError(f"--output must be a folder, got the file {str(arguments.output)!r}.")
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {arguments.batch_size}.")
+    for flag, value in (("batch-size", arguments.batch_size), ("num-clips", arguments.num_clips)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag} must be at least 1, got {value}.")
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("--height and --width go together.")
     kwargs = InitProcessGroupKwargs(timeout=timedelta(days=1))  # one process may predict for long
@@ -298,6 +299,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         (arguments.height, arguments.width) if arguments.height else None,
     )
     predictor, encode, setting = _load_predictor(arguments, dataset)
+    networks = {name: getattr(arguments, name) for name in ("lpips", "inception", "i3d")}
     report = evaluate(
         Evaluation(
             dataset,
@@ -313,7 +315,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             ways=arguments.ways,
             save_predictions=arguments.save_predictions,
             published=arguments.published,
-            setting={"dataset": arguments.dataset, "split": arguments.split} | setting,
+            setting={"dataset": arguments.dataset, "split": arguments.split} | setting | networks,
             unchecked={"command": shlex.join(["irasim", *arguments.argv]), "versions": _versions()},
         )
     )
@@ -326,21 +328,25 @@ def _load_predictor(arguments: argparse.Namespace, dataset: Any) -> tuple[Any, A
     """What predicts, what encodes for latent L2, and what the report says of both."""
     from .evaluation import FolderPredictor, PipelinePredictor
 
-    name, folder = arguments.model, None
-    if arguments.predictions is not None:
-        folder = FolderPredictor(arguments.predictions, arguments.resize)
+    name, predictions = arguments.model, arguments.predictions
+    if predictions is not None:
+        folder = FolderPredictor(predictions, arguments.resize)
         if name is None:
-            return folder, None, {"predictions": str(arguments.predictions)}
+            return folder, None, {"predictions": str(predictions)}
     arguments.model = name or str(embedded_checkpoint())
     pipeline = _load_pipeline(arguments)
     pipeline.set_progress_bar_config(disable=True)
     predictor = PipelinePredictor(pipeline, arguments.steps, arguments.seed, arguments.resize, arguments.batch_size)
-    setting = predictor.setting | {"dtype": arguments.dtype}
-    if folder is not None:
-        autoencoder = {key: setting[key] for key in ("weights", "dtype")} | {"autoencoder": arguments.model}
-        return folder, predictor.encode, autoencoder | {"predictions": str(arguments.predictions)}
+    encode = None if pipeline.vae is None else predictor.encode
+    if predictions is not None:
+        if encode is None:
+            raise ValueError(f"--model is for its autoencoder here, and {name!r} has none: leave it out.")
+        folder = FolderPredictor(predictions, arguments.resize, predictor.autoencoder)
+        setting = {"autoencoder": name, "weights": predictor.autoencoder, "dtype": arguments.dtype}
+        return folder, encode, setting | {"predictions": str(predictions)}
     predictor.check_dataset(dataset)
-    return predictor, predictor.encode, {"model": name or "the embedded Push-T model"} | setting
+    setting = predictor.setting | {"dtype": arguments.dtype}
+    return predictor, encode, {"model": name or "the embedded Push-T model"} | setting
 
 
 def _load_backbones(arguments: argparse.Namespace) -> Any:
@@ -443,8 +449,6 @@ def run_play(arguments: argparse.Namespace) -> None:
     _check_output(arguments.output.with_suffix(".npy"), ".npy")
     if not 0 < arguments.speed < float("inf"):
         raise ValueError(f"--speed must be positive, got {arguments.speed}.")
-    if arguments.steps is not None and arguments.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {arguments.steps}.")
     example = embedded_checkpoint()
     video, start = read_frames(arguments.frames or example / "example.mp4"), arguments.start
     if arguments.frames is None and start is None:
@@ -605,7 +609,7 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _read_csv(path: Path) -> list[list[float]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a byte-order mark
         rows = [row for row in csv.reader(file) if row]
     if rows and not _is_number(rows[0][0]):
         rows = rows[1:]
@@ -621,7 +625,7 @@ def _is_number(text: str) -> bool:
 
 
 def _read_json(path: Path) -> list:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
     return content["actions"] if isinstance(content, dict) else content
 
 
@@ -647,6 +651,8 @@ def _load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
 
     from .devices import default_device, fast_dtype
 
+    if arguments.steps is not None and arguments.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {arguments.steps}.")
     device = default_device() if arguments.device == "auto" else arguments.device
     try:
         torch.empty(0, device=device)
@@ -661,9 +667,17 @@ def _load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
         raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {error}") from error
     if arguments.scheduler:
         kind = pipeline.transformer.config.prediction_type
-        changes = {"prediction_type": "v_prediction"} if kind == "sample" else {}  # which all of them take
+        changes: dict[str, Any] = (
+            {"prediction_type": "v_prediction"} if kind == "sample" else {}
+        )  # which all of them take
         scheduler_class = getattr(diffusers, SCHEDULERS[arguments.scheduler])
+        if "clip_sample" in inspect.signature(scheduler_class.__init__).parameters:  # PNDM's config does not say
+            changes["clip_sample"] = False
         pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **changes)
+        try:
+            pipeline.check_scheduler()
+        except ValueError as error:
+            raise ValueError(f"--scheduler {arguments.scheduler} does not fit the model: {error}") from error
     return pipeline.to(device)
 
 
@@ -673,6 +687,9 @@ def _history_length(arguments: argparse.Namespace, pipeline: IRASimPipeline, num
         wanted = pipeline.transformer.config.num_history_frames
     if wanted < 1:
         raise ValueError(f"--history must be at least 1, got {wanted}: the model starts from seen frames.")
+    most = pipeline.transformer.config.num_history_frames
+    if wanted > most:
+        raise ValueError(f"--history must be at most {most} for this model, got {wanted}.")
     is_image = arguments.frames is not None and arguments.frames.suffix.lower() in IMAGE_SUFFIXES
     if is_image and arguments.history is None:
         return 1

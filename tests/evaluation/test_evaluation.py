@@ -326,7 +326,7 @@ def test_clips_of_each_protocol():
         ValueError, match="no episode of 'lengths' is as long as a clip of irasim-short, 1 frame given"
     ):
         find_clips(Lengths(15, 3), PROTOCOLS["irasim-short"])
-    with pytest.raises(ValueError, match="`num_clips` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="--num-clips must be at least 1, got 0"):
         find_clips(dataset, PROTOCOLS["irasim-short"], 0)
 
 
@@ -358,7 +358,7 @@ def test_published_figures():
 
 
 BAD = [
-    (["--num-clips", "0"], "`num_clips` must be at least 1, got 0"),
+    (["--num-clips", "0"], "--num-clips must be at least 1, got 0"),
     (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     (["--height", "8"], "--height and --width go together"),
     (["--height", "16", "--width", "24"], "must be 8x12 .* got 16x24: .*--resize"),

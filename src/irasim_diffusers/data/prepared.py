@@ -51,7 +51,7 @@ class PreparedEpisodes(InOrder):
             raise ValueError(f"`frame_skip` must be at least 1, got {self.frame_skip}.")
         if self.derivation == "recorded" and self.frame_skip > 1 and self.composition is None:
             raise ValueError(
-                "`composition` must say how recorded actions compose over skipped frames: absolute, relative_planar, "
+                "`composition` (--action_composition) must say how recorded actions compose over skipped frames: absolute, relative_planar, "
                 "relative_euler or relative_6d."
             )
         if self.derivation != "recorded":
@@ -176,7 +176,9 @@ class PreparedEpisodes(InOrder):
             raise ValueError(f"episode {number} of {self.name!r}: {error}") from error
         missing = (self.action_dim or 0) - kept["action"].shape[1]
         if missing < 0 < (self.action_dim or 0):
-            raise ValueError(f"`action_dim` must be at least {kept['action'].shape[1]} for {self.name!r}.")
+            raise ValueError(
+                f"`action_dim` (--pad_actions_to) must be at least {kept['action'].shape[1]} for {self.name!r}."
+            )
         padding = ((0, 0), (0, max(missing, 0)))
         return kept | {"action": np.pad(kept["action"], padding).astype(np.float32)}
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,6 +51,7 @@ class Prediction:
     frames: np.ndarray  # (n, H, W, 3), uint8
     latents: torch.Tensor | None = None  # (C, n, h, w), scaled, where the model has any
     network_evaluations: float | None = None  # of one window, where known
+    autoencoder: str | None = None  # hash of the autoencoder of these latents, where known
 
 
 class Predictor(Protocol):
@@ -97,22 +101,26 @@ class PipelinePredictor:
         self.num_inference_steps, self.seed, self.resize = num_inference_steps, seed, resize
         self.batch_size = batch_size
         self._evaluations = 0
+        self._autoencoder = None if pipeline.vae is None else _digest([pipeline.vae])
         pipeline.transformer.register_forward_hook(self._count)
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What its figures depend on, JSON-able; weights by their hash."""
-        digest = hashlib.sha256()
-        for module in (self.pipeline.vae, self.pipeline.transformer):
-            for name, tensor in sorted(module.state_dict().items()) if module is not None else ():
-                digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+        """What its figures depend on, JSON-able; weights and configs by their hash."""
+        pipeline = self.pipeline
+        settings = [_config(pipeline.scheduler), pipeline.config.timesteps]
         return {
-            "weights": digest.hexdigest()[:16],
-            "scheduler": type(self.pipeline.scheduler).__name__,
-            "num_inference_steps": self.num_inference_steps or self.pipeline.config.num_inference_steps,
-            "window_length": self.pipeline.window_length,
+            "weights": _digest([pipeline.vae, pipeline.transformer], settings),
+            "scheduler": type(pipeline.scheduler).__name__,
+            "num_inference_steps": self.num_inference_steps or pipeline.config.num_inference_steps,
+            "window_length": pipeline.window_length,
             "resize": self.resize,
         }
+
+    @property
+    def autoencoder(self) -> str | None:
+        """Hash of the autoencoder, whose latents no other's can be compared with; None in pixel space."""
+        return self._autoencoder
 
     def check_dataset(self, dataset: EpisodeSource) -> None:
         """Refuse data that are not what the model was trained on.
@@ -147,7 +155,8 @@ class PipelinePredictor:
             latents.shape[2], histories.shape[1], self.pipeline.window_length, self.config.num_history_frames
         )
         evaluations = (self._evaluations - before) / windows
-        return [Prediction(*pair, evaluations) for pair in zip(frames, latents, strict=True)]
+        kept = [None] * len(frames) if self.autoencoder is None else latents  # frames in [-1, 1] are no latents
+        return [Prediction(*pair, evaluations, self.autoencoder) for pair in zip(frames, kept, strict=True)]
 
     def futures(self, clip: ClipData, sequences: np.ndarray) -> torch.Tensor:
         """Futures (K, n, 3, H, W) in [0, 1] of one clip under actions (K, n, A), all from the same noise."""
@@ -194,17 +203,19 @@ class PipelinePredictor:
 class FolderPredictor:
     """Predictions that lie in a folder: of each clip `<name>.npz` or `<name>.mp4`.
 
-    An npz file holds `frames` (n, H, W, 3), uint8, and may hold `latents` (C, n, h, w).
+    An npz file holds `frames` (n, H, W, 3), uint8, and may hold `latents` (C, n, h, w), with `autoencoder`, the hash that
+    `save_prediction` writes.
 
     Args:
         folder: The folder.
         resize: Resize predictions of another size than the truth's, instead of refusing them.
+        autoencoder: Hash of the autoencoder that encodes the truth: latents that say they are of another one are left out.
     """
 
-    def __init__(self, folder: Path, resize: bool = False) -> None:
+    def __init__(self, folder: Path, resize: bool = False, autoencoder: str | None = None) -> None:
         if not folder.is_dir():
-            raise ValueError(f"`predictions` must be a folder, got {str(folder)!r}.")
-        self.folder, self.resize = folder, resize
+            raise ValueError(f"--predictions must be a folder, got {str(folder)!r}.")
+        self.folder, self.resize, self.autoencoder = folder, resize, autoencoder
 
     def path(self, clip: Clip) -> Path:
         """The file of a clip.
@@ -227,7 +238,9 @@ class FolderPredictor:
 
     def _read(self, data: ClipData) -> Prediction:
         path = self.path(data.clip)
-        frames, latents = (read_video(path), None) if path.suffix == ".mp4" else _read_npz(path)
+        frames, latents, autoencoder = (read_video(path), None, None) if path.suffix == ".mp4" else _read_npz(path)
+        if autoencoder is not None and autoencoder != self.autoencoder:
+            latents = None
         wanted = data.truth.shape
         if len(frames) != wanted[0] or frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
             raise ValueError(
@@ -245,21 +258,41 @@ class FolderPredictor:
         return Prediction(frames, latents)
 
 
+def _config(part: Any) -> dict[str, Any]:
+    """A component's config without what is no part of it, as where it was loaded from."""
+    return {name: value for name, value in part.config.items() if not name.startswith("_")}
+
+
+def _digest(modules: Sequence[torch.nn.Module | None], settings: Any = None) -> str:
+    """Hash of modules' weights and configs, and of other settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for module in modules:
+        if module is None:
+            continue
+        digest.update(json.dumps(_config(module), sort_keys=True, default=str).encode())
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def save_prediction(folder: Path, clip: Clip, prediction: Prediction) -> None:
     """Write a prediction as `FolderPredictor` reads it, whole or not at all."""
     arrays: dict[str, Any] = {"frames": prediction.frames}
     if prediction.latents is not None:
         arrays["latents"] = prediction.latents.cpu().float().numpy()
+        arrays["autoencoder"] = np.array(prediction.autoencoder or "")
     with temporary_path(folder / f"{clip.name}.npz") as partial:
         np.savez_compressed(partial, **arrays)
 
 
-def _read_npz(path: Path) -> tuple[np.ndarray, torch.Tensor | None]:
+def _read_npz(path: Path) -> tuple[np.ndarray, torch.Tensor | None, str | None]:
+    """Frames, latents and the hash of their autoencoder."""
     try:
         with np.load(path, allow_pickle=False) as file:
             latents = torch.from_numpy(file["latents"]) if "latents" in file else None
-            return file["frames"], latents
-    except (ValueError, OSError, KeyError, EOFError, TypeError) as error:
+            autoencoder = str(file["autoencoder"]) if "autoencoder" in file else None
+            return file["frames"], latents, autoencoder or None
+    except (ValueError, OSError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`: {error}") from error
 
 

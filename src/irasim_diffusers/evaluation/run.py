@@ -175,7 +175,8 @@ def _score(evaluation: Evaluation, reader: ClipReader) -> None:
                 with temporary_path(_features(evaluation.output, one.clip)) as partial:
                     np.savez(partial, **features)  # type: ignore[arg-type]
             figures = score_clip(one, prediction, evaluation.protocol, evaluation.encode, evaluation.backbones)
-            _write_json(_figures(evaluation.output, one.clip), {"name": one.clip.name} | figures)
+            names = {"name": one.clip.name, "file": _file_stamp(evaluation, one.clip)}
+            _write_json(_figures(evaluation.output, one.clip), names | figures)
 
 
 def _is_finished(evaluation: Evaluation, clip: Clip) -> bool:
@@ -183,9 +184,16 @@ def _is_finished(evaluation: Evaluation, clip: Clip) -> bool:
     figures, saved = _figures(evaluation.output, clip), evaluation.save_predictions
     if not figures.is_file() or (saved is not None and not (saved / f"{clip.name}.npz").is_file()):
         return False
-    if isinstance(evaluation.predictor, FolderPredictor):
-        return figures.stat().st_mtime_ns >= evaluation.predictor.path(clip).stat().st_mtime_ns
-    return True
+    stamp = _file_stamp(evaluation, clip)
+    return stamp is None or json.loads(figures.read_text())["file"] == stamp
+
+
+def _file_stamp(evaluation: Evaluation, clip: Clip) -> list[Any] | None:
+    """Name, size and time of the file that a clip's prediction is read from, by which another one is told."""
+    if not isinstance(evaluation.predictor, FolderPredictor):
+        return None
+    path = evaluation.predictor.path(clip)
+    return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def _share(batches: Sequence[Sequence[int]], description: str, unit: str) -> Iterator[Sequence[int]]:
@@ -215,7 +223,7 @@ def _measure_faithfulness(evaluation: Evaluation, reader: ClipReader, chosen: Se
     predictor: Any = evaluation.predictor
     last_frames, actions, holds = [], [], []
     for data in map(reader, chosen):
-        last_frames.append(data.history[-1])
+        last_frames.append(data.history[-1].copy())  # a view would keep the whole episode
         actions.append(data.actions)
         holds.append(predictor.hold(data))
     ways = min(evaluation.ways, len(chosen))
@@ -258,12 +266,16 @@ def _distances(output: Path, clips: Sequence[Clip], backbones: Backbones) -> dic
     found: dict[str, dict[str, float]] = {}
     for name, wanted, distance in (("fid", backbones.inception, fid), ("fvd", backbones.i3d, fvd)):
         if wanted is not None:
-            files = [np.load(_features(output, clip)) for clip in clips]
-            predicted, true = (
-                np.concatenate([file[f"{name}_{which}"] for file in files]) for which in ("prediction", "truth")
-            )
+            pairs = [_read_features(_features(output, clip), name) for clip in clips]
+            predicted, true = (np.concatenate(part) for part in zip(*pairs, strict=True))
             found[name] = {"value": distance(predicted, true), "n": len(predicted)}
     return found
+
+
+def _read_features(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Features of one clip, predicted and true; the file is closed, for there may be thousands."""
+    with np.load(path) as file:
+        return file[f"{name}_prediction"], file[f"{name}_truth"]
 
 
 def _check_size(protocol: Protocol, frames: np.ndarray) -> None:

@@ -15,6 +15,7 @@ from diffusers import (
     DiffusionPipeline,
     FasterCacheConfig,
     FirstBlockCacheConfig,
+    PNDMScheduler,
     PyramidAttentionBroadcastConfig,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -210,6 +211,12 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 f"{sorted(unknown)}."
             )
         self.check_scheduler()
+        runge_kutta = isinstance(self.scheduler, PNDMScheduler) and not self.scheduler.config.skip_prk_steps
+        if runge_kutta and num_inference_steps < 4:
+            raise ValueError(
+                f"`num_inference_steps` must be at least 4 for PNDMScheduler with its Runge-Kutta warm-up, got "
+                f"{num_inference_steps}: take more, or another scheduler."
+            )
 
     def check_window(self, window_length: int) -> None:
         """Refuse windows that the checkpoint cannot take.
@@ -245,6 +252,14 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                     "`irasim_diffusers.models.noise_process(pipe.transformer.config)`."
                 )
             return
+        alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)
+        if alphas_cumprod is None or flows:
+            raise ValueError(
+                f"`scheduler` must have the checkpoint's noise process ({settings}), got {name} with a flow or "
+                "continuous process: take a scheduler with betas."
+            )
+        if name == "DPMSolverSDEScheduler":
+            raise ValueError(f"`scheduler` must draw its noise from the given generator, which {name} does not.")
         sample = config.prediction_type == "sample"
         if found != config.prediction_type and not (sample and found == "v_prediction"):
             raise ValueError(
@@ -257,12 +272,6 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 f"`{name}.from_config(pipe.scheduler.config, prediction_type='v_prediction')`; the pipeline converts."
             )
         trained = noise_process(config).alphas_cumprod
-        alphas_cumprod = getattr(self.scheduler, "alphas_cumprod", None)
-        if alphas_cumprod is None or flows:
-            raise ValueError(
-                f"`scheduler` must have the checkpoint's noise process ({settings}), got {name} with a flow or "
-                "continuous process: take a scheduler with betas."
-            )
         alphas_cumprod = alphas_cumprod.cpu().float()
         if alphas_cumprod.shape != trained.shape or not torch.allclose(alphas_cumprod, trained, atol=1e-6):
             raise ValueError(
@@ -348,8 +357,13 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Noise of `shape` (B, C, n, h, w) and unit variance, float32: the given one, and drawn for frames after it."""
+        """Noise of `shape` (B, C, n, h, w) and unit variance, float32: the given one, and drawn for frames after it.
+
+        These fill a window, and other frames see them: beside given noise without a generator they are always the same.
+        """
         device, given = self._execution_device, 0 if latents is None else latents.shape[2]
+        if given and generator is None:
+            generator = torch.Generator().manual_seed(0)
         drawn = (*shape[:2], shape[2] - given, *shape[3:])
         noise = [] if latents is None else [latents.to(device, torch.float32)]
         if given < shape[2]:
