@@ -35,7 +35,7 @@ from diffusers.training_utils import EMAModel, _collate_lora_metadata
 from diffusers.utils import is_bitsandbytes_available
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from huggingface_hub import create_repo, hf_hub_download, upload_folder
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, get_peft_model_state_dict
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -67,6 +67,7 @@ from irasim_diffusers.training import (
     checkpoints,
     diffusion_loss,
     load_average,
+    remove_leftovers,
     save_average,
     save_checkpoint,
 )
@@ -276,7 +277,7 @@ class TrainingArguments:
     ema_warmup: bool = field(default=True, metadata={"help": "let the decay rise with the steps, for short runs"})
     mixed_precision: str | None = field(
         default=None,
-        metadata={"help": "no, fp16 or bf16 (default: that of accelerate's config, bf16 where it names none)"},
+        metadata={"help": "no, fp16 or bf16 (default: that of accelerate's config, bf16 where it says no or nothing)"},
     )
     allow_tf32: bool = field(default=False, metadata={"help": "faster float32 products on Ampere GPUs and later"})
     gradient_checkpointing: bool = False
@@ -343,6 +344,8 @@ FOREIGN = {
 }
 """Flags that a model knows nothing of."""
 WINDOW = ("sample_frames", "num_history_frames")
+FINISHED = ".finished"
+"""Folder in which the result is put together, hidden, so that it is nobody else's."""
 
 
 class PixelSpace(torch.nn.Module):
@@ -383,7 +386,7 @@ def is_pipeline(name: str, revision: str | None = None) -> bool:
         return (Path(name) / "model_index.json").is_file()
     try:
         hf_hub_download(name, "model_index.json", revision=revision)
-    except RemoteEntryNotFoundError:
+    except EntryNotFoundError:
         return False
     return True
 
@@ -427,6 +430,37 @@ def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | PixelSpace, patc
         )
 
 
+def check_data(sources: list[PreparedEpisodes], arguments: TrainingArguments) -> None:
+    """Refuse flags that the data do not fit, and validation data that are not like them, before hours of encoding."""
+    vectors = first_readable(sources[0], sources[0].vectors)
+    action_dim = vectors["action"].shape[1]
+    for name in ("action_scale", "action_offset"):
+        values = getattr(arguments, name)
+        if len(values) not in (0, 1, action_dim):
+            raise ValueError(f"`{name}` must be one number, or {action_dim}, got {values}.")
+    missing = [key for key in arguments.state_keys if key not in vectors]
+    if missing:
+        raise ValueError(f"{sources[0].name!r} has no vector feature {missing[0]!r}; it has {sorted(vectors)}.")
+    if arguments.validation_dataset is None:
+        return
+    held_out = open_source(arguments.validation_dataset, arguments, arguments.validation_split, None, all_phases=False)
+    check_mixture([sources[0], held_out])
+    found = first_readable(held_out, held_out.vectors)["action"].shape[1]
+    if found != action_dim:
+        raise ValueError(f"`validation_dataset` must have {action_dim} action components as the data, got {found}.")
+    if arguments.recorded_latents or arguments.streaming:  # pictures may be absent, or far away
+        return
+    sizes = [
+        first_readable(source, functools.partial(_first_frame, source)).shape[:2] for source in (sources[0], held_out)
+    ]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"`validation_dataset` must have pictures of {sizes[0]} (height, width), got {sizes[1]}.")
+
+
+def _first_frame(source: PreparedEpisodes, number: int) -> np.ndarray:
+    return source.window(number, 0, 1).frames[0]
+
+
 def load_pretrained(
     arguments: TrainingArguments, vae: AutoencoderKL, source: PreparedEpisodes
 ) -> IRASimTransformer3DModel | None:
@@ -458,7 +492,12 @@ def load_pretrained(
     if (model.config.prediction_type, arguments.prediction_type) == ("v_prediction", "sample"):
         model = predict_samples(model)
     if arguments.vae is not None and is_pipeline(name, arguments.revision):
-        model = follow_autoencoder(model, pretrained_vae(arguments), vae, source)
+        followed = follow_autoencoder(model, pretrained_vae(arguments), vae, source)
+        if arguments.lora_rank and followed is not model:
+            raise ValueError(
+                "`lora_rank` keeps the model as it is, and `vae` is not the autoencoder that it knows: leave `vae` out."
+            )
+        model = followed
     patch_size = arguments.patch_size or model.config.patch_size
     if (patch_size, arguments.action_frequencies) != (model.config.patch_size, None):
         model = change_patch_size(model, patch_size, arguments.action_frequencies)
@@ -515,12 +554,10 @@ def build_transformer(
     offset, scale = action_normalisation(actions, arguments.action_normalisation)
     action_dim = len(offset)
     bounds = {"action_low": actions.amin(0).tolist(), "action_high": actions.amax(0).tolist()}
-    given: dict[str, Any] = {}
-    for name in ("action_scale", "action_offset"):
-        values = getattr(arguments, name)
-        if len(values) not in (0, 1, action_dim):
-            raise ValueError(f"`{name}` must be one number, or {action_dim}, got {values}.")
-        given[name] = values[0] if len(values) == 1 else values
+    given: dict[str, Any] = {
+        name: values[0] if len(values) == 1 else values
+        for name, values in (("action_scale", arguments.action_scale), ("action_offset", arguments.action_offset))
+    }
     height, width = parts[0].latent_size
     known: dict[str, Any] = {
         "sample_height": height,
@@ -851,6 +888,8 @@ def check_arguments(arguments: TrainingArguments) -> None:
         pretrained and is_pipeline(pretrained, arguments.revision)
     ):
         raise ValueError("`vae` must be given, unless a pretrained pipeline brings its own or with `pixel_space`.")
+    if arguments.action_normalisation not in ("std", "quantile"):
+        raise ValueError(f"`action_normalisation` must be std or quantile, got {arguments.action_normalisation!r}.")
     if arguments.optimizer == "adamw8bit" and not is_bitsandbytes_available():
         raise ValueError("`optimizer` adamw8bit needs `pip install bitsandbytes`.")
     presets = MODELS[arguments.model][2]
@@ -877,7 +916,15 @@ def check_arguments(arguments: TrainingArguments) -> None:
         raise ValueError(f"`timestep_bias` must be above -1, got {arguments.timestep_bias}.")
     if arguments.lora_rank and pretrained is None:
         raise ValueError("`lora_rank` needs `pretrained_model_name_or_path`: adapters adapt a trained model.")
-    kept = ("patch_size", "action_frequencies", *WINDOW, "relative_latents", "action_scale", "action_offset")
+    kept = (
+        "patch_size",
+        "action_frequencies",
+        *WINDOW,
+        "relative_latents",
+        "prediction_type",
+        "action_scale",
+        "action_offset",
+    )
     given = [name for name in kept if getattr(arguments, name) not in (None, [], False)]
     if arguments.lora_rank and given:
         raise ValueError(f"`lora_rank` keeps the model as it is: leave {', '.join(given)} out.")
@@ -890,6 +937,11 @@ def check_accelerator(accelerator: Accelerator, arguments: TrainingArguments) ->
     if arguments.optimizer == "muon" and accelerator.mixed_precision == "fp16":
         raise ValueError(
             "`optimizer` muon is two optimisers, which accelerate cannot scale for fp16: take bf16 or no."
+        )
+    if accelerator.gradient_accumulation_steps != arguments.gradient_accumulation_steps:
+        raise ValueError(
+            f"`gradient_accumulation_steps` is {arguments.gradient_accumulation_steps}, and accelerate was launched with "
+            f"{accelerator.gradient_accumulation_steps}: give it to `accelerate launch` too, or take it out of its config."
         )
     kind = accelerator.distributed_type
     if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -905,6 +957,8 @@ def check_accelerator(accelerator: Accelerator, arguments: TrainingArguments) ->
         plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast does the rest
     elif accelerator.state.deepspeed_plugin.zero_stage > 2:
         raise ValueError("DeepSpeed must be ZeRO-1 or 2: take examples/accelerate_configs/zero2.yaml, or FSDP.")
+    else:  # which clips by itself
+        accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = arguments.max_grad_norm
 
 
 def run_settings(
@@ -951,16 +1005,17 @@ def save(
 ) -> None:
     """Write the pipeline or the adapters beside the checkpoints, what tells that they are complete last."""
     output = Path(arguments.output_dir)
-    with temporary_folder(output / "finished") as partial:
+    finished = output / FINISHED
+    with temporary_folder(finished) as partial:
         if arguments.lora_rank:
             save_lora(transformer, partial)
         else:
             finished_pipeline(vae, transformer, arguments).save_pretrained(partial)
-    for path in sorted((output / "finished").iterdir(), key=lambda path: path.name == "model_index.json"):
+    for path in sorted(finished.iterdir(), key=lambda path: path.name == "model_index.json"):
         if (output / path.name).is_dir():
             shutil.rmtree(output / path.name)
         path.replace(output / path.name)
-    (output / "finished").rmdir()
+    finished.rmdir()
 
 
 def main() -> None:
@@ -982,8 +1037,7 @@ def main() -> None:
     set_seed(arguments.seed)
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        for partial in (*output.glob("partial-*"), *output.glob("*finished*")):
-            shutil.rmtree(partial)
+        remove_leftovers(output)
         if arguments.push_to_hub:  # refused now rather than at the end
             create_repo(arguments.hub_model_id or output.name, exist_ok=True)
     accelerator.wait_for_everyone()
@@ -993,6 +1047,7 @@ def main() -> None:
         for name in arguments.dataset
     ]
     check_mixture(sources)
+    check_data(sources, arguments)
     vae = load_vae(arguments).to(accelerator.device)
     pretrained = load_pretrained(arguments, vae, sources[0])
     patch_size = pretrained.config.patch_size if pretrained else arguments.patch_size or NEW_MODEL["patch_size"]
@@ -1113,7 +1168,10 @@ def main() -> None:
     while step < arguments.max_train_steps and seconds < limit:
         loader.set_epoch(epoch)
         clips.set_epoch(epoch)
-        batches = accelerator.skip_first_batches(loader, done * accumulation) if done else loader
+        batches = loader
+        if done:
+            batches = accelerator.skip_first_batches(loader, done * accumulation)
+            batches.iteration = epoch  # accelerate before 1.15 forgets which epoch's order it skips in
         for batch in batches:
             place = batch_number * accelerator.num_processes + accelerator.process_index
             with accelerator.accumulate(model):

@@ -9,7 +9,6 @@ that they have unit variance, or `--latent_std`. The same command run again goes
 """
 
 import math
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from irasim_diffusers.data import PreparedEpisodes, open_dataset
-from irasim_diffusers.training import checkpoints, save_checkpoint
+from irasim_diffusers.training import checkpoints, remove_leftovers, save_checkpoint
 
 
 @dataclass
@@ -166,11 +165,11 @@ def main() -> None:
     set_seed(arguments.seed)
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        for partial in output.glob("partial-*"):
-            shutil.rmtree(partial)
+        remove_leftovers(output)
     frames = load_frames(arguments, arguments.dataset, arguments.split, arguments.frames_per_episode)
     validation = arguments.validation_dataset or arguments.dataset
     split = arguments.validation_split if arguments.validation_dataset else arguments.split
+    which = "held-out" if arguments.validation_dataset else "training"
     held_out = load_frames(arguments, validation, split, 4, episodes=64)
     vae = build_vae(arguments, max(frames.shape[-2:]))
     if arguments.compile:
@@ -215,7 +214,7 @@ def main() -> None:
         if accelerator.is_main_process and (step % arguments.validation_steps == 0):
             with accelerator.autocast():
                 psnr = reconstruction_psnr(vae, held_out, accelerator.device)
-            bar.write(f"step {step}: held-out PSNR {psnr:.2f} dB, {time.perf_counter() - start:.0f} s")
+            bar.write(f"step {step}: {which} PSNR {psnr:.2f} dB, {time.perf_counter() - start:.0f} s")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if not arguments.freeze_encoder:
@@ -223,7 +222,7 @@ def main() -> None:
             vae.register_to_config(scaling_factor=arguments.latent_std / deviation)
         vae.save_pretrained(output)
         psnr = reconstruction_psnr(vae, held_out, accelerator.device)
-        print(f"held-out PSNR {psnr:.2f} dB in float32; scaling_factor {vae.config.scaling_factor:.4f}; {output}")
+        print(f"{which} PSNR {psnr:.2f} dB in float32; scaling_factor {vae.config.scaling_factor:.4f}; {output}")
 
 
 if __name__ == "__main__":

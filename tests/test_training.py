@@ -3,7 +3,7 @@ import torch
 from conftest import tiny_transformer, tiny_unet
 
 from irasim_diffusers.models import noise_process
-from irasim_diffusers.training import StateReadout, diffusion_loss
+from irasim_diffusers.training import StateReadout, diffusion_loss, remove_leftovers
 
 
 @pytest.fixture
@@ -114,3 +114,14 @@ def test_a_flow_takes_no_min_snr(batch):
     model = tiny_transformer(prediction_type="flow_prediction")
     with pytest.raises(ValueError, match="`snr_gamma` must be None for a flow"):
         diffusion_loss(model, noise_process(model.config), **batch, snr_gamma=5.0)
+
+
+def test_only_what_a_killed_run_left_is_deleted(tmp_path):
+    left = ["partial-12", ".finished", "..finished.abc.partial"]
+    kept = ["partial-demos", "finished", "unfinished", "finished-models", "checkpoint-3"]
+    for name in left + kept:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    (tmp_path / "finished.txt").write_text("")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "finished.txt"])

@@ -191,6 +191,13 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
+def remove_leftovers(output: Path) -> None:
+    """Delete what a killed run left half-written in its folder, and nothing else that lies there."""
+    for path in output.iterdir():
+        if path.is_dir() and re.fullmatch(r"partial-\d+|\.{1,2}finished(\..*\.partial)?", path.name):
+            shutil.rmtree(path)
+
+
 def averaged_state(ema: EMAModel, model: nn.Module) -> dict[str, torch.Tensor]:
     """The state of a model with the averages in place of what is trained, gathered from shards, on the CPU.
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_lerobot import write_folder
 from test_pusht import EXAMPLES, ONE, run
-from train import PixelSpace, TrainingArguments, check_arguments, load_vae
+from train import PixelSpace, TrainingArguments, check_arguments, check_data, load_vae, open_source
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.data import IRASimFolder, LatentClips, cache_latents, read_video, write_video
@@ -38,15 +38,15 @@ MODEL = ["--num_layers", 1, "--num_attention_heads", 2, "--attention_head_dim", 
 SHORT = ["--train_batch_size", 4, "--max_train_steps", 2, "--checkpointing_steps", 2, "--mixed_precision", "no"]
 
 
-def write_robot(root, seed, episodes=3, cameras=2):
+def write_robot(root, seed, episodes=3, cameras=2, width=32):
     """A few clips of a robot arm in the format of the IRASim release; a square moves as its first two components say."""
     generator = np.random.default_rng(seed)
     (root / "annotation" / "train").mkdir(parents=True)
     for number in range(episodes):
         poses = np.cumsum(generator.normal(size=(9, 7)) * 0.05, axis=0)
-        frames = np.full((9, 16, 32, 3), 220, dtype=np.uint8)
+        frames = np.full((9, 16, width, 3), 220, dtype=np.uint8)
         for frame, (x, y, *_) in zip(frames, poses, strict=True):
-            row, column = int(6 + 20 * x) % 12, int(14 + 20 * y) % 28
+            row, column = int(6 + 20 * x) % 12, int(14 + 20 * y) % (width - 4)
             frame[row : row + 4, column : column + 4] = (200, 30, 30)
         videos = [f"videos/train/{number}/{camera}.mp4" for camera in range(cameras)]
         for path in videos:
@@ -193,11 +193,42 @@ def test_pixels_are_cached_as_they_are(workspace):
             {"lora_rank": 4, "pretrained_model_name_or_path": "model", "patch_size": 1},
             "keeps the model as it is: leave patch_size out",
         ),
+        (
+            {"lora_rank": 4, "pretrained_model_name_or_path": "model", "prediction_type": "sample"},
+            "keeps the model as it is: leave prediction_type out",
+        ),
+        ({"action_normalisation": "max"}, "`action_normalisation` must be std or quantile, got 'max'"),
     ],
 )
 def test_bad_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
         check_arguments(TrainingArguments(**{"dataset": ["set"], "output_dir": "out", "vae": "vae"} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"action_scale": [1.0, 2.0]}, r"`action_scale` must be one number, or 7, got \[1.0, 2.0\]"),
+        ({"state_keys": ["joints"]}, "has no vector feature 'joints'; it has"),
+        ({"validation_dataset": "other"}, r"`validation_dataset` must have pictures of \(16, 32\).*, got \(16, 24\)"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_before_they_are_encoded(workspace, changes, message):
+    if "validation_dataset" in changes:
+        write_robot(workspace / "other", 3, width=24)
+        changes = {"validation_dataset": str(workspace / "other")}
+    arguments = TrainingArguments(
+        dataset=[str(workspace / "first")], output_dir="out", fps=5, cameras=["0"], **changes
+    )
+    source = open_source(arguments.dataset[0], arguments, "train", None, all_phases=True)
+    with pytest.raises(ValueError, match=message):
+        check_data([source], arguments)
+
+
+def test_accelerate_must_accumulate_what_is_asked_for(workspace, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    with pytest.raises(AssertionError, match="`gradient_accumulation_steps` is 4, and accelerate was launched with 1"):
+        train_robot(workspace, "accumulated", "--gradient_accumulation_steps", 4)
 
 
 def test_the_autoencoder_of_a_pretrained_pipeline(tmp_path):
