@@ -119,6 +119,17 @@ def test_a_converted_scheduler_has_the_noise_process_of_the_config(workspace, ca
     pipeline = IRASimPipeline.from_pretrained("converted")
     pipeline.check_scheduler()
     assert {name: pipeline.scheduler.config[name] for name in process} == process
+    arguments = ["--model", "converted", "--frames", "frame.png", "--actions", "actions.npy", "--steps", "3"]
+    for scheduler in ("ddim", "ddpm"):  # which clip unless told not to
+        assert generate(*arguments, "--scheduler", scheduler) == 0, capsys.readouterr().err
+    assert generate(*arguments) == 2
+    assert "at least 4 for PNDMScheduler with its Runge-Kutta warm-up, got 3" in capsys.readouterr().err
+
+
+def test_a_spreadsheets_byte_order_mark_is_no_heading(workspace):
+    actions = read_actions(workspace / "actions.npy")
+    np.savetxt(workspace / "marked.csv", actions, delimiter=",", encoding="utf-8-sig")
+    np.testing.assert_allclose(read_actions(workspace / "marked.csv"), actions)
 
 
 def test_resize(workspace):
@@ -146,7 +157,6 @@ BAD = [
     ({"--frames": "broken.mp4"}, "--frames must be a readable image or video: .*broken.mp4"),
     ({"--frames": "missing.mp4"}, "--frames must be an image or video file, got 'missing.mp4'"),
     ({"--frames": "short.mp4"}, "--frames must hold at least the history of 2 frames, got 1"),
-    ({"--frames": "video.mp4", "--history": "3"}, "`frames` must hold 1 to 2 history frames"),
     ({"--frames": "video.mp4", "--history": "0"}, "--history must be at least 1, got 0"),
     ({"--frames": "frame.png", "--history": "-1"}, "--history must be at least 1, got -1"),
     ({"--output": "folder.mp4"}, "--output must be a file, got the directory 'folder.mp4'"),
@@ -154,7 +164,8 @@ BAD = [
     ({"--output": "/proc/clip.mp4"}, "--output must be writable, got '/proc/clip.mp4'"),
     ({"--model": "nowhere"}, "--model must be a pipeline folder or Hub id, got 'nowhere'"),
     ({"--scheduler": "flow-euler"}, "`scheduler` must have"),
-    ({"--steps": "0"}, "`num_inference_steps` .* at least 1, got 0"),
+    ({"--steps": "0"}, "--steps must be at least 1, got 0"),
+    ({"--frames": "video.mp4", "--history": "3"}, "--history must be at most 2 for this model, got 3"),
     ({"--device": "abacus"}, "--device must be a device of this machine, got 'abacus'"),
 ]
 

@@ -326,7 +326,7 @@ def test_clips_of_each_protocol():
         ValueError, match="no episode of 'lengths' is as long as a clip of irasim-short, 1 frame given"
     ):
         find_clips(Lengths(15, 3), PROTOCOLS["irasim-short"])
-    with pytest.raises(ValueError, match="--num-clips must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`num_clips` must be at least 1, got 0"):
         find_clips(dataset, PROTOCOLS["irasim-short"], 0)
 
 
@@ -368,7 +368,7 @@ BAD = [
     (["--pad-actions-to", "4"], "action components of .* must be 3 as the model's, got 4: see --pad-actions-to"),
     (["--split", "train"], "`split` must be one of"),
     (["--dataset", "nowhere"], "`dataset` must be a folder or a Hub id"),
-    (["--predictions", "nowhere"], "`predictions` must be a folder, got 'nowhere'"),
+    (["--predictions", "nowhere"], "--predictions must be a folder, got 'nowhere'"),
     (["--i3d", "nowhere.pt"], "`i3d` must be the file i3d_torchscript.pt"),
     (["--ways", "1"], "`ways` must be at least 2, got 1"),
     (["--model", "nowhere"], "--model must be a pipeline folder or Hub id"),
@@ -397,6 +397,51 @@ def test_bad_predictions_are_named(workspace, evaluated, tmp_path, capsys, array
     np.savez(tmp_path / "predictions" / "000000-000016.npz", **arrays)
     assert run(workspace, tmp_path / "out", "--predictions", tmp_path / "predictions") == 2
     assert re.search(f"000000-000016.npz.*{message}", capsys.readouterr().err)
+
+
+def test_a_prediction_cut_short_is_named(workspace, evaluated, tmp_path, capsys):
+    shutil.copytree(workspace / "predictions", tmp_path / "predictions")
+    path = tmp_path / "predictions" / "000000-000016.npz"
+    path.write_bytes(path.read_bytes()[:-200])
+    assert run(workspace, tmp_path / "out", "--predictions", tmp_path / "predictions") == 2
+    assert "000000-000016.npz' must be an npz file" in capsys.readouterr().err
+
+
+def test_predictions_exchanged_for_older_ones_are_scored_anew(workspace, evaluated, tmp_path):
+    arguments = ["--predictions", tmp_path / "predictions"]
+    shutil.copytree(workspace / "predictions", tmp_path / "predictions")
+    assert run(workspace, tmp_path / "out", *arguments) == 0
+    before = load(tmp_path / "out")["metrics"]["psnr"]
+    for path in (tmp_path / "predictions").iterdir():
+        np.savez(path, frames=np.zeros((15, 8, 12, 3), np.uint8))
+        os.utime(path, (1, 1))
+    assert run(workspace, tmp_path / "out", *arguments) == 0
+    assert load(tmp_path / "out")["metrics"]["psnr"] != before
+
+
+def test_latents_are_compared_with_those_of_the_same_autoencoder_alone(workspace, evaluated, tmp_path):
+    """Saved latents of another autoencoder are left out: its frames are encoded instead."""
+    pipeline = tiny_pipeline(1)
+    pipeline.vae.register_to_config(scaling_factor=7.0)
+    pipeline.save_pretrained(tmp_path / "other")
+    shutil.copytree(workspace / "predictions", tmp_path / "frames")
+    for path in (tmp_path / "frames").iterdir():
+        np.savez(path, frames=np.load(path)["frames"])
+    found = []
+    for predictions in (workspace / "predictions", tmp_path / "frames"):
+        output = tmp_path / predictions.name
+        assert run(workspace, output / "out", "--predictions", predictions, "--model", tmp_path / "other") == 0
+        found.append(load(output / "out")["metrics"]["latent_l2"]["mean"])
+    assert found[0] == found[1]
+
+
+def test_a_changed_config_is_another_evaluation(workspace, evaluated, tmp_path, capsys):
+    shutil.copytree(workspace / "model", tmp_path / "model")
+    assert run(workspace, tmp_path / "out", "--model", tmp_path / "model", "--faithfulness-clips", 0) == 0
+    path = tmp_path / "model" / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"action_scale": 9.0}))
+    assert run(workspace, tmp_path / "out", "--model", tmp_path / "model", "--faithfulness-clips", 0) == 2
+    assert "holds the figures of another evaluation; weights differ" in capsys.readouterr().err
 
 
 def test_other_sizes_are_resized_where_asked(workspace, evaluated, tmp_path):

@@ -189,6 +189,12 @@ def test_one_history_frame_grows_to_two(pipeline, frames, actions):
     assert [*dict.fromkeys(histories)] == [1, 2]
 
 
+def test_given_noise_alone_fixes_the_video(pipeline, frames, actions):
+    noise = torch.randn(1, 4, 1, 4, 6)  # the window has room for more frames
+    first, again = (run(pipeline, frames, actions[:1], latents=noise) for _ in range(2))
+    assert torch.equal(first, again)
+
+
 def test_a_remainder_is_padded_by_holding(frames, actions):
     given = []
     for space in ("absolute", "relative"):
@@ -530,7 +536,10 @@ def test_bad_input_is_refused_before_any_work(pipeline, frames, actions, change,
         (diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012), "noise process .* other betas"),
         (diffusers.DDIMScheduler(beta_start=1e-4, num_train_timesteps=500), "noise process .* other betas"),
         (diffusers.DDIMScheduler(), "must not clip samples, got DDIMScheduler"),
-        (diffusers.FlowMatchEulerDiscreteScheduler(), "prediction type 'epsilon', got FlowMatchEuler"),
+        (
+            diffusers.FlowMatchEulerDiscreteScheduler(),
+            "FlowMatchEulerDiscreteScheduler with a flow .* take a scheduler with betas",
+        ),
         (
             diffusers.DPMSolverMultistepScheduler(
                 beta_start=1e-4, use_flow_sigmas=True, prediction_type="epsilon", flow_shift=1.0
@@ -793,5 +802,5 @@ def test_a_flow_is_sampled_by_schedulers_of_flows_alone(frames, actions):
     assert run(pipeline, frames, actions[:3]).shape == (1, 3, 3, 8, 12)
     pipeline = tiny_pipeline()
     pipeline.scheduler = flow
-    with pytest.raises(ValueError, match="must have the checkpoint's prediction type 'epsilon'"):
+    with pytest.raises(ValueError, match="with a flow or continuous process"):
         run(pipeline, frames, actions)
