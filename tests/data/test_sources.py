@@ -421,6 +421,25 @@ def test_tables_with_videos_and_with_pictures(tmp_path):
             TableEpisodes(ragged).vectors(number)
 
 
+def test_a_saved_table_of_another_split_is_refused(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = make_table(tmp_path, [make_episode(0, 5)])
+    datasets.DatasetDict(test=table, tail=table).save_to_disk(str(tmp_path / "dict"))
+    assert len(open_dataset(tmp_path / "dict", split="tail")) == 1
+    with pytest.raises(ValueError, match=r"`split` must be one of \['tail', 'test'\] in .*dict', got 'train'"):
+        open_dataset(tmp_path / "dict")
+    for split, fits in ((None, ("train", "test")), ("test", ("test",)), ("test[:10]", ("test",))):
+        named = datasets.Dataset(table.data, split=split and datasets.NamedSplit(split))
+        folder = tmp_path / f"alone-{split}"
+        named.save_to_disk(str(folder))
+        for asked in ("train", "test"):
+            if asked in fits:
+                assert len(open_dataset(folder, split=asked)) == 1
+            else:
+                with pytest.raises(ValueError, match=r"`split` must be one of \['test'\] in .*, got 'train'"):
+                    open_dataset(folder, split=asked)
+
+
 @pytest.mark.parametrize("derivation", ["relative_euler", "relative_6d", "relative_planar", "absolute"])
 def test_skipping_frames_composes_actions(derivation, tmp_path):
     _, poses, gripper = write_release(tmp_path, "droid", length=7)
@@ -481,7 +500,7 @@ def test_narrow_actions_are_padded(tmp_path):
     assert padded[0].actions.shape == (6, 5)
     assert not padded[0].actions[:, 2:].any()
     assert padded.component_names("action") == ["x", "y", "unused 2", "unused 3", "unused 4"]
-    with pytest.raises(ValueError, match="`action_dim` must be at least 2"):
+    with pytest.raises(ValueError, match=r"`action_dim` \(--pad_actions_to\) must be at least 2"):
         PreparedEpisodes(open_dataset(tmp_path), action_dim=1)[0]
 
 
@@ -489,7 +508,7 @@ def test_narrow_actions_are_padded(tmp_path):
     ("changes", "message"),
     [
         ({"derivation": "guess"}, "`derivation` must be one of"),
-        ({"frame_skip": 2}, "`composition` must say how recorded actions compose"),
+        ({"frame_skip": 2}, r"`composition` \(--action_composition\) must say how recorded actions compose"),
         ({"frame_skip": 0}, "`frame_skip` must be at least 1"),
         ({"derivation": "absolute", "state_key": "pose"}, r"`state_key` must be one of \['observation.state'\]"),
     ],

@@ -210,7 +210,12 @@ class LeRobotFolder(InOrder):
                     raise ValueError(f"{str(self._path(row))!r} has no picture {key!r} at frame {frame}.")
             return np.stack([_decode_image(picture, self.root) for picture in pictures])
         shared = self.info["codebase_version"] == VERSION
-        first = round(_entry(row, f"videos/{key}/from_timestamp") * self.fps) if shared else 0
+        first = 0
+        if shared:  # the frames of the next episode follow in the same file
+            begin, end = (_entry(row, f"videos/{key}/{name}_timestamp") for name in ("from", "to"))
+            first, found = round(begin * self.fps), round((end - begin) * self.fps)
+            if found < row["length"]:
+                raise ValueError(f"{row['length']} frames announced, {found} found in {str(self._path(row, key))!r}.")
         last = not shared and part.stop == row["length"]
         count = part.stop - part.start
         return read_frames(self._file(row, key), first + part.start, count, self.fps, whole=last)
