@@ -421,6 +421,20 @@ def test_tables_with_videos_and_with_pictures(tmp_path):
             TableEpisodes(ragged).vectors(number)
 
 
+def test_a_saved_table_is_read_where_it_lies(tmp_path):
+    episodes = [make_episode(number, length) for number, length in enumerate((5, 6))]
+    folder = tmp_path / "table"
+    make_table(tmp_path, episodes).save_to_disk(str(folder))
+    files = sorted(folder.iterdir())
+    folder.chmod(0o555)
+    try:
+        source = open_dataset(folder, "pictures", state_columns=["state"], max_episodes=2)
+        assert np.array_equal(source[1].frames, episodes[1].frames)
+    finally:
+        folder.chmod(0o755)
+    assert sorted(folder.iterdir()) == files
+
+
 def test_a_saved_table_of_another_split_is_refused(tmp_path):
     datasets = pytest.importorskip("datasets")
     table = make_table(tmp_path, [make_episode(0, 5)])
