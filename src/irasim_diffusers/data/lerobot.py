@@ -7,6 +7,7 @@ has files of its own.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -100,15 +101,15 @@ class LeRobotFolder(InOrder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Folder, cameras, `info.json`, number of episodes, and a hash of the names and sizes of the files, or the commit."""
-        remote = self.remote
-        return {
-            "root": str(self.root.resolve()) if remote is None else remote.repo_id,
-            "cameras": self.cameras,
-            "info": self.info,
-            "episodes": len(self),
-            "files": sizes_digest(self.root, self.files) if remote is None else remote.revision,
-        }
+        """Cameras, `info.json`, and a hash of `meta/episodes*` and of the files' names and sizes, or name and commit."""
+        shared = {"cameras": self.cameras, "info": self.info, "episodes": len(self)}
+        if self.remote is not None:
+            return shared | {"root": self.remote.repo_id, "files": self.remote.revision}
+        described = hashlib.sha256()
+        for path in sorted(self.root.glob("meta/episodes*")):
+            for file in sorted(path.rglob("*.parquet")) if path.is_dir() else [path]:
+                described.update(file.read_bytes())
+        return shared | {"described": described.hexdigest(), "files": sizes_digest(self.root, self.files)}
 
     @property
     def files(self) -> list[Path]:

@@ -84,7 +84,9 @@ def open_dataset(
         table = datasets.load_from_disk(str(folder))
         tables = table if isinstance(table, datasets.DatasetDict) else {str(table.split or split).split("[")[0]: table}
         if split not in tables:
-            raise ValueError(f"`split` must be one of {sorted(tables)} in {str(folder)!r}, got {split!r}.")
+            raise ValueError(
+                f"`split` (--split, --validation_split) must be one of {sorted(tables)} in {str(folder)!r}, got {split!r}."
+            )
         table = tables[split]
         return _table(table, cameras, max_episodes, fps, action_column, state_columns)
     raise ValueError(
