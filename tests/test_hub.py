@@ -315,7 +315,7 @@ def test_a_set_larger_than_the_disk_is_encoded_file_by_file(hub, tmp_path):
 
     clips = LatentClips(next(tmp_path.glob("cache/*")), 5)
     here = LatentClips(cache_latents(LeRobotFolder(root), tiny_vae(), tmp_path / "here"), 5)
-    assert clips.windows == here.windows
+    assert list(clips.windows) == list(here.windows)
     for index in range(len(here)):
         assert torch.equal(clips[index]["latents"], here[index]["latents"])
         assert torch.equal(clips[index]["actions"], here[index]["actions"])

@@ -500,7 +500,7 @@ def test_windows_of_skipped_frames_begin_at_any_frame(tmp_path):
     folder = cache_latents(dense, vae, tmp_path / "cache")
     (states,) = standardised_states([dense], ["observation.state"])
     clips = LatentClips(folder, 3, frame_skip=3, skip_short=True, states=states)
-    assert (clips.windows, clips.short) == ([(1, 0), (1, 1), (1, 2), (2, 0)], [0])
+    assert (list(clips.windows), clips.short) == ([(1, 0), (1, 1), (1, 2), (2, 0)], [0])
     every = LatentClips(cache_latents(source, vae, tmp_path / "cache"), 5).episodes
     for index, (number, start) in enumerate(clips.windows):
         assert torch.equal(clips[index]["latents"], every[number][0][start : start + 7 : 3].float().transpose(0, 1))
@@ -544,7 +544,7 @@ def test_narrow_actions_are_padded(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"derivation": "guess"}, "`derivation` must be one of"),
+        ({"derivation": "guess"}, r"`derivation` \(--action_derivation\) must be one of"),
         ({"frame_skip": 2}, r"`composition` \(--action_composition\) must say how recorded actions compose"),
         ({"frame_skip": 0}, "`frame_skip` must be at least 1"),
         ({"derivation": "absolute", "state_key": "pose"}, r"`state_key` must be one of \['observation.state'\]"),
@@ -723,7 +723,7 @@ def test_processes_encode_their_shares(tmp_path):
     assert folders[0] == folders[1]
     assert sum(encoded) == 21, "no episode was encoded twice"
     together = LatentClips(folders[0], 5)
-    assert together.windows == alone.windows
+    assert list(together.windows) == list(alone.windows)
     assert all(torch.equal(together[index]["latents"], alone[index]["latents"]) for index in range(len(alone)))
 
 
@@ -770,7 +770,7 @@ def test_normalisation_of_actions():
     offset, scale = (torch.tensor(values) for values in action_normalisation(actions, "quantile"))
     inside = (((actions - offset) * scale)[:, :2].abs() <= 1).float().mean(0)
     torch.testing.assert_close(inside, torch.full((2,), 0.98), atol=0.005, rtol=0)
-    with pytest.raises(ValueError, match="`kind` must be std or quantile"):
+    with pytest.raises(ValueError, match=r"`kind` \(--action_normalisation\) must be std or quantile"):
         action_normalisation(actions, "max")
 
 
