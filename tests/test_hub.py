@@ -342,6 +342,19 @@ def publish_table(hub, folder, episodes, repository, card=True):
     hub.commit(f"datasets/{repository}", files)
 
 
+def test_a_table_in_the_cache_opens_offline(hub, tmp_path, monkeypatch):
+    publish_table(hub, tmp_path, [make_episode(number, 5 + number) for number in range(3)], "lab/cached")
+    read = """
+        from irasim_diffusers.data import open_dataset
+        assert [len(episode) for episode in open_dataset("lab/cached")] == [5, 6, 7]
+        """
+    run(hub, tmp_path, read)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub.requests.clear()
+    run(hub, tmp_path, read)
+    assert not hub.requests
+
+
 def test_other_sets_larger_than_the_disk(hub, tmp_path):
     episodes = [make_episode(number, 5 + number) for number in range(6)]
     write_v21(tmp_path / "v21", episodes)
@@ -386,7 +399,7 @@ def test_other_sets_larger_than_the_disk(hub, tmp_path):
         assert np.array_equal(table.window(1, 2, 3).frames, table[1].frames[2:5])  # back to the start
         assert table.vectors(4)["action"].shape == (9, 3)
         assert sum(sizes()) - before < 2000, "nothing but the card"
-        assert "`max_episodes` must be given" in refusal(lambda: open_dataset("lab/uncounted", streaming=True))
+        assert "`max_episodes` (--max_train_episodes) must be given" in refusal(lambda: open_dataset("lab/uncounted", streaming=True))
         assert len(open_dataset("lab/uncounted", streaming=True, max_episodes=6)[5]) == 10
         beyond = open_dataset("lab/uncounted", streaming=True, max_episodes=7)
         assert "the data end after 6 rows" in refusal(lambda: beyond[6])

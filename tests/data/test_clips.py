@@ -22,6 +22,9 @@ from irasim_diffusers.data import (
     standardised_states,
     write_video,
 )
+from irasim_diffusers.data import (
+    clips as clips_module,
+)
 
 ENCODE_SLOWLY = """
 import time
@@ -88,6 +91,25 @@ def test_episodes_of_other_sizes_are_named_at_once(latents, tmp_path):
         ValueError, match=r"episode 1 of .* has latents \(4, 2, .\) and . actions, episode 0 \(4, 2, 3\)"
     ):
         LatentClips(tmp_path, sample_frames=4)
+
+
+class Recorded(LeRobotFolder):
+    """Keeps which windows were read; the whole of an episode is one without a length."""
+
+    def window(self, number, start, length=None):
+        self.__dict__.setdefault("read", []).append((number, start, length))
+        return super().window(number, start, length)
+
+
+def test_long_episodes_are_encoded_in_parts(dataset, tmp_path, monkeypatch):
+    whole = LatentClips(cache_latents(dataset[0], tiny_vae(), tmp_path / "whole", batch_size=2), 5).episodes
+    monkeypatch.setattr(clips_module, "FRAMES_AT_ONCE", 5)
+    source = Recorded(tmp_path / "set")
+    parts = LatentClips(cache_latents(source, tiny_vae(), tmp_path / "parts", batch_size=2), 5).episodes
+    assert source.read == [(0, 0, 4), (0, 4, 1), (1, 0, 4), (1, 4, 4), (1, 8, 1), (2, 0, 4), (2, 4, 3)]
+    for number, (latents, actions) in whole.items():
+        assert torch.equal(parts[number][0], latents)
+        assert torch.equal(parts[number][1], actions)
 
 
 def test_latents_are_encoded_once_for_a_data_set_and_autoencoder(dataset, tmp_path):

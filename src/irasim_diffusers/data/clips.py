@@ -17,7 +17,10 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..files import temporary_path
-from .episode import EpisodeSource
+from .episode import Episode, EpisodeSource
+
+FRAMES_AT_ONCE = 256
+"""How many frames of an episode are decoded before they are encoded; more costs memory, fewer costs seeking."""
 
 
 def cache_latents(
@@ -78,8 +81,11 @@ def cache_latents(
 
     def encode(number: int) -> tuple[torch.Tensor, np.ndarray]:
         if not recorded:
-            episode = dataset[number]
-            return _encode(vae, episode.frames, batch_size, mixed_precision), episode.actions
+            parts = [
+                (_encode(vae, part.frames, batch_size, mixed_precision), part.actions)
+                for part in _parts(dataset, number, batch_size)
+            ]
+            return torch.cat([latents for latents, _ in parts]), np.concatenate([actions for _, actions in parts])
         latents = dataset.latents(number) if hasattr(dataset, "latents") else None
         if latents is None:
             raise ValueError(f"episode {number} of {dataset.name!r} has no latents beside its video.")
@@ -113,6 +119,16 @@ def cache_latents(
         _remove_leftovers(folder)
     wait_for_everyone()
     return _checked(folder, skip_broken)
+
+
+def _parts(dataset: EpisodeSource, number: int, batch_size: int) -> Iterator[Episode]:
+    """An episode, in whole batches if it is long, since its frames may be large before they are resized."""
+    length, size = len(dataset.vectors(number)["action"]), max(FRAMES_AT_ONCE // batch_size, 1) * batch_size
+    if length <= size:
+        yield dataset[number]
+    else:
+        for start in range(0, length, size):
+            yield dataset.window(number, start, min(size, length - start))
 
 
 def _remove_leftovers(folder: Path) -> None:

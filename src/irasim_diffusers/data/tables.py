@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, BinaryIO
 
 import fsspec
@@ -194,11 +194,16 @@ def _content(value: dict[str, Any]) -> BinaryIO | str:
         return io.BytesIO(value["bytes"])
     if "://" not in value["path"]:
         return value["path"]
+    return io.BytesIO(_download(value["path"]))
+
+
+@lru_cache(maxsize=4)  # an episode's cameras, which are read more than once
+def _download(path: str) -> bytes:
     try:
-        with fsspec.open(value["path"], "rb") as file:
-            return io.BytesIO(file.read())
+        with fsspec.open(path, "rb") as file:
+            return file.read()
     except FileNotFoundError as error:
-        raise ValueError(f"{value['path']!r} does not exist.") from error
+        raise ValueError(f"{path!r} does not exist.") from error
 
 
 def _length(value: Any) -> int:
