@@ -415,7 +415,7 @@ def test_streamed_tables_say_how_long_they_are(tmp_path):
 
 def test_unknown_split_and_folder(tmp_path):
     write_release(tmp_path, "rt1")
-    with pytest.raises(ValueError, match=r"`split` .* must be one of \['train'\] in .* got 'test'"):
+    with pytest.raises(ValueError, match=r"`split` must be one of \['train'\] in .* got 'test'"):
         open_dataset(tmp_path, split="test")
     with pytest.raises(ValueError, match="holds no data set that is read here"):
         open_dataset(tmp_path / "videos")
@@ -463,7 +463,7 @@ def test_a_saved_table_of_another_split_is_refused(tmp_path):
     table = make_table(tmp_path, [make_episode(0, 5)])
     datasets.DatasetDict(test=table, tail=table).save_to_disk(str(tmp_path / "dict"))
     assert len(open_dataset(tmp_path / "dict", split="tail")) == 1
-    with pytest.raises(ValueError, match=r"`split` .* must be one of \['tail', 'test'\] in .*dict', got 'train'"):
+    with pytest.raises(ValueError, match=r"`split` must be one of \['tail', 'test'\] in .*dict', got 'train'"):
         open_dataset(tmp_path / "dict")
     for split, fits in ((None, ("train", "test")), ("test", ("test",)), ("test[:10]", ("test",))):
         named = datasets.Dataset(table.data, split=split and datasets.NamedSplit(split))
@@ -473,7 +473,7 @@ def test_a_saved_table_of_another_split_is_refused(tmp_path):
             if asked in fits:
                 assert len(open_dataset(folder, split=asked)) == 1
             else:
-                with pytest.raises(ValueError, match=r"`split` .* must be one of \['test'\] in .*, got 'train'"):
+                with pytest.raises(ValueError, match=r"`split` must be one of \['test'\] in .*, got 'train'"):
                     open_dataset(folder, split=asked)
 
 

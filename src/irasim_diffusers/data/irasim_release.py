@@ -60,7 +60,7 @@ class IRASimFolder(InOrder):
         if not self.files:
             splits = sorted(path.name for path in (self.root / "annotation").glob("*") if path.is_dir())
             raise ValueError(
-                f"`split` (--split, --validation_split) must be one of {splits} in {str(self.root)!r}, got {self.split!r}."
+                f"`split` must be one of {splits} in {str(self.root)!r}, got {self.split!r} (--split, --validation_split)."
             )
         known = [str(number) for number in range(len(_media(self._first, "video")))]
         if self.cameras is None and len(known) != 1:

@@ -85,7 +85,7 @@ def open_dataset(
         tables = table if isinstance(table, datasets.DatasetDict) else {str(table.split or split).split("[")[0]: table}
         if split not in tables:
             raise ValueError(
-                f"`split` (--split, --validation_split) must be one of {sorted(tables)} in {str(folder)!r}, got {split!r}."
+                f"`split` must be one of {sorted(tables)} in {str(folder)!r}, got {split!r} (--split, --validation_split)."
             )
         table = tables[split]
         return _table(table, cameras, max_episodes, fps, action_column, state_columns)
