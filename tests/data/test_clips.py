@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,20 @@ import pytest
 import torch
 from conftest import tiny_vae
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
 from test_lerobot import CAMERA, edit_table, write_folder
 
-from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents, standardised_states, write_video
+from irasim_diffusers.data import (
+    LatentClips,
+    LeRobotFolder,
+    MixedClips,
+    cache_latents,
+    standardised_states,
+    write_video,
+)
+from irasim_diffusers.data import (
+    clips as clips_module,
+)
 
 ENCODE_SLOWLY = """
 import time
@@ -41,12 +53,63 @@ def test_windows_hold_the_latents_and_the_actions_between_their_frames(dataset, 
     folder, episodes = dataset
     vae = tiny_vae()
     clips = LatentClips(cache_latents(folder, vae, tmp_path / "cache"), sample_frames=6, skip_short=True)
-    assert clips.windows == [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1)]
+    assert list(clips.windows) == [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1)]
     item = clips[2]
     expected = encode(vae, episodes[1])[2:8].transpose(0, 1)
     torch.testing.assert_close(item["latents"], expected, rtol=2e-3, atol=2e-3)
     assert torch.equal(item["actions"], torch.from_numpy(episodes[1].actions[2:7]))
     assert len(LatentClips(cache_latents(folder, vae, tmp_path / "cache"), sample_frames=4, stride=3)) == 1 + 2 + 2
+
+
+def test_windows_are_counted_and_not_kept(tmp_path):
+    lengths = {0: 400_000, 7: 5, 3: 300_001}
+    tensors = {f"latents.{number}": torch.zeros(length, 1, 1, 1).half() for number, length in lengths.items()}
+    tensors |= {f"actions.{number}": torch.zeros(length, 1) for number, length in lengths.items()}
+    save_file(tensors, tmp_path / "latents-00000.safetensors")
+    (tmp_path / "manifest.json").write_text("{}")
+    tracemalloc.start()
+    clips = LatentClips(tmp_path, sample_frames=4, stride=3)
+    mixed = MixedClips([clips, clips])
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 30 * len(mixed), "bytes for each window"
+    expected = [(number, start) for number in (0, 3, 7) for start in range(0, lengths[number] - 3, 3)]
+    assert list(clips.windows) == expected
+    assert len(clips) == len(expected) == len(mixed) / 2
+    assert clips[-1]["latents"].shape == (1, 4, 1, 1)
+    with pytest.raises(IndexError):
+        clips[len(clips)]
+
+
+@pytest.mark.parametrize("latents", [(4, 2, 3), (4, 2, 4)])
+def test_episodes_of_other_sizes_are_named_at_once(latents, tmp_path):
+    tensors = {"latents.0": torch.zeros(5, 4, 2, 3), "actions.0": torch.zeros(5, 3)}
+    tensors |= {"latents.1": torch.zeros(6, *latents), "actions.1": torch.zeros(6, 3 if latents[2] == 4 else 2)}
+    save_file(tensors, tmp_path / "latents-00000.safetensors")
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"episode 1 of .* has latents \(4, 2, .\) and . actions, episode 0 \(4, 2, 3\)"
+    ):
+        LatentClips(tmp_path, sample_frames=4)
+
+
+class Recorded(LeRobotFolder):
+    """Keeps which windows were read; the whole of an episode is one without a length."""
+
+    def window(self, number, start, length=None):
+        self.__dict__.setdefault("read", []).append((number, start, length))
+        return super().window(number, start, length)
+
+
+def test_long_episodes_are_encoded_in_parts(dataset, tmp_path, monkeypatch):
+    whole = LatentClips(cache_latents(dataset[0], tiny_vae(), tmp_path / "whole", batch_size=2), 5).episodes
+    monkeypatch.setattr(clips_module, "FRAMES_AT_ONCE", 5)
+    source = Recorded(tmp_path / "set")
+    parts = LatentClips(cache_latents(source, tiny_vae(), tmp_path / "parts", batch_size=2), 5).episodes
+    assert source.read == [(0, 0, 4), (0, 4, 1), (1, 0, 4), (1, 4, 4), (1, 8, 1), (2, 0, 4), (2, 4, 3)]
+    for number, (latents, actions) in whole.items():
+        assert torch.equal(parts[number][0], latents)
+        assert torch.equal(parts[number][1], actions)
 
 
 def test_latents_are_encoded_once_for_a_data_set_and_autoencoder(dataset, tmp_path):

@@ -127,6 +127,10 @@ def edit_vectors(key, value):
         (break_rows, r"episode 2 of .* 7 frames announced, 4 rows found in .*file-001\.parquet"),
         (edit_episode(f"videos/{CAMERA}/chunk_index", None), r"episode 1 of .*image/chunk_index' is missing in 'meta"),
         (edit_episode(f"videos/{CAMERA}/from_timestamp", None), r"episode 1 of .*from_timestamp' is missing in 'meta"),
+        (
+            edit_episode(f"videos/{CAMERA}/to_timestamp", 1.0),
+            r"episode 1 of .* 9 frames announced, 5 found in .*000\.mp4",
+        ),
         (edit_episode(f"videos/{CAMERA}/file_index", float("nan")), r"episode 1 of .*cannot convert float NaN"),
         (edit_episode("data/file_index", None), r"episode 1 of .*'data/file_index' is missing in 'meta/episodes'"),
         (edit_episode("length", None), r"episode 1 of .*'length' is missing"),

@@ -1,9 +1,11 @@
 """Every form of data set gives the same episodes."""
 
+import dataclasses
 import io
 import json
 import os
 import re
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -297,6 +299,27 @@ def test_files_changed_in_place_make_another_set(tmp_path):
         assert open_dataset(tmp_path, "1").identity != before["1"]
 
 
+def change_statistics(root):
+    edit_table(root / "meta/episodes/chunk-000/file-000.parquet", lambda row: row["stats/action/mean"].reverse())
+
+
+@pytest.mark.parametrize(
+    ("form", "changes"),
+    [
+        ("v3.0", [change_statistics, lambda root: (root / "videos" / CAMERA / "chunk-000/file-001.mp4").unlink()]),
+        ("v2.1", [lambda root: (root / "meta/episodes_stats.jsonl").write_text("other")]),
+        ("release", [lambda root: change(root, texts=["drop it"])]),
+    ],
+)
+def test_a_moved_folder_is_the_same_set_until_its_data_change(form, changes, tmp_path):
+    source = sources_of_every_form(tmp_path / "here", form)
+    for number, breakage in enumerate(changes):
+        moved = dataclasses.replace(source, root=shutil.copytree(tmp_path / "here", tmp_path / f"{number}" / "there"))
+        assert json.dumps(moved.identity) == json.dumps(source.identity)
+        breakage(moved.root)
+        assert dataclasses.replace(moved).identity != source.identity
+
+
 def test_the_first_readable_episode_is_sought_among_the_first(tmp_path):
     write_release(tmp_path, "rt1")
     broken = [tmp_path / "annotation/train" / f"{number}.json" for number in (0, 1)]
@@ -421,6 +444,39 @@ def test_tables_with_videos_and_with_pictures(tmp_path):
             TableEpisodes(ragged).vectors(number)
 
 
+def test_a_saved_table_is_read_where_it_lies(tmp_path):
+    episodes = [make_episode(number, length) for number, length in enumerate((5, 6))]
+    folder = tmp_path / "table"
+    make_table(tmp_path, episodes).save_to_disk(str(folder))
+    files = sorted(folder.iterdir())
+    folder.chmod(0o555)
+    try:
+        source = open_dataset(folder, "pictures", state_columns=["state"], max_episodes=2)
+        assert np.array_equal(source[1].frames, episodes[1].frames)
+    finally:
+        folder.chmod(0o755)
+    assert sorted(folder.iterdir()) == files
+
+
+def test_a_saved_table_of_another_split_is_refused(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = make_table(tmp_path, [make_episode(0, 5)])
+    datasets.DatasetDict(test=table, tail=table).save_to_disk(str(tmp_path / "dict"))
+    assert len(open_dataset(tmp_path / "dict", split="tail")) == 1
+    with pytest.raises(ValueError, match=r"`split` must be one of \['tail', 'test'\] in .*dict', got 'train'"):
+        open_dataset(tmp_path / "dict")
+    for split, fits in ((None, ("train", "test")), ("test", ("test",)), ("test[:10]", ("test",))):
+        named = datasets.Dataset(table.data, split=split and datasets.NamedSplit(split))
+        folder = tmp_path / f"alone-{split}"
+        named.save_to_disk(str(folder))
+        for asked in ("train", "test"):
+            if asked in fits:
+                assert len(open_dataset(folder, split=asked)) == 1
+            else:
+                with pytest.raises(ValueError, match=r"`split` must be one of \['test'\] in .*, got 'train'"):
+                    open_dataset(folder, split=asked)
+
+
 @pytest.mark.parametrize("derivation", ["relative_euler", "relative_6d", "relative_planar", "absolute"])
 def test_skipping_frames_composes_actions(derivation, tmp_path):
     _, poses, gripper = write_release(tmp_path, "droid", length=7)
@@ -444,7 +500,7 @@ def test_windows_of_skipped_frames_begin_at_any_frame(tmp_path):
     folder = cache_latents(dense, vae, tmp_path / "cache")
     (states,) = standardised_states([dense], ["observation.state"])
     clips = LatentClips(folder, 3, frame_skip=3, skip_short=True, states=states)
-    assert (clips.windows, clips.short) == ([(1, 0), (1, 1), (1, 2), (2, 0)], [0])
+    assert (list(clips.windows), clips.short) == ([(1, 0), (1, 1), (1, 2), (2, 0)], [0])
     every = LatentClips(cache_latents(source, vae, tmp_path / "cache"), 5).episodes
     for index, (number, start) in enumerate(clips.windows):
         assert torch.equal(clips[index]["latents"], every[number][0][start : start + 7 : 3].float().transpose(0, 1))
@@ -481,15 +537,15 @@ def test_narrow_actions_are_padded(tmp_path):
     assert padded[0].actions.shape == (6, 5)
     assert not padded[0].actions[:, 2:].any()
     assert padded.component_names("action") == ["x", "y", "unused 2", "unused 3", "unused 4"]
-    with pytest.raises(ValueError, match="`action_dim` must be at least 2"):
+    with pytest.raises(ValueError, match=r"`action_dim` \(--pad_actions_to\) must be at least 2"):
         PreparedEpisodes(open_dataset(tmp_path), action_dim=1)[0]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"derivation": "guess"}, "`derivation` must be one of"),
-        ({"frame_skip": 2}, "`composition` must say how recorded actions compose"),
+        ({"derivation": "guess"}, r"`derivation` \(--action_derivation\) must be one of"),
+        ({"frame_skip": 2}, r"`composition` \(--action_composition\) must say how recorded actions compose"),
         ({"frame_skip": 0}, "`frame_skip` must be at least 1"),
         ({"derivation": "absolute", "state_key": "pose"}, r"`state_key` must be one of \['observation.state'\]"),
     ],
@@ -667,7 +723,7 @@ def test_processes_encode_their_shares(tmp_path):
     assert folders[0] == folders[1]
     assert sum(encoded) == 21, "no episode was encoded twice"
     together = LatentClips(folders[0], 5)
-    assert together.windows == alone.windows
+    assert list(together.windows) == list(alone.windows)
     assert all(torch.equal(together[index]["latents"], alone[index]["latents"]) for index in range(len(alone)))
 
 
@@ -714,7 +770,7 @@ def test_normalisation_of_actions():
     offset, scale = (torch.tensor(values) for values in action_normalisation(actions, "quantile"))
     inside = (((actions - offset) * scale)[:, :2].abs() <= 1).float().mean(0)
     torch.testing.assert_close(inside, torch.full((2,), 0.98), atol=0.005, rtol=0)
-    with pytest.raises(ValueError, match="`kind` must be std or quantile"):
+    with pytest.raises(ValueError, match=r"`kind` \(--action_normalisation\) must be std or quantile"):
         action_normalisation(actions, "max")
 
 

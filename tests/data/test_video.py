@@ -112,6 +112,15 @@ def test_nothing_is_left_half_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_frames_come_one_after_the_other_and_of_one_size(frames, tmp_path):
+    path = write_video(tmp_path / "clip.mp4", (frame for frame in frames), 10, lossless=True)
+    assert np.array_equal(read_video(path), frames)
+    for wrong, message in (([], "must hold one or more"), ([frames[0], frames[1, :8]], "must be of one size")):
+        with pytest.raises(ValueError, match=message):
+            write_video(tmp_path / "wrong.mp4", wrong, 10)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_unreadable_video_names_the_file(tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"this is no video" * 100)

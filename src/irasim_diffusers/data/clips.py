@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,10 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..files import temporary_path
-from .episode import EpisodeSource
+from .episode import Episode, EpisodeSource
+
+FRAMES_AT_ONCE = 256
+"""How many frames of an episode are decoded before they are encoded; more costs memory, fewer costs seeking."""
 
 
 def cache_latents(
@@ -78,8 +81,11 @@ def cache_latents(
 
     def encode(number: int) -> tuple[torch.Tensor, np.ndarray]:
         if not recorded:
-            episode = dataset[number]
-            return _encode(vae, episode.frames, batch_size, mixed_precision), episode.actions
+            parts = [
+                (_encode(vae, part.frames, batch_size, mixed_precision), part.actions)
+                for part in _parts(dataset, number, batch_size)
+            ]
+            return torch.cat([latents for latents, _ in parts]), np.concatenate([actions for _, actions in parts])
         latents = dataset.latents(number) if hasattr(dataset, "latents") else None
         if latents is None:
             raise ValueError(f"episode {number} of {dataset.name!r} has no latents beside its video.")
@@ -113,6 +119,16 @@ def cache_latents(
         _remove_leftovers(folder)
     wait_for_everyone()
     return _checked(folder, skip_broken)
+
+
+def _parts(dataset: EpisodeSource, number: int, batch_size: int) -> Iterator[Episode]:
+    """An episode, in whole batches if it is long, since its frames may be large before they are resized."""
+    length, size = len(dataset.vectors(number)["action"]), max(FRAMES_AT_ONCE // batch_size, 1) * batch_size
+    if length <= size:
+        yield dataset[number]
+    else:
+        for start in range(0, length, size):
+            yield dataset.window(number, start, min(size, length - start))
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -254,7 +270,8 @@ class LatentClips(Dataset):
         skip_short: Leave out episodes that are shorter than a window, and list their numbers in `short`.
 
     Raises:
-        ValueError: If the folder is incomplete, an episode is shorter than a window, unless it shall be skipped, or all are.
+        ValueError: If the folder is incomplete, an episode is shorter than a window, unless it shall be skipped, or all are,
+            or episodes differ in the size of their latents or the number of their actions.
     """
 
     def __init__(
@@ -293,9 +310,30 @@ class LatentClips(Dataset):
             )
         for number in self.short:
             del self.episodes[number]
-        self.windows = [
-            (number, start) for number in self.episodes for start in range(0, lengths[number] - self.span + 1, stride)
-        ]
+        shapes = {
+            number: (latents.shape[1:], actions.shape[1]) for number, (latents, actions) in self.episodes.items()
+        }
+        first = next(iter(shapes))
+        for number, shape in shapes.items():
+            if shape != shapes[first]:
+                raise ValueError(
+                    f"episode {number} of {str(folder)!r} has latents {tuple(shape[0])} and {shape[1]} actions, episode "
+                    f"{first} {tuple(shapes[first][0])} and {shapes[first][1]}: all must have the same."
+                )
+        self.stride = stride
+        self._numbers = list(self.episodes)
+        counts = [(lengths[number] - self.span) // stride + 1 for number in self._numbers]
+        self._firsts = np.cumsum([0, *counts])  # the first window of each episode, and how many there are
+
+    @property
+    def windows(self) -> Iterator[tuple[int, int]]:
+        """Number of the episode and first frame of every window."""
+        counts = np.diff(self._firsts).tolist()
+        return (
+            (number, window * self.stride)
+            for number, count in zip(self._numbers, counts, strict=True)
+            for window in range(count)
+        )
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -309,7 +347,7 @@ class LatentClips(Dataset):
         return torch.cat([actions[: -self.frame_skip] for _, actions in self.episodes.values()])
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return int(self._firsts[-1])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """One window.
@@ -318,7 +356,9 @@ class LatentClips(Dataset):
             `latents` (C, F, h, w), float32, unscaled; `actions` (F - 1, A), row k leading from frame k to frame k + 1;
             where there are any, `states` (F, S).
         """
-        episode, start = self.windows[index]
+        index = range(len(self))[index]
+        place = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        episode, start = self._numbers[place], (index - int(self._firsts[place])) * self.stride
         latents, actions = self.episodes[episode]
         part = slice(start, start + self.span, self.frame_skip)
         clip = {"latents": latents[part].float().transpose(0, 1), "actions": actions[part][:-1]}
@@ -354,19 +394,19 @@ class MixedClips(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Draw the windows of an epoch."""
         order = np.random.default_rng([self.seed, epoch])
-        self.windows = [
-            (number, int(window))
-            for number, (size, share) in enumerate(zip(self.sizes, self.shares, strict=True))
-            for window in np.resize(order.permutation(size), max(round(share * self.sizes.sum()), 1))
+        drawn = [
+            np.resize(order.permutation(size), max(round(share * self.sizes.sum()), 1))
+            for size, share in zip(self.sizes, self.shares, strict=True)
         ]
+        self._sets = np.repeat(np.arange(len(drawn), dtype=np.int32), [len(part) for part in drawn])
+        self._drawn = np.concatenate(drawn)
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return len(self._drawn)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """One window; see `LatentClips`."""
-        number, window = self.windows[index]
-        return self.clips[number][window]
+        return self.clips[self._sets[index]][int(self._drawn[index])]
 
 
 def action_normalisation(actions: torch.Tensor, kind: str = "std") -> tuple[list[float], list[float]]:
@@ -390,6 +430,6 @@ def action_normalisation(actions: torch.Tensor, kind: str = "std") -> tuple[list
         low, high = (torch.from_numpy(np.quantile(values.numpy(), level, axis=0)) for level in (0.01, 0.99))
         offset, spread = (low + high) / 2, (high - low) / 2
     else:
-        raise ValueError(f"`kind` must be std or quantile, got {kind!r}.")
+        raise ValueError(f"`kind` (--action_normalisation) must be std or quantile, got {kind!r}.")
     scale = torch.where(spread > 1e-6, 1 / spread.clamp_min(1e-6), 1.0)
     return offset.tolist(), scale.tolist()

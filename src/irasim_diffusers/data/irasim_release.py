@@ -59,7 +59,9 @@ class IRASimFolder(InOrder):
         object.__setattr__(self, "root", Path(self.root))
         if not self.files:
             splits = sorted(path.name for path in (self.root / "annotation").glob("*") if path.is_dir())
-            raise ValueError(f"`split` must be one of {splits} in {str(self.root)!r}, got {self.split!r}.")
+            raise ValueError(
+                f"`split` must be one of {splits} in {str(self.root)!r}, got {self.split!r} (--split, --validation_split)."
+            )
         known = [str(number) for number in range(len(_media(self._first, "video")))]
         if self.cameras is None and len(known) != 1:
             raise ValueError(f"`cameras` must name one or more of {known} in {self.name!r}.")
@@ -95,14 +97,14 @@ class IRASimFolder(InOrder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Folder, cameras, and a hash of the annotations and of the sizes of their videos and latents."""
+        """Cameras, and a hash of the annotations and of the sizes of their videos and latents."""
         cameras = [int(camera) for row in self.cameras for camera in row]
         root, digest = str(self.root), hashlib.sha256()
         for file in self.files:
             content = file.read_bytes()
             sizes = [_size(os.path.join(root, path)) for path in _media_files(content, cameras)]
             digest.update(json.dumps([file.name, hashlib.sha256(content).hexdigest(), sizes]).encode())
-        return {"root": str(self.root.resolve()), "cameras": self.cameras, "files": digest.hexdigest()}
+        return {"cameras": self.cameras, "files": digest.hexdigest()}
 
     def __len__(self) -> int:
         """Number of episodes."""

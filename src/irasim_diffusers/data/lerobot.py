@@ -7,13 +7,15 @@ has files of its own.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +102,15 @@ class LeRobotFolder(InOrder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Folder, cameras, `info.json`, number of episodes, and a hash of the names and sizes of the files, or the commit."""
-        remote = self.remote
-        return {
-            "root": str(self.root.resolve()) if remote is None else remote.repo_id,
-            "cameras": self.cameras,
-            "info": self.info,
-            "episodes": len(self),
-            "files": sizes_digest(self.root, self.files) if remote is None else remote.revision,
-        }
+        """Cameras, `info.json`, and a hash of `meta/episodes*` and of the files' names and sizes, or name and commit."""
+        shared = {"cameras": self.cameras, "info": self.info, "episodes": len(self)}
+        if self.remote is not None:
+            return shared | {"root": self.remote.repo_id, "files": self.remote.revision}
+        described = hashlib.sha256()
+        for path in sorted(self.root.glob("meta/episodes*")):
+            for file in sorted(path.rglob("*.parquet")) if path.is_dir() else [path]:
+                described.update(file.read_bytes())
+        return shared | {"described": described.hexdigest(), "files": sizes_digest(self.root, self.files)}
 
     @property
     def files(self) -> list[Path]:
@@ -210,7 +212,12 @@ class LeRobotFolder(InOrder):
                     raise ValueError(f"{str(self._path(row))!r} has no picture {key!r} at frame {frame}.")
             return np.stack([_decode_image(picture, self.root) for picture in pictures])
         shared = self.info["codebase_version"] == VERSION
-        first = round(_entry(row, f"videos/{key}/from_timestamp") * self.fps) if shared else 0
+        first = 0
+        if shared:  # the frames of the next episode follow in the same file
+            begin, end = (_entry(row, f"videos/{key}/{name}_timestamp") for name in ("from", "to"))
+            first, found = round(begin * self.fps), round((end - begin) * self.fps)
+            if found < row["length"]:
+                raise ValueError(f"{row['length']} frames announced, {found} found in {str(self._path(row, key))!r}.")
         last = not shared and part.stop == row["length"]
         count = part.stop - part.start
         return read_frames(self._file(row, key), first + part.start, count, self.fps, whole=last)
@@ -283,7 +290,7 @@ def _decode_image(picture: dict[str, Any], root: Path) -> np.ndarray:
 def write_file(
     root: str | os.PathLike,
     file_index: int,
-    episodes: Sequence[Episode],
+    episodes: Iterable[Episode],
     *,
     fps: float,
     camera: str,
@@ -293,64 +300,68 @@ def write_file(
 ) -> None:
     """Write one file's worth of episodes: video, then vectors, then the rows of `meta/episodes` that announce them.
 
-    Files may be written in any order and by several processes. A file counts as written once its `meta/episodes` file
+    Where there are none, nothing is written. Files may be written in any order and by several processes. A file counts as written once its `meta/episodes` file
     is there, so an interrupted collection resumes with the first one missing. `write_metadata` completes the folder.
 
     Args:
         root: The data set's folder.
         file_index: Number of the file.
-        episodes: Its episodes.
+        episodes: Its episodes, of which one at a time is held if they are read as they are asked for.
         fps: Frames per second.
         camera: Feature key of the frames, `observation.image` for example.
-        tasks: Tasks of the data set, as given to `write_metadata`; those of the episodes are among them.
+        tasks: Tasks of the data set, as given to `write_metadata`; those of an episode are among them when it is read.
         first_episode: Number of the first episode within the data set.
         first_frame: Number of the first frame within the data set.
     """
     root = Path(root)
     place = {"chunk_index": 0, "file_index": file_index}
-    write_video(
-        root / VIDEO_PATH.format(video_key=camera, **place),
-        np.concatenate([episode.frames for episode in episodes]),
-        fps,
-        lossless=True,
-    )
     columns: dict[str, list[np.ndarray]] = {}
-    rows = []
-    start = 0
-    for number, episode in enumerate(episodes, first_episode):
-        length = len(episode)
-        numbers = np.arange(length)
-        index: dict[str, np.ndarray] = {
-            "timestamp": (numbers / fps).astype(np.float32),
-            "frame_index": numbers,
-            "episode_index": np.full(length, number),
-            "index": first_frame + start + numbers,
-            "task_index": np.full(length, tasks.index(episode.task)),
-        }
-        vectors = {"action": episode.actions, **episode.states}
-        for key, values in {**vectors, **index}.items():
-            columns.setdefault(key, []).append(values)
-        statistics = {camera: _image_statistics(episode.frames)}
-        statistics |= {key: _statistics(np.asarray(value).reshape(length, -1)) for key, value in vectors.items()}
-        rows.append(
-            {
-                "episode_index": number,
-                "tasks": [episode.task],
-                "length": length,
-                "dataset_from_index": first_frame + start,
-                "dataset_to_index": first_frame + start + length,
-                "data/chunk_index": 0,
-                "data/file_index": file_index,
-                f"videos/{camera}/chunk_index": 0,
-                f"videos/{camera}/file_index": file_index,
-                f"videos/{camera}/from_timestamp": start / fps,
-                f"videos/{camera}/to_timestamp": (start + length) / fps,
-                "meta/episodes/chunk_index": 0,
-                "meta/episodes/file_index": file_index,
+    rows: list[dict[str, Any]] = []
+
+    def frames() -> Iterator[np.ndarray]:
+        start = 0
+        for episode in episodes:
+            number, length = first_episode + len(rows), len(episode)
+            numbers = np.arange(length)
+            index: dict[str, np.ndarray] = {
+                "timestamp": (numbers / fps).astype(np.float32),
+                "frame_index": numbers,
+                "episode_index": np.full(length, number),
+                "index": first_frame + start + numbers,
+                "task_index": np.full(length, tasks.index(episode.task)),
             }
-            | {f"stats/{key}/{name}": value for key, stat in statistics.items() for name, value in stat.items()}
-        )
-        start += length
+            vectors = {"action": episode.actions, **episode.states}
+            for key, values in {**vectors, **index}.items():
+                columns.setdefault(key, []).append(values)
+            statistics = {camera: _image_statistics(episode.frames)}
+            statistics |= {key: _statistics(np.asarray(value).reshape(length, -1)) for key, value in vectors.items()}
+            rows.append(
+                {
+                    "episode_index": number,
+                    "tasks": [episode.task],
+                    "length": length,
+                    "dataset_from_index": first_frame + start,
+                    "dataset_to_index": first_frame + start + length,
+                    "data/chunk_index": 0,
+                    "data/file_index": file_index,
+                    f"videos/{camera}/chunk_index": 0,
+                    f"videos/{camera}/file_index": file_index,
+                    f"videos/{camera}/from_timestamp": start / fps,
+                    f"videos/{camera}/to_timestamp": (start + length) / fps,
+                    "meta/episodes/chunk_index": 0,
+                    "meta/episodes/file_index": file_index,
+                }
+                | {f"stats/{key}/{name}": value for key, stat in statistics.items() for name, value in stat.items()}
+            )
+            start += length
+            yield from map(np.copy, episode.frames)
+            del episode  # before the next is read
+
+    pictures = frames()
+    first = next(pictures, None)
+    if first is None:
+        return
+    write_video(root / VIDEO_PATH.format(video_key=camera, **place), chain([first], pictures), fps, lossless=True)
     _write_table(root / DATA_PATH.format(**place), {key: _column(key, parts) for key, parts in columns.items()})
     with temporary_path(root / EPISODES_PATH.format(**place)) as partial:
         pq.write_table(pa.Table.from_pylist(rows), partial)

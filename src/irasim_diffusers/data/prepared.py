@@ -44,8 +44,8 @@ class PreparedEpisodes(InOrder):
     def __post_init__(self) -> None:
         if self.derivation not in DERIVATIONS or self.composition not in (None, *DERIVATIONS[1:]):
             raise ValueError(
-                f"`derivation` must be one of {DERIVATIONS} and `composition` None or another, got {self.derivation!r} and "
-                f"{self.composition!r}."
+                f"`derivation` (--action_derivation) must be one of {DERIVATIONS} and `composition` (--action_composition) None "
+                f"or another, got {self.derivation!r} and {self.composition!r}."
             )
         if self.frame_skip < 1:
             raise ValueError(f"`frame_skip` must be at least 1, got {self.frame_skip}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -72,33 +72,45 @@ def write_lerobot(
     if begun not in (None, identity) or (begun is None and root.is_dir() and any(root.iterdir())):
         raise ValueError(f"{str(root)!r} holds another data set, or the same with other settings: give a new folder.")
     first = first_readable(source, source.__getitem__)
+    height, width = first.frames.shape[1:3]
+    vectors = {"action": first.actions, **first.states}
+    names = {
+        key: source.component_names(key) or [f"{key}.{index}" for index in range(value.shape[1])]
+        for key, value in vectors.items()
+    }
+    del first
     with temporary_path(marker) as partial:
         partial.write_text(json.dumps(identity))
     tasks: list[str] = []
     written = frames = 0
+
+    def read(numbers: Iterable[int]) -> Iterator[Episode]:
+        for number in numbers:
+            try:
+                episode = source[number]
+            except ValueError as error:
+                if not skip_broken:
+                    raise
+                on_episode(number, str(error))
+                continue
+            on_episode(number, None)
+            tasks.extend({episode.task} - {*tasks})
+            yield episode
+            del episode  # before the next is read
+
     for file_index, start in enumerate(range(0, len(source), EPISODES_PER_FILE)):
         numbers = range(start, min(start + EPISODES_PER_FILE, len(source)))
         if not is_written(root, file_index):
-            episodes: list[Episode] = []
-            for number in numbers:
-                try:
-                    episodes.append(source[number])
-                    on_episode(number, None)
-                except ValueError as error:
-                    if not skip_broken:
-                        raise
-                    on_episode(number, str(error))
-            if not episodes:
-                continue
-            tasks += [task for task in dict.fromkeys(episode.task for episode in episodes) if task not in tasks]
             write_file(
-                *(root, file_index, episodes),
+                *(root, file_index, read(numbers)),
                 fps=source.fps,
                 camera=camera,
                 tasks=tasks,
                 first_episode=written,
                 first_frame=frames,
             )
+            if not is_written(root, file_index):  # all its episodes are broken
+                continue
         else:
             for number in numbers:
                 on_episode(number, None)
@@ -107,12 +119,6 @@ def write_lerobot(
         ).to_pylist()
         tasks += [task for row in rows for task in row["tasks"] if task not in tasks]
         written, frames = written + len(rows), frames + sum(row["length"] for row in rows)
-    vectors = {"action": first.actions, **first.states}
-    names = {
-        key: source.component_names(key) or [f"{key}.{index}" for index in range(value.shape[1])]
-        for key, value in vectors.items()
-    }
-    height, width = first.frames.shape[1:3]
     write_metadata(
         root,
         fps=source.fps,

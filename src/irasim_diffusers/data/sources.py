@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 
 from .episode import EpisodeSource, camera_layout
 from .hub import HubFiles
@@ -60,7 +60,7 @@ def open_dataset(
             )
         try:
             info = hf_hub_download(str(name), "meta/info.json", repo_type="dataset", revision=revision)
-        except RemoteEntryNotFoundError:
+        except EntryNotFoundError:  # or, offline, not in the cache
             import datasets
 
             if streaming:
@@ -82,7 +82,12 @@ def open_dataset(
         import datasets
 
         table = datasets.load_from_disk(str(folder))
-        table = table[split] if isinstance(table, datasets.DatasetDict) else table
+        tables = table if isinstance(table, datasets.DatasetDict) else {str(table.split or split).split("[")[0]: table}
+        if split not in tables:
+            raise ValueError(
+                f"`split` must be one of {sorted(tables)} in {str(folder)!r}, got {split!r} (--split, --validation_split)."
+            )
+        table = tables[split]
         return _table(table, cameras, max_episodes, fps, action_column, state_columns)
     raise ValueError(
         f"{str(folder)!r} holds no data set that is read here: 'meta/info.json' (LeRobotDataset), 'annotation' (IRASim) and "
@@ -113,7 +118,7 @@ def _announced_rows(table: Any, max_episodes: int | None) -> int:
     counts = [count for count in (known.num_examples if known else None, max_episodes) if count is not None]
     if not counts:
         raise ValueError(
-            f"`max_episodes` must be given for {table.info.dataset_name!r}, whose card does not say how many rows it has."
+            f"`max_episodes` (--max_train_episodes) must be given for {table.info.dataset_name!r}, whose card does not say how many rows it has."
         )
     return min(counts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, BinaryIO
 
 import fsspec
@@ -55,14 +55,18 @@ class TableEpisodes(InOrder):
         columns = [*(name for row in layout for name in row), self.action_column, *self.state_columns]
         for column in columns:
             if column not in dataset.column_names:
-                raise ValueError(f"column {column!r} does not exist in {self.name!r}; it has {dataset.column_names}.")
+                raise ValueError(
+                    f"column {column!r} does not exist in {self.name!r}; it has {dataset.column_names}: name others "
+                    "with --cameras, --action_column or --state_columns."
+                )
         dataset = dataset.select_columns(columns)
         for name in [name for row in layout for name in row]:
             feature = dataset.features[name]
             if isinstance(feature, datasets.Video):
                 dataset = dataset.cast_column(name, datasets.Video(decode=False))
             elif isinstance(getattr(feature, "feature", None), datasets.Image):
-                dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
+                if self._streams:  # else the cast would write all pictures anew
+                    dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
             else:
                 raise ValueError(
                     f"column {name!r} of {self.name!r} must hold a video or a list of images, got {feature}."
@@ -91,8 +95,9 @@ class TableEpisodes(InOrder):
         return str(self.origin) if self._streams else self.dataset._fingerprint
 
     @cached_property
-    def _rows(self) -> _StreamedRows:
-        return _StreamedRows(self.dataset)
+    def _rows(self) -> Any:
+        """Rows whose pictures are not decoded."""
+        return _StreamedRows(self.dataset) if self._streams else self.dataset.with_format("arrow")
 
     def __len__(self) -> int:
         """Number of episodes."""
@@ -129,7 +134,7 @@ class TableEpisodes(InOrder):
     def _row(self, number: int) -> dict[str, Any]:
         number = range(len(self))[number]
         try:
-            return self._rows[number] if self._streams else self.dataset[number]
+            return self._rows[number] if self._streams else self._rows[number : number + 1].to_pylist()[0]
         except EOFError as error:
             raise ValueError(f"episode {number} of {self.name!r}: {error}") from error
 
@@ -176,7 +181,9 @@ class _StreamedRows:
         while self.number < number:
             row = next(self.following, None)
             if row is None:
-                raise EOFError(f"the data end after {self.number + 1} rows: give that as `max_episodes`.")
+                raise EOFError(
+                    f"the data end after {self.number + 1} rows: give that as `max_episodes` (--max_train_episodes)."
+                )
             self.row, self.number = row, self.number + 1
         return self.row
 
@@ -187,11 +194,16 @@ def _content(value: dict[str, Any]) -> BinaryIO | str:
         return io.BytesIO(value["bytes"])
     if "://" not in value["path"]:
         return value["path"]
+    return io.BytesIO(_download(value["path"]))
+
+
+@lru_cache(maxsize=4)  # an episode's cameras, which are read more than once
+def _download(path: str) -> bytes:
     try:
-        with fsspec.open(value["path"], "rb") as file:
-            return io.BytesIO(file.read())
+        with fsspec.open(path, "rb") as file:
+            return file.read()
     except FileNotFoundError as error:
-        raise ValueError(f"{value['path']!r} does not exist.") from error
+        raise ValueError(f"{path!r} does not exist.") from error
 
 
 def _length(value: Any) -> int:

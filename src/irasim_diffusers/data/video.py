@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
@@ -156,30 +156,37 @@ def _decode_from(container: Any, stream: Any, start: int, fps: float | None) -> 
         yield number_of(frame.pts), frame
 
 
-def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float, lossless: bool = False) -> Path:
+def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: float, lossless: bool = False) -> Path:
     """Write an H.264 mp4 under a temporary name, then rename it.
 
     Args:
         path: The file to write; its suffix names the container.
-        frames: Frames (T, H, W, 3), uint8 RGB.
+        frames: Frames (T, H, W, 3), uint8 RGB, or one after the other.
         fps: Frames per second.
         lossless: Keep every RGB value (no chroma subsampling, no quantisation). Players in browsers read only the
             lossy form, whose height and width must be even.
 
     Returns:
         The path written.
+
+    Raises:
+        ValueError: If there is no frame, or their sizes differ.
     """
-    path = Path(path)
-    _, height, width, _ = frames.shape
-    if not lossless and (height % 2 or width % 2):
-        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        _, height, width, _ = frames.shape
+    path, frames = Path(path), iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise ValueError(f"`frames` must hold one or more to be written to {str(path)!r}.")
+    height, width, _ = first.shape
+    padding = ((0, 0 if lossless else height % 2), (0, 0 if lossless else width % 2), (0, 0))
     codec, pixel_format = ("libx264rgb", "rgb24") if lossless else ("libx264", "yuv420p")
     options = {"crf": "0" if lossless else "16", "preset": "veryfast" if lossless else "medium", "g": "10"}
     with temporary_path(path) as partial, av.open(str(partial), mode="w") as container:
         stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        stream.width, stream.height, stream.pix_fmt = width + padding[1][1], height + padding[0][1], pixel_format
+        for frame in chain([first], frames):
+            if frame.shape != first.shape:
+                raise ValueError(f"`frames` must be of one size, got {first.shape} and {frame.shape}.")
+            pixels = np.ascontiguousarray(np.pad(frame, padding, mode="edge"))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode(None))
     return path
