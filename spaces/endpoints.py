@@ -24,10 +24,13 @@ from irasim_diffusers.driving import SAME_KEYS
 def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
     """Add the endpoints to the app under construction."""
 
-    async def start(model: str, frames: Any, start: Any = None, seed: int = 0) -> tuple[str, str, dict]:
+    async def start(
+        request: gr.Request, model: str, frames: Any, start: Any = None, seed: int = 0
+    ) -> tuple[str, str, dict]:
         """Begin a rollout.
 
         Args:
+            request: Whose rollout it is.
             model: Name of a model.
             frames: Name of an example, or an uploaded picture (`gradio_client.handle_file`).
             start: Action where the robot is, in raw units; None for the example's, or the middle of a bounded space.
@@ -39,7 +42,7 @@ def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
         world = worlds.named(model)
         seed = _whole_number("seed", seed, 0, 2**32 - 1)
         session = await sessions.open(
-            world, lambda: _new_session(world, frames, start, seed, sessions.max_frames(world))
+            world, lambda: _new_session(world, frames, start, seed, sessions.max_frames(world)), address(request)
         )
         with sessions.use(session) as driven:
             limits = {"max_frames": sessions.max_frames(world), "idle_seconds": sessions.idle_seconds}
@@ -103,6 +106,7 @@ def describe_space(config: Any, steering: Steering | None = None) -> dict[str, A
         "low": _numbers(steering.low),
         "high": _numbers(steering.high),
         "space": steering.space,
+        "derivation": steering.derivation,
         "fps": config.fps or 10,
         "hold": _numbers(steering.hold()),  # in an absolute space the last action holds
         "step": _numbers(steering.step),  # of a command of 1 at speed 1
@@ -115,6 +119,12 @@ def describe_space(config: Any, steering: Steering | None = None) -> dict[str, A
 def _numbers(values: np.ndarray) -> list[float | None]:
     """Numbers for JSON, which knows no infinity."""
     return [float(value) if np.isfinite(value) else None for value in values]
+
+
+def address(request: gr.Request) -> str:
+    """Where a visitor comes from, as a proxy in front of the Space tells it."""
+    forwarded = request.headers.get("x-forwarded-for", "").split(",")[0].strip()
+    return forwarded or (request.client.host if request.client else "")
 
 
 def _new_session(world: World, frames: Any, start: Any, seed: int, max_frames: int) -> DrivingSession:
