@@ -14,7 +14,8 @@ import gradio as gr
 import numpy as np
 from gradio.utils import get_upload_folder
 from sessions import Sessions
-from uploads import data_url, read_picture
+from uploads import data_url, uploaded_path
+from visitor_files import read_picture
 from worlds import World, Worlds
 
 from irasim_diffusers import DrivingSession, Steering
@@ -135,7 +136,7 @@ def _new_session(world: World, frames: Any, start: Any, seed: int, max_frames: i
         history = world.starts[frames].frames
         start = world.starts[frames].action if start is None else start
     else:
-        history = read_picture(frames, world.pipeline.frame_size)
+        history = read_picture(uploaded_path(frames), world.pipeline.frame_size)[None]
     steering = Steering(config, start=_middle(config) if start is None else start)
     return DrivingSession(world.pipeline, history, steering, seed, max_frames)
 

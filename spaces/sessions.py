@@ -96,7 +96,7 @@ class Sessions:
         finally:
             drive.busy, drive.last_used = False, time.monotonic()
             if drive.ended:
-                del self._drives[name]
+                del self._drives[str(name)]
 
     def close(self, name: object) -> bool:
         """End a session, once its last request is answered; whether there was one."""
@@ -105,7 +105,7 @@ class Sessions:
             return False
         drive.ended = True
         if not drive.busy:
-            del self._drives[name]
+            del self._drives[str(name)]
         return True
 
     def sweep(self) -> None:

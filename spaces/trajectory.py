@@ -175,7 +175,7 @@ class TrajectoryPage:
             "inputs": asked,
             "outputs": made,
             "show_progress_on": [self.status],
-            "concurrency_limit": 1,  # so that those who drive get every second turn of a model, however many predict
+            "concurrency_limit": 1,  # so that however many predict, those who drive wait for one of them
             "concurrency_id": "predict",
         } | private
         drawn = self.pad.drawn(self.take_drawn, outputs=self.kind, **quiet).then(trigger_mode="multiple", **predict)
@@ -249,6 +249,7 @@ class TrajectoryPage:
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio hands it over)
     ) -> AsyncIterator[dict[Any, Any]]:
         """Predict under each setting, show frames as they come, and at the end what there is to say of them."""
+        idle = {self.run: gr.Button(visible=True), self.stop: gr.Button(visible=False)}
         try:
             settings = self._settings(asked)
             world = next(iter(settings.values())).world
@@ -260,18 +261,18 @@ class TrajectoryPage:
             pipelines = {name: pipeline_of(setting) for name, setting in settings.items()}
         except ValueError as error:
             gr.Warning(str(error), title="That cannot be predicted")
-            yield {self.status: gr.skip()}
+            yield idle
             return
         visitor, mine = request.session_hash, list(pipelines.values())
         self._stop(visitor)
         self.running[visitor] = mine
-        yield {self.run: gr.Button(visible=False), self.stop: gr.Button(visible=True)}
         truth = known_truth(kind, scene)[: len(actions)]
         begun, total, done = time.perf_counter(), len(actions) * len(settings), 0
         fps, seen = world.pipeline.transformer.config.fps or 10, len(scene.history)
         panels = {"Truth": np.concatenate([scene.history, truth])} if len(truth) else {}
         panels |= {name: resize(scene.history, each.world.pipeline.frame_size) for name, each in settings.items()}
         try:
+            yield {self.run: gr.Button(visible=False), self.stop: gr.Button(visible=True)}
             for name, setting in settings.items():
                 async for frames in predict(pipelines[name], setting, scene.history, actions):
                     panels[name] = np.concatenate([panels[name], frames])
@@ -287,7 +288,7 @@ class TrajectoryPage:
             _interrupt(mine)
             if self.running.get(visitor) is mine:
                 del self.running[visitor]
-        yield {self.run: gr.Button(visible=True), self.stop: gr.Button(visible=False)}
+        yield idle
         seconds = time.perf_counter() - begun
         with tempfile.TemporaryDirectory() as folder:  # Gradio copies what it serves
             yield await asyncio.to_thread(self._report, Path(folder), panels, truth, actions, world, seconds)

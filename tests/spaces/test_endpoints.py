@@ -18,7 +18,8 @@ from app import build_app
 from endpoints import address
 from gradio.utils import get_upload_folder
 from sessions import Sessions
-from uploads import read_picture
+from uploads import uploaded_path
+from visitor_files import read_picture
 from worlds import Worlds
 from zero_gpu import LentPipeline
 
@@ -191,11 +192,10 @@ def save(path, name):
         ("animation", "must be a whole picture"),
     ],
 )
-def test_bad_pictures_are_refused(tmp_path, monkeypatch, name, message):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+def test_bad_pictures_are_refused(tmp_path, name, message):
     save(tmp_path / "picture", name)
     with pytest.raises(ValueError, match=message):
-        read_picture({"path": str(tmp_path / "picture")}, (96, 96))
+        read_picture(tmp_path / "picture", (96, 96))
 
 
 def test_pictures_elsewhere_are_refused(tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_pictures_elsewhere_are_refused(tmp_path, monkeypatch):
     assert get_upload_folder() == str(tmp_path / "uploads")
     for path in ("secret.png", "uploads/../secret.png", "uploads/link.png"):
         with pytest.raises(ValueError, match="uploaded picture"):
-            read_picture({"path": str(tmp_path / path)}, (96, 96))
+            uploaded_path({"path": str(tmp_path / path)})
 
 
 def new_session(world):
