@@ -317,9 +317,12 @@ def upload(page, name, content):
     page.locator("#trajectory-file").get_by_text(name.split(".")[0]).first.wait_for()
 
 
-def test_the_pusher_follows_a_drawn_path(trajectory):
-    page = trajectory
-    set_length(page, 12)
+def set_steps(page, steps):
+    page.locator("#trajectory-steps-a input").fill(str(steps))
+    page.locator("#trajectory-steps-a input").press("Tab")
+
+
+def draw_up(page):
     page.locator("#trajectory-pad .stage").scroll_into_view_if_needed()
     box = page.locator("#trajectory-pad .stage").bounding_box()
     page.mouse.move(box["x"] + 0.12 * box["width"], box["y"] + 0.65 * box["height"])
@@ -328,10 +331,28 @@ def test_the_pusher_follows_a_drawn_path(trajectory):
         page.mouse.move(box["x"] + 0.12 * box["width"], box["y"] + y * box["height"])
         time.sleep(0.01)
     page.mouse.up()
+
+
+def test_the_pusher_follows_a_drawn_path(trajectory):
+    page = trajectory
+    set_length(page, 12)
+    draw_up(page)
     page.locator("#trajectory-status").get_by_text("12 frames in").wait_for()
     ((x, y),) = read_poses(shown_frames(page)).pusher
     assert abs(x - 0.12 * 96) < 3
     assert 0.2 * 96 < y < 0.4 * 96  # it lags a little behind its target; it began at 0.65
+
+
+def test_a_path_drawn_meanwhile_takes_the_place_of_the_one_before(trajectory):
+    page = trajectory
+    page.locator("#trajectory-settings > button, #trajectory-settings .label-wrap").first.click()
+    for frames, steps in [(60, 40), (6, 2)]:
+        set_length(page, frames)
+        set_steps(page, steps)
+        draw_up(page)
+        page.locator("#trajectory-stop").wait_for()
+    page.locator("#trajectory-status").get_by_text("6 frames in").wait_for(timeout=30_000)
+    page.locator("#trajectory-run").wait_for()
 
 
 def test_files_of_actions_bad_and_good(trajectory):
@@ -395,8 +416,7 @@ def test_a_long_prediction_can_be_stopped(trajectory):
     set_length(page, 60)
     page.get_by_label("Recorded").check()
     page.locator("#trajectory-settings > button, #trajectory-settings .label-wrap").first.click()
-    page.locator("#trajectory-steps-a input").fill("40")
-    page.locator("#trajectory-steps-a input").press("Tab")
+    set_steps(page, 40)
     page.locator("#trajectory-run").click()
     page.locator("#trajectory-stop").click()
     page.get_by_text("Stopped.").wait_for()
