@@ -33,7 +33,7 @@ LAUNCH: dict[str, Any] = {
     "ssr_mode": False,
     "footer_links": ["api"],
     "run_history": False,
-    "state_session_capacity": 1000,
+    "state_session_capacity": 100,  # visitors whose uploads are kept: up to 252 frames each
 }
 
 
@@ -69,6 +69,12 @@ def main() -> None:
         help="a session nobody uses for so long ends (default: %(default)s)",
     )
     parser.add_argument(
+        "--visitor-sessions",
+        type=int,
+        default=16,
+        help="sessions at a time from one address (default: %(default)s)",
+    )
+    parser.add_argument(
         "--study",
         default=os.environ.get("IRASIM_STUDY"),
         help="folder of a preference study (default: the environment's IRASIM_STUDY, or a demonstration)",
@@ -76,9 +82,8 @@ def main() -> None:
     arguments = parser.parse_args()
     worlds = Worlds(arguments.model)
     study = find_study(arguments.study, worlds)
-    app = build_app(
-        worlds, Sessions(idle_seconds=arguments.idle_seconds), study and (*study, owner_key(arguments.study))
-    )
+    sessions = Sessions(idle_seconds=arguments.idle_seconds, most_each=arguments.visitor_sessions)
+    app = build_app(worlds, sessions, study and (*study, owner_key(arguments.study)))
     app.launch(server_port=arguments.port, **LAUNCH)
 
 

@@ -12,13 +12,13 @@ let model = Object.keys(models)[0];
 let start = Object.keys(models[model]?.starts ?? {})[0]; // name of an example, or an upload
 let session = null; // its name at the server
 let space = models[model]?.space; // the action space
-let frames = []; // data URLs, the first frame first
-let last = []; // the last action
+let frames = []; // data URLs: the one before those kept, and they
+let actions = []; // the one that led to each of the frames, the hold to the first
 let demo = []; // actions of the example clip, until the visitor takes over
 let goal = null; // where the picture is pressed, raw units
 let locating = false; // whether the next press on the picture says where the robot is
 let running = null; // the loop's promise
-let starting = null; // that of a start under way
+let starting = null; // that of the last start under way; a later one waits for those before
 let replaying = false;
 let epoch = 0; // frames of an earlier one are not shown
 let trip = 60; // milliseconds of a request, smoothed
@@ -108,7 +108,7 @@ function command(number) {
   const values = space.names.map(() => 0);
   const stick = gamepad();
   for (const { key, component, sign } of space.controls) values[component] += sign * (held.has(key) ? 1 : (stick[key] ?? 0));
-  if (goal) goal.forEach((value, index) => (values[index] += (value - last[index]) / (space.step[index] * slider.value * number)));
+  if (goal) goal.forEach((value, index) => (values[index] += (value - actions[actions.length - 1][index]) / (space.step[index] * slider.value * number)));
   return values.map((value) => (Math.abs(value) < 0.02 ? 0 : clamp(value))); // what is there is not sought for ever
 }
 
@@ -127,17 +127,20 @@ function gamepad() {
   return keys;
 }
 
-function begin(action = null) {
-  starting ??= start_anew(action).finally(() => (starting = null));
-  return starting;
+function in_turn(work) {
+  const mine = Promise.resolve(starting).then(work).finally(() => starting === mine && (starting = null));
+  return (starting = mine);
 }
 
+const begin = (action = null) => in_turn(() => start_anew(action));
+
 function start_anew(action) {
+  locating = false;
   return during("Starting\u2026", async () => {
     await halt();
     end();
     const [name, first, found] = await call("start", [model, start, action, 0]);
-    [session, space, frames, last, demo] = [name, found, [first], found.hold, []];
+    [session, space, frames, actions, demo] = [name, found, [first], [found.hold], []];
     find(".saved").hidden = true;
     await draw(first);
     build_pad();
@@ -156,9 +159,9 @@ async function halt() {
 
 async function drive() {
   if (running || (!session && !start)) return;
-  if (!session && !(await begin())) return;
-  if (running) return;
   if (replaying) await halt();
+  if (!(await (starting ?? session ?? begin()))) return;
+  if (running) return;
   running = loop(epoch).catch(fail).finally(() => ((running = null), update()));
   update();
 }
@@ -170,19 +173,21 @@ async function loop(mine) {
   while (session && mine === epoch && !document.hidden) {
     const number = Math.min(Math.max(1, Math.ceil((trip - 5) / interval)), MOST_FRAMES, space.longest_step);
     const wanted = command(number);
-    if (wanted.some((value) => value !== 0)) [demo, quiet_since] = [[], null];
-    else quiet_since ??= performance.now();
+    if (wanted.some((value) => value !== 0)) {
+      if (locating) say(); // who drives has not said where the robot is
+      [demo, quiet_since, locating] = [[], null, false];
+    } else quiet_since ??= performance.now();
     if (!demo.length && quiet_since && performance.now() - quiet_since > SETTLE_MS) break;
     const [asked, press] = [performance.now(), pressed_at];
     pressed_at = null;
     const waiting = setTimeout(() => (find(".state").textContent = "Waiting for a turn\u2026"), 1000);
     try {
       const rows = demo.splice(0, number);
-      const [pictures, actions] = rows.length ? [(await call("step", [session, rows]))[0], rows] : await call("drive", [session, wanted, number, Number(slider.value)]);
+      const [pictures, taken] = rows.length ? [(await call("step", [session, rows]))[0], rows] : await call("drive", [session, wanted, number, Number(slider.value)]);
       frames.push(...pictures);
-      frames.splice(1, Math.max(0, frames.length - 1 - space.max_frames));
+      actions.push(...taken);
+      for (const list of [frames, actions]) list.splice(0, Math.max(0, list.length - 1 - space.max_frames));
       if (mine !== epoch) return;
-      [last] = actions.slice(-1);
       trip += 0.3 * (performance.now() - asked - trip);
       due = Math.max(due, performance.now() - interval);
       pictures.forEach((picture, index) => show(picture, due + index * interval, mine, index === 0 ? press : null));
@@ -248,7 +253,12 @@ window.addEventListener("pagehide", () => {
   if (session) navigator.sendBeacon(`${window.gradio_config?.root ?? ""}/gradio_api/run/stop`, body);
 });
 window.addEventListener("gamepadconnected", () => say("Gamepad connected: drive with its stick."));
-setInterval(() => !running && !document.hidden && root.offsetParent && Object.keys(gamepad()).length && drive(), 50);
+setInterval(() => !running && !document.hidden && root.offsetParent && steered() && drive(), 50);
+
+function steered() {
+  const stick = gamepad();
+  return space?.controls.some(({ key }) => stick[key]);
+}
 
 function build_pad() {
   const button = ({ key, label }) => {
@@ -352,21 +362,21 @@ file.addEventListener("change", async () => {
 const tools = {
   async reset() {
     const [first] = await call("reset", [session]);
-    frames = [first];
-    last = space.hold;
+    [frames, actions] = [[first], [space.hold]];
     await draw(first);
   },
   async undo() {
     const [picture, left] = await call("undo", [session, Math.round(space.fps)]);
-    frames.length = left + 1;
+    frames.length = actions.length = left + 1;
     await draw(picture);
   },
   async replay() {
     replaying = true;
     const mine = epoch;
     update();
-    for (const picture of frames) {
+    for (const [index, picture] of frames.entries()) {
       if (!(await draw(picture, mine))) return;
+      if (index % 300 === 299) await call("undo", [session, 0]).catch(fail); // which keeps the session alive
       await sleep(1000 / space.fps);
     }
     replaying = false;
@@ -383,7 +393,7 @@ const DOING = { reset: "Resetting\u2026", undo: "Taking back\u2026", replay: "",
 
 find(".tools").addEventListener("click", async (event) => {
   const what = event.target.dataset.do;
-  if (!what || event.target.disabled) return;
+  if (!what || event.target.disabled || starting) return;
   stage.focus({ preventScroll: true });
   const stop = what === "replay" && replaying;
   await halt();
@@ -403,7 +413,7 @@ slider.addEventListener("input", () => (find(".speed output").textContent = `${N
 slider.addEventListener("change", () => stage.focus({ preventScroll: true }));
 
 function open(name) {
-  [model, start, session, frames] = [name, Object.keys(models[name].starts)[0], null, []];
+  [model, start, session, frames, actions] = [name, Object.keys(models[name].starts)[0], null, [], []];
   space = models[name].space;
   build_pad();
   build_pictures();
@@ -415,11 +425,13 @@ function open(name) {
 const select = find(".model");
 select.hidden = Object.keys(models).length < 2;
 select.replaceChildren(...Object.keys(models).map((name) => new Option(name, name)));
-select.addEventListener("change", async () => {
-  await halt();
-  end();
-  open(select.value);
-});
+select.addEventListener("change", () =>
+  in_turn(async () => {
+    await halt();
+    end();
+    open(select.value);
+  }),
+);
 if (model) {
   open(model);
   stage.focus({ preventScroll: true });

@@ -14,7 +14,8 @@ import gradio as gr
 import numpy as np
 from gradio.utils import get_upload_folder
 from sessions import Sessions
-from uploads import data_url, read_picture
+from uploads import data_url, uploaded_path
+from visitor_files import read_picture
 from worlds import World, Worlds
 
 from irasim_diffusers import DrivingSession, Steering
@@ -24,10 +25,13 @@ from irasim_diffusers.driving import SAME_KEYS
 def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
     """Add the endpoints to the app under construction."""
 
-    async def start(model: str, frames: Any, start: Any = None, seed: int = 0) -> tuple[str, str, dict]:
+    async def start(
+        request: gr.Request, model: str, frames: Any, start: Any = None, seed: int = 0
+    ) -> tuple[str, str, dict]:
         """Begin a rollout.
 
         Args:
+            request: Whose rollout it is.
             model: Name of a model.
             frames: Name of an example, or an uploaded picture (`gradio_client.handle_file`).
             start: Action where the robot is, in raw units; None for the example's, or the middle of a bounded space.
@@ -39,7 +43,7 @@ def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
         world = worlds.named(model)
         seed = _whole_number("seed", seed, 0, 2**32 - 1)
         session = await sessions.open(
-            world, lambda: _new_session(world, frames, start, seed, sessions.max_frames(world))
+            world, lambda: _new_session(world, frames, start, seed, sessions.max_frames(world)), address(request)
         )
         with sessions.use(session) as driven:
             limits = {"max_frames": sessions.max_frames(world), "idle_seconds": sessions.idle_seconds}
@@ -103,6 +107,7 @@ def describe_space(config: Any, steering: Steering | None = None) -> dict[str, A
         "low": _numbers(steering.low),
         "high": _numbers(steering.high),
         "space": steering.space,
+        "derivation": steering.derivation,
         "fps": config.fps or 10,
         "hold": _numbers(steering.hold()),  # in an absolute space the last action holds
         "step": _numbers(steering.step),  # of a command of 1 at speed 1
@@ -117,6 +122,12 @@ def _numbers(values: np.ndarray) -> list[float | None]:
     return [float(value) if np.isfinite(value) else None for value in values]
 
 
+def address(request: gr.Request) -> str:
+    """Where a visitor comes from, as a proxy in front of the Space tells it."""
+    forwarded = request.headers.get("x-forwarded-for", "").split(",")[0].strip()
+    return forwarded or (request.client.host if request.client else "")
+
+
 def _new_session(world: World, frames: Any, start: Any, seed: int, max_frames: int) -> DrivingSession:
     config = world.pipeline.transformer.config
     if isinstance(frames, str):
@@ -125,7 +136,7 @@ def _new_session(world: World, frames: Any, start: Any, seed: int, max_frames: i
         history = world.starts[frames].frames
         start = world.starts[frames].action if start is None else start
     else:
-        history = read_picture(frames, world.pipeline.frame_size)
+        history = read_picture(uploaded_path(frames), world.pipeline.frame_size)[None]
     steering = Steering(config, start=_middle(config) if start is None else start)
     return DrivingSession(world.pipeline, history, steering, seed, max_frames)
 

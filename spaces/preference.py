@@ -1,5 +1,6 @@
 """The Preference page: people compare two predictions with what truly happened (paper, section 13), without learning whose they are."""
 
+import asyncio
 import hmac
 import html
 import re
@@ -107,7 +108,8 @@ class PreferencePage:
     async def go_on(self, rater: Any) -> tuple[Any, ...]:
         """Show the next comparison to a rater, or to a new one the first."""
         rater = rater if _is_rater(rater) else secrets.token_hex(8)
-        return await self._show(rater, next(iter(self.study.remaining(rater)), None))
+        remaining = await asyncio.to_thread(self.study.remaining, rater)
+        return await self._show(rater, next(iter(remaining), None))
 
     async def go_back(self, rater: Any, current: Comparison | None) -> tuple[Any, ...]:
         """Show the comparison before; an answer to it takes the place of the earlier one."""
@@ -121,7 +123,7 @@ class PreferencePage:
         async def answer(rater: Any, current: Comparison | None) -> tuple[Any, ...]:
             if current is not None and _is_rater(rater):
                 try:
-                    self.study.answer(rater, current, choice)
+                    await asyncio.to_thread(self.study.answer, rater, current, choice)
                 except (ValueError, OSError) as error:
                     gr.Warning(str(error), title="The answer was not kept")
                     return await self._show(rater, current)
@@ -131,12 +133,12 @@ class PreferencePage:
 
     async def _show(self, rater: str, comparison: Comparison | None) -> tuple[Any, ...]:
         shown = self.study.comparisons(rater)
-        answered = len(shown) - len(self.study.remaining(rater))
+        answered = len(shown) - len(await asyncio.to_thread(self.study.remaining, rater))
         view: Any = gr.skip()
         if comparison is not None:
             sides = {"Left": comparison.left, "Right": comparison.right, "What truly happened": TRUTH}
             panels = {title: await self.videos(model, comparison.clip) for title, model in sides.items()}
-            view = show(panels, FPS)
+            view = await asyncio.to_thread(show, panels, FPS)
         return (
             rater,
             comparison,

@@ -1,9 +1,10 @@
 """The Trajectory page: draw a path, or give actions in a file, and see the video of them; compare two settings side by side."""
 
+import asyncio
 import html
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +175,10 @@ class TrajectoryPage:
             "inputs": asked,
             "outputs": made,
             "show_progress_on": [self.status],
-            "concurrency_limit": None,  # a world gives turns itself
+            "concurrency_limit": 1,  # so that however many predict, those who drive wait for one of them
+            "concurrency_id": "predict",
         } | private
-        drawn = self.pad.drawn(lambda: DRAWN, outputs=self.kind, **quiet).then(**predict)
+        drawn = self.pad.drawn(self.take_drawn, outputs=self.kind, **quiet).then(trigger_mode="multiple", **predict)
         pressed = self.run.click(**predict)
         self.stop.click(self.interrupt, outputs=[self.status, self.run, self.stop], cancels=[drawn, pressed], **quiet)
         start, model = [self.scene, self.pad, self.kind], [self.first[0], self.kind]
@@ -191,6 +193,11 @@ class TrajectoryPage:
             [self.file, self.length],
             **quiet,
         )
+
+    def take_drawn(self, request: gr.Request) -> str:
+        """Stop what this visitor has running, for what is drawn now takes its place."""
+        self._stop(request.session_hash)
+        return DRAWN
 
     def choose_example(self, name: str, kind: str, event: gr.EventData) -> tuple[Any, ...]:
         """Start from an example."""
@@ -242,6 +249,7 @@ class TrajectoryPage:
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio hands it over)
     ) -> AsyncIterator[dict[Any, Any]]:
         """Predict under each setting, show frames as they come, and at the end what there is to say of them."""
+        idle = {self.run: gr.Button(visible=True), self.stop: gr.Button(visible=False)}
         try:
             settings = self._settings(asked)
             world = next(iter(settings.values())).world
@@ -253,41 +261,64 @@ class TrajectoryPage:
             pipelines = {name: pipeline_of(setting) for name, setting in settings.items()}
         except ValueError as error:
             gr.Warning(str(error), title="That cannot be predicted")
-            yield {self.status: gr.skip()}
+            yield idle
             return
-        self.running[request.session_hash] = list(pipelines.values())
-        yield {self.run: gr.Button(visible=False), self.stop: gr.Button(visible=True)}
+        visitor, mine = request.session_hash, list(pipelines.values())
+        self._stop(visitor)
+        self.running[visitor] = mine
         truth = known_truth(kind, scene)[: len(actions)]
         begun, total, done = time.perf_counter(), len(actions) * len(settings), 0
         fps, seen = world.pipeline.transformer.config.fps or 10, len(scene.history)
         panels = {"Truth": np.concatenate([scene.history, truth])} if len(truth) else {}
         panels |= {name: resize(scene.history, each.world.pipeline.frame_size) for name, each in settings.items()}
         try:
+            yield {self.run: gr.Button(visible=False), self.stop: gr.Button(visible=True)}
             for name, setting in settings.items():
                 async for frames in predict(pipelines[name], setting, scene.history, actions):
                     panels[name] = np.concatenate([panels[name], frames])
+                    shown = await asyncio.to_thread(videos, panels, fps, seen)
+                    if self.running.get(visitor) is not mine:
+                        return
                     done += len(frames)
                     progress((done, total), desc="Predicting", unit="frames")
-                    yield {self.view: videos(panels, fps, seen)}
+                    yield {self.view: shown}
+                if self.running.get(visitor) is not mine:
+                    return
         finally:  # also when the visitor stops it or leaves
-            self._stop(request.session_hash)
-        yield {self.run: gr.Button(visible=True), self.stop: gr.Button(visible=False)}
-        if done < total:  # stopped
-            return
-        figures = {name: errors(panels[name][seen:], truth) for name in settings} if len(truth) else {}
-        if figures:
-            figures[BASELINE] = errors(np.repeat(scene.history[-1:], len(truth), axis=0), truth)
-        names = world.pipeline.transformer.config.action_names
+            _interrupt(mine)
+            if self.running.get(visitor) is mine:
+                del self.running[visitor]
+        yield idle
+        seconds = time.perf_counter() - begun
         with tempfile.TemporaryDirectory() as folder:  # Gradio copies what it serves
-            yield {
-                self.status: _summary(total, time.perf_counter() - begun, figures),
-                self.results: gr.Column(visible=True),
-                self.error_plot: _error_plot(figures),
-                self.action_plot: action_table(actions, names),
-                self.strip: film_strip(align(panels), seen, columns=8),
-                self.video: str(write_video(Path(folder) / "prediction.mp4", side_by_side(align(panels)), fps)),
-                self.table: str(_write_actions(Path(folder) / "actions.csv", actions, names)),
-            }
+            yield await asyncio.to_thread(self._report, Path(folder), panels, truth, actions, world, seconds)
+
+    def _report(
+        self,
+        folder: Path,
+        panels: dict[str, np.ndarray],
+        truth: np.ndarray,
+        actions: np.ndarray,
+        world: World,
+        seconds: float,
+    ) -> dict[Any, Any]:
+        """What there is to say of whole predictions, and files of them."""
+        config = world.pipeline.transformer.config
+        names, seen = [name for name in panels if name != "Truth"], len(panels[next(reversed(panels))]) - len(actions)
+        figures = {name: errors(panels[name][seen:], truth) for name in names} if len(truth) else {}
+        if figures:
+            last = panels["Truth"][seen - 1 : seen]
+            figures[BASELINE] = errors(np.repeat(last, len(truth), axis=0), truth)
+        whole = align(panels)
+        return {
+            self.status: _summary(len(names) * len(actions), seconds, figures),
+            self.results: gr.Column(visible=True),
+            self.error_plot: _error_plot(figures),
+            self.action_plot: action_table(actions, config.action_names),
+            self.strip: film_strip(whole, seen, columns=8),
+            self.video: str(write_video(folder / "prediction.mp4", side_by_side(whole), config.fps or 10)),
+            self.table: str(_write_actions(folder / "actions.csv", actions, config.action_names)),
+        }
 
     def interrupt(self, request: gr.Request) -> tuple[Any, ...]:
         """Stop what this visitor has running, at its next step."""
@@ -295,8 +326,12 @@ class TrajectoryPage:
         return "Stopped.", gr.Button(visible=True), gr.Button(visible=False)
 
     def _stop(self, session: str | None) -> None:
-        for pipeline in self.running.pop(session, ()):
-            pipeline._interrupt = True
+        _interrupt(self.running.pop(session, ()))
+
+
+def _interrupt(pipelines: Iterable[Any]) -> None:
+    for pipeline in pipelines:
+        pipeline._interrupt = True
 
 
 def _is_scaled(world: World) -> bool:

@@ -1,4 +1,4 @@
-"""Pictures that visitors bring: checked before they are decoded, cut to the model's size."""
+"""Where uploads are, and pictures as addresses."""
 
 from __future__ import annotations
 
@@ -7,48 +7,16 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
-import PIL.ImageOps
 from gradio.utils import get_upload_folder
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-MOST_BYTES = 10_000_000
-MOST_PIXELS = 25_000_000
 
-
-def read_picture(upload: Any, size: tuple[int, int]) -> np.ndarray:
-    """The picture (1, H, W, 3), uint8, of an upload, its middle cut to the shape of `size` (height, width).
-
-    Args:
-        upload: What Gradio makes of an uploaded file, `{"path": ...}`. Other files of the machine are refused.
-        size: Height and width of the model's frames.
+def uploaded_path(upload: Any) -> Path:
+    """The file that Gradio made of an upload, `{"path": ...}`.
 
     Raises:
-        ValueError: If it is no upload, too large, or no whole picture of a known format.
+        ValueError: If it is another file of the machine, or gone.
     """
-    path = _uploaded_path(upload)
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(
-            f"the picture must have at most {MOST_BYTES // 10**6} MB, got {path.stat().st_size / 1e6:.0f} MB."
-        )
-    wanted = f"the file must be a whole picture, {', '.join(FORMATS)}"
-    try:
-        with PIL.Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:  # known before a pixel is decoded
-                raise ValueError(
-                    f"the picture must have at most {MOST_PIXELS // 10**6} million pixels, got {image.width}x{image.height}."
-                )
-            upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
-    except PIL.Image.DecompressionBombError as error:
-        raise ValueError(f"the picture must have at most {MOST_PIXELS // 10**6} million pixels: {error}") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{wanted}: {str(error).replace(str(path), 'it')}.") from error
-    height, width = size
-    return np.asarray(PIL.ImageOps.fit(upright, (width, height), PIL.Image.Resampling.LANCZOS))[None]
-
-
-def _uploaded_path(upload: Any) -> Path:
     path = upload.get("path") if isinstance(upload, dict) else None
     folder = Path(get_upload_folder()).resolve()
     if not isinstance(path, str) or "\0" in path or not (found := Path(path).resolve()).is_relative_to(folder):

@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 
 from irasim_diffusers.cli import IMAGE_SUFFIXES, read_actions
@@ -17,7 +18,10 @@ from irasim_diffusers.data import iterate_video
 ACTION_SUFFIXES = (".npy", ".csv", ".json")
 MAX_ACTIONS = 240  # of one prediction: 24 seconds at 10 Hz
 MAX_ACTION_BYTES = 2**20
-MAX_PIXELS = 2**24  # of a picture or a frame
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+MAX_PICTURE_BYTES = 10_000_000
+MAX_PICTURE_PIXELS = 25_000_000
+MAX_FRAME_PIXELS = 2**24  # of a video
 
 
 def read_action_file(path: str | Path, action_dim: int) -> np.ndarray:
@@ -58,6 +62,29 @@ def check_actions(actions: np.ndarray, name: str) -> np.ndarray:
     return actions
 
 
+def read_picture(path: str | Path, size: tuple[int, int]) -> np.ndarray:
+    """A picture (H, W, 3), uint8, upright, its middle cut to the shape of `size` (height, width).
+
+    Raises:
+        ValueError: If it is too large, or no whole picture of a known format.
+    """
+    path = Path(path)
+    if (large := path.stat().st_size) > MAX_PICTURE_BYTES:
+        raise ValueError(f"the picture must have at most {MAX_PICTURE_BYTES // 10**6} MB, got {large / 1e6:.0f} MB.")
+    pixels = f"the picture must have at most {MAX_PICTURE_PIXELS // 10**6} million pixels"
+    try:
+        with PIL.Image.open(path, formats=PICTURE_FORMATS) as image:
+            if image.width * image.height > MAX_PICTURE_PIXELS:  # known before a pixel is decoded
+                raise ValueError(f"{pixels}, got {image.width}x{image.height}.")
+            upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(f"{pixels}: {error}") from error
+    except (OSError, SyntaxError) as error:
+        reason = str(error).replace(str(path), "it")
+        raise ValueError(f"the file must be a whole picture, {', '.join(PICTURE_FORMATS)}: {reason}.") from error
+    return np.asarray(PIL.ImageOps.fit(upright, size[::-1], PIL.Image.Resampling.LANCZOS))
+
+
 def read_clip(path: str | Path, size: tuple[int, int], length: int) -> np.ndarray:
     """The first frames of an uploaded video, or a picture as a video of one.
 
@@ -73,29 +100,21 @@ def read_clip(path: str | Path, size: tuple[int, int], length: int) -> np.ndarra
         ValueError: If it is neither, is damaged, or is too large.
     """
     path = Path(path)
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return read_picture(path, size)[None]
     try:
-        frames = _read_picture(path) if path.suffix.lower() in IMAGE_SUFFIXES else _read_frames(path)
-        clip = [resize(frame[None], size)[0] for frame in islice(frames, length)]
+        clip = [resize(frame[None], size)[0] for frame in islice(_read_frames(path), length)]
     except TooLarge:
         raise
     except (ValueError, av.error.FFmpegError) as error:
-        raise ValueError(f"{path.name} cannot be read as a picture or video, or is damaged.") from error
+        raise ValueError(f"{path.name} cannot be read as a video, or is damaged.") from error
     if not clip:
         raise ValueError(f"{path.name} has no frame.")
     return np.stack(clip)
 
 
 class TooLarge(ValueError):
-    """A picture of too many pixels."""
-
-
-def _read_picture(path: Path) -> Iterator[np.ndarray]:
-    try:
-        with PIL.Image.open(path, formats=("PNG", "JPEG", "BMP", "WEBP")) as image:
-            _check_pixels(image.height, image.width, path)  # before they are decoded
-            yield np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from error
+    """A video of too many pixels."""
 
 
 def _read_frames(path: Path) -> Iterator[np.ndarray]:
@@ -107,12 +126,14 @@ def _read_frames(path: Path) -> Iterator[np.ndarray]:
     with av.open(str(path)) as container:
         for stream in container.streams.video:  # before they are decoded
             _check_pixels(stream.height, stream.width, path)
-    return iterate_video(path)
+    for frame in iterate_video(path):
+        _check_pixels(frame.shape[0], frame.shape[1], path)  # the header may say less
+        yield frame
 
 
 def _check_pixels(height: int, width: int, path: Path) -> None:
-    if height * width > MAX_PIXELS:
-        raise TooLarge(f"{path.name} has {width}x{height} pixels: give at most {MAX_PIXELS >> 20} million.")
+    if height * width > MAX_FRAME_PIXELS:
+        raise TooLarge(f"{path.name} has {width}x{height} pixels: give at most {MAX_FRAME_PIXELS >> 20} million.")
 
 
 def resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:

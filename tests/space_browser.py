@@ -23,7 +23,8 @@ def app_url(tmp_path_factory):
     from space import serve  # here, for tests start processes that know tests/ alone and import conftest
 
     folder = tmp_path_factory.mktemp("space")
-    process, url = serve(folder / "space.log", GRADIO_TEMP_DIR=str(folder / "files"), HF_HUB_OFFLINE="1")
+    places = {"GRADIO_TEMP_DIR": str(folder / "files"), "TMPDIR": str(folder)}
+    process, url = serve(folder / "space.log", "--visitor-sessions", "32", HF_HUB_OFFLINE="1", **places)
     yield url
     process.terminate()
     process.wait(20)

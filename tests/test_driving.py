@@ -71,6 +71,13 @@ def test_an_arm_moves_while_keys_are_held_and_its_gripper_stays_where_it_was():
     assert steering.hold()[6] == 1
 
 
+def test_no_key_bends_a_rotation_matrix():
+    steering = Steering(arm(action_dim=10, action_derivation="relative_6d", action_low=None, action_high=None))
+    assert {control.component for control in steering.controls} == {0, 1, 2, 9}
+    moved = steering.action(steering.command({"w", "r", "k", "g"}))
+    np.testing.assert_allclose(moved, [0.05, 0, 0.05, 1, 0, 0, 0, 1, 0, 0.05])
+
+
 @pytest.mark.parametrize(("derivation", "size"), [("relative_euler", 7), ("relative_6d", 10), ("relative_planar", 2)])
 def test_the_command_zero_leaves_a_state_where_it_is(derivation, size):
     bounds = {"action_low": 0.01, "action_high": 0.01}  # of data in which everything moved alike
@@ -128,6 +135,25 @@ def test_a_recording_holds_the_first_frame_and_every_action(session, tmp_path):
     video, actions = session.save(tmp_path / "drive.mp4")
     assert read_video(video).shape == (5, 96, 96, 3)
     np.testing.assert_allclose(np.load(actions), session.actions, atol=1e-4)
+
+
+def test_a_recording_whose_beginning_is_dropped_begins_with_the_frame_before_its_first_action(pipe, clip, tmp_path):
+    steering = Steering(pipe.transformer.config, start=clip[1][0])
+    session = DrivingSession(pipe, clip[0][:2], steering, max_frames=2)
+    *_, before = session.step([[450.0, 450.0]] * 8)
+    session.step([[450.0, 450.0]] * 2)
+    assert len(session) == 2
+    first = read_video(session.save(tmp_path / "drive.mp4")[0])[0].astype(int)
+    assert np.abs(first - np.asarray(before)).mean() < np.abs(first - np.asarray(session.first_frame)).mean() / 2
+
+
+def test_a_step_that_fails_leaves_the_target_where_it_was(session, monkeypatch):
+    session.drive({"w"})
+    target = session.steering.hold()
+    monkeypatch.setattr(session.pipe, "predict_latents", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        session.drive({"w"})
+    np.testing.assert_array_equal(session.steering.hold(), target)
 
 
 @pytest.mark.parametrize(

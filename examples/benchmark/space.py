@@ -178,7 +178,7 @@ def drive_together(url: str, arguments: SpaceArguments, process: psutil.Process)
 def main() -> None:
     (arguments,) = HfArgumentParser(SpaceArguments).parse_args_into_dataclasses()
     folder = tempfile.TemporaryDirectory()
-    process, url = serve(Path(folder.name) / "space.log", "--model", arguments.model)
+    process, url = serve(Path(folder.name) / "space.log", "--model", arguments.model, "--visitor-sessions", "32")
     report: dict[str, Any] = {"load": os.getloadavg(), "cores": len(os.sched_getaffinity(0))}
     try:
         if arguments.presses:

@@ -57,7 +57,8 @@ class Steering:
         config: The transformer's config, which holds the action space.
         speed: What a command of 1 means for a step, in units of normalised actions: `speed / action_scale` raw ones.
         start: Action (A,) to begin from, for spaces with targets: where the robot is.
-        keys: Keys of the negative and the positive direction of each component; None for those that suit the space.
+        keys: Keys of the negative and the positive direction of each component; None for those that suit the space. No key turns
+            the hand where the space has its rotation as columns of a matrix (`relative_6d`).
 
     Raises:
         ValueError: If a space with targets is given no start, or one of another dimension.
@@ -87,7 +88,10 @@ class Steering:
             start = np.clip(np.zeros(size), self.low, self.high)
         self.start = prepare_actions([start], size)[0, 0].double().numpy()
         planar = PICTURE_KEYS if self.space == "absolute" else TABLE_KEYS
-        self.keys = tuple(keys if keys is not None else planar if size == 2 else ARM_KEYS)[:size]
+        self.keys = dict(enumerate(keys if keys is not None else planar if size == 2 else ARM_KEYS))  # by component
+        if keys is None and self.derivation == "relative_6d":
+            self.keys = dict(enumerate(ARM_KEYS[:3])) | {9: ARM_KEYS[-1]}
+        self.keys = {component: pair for component, pair in self.keys.items() if component < size}
         self.last = self.start
 
     @property
@@ -100,7 +104,7 @@ class Steering:
         """What a key steers; components beyond the keys are left to `action`."""
         return [
             Control(key, component, sign, f"{self.names[component]} {'+' if sign > 0 else '-'}")
-            for component, pair in enumerate(self.keys)
+            for component, pair in self.keys.items()
             for key, sign in zip(pair, (-1, 1), strict=True)
         ]
 
@@ -218,7 +222,7 @@ class DrivingSession:
         self._before = self._history  # latents that the kept frames follow
         self._last_dropped: _Predicted | None = None
         self._num_dropped = 0
-        self.steering.go_on_from(None)
+        self._steer_on()
 
     def undo(self, num_frames: int = 1) -> PIL.Image.Image:
         """Take frames back, as many as asked for and kept.
@@ -233,7 +237,7 @@ class DrivingSession:
             raise ValueError(f"`num_frames` must not be negative, got {num_frames}.")
         for _ in range(min(num_frames, len(self._kept))):
             self._kept.pop()
-        self.steering.go_on_from(self._last.action if self._last else None)
+        self._steer_on()
         return self.last_frame
 
     @property
@@ -265,6 +269,12 @@ class DrivingSession:
         Raises:
             ValueError: If the actions do not suit the checkpoint, or are too many; nothing has happened then.
         """
+        try:
+            return self._predict(actions)
+        finally:
+            self._steer_on()  # also where it fails: commands have moved the targets before
+
+    def _predict(self, actions: Any) -> list[PIL.Image.Image]:
         checked = prepare_actions(actions, self.pipe.transformer.config.action_dim)
         if len(checked) != 1 or checked.shape[1] > self.longest_step:
             raise ValueError(
@@ -285,15 +295,17 @@ class DrivingSession:
                 self._before = torch.cat([self._before, self._kept[0].latents], dim=2)[:, :, -self._history_length :]
                 self._num_dropped += 1
             self._kept.append(_Predicted(_png(picture), action.double().numpy(), latents.clone()))
-        self.steering.go_on_from(self._kept[-1].action)
         return pictures
+
+    def _steer_on(self) -> None:
+        self.steering.go_on_from(self._last.action if self._last else None)
 
     @property
     def _history_length(self) -> int:
         return self.pipe.transformer.config.num_history_frames
 
     def save(self, path: str | Path) -> tuple[Path, Path]:
-        """Write the recording: an mp4, the first frame and those kept, and a `.npy` of the actions (n, A) beside it.
+        """Write the recording: an mp4, the frame before those kept and they, and a `.npy` of the actions (n, A) beside it.
 
         Returns:
             Both paths.
@@ -306,7 +318,9 @@ class DrivingSession:
         if not self._kept:
             raise ValueError("nothing has been predicted yet: drive first.")
         path = Path(path).with_suffix(".mp4")
-        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in (self.first_frame, *self.frames)])
+        before = self._last_dropped
+        first = PIL.Image.open(BytesIO(before.png)) if before else self.first_frame
+        frames = np.stack([np.asarray(frame.convert("RGB")) for frame in (first, *self.frames)])
         write_video(path, frames, self.pipe.transformer.config.fps or 10)
         with temporary_path(path.with_suffix(".npy")) as partial:
             np.save(partial, self.actions.astype(np.float32))

@@ -64,7 +64,7 @@ def test_the_pusher_follows_a_stick_until_ctrl_c(app_url, tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
             done.wait(60)
 
-    done, thread = threading.Event(), threading.Thread(target=push)
+    done, thread = threading.Event(), threading.Thread(target=push, daemon=True)
     thread.start()
     arguments = TeleoperateArguments(
         "gamepad", app_url, gamepad=tmp_path / "js0", speed=0.25, output=tmp_path / "stick.mp4"
@@ -74,7 +74,7 @@ def test_the_pusher_follows_a_stick_until_ctrl_c(app_url, tmp_path):
         video, actions = teleoperate(arguments)
     finally:
         done.set()
-        thread.join()
+        thread.join(5)
         signal.signal(signal.SIGINT, handler)
     targets = np.load(actions)
     np.testing.assert_allclose(targets[:, 0], START[0], atol=1e-3)

@@ -111,6 +111,14 @@ def test_buttons_and_picture_steer_too(drive):
     assert np.linalg.norm(pusher(drive) - goal * 96) < 8
 
 
+def test_the_start_chosen_last_counts(drive):
+    drive.get_by_role("slider", name="Speed").fill("0.2")
+    for name in ("frame 1", OPEN):  # before the first has begun
+        drive.evaluate(f"document.querySelector('[data-start=\"{name}\"]').click()")
+    hold(drive, lambda: drive.keyboard.down("d"), lambda: drive.keyboard.up("d"), 3)
+    assert np.linalg.norm(pusher(drive) - TARGET) < 20
+
+
 def test_keys_act_in_the_drive_area_alone(drive):
     choose(drive, OPEN)
     drive.get_by_role("slider", name="Speed").focus()
@@ -129,6 +137,7 @@ def test_recording_undo_and_replay(drive, tmp_path):
     assert drive.get_by_role("button", name="Save video").is_disabled()
     hold(drive, lambda: drive.keyboard.down("w"), lambda: drive.keyboard.up("w"), 8)
     frames = predicted(drive)
+    drive.wait_for_function("number => document.querySelector('.drive').figures.shown.length >= number", arg=frames)
     last = picture(drive)
     drive.get_by_role("button", name="Replay").click()
     drive.get_by_role("button", name="Stop").wait_for()

@@ -8,14 +8,18 @@ import time
 import urllib.error
 import urllib.request
 
+import gradio
 import gradio_client
 import numpy as np
 import PIL.Image
 import pytest
+import starlette.requests
 from app import build_app
+from endpoints import address
 from gradio.utils import get_upload_folder
 from sessions import Sessions
-from uploads import read_picture
+from uploads import uploaded_path
+from visitor_files import read_picture
 from worlds import Worlds
 from zero_gpu import LentPipeline
 
@@ -50,7 +54,7 @@ def test_a_rollout_from_start_to_stop(client):
     session, first, space = client.predict("push-t", "frame 1", None, 0, api_name="/start")
     assert pixels(first).shape == (96, 96, 3)
     assert (space["names"], space["space"], space["fps"]) == (["target_x", "target_y"], "absolute", 10)
-    assert (space["low"], space["high"]) == ([0, 0], [512, 512])
+    assert (space["low"], space["high"], space["derivation"]) == ([0, 0], [512, 512], "recorded")
     frames = client.predict(session, SIDEWAYS, api_name="/step")
     assert len(frames) == 3
     assert np.abs(pixels(frames[-1]) - pixels(first)).max() > 100
@@ -188,11 +192,10 @@ def save(path, name):
         ("animation", "must be a whole picture"),
     ],
 )
-def test_bad_pictures_are_refused(tmp_path, monkeypatch, name, message):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+def test_bad_pictures_are_refused(tmp_path, name, message):
     save(tmp_path / "picture", name)
     with pytest.raises(ValueError, match=message):
-        read_picture({"path": str(tmp_path / "picture")}, (96, 96))
+        read_picture(tmp_path / "picture", (96, 96))
 
 
 def test_pictures_elsewhere_are_refused(tmp_path, monkeypatch):
@@ -203,7 +206,7 @@ def test_pictures_elsewhere_are_refused(tmp_path, monkeypatch):
     assert get_upload_folder() == str(tmp_path / "uploads")
     for path in ("secret.png", "uploads/../secret.png", "uploads/link.png"):
         with pytest.raises(ValueError, match="uploaded picture"):
-            read_picture({"path": str(tmp_path / path)}, (96, 96))
+            uploaded_path({"path": str(tmp_path / path)})
 
 
 def new_session(world):
@@ -232,6 +235,42 @@ def test_places_are_bounded_and_idle_sessions_are_freed(worlds):
             pass
 
     asyncio.run(visitors())
+
+
+def test_starts_under_way_and_ended_work_take_places(worlds):
+    world = worlds["push-t"]
+    sessions = Sessions(most=3, most_each=2)
+
+    async def open_for(visitor):
+        return await sessions.open(world, lambda: new_session(world), visitor)
+
+    async def visitors():
+        answers = await asyncio.gather(*(open_for(visitor) for visitor in "aaabb"), return_exceptions=True)
+        assert [str(answer)[:24] for answer in answers if isinstance(answer, ValueError)] == [
+            "all 2 places of a visito",
+            "all 3 places are taken: ",
+        ]
+        with sessions.use(answers[0]):
+            assert sessions.close(answers[0])
+            assert not sessions.close(answers[0])
+            with pytest.raises(ValueError, match="all 3 places are taken"):
+                await open_for("b")
+            with pytest.raises(ValueError, match="has ended"), sessions.use(answers[0]):
+                pass
+        with pytest.raises(ZeroDivisionError):
+            await sessions.open(world, lambda: 1 / 0, "a")
+        await open_for("b")
+        assert len(sessions) == 3
+
+    asyncio.run(visitors())
+
+
+@pytest.mark.parametrize(
+    ("headers", "come"), [([], "10.0.0.1"), ([(b"x-forwarded-for", b"203.0.113.7, 10.0.0.1")], "203.0.113.7")]
+)
+def test_a_proxy_tells_where_a_visitor_comes_from(headers, come):
+    request = starlette.requests.Request({"type": "http", "headers": headers, "client": ("10.0.0.1", 5)})
+    assert address(gradio.Request(request)) == come
 
 
 def test_a_models_turns_come_in_the_order_of_asking(worlds):

@@ -5,6 +5,7 @@ import json
 import pickle
 import time
 
+import av
 import numpy as np
 import PIL.Image
 import pytest
@@ -159,8 +160,8 @@ class TestFiles:
             ("a.mp4", b"no video", "cannot be read"),
             ("a.mp4", b"\0\0\0\x20ftypisom" + b"\0" * 400, "cannot be read"),
             ("a.mp4", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "cannot be read"),
-            ("a.png", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "cannot be read"),
-            ("a.png", b"", "cannot be read"),
+            ("a.png", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "must be a whole picture"),
+            ("a.png", b"", "must be a whole picture"),
         ],
     )
     def test_bad_clips(self, tmp_path, name, content, message):
@@ -169,9 +170,31 @@ class TestFiles:
             read_clip(tmp_path / name, (8, 12), 5)
 
     def test_huge_pictures_are_not_decoded(self, tmp_path):
-        PIL.Image.new("1", (5000, 5000)).save(tmp_path / "a.png")
-        with pytest.raises(ValueError, match="5000x5000 pixels: give at most 16 million"):
+        PIL.Image.new("1", (5100, 5000)).save(tmp_path / "a.png")
+        with pytest.raises(ValueError, match="at most 25 million pixels, got 5100x5000"):
             read_clip(tmp_path / "a.png", (8, 12), 5)
+
+    def test_pictures_are_turned_upright_and_their_middle_is_cut(self, tmp_path):
+        picture = np.zeros((30, 20, 3), np.uint8)  # a phone's, which lies on its side: green above red above blue
+        picture[:, :5], picture[:, 5:15], picture[:, 15:] = (0, 0, 255), (255, 0, 0), (0, 255, 0)
+        exif = PIL.Image.Exif()
+        exif[0x0112] = 8  # to be turned by a quarter to the left
+        PIL.Image.fromarray(picture).save(tmp_path / "a.png", exif=exif)
+        (clip,) = read_clip(tmp_path / "a.png", (10, 30), 5)
+        np.testing.assert_array_equal(clip[2:-2], np.broadcast_to([255, 0, 0], (6, 30, 3)))
+
+    def test_frames_larger_than_the_header_says_are_refused(self, tmp_path):
+        with av.open(str(tmp_path / "a.avi"), "w") as container:
+            stream = container.add_stream("mjpeg", rate=10, width=16, height=16)
+            stream.pix_fmt = "yuvj420p"
+            for size in (16, 5000):
+                file = io.BytesIO()
+                PIL.Image.new("RGB", (size, size)).save(file, "JPEG")
+                packet = av.Packet(file.getvalue())
+                packet.stream, packet.pts, packet.dts, packet.is_keyframe = stream, size, size, True
+                container.mux(packet)
+        with pytest.raises(ValueError, match="5000x5000 pixels: give at most 16 million"):
+            read_clip(tmp_path / "a.avi", (8, 12), 5)
 
 
 class TestScenes:
@@ -291,12 +314,15 @@ def shown_frames(page):
 def upload(page, name, content):
     file = {"name": name, "mimeType": "application/octet-stream", "buffer": content}
     page.locator("#trajectory-file input[type=file]").set_input_files(file)
-    page.locator("#trajectory-file").get_by_text(name.split(".")[0], exact=False).first.wait_for()
+    page.locator("#trajectory-file").get_by_text(name.split(".")[0]).first.wait_for()
 
 
-def test_the_pusher_follows_a_drawn_path(trajectory):
-    page = trajectory
-    set_length(page, 12)
+def set_steps(page, steps):
+    page.locator("#trajectory-steps-a input").fill(str(steps))
+    page.locator("#trajectory-steps-a input").press("Tab")
+
+
+def draw_up(page):
     page.locator("#trajectory-pad .stage").scroll_into_view_if_needed()
     box = page.locator("#trajectory-pad .stage").bounding_box()
     page.mouse.move(box["x"] + 0.12 * box["width"], box["y"] + 0.65 * box["height"])
@@ -305,10 +331,28 @@ def test_the_pusher_follows_a_drawn_path(trajectory):
         page.mouse.move(box["x"] + 0.12 * box["width"], box["y"] + y * box["height"])
         time.sleep(0.01)
     page.mouse.up()
+
+
+def test_the_pusher_follows_a_drawn_path(trajectory):
+    page = trajectory
+    set_length(page, 12)
+    draw_up(page)
     page.locator("#trajectory-status").get_by_text("12 frames in").wait_for()
     ((x, y),) = read_poses(shown_frames(page)).pusher
     assert abs(x - 0.12 * 96) < 3
     assert 0.2 * 96 < y < 0.4 * 96  # it lags a little behind its target; it began at 0.65
+
+
+def test_a_path_drawn_meanwhile_takes_the_place_of_the_one_before(trajectory):
+    page = trajectory
+    page.locator("#trajectory-settings > button, #trajectory-settings .label-wrap").first.click()
+    for frames, steps in [(60, 40), (6, 2)]:
+        set_length(page, frames)
+        set_steps(page, steps)
+        draw_up(page)
+        page.locator("#trajectory-stop").wait_for()
+    page.locator("#trajectory-status").get_by_text("6 frames in").wait_for(timeout=30_000)
+    page.locator("#trajectory-run").wait_for()
 
 
 def test_files_of_actions_bad_and_good(trajectory):
@@ -317,8 +361,8 @@ def test_files_of_actions_bad_and_good(trajectory):
     page.locator("#trajectory-run").click()
     page.get_by_text("Give a file of actions first.").wait_for()
     for name, content, message in [
-        BAD_ACTIONS[0],
-        BAD_ACTIONS[2],
+        ("bad-0.npy", *BAD_ACTIONS[0][1:]),
+        ("bad-2.npy", *BAD_ACTIONS[2][1:]),
         ("good.csv", b"60,330\n65,320\n70,310\n", "3 frames in"),
     ]:
         upload(page, name, content)
@@ -351,11 +395,11 @@ def test_two_seeds_beside_the_truth(trajectory):
 
 def test_starts_that_are_no_pictures(trajectory, tmp_path):
     page = trajectory
-    PIL.Image.new("1", (5000, 5000)).save(tmp_path / "huge.png")
+    PIL.Image.new("1", (5100, 5000)).save(tmp_path / "huge.png")
     (tmp_path / "broken.mp4").write_bytes(b"\0\0\0\x20ftypisom" + b"\0" * 400)
     PIL.Image.new("RGB", (60, 40), "red").save(tmp_path / "red.png")
     before = page.locator("#trajectory-pad .stage img").get_attribute("src")
-    for name, message in [("huge.png", "give at most 16 million"), ("broken.mp4", "cannot be read")]:
+    for name, message in [("huge.png", "at most 25 million"), ("broken.mp4", "cannot be read")]:
         with page.expect_file_chooser() as chooser:
             page.locator("#trajectory-upload").click()
         chooser.value.set_files(tmp_path / name)
@@ -372,9 +416,12 @@ def test_a_long_prediction_can_be_stopped(trajectory):
     set_length(page, 60)
     page.get_by_label("Recorded").check()
     page.locator("#trajectory-settings > button, #trajectory-settings .label-wrap").first.click()
-    page.locator("#trajectory-steps-a input").fill("40")
-    page.locator("#trajectory-steps-a input").press("Tab")
+    set_steps(page, 40)
     page.locator("#trajectory-run").click()
     page.locator("#trajectory-stop").click()
     page.get_by_text("Stopped.").wait_for()
     page.locator("#trajectory-run").wait_for()
+    frames = page.locator("#trajectory-view .frame").get_attribute("max")
+    page.wait_for_timeout(2000)
+    assert page.locator("#trajectory-view .frame").get_attribute("max") == frames
+    assert page.locator("#trajectory-status").get_by_text("Stopped.").is_visible()
