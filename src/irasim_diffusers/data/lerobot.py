@@ -300,8 +300,9 @@ def write_file(
 ) -> None:
     """Write one file's worth of episodes: video, then vectors, then the rows of `meta/episodes` that announce them.
 
-    Where there are none, nothing is written. Files may be written in any order and by several processes. A file counts as written once its `meta/episodes` file
-    is there, so an interrupted collection resumes with the first one missing. `write_metadata` completes the folder.
+    Where there are none, nothing is written. Files may be written in any order and by several processes. A file counts as
+    written once its `meta/episodes` file is there, so an interrupted collection resumes with the first one missing.
+    `write_metadata` completes the folder.
 
     Args:
         root: The data set's folder.

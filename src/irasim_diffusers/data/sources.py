@@ -118,7 +118,8 @@ def _announced_rows(table: Any, max_episodes: int | None) -> int:
     counts = [count for count in (known.num_examples if known else None, max_episodes) if count is not None]
     if not counts:
         raise ValueError(
-            f"`max_episodes` (--max_train_episodes) must be given for {table.info.dataset_name!r}, whose card does not say how many rows it has."
+            f"`max_episodes` (--max_train_episodes) must be given for {table.info.dataset_name!r}, whose card does not say how "
+            "many rows it has."
         )
     return min(counts)
 
