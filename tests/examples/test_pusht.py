@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import collect
-import collect
 import conditioning
 import gymnasium
 import numpy as np
