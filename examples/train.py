@@ -95,6 +95,9 @@ class TrainingArguments:
     validation_dataset: str | None = field(
         default=None, metadata={"help": "data set of held-out episodes, in any of these forms"}
     )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit of the data sets on the Hub; a commit never changes"}
+    )
     dataset_weights: list[float] = field(
         default_factory=list, metadata={"help": "share of each data set (default: as long as they are)"}
     )
@@ -403,6 +406,7 @@ def open_source(
         fps=arguments.fps,
         action_column=arguments.action_column,
         state_columns=arguments.state_columns,
+        revision=arguments.dataset_revision if name in arguments.dataset else None,
         streaming=arguments.streaming,
     )
     skip = arguments.frame_skip if arguments.target_fps is None else frame_skip_for(source.fps, arguments.target_fps)

@@ -413,10 +413,11 @@ def test_a_set_on_the_hub_is_trained_on_as_a_folder(workspace):
     train(root, "from-disk")
     with local_hub(workspace / "streaming") as hub:
         files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
-        hub.commit("datasets/lab/files", files)
-        output = train("lab/files", "streamed", "--streaming", "--max_train_steps", 2)
+        pinned = ["--streaming", "--dataset_revision", hub.commit("datasets/lab/files", files)]
+        output = train("lab/files", "streamed", *pinned, "--max_train_steps", 2)
         assert "12 windows of 3 episodes, 0 left out" in output
-        assert "resumed from" in train("lab/files", "streamed", "--streaming")
+        hub.commit("datasets/lab/files", {"README.md": b"edited meanwhile"})
+        assert "resumed from" in train("lab/files", "streamed", *pinned)
     fetched = [request.split("/")[-1] for request in hub.requests if request.startswith("GET") and ".mp4" in request]
     assert fetched == [f"file-{number:03d}.mp4" for number in (0, 1, 0)], "once each, but for the size of pictures"
     assert not list((workspace / "streaming").rglob("*.mp4"))
