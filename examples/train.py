@@ -61,6 +61,7 @@ from irasim_diffusers.metrics import psnr
 from irasim_diffusers.models import noise_process
 from irasim_diffusers.models.transformer_irasim import ACTION_ENCODER
 from irasim_diffusers.training import (
+    FINISHED,
     NoiseProcess,
     StateReadout,
     averaged_state,
@@ -347,8 +348,6 @@ FOREIGN = {
 }
 """Flags that a model knows nothing of."""
 WINDOW = ("sample_frames", "num_history_frames")
-FINISHED = ".finished"
-"""Folder in which the result is put together, hidden, so that it is nobody else's."""
 
 
 class PixelSpace(torch.nn.Module):

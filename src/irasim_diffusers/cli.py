@@ -341,7 +341,7 @@ def _load_predictor(arguments: argparse.Namespace, dataset: Any) -> tuple[Any, A
     if predictions is not None:
         if encode is None:
             raise ValueError(f"--model is for its autoencoder here, and {name!r} has none: leave it out.")
-        folder = FolderPredictor(predictions, arguments.resize, predictor.autoencoder)
+        folder.autoencoder = predictor.autoencoder
         setting = {"autoencoder": name, "weights": predictor.autoencoder, "dtype": arguments.dtype}
         return folder, encode, setting | {"predictions": str(predictions)}
     predictor.check_dataset(dataset)

@@ -20,6 +20,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .models import IRASimTransformer3DModel, UNetTrajectoryModel
 
+FINISHED = ".finished"
+"""Folder in which a run puts its result together, hidden, so that it is nobody else's."""
+
 
 class StateReadout(nn.Module):
     """A network in training, with a linear readout of the true state from features halfway through it.
@@ -194,7 +197,8 @@ def save_checkpoint(
 def remove_leftovers(output: Path) -> None:
     """Delete what a killed run left half-written in its folder, and nothing else that lies there."""
     for path in output.iterdir():
-        if path.is_dir() and re.fullmatch(r"partial-\d+|\.{1,2}finished(\..*\.partial)?", path.name):
+        own = path.name == FINISHED or path.match(f".{FINISHED}.*.partial") or re.fullmatch(r"partial-\d+", path.name)
+        if own and path.is_dir():
             shutil.rmtree(path)
 
 

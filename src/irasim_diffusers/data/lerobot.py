@@ -355,7 +355,7 @@ def write_file(
                 | {f"stats/{key}/{name}": value for key, stat in statistics.items() for name, value in stat.items()}
             )
             start += length
-            yield from map(np.copy, episode.frames)
+            yield from map(np.copy, episode.frames)  # a view that is kept would keep the episode
             del episode  # before the next is read
 
     pictures = frames()

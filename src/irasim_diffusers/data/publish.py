@@ -94,7 +94,8 @@ def write_lerobot(
                 on_episode(number, str(error))
                 continue
             on_episode(number, None)
-            tasks.extend({episode.task} - {*tasks})
+            if episode.task not in tasks:
+                tasks.append(episode.task)
             yield episode
             del episode  # before the next is read
 

@@ -186,7 +186,7 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
         for frame in chain([first], frames):
             if frame.shape != first.shape:
                 raise ValueError(f"`frames` must be of one size, got {first.shape} and {frame.shape}.")
-            pixels = np.ascontiguousarray(np.pad(frame, padding, mode="edge"))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            padded = np.pad(frame, padding, mode="edge") if np.any(padding) else frame
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")))
         container.mux(stream.encode(None))
     return path

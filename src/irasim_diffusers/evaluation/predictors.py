@@ -87,6 +87,9 @@ class PipelinePredictor:
         seed: Of the noise.
         resize: Resize frames of another size for the model, and its predictions back.
         batch_size: Windows predicted together at most.
+
+    Attributes:
+        autoencoder: Hash of the autoencoder, whose latents no other's can be compared with; None in pixel space.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class PipelinePredictor:
         self.num_inference_steps, self.seed, self.resize = num_inference_steps, seed, resize
         self.batch_size = batch_size
         self._evaluations = 0
-        self._autoencoder = None if pipeline.vae is None else _digest([pipeline.vae])
+        self.autoencoder = None if pipeline.vae is None else _digest([pipeline.vae])
         pipeline.transformer.register_forward_hook(self._count)
 
     @property
@@ -116,11 +119,6 @@ class PipelinePredictor:
             "window_length": pipeline.window_length,
             "resize": self.resize,
         }
-
-    @property
-    def autoencoder(self) -> str | None:
-        """Hash of the autoencoder, whose latents no other's can be compared with; None in pixel space."""
-        return self._autoencoder
 
     def check_dataset(self, dataset: EpisodeSource) -> None:
         """Refuse data that are not what the model was trained on.
