@@ -201,7 +201,7 @@ class TrainingArguments:
         default=None, metadata={"help": "frame for Frame-Ada (default), video for Video-Ada"}
     )
     action_normalisation: str = field(
-        default="std", metadata={"help": "offset and scale from the data: std, or quantile (1 % and 99 %)"}
+        default="std", metadata={"help": "offset and scale from the data: std, or quantile (of 1 and 99 percent)"}
     )
     action_scale: list[float] = field(
         default_factory=list, metadata={"help": "one, or one a component, instead of the data's"}
