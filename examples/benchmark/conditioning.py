@@ -5,16 +5,17 @@ r"""Does every frame gain from its own action? Frame-Ada, Video-Ada and LVDM on 
         --action_space absolute --action_offset 256 --action_scale 0.03125 --learning_rate 1e-3 \
         --attention_backend _native_math
 
-Same data, about as many parameters (train.py's own sizes), the same wall clock; all other flags go to train.py as they are,
-for all models alike. Each model is trained once a seed and number of history frames, one after the other, and evaluated by
+Same data, about as many parameters (train.py's own sizes, unless `--transformer_flags` and `--unet_flags` name others), the same
+wall clock; all other flags go to train.py as they are, for all models alike. Each model is trained once a seed and number of history frames, one after the other, and evaluated by
 pusht/evaluate.py on the same clips. What is done is not done again. Written are `conditioning.json` and
 `conditioning.md`.
 
-Intervals are Student's over the seeds, of the differences over pairs of runs of one seed; with one seed they are evaluate.py's
-over clips, and differences have none.
+Intervals are Student's over the seeds, of the differences over pairs of runs of one seed; with one seed, and in the table of
+single runs, they are evaluate.py's over clips, and differences of one pair have none.
 """
 
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,16 @@ class ConditioningArguments:
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "any of these"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     num_history_frames: list[int] = field(default_factory=lambda: [1], metadata={"help": "1 2 compares both"})
-    patch_size: int = field(default=2, metadata={"help": "of the transformers; a U-Net has none"})
+    transformer_flags: str = field(
+        default="--patch_size 2",
+        metadata={"help": 'flags of train.py for the transformers alone, as `--transformer_flags="--num_layers 2"`'},
+    )
+    unet_flags: str = field(default="", metadata={"help": "the same for the U-Net"})
     config_file: str | None = field(
         default=None, metadata={"help": "config of `accelerate launch` (default: one process)"}
     )
     first_seed: int = field(default=1_000_000, metadata={"help": "first seed of the test set"})
+    pusher_radius: float = field(default=15.0, metadata={"help": "radius of the test set's pusher"})
     num_clips: int = field(default=200, metadata={"help": "see evaluate.py, as the following"})
     num_histories: int = 50
     scheduler: str | None = None
@@ -126,8 +132,8 @@ def cell(value: dict[str, float] | None) -> str:
     return f"{value['value']:.3f}{interval}"
 
 
-def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str:
-    """Both tables in Markdown."""
+def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
+    """The three tables in Markdown: models, differences, single runs."""
     titles = " | ".join(FIGURES.values())
     text = f"| model | history | seeds | parameters | steps | {titles} |\n{'|---' * (5 + len(FIGURES))}|\n"
     for row in rows:
@@ -139,6 +145,10 @@ def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str
     for row in differences:
         figures = " | ".join(cell(row.get(name)) for name in FIGURES)
         text += f"| {row['model']} | {row['num_history_frames']} | {row['seeds']} | {figures} |\n"
+    text += f"\n| run | history | seed | steps | {titles} |\n{'|---' * (4 + len(FIGURES))}|\n"
+    for run in runs:
+        figures = " | ".join(cell(run["figures"].get(name)) for name in FIGURES)
+        text += f"| {run['model']} | {run['num_history_frames']} | {run['seed']} | {run['steps']:,} | {figures} |\n"
     return text
 
 
@@ -150,12 +160,13 @@ def train_and_evaluate(
     train_once(
         folder,
         *("--cache_dir", arguments.output_dir / "latents", *flags, *MODELS[model]),
-        *(() if model == "LVDM" else ("--patch_size", arguments.patch_size)),
+        *shlex.split(arguments.unet_flags if model == "LVDM" else arguments.transformer_flags),
         *("--num_history_frames", history, "--seed", seed, "--max_train_minutes", arguments.max_train_minutes),
         config_file=arguments.config_file,
     )
     names = (
         "first_seed",
+        "pusher_radius",
         "num_clips",
         "num_histories",
         "scheduler",
@@ -200,7 +211,7 @@ def main() -> None:
     ]
     rows, differences = compare(runs)
     content = {"rows": rows, "differences": differences, "runs": runs, "flags": flags}
-    write_report(arguments.output_dir, "conditioning", content, tables(rows, differences))
+    write_report(arguments.output_dir, "conditioning", content, tables(rows, differences, runs))
 
 
 if __name__ == "__main__":

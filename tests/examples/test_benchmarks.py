@@ -81,9 +81,10 @@ def test_intervals_are_students_over_the_seeds_and_differences_are_paired():
         interval = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
         np.testing.assert_allclose([found["clip_psnr"]["low"], found["clip_psnr"]["high"]], interval)
     assert difference["model"] == "Frame-Ada - LVDM"
-    text = conditioning.tables(rows, [difference])
+    text = conditioning.tables(rows, [difference], runs)
     assert "| LVDM | 1 | 3 | 5 | 11 | 24.167 [" in text
     assert "| Frame-Ada - LVDM | 1 | 3 | 1.000 [" in text
+    assert "| LVDM | 1 | 2 | 12 | 25.000 [24.000, 26.000] |" in text
 
 
 def test_one_seed_has_the_interval_of_its_clips():
