@@ -355,7 +355,14 @@ def test_a_u_net_is_trained_for_a_time_and_evaluated(workspace, monkeypatch, cap
         *("conditioning.py", "--output_dir", workspace / "conditioning", "--models", "LVDM", "--seeds", 3),
         *("--max_train_minutes", 1e-3, "--num_history_frames", 2, "--test_dataset", workspace / "set"),
         *("--num_inference_steps", 1, "--num_clips", 1, "--num_histories", 0, "--scheduler", "DDIMScheduler"),
-        *("--dataset", workspace / "set", "--vae", workspace / "vae", "--block_out_channels", 8, 16, *SPACE),
+        *(
+            "--dataset",
+            workspace / "set",
+            "--vae",
+            workspace / "vae",
+            "--unet_flags=--block_out_channels 8 16",
+            *SPACE,
+        ),
         *("--train_batch_size", 2, "--mixed_precision", "no"),
     ]
     monkeypatch.setattr("sys.argv", [*map(str, arguments)])
