@@ -5,10 +5,10 @@ r"""Does every frame gain from its own action? Frame-Ada, Video-Ada and LVDM on 
         --action_space absolute --action_offset 256 --action_scale 0.03125 --learning_rate 1e-3 \
         --attention_backend _native_math
 
-Same data, about as many parameters (train.py's own sizes, unless `--transformer_flags` and `--unet_flags` name others), the same
-wall clock; all other flags go to train.py as they are, for all models alike. Each model is trained once a seed and number of history frames, one after the other, and evaluated by
-pusht/evaluate.py on the same clips. What is done is not done again. Written are `conditioning.json` and
-`conditioning.md`.
+Same data, about as many parameters (train.py's own sizes, unless `--transformer_flags` and `--unet_flags` name others),
+the same wall clock; all other flags go to train.py as they are, for all models alike. Each model is trained once a seed
+and number of history frames, one after the other, and evaluated by pusht/evaluate.py on the same clips. What is done is
+not done again. Written are `conditioning.json` and `conditioning.md`. A pose that cannot be read counts as 96 px.
 
 Intervals are Student's over the seeds, of the differences over pairs of runs of one seed; with one seed, and in the table of
 single runs, they are evaluate.py's over clips, and differences of one pair have none.
@@ -37,6 +37,7 @@ FIGURES = {
     "clip_psnr": "PSNR, dB",
     "gain_over_last_frame": "over repeating the seen frame, dB",
     "gain_over_shuffled_actions": "own over other actions, dB",
+    "last_frame/moving/found": "both found",
     "last_frame/moving/pusher": "pusher error, px",
     "last_frame/moving/block_centre": "block error, px",
     "identification": "identification, 8 ways",
@@ -61,7 +62,7 @@ class ConditioningArguments:
         default=None, metadata={"help": "config of `accelerate launch` (default: one process)"}
     )
     first_seed: int = field(default=1_000_000, metadata={"help": "first seed of the test set"})
-    pusher_radius: float = field(default=15.0, metadata={"help": "radius of the test set's pusher"})
+    pusher_radius: float | None = field(default=None, metadata={"help": "radius of the test set's pusher"})
     num_clips: int = field(default=200, metadata={"help": "see evaluate.py, as the following"})
     num_histories: int = 50
     scheduler: str | None = None
@@ -132,24 +133,24 @@ def cell(value: dict[str, float] | None) -> str:
     return f"{value['value']:.3f}{interval}"
 
 
-def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
-    """The three tables in Markdown: models, differences, single runs."""
-    titles = " | ".join(FIGURES.values())
-    text = f"| model | history | seeds | parameters | steps | {titles} |\n{'|---' * (5 + len(FIGURES))}|\n"
+def table(leading: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
+    """Rows in Markdown: their entries of these names, then their figures."""
+    titles = [name.replace("num_history_frames", "history") for name in leading] + list(FIGURES.values())
+    text = f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|\n"
     for row in rows:
-        figures = " | ".join(cell(row.get(name)) for name in FIGURES)
-        text += f"| {row['model']} | {row['num_history_frames']} | {row['seeds']} | {row['parameters']:,.0f} | "
-        text += f"{row['steps']:,.0f} | {figures} |\n"
-    if differences:
-        text += f"\n| difference | history | seeds | {titles} |\n{'|---' * (3 + len(FIGURES))}|\n"
-    for row in differences:
-        figures = " | ".join(cell(row.get(name)) for name in FIGURES)
-        text += f"| {row['model']} | {row['num_history_frames']} | {row['seeds']} | {figures} |\n"
-    text += f"\n| run | history | seed | steps | {titles} |\n{'|---' * (4 + len(FIGURES))}|\n"
-    for run in runs:
-        figures = " | ".join(cell(run["figures"].get(name)) for name in FIGURES)
-        text += f"| {run['model']} | {run['num_history_frames']} | {run['seed']} | {run['steps']:,} | {figures} |\n"
+        cells = [value if isinstance(value := row[name], str) else f"{value:,.0f}" for name in leading]
+        text += f"| {' | '.join(cells + [cell(row.get(name)) for name in FIGURES])} |\n"
     return text
+
+
+def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
+    """Models, what the first gains over the others, and single runs."""
+    parts = [table(("model", "num_history_frames", "seeds", "parameters", "steps"), rows)]
+    if differences:
+        parts.append(table(("model", "num_history_frames", "seeds"), differences))
+    single = [run | run["figures"] for run in runs]
+    parts.append(table(("model", "num_history_frames", "seed", "steps"), single))
+    return "\n".join(parts)
 
 
 def train_and_evaluate(
@@ -159,8 +160,7 @@ def train_and_evaluate(
     folder = arguments.output_dir / f"{model}-history-{history}-seed-{seed}"
     train_once(
         folder,
-        *("--cache_dir", arguments.output_dir / "latents", *flags, *MODELS[model]),
-        *shlex.split(arguments.unet_flags if model == "LVDM" else arguments.transformer_flags),
+        *("--cache_dir", arguments.output_dir / "latents", *flags),
         *("--num_history_frames", history, "--seed", seed, "--max_train_minutes", arguments.max_train_minutes),
         config_file=arguments.config_file,
     )
@@ -201,16 +201,25 @@ def main() -> None:
     unknown = [model for model in arguments.models if model not in MODELS]
     if unknown:
         raise ValueError(f"`models` must be among {', '.join(MODELS)}, got {', '.join(unknown)}.")
-    if "--max_train_steps" in flags:
+    own = {
+        model: MODELS[model] + shlex.split(arguments.unet_flags if model == "LVDM" else arguments.transformer_flags)
+        for model in arguments.models
+    }
+    if any("--max_train_steps" in part for part in (flags, *own.values())):
         raise ValueError("`max_train_steps` must be left out: the clock ends every training (`max_train_minutes`).")
     runs = [
-        train_and_evaluate(arguments, flags, model, history, seed)
+        train_and_evaluate(arguments, flags + own[model], model, history, seed)
         for history in arguments.num_history_frames
         for seed in arguments.seeds
         for model in arguments.models
     ]
     rows, differences = compare(runs)
-    content = {"rows": rows, "differences": differences, "runs": runs, "flags": flags}
+    content = {
+        "rows": rows,
+        "differences": differences,
+        "runs": runs,
+        "flags": {model: flags + part for model, part in own.items()},
+    }
     write_report(arguments.output_dir, "conditioning", content, tables(rows, differences, runs))
 
 

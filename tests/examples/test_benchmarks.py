@@ -100,6 +100,8 @@ def test_one_seed_has_the_interval_of_its_clips():
     [
         (conditioning, ["--models", "GAN"], "`models` must be among Frame-Ada, Video-Ada, LVDM, got GAN"),
         (conditioning, ["--max_train_steps", "5"], "`max_train_steps` must be left out: the clock ends"),
+        (conditioning, ["--unet_flags=--max_train_steps 5"], "`max_train_steps` must be left out: the clock ends"),
+        (conditioning, ["--unet_flags='"], "No closing quotation"),
         (scaling, ["--sizes", "1x2x12"], "`validation_dataset` must be given among the flags of train.py"),
     ],
 )

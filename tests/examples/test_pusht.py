@@ -355,19 +355,15 @@ def test_a_u_net_is_trained_for_a_time_and_evaluated(workspace, monkeypatch, cap
         *("conditioning.py", "--output_dir", workspace / "conditioning", "--models", "LVDM", "--seeds", 3),
         *("--max_train_minutes", 1e-3, "--num_history_frames", 2, "--test_dataset", workspace / "set"),
         *("--num_inference_steps", 1, "--num_clips", 1, "--num_histories", 0, "--scheduler", "DDIMScheduler"),
-        *(
-            "--dataset",
-            workspace / "set",
-            "--vae",
-            workspace / "vae",
-            "--unet_flags=--block_out_channels 8 16",
-            *SPACE,
-        ),
+        *("--dataset", workspace / "set", "--vae", workspace / "vae", *SPACE),
+        "--unet_flags=--block_out_channels 8 16",
         *("--train_batch_size", 2, "--mixed_precision", "no"),
     ]
     monkeypatch.setattr("sys.argv", [*map(str, arguments)])
     conditioning.main()
-    (row,) = json.loads((workspace / "conditioning" / "conditioning.json").read_text())["rows"]
+    report = json.loads((workspace / "conditioning" / "conditioning.json").read_text())
+    assert report["flags"]["LVDM"][-2:] == ["8", "16"]
+    (row,) = report["rows"]
     assert (row["model"], row["seeds"], row["num_history_frames"]) == ("LVDM", 1, 2)
     assert "| LVDM | 2 | 1 | " in capsys.readouterr().out
     folder = workspace / "conditioning" / "LVDM-history-2-seed-3"
