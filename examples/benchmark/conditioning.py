@@ -5,10 +5,11 @@ r"""Does every frame gain from its own action? Frame-Ada, Video-Ada and LVDM on 
         --action_space absolute --action_offset 256 --action_scale 0.03125 --learning_rate 1e-3 \
         --attention_backend _native_math
 
-Same data, about as many parameters (train.py's own sizes, unless `--transformer_flags` and `--unet_flags` name others),
-the same wall clock; all other flags go to train.py as they are, for all models alike. Each model is trained once a seed
-and number of history frames, one after the other, and evaluated by pusht/evaluate.py on the same clips. What is done is
-not done again. Written are `conditioning.json` and `conditioning.md`. A pose that cannot be read counts as 96 px.
+Same data, about as many parameters (train.py's own sizes, unless `--transformer_flags`, `--video_ada_flags` and
+`--unet_flags` name others), the same wall clock; all other flags go to train.py as they are, for all models alike. Each
+model is trained once a seed and number of history frames and evaluated by pusht/evaluate.py on the same clips. The models
+of a seed take turns, `--rounds` of them, so that a machine whose speed drifts favours none. What is done is not done
+again. Written are `conditioning.json` and `conditioning.md`. A pose that cannot be read counts as 96 px.
 
 Intervals are Student's over the seeds, of the differences over pairs of runs of one seed; with one seed, and in the table of
 single runs, they are evaluate.py's over clips, and differences of one pair have none.
@@ -50,6 +51,7 @@ class ConditioningArguments:
     output_dir: Path = field(metadata={"help": "a folder for each run, and the report"})
     test_dataset: str = field(metadata={"help": "held-out data set made by collect.py"})
     max_train_minutes: float = field(metadata={"help": "wall clock of every training"})
+    rounds: int = field(default=1, metadata={"help": "parts of the time, between which the models take turns"})
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "any of these"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     num_history_frames: list[int] = field(default_factory=lambda: [1], metadata={"help": "1 2 compares both"})
@@ -57,6 +59,7 @@ class ConditioningArguments:
         default="--patch_size 2",
         metadata={"help": 'flags of train.py for the transformers alone, as `--transformer_flags="--num_layers 2"`'},
     )
+    video_ada_flags: str = field(default="", metadata={"help": "further ones for Video-Ada alone"})
     unet_flags: str = field(default="", metadata={"help": "the same for the U-Net"})
     config_file: str | None = field(
         default=None, metadata={"help": "config of `accelerate launch` (default: one process)"}
@@ -99,7 +102,8 @@ def over_seeds(values: list[float]) -> dict[str, float]:
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The row of one model: means over its seeds."""
-    row: dict[str, Any] = {name: float(np.mean([run[name] for run in runs])) for name in ("parameters", "steps")}
+    numbers = ("parameters", "steps", "evaluations")
+    row: dict[str, Any] = {name: float(np.mean([run[name] for run in runs])) for name in numbers}
     if len(runs) == 1:
         return row | runs[0]["figures"]
     return row | {name: over_seeds([run["figures"][name]["value"] for run in runs]) for name in runs[0]["figures"]}
@@ -145,7 +149,7 @@ def table(leading: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
 
 def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
     """Models, what the first gains over the others, and single runs."""
-    parts = [table(("model", "num_history_frames", "seeds", "parameters", "steps"), rows)]
+    parts = [table(("model", "num_history_frames", "seeds", "parameters", "steps", "evaluations"), rows)]
     if differences:
         parts.append(table(("model", "num_history_frames", "seeds"), differences))
     single = [run | run["figures"] for run in runs]
@@ -153,17 +157,33 @@ def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]], runs: 
     return "\n".join(parts)
 
 
-def train_and_evaluate(
-    arguments: ConditioningArguments, flags: list[str], model: str, history: int, seed: int
-) -> dict[str, Any]:
-    """Train and evaluate one model."""
-    folder = arguments.output_dir / f"{model}-history-{history}-seed-{seed}"
-    train_once(
-        folder,
-        *("--cache_dir", arguments.output_dir / "latents", *flags),
-        *("--num_history_frames", history, "--seed", seed, "--max_train_minutes", arguments.max_train_minutes),
-        config_file=arguments.config_file,
-    )
+def seconds_trained(folder: Path) -> float:
+    """How long a model has been trained."""
+    found = checkpoints(folder)
+    return json.loads((found[-1] / "settings.json").read_text())["seconds"] if found else 0.0
+
+
+def train_in_turn(
+    arguments: ConditioningArguments, flags: dict[str, list[str]], history: int, seed: int
+) -> dict[str, Path]:
+    """Train the models of one seed and number of history frames, a part of the time each in turn."""
+    folders = {model: arguments.output_dir / f"{model}-history-{history}-seed-{seed}" for model in flags}
+    for part in range(1, arguments.rounds + 1):
+        minutes = arguments.max_train_minutes * part / arguments.rounds
+        for model, folder in folders.items():
+            if part < arguments.rounds and seconds_trained(folder) >= 60 * minutes:
+                continue
+            train_once(
+                folder,
+                *("--cache_dir", arguments.output_dir / "latents", *flags[model]),
+                *("--num_history_frames", history, "--seed", seed, "--max_train_minutes", minutes),
+                config_file=arguments.config_file,
+            )
+    return folders
+
+
+def evaluate(arguments: ConditioningArguments, folder: Path, model: str, history: int, seed: int) -> dict[str, Any]:
+    """Evaluate one model."""
     names = (
         "first_seed",
         "pusher_radius",
@@ -185,40 +205,46 @@ def train_and_evaluate(
         *("--num_history_frames", history, "--num_rollouts", 0),
         *(part for name, value in given.items() for part in (f"--{name}", value)),
     )
+    found = json.loads(report.read_text())
     return {
         "model": model,
         "num_history_frames": history,
         "seed": seed,
         "parameters": IRASimPipeline.from_pretrained(folder).transformer.num_parameters(),
         "steps": steps,
-        "figures": read_figures(json.loads(report.read_text())),
+        "evaluations": found["network_evaluations_per_clip"]["mean"],
+        "figures": read_figures(found),
     }
 
 
 def main() -> None:
     parser = HfArgumentParser(ConditioningArguments, allow_abbrev=False)
     arguments, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if arguments.rounds < 1:
+        raise ValueError(f"`rounds` must be at least 1, got {arguments.rounds}.")
     unknown = [model for model in arguments.models if model not in MODELS]
     if unknown:
         raise ValueError(f"`models` must be among {', '.join(MODELS)}, got {', '.join(unknown)}.")
-    own = {
-        model: MODELS[model] + shlex.split(arguments.unet_flags if model == "LVDM" else arguments.transformer_flags)
-        for model in arguments.models
+    given = {
+        "Frame-Ada": arguments.transformer_flags,
+        "Video-Ada": f"{arguments.transformer_flags} {arguments.video_ada_flags}",
+        "LVDM": arguments.unet_flags,
     }
-    if any("--max_train_steps" in part for part in (flags, *own.values())):
+    own = {model: flags + MODELS[model] + shlex.split(given[model]) for model in arguments.models}
+    if any("--max_train_steps" in part for part in own.values()):
         raise ValueError("`max_train_steps` must be left out: the clock ends every training (`max_train_minutes`).")
     runs = [
-        train_and_evaluate(arguments, flags + own[model], model, history, seed)
+        evaluate(arguments, folder, model, history, seed)
         for history in arguments.num_history_frames
         for seed in arguments.seeds
-        for model in arguments.models
+        for model, folder in train_in_turn(arguments, own, history, seed).items()
     ]
     rows, differences = compare(runs)
     content = {
         "rows": rows,
         "differences": differences,
         "runs": runs,
-        "flags": {model: flags + part for model, part in own.items()},
+        "flags": own,
     }
     write_report(arguments.output_dir, "conditioning", content, tables(rows, differences, runs))
 

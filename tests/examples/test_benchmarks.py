@@ -67,6 +67,7 @@ def make_run(model, seed, psnr):
         "seed": seed,
         "parameters": 5,
         "steps": 10 + seed,
+        "evaluations": 1.0,
         "figures": figures,
     }
 
@@ -82,7 +83,7 @@ def test_intervals_are_students_over_the_seeds_and_differences_are_paired():
         np.testing.assert_allclose([found["clip_psnr"]["low"], found["clip_psnr"]["high"]], interval)
     assert difference["model"] == "Frame-Ada - LVDM"
     text = conditioning.tables(rows, [difference], runs)
-    assert "| LVDM | 1 | 3 | 5 | 11 | 24.167 [" in text
+    assert "| LVDM | 1 | 3 | 5 | 11 | 1 | 24.167 [" in text
     assert "| Frame-Ada - LVDM | 1 | 3 | 1.000 [" in text
     assert "| LVDM | 1 | 2 | 12 | 25.000 [24.000, 26.000] |" in text
 
@@ -99,6 +100,7 @@ def test_one_seed_has_the_interval_of_its_clips():
     ("script", "flags", "message"),
     [
         (conditioning, ["--models", "GAN"], "`models` must be among Frame-Ada, Video-Ada, LVDM, got GAN"),
+        (conditioning, ["--rounds", "0"], "`rounds` must be at least 1, got 0"),
         (conditioning, ["--max_train_steps", "5"], "`max_train_steps` must be left out: the clock ends"),
         (conditioning, ["--unet_flags=--max_train_steps 5"], "`max_train_steps` must be left out: the clock ends"),
         (conditioning, ["--unet_flags='"], "No closing quotation"),
