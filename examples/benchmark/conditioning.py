@@ -163,22 +163,35 @@ def seconds_trained(folder: Path) -> float:
     return json.loads((found[-1] / "settings.json").read_text())["seconds"] if found else 0.0
 
 
+def model_flags(arguments: ConditioningArguments, common: list[str]) -> dict[str, list[str]]:
+    """Flags of train.py for each model; of flags given twice the last one holds."""
+    own = {
+        "Frame-Ada": arguments.transformer_flags,
+        "Video-Ada": f"{arguments.transformer_flags} {arguments.video_ada_flags}",
+        "LVDM": arguments.unet_flags,
+    }
+    return {model: common + MODELS[model] + shlex.split(own[model]) for model in arguments.models}
+
+
+def turns(models: list[str], rounds: int, minutes: float) -> list[tuple[str, float]]:
+    """The order in which models are trained, and up to how many minutes in all each time."""
+    return [(model, minutes * (part / rounds)) for part in range(1, rounds + 1) for model in models]
+
+
 def train_in_turn(
     arguments: ConditioningArguments, flags: dict[str, list[str]], history: int, seed: int
 ) -> dict[str, Path]:
     """Train the models of one seed and number of history frames, a part of the time each in turn."""
     folders = {model: arguments.output_dir / f"{model}-history-{history}-seed-{seed}" for model in flags}
-    for part in range(1, arguments.rounds + 1):
-        minutes = arguments.max_train_minutes * part / arguments.rounds
-        for model, folder in folders.items():
-            if part < arguments.rounds and seconds_trained(folder) >= 60 * minutes:
-                continue
-            train_once(
-                folder,
-                *("--cache_dir", arguments.output_dir / "latents", *flags[model]),
-                *("--num_history_frames", history, "--seed", seed, "--max_train_minutes", minutes),
-                config_file=arguments.config_file,
-            )
+    for model, minutes in turns(list(flags), arguments.rounds, arguments.max_train_minutes):
+        if minutes < arguments.max_train_minutes and seconds_trained(folders[model]) >= 60 * minutes:
+            continue
+        train_once(
+            folders[model],
+            *("--cache_dir", arguments.output_dir / "latents", *flags[model]),
+            *("--num_history_frames", history, "--seed", seed, "--max_train_minutes", minutes),
+            config_file=arguments.config_file,
+        )
     return folders
 
 
@@ -225,12 +238,7 @@ def main() -> None:
     unknown = [model for model in arguments.models if model not in MODELS]
     if unknown:
         raise ValueError(f"`models` must be among {', '.join(MODELS)}, got {', '.join(unknown)}.")
-    given = {
-        "Frame-Ada": arguments.transformer_flags,
-        "Video-Ada": f"{arguments.transformer_flags} {arguments.video_ada_flags}",
-        "LVDM": arguments.unet_flags,
-    }
-    own = {model: flags + MODELS[model] + shlex.split(given[model]) for model in arguments.models}
+    own = model_flags(arguments, flags)
     if any("--max_train_steps" in part for part in own.values()):
         raise ValueError("`max_train_steps` must be left out: the clock ends every training (`max_train_minutes`).")
     runs = [

@@ -96,6 +96,22 @@ def test_one_seed_has_the_interval_of_its_clips():
     assert differences[0]["clip_psnr"] == {"value": 1.0}
 
 
+def test_models_take_turns():
+    assert conditioning.turns(["A", "B"], 1, 0.1) == [("A", 0.1), ("B", 0.1)]
+    assert conditioning.turns(["A", "B"], 2, 5) == [("A", 2.5), ("B", 2.5), ("A", 5), ("B", 5)]
+
+
+def test_each_model_has_its_own_flags(tmp_path):
+    arguments = conditioning.ConditioningArguments(
+        tmp_path, "set", 1, transformer_flags="--a 1", video_ada_flags="--b 2", unet_flags="--c 3"
+    )
+    assert conditioning.model_flags(arguments, ["--d", "4"]) == {
+        "Frame-Ada": ["--d", "4", "--conditioning", "frame", "--a", "1"],
+        "Video-Ada": ["--d", "4", "--conditioning", "video", "--a", "1", "--b", "2"],
+        "LVDM": ["--d", "4", "--model", "unet", "--c", "3"],
+    }
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
