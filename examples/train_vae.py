@@ -35,7 +35,7 @@ class VAEArguments:
         default_factory=list,
         metadata={"help": "cameras, stacked into one picture; left,right makes a row (default: the only one)"},
     )
-    split: str = field(default="train", metadata={"help": "split of IRASim-format and `datasets` data"})
+    split: str = field(default="train", metadata={"help": "split of the data, or a part of one as train[:90%%]"})
     validation_split: str = field(default="train", metadata={"help": "split of the validation data"})
     pretrained: str | None = field(default=None, metadata={"help": "autoencoder to start from: folder or Hub id"})
     freeze_encoder: bool = field(default=False, metadata={"help": "train the decoder alone, from --pretrained"})

@@ -12,7 +12,8 @@ of a seed take turns, `--rounds` of them, so that a machine whose speed drifts f
 again. Written are `conditioning.json` and `conditioning.md`. A pose that cannot be read counts as 96 px.
 
 Intervals are Student's over the seeds, of the differences over pairs of runs of one seed; with one seed, and in the table of
-single runs, they are evaluate.py's over clips, and differences of one pair have none.
+single runs, they are evaluate.py's over clips, and differences of one pair have none. With several numbers of history frames
+all models are scored on the same frames, those after the longest history.
 """
 
 import json
@@ -54,7 +55,9 @@ class ConditioningArguments:
     rounds: int = field(default=1, metadata={"help": "parts of the time, between which the models take turns"})
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "any of these"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    num_history_frames: list[int] = field(default_factory=lambda: [1], metadata={"help": "1 2 compares both"})
+    num_history_frames: list[int] = field(
+        default_factory=lambda: [1], metadata={"help": "1 2 compares both on the same frames"}
+    )
     transformer_flags: str = field(
         default="--patch_size 2",
         metadata={"help": 'flags of train.py for the transformers alone, as `--transformer_flags="--num_layers 2"`'},
@@ -116,7 +119,11 @@ def gains(first: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str,
 
 
 def compare(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A row for each model and number of history frames, and one for what the first model gains over each other."""
+    """A row for each model and number of history frames, and one for what each choice gains.
+
+    Gains are those of the first model over each other with the same history, and of each model with each further number of
+    history frames over itself with the first.
+    """
     groups: dict[int, dict[str, list[dict[str, Any]]]] = {}
     for run in runs:
         groups.setdefault(run["num_history_frames"], {}).setdefault(run["model"], []).append(run)
@@ -126,6 +133,13 @@ def compare(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict
         common = {"num_history_frames": history, "seeds": len(best)}
         rows += [{"model": model} | common | summarise(group) for model, group in models.items()]
         differences += [{"model": f"{first} - {model}"} | common | gains(best, group) for model, group in others]
+    (base, compared), *more = groups.items()
+    differences += [
+        {"model": model, "num_history_frames": f"{history} - {base}", "seeds": len(group)}
+        | gains(group, compared[model])
+        for history, models in more
+        for model, group in models.items()
+    ]
     return rows, differences
 
 
@@ -148,7 +162,7 @@ def table(leading: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
 
 
 def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
-    """Models, what the first gains over the others, and single runs."""
+    """Models, what each choice gains, and single runs."""
     parts = [table(("model", "num_history_frames", "seeds", "parameters", "steps", "evaluations"), rows)]
     if differences:
         parts.append(table(("model", "num_history_frames", "seeds"), differences))
@@ -210,9 +224,13 @@ def evaluate(arguments: ConditioningArguments, folder: Path, model: str, history
     )
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     steps = int(checkpoints(folder)[-1].name.split("-")[1])  # more after a longer budget
-    report = folder / f"report-{steps}.json"
+    name = str(steps)
+    if history < max(arguments.num_history_frames):
+        given["num_seen_frames"] = seen = max(arguments.num_history_frames)
+        name += f"-seen-{seen}"
+    report = folder / f"report-{name}.json"
     run_once(
-        folder / f"evaluated-{steps}.json",
+        folder / f"evaluated-{name}.json",
         "pusht/evaluate.py",
         *("--model", folder, "--dataset", arguments.test_dataset, "--output", report),
         *("--num_history_frames", history, "--num_rollouts", 0),

@@ -106,8 +106,10 @@ def main() -> None:
     rows.sort(key=lambda row: row["parameters"])
     table = "| size | parameters | steps | training loss | PSNR, dB |\n|---|---|---|---|---|\n"
     for row in rows:
-        (steps, loss), (_, psnr) = row["loss"][-1], row["psnr"][-1]
-        table += f"| {row['size']} | {row['parameters']:,} | {steps:,} | {loss:.4f} | {psnr:.2f} |\n"
+        (steps, loss), (validated, psnr) = row["loss"][-1], row["psnr"][-1]
+        table += (
+            f"| {row['size']} | {row['parameters']:,} | {steps:,} | {loss:.4f} | {psnr:.2f}, step {validated:,} |\n"
+        )
     write_report(arguments.output_dir, "scaling", {"rows": rows, "flags": flags}, table)
     with temporary_path(arguments.output_dir / "scaling.png") as partial:
         plot(rows).savefig(partial, format="png", dpi=150)

@@ -35,6 +35,7 @@ from transformers import HfArgumentParser
 import irasim_diffusers
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.data import LeRobotFolder
+from irasim_diffusers.files import temporary_path
 from irasim_diffusers.metrics import bootstrap, identified, psnr
 
 WAYS = 8
@@ -58,6 +59,13 @@ class EvaluationArguments:
     num_inference_steps: int | None = field(default=None, metadata={"help": "default: the model's"})
     window_length: int | None = field(default=None, metadata={"help": "frames of a window (default: the model's)"})
     num_history_frames: int = field(default=1, metadata={"help": "observed frames given to the model"})
+    num_seen_frames: int | None = field(
+        default=None,
+        metadata={
+            "help": "frames of a clip before those that are scored, of which the model is given the last "
+            "`num_history_frames` (default: as many): models of one and of two history frames on the same frames"
+        },
+    )
     num_clips: int = field(
         default=200, metadata={"help": "clips in which the block moves, and as many with a still one"}
     )
@@ -114,6 +122,11 @@ def held_out_clips(
     if not frames:
         raise ValueError(f"{dataset.name!r} has no clip in which the block {'moves' if moving else 'stays'}.")
     return np.stack(frames), np.stack(actions), np.stack(states)
+
+
+def last_frames(frames: np.ndarray, number: int) -> np.ndarray:
+    """The last frames of one history (F, H, W, 3), or of several (N, F, H, W, 3)."""
+    return frames[..., -number:, :, :, :]
 
 
 def pose_figures(
@@ -220,6 +233,11 @@ def main() -> None:
     (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
     if arguments.timestep_spacing and not arguments.scheduler:
         raise ValueError("`timestep_spacing` needs `scheduler`.")
+    history = arguments.num_history_frames if arguments.num_seen_frames is None else arguments.num_seen_frames
+    if history < arguments.num_history_frames:
+        raise ValueError(
+            f"`num_seen_frames` must be at least `num_history_frames` ({arguments.num_history_frames}), got {history}."
+        )
     rng = np.random.default_rng(arguments.seed)
     pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipeline.to(arguments.device)
@@ -229,6 +247,8 @@ def main() -> None:
         pipeline.scheduler = getattr(diffusers, arguments.scheduler).from_config(pipeline.scheduler.config, **changes)
     dataset = LeRobotFolder(Path(arguments.dataset))
     length = pipeline.transformer.config.sample_frames
+    if history >= length:
+        raise ValueError(f"`num_seen_frames` must be below the model's {length} frames, got {history}.")
     evaluations = 0
 
     def count(*_: object) -> None:
@@ -240,7 +260,7 @@ def main() -> None:
     def predict(frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
         generators = [torch.Generator().manual_seed(arguments.seed + k) for k in range(len(actions))]
         return pipeline(
-            frames,
+            last_frames(frames, arguments.num_history_frames),
             actions,
             num_inference_steps=arguments.num_inference_steps,
             window_length=arguments.window_length,
@@ -253,7 +273,6 @@ def main() -> None:
         bar = tqdm(parts, desc="clips", unit="batch")
         return np.concatenate([predict(clips[part, :history], clip_actions[part]) for part in bar])
 
-    history = arguments.num_history_frames
     frames, actions, states = held_out_clips(dataset, arguments.num_clips, length, history, moving=True)
     still_frames, still_actions, still_states = held_out_clips(
         dataset, arguments.num_clips, length, history, moving=False
@@ -344,7 +363,8 @@ def main() -> None:
         },
     }
     if arguments.output:
-        Path(arguments.output).write_text(json.dumps(report, indent=2))
+        with temporary_path(Path(arguments.output)) as partial:
+            partial.write_text(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

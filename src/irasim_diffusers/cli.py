@@ -139,11 +139,12 @@ def _add_sampling(command: argparse.ArgumentParser, dtype: str) -> None:
     add("--resize", action="store_true", help="resize frames of another size to the model's")
 
 
-def _add_dataset(command: argparse.ArgumentParser, split: str) -> None:
+def _add_dataset(command: argparse.ArgumentParser, split: str | None) -> None:
     add = command.add_argument
     add("--dataset", required=True, help="LeRobotDataset, IRASim-format or `datasets` folder, or Hub id")
     add("--cameras", nargs="*", default=[], help="cameras, stacked into one picture; left,right makes a row")
-    add("--split", default=split, help="of IRASim-format and `datasets` data (default: %(default)s)")
+    default = split or "test, or all episodes of a LeRobotDataset without one"
+    add("--split", default=split, help=f"split of the data, or a part of one as train[90%%:] (default: {default})")
     add("--fps", type=float, help="frames a second, where the data do not record them")
     add("--action-column", default="actions", help="of `datasets` data (default: %(default)s)")
     add("--state-columns", nargs="*", default=[], help="of `datasets` data")
@@ -161,7 +162,7 @@ def _add_evaluate(commands: Any) -> None:
         "irasim_diffusers.cli evaluate` several processes share the clips.",
     )
     evaluate.set_defaults(run=run_evaluate)
-    _add_dataset(evaluate, "test")
+    _add_dataset(evaluate, None)
     add = evaluate.add_argument
     add(
         "--model",
@@ -177,6 +178,7 @@ def _add_evaluate(commands: Any) -> None:
         type=Path,
         help="folder for the predictions, as --predictions reads",
     )
+    add("--save-truth", "--save_truth", type=Path, help="the same for what truly happened, for a preference study")
     add("--published", choices=PUBLISHED_DATASETS, help="the paper's figures on this data set, beside")
     add(
         "--faithfulness-clips",
@@ -289,8 +291,9 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     accelerator = Accelerator(cpu=arguments.device == "cpu", kwargs_handlers=[kwargs])
     if arguments.device == "auto":
         arguments.device = str(accelerator.device)
+    source = _open_dataset(arguments)
     dataset = PreparedEpisodes(
-        _open_dataset(arguments),
+        source,
         arguments.action_derivation,
         arguments.state_key,
         arguments.frame_skip,
@@ -300,6 +303,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     )
     predictor, encode, setting = _load_predictor(arguments, dataset)
     networks = {name: getattr(arguments, name) for name in ("lpips", "inception", "i3d")}
+    split = getattr(source, "split", arguments.split or "test") or "all episodes"
     report = evaluate(
         Evaluation(
             dataset,
@@ -314,8 +318,9 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             faithfulness_clips=arguments.faithfulness_clips,
             ways=arguments.ways,
             save_predictions=arguments.save_predictions,
+            save_truth=arguments.save_truth,
             published=arguments.published,
-            setting={"dataset": arguments.dataset, "split": arguments.split} | setting | networks,
+            setting={"dataset": arguments.dataset, "split": split} | setting | networks,
             unchecked={"command": shlex.join(["irasim", *arguments.argv]), "versions": _versions()},
         )
     )

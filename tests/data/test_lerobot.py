@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from irasim_diffusers.data import Episode, LeRobotFolder, is_written, write_file, write_metadata
+from irasim_diffusers.data import Episode, LeRobotFolder, is_written, open_dataset, write_file, write_metadata
 
 CAMERA = "observation.image"
 TASKS = ["tidy up", "lay the table"]
@@ -40,6 +40,46 @@ def test_what_is_written_is_read(tmp_path):
         assert np.array_equal(after.actions, before.actions)
         assert np.array_equal(after.states["observation.state"], before.states["observation.state"])
         assert (after.task, len(after)) == (before.task, len(before))
+
+
+def lengths_of(source):
+    return [len(episode) for episode in source]
+
+
+def test_splits_and_their_parts(tmp_path):
+    write_folder(tmp_path)
+    for split, lengths in (("train", [5, 9, 7]), ("train[:67%]", [5, 9]), ("train[67%:]", [7]), ("train[1:]", [9, 7])):
+        assert lengths_of(LeRobotFolder(tmp_path, split=split)) == lengths
+    assert lengths_of(open_dataset(tmp_path, split="train[1:]", max_episodes=1)) == [9]
+    assert lengths_of(open_dataset(tmp_path, split=None)) == [5, 9, 7]
+    path = tmp_path / "meta" / "info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"splits": {"train": "0:2", "test": "2:3"}}))
+    assert lengths_of(open_dataset(tmp_path)) == [5, 9]
+    assert lengths_of(open_dataset(tmp_path, split="test")) == lengths_of(open_dataset(tmp_path, split=None)) == [7]
+    assert lengths_of(LeRobotFolder(tmp_path)) == [5, 9, 7]
+
+
+def test_parts_of_one_size_are_different_data(tmp_path):
+    write_folder(tmp_path)
+    whole, train, first, second = (
+        LeRobotFolder(tmp_path, split=split).identity for split in (None, "train", "train[:1]", "train[1:2]")
+    )
+    assert whole == train
+    assert first == LeRobotFolder(tmp_path, max_episodes=1).identity
+    assert first != second
+
+
+@pytest.mark.parametrize("split", ["test", "train[", "train[90%]", ""])
+def test_unknown_splits_are_refused(tmp_path, split):
+    write_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"`split` must be one of \['train'\] in .*, or a part as 'train\[:90%\]'"):
+        LeRobotFolder(tmp_path, split=split)
+
+
+def test_empty_parts_are_refused(tmp_path):
+    write_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"`split` 'train\[3:\]' has no episodes"):
+        LeRobotFolder(tmp_path, split="train[3:]")
 
 
 def test_layout_of_the_format(tmp_path):

@@ -68,6 +68,7 @@ def load(folder):
 @pytest.fixture(scope="module")
 def evaluated(workspace):
     arguments = ["--model", workspace / "model", "--ways", 3, "--save-predictions", workspace / "predictions"]
+    arguments += ["--save-truth", workspace / "truth"]
     assert run(workspace, workspace / "report", *arguments, "--published", "rt1") == 0
     return load(workspace / "report")
 
@@ -124,10 +125,19 @@ def test_saved_predictions_score_as_the_model(workspace, evaluated):
     files = sorted(path.name for path in (workspace / "predictions").iterdir())
     assert files == ["000000-000000.npz", "000000-000016.npz", "000001-000000.npz"]
     arguments = ["--predictions", workspace / "predictions", "--model", workspace / "model"]
+    arguments += ["--save-predictions", workspace / "copies"]
     assert run(workspace, workspace / "rescored", *arguments) == 0
     again = load(workspace / "rescored")
     assert again["metrics"] == evaluated["metrics"]
     assert "faithfulness" not in again
+    for name in files:  # the copies still say whose latents they are
+        one, other = np.load(workspace / "predictions" / name), np.load(workspace / "copies" / name)
+        assert one["autoencoder"] == other["autoencoder"] != ""
+
+
+def test_saved_truth_is_what_was_recorded(workspace, evaluated):
+    episode = open_dataset(workspace / "data", split="test")[0]
+    assert np.array_equal(np.load(workspace / "truth" / "000000-000016.npz")["frames"], episode.frames[17:32])
 
 
 def test_videos_of_another_model_are_scored(workspace, evaluated, capsys):
@@ -164,7 +174,7 @@ def test_whole_episodes_are_rolled_out(workspace, evaluated, capsys):
 def test_several_processes_score_as_one(workspace, evaluated):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
     command += ["irasim_diffusers.cli", "evaluate", "--dataset", workspace / "data", "--model", workspace / "model"]
-    command += ["--output", workspace / "two", "--ways", 3, "--batch-size", 8]
+    command += ["--output", workspace / "two", "--ways", 3, "--batch-size", 1]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]

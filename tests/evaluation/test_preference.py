@@ -98,6 +98,14 @@ def test_answers_of_other_clips_and_models_do_not_count(tmp_path):
     assert study(tmp_path).rates() == {}
 
 
+def test_answers_to_other_pairs_do_not_count(tmp_path):
+    old = study(tmp_path, model="a", others=["ours"])
+    comparison = old.comparisons("ann")[0]
+    old.answer("ann", comparison, "left")
+    joined = study(tmp_path, model="A", others=["a", "ours"])
+    assert (len(old.answers()), joined.answers(), joined.rates()) == (1, [], {})
+
+
 @pytest.mark.parametrize(
     ("rater", "changes", "choice", "message"),
     [

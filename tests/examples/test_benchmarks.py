@@ -55,7 +55,7 @@ def test_a_curve_is_means_over_equal_parts():
     assert scaling.averaged({7: 4.0}, 20) == [[7, 4.0]]
 
 
-def make_run(model, seed, psnr):
+def make_run(model, seed, psnr, history=1):
     report = {
         "clip_psnr": {"mean": psnr, "low": psnr - 1, "high": psnr + 1},
         "last_frame": {"moving": {"pusher": {"median": 2.0, "low": 1.0, "high": 3.0}}},
@@ -63,7 +63,7 @@ def make_run(model, seed, psnr):
     figures = conditioning.read_figures(report)
     return {
         "model": model,
-        "num_history_frames": 1,
+        "num_history_frames": history,
         "seed": seed,
         "parameters": 5,
         "steps": 10 + seed,
@@ -94,6 +94,28 @@ def test_one_seed_has_the_interval_of_its_clips():
     assert rows[0]["last_frame/moving/pusher"]["value"] == 2
     assert "identification" not in rows[0]
     assert differences[0]["clip_psnr"] == {"value": 1.0}
+
+
+def test_histories_are_compared_model_by_model():
+    values = {
+        ("Frame-Ada", 1): (24.0, 25.0),
+        ("LVDM", 1): (23.0, 23.5),
+        ("LVDM", 2): (25.0, 24.5),
+        ("Frame-Ada", 2): (26.0, 28.0),
+    }
+    runs = [
+        make_run(model, seed, value, history)
+        for (model, history), pair in values.items()
+        for seed, value in enumerate(pair)
+    ]
+    _, differences = conditioning.compare(runs)
+    assert [(row["model"], row["num_history_frames"], row["clip_psnr"]["value"]) for row in differences] == [
+        ("Frame-Ada - LVDM", 1, 1.25),
+        ("LVDM - Frame-Ada", 2, -2.25),
+        ("LVDM", "2 - 1", 1.5),
+        ("Frame-Ada", "2 - 1", 2.5),
+    ]
+    assert "| LVDM | 2 - 1 | 2 | 1.500 [" in conditioning.tables([], differences, runs)
 
 
 def test_models_take_turns():

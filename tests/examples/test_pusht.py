@@ -10,13 +10,13 @@ from pathlib import Path
 
 import collect
 import conditioning
+import evaluate
 import gymnasium
 import numpy as np
 import pytest
 import shapely
 import torch
 from collect import TASKS
-from evaluate import counterfactuals, identification_tasks
 from expert import Lookahead, outline, push_to_goal
 from huggingface_hub import DatasetCard
 from poses import pose_errors, read_poses, true_poses
@@ -192,15 +192,15 @@ def test_a_changed_world_is_collected(changed):
 
 
 def test_identification_is_in_the_world_of_the_data_set(changed):
-    task = identification_tasks(changed, 1, 10, 2, 5, 30.0)[0]
-    seen, sequences, futures = counterfactuals(task)
+    task = evaluate.identification_tasks(changed, 1, 10, 2, 5, 30.0)[0]
+    seen, sequences, futures = evaluate.counterfactuals(task)
     assert (seen.shape, sequences.shape, futures.shape) == ((2, 96, 96, 3), (8, 8, 2), (8, 8, 96, 96, 3))
     recorded = changed[task.seed - 5].frames
     assert np.array_equal(seen, recorded[task.start - 1 : task.start + 1])
     assert np.array_equal(futures[0], recorded[task.start + 1 : task.start + 9])
     for wrong in ({"pusher_radius": 15.0}, {"seed": task.seed + 100}):
         with pytest.raises(ValueError, match="`first_seed` and `pusher_radius` must be the data set's"):
-            counterfactuals(replace(task, **wrong))
+            evaluate.counterfactuals(replace(task, **wrong))
 
 
 def test_lookahead_is_the_simulator():
@@ -319,6 +319,7 @@ def test_resuming_is_exact(workspace, trained):
 def test_every_objective_and_optimiser_resumes_exactly(workspace):
     flags = ["--optimizer", "muon", "--window_lengths", 16, 8, 4, "--history_noise", 0.2, "--gradient_checkpointing"]
     flags += ["--state_keys", "observation.state", "observation.environment_state", "--state_angles", "block_angle"]
+    flags += ["--crop_size", 8]
     train(workspace, "muon", "--max_train_steps", 4, "--checkpointing_steps", 4, *flags)
     train(workspace, "muon-parts", "--max_train_steps", 4, "--checkpointing_steps", 2, *flags)
     for name in ("checkpoint-4", "transformer"):
@@ -342,6 +343,7 @@ def test_evaluation_reports_every_figure(workspace, trained):
     run(
         *("pusht/evaluate.py", "--model", trained, "--dataset", workspace / "set", "--output", report),
         *("--num_inference_steps", 1, "--num_clips", 2, "--num_histories", 1, "--first_seed", 5),
+        *("--num_seen_frames", 2),
     )
     figures = json.loads(report.read_text())
     assert figures["clip_psnr"]["n"] == 2
@@ -350,10 +352,33 @@ def test_evaluation_reports_every_figure(workspace, trained):
     assert "evaluate.py" in figures["setting"]["command"]
 
 
+def test_fewer_history_frames_are_the_last_ones():
+    frames = np.arange(2 * 3).reshape(2, 3, 1, 1, 1)
+    assert evaluate.last_frames(frames, 2).squeeze().tolist() == [[1, 2], [4, 5]]
+    assert evaluate.last_frames(frames[1], 1).squeeze((1, 2, 3)).tolist() == [5]
+
+
+def test_fewer_seen_frames_than_history_are_refused(tmp_path, monkeypatch):
+    flags = ["--model", tmp_path, "--dataset", tmp_path, "--num_history_frames", 2, "--num_seen_frames", 1]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, flags)])
+    with pytest.raises(ValueError, match=r"`num_seen_frames` must be at least `num_history_frames` \(2\), got 1"):
+        evaluate.main()
+
+
 def test_a_u_net_is_trained_for_a_time_and_evaluated(workspace, monkeypatch, capsys):
     arguments = [
         *("conditioning.py", "--output_dir", workspace / "conditioning", "--models", "LVDM", "--seeds", 3),
-        *("--max_train_minutes", 1e-3, "--rounds", 2, "--num_history_frames", 2, "--test_dataset", workspace / "set"),
+        *(
+            "--max_train_minutes",
+            1e-3,
+            "--rounds",
+            2,
+            "--num_history_frames",
+            1,
+            2,
+            "--test_dataset",
+            workspace / "set",
+        ),
         *("--num_inference_steps", 1, "--num_clips", 1, "--num_histories", 0, "--scheduler", "DDIMScheduler"),
         *("--dataset", workspace / "set", "--vae", workspace / "vae", *SPACE),
         "--unet_flags=--block_out_channels 8 16",
@@ -363,8 +388,13 @@ def test_a_u_net_is_trained_for_a_time_and_evaluated(workspace, monkeypatch, cap
     conditioning.main()
     report = json.loads((workspace / "conditioning" / "conditioning.json").read_text())
     assert report["flags"]["LVDM"][-2:] == ["8", "16"]
-    (row,) = report["rows"]
-    assert (row["model"], row["seeds"], row["num_history_frames"]) == ("LVDM", 1, 2)
+    assert [(each["model"], each["num_history_frames"]) for each in report["rows"]] == [("LVDM", 1), ("LVDM", 2)]
+    row = report["rows"][1]
+    assert row["seeds"] == 1
+    runs = [json.loads(path.read_text()) for path in sorted(workspace.glob("conditioning/LVDM-*/report-*.json"))]
+    assert [run["setting"]["num_seen_frames"] for run in runs] == [2, None]
+    for name in ("clip_psnr_last_frame", "vae_psnr"):  # of the same frames
+        assert runs[0][name] == runs[1][name]
     assert "| LVDM | 2 | 1 | " in capsys.readouterr().out
     folder = workspace / "conditioning" / "LVDM-history-2-seed-3"
     config = IRASimPipeline.from_pretrained(folder).transformer.config

@@ -55,15 +55,18 @@ class LeRobotFolder(InOrder):
             construction the layout, a tuple of rows.
         max_episodes: Use only the first that many episodes.
         remote: Where all but `meta` is, if not in the folder.
+        split: A split that `info.json` names, or a part of one as in `datasets`, `"train[:90%]"`; None for all episodes.
 
     Raises:
-        ValueError: If the folder is no LeRobotDataset of these versions, or a camera is missing or ambiguous.
+        ValueError: If the folder is no LeRobotDataset of these versions, a camera is missing or ambiguous, or there is no such
+            split.
     """
 
     root: Path
     cameras: Any = None
     max_episodes: int | None = None
     remote: HubFiles | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
@@ -84,6 +87,8 @@ class LeRobotFolder(InOrder):
             if key not in known:
                 raise ValueError(f"`cameras` must be among {known} in {self.name!r}, got {key!r}.")
         object.__setattr__(self, "cameras", layout)
+        if self.split is not None and not self.rows:
+            raise ValueError(f"`split` {self.split!r} has no episodes in {self.name!r}.")
 
     @property
     def name(self) -> str:
@@ -104,6 +109,8 @@ class LeRobotFolder(InOrder):
     def identity(self) -> dict[str, Any]:
         """Cameras, `info.json`, and a hash of `meta/episodes*` and of the files' names and sizes, or name and commit."""
         shared = {"cameras": self.cameras, "info": self.info, "episodes": len(self)}
+        if self.rows != self._all_rows[: len(self)]:
+            shared["numbers"] = [row["episode_index"] for row in self.rows]
         if self.remote is not None:
             return shared | {"root": self.remote.repo_id, "files": self.remote.revision}
         described = hashlib.sha256()
@@ -132,6 +139,32 @@ class LeRobotFolder(InOrder):
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """One row for each episode, in order, without its statistics: its number, length, tasks, and place in files."""
+        rows = self._all_rows
+        if self.split is not None:
+            rows = [rows[number] for part in self._parts(self.split) for number in part]
+        return rows[: self.max_episodes]
+
+    def _parts(self, split: str) -> list[range]:
+        """Places of a split's episodes among all."""
+        from datasets import ReadInstruction
+
+        every = range(len(self._all_rows))
+        named = {
+            name: every[slice(*map(int, bounds.split(":")))]
+            for name, bounds in self.info.get("splits", {"train": f"0:{len(every)}"}).items()
+        }
+        try:
+            parts = ReadInstruction.from_spec(split).to_absolute({name: len(part) for name, part in named.items()})
+        except (ValueError, AssertionError) as error:
+            raise ValueError(
+                f"`split` must be one of {sorted(named)} in {self.name!r}, or a part as 'train[:90%]' or 'train[90%:]', got "
+                f"{split!r}."
+            ) from error
+        return [named[part.splitname][part.from_ : part.to] for part in parts]
+
+    @cached_property
+    def _all_rows(self) -> list[dict[str, Any]]:
+        """The rows of all splits."""
         rows: list[dict[str, Any]] = []
         for file in self._episode_files:
             if file.suffix == ".parquet":
@@ -141,7 +174,7 @@ class LeRobotFolder(InOrder):
                 rows += [json.loads(line) for line in file.read_text().splitlines()]
         if not rows:
             raise ValueError(f"{self.name!r} has no episode in its 'meta' folder.")
-        return sorted(rows, key=lambda row: row["episode_index"])[: self.max_episodes]
+        return sorted(rows, key=lambda row: row["episode_index"])
 
     def __len__(self) -> int:
         """Number of episodes."""

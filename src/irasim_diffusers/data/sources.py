@@ -22,7 +22,7 @@ def open_dataset(
     name: str | os.PathLike,
     cameras: Any = None,
     *,
-    split: str = "train",
+    split: str | None = "train",
     max_episodes: int | None = None,
     fps: float | None = None,
     action_column: str = "actions",
@@ -39,7 +39,8 @@ def open_dataset(
     Args:
         name: Folder or Hub id.
         cameras: One camera, several that are stacked, or rows of them; None takes the only one.
-        split: For IRASim's format and tables.
+        split: As it is called there; of a LeRobotDataset and of a table on the Hub also a part of one, `"train[:90%]"`. None, to
+            evaluate: `test`, or all episodes of a LeRobotDataset without one.
         max_episodes: Use only the first that many episodes.
         fps: Frames a second, for formats that do not record them.
         action_column: For tables.
@@ -65,17 +66,19 @@ def open_dataset(
 
             if streaming:
                 revision = HfApi().dataset_info(str(name), revision=revision).sha
-            table = datasets.load_dataset(str(name), split=split, revision=revision, streaming=streaming)
+            table = datasets.load_dataset(str(name), split=split or "test", revision=revision, streaming=streaming)
             origin = f"{name} at {revision}" if streaming else None
             return _table(table, cameras, max_episodes, fps, action_column, state_columns, origin)
         if streaming:
             folder = Path(
                 snapshot_download(str(name), repo_type="dataset", revision=revision, allow_patterns="meta/*")
             )
-            return LeRobotFolder(folder, cameras, max_episodes, HubFiles(str(name), folder.name))
-        folder = _download_lerobot(str(name), Path(info), cameras, max_episodes, revision)
+            hub = HubFiles(str(name), folder.name)
+            return LeRobotFolder(folder, cameras, max_episodes, hub, split or _test_split(folder))
+        folder = _download_lerobot(str(name), Path(info), cameras, max_episodes, revision, split)
     if (folder / "meta" / "info.json").is_file():
-        return LeRobotFolder(folder, cameras, max_episodes)
+        return LeRobotFolder(folder, cameras, max_episodes, split=split or _test_split(folder))
+    split = split or "test"
     if (folder / "annotation").is_dir():
         return IRASimFolder(folder, split, cameras, fps, max_episodes)
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
@@ -124,7 +127,14 @@ def _announced_rows(table: Any, max_episodes: int | None) -> int:
     return min(counts)
 
 
-def _download_lerobot(name: str, info: Path, cameras: Any, max_episodes: int | None, revision: str | None) -> Path:
+def _test_split(folder: Path) -> str | None:
+    """`test` where a LeRobotDataset has such a split."""
+    return "test" if "test" in json.loads((folder / "meta" / "info.json").read_text()).get("splits", {}) else None
+
+
+def _download_lerobot(
+    name: str, info: Path, cameras: Any, max_episodes: int | None, revision: str | None, split: str | None
+) -> Path:
     """What is needed of a LeRobotDataset on the Hub: vectors and videos of the episodes and cameras asked for."""
     features = json.loads(info.read_text())["features"]
     known = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
@@ -133,8 +143,8 @@ def _download_lerobot(name: str, info: Path, cameras: Any, max_episodes: int | N
         raise ValueError(f"`cameras` must name one or more of {known} in {name!r}.")
     videos = [pattern.format(key) for key in wanted for pattern in ("videos/{}/*", "videos/*/{}/*")]
     patterns = ["data/*", *videos]
-    if max_episodes is not None:
-        folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns="meta/*")
-        files = LeRobotFolder(Path(folder), cameras, max_episodes).files
-        patterns = [path.relative_to(folder).as_posix() for path in files]
+    folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns="meta/*"))
+    some = LeRobotFolder(folder, cameras, max_episodes, split=split or _test_split(folder))
+    if len(some) < len(LeRobotFolder(folder, cameras)):
+        patterns = [path.relative_to(folder).as_posix() for path in some.files]
     return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=["meta/*", *patterns]))

@@ -253,7 +253,7 @@ class FolderPredictor:
         if frames.shape != wanted:
             pixels = _resized(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), wanted[1:3])
             frames = pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-        return Prediction(frames, latents)
+        return Prediction(frames, latents, autoencoder=autoencoder)
 
 
 def _config(part: Any) -> dict[str, Any]:

@@ -113,14 +113,16 @@ class PreferenceStudy:
 
     def answers(self) -> list[Answer]:
         """The answers that count, the last of each rater to each comparison, of this study's clips and models."""
+        compared = {frozenset((self.model, other)) for other in self.others}
         latest: dict[tuple[str, str, frozenset[str]], Answer] = {}
         for line in self._file.read_text().splitlines() if self._file.exists() else ():
             try:
                 answer = Answer(**json.loads(line))
             except (json.JSONDecodeError, TypeError):  # empty, or cut off by a crash
                 continue
-            if answer.clip in self.clips and {answer.left, answer.right} <= {self.model, *self.others}:
-                latest[answer.rater, answer.clip, frozenset((answer.left, answer.right))] = answer
+            pair = frozenset((answer.left, answer.right))
+            if answer.clip in self.clips and pair in compared:
+                latest[answer.rater, answer.clip, pair] = answer
         return list(latest.values())
 
     def rates(self, seed: int = 0) -> dict[str, dict[str, Any]]:

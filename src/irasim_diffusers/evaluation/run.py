@@ -28,7 +28,7 @@ from ..metrics import (
     sensitivity_maps,
     summarise_faithfulness,
 )
-from .predictors import ClipData, ClipReader, FolderPredictor, PipelinePredictor, save_prediction
+from .predictors import ClipData, ClipReader, FolderPredictor, PipelinePredictor, Prediction, save_prediction
 from .protocols import Clip, Protocol, find_clips, published_figures
 from .report import summarise, write_report
 from .scores import Backbones, features_of_clip, score_clip
@@ -54,6 +54,7 @@ class Evaluation:
             leaves it out.
         ways: Action sequences that the identification chooses from.
         save_predictions: Folder for the predictions, for `FolderPredictor`.
+        save_truth: Folder for what truly happened, in the same form, for a `PreferenceStudy`.
         published: Name of a data set whose figures in the paper stand beside.
         setting: What else the report shall tell, JSON-able: names, scheduler, steps. A folder that holds figures of
             another setting is refused.
@@ -72,6 +73,7 @@ class Evaluation:
     faithfulness_clips: int = 200
     ways: int = 4
     save_predictions: Path | None = None
+    save_truth: Path | None = None
     published: str | None = None
     setting: dict[str, Any] = field(default_factory=dict)
     unchecked: dict[str, Any] = field(default_factory=dict)
@@ -170,6 +172,8 @@ def _score(evaluation: Evaluation, reader: ClipReader) -> None:
         for one, prediction in zip(data, predictions, strict=True):
             if evaluation.save_predictions is not None:
                 save_prediction(evaluation.save_predictions, one.clip, prediction)
+            if evaluation.save_truth is not None:
+                save_prediction(evaluation.save_truth, one.clip, Prediction(one.truth))
             features = features_of_clip(one, prediction, evaluation.protocol, evaluation.backbones)
             if features:
                 with temporary_path(_features(evaluation.output, one.clip)) as partial:
@@ -180,9 +184,10 @@ def _score(evaluation: Evaluation, reader: ClipReader) -> None:
 
 
 def _is_finished(evaluation: Evaluation, clip: Clip) -> bool:
-    """Whether a clip has its figures, of the file that lies in the folder now, and its prediction where one is to be saved."""
-    figures, saved = _figures(evaluation.output, clip), evaluation.save_predictions
-    if not figures.is_file() or (saved is not None and not (saved / f"{clip.name}.npz").is_file()):
+    """Whether a clip has its figures, of the file that lies in the folder now, and all that is to be saved."""
+    figures = _figures(evaluation.output, clip)
+    saved = [each / f"{clip.name}.npz" for each in (evaluation.save_predictions, evaluation.save_truth) if each]
+    if not all(path.is_file() for path in (figures, *saved)):
         return False
     stamp = _file_stamp(evaluation, clip)
     return stamp is None or json.loads(figures.read_text())["file"] == stamp
