@@ -66,10 +66,8 @@ from irasim_diffusers.training import (
     StateReadout,
     averaged_state,
     checkpoints,
-    crop,
     diffusion_loss,
     load_average,
-    place_crops,
     remove_leftovers,
     save_average,
     save_checkpoint,
@@ -194,13 +192,6 @@ class TrainingArguments:
         default_factory=list,
         metadata={
             "help": "lengths that divide sample_frames; each step cuts its windows to one of them, drawn at random"
-        },
-    )
-    crop_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "train on squares of that many latent pixels, placed where something moves (Patch Diffusion, 2304.12526): "
-            "faster steps; end with a stage of whole pictures. A readout of `state_keys` sees no more than the crop"
         },
     )
     history_noise: float = field(
@@ -353,7 +344,6 @@ FOREIGN = {
         "num_layers",
         "patch_size",
         "window_lengths",
-        "crop_size",
     ),
 }
 """Flags that a model knows nothing of."""
@@ -431,30 +421,15 @@ def open_source(
     )
 
 
-def check_frames(
-    source: PreparedEpisodes, vae: AutoencoderKL | PixelSpace, patch_size: int, crop_size: int | None
-) -> None:
-    """Refuse pictures that do not divide into patches or hold no crop, before hours of encoding."""
+def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | PixelSpace, patch_size: int) -> None:
+    """Refuse pictures that do not divide into patches, before hours of encoding."""
     height, width = first_readable(source, source.__getitem__).frames.shape[1:3]
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    multiple = factor * patch_size
+    multiple = 2 ** (len(vae.config.block_out_channels) - 1) * patch_size
     if height % multiple or width % multiple:
         nearest = [max(round(side / multiple), 1) * multiple for side in (height, width)]
         raise ValueError(
             f"frames of {source.name!r} must have sides divisible by {multiple}, got {height}x{width}: resize them with "
             f"--height {nearest[0]} --width {nearest[1]}."
-        )
-    check_crop(crop_size, patch_size, (height // factor, width // factor))
-
-
-def check_crop(crop_size: int | None, patch_size: int, latent_size: tuple[int, int]) -> None:
-    """Refuse crops that are not whole patches of the latents, or latents that are not."""
-    if crop_size is not None and any(side % patch_size for side in latent_size):
-        raise ValueError(f"latents must have sides divisible by the patch size {patch_size}, got {latent_size}.")
-    if crop_size is not None and crop_size not in range(patch_size, min(latent_size) + 1, patch_size):
-        raise ValueError(
-            f"`crop_size` must be divisible by the patch size {patch_size} and at most the sides of the latents, "
-            f"{latent_size[0]}x{latent_size[1]}, got {crop_size}."
         )
 
 
@@ -735,8 +710,8 @@ def training_loss(
 ) -> torch.Tensor:
     """The loss of a batch of clips, cut into windows of one length with one number of history frames.
 
-    Seed and step alone fix these two; seed and a clip's place in the run, from `position` on, its timesteps, noise, drops
-    and crops. So several processes draw what one would.
+    Seed and step alone fix these two; seed and a clip's place in the run, from `position` on, its timesteps, noise and
+    drops. So several processes draw what one would.
     """
     clips, _, frames, *_ = clip["latents"].shape
     common = np.random.default_rng([arguments.seed, 0, step])
@@ -753,19 +728,11 @@ def training_loss(
         return torch.from_numpy(np.stack(drawn)).to(clip["latents"].device)
 
     latents = cut(clip["latents"], length, 2)
-    side = arguments.crop_size
-    noise = cut(
-        draw(0, *clip["latents"].shape[1:3], *(clip["latents"].shape[3:] if side is None else (side, side))), length, 2
-    )
+    noise = cut(draw(0, *clip["latents"].shape[1:]), length, 2)
     steps = noise_scheduler.config.num_train_timesteps
     timestep, deviation, drop = draw(1, 3, frames // length).transpose(0, 1).flatten(1)
     # action k leads to frame k + 1; no window needs the one into its first frame
     actions = cut(torch.nn.functional.pad(clip["actions"], (0, 0, 1, 0)), length, 1)[:, history:]
-    offset = None
-    if side is not None:
-        draws = draw(2, 3, frames // length).transpose(1, 2).flatten(0, 1)
-        offset = place_crops(latents, side // config["patch_size"], config["patch_size"], draws)
-        latents = crop(latents, offset * config["patch_size"], side)
     latents[:, :, :history] += arguments.history_noise * deviation.view(-1, 1, 1, 1, 1) * noise[:, :, :history]
     return diffusion_loss(
         model,
@@ -779,7 +746,6 @@ def training_loss(
         states=cut(clip["states"], length, 1) if "states" in clip else None,
         state_loss_weight=arguments.state_loss_weight,
         snr_gamma=arguments.snr_gamma,
-        patch_offset=offset,
     )
 
 
@@ -1002,16 +968,7 @@ def run_settings(
     arguments: TrainingArguments, accelerator: Accelerator, folders: list[Path], config: dict
 ) -> dict[str, Any]:
     """What a run must keep to be the same run when it is resumed."""
-    flags = (
-        "seed",
-        "train_batch_size",
-        "dataset_weights",
-        "window_lengths",
-        "crop_size",
-        "optimizer",
-        "lora_rank",
-        "state_keys",
-    )
+    flags = ("seed", "train_batch_size", "dataset_weights", "window_lengths", "optimizer", "lora_rank", "state_keys")
     settings = {flag: getattr(arguments, flag) for flag in flags} | {
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "processes": accelerator.num_processes,
@@ -1098,7 +1055,7 @@ def main() -> None:
     pretrained = load_pretrained(arguments, vae, sources[0])
     patch_size = pretrained.config.patch_size if pretrained else arguments.patch_size or NEW_MODEL["patch_size"]
     for source in [] if arguments.recorded_latents else sources:
-        check_frames(source, vae, 1 if arguments.model == "unet" else patch_size, arguments.crop_size)
+        check_frames(source, vae, 1 if arguments.model == "unet" else patch_size)
     folders = [
         cache_latents(
             source,
@@ -1120,7 +1077,6 @@ def main() -> None:
         LatentClips(folder, sample_frames, skip_short=arguments.skip_broken, frame_skip=source.frame_skip)
         for folder, source in zip(folders, sources, strict=True)
     ]
-    check_crop(arguments.crop_size, patch_size, parts[0].latent_size)  # of recorded latents
     if arguments.state_keys:
         numbers = [part.episodes for part in parts]
         known = standardised_states(sources, arguments.state_keys, arguments.state_angles, numbers)

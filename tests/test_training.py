@@ -3,7 +3,7 @@ import torch
 from conftest import tiny_transformer, tiny_unet
 
 from irasim_diffusers.models import noise_process
-from irasim_diffusers.training import StateReadout, crop, diffusion_loss, place_crops, remove_leftovers
+from irasim_diffusers.training import StateReadout, diffusion_loss, remove_leftovers
 
 
 @pytest.fixture
@@ -43,39 +43,6 @@ def test_relative_latents_are_those_of_the_change_since_the_history(batch):
     expected = diffusion_loss(model, process, **batch | {"latents": changes})
     assert diffusion_loss(model, process, **batch, relative_latents=True) == expected
     assert diffusion_loss(model, process, **batch) != expected
-
-
-def test_a_crop_is_predicted_where_it_lies(batch):
-    model = tiny_transformer(sample_height=10, sample_width=12)
-    places = torch.tensor([[2, 1], [0, 3]])
-    loss = diffusion_loss(model, noise_process(model.config), **batch, patch_offset=places)
-    share = noise_process(model.config).alphas_cumprod[batch["timesteps"]].view(2, 1, 1, 1, 1)
-    noisy = share.sqrt() * batch["latents"][:, :, 2:] + (1 - share).sqrt() * batch["noise"]
-    window = torch.cat([batch["latents"][:, :, :2], noisy], dim=2)
-    output = model(window, batch["timesteps"], batch["actions"], patch_offset=places).sample
-    torch.testing.assert_close(loss, (output[:, :, 2:] - batch["noise"]).square().mean())
-    assert loss != diffusion_loss(model, noise_process(model.config), **batch)
-
-
-def test_crops_lie_around_what_moves():
-    torch.manual_seed(3)
-    latents = torch.randn(400, 2, 1, 10, 14).repeat(1, 1, 3, 1, 1)
-    latents[:, :, 2, 6:8, 4:6] += 1  # the patch in row 3 and column 2 of 5x7
-    first = place_crops(latents, 3, 2, torch.rand(400, 3))
-    assert {tuple(place) for place in first.tolist()} == {(row, column) for row in (1, 2) for column in (0, 1, 2)}
-    assert (crop(latents, 2 * first, 6)[:, :, 2] != crop(latents, 2 * first, 6)[:, :, 0]).flatten(1).any(1).all()
-
-
-def test_crops_of_what_stands_still_lie_anywhere():
-    torch.manual_seed(3)
-    first = place_crops(torch.ones(500, 2, 3, 4, 6), 2, 1, torch.rand(500, 3))
-    assert {tuple(place) for place in first.tolist()} == {(row, column) for row in range(3) for column in range(5)}
-
-
-def test_a_crop_is_cut_from_every_frame():
-    frames = torch.randn(2, 4, 3, 5, 6)
-    cut = crop(frames, torch.tensor([[1, 3], [2, 0]]), 3)
-    assert torch.equal(cut, torch.stack([frames[0, :, :, 1:4, 3:6], frames[1, :, :, 2:5, :3]]))
 
 
 def test_a_flow_runs_straight_from_latents_to_noise(batch):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel, compute_snr
@@ -114,39 +113,6 @@ def min_snr_weights(scheduler: NoiseProcess, timesteps: torch.Tensor, gamma: flo
     ]
 
 
-def place_crops(latents: torch.Tensor, size: int, patch_size: int, draws: torch.Tensor) -> torch.Tensor:
-    """Place a square crop of each window where something moves.
-
-    A patch is drawn with the mean square by which it departs from the window's first frame, and comes to lie about the middle
-    half of the crop, or beyond it where the crop would leave the picture.
-
-    Args:
-        latents: Latents (B, C, F, H, W).
-        size: Side of the crop, in patches.
-        patch_size: Side of a patch, in latent pixels.
-        draws: Uniform numbers (B, 3) between 0 and 1.
-
-    Returns:
-        First row and column of each crop (B, 2), in patches.
-    """
-    motion = F.avg_pool2d(
-        (latents - latents[:, :, :1]).float().square().mean(dim=(1, 2)), patch_size
-    )  # (B, rows, columns)
-    rows, columns = motion.shape[1:]
-    shares = (motion.flatten(1) + 1e-9).cumsum(1)  # anywhere where nothing moves
-    drawn = torch.searchsorted(shares, draws[:, :1] * shares[:, -1:])[:, 0]
-    patches = torch.stack([drawn // columns, drawn % columns], dim=1)
-    first = (patches + 0.5 - size * (0.25 + 0.5 * draws[:, 1:])).round().long()
-    return first.clamp_min(0).minimum(first.new_tensor([rows - size, columns - size]))
-
-
-def crop(frames: torch.Tensor, first: torch.Tensor, size: int) -> torch.Tensor:
-    """Squares of frames (B, C, F, H, W), of a side of `size` pixels from each first row and column (B, 2) on."""
-    rows, columns = (number[:, None] + torch.arange(size, device=first.device) for number in first.unbind(1))
-    samples = torch.arange(len(frames), device=first.device)[:, None, None]
-    return frames.permute(0, 3, 4, 1, 2)[samples, rows[:, :, None], columns[:, None, :]].permute(0, 3, 4, 1, 2)
-
-
 def diffusion_loss(
     transformer: torch.nn.Module,
     scheduler: NoiseProcess,
@@ -160,7 +126,6 @@ def diffusion_loss(
     states: torch.Tensor | None = None,
     state_loss_weight: float = 1.0,
     snr_gamma: float | None = None,
-    patch_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean squared error on the predicted frames (paper, section 3.3).
 
@@ -177,7 +142,6 @@ def diffusion_loss(
         state_loss_weight: Weight of the readout's mean squared error.
         snr_gamma: Weigh timesteps by min-SNR with this gamma (https://arxiv.org/abs/2303.09556), 5 in its paper; None for
             equal weights. A flow has none.
-        patch_offset: Where in the picture the latents lie, if they are crops of it: see the model's forward.
 
     Returns:
         The loss, a scalar in float32.
@@ -187,9 +151,8 @@ def diffusion_loss(
     if relative_latents:
         future = future - history[:, :, -1:]
     noisy = add_noise(scheduler, future, noise, timesteps)
-    cropped = {} if patch_offset is None else {"patch_offset": patch_offset}
     outputs = transformer(
-        torch.cat([history, noisy], dim=2), timesteps, actions, action_mask=action_mask, return_dict=False, **cropped
+        torch.cat([history, noisy], dim=2), timesteps, actions, action_mask=action_mask, return_dict=False
     )
     target = diffusion_target(scheduler, future, noise, timesteps)
     errors = (outputs[0][:, :, num_history_frames:].float() - target.float()).square().mean(dim=(1, 2, 3, 4))

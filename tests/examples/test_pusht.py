@@ -319,7 +319,6 @@ def test_resuming_is_exact(workspace, trained):
 def test_every_objective_and_optimiser_resumes_exactly(workspace):
     flags = ["--optimizer", "muon", "--window_lengths", 16, 8, 4, "--history_noise", 0.2, "--gradient_checkpointing"]
     flags += ["--state_keys", "observation.state", "observation.environment_state", "--state_angles", "block_angle"]
-    flags += ["--crop_size", 8]
     train(workspace, "muon", "--max_train_steps", 4, "--checkpointing_steps", 4, *flags)
     train(workspace, "muon-parts", "--max_train_steps", 4, "--checkpointing_steps", 2, *flags)
     for name in ("checkpoint-4", "transformer"):

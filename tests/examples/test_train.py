@@ -14,22 +14,13 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import tiny_pipeline, tiny_transformer, tiny_vae
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler
 from hub_server import HubServer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_lerobot import write_folder
 from test_pusht import EXAMPLES, ONE, run
-from train import (
-    PixelSpace,
-    TrainingArguments,
-    check_arguments,
-    check_crop,
-    check_data,
-    load_vae,
-    open_source,
-    training_loss,
-)
+from train import PixelSpace, TrainingArguments, check_arguments, check_data, load_vae, open_source
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.data import IRASimFolder, LatentClips, cache_latents, read_video, write_video
@@ -187,7 +178,6 @@ def test_pixels_are_cached_as_they_are(workspace):
         ({"model": "unet", "preset": "S"}, "`preset` must be one of VDM, LVDM, got 'S'"),
         ({"model": "unet", "conditioning": "frame"}, "`model` unet is not for conditioning"),
         ({"model": "unet", "optimizer": "muon", "num_layers": 2}, "`model` unet is not for num_layers, optimizer"),
-        ({"model": "unet", "crop_size": 4}, "`model` unet is not for crop_size"),
         ({"block_out_channels": [8, 16]}, "`model` transformer is not for block_out_channels"),
         ({"pixel_space": True}, "`pixel_space` is for a new model: leave vae"),
         ({"max_train_minutes": 1, "lr_scheduler": "cosine"}, "`lr_scheduler` must be constant or .* got 'cosine'"),
@@ -233,45 +223,6 @@ def test_data_that_do_not_fit_are_refused_before_they_are_encoded(workspace, cha
     source = open_source(arguments.dataset[0], arguments, "train", None, all_phases=True)
     with pytest.raises(ValueError, match=message):
         check_data([source], arguments)
-
-
-@pytest.mark.parametrize("crop_size", [-2, 0, 1, 5, 8])
-def test_crops_are_whole_patches_of_the_latents(crop_size):
-    check_crop(None, 2, (6, 10))
-    for fitting in (2, 4, 6):
-        check_crop(fitting, 2, (6, 10))
-    message = f"`crop_size` must be divisible by the patch size 2 and at most the sides of the latents, 6x10, got {crop_size}"
-    with pytest.raises(ValueError, match=message):
-        check_crop(crop_size, 2, (6, 10))
-    with pytest.raises(ValueError, match=r"sides divisible by the patch size 2, got \(6, 7\)"):
-        check_crop(4, 2, (6, 7))
-
-
-def test_each_window_is_cropped_around_its_own_motion():
-    """Two windows of two clips, one patch moving in each: the crop of each holds its own."""
-    torch.manual_seed(0)
-    latents = torch.randn(2, 4, 1, 12, 12).repeat(1, 1, 4, 1, 1)
-    moving = [[(0, 0), (5, 5)], [(0, 5), (5, 0)]]
-    for clip, windows in enumerate(moving):
-        for window, (row, column) in enumerate(windows):
-            latents[clip, :, 2 * window + 1, 2 * row, 2 * column] += 9
-    seen = {}
-
-    def model(hidden_states, *_, patch_offset, **__):
-        seen["latents"], seen["offset"] = hidden_states[:, :, 0], patch_offset
-        return (torch.zeros_like(hidden_states),)
-
-    arguments = TrainingArguments(dataset=["set"], output_dir="out", window_lengths=[2], crop_size=6)
-    config = {"conditioning": "frame", "num_history_frames": 1, "patch_size": 2, "relative_latents": False}
-    clip = {"latents": latents.clone(), "actions": torch.zeros(2, 3, 3)}
-    training_loss(model, DDPMScheduler(), clip, config, arguments, step=0, position=0)
-    places = [place for windows in moving for place in windows]
-    for index, ((row, column), offset) in enumerate(zip(places, seen["offset"].tolist(), strict=True)):
-        assert offset[0] <= row < offset[0] + 3
-        assert offset[1] <= column < offset[1] + 3
-        top, left = 2 * offset[0], 2 * offset[1]
-        frame = latents[index // 2, :, 2 * (index % 2), top : top + 6, left : left + 6]
-        assert torch.equal(seen["latents"][index], frame)
 
 
 def test_accelerate_must_accumulate_what_is_asked_for(workspace, monkeypatch):
@@ -323,7 +274,7 @@ def train_robot(workspace, output, *arguments, launch=ONE):
 
 def test_two_processes_do_what_one_does_at_the_same_global_batch(workspace):
     flags = ["--max_train_steps", 5, "--logging_steps", 1, "--report_to", "tensorboard", "--window_lengths", 4, 2]
-    flags += ["--history_noise", 0.2, "--timestep_bias", 2, "--learning_rate", 1e-3, "--crop_size", 4]
+    flags += ["--history_noise", 0.2, "--timestep_bias", 2, "--learning_rate", 1e-3]
     one = train_robot(workspace, "one", *flags, "--train_batch_size", 4, "--gradient_accumulation_steps", 2)
     two = train_robot(workspace, "two", *flags, "--train_batch_size", 4, launch=TWO)
     assert "1 processes (NO)" in one

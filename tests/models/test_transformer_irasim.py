@@ -31,26 +31,6 @@ def test_matches_a_plain_reference(transformer, inputs):
     torch.testing.assert_close(transformer(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_patches_of_a_crop_keep_their_positions():
-    torch.manual_seed(4)
-    hidden_states, timestep, actions = torch.randn(3, 4, 5, 10, 12), torch.tensor([7, 500, 999]), torch.randn(3, 3, 3)
-    model = IRASimTransformer3DModel(**TINY | {"sample_height": 10, "sample_width": 12})
-    torch.nn.init.normal_(model.proj_out.weight)  # new blocks do nothing: patches and positions alone matter
-    whole = model(hidden_states, timestep, actions).sample
-    places = torch.tensor([[0, 0], [3, 1], [2, 3]])  # in patches of two
-
-    def cut(frames):
-        corners = (2 * places).tolist()
-        return torch.stack([frames[k, :, :, i : i + 4, j : j + 6] for k, (i, j) in enumerate(corners)])
-
-    cropped = model(cut(hidden_states), timestep, actions, patch_offset=places).sample
-    torch.testing.assert_close(cropped, cut(whole))
-    with pytest.raises(ValueError, match=r"for crops of at most 5x6 patches, got \(3, 2\) for 5x7"):
-        model(torch.randn(3, 4, 5, 10, 14), timestep, actions, patch_offset=places)
-    with pytest.raises(ValueError, match=r"`patch_offset` must be \(batch, 2\)"):
-        model(cut(hidden_states), timestep, actions, patch_offset=places[:, 0])
-
-
 def plain_forward(state, x, t, actions):
     """IRASim Frame-Ada written out for the tiny model, in the order and sizes of the paper, without diffusers."""
     (batch, channels, frames, height, width), heads, dim = x.shape, 2, 24

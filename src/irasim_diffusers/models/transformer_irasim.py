@@ -465,7 +465,6 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_mask: torch.Tensor | None = None,
         fps: float | torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
-        patch_offset: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict what the scheduler asks for, noise, velocity or sample, for each frame of a window.
@@ -478,8 +477,6 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             action_mask: Booleans (B, n); actions at False are replaced by the null action (action dropout).
             fps: Frames a second, one number or (B,), for models that embed it; default: the config's.
             attention_kwargs: `{"scale": s}` scales the LoRA layers.
-            patch_offset: First row and column (B, 2) of each window, in patches, where the latents are crops of pictures of the
-                config's sample size, in which they must lie: their patches keep the positions that they have in the whole.
             return_dict: Return a `Transformer2DModelOutput` instead of a tuple.
 
         Returns:
@@ -497,12 +494,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         hidden_states = hidden_states.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
         hidden_states = self.patch_embed(hidden_states)  # (B F, S, D)
         device, dtype = hidden_states.device, hidden_states.dtype
+        hidden_states = hidden_states + self._cached(self._spatial_positions, *grid, device, dtype)
         hidden_states = hidden_states.unflatten(0, (batch_size, num_frames))  # (B, F, S, D)
-        if patch_offset is None:
-            places = self._cached(self._spatial_positions, *grid, device, dtype)
-        else:
-            places = self._crop_positions(grid, patch_offset, dtype)
-        hidden_states = hidden_states + places.unsqueeze(1)
 
         timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
         timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
@@ -597,24 +590,6 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         grid = torch.meshgrid(across, down, indexing="xy")
         dim = config.num_attention_heads * config.attention_head_dim
         return get_2d_sincos_pos_embed_from_grid(dim, torch.stack(grid)).float().to(dtype).unsqueeze(0)
-
-    def _crop_positions(self, grid: tuple[int, int], patch_offset: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The positions (B, S, D) that crops of a grid of patches have in the whole picture."""
-        whole = (
-            self.config.sample_height // self.config.patch_size,
-            self.config.sample_width // self.config.patch_size,
-        )
-        if patch_offset.ndim != 2 or patch_offset.shape[1] != 2 or grid[0] > whole[0] or grid[1] > whole[1]:
-            raise ValueError(
-                f"`patch_offset` must be (batch, 2), for crops of at most {whole[0]}x{whole[1]} patches, got "
-                f"{tuple(patch_offset.shape)} for {grid[0]}x{grid[1]}."
-            )
-        table = self._cached(self._spatial_positions, *whole, patch_offset.device, dtype)[0].unflatten(0, whole)
-        rows, columns = (
-            first[:, None] + torch.arange(side, device=first.device)
-            for first, side in zip(patch_offset.unbind(1), grid, strict=True)
-        )
-        return table[rows[:, :, None], columns[:, None, :]].flatten(1, 2)
 
     def _temporal_positions(
         self, num_frames: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
