@@ -224,9 +224,9 @@ def evaluate(arguments: ConditioningArguments, folder: Path, model: str, history
     )
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     steps = int(checkpoints(folder)[-1].name.split("-")[1])  # more after a longer budget
-    name = str(steps)
-    if history < max(arguments.num_history_frames):
-        given["num_seen_frames"] = seen = max(arguments.num_history_frames)
+    name, seen = str(steps), max(arguments.num_history_frames)
+    if history < seen:
+        given["num_seen_frames"] = seen
         name += f"-seen-{seen}"
     report = folder / f"report-{name}.json"
     run_once(

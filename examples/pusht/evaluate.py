@@ -363,7 +363,7 @@ def main() -> None:
         },
     }
     if arguments.output:
-        with temporary_path(Path(arguments.output)) as partial:
+        with temporary_path(arguments.output) as partial:
             partial.write_text(json.dumps(report, indent=2))
 
 

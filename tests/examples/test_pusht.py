@@ -367,17 +367,8 @@ def test_fewer_seen_frames_than_history_are_refused(tmp_path, monkeypatch):
 def test_a_u_net_is_trained_for_a_time_and_evaluated(workspace, monkeypatch, capsys):
     arguments = [
         *("conditioning.py", "--output_dir", workspace / "conditioning", "--models", "LVDM", "--seeds", 3),
-        *(
-            "--max_train_minutes",
-            1e-3,
-            "--rounds",
-            2,
-            "--num_history_frames",
-            1,
-            2,
-            "--test_dataset",
-            workspace / "set",
-        ),
+        *("--max_train_minutes", 1e-3, "--rounds", 2, "--num_history_frames", 1, 2),
+        *("--test_dataset", workspace / "set"),
         *("--num_inference_steps", 1, "--num_clips", 1, "--num_histories", 0, "--scheduler", "DDIMScheduler"),
         *("--dataset", workspace / "set", "--vae", workspace / "vae", *SPACE),
         "--unet_flags=--block_out_channels 8 16",

@@ -73,11 +73,10 @@ def open_dataset(
             folder = Path(
                 snapshot_download(str(name), repo_type="dataset", revision=revision, allow_patterns="meta/*")
             )
-            hub = HubFiles(str(name), folder.name)
-            return LeRobotFolder(folder, cameras, max_episodes, hub, split or _test_split(folder))
+            return _lerobot(folder, cameras, max_episodes, split, HubFiles(str(name), folder.name))
         folder = _download_lerobot(str(name), Path(info), cameras, max_episodes, revision, split)
     if (folder / "meta" / "info.json").is_file():
-        return LeRobotFolder(folder, cameras, max_episodes, split=split or _test_split(folder))
+        return _lerobot(folder, cameras, max_episodes, split)
     split = split or "test"
     if (folder / "annotation").is_dir():
         return IRASimFolder(folder, split, cameras, fps, max_episodes)
@@ -127,9 +126,13 @@ def _announced_rows(table: Any, max_episodes: int | None) -> int:
     return min(counts)
 
 
-def _test_split(folder: Path) -> str | None:
-    """`test` where a LeRobotDataset has such a split."""
-    return "test" if "test" in json.loads((folder / "meta" / "info.json").read_text()).get("splits", {}) else None
+def _lerobot(
+    folder: Path, cameras: Any, max_episodes: int | None, split: str | None, remote: HubFiles | None = None
+) -> LeRobotFolder:
+    """A LeRobotDataset; without a split `test`, or all of it where there is no such split."""
+    if split is None and "test" in json.loads((folder / "meta" / "info.json").read_text()).get("splits", {}):
+        split = "test"
+    return LeRobotFolder(folder, cameras, max_episodes, remote, split)
 
 
 def _download_lerobot(
@@ -144,7 +147,7 @@ def _download_lerobot(
     videos = [pattern.format(key) for key in wanted for pattern in ("videos/{}/*", "videos/*/{}/*")]
     patterns = ["data/*", *videos]
     folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns="meta/*"))
-    some = LeRobotFolder(folder, cameras, max_episodes, split=split or _test_split(folder))
-    if len(some) < len(LeRobotFolder(folder, cameras)):
-        patterns = [path.relative_to(folder).as_posix() for path in some.files]
+    wanted_episodes = _lerobot(folder, cameras, max_episodes, split)
+    if len(wanted_episodes) < wanted_episodes.info["total_episodes"]:
+        patterns = [path.relative_to(folder).as_posix() for path in wanted_episodes.files]
     return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=["meta/*", *patterns]))
