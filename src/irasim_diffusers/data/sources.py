@@ -148,6 +148,6 @@ def _download_lerobot(
     patterns = ["data/*", *videos]
     folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns="meta/*"))
     wanted_episodes = _lerobot(folder, cameras, max_episodes, split)
-    if len(wanted_episodes) < wanted_episodes.info["total_episodes"]:
+    if len(wanted_episodes) < len(LeRobotFolder(folder, cameras)):
         patterns = [path.relative_to(folder).as_posix() for path in wanted_episodes.files]
     return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=["meta/*", *patterns]))
