@@ -125,6 +125,7 @@ def diffusion_loss(
     relative_latents: bool = False,
     states: torch.Tensor | None = None,
     state_loss_weight: float = 1.0,
+    poses: torch.Tensor | None = None,
     snr_gamma: float | None = None,
 ) -> torch.Tensor:
     """Mean squared error on the predicted frames (paper, section 3.3).
@@ -140,6 +141,7 @@ def diffusion_loss(
         relative_latents: As in the model's config: predict the latents relative to the last history frame.
         states: True states (B, F, S), of unit variance, for the readout.
         state_loss_weight: Weight of the readout's mean squared error.
+        poses: True states (B, F, S) in raw units, for a transformer with a state track to see in place of those that it follows.
         snr_gamma: Weigh timesteps by min-SNR with this gamma (https://arxiv.org/abs/2303.09556), 5 in its paper; None for
             equal weights. A flow has none.
 
@@ -151,8 +153,9 @@ def diffusion_loss(
     if relative_latents:
         future = future - history[:, :, -1:]
     noisy = add_noise(scheduler, future, noise, timesteps)
+    shown = {} if poses is None else {"states": poses}
     outputs = transformer(
-        torch.cat([history, noisy], dim=2), timesteps, actions, action_mask=action_mask, return_dict=False
+        torch.cat([history, noisy], dim=2), timesteps, actions, action_mask=action_mask, return_dict=False, **shown
     )
     target = diffusion_target(scheduler, future, noise, timesteps)
     errors = (outputs[0][:, :, num_history_frames:].float() - target.float()).square().mean(dim=(1, 2, 3, 4))

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import shapely
 import torch
+import train_states as train_states_script
 from collect import TASKS
 from expert import Lookahead, outline, push_to_goal
 from huggingface_hub import DatasetCard
@@ -24,6 +25,7 @@ from simulator import Simulator, push_about, push_at
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.data import LeRobotFolder
+from irasim_diffusers.models import StateTrack
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = ["--num_layers", "1", "--num_attention_heads", "2", "--attention_head_dim", "12", "--train_batch_size", "4"]
@@ -65,6 +67,115 @@ def train(root, output, *arguments, launch=ONE):
 
 def weights(folder):
     return IRASimPipeline.from_pretrained(folder).transformer.state_dict()
+
+
+POSES = ["--state_keys", "observation.state", "observation.environment_state", "--bodies", "point", "pose"]
+ARENA = ["--extent", "0", "0", "512", "512"]
+
+
+def train_states(root, output, *arguments):
+    sizes = (
+        "--train_batch_size",
+        8,
+        "--read_batch_size",
+        4,
+        "--draw_batch_size",
+        4,
+        "--max_follow",
+        8,
+        "--checkpointing_steps",
+        2,
+    )
+    return run(
+        *("train_states.py", "--dataset", root / "set", "--vae", root / "vae", "--output_dir", root / output),
+        *("--cache_dir", root / "latents", *sizes, *arguments),
+        launch=ONE,
+    )
+
+
+@pytest.fixture(scope="module")
+def states(workspace):
+    output = train_states(
+        *(workspace, "states", *POSES, *ARENA, "--max_train_steps", 4, "--validation_steps", 2),
+        *("--validation_dataset", workspace / "set"),
+    )
+    for part in ("held out: read: ", "after 8 frames: ", "sketched there: "):
+        assert part in output
+    return workspace / "states"
+
+
+def test_a_track_of_poses_is_trained_and_resumed(workspace, states):
+    track = StateTrack.from_pretrained(states)
+    assert track.config.state_names == ["agent_x", "agent_y", "block_x", "block_y", "block_angle"]
+    assert (track.config.in_channels, track.config.action_dim) == (4, 2)
+    shutil.copytree(states / "checkpoint-2", workspace / "states-again" / "checkpoint-2")
+    train_states(workspace, "states-again", *POSES, *ARENA, "--max_train_steps", 4)
+    again = StateTrack.from_pretrained(workspace / "states-again").state_dict()
+    for name, value in track.state_dict().items():
+        torch.testing.assert_close(again[name], value)
+
+
+def test_a_world_model_is_given_a_track(workspace, states):
+    train(workspace, "tracked", "--max_train_steps", 2, "--state_track", states)
+    pipeline = IRASimPipeline.from_pretrained(workspace / "tracked")
+    track = StateTrack.from_pretrained(states).state_dict()
+    for name, value in pipeline.transformer.track.state_dict().items():
+        assert torch.equal(value, track[name]), name  # not trained along
+    assert pipeline.transformer.track_embed.weight.abs().sum() > 0  # trained
+    seen = LeRobotFolder(workspace / "set")[0]
+    actions = seen.actions[:20]  # two windows
+    video = pipeline(seen.frames[:2], actions, num_inference_steps=1, output_type="pt", generator=torch.Generator())
+    assert video.frames.shape == (1, 20, 3, 96, 96)
+
+    # another world: the track is trained on, and goes with the adapters
+    train_states(
+        *(
+            workspace,
+            "states-more",
+            "--pretrained",
+            workspace / "tracked",
+            "--max_train_steps",
+            1,
+            "--parts",
+            "follow",
+        ),
+    )
+    run(
+        *("train.py", "--dataset", workspace / "set", "--pretrained", workspace / "tracked", "--train_batch_size", 4),
+        *("--cache_dir", workspace / "latents", "--output_dir", workspace / "tracked-lora", "--lora_rank", 2),
+        *("--state_track", workspace / "states-more", "--max_train_steps", 1),
+        launch=ONE,
+    )
+    pipeline.load_lora_weights(workspace / "tracked-lora")
+    adapted = StateTrack.from_pretrained(workspace / "states-more").state_dict()
+    for name, value in pipeline.transformer.track.state_dict().items():
+        assert torch.equal(value, adapted[name]), name
+        assert torch.equal(value, track[name]) != name.startswith("follow"), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bodies": ["point"]}, r"`bodies` must make up the 5 components of .*, got \['point'\] with 2"),
+        ({"bodies": ["stick"]}, "`bodies` must be some of"),
+        ({"bodies": []}, "`state_keys`, `bodies` and `extent` must be given"),
+        ({"state_keys": ["joints"]}, "has no vector feature 'joints'; it has"),
+        ({"pretrained": "track"}, "must be left out with `pretrained`"),
+    ],
+)
+def test_bad_tracks_are_refused_before_anything_is_encoded(workspace, tmp_path, monkeypatch, changes, message):
+    arguments = {"dataset": workspace / "set", "vae": workspace / "vae", "output_dir": tmp_path / "states"}
+    arguments |= {"state_keys": ["observation.state", "observation.environment_state"], "bodies": ["point", "pose"]}
+    arguments |= {"extent": ["0", "0", "512", "512"]} | changes
+    flags = [
+        (f"--{name}", *(value if isinstance(value, list) else [str(value)]))
+        for name, value in arguments.items()
+        if value
+    ]
+    monkeypatch.setattr(sys, "argv", ["train_states.py", *(part for flag in flags for part in flag)])
+    with pytest.raises(ValueError, match=message):
+        train_states_script.main()
+    assert not (tmp_path / "states" / "latents").exists()
 
 
 def test_collected_episodes_are_the_simulators(workspace):

@@ -1,6 +1,6 @@
 """Robot clips: video files, episodes from many sources, latents and windows."""
 
-from .clips import LatentClips, MixedClips, action_normalisation, cache_latents, standardised_states
+from .clips import LatentClips, MixedClips, action_normalisation, cache_latents, episode_states, standardised_states
 from .episode import CameraLayout, Episode, EpisodeSource, camera_layout, check_mixture, first_readable, tile
 from .irasim_release import IRASimFolder
 from .lerobot import LeRobotFolder, is_written, write_file, write_metadata
@@ -33,6 +33,7 @@ __all__ = [
     "publish_lerobot",
     "read_frames",
     "read_video",
+    "episode_states",
     "standardised_states",
     "tile",
     "write_dataset_card",

@@ -199,7 +199,7 @@ def standardised_states(
         ValueError: If a feature or component does not exist, or a state is not finite.
     """
     chosen = [list(part) for part in numbers] if numbers else [list(range(len(dataset))) for dataset in datasets]
-    parts = [_states(dataset, keys, angles, part) for dataset, part in zip(datasets, chosen, strict=True)]
+    parts = [episode_states(dataset, keys, angles, part) for dataset, part in zip(datasets, chosen, strict=True)]
     pooled = np.concatenate([states for part in parts for states in part.values()], dtype=np.float64)
     mean, deviation = pooled.mean(0), pooled.std(0)
     deviation = np.where(deviation > 1e-6, deviation, 1)
@@ -209,10 +209,21 @@ def standardised_states(
     ]
 
 
-def _states(
-    dataset: EpisodeSource, keys: Sequence[str], angles: Sequence[str], numbers: Sequence[int]
+def episode_states(
+    dataset: EpisodeSource, keys: Sequence[str], angles: Sequence[str], numbers: Iterable[int]
 ) -> dict[int, np.ndarray]:
-    """States of some episodes, angles as cosines and sines at the end."""
+    """States (T, S) of some episodes by number, in raw units.
+
+    Args:
+        dataset: The data set.
+        keys: Vector features that make up the state, one after the other.
+        angles: Names of components in radians, which become a cosine and a sine at the end.
+        numbers: The episodes.
+
+    Raises:
+        ValueError: If a feature or component does not exist, or a state is not finite.
+    """
+    numbers = list(numbers)
     first = dataset.vectors(numbers[0])
     names: list[str] = []
     for key in keys:

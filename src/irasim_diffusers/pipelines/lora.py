@@ -1,4 +1,4 @@
-"""LoRA weights whose file may bring the action encoder whole."""
+"""LoRA weights whose file may bring the action encoder, and a track of poses, whole."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.utils.torch_utils import unwrap_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..models.transformer_irasim import ACTION_ENCODER
+from ..models.transformer_irasim import WHOLE_WITH_LORA
 
 
 class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
@@ -24,7 +24,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
     ) -> None:
         """Load LoRA weights as diffusers does; see `~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`.
 
-        Where the file holds the action encoder and the null action, these replace the model's own until
+        Where the file holds the action encoder and the null action, or a track of poses, these replace the model's own until
         `unload_lora_weights`; of several files the one loaded last counts. `disable_lora`, `set_adapters` and
         `delete_adapters` act on the LoRA layers alone. A file that is no safetensors is read only where it is named.
 
@@ -37,7 +37,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         state_dict, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
         layers = {key: value for key, value in state_dict.items() if "lora" in key}
         encoder = {key.removeprefix("transformer."): value for key, value in state_dict.items() if key not in layers}
-        unknown = [key for key in encoder if not key.startswith(ACTION_ENCODER)]
+        unknown = [key for key in encoder if not key.startswith(WHOLE_WITH_LORA)]
         if unknown or not layers:
             raise ValueError(
                 f"no LoRA file of an IRASim transformer: it has no LoRA layer, or other weights, {unknown}."
@@ -90,7 +90,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         own = {
             key.replace(".base_layer.", "."): value
             for key, value in transformer.state_dict().items()
-            if key.startswith(ACTION_ENCODER) and "lora_" not in key
+            if key.startswith(WHOLE_WITH_LORA) and "lora_" not in key
         }
         plain = (type(value) is torch.Tensor and value.is_floating_point() for value in own.values())
         offload = _get_top_level_group_offload_hook(transformer)

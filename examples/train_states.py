@@ -1,0 +1,336 @@
+"""Train a track of poses: a reader of the history's latents, a network that follows bodies under actions, and one that sketches.
+
+    accelerate launch examples/train_states.py --dataset data/pusht-train --vae runs/pusht-vae --output_dir runs/pusht-states \
+        --state_keys observation.state observation.environment_state --bodies point pose --extent 0 0 512 512
+
+`train.py --state_track runs/pusht-states` gives it to a world model, whose tokens then see the sketch of their frame. It is for
+scenes seen from above, in which bodies move in the plane of the picture, and whose data record where they are. Latents are
+encoded once and shared with train.py by `--cache_dir`. The same command run again goes on from the last checkpoint.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from diffusers import AutoencoderKL
+from diffusers.optimization import get_scheduler
+from torch.nn.functional import smooth_l1_loss
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from irasim_diffusers import IRASimPipeline
+from irasim_diffusers.data import LatentClips, PreparedEpisodes, cache_latents, episode_states, open_dataset
+from irasim_diffusers.models import StateTrack
+from irasim_diffusers.models.state_track import KINDS
+from irasim_diffusers.training import checkpoints, remove_leftovers, save_checkpoint
+
+PARTS = ("read", "follow", "draw")
+
+
+@dataclass
+class StatesArguments:
+    dataset: str = field(metadata={"help": "LeRobotDataset, IRASim-format or `datasets` folder, or Hub id"})
+    vae: str = field(metadata={"help": "the world model's autoencoder: folder or Hub id"})
+    output_dir: str = field(metadata={"help": "where checkpoints and, at the end, the track are written"})
+    state_keys: list[str] = field(
+        default_factory=list, metadata={"help": "vector features that make up the state, one after the other"}
+    )
+    bodies: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "kind of each body in the order of the state: point (x, y) or pose (x, y, angle in radians)"
+        },
+    )
+    extent: list[float] = field(
+        default_factory=list,
+        metadata={"help": "the picture's left, top, right and bottom in the units of the states"},
+    )
+    pretrained: str | None = field(
+        default=None,
+        metadata={"help": "track or pipeline to start from, folder or Hub id, in place of the three flags before"},
+    )
+    validation_dataset: str | None = field(default=None, metadata={"help": "held-out data set"})
+    cache_dir: str | None = field(default=None, metadata={"help": "where latents go (default: in the output)"})
+    split: str = field(default="train", metadata={"help": "split of the data, or a part of one as train[:90%%]"})
+    validation_split: str = field(default="train", metadata={"help": "split of the validation data"})
+    cameras: list[str] = field(
+        default_factory=list,
+        metadata={"help": "cameras, stacked into one picture; left,right makes a row (default: the only one)"},
+    )
+    max_train_episodes: int | None = field(default=None, metadata={"help": "use this many episodes"})
+    max_validation_episodes: int = 50
+    action_space: str = field(
+        default="absolute",
+        metadata={"help": "absolute where actions are places in the units of the states, or relative"},
+    )
+    action_scale: float = field(default=1.0, metadata={"help": "what relative actions are multiplied with"})
+    max_follow: int = field(default=15, metadata={"help": "most frames that bodies are followed in training"})
+    train_batch_size: int = field(default=512, metadata={"help": "windows that are followed per step and process"})
+    read_batch_size: int = field(default=64, metadata={"help": "frames that are read per step and process"})
+    draw_batch_size: int = field(default=64, metadata={"help": "frames that are sketched per step and process"})
+    draw_pixels: int = field(
+        default=256, metadata={"help": "latent pixels drawn of each of these, most where something moves"}
+    )
+    parts: list[str] = field(
+        default_factory=lambda: list(PARTS), metadata={"help": "networks to train; the others stay as they are"}
+    )
+    state_noise: float = field(
+        default=0.02, metadata={"help": "deviation of the poses that are followed, in sixteenths of the picture"}
+    )
+    max_train_steps: int = 3000
+    learning_rate: float = 1e-3
+    lr_warmup_steps: int = 100
+    checkpointing_steps: int = 500
+    validation_steps: int = 500
+    seed: int = 0
+
+
+@dataclass
+class Recorded:
+    """What is learned from: all frames of all episodes one after the other."""
+
+    latents: torch.Tensor  # (N, C, h, w), scaled, float16
+    actions: torch.Tensor  # (N, A), raw units
+    states: torch.Tensor  # (N, S), raw units
+    lengths: torch.Tensor  # (N,), frames that follow in the same episode
+
+    def window(self, first: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """States (B, frames, S), and the actions (B, frames - 1, A) between them, from some frames on."""
+        chosen = first[:, None] + torch.arange(frames)
+        return self.states[chosen], self.actions[chosen[:, :-1]]
+
+
+class Training(torch.nn.Module):
+    """One forward pass through the networks that are trained, which distributed wrappers need."""
+
+    def __init__(self, track: StateTrack) -> None:
+        super().__init__()
+        self.track = track
+
+    def forward(self, **batches: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Sum of the errors of poses that are read and followed, and of what is drawn; see `batch`."""
+        track, errors, loss = self.track, [], torch.zeros(())
+        if "read" in batches:
+            latents, states = batches["read"]
+            errors.append(track.errors(track.read(latents)[:, 0], track.normalise(states)))
+        if "follow" in batches:
+            seen, actions, followed = batches["follow"]
+            errors.append(track.errors(track.follow(seen, actions), track.normalise(followed)))
+        for each in errors:
+            loss = loss.to(each.device) + smooth_l1_loss(each, torch.zeros_like(each), beta=0.05)
+        if "draw" in batches:
+            seen, latents, states, pixels = batches["draw"]
+            features = track.pixel_features(seen, track.normalise(states))[:, 0]
+            drawn = track.draw_pixels(features.gather(1, pixels[..., None].expand(-1, -1, features.shape[-1])))
+            true = (latents - seen).flatten(2).mT.gather(1, pixels[..., None].expand(-1, -1, latents.shape[1]))
+            loss = loss.to(drawn.device) + (drawn - true).square().mean() / VARIANCE
+        return loss
+
+
+VARIANCE = 0.05
+"""About that of relative latents, so that errors of all networks are of like size."""
+
+
+def batch(data: Recorded, arguments: StatesArguments, step: int, process: int, track: StateTrack) -> dict[str, tuple]:
+    """What a step learns from: it depends on seed, step and process alone, so that a resumed run sees the same."""
+    rng = np.random.default_rng([arguments.seed, step, process])
+    batches: dict[str, tuple[torch.Tensor, ...]] = {}
+    frames = _follow_length(step / arguments.max_train_steps, arguments.max_follow)
+    history = int(rng.integers(1, 3))
+    starts = torch.nonzero(data.lengths >= history + frames - 1)[:, 0].numpy()
+    several = max(arguments.train_batch_size * 4 // max(frames, 4), 1)  # short windows are many
+    states, actions = data.window(torch.from_numpy(rng.choice(starts, size=several)), history + frames)
+    seen = track.normalise(states[:, :history])
+    seen = seen + arguments.state_noise * torch.from_numpy(rng.standard_normal(seen.shape, np.float32))
+    batches["follow"] = seen, actions[:, history - 1 :], states[:, history:]
+
+    read = torch.from_numpy(rng.integers(len(data.latents), size=arguments.read_batch_size))
+    batches["read"] = data.latents[read].float()[:, :, None], data.states[read]
+
+    ahead = int(rng.integers(1, arguments.max_follow + 1))
+    starts = torch.nonzero(data.lengths >= ahead)[:, 0].numpy()
+    first = torch.from_numpy(rng.choice(starts, size=arguments.draw_batch_size))
+    before, after = data.latents[first].float(), data.latents[first + ahead].float()
+    change = (after - before).abs().mean(1).flatten(1)
+    share = (change + 0.3 * change.mean(1, keepdim=True) + 1e-4).double().cumsum(1)  # most where something moves
+    drawn = torch.from_numpy(rng.random((len(first), arguments.draw_pixels))) * share[:, -1:]
+    pixels = torch.searchsorted(share, drawn).clamp_max(share.shape[1] - 1)
+    batches["draw"] = before, after, torch.stack([data.states[first], data.states[first + ahead]], dim=1), pixels
+    return {part: batches[part] for part in arguments.parts}
+
+
+def load(arguments: StatesArguments, name: str, split: str, episodes: int | None, vae: AutoencoderKL) -> Recorded:
+    """Latents, actions and states of a data set; latents are encoded where they are not cached yet."""
+    source = PreparedEpisodes(open_dataset(name, arguments.cameras or None, split=split, max_episodes=episodes))
+    known = source.vectors(0)
+    missing = [key for key in arguments.state_keys if key not in known]
+    if missing:
+        raise ValueError(f"{source.name!r} has no vector feature {missing[0]!r}; it has {sorted(known)}.")
+    number, wanted = (
+        sum(known[key].shape[1] for key in arguments.state_keys),
+        sum(KINDS[kind] for kind in arguments.bodies),
+    )
+    if number != wanted:
+        raise ValueError(
+            f"`bodies` must make up the {number} components of {arguments.state_keys}, got {arguments.bodies} with {wanted}."
+        )
+    cache = arguments.cache_dir or Path(arguments.output_dir) / "latents"
+    clips = LatentClips(cache_latents(source, vae, cache), arguments.max_follow + 2)
+    states = episode_states(source, arguments.state_keys, (), clips.episodes)
+    latents, actions, poses, lengths = [], [], [], []
+    for episode, (encoded, acted) in clips.episodes.items():
+        latents.append(encoded.half())
+        actions.append(acted)
+        poses.append(torch.from_numpy(states[episode]).float())
+        lengths.append(torch.arange(len(acted) - 1, -1, -1))
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    scaled = ((torch.cat(latents).float() - shift) * vae.config.scaling_factor).half()
+    return Recorded(scaled, torch.cat(actions).float(), torch.cat(poses), torch.cat(lengths))
+
+
+@torch.no_grad()
+def validate(track: StateTrack, data: Recorded, frames: int, number: int = 1000) -> str:
+    """Median errors of poses that are read, and of those followed from read ones where the bodies move most."""
+    rng = np.random.default_rng(0)
+    starts = torch.nonzero(data.lengths >= frames + 1)[:, 0]
+    moves = (track.normalise(data.states[starts + frames + 1]) - track.normalise(data.states[starts])).abs().amax(1)
+    starts = starts[moves >= moves.median()]
+    starts = starts[torch.from_numpy(rng.permutation(len(starts))[:number])]
+    device = track.device
+    states, actions = data.window(starts, frames + 2)
+    latents = torch.stack([data.latents[starts], data.latents[starts + 1]], dim=2).to(device).float()
+    seen = torch.cat([track.read(part) for part in latents.split(100)])
+    follows = track.follow(seen, actions[:, 1:].to(device))
+    texts = []
+    for what, found, true in (
+        ("read", seen[:, 1], states[:, 1]),
+        (f"after {frames} frames", follows[:, -1], states[:, -1]),
+    ):
+        difference = (found - track.normalise(true.to(device))).cpu()
+        parts = []
+        for start, kind in zip(track.body_starts, track.config.bodies, strict=True):
+            distance = difference[:, start : start + 2].norm(dim=1).median() * track.unit
+            parts.append(f"{distance:.3g}")
+            if kind == "pose":
+                turn = difference[:, start + 2]
+                parts[-1] += f" and {torch.atan2(turn.sin(), turn.cos()).abs().median().rad2deg():.3g} degrees"
+        texts.append(f"{what}: {', '.join(parts)}")
+    poses = track.denormalise(torch.cat([seen[:, 1:], follows[:, -1:]], dim=1))
+    last = data.latents[starts + frames + 1].to(device).float()
+    errors = [
+        (track.draw(seen[:, :, None], given.to(device))[:, :, 0] - (after - seen)).square().mean().cpu()
+        for seen, after, given in zip(latents[:, :, 1].split(100), last.split(100), poses.split(100), strict=True)
+    ]
+    change = (last - latents[:, :, 1]).square().mean().cpu()
+    texts.append(f"sketched there: {torch.stack(errors).mean() / change:.3g} of the change is wrong")
+    return "; ".join(texts)
+
+
+def load_pretrained(arguments: StatesArguments) -> StateTrack | None:
+    """The track to start from, whose bodies and coordinates the arguments take over; None for a new one."""
+    what = (arguments.state_keys, arguments.bodies, arguments.extent)
+    if arguments.pretrained is None:
+        if not all(what):
+            raise ValueError("`state_keys`, `bodies` and `extent` must be given for a new track.")
+        StateTrack(bodies=arguments.bodies, extent=arguments.extent)  # refuses what cannot be
+        return None
+    if any(what):
+        raise ValueError("`state_keys`, `bodies` and `extent` must be left out with `pretrained`, which has its own.")
+    try:
+        track = StateTrack.from_pretrained(arguments.pretrained)
+    except (OSError, ValueError):
+        track = getattr(IRASimPipeline.from_pretrained(arguments.pretrained).transformer, "track", None)
+        if track is None:
+            raise ValueError(f"`pretrained` {arguments.pretrained!r} has no track of poses.") from None
+    config = track.config
+    arguments.state_keys, arguments.bodies, arguments.extent = config.state_keys, config.bodies, config.extent
+    return track
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(StatesArguments).parse_args_into_dataclasses()
+    if not arguments.parts or not set(arguments.parts) <= set(PARTS):
+        raise ValueError(f"`parts` must be some of {', '.join(PARTS)}, got {arguments.parts}.")
+    track = load_pretrained(arguments)
+    output = Path(arguments.output_dir)
+    accelerator = Accelerator()
+    set_seed(arguments.seed)
+    output.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_leftovers(output)
+    vae = AutoencoderKL.from_pretrained(arguments.vae).to(accelerator.device).requires_grad_(False)
+    with accelerator.main_process_first():
+        data = load(arguments, arguments.dataset, arguments.split, arguments.max_train_episodes, vae)
+        held_out = None
+        if arguments.validation_dataset:
+            held_out = load(
+                arguments,
+                arguments.validation_dataset,
+                arguments.validation_split,
+                arguments.max_validation_episodes,
+                vae,
+            )
+    source = open_dataset(arguments.dataset, arguments.cameras or None, split=arguments.split)
+    names = [name for key in arguments.state_keys for name in source.component_names(key) or []]
+    track = track or StateTrack(
+        bodies=arguments.bodies,
+        extent=arguments.extent,
+        state_keys=arguments.state_keys,
+        state_names=names or None,
+        in_channels=vae.config.latent_channels,
+        action_dim=data.actions.shape[1],
+        action_space=arguments.action_space,
+        action_scale=arguments.action_scale,
+    )
+    for name, parameter in track.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(arguments.parts)))
+    trained = [parameter for parameter in track.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=arguments.learning_rate)
+    schedule = get_scheduler(
+        "cosine",
+        optimizer,
+        num_warmup_steps=arguments.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=arguments.max_train_steps * accelerator.num_processes,
+    )
+    model, optimizer, schedule = accelerator.prepare(Training(track), optimizer, schedule)
+    step = 0
+    if checkpoints(output):
+        accelerator.load_state(str(checkpoints(output)[-1]))
+        step = int(checkpoints(output)[-1].name.split("-")[1])
+    bar = tqdm(total=arguments.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
+    start = time.perf_counter()
+    while step < arguments.max_train_steps:
+        batches = batch(data, arguments, step, accelerator.process_index, track)
+        loss = model(**send_to_device(batches, accelerator.device))
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        step += 1
+        bar.update()
+        bar.set_postfix(loss=f"{loss.item():.4f}")
+        if step % arguments.checkpointing_steps == 0 and step < arguments.max_train_steps:
+            save_checkpoint(accelerator, output, step, limit=2)
+        if held_out and accelerator.is_main_process and step % arguments.validation_steps == 0:
+            bar.write(
+                f"step {step}, {time.perf_counter() - start:.0f} s: {validate(track, held_out, arguments.max_follow)}"
+            )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        track.save_pretrained(output)
+        if held_out:
+            print(f"held out: {validate(track, held_out, arguments.max_follow)}; {output}")
+
+
+def _follow_length(progress: float, longest: int) -> int:
+    """Frames that are followed at a progress in [0, 1): few at first, since errors of many frames say little then."""
+    return min(4 if progress < 0.3 else 8 if progress < 0.5 else longest, longest)
+
+
+if __name__ == "__main__":
+    main()
