@@ -219,7 +219,7 @@ class StateTrack(ModelMixin, ConfigMixin):
             change, memory = self._step(state, velocity, known, aims[:, step], others[:, step], memory)
             state, velocity, known = state + change, change, torch.ones_like(known)
             states.append(state)
-        return torch.stack(states, dim=1)
+        return torch.stack(states, dim=1) if states else history[:, :0].float()
 
     def _turns_within_a_half(self, change: torch.Tensor) -> torch.Tensor:
         for column in self._angle:
@@ -269,18 +269,21 @@ class StateTrack(ModelMixin, ConfigMixin):
                 parts.append(moved[:, start + 2 : start + 3])
         return torch.cat(parts, dim=-1), memory.tanh()
 
-    def forward(self, history: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, history: torch.Tensor, actions: torch.Tensor, states: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """States of a window.
 
         Args:
             history: Clean latents (B, C, h, H, W) of the frames seen.
             actions: Actions (B, n, A) in raw units.
+            states: States (B, h, S) in raw units of the history, where they are known; None to read them.
 
         Returns:
-            States (B, h + n, S) in raw units, read in the history and followed from there, float32.
+            States (B, h + n, S) in raw units, those of the history and those that follow, float32.
         """
         with torch.autocast(history.device.type, enabled=False):
-            seen = self.read(history)
+            seen = self.read(history) if states is None else self.normalise(states)
             return self.denormalise(torch.cat([seen, self.follow(seen, actions)], dim=1))
 
     def draw(self, history: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

@@ -384,6 +384,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         attention_kwargs: dict[str, Any] | None = None,
         fps: float | None = None,
         on_step_end: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Denoise the future of one window; the history stays clean and is never stepped.
 
@@ -401,6 +402,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             fps: Frames a second, for checkpoints that embed it; None takes the config's.
             on_step_end: Called with step, timestep and latents after each step; returns the latents to go on with. They are
                 relative to the last history frame where the checkpoint's are.
+            states: States (B, h + n, S) from `window_states`, for a model with a track of poses; None to have it follow them in each
+                step anew.
 
         Returns:
             The future (B, C, n, H, W), scaled latents, float32.
@@ -425,6 +428,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 attention_kwargs=attention_kwargs,
                 return_dict=False,
                 **({} if fps is None else {"fps": fps}),
+                **({} if states is None else {"states": states}),
             )[0]
             return prediction[:, :, num_history_frames:].float()
 
@@ -547,6 +551,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         windows = count_windows(actions.shape[1], history.shape[2], window_length, config.num_history_frames)
         self._num_timesteps = windows * steps_per_window
         started = 0  # actions whose windows have begun
+        known: torch.Tensor | None = None  # states of the frames that a window starts from
         steps = 0  # steps over all windows
 
         with self.progress_bar(total=self.num_timesteps) as progress_bar:
@@ -562,7 +567,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 return current
 
             def predict_window(window_history: torch.Tensor, window_actions: torch.Tensor) -> torch.Tensor:
-                nonlocal started
+                nonlocal started, known
                 if self.interrupt:
                     return window_history[:, :, :0]
                 wanted = window_actions.shape[1]
@@ -570,9 +575,13 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 given = None if latents is None else latents[:, :, started : started + wanted]
                 shape = (batch_size, config.in_channels, length, *window_history.shape[-2:])
                 started += wanted
+                padded = self._pad_actions(window_actions, length)
+                states = self.window_states(window_history, padded, known)
+                if states is not None:
+                    known = states[:, : window_history.shape[2] + wanted][:, -config.num_history_frames :]
                 future = self.denoise_window(
                     window_history,
-                    self._pad_actions(window_actions, length),
+                    padded,
                     self.prepare_latents(shape, generator, given),
                     num_inference_steps,
                     self.guidance_scale,  # as a callback left it
@@ -583,6 +592,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                     attention_kwargs,
                     fps,
                     on_step_end,
+                    states,
                 )
                 return future[:, :, :wanted]
 
@@ -610,6 +620,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         fps: float | None = None,
+        states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict a few frames that follow a history, all in latents: one window, as short as its actions.
 
@@ -621,6 +632,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             generator: Seeded generator, or one for each video.
             attention_kwargs: Passed to the transformer.
             fps: Frames a second, for checkpoints that embed it.
+            states: States (B, h + n, S) from `window_states`; see `denoise_window`.
 
         Returns:
             The future (B, C, n, H, W), scaled latents, float32.
@@ -640,11 +652,68 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             generator,
             attention_kwargs=attention_kwargs,
             fps=fps,
+            states=states,
         )[:, :, :length]
+
+    def window_states(
+        self, history: torch.Tensor, actions: torch.Tensor, known: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Poses of what moves in a window, to be handed from one window to the next: read once, they do not drift by reading.
+
+        Args:
+            history: Clean history (B, C, h, H, W), scaled latents.
+            actions: Actions (B, n, A) in raw units; n may be 0.
+            known: States (B, h, S) of the history that an earlier call gave; None to read them.
+
+        Returns:
+            States (B, h + n, S) in raw units, those of the history first, float32; None for a model without a track of poses.
+        """
+        track = getattr(self.transformer, "track", None)
+        if track is None:
+            return None
+        # outside the transformer's forward, where offloading has left the track; on meta it comes by itself
+        device = track.read_in.weight.device
+        device = self._execution_device if device.type == "meta" else device
+        states = track(
+            history.to(device, self.transformer.dtype),
+            actions.to(device),
+            None if known is None else known.to(device),
+        )
+        return states.to(self._execution_device)
 
     def predict(self, frames: Any, actions: Any, **kwargs: Any) -> torch.Tensor:
         """Predict as a `WorldModel`: `__call__` with tensors (B, n, 3, H, W) in [0, 1] out, unless told otherwise."""
         return self(frames, actions, **{"output_type": "pt"} | kwargs).frames
+
+    @torch.no_grad()
+    def predict_states(self, frames: Any, actions: Any, resize: bool = False) -> torch.Tensor:
+        """Predict the poses of what moves without drawing them, for planners and policies that read states.
+
+        Args:
+            frames: The history; see `__call__`.
+            actions: Actions (n, A) or (B, n, A); one history with several action sequences gives the states of each.
+            resize: Resize frames of another size instead of refusing them.
+
+        Returns:
+            States (B, n, S) in raw units, float32; `transformer.track.config.state_names` names their components.
+
+        Raises:
+            ValueError: If the model has no track of poses, or on bad input.
+        """
+        if getattr(self.transformer, "track", None) is None:
+            raise ValueError(
+                "`predict_states` needs a model with a track of poses (`train.py --state_track`), this has none."
+            )
+        histories = self.preprocess_frames(frames, resize)
+        actions = prepare_actions(actions, self.transformer.config.action_dim)
+        batch_size = max(len(histories), len(actions))
+        if {len(histories), len(actions)} - {1, batch_size}:
+            raise ValueError(f"`actions` must be for {len(histories)} histories, got {len(actions)}.")
+        history = _repeat_to(self.encode_history(histories), batch_size)
+        states = self.window_states(history, _repeat_to(actions, batch_size))
+        assert states is not None
+        self.maybe_free_model_hooks()
+        return states[:, history.shape[2] :]
 
     def stream(
         self,
@@ -715,14 +784,23 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             self._interrupt = False
             coming = iter(actions)
             try:
-                history = self.encode_history(histories)
+                history, known = self.encode_history(histories), None
                 while not self.interrupt and (chunk := list(islice(coming, length))):
                     chunk_actions = prepare_actions(chunk, config.action_dim)
+                    states = self.window_states(history, chunk_actions, known)
                     future = self.predict_latents(
-                        history, chunk_actions, num_inference_steps, guidance_scale, generator, attention_kwargs, fps
+                        history,
+                        chunk_actions,
+                        num_inference_steps,
+                        guidance_scale,
+                        generator,
+                        attention_kwargs,
+                        fps,
+                        states,
                     )
                     if self.interrupt:
                         break
+                    known = None if states is None else states[:, -config.num_history_frames :]
                     history = torch.cat([history, future], dim=2)[:, :, -config.num_history_frames :]
                     if output_type == "latent":
                         yield from future[0].unbind(1)
