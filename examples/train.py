@@ -644,13 +644,25 @@ def build_transformer(
 
 
 def load_track(
-    arguments: TrainingArguments, sources: list[PreparedEpisodes], pretrained: IRASimTransformer3DModel | None
+    arguments: TrainingArguments,
+    sources: list[PreparedEpisodes],
+    vae: AutoencoderKL | PixelSpace,
+    pretrained: IRASimTransformer3DModel | None,
 ) -> StateTrack | None:
     """The track of poses that is asked for; whether it, or the pretrained model's own, suits the data is checked."""
     name = arguments.state_track
     track = StateTrack.from_pretrained(name) if name not in (None, "none") else None
     if not track and (name or pretrained is None or not pretrained.config.state_track):
         return None
+    if track:
+        channels = vae.config.latent_channels
+        size = first_readable(sources[0], sources[0].vectors)["action"].shape[1]
+        for what, wanted, has in (
+            ("channels of latents", channels, track.config.in_channels),
+            ("components of actions", size, track.config.action_dim),
+        ):
+            if wanted != has:
+                raise ValueError(f"`state_track` must be of the data: they have {wanted} {what}, {name!r} has {has}.")
     if arguments.state_keys:
         raise ValueError(
             "`state_keys` must be left out for a model with a state track, which sees the states already."
@@ -1100,7 +1112,7 @@ def main() -> None:
     check_data(sources, arguments)
     vae = load_vae(arguments).to(accelerator.device)
     pretrained = load_pretrained(arguments, vae, sources[0])
-    track = load_track(arguments, sources, pretrained)
+    track = load_track(arguments, sources, vae, pretrained)
     patch_size = pretrained.config.patch_size if pretrained else arguments.patch_size or NEW_MODEL["patch_size"]
     for source in [] if arguments.recorded_latents else sources:
         check_frames(source, vae, 1 if arguments.model == "unet" else patch_size)

@@ -10,12 +10,13 @@ encoded once and shared with train.py by `--cache_dir`. The same command run aga
 
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import InitProcessGroupKwargs, send_to_device, set_seed
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from torch.nn.functional import smooth_l1_loss
@@ -178,6 +179,10 @@ def load(arguments: StatesArguments, name: str, split: str, episodes: int | None
         raise ValueError(
             f"`bodies` must make up the {number} components of {arguments.state_keys}, got {arguments.bodies} with {wanted}."
         )
+    height, width = source.window(0, 0, 1).frames.shape[1:3]
+    left, top, right, bottom = arguments.extent
+    if abs((right - left) * height - (bottom - top) * width) > 0.02 * (right - left) * height:
+        raise ValueError(f"`extent` must have square pixels in pictures of {width}x{height}, got {arguments.extent}.")
     cache = arguments.cache_dir or Path(arguments.output_dir) / "latents"
     clips = LatentClips(cache_latents(source, vae, cache), arguments.max_follow + 2)
     states = episode_states(source, arguments.state_keys, (), clips.episodes)
@@ -257,7 +262,9 @@ def main() -> None:
         raise ValueError(f"`parts` must be some of {', '.join(PARTS)}, got {arguments.parts}.")
     track = load_pretrained(arguments)
     output = Path(arguments.output_dir)
-    accelerator = Accelerator()
+    accelerator = Accelerator(
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))]  # one may encode for long
+    )
     set_seed(arguments.seed)
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:

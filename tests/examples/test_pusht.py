@@ -160,6 +160,7 @@ def test_a_world_model_is_given_a_track(workspace, states):
         ({"bodies": ["stick"]}, "`bodies` must be some of"),
         ({"bodies": []}, "`state_keys`, `bodies` and `extent` must be given"),
         ({"state_keys": ["joints"]}, "has no vector feature 'joints'; it has"),
+        ({"extent": ["0", "0", "512", "256"]}, "`extent` must have square pixels in pictures of 96x96"),
         ({"pretrained": "track"}, "must be left out with `pretrained`"),
     ],
 )
