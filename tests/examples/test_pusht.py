@@ -23,7 +23,7 @@ from huggingface_hub import DatasetCard
 from poses import pose_errors, read_poses, true_poses
 from simulator import Simulator, push_about, push_at
 
-from irasim_diffusers import IRASimPipeline
+from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.models import StateTrack
 
@@ -339,6 +339,29 @@ def test_the_expert_reaches_the_goal():
             action = pusher.send(state)
         reached += simulator.environment._get_coverage() > 0.95
     assert reached >= 3
+
+
+def test_the_embedded_model_foresees_poses():
+    """Held-out seeds, from one frame and the actions of a pusher that seeks contact."""
+    pipeline = IRASimPipeline.from_pretrained(embedded_checkpoint())
+    assert pipeline.transformer.track.config.state_names[3] == "block_y"
+    pushers, blocks, moves = [], [], []
+    for seed in range(1_000_100, 1_000_106):
+        simulator = Simulator()
+        states = [simulator.reset(seed)]
+        pusher = push_at(np.random.default_rng(seed), states[0])
+        action, actions, frame = next(pusher), [], simulator.frame()
+        for _ in range(15):
+            actions.append(action)
+            states.append(simulator.step(action))
+            action = pusher.send(states[-1])
+        predicted = pipeline.predict_states(frame, np.stack(actions))[0, -1].numpy()
+        pushers.append(np.linalg.norm(predicted[:2] - states[-1].agent))
+        blocks.append(np.linalg.norm(predicted[2:4] - states[-1].block[:2]))
+        moves.append(np.linalg.norm(states[-1].block - states[0].block))
+    assert np.median(pushers) < 5  # of 512
+    assert np.median(blocks) < 10
+    assert np.max(moves) > 30  # some block was pushed
 
 
 def test_poses_are_read_from_pixels(workspace):
