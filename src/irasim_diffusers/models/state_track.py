@@ -48,6 +48,8 @@ class StateTrack(ModelMixin, ConfigMixin):
         ValueError: If bodies or extent are no such things.
     """
 
+    _no_split_modules = ["StateTrack"]
+
     @register_to_config
     def __init__(
         self,
@@ -131,6 +133,11 @@ class StateTrack(ModelMixin, ConfigMixin):
         for module in (self.follow_out[1], self.draw_out[1]):
             for parameter in module.parameters():
                 nn.init.zeros_(parameter)
+
+    def device_for(self, device: torch.device) -> torch.device:
+        """Where to compute for `device`: where the weights lie, unless they are on meta and come by themselves."""
+        own = self.read_in.weight.device
+        return device if own.type == "meta" else own
 
     def normalise(self, states: torch.Tensor) -> torch.Tensor:
         """States (..., S) in raw units to those of the networks: the picture is 16 wide, its middle the origin."""

@@ -568,7 +568,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         hidden_states = hidden_states.permute(0, 6, 1, 2, 4, 3, 5)  # (B, C, F, rows, patch, columns, patch)
         sample = hidden_states.flatten(5, 6).flatten(3, 4)  # (B, C, F, H, W)
         if sketch is not None and self.config.prediction_type == "sample":
-            sample = sample + sketch  # what is left to the network is what the sketch does not know
+            sample = sample + sketch.to(sample.device)  # what is left to the network is what the sketch does not know
 
         if not return_dict:
             return (sample,)
@@ -586,14 +586,15 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         if not num_history_frames:
             raise ValueError("`actions` must leave one frame of history at least, in which this model reads poses.")
         history = latents[:, :, :num_history_frames]
-        if states is None:
-            states = self.track(history, actions)
-        sketch = self.track.draw(history, states)
+        device = self.track.device_for(latents.device)  # another one in a model split over GPUs
+        given = history.to(device)
+        states = self.track(given, actions.to(device)) if states is None else states.to(device)
+        sketch = self.track.draw(given, states).to(history)
         if not self.config.relative_latents:
             sketch = sketch + history[:, :, -1:]
         if action_mask is not None:
             sketch = sketch * action_mask[:, None, :, None, None]
-        return torch.cat([torch.zeros_like(history), sketch.to(history)], dim=2)
+        return torch.cat([torch.zeros_like(history), sketch], dim=2)
 
     def _embed_fps(self, fps: float | torch.Tensor | None, temb: torch.Tensor) -> torch.Tensor:
         fps = self.config.fps if fps is None else fps

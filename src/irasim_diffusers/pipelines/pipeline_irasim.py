@@ -671,9 +671,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         track = getattr(self.transformer, "track", None)
         if track is None:
             return None
-        # outside the transformer's forward, where offloading has left the track; on meta it comes by itself
-        device = track.read_in.weight.device
-        device = self._execution_device if device.type == "meta" else device
+        device = track.device_for(self._execution_device)  # offloading has left it elsewhere, outside a forward pass
         states = track(
             history.to(device, self.transformer.dtype),
             actions.to(device),
