@@ -258,7 +258,7 @@ class TestSettings:
 
     def test_windows_join_to_what_one_call_predicts(self, world):
         setting = Setting(world, "DDIMScheduler", 1, 3)
-        history, actions = world.clip[:2], world.clip_actions[:8]
+        history, actions = world.clip[:2], world.clip_actions[:16]
 
         async def windows():
             return [part async for part in predict(pipeline_of(setting), setting, history, actions)]
@@ -266,9 +266,9 @@ class TestSettings:
         parts = asyncio.run(windows())
         generator = torch.Generator().manual_seed(3)
         (whole,) = predict_whole(pipeline_of(setting), setting, history, actions, generator)
-        assert [len(part) for part in parts] == [6, 2]
-        assert np.abs(np.concatenate(parts)[:6].astype(int) - whole[:6]).max() <= 1
-        assert whole.shape == (8, 96, 96, 3)
+        assert [len(part) for part in parts] == [14, 2]
+        assert np.abs(np.concatenate(parts)[:14].astype(int) - whole[:14]).max() <= 1
+        assert whole.shape == (16, 96, 96, 3)
 
     def test_errors_stop_with_the_truth(self):
         truth = np.full((2, 4, 6, 3), 100, np.uint8)
