@@ -150,7 +150,7 @@ def test_a_world_model_is_given_a_track(workspace, states):
     adapted = StateTrack.from_pretrained(workspace / "states-more").state_dict()
     for name, value in pipeline.transformer.track.state_dict().items():
         assert torch.equal(value, adapted[name]), name
-        assert torch.equal(value, track[name]) != name.startswith("follow"), name
+        assert name.startswith("follow") or torch.equal(value, track[name]), name
 
 
 @pytest.mark.parametrize(
