@@ -98,6 +98,11 @@ class Recorded:
     actions: torch.Tensor  # (N, A), raw units
     states: torch.Tensor  # (N, S), raw units
     lengths: torch.Tensor  # (N,), frames that follow in the same episode
+    names: list[str]  # of the components of the state, where the data have them
+
+    def starts(self, ahead: int, number: int, rng: np.random.Generator) -> torch.Tensor:
+        """Some frames (number,), drawn at random, that so many follow in the same episode."""
+        return torch.from_numpy(rng.choice(torch.nonzero(self.lengths >= ahead)[:, 0].numpy(), size=number))
 
     def window(self, first: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
         """States (B, frames, S), and the actions (B, frames - 1, A) between them, from some frames on."""
@@ -114,54 +119,57 @@ class Training(torch.nn.Module):
 
     def forward(self, **batches: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Sum of the errors of poses that are read and followed, and of what is drawn; see `batch`."""
-        track, errors, loss = self.track, [], torch.zeros(())
+        track, losses = self.track, []
         if "read" in batches:
             latents, states = batches["read"]
-            errors.append(track.errors(track.read(latents)[:, 0], track.normalise(states)))
+            losses.append(_error(track.errors(track.read(latents)[:, 0], track.normalise(states))))
         if "follow" in batches:
             seen, actions, followed = batches["follow"]
-            errors.append(track.errors(track.follow(seen, actions), track.normalise(followed)))
-        for each in errors:
-            loss = loss.to(each.device) + smooth_l1_loss(each, torch.zeros_like(each), beta=0.05)
+            losses.append(_error(track.errors(track.follow(seen, actions), track.normalise(followed))))
         if "draw" in batches:
             seen, latents, states, pixels = batches["draw"]
             features = track.pixel_features(seen, track.normalise(states))[:, 0]
             drawn = track.draw_pixels(features.gather(1, pixels[..., None].expand(-1, -1, features.shape[-1])))
             true = (latents - seen).flatten(2).mT.gather(1, pixels[..., None].expand(-1, -1, latents.shape[1]))
-            loss = loss.to(drawn.device) + (drawn - true).square().mean() / VARIANCE
-        return loss
+            losses.append((drawn - true).square().mean() / VARIANCE)
+        return torch.stack(losses).sum()
+
+
+def _error(differences: torch.Tensor) -> torch.Tensor:
+    return smooth_l1_loss(differences, torch.zeros_like(differences), beta=0.05)
 
 
 VARIANCE = 0.05
 """About that of relative latents, so that errors of all networks are of like size."""
 
 
-def batch(data: Recorded, arguments: StatesArguments, step: int, process: int, track: StateTrack) -> dict[str, tuple]:
-    """What a step learns from: it depends on seed, step and process alone, so that a resumed run sees the same."""
+def batch(
+    data: Recorded, arguments: StatesArguments, step: int, process: int, track: StateTrack
+) -> dict[str, tuple[torch.Tensor, ...]]:
+    """What a step learns from: it depends on seed, step, process and parts alone, so that a resumed run sees the same."""
     rng = np.random.default_rng([arguments.seed, step, process])
     batches: dict[str, tuple[torch.Tensor, ...]] = {}
-    frames = _follow_length(step / arguments.max_train_steps, arguments.max_follow)
-    history = int(rng.integers(1, 3))
-    starts = torch.nonzero(data.lengths >= history + frames - 1)[:, 0].numpy()
-    several = max(arguments.train_batch_size * 4 // max(frames, 4), 1)  # short windows are many
-    states, actions = data.window(torch.from_numpy(rng.choice(starts, size=several)), history + frames)
-    seen = track.normalise(states[:, :history])
-    seen = seen + arguments.state_noise * torch.from_numpy(rng.standard_normal(seen.shape, np.float32))
-    batches["follow"] = seen, actions[:, history - 1 :], states[:, history:]
-
-    read = torch.from_numpy(rng.integers(len(data.latents), size=arguments.read_batch_size))
-    batches["read"] = data.latents[read].float()[:, :, None], data.states[read]
-
-    ahead = int(rng.integers(1, arguments.max_follow + 1))
-    starts = torch.nonzero(data.lengths >= ahead)[:, 0].numpy()
-    first = torch.from_numpy(rng.choice(starts, size=arguments.draw_batch_size))
-    before, after = data.latents[first].float(), data.latents[first + ahead].float()
-    change = (after - before).abs().mean(1).flatten(1)
-    share = (change + 0.3 * change.mean(1, keepdim=True) + 1e-4).double().cumsum(1)  # most where something moves
-    drawn = torch.from_numpy(rng.random((len(first), arguments.draw_pixels))) * share[:, -1:]
-    pixels = torch.searchsorted(share, drawn).clamp_max(share.shape[1] - 1)
-    batches["draw"] = before, after, torch.stack([data.states[first], data.states[first + ahead]], dim=1), pixels
-    return {part: batches[part] for part in arguments.parts}
+    if "read" in arguments.parts:
+        read = torch.from_numpy(rng.integers(len(data.latents), size=arguments.read_batch_size))
+        batches["read"] = data.latents[read].float()[:, :, None], data.states[read]
+    if "follow" in arguments.parts:
+        frames = _follow_length(step / arguments.max_train_steps, arguments.max_follow)
+        history = int(rng.integers(1, 3))
+        several = max(arguments.train_batch_size * 4 // max(frames, 4), 1)  # short windows are many
+        states, actions = data.window(data.starts(history + frames - 1, several, rng), history + frames)
+        seen = track.normalise(states[:, :history])
+        seen = seen + arguments.state_noise * torch.from_numpy(rng.standard_normal(seen.shape, np.float32))
+        batches["follow"] = seen, actions[:, history - 1 :], states[:, history:]
+    if "draw" in arguments.parts:
+        ahead = int(rng.integers(1, arguments.max_follow + 1))
+        first = data.starts(ahead, arguments.draw_batch_size, rng)
+        before, after = data.latents[first].float(), data.latents[first + ahead].float()
+        change = (after - before).abs().mean(1).flatten(1)
+        share = (change + 0.3 * change.mean(1, keepdim=True) + 1e-4).double().cumsum(1)  # most where something moves
+        drawn = torch.from_numpy(rng.random((len(first), arguments.draw_pixels))) * share[:, -1:]
+        pixels = torch.searchsorted(share, drawn).clamp_max(share.shape[1] - 1)
+        batches["draw"] = before, after, torch.stack([data.states[first], data.states[first + ahead]], dim=1), pixels
+    return batches
 
 
 def load(arguments: StatesArguments, name: str, split: str, episodes: int | None, vae: AutoencoderKL) -> Recorded:
@@ -171,10 +179,8 @@ def load(arguments: StatesArguments, name: str, split: str, episodes: int | None
     missing = [key for key in arguments.state_keys if key not in known]
     if missing:
         raise ValueError(f"{source.name!r} has no vector feature {missing[0]!r}; it has {sorted(known)}.")
-    number, wanted = (
-        sum(known[key].shape[1] for key in arguments.state_keys),
-        sum(KINDS[kind] for kind in arguments.bodies),
-    )
+    number = sum(known[key].shape[1] for key in arguments.state_keys)
+    wanted = sum(KINDS[kind] for kind in arguments.bodies)
     if number != wanted:
         raise ValueError(
             f"`bodies` must make up the {number} components of {arguments.state_keys}, got {arguments.bodies} with {wanted}."
@@ -194,7 +200,8 @@ def load(arguments: StatesArguments, name: str, split: str, episodes: int | None
         lengths.append(torch.arange(len(acted) - 1, -1, -1))
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     scaled = ((torch.cat(latents).float() - shift) * vae.config.scaling_factor).half()
-    return Recorded(scaled, torch.cat(actions).float(), torch.cat(poses), torch.cat(lengths))
+    names = [name for key in arguments.state_keys for name in source.component_names(key) or []]
+    return Recorded(scaled, torch.cat(actions).float(), torch.cat(poses), torch.cat(lengths), names)
 
 
 @torch.no_grad()
@@ -281,13 +288,11 @@ def main() -> None:
                 arguments.max_validation_episodes,
                 vae,
             )
-    source = open_dataset(arguments.dataset, arguments.cameras or None, split=arguments.split)
-    names = [name for key in arguments.state_keys for name in source.component_names(key) or []]
     track = track or StateTrack(
         bodies=arguments.bodies,
         extent=arguments.extent,
         state_keys=arguments.state_keys,
-        state_names=names or None,
+        state_names=data.names or None,
         in_channels=vae.config.latent_channels,
         action_dim=data.actions.shape[1],
         action_space=arguments.action_space,

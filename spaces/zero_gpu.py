@@ -19,7 +19,15 @@ except ImportError:
 
 
 ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
-COMPUTING = ("__call__", "predict", "encode_history", "predict_latents", "decode_latents", "window_states")
+COMPUTING = (
+    "__call__",
+    "predict",
+    "encode_history",
+    "predict_latents",
+    "decode_latents",
+    "read_states",
+    "window_states",
+)
 _PIPELINES: dict[str, IRASimPipeline] = {}  # of this process, and of the ones forked from it
 
 

@@ -358,25 +358,27 @@ def set_state_track(model: IRASimTransformer3DModel, track: StateTrack | None) -
         ValueError: If latents or actions differ, or the model conditions on whole trajectories.
     """
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    if track is None:
-        new = IRASimTransformer3DModel(**config | {"state_track": None})
-        new.load_state_dict({k: value for k, value in model.state_dict().items() if not k.startswith(STATE_TRACK)})
-        return new if new.dtype == model.dtype else new.to(model.dtype)
-    for name in ("in_channels", "action_dim", "action_space"):
-        if config[name] != track.config[name]:
+    state, settings = model.state_dict(), None
+    if track is not None:
+        for name in ("in_channels", "action_dim", "action_space"):
+            if config[name] != track.config[name]:
+                raise ValueError(
+                    f"`track` must have the model's `{name}` {config[name]!r}, got {track.config[name]!r}: train one for it."
+                )
+        if config["conditioning"] != "frame":
             raise ValueError(
-                f"`track` must have the model's `{name}` {config[name]!r}, got {track.config[name]!r}: train one for it."
+                "`model` must be of Frame-Ada to see the poses of a track, got one of whole trajectories."
             )
-    if config["conditioning"] != "frame":
-        raise ValueError("`model` must be of Frame-Ada to see the poses of a track, got one of whole trajectories.")
-    settings = {key: value for key, value in track.config.items() if not key.startswith("_")}
+        settings = {key: value for key, value in track.config.items() if not key.startswith("_")}
     new = IRASimTransformer3DModel(**config | {"state_track": settings})
-    state = new.state_dict() | {k: value for k, value in model.state_dict().items() if not k.startswith("track.")}
-    state |= {f"track.{name}": value for name, value in track.state_dict().items()}
+    if track is None:
+        state = {name: value for name, value in state.items() if not name.startswith(STATE_TRACK)}
+    else:
+        state = new.state_dict() | {name: value for name, value in state.items() if not name.startswith("track.")}
+        state |= {f"track.{name}": value for name, value in track.state_dict().items()}
+        if config["state_track"] is None and config["prediction_type"] == "sample":
+            state |= {name: torch.zeros_like(state[name]) for name in ("proj_out.weight", "proj_out.bias")}
     new.load_state_dict(state)
-    if config["state_track"] is None and config["prediction_type"] == "sample":
-        torch.nn.init.zeros_(new.proj_out.weight)
-        torch.nn.init.zeros_(new.proj_out.bias)
     return new if new.dtype == model.dtype else new.to(model.dtype)
 
 

@@ -194,8 +194,7 @@ class DrivingSession:
         self.num_inference_steps = num_inference_steps
         with torch.no_grad():
             self._history = pipe.encode_history(pixels)  # (1, C, h, H, W)
-            none = torch.zeros(1, 0, pipe.transformer.config.action_dim)
-            self._first_states = pipe.window_states(self._history, none)  # (1, h, S), or None
+            self._first_states = pipe.read_states(self._history)  # (1, h, S), or None
         self.first_frame: PIL.Image.Image = pipe.video_processor.postprocess(pixels[0, -1:])[0]
         self._kept: deque[_Predicted] = deque(maxlen=max_frames)
         self.reset()

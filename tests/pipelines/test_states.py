@@ -21,7 +21,7 @@ def test_states_are_those_that_the_model_follows(tracked, frames, actions):
     history = tracked.encode_history(tracked.preprocess_frames(frames))
     followed = tracked.transformer.track(history, torch.from_numpy(actions).float()[None])
     assert states.shape == (1, 7, 5)
-    assert torch.equal(states, followed[:, 2:])
+    torch.testing.assert_close(states, followed[:, 2:])
 
 
 def test_states_of_several_candidates(tracked, frames, actions):
@@ -34,7 +34,7 @@ def test_states_of_several_candidates(tracked, frames, actions):
     both = tracked.predict_states(np.stack([frames, frames[::-1]]), np.stack([actions, other]))
     torch.testing.assert_close(both[:1], states[:1])
     assert not torch.allclose(both[1], states[1])
-    with pytest.raises(ValueError, match="`actions` must be for 2 histories, got 3"):
+    with pytest.raises(ValueError, match="got 2 histories and 3 action sequences"):
         tracked.predict_states(np.stack([frames, frames]), np.stack([actions] * 3))
 
 
@@ -66,6 +66,23 @@ def test_poses_are_read_once(tracked, frames, actions):
     for part in (actions[:3], actions[3:5], actions[5:]):
         session.step(part)
     assert len(reads) == 3
+
+
+def test_a_window_is_sketched_once(tracked, frames, actions):
+    """Whatever the steps, and with guidance too."""
+    sketches = []
+    tracked.transformer.track.draw_in.register_forward_hook(lambda *_: sketches.append(1))
+    tracked(frames, actions[:3], output_type="latent", num_inference_steps=5, guidance_scale=2.0)
+    assert len(sketches) == 1
+
+
+def test_candidates_share_what_is_read(tracked, frames, actions):
+    sizes = []
+    tracked.transformer.track.read_in.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    candidates = np.stack([actions, -actions, actions])
+    tracked(frames, candidates, output_type="latent")
+    tracked.predict_states(frames, candidates)
+    assert sizes == [2, 2]  # the two frames of the one history
 
 
 def test_a_session_keeps_poses_with_its_frames(tracked, frames, actions):

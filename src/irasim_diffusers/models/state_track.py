@@ -100,28 +100,12 @@ class StateTrack(ModelMixin, ConfigMixin):
 
         features = 26 * (2 * number - 1) + 4 * number + 5 * self.num_poses + 1 + action_dim - 2 + memory
         self.follow_in = nn.Linear(features, follow_width)
-        self.follow_blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(follow_width),
-                nn.Linear(follow_width, follow_width),
-                nn.SiLU(),
-                nn.Linear(follow_width, follow_width),
-            )
-            for _ in range(follow_layers)
-        )
+        self.follow_blocks = _residual_blocks(follow_width, follow_layers)
         self.follow_out = nn.Sequential(nn.LayerNorm(follow_width), nn.Linear(follow_width, self.state_dim + memory))
 
         features = 26 + 9 * in_channels + 2 * (26 * number + 2 * self.num_poses)
         self.draw_in = nn.Linear(features, draw_width)
-        self.draw_blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(draw_width),
-                nn.Linear(draw_width, draw_width),
-                nn.SiLU(),
-                nn.Linear(draw_width, draw_width),
-            )
-            for _ in range(2)
-        )
+        self.draw_blocks = _residual_blocks(draw_width, 2)
         self.draw_out = nn.Sequential(nn.LayerNorm(draw_width), nn.Linear(draw_width, in_channels))
         self.initialize_weights()
 
@@ -344,6 +328,14 @@ class StateTrack(ModelMixin, ConfigMixin):
                 features += [cos.unsqueeze(-1), sin.unsqueeze(-1)]
             features.append(_waves(torch.stack([across, down], -1)))
         return torch.cat(features, dim=-1)
+
+
+def _residual_blocks(width: int, number: int) -> nn.ModuleList:
+    """Blocks whose outputs are added to their inputs."""
+    return nn.ModuleList(
+        nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        for _ in range(number)
+    )
 
 
 def _waves(places: torch.Tensor, octaves: int = 6) -> torch.Tensor:

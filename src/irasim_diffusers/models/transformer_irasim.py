@@ -488,6 +488,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
         states: torch.Tensor | None = None,
+        sketch: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict what the scheduler asks for, noise, velocity or sample, for each frame of a window.
 
@@ -502,6 +503,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             return_dict: Return a `Transformer2DModelOutput` instead of a tuple.
             states: States (B, F, S) in raw units for models with a state track; None for those that it reads in the history
                 and follows from there.
+            sketch: What `sketch` gave for this window, in place of states: one sketch serves all steps of a sampler.
 
         Returns:
             The prediction (B, C, F, H, W); that of history frames means nothing.
@@ -514,9 +516,17 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 f"{height}x{width}."
             )
         grid = (height // patch_size, width // patch_size)
-        sketch = None
-        if self.config.state_track is not None and actions is not None:
-            sketch = self._sketch(hidden_states, actions, action_mask, states)
+        if self.config.state_track is None or actions is None:
+            sketch = None
+        else:
+            num_history_frames = num_frames - actions.shape[1]
+            if not num_history_frames:
+                raise ValueError("`actions` must leave one frame of history, in which this model reads poses.")
+            history = hidden_states[:, :, :num_history_frames]
+            sketch = self.sketch(history, actions, states) if sketch is None else sketch.to(history)
+            if action_mask is not None:
+                sketch = sketch * action_mask[:, None, :, None, None]
+            sketch = torch.cat([torch.zeros_like(history), sketch], dim=2)
 
         hidden_states = hidden_states.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
         hidden_states = self.patch_embed(hidden_states)  # (B F, S, D)
@@ -574,27 +584,22 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             return (sample,)
         return Transformer2DModelOutput(sample=sample)
 
-    def _sketch(
-        self,
-        latents: torch.Tensor,
-        actions: torch.Tensor,
-        action_mask: torch.Tensor | None,
-        states: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The track's sketch (B, C, F, H, W) of a window; nothing of the history, and of frames whose actions are dropped."""
-        num_history_frames = latents.shape[2] - actions.shape[1]
-        if not num_history_frames:
-            raise ValueError("`actions` must leave one frame of history at least, in which this model reads poses.")
-        history = latents[:, :, :num_history_frames]
-        device = self.track.device_for(latents.device)  # another one in a model split over GPUs
+    def sketch(self, history: torch.Tensor, actions: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
+        """What a model with a state track sketches of the frames that follow a history.
+
+        Args:
+            history: Clean latents (B, C, h, H, W), h >= 1.
+            actions: Actions (B, n, A) in raw units.
+            states: States (B, h + n, S) in raw units; None for those that the track reads and follows.
+
+        Returns:
+            Latents (B, C, n, H, W), relative to the last frame of the history where the model's are.
+        """
+        device = self.track.device_for(history.device)  # another one in a model split over GPUs
         given = history.to(device)
         states = self.track(given, actions.to(device)) if states is None else states.to(device)
         sketch = self.track.draw(given, states).to(history)
-        if not self.config.relative_latents:
-            sketch = sketch + history[:, :, -1:]
-        if action_mask is not None:
-            sketch = sketch * action_mask[:, None, :, None, None]
-        return torch.cat([torch.zeros_like(history), sketch], dim=2)
+        return sketch if self.config.relative_latents else sketch + history[:, :, -1:]
 
     def _embed_fps(self, fps: float | torch.Tensor | None, temb: torch.Tensor) -> torch.Tensor:
         fps = self.config.fps if fps is None else fps

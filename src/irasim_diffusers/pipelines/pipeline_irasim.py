@@ -158,11 +158,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         Raises:
             ValueError: Names the argument, what was wanted, what came and the remedy.
         """
-        if len(histories) not in (1, len(actions)) and len(actions) != 1:
-            raise ValueError(
-                f"`frames` and `actions` must agree: got {len(histories)} histories and {len(actions)} action "
-                "sequences; give one of either, or as many of both."
-            )
+        self._check_agreement(histories, actions)
         if num_inference_steps < 1 or num_videos_per_trajectory < 1:
             raise ValueError(
                 f"`num_inference_steps` and `num_videos_per_trajectory` must be at least 1, got {num_inference_steps} "
@@ -216,6 +212,14 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             raise ValueError(
                 f"`num_inference_steps` must be at least 4 for PNDMScheduler with its Runge-Kutta warm-up, got "
                 f"{num_inference_steps}: take more, or another scheduler."
+            )
+
+    @staticmethod
+    def _check_agreement(histories: torch.Tensor, actions: torch.Tensor) -> None:
+        if len(histories) not in (1, len(actions)) and len(actions) != 1:
+            raise ValueError(
+                f"`frames` and `actions` must agree: got {len(histories)} histories and {len(actions)} action "
+                "sequences; give one of either, or as many of both."
             )
 
     def check_window(self, window_length: int) -> None:
@@ -402,8 +406,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             fps: Frames a second, for checkpoints that embed it; None takes the config's.
             on_step_end: Called with step, timestep and latents after each step; returns the latents to go on with. They are
                 relative to the last history frame where the checkpoint's are.
-            states: States (B, h + n, S) from `window_states`, for a model with a track of poses; None to have it follow them in each
-                step anew.
+            states: States (B, h + n, S) from `window_states`, for a model with a track of poses; None for those that it reads in the
+                history and follows from there.
 
         Returns:
             The future (B, C, n, H, W), scaled latents, float32.
@@ -416,6 +420,10 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         num_history_frames = history.shape[2]
         self.transformer._reset_stateful_cache()  # what the window before left in a cache is another video's
 
+        sketched = {}
+        if getattr(self.transformer, "track", None) is not None:  # once for all steps
+            clean = history.to(self.transformer.dtype)
+            sketched = {"sketch": self.transformer.sketch(clean, actions, states)}
         nothing = torch.zeros(actions.shape[:2], dtype=torch.bool, device=actions.device)
 
         def predict(noisy: torch.Tensor, timestep: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -428,7 +436,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 attention_kwargs=attention_kwargs,
                 return_dict=False,
                 **({} if fps is None else {"fps": fps}),
-                **({} if states is None else {"states": states}),
+                **sketched,
             )[0]
             return prediction[:, :, num_history_frames:].float()
 
@@ -546,12 +554,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         self._interrupt = False
 
         batch_size = max(len(histories), len(actions)) * num_videos_per_trajectory
-        history = _repeat_to(self.encode_history(histories, chunk_size), batch_size)
+        history, known = self._seen(self.encode_history(histories, chunk_size), batch_size)
         actions = _repeat_to(actions, batch_size).to(self._execution_device)
         windows = count_windows(actions.shape[1], history.shape[2], window_length, config.num_history_frames)
         self._num_timesteps = windows * steps_per_window
         started = 0  # actions whose windows have begun
-        known: torch.Tensor | None = None  # states of the frames that a window starts from
         steps = 0  # steps over all windows
 
         with self.progress_bar(total=self.num_timesteps) as progress_bar:
@@ -655,6 +662,12 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             states=states,
         )[:, :, :length]
 
+    def read_states(self, history: torch.Tensor) -> torch.Tensor | None:
+        """States (B, h, S) in raw units in a clean history (B, C, h, H, W), float32; None for a model without a track of poses."""
+        if getattr(self.transformer, "track", None) is None:
+            return None
+        return self.window_states(history, history.new_zeros(len(history), 0, self.transformer.config.action_dim))
+
     def window_states(
         self, history: torch.Tensor, actions: torch.Tensor, known: torch.Tensor | None = None
     ) -> torch.Tensor | None:
@@ -662,8 +675,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
         Args:
             history: Clean history (B, C, h, H, W), scaled latents.
-            actions: Actions (B, n, A) in raw units; n may be 0.
-            known: States (B, h, S) of the history that an earlier call gave; None to read them.
+            actions: Actions (B, n, A) in raw units.
+            known: States (B, h, S) of the history, from `read_states` or an earlier call; None to read them.
 
         Returns:
             States (B, h + n, S) in raw units, those of the history first, float32; None for a model without a track of poses.
@@ -678,6 +691,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             None if known is None else known.to(device),
         )
         return states.to(self._execution_device)
+
+    def _seen(self, history: torch.Tensor, batch_size: int = 1) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A history and the states in it, read once for all candidates that start from it."""
+        known = self.read_states(history)
+        return _repeat_to(history, batch_size), None if known is None else _repeat_to(known, batch_size)
 
     def predict(self, frames: Any, actions: Any, **kwargs: Any) -> torch.Tensor:
         """Predict as a `WorldModel`: `__call__` with tensors (B, n, 3, H, W) in [0, 1] out, unless told otherwise."""
@@ -704,12 +722,10 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             )
         histories = self.preprocess_frames(frames, resize)
         actions = prepare_actions(actions, self.transformer.config.action_dim)
+        self._check_agreement(histories, actions)
         batch_size = max(len(histories), len(actions))
-        if {len(histories), len(actions)} - {1, batch_size}:
-            raise ValueError(f"`actions` must be for {len(histories)} histories, got {len(actions)}.")
-        history = _repeat_to(self.encode_history(histories), batch_size)
-        states = self.window_states(history, _repeat_to(actions, batch_size))
-        assert states is not None
+        history, known = self._seen(self.encode_history(histories), batch_size)
+        states: Any = self.window_states(history, _repeat_to(actions, batch_size), known)
         self.maybe_free_model_hooks()
         return states[:, history.shape[2] :]
 
@@ -782,7 +798,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             self._interrupt = False
             coming = iter(actions)
             try:
-                history, known = self.encode_history(histories), None
+                history, known = self._seen(self.encode_history(histories))
                 while not self.interrupt and (chunk := list(islice(coming, length))):
                     chunk_actions = prepare_actions(chunk, config.action_dim)
                     states = self.window_states(history, chunk_actions, known)
