@@ -66,6 +66,7 @@ from irasim_diffusers.data import (
 from irasim_diffusers.files import temporary_folder
 from irasim_diffusers.metrics import psnr
 from irasim_diffusers.models import StateTrack, noise_process
+from irasim_diffusers.models.state_track import KINDS
 from irasim_diffusers.models.transformer_irasim import ACTION_ENCODER, WHOLE_WITH_LORA
 from irasim_diffusers.training import (
     FINISHED,
@@ -75,6 +76,7 @@ from irasim_diffusers.training import (
     checkpoints,
     diffusion_loss,
     load_average,
+    load_state_track,
     remove_leftovers,
     save_average,
     save_checkpoint,
@@ -650,19 +652,38 @@ def load_track(
     pretrained: IRASimTransformer3DModel | None,
 ) -> StateTrack | None:
     """The track of poses that is asked for; whether it, or the pretrained model's own, suits the data is checked."""
-    name = arguments.state_track
-    track = StateTrack.from_pretrained(name) if name not in (None, "none") else None
-    if not track and (name or pretrained is None or not pretrained.config.state_track):
+    name, own = arguments.state_track, pretrained.config.state_track if pretrained is not None else None
+    track = load_state_track(name) if name not in (None, "none") else None
+    if arguments.lora_rank and name is not None:  # the file of adapters holds weights alone
+        free = ("state_keys", "state_names")
+        if not own or not track or any(track.config[key] != own[key] for key in own.keys() - free):
+            raise ValueError(
+                f"`state_track` {name!r} must be made like the pretrained model's own beside `lora_rank`, which keeps the model as "
+                "it is: train that on with `train_states.py --pretrained`."
+            )
+    if not track and (name or not own):
         return None
+    config: dict[str, Any] = dict(track.config if track else own or {})
     if track:
         channels = vae.config.latent_channels
         size = first_readable(sources[0], sources[0].vectors)["action"].shape[1]
+        model = pretrained.config if pretrained is not None else vars(arguments)
+        space, derivation = arguments.action_space or model["action_space"] or "relative", sources[0].action_derivation
+        if derivation != "recorded":
+            space = "absolute" if derivation == "absolute" else "relative"
         for what, wanted, has in (
-            ("channels of latents", channels, track.config.in_channels),
-            ("components of actions", size, track.config.action_dim),
+            ("channels of latents", channels, config["in_channels"]),
+            ("components of actions", size, config["action_dim"]),
+            ("`action_space`", space, config["action_space"]),
         ):
             if wanted != has:
                 raise ValueError(f"`state_track` must be of the data: they have {wanted} {what}, {name!r} has {has}.")
+    keys, wanted = config.get("state_keys") or [], sum(KINDS[kind] for kind in config["bodies"])
+    for source in sources if keys else ():
+        known = first_readable(source, source.vectors)
+        number = sum(known[key].shape[1] for key in keys if key in known)
+        if set(keys) <= known.keys() and number != wanted:
+            raise ValueError(f"{source.name!r} has {number} components of {keys}, the track of poses {wanted}.")
     if arguments.state_keys:
         raise ValueError(
             "`state_keys` must be left out for a model with a state track, which sees the states already."
@@ -1148,7 +1169,8 @@ def main() -> None:
     config = transformer.config
     if config.get("state_track"):
         transformer.track.requires_grad_(False)
-        show_poses(sources, parts, config["state_track"]["state_keys"])
+        if keys := config["state_track"].get("state_keys"):
+            show_poses(sources, parts, keys)
     lengths = [*arguments.window_lengths, config.sample_frames]
     if any(length <= config.num_history_frames or config.sample_frames % length for length in lengths):
         raise ValueError(

@@ -3,13 +3,16 @@
     accelerate launch examples/train_states.py --dataset data/pusht-train --vae runs/pusht-vae --output_dir runs/pusht-states \
         --state_keys observation.state observation.environment_state --bodies point pose --extent 0 0 512 512
 
+A network that follows, trained alone (`--parts follow`), learns from states, and pictures of the training data are not read.
 `train.py --state_track runs/pusht-states` gives it to a world model, whose tokens then see the sketch of their frame. It is for
 scenes seen from above, in which bodies move in the plane of the picture, and whose data record where they are. Latents are
-encoded once and shared with train.py by `--cache_dir`. The same command run again goes on from the last checkpoint.
+encoded once, in float32, and shared with `train.py --mixed_precision no` by `--cache_dir`. The same command run again goes on
+from the last checkpoint.
 """
 
+import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,13 +26,18 @@ from torch.nn.functional import smooth_l1_loss
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.data import LatentClips, PreparedEpisodes, cache_latents, episode_states, open_dataset
+from irasim_diffusers.files import temporary_path
 from irasim_diffusers.models import StateTrack
 from irasim_diffusers.models.state_track import KINDS
-from irasim_diffusers.training import checkpoints, remove_leftovers, save_checkpoint
+from irasim_diffusers.training import checkpoints, load_state_track, remove_leftovers, save_checkpoint
 
 PARTS = ("read", "follow", "draw")
+OWN = ("state_keys", "bodies", "extent", "action_space", "action_scale")  # what a trained track has
+MAY_CHANGE = (
+    *("max_train_steps", "checkpointing_steps", "validation_dataset", "validation_split", "validation_steps"),
+    "max_validation_episodes",
+)
 
 
 @dataclass
@@ -52,7 +60,9 @@ class StatesArguments:
     )
     pretrained: str | None = field(
         default=None,
-        metadata={"help": "track or pipeline to start from, folder or Hub id, in place of the three flags before"},
+        metadata={
+            "help": "track or pipeline to start from, folder or Hub id; it says what states, bodies, extent and actions are"
+        },
     )
     validation_dataset: str | None = field(default=None, metadata={"help": "held-out data set"})
     cache_dir: str | None = field(default=None, metadata={"help": "where latents go (default: in the output)"})
@@ -64,11 +74,13 @@ class StatesArguments:
     )
     max_train_episodes: int | None = field(default=None, metadata={"help": "use this many episodes"})
     max_validation_episodes: int = 50
-    action_space: str = field(
-        default="absolute",
-        metadata={"help": "absolute where actions are places in the units of the states, or relative"},
+    action_space: str | None = field(
+        default=None,
+        metadata={"help": "absolute (default) where actions are places in the units of the states, or relative"},
     )
-    action_scale: float = field(default=1.0, metadata={"help": "what relative actions are multiplied with"})
+    action_scale: float | None = field(
+        default=None, metadata={"help": "what relative actions are multiplied with (default: 1)"}
+    )
     max_follow: int = field(default=15, metadata={"help": "most frames that bodies are followed in training"})
     train_batch_size: int = field(default=512, metadata={"help": "windows that are followed per step and process"})
     read_batch_size: int = field(default=64, metadata={"help": "frames that are read per step and process"})
@@ -80,7 +92,8 @@ class StatesArguments:
         default_factory=lambda: list(PARTS), metadata={"help": "networks to train; the others stay as they are"}
     )
     state_noise: float = field(
-        default=0.02, metadata={"help": "deviation of the poses that are followed, in sixteenths of the picture"}
+        default=0.02,
+        metadata={"help": "deviation of the poses that are followed or drawn from, in sixteenths of the picture"},
     )
     max_train_steps: int = 3000
     learning_rate: float = 1e-3
@@ -94,7 +107,7 @@ class StatesArguments:
 class Recorded:
     """What is learned from: all frames of all episodes one after the other."""
 
-    latents: torch.Tensor  # (N, C, h, w), scaled, float16
+    latents: torch.Tensor  # (N, C, h, w), scaled, float16; empty where nobody looks at pictures
     actions: torch.Tensor  # (N, A), raw units
     states: torch.Tensor  # (N, S), raw units
     lengths: torch.Tensor  # (N,), frames that follow in the same episode
@@ -120,17 +133,18 @@ class Training(torch.nn.Module):
     def forward(self, **batches: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Sum of the errors of poses that are read and followed, and of what is drawn; see `batch`."""
         track, losses = self.track, []
-        if "read" in batches:
-            latents, states = batches["read"]
-            losses.append(_error(track.errors(track.read(latents)[:, 0], track.normalise(states))))
-        if "follow" in batches:
-            seen, actions, followed = batches["follow"]
-            losses.append(_error(track.errors(track.follow(seen, actions), track.normalise(followed))))
+        with torch.autocast(track.device.type, enabled=False):  # as when sampling
+            if "read" in batches:
+                latents, states = batches["read"]
+                losses.append(_error(track.errors(track.read(latents)[:, 0], track.normalise(states))))
+            if "follow" in batches:
+                seen, actions, followed = batches["follow"]
+                losses.append(_error(track.errors(track.follow(seen, actions), track.normalise(followed))))
         if "draw" in batches:
-            seen, latents, states, pixels = batches["draw"]
-            features = track.pixel_features(seen, track.normalise(states))[:, 0]
-            drawn = track.draw_pixels(features.gather(1, pixels[..., None].expand(-1, -1, features.shape[-1])))
-            true = (latents - seen).flatten(2).mT.gather(1, pixels[..., None].expand(-1, -1, latents.shape[1]))
+            latents, states, pixels = batches["draw"]
+            drawn = track.draw_pixels(track.pixel_features(latents[:, 0], states, pixels))  # (B, n, P, C)
+            true = (latents[:, 1:] - latents[:, :1]).flatten(3).mT
+            true = true.gather(2, pixels[:, None, :, None].expand_as(drawn))
             losses.append((drawn - true).square().mean() / VARIANCE)
         return torch.stack(losses).sum()
 
@@ -139,6 +153,9 @@ def _error(differences: torch.Tensor) -> torch.Tensor:
     return smooth_l1_loss(differences, torch.zeros_like(differences), beta=0.05)
 
 
+SKETCHED = 3
+"""Frames that are sketched of each frame seen."""
+
 VARIANCE = 0.05
 """About that of relative latents, so that errors of all networks are of like size."""
 
@@ -146,7 +163,7 @@ VARIANCE = 0.05
 def batch(
     data: Recorded, arguments: StatesArguments, step: int, process: int, track: StateTrack
 ) -> dict[str, tuple[torch.Tensor, ...]]:
-    """What a step learns from: it depends on seed, step, process and parts alone, so that a resumed run sees the same."""
+    """What a step learns from, fixed by the flags, step and process, so that a resumed run sees the same."""
     rng = np.random.default_rng([arguments.seed, step, process])
     batches: dict[str, tuple[torch.Tensor, ...]] = {}
     if "read" in arguments.parts:
@@ -161,19 +178,31 @@ def batch(
         seen = seen + arguments.state_noise * torch.from_numpy(rng.standard_normal(seen.shape, np.float32))
         batches["follow"] = seen, actions[:, history - 1 :], states[:, history:]
     if "draw" in arguments.parts:
-        ahead = int(rng.integers(1, arguments.max_follow + 1))
-        first = data.starts(ahead, arguments.draw_batch_size, rng)
-        before, after = data.latents[first].float(), data.latents[first + ahead].float()
-        change = (after - before).abs().mean(1).flatten(1)
+        ahead = torch.from_numpy(rng.integers(1, arguments.max_follow + 1, size=SKETCHED))
+        first = data.starts(int(ahead.max()), max(arguments.draw_batch_size // SKETCHED, 1), rng)
+        chosen = first[:, None] + torch.cat([torch.zeros_like(ahead[:1]), ahead])
+        latents = data.latents[chosen].float()
+        change = (latents[:, 1:] - latents[:, :1]).abs().mean((1, 2)).flatten(1)
         share = (change + 0.3 * change.mean(1, keepdim=True) + 1e-4).double().cumsum(1)  # most where something moves
         drawn = torch.from_numpy(rng.random((len(first), arguments.draw_pixels))) * share[:, -1:]
         pixels = torch.searchsorted(share, drawn).clamp_max(share.shape[1] - 1)
-        batches["draw"] = before, after, torch.stack([data.states[first], data.states[first + ahead]], dim=1), pixels
+        states = track.normalise(data.states[chosen])
+        states = states + arguments.state_noise * torch.from_numpy(
+            rng.standard_normal(states[:, :1].shape, np.float32)
+        )
+        batches["draw"] = latents, states, pixels
     return batches
 
 
-def load(arguments: StatesArguments, name: str, split: str, episodes: int | None, vae: AutoencoderKL) -> Recorded:
-    """Latents, actions and states of a data set; latents are encoded where they are not cached yet."""
+def load(
+    arguments: StatesArguments,
+    name: str,
+    split: str,
+    episodes: int | None,
+    vae: AutoencoderKL | None,
+    track: StateTrack | None,
+) -> Recorded:
+    """Latents, actions and states of a data set; latents are encoded where they are not cached yet, if by anything."""
     source = PreparedEpisodes(open_dataset(name, arguments.cameras or None, split=split, max_episodes=episodes))
     known = source.vectors(0)
     missing = [key for key in arguments.state_keys if key not in known]
@@ -185,23 +214,32 @@ def load(arguments: StatesArguments, name: str, split: str, episodes: int | None
         raise ValueError(
             f"`bodies` must make up the {number} components of {arguments.state_keys}, got {arguments.bodies} with {wanted}."
         )
+    if track is not None and known["action"].shape[1] != track.config.action_dim:
+        raise ValueError(
+            f"`pretrained` must have the {known['action'].shape[1]} action components of {source.name!r}, got "
+            f"{track.config.action_dim}."
+        )
     height, width = source.window(0, 0, 1).frames.shape[1:3]
     left, top, right, bottom = arguments.extent
     if abs((right - left) * height - (bottom - top) * width) > 0.02 * (right - left) * height:
         raise ValueError(f"`extent` must have square pixels in pictures of {width}x{height}, got {arguments.extent}.")
-    cache = arguments.cache_dir or Path(arguments.output_dir) / "latents"
-    clips = LatentClips(cache_latents(source, vae, cache), arguments.max_follow + 2)
-    states = episode_states(source, arguments.state_keys, (), clips.episodes)
-    latents, actions, poses, lengths = [], [], [], []
-    for episode, (encoded, acted) in clips.episodes.items():
-        latents.append(encoded.half())
-        actions.append(acted)
-        poses.append(torch.from_numpy(states[episode]).float())
-        lengths.append(torch.arange(len(acted) - 1, -1, -1))
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    scaled = ((torch.cat(latents).float() - shift) * vae.config.scaling_factor).half()
+    numbers = range(len(source))
+    states = [
+        torch.from_numpy(part).float() for part in episode_states(source, arguments.state_keys, (), numbers).values()
+    ]
+    if max(map(len, states)) < arguments.max_follow + 2:
+        raise ValueError(f"{source.name!r} has no episode of `max_follow` + 2 = {arguments.max_follow + 2} frames.")
+    actions = [torch.from_numpy(source.vectors(number)["action"]).float() for number in numbers]
+    lengths = [torch.arange(len(part) - 1, -1, -1) for part in states]
+    latents = torch.empty(0)
+    if vae is not None:
+        cache = cache_latents(source, vae, arguments.cache_dir or Path(arguments.output_dir) / "latents")
+        encoded = LatentClips(cache, sample_frames=1).episodes
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        scaled = [((encoded[number][0].float() - shift) * vae.config.scaling_factor).half() for number in numbers]
+        latents = torch.cat(scaled)
     names = [name for key in arguments.state_keys for name in source.component_names(key) or []]
-    return Recorded(scaled, torch.cat(actions).float(), torch.cat(poses), torch.cat(lengths), names)
+    return Recorded(latents, torch.cat(actions), torch.cat(states), torch.cat(lengths), names)
 
 
 @torch.no_grad()
@@ -244,50 +282,75 @@ def validate(track: StateTrack, data: Recorded, frames: int, number: int = 1000)
 
 def load_pretrained(arguments: StatesArguments) -> StateTrack | None:
     """The track to start from, whose bodies and coordinates the arguments take over; None for a new one."""
-    what = (arguments.state_keys, arguments.bodies, arguments.extent)
     if arguments.pretrained is None:
-        if not all(what):
+        if not (arguments.state_keys and arguments.bodies and arguments.extent):
             raise ValueError("`state_keys`, `bodies` and `extent` must be given for a new track.")
-        StateTrack(bodies=arguments.bodies, extent=arguments.extent)  # refuses what cannot be
+        arguments.action_space = arguments.action_space or "absolute"
+        arguments.action_scale = 1.0 if arguments.action_scale is None else arguments.action_scale
+        StateTrack(  # refuses what cannot be
+            bodies=arguments.bodies, extent=arguments.extent, action_space=arguments.action_space
+        )
         return None
-    if any(what):
-        raise ValueError("`state_keys`, `bodies` and `extent` must be left out with `pretrained`, which has its own.")
-    try:
-        track = StateTrack.from_pretrained(arguments.pretrained)
-    except (OSError, ValueError):
-        track = getattr(IRASimPipeline.from_pretrained(arguments.pretrained).transformer, "track", None)
-        if track is None:
-            raise ValueError(f"`pretrained` {arguments.pretrained!r} has no track of poses.") from None
+    given = [name for name in OWN if getattr(arguments, name) not in (None, [])]
+    if given:
+        raise ValueError(f"`{given[0]}` must be left out with `pretrained`, which has its own.")
+    track = load_state_track(arguments.pretrained)
     config = track.config
-    arguments.state_keys, arguments.bodies, arguments.extent = config.state_keys, config.bodies, config.extent
+    if not config.state_keys:
+        raise ValueError(f"`pretrained` {arguments.pretrained!r} does not say from which `state_keys` it has learned.")
+    for name in OWN:
+        setattr(arguments, name, config[name])
     return track
+
+
+def check_run(arguments: StatesArguments, output: Path) -> None:
+    """Refuse to go on in the folder of another run; note in a new one what its run is."""
+    flags = asdict(arguments)
+    run = {name: value for name, value in flags.items() if name not in ("output_dir", "cache_dir", *MAY_CHANGE)}
+    noted = output / "settings.json"
+    if not noted.is_file():
+        with temporary_path(noted) as partial:
+            partial.write_text(json.dumps(run, indent=2))
+        return
+    before = json.loads(noted.read_text())
+    changed = [
+        f"{name} was {before.get(name)!r} and is {run[name]!r}" for name in run if before.get(name) != run[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"{str(output)!r} is of another run: {', '.join(changed)}. Undo that, or take another `output_dir`."
+        )
 
 
 def main() -> None:
     (arguments,) = HfArgumentParser(StatesArguments).parse_args_into_dataclasses()
     if not arguments.parts or not set(arguments.parts) <= set(PARTS):
         raise ValueError(f"`parts` must be some of {', '.join(PARTS)}, got {arguments.parts}.")
+    if arguments.max_follow < 1:
+        raise ValueError(f"`max_follow` must be at least 1, got {arguments.max_follow}.")
     track = load_pretrained(arguments)
     output = Path(arguments.output_dir)
     accelerator = Accelerator(
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))]  # one may encode for long
     )
     set_seed(arguments.seed)
+    vae = AutoencoderKL.from_pretrained(arguments.vae).to(accelerator.device).requires_grad_(False)
+    if track is not None and track.config.in_channels != vae.config.latent_channels:
+        raise ValueError(
+            f"`vae` must have the {track.config.in_channels} channels that `pretrained` reads, got {vae.config.latent_channels}."
+        )
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         remove_leftovers(output)
-    vae = AutoencoderKL.from_pretrained(arguments.vae).to(accelerator.device).requires_grad_(False)
     with accelerator.main_process_first():
-        data = load(arguments, arguments.dataset, arguments.split, arguments.max_train_episodes, vae)
+        check_run(arguments, output)
+        looks = arguments.parts != ["follow"]  # motion is learned from states alone
+        episodes = (arguments.max_train_episodes, arguments.max_validation_episodes)
+        data = load(arguments, arguments.dataset, arguments.split, episodes[0], vae if looks else None, track)
         held_out = None
         if arguments.validation_dataset:
-            held_out = load(
-                arguments,
-                arguments.validation_dataset,
-                arguments.validation_split,
-                arguments.max_validation_episodes,
-                vae,
-            )
+            name, split = arguments.validation_dataset, arguments.validation_split
+            held_out = load(arguments, name, split, episodes[1], vae, track)
     track = track or StateTrack(
         bodies=arguments.bodies,
         extent=arguments.extent,
@@ -295,7 +358,7 @@ def main() -> None:
         state_names=data.names or None,
         in_channels=vae.config.latent_channels,
         action_dim=data.actions.shape[1],
-        action_space=arguments.action_space,
+        action_space=str(arguments.action_space),
         action_scale=arguments.action_scale,
     )
     for name, parameter in track.named_parameters():

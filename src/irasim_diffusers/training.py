@@ -18,10 +18,29 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .models import IRASimTransformer3DModel, UNetTrajectoryModel
+from .models import IRASimTransformer3DModel, StateTrack, UNetTrajectoryModel
+from .pipelines import IRASimPipeline
 
 FINISHED = ".finished"
 """Folder in which a run puts its result together, hidden, so that it is nobody else's."""
+
+
+def load_state_track(name: str) -> StateTrack:
+    """A track of poses from a folder or the Hub, or that of the pipeline there.
+
+    Raises:
+        ValueError: If a model of another kind is there, or a pipeline without a track.
+    """
+    try:
+        kind = StateTrack.load_config(name).get("_class_name")
+    except OSError:  # a pipeline keeps its models in folders below
+        track = getattr(IRASimPipeline.from_pretrained(name).transformer, "track", None)
+        if track is None:
+            raise ValueError(f"{name!r} has no track of poses.") from None
+        return track
+    if kind != "StateTrack":
+        raise ValueError(f"{name!r} is no track of poses but {kind}.")
+    return StateTrack.from_pretrained(name)
 
 
 class StateReadout(nn.Module):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import shapely
 import torch
+import train as train_script
 import train_states as train_states_script
 from collect import TASKS
 from expert import Lookahead, outline, push_to_goal
@@ -73,24 +74,14 @@ POSES = ["--state_keys", "observation.state", "observation.environment_state", "
 ARENA = ["--extent", "0", "0", "512", "512"]
 
 
+def states_flags(root, output, *arguments):
+    sizes = ("--train_batch_size", 8, "--read_batch_size", 4, "--draw_batch_size", 4, "--max_follow", 8)
+    folders = ("--vae", root / "vae", "--output_dir", root / output, "--cache_dir", root / "latents")
+    return ["--dataset", root / "set", *folders, *sizes, "--checkpointing_steps", 2, *arguments]
+
+
 def train_states(root, output, *arguments):
-    sizes = (
-        "--train_batch_size",
-        8,
-        "--read_batch_size",
-        4,
-        "--draw_batch_size",
-        4,
-        "--max_follow",
-        8,
-        "--checkpointing_steps",
-        2,
-    )
-    return run(
-        *("train_states.py", "--dataset", root / "set", "--vae", root / "vae", "--output_dir", root / output),
-        *("--cache_dir", root / "latents", *sizes, *arguments),
-        launch=ONE,
-    )
+    return run("train_states.py", *states_flags(root, output, *arguments), launch=ONE)
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +100,18 @@ def test_a_track_of_poses_is_trained_and_resumed(workspace, states):
     assert track.config.state_names == ["agent_x", "agent_y", "block_x", "block_y", "block_angle"]
     assert (track.config.in_channels, track.config.action_dim) == (4, 2)
     shutil.copytree(states / "checkpoint-2", workspace / "states-again" / "checkpoint-2")
+    shutil.copy(states / "settings.json", workspace / "states-again")
     train_states(workspace, "states-again", *POSES, *ARENA, "--max_train_steps", 4)
     again = StateTrack.from_pretrained(workspace / "states-again").state_dict()
     for name, value in track.state_dict().items():
         torch.testing.assert_close(again[name], value)
+
+
+def test_a_track_is_not_trained_on_in_the_folder_of_another_run(workspace, states, monkeypatch):
+    flags = states_flags(workspace, "states", *POSES, *ARENA, "--seed", 1)
+    monkeypatch.setattr(sys, "argv", ["train_states.py", *map(str, flags)])
+    with pytest.raises(ValueError, match=r"is of another run: seed was 0 and is 1\."):
+        train_states_script.main()
 
 
 def test_a_world_model_is_given_a_track(workspace, states):
@@ -130,8 +129,9 @@ def test_a_world_model_is_given_a_track(workspace, states):
     # another world: the track is trained on, and goes with the adapters
     train_states(
         *(workspace, "states-more", "--pretrained", workspace / "tracked", "--parts", "follow"),
-        *("--max_train_steps", 1, "--lr_warmup_steps", 0),
+        *("--max_train_steps", 1, "--lr_warmup_steps", 0, "--cache_dir", workspace / "unused"),
     )
+    assert not (workspace / "unused").exists()  # states are enough for that part
     run(
         *("train.py", "--dataset", workspace / "set", "--pretrained", workspace / "tracked", "--train_batch_size", 4),
         *("--cache_dir", workspace / "latents", "--output_dir", workspace / "tracked-lora", "--lora_rank", 2),
@@ -146,6 +146,39 @@ def test_a_world_model_is_given_a_track(workspace, states):
 
 
 @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora_rank", "2", "--state_track", "none"], "'none' must be made like the pretrained model's own"),
+        (["--lora_rank", "2", "--state_track", "{other}"], "must be made like the pretrained model's own"),
+        (["--state_track", "{tracked}/transformer"], "is no track of poses but IRASimTransformer3DModel"),
+        (["--state_track", "{vae}"], "is no track of poses but AutoencoderKL"),
+        (["--state_track", "{other}"], "they have absolute `action_space`, .* has relative"),
+    ],
+)
+def test_tracks_that_do_not_fit_are_refused_before_anything_is_encoded(
+    workspace, states, tmp_path, monkeypatch, flags, message
+):
+    if not (workspace / "tracked").exists():
+        train(workspace, "tracked", "--max_train_steps", 2, "--state_track", states)
+    other = StateTrack.from_pretrained(states).config | {"action_space": "relative"}
+    StateTrack.from_config(other).save_pretrained(tmp_path / "other")
+    places = {"other": tmp_path / "other", "tracked": workspace / "tracked", "vae": workspace / "vae"}
+    arguments = [
+        "--dataset",
+        workspace / "set",
+        "--pretrained",
+        workspace / "tracked",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    arguments += [part.format(**places) for part in flags]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--mixed_precision", "no", *map(str, arguments)])
+    with pytest.raises(ValueError, match=message):
+        train_script.main()
+    assert not (tmp_path / "out" / "latents").exists()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"bodies": ["point"]}, r"`bodies` must make up the 5 components of .*, got \['point'\] with 2"),
@@ -154,6 +187,9 @@ def test_a_world_model_is_given_a_track(workspace, states):
         ({"state_keys": ["joints"]}, "has no vector feature 'joints'; it has"),
         ({"extent": ["0", "0", "512", "256"]}, "`extent` must have square pixels in pictures of 96x96"),
         ({"pretrained": "track"}, "must be left out with `pretrained`"),
+        ({"action_space": "relatve"}, "`action_space` must be 'absolute' or 'relative', got 'relatve'"),
+        ({"max_follow": "0"}, "`max_follow` must be at least 1, got 0"),
+        ({"max_follow": "30"}, r"has no episode of `max_follow` \+ 2 = 32 frames"),
     ],
 )
 def test_bad_tracks_are_refused_before_anything_is_encoded(workspace, tmp_path, monkeypatch, changes, message):

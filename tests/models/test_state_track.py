@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from irasim_diffusers.conversion import (
     change_action_dim,
@@ -111,7 +112,7 @@ def test_relative_actions_and_further_components():
 
 
 def seen_from_bodies(track, states):
-    grid = track._grid(8, 8, 2.0, states.device)  # 64 units each
+    grid = track._grid(8, 8, 2.0, states.device).unsqueeze(0)  # 64 units each
     return track._seen_from_bodies(track.normalise(states), grid).unflatten(2, (8, 8))
 
 
@@ -135,9 +136,11 @@ def test_sketches_follow_poses_and_what_was_seen(inputs):
     assert torch.equal(
         StateTrack(**SMALL).draw(history, states), torch.zeros(2, 4, 3, 8, 8)
     )  # a new one draws nothing
+    assert track.draw(history, states).abs().max() < 1e-5  # nor does one where nothing moves
+    states[:, 2:, 2] += 60
     sketch = track.draw(history, states)
     assert sketch.shape == (2, 4, 3, 8, 8)
-    assert torch.allclose(sketch[:, :, 0], sketch[:, :, 2], atol=1e-5)  # nothing moves
+    assert torch.allclose(sketch[:, :, 0], sketch[:, :, 2], atol=1e-5)  # the same poses
 
     def differs(history, states):
         return ((track.draw(history, states) - sketch).abs() > 1e-4).any(dim=1)  # (B, 3, 8, 8)
@@ -157,12 +160,25 @@ def test_sketches_follow_poses_and_what_was_seen(inputs):
     assert torch.equal(differs(other, states), corner.expand(2, 3, 8, 8))
 
 
+def test_pixels_are_drawn_alike_alone_and_together(inputs):
+    track = trained_track()
+    seen, states = inputs[0][:, :, 1], track.normalise(STATES[:, None].repeat(1, 3, 1))
+    states[:, 1:, 2] += 2
+    pixels = torch.tensor([[5, 0, 63], [17, 17, 40]])
+    whole = track.draw_pixels(track.pixel_features(seen, states))  # (2, 2, 64, 4)
+    some = track.draw_pixels(track.pixel_features(seen, states, pixels))
+    expected = torch.stack([frames[:, chosen] for frames, chosen in zip(whole, pixels, strict=True)])
+    assert some.abs().max() > 0.01
+    assert torch.allclose(some, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"bodies": ["line"]}, "`bodies` must be some of .*'point', 'pose'"),
         ({"bodies": []}, "`bodies` must be"),
         ({"extent": [0, 0, 0, 1]}, "`extent` must be"),
+        ({"action_space": "relatve"}, "`action_space` must be 'absolute' or 'relative', got 'relatve'"),
         ({"action_dim": 1}, "`action_dim` must be at least 2"),
     ],
 )
@@ -213,7 +229,7 @@ def test_dropped_actions_hide_the_poses(inputs):
     other = model(latents, timestep, 512 - actions, action_mask=mask).sample
     assert torch.allclose(model(*inputs, action_mask=mask).sample, other)
     assert not torch.allclose(model(*inputs).sample, model(latents, timestep, 512 - actions).sample)
-    assert model(latents, timestep).sample.isfinite().all()  # no actions at all
+    assert torch.allclose(model(latents, timestep).sample, other, atol=1e-5)  # no actions at all
 
 
 def test_actions_move_the_picture_by_poses_alone(inputs):
@@ -287,3 +303,21 @@ def test_a_model_with_a_track_wants_history(inputs):
     latents, timestep, actions = inputs
     with pytest.raises(ValueError, match="`actions` must leave one frame of history"):
         trained_model()(latents[:, :, :4], timestep, actions)
+
+
+@pytest.mark.gpu
+def test_a_track_on_another_device(inputs):
+    model = trained_model()
+    expected = model(*inputs).sample
+    for part in (model.track, model.track_embed):
+        add_hook_to_module(part.to("cuda"), AlignDevicesHook("cuda"))
+    torch.testing.assert_close(model(*inputs).sample, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_layers_of_a_track_come_to_the_device_one_by_one(inputs):
+    model = trained_model()
+    expected = model(*inputs).sample
+    model.enable_group_offload(torch.device("cuda"), offload_type="leaf_level")
+    sample = model(*(value.to("cuda") for value in inputs)).sample
+    torch.testing.assert_close(sample.cpu(), expected, rtol=1e-3, atol=1e-4)

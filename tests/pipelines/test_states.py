@@ -1,5 +1,7 @@
 """Pipelines whose model follows the poses of bodies."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,22 @@ def test_poses_are_read_once(tracked, frames, actions):
     for part in (actions[:3], actions[3:5], actions[5:]):
         session.step(part)
     assert len(reads) == 3
+
+
+@pytest.mark.parametrize("seen", [1, 2])
+@pytest.mark.parametrize("stream", [False, True])
+def test_poses_are_handed_on_with_their_frames(tracked, frames, actions, seen, stream):
+    sketched = []
+    draw = tracked.transformer.track.draw
+    tracked.transformer.track.draw = lambda history, states: sketched.append(states) or draw(history, states)
+    if stream:
+        list(tracked.stream(frames[-seen:], actions, chunk_length=3, output_type="latent"))
+    else:
+        tracked(frames[-seen:], actions, output_type="latent")
+    assert len(sketched) > 1
+    for before, after in pairwise(sketched):
+        torch.testing.assert_close(after[:, :2], before[:, -2:])  # the model's history is two frames
+        assert not torch.allclose(after[:, :2], before[:, :2])
 
 
 def test_a_window_is_sketched_once(tracked, frames, actions):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
@@ -45,7 +46,7 @@ class StateTrack(ModelMixin, ConfigMixin):
         draw_width: Width of the network that draws.
 
     Raises:
-        ValueError: If bodies or extent are no such things.
+        ValueError: If bodies, extent, action space or action dimension are no such things.
     """
 
     _no_split_modules = ["StateTrack"]
@@ -71,7 +72,11 @@ class StateTrack(ModelMixin, ConfigMixin):
         if not bodies or not set(bodies) <= KINDS.keys():
             raise ValueError(f"`bodies` must be some of {sorted(KINDS)}, one for each body, got {list(bodies)}.")
         if len(extent) != 4 or extent[2] <= extent[0] or extent[3] <= extent[1]:
-            raise ValueError(f"`extent` must be the picture's left, top, right and bottom, got {list(extent)}.")
+            raise ValueError(
+                f"`extent` must be the picture's left, top, right and bottom, right and bottom the greater, got {list(extent)}."
+            )
+        if action_space not in ("absolute", "relative"):
+            raise ValueError(f"`action_space` must be 'absolute' or 'relative', got {action_space!r}.")
         if action_dim < 2:
             raise ValueError(f"`action_dim` must be at least 2, a place or a motion in the plane, got {action_dim}.")
         self.state_dim = sum(KINDS[kind] for kind in bodies)
@@ -106,7 +111,7 @@ class StateTrack(ModelMixin, ConfigMixin):
         features = 26 + 9 * in_channels + 2 * (26 * number + 2 * self.num_poses)
         self.draw_in = nn.Linear(features, draw_width)
         self.draw_blocks = _residual_blocks(draw_width, 2)
-        self.draw_out = nn.Sequential(nn.LayerNorm(draw_width), nn.Linear(draw_width, in_channels))
+        self.draw_out = nn.Sequential(nn.LayerNorm(draw_width), nn.Linear(draw_width, in_channels, bias=False))
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -119,9 +124,14 @@ class StateTrack(ModelMixin, ConfigMixin):
                 nn.init.zeros_(parameter)
 
     def device_for(self, device: torch.device) -> torch.device:
-        """Where to compute for `device`: where the weights lie, unless they are on meta and come by themselves."""
+        """Where to compute for `device`: where the weights lie, unless they come by themselves, from meta or in groups."""
         own = self.read_in.weight.device
-        return device if own.type == "meta" else own
+        return device if own.type == "meta" or _get_top_level_group_offload_hook(self) is not None else own
+
+    @property
+    def dtype_of_layers(self) -> torch.dtype:
+        """Type in which layers compute: that of a convolution, since weights of linear layers may be quantised."""
+        return self.read_in.weight.dtype
 
     def normalise(self, states: torch.Tensor) -> torch.Tensor:
         """States (..., S) in raw units to those of the networks: the picture is 16 wide, its middle the origin."""
@@ -156,7 +166,7 @@ class StateTrack(ModelMixin, ConfigMixin):
     def read(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised states (B, F, S), float32, in clean latents (B, C, F, H, W)."""
         batch_size, _, frames, height, width = latents.shape
-        hidden = latents.transpose(1, 2).flatten(0, 1).to(self.read_in.weight.dtype)
+        hidden = latents.transpose(1, 2).flatten(0, 1).to(self.dtype_of_layers)
         if height % 2 or width % 2:
             hidden = nn.functional.pad(hidden, (0, width % 2, 0, height % 2), mode="replicate")
         hidden = self.read_in(hidden)
@@ -167,7 +177,7 @@ class StateTrack(ModelMixin, ConfigMixin):
         shares = maps.softmax(-1)  # (B F, bodies, S)
         grid = self._grid((height + 1) // 2, (width + 1) // 2, 2 * WIDTH / width, latents.device)
         places = shares @ grid  # (B F, bodies, 2)
-        pooled = (shares @ features.mT).to(self.read_in.weight.dtype)  # (B F, bodies, channels)
+        pooled = (shares @ features.mT).to(self.dtype_of_layers)  # (B F, bodies, channels)
         states = []
         for index, (head, kind) in enumerate(zip(self.read_pose, self.config.bodies, strict=True)):
             more = head(pooled[:, index]).float()
@@ -248,8 +258,7 @@ class StateTrack(ModelMixin, ConfigMixin):
         features += [inward(velocity[:, start : start + 2]) for start in self.body_starts]
         features += [4 * velocity[:, column : column + 1] for column in self._angle]
         features += [known, others, memory]
-        weight = self.follow_in.weight
-        hidden = self.follow_in(torch.cat(features, dim=-1).to(weight.dtype))
+        hidden = self.follow_in(torch.cat(features, dim=-1).to(self.dtype_of_layers))
         for block in self.follow_blocks:
             hidden = hidden + block(hidden)
         moved, memory = self.follow_out(hidden).float().split([self.state_dim, self.config.memory], dim=-1)
@@ -292,35 +301,46 @@ class StateTrack(ModelMixin, ConfigMixin):
         return self.draw_pixels(features).mT.unflatten(-1, (height, width)).transpose(1, 2)
 
     def draw_pixels(self, features: torch.Tensor) -> torch.Tensor:
-        """Relative latents (..., C) of pixels of known features (..., D)."""
-        hidden = self.draw_in(features.to(self.draw_in.weight.dtype))
+        """Latents (B, n, P, C) relative to the frame seen, from `pixel_features` (B, 1 + n, P, D).
+
+        The frame seen is drawn too, and taken away: where nothing moves, nothing changes.
+        """
+        hidden = self.draw_in(features.to(self.dtype_of_layers))
         for block in self.draw_blocks:
             hidden = hidden + block(hidden)
-        return self.draw_out(hidden)
+        drawn = self.draw_out(hidden)
+        return drawn[:, 1:] - drawn[:, :1]
 
-    def pixel_features(self, seen: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def pixel_features(
+        self, seen: torch.Tensor, states: torch.Tensor, pixels: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """What is known of each latent pixel before it is drawn.
 
         Args:
             seen: Latents (B, C, H, W) of the last frame seen.
             states: Normalised states (B, 1 + n, S) in it and in the n frames to draw.
+            pixels: Numbers (B, P) of the pixels wanted, row by row; None for all H W.
 
         Returns:
-            Features (B, n, H W, D): where the pixel lies in the picture, seen from the bodies as they are, and as they were,
-            and what was seen there.
+            Features (B, 1 + n, P, D): where the pixel lies in the picture, seen from the bodies of the frame, and of the
+            frame seen, and what was seen there.
         """
         height, width = seen.shape[-2:]
-        grid = self._grid(height, width, WIDTH / width, seen.device)
+        grid = self._grid(height, width, WIDTH / width, seen.device).expand(len(seen), -1, -1)  # (B, H W, 2)
         around = nn.functional.unfold(nn.functional.pad(seen, (1, 1, 1, 1), mode="replicate"), 3).mT  # (B, H W, 9 C)
-        before, now = self._seen_from_bodies(states, grid).split([1, states.shape[1] - 1], dim=1)
-        fixed = torch.cat([_waves(grid).expand(len(seen), -1, -1), around.to(now), before.squeeze(1)], dim=-1)
-        return torch.cat([now, fixed.unsqueeze(1).expand(-1, now.shape[1], -1, -1)], dim=-1)
+        if pixels is not None:
+            grid, around = (
+                values.gather(1, pixels.unsqueeze(-1).expand(-1, -1, values.shape[-1])) for values in (grid, around)
+            )
+        places = self._seen_from_bodies(states, grid)
+        same = torch.cat([_waves(grid), around.to(places), places[:, 0]], dim=-1)  # in all frames
+        return torch.cat([places, same.unsqueeze(1).expand(-1, places.shape[1], -1, -1)], dim=-1)
 
     def _seen_from_bodies(self, states: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        """Places `grid` (S, 2) as seen from the bodies of each frame (B, F, S, E)."""
+        """Places `grid` (B, P, 2) as seen from the bodies of each frame (B, F, P, E)."""
         features = []
         for start, kind in zip(self.body_starts, self.config.bodies, strict=True):
-            across, down = (grid - states[..., None, start : start + 2]).unbind(-1)  # (B, F, S) each
+            across, down = (grid.unsqueeze(1) - states[..., None, start : start + 2]).unbind(-1)  # (B, F, P) each
             if kind == "pose":
                 angle = states[..., start + 2 : start + 3]
                 cos, sin = angle.cos().expand_as(across), angle.sin().expand_as(across)

@@ -259,7 +259,6 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         "action_embed",
         "trajectory_embed",
         "track",
-        "track_embed",
     ]
     # patches are divided, so that only spatial attention crosses processes; conditions and positions have none of them
     _cp_plan = {
@@ -398,7 +397,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.patch_embed.proj.bias)
         for linear in (self.time_embed.linear_1, self.time_embed.linear_2):
@@ -516,8 +516,10 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 f"{height}x{width}."
             )
         grid = (height // patch_size, width // patch_size)
-        if self.config.state_track is None or actions is None:
+        if self.config.state_track is None:
             sketch = None
+        elif actions is None:
+            sketch = torch.zeros_like(hidden_states)
         else:
             num_history_frames = num_frames - actions.shape[1]
             if not num_history_frames:
@@ -535,7 +537,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         hidden_states = hidden_states.unflatten(0, (batch_size, num_frames))  # (B, F, S, D)
         if sketch is not None:
             embedded = self.track_embed(sketch.transpose(1, 2).flatten(0, 1)).flatten(2).mT  # (B F, S, D)
-            hidden_states = hidden_states + embedded.unflatten(0, (batch_size, num_frames))
+            hidden_states = hidden_states + embedded.unflatten(0, (batch_size, num_frames)).to(device)
 
         timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
         timestep = timestep.expand(batch_size, -1)  # (B, F or 1)

@@ -50,7 +50,10 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         own = self._writable_weights() if encoder else {}
         misshapen = [key for key, value in encoder.items() if key not in own or own[key].shape != value.shape]
         if misshapen:
-            raise ValueError(f"the file's action encoder is of another action space: {misshapen} do not fit.")
+            raise ValueError(
+                f"the file's action encoder is of another action space, or its track of poses of another model: {misshapen} "
+                "do not fit."
+            )
         self.load_lora_into_transformer(
             layers,
             transformer=self.transformer,
@@ -97,9 +100,9 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         on_disk = offload is not None and offload.config.offload_to_disk_path is not None
         if not all(plain) or on_disk or any(value.is_meta for value in own.values()):
             raise ValueError(
-                "the action encoder must be in memory and not quantised to be replaced: `remove_all_hooks()` ends "
-                "sequential offload, to be enabled again afterwards; LoRA is loaded before group offload to disk is enabled; "
-                "a quantisation config takes `modules_to_not_convert=['action_embed', 'trajectory_embed']`."
+                "the action encoder, and a track of poses, must be in memory and not quantised to be replaced: "
+                "`remove_all_hooks()` ends sequential offload, to be enabled again afterwards; LoRA is loaded before group "
+                "offload to disk is enabled; a quantisation config takes `modules_to_not_convert=['action_embed', 'trajectory_embed', 'track']`."
             )
         return own
 

@@ -328,7 +328,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         if self.vae is None:
             return pixels.to(self._execution_device).float().transpose(1, 2)
         pixels = pixels.to(self._execution_device, self.vae.dtype)
-        latents = torch.cat([self._encode(chunk) for chunk in pixels.flatten(0, 1).split(chunk_size)])
+        flat = pixels.flatten(0, 1).to(memory_format=torch.channels_last)  # in which convolutions are faster
+        latents = torch.cat([self._encode(chunk) for chunk in flat.split(chunk_size)])
         latents = latents.to(self._execution_device, torch.float32)  # the autoencoder may be on another one
         self._check_overflow(latents)
         latents = (latents - (getattr(self.vae.config, "shift_factor", None) or 0.0)) * self.vae.config.scaling_factor
@@ -343,7 +344,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         if self.vae is None:
             return latents
         latents = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0.0)
-        flat = latents.transpose(1, 2).flatten(0, 1).to(self.vae.dtype)
+        flat = latents.transpose(1, 2).flatten(0, 1).to(self.vae.dtype, memory_format=torch.channels_last)
         pixels = torch.cat([self.vae.decode(chunk).sample.float() for chunk in flat.split(chunk_size)])
         self._check_overflow(pixels)
         return pixels.unflatten(0, (latents.shape[0], latents.shape[2])).transpose(1, 2)
