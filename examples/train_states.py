@@ -182,8 +182,7 @@ def batch(
         first = data.starts(int(ahead.max()), max(arguments.draw_batch_size // SKETCHED, 1), rng)
         chosen = first[:, None] + torch.cat([torch.zeros_like(ahead[:1]), ahead])
         latents = data.latents[chosen].float()
-        change = (latents[:, 1:] - latents[:, :1]).abs().mean((1, 2)).flatten(1)
-        share = (change + 0.3 * change.mean(1, keepdim=True) + 1e-4).double().cumsum(1)  # most where something moves
+        share = _interest(latents[:, 0], latents[:, 1:]).double().cumsum(1)
         drawn = torch.from_numpy(rng.random((len(first), arguments.draw_pixels))) * share[:, -1:]
         pixels = torch.searchsorted(share, drawn).clamp_max(share.shape[1] - 1)
         states = track.normalise(data.states[chosen])
@@ -192,6 +191,13 @@ def batch(
         )
         batches["draw"] = latents, states, pixels
     return batches
+
+
+def _interest(seen: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Weights (B, H W) of pixels to draw: most where something moves, and there over what differs from most of the picture."""
+    change = (after - seen[:, None]).abs().mean((1, 2)).flatten(1)
+    difference = (seen - seen.mean((2, 3), keepdim=True)).abs().mean(1).flatten(1)
+    return (change + 0.3 * change.mean(1, keepdim=True)) * (difference + difference.mean(1, keepdim=True)) + 1e-4
 
 
 def load(
