@@ -19,7 +19,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .models import IRASimTransformer3DModel, StateTrack, UNetTrajectoryModel
-from .pipelines import IRASimPipeline
 
 FINISHED = ".finished"
 """Folder in which a run puts its result together, hidden, so that it is nobody else's."""
@@ -34,7 +33,7 @@ def load_state_track(name: str) -> StateTrack:
     try:
         kind = StateTrack.load_config(name).get("_class_name")
     except OSError:  # a pipeline keeps its models in folders below
-        track = getattr(IRASimPipeline.from_pretrained(name).transformer, "track", None)
+        track = getattr(IRASimTransformer3DModel.from_pretrained(name, subfolder="transformer"), "track", None)
         if track is None:
             raise ValueError(f"{name!r} has no track of poses.") from None
         return track
