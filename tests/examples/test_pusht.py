@@ -189,7 +189,7 @@ def test_tracks_that_do_not_fit_are_refused_before_anything_is_encoded(
         ({"pretrained": "track"}, "must be left out with `pretrained`"),
         ({"action_space": "relatve"}, "`action_space` must be 'absolute' or 'relative', got 'relatve'"),
         ({"max_follow": "0"}, "`max_follow` must be at least 1, got 0"),
-        ({"max_follow": "30"}, r"has no episode of `max_follow` \+ 2 = 32 frames"),
+        ({"max_follow": "60"}, r"has no episode of `max_follow` \+ 2 = 62 frames"),
     ],
 )
 def test_bad_tracks_are_refused_before_anything_is_encoded(workspace, tmp_path, monkeypatch, changes, message):
