@@ -73,6 +73,7 @@ from irasim_diffusers.training import (
     NoiseProcess,
     StateReadout,
     averaged_state,
+    check_settings,
     checkpoints,
     diffusion_loss,
     load_average,
@@ -1056,17 +1057,6 @@ def run_settings(
         "model": {key: value for key, value in config.items() if not key.startswith("_")},
     }
     return json.loads(json.dumps(settings))
-
-
-def check_settings(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
-    """Refuse to go on from a checkpoint of another run."""
-    flat = [
-        settings | {f"model.{key}": value for key, value in settings["model"].items()} for settings in (before, now)
-    ]
-    changed = [key for key in flat[1] if key != "model" and flat[0].get(key) != flat[1][key]]
-    if changed:
-        listed = ", ".join(f"{key} was {flat[0].get(key)!r} and is {flat[1][key]!r}" for key in changed)
-        raise ValueError(f"{str(checkpoint)!r} is of another run: {listed}. Undo that, or take another `output_dir`.")
 
 
 def averaged_transformer(

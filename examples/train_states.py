@@ -15,6 +15,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,16 +28,21 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from irasim_diffusers.data import LatentClips, PreparedEpisodes, cache_latents, episode_states, open_dataset
-from irasim_diffusers.files import temporary_path
 from irasim_diffusers.models import StateTrack
 from irasim_diffusers.models.state_track import KINDS
-from irasim_diffusers.training import checkpoints, load_state_track, remove_leftovers, save_checkpoint
+from irasim_diffusers.training import (
+    check_settings,
+    checkpoints,
+    load_state_track,
+    remove_leftovers,
+    save_checkpoint,
+)
 
 PARTS = ("read", "follow", "draw")
 OWN = ("state_keys", "bodies", "extent", "action_space", "action_scale")  # what a trained track has
 MAY_CHANGE = (
-    *("max_train_steps", "checkpointing_steps", "validation_dataset", "validation_split", "validation_steps"),
-    "max_validation_episodes",
+    *("output_dir", "cache_dir", "max_train_steps", "checkpointing_steps"),
+    *("validation_dataset", "validation_split", "validation_steps", "max_validation_episodes"),
 )
 
 
@@ -309,23 +315,10 @@ def load_pretrained(arguments: StatesArguments) -> StateTrack | None:
     return track
 
 
-def check_run(arguments: StatesArguments, output: Path) -> None:
-    """Refuse to go on in the folder of another run; note in a new one what its run is."""
-    flags = asdict(arguments)
-    run = {name: value for name, value in flags.items() if name not in ("output_dir", "cache_dir", *MAY_CHANGE)}
-    noted = output / "settings.json"
-    if not noted.is_file():
-        with temporary_path(noted) as partial:
-            partial.write_text(json.dumps(run, indent=2))
-        return
-    before = json.loads(noted.read_text())
-    changed = [
-        f"{name} was {before.get(name)!r} and is {run[name]!r}" for name in run if before.get(name) != run[name]
-    ]
-    if changed:
-        raise ValueError(
-            f"{str(output)!r} is of another run: {', '.join(changed)}. Undo that, or take another `output_dir`."
-        )
+def run_settings(arguments: StatesArguments, processes: int) -> dict[str, Any]:
+    """What a run must keep to be the same run when it is resumed."""
+    flags = {name: value for name, value in asdict(arguments).items() if name not in MAY_CHANGE}
+    return json.loads(json.dumps(flags | {"processes": processes}))
 
 
 def main() -> None:
@@ -345,12 +338,15 @@ def main() -> None:
         raise ValueError(
             f"`vae` must have the {track.config.in_channels} channels that `pretrained` reads, got {vae.config.latent_channels}."
         )
+    settings = run_settings(arguments, accelerator.num_processes)
+    newest = next(reversed(checkpoints(output)), None)
+    if newest:
+        check_settings(json.loads((newest / "settings.json").read_text()), settings, newest)
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         remove_leftovers(output)
     with accelerator.main_process_first():
-        check_run(arguments, output)
-        looks = arguments.parts != ["follow"]  # motion is learned from states alone
+        looks = set(arguments.parts) != {"follow"}  # motion is learned from states alone
         episodes = (arguments.max_train_episodes, arguments.max_validation_episodes)
         data = load(arguments, arguments.dataset, arguments.split, episodes[0], vae if looks else None, track)
         held_out = None
@@ -379,9 +375,14 @@ def main() -> None:
     )
     model, optimizer, schedule = accelerator.prepare(Training(track), optimizer, schedule)
     step = 0
-    if checkpoints(output):
-        accelerator.load_state(str(checkpoints(output)[-1]))
-        step = int(checkpoints(output)[-1].name.split("-")[1])
+    if newest:
+        accelerator.load_state(str(newest))
+        step = int(newest.name.split("-")[1])
+
+    def note_settings(folder: Path) -> None:
+        if accelerator.is_main_process:
+            (folder / "settings.json").write_text(json.dumps(settings, indent=2))
+
     bar = tqdm(total=arguments.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
     start = time.perf_counter()
     while step < arguments.max_train_steps:
@@ -396,7 +397,7 @@ def main() -> None:
         bar.update()
         bar.set_postfix(loss=f"{loss.item():.4f}")
         if step % arguments.checkpointing_steps == 0 and step < arguments.max_train_steps:
-            save_checkpoint(accelerator, output, step, limit=2)
+            save_checkpoint(accelerator, output, step, limit=2, add=note_settings)
         if held_out and accelerator.is_main_process and step % arguments.validation_steps == 0:
             bar.write(
                 f"step {step}, {time.perf_counter() - start:.0f} s: {validate(track, held_out, arguments.max_follow)}"

@@ -191,6 +191,34 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
+def check_settings(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse to go on from a checkpoint of another run.
+
+    Args:
+        before: The settings of the run that wrote it, as they were in JSON; values may be dictionaries.
+        now: Those of this run.
+        checkpoint: Its folder.
+
+    Raises:
+        ValueError: Names every setting that is another one now.
+    """
+    first, second = _flat(before), _flat(now)
+    changed = [
+        f"{key} was {first.get(key)!r} and is {value!r}" for key, value in second.items() if first.get(key) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{str(checkpoint)!r} is of another run: {', '.join(changed)}. Undo that, or take another `output_dir`."
+        )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
 def save_checkpoint(
     accelerator: Accelerator, output: Path, step: int, limit: int, add: Callable[[Path], None] | None = None
 ) -> None:

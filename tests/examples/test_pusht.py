@@ -25,7 +25,7 @@ from poses import pose_errors, read_poses, true_poses
 from simulator import Simulator, push_about, push_at
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
-from irasim_diffusers.data import LeRobotFolder
+from irasim_diffusers.data import LeRobotFolder, read_video
 from irasim_diffusers.models import StateTrack
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -100,7 +100,6 @@ def test_a_track_of_poses_is_trained_and_resumed(workspace, states):
     assert track.config.state_names == ["agent_x", "agent_y", "block_x", "block_y", "block_angle"]
     assert (track.config.in_channels, track.config.action_dim) == (4, 2)
     shutil.copytree(states / "checkpoint-2", workspace / "states-again" / "checkpoint-2")
-    shutil.copy(states / "settings.json", workspace / "states-again")
     train_states(workspace, "states-again", *POSES, *ARENA, "--max_train_steps", 4)
     again = StateTrack.from_pretrained(workspace / "states-again").state_dict()
     for name, value in track.state_dict().items():
@@ -114,9 +113,14 @@ def test_a_track_is_not_trained_on_in_the_folder_of_another_run(workspace, state
         train_states_script.main()
 
 
-def test_a_world_model_is_given_a_track(workspace, states):
+@pytest.fixture(scope="module")
+def tracked(workspace, states):
     train(workspace, "tracked", "--max_train_steps", 2, "--state_track", states)
-    pipeline = IRASimPipeline.from_pretrained(workspace / "tracked")
+    return workspace / "tracked"
+
+
+def test_a_world_model_is_given_a_track(workspace, states, tracked):
+    pipeline = IRASimPipeline.from_pretrained(tracked)
     track = StateTrack.from_pretrained(states).state_dict()
     for name, value in pipeline.transformer.track.state_dict().items():
         assert torch.equal(value, track[name]), name  # not trained along
@@ -128,12 +132,12 @@ def test_a_world_model_is_given_a_track(workspace, states):
 
     # another world: the track is trained on, and goes with the adapters
     train_states(
-        *(workspace, "states-more", "--pretrained", workspace / "tracked", "--parts", "follow"),
+        *(workspace, "states-more", "--pretrained", tracked, "--parts", "follow"),
         *("--max_train_steps", 1, "--lr_warmup_steps", 0, "--cache_dir", workspace / "unused"),
     )
     assert not (workspace / "unused").exists()  # states are enough for that part
     run(
-        *("train.py", "--dataset", workspace / "set", "--pretrained", workspace / "tracked", "--train_batch_size", 4),
+        *("train.py", "--dataset", workspace / "set", "--pretrained", tracked, "--train_batch_size", 4),
         *("--cache_dir", workspace / "latents", "--output_dir", workspace / "tracked-lora", "--lora_rank", 2),
         *("--state_track", workspace / "states-more", "--max_train_steps", 1),
         launch=ONE,
@@ -156,21 +160,13 @@ def test_a_world_model_is_given_a_track(workspace, states):
     ],
 )
 def test_tracks_that_do_not_fit_are_refused_before_anything_is_encoded(
-    workspace, states, tmp_path, monkeypatch, flags, message
+    workspace, states, tracked, tmp_path, monkeypatch, flags, message
 ):
-    if not (workspace / "tracked").exists():
-        train(workspace, "tracked", "--max_train_steps", 2, "--state_track", states)
     other = StateTrack.from_pretrained(states).config | {"action_space": "relative"}
     StateTrack.from_config(other).save_pretrained(tmp_path / "other")
-    places = {"other": tmp_path / "other", "tracked": workspace / "tracked", "vae": workspace / "vae"}
-    arguments = [
-        "--dataset",
-        workspace / "set",
-        "--pretrained",
-        workspace / "tracked",
-        "--output_dir",
-        tmp_path / "out",
-    ]
+    places = {"other": tmp_path / "other", "tracked": tracked, "vae": workspace / "vae"}
+    arguments = ["--dataset", workspace / "set", "--pretrained", tracked]
+    arguments += ["--output_dir", tmp_path / "out"]
     arguments += [part.format(**places) for part in flags]
     monkeypatch.setattr(sys, "argv", ["train.py", "--mixed_precision", "no", *map(str, arguments)])
     with pytest.raises(ValueError, match=message):
@@ -390,6 +386,26 @@ def test_the_embedded_model_foresees_poses():
     assert np.median(pushers) < 5  # of 512
     assert np.median(blocks) < 10
     assert np.max(moves) > 30  # some block was pushed
+
+
+def test_the_embedded_model_leaves_alone_what_nobody_touches():
+    """Over many short chunks, each from the frames of the one before."""
+    pipeline = IRASimPipeline.from_pretrained(embedded_checkpoint())
+    seen = read_video(embedded_checkpoint() / "example.mp4")[:2]
+    start = (read_poses(seen).pusher[1] + 0.5) * 512 / 96
+    steps = np.repeat([[0, -20], [20, 0]], [12, 14], axis=0)  # up and then to the right, past the block
+    actions = start + np.cumsum(steps, axis=0)
+    stream = pipeline.stream(
+        seen, actions, chunk_length=2, output_type="np", generator=torch.Generator().manual_seed(0)
+    )
+    last = list(stream)[-1]
+    way = np.concatenate(
+        [read_poses(seen).pusher, pipeline.predict_states(seen, actions)[0, :, :2].numpy() * 96 / 512]
+    )
+    places = np.stack(np.meshgrid(np.arange(96), np.arange(96)), axis=-1)
+    still = (np.linalg.norm(places[:, :, None] - way, axis=-1) > 8).all(axis=-1)
+    assert np.linalg.norm(read_poses(last[None]).pusher[0] - way[-1]) < 2
+    assert np.square(last[still] - seen[1][still] / 255).mean() < 10**-3.4  # 34 dB
 
 
 def test_poses_are_read_from_pixels(workspace):
