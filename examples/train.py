@@ -70,14 +70,14 @@ from irasim_diffusers.models.state_track import KINDS
 from irasim_diffusers.models.transformer_irasim import ACTION_ENCODER, WHOLE_WITH_LORA
 from irasim_diffusers.training import (
     FINISHED,
+    SETTINGS,
     NoiseProcess,
     StateReadout,
     averaged_state,
-    check_settings,
-    checkpoints,
     diffusion_loss,
     load_average,
     load_state_track,
+    newest_checkpoint,
     remove_leftovers,
     save_average,
     save_checkpoint,
@@ -1228,11 +1228,9 @@ def main() -> None:
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     settings = run_settings(arguments, accelerator, folders, config)
     step, seconds = 0, 0.0
-    if checkpoints(output):
-        newest = checkpoints(output)[-1]
-        before = json.loads((newest / "settings.json").read_text())
-        check_settings(before, settings, newest)
-        seconds = before.get("seconds", 0.0)
+    newest = newest_checkpoint(output, settings)
+    if newest:
+        seconds = json.loads((newest / SETTINGS).read_text()).get("seconds", 0.0)
         accelerator.load_state(str(newest))
         load_average(ema, transformer, newest)
         step = int(newest.name.split("-")[1])
@@ -1296,9 +1294,8 @@ def main() -> None:
                     output,
                     step,
                     arguments.checkpoints_total_limit,
-                    functools.partial(
-                        save_average, accelerator, ema, transformer, settings=settings | {"seconds": seconds}
-                    ),
+                    settings | {"seconds": seconds},
+                    add=functools.partial(save_average, accelerator, ema, transformer),
                 )
             if arguments.validation_dataset and step % arguments.validation_steps == 0:
                 averaged = averaged_transformer(transformer, ema, arguments)

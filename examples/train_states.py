@@ -30,13 +30,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers.data import LatentClips, PreparedEpisodes, cache_latents, episode_states, open_dataset
 from irasim_diffusers.models import StateTrack
 from irasim_diffusers.models.state_track import KINDS
-from irasim_diffusers.training import (
-    check_settings,
-    checkpoints,
-    load_state_track,
-    remove_leftovers,
-    save_checkpoint,
-)
+from irasim_diffusers.training import load_state_track, newest_checkpoint, remove_leftovers, save_checkpoint
 
 PARTS = ("read", "follow", "draw")
 OWN = ("state_keys", "bodies", "extent", "action_space", "action_scale")  # what a trained track has
@@ -339,9 +333,7 @@ def main() -> None:
             f"`vae` must have the {track.config.in_channels} channels that `pretrained` reads, got {vae.config.latent_channels}."
         )
     settings = run_settings(arguments, accelerator.num_processes)
-    newest = next(reversed(checkpoints(output)), None)
-    if newest:
-        check_settings(json.loads((newest / "settings.json").read_text()), settings, newest)
+    newest = newest_checkpoint(output, settings)
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         remove_leftovers(output)
@@ -379,10 +371,6 @@ def main() -> None:
         accelerator.load_state(str(newest))
         step = int(newest.name.split("-")[1])
 
-    def note_settings(folder: Path) -> None:
-        if accelerator.is_main_process:
-            (folder / "settings.json").write_text(json.dumps(settings, indent=2))
-
     bar = tqdm(total=arguments.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
     start = time.perf_counter()
     while step < arguments.max_train_steps:
@@ -397,7 +385,7 @@ def main() -> None:
         bar.update()
         bar.set_postfix(loss=f"{loss.item():.4f}")
         if step % arguments.checkpointing_steps == 0 and step < arguments.max_train_steps:
-            save_checkpoint(accelerator, output, step, limit=2, add=note_settings)
+            save_checkpoint(accelerator, output, step, limit=2, settings=settings)
         if held_out and accelerator.is_main_process and step % arguments.validation_steps == 0:
             bar.write(
                 f"step {step}, {time.perf_counter() - start:.0f} s: {validate(track, held_out, arguments.max_follow)}"

@@ -10,8 +10,9 @@ that they have unit variance, or `--latent_std`. The same command run again goes
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,12 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from irasim_diffusers.data import PreparedEpisodes, open_dataset
-from irasim_diffusers.training import checkpoints, remove_leftovers, save_checkpoint
+from irasim_diffusers.training import newest_checkpoint, remove_leftovers, save_checkpoint
+
+MAY_CHANGE = (
+    *("output_dir", "max_train_steps", "checkpointing_steps", "compile"),
+    *("validation_dataset", "validation_split", "validation_steps"),
+)
 
 
 @dataclass
@@ -152,6 +158,13 @@ def build_vae(arguments: VAEArguments, sample_size: int) -> AutoencoderKL:
     )
 
 
+def run_settings(arguments: VAEArguments, processes: int) -> dict[str, Any]:
+    """What a run must keep to be the same run when it is resumed."""
+    return {name: value for name, value in asdict(arguments).items() if name not in MAY_CHANGE} | {
+        "processes": processes
+    }
+
+
 def main() -> None:
     (arguments,) = HfArgumentParser(VAEArguments).parse_args_into_dataclasses()
     if arguments.freeze_encoder and not arguments.pretrained:
@@ -159,10 +172,10 @@ def main() -> None:
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("`height` and `width` must be given together.")
     output = Path(arguments.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=arguments.mixed_precision,
-    )
+    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     set_seed(arguments.seed)
+    settings = run_settings(arguments, accelerator.num_processes)
+    newest = newest_checkpoint(output, settings)
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         remove_leftovers(output)
@@ -187,9 +200,9 @@ def main() -> None:
     autoencoding, optimizer, schedule = accelerator.prepare(Autoencoding(vae), optimizer, schedule)
 
     step = 0
-    if checkpoints(output):
-        accelerator.load_state(str(checkpoints(output)[-1]))
-        step = int(checkpoints(output)[-1].name.split("-")[1])
+    if newest:
+        accelerator.load_state(str(newest))
+        step = int(newest.name.split("-")[1])
     bar = tqdm(total=arguments.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
     start = time.perf_counter()
     while step < arguments.max_train_steps:
@@ -210,7 +223,7 @@ def main() -> None:
         bar.update()
         bar.set_postfix(loss=f"{loss.item():.5f}")
         if step % arguments.checkpointing_steps == 0 and step < arguments.max_train_steps:
-            save_checkpoint(accelerator, output, step, limit=2)
+            save_checkpoint(accelerator, output, step, limit=2, settings=settings)
         if accelerator.is_main_process and (step % arguments.validation_steps == 0):
             with accelerator.autocast():
                 psnr = reconstruction_psnr(vae, held_out, accelerator.device)

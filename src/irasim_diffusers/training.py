@@ -23,6 +23,9 @@ from .models import IRASimTransformer3DModel, StateTrack, UNetTrajectoryModel
 FINISHED = ".finished"
 """Folder in which a run puts its result together, hidden, so that it is nobody else's."""
 
+SETTINGS = "settings.json"
+"""File of a checkpoint that holds what its run must keep."""
+
 
 def load_state_track(name: str) -> StateTrack:
     """A track of poses from a folder or the Hub, or that of the pipeline there.
@@ -191,25 +194,28 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def check_settings(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
-    """Refuse to go on from a checkpoint of another run.
+def newest_checkpoint(output: Path, settings: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from, None where there is none.
 
     Args:
-        before: The settings of the run that wrote it, as they were in JSON; values may be dictionaries.
-        now: Those of this run.
-        checkpoint: Its folder.
+        output: Folder of the checkpoints.
+        settings: What this run must keep, as JSON gives it back; values may be dictionaries.
 
     Raises:
-        ValueError: Names every setting that is another one now.
+        ValueError: If another run wrote it; names every setting that is another one now.
     """
-    first, second = _flat(before), _flat(now)
+    found = checkpoints(output)
+    if not found:
+        return None
+    before, now = _flat(json.loads((found[-1] / SETTINGS).read_text())), _flat(settings)
     changed = [
-        f"{key} was {first.get(key)!r} and is {value!r}" for key, value in second.items() if first.get(key) != value
+        f"{key} was {before.get(key)!r} and is {value!r}" for key, value in now.items() if before.get(key) != value
     ]
     if changed:
         raise ValueError(
-            f"{str(checkpoint)!r} is of another run: {', '.join(changed)}. Undo that, or take another `output_dir`."
+            f"{str(found[-1])!r} is of another run: {', '.join(changed)}. Undo that, or take another `output_dir`."
         )
+    return found[-1]
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +226,12 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output: Path, step: int, limit: int, add: Callable[[Path], None] | None = None
+    accelerator: Accelerator,
+    output: Path,
+    step: int,
+    limit: int,
+    settings: dict[str, Any],
+    add: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint under a temporary name, rename it, and drop the oldest beyond `limit`.
 
@@ -229,6 +240,7 @@ def save_checkpoint(
         output: Folder of the checkpoints.
         step: Number of the step that is done.
         limit: Most checkpoints to keep.
+        settings: What `newest_checkpoint` shall compare.
         add: Writes more into the folder of the checkpoint.
     """
     partial = output / f"partial-{step}"
@@ -237,6 +249,7 @@ def save_checkpoint(
         add(partial)
     accelerator.wait_for_everyone()  # every process writes its own random state
     if accelerator.is_main_process:
+        (partial / SETTINGS).write_text(json.dumps(settings, indent=2))
         partial.rename(output / f"checkpoint-{step}")
         for old in checkpoints(output)[: -max(limit, 1)]:
             shutil.rmtree(old)
@@ -266,14 +279,13 @@ def averaged_state(ema: EMAModel, model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: _whole(tensor).cpu() for name, tensor in (dict(model.named_buffers()) | parameters).items()}
 
 
-def save_average(accelerator: Accelerator, ema: EMAModel, model: nn.Module, folder: Path, settings: dict) -> None:
-    """Write `ema.safetensors`, and `settings.json` with the settings of the run; every process must call this."""
+def save_average(accelerator: Accelerator, ema: EMAModel, model: nn.Module, folder: Path) -> None:
+    """Write `ema.safetensors`; every process must call this."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     whole = [_whole(shadow).cpu().contiguous() for shadow in ema.shadow_params]
     if accelerator.is_main_process:
         metadata = {"optimization_step": str(ema.optimization_step)}
         save_file(dict(zip(names, whole, strict=True)), folder / "ema.safetensors", metadata)
-        (folder / "settings.json").write_text(json.dumps(settings, indent=2))
 
 
 def load_average(ema: EMAModel, model: nn.Module, folder: Path) -> None:

@@ -18,6 +18,7 @@ import shapely
 import torch
 import train as train_script
 import train_states as train_states_script
+import train_vae as train_vae_script
 from collect import TASKS
 from expert import Lookahead, outline, push_to_goal
 from huggingface_hub import DatasetCard
@@ -49,13 +50,16 @@ ONE = ["--cpu", "--num_processes", "1"]
 def workspace(tmp_path_factory):
     root = tmp_path_factory.mktemp("pusht")
     run("pusht/collect.py", "--output", root / "set", "--episodes", 3, "--length", 60, "--first_seed", 5)
-    run(
-        *("train_vae.py", "--dataset", root / "set", "--output_dir", root / "vae", "--max_train_steps", 6),
-        *("--block_out_channels", 32, 32, 32, 32, "--checkpointing_steps", 3, "--validation_steps", 3),
-        *("--frames_per_episode", 5, "--train_batch_size", 4),
-        launch=ONE,
-    )
+    run("train_vae.py", *vae_flags(root, "vae"), launch=ONE)
     return root
+
+
+def vae_flags(root, output, *arguments):
+    return [
+        *("--dataset", root / "set", "--output_dir", root / output, "--max_train_steps", 6, "--frames_per_episode", 5),
+        *("--block_out_channels", 32, 32, 32, 32, "--checkpointing_steps", 3, "--validation_steps", 3),
+        *("--train_batch_size", 4, *arguments),
+    ]
 
 
 def train(root, output, *arguments, launch=ONE):
@@ -463,6 +467,13 @@ def test_vae_is_ready_to_use(workspace):
     assert 0.1 < config["scaling_factor"] < 100
     assert config["scaling_factor"] != 0.18215
     assert [path.name for path in (workspace / "vae").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_an_autoencoder_is_not_trained_on_in_the_folder_of_another_run(workspace, monkeypatch):
+    flags = vae_flags(workspace, "vae", "--latent_channels", 8, "--mixed_precision", "no")
+    monkeypatch.setattr(sys, "argv", ["train_vae.py", *map(str, flags)])
+    with pytest.raises(ValueError, match=r"is of another run: latent_channels was 4 and is 8, mixed_precision was"):
+        train_vae_script.main()
 
 
 @pytest.fixture(scope="module")
