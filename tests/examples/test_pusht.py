@@ -412,6 +412,19 @@ def test_the_embedded_model_leaves_alone_what_nobody_touches():
     assert np.square(last[still] - seen[1][still] / 255).mean() < 10**-3.4  # 34 dB
 
 
+def test_the_embedded_autoencoder_keeps_blocks_over_the_goal():
+    pipeline, simulator = IRASimPipeline.from_pretrained(embedded_checkpoint()), Simulator()
+    frames = []
+    for angle in np.linspace(0, 2 * np.pi, 40, endpoint=False):
+        beside = 256 + 30 * np.array([np.cos(3 * angle), np.sin(3 * angle)])
+        simulator.environment.reset(options={"reset_to_state": [60, 60, *beside, angle]})
+        frames.append(simulator.frame())
+    pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)[:, None] / 127.5 - 1
+    with torch.no_grad():
+        decoded = pipeline.decode_latents(pipeline.encode_history(pixels))[:, :, 0]
+    assert read_poses(((decoded.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()).found.all()
+
+
 def test_poses_are_read_from_pixels(workspace):
     for episode in LeRobotFolder(workspace / "set"):
         read = read_poses(episode.frames[::6])
