@@ -180,7 +180,11 @@ class TrajectoryPage:
         } | private
         drawn = self.pad.drawn(self.take_drawn, outputs=self.kind, **quiet).then(trigger_mode="multiple", **predict)
         pressed = self.run.click(**predict)
-        self.stop.click(self.interrupt, outputs=[self.status, self.run, self.stop], cancels=[drawn, pressed], **quiet)
+        stopped = self.stop.click(
+            self.interrupt, outputs=[self.status, self.run, self.stop], cancels=[drawn, pressed], **quiet
+        )
+        # once more: what the cancelled prediction sent last may be shown after the answer
+        stopped.then(self.interrupt, outputs=[self.status, self.run, self.stop], **quiet)
         start, model = [self.scene, self.pad, self.kind], [self.first[0], self.kind]
         self.pad.picked(self.choose_example, model, start, **quiet)
         self.upload.upload(self.choose_upload, [self.upload, *model], start, **private)
