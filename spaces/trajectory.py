@@ -180,11 +180,9 @@ class TrajectoryPage:
         } | private
         drawn = self.pad.drawn(self.take_drawn, outputs=self.kind, **quiet).then(trigger_mode="multiple", **predict)
         pressed = self.run.click(**predict)
-        stopped = self.stop.click(
-            self.interrupt, outputs=[self.status, self.run, self.stop], cancels=[drawn, pressed], **quiet
-        )
-        # once more: what the cancelled prediction sent last may be shown after the answer
-        stopped.then(self.interrupt, outputs=[self.status, self.run, self.stop], **quiet)
+        stopped = self.stop.click(self.interrupt, outputs=self.status, cancels=[drawn, pressed], **quiet)
+        # afterwards, since what the cancelled prediction sent last may come after the answer
+        stopped.then(self._idle, outputs=[self.run, self.stop], **quiet)
         start, model = [self.scene, self.pad, self.kind], [self.first[0], self.kind]
         self.pad.picked(self.choose_example, model, start, **quiet)
         self.upload.upload(self.choose_upload, [self.upload, *model], start, **private)
@@ -253,7 +251,6 @@ class TrajectoryPage:
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio hands it over)
     ) -> AsyncIterator[dict[Any, Any]]:
         """Predict under each setting, show frames as they come, and at the end what there is to say of them."""
-        idle = {self.run: gr.Button(visible=True), self.stop: gr.Button(visible=False)}
         try:
             settings = self._settings(asked)
             world = next(iter(settings.values())).world
@@ -265,7 +262,7 @@ class TrajectoryPage:
             pipelines = {name: pipeline_of(setting) for name, setting in settings.items()}
         except ValueError as error:
             gr.Warning(str(error), title="That cannot be predicted")
-            yield idle
+            yield self._idle()
             return
         visitor, mine = request.session_hash, list(pipelines.values())
         self._stop(visitor)
@@ -292,7 +289,7 @@ class TrajectoryPage:
             _interrupt(mine)
             if self.running.get(visitor) is mine:
                 del self.running[visitor]
-        yield idle
+        yield self._idle()
         seconds = time.perf_counter() - begun
         with tempfile.TemporaryDirectory() as folder:  # Gradio copies what it serves
             yield await asyncio.to_thread(self._report, Path(folder), panels, truth, actions, world, seconds)
@@ -324,10 +321,14 @@ class TrajectoryPage:
             self.table: str(_write_actions(folder / "actions.csv", actions, config.action_names)),
         }
 
-    def interrupt(self, request: gr.Request) -> tuple[Any, ...]:
+    def interrupt(self, request: gr.Request) -> str:
         """Stop what this visitor has running, at its next step."""
         self._stop(request.session_hash)
-        return "Stopped.", gr.Button(visible=True), gr.Button(visible=False)
+        return "Stopped."
+
+    def _idle(self) -> dict[Any, Any]:
+        """The buttons as they are while nothing is predicted."""
+        return {self.run: gr.Button(visible=True), self.stop: gr.Button(visible=False)}
 
     def _stop(self, session: str | None) -> None:
         _interrupt(self.running.pop(session, ()))
