@@ -1050,13 +1050,12 @@ def run_settings(
 ) -> dict[str, Any]:
     """What a run must keep to be the same run when it is resumed."""
     flags = ("seed", "train_batch_size", "dataset_weights", "window_lengths", "optimizer", "lora_rank", "state_keys")
-    settings = {flag: getattr(arguments, flag) for flag in flags} | {
+    return {flag: getattr(arguments, flag) for flag in flags} | {
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "processes": accelerator.num_processes,
         "latents": [folder.name for folder in folders],
         "model": {key: value for key, value in config.items() if not key.startswith("_")},
     }
-    return json.loads(json.dumps(settings))
 
 
 def averaged_transformer(

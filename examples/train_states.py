@@ -10,7 +10,6 @@ encoded once, in float32, and shared with `train.py --mixed_precision no` by `--
 from the last checkpoint.
 """
 
-import json
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -312,7 +311,7 @@ def load_pretrained(arguments: StatesArguments) -> StateTrack | None:
 def run_settings(arguments: StatesArguments, processes: int) -> dict[str, Any]:
     """What a run must keep to be the same run when it is resumed."""
     flags = {name: value for name, value in asdict(arguments).items() if name not in MAY_CHANGE}
-    return json.loads(json.dumps(flags | {"processes": processes}))
+    return flags | {"processes": processes}
 
 
 def main() -> None:

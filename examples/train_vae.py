@@ -160,9 +160,8 @@ def build_vae(arguments: VAEArguments, sample_size: int) -> AutoencoderKL:
 
 def run_settings(arguments: VAEArguments, processes: int) -> dict[str, Any]:
     """What a run must keep to be the same run when it is resumed."""
-    return {name: value for name, value in asdict(arguments).items() if name not in MAY_CHANGE} | {
-        "processes": processes
-    }
+    flags = {name: value for name, value in asdict(arguments).items() if name not in MAY_CHANGE}
+    return flags | {"processes": processes}
 
 
 def main() -> None:

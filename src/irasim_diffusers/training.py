@@ -199,7 +199,7 @@ def newest_checkpoint(output: Path, settings: dict[str, Any]) -> Path | None:
 
     Args:
         output: Folder of the checkpoints.
-        settings: What this run must keep, as JSON gives it back; values may be dictionaries.
+        settings: What this run must keep to be the same run; values may be dictionaries.
 
     Raises:
         ValueError: If another run wrote it; names every setting that is another one now.
@@ -207,7 +207,8 @@ def newest_checkpoint(output: Path, settings: dict[str, Any]) -> Path | None:
     found = checkpoints(output)
     if not found:
         return None
-    before, now = _flat(json.loads((found[-1] / SETTINGS).read_text())), _flat(settings)
+    before = _flat(json.loads((found[-1] / SETTINGS).read_text()))
+    now = _flat(json.loads(json.dumps(settings)))  # which knows lists for tuples
     changed = [
         f"{key} was {before.get(key)!r} and is {value!r}" for key, value in now.items() if before.get(key) != value
     ]
