@@ -42,13 +42,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from irasim_diffusers import PRESETS, UNET_PRESETS, IRASimPipeline, IRASimTransformer3DModel, UNetTrajectoryModel
-from irasim_diffusers.conversion import (
-    change_action_dim,
-    change_autoencoder,
-    change_patch_size,
-    predict_samples,
-    set_state_track,
-)
+from irasim_diffusers.conversion import change_action_dim, change_autoencoder, change_patch_size, predict_samples
 from irasim_diffusers.data import (
     LatentClips,
     MixedClips,
@@ -56,7 +50,6 @@ from irasim_diffusers.data import (
     action_normalisation,
     cache_latents,
     check_mixture,
-    episode_states,
     first_readable,
     frame_skip_for,
     open_dataset,
@@ -65,9 +58,8 @@ from irasim_diffusers.data import (
 )
 from irasim_diffusers.files import temporary_folder
 from irasim_diffusers.metrics import psnr
-from irasim_diffusers.models import StateTrack, noise_process
-from irasim_diffusers.models.state_track import KINDS
-from irasim_diffusers.models.transformer_irasim import ACTION_ENCODER, WHOLE_WITH_LORA
+from irasim_diffusers.models import noise_process
+from irasim_diffusers.models.transformer_irasim import ACTION_ENCODER
 from irasim_diffusers.training import (
     FINISHED,
     SETTINGS,
@@ -76,7 +68,6 @@ from irasim_diffusers.training import (
     averaged_state,
     diffusion_loss,
     load_average,
-    load_state_track,
     newest_checkpoint,
     remove_leftovers,
     save_average,
@@ -287,12 +278,6 @@ class TrainingArguments:
         default_factory=list, metadata={"help": "components of these that are angles in radians"}
     )
     state_loss_weight: float = 1.0
-    state_track: str | None = field(
-        default=None,
-        metadata={
-            "help": "track of poses that the model shall see, by train_states.py: folder or Hub id; none takes one out"
-        },
-    )
     ema_decay: float = 0.9999
     ema_warmup: bool = field(default=True, metadata={"help": "let the decay rise with the steps, for short runs"})
     mixed_precision: str | None = field(
@@ -360,7 +345,6 @@ FOREIGN = {
         "num_layers",
         "patch_size",
         "window_lengths",
-        "state_track",
     ),
 }
 """Flags that a model knows nothing of."""
@@ -646,68 +630,6 @@ def build_transformer(
     )
 
 
-def load_track(
-    arguments: TrainingArguments,
-    sources: list[PreparedEpisodes],
-    vae: AutoencoderKL | PixelSpace,
-    pretrained: IRASimTransformer3DModel | None,
-) -> StateTrack | None:
-    """The track of poses that is asked for; whether it, or the pretrained model's own, suits the data is checked."""
-    name, own = arguments.state_track, pretrained.config.state_track if pretrained is not None else None
-    track = load_state_track(name) if name not in (None, "none") else None
-    if arguments.lora_rank and name is not None:  # the file of adapters holds weights alone
-        free = ("state_keys", "state_names")
-        if not own or not track or any(track.config[key] != own[key] for key in own.keys() - free):
-            raise ValueError(
-                f"`state_track` {name!r} must be made like the pretrained model's own beside `lora_rank`, which keeps the model as "
-                "it is: train that on with `train_states.py --pretrained`."
-            )
-    if not track and (name or not own):
-        return None
-    config: dict[str, Any] = dict(track.config if track else own or {})
-    if track:
-        channels = vae.config.latent_channels
-        size = first_readable(sources[0], sources[0].vectors)["action"].shape[1]
-        model = pretrained.config if pretrained is not None else vars(arguments)
-        space, derivation = arguments.action_space or model["action_space"] or "relative", sources[0].action_derivation
-        if derivation != "recorded":
-            space = "absolute" if derivation == "absolute" else "relative"
-        for what, wanted, has in (
-            ("channels of latents", channels, config["in_channels"]),
-            ("components of actions", size, config["action_dim"]),
-            ("`action_space`", space, config["action_space"]),
-        ):
-            if wanted != has:
-                raise ValueError(f"`state_track` must be of the data: they have {wanted} {what}, {name!r} has {has}.")
-    keys, wanted = config.get("state_keys") or [], sum(KINDS[kind] for kind in config["bodies"])
-    for source in sources if keys else ():
-        known = first_readable(source, source.vectors)
-        number = sum(known[key].shape[1] for key in keys if key in known)
-        if set(keys) <= known.keys() and number != wanted:
-            raise ValueError(f"{source.name!r} has {number} components of {keys}, the track of poses {wanted}.")
-    if arguments.state_keys:
-        raise ValueError(
-            "`state_keys` must be left out for a model with a state track, which sees the states already."
-        )
-    if any(source.frame_skip != 1 for source in sources):
-        raise ValueError(
-            "`frame_skip` and `target_fps` must be left out for a model with a state track, made for each frame."
-        )
-    return track
-
-
-def show_poses(sources: list[PreparedEpisodes], parts: list[LatentClips], keys: list[str]) -> None:
-    """Give clips their true states, if the data have them all; else the model sees those that its track follows."""
-    for source in sources:
-        missing = [key for key in keys if key not in first_readable(source, source.vectors)]
-        if missing:
-            logger.info(f"{source.name!r} has no {missing[0]!r}: the poses that the model follows are shown to it")
-            return
-    for source, part in zip(sources, parts, strict=True):
-        known = episode_states(source, keys, (), part.episodes)
-        part.states = {number: torch.from_numpy(states).float() for number, states in known.items()}
-
-
 def validation_clips(arguments: TrainingArguments, config: dict) -> tuple[np.ndarray, np.ndarray] | None:
     """Held-out clips: frames (N, F, H, W, 3), uint8, and actions (N, F - h, A), one clip from the middle of an episode."""
     if arguments.validation_dataset is None:
@@ -812,7 +734,6 @@ def training_loss(
     timestep, deviation, drop = draw(1, 3, frames // length).transpose(0, 1).flatten(1)
     # action k leads to frame k + 1; no window needs the one into its first frame
     actions = cut(torch.nn.functional.pad(clip["actions"], (0, 0, 1, 0)), length, 1)[:, history:]
-    states = cut(clip["states"], length, 1) if "states" in clip else None
     latents[:, :, :history] += arguments.history_noise * deviation.view(-1, 1, 1, 1, 1) * noise[:, :, :history]
     return diffusion_loss(
         model,
@@ -823,9 +744,8 @@ def training_loss(
         noise=noise[:, :, history:],
         action_mask=(drop >= arguments.action_dropout)[:, None].expand(actions.shape[:2]),
         relative_latents=config["relative_latents"],
-        states=states if arguments.state_keys else None,
+        states=cut(clip["states"], length, 1) if "states" in clip else None,
         state_loss_weight=arguments.state_loss_weight,
-        poses=states if config.get("state_track") else None,
         snr_gamma=arguments.snr_gamma,
     )
 
@@ -870,8 +790,8 @@ def add_lora(transformer: IRASimTransformer3DModel, arguments: TrainingArguments
 
 
 def save_lora(transformer: IRASimTransformer3DModel, output: Path) -> None:
-    """The adapters with the action encoder and the track, as `IRASimPipeline.load_lora_weights` takes them."""
-    encoder = {name: value for name, value in transformer.state_dict().items() if name.startswith(WHOLE_WITH_LORA)}
+    """The adapters with the action encoder, as `IRASimPipeline.load_lora_weights` takes them."""
+    encoder = {name: value for name, value in transformer.state_dict().items() if name.startswith(ACTION_ENCODER)}
     IRASimPipeline.save_lora_weights(
         output,
         transformer_lora_layers=get_peft_model_state_dict(transformer) | encoder,
@@ -1122,7 +1042,6 @@ def main() -> None:
     check_data(sources, arguments)
     vae = load_vae(arguments).to(accelerator.device)
     pretrained = load_pretrained(arguments, vae, sources[0])
-    track = load_track(arguments, sources, vae, pretrained)
     patch_size = pretrained.config.patch_size if pretrained else arguments.patch_size or NEW_MODEL["patch_size"]
     for source in [] if arguments.recorded_latents else sources:
         check_frames(source, vae, 1 if arguments.model == "unet" else patch_size)
@@ -1153,13 +1072,7 @@ def main() -> None:
         for part, states in zip(parts, known, strict=True):
             part.states = states
     transformer = build_transformer(arguments, sources[0], parts, vae, pretrained)
-    if arguments.state_track:
-        transformer = set_state_track(transformer, track)
     config = transformer.config
-    if config.get("state_track"):
-        transformer.track.requires_grad_(False)
-        if keys := config["state_track"].get("state_keys"):
-            show_poses(sources, parts, keys)
     lengths = [*arguments.window_lengths, config.sample_frames]
     if any(length <= config.num_history_frames or config.sample_frames % length for length in lengths):
         raise ValueError(

@@ -19,15 +19,7 @@ except ImportError:
 
 
 ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
-COMPUTING = (
-    "__call__",
-    "predict",
-    "encode_history",
-    "predict_latents",
-    "decode_latents",
-    "read_states",
-    "window_states",
-)
+COMPUTING = ("__call__", "predict", "encode_history", "predict_latents", "decode_latents")
 _PIPELINES: dict[str, IRASimPipeline] = {}  # of this process, and of the ones forked from it
 
 

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .models import PRESETS, IRASimTransformer3DModel, StateTrack
-from .models.transformer_irasim import ACTION_ENCODER, STATE_TRACK
+from .models import PRESETS, IRASimTransformer3DModel
+from .models.transformer_irasim import ACTION_ENCODER
 
 ARM = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
 ARM_UNITS = ["m", "m", "m", "rad", "rad", "rad", "opening 0 to 1"]
@@ -322,8 +322,6 @@ def change_patch_size(
     old = config["patch_size"]
     kernel = state["patch_embed.proj.weight"]
     state["patch_embed.proj.weight"] = _crop(kernel, patch_size) * (old / patch_size) ** 2
-    if config["state_track"] is not None:
-        state["track_embed.weight"] = _crop(state["track_embed.weight"], patch_size) * (old / patch_size) ** 2
     for name in ("proj_out.weight", "proj_out.bias"):  # rows: down, across, channel
         rows = state[name].reshape(old, old, config["in_channels"], -1).permute(3, 2, 0, 1)
         state[name] = _crop(rows, patch_size).permute(2, 3, 1, 0).reshape(-1, *state[name].shape[1:])
@@ -340,48 +338,6 @@ def change_patch_size(
     return new
 
 
-def set_state_track(model: IRASimTransformer3DModel, track: StateTrack | None) -> IRASimTransformer3DModel:
-    """Go on with a trained model that sees the sketches of a track.
-
-    A model that predicts samples begins as the sketch itself: its last layer is zero, to learn what the sketch lacks. Others
-    begin as they were.
-
-    Args:
-        model: The trained model, of Frame-Ada. A track that it has is replaced, and the model goes on seeing sketches as it
-            did.
-        track: The track, of the model's latents and actions; None for a model without one.
-
-    Returns:
-        A new model; the given ones are left as they are.
-
-    Raises:
-        ValueError: If latents or actions differ, or the model conditions on whole trajectories.
-    """
-    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    state, settings = model.state_dict(), None
-    if track is not None:
-        for name in ("in_channels", "action_dim", "action_space"):
-            if config[name] != track.config[name]:
-                raise ValueError(
-                    f"`track` must have the model's `{name}` {config[name]!r}, got {track.config[name]!r}: train one for it."
-                )
-        if config["conditioning"] != "frame":
-            raise ValueError(
-                "`model` must be of Frame-Ada to see the poses of a track, got one of whole trajectories."
-            )
-        settings = {key: value for key, value in track.config.items() if not key.startswith("_")}
-    new = IRASimTransformer3DModel(**config | {"state_track": settings})
-    if track is None:
-        state = {name: value for name, value in state.items() if not name.startswith(STATE_TRACK)}
-    else:
-        state = new.state_dict() | {name: value for name, value in state.items() if not name.startswith("track.")}
-        state |= {f"track.{name}": value for name, value in track.state_dict().items()}
-        if config["state_track"] is None and config["prediction_type"] == "sample":
-            state |= {name: torch.zeros_like(state[name]) for name in ("proj_out.weight", "proj_out.bias")}
-    new.load_state_dict(state)
-    return new if new.dtype == model.dtype else new.to(model.dtype)
-
-
 def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel:
     """Go on with a model of velocities as one of samples, which need not carry the noise of fine latents through its width.
 
@@ -395,14 +351,10 @@ def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel
         A new model; the given one is left as it is.
 
     Raises:
-        ValueError: If the model predicts something else, or has a track of poses, whose sketch would be part of the sample.
+        ValueError: If the model predicts something else.
     """
     if model.config.prediction_type != "v_prediction":
         raise ValueError(f"`model` must predict velocities (v_prediction), got {model.config.prediction_type!r}.")
-    if model.config.state_track is not None:
-        raise ValueError(
-            "`model` must have no track of poses yet: take it out with `set_state_track(model, None)` first."
-        )
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     new = IRASimTransformer3DModel(**config | {"prediction_type": "sample"})
     new.load_state_dict(
@@ -426,12 +378,11 @@ def change_autoencoder(
         after: Scaled latents (N, C', h', w') of the same pictures under the other one.
 
     Returns:
-        A new model; the given one is left as it is. A track of poses, which read the former latents, is gone.
+        A new model; the given one is left as it is.
 
     Raises:
         ValueError: If the grids of patches differ.
     """
-    model = set_state_track(model, None) if model.config.state_track else model
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     old = config["patch_size"]
     grids = [(len(x), x.shape[2] / size, x.shape[3] / size) for x, size in ((before, old), (after, patch_size))]
@@ -485,10 +436,8 @@ def change_action_dim(model: IRASimTransformer3DModel, action_dim: int) -> IRASi
         action_dim: Components of the new actions.
 
     Returns:
-        A new model; the given one is left as it is. Its actions have neither scale nor names yet, and a track of poses, which
-        followed the former ones, is gone.
+        A new model; the given one is left as it is. Its actions have neither scale nor names yet.
     """
-    model = set_state_track(model, None) if model.config.state_track else model
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     unknown = {"action_scale": 1.0, "action_offset": 0.0, "action_names": None, "action_units": None}
     unknown |= {"action_low": None, "action_high": None}

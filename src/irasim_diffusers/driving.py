@@ -151,7 +151,6 @@ class _Predicted:
     png: bytes
     action: np.ndarray  # (A,), raw units
     latents: torch.Tensor  # (1, C, 1, h, w)
-    states: torch.Tensor | None  # (1, 1, S), of a model that follows poses
 
 
 class DrivingSession:
@@ -194,7 +193,6 @@ class DrivingSession:
         self.num_inference_steps = num_inference_steps
         with torch.no_grad():
             self._history = pipe.encode_history(pixels)  # (1, C, h, H, W)
-            self._first_states = pipe.read_states(self._history)  # (1, h, S), or None
         self.first_frame: PIL.Image.Image = pipe.video_processor.postprocess(pixels[0, -1:])[0]
         self._kept: deque[_Predicted] = deque(maxlen=max_frames)
         self.reset()
@@ -222,7 +220,6 @@ class DrivingSession:
         """Begin anew from the first history."""
         self._kept.clear()
         self._before = self._history  # latents that the kept frames follow
-        self._states_before = self._first_states
         self._last_dropped: _Predicted | None = None
         self._num_dropped = 0
         self._steer_on()
@@ -284,36 +281,21 @@ class DrivingSession:
                 f"`actions` must be one sequence of at most {self.longest_step}, got {tuple(checked.shape[:2])}: give "
                 "the rest to another step."
             )
-        recent = list(self._kept)[-self._history_length :]
-        history = torch.cat([self._before, *(each.latents for each in recent)], dim=2)[:, :, -self._history_length :]
-        states = self._states_before
-        if states is not None:
-            followed = [each.states for each in recent if each.states is not None]
-            states = torch.cat([states, *followed], dim=1)[:, -self._history_length :]
-            states = self.pipe.window_states(history, checked, states)
+        recent = [each.latents for each in list(self._kept)[-self._history_length :]]
+        history = torch.cat([self._before, *recent], dim=2)[:, :, -self._history_length :]
         place = np.random.SeedSequence(
             [self.seed, self._num_dropped + len(self._kept)]
         )  # after undo the noise is the same
         generator = torch.Generator().manual_seed(int(place.generate_state(1)[0]))
-        future = self.pipe.predict_latents(
-            history, checked, self.num_inference_steps, generator=generator, states=states
-        )
+        future = self.pipe.predict_latents(history, checked, self.num_inference_steps, generator=generator)
         pictures = self.pipe.video_processor.postprocess_video(self.pipe.decode_latents(future), "pil")[0]
-        for index, (picture, action, latents) in enumerate(
-            zip(pictures, checked[0], future.split(1, dim=2), strict=True), history.shape[2]
-        ):
+        for picture, action, latents in zip(pictures, checked[0], future.split(1, dim=2), strict=True):
             if len(self._kept) == self._kept.maxlen:
-                self._drop_first()
-            state = None if states is None else states[:, index : index + 1]
-            self._kept.append(_Predicted(_png(picture), action.double().numpy(), latents.clone(), state))
+                self._last_dropped = self._kept[0]
+                self._before = torch.cat([self._before, self._kept[0].latents], dim=2)[:, :, -self._history_length :]
+                self._num_dropped += 1
+            self._kept.append(_Predicted(_png(picture), action.double().numpy(), latents.clone()))
         return pictures
-
-    def _drop_first(self) -> None:
-        first = self._last_dropped = self._kept[0]
-        self._before = torch.cat([self._before, first.latents], dim=2)[:, :, -self._history_length :]
-        if self._states_before is not None and first.states is not None:
-            self._states_before = torch.cat([self._states_before, first.states], dim=1)[:, -self._history_length :]
-        self._num_dropped += 1
 
     def _steer_on(self) -> None:
         self.steering.go_on_from(self._last.action if self._last else None)

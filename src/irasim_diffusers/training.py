@@ -18,31 +18,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .models import IRASimTransformer3DModel, StateTrack, UNetTrajectoryModel
+from .models import IRASimTransformer3DModel, UNetTrajectoryModel
 
 FINISHED = ".finished"
 """Folder in which a run puts its result together, hidden, so that it is nobody else's."""
 
 SETTINGS = "settings.json"
 """File of a checkpoint that holds what its run must keep."""
-
-
-def load_state_track(name: str) -> StateTrack:
-    """A track of poses from a folder or the Hub, or that of the pipeline there.
-
-    Raises:
-        ValueError: If a model of another kind is there, or a pipeline without a track.
-    """
-    try:
-        kind = StateTrack.load_config(name).get("_class_name")
-    except OSError:  # a pipeline keeps its models in folders below
-        track = getattr(IRASimTransformer3DModel.from_pretrained(name, subfolder="transformer"), "track", None)
-        if track is None:
-            raise ValueError(f"{name!r} has no track of poses.") from None
-        return track
-    if kind != "StateTrack":
-        raise ValueError(f"{name!r} is no track of poses but {kind}.")
-    return StateTrack.from_pretrained(name)
 
 
 class StateReadout(nn.Module):
@@ -146,7 +128,6 @@ def diffusion_loss(
     relative_latents: bool = False,
     states: torch.Tensor | None = None,
     state_loss_weight: float = 1.0,
-    poses: torch.Tensor | None = None,
     snr_gamma: float | None = None,
 ) -> torch.Tensor:
     """Mean squared error on the predicted frames (paper, section 3.3).
@@ -162,7 +143,6 @@ def diffusion_loss(
         relative_latents: As in the model's config: predict the latents relative to the last history frame.
         states: True states (B, F, S), of unit variance, for the readout.
         state_loss_weight: Weight of the readout's mean squared error.
-        poses: True states (B, F, S) in raw units, for a transformer with a state track to see in place of those that it follows.
         snr_gamma: Weigh timesteps by min-SNR with this gamma (https://arxiv.org/abs/2303.09556), 5 in its paper; None for
             equal weights. A flow has none.
 
@@ -174,9 +154,8 @@ def diffusion_loss(
     if relative_latents:
         future = future - history[:, :, -1:]
     noisy = add_noise(scheduler, future, noise, timesteps)
-    shown = {} if poses is None else {"states": poses}
     outputs = transformer(
-        torch.cat([history, noisy], dim=2), timesteps, actions, action_mask=action_mask, return_dict=False, **shown
+        torch.cat([history, noisy], dim=2), timesteps, actions, action_mask=action_mask, return_dict=False
     )
     target = diffusion_target(scheduler, future, noise, timesteps)
     errors = (outputs[0][:, :, num_history_frames:].float() - target.float()).square().mean(dim=(1, 2, 3, 4))

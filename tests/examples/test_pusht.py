@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 import shapely
 import torch
-import train as train_script
-import train_states as train_states_script
 import train_vae as train_vae_script
 from collect import TASKS
 from expert import Lookahead, outline, push_to_goal
@@ -27,7 +25,6 @@ from simulator import Simulator, push_about, push_at
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.data import LeRobotFolder, read_video
-from irasim_diffusers.models import StateTrack
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = ["--num_layers", "1", "--num_attention_heads", "2", "--attention_head_dim", "12", "--train_batch_size", "4"]
@@ -72,139 +69,6 @@ def train(root, output, *arguments, launch=ONE):
 
 def weights(folder):
     return IRASimPipeline.from_pretrained(folder).transformer.state_dict()
-
-
-POSES = ["--state_keys", "observation.state", "observation.environment_state", "--bodies", "point", "pose"]
-ARENA = ["--extent", "0", "0", "512", "512"]
-
-
-def states_flags(root, output, *arguments):
-    sizes = ("--train_batch_size", 8, "--read_batch_size", 4, "--draw_batch_size", 4, "--max_follow", 8)
-    folders = ("--vae", root / "vae", "--output_dir", root / output, "--cache_dir", root / "latents")
-    return ["--dataset", root / "set", *folders, *sizes, "--checkpointing_steps", 2, *arguments]
-
-
-def train_states(root, output, *arguments):
-    return run("train_states.py", *states_flags(root, output, *arguments), launch=ONE)
-
-
-@pytest.fixture(scope="module")
-def states(workspace):
-    output = train_states(
-        *(workspace, "states", *POSES, *ARENA, "--max_train_steps", 4, "--validation_steps", 2),
-        *("--validation_dataset", workspace / "set"),
-    )
-    for part in ("held out: read: ", "after 8 frames: ", "sketched there: "):
-        assert part in output
-    return workspace / "states"
-
-
-def test_a_track_of_poses_is_trained_and_resumed(workspace, states):
-    track = StateTrack.from_pretrained(states)
-    assert track.config.state_names == ["agent_x", "agent_y", "block_x", "block_y", "block_angle"]
-    assert (track.config.in_channels, track.config.action_dim) == (4, 2)
-    shutil.copytree(states / "checkpoint-2", workspace / "states-again" / "checkpoint-2")
-    train_states(workspace, "states-again", *POSES, *ARENA, "--max_train_steps", 4)
-    again = StateTrack.from_pretrained(workspace / "states-again").state_dict()
-    for name, value in track.state_dict().items():
-        torch.testing.assert_close(again[name], value)
-
-
-def test_a_track_is_not_trained_on_in_the_folder_of_another_run(workspace, states, monkeypatch):
-    flags = states_flags(workspace, "states", *POSES, *ARENA, "--seed", 1)
-    monkeypatch.setattr(sys, "argv", ["train_states.py", *map(str, flags)])
-    with pytest.raises(ValueError, match=r"is of another run: seed was 0 and is 1\."):
-        train_states_script.main()
-
-
-@pytest.fixture(scope="module")
-def tracked(workspace, states):
-    train(workspace, "tracked", "--max_train_steps", 2, "--state_track", states)
-    return workspace / "tracked"
-
-
-def test_a_world_model_is_given_a_track(workspace, states, tracked):
-    pipeline = IRASimPipeline.from_pretrained(tracked)
-    track = StateTrack.from_pretrained(states).state_dict()
-    for name, value in pipeline.transformer.track.state_dict().items():
-        assert torch.equal(value, track[name]), name  # not trained along
-    assert pipeline.transformer.track_embed.weight.abs().sum() > 0  # trained
-    seen = LeRobotFolder(workspace / "set")[0]
-    actions = seen.actions[:20]  # two windows
-    video = pipeline(seen.frames[:2], actions, num_inference_steps=1, output_type="pt", generator=torch.Generator())
-    assert video.frames.shape == (1, 20, 3, 96, 96)
-
-    # another world: the track is trained on, and goes with the adapters
-    train_states(
-        *(workspace, "states-more", "--pretrained", tracked, "--parts", "follow"),
-        *("--max_train_steps", 1, "--lr_warmup_steps", 0, "--cache_dir", workspace / "unused"),
-    )
-    assert not (workspace / "unused").exists()  # states are enough for that part
-    run(
-        *("train.py", "--dataset", workspace / "set", "--pretrained", tracked, "--train_batch_size", 4),
-        *("--cache_dir", workspace / "latents", "--output_dir", workspace / "tracked-lora", "--lora_rank", 2),
-        *("--state_track", workspace / "states-more", "--max_train_steps", 1),
-        launch=ONE,
-    )
-    pipeline.load_lora_weights(workspace / "tracked-lora")
-    adapted = StateTrack.from_pretrained(workspace / "states-more").state_dict()
-    for name, value in pipeline.transformer.track.state_dict().items():
-        assert torch.equal(value, adapted[name]), name
-        assert torch.equal(value, track[name]) != name.startswith("follow"), name
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--lora_rank", "2", "--state_track", "none"], "'none' must be made like the pretrained model's own"),
-        (["--lora_rank", "2", "--state_track", "{other}"], "must be made like the pretrained model's own"),
-        (["--state_track", "{tracked}/transformer"], "is no track of poses but IRASimTransformer3DModel"),
-        (["--state_track", "{vae}"], "is no track of poses but AutoencoderKL"),
-        (["--state_track", "{other}"], "they have absolute `action_space`, .* has relative"),
-    ],
-)
-def test_tracks_that_do_not_fit_are_refused_before_anything_is_encoded(
-    workspace, states, tracked, tmp_path, monkeypatch, flags, message
-):
-    other = StateTrack.from_pretrained(states).config | {"action_space": "relative"}
-    StateTrack.from_config(other).save_pretrained(tmp_path / "other")
-    places = {"other": tmp_path / "other", "tracked": tracked, "vae": workspace / "vae"}
-    arguments = ["--dataset", workspace / "set", "--pretrained", tracked]
-    arguments += ["--output_dir", tmp_path / "out"]
-    arguments += [part.format(**places) for part in flags]
-    monkeypatch.setattr(sys, "argv", ["train.py", "--mixed_precision", "no", *map(str, arguments)])
-    with pytest.raises(ValueError, match=message):
-        train_script.main()
-    assert not (tmp_path / "out" / "latents").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"bodies": ["point"]}, r"`bodies` must make up the 5 components of .*, got \['point'\] with 2"),
-        ({"bodies": ["stick"]}, "`bodies` must be some of"),
-        ({"bodies": []}, "`state_keys`, `bodies` and `extent` must be given"),
-        ({"state_keys": ["joints"]}, "has no vector feature 'joints'; it has"),
-        ({"extent": ["0", "0", "512", "256"]}, "`extent` must have square pixels in pictures of 96x96"),
-        ({"pretrained": "track"}, "must be left out with `pretrained`"),
-        ({"action_space": "relatve"}, "`action_space` must be 'absolute' or 'relative', got 'relatve'"),
-        ({"max_follow": "0"}, "`max_follow` must be at least 1, got 0"),
-        ({"max_follow": "60"}, r"has no episode of `max_follow` \+ 2 = 62 frames"),
-    ],
-)
-def test_bad_tracks_are_refused_before_anything_is_encoded(workspace, tmp_path, monkeypatch, changes, message):
-    arguments = {"dataset": workspace / "set", "vae": workspace / "vae", "output_dir": tmp_path / "states"}
-    arguments |= {"state_keys": ["observation.state", "observation.environment_state"], "bodies": ["point", "pose"]}
-    arguments |= {"extent": ["0", "0", "512", "512"]} | changes
-    flags = [
-        (f"--{name}", *(value if isinstance(value, list) else [str(value)]))
-        for name, value in arguments.items()
-        if value
-    ]
-    monkeypatch.setattr(sys, "argv", ["train_states.py", *(part for flag in flags for part in flag)])
-    with pytest.raises(ValueError, match=message):
-        train_states_script.main()
-    assert not (tmp_path / "states" / "latents").exists()
 
 
 def test_collected_episodes_are_the_simulators(workspace):
@@ -369,43 +233,19 @@ def test_the_expert_reaches_the_goal():
     assert reached >= 3
 
 
-def test_the_embedded_model_foresees_poses():
-    """Held-out seeds, from one frame and the actions of a pusher that seeks contact."""
-    pipeline = IRASimPipeline.from_pretrained(embedded_checkpoint())
-    assert pipeline.transformer.track.config.state_names[3] == "block_y"
-    pushers, blocks, moves = [], [], []
-    for seed in range(1_000_100, 1_000_106):
-        simulator = Simulator()
-        states = [simulator.reset(seed)]
-        pusher = push_at(np.random.default_rng(seed), states[0])
-        action, actions, frame = next(pusher), [], simulator.frame()
-        for _ in range(15):
-            actions.append(action)
-            states.append(simulator.step(action))
-            action = pusher.send(states[-1])
-        predicted = pipeline.predict_states(frame, np.stack(actions))[0, -1].numpy()
-        pushers.append(np.linalg.norm(predicted[:2] - states[-1].agent))
-        blocks.append(np.linalg.norm(predicted[2:4] - states[-1].block[:2]))
-        moves.append(np.linalg.norm(states[-1].block - states[0].block))
-    assert np.median(pushers) < 5  # of 512
-    assert np.median(blocks) < 10
-    assert np.max(moves) > 30  # some block was pushed
-
-
 def test_the_embedded_model_leaves_alone_what_nobody_touches():
     """Over many short chunks, each from the frames of the one before."""
     pipeline = IRASimPipeline.from_pretrained(embedded_checkpoint())
     seen = read_video(embedded_checkpoint() / "example.mp4")[:2]
     start = (read_poses(seen).pusher[1] + 0.5) * 512 / 96
-    steps = np.repeat([[0, -20], [20, 0]], [12, 14], axis=0)  # up and then to the right, past the block
+    # up, to the right past the block, and a wait until the pusher has arrived
+    steps = np.repeat([[0, -20], [20, 0], [0, 0]], [12, 14, 6], axis=0)
     actions = start + np.cumsum(steps, axis=0)
     stream = pipeline.stream(
         seen, actions, chunk_length=2, output_type="np", generator=torch.Generator().manual_seed(0)
     )
     last = list(stream)[-1]
-    way = np.concatenate(
-        [read_poses(seen).pusher, pipeline.predict_states(seen, actions)[0, :, :2].numpy() * 96 / 512]
-    )
+    way = np.concatenate([read_poses(seen).pusher, actions * 96 / 512 - 0.5])
     places = np.stack(np.meshgrid(np.arange(96), np.arange(96)), axis=-1)
     still = (np.linalg.norm(places[:, :, None] - way, axis=-1) > 8).all(axis=-1)
     assert np.linalg.norm(read_poses(last[None]).pusher[0] - way[-1]) < 2

@@ -32,7 +32,6 @@ from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device, maybe_all
 from torch import nn
 
 from .action_space import action_features, check_action_space
-from .state_track import StateTrack
 
 PRESETS: dict[str, dict[str, int]] = {
     "S": {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 64},
@@ -44,12 +43,6 @@ PRESETS: dict[str, dict[str, int]] = {
 
 ACTION_ENCODER = ("action_embed.", "trajectory_embed.", "null_action")
 """How the names of the weights begin that embed actions."""
-
-STATE_TRACK = ("track.", "track_embed.")
-"""How the names of the weights begin that follow poses and sketch the frames."""
-
-WHOLE_WITH_LORA = (*ACTION_ENCODER, "track.")
-"""How the names of the weights begin that a file of LoRA layers may bring whole: what a robot of its own needs."""
 
 CPU = torch.device("cpu")
 
@@ -238,8 +231,6 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         cameras: Names of the cameras as tiled in a frame, rows from the top, each from the left.
         relative_latents: Whether the latents of predicted frames are those relative to the last history frame, so that what
             stands still is zero; not so in the paper. Pipeline and training subtract and add that frame.
-        state_track: Arguments of a `StateTrack`, which follows the poses of bodies and sketches the frames for the tokens to see; a
-            model that predicts samples predicts what they lack. None, the paper's, for none.
         prediction_type: What the network predicts, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which
             has no betas.
         num_train_timesteps: Steps of the noise process it was trained on; with the next three, as in diffusers.
@@ -258,7 +249,6 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         "fps_embed",
         "action_embed",
         "trajectory_embed",
-        "track",
     ]
     # patches are divided, so that only spatial attention crosses processes; conditions and positions have none of them
     _cp_plan = {
@@ -301,7 +291,6 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         cameras: list[list[str]] | None = None,
         fps: float | None = None,
         relative_latents: bool = False,
-        state_track: dict[str, Any] | None = None,
         prediction_type: str = "epsilon",
         num_train_timesteps: int = 1000,
         beta_start: float = 1e-4,
@@ -342,8 +331,6 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         ):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, known))}, got {value!r}.")
-        if state_track is not None and conditioning != "frame":
-            raise ValueError(f"`state_track` must be None with `conditioning` {conditioning!r}.")
         check_action_space(self.config)
 
         dim = num_attention_heads * attention_head_dim
@@ -383,10 +370,6 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
         self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
 
-        if state_track is not None:
-            self.track = StateTrack(**state_track)
-            self.track_embed = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-
         self.gradient_checkpointing = False
         self._tables: dict[tuple, Any] = {}
         self._tables_config: Any = None
@@ -397,8 +380,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.patch_embed.proj.bias)
         for linear in (self.time_embed.linear_1, self.time_embed.linear_2):
@@ -410,9 +392,6 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             zeros += [self.ada_norm_out[1], *(block.ada_norm[1] for block in blocks)]
         else:
             zeros.append(self.ada_norm_single[1])
-        if self.config.state_track is not None:  # a model that gets a track begins as it was
-            self.track.initialize_weights()
-            zeros.append(self.track_embed)
         for linear in zeros:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -487,8 +466,6 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         fps: float | torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
-        states: torch.Tensor | None = None,
-        sketch: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict what the scheduler asks for, noise, velocity or sample, for each frame of a window.
 
@@ -501,9 +478,6 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             fps: Frames a second, one number or (B,), for models that embed it; default: the config's.
             attention_kwargs: `{"scale": s}` scales the LoRA layers.
             return_dict: Return a `Transformer2DModelOutput` instead of a tuple.
-            states: States (B, F, S) in raw units for models with a state track; None for those that it reads in the history
-                and follows from there.
-            sketch: What `sketch` gave for this window, in place of states: one sketch serves all steps of a sampler.
 
         Returns:
             The prediction (B, C, F, H, W); that of history frames means nothing.
@@ -516,28 +490,12 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 f"{height}x{width}."
             )
         grid = (height // patch_size, width // patch_size)
-        if self.config.state_track is None:
-            sketch = None
-        elif actions is None:
-            sketch = torch.zeros_like(hidden_states)
-        else:
-            num_history_frames = num_frames - actions.shape[1]
-            if not num_history_frames:
-                raise ValueError("`actions` must leave one frame of history, in which this model reads poses.")
-            history = hidden_states[:, :, :num_history_frames]
-            sketch = self.sketch(history, actions, states) if sketch is None else sketch.to(history)
-            if action_mask is not None:
-                sketch = sketch * action_mask[:, None, :, None, None]
-            sketch = torch.cat([torch.zeros_like(history), sketch], dim=2)
 
         hidden_states = hidden_states.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
         hidden_states = self.patch_embed(hidden_states)  # (B F, S, D)
         device, dtype = hidden_states.device, hidden_states.dtype
         hidden_states = hidden_states + self._cached(self._spatial_positions, *grid, device, dtype)
         hidden_states = hidden_states.unflatten(0, (batch_size, num_frames))  # (B, F, S, D)
-        if sketch is not None:
-            embedded = self.track_embed(sketch.transpose(1, 2).flatten(0, 1)).flatten(2).mT  # (B F, S, D)
-            hidden_states = hidden_states + embedded.unflatten(0, (batch_size, num_frames)).to(device)
 
         timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
         timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
@@ -579,29 +537,10 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         hidden_states = hidden_states.unflatten(3, (patch_size, patch_size, -1)).unflatten(2, grid)
         hidden_states = hidden_states.permute(0, 6, 1, 2, 4, 3, 5)  # (B, C, F, rows, patch, columns, patch)
         sample = hidden_states.flatten(5, 6).flatten(3, 4)  # (B, C, F, H, W)
-        if sketch is not None and self.config.prediction_type == "sample":
-            sample = sample + sketch.to(sample.device)  # what is left to the network is what the sketch does not know
 
         if not return_dict:
             return (sample,)
         return Transformer2DModelOutput(sample=sample)
-
-    def sketch(self, history: torch.Tensor, actions: torch.Tensor, states: torch.Tensor | None = None) -> torch.Tensor:
-        """What a model with a state track sketches of the frames that follow a history.
-
-        Args:
-            history: Clean latents (B, C, h, H, W), h >= 1.
-            actions: Actions (B, n, A) in raw units.
-            states: States (B, h + n, S) in raw units; None for those that the track reads and follows.
-
-        Returns:
-            Latents (B, C, n, H, W), relative to the last frame of the history where the model's are.
-        """
-        device = self.track.device_for(history.device)  # another one in a model split over GPUs
-        given = history.to(device)
-        states = self.track(given, actions.to(device)) if states is None else states.to(device)
-        sketch = self.track.draw(given, states).to(history)
-        return sketch if self.config.relative_latents else sketch + history[:, :, -1:]
 
     def _embed_fps(self, fps: float | torch.Tensor | None, temb: torch.Tensor) -> torch.Tensor:
         fps = self.config.fps if fps is None else fps

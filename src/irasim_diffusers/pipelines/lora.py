@@ -1,4 +1,4 @@
-"""LoRA weights whose file may bring the action encoder, and a track of poses, whole."""
+"""LoRA weights whose file may bring the action encoder whole."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.utils.torch_utils import unwrap_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..models.transformer_irasim import WHOLE_WITH_LORA
+from ..models.transformer_irasim import ACTION_ENCODER
 
 
 class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
@@ -24,7 +24,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
     ) -> None:
         """Load LoRA weights as diffusers does; see `~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`.
 
-        Where the file holds the action encoder and the null action, or a track of poses, these replace the model's own until
+        Where the file holds the action encoder and the null action, these replace the model's own until
         `unload_lora_weights`; of several files the one loaded last counts. `disable_lora`, `set_adapters` and
         `delete_adapters` act on the LoRA layers alone. A file that is no safetensors is read only where it is named.
 
@@ -37,7 +37,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         state_dict, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
         layers = {key: value for key, value in state_dict.items() if "lora" in key}
         encoder = {key.removeprefix("transformer."): value for key, value in state_dict.items() if key not in layers}
-        unknown = [key for key in encoder if not key.startswith(WHOLE_WITH_LORA)]
+        unknown = [key for key in encoder if not key.startswith(ACTION_ENCODER)]
         if unknown or not layers:
             raise ValueError(
                 f"no LoRA file of an IRASim transformer: it has no LoRA layer, or other weights, {unknown}."
@@ -50,10 +50,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         own = self._writable_weights() if encoder else {}
         misshapen = [key for key, value in encoder.items() if key not in own or own[key].shape != value.shape]
         if misshapen:
-            raise ValueError(
-                f"the file's action encoder is of another action space, or its track of poses of another model: {misshapen} "
-                "do not fit."
-            )
+            raise ValueError(f"the file's action encoder is of another action space: {misshapen} do not fit.")
         self.load_lora_into_transformer(
             layers,
             transformer=self.transformer,
@@ -93,16 +90,16 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         own = {
             key.replace(".base_layer.", "."): value
             for key, value in transformer.state_dict().items()
-            if key.startswith(WHOLE_WITH_LORA) and "lora_" not in key
+            if key.startswith(ACTION_ENCODER) and "lora_" not in key
         }
         plain = (type(value) is torch.Tensor and value.is_floating_point() for value in own.values())
         offload = _get_top_level_group_offload_hook(transformer)
         on_disk = offload is not None and offload.config.offload_to_disk_path is not None
         if not all(plain) or on_disk or any(value.is_meta for value in own.values()):
             raise ValueError(
-                "the action encoder, and a track of poses, must be in memory and not quantised to be replaced: "
-                "`remove_all_hooks()` ends sequential offload, to be enabled again afterwards; LoRA is loaded before group "
-                "offload to disk is enabled; a quantisation config takes `modules_to_not_convert=['action_embed', 'trajectory_embed', 'track']`."
+                "the action encoder must be in memory and not quantised to be replaced: `remove_all_hooks()` ends "
+                "sequential offload, to be enabled again afterwards; LoRA is loaded before group offload to disk is enabled; "
+                "a quantisation config takes `modules_to_not_convert=['action_embed', 'trajectory_embed']`."
             )
         return own
 

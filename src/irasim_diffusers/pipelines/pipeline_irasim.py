@@ -158,7 +158,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         Raises:
             ValueError: Names the argument, what was wanted, what came and the remedy.
         """
-        self._check_agreement(histories, actions)
+        if len(histories) not in (1, len(actions)) and len(actions) != 1:
+            raise ValueError(
+                f"`frames` and `actions` must agree: got {len(histories)} histories and {len(actions)} action "
+                "sequences; give one of either, or as many of both."
+            )
         if num_inference_steps < 1 or num_videos_per_trajectory < 1:
             raise ValueError(
                 f"`num_inference_steps` and `num_videos_per_trajectory` must be at least 1, got {num_inference_steps} "
@@ -212,14 +216,6 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             raise ValueError(
                 f"`num_inference_steps` must be at least 4 for PNDMScheduler with its Runge-Kutta warm-up, got "
                 f"{num_inference_steps}: take more, or another scheduler."
-            )
-
-    @staticmethod
-    def _check_agreement(histories: torch.Tensor, actions: torch.Tensor) -> None:
-        if len(histories) not in (1, len(actions)) and len(actions) != 1:
-            raise ValueError(
-                f"`frames` and `actions` must agree: got {len(histories)} histories and {len(actions)} action "
-                "sequences; give one of either, or as many of both."
             )
 
     def check_window(self, window_length: int) -> None:
@@ -389,7 +385,6 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         attention_kwargs: dict[str, Any] | None = None,
         fps: float | None = None,
         on_step_end: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-        states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Denoise the future of one window; the history stays clean and is never stepped.
 
@@ -407,8 +402,6 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             fps: Frames a second, for checkpoints that embed it; None takes the config's.
             on_step_end: Called with step, timestep and latents after each step; returns the latents to go on with. They are
                 relative to the last history frame where the checkpoint's are.
-            states: States (B, h + n, S) from `window_states`, for a model with a track of poses; None for those that it reads in the
-                history and follows from there.
 
         Returns:
             The future (B, C, n, H, W), scaled latents, float32.
@@ -421,10 +414,6 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         num_history_frames = history.shape[2]
         self.transformer._reset_stateful_cache()  # what the window before left in a cache is another video's
 
-        sketched = {}
-        if getattr(self.transformer, "track", None) is not None:  # once for all steps
-            clean = history.to(self.transformer.dtype)
-            sketched = {"sketch": self.transformer.sketch(clean, actions, states)}
         nothing = torch.zeros(actions.shape[:2], dtype=torch.bool, device=actions.device)
 
         def predict(noisy: torch.Tensor, timestep: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -437,7 +426,6 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 attention_kwargs=attention_kwargs,
                 return_dict=False,
                 **({} if fps is None else {"fps": fps}),
-                **sketched,
             )[0]
             return prediction[:, :, num_history_frames:].float()
 
@@ -555,7 +543,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         self._interrupt = False
 
         batch_size = max(len(histories), len(actions)) * num_videos_per_trajectory
-        history, known = self._seen(self.encode_history(histories, chunk_size), batch_size)
+        history = _repeat_to(self.encode_history(histories, chunk_size), batch_size)
         actions = _repeat_to(actions, batch_size).to(self._execution_device)
         windows = count_windows(actions.shape[1], history.shape[2], window_length, config.num_history_frames)
         self._num_timesteps = windows * steps_per_window
@@ -575,7 +563,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 return current
 
             def predict_window(window_history: torch.Tensor, window_actions: torch.Tensor) -> torch.Tensor:
-                nonlocal started, known
+                nonlocal started
                 if self.interrupt:
                     return window_history[:, :, :0]
                 wanted = window_actions.shape[1]
@@ -583,13 +571,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 given = None if latents is None else latents[:, :, started : started + wanted]
                 shape = (batch_size, config.in_channels, length, *window_history.shape[-2:])
                 started += wanted
-                padded = self._pad_actions(window_actions, length)
-                states = self.window_states(window_history, padded, known)
-                if states is not None:
-                    known = states[:, : window_history.shape[2] + wanted][:, -config.num_history_frames :]
                 future = self.denoise_window(
                     window_history,
-                    padded,
+                    self._pad_actions(window_actions, length),
                     self.prepare_latents(shape, generator, given),
                     num_inference_steps,
                     self.guidance_scale,  # as a callback left it
@@ -600,7 +584,6 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                     attention_kwargs,
                     fps,
                     on_step_end,
-                    states,
                 )
                 return future[:, :, :wanted]
 
@@ -628,7 +611,6 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         fps: float | None = None,
-        states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict a few frames that follow a history, all in latents: one window, as short as its actions.
 
@@ -640,7 +622,6 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             generator: Seeded generator, or one for each video.
             attention_kwargs: Passed to the transformer.
             fps: Frames a second, for checkpoints that embed it.
-            states: States (B, h + n, S) from `window_states`; see `denoise_window`.
 
         Returns:
             The future (B, C, n, H, W), scaled latents, float32.
@@ -660,75 +641,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             generator,
             attention_kwargs=attention_kwargs,
             fps=fps,
-            states=states,
         )[:, :, :length]
-
-    def read_states(self, history: torch.Tensor) -> torch.Tensor | None:
-        """States (B, h, S) in raw units in a clean history (B, C, h, H, W), float32; None for a model without a track of poses."""
-        if getattr(self.transformer, "track", None) is None:
-            return None
-        return self.window_states(history, history.new_zeros(len(history), 0, self.transformer.config.action_dim))
-
-    def window_states(
-        self, history: torch.Tensor, actions: torch.Tensor, known: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
-        """Poses of what moves in a window, to be handed from one window to the next: read once, they do not drift by reading.
-
-        Args:
-            history: Clean history (B, C, h, H, W), scaled latents.
-            actions: Actions (B, n, A) in raw units.
-            known: States (B, h, S) of the history, from `read_states` or an earlier call; None to read them.
-
-        Returns:
-            States (B, h + n, S) in raw units, those of the history first, float32; None for a model without a track of poses.
-        """
-        track = getattr(self.transformer, "track", None)
-        if track is None:
-            return None
-        device = track.device_for(self._execution_device)  # offloading has left it elsewhere, outside a forward pass
-        states = track(
-            history.to(device, self.transformer.dtype),
-            actions.to(device),
-            None if known is None else known.to(device),
-        )
-        return states.to(self._execution_device)
-
-    def _seen(self, history: torch.Tensor, batch_size: int = 1) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A history and the states in it, read once for all candidates that start from it."""
-        known = self.read_states(history)
-        return _repeat_to(history, batch_size), None if known is None else _repeat_to(known, batch_size)
 
     def predict(self, frames: Any, actions: Any, **kwargs: Any) -> torch.Tensor:
         """Predict as a `WorldModel`: `__call__` with tensors (B, n, 3, H, W) in [0, 1] out, unless told otherwise."""
         return self(frames, actions, **{"output_type": "pt"} | kwargs).frames
-
-    @torch.no_grad()
-    def predict_states(self, frames: Any, actions: Any, resize: bool = False) -> torch.Tensor:
-        """Predict the poses of what moves without drawing them, for planners and policies that read states.
-
-        Args:
-            frames: The history; see `__call__`.
-            actions: Actions (n, A) or (B, n, A); one history with several action sequences gives the states of each.
-            resize: Resize frames of another size instead of refusing them.
-
-        Returns:
-            States (B, n, S) in raw units, float32; `transformer.track.config.state_names` names their components.
-
-        Raises:
-            ValueError: If the model has no track of poses, or on bad input.
-        """
-        if getattr(self.transformer, "track", None) is None:
-            raise ValueError(
-                "`predict_states` needs a model with a track of poses (`train.py --state_track`), this has none."
-            )
-        histories = self.preprocess_frames(frames, resize)
-        actions = prepare_actions(actions, self.transformer.config.action_dim)
-        self._check_agreement(histories, actions)
-        batch_size = max(len(histories), len(actions))
-        history, known = self._seen(self.encode_history(histories), batch_size)
-        states: Any = self.window_states(history, _repeat_to(actions, batch_size), known)
-        self.maybe_free_model_hooks()
-        return states[:, history.shape[2] :]
 
     def stream(
         self,
@@ -799,23 +716,14 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             self._interrupt = False
             coming = iter(actions)
             try:
-                history, known = self._seen(self.encode_history(histories))
+                history = self.encode_history(histories)
                 while not self.interrupt and (chunk := list(islice(coming, length))):
                     chunk_actions = prepare_actions(chunk, config.action_dim)
-                    states = self.window_states(history, chunk_actions, known)
                     future = self.predict_latents(
-                        history,
-                        chunk_actions,
-                        num_inference_steps,
-                        guidance_scale,
-                        generator,
-                        attention_kwargs,
-                        fps,
-                        states,
+                        history, chunk_actions, num_inference_steps, guidance_scale, generator, attention_kwargs, fps
                     )
                     if self.interrupt:
                         break
-                    known = None if states is None else states[:, -config.num_history_frames :]
                     history = torch.cat([history, future], dim=2)[:, :, -config.num_history_frames :]
                     if output_type == "latent":
                         yield from future[0].unbind(1)
