@@ -27,9 +27,6 @@ from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
-from diffusers.configuration_utils import FrozenDict
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, _collate_lora_metadata
 from diffusers.utils import is_bitsandbytes_available
@@ -69,6 +66,7 @@ from irasim_diffusers.training import (
     diffusion_loss,
     load_average,
     newest_checkpoint,
+    predict_chunk,
     remove_leftovers,
     save_average,
     save_checkpoint,
@@ -189,11 +187,16 @@ class TrainingArguments:
     num_history_frames: int | None = field(
         default=None, metadata={"help": "most history frames (default: 1); each step draws 1 to this many"}
     )
-    window_lengths: list[int] = field(
-        default_factory=list,
+    rollout_chunks: int = field(
+        default=0,
         metadata={
-            "help": "lengths that divide sample_frames; each step cuts its windows to one of them, drawn at random"
+            "help": "train on the model's own predictions too: before the loss on a chunk, up to this many chunks are predicted "
+            "without gradient, and the last predicted frames are the history; a clip is then that much longer"
         },
+    )
+    rollout_start_step: int = field(default=0, metadata={"help": "first step with --rollout_chunks"})
+    rollout_inference_steps: int = field(
+        default=1, metadata={"help": "denoising steps of the chunks that are predicted for --rollout_chunks"}
     )
     history_noise: float = field(
         default=0.0, metadata={"help": "most deviation of the noise on history latents, against drift in rollouts"}
@@ -219,9 +222,26 @@ class TrainingArguments:
             "help": "octaves of sines and cosines that join the actions; default: none, or the pretrained one's"
         },
     )
+    spatial_position: str | None = field(
+        default=None, metadata={"help": "grid (default), or rope for rotary positions in the spatial blocks"}
+    )
+    ff_conv: bool = field(
+        default=False, metadata={"help": "depthwise 3x3 convolution in the feed-forward of the spatial blocks"}
+    )
+    target_extent: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "left, top, right and bottom edge of the frame in units of the first two action components, where these are "
+            "a target position: every patch sees its offset from the target"
+        },
+    )
     relative_latents: bool = field(
         default=False,
         metadata={"help": "predict latents relative to the last history frame, as a pretrained model may"},
+    )
+    scale_noisy_latents: bool = field(
+        default=False,
+        metadata={"help": "multiply noisy latents by their share of signal, which suits samplers of one step"},
     )
     prediction_type: str | None = field(
         default=None,
@@ -264,10 +284,10 @@ class TrainingArguments:
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 0.1
     snr_gamma: float | None = field(default=None, metadata={"help": "min-SNR weights of timesteps; 5 in its paper"})
-    timestep_bias: float = field(
+    terminal_share: float = field(
         default=0.0,
         metadata={
-            "help": "draw timestep t with density t^bias: 2 dwells on the noisy ones, which few-step samplers take"
+            "help": "share of windows at the last timestep, from which samplers of few steps start; the rest are uniform"
         },
     )
     action_dropout: float = field(default=0.1, metadata={"help": "share of trajectories that take the null action"})
@@ -315,9 +335,13 @@ NEW_MODEL: dict[str, Any] = {
     "conditioning": "frame",
     "action_space": "relative",
     "relative_latents": False,
+    "scale_noisy_latents": False,
     "prediction_type": "epsilon",
     "patch_size": 2,
     "action_frequencies": 0,
+    "spatial_position": "grid",
+    "ff_conv": False,
+    "target_extent": None,
 }
 """Config of a model that starts from nothing, where no flag says otherwise."""
 NEW_UNET: dict[str, Any] = {
@@ -344,30 +368,22 @@ FOREIGN = {
         "pretrained_model_name_or_path",
         "num_layers",
         "patch_size",
-        "window_lengths",
+        "spatial_position",
+        "ff_conv",
+        "target_extent",
+        "scale_noisy_latents",
     ),
 }
 """Flags that a model knows nothing of."""
 WINDOW = ("sample_frames", "num_history_frames")
+TRUE_HISTORY = 0.3
+"""Share of clips that keep their true history while the others continue the model's own predictions."""
 
 
-class PixelSpace(torch.nn.Module):
-    """Stands where an autoencoder stands, and leaves frames as they are."""
-
-    config = FrozenDict(latent_channels=3, block_out_channels=(None,), scaling_factor=1.0)
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def encode(self, pixels: torch.Tensor) -> AutoencoderKLOutput:
-        """The frames, as what an autoencoder gives."""
-        return AutoencoderKLOutput(
-            DiagonalGaussianDistribution(torch.cat([pixels, pixels], dim=1), deterministic=True)
-        )
-
-
-def load_vae(arguments: TrainingArguments) -> AutoencoderKL | PixelSpace:
+def load_vae(arguments: TrainingArguments) -> AutoencoderKL | None:
     """The frozen autoencoder: that named, that of the pretrained pipeline, or none."""
     if arguments.pixel_space:
-        return PixelSpace()
+        return None
     if arguments.vae is None:
         return pretrained_vae(arguments)
     split = ":" in arguments.vae and not Path(arguments.vae).is_dir()
@@ -422,10 +438,10 @@ def open_source(
     )
 
 
-def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | PixelSpace, patch_size: int) -> None:
+def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | None, patch_size: int) -> None:
     """Refuse pictures that do not divide into patches, before hours of encoding."""
     height, width = first_readable(source, source.__getitem__).frames.shape[1:3]
-    multiple = 2 ** (len(vae.config.block_out_channels) - 1) * patch_size
+    multiple = patch_size if vae is None else 2 ** (len(vae.config.block_out_channels) - 1) * patch_size
     if height % multiple or width % multiple:
         nearest = [max(round(side / multiple), 1) * multiple for side in (height, width)]
         raise ValueError(
@@ -540,17 +556,23 @@ def follow_autoencoder(
     return change_autoencoder(model, patch_size, before, after)
 
 
+def latent_scaling(vae: AutoencoderKL) -> tuple[float, float]:
+    """Shift and factor of the latents that the transformer sees, `(latents - shift) * factor`."""
+    return getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+
+
 def scaled_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Latents of pictures (N, 3, H, W) in [-1, 1] as the transformer sees them, float32 on the CPU."""
     latents = [vae.encode(part.to(vae.device)).latent_dist.mode().float().cpu() for part in pixels.split(16)]
-    return (torch.cat(latents) - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+    shift, factor = latent_scaling(vae)
+    return (torch.cat(latents) - shift) * factor
 
 
 def build_transformer(
     arguments: TrainingArguments,
     source: PreparedEpisodes,
     parts: list[LatentClips],
-    vae: AutoencoderKL | PixelSpace,
+    vae: AutoencoderKL | None,
     pretrained: IRASimTransformer3DModel | None,
 ) -> IRASimTransformer3DModel | UNetTrajectoryModel:
     """A new model for the data's latents and actions, or the pretrained one told of them."""
@@ -623,7 +645,7 @@ def build_transformer(
     settings["action_space"] = action_space or "relative"
     settings |= presets[arguments.preset] if arguments.preset else {}
     return model_class(
-        **settings | known | bounds | {"in_channels": vae.config.latent_channels},
+        **settings | known | bounds | {"in_channels": 3 if vae is None else vae.config.latent_channels},
         action_dim=action_dim,
         action_scale=scale if given["action_scale"] == [] else given["action_scale"],
         action_offset=offset if given["action_offset"] == [] else given["action_offset"],
@@ -636,7 +658,7 @@ def validation_clips(arguments: TrainingArguments, config: dict) -> tuple[np.nda
         return None
     frames, actions = [], []
     source = open_source(arguments.validation_dataset, arguments, arguments.validation_split, None, all_phases=False)
-    wanted = config["sample_frames"]
+    wanted = clip_length(config, arguments.rollout_chunks)
     for number in range(len(source)):
         try:
             length = len(source.vectors(number)["action"])
@@ -695,9 +717,10 @@ def log_video(accelerator: Accelerator, video: np.ndarray, path: Path, fps: floa
             tracker.log_images({"validation": video[-1:]}, step=step, dataformats="NHWC")
 
 
-def cut(frames: torch.Tensor, length: int, dim: int) -> torch.Tensor:
-    """Clips (B, ...) with F frames in `dim` as windows (B F / length, ...) of `length`, those of a clip one after another."""
-    return frames.unflatten(dim, (-1, length)).movedim(dim, 1).flatten(0, 1)
+def clip_length(config: Any, rollout_chunks: int) -> int:
+    """Frames of a training clip: the history, the chunks that are predicted without gradient, and the one with the loss."""
+    history = config["num_history_frames"]
+    return history + (rollout_chunks + 1) * (config["sample_frames"] - history)
 
 
 def training_loss(
@@ -709,42 +732,66 @@ def training_loss(
     step: int,
     position: int,
 ) -> torch.Tensor:
-    """The loss of a batch of clips, cut into windows of one length with one number of history frames.
+    """The loss of a batch of clips.
 
-    Seed and step alone fix these two; seed and a clip's place in the run, from `position` on, its timesteps, noise and
-    drops. So several processes draw what one would.
+    The number of history frames and of chunks that the model predicts first depends on the seed and the step alone. Noise,
+    timesteps and drops depend on the seed and on a clip's place in the run, counted from `position`. So several processes
+    draw what one would.
     """
-    clips, _, frames, *_ = clip["latents"].shape
+    latents, actions = clip["latents"], clip["actions"]
     common = np.random.default_rng([arguments.seed, 0, step])
-    length = int(common.choice(arguments.window_lengths or [frames]))
-    shortest = 1 if config["conditioning"] == "frame" else config["num_history_frames"]  # Video-Ada: a fixed number
-    history = int(common.integers(shortest, config["num_history_frames"] + 1))
+    most = config["num_history_frames"]
+    length = config["sample_frames"] - most  # of a chunk
+    shortest = 1 if config["conditioning"] == "frame" else most  # Video-Ada takes a fixed number
+    num_history = int(common.integers(shortest, most + 1))
+    started = step >= arguments.rollout_start_step
+    chunks = int(common.integers(0, arguments.rollout_chunks + 1)) if started else 0
 
-    def draw(kind: int, *shape: int) -> torch.Tensor:
-        """Uniform numbers, or normal ones where kind is 0."""
-        generators = [np.random.default_rng([arguments.seed, 1, position + index, kind]) for index in range(clips)]
-        drawn = [
-            each.random(shape, np.float32) if kind else each.standard_normal(shape, np.float32) for each in generators
+    def draw(kind: int, *shape: int, normal: bool = False) -> torch.Tensor:
+        """Uniform or normal numbers (B, ...)."""
+        generators = [
+            np.random.default_rng([arguments.seed, 1, position + index, kind]) for index in range(len(latents))
         ]
-        return torch.from_numpy(np.stack(drawn)).to(clip["latents"].device)
+        drawn = [
+            each.standard_normal(shape, np.float32) if normal else each.random(shape, np.float32)
+            for each in generators
+        ]
+        return torch.from_numpy(np.stack(drawn)).to(latents.device)
 
-    latents = cut(clip["latents"], length, 2)
-    noise = cut(draw(0, *clip["latents"].shape[1:]), length, 2)
+    timestep, terminal, deviation, drop, true_history = draw(0, 5).unbind(1)
+    history = latents[:, :, most - num_history : most]
+    shape = (latents.shape[1], length, *latents.shape[3:])
+    for chunk in range(chunks):
+        first = most + chunk * length
+        future = predict_chunk(
+            model,
+            noise_scheduler,
+            history,
+            actions[:, first - 1 : first - 1 + length],
+            draw(2 + chunk, *shape, normal=True),
+            num_inference_steps=arguments.rollout_inference_steps,
+            relative_latents=config["relative_latents"],
+        )
+        history = torch.cat([history, future.to(history)], dim=2)[:, :, -most:]
+    first = most + chunks * length  # of the frames that are scored
+    start, end = first - history.shape[2], first + length
+    keep = (true_history < TRUE_HISTORY).view(-1, 1, 1, 1, 1)
+    history = torch.where(keep, latents[:, :, start:first], history)
+    noise = draw(1, latents.shape[1], end - start, *latents.shape[3:], normal=True)
+    history = history + arguments.history_noise * deviation.view(-1, 1, 1, 1, 1) * noise[:, :, : first - start]
     steps = noise_scheduler.config.num_train_timesteps
-    timestep, deviation, drop = draw(1, 3, frames // length).transpose(0, 1).flatten(1)
-    # action k leads to frame k + 1; no window needs the one into its first frame
-    actions = cut(torch.nn.functional.pad(clip["actions"], (0, 0, 1, 0)), length, 1)[:, history:]
-    latents[:, :, :history] += arguments.history_noise * deviation.view(-1, 1, 1, 1, 1) * noise[:, :, :history]
     return diffusion_loss(
         model,
         noise_scheduler,
-        latents,
-        actions,
-        timesteps=(timestep ** (1 / (1 + arguments.timestep_bias)) * steps).long().clamp_max(steps - 1),
-        noise=noise[:, :, history:],
-        action_mask=(drop >= arguments.action_dropout)[:, None].expand(actions.shape[:2]),
+        torch.cat([history, latents[:, :, first:end]], dim=2),
+        actions[:, first - 1 : end - 1],
+        timesteps=torch.where(terminal < arguments.terminal_share, steps - 1, (timestep * steps).long()).clamp_max(
+            steps - 1
+        ),
+        noise=noise[:, :, first - start :],
+        action_mask=(drop >= arguments.action_dropout)[:, None].expand(-1, length),
         relative_latents=config["relative_latents"],
-        states=cut(clip["states"], length, 1) if "states" in clip else None,
+        states=clip["states"][:, start:end] if arguments.state_keys else None,
         state_loss_weight=arguments.state_loss_weight,
         snr_gamma=arguments.snr_gamma,
     )
@@ -800,12 +847,11 @@ def save_lora(transformer: IRASimTransformer3DModel, output: Path) -> None:
 
 
 def make_pipeline(
-    vae: AutoencoderKL | PixelSpace,
+    vae: AutoencoderKL | None,
     transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
     scheduler_class: Any = PNDMScheduler,
 ) -> IRASimPipeline:
     """The pipeline of a model, sampled as the paper does or as asked."""
-    vae = None if isinstance(vae, PixelSpace) else vae
     process = noise_process(transformer.config)
     if isinstance(process, FlowMatchEulerDiscreteScheduler):
         return IRASimPipeline(vae, transformer, process)
@@ -820,7 +866,7 @@ def make_pipeline(
 
 
 def finished_pipeline(
-    vae: AutoencoderKL | PixelSpace,
+    vae: AutoencoderKL | None,
     transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
     arguments: TrainingArguments,
 ) -> IRASimPipeline:
@@ -845,7 +891,7 @@ def finished_pipeline(
 
 
 def publish(
-    vae: AutoencoderKL | PixelSpace,
+    vae: AutoencoderKL | None,
     transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
     arguments: TrainingArguments,
 ) -> None:
@@ -914,10 +960,15 @@ def check_arguments(arguments: TrainingArguments) -> None:
         raise ValueError("`height` and `width` must be given together.")
     if arguments.frame_skip > 1 and arguments.target_fps is not None:
         raise ValueError("`frame_skip` and `target_fps` exclude each other.")
-    if arguments.window_lengths and arguments.conditioning == "video":
-        raise ValueError("`window_lengths` must be left out for Video-Ada, which takes one number of actions.")
-    if arguments.timestep_bias <= -1:
-        raise ValueError(f"`timestep_bias` must be above -1, got {arguments.timestep_bias}.")
+    for name, least in (("rollout_chunks", 0), ("rollout_start_step", 0), ("rollout_inference_steps", 1)):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {getattr(arguments, name)}.")
+    if not 0 <= arguments.terminal_share <= 1:
+        raise ValueError(f"`terminal_share` must be in [0, 1], got {arguments.terminal_share}.")
+    if len(arguments.target_extent) not in (0, 4):
+        raise ValueError(
+            f"`target_extent` must be 4 numbers, left, top, right and bottom, got {arguments.target_extent}."
+        )
     if arguments.lora_rank and pretrained is None:
         raise ValueError("`lora_rank` needs `pretrained_model_name_or_path`: adapters adapt a trained model.")
     kept = (
@@ -969,7 +1020,8 @@ def run_settings(
     arguments: TrainingArguments, accelerator: Accelerator, folders: list[Path], config: dict
 ) -> dict[str, Any]:
     """What a run must keep to be the same run when it is resumed."""
-    flags = ("seed", "train_batch_size", "dataset_weights", "window_lengths", "optimizer", "lora_rank", "state_keys")
+    flags = ("seed", "train_batch_size", "dataset_weights", "optimizer", "lora_rank", "state_keys")
+    flags += ("rollout_chunks", "rollout_start_step", "rollout_inference_steps", "terminal_share")
     return {flag: getattr(arguments, flag) for flag in flags} | {
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "processes": accelerator.num_processes,
@@ -991,7 +1043,7 @@ def averaged_transformer(
 
 
 def save(
-    vae: AutoencoderKL | PixelSpace,
+    vae: AutoencoderKL | None,
     transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
     arguments: TrainingArguments,
 ) -> None:
@@ -1016,6 +1068,7 @@ def main() -> None:
     output = Path(arguments.output_dir)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         mixed_precision=arguments.mixed_precision or (launched if launched != "no" else "bf16"),
         log_with=arguments.report_to,
@@ -1040,7 +1093,9 @@ def main() -> None:
     ]
     check_mixture(sources)
     check_data(sources, arguments)
-    vae = load_vae(arguments).to(accelerator.device)
+    vae = load_vae(arguments)
+    if vae is not None:
+        vae.to(accelerator.device)
     pretrained = load_pretrained(arguments, vae, sources[0])
     patch_size = pretrained.config.patch_size if pretrained else arguments.patch_size or NEW_MODEL["patch_size"]
     for source in [] if arguments.recorded_latents else sources:
@@ -1059,11 +1114,10 @@ def main() -> None:
         )
         for source in sources
     ]
-    sample_frames = arguments.sample_frames or (
-        pretrained.config.sample_frames if pretrained else NEW_MODEL["sample_frames"]
-    )
+    known = pretrained.config if pretrained else NEW_MODEL
+    span = clip_length({name: getattr(arguments, name) or known[name] for name in WINDOW}, arguments.rollout_chunks)
     parts = [
-        LatentClips(folder, sample_frames, skip_short=arguments.skip_broken, frame_skip=source.frame_skip)
+        LatentClips(folder, span, skip_short=arguments.skip_broken, frame_skip=source.frame_skip)
         for folder, source in zip(folders, sources, strict=True)
     ]
     if arguments.state_keys:
@@ -1073,12 +1127,6 @@ def main() -> None:
             part.states = states
     transformer = build_transformer(arguments, sources[0], parts, vae, pretrained)
     config = transformer.config
-    lengths = [*arguments.window_lengths, config.sample_frames]
-    if any(length <= config.num_history_frames or config.sample_frames % length for length in lengths):
-        raise ValueError(
-            f"`window_lengths` must divide the window of {config.sample_frames} frames and exceed the "
-            f"{config.num_history_frames} history frames, got {arguments.window_lengths}."
-        )
     clips = MixedClips(parts, arguments.dataset_weights or None, arguments.seed)
     if len(clips) < arguments.train_batch_size * accelerator.num_processes:
         raise ValueError(f"`train_batch_size` must be at most the {len(clips)} windows over all processes: lower it.")
@@ -1137,7 +1185,7 @@ def main() -> None:
         }
         accelerator.init_trackers("irasim-diffusers", config=settings)
 
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    shift, factor = (0.0, 1.0) if vae is None else latent_scaling(vae)
     settings = run_settings(arguments, accelerator, folders, config)
     step, seconds = 0, 0.0
     newest = newest_checkpoint(output, settings)
@@ -1169,7 +1217,7 @@ def main() -> None:
                     loss = training_loss(
                         model,
                         noise_scheduler,
-                        batch | {"latents": (batch["latents"] - shift) * vae.config.scaling_factor},
+                        batch | {"latents": (batch["latents"] - shift) * factor},
                         config,
                         arguments,
                         step=step,

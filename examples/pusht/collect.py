@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from expert import push_to_goal
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
-from simulator import FPS, PUSHER_RADIUS, SIZE, Pusher, Simulator, State, push_about
+from simulator import FPS, PUSHER_RADIUS, SIZE, Pusher, Simulator, State, hold_keys, jump_to_targets, push_about
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -45,6 +45,8 @@ TASKS = {
     "aimless": "Push the T-shaped block about.",
     "expert": "Push the T-shaped block onto the T-shaped goal.",
     "noisy": "Push the T-shaped block onto the T-shaped goal, with an unsteady hand.",
+    "keys": "Move the pusher by held keys.",
+    "jumps": "Move the pusher to distant targets.",
 }
 EPISODES_PER_FILE = 50
 CARD = """# Push-T clips
@@ -67,6 +69,8 @@ WHO = {
     "aimless": "seeks contact, misses, slides off, wanders, waits",
     "expert": "brings the block to the goal and waits",
     "noisy": "the expert with noise of 5 to 40 units on every target",
+    "keys": "holds arrow keys at speeds of 4 to 64 units a step, or waits",
+    "jumps": "goes to targets anywhere in the arena, also at its edges, in its corners and in the block",
 }
 
 
@@ -76,9 +80,11 @@ class CollectArguments:
     episodes: int = 1000
     length: int = field(default=120, metadata={"help": "frames of an episode; 120 are 12 seconds"})
     first_seed: int = field(default=0, metadata={"help": "seed of episode 0; episode k has first_seed + k"})
-    aimless: float = field(default=0.5, metadata={"help": "share of episodes of the aimless pusher"})
-    expert: float = field(default=0.25, metadata={"help": "share of the expert"})
-    noisy: float = field(default=0.25, metadata={"help": "share of the expert with noise"})
+    aimless: float = field(default=0.3, metadata={"help": "share of episodes of the aimless pusher"})
+    expert: float = field(default=0.1, metadata={"help": "share of the expert"})
+    noisy: float = field(default=0.1, metadata={"help": "share of the expert with noise"})
+    keys: float = field(default=0.35, metadata={"help": "share of the pusher that is driven by held keys"})
+    jumps: float = field(default=0.15, metadata={"help": "share of the pusher that goes to distant targets"})
     pusher_radius: float = field(
         default=PUSHER_RADIUS, metadata={"help": "arena units; the expert knows a pusher of 15 only"}
     )
@@ -121,6 +127,10 @@ def pusher_of(kind: str, rng: np.random.Generator, state: State) -> Pusher:
     """The pusher of one episode."""
     if kind == "aimless":
         return push_about(rng, state)
+    if kind == "keys":
+        return hold_keys(rng, state)
+    if kind == "jumps":
+        return jump_to_targets(rng, state)
     return push_to_goal(rng, state, noise=rng.uniform(5, 40) if kind == "noisy" else 0.0)
 
 

@@ -9,6 +9,8 @@ Figures, with bootstrap 95 % intervals over clips:
 - poses of pusher and block read from the last predicted frame, against the simulator's, over the clips in which the block
   moves and as many in which it does not; and the share of predicted frames in which both are found;
 - the same after rollouts of 60 actions of the expert, beside a block that stays where it was;
+- driving: arrow keys held at random for 60 frames at three speeds of the Space, from one frame: the share of frames that show
+  exactly one pusher, of those in which the simulator's do, and its error and the block's;
 - counterfactual identification: from one history, 8 action sequences that all move the block and whose futures differ,
   each replayed in the simulator. A prediction counts as right when, of the 8 true futures, its own is the nearest.
 Truth is always the simulator's raw frame; the observed history is never scored.
@@ -27,19 +29,34 @@ import diffusers
 import numpy as np
 import torch
 from collect import TASKS
-from poses import pose_errors, read_poses, true_poses
-from simulator import PUSHER_RADIUS, Simulator, State, push_about, push_at
+from convolutional import WEIGHTS, load
+from diffusers.configuration_utils import FrozenDict
+from poses import one_pusher, pose_errors, read_poses, true_poses
+from simulator import ARENA, PUSHER_RADIUS, Simulator, State, push_about, push_at
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import irasim_diffusers
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.data import LeRobotFolder
+from irasim_diffusers.driving import Steering
 from irasim_diffusers.files import temporary_path
 from irasim_diffusers.metrics import bootstrap, identified, psnr
 
 WAYS = 8
-ROLLOUT = 60  # actions of an expert rollout
+PREDICTED = 15  # frames of a clip that are scored, as in the paper
+ROLLOUT = 60  # actions of an expert rollout, and of a driven one
+SPEEDS = (0.25, 0.5, 1.0)  # of the Space's slider
+SPACE = FrozenDict(  # of the embedded model, so that all models are driven by the same actions
+    action_dim=2,
+    action_names=["target_x", "target_y"],
+    action_space="absolute",
+    action_derivation="recorded",
+    action_scale=1 / 32,
+    action_low=0.0,
+    action_high=float(ARENA),
+)
+DRIVING_SEED = 3_000_000  # first seed of the driven episodes, far from those of the data sets
 STATES = ("observation.state", "observation.environment_state")
 MOVED = 5.0  # arena units or hundredths of a radian by which a block moves in a 'moving' clip; about a pixel
 DISTINCT = 30.0  # PSNR in dB below which two true futures count as different
@@ -70,6 +87,7 @@ class EvaluationArguments:
         default=200, metadata={"help": "clips in which the block moves, and as many with a still one"}
     )
     num_rollouts: int = field(default=50, metadata={"help": "expert episodes rolled out; 0 leaves it out"})
+    num_drives: int = field(default=32, metadata={"help": "driven episodes at each speed; 0 leaves them out"})
     num_histories: int = field(default=50, metadata={"help": "histories of the identification; 0 leaves it out"})
     batch_size: int = 8
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
@@ -164,6 +182,60 @@ def expert_episodes(
     return tuple(np.stack(part) for part in zip(*parts, strict=True)) if parts else None  # type: ignore[return-value]
 
 
+def held_keys(rng: np.random.Generator, steering: Steering, num_actions: int) -> np.ndarray:
+    """Actions (n, 2) of arrow keys that are held, alone or two together, or released for some steps."""
+    keys = ["ArrowLeft", "ArrowRight", None], ["ArrowUp", "ArrowDown", None]
+    actions: list[np.ndarray] = []
+    while len(actions) < num_actions:
+        pressed = [key for key in (rng.choice(options) for options in keys) if key is not None]
+        actions += [steering.action(steering.command(pressed)) for _ in range(1 + rng.geometric(0.12))]
+    return np.stack(actions[:num_actions])
+
+
+def driven_episodes(number: int, speed: float, pusher_radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Actions (N, 60, 2), true frames (N, 61, 96, 96, 3) and true states (N, 61, 5) of episodes that are driven by keys."""
+    simulator = Simulator(pusher_radius)
+    parts = []
+    for seed in range(DRIVING_SEED, DRIVING_SEED + number):
+        steering = Steering(SPACE, speed, start=simulator.reset(seed).agent)
+        actions = held_keys(np.random.default_rng([seed, 4, round(100 * speed)]), steering, ROLLOUT)
+        frames, states = simulator.replay(seed, actions)
+        parts.append((actions, frames, np.stack([np.concatenate([state.agent, state.block]) for state in states])))
+    return tuple(np.stack(part) for part in zip(*parts, strict=True))  # type: ignore[return-value]
+
+
+def driving_figures(
+    frames: np.ndarray, truth: np.ndarray, states: np.ndarray, rng: np.random.Generator, pusher_radius: float
+) -> dict[str, Any]:
+    """Figures of driven frames (N, n, H, W, 3) against the simulator's; intervals are over the N episodes.
+
+    A frame counts where the simulator's own frame shows exactly one pusher. A pusher or block that is not found has the error
+    96 pixels.
+    """
+    shape = truth.shape[:2]
+    visible = one_pusher(truth.reshape(-1, *truth.shape[2:]), pusher_radius).reshape(shape)
+    shown = one_pusher(frames.reshape(-1, *frames.shape[2:]), pusher_radius).reshape(shape)
+    shares = [(shown & visible)[k].sum() / visible[k].sum() for k in range(len(visible)) if visible[k].any()]
+    late = slice(-5, None)
+    flat = frames[:, late].reshape(-1, *frames.shape[2:])
+    errors = pose_errors(
+        read_poses(flat, pusher_radius), true_poses(*np.split(states[:, late].reshape(-1, 5), [2], axis=1))
+    )
+    medians = {
+        name: np.median(np.nan_to_num(values, nan=96.0).reshape(len(frames), -1), axis=1)
+        for name, values in errors.items()
+    }
+    horizon = {
+        str(k): float(np.mean(psnr(frames[:, k - 1 : k], truth[:, k - 1 : k] / 255.0))) for k in (1, 15, 30, ROLLOUT)
+    }
+    return {
+        "one_pusher": bootstrap(np.array(shares), rng),
+        "one_pusher_frames": int(visible.sum()),
+        "last_5_frames": {name: bootstrap(values, rng, np.median) for name, values in medians.items()},
+        "psnr_by_frame": horizon,
+    }
+
+
 def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Histories, actions (8, n, 2) and true frames (8, n, 96, 96, 3) of one seed, or None where 8 are not found.
 
@@ -229,6 +301,17 @@ def reconstruction(pipeline: IRASimPipeline, frames: np.ndarray) -> dict[str, fl
     return {"mean": float(-10 * np.log10((error**2).mean())), "n": len(pixels)}
 
 
+def load_pipeline(arguments: EvaluationArguments) -> IRASimPipeline:
+    """The pipeline to evaluate, with the scheduler that the arguments name."""
+    pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    pipeline.to(arguments.device)
+    pipeline.set_progress_bar_config(disable=True)
+    if arguments.scheduler:
+        changes = {"timestep_spacing": arguments.timestep_spacing} if arguments.timestep_spacing else {}
+        pipeline.scheduler = getattr(diffusers, arguments.scheduler).from_config(pipeline.scheduler.config, **changes)
+    return pipeline
+
+
 def main() -> None:
     (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
     if arguments.timestep_spacing and not arguments.scheduler:
@@ -239,34 +322,39 @@ def main() -> None:
             f"`num_seen_frames` must be at least `num_history_frames` ({arguments.num_history_frames}), got {history}."
         )
     rng = np.random.default_rng(arguments.seed)
-    pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
-    pipeline.to(arguments.device)
-    pipeline.set_progress_bar_config(disable=True)
-    if arguments.scheduler:
-        changes = {"timestep_spacing": arguments.timestep_spacing} if arguments.timestep_spacing else {}
-        pipeline.scheduler = getattr(diffusers, arguments.scheduler).from_config(pipeline.scheduler.config, **changes)
     dataset = LeRobotFolder(Path(arguments.dataset))
-    length = pipeline.transformer.config.sample_frames
-    if history >= length:
-        raise ValueError(f"`num_seen_frames` must be below the model's {length} frames, got {history}.")
+    length = history + PREDICTED
+    pipeline: Any = None
     evaluations = 0
+    if (Path(arguments.model) / WEIGHTS).is_file():
+        baseline = load(Path(arguments.model))
 
-    def count(*_: object) -> None:
-        nonlocal evaluations
-        evaluations += 1
+        def predict(frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
+            return baseline.predict(
+                frames[:, -arguments.num_history_frames :]
+                if frames.ndim == 5
+                else frames[None, -arguments.num_history_frames :],
+                actions,
+            )
+    else:
+        pipeline = load_pipeline(arguments)
 
-    pipeline.transformer.register_forward_hook(count)
+        def count(*_: object) -> None:
+            nonlocal evaluations
+            evaluations += 1
 
-    def predict(frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        generators = [torch.Generator().manual_seed(arguments.seed + k) for k in range(len(actions))]
-        return pipeline(
-            last_frames(frames, arguments.num_history_frames),
-            actions,
-            num_inference_steps=arguments.num_inference_steps,
-            window_length=arguments.window_length,
-            generator=generators,
-            output_type="np",
-        ).frames
+        pipeline.transformer.register_forward_hook(count)
+
+        def predict(frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
+            generators = [torch.Generator().manual_seed(arguments.seed + k) for k in range(len(actions))]
+            return pipeline(
+                last_frames(frames, arguments.num_history_frames),
+                actions,
+                num_inference_steps=arguments.num_inference_steps,
+                window_length=arguments.window_length,
+                generator=generators,
+                output_type="np",
+            ).frames
 
     def predict_clips(clips: np.ndarray, clip_actions: np.ndarray) -> np.ndarray:
         parts = [slice(first, first + arguments.batch_size) for first in range(0, len(clips), arguments.batch_size)]
@@ -278,7 +366,7 @@ def main() -> None:
         dataset, arguments.num_clips, length, history, moving=False
     )
     report: dict[str, Any] = {}
-    if pipeline.vae is not None:
+    if pipeline is not None and pipeline.vae is not None:
         report["vae_psnr"] = reconstruction(pipeline, frames[:, ::5])
         print(f"VAE {report['vae_psnr']['mean']:.2f} dB", flush=True)
 
@@ -330,6 +418,20 @@ def main() -> None:
         }
         print_poses(f"end of {ROLLOUT} expert actions", report["expert_rollout"])
 
+    for speed in SPEEDS if arguments.num_drives else ():
+        driven, true_frames, true_states = driven_episodes(arguments.num_drives, speed, arguments.pusher_radius)
+        parts = [slice(k, k + arguments.batch_size) for k in range(0, len(driven), arguments.batch_size)]
+        bar = tqdm(parts, desc=f"driving at {speed:g}", unit="batch")
+        drives = np.concatenate([predict(true_frames[part, :1], driven[part]) for part in bar])
+        figures = driving_figures(drives, true_frames[:, 1:], true_states[:, 1:], rng, arguments.pusher_radius)
+        report.setdefault("driving", {})[f"{speed:g}"] = figures
+        last = figures["last_5_frames"]
+        print(
+            f"driving at {speed:g}: exactly one pusher in {100 * figures['one_pusher']['mean']:.1f} % of frames, at the end "
+            f"pusher {last['pusher']['median']:.2f} px, block {last['block_centre']['median']:.2f} px",
+            flush=True,
+        )
+
     if arguments.num_histories:
         tasks = identification_tasks(
             dataset, arguments.num_histories, length, history, arguments.first_seed, arguments.pusher_radius
@@ -354,7 +456,7 @@ def main() -> None:
         print(f"identification {found_rate['mean']:.3f} [{found_rate['low']:.3f}, {found_rate['high']:.3f}]")
 
     report["setting"] = asdict(arguments) | {
-        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler": None if pipeline is None else type(pipeline.scheduler).__name__,
         "command": " ".join(["python", *sys.argv]),
         "versions": {
             "irasim_diffusers": irasim_diffusers.__version__,

@@ -7,7 +7,7 @@ block's pose is the one whose drawing comes nearest to its share.
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import uniform_filter
+from scipy.ndimage import label, uniform_filter
 from scipy.optimize import least_squares
 from simulator import PUSHER_RADIUS
 
@@ -44,13 +44,27 @@ def read_poses(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> Pose
     The pusher is found where blue covers 0.5 to 1.6 times its area in one place, and less than half of it elsewhere; the
     block where its best drawing and its grey share more than 70 % of their union.
     """
-    pixels = frames / 255 if frames.dtype == np.uint8 else frames
-    shares = np.clip(np.concatenate([pixels, np.ones_like(pixels[..., :1])], axis=-1) @ UNMIX.T, 0, 1)
-    shares[:, :WALL] = shares[:, -WALL:] = shares[:, :, :WALL] = shares[:, :, -WALL:] = 0
+    shares = _shares(frames)
     return Poses(
         np.stack([_find_pusher(share, pusher_radius * UNIT) for share in shares[..., PUSHER]]),
         np.stack([_find_block(share) for share in shares[..., BLOCK]]),
     )
+
+
+def one_pusher(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> np.ndarray:
+    """Whether exactly one pusher is visible (N,) in frames (N, 96, 96, 3), uint8 or [0, 1].
+
+    A pusher is a connected region of at least 4 pixels in which blue covers more than half of each pixel. There must be one
+    such region, of at most 1.6 times the pusher's area. At the edges of the arena the frame shows only a part of the pusher.
+    """
+    area = np.pi * (pusher_radius * UNIT) ** 2
+    found = []
+    for share in _shares(frames)[..., PUSHER]:
+        regions, number = label(share > 0.5)
+        sizes = np.bincount(regions.ravel(), minlength=number + 1)[1:]
+        sizes = sizes[sizes >= 4]
+        found.append(len(sizes) == 1 and sizes[0] < 1.6 * area)
+    return np.array(found)
 
 
 def true_poses(agent: np.ndarray, block: np.ndarray) -> Poses:
@@ -68,6 +82,14 @@ def pose_errors(read: Poses, true: Poses) -> dict[str, np.ndarray]:
         "block_centre": np.linalg.norm(read.block[:, :2] - true.block[:, :2], axis=1),
         "block_angle": np.degrees(np.abs(turn)),
     }
+
+
+def _shares(frames: np.ndarray) -> np.ndarray:
+    """Shares (N, 96, 96, 4) of the colours in the pixels of frames, zero at the walls."""
+    pixels = frames / 255 if frames.dtype == np.uint8 else frames
+    shares = np.clip(np.concatenate([pixels, np.ones_like(pixels[..., :1])], axis=-1) @ UNMIX.T, 0, 1)
+    shares[:, :WALL] = shares[:, -WALL:] = shares[:, :, :WALL] = shares[:, :, -WALL:] = 0
+    return shares
 
 
 def _find_pusher(share: np.ndarray, radius: float) -> np.ndarray:

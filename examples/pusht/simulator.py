@@ -117,6 +117,42 @@ def push_about(rng: np.random.Generator, state: State) -> Pusher:
                     break
 
 
+def hold_keys(rng: np.random.Generator, state: State) -> Pusher:
+    """Targets of a user who holds arrow keys: the target moves in one of 8 directions, or stays, for some steps.
+
+    As in the Space, the target starts at the pusher, moves on from where it is, and stays within the arena. Half of the
+    directions point towards the block. The speed changes with every second key on average; 32 units a step is the Space's
+    speed of 1.
+    """
+    target, speed = state.agent.astype(np.float64), rng.uniform(4, 64)
+    while True:
+        if rng.random() < 0.5:
+            speed = rng.choice([8.0, 16.0, 32.0, rng.uniform(4, 64)])
+        direction = rng.integers(-1, 2, 2)
+        if rng.random() < 0.5:  # the two keys that lead to the block, or one of them
+            offset = state.block_centre - state.agent
+            direction = np.sign(np.where(np.abs(offset) > rng.uniform(0, 60), offset, 0)).astype(int)
+        for _ in range(1 + rng.geometric(0.12)):
+            target = np.clip(target + speed * direction, 0, ARENA)
+            state = yield target.astype(np.float32)
+
+
+def jump_to_targets(rng: np.random.Generator, state: State) -> Pusher:
+    """Targets anywhere in the arena, also at its edges, corners and in the block, each kept for some steps."""
+    while True:
+        draw = rng.random()
+        target = rng.uniform(0, ARENA, 2)
+        if draw < 0.25:  # an edge, or a corner
+            edge = rng.random(2) < 0.6
+            target = np.where(edge, rng.choice([0.0, ARENA], 2), target)
+        elif draw < 0.5:
+            target = np.clip(state.block_centre + rng.normal(0, 40, 2), 0, ARENA)
+        elif draw < 0.6:
+            target = state.agent
+        for _ in range(1 + rng.geometric(0.15)):
+            state = yield target.astype(np.float32)
+
+
 def _stroke(rng: np.random.Generator, state: State) -> list[np.ndarray]:
     """Waypoints: round the block to a start behind it, then through it towards the inner arena."""
     centre = state.block_centre

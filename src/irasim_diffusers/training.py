@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -165,6 +165,47 @@ def diffusion_loss(
     if states is not None:
         loss = loss + state_loss_weight * (outputs[1] - states).square().mean()
     return loss
+
+
+@torch.no_grad()
+def predict_chunk(
+    transformer: torch.nn.Module,
+    scheduler: NoiseProcess,
+    history: torch.Tensor,
+    actions: torch.Tensor,
+    noise: torch.Tensor,
+    *,
+    num_inference_steps: int = 1,
+    relative_latents: bool = False,
+) -> torch.Tensor:
+    """Sample the frames of one chunk with a model in training, without gradients.
+
+    Args:
+        transformer: The model, or a wrapper of it such as a `StateReadout`.
+        scheduler: Its noise process, from `models.noise_process`. It is sampled by DDIM from the last timestep, or by Euler
+            steps where it is a flow.
+        history: Clean latents (B, C, h, H, W).
+        actions: Actions (B, n, A) in raw units.
+        noise: Noise (B, C, n, H, W).
+        num_inference_steps: Denoising steps.
+        relative_latents: As in the model's config.
+
+    Returns:
+        Latents (B, C, n, H, W), float32.
+    """
+    sampler: Any = scheduler
+    if isinstance(scheduler, DDPMScheduler):
+        sampler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", set_alpha_to_one=False)
+        sampler.set_timesteps(num_inference_steps)
+    else:
+        sampler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        sampler.set_timesteps(sigmas=torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist())
+    sample = noise
+    for timestep in sampler.timesteps:
+        window = torch.cat([history, sample], dim=2)
+        output = transformer(window, timestep.to(history.device).expand(len(history)), actions, return_dict=False)[0]
+        sample = sampler.step(output[:, :, history.shape[2] :].float(), timestep, sample, return_dict=False)[0]
+    return sample + history[:, :, -1:] if relative_latents else sample
 
 
 def checkpoints(output: Path) -> list[Path]:

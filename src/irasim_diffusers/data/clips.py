@@ -25,7 +25,7 @@ FRAMES_AT_ONCE = 256
 
 def cache_latents(
     dataset: EpisodeSource,
-    vae: AutoencoderKL,
+    vae: AutoencoderKL | None,
     cache_dir: str | os.PathLike,
     *,
     batch_size: int = 40,
@@ -41,7 +41,7 @@ def cache_latents(
 
     Args:
         dataset: The data set.
-        vae: The frozen autoencoder, on the device that shall encode.
+        vae: The frozen autoencoder, on the device that encodes; None to keep the frames themselves, for models in pixel space.
         cache_dir: Where the latents go, under a folder named by data set, camera and autoencoder.
         batch_size: Frames encoded at a time.
         mixed_precision: Encode under bfloat16 autocast.
@@ -53,20 +53,22 @@ def cache_latents(
         wait_for_everyone: Returns when all of them have called it.
 
     Returns:
-        The folder of latents: safetensors files with `latents.<episode>` (T, C, h, w), float16, unscaled, and
-        `actions.<episode>` (T, A), float32, and once complete `manifest.json`, which holds the
-        number of `episodes`, what is `broken`, the `autoencoder` and the `dtype` of the latents.
+        The folder of latents: safetensors files with `latents.<episode>` (T, C, h, w), float16 and unscaled, or uint8 without
+        an autoencoder, and `actions.<episode>` (T, A), float32, and once complete `manifest.json`, which holds the number of
+        `episodes`, what is `broken`, the `autoencoder` and the `dtype` of the latents.
 
     Raises:
         ValueError: If an episode is broken, unless it shall be skipped, also where an earlier run skipped it; names file
-            and episode. If no episode can be read.
+            and episode. If no episode can be read. If `recorded` is given without an autoencoder.
     """
-    scale = vae.config.scaling_factor if recorded else None
+    if vae is None and recorded:
+        raise ValueError("`recorded` must be False without `vae`: recorded latents are those of an autoencoder.")
+    scale = vae.config.scaling_factor if vae is not None and recorded else None
     identity = json.loads(
         json.dumps(
             {
                 "data": dataset.identity,
-                "vae": _fingerprint(vae),
+                "vae": None if vae is None else _fingerprint(vae),
                 "recorded": scale,
                 "mixed_precision": mixed_precision and not recorded,
                 "episodes_per_file": episodes_per_file,
@@ -87,7 +89,7 @@ def cache_latents(
             ]
             return torch.cat([latents for latents, _ in parts]), np.concatenate([actions for _, actions in parts])
         latents = dataset.latents(number) if hasattr(dataset, "latents") else None
-        if latents is None:
+        if latents is None or vae is None:
             raise ValueError(f"episode {number} of {dataset.name!r} has no latents beside its video.")
         unscaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         return unscaled.half(), dataset.vectors(number)["action"]
@@ -112,8 +114,9 @@ def cache_latents(
     if process_index == 0:
         failures = [json.loads(file.with_suffix(".broken.json").read_text()) for file in files.values()]
         broken = {number: error for failed in failures for number, error in failed.items()}
-        autoencoder = str(vae.config.get("_name_or_path") or type(vae).__name__)
-        content = {"episodes": len(dataset), "broken": broken, "autoencoder": autoencoder, "dtype": "float16"}
+        autoencoder = None if vae is None else str(vae.config.get("_name_or_path") or type(vae).__name__)
+        dtype = "uint8" if vae is None else "float16"
+        content = {"episodes": len(dataset), "broken": broken, "autoencoder": autoencoder, "dtype": dtype}
         with temporary_path(manifest) as partial:
             partial.write_text(json.dumps(identity | content, indent=2))
         _remove_leftovers(folder)
@@ -250,8 +253,10 @@ def episode_states(
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKL, frames: np.ndarray, batch_size: int, mixed_precision: bool) -> torch.Tensor:
+def _encode(vae: AutoencoderKL | None, frames: np.ndarray, batch_size: int, mixed_precision: bool) -> torch.Tensor:
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    if vae is None:
+        return pixels.contiguous()
     latents = []
     for batch in pixels.split(batch_size):
         batch = batch.to(vae.device).to(vae.dtype) / 127.5 - 1
@@ -364,7 +369,7 @@ class LatentClips(Dataset):
         """One window.
 
         Returns:
-            `latents` (C, F, h, w), float32, unscaled; `actions` (F - 1, A), row k leading from frame k to frame k + 1;
+            `latents` (C, F, h, w), float32, unscaled, or frames in [-1, 1] without an autoencoder; `actions` (F - 1, A), row k leading from frame k to frame k + 1;
             where there are any, `states` (F, S).
         """
         index = range(len(self))[index]
@@ -372,7 +377,11 @@ class LatentClips(Dataset):
         episode, start = self._numbers[place], (index - int(self._firsts[place])) * self.stride
         latents, actions = self.episodes[episode]
         part = slice(start, start + self.span, self.frame_skip)
-        clip = {"latents": latents[part].float().transpose(0, 1), "actions": actions[part][:-1]}
+        frames = latents[part].float().transpose(0, 1)
+        clip = {
+            "latents": frames / 127.5 - 1 if latents.dtype == torch.uint8 else frames,
+            "actions": actions[part][:-1],
+        }
         return clip if self.states is None else clip | {"states": self.states[episode][part]}
 
 

@@ -32,6 +32,7 @@ from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device, maybe_all
 from torch import nn
 
 from .action_space import action_features, check_action_space
+from .noise_process import noise_process
 
 PRESETS: dict[str, dict[str, int]] = {
     "S": {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 64},
@@ -44,7 +45,23 @@ PRESETS: dict[str, dict[str, int]] = {
 ACTION_ENCODER = ("action_embed.", "trajectory_embed.", "null_action")
 """How the names of the weights begin that embed actions."""
 
+TARGET_OCTAVES = 6
+"""Octaves of sines and cosines of a patch's offset from the target; the longest wave is twice the frame."""
+
+SHORT = 4
+"""Most frames for which a compiled model on a CPU uses `short_attention`."""
+
 CPU = torch.device("cpu")
+
+
+def short_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention (B, S, heads, head_dim) among few tokens, as sums that the compiler fuses into one kernel.
+
+    Kernels for matrix products are slow on a CPU for so few tokens: this takes a quarter of their time.
+    """
+    scores = (query.unsqueeze(2) * key.unsqueeze(1)).sum(-1, dtype=torch.float32)  # (B, S queries, S keys, heads)
+    weights = (scores * query.shape[-1] ** -0.5).softmax(2).to(value.dtype)
+    return (weights.unsqueeze(-1) * value.unsqueeze(1)).sum(2)
 
 
 class IRASimAttnProcessor:
@@ -67,14 +84,17 @@ class IRASimAttnProcessor:
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
 
-        hidden_states = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            backend=self._attention_backend,
-            # processes divide the patches, see `_cp_plan`: each has all frames of its own
-            parallel_config=None if attn.temporal else self._parallel_config,
-        )
+        if attn.temporal and query.shape[1] <= SHORT and query.device.type == "cpu" and torch.compiler.is_compiling():
+            hidden_states = short_attention(query, key, value)
+        else:
+            hidden_states = dispatch_attention_fn(
+                query,
+                key,
+                value,
+                backend=self._attention_backend,
+                # processes divide the patches, see `_cp_plan`: each has all frames of its own
+                parallel_config=None if attn.temporal else self._parallel_config,
+            )
         hidden_states = hidden_states.flatten(-2)  # (B, S, D)
         hidden_states = attn.to_out[0](hidden_states)
         return attn.to_out[1](hidden_states)
@@ -134,6 +154,7 @@ class IRASimTransformerBlock(nn.Module):
         temporal: bool,
         norm_type: str = "ada_norm_zero",
         qk_norm: str | None = None,
+        ff_conv: bool = False,
     ) -> None:
         super().__init__()
         self.temporal = temporal
@@ -141,6 +162,7 @@ class IRASimTransformerBlock(nn.Module):
         self.attn1 = IRASimAttention(dim, num_attention_heads, attention_head_dim, qk_norm, temporal)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.ff = FeedForward(dim, activation_fn="gelu-approximate")
+        self.ff_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if ff_conv else None
         self.norm_type = norm_type
         if norm_type == "ada_norm_zero":
             self.ada_norm = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -153,6 +175,7 @@ class IRASimTransformerBlock(nn.Module):
         temb: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         position_embedding: torch.Tensor | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """Apply the block.
 
@@ -160,9 +183,11 @@ class IRASimTransformerBlock(nn.Module):
             hidden_states: Tokens (B, F, S, D).
             temb: Condition of each frame (B, F, D), or one for all frames (B, 1, D); with adaLN-single the modulation that
                 all blocks share, 6 D wide.
-            image_rotary_emb: Cosines and sines (F, head_dim) of a temporal block with rotary positions.
+            image_rotary_emb: Cosines and sines of rotary positions, (S, head_dim) in a spatial block and (F, head_dim) in a
+                temporal one.
             position_embedding: Positions (F, 1, D) that are added to the tokens first. The block adds them, not the model,
                 so that a cache that skips the block skips them too.
+            grid: Rows and columns of the S tokens, for a block with a convolution in its feed-forward.
 
         Returns:
             Tokens (B, F, S, D).
@@ -184,6 +209,10 @@ class IRASimTransformerBlock(nn.Module):
         hidden_states = hidden_states + gate_attn * attn_output
 
         ff_input = self.norm2(hidden_states) * (1 + scale_ff) + shift_ff
+        if self.ff_conv is not None:
+            images = ff_input.flatten(0, 1).unflatten(1, grid).permute(0, 3, 1, 2)  # (B F, D, rows, columns)
+            images = self.ff_conv(images).permute(0, 2, 3, 1)
+            ff_input = ff_input + images.reshape(ff_input.shape)
         return hidden_states + gate_ff * self.ff(ff_input)
 
 
@@ -211,13 +240,19 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         temporal_position: `"sincos"`, or `"rope"` of Open-Sora.
         base_patch_size: Patch size in whose grid `"grid"` positions count, for a model that was trained with that one first.
         spatial_position: `"grid"`; `"area"` of Open-Sora, on the integer grid scaled to an area of 512x512 pixels; `"fixed"`
-            of Latte, a grid of 64x64 latent pixels stretched to any other.
+            of Latte, a grid of 64x64 latent pixels stretched to any other; `"rope"` for two-dimensional rotary positions in
+            the attention of every spatial block.
+        ff_conv: Whether the feed-forward of the spatial blocks starts with a residual depthwise 3x3 convolution over the
+            grid of patches, similar to the Mix-FFN of SANA (https://arxiv.org/abs/2410.10629).
         use_fps: Whether frames a second are embedded, as in Open-Sora.
         history_timestep: `"same"` where history frames take the timestep of the others, `"zero"` where they take none.
         action_activation: Activation of the action encoder, `"gelu_tanh"`; None for the released Language-Table weights,
             whose two layers have none. Their Video-Ada joins the embedded actions by one more network.
         action_frequencies: Number of octaves of sines and cosines of the scaled actions that join them, the longest wave 16;
             so a token can tell where an absolute target lies beside it. 0, the paper's, for none.
+        target_extent: Left, top, right and bottom edge of the frame in the units of the first two action components, for
+            actions that are target positions in the plane of the picture. Every patch of a predicted frame then receives an
+            embedding of its offset from the target of that frame. None, the paper's, for none.
         action_dim: Components of an action.
         action_scale: The network sees `(action - action_offset) * action_scale`; one number, or one a component.
         action_offset: See `action_scale`.
@@ -231,6 +266,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         cameras: Names of the cameras as tiled in a frame, rows from the top, each from the left.
         relative_latents: Whether the latents of predicted frames are those relative to the last history frame, so that what
             stands still is zero; not so in the paper. Pipeline and training subtract and add that frame.
+        scale_noisy_latents: Whether the latents of predicted frames are first multiplied by the square root of the cumulative alpha
+            of their timestep, which is the best linear estimate of clean latents of unit variance. Then pure noise is nearly
+            zero to the network, and one denoising step suffices. Not in the paper.
         prediction_type: What the network predicts, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which
             has no betas.
         num_train_timesteps: Steps of the noise process it was trained on; with the next three, as in diffusers.
@@ -274,11 +312,13 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         qk_norm: str | None = None,
         temporal_position: str = "sincos",
         spatial_position: str = "grid",
+        ff_conv: bool = False,
         base_patch_size: float | None = None,
         use_fps: bool = False,
         history_timestep: str = "same",
         action_activation: str | None = "gelu_tanh",
         action_frequencies: int = 0,
+        target_extent: list[float] | None = None,
         action_dim: int = 7,
         action_scale: float | list[float] = 1.0,
         action_offset: float | list[float] = 0.0,
@@ -291,6 +331,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         cameras: list[list[str]] | None = None,
         fps: float | None = None,
         relative_latents: bool = False,
+        scale_noisy_latents: bool = False,
         prediction_type: str = "epsilon",
         num_train_timesteps: int = 1000,
         beta_start: float = 1e-4,
@@ -323,7 +364,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             ("conditioning", conditioning, ("frame", "video")),
             ("norm_type", norm_type, ("ada_norm_zero", "ada_norm_single")),
             ("temporal_position", temporal_position, ("sincos", "rope")),
-            ("spatial_position", spatial_position, ("grid", "area", "fixed")),
+            ("spatial_position", spatial_position, ("grid", "area", "fixed", "rope")),
             ("history_timestep", history_timestep, ("same", "zero")),
             ("action_activation", action_activation, ("gelu_tanh", None)),
             ("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample", "flow_prediction")),
@@ -331,6 +372,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         ):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, known))}, got {value!r}.")
+        if scale_noisy_latents and prediction_type == "flow_prediction":
+            raise ValueError("`scale_noisy_latents` must be False for a flow, which has no alphas.")
         check_action_space(self.config)
 
         dim = num_attention_heads * attention_head_dim
@@ -355,9 +398,13 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             if conditioning == "video":
                 self.trajectory_embed = PixArtAlphaTextProjection(dim * num_actions, dim * num_actions, dim)
         self.null_action = nn.Parameter(torch.zeros(dim))
+        if target_extent is not None:
+            self.target_embed = PixArtAlphaTextProjection(2 * (1 + 2 * TARGET_OCTAVES), dim, dim)
 
         def block(temporal: bool) -> IRASimTransformerBlock:
-            return IRASimTransformerBlock(dim, num_attention_heads, attention_head_dim, temporal, norm_type, qk_norm)
+            return IRASimTransformerBlock(
+                dim, num_attention_heads, attention_head_dim, temporal, norm_type, qk_norm, ff_conv and not temporal
+            )
 
         self.transformer_blocks = nn.ModuleList([block(temporal=False) for _ in range(num_layers)])
         self.temporal_transformer_blocks = nn.ModuleList([block(temporal=True) for _ in range(num_layers)])
@@ -387,6 +434,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.normal_(self.null_action, std=0.02)
         zeros: list[Any] = [self.proj_out]
+        if self.config.ff_conv:
+            zeros += [block.ff_conv for block in self.transformer_blocks]
         if self.config.norm_type == "ada_norm_zero":
             blocks = [*self.transformer_blocks, *self.temporal_transformer_blocks]
             zeros += [self.ada_norm_out[1], *(block.ada_norm[1] for block in blocks)]
@@ -434,6 +483,44 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             return embeddings
         null = null_action.expand(len(actions), num_frames - actions.shape[1], -1)
         return torch.cat([null, embeddings], dim=1)  # (B, F, D)
+
+    def encode_targets(
+        self,
+        actions: torch.Tensor,
+        num_frames: int,
+        grid: tuple[int, int],
+        action_mask: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Embed the offset of every patch from the target of its frame.
+
+        Args:
+            actions: Actions (B, n, A) of the last n frames, in raw units; the first two components are the target.
+            num_frames: Frames F of the window; the first F - n, and frames whose action is masked, receive zero.
+            grid: Rows and columns of the patches.
+            action_mask: Booleans (B, n).
+            dtype: Type of the model's tokens.
+
+        Returns:
+            Embeddings (B, F, S, D).
+        """
+        centres = self._cached(self._patch_centres, *grid, actions.device)  # (S, 2)
+        offsets = centres - actions[:, :, None, :2].float()  # (B, n, S, 2)
+        left, top, right, bottom = self.config.target_extent
+        scale = actions.new_tensor([4 / (right - left), 4 / (bottom - top)], dtype=torch.float32)
+        features = action_features(offsets, scale, torch.zeros_like(scale), TARGET_OCTAVES)
+        embeddings = self.target_embed(features.to(dtype))
+        if action_mask is not None:
+            embeddings = embeddings * action_mask[:, :, None, None]
+        history = embeddings.new_zeros(len(actions), num_frames - actions.shape[1], *embeddings.shape[2:])
+        return torch.cat([history, embeddings], dim=1)
+
+    def _patch_centres(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+        """Centres (S, 2) of the patches in the units of the target, x and y."""
+        left, top, right, bottom = self.config.target_extent
+        x = left + (right - left) * (torch.arange(columns, device=device) + 0.5) / columns
+        y = top + (bottom - top) * (torch.arange(rows, device=device) + 0.5) / rows
+        return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
 
     def _check_actions(self, actions: torch.Tensor, num_frames: int) -> None:
         config = self.config
@@ -491,14 +578,27 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             )
         grid = (height // patch_size, width // patch_size)
 
+        timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
+        timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
+        if self.config.scale_noisy_latents:
+            share = self._cached(self._signal_share, hidden_states.device)[timestep.long()]  # (B, F or 1)
+            if actions is not None:
+                history = torch.ones_like(share[:, :1]).expand(-1, num_frames - actions.shape[1])
+                share = torch.cat([history, share.expand(-1, num_frames)[:, -actions.shape[1] :]], dim=1)
+            hidden_states = hidden_states * share[:, None, :, None, None].to(hidden_states.dtype)
+
         hidden_states = hidden_states.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
         hidden_states = self.patch_embed(hidden_states)  # (B F, S, D)
         device, dtype = hidden_states.device, hidden_states.dtype
-        hidden_states = hidden_states + self._cached(self._spatial_positions, *grid, device, dtype)
+        spatial_rotary = None
+        if self.config.spatial_position == "rope":
+            spatial_rotary = self._cached(self._spatial_rotary_positions, *grid, device)
+        else:
+            hidden_states = hidden_states + self._cached(self._spatial_positions, *grid, device, dtype)
         hidden_states = hidden_states.unflatten(0, (batch_size, num_frames))  # (B, F, S, D)
+        if self.config.target_extent is not None and actions is not None:
+            hidden_states = hidden_states + self.encode_targets(actions, num_frames, grid, action_mask, dtype)
 
-        timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
-        timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
         if self.config.history_timestep == "zero" and actions is not None:
             predicted = torch.arange(num_frames, device=timestep.device) >= num_frames - actions.shape[1]
             timestep = timestep * predicted  # (B, F)
@@ -520,7 +620,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         for spatial_block, temporal_block in zip(
             self.transformer_blocks, self.temporal_transformer_blocks, strict=True
         ):
-            hidden_states = self._run(spatial_block, hidden_states, action_temb)
+            hidden_states = self._run(spatial_block, hidden_states, action_temb, spatial_rotary, None, grid)
             hidden_states = self._run(temporal_block, hidden_states, temporal_temb, rotary, positions)
             positions = None  # the first temporal block adds them
 
@@ -571,6 +671,10 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         scale = torch.tensor(config.action_scale, dtype=torch.float32, device=device)
         return scale, torch.tensor(config.action_offset, dtype=torch.float32, device=device)
 
+    def _signal_share(self, device: torch.device) -> torch.Tensor:
+        """Square root of the cumulative alpha of every timestep (T,)."""
+        return noise_process(self.config).alphas_cumprod.sqrt().to(device)
+
     def _spatial_positions(
         self, rows: int, columns: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
@@ -590,6 +694,16 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         grid = torch.meshgrid(across, down, indexing="xy")
         dim = config.num_attention_heads * config.attention_head_dim
         return get_2d_sincos_pos_embed_from_grid(dim, torch.stack(grid)).float().to(dtype).unsqueeze(0)
+
+    def _spatial_rotary_positions(
+        self, rows: int, columns: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (S, head_dim) of rotary positions, rows in the first half of a head and columns in the second."""
+        dim = self.config.attention_head_dim // 2
+        down = torch.arange(rows, device=device).repeat_interleave(columns)
+        across = torch.arange(columns, device=device).repeat(rows)
+        parts = [get_1d_rotary_pos_embed(dim, axis, theta=100.0, use_real=True) for axis in (down, across)]
+        return tuple(torch.cat(pair, dim=-1) for pair in zip(*parts, strict=True))
 
     def _temporal_positions(
         self, num_frames: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32

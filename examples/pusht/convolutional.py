@@ -1,0 +1,192 @@
+"""Train a convolutional baseline for Push-T: two history frames and a map of the action in, the next frame out.
+
+    python examples/pusht/convolutional.py --dataset data/pusht-train --output_dir runs/pusht-convolutional --max_minutes 30
+
+A residual network at a quarter of the resolution, with the same data, loss and own rollouts as the transformer of
+`train.py`, but no attention. `evaluate.py --model runs/pusht-convolutional` reports the same figures for it. A run that is
+interrupted resumes from its last checkpoint.
+"""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from simulator import ARENA
+from torch import nn
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from irasim_diffusers.data import LatentClips, cache_latents, open_dataset
+from irasim_diffusers.files import temporary_path
+
+HISTORY = 2
+OCTAVES = 6
+WEIGHTS = "convolutional.safetensors"
+
+
+@dataclass
+class BaselineArguments:
+    dataset: str = field(metadata={"help": "LeRobotDataset folder made by collect.py"})
+    output_dir: Path = field(metadata={"help": "where the network and its checkpoint are written"})
+    max_minutes: float = field(default=30.0, metadata={"help": "time of training"})
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    width: int = field(default=64, metadata={"help": "channels"})
+    rollout_chunks: int = field(default=5, metadata={"help": "most frames that the network predicts before the loss"})
+    rollout_start: float = field(default=0.35, metadata={"help": "share of the time after which own rollouts start"})
+    cache_dir: Path | None = field(default=None, metadata={"help": "frames (default: output_dir/latents)"})
+    seed: int = 0
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions beside the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, width)
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Apply the block to (B, C, H, W)."""
+        hidden = self.first(functional.silu(self.norm(hidden_states)))
+        return hidden_states + self.second(functional.silu(hidden))
+
+
+class ConvolutionalModel(nn.Module):
+    """Predicts the change from the last history frame to the next frame.
+
+    Args:
+        width: Channels at a quarter of the resolution.
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3 * 16, width, 3, padding=1)
+        self.stem = nn.Sequential(Residual(width), Residual(width))
+        self.action = nn.Conv2d(2 * (1 + 2 * OCTAVES), width, 1)
+        self.join = nn.Conv2d((HISTORY + 1) * width, width, 3, padding=1)
+        self.body = nn.Sequential(*(Residual(width) for _ in range(6)))
+        self.out = nn.Conv2d(width, 3 * 16, 3, padding=1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, history: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Predict the next frame (B, 3, H, W) from a history (B, 3, 2, H, W) in [-1, 1] and an action (B, 2)."""
+        frames = functional.pixel_unshuffle(history.transpose(1, 2).flatten(0, 1), 4)
+        rows, columns = frames.shape[-2:]
+        features = self.stem(self.patch(frames)).unflatten(0, (-1, HISTORY)).flatten(1, 2)  # (B, 2 width, h, w)
+        across, down = ((torch.arange(size, device=action.device) + 0.5) / size for size in (columns, rows))
+        centres = torch.stack(torch.meshgrid(across, down, indexing="xy"))  # (2, h, w)
+        offset = 4 * (centres - (action / ARENA)[:, :, None, None])  # (B, 2, h, w)
+        waves = [
+            wave(offset * 2**octave * math.pi / 4) for octave in range(OCTAVES) for wave in (torch.sin, torch.cos)
+        ]
+        hidden = self.join(torch.cat([features, self.action(torch.cat([offset, *waves], dim=1))], dim=1))
+        change = functional.pixel_shuffle(self.out(self.body(hidden)), 4)
+        return history[:, :, -1] + change
+
+    def roll(self, history: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """Predict frames (B, 3, n, H, W), one after another, of actions (B, n, 2)."""
+        frames = []
+        for action in actions.unbind(1):
+            frame = self(history, action).clamp(-1, 1)
+            frames.append(frame)
+            history = torch.cat([history[:, :, 1:], frame[:, :, None]], dim=2)
+        return torch.stack(frames, dim=2)
+
+    @torch.no_grad()
+    def predict(self, frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """Predict (B, n, H, W, 3) in [0, 1] from uint8 histories (1 or B, h, H, W, 3) and actions (B, n, 2)."""
+        history = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        history = history[:, :, [-min(2, history.shape[2]), -1]].expand(len(actions), -1, -1, -1, -1)
+        return (self.roll(history, torch.from_numpy(actions).float()) / 2 + 0.5).permute(0, 2, 3, 4, 1).numpy()
+
+
+def load(folder: Path) -> ConvolutionalModel:
+    """Load a trained baseline."""
+    model = ConvolutionalModel(json.loads((folder / "config.json").read_text(encoding="utf-8"))["width"])
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    return model.eval()
+
+
+def loss_of(model: ConvolutionalModel, clip: dict[str, torch.Tensor], rng: np.random.Generator, chunks: int) -> Any:
+    """Mean squared error on the frame after `chunks` predicted frames; 30 % of the clips keep their true history."""
+    latents, actions = clip["latents"], clip["actions"][:, HISTORY - 1 :]
+    history = latents[:, :, :HISTORY]
+    if chunks:
+        with torch.no_grad():
+            history = torch.cat([history, model.roll(history, actions[:, :chunks])], dim=2)[:, :, -HISTORY:]
+        true_history = torch.from_numpy(rng.random(len(latents)) < 0.3).view(-1, 1, 1, 1, 1)
+        history = torch.where(true_history, latents[:, :, chunks : chunks + HISTORY], history)
+    return (model(history, actions[:, chunks]) - latents[:, :, HISTORY + chunks]).square().mean()
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(BaselineArguments).parse_args_into_dataclasses()
+    output = arguments.output_dir
+    output.mkdir(parents=True, exist_ok=True)
+    cache = cache_latents(open_dataset(arguments.dataset), None, arguments.cache_dir or output / "latents")
+    clips = LatentClips(cache, HISTORY + 1 + arguments.rollout_chunks)
+    torch.manual_seed(arguments.seed)
+    model = ConvolutionalModel(arguments.width)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), arguments.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    checkpoint, settings = output / "checkpoint.pt", json.loads(json.dumps(asdict(arguments), default=str))
+    step, seconds = 0, 0.0
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True)
+        if state["settings"] != settings:
+            raise ValueError(
+                f"{str(output)!r} holds a run with other settings: {state['settings']}; use a new folder."
+            )
+        for part, name in ((model, "model"), (average, "average"), (optimizer, "optimizer")):
+            part.load_state_dict(state[name])
+        step, seconds = state["step"], state["seconds"]
+
+    def save() -> None:
+        state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+        with temporary_path(checkpoint) as partial:
+            torch.save(state | {"step": step, "seconds": seconds, "settings": settings}, partial)
+
+    start = saved = time.perf_counter()
+    start -= seconds
+    with tqdm(total=round(60 * arguments.max_minutes), initial=round(seconds), unit="s") as bar:
+        while seconds < 60 * arguments.max_minutes:
+            share = seconds / (60 * arguments.max_minutes)
+            rng = np.random.default_rng([arguments.seed, step])
+            rate = arguments.learning_rate * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * share)) / 2
+            optimizer.param_groups[0]["lr"] = rate
+            chunks = int(rng.integers(arguments.rollout_chunks + 1)) if share >= arguments.rollout_start else 0
+            batch = torch.utils.data.default_collate(
+                [clips[int(k)] for k in rng.integers(len(clips), size=arguments.batch_size)]
+            )
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model, batch, rng, chunks)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            average.update_parameters(model)
+            step, seconds = step + 1, time.perf_counter() - start
+            bar.update(round(seconds) - bar.n)
+            bar.set_postfix(step=step, loss=f"{loss.item():.5f}")
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"the loss is {loss.item()} at step {step}: lower `learning_rate`.")
+            if time.perf_counter() - saved > 60:
+                save()
+                saved = time.perf_counter()
+    save()
+    save_file(average.module.state_dict(), output / WEIGHTS)
+    (output / "config.json").write_text(json.dumps(settings | {"steps": step}, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
