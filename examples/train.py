@@ -187,6 +187,13 @@ class TrainingArguments:
     num_history_frames: int | None = field(
         default=None, metadata={"help": "most history frames (default: 1); each step draws 1 to this many"}
     )
+    crop_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "train on squares of this side, in latent pixels, around what moves, wherever the history is the true one; for "
+            "models with rotary positions"
+        },
+    )
     rollout_chunks: int = field(
         default=0,
         metadata={
@@ -376,6 +383,8 @@ FOREIGN = {
 }
 """Flags that a model knows nothing of."""
 WINDOW = ("sample_frames", "num_history_frames")
+FULL_HISTORY = 0.7
+"""Share of steps with all history frames; the others draw their number."""
 TRUE_HISTORY = 0.3
 """Share of clips that keep their true history while the others continue the model's own predictions."""
 
@@ -723,6 +732,46 @@ def clip_length(config: Any, rollout_chunks: int) -> int:
     return history + (rollout_chunks + 1) * (config["sample_frames"] - history)
 
 
+def crop(
+    latents: torch.Tensor, actions: torch.Tensor, config: Any, size: int, draws: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut the same square out of all frames of a clip, around a patch that changes in the last frame.
+
+    Args:
+        latents: Windows (B, C, F, H, W).
+        actions: Their actions (B, n, A), raw; the targets of a model that sees their offsets are moved with the frame.
+        config: The model's config.
+        size: Side of the squares, in latent pixels, a multiple of the patch size.
+        draws: Uniform numbers (B, 3) that choose the patch, and its place in the square.
+
+    Returns:
+        Windows (B, C, F, size, size) and actions (B, n, A).
+    """
+    patch = config["patch_size"]
+    change = (latents[:, :, -1] - latents[:, :, -2]).abs().sum(1)
+    weights = torch.nn.functional.avg_pool2d(change, patch)  # (B, rows, columns)
+    rows, columns = weights.shape[1:]
+    shares = (weights.flatten(1) + 1e-6).cumsum(1)
+    chosen = torch.searchsorted(shares / shares[:, -1:], draws[:, :1].contiguous()).clamp_max(rows * columns - 1)[:, 0]
+    side = size // patch
+    corners = []
+    for place, number, draw in ((chosen // columns, rows, draws[:, 1]), (chosen % columns, columns, draws[:, 2])):
+        corners.append((place - (draw * side).long()).clamp(0, number - side) * patch)
+    pieces = [
+        window[..., top : top + size, left : left + size]
+        for window, top, left in zip(latents, corners[0].tolist(), corners[1].tolist(), strict=True)
+    ]
+    if config["target_extent"] is not None:
+        left, top, right, bottom = config["target_extent"]
+        moved = [
+            (right - left) / config["sample_width"] * corners[1],
+            (bottom - top) / config["sample_height"] * corners[0],
+        ]
+        shift = torch.nn.functional.pad(torch.stack(moved, dim=1), (0, actions.shape[2] - 2))
+        actions = actions - shift[:, None].to(actions)
+    return torch.stack(pieces), actions
+
+
 def training_loss(
     model: torch.nn.Module,
     noise_scheduler: NoiseProcess,
@@ -743,7 +792,7 @@ def training_loss(
     most = config["num_history_frames"]
     length = config["sample_frames"] - most  # of a chunk
     shortest = 1 if config["conditioning"] == "frame" else most  # Video-Ada takes a fixed number
-    num_history = int(common.integers(shortest, most + 1))
+    num_history = most if common.random() < FULL_HISTORY else int(common.integers(shortest, most + 1))
     started = step >= arguments.rollout_start_step
     chunks = int(common.integers(0, arguments.rollout_chunks + 1)) if started else 0
 
@@ -758,7 +807,8 @@ def training_loss(
         ]
         return torch.from_numpy(np.stack(drawn)).to(latents.device)
 
-    timestep, terminal, deviation, drop, true_history = draw(0, 5).unbind(1)
+    draws = draw(0, 8)
+    (timestep, terminal, deviation, drop, true_history), places = draws[:, :5].unbind(1), draws[:, 5:]
     history = latents[:, :, most - num_history : most]
     shape = (latents.shape[1], length, *latents.shape[3:])
     for chunk in range(chunks):
@@ -777,18 +827,24 @@ def training_loss(
     start, end = first - history.shape[2], first + length
     keep = (true_history < TRUE_HISTORY).view(-1, 1, 1, 1, 1)
     history = torch.where(keep, latents[:, :, start:first], history)
-    noise = draw(1, latents.shape[1], end - start, *latents.shape[3:], normal=True)
-    history = history + arguments.history_noise * deviation.view(-1, 1, 1, 1, 1) * noise[:, :, : first - start]
+    window, actions = torch.cat([history, latents[:, :, first:end]], dim=2), actions[:, first - 1 : end - 1]
+    if arguments.crop_size and not chunks:
+        window, actions = crop(window, actions, config, arguments.crop_size, places)
+    noise = draw(1, *window.shape[1:], normal=True)
+    clean = first - start
+    noisy_history = (
+        window[:, :, :clean] + arguments.history_noise * deviation.view(-1, 1, 1, 1, 1) * noise[:, :, :clean]
+    )
     steps = noise_scheduler.config.num_train_timesteps
     return diffusion_loss(
         model,
         noise_scheduler,
-        torch.cat([history, latents[:, :, first:end]], dim=2),
-        actions[:, first - 1 : end - 1],
+        torch.cat([noisy_history, window[:, :, clean:]], dim=2),
+        actions,
         timesteps=torch.where(terminal < arguments.terminal_share, steps - 1, (timestep * steps).long()).clamp_max(
             steps - 1
         ),
-        noise=noise[:, :, first - start :],
+        noise=noise[:, :, clean:],
         action_mask=(drop >= arguments.action_dropout)[:, None].expand(-1, length),
         relative_latents=config["relative_latents"],
         states=clip["states"][:, start:end] if arguments.state_keys else None,
@@ -963,6 +1019,12 @@ def check_arguments(arguments: TrainingArguments) -> None:
     for name, least in (("rollout_chunks", 0), ("rollout_start_step", 0), ("rollout_inference_steps", 1)):
         if getattr(arguments, name) < least:
             raise ValueError(f"`{name}` must be at least {least}, got {getattr(arguments, name)}.")
+    if arguments.crop_size and arguments.spatial_position != "rope" and pretrained is None:
+        raise ValueError("`crop_size` needs `spatial_position` rope: other positions are those of whole frames.")
+    if arguments.crop_size and arguments.state_keys:
+        raise ValueError(
+            "`crop_size` and `state_keys` exclude each other: a crop does not tell where its objects are."
+        )
     if not 0 <= arguments.terminal_share <= 1:
         raise ValueError(f"`terminal_share` must be in [0, 1], got {arguments.terminal_share}.")
     if len(arguments.target_extent) not in (0, 4):
@@ -1021,7 +1083,7 @@ def run_settings(
 ) -> dict[str, Any]:
     """What a run must keep to be the same run when it is resumed."""
     flags = ("seed", "train_batch_size", "dataset_weights", "optimizer", "lora_rank", "state_keys")
-    flags += ("rollout_chunks", "rollout_start_step", "rollout_inference_steps", "terminal_share")
+    flags += ("crop_size", "rollout_chunks", "rollout_start_step", "rollout_inference_steps", "terminal_share")
     return {flag: getattr(arguments, flag) for flag in flags} | {
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "processes": accelerator.num_processes,
@@ -1145,6 +1207,7 @@ def main() -> None:
     if arguments.attention_backend:
         transformer.set_attention_backend(arguments.attention_backend)
     if arguments.compile:
+        torch._dynamo.config.recompile_limit = 64  # windows of several lengths, with and without gradients
         transformer.compile_repeated_blocks(dynamic=False)
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     used = sum(len({number for number, _ in part.windows}) for part in parts)

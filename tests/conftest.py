@@ -38,6 +38,15 @@ ARCHITECTURES = {
     },
     "Latte": {"norm_type": "ada_norm_single", "spatial_position": "fixed"},
     "Language-Table": {"conditioning": "video", "action_activation": None},
+    "Push-T": {
+        "spatial_position": "rope",
+        "ff_conv": True,
+        "target_extent": [-2.0, -1.0, 1.0, 3.0],
+        "action_space": "absolute",
+        "relative_latents": True,
+        "scale_noisy_latents": True,
+        "prediction_type": "sample",
+    },
 }
 
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from conftest import tiny_transformer, tiny_unet
+from conftest import tiny_pipeline, tiny_transformer, tiny_unet
+from diffusers import DDIMScheduler
 
 from irasim_diffusers.models import noise_process
-from irasim_diffusers.training import StateReadout, diffusion_loss, remove_leftovers
+from irasim_diffusers.training import StateReadout, diffusion_loss, predict_chunk, remove_leftovers
 
 
 @pytest.fixture
@@ -125,3 +126,26 @@ def test_only_what_a_killed_run_left_is_deleted(tmp_path):
     (tmp_path / "finished.txt").write_text("")
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "finished.txt"])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+@pytest.mark.parametrize("relative_latents", [False, True])
+def test_a_predicted_chunk_is_that_of_the_pipeline(batch, prediction_type, relative_latents):
+    """With the pipeline's own sampler, of as many steps and from the same noise."""
+    pipeline = tiny_pipeline(prediction_type=prediction_type, relative_latents=relative_latents)
+    model = pipeline.transformer
+    if prediction_type != "flow_prediction":
+        pipeline.scheduler = DDIMScheduler.from_config(noise_process(model.config).config, timestep_spacing="trailing")
+    history = batch["latents"][:, :, :2]
+    expected = pipeline.denoise_window(history, batch["actions"], batch["noise"].clone(), 3, 1.0, None)
+    chunk = predict_chunk(
+        model,
+        noise_process(model.config),
+        history,
+        batch["actions"],
+        batch["noise"],
+        num_inference_steps=3,
+        relative_latents=relative_latents,
+    )
+    assert not chunk.requires_grad
+    torch.testing.assert_close(chunk, expected, rtol=1e-4, atol=1e-4)

@@ -195,7 +195,7 @@ def predict_chunk(
     """
     sampler: Any = scheduler
     if isinstance(scheduler, DDPMScheduler):
-        sampler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", set_alpha_to_one=False)
+        sampler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
         sampler.set_timesteps(num_inference_steps)
     else:
         sampler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)

@@ -360,7 +360,8 @@ def test_resuming_is_exact(workspace, trained):
 
 
 def test_every_objective_and_optimiser_resumes_exactly(workspace):
-    flags = ["--optimizer", "muon", "--window_lengths", 16, 8, 4, "--history_noise", 0.2, "--gradient_checkpointing"]
+    flags = ["--optimizer", "muon", "--sample_frames", 4, "--num_history_frames", 2, "--gradient_checkpointing"]
+    flags += ["--rollout_chunks", 2, "--rollout_start_step", 2, "--history_noise", 0.2, "--terminal_share", 0.6]
     flags += ["--state_keys", "observation.state", "observation.environment_state", "--state_angles", "block_angle"]
     train(workspace, "muon", "--max_train_steps", 4, "--checkpointing_steps", 4, *flags)
     train(workspace, "muon-parts", "--max_train_steps", 4, "--checkpointing_steps", 2, *flags)

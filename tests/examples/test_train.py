@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_lerobot import write_folder
 from test_pusht import EXAMPLES, ONE, run
-from train import PixelSpace, TrainingArguments, check_arguments, check_data, load_vae, open_source
+from train import TrainingArguments, check_arguments, check_data, clip_length, load_vae, open_source, training_loss
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.data import IRASimFolder, LatentClips, cache_latents, read_video, write_video
+from irasim_diffusers.models import noise_process
 
 CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
 needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
@@ -163,7 +164,7 @@ def test_a_u_net_in_pixel_space(workspace):
 
 def test_pixels_are_cached_as_they_are(workspace):
     source = IRASimFolder(workspace / "first", cameras=["0"], fps=5)
-    clips = LatentClips(cache_latents(source, PixelSpace(), workspace / "pixel-cache"), 4)
+    clips = LatentClips(cache_latents(source, None, workspace / "pixel-cache"), 4)
     pixels = (clips[0]["latents"].permute(1, 2, 3, 0) + 1) * 127.5
     assert np.array_equal(pixels.round().numpy().astype(np.uint8), source[0].frames[:4])
 
@@ -186,8 +187,10 @@ def test_pixels_are_cached_as_they_are(workspace):
         ({"height": 32}, "`height` and `width` must be given together"),
         ({"preset": "S", "pretrained_model_name_or_path": "model"}, "`preset` is for a new model"),
         ({"frame_skip": 2, "target_fps": 5}, "`frame_skip` and `target_fps` exclude each other"),
-        ({"timestep_bias": -1}, "`timestep_bias` must be above -1, got -1"),
-        ({"window_lengths": [4, 2], "conditioning": "video"}, "`window_lengths` must be left out for Video-Ada"),
+        ({"terminal_share": 1.5}, r"`terminal_share` must be in \[0, 1\], got 1.5"),
+        ({"rollout_chunks": -1}, "`rollout_chunks` must be at least 0, got -1"),
+        ({"rollout_inference_steps": 0}, "`rollout_inference_steps` must be at least 1, got 0"),
+        ({"target_extent": [0, 1]}, r"`target_extent` must be 4 numbers, .* got \[0, 1\]"),
         ({"lora_rank": 4}, "`lora_rank` needs `pretrained_model_name_or_path`"),
         (
             {"lora_rank": 4, "pretrained_model_name_or_path": "model", "patch_size": 1},
@@ -273,8 +276,9 @@ def train_robot(workspace, output, *arguments, launch=ONE):
 
 
 def test_two_processes_do_what_one_does_at_the_same_global_batch(workspace):
-    flags = ["--max_train_steps", 5, "--logging_steps", 1, "--report_to", "tensorboard", "--window_lengths", 4, 2]
-    flags += ["--history_noise", 0.2, "--timestep_bias", 2, "--learning_rate", 1e-3]
+    flags = ["--max_train_steps", 5, "--logging_steps", 1, "--report_to", "tensorboard", "--sample_frames", 3]
+    flags += ["--num_history_frames", 2, "--rollout_chunks", 3, "--rollout_start_step", 1, "--terminal_share", 0.5]
+    flags += ["--history_noise", 0.2, "--learning_rate", 1e-3]
     one = train_robot(workspace, "one", *flags, "--train_batch_size", 4, "--gradient_accumulation_steps", 2)
     two = train_robot(workspace, "two", *flags, "--train_batch_size", 4, launch=TWO)
     assert "1 processes (NO)" in one
@@ -284,6 +288,58 @@ def test_two_processes_do_what_one_does_at_the_same_global_batch(workspace):
     np.testing.assert_allclose(*losses, rtol=1e-5)
     states = [IRASimPipeline.from_pretrained(workspace / folder).transformer.state_dict() for folder in ("one", "two")]
     torch.testing.assert_close(*states, rtol=1e-3, atol=1e-5)
+
+
+class TrueFrames(torch.nn.Module):
+    """Predicts the change to the next frame of clips in which every frame is one brighter than the one before."""
+
+    def __init__(self):
+        super().__init__()
+        self.histories = []
+
+    def forward(self, hidden_states, timestep, actions, action_mask=None, return_dict=False):
+        length = hidden_states.shape[2] - actions.shape[1]
+        self.histories.append((hidden_states[:, 0, :length, 0, 0], actions[:, 0, 0]))
+        steps = torch.arange(1, actions.shape[1] + 1).view(-1, 1, 1)
+        future = torch.zeros_like(hidden_states[:, :, length:]) + steps + self.error
+        return (torch.cat([hidden_states[:, :, :length], future], dim=2),)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_own_rollouts_end_before_the_chunk_with_the_loss(length):
+    """The model sees its own frames, with the actions that lead on from them, and some clips keep their true history."""
+    config = {"num_history_frames": 2, "sample_frames": 2 + length, "conditioning": "frame", "relative_latents": True}
+    settings = TrainingArguments(
+        ["set"], "out", rollout_chunks=3, rollout_start_step=1, terminal_share=1.0, action_dropout=0.0
+    )
+    frames = clip_length(config, 3)
+    assert frames == 2 + 4 * length
+    count = torch.arange(float(frames))
+    latents = count.view(1, 1, -1, 1, 1).repeat(40, 3, 1, 2, 2)
+    actions = count[1:].view(1, -1, 1).repeat(40, 1, 1)  # row k leads to frame k + 1
+    process = noise_process(tiny_transformer(prediction_type="sample").config)
+    chunks = set()
+    for step in range(12):
+        model = TrueFrames()
+        model.error = 0.0
+        clip = {"latents": latents, "actions": actions}
+        loss = training_loss(model, process, clip, config, settings, step=step, position=0)
+        assert loss < 1e-8  # so every frame was paired with its own history
+        assert step or len(model.histories) == 1  # rollouts start later
+        for history, action in model.histories:
+            torch.testing.assert_close(action, history[:, -1] + 1)
+        chunks.add(len(model.histories))
+        model.error, model.histories = 0.25, []
+        training_loss(model, process, clip, config, settings, step=step, position=0)
+        history, action = model.histories[-1]
+        off = history[:, -1] - (action - 1)
+        true = off.abs() < 1e-3
+        if len(model.histories) == 1:
+            assert true.all()
+        else:
+            assert 0.1 < true.float().mean() < 0.6
+            torch.testing.assert_close(off[~true], torch.full_like(off[~true], 0.25 * (len(model.histories) - 1)))
+    assert chunks == {1, 2, 3, 4}
 
 
 def test_compiled_with_everything_logged_and_published(workspace):

@@ -3,9 +3,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, tiny_transformer
+from conftest import ARCHITECTURES, TINY, tiny_transformer
+from diffusers.models.embeddings import apply_rotary_emb
 
 from irasim_diffusers import PRESETS, IRASimTransformer3DModel
+from irasim_diffusers.models import noise_process
+from irasim_diffusers.models.transformer_irasim import short_attention
 
 
 @pytest.fixture
@@ -245,3 +248,103 @@ def test_action_frequencies_join_waves_to_the_scaled_actions(inputs):
     angles = torch.stack([2 * math.pi * seen[..., a] / length for a in range(3) for length in (16, 8)], dim=-1)
     expected = model.action_embed(torch.cat([seen, angles.sin(), angles.cos()], dim=-1))
     torch.testing.assert_close(model.encode_actions(actions, 5)[:, 2:], expected)
+
+
+PUSHT = ARCHITECTURES["Push-T"]
+
+
+def test_a_patch_sees_its_offset_from_the_target(inputs):
+    """Moving the target by one patch moves the embeddings by one patch; history frames and masked actions receive zero."""
+    model = tiny_transformer(**PUSHT)
+    actions = torch.tensor([[[0.3, 0.4, 1.0], [0.0, 2.0, -1.0]]])
+    embeddings = model.encode_targets(actions, 5, (2, 3))  # patches of 2 units down and 1 unit across
+    assert embeddings.shape == (1, 5, 6, 24)
+    assert not embeddings[:, :3].any()
+    assert embeddings[:, 3:].any(dim=-1).all()
+    moved = model.encode_targets(actions + torch.tensor([1.0, 2.0, 5.0]), 5, (2, 3)).unflatten(2, (2, 3))
+    torch.testing.assert_close(moved[:, 3:, 1, 1:], embeddings.unflatten(2, (2, 3))[:, 3:, 0, :2])
+    masked = model.encode_targets(actions, 5, (2, 3), torch.tensor([[True, False]]))
+    assert masked[:, 3].any()
+    assert not masked[:, 4].any()
+
+
+def test_rotary_attention_depends_on_differences_of_positions_alone():
+    model = tiny_transformer(**PUSHT)
+    cos, sin = model._spatial_rotary_positions(4, 5, torch.device("cpu"))
+    assert cos.shape == sin.shape == (20, 12)
+    torch.manual_seed(2)
+    query, key = torch.randn(2, 12)
+
+    def score(first, second):
+        rotated = [
+            apply_rotary_emb(
+                value[None, None, None], (cos[place][None], sin[place][None]), use_real_unbind_dim=-2, sequence_dim=1
+            ).flatten()
+            for value, place in ((query, first), (key, second))
+        ]
+        return rotated[0] @ rotated[1]
+
+    torch.testing.assert_close(score(0, 7), score(6, 13))  # one row down and two columns to the right
+    torch.testing.assert_close(score(3, 10), score(4, 11))
+    assert (score(0, 7) - score(0, 2)).abs() > 1e-3  # the row matters
+    assert (score(0, 7) - score(0, 5)).abs() > 1e-3  # the column matters
+
+
+def test_the_convolution_mixes_neighbours_on_the_grid_of_patches():
+    model = tiny_transformer(**PUSHT)
+    block, temb = model.transformer_blocks[0], torch.randn(1, 1, 24)
+    torch.nn.init.zeros_(block.attn1.to_out[0].weight)  # without attention, patches meet in the convolution alone
+    tokens = torch.randn(1, 1, 20, 24)
+    changed = tokens.clone()
+    changed[:, :, 7] = torch.randn(24)  # row 1, column 2 of 4 rows and 5 columns
+    rotary = model._spatial_rotary_positions(4, 5, torch.device("cpu"))
+    difference = block(tokens, temb, rotary, None, (4, 5)) - block(changed, temb, rotary, None, (4, 5))
+    touched = (difference.abs().amax(dim=(0, 1, 3)) > 1e-6).unflatten(0, (4, 5))
+    expected = torch.zeros(4, 5, dtype=torch.bool)
+    expected[0:3, 1:4] = True
+    assert torch.equal(touched, expected)
+
+
+def test_pure_noise_is_nearly_nothing_to_a_model_that_scales_it(inputs):
+    hidden_states, _, actions = inputs
+    model = tiny_transformer(**PUSHT)
+    other = hidden_states.clone()
+    other[:, :, 2:] = torch.randn(3, 4, 3, 4, 6)
+    for level, effect in ((999, 0.05), (0, 1.0)):
+        timestep = torch.full((3,), level)
+        before, after = (model(states, timestep, actions).sample for states in (hidden_states, other))
+        share = (before - after).abs().mean() / before.abs().mean()
+        assert share < effect if level else share > 0.3
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_share_of_signal_is_that_of_the_noise_process(schedule):
+    model = tiny_transformer(**PUSHT, beta_schedule=schedule, num_train_timesteps=50)
+    expected = noise_process(model.config).alphas_cumprod.sqrt()
+    torch.testing.assert_close(model._signal_share(torch.device("cpu")), expected)
+
+
+@pytest.mark.parametrize("frames", [2, 3, 4])
+def test_attention_among_few_frames_equals_the_dispatched_one(frames):
+    torch.manual_seed(1)
+    query, key, value = torch.randn(3, 5, frames, 2, 12)
+    expected = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value))).transpose(1, 2)
+    torch.testing.assert_close(short_attention(query, key, value), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"target_extent": [0, 0, 1]},
+            r"`target_extent` must be the left, top, right and bottom edge.*got \[0, 0, 1\]",
+        ),
+        ({"target_extent": [1, 0, 0, 1]}, "`target_extent` must be"),
+        ({"action_space": "relative"}, "`target_extent` must be .* got .* with `action_space` 'relative'"),
+        ({"conditioning": "video"}, "`target_extent` must be .* `conditioning` 'video'"),
+        ({"prediction_type": "flow_prediction"}, "`scale_noisy_latents` must be False for a flow"),
+    ],
+)
+def test_bad_settings_of_a_model_of_targets(changes, message):
+    with pytest.raises(ValueError, match=message):
+        IRASimTransformer3DModel(**TINY | PUSHT | changes)

@@ -32,7 +32,6 @@ from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device, maybe_all
 from torch import nn
 
 from .action_space import action_features, check_action_space
-from .noise_process import noise_process
 
 PRESETS: dict[str, dict[str, int]] = {
     "S": {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 64},
@@ -81,8 +80,9 @@ class IRASimAttnProcessor:
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
-            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+            pairs = -1 if attn.temporal else -2  # neighbouring channels as Open-Sora, or the halves of a head
+            query = apply_rotary_emb(query, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
 
         if attn.temporal and query.shape[1] <= SHORT and query.device.type == "cpu" and torch.compiler.is_compiling():
             hidden_states = short_attention(query, key, value)
@@ -250,8 +250,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             whose two layers have none. Their Video-Ada joins the embedded actions by one more network.
         action_frequencies: Number of octaves of sines and cosines of the scaled actions that join them, the longest wave 16;
             so a token can tell where an absolute target lies beside it. 0, the paper's, for none.
-        target_extent: Left, top, right and bottom edge of the frame in the units of the first two action components, for
-            actions that are target positions in the plane of the picture. Every patch of a predicted frame then receives an
+        target_extent: Left, top, right and bottom edge of a frame of `sample_height` x `sample_width` in the units of the first
+            two action components, for actions that are target positions in the plane of the picture. Every patch of a predicted frame then receives an
             embedding of its offset from the target of that frame. None, the paper's, for none.
         action_dim: Components of an action.
         action_scale: The network sees `(action - action_offset) * action_scale`; one number, or one a component.
@@ -374,6 +374,18 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 raise ValueError(f"`{name}` must be one of {', '.join(map(str, known))}, got {value!r}.")
         if scale_noisy_latents and prediction_type == "flow_prediction":
             raise ValueError("`scale_noisy_latents` must be False for a flow, which has no alphas.")
+        if target_extent is not None:
+            left, top, right, bottom = target_extent if len(target_extent) == 4 else (0, 0, 0, 0)
+            if (
+                not (left < right and top < bottom)
+                or (action_space, conditioning) != ("absolute", "frame")
+                or action_dim < 2
+            ):
+                raise ValueError(
+                    "`target_extent` must be the left, top, right and bottom edge of the frame, for a Frame-Ada model of "
+                    f"absolute actions that begin with a target position, got {target_extent} with `action_space` "
+                    f"{action_space!r}, `conditioning` {conditioning!r} and `action_dim` {action_dim}."
+                )
         check_action_space(self.config)
 
         dim = num_attention_heads * attention_head_dim
@@ -517,9 +529,12 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
     def _patch_centres(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
         """Centres (S, 2) of the patches in the units of the target, x and y."""
-        left, top, right, bottom = self.config.target_extent
-        x = left + (right - left) * (torch.arange(columns, device=device) + 0.5) / columns
-        y = top + (bottom - top) * (torch.arange(rows, device=device) + 0.5) / rows
+        config = self.config
+        left, top, right, bottom = config.target_extent
+        wide = (right - left) * config.patch_size / config.sample_width  # of a patch
+        high = (bottom - top) * config.patch_size / config.sample_height
+        x = left + wide * (torch.arange(columns, device=device) + 0.5)
+        y = top + high * (torch.arange(rows, device=device) + 0.5)
         return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
 
     def _check_actions(self, actions: torch.Tensor, num_frames: int) -> None:
@@ -575,6 +590,11 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             raise ValueError(
                 f"`hidden_states` must have a height and width divisible by the patch size {patch_size}, got "
                 f"{height}x{width}."
+            )
+        if self._parallel_config is not None and (self.config.ff_conv or self.config.spatial_position == "rope"):
+            raise ValueError(
+                "context parallelism divides the patches of a frame, and this model has a convolution over them or rotary "
+                "positions: use data parallelism."
             )
         grid = (height // patch_size, width // patch_size)
 
@@ -672,8 +692,17 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         return scale, torch.tensor(config.action_offset, dtype=torch.float32, device=device)
 
     def _signal_share(self, device: torch.device) -> torch.Tensor:
-        """Square root of the cumulative alpha of every timestep (T,)."""
-        return noise_process(self.config).alphas_cumprod.sqrt().to(device)
+        """Square root of the cumulative alpha of every timestep (T,), as in diffusers' schedulers."""
+        config, number = self.config, self.config.num_train_timesteps
+        if config.beta_schedule == "squaredcos_cap_v2":
+            edges = torch.arange(number + 1, dtype=torch.float32, device=device) / number
+            bar = torch.cos((edges + 0.008) / 1.008 * torch.pi / 2) ** 2
+            betas = (1 - bar[1:] / bar[:-1]).clamp_max(0.999)
+        else:
+            power = 2 if config.beta_schedule == "scaled_linear" else 1
+            first, last = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
+            betas = torch.linspace(first, last, number, device=device) ** power
+        return (1 - betas).cumprod(0).sqrt()
 
     def _spatial_positions(
         self, rows: int, columns: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
@@ -698,12 +727,20 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     def _spatial_rotary_positions(
         self, rows: int, columns: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (S, head_dim) of rotary positions, rows in the first half of a head and columns in the second."""
-        dim = self.config.attention_head_dim // 2
+        """Cosines and sines (S, head_dim) of rotary positions.
+
+        Channel k of the first half of a head is paired with channel k of the second half. The first half of these pairs turns
+        with the row, the second with the column.
+        """
+        dim, exact = self.config.attention_head_dim // 2, maybe_adjust_dtype_for_device(torch.float64, device)
         down = torch.arange(rows, device=device).repeat_interleave(columns)
         across = torch.arange(columns, device=device).repeat(rows)
-        parts = [get_1d_rotary_pos_embed(dim, axis, theta=100.0, use_real=True) for axis in (down, across)]
-        return tuple(torch.cat(pair, dim=-1) for pair in zip(*parts, strict=True))
+        tables = [
+            get_1d_rotary_pos_embed(dim, axis, 100.0, use_real=True, repeat_interleave_real=False, freqs_dtype=exact)
+            for axis in (down, across)
+        ]  # cosines and sines, each (S, head_dim / 2), the second half as the first
+        cos, sin = (torch.cat([table[part].chunk(2, dim=-1)[0] for table in tables], dim=-1) for part in (0, 1))
+        return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
 
     def _temporal_positions(
         self, num_frames: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
