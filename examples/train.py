@@ -401,9 +401,11 @@ def load_vae(arguments: TrainingArguments) -> AutoencoderKL | None:
     return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
-def pretrained_vae(arguments: TrainingArguments) -> AutoencoderKL:
-    """The frozen autoencoder of the pretrained pipeline."""
+def pretrained_vae(arguments: TrainingArguments) -> AutoencoderKL | None:
+    """The frozen autoencoder of the pretrained pipeline; None for one in pixel space."""
     name = str(arguments.pretrained_model_name_or_path)
+    if IRASimPipeline.load_config(name, revision=arguments.revision)["vae"][1] is None:
+        return None
     vae = AutoencoderKL.from_pretrained(name, subfolder="vae", revision=arguments.revision)
     return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
@@ -491,9 +493,9 @@ def _first_frame(source: PreparedEpisodes, number: int) -> np.ndarray:
 
 
 def load_pretrained(
-    arguments: TrainingArguments, vae: AutoencoderKL, source: PreparedEpisodes
+    arguments: TrainingArguments, vae: AutoencoderKL | None, source: PreparedEpisodes
 ) -> IRASimTransformer3DModel | None:
-    """The model to go on with, its autoencoder, patches and octaves as asked; None for a new one."""
+    """The pretrained model with its autoencoder, patches and octaves as asked; None for a new one."""
     name = arguments.pretrained_model_name_or_path
     if name is None:
         return None
@@ -512,7 +514,7 @@ def load_pretrained(
     }
     for flag in sorted(fixed):
         asked, has = getattr(arguments, flag), model.config[flag]
-        if asked not in (None, has) and (has, asked) != ("v_prediction", "sample"):
+        if asked not in (None, False, [], has) and (has, asked) != ("v_prediction", "sample"):
             raise ValueError(
                 f"`{flag}` is {model.config[flag]!r} in {name!r} and cannot become {asked!r}: leave it out."
             )
@@ -521,7 +523,10 @@ def load_pretrained(
     if (model.config.prediction_type, arguments.prediction_type) == ("v_prediction", "sample"):
         model = predict_samples(model)
     if arguments.vae is not None and is_pipeline(name, arguments.revision):
-        followed = follow_autoencoder(model, pretrained_vae(arguments), vae, source)
+        own = pretrained_vae(arguments)
+        if own is None or vae is None:
+            raise ValueError(f"`vae` must be left out: {name!r} is a model of pixel space.")
+        followed = follow_autoencoder(model, own, vae, source)
         if arguments.lora_rank and followed is not model:
             raise ValueError(
                 "`lora_rank` keeps the model as it is, and `vae` is not the autoencoder that it knows: leave `vae` out."
@@ -907,10 +912,13 @@ def make_pipeline(
     transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
     scheduler_class: Any = PNDMScheduler,
 ) -> IRASimPipeline:
-    """The pipeline of a model, sampled as the paper does or as asked."""
+    """The pipeline of a model, sampled as the paper does or as asked; in one step where the model is made for it."""
     process = noise_process(transformer.config)
     if isinstance(process, FlowMatchEulerDiscreteScheduler):
         return IRASimPipeline(vae, transformer, process)
+    if transformer.config.get("scale_noisy_latents"):
+        scheduler = DDIMScheduler.from_config(process.config, timestep_spacing="trailing")
+        return IRASimPipeline(vae, transformer, scheduler, num_inference_steps=1)
     config = {key: value for key, value in process.config.items() if not key.startswith("_")}
     extra: dict[str, Any] = {"skip_prk_steps": True}
     if scheduler_class is not PNDMScheduler:
@@ -1019,8 +1027,6 @@ def check_arguments(arguments: TrainingArguments) -> None:
     for name, least in (("rollout_chunks", 0), ("rollout_start_step", 0), ("rollout_inference_steps", 1)):
         if getattr(arguments, name) < least:
             raise ValueError(f"`{name}` must be at least {least}, got {getattr(arguments, name)}.")
-    if arguments.crop_size and arguments.spatial_position != "rope" and pretrained is None:
-        raise ValueError("`crop_size` needs `spatial_position` rope: other positions are those of whole frames.")
     if arguments.crop_size and arguments.state_keys:
         raise ValueError(
             "`crop_size` and `state_keys` exclude each other: a crop does not tell where its objects are."
@@ -1082,8 +1088,19 @@ def run_settings(
     arguments: TrainingArguments, accelerator: Accelerator, folders: list[Path], config: dict
 ) -> dict[str, Any]:
     """What a run must keep to be the same run when it is resumed."""
-    flags = ("seed", "train_batch_size", "dataset_weights", "optimizer", "lora_rank", "state_keys")
-    flags += ("crop_size", "rollout_chunks", "rollout_start_step", "rollout_inference_steps", "terminal_share")
+    flags = [
+        "seed",
+        "train_batch_size",
+        "dataset_weights",
+        "optimizer",
+        "lora_rank",
+        "state_keys",
+        "crop_size",
+        "rollout_chunks",
+        "rollout_start_step",
+        "rollout_inference_steps",
+        "terminal_share",
+    ]
     return {flag: getattr(arguments, flag) for flag in flags} | {
         "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
         "processes": accelerator.num_processes,
@@ -1160,6 +1177,16 @@ def main() -> None:
         vae.to(accelerator.device)
     pretrained = load_pretrained(arguments, vae, sources[0])
     patch_size = pretrained.config.patch_size if pretrained else arguments.patch_size or NEW_MODEL["patch_size"]
+    if arguments.crop_size is not None:
+        position = pretrained.config.spatial_position if pretrained else arguments.spatial_position
+        if position != "rope":
+            raise ValueError(
+                f"`crop_size` needs a model with `spatial_position` rope, got {position!r}: others know whole frames only."
+            )
+        if arguments.crop_size < 1 or arguments.crop_size % patch_size:
+            raise ValueError(
+                f"`crop_size` must be a multiple of the patch size {patch_size}, got {arguments.crop_size}."
+            )
     for source in [] if arguments.recorded_latents else sources:
         check_frames(source, vae, 1 if arguments.model == "unet" else patch_size)
     folders = [
@@ -1189,6 +1216,10 @@ def main() -> None:
             part.states = states
     transformer = build_transformer(arguments, sources[0], parts, vae, pretrained)
     config = transformer.config
+    if (arguments.crop_size or 0) > min(parts[0].latent_size):
+        raise ValueError(
+            f"`crop_size` must be at most the smaller side of the latents {parts[0].latent_size}, got {arguments.crop_size}."
+        )
     clips = MixedClips(parts, arguments.dataset_weights or None, arguments.seed)
     if len(clips) < arguments.train_batch_size * accelerator.num_processes:
         raise ValueError(f"`train_batch_size` must be at most the {len(clips)} windows over all processes: lower it.")

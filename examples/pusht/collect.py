@@ -2,9 +2,10 @@
 
     python examples/pusht/collect.py --output data/pusht-train --episodes 1500 --first_seed 0
 
-An aimless pusher, an expert, and the expert with noise take the episodes in the shares asked for. Every episode is fixed
-by its seed. Files of 50 episodes are written one by one; the same command run again goes on with the first one missing, one
-that asks for more episodes adds them, one with other settings is refused. `--pusher_radius` changes the world.
+Five pushers share the episodes: an aimless one, an expert, the expert with noise, one driven by held arrow keys as in the Space,
+and one that goes to distant targets, also at the edges and in the corners. Its seed determines an episode. Files of 50
+episodes are written one by one. The same command resumes at the first missing file, a larger `--episodes` adds episodes, and
+other settings raise an error. `--pusher_radius` changes the world.
 """
 
 import functools
@@ -217,7 +218,7 @@ def main() -> None:
     shares = [getattr(arguments, kind) for kind in TASKS]
     if min(shares) < 0 or sum(shares) == 0:
         raise ValueError(
-            f"`aimless`, `expert` and `noisy` must be shares, none negative and not all zero, got {shares}."
+            f"{', '.join(f'`{kind}`' for kind in TASKS)} must be shares, none negative and not all zero, got {shares}."
         )
     if arguments.pusher_radius <= 0:
         raise ValueError(f"`pusher_radius` must be positive, got {arguments.pusher_radius:g}.")

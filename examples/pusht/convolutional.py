@@ -104,7 +104,8 @@ class ConvolutionalModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """Predict (B, n, H, W, 3) in [0, 1] from uint8 histories (1 or B, h, H, W, 3) and actions (B, n, 2)."""
+        """Predict (B, n, H, W, 3) in [0, 1] from uint8 histories (h, H, W, 3) or (B, h, H, W, 3) and actions (B, n, 2)."""
+        frames = frames if frames.ndim == 5 else frames[None]
         history = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         history = history[:, :, [-min(2, history.shape[2]), -1]].expand(len(actions), -1, -1, -1, -1)
         return (self.roll(history, torch.from_numpy(actions).float()) / 2 + 0.5).permute(0, 2, 3, 4, 1).numpy()

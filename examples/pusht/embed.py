@@ -12,7 +12,6 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 from transformers import HfArgumentParser
@@ -29,33 +28,14 @@ class EmbedArguments:
     episode: int = field(default=0, metadata={"help": "episode of the clip"})
     start: int = field(default=20, metadata={"help": "first frame of the clip"})
     num_actions: int = 60
-    scheduler: str = field(default="DDIMScheduler", metadata={"help": "scheduler class of diffusers"})
-    timestep_spacing: str = field(default="trailing", metadata={"help": "of the scheduler; few steps need trailing"})
-    num_inference_steps: int = field(default=2, metadata={"help": "steps that a call takes where it names none"})
-    timesteps: list[int] | None = field(
-        default=None, metadata={"help": "timesteps of these steps, where the scheduler takes them"}
-    )
-    window_length: int | None = field(
-        default=None, metadata={"help": "frames of a window of a rollout (default: all)"}
-    )
 
 
 def main() -> None:
     (arguments,) = HfArgumentParser(EmbedArguments).parse_args_into_dataclasses()
     target = embedded_checkpoint()
     pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=torch.bfloat16)
-    pipeline.scheduler = getattr(diffusers, arguments.scheduler).from_config(
-        pipeline.scheduler.config,
-        timestep_spacing=arguments.timestep_spacing,
-        prediction_type=pipeline.transformer.config.prediction_type,
-    )
-    pipeline.register_to_config(
-        num_inference_steps=len(arguments.timesteps or ()) or arguments.num_inference_steps,
-        window_length=arguments.window_length,
-        timesteps=arguments.timesteps,
-    )
     dataset = LeRobotFolder(Path(arguments.dataset))
-    pipeline.transformer.register_to_config(fps=dataset.fps, action_low=0.0, action_high=512.0)  # of the arena
+    shutil.rmtree(target / "vae", ignore_errors=True)  # of a model in latent space that was embedded before
     pipeline.save_pretrained(target)
     for path in [
         target / "model_index.json",

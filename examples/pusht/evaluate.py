@@ -20,10 +20,11 @@ import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 import numpy as np
@@ -43,6 +44,7 @@ from irasim_diffusers.driving import Steering
 from irasim_diffusers.files import temporary_path
 from irasim_diffusers.metrics import bootstrap, identified, psnr
 
+Predict: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]  # histories and actions to frames, all (N, ...)
 WAYS = 8
 PREDICTED = 15  # frames of a clip that are scored, as in the paper
 ROLLOUT = 60  # actions of an expert rollout, and of a driven one
@@ -184,10 +186,10 @@ def expert_episodes(
 
 def held_keys(rng: np.random.Generator, steering: Steering, num_actions: int) -> np.ndarray:
     """Actions (n, 2) of arrow keys that are held, alone or two together, or released for some steps."""
-    keys = ["ArrowLeft", "ArrowRight", None], ["ArrowUp", "ArrowDown", None]
+    keys = ("ArrowLeft", "ArrowRight", ""), ("ArrowUp", "ArrowDown", "")
     actions: list[np.ndarray] = []
     while len(actions) < num_actions:
-        pressed = [key for key in (rng.choice(options) for options in keys) if key is not None]
+        pressed = [str(rng.choice(options)) for options in keys]
         actions += [steering.action(steering.command(pressed)) for _ in range(1 + rng.geometric(0.12))]
     return np.stack(actions[:num_actions])
 
@@ -301,15 +303,30 @@ def reconstruction(pipeline: IRASimPipeline, frames: np.ndarray) -> dict[str, fl
     return {"mean": float(-10 * np.log10((error**2).mean())), "n": len(pixels)}
 
 
-def load_pipeline(arguments: EvaluationArguments) -> IRASimPipeline:
-    """The pipeline to evaluate, with the scheduler that the arguments name."""
+def load_model(arguments: EvaluationArguments) -> tuple[IRASimPipeline | None, Predict]:
+    """The pipeline to evaluate, None for a convolutional baseline, and what predicts with it."""
+    number = arguments.num_history_frames
+    if (Path(arguments.model) / WEIGHTS).is_file():
+        baseline = load(Path(arguments.model))
+        return None, lambda frames, actions: baseline.predict(last_frames(frames, number), actions)
     pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipeline.to(arguments.device)
     pipeline.set_progress_bar_config(disable=True)
     if arguments.scheduler:
         changes = {"timestep_spacing": arguments.timestep_spacing} if arguments.timestep_spacing else {}
         pipeline.scheduler = getattr(diffusers, arguments.scheduler).from_config(pipeline.scheduler.config, **changes)
-    return pipeline
+
+    def predict(frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        return pipeline(
+            last_frames(frames, number),
+            actions,
+            num_inference_steps=arguments.num_inference_steps,
+            window_length=arguments.window_length,
+            generator=[torch.Generator().manual_seed(arguments.seed + k) for k in range(len(actions))],
+            output_type="np",
+        ).frames
+
+    return pipeline, predict
 
 
 def main() -> None:
@@ -324,37 +341,15 @@ def main() -> None:
     rng = np.random.default_rng(arguments.seed)
     dataset = LeRobotFolder(Path(arguments.dataset))
     length = history + PREDICTED
-    pipeline: Any = None
+    pipeline, predict = load_model(arguments)
     evaluations = 0
-    if (Path(arguments.model) / WEIGHTS).is_file():
-        baseline = load(Path(arguments.model))
 
-        def predict(frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
-            return baseline.predict(
-                frames[:, -arguments.num_history_frames :]
-                if frames.ndim == 5
-                else frames[None, -arguments.num_history_frames :],
-                actions,
-            )
-    else:
-        pipeline = load_pipeline(arguments)
+    def count(*_: object) -> None:
+        nonlocal evaluations
+        evaluations += 1
 
-        def count(*_: object) -> None:
-            nonlocal evaluations
-            evaluations += 1
-
+    if pipeline is not None:
         pipeline.transformer.register_forward_hook(count)
-
-        def predict(frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
-            generators = [torch.Generator().manual_seed(arguments.seed + k) for k in range(len(actions))]
-            return pipeline(
-                last_frames(frames, arguments.num_history_frames),
-                actions,
-                num_inference_steps=arguments.num_inference_steps,
-                window_length=arguments.window_length,
-                generator=generators,
-                output_type="np",
-            ).frames
 
     def predict_clips(clips: np.ndarray, clip_actions: np.ndarray) -> np.ndarray:
         parts = [slice(first, first + arguments.batch_size) for first in range(0, len(clips), arguments.batch_size)]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import collect
 import conditioning
+import convolutional
 import evaluate
 import gymnasium
 import numpy as np
@@ -20,14 +21,15 @@ import train_vae as train_vae_script
 from collect import TASKS
 from expert import Lookahead, outline, push_to_goal
 from huggingface_hub import DatasetCard
-from poses import pose_errors, read_poses, true_poses
-from simulator import Simulator, push_about, push_at
+from poses import one_pusher, pose_errors, read_poses, true_poses
+from simulator import Simulator, hold_keys, jump_to_targets, push_about, push_at
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.data import LeRobotFolder, read_video
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = ["--num_layers", "1", "--num_attention_heads", "2", "--attention_head_dim", "12", "--train_batch_size", "4"]
+SHARES = ["--aimless", "0.5", "--expert", "0.25", "--noisy", "0.25", "--keys", "0", "--jumps", "0"]
 SPACE = ["--action_offset", "256", "--action_scale", "0.03125", "--action_space", "absolute"]
 
 
@@ -46,7 +48,7 @@ ONE = ["--cpu", "--num_processes", "1"]
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     root = tmp_path_factory.mktemp("pusht")
-    run("pusht/collect.py", "--output", root / "set", "--episodes", 3, "--length", 60, "--first_seed", 5)
+    run("pusht/collect.py", "--output", root / "set", "--episodes", 3, "--length", 60, "--first_seed", 5, *SHARES)
     run("train_vae.py", *vae_flags(root, "vae"), launch=ONE)
     return root
 
@@ -85,13 +87,13 @@ def test_collected_episodes_are_the_simulators(workspace):
 def test_collecting_again_goes_on_where_it_stopped(workspace):
     video = workspace / "set" / "videos" / "observation.image" / "chunk-000" / "file-000.mp4"
     before = video.stat().st_mtime_ns
-    run("pusht/collect.py", "--output", workspace / "set", "--episodes", 3, "--length", 60, "--first_seed", 5)
+    run("pusht/collect.py", "--output", workspace / "set", "--episodes", 3, "--length", 60, "--first_seed", 5, *SHARES)
     assert video.stat().st_mtime_ns == before
 
 
 def test_a_folder_grows(workspace, tmp_path):
     shutil.copytree(workspace / "set", tmp_path / "set")
-    run("pusht/collect.py", "--output", tmp_path / "set", "--episodes", 4, "--length", 60, "--first_seed", 5)
+    run("pusht/collect.py", "--output", tmp_path / "set", "--episodes", 4, "--length", 60, "--first_seed", 5, *SHARES)
     before, after = LeRobotFolder(workspace / "set"), LeRobotFolder(tmp_path / "set")
     assert (len(after), after.info["total_episodes"], after.info["total_frames"]) == (4, 4, 240)
     for number in range(3):
@@ -127,7 +129,7 @@ def test_the_card_counts_the_pushers(workspace):
     ],
 )
 def test_a_folder_begun_otherwise_and_bad_settings_are_refused(workspace, monkeypatch, changes, message):
-    begun = ["--output", str(workspace / "set"), "--episodes", "3", "--length", "60", "--first_seed", "5"]
+    begun = ["--output", str(workspace / "set"), "--episodes", "3", "--length", "60", "--first_seed", "5", *SHARES]
     monkeypatch.setattr(sys, "argv", ["collect.py", *begun, *changes])
     with pytest.raises(ValueError, match=message):
         collect.main()
@@ -179,8 +181,8 @@ def test_the_pusher_collides_and_is_seen_at_its_radius(radius):
 def changed(tmp_path_factory):
     root = tmp_path_factory.mktemp("pusht") / "changed"
     run(
-        *("pusht/collect.py", "--output", root, "--episodes", 4, "--length", 60, "--first_seed", 5),
-        *("--aimless", 1, "--expert", 0, "--noisy", 0, "--pusher_radius", 30),
+        *("pusht/collect.py", "--output", root, "--episodes", 4, "--length", 60, "--first_seed", 5, *SHARES),
+        *("--aimless", 1, "--expert", 0, "--noisy", 0, "--keys", 0, "--jumps", 0, "--pusher_radius", 30),
     )
     return LeRobotFolder(root)
 
@@ -250,19 +252,6 @@ def test_the_embedded_model_leaves_alone_what_nobody_touches():
     still = (np.linalg.norm(places[:, :, None] - way, axis=-1) > 8).all(axis=-1)
     assert np.linalg.norm(read_poses(last[None]).pusher[0] - way[-1]) < 2
     assert np.square(last[still] - seen[1][still] / 255).mean() < 10**-3.4  # 34 dB
-
-
-def test_the_embedded_autoencoder_keeps_blocks_over_the_goal():
-    pipeline, simulator = IRASimPipeline.from_pretrained(embedded_checkpoint()), Simulator()
-    frames = []
-    for angle in np.linspace(0, 2 * np.pi, 40, endpoint=False):
-        beside = 256 + 30 * np.array([np.cos(3 * angle), np.sin(3 * angle)])
-        simulator.environment.reset(options={"reset_to_state": [60, 60, *beside, angle]})
-        frames.append(simulator.frame())
-    pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)[:, None] / 127.5 - 1
-    with torch.no_grad():
-        decoded = pipeline.decode_latents(pipeline.encode_history(pixels))[:, :, 0]
-    assert read_poses(((decoded.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()).found.all()
 
 
 def test_poses_are_read_from_pixels(workspace):
@@ -386,13 +375,101 @@ def test_evaluation_reports_every_figure(workspace, trained):
     run(
         *("pusht/evaluate.py", "--model", trained, "--dataset", workspace / "set", "--output", report),
         *("--num_inference_steps", 1, "--num_clips", 2, "--num_histories", 1, "--first_seed", 5),
-        *("--num_seen_frames", 2),
+        *("--num_seen_frames", 2, "--num_drives", 2),
     )
     figures = json.loads(report.read_text())
     assert figures["clip_psnr"]["n"] == 2
     assert figures["identification"]["predictions"] == 8
     assert 0 <= figures["identification"]["mean"] <= 1
+    assert set(figures["driving"]) == {"0.25", "0.5", "1"}
+    for driving in figures["driving"].values():
+        assert driving["one_pusher"]["n"] == 2
+        assert 0 <= driving["one_pusher"]["mean"] <= 1
+        assert 60 < driving["one_pusher_frames"] <= 120
+        assert set(driving["psnr_by_frame"]) == {"1", "15", "30", "60"}
     assert "evaluate.py" in figures["setting"]["command"]
+
+
+def test_driven_episodes_are_the_spaces(monkeypatch):
+    """The target moves by 32 units a step at speed 1, in the directions of the keys, and stays in the arena."""
+    for speed in evaluate.SPEEDS:
+        actions, frames, states = evaluate.driven_episodes(2, speed, 15.0)
+        assert (actions.shape, frames.shape, states.shape) == ((2, 60, 2), (2, 61, 96, 96, 3), (2, 61, 5))
+        moves = np.abs(np.diff(np.concatenate([states[:, :1, :2], actions], axis=1), axis=1))
+        inside = (actions > 0) & (actions < 512)
+        assert np.isin(moves[inside].round(3), [0, 32 * speed]).all()
+        assert 0 <= actions.min() < actions.max() <= 512
+        assert np.array_equal(actions, evaluate.driven_episodes(2, speed, 15.0)[0])
+    perfect = evaluate.driving_figures(
+        frames[:, 1:] / 255, frames[:, 1:], states[:, 1:], np.random.default_rng(0), 15.0
+    )
+    assert perfect["one_pusher"]["mean"] == 1
+    gone = evaluate.driving_figures(
+        np.ones((2, 60, 96, 96, 3)), frames[:, 1:], states[:, 1:], np.random.default_rng(0), 15.0
+    )
+    assert gone["one_pusher"]["mean"] == 0
+    assert gone["last_5_frames"]["pusher"]["median"] == 96
+
+
+def test_one_pusher_is_neither_none_nor_two():
+    simulator = Simulator()
+    frames = []
+    for seed in range(40):
+        state = simulator.reset(seed)
+        if not 80 < state.agent[0] < 200 or np.linalg.norm(state.agent - state.block_centre) < 140:
+            continue
+        frame = simulator.frame()
+        both = np.minimum(frame, simulator.frame()[:, ::-1])
+        column, row = (state.agent * 96 / 512).astype(int)
+        none = frame.copy()
+        none[row - 5 : row + 6, column - 5 : column + 6] = 255
+        frames.append((frame, none, both))
+    assert len(frames) > 3
+    found = np.stack([one_pusher(np.stack(kind)) for kind in frames])
+    assert found.T.tolist() == [[True] * len(frames), [False] * len(frames), [False] * len(frames)]
+
+
+def test_held_keys_and_jumps_cover_the_arena():
+    for policy, edges in ((hold_keys, 4), (jump_to_targets, 4)):
+        targets, moved = [], 0
+        for seed in range(6):
+            simulator, rng = Simulator(), np.random.default_rng(seed)
+            state = simulator.reset(seed)
+            pusher = policy(rng, state)
+            action, before = next(pusher), state.block
+            for _ in range(100):
+                targets.append(action)
+                state = simulator.step(action)
+                action = pusher.send(state)
+            moved += not np.allclose(before, state.block)
+        targets = np.stack(targets)
+        assert targets.dtype == np.float32
+        assert ((targets >= 0) & (targets <= 512)).all()
+        assert (targets == 0).any(0).sum() + (targets == 512).any(0).sum() == edges
+        assert moved >= 3
+
+
+def test_the_convolutional_baseline_is_trained_resumed_and_evaluated(workspace):
+    folder = workspace / "convolutional"
+    flags = ["pusht/convolutional.py", "--dataset", workspace / "set", "--output_dir", folder, "--width", 8]
+    flags += ["--max_minutes", 0.05, "--rollout_start", 0.3, "--batch_size", 2, "--cache_dir", workspace / "frames"]
+    run(*flags)
+    before = torch.load(folder / "checkpoint.pt")["step"]
+    assert before > 1
+    run(*flags)  # which is complete: nothing is trained
+    assert torch.load(folder / "checkpoint.pt")["step"] == before
+    model = convolutional.load(folder)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    history, action = torch.zeros(1, 3, 2, 96, 96), torch.tensor([[200.0, 300.0]])
+    moved = model(history, action + torch.tensor([512 / 24, 0.0]))
+    torch.testing.assert_close(moved[..., 48:, 48:60], model(history, action)[..., 48:, 44:56], rtol=1e-3, atol=1e-3)
+    run(
+        *("pusht/evaluate.py", "--model", folder, "--dataset", workspace / "set", "--output", folder / "report.json"),
+        *("--num_clips", 2, "--num_histories", 0, "--num_drives", 0, "--num_history_frames", 2),
+    )
+    assert json.loads((folder / "report.json").read_text())["clip_psnr"]["n"] == 2
 
 
 def test_fewer_history_frames_are_the_last_ones():
