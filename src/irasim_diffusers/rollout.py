@@ -27,37 +27,29 @@ def chain_windows(
     predict_window: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     history: torch.Tensor,
     actions: torch.Tensor,
-    sample_frames: int,
+    chunk_length: int,
     num_history_frames: int,
 ) -> torch.Tensor:
-    """Predict any number of frames window by window (paper, section 4.1).
+    """Predict any number of frames chunk by chunk (paper, section 4.1).
 
-    The first window starts from the history given; each following one from the last `num_history_frames` frames so far.
+    The first chunk starts from the given history, each later one from the last `num_history_frames` frames so far.
 
     Args:
-        predict_window: Takes a history (B, C, h, H, W) and actions (B, m, A), returns the future (B, C, m, H, W), or none of
-            its frames to end there.
+        predict_window: Takes a history (B, C, h, H, W) and actions (B, m, A) and returns the future (B, C, m, H, W), or no
+            frames to stop.
         history: First history (B, C, h, H, W).
         actions: All actions (B, n, A).
-        sample_frames: Frames of a window, history and predicted.
-        num_history_frames: History frames of every window after the first.
+        chunk_length: Actions of a chunk; the last chunk may be shorter.
+        num_history_frames: Most history frames of a chunk.
 
     Returns:
         The future (B, C, n, H, W).
     """
     futures = []
-    while actions.shape[1]:
-        length = sample_frames - history.shape[2]
-        future = predict_window(history, actions[:, :length])
+    for chunk in actions.split(chunk_length, dim=1):
+        future = predict_window(history, chunk)
         futures.append(future)
         if not future.shape[2]:
             break
         history = torch.cat([history, future], dim=2)[:, :, -num_history_frames:]
-        actions = actions[:, length:]
     return torch.cat(futures, dim=2)
-
-
-def count_windows(num_actions: int, history: int, sample_frames: int, num_history_frames: int) -> int:
-    """Windows that `chain_windows` runs for `num_actions` actions."""
-    later = max(0, num_actions - (sample_frames - history))
-    return 1 + -(-later // (sample_frames - min(num_history_frames, sample_frames - 1)))

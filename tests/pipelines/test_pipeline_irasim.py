@@ -477,10 +477,10 @@ def test_chaining_stops_at_the_last_action():
         lengths.append((history.shape[2], actions.shape[1]))
         return actions[:, None, :, None, :].cumsum(2)
 
-    actions = torch.randn(2, 8, 3)
-    future = chain_windows(predict, torch.zeros(2, 1, 1, 1, 3), actions, sample_frames=5, num_history_frames=2)
-    assert lengths == [(1, 4), (2, 3), (2, 1)]
-    torch.testing.assert_close(future[:, 0, 7, 0], actions[:, 7])
+    actions = torch.randn(2, 7, 3)
+    future = chain_windows(predict, torch.zeros(2, 1, 1, 1, 3), actions, chunk_length=3, num_history_frames=2)
+    assert lengths == [(1, 3), (2, 3), (2, 1)]
+    torch.testing.assert_close(future[:, 0, 6, 0], actions[:, 6])
 
 
 RGBA = PIL.Image.new("RGBA", (12, 8))

@@ -19,7 +19,6 @@ from ..actions import hold_action
 from ..data import EpisodeSource, first_readable, read_video
 from ..files import temporary_path
 from ..pipelines import IRASimPipeline
-from ..rollout import count_windows
 from .protocols import Clip
 
 
@@ -149,10 +148,8 @@ class PipelinePredictor:
         latents = self._latents(histories, np.stack([clip.actions for clip in clips]), seeds)
         pixels = (self._decode(latents, clips[0].frames.shape[1:3]) * 255).round().byte()
         frames = pixels.cpu().numpy().transpose(0, 2, 3, 4, 1)  # (B, n, H, W, 3)
-        windows = count_windows(
-            latents.shape[2], histories.shape[1], self.pipeline.window_length, self.config.num_history_frames
-        )
-        evaluations = (self._evaluations - before) / windows
+        chunks = -(-latents.shape[2] // (self.pipeline.window_length - self.config.num_history_frames))
+        evaluations = (self._evaluations - before) / chunks
         kept = [None] * len(frames) if self.autoencoder is None else latents  # frames in [-1, 1] are no latents
         return [Prediction(*pair, evaluations, self.autoencoder) for pair in zip(frames, kept, strict=True)]
 

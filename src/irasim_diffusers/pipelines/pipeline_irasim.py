@@ -27,7 +27,7 @@ from huggingface_hub import file_exists
 
 from ..actions import hold_action, prepare_actions
 from ..models import IRASimTransformer3DModel, UNetTrajectoryModel, noise_process
-from ..rollout import chain_windows, count_windows
+from ..rollout import chain_windows
 from .lora import IRASimLoraLoaderMixin
 from .model_card import PIPELINE_FILE, write_model_card
 from .pipeline_output import IRASimPipelineOutput
@@ -545,8 +545,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         batch_size = max(len(histories), len(actions)) * num_videos_per_trajectory
         history = _repeat_to(self.encode_history(histories, chunk_size), batch_size)
         actions = _repeat_to(actions, batch_size).to(self._execution_device)
-        windows = count_windows(actions.shape[1], history.shape[2], window_length, config.num_history_frames)
-        self._num_timesteps = windows * steps_per_window
+        chunk_length = window_length - config.num_history_frames  # also from a shorter history, as in training
+        self._num_timesteps = -(-actions.shape[1] // chunk_length) * steps_per_window
         started = 0  # actions whose windows have begun
         steps = 0  # steps over all windows
 
@@ -567,13 +567,12 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 if self.interrupt:
                     return window_history[:, :, :0]
                 wanted = window_actions.shape[1]
-                length = window_length - window_history.shape[2]
                 given = None if latents is None else latents[:, :, started : started + wanted]
-                shape = (batch_size, config.in_channels, length, *window_history.shape[-2:])
+                shape = (batch_size, config.in_channels, chunk_length, *window_history.shape[-2:])
                 started += wanted
                 future = self.denoise_window(
                     window_history,
-                    self._pad_actions(window_actions, length),
+                    self._pad_actions(window_actions, chunk_length),
                     self.prepare_latents(shape, generator, given),
                     num_inference_steps,
                     self.guidance_scale,  # as a callback left it
@@ -588,7 +587,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 return future[:, :, :wanted]
 
             try:
-                future = chain_windows(predict_window, history, actions, window_length, config.num_history_frames)
+                future = chain_windows(predict_window, history, actions, chunk_length, config.num_history_frames)
             finally:
                 self._interrupt = False  # a later `denoise_window` of its own shall run
         self._current_timestep = None
