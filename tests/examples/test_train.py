@@ -20,7 +20,16 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_lerobot import write_folder
 from test_pusht import EXAMPLES, ONE, run
-from train import TrainingArguments, check_arguments, check_data, clip_length, load_vae, open_source, training_loss
+from train import (
+    TrainingArguments,
+    check_arguments,
+    check_data,
+    clip_length,
+    crop,
+    load_vae,
+    open_source,
+    training_loss,
+)
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.data import IRASimFolder, LatentClips, cache_latents, read_video, write_video
@@ -190,6 +199,7 @@ def test_pixels_are_cached_as_they_are(workspace):
         ({"terminal_share": 1.5}, r"`terminal_share` must be in \[0, 1\], got 1.5"),
         ({"rollout_chunks": -1}, "`rollout_chunks` must be at least 0, got -1"),
         ({"rollout_inference_steps": 0}, "`rollout_inference_steps` must be at least 1, got 0"),
+        ({"crop_size": 8, "state_keys": ["joints"]}, "`crop_size` and `state_keys` exclude each other"),
         ({"target_extent": [0, 1]}, r"`target_extent` must be 4 numbers, .* got \[0, 1\]"),
         ({"lora_rank": 4}, "`lora_rank` needs `pretrained_model_name_or_path`"),
         (
@@ -288,6 +298,66 @@ def test_two_processes_do_what_one_does_at_the_same_global_batch(workspace):
     np.testing.assert_allclose(*losses, rtol=1e-5)
     states = [IRASimPipeline.from_pretrained(workspace / folder).transformer.state_dict() for folder in ("one", "two")]
     torch.testing.assert_close(*states, rtol=1e-3, atol=1e-5)
+
+
+def test_a_crop_holds_what_moves_and_its_target():
+    """Frames and targets are cut and shifted alike, in whole patches, around the pixel that changes."""
+    config = {
+        "patch_size": 2,
+        "target_extent": [-1.0, 10.0, 11.0, 20.0],
+        "sample_width": 12,
+        "sample_height": 10,
+    }
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.zeros(50, 1, 3, 10, 12)
+    places = torch.stack([torch.randint(0, size, (50,), generator=generator) for size in (10, 12)], dim=1)
+    for clip, (row, column) in zip(latents, places.tolist(), strict=True):
+        clip[0, :, row, column] = torch.tensor([1.0, 2.0, 3.0])
+    targets = places.flip(1) + torch.tensor([-0.5, 10.5])  # of the pixel's centre; a pixel is one unit
+    actions = torch.cat([targets, torch.full((50, 1), 7.0)], dim=1)[:, None]
+    cropped, moved = crop(latents, actions, config, 4, torch.rand(50, 3, generator=generator))
+    assert cropped.shape == (50, 1, 3, 4, 4)
+    assert (moved[..., 2] == 7).all()
+    corners = set()
+    for clip, target, place in zip(cropped, moved[:, 0, :2], places, strict=True):
+        ((row, column),) = (clip[0, 2] == 3).nonzero().tolist()
+        assert clip[0, :, row, column].tolist() == [1, 2, 3]
+        torch.testing.assert_close(target, torch.tensor([column - 0.5, row + 10.5]))
+        corner = (place - torch.tensor([row, column])).tolist()
+        assert all(side % 2 == 0 for side in corner)
+        corners.add(tuple(corner))
+    assert len(corners) > 10
+    same, _ = crop(
+        latents[:1], actions[:1], config | {"target_extent": None}, 4, torch.rand(1, 3, generator=generator)
+    )
+    assert same.shape == (1, 1, 3, 4, 4)
+
+
+def test_a_crop_is_predicted_as_the_same_part_of_a_frame():
+    """Positions and targets are relative, so that where patches of a crop see nothing of its edges the model agrees."""
+    settings = {"spatial_position": "rope", "ff_conv": True, "prediction_type": "sample", "action_space": "absolute"}
+    model = tiny_transformer(
+        **settings, num_layers=1, patch_size=1, sample_height=10, sample_width=12, target_extent=[0, 0, 12, 10]
+    )
+    for block in [*model.transformer_blocks, *model.temporal_transformer_blocks]:
+        torch.nn.init.zeros_(block.attn1.to_out[0].weight)  # attention reaches beyond a crop
+    torch.manual_seed(3)
+    latents, actions = torch.randn(2, 4, 3, 10, 12), 6 * torch.rand(2, 1, 3)
+    model.register_to_config(num_history_frames=2, sample_frames=3)
+    config = dict(model.config)
+    cropped, moved = crop(latents, actions, config, 6, torch.full((2, 3), 0.4))
+    timestep = torch.tensor([500, 10])
+    torch.nn.init.zeros_(model.action_embed.linear_2.weight)  # the embedding of the whole action is that of the frame
+    whole, part = model(latents, timestep, actions).sample, model(cropped, timestep, moved).sample
+    for number in range(2):
+        (top, left) = next(
+            (top, left)
+            for top in range(5)
+            for left in range(7)
+            if torch.equal(latents[number, :, :, top : top + 6, left : left + 6], cropped[number])
+        )
+        inside = whole[number, :, :, top + 1 : top + 5, left + 1 : left + 5]
+        torch.testing.assert_close(inside, part[number, :, :, 1:5, 1:5], rtol=1e-4, atol=1e-5)
 
 
 class TrueFrames(torch.nn.Module):
