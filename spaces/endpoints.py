@@ -111,7 +111,7 @@ def describe_space(config: Any, steering: Steering | None = None) -> dict[str, A
         "fps": config.fps or 10,
         "hold": _numbers(steering.hold()),  # in an absolute space the last action holds
         "step": _numbers(steering.step),  # of a command of 1 at speed 1
-        "longest_step": config.sample_frames - config.num_history_frames,
+        "longest_step": DrivingSession.longest_step,
         "controls": [vars(control) for control in steering.controls],
         "same_keys": SAME_KEYS,
     }

@@ -172,6 +172,9 @@ class DrivingSession:
         ValueError: If the history does not suit the checkpoint, or is more than one.
     """
 
+    longest_step = 16
+    """Actions that one step takes at most."""
+
     def __init__(
         self,
         pipe: IRASimPipeline,
@@ -196,12 +199,6 @@ class DrivingSession:
         self.first_frame: PIL.Image.Image = pipe.video_processor.postprocess(pixels[0, -1:])[0]
         self._kept: deque[_Predicted] = deque(maxlen=max_frames)
         self.reset()
-
-    @property
-    def longest_step(self) -> int:
-        """Actions that one step takes at most."""
-        config = self.pipe.transformer.config
-        return config.sample_frames - config.num_history_frames
 
     @property
     def frames(self) -> list[PIL.Image.Image]:

@@ -286,6 +286,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         "time_embed",
         "fps_embed",
         "action_embed",
+        "target_embed",
         "trajectory_embed",
     ]
     # patches are divided, so that only spatial attention crosses processes; conditions and positions have none of them

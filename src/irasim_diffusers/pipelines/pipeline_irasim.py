@@ -611,11 +611,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         attention_kwargs: dict[str, Any] | None = None,
         fps: float | None = None,
     ) -> torch.Tensor:
-        """Predict a few frames that follow a history, all in latents: one window, as short as its actions.
+        """Predict the frames that follow a history, all in latents: one window, or several where the actions are more.
 
         Args:
             history: Clean history (B, C, h, H, W), from `encode_history` or an earlier call.
-            actions: Actions (B, n, A) in raw units; n + h must not exceed the model's `sample_frames`.
+            actions: Actions (B, n, A) in raw units.
             num_inference_steps: Denoising steps; None takes the checkpoint's own number.
             guidance_scale: See `__call__`, as the following.
             generator: Seeded generator, or one for each video.
@@ -626,21 +626,26 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             The future (B, C, n, H, W), scaled latents, float32.
         """
         config = self.transformer.config
-        length = actions.shape[1]
+        chunk_length = config.sample_frames - config.num_history_frames
+
+        def predict_window(window_history: torch.Tensor, window_actions: torch.Tensor) -> torch.Tensor:
+            length = window_actions.shape[1]
+            if config.conditioning == "video":  # takes one number of actions
+                window_actions = self._pad_actions(window_actions, chunk_length)
+            shape = (len(window_actions), config.in_channels, window_actions.shape[1], *history.shape[-2:])
+            return self.denoise_window(
+                window_history,
+                window_actions,
+                self.prepare_latents(shape, generator),
+                self.config.num_inference_steps if num_inference_steps is None else num_inference_steps,
+                guidance_scale,
+                generator,
+                attention_kwargs=attention_kwargs,
+                fps=fps,
+            )[:, :, :length]
+
         actions = actions.to(self._execution_device)
-        if config.conditioning == "video":  # takes one number of actions
-            actions = self._pad_actions(actions, config.sample_frames - config.num_history_frames)
-        shape = (len(actions), config.in_channels, actions.shape[1], *history.shape[-2:])
-        return self.denoise_window(
-            history,
-            actions,
-            self.prepare_latents(shape, generator),
-            self.config.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            guidance_scale,
-            generator,
-            attention_kwargs=attention_kwargs,
-            fps=fps,
-        )[:, :, :length]
+        return chain_windows(predict_window, history, actions, chunk_length, config.num_history_frames)
 
     def predict(self, frames: Any, actions: Any, **kwargs: Any) -> torch.Tensor:
         """Predict as a `WorldModel`: `__call__` with tensors (B, n, 3, H, W) in [0, 1] out, unless told otherwise."""
@@ -668,8 +673,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         Args:
             frames: The history; see `__call__`.
             actions: Any iterable of actions (A,) in the units of the action space, finite or not.
-            chunk_length: Actions predicted together; the last chunk may be shorter. None for 4, or as many as the window
-                holds where they are fewer, or for Video-Ada and the U-Net, which take no other number.
+            chunk_length: Actions whose frames are predicted before the first of them is yielded; the last chunk may be shorter.
+                None for 4, or as many as the window holds where they are fewer, or for Video-Ada and the U-Net, which take no
+                other number.
             num_inference_steps: Denoising steps of each chunk; None takes the checkpoint's own number.
             guidance_scale: See `__call__`.
             generator: Seeded generator.
@@ -696,8 +702,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         longest, video_ada = config.sample_frames - config.num_history_frames, config.conditioning == "video"
         if chunk_length is None:
             chunk_length = longest if video_ada else min(4, longest)
-        if not 1 <= chunk_length <= longest:
-            raise ValueError(f"`chunk_length` must be in [1, {longest}] for this checkpoint, got {chunk_length}.")
+        if chunk_length < 1:
+            raise ValueError(f"`chunk_length` must be at least 1, got {chunk_length}.")
         if video_ada and chunk_length != longest:
             raise ValueError(
                 f"`chunk_length` must be {longest} for a model of whole trajectories, got {chunk_length}."
