@@ -233,7 +233,7 @@ def evaluate(arguments: ConditioningArguments, folder: Path, model: str, history
         folder / f"evaluated-{name}.json",
         "pusht/evaluate.py",
         *("--model", folder, "--dataset", arguments.test_dataset, "--output", report),
-        *("--num_history_frames", history, "--num_rollouts", 0),
+        *("--num_history_frames", history, "--num_rollouts", 0, "--num_drives", 0),
         *(part for name, value in given.items() for part in (f"--{name}", value)),
     )
     found = json.loads(report.read_text())

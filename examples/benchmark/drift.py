@@ -22,7 +22,7 @@ class DriftArguments:
     model: str = str(embedded_checkpoint())
     num_episodes: int = 16
     num_actions: int = 56
-    chunk_lengths: list[int] = field(default_factory=lambda: [14, 4], metadata={"help": "actions predicted at a time"})
+    chunk_lengths: list[int] = field(default_factory=lambda: [1], metadata={"help": "actions predicted at a time"})
     dtype: str = field(default="bfloat16", metadata={"help": "float32 or bfloat16"})
     device: str = "cpu"
 

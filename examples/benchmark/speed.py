@@ -1,9 +1,10 @@
-"""Speed and memory of a pipeline: whole windows, rollouts in a batch, and streaming.
+"""Speed and memory of a pipeline: one future, many candidates in a batch, and streaming.
 
     python examples/benchmark/speed.py --model runs/pusht --schedulers PNDMScheduler:50 DPMSolverMultistepScheduler:8
 
-Every scheduler is measured in turn, several times over, in one run, so that their ratios can be trusted. A figure is the
-median over the repeats; the first, which warms up, is left out. Decoding is included.
+All schedulers are measured in one run, so that their ratios can be compared. A figure is the median over the repeats after
+one more run to warm up. A batch holds that many futures of `--num_actions` frames of one history, decoding included: `--batch_sizes
+50` is a decision of a planner among 50 candidates.
 """
 
 import json
@@ -28,8 +29,9 @@ class SpeedArguments:
     schedulers: list[str] = field(
         default_factory=list, metadata={"help": "class:steps of diffusers' schedulers (default: the model's own)"}
     )
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
-    chunk_length: int = field(default=4, metadata={"help": "frames of a streamed chunk"})
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 50])
+    num_actions: int = field(default=15, metadata={"help": "frames of a future"})
+    chunk_length: int = field(default=2, metadata={"help": "frames of a streamed chunk"})
     repeats: int = 5
     dtype: str = field(default="bfloat16", metadata={"help": "float32, bfloat16 or float16"})
     device: str = "cpu"
@@ -69,7 +71,7 @@ def main() -> None:
     rows = []
     print(
         "| scheduler | steps | evaluations | "
-        + " | ".join(f"frames/s, batch {size}" for size in arguments.batch_sizes),
+        + " | ".join(f"s for {size} x {arguments.num_actions} frames" for size in arguments.batch_sizes),
         end="",
     )
     print(
@@ -82,14 +84,13 @@ def main() -> None:
         pipeline.scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config)
         row: dict[str, object] = {"scheduler": class_name, "steps": int(steps)}
         for size in arguments.batch_sizes:
-            actions = np.zeros((size, config.sample_frames - config.num_history_frames, config.action_dim))
+            actions = np.zeros((size, arguments.num_actions, config.action_dim))
 
             def window(actions: np.ndarray = actions, steps: int = int(steps)) -> None:
                 pipeline(history, actions, num_inference_steps=steps, output_type="np")
 
             evaluations = 0
-            frames = actions.shape[0] * actions.shape[1]
-            row[f"frames_per_second_{size}"] = frames / seconds(window, arguments.device, arguments.repeats)
+            row[f"seconds_{size}"] = seconds(window, arguments.device, arguments.repeats)
             row["evaluations"] = evaluations // (arguments.repeats + 1)
         actions = np.zeros((arguments.chunk_length * (5 * arguments.repeats + 1), config.action_dim))
         stream = pipeline.stream(
@@ -103,7 +104,7 @@ def main() -> None:
             chunks.append(1000 * (time.perf_counter() - start))
         row |= {"chunk_ms": float(np.median(chunks[1:])), "slowest_chunk_ms": max(chunks[1:])}
         rows.append(row)
-        speeds = " | ".join(f"{row[f'frames_per_second_{size}']:.1f}" for size in arguments.batch_sizes)
+        speeds = " | ".join(f"{row[f'seconds_{size}']:.2f}" for size in arguments.batch_sizes)
         print(
             f"| {class_name} | {steps} | {row['evaluations']} | {speeds} | {row['chunk_ms']:.0f} | "
             f"{row['slowest_chunk_ms']:.0f} |",
