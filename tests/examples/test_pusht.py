@@ -1,7 +1,6 @@
 """The Push-T example end to end: the real simulator, `accelerate launch`, tiny networks."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -36,8 +35,7 @@ SPACE = ["--action_offset", "256", "--action_scale", "0.03125", "--action_space"
 def run(script, *arguments, launch=None):
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch] if launch else [sys.executable]
     command += [str(EXAMPLES / script), *map(str, arguments)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout + result.stderr
 

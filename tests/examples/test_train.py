@@ -37,12 +37,8 @@ from irasim_diffusers.models import noise_process
 
 CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
 needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
-TWO = [
-    "--multi_gpu",
-    "--num_processes",
-    "2",
-]  # the launcher of several processes; there are none for CPUs but with MPI
 CONFIGS = EXAMPLES / "accelerate_configs"
+TWO = ["--config_file", str(CONFIGS / "cpu.yaml")]
 STEPS = 60  # of the run that is killed
 MODEL = ["--num_layers", 1, "--num_attention_heads", 2, "--attention_head_dim", 12, "--sample_frames", 4]
 SHORT = ["--train_batch_size", 4, "--max_train_steps", 2, "--checkpointing_steps", 2, "--mixed_precision", "no"]
@@ -287,7 +283,7 @@ def train_robot(workspace, output, *arguments, launch=ONE):
 
 def test_two_processes_do_what_one_does_at_the_same_global_batch(workspace):
     flags = ["--max_train_steps", 5, "--logging_steps", 1, "--report_to", "tensorboard", "--sample_frames", 3]
-    flags += ["--num_history_frames", 2, "--rollout_chunks", 3, "--rollout_start_step", 1, "--terminal_share", 0.5]
+    flags += ["--num_history_frames", 2, "--rollout_chunks", 4, "--rollout_start_step", 1, "--terminal_share", 0.5]
     flags += ["--history_noise", 0.2, "--learning_rate", 1e-3]
     one = train_robot(workspace, "one", *flags, "--train_batch_size", 4, "--gradient_accumulation_steps", 2)
     two = train_robot(workspace, "two", *flags, "--train_batch_size", 4, launch=TWO)
@@ -467,7 +463,7 @@ def test_a_model_that_has_seen_no_such_actions_takes_their_scale_from_the_data(w
 
 def test_configs_of_accelerate_are_read():
     kinds = {path.stem: load_config_from_file(str(path)).distributed_type.value for path in CONFIGS.glob("*.yaml")}
-    assert kinds == {"single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
+    assert kinds == {"cpu": "MULTI_GPU", "single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
 
 
 @pytest.mark.gpu
