@@ -185,23 +185,26 @@ class TrainingArguments:
         default=None, metadata={"help": "frames of a window, history and predicted (default: 16)"}
     )
     num_history_frames: int | None = field(
-        default=None, metadata={"help": "most history frames (default: 1); each step draws 1 to this many"}
+        default=None,
+        metadata={
+            "help": "maximum number of history frames (default: 1); 70 %% of the steps use all, the others draw 1 to this number"
+        },
     )
     crop_size: int | None = field(
         default=None,
         metadata={
-            "help": "train on squares of this side, in latent pixels, around what moves, wherever the history is the true one; for "
-            "models with rotary positions"
+            "help": "train on square crops of this side (latent pixels) around moving patches if the history is not predicted; "
+            "requires --spatial_position rope"
         },
     )
     rollout_chunks: int = field(
         default=0,
         metadata={
-            "help": "train on the model's own predictions too: before the loss on a chunk, up to this many chunks are predicted "
-            "without gradient, and the last predicted frames are the history; a clip is then that much longer"
+            "help": "also train on the model's predictions: before the loss on a chunk, up to this many chunks are predicted "
+            "without gradient, and the last predicted frames are the history; clips become longer by these chunks"
         },
     )
-    rollout_start_step: int = field(default=0, metadata={"help": "first step with --rollout_chunks"})
+    rollout_start_step: int = field(default=0, metadata={"help": "step at which --rollout_chunks takes effect"})
     rollout_inference_steps: int = field(
         default=1, metadata={"help": "denoising steps of the chunks that are predicted for --rollout_chunks"}
     )
@@ -248,7 +251,7 @@ class TrainingArguments:
     )
     scale_noisy_latents: bool = field(
         default=False,
-        metadata={"help": "multiply noisy latents by their share of signal, which suits samplers of one step"},
+        metadata={"help": "multiply noisy latents by sqrt(alpha_bar) at the input, for one-step sampling"},
     )
     prediction_type: str | None = field(
         default=None,
@@ -379,18 +382,19 @@ FOREIGN = {
         "ff_conv",
         "target_extent",
         "scale_noisy_latents",
+        "crop_size",
     ),
 }
-"""Flags that a model knows nothing of."""
+"""Options that do not apply to a model."""
 WINDOW = ("sample_frames", "num_history_frames")
 FULL_HISTORY = 0.7
-"""Share of steps with all history frames; the others draw their number."""
+"""Fraction of the steps that use all history frames; the others draw the number uniformly."""
 TRUE_HISTORY = 0.3
-"""Share of clips that keep their true history while the others continue the model's own predictions."""
+"""Fraction of clips that keep the true history in a rollout step."""
 
 
 def load_vae(arguments: TrainingArguments) -> AutoencoderKL | None:
-    """The frozen autoencoder: that named, that of the pretrained pipeline, or none."""
+    """Load the frozen autoencoder, or return None for pixel space."""
     if arguments.pixel_space:
         return None
     if arguments.vae is None:
@@ -495,7 +499,7 @@ def _first_frame(source: PreparedEpisodes, number: int) -> np.ndarray:
 def load_pretrained(
     arguments: TrainingArguments, vae: AutoencoderKL | None, source: PreparedEpisodes
 ) -> IRASimTransformer3DModel | None:
-    """The pretrained model with its autoencoder, patches and octaves as asked; None for a new one."""
+    """Load the pretrained model and adapt it to the requested autoencoder, patch size and frequencies; None for a new model."""
     name = arguments.pretrained_model_name_or_path
     if name is None:
         return None
@@ -511,6 +515,7 @@ def load_pretrained(
         "action_space",
         "relative_latents",
         *(WINDOW if model.config.conditioning == "frame" else ()),
+        *(["target_extent"] if model.config.target_extent else []),
     }
     for flag in sorted(fixed):
         asked, has = getattr(arguments, flag), model.config[flag]
@@ -518,14 +523,14 @@ def load_pretrained(
             raise ValueError(
                 f"`{flag}` is {model.config[flag]!r} in {name!r} and cannot become {asked!r}: leave it out."
             )
-    changed = {flag: getattr(arguments, flag) for flag in (*WINDOW, "relative_latents")}
+    changed = {flag: getattr(arguments, flag) for flag in (*WINDOW, "relative_latents", "target_extent")}
     model.register_to_config(**{flag: value for flag, value in changed.items() if value})
     if (model.config.prediction_type, arguments.prediction_type) == ("v_prediction", "sample"):
         model = predict_samples(model)
     if arguments.vae is not None and is_pipeline(name, arguments.revision):
         own = pretrained_vae(arguments)
         if own is None or vae is None:
-            raise ValueError(f"`vae` must be left out: {name!r} is a model of pixel space.")
+            raise ValueError(f"`vae` must be left out: {name!r} is a pixel-space model.")
         followed = follow_autoencoder(model, own, vae, source)
         if arguments.lora_rank and followed is not model:
             raise ValueError(
@@ -533,8 +538,9 @@ def load_pretrained(
             )
         model = followed
     patch_size = arguments.patch_size or model.config.patch_size
-    if (patch_size, arguments.action_frequencies) != (model.config.patch_size, None):
-        model = change_patch_size(model, patch_size, arguments.action_frequencies)
+    frequencies = arguments.action_frequencies
+    if patch_size != model.config.patch_size or frequencies not in (None, model.config.action_frequencies):
+        model = change_patch_size(model, patch_size, frequencies)
     return model
 
 
@@ -589,7 +595,7 @@ def build_transformer(
     vae: AutoencoderKL | None,
     pretrained: IRASimTransformer3DModel | None,
 ) -> IRASimTransformer3DModel | UNetTrajectoryModel:
-    """A new model for the data's latents and actions, or the pretrained one told of them."""
+    """Create the model, or update the config of the pretrained one."""
     actions = torch.cat([part.actions for part in parts])
     offset, scale = action_normalisation(actions, arguments.action_normalisation)
     action_dim = len(offset)
@@ -744,7 +750,7 @@ def crop(
 
     Args:
         latents: Windows (B, C, F, H, W).
-        actions: Their actions (B, n, A), raw; the targets of a model that sees their offsets are moved with the frame.
+        actions: Raw actions (B, n, A). Targets are shifted by the crop offset if the model has `target_extent`.
         config: The model's config.
         size: Side of the squares, in latent pixels, a multiple of the patch size.
         draws: Uniform numbers (B, 3) that choose the patch, and its place in the square.
@@ -789,8 +795,8 @@ def training_loss(
     """The loss of a batch of clips.
 
     The number of history frames and of chunks that the model predicts first depends on the seed and the step alone. Noise,
-    timesteps and drops depend on the seed and on a clip's place in the run, counted from `position`. So several processes
-    draw what one would.
+    timesteps and drops depend on the seed and on a clip's place in the run, counted from `position`. The draws therefore do not
+    depend on the number of processes.
     """
     latents, actions = clip["latents"], clip["actions"]
     common = np.random.default_rng([arguments.seed, 0, step])
@@ -828,6 +834,7 @@ def training_loss(
             relative_latents=config["relative_latents"],
         )
         history = torch.cat([history, future.to(history)], dim=2)[:, :, -most:]
+    torch.clear_autocast_cache()  # before torch 2.11 it keeps weights that were cast without gradient
     first = most + chunks * length  # of the frames that are scored
     start, end = first - history.shape[2], first + length
     keep = (true_history < TRUE_HISTORY).view(-1, 1, 1, 1, 1)
@@ -912,7 +919,7 @@ def make_pipeline(
     transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
     scheduler_class: Any = PNDMScheduler,
 ) -> IRASimPipeline:
-    """The pipeline of a model, sampled as the paper does or as asked; in one step where the model is made for it."""
+    """Build the pipeline with the sampler of the paper, `scheduler_class`, or one DDIM step for `scale_noisy_latents`."""
     process = noise_process(transformer.config)
     if isinstance(process, FlowMatchEulerDiscreteScheduler):
         return IRASimPipeline(vae, transformer, process)
@@ -1029,7 +1036,19 @@ def check_arguments(arguments: TrainingArguments) -> None:
             raise ValueError(f"`{name}` must be at least {least}, got {getattr(arguments, name)}.")
     if arguments.crop_size and arguments.state_keys:
         raise ValueError(
-            "`crop_size` and `state_keys` exclude each other: a crop does not tell where its objects are."
+            "`crop_size` and `state_keys` exclude each other: the states are positions in the whole frame."
+        )
+    if arguments.scale_noisy_latents and arguments.prediction_type != "sample":
+        raise ValueError(
+            f"`scale_noisy_latents` must be used with `prediction_type` sample, got {arguments.prediction_type!r}."
+        )
+    if arguments.spatial_position not in (None, "grid", "rope"):
+        raise ValueError(f"`spatial_position` must be grid or rope, got {arguments.spatial_position!r}.")
+    if arguments.target_extent and arguments.action_space != "absolute":
+        raise ValueError(f"`target_extent` must be used with `action_space` absolute, got {arguments.action_space!r}.")
+    if arguments.rollout_chunks == 0 and (arguments.rollout_start_step or arguments.rollout_inference_steps > 1):
+        raise ValueError(
+            "`rollout_start_step` and `rollout_inference_steps` must be used with `rollout_chunks`, got 0."
         )
     if not 0 <= arguments.terminal_share <= 1:
         raise ValueError(f"`terminal_share` must be in [0, 1], got {arguments.terminal_share}.")
@@ -1181,11 +1200,17 @@ def main() -> None:
         position = pretrained.config.spatial_position if pretrained else arguments.spatial_position
         if position != "rope":
             raise ValueError(
-                f"`crop_size` needs a model with `spatial_position` rope, got {position!r}: others know whole frames only."
+                f"`crop_size` requires `spatial_position='rope'`, got {position!r}: other positions depend on the place in the "
+                "frame."
             )
         if arguments.crop_size < 1 or arguments.crop_size % patch_size:
             raise ValueError(
                 f"`crop_size` must be a multiple of the patch size {patch_size}, got {arguments.crop_size}."
+            )
+        model = pretrained.config if pretrained else vars(arguments)
+        if model["action_space"] == "absolute" and not model["target_extent"]:
+            raise ValueError(
+                "`crop_size` with absolute actions requires `target_extent`, which shifts targets with the crop."
             )
     for source in [] if arguments.recorded_latents else sources:
         check_frames(source, vae, 1 if arguments.model == "unet" else patch_size)
@@ -1238,7 +1263,7 @@ def main() -> None:
     if arguments.attention_backend:
         transformer.set_attention_backend(arguments.attention_backend)
     if arguments.compile:
-        torch._dynamo.config.recompile_limit = 64  # windows of several lengths, with and without gradients
+        torch._dynamo.config.cache_size_limit = 64  # windows of several lengths, with and without gradients
         transformer.compile_repeated_blocks(dynamic=False)
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     used = sum(len({number for number, _ in part.windows}) for part in parts)

@@ -162,7 +162,7 @@ def test_a_step_that_fails_leaves_the_target_where_it_was(session, monkeypatch):
         (lambda session, _: session.step([[1.0, 2.0, 3.0]]), r"`actions` must be \(n, 2\)"),
         (lambda session, _: session.step([[1.0, float("nan")]]), "`actions` must be finite"),
         (lambda session, _: session.step(np.zeros((17, 2))), "at most 16, got"),
-        (lambda session, _: session.drive({"w"}, 0), r"`num_frames` must be in \[1, 14\], got 0"),
+        (lambda session, _: session.drive({"w"}, 0), r"`num_frames` must be in \[1, 16\], got 0"),
         (lambda session, _: session.undo(-1), "`num_frames` must not be negative"),
         (lambda session, folder: session.save(folder / "a.mp4"), "nothing has been predicted"),
         (lambda session, _: session.steering.action([0.0, 1.5]), r"`command` must be in \[-1, 1\]"),

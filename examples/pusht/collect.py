@@ -3,7 +3,7 @@
     python examples/pusht/collect.py --output data/pusht-train --episodes 1500 --first_seed 0
 
 Five pushers share the episodes: an aimless one, an expert, the expert with noise, one driven by held arrow keys as in the Space,
-and one that goes to distant targets, also at the edges and in the corners. Its seed determines an episode. Files of 50
+and one that goes to distant targets, also at the edges and in the corners. The seed of an episode determines its content. Files of 50
 episodes are written one by one. The same command resumes at the first missing file, a larger `--episodes` adds episodes, and
 other settings raise an error. `--pusher_radius` changes the world.
 """
@@ -71,7 +71,7 @@ WHO = {
     "expert": "brings the block to the goal and waits",
     "noisy": "the expert with noise of 5 to 40 units on every target",
     "keys": "holds arrow keys at speeds of 4 to 64 units a step, or waits",
-    "jumps": "goes to targets anywhere in the arena, also at its edges, in its corners and in the block",
+    "jumps": "moves to targets in the whole arena, including edges, corners and the block",
 }
 
 

@@ -1,4 +1,4 @@
-"""Train a convolutional baseline for Push-T: two history frames and a map of the action in, the next frame out.
+"""Train a convolutional baseline for Push-T that predicts the next frame from two history frames and an action map.
 
     python examples/pusht/convolutional.py --dataset data/pusht-train --output_dir runs/pusht-convolutional --max_minutes 30
 
@@ -40,13 +40,15 @@ class BaselineArguments:
     learning_rate: float = 1e-3
     width: int = field(default=64, metadata={"help": "channels"})
     rollout_chunks: int = field(default=5, metadata={"help": "most frames that the network predicts before the loss"})
-    rollout_start: float = field(default=0.35, metadata={"help": "share of the time after which own rollouts start"})
+    rollout_start: float = field(
+        default=0.35, metadata={"help": "fraction of the training time after which rollouts start"}
+    )
     cache_dir: Path | None = field(default=None, metadata={"help": "frames (default: output_dir/latents)"})
     seed: int = 0
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions beside the identity."""
+    """Two 3x3 convolutions with a residual connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -125,6 +127,7 @@ def loss_of(model: ConvolutionalModel, clip: dict[str, torch.Tensor], rng: np.ra
     if chunks:
         with torch.no_grad():
             history = torch.cat([history, model.roll(history, actions[:, :chunks])], dim=2)[:, :, -HISTORY:]
+        torch.clear_autocast_cache()  # before torch 2.11 it keeps weights that were cast without gradient
         true_history = torch.from_numpy(rng.random(len(latents)) < 0.3).view(-1, 1, 1, 1, 1)
         history = torch.where(true_history, latents[:, :, chunks : chunks + HISTORY], history)
     return (model(history, actions[:, chunks]) - latents[:, :, HISTORY + chunks]).square().mean()
@@ -171,6 +174,8 @@ def main() -> None:
             )
             with torch.autocast("cpu", torch.bfloat16):
                 loss = loss_of(model, batch, rng, chunks)
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"the loss is {loss.item()} at step {step}: lower `learning_rate`.")
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -179,8 +184,6 @@ def main() -> None:
             step, seconds = step + 1, time.perf_counter() - start
             bar.update(round(seconds) - bar.n)
             bar.set_postfix(step=step, loss=f"{loss.item():.5f}")
-            if not math.isfinite(loss.item()):
-                raise ValueError(f"the loss is {loss.item()} at step {step}: lower `learning_rate`.")
             if time.perf_counter() - saved > 60:
                 save()
                 saved = time.perf_counter()

@@ -35,7 +35,7 @@ def main() -> None:
     target = embedded_checkpoint()
     pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=torch.bfloat16)
     dataset = LeRobotFolder(Path(arguments.dataset))
-    shutil.rmtree(target / "vae", ignore_errors=True)  # of a model in latent space that was embedded before
+    shutil.rmtree(target / "vae", ignore_errors=True)  # remove the autoencoder of a previously embedded model
     pipeline.save_pretrained(target)
     for path in [
         target / "model_index.json",

@@ -9,8 +9,8 @@ Figures, with bootstrap 95 % intervals over clips:
 - poses of pusher and block read from the last predicted frame, against the simulator's, over the clips in which the block
   moves and as many in which it does not; and the share of predicted frames in which both are found;
 - the same after rollouts of 60 actions of the expert, beside a block that stays where it was;
-- driving: arrow keys held at random for 60 frames at three speeds of the Space, from one frame: the share of frames that show
-  exactly one pusher, of those in which the simulator's do, and its error and the block's;
+- driving: random arrow keys held for 60 frames at three speeds of the Space, from one frame: the fraction of frames with exactly
+  one pusher, and the pose errors;
 - counterfactual identification: from one history, 8 action sequences that all move the block and whose futures differ,
   each replayed in the simulator. A prediction counts as right when, of the 8 true futures, its own is the nearest.
 Truth is always the simulator's raw frame; the observed history is never scored.
@@ -60,6 +60,7 @@ SPACE = FrozenDict(  # of the embedded model, so that all models are driven by t
 )
 DRIVING_SEED = 3_000_000  # first seed of the driven episodes, far from those of the data sets
 STATES = ("observation.state", "observation.environment_state")
+WORST = {"pusher": 96.0, "block_centre": 96.0, "block_angle": 180.0}  # errors where nothing is found
 MOVED = 5.0  # arena units or hundredths of a radian by which a block moves in a 'moving' clip; about a pixel
 DISTINCT = 30.0  # PSNR in dB below which two true futures count as different
 
@@ -154,10 +155,9 @@ def pose_figures(
 ) -> dict[str, dict[str, float]]:
     """Median pose errors of frames (N, 96, 96, 3) against states (N, 5), and the share in which both are found."""
     poses = read_poses(frames, pusher_radius)
-    worst = {"pusher": 96.0, "block_centre": 96.0, "block_angle": 180.0}  # counts where nothing is found
     errors = pose_errors(poses, true_poses(states[:, :2], states[:, 2:]))
     return {
-        name: bootstrap(np.nan_to_num(values, nan=worst[name]), rng, np.median) for name, values in errors.items()
+        name: bootstrap(np.nan_to_num(values, nan=WORST[name]), rng, np.median) for name, values in errors.items()
     } | {"found": bootstrap(poses.found.astype(float), rng)}
 
 
@@ -211,29 +211,30 @@ def driving_figures(
 ) -> dict[str, Any]:
     """Figures of driven frames (N, n, H, W, 3) against the simulator's; intervals are over the N episodes.
 
-    A frame counts where the simulator's own frame shows exactly one pusher. A pusher or block that is not found has the error
-    96 pixels.
+    Only frames count in which the pusher, or the block, is found in the simulator's own frame: the frame shows only a part of
+    a pusher at the edge of the arena. One that is not found in the predicted frame has the error `WORST`.
     """
     shape = truth.shape[:2]
     visible = one_pusher(truth.reshape(-1, *truth.shape[2:]), pusher_radius).reshape(shape)
     shown = one_pusher(frames.reshape(-1, *frames.shape[2:]), pusher_radius).reshape(shape)
     shares = [(shown & visible)[k].sum() / visible[k].sum() for k in range(len(visible)) if visible[k].any()]
     late = slice(-5, None)
-    flat = frames[:, late].reshape(-1, *frames.shape[2:])
-    errors = pose_errors(
-        read_poses(flat, pusher_radius), true_poses(*np.split(states[:, late].reshape(-1, 5), [2], axis=1))
+    poses = true_poses(*np.split(states[:, late].reshape(-1, 5), [2], axis=1))
+    read, ideal = (
+        pose_errors(read_poses(video[:, late].reshape(-1, *video.shape[2:]), pusher_radius), poses)
+        for video in (frames, truth)
     )
-    medians = {
-        name: np.median(np.nan_to_num(values, nan=96.0).reshape(len(frames), -1), axis=1)
-        for name, values in errors.items()
-    }
+    medians = {}
+    for name, worst in WORST.items():
+        values = np.where(np.isnan(ideal[name]), np.nan, np.nan_to_num(read[name], nan=worst)).reshape(len(frames), -1)
+        medians[name] = np.nanmedian(values[~np.isnan(values).all(axis=1)], axis=1)
     horizon = {
         str(k): float(np.mean(psnr(frames[:, k - 1 : k], truth[:, k - 1 : k] / 255.0))) for k in (1, 15, 30, ROLLOUT)
     }
     return {
         "one_pusher": bootstrap(np.array(shares), rng),
         "one_pusher_frames": int(visible.sum()),
-        "last_5_frames": {name: bootstrap(values, rng, np.median) for name, values in medians.items()},
+        "last_5_frames": {name: bootstrap(values, rng, np.median) for name, values in medians.items() if len(values)},
         "psnr_by_frame": horizon,
     }
 
@@ -420,10 +421,10 @@ def main() -> None:
         drives = np.concatenate([predict(true_frames[part, :1], driven[part]) for part in bar])
         figures = driving_figures(drives, true_frames[:, 1:], true_states[:, 1:], rng, arguments.pusher_radius)
         report.setdefault("driving", {})[f"{speed:g}"] = figures
-        last = figures["last_5_frames"]
+        errors = ", ".join(f"{name} {values['median']:.2f}" for name, values in figures["last_5_frames"].items())
         print(
             f"driving at {speed:g}: exactly one pusher in {100 * figures['one_pusher']['mean']:.1f} % of frames, at the end "
-            f"pusher {last['pusher']['median']:.2f} px, block {last['block_centre']['median']:.2f} px",
+            f"{errors}",
             flush=True,
         )
 

@@ -120,7 +120,7 @@ def push_about(rng: np.random.Generator, state: State) -> Pusher:
 def hold_keys(rng: np.random.Generator, state: State) -> Pusher:
     """Targets of a user who holds arrow keys: the target moves in one of 8 directions, or stays, for some steps.
 
-    As in the Space, the target starts at the pusher, moves on from where it is, and stays within the arena. Half of the
+    As in the Space, the target starts at the pusher, moves relative to its last position, and stays within the arena. Half of the
     directions point towards the block. The speed changes with every second key on average; 32 units a step is the Space's
     speed of 1.
     """

@@ -436,13 +436,13 @@ def change_action_dim(model: IRASimTransformer3DModel, action_dim: int) -> IRASi
         action_dim: Components of the new actions.
 
     Returns:
-        A new model; the given one is left as it is. Its actions have neither scale nor names yet.
+        A new model without scale, names and `target_extent` of the actions. The input model is not modified.
     """
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
     unknown = {"action_scale": 1.0, "action_offset": 0.0, "action_names": None, "action_units": None}
-    unknown |= {"action_low": None, "action_high": None}
+    unknown |= {"action_low": None, "action_high": None, "target_extent": None}
     new = IRASimTransformer3DModel(**config | {"action_dim": action_dim} | unknown)
-    encoder = ("action_embed.", "trajectory_embed.")
+    encoder = ("action_embed.", "trajectory_embed.", "target_embed.")
     state = {key: value for key, value in model.state_dict().items() if not key.startswith(encoder)}
     new.load_state_dict(state, strict=False)
     last = getattr(new, "trajectory_embed", new.action_embed).linear_2

@@ -173,7 +173,7 @@ class DrivingSession:
     """
 
     longest_step = 16
-    """Actions that one step takes at most."""
+    """Maximum number of actions per call of `step`."""
 
     def __init__(
         self,

@@ -35,12 +35,12 @@ def chain_windows(
     The first chunk starts from the given history, each later one from the last `num_history_frames` frames so far.
 
     Args:
-        predict_window: Takes a history (B, C, h, H, W) and actions (B, m, A) and returns the future (B, C, m, H, W), or no
-            frames to stop.
+        predict_window: Takes a history (B, C, h, H, W) and actions (B, m, A) and returns the future (B, C, m, H, W). An
+            empty future stops the rollout.
         history: First history (B, C, h, H, W).
         actions: All actions (B, n, A).
         chunk_length: Actions of a chunk; the last chunk may be shorter.
-        num_history_frames: Most history frames of a chunk.
+        num_history_frames: Maximum number of history frames.
 
     Returns:
         The future (B, C, n, H, W).

@@ -182,8 +182,8 @@ def predict_chunk(
 
     Args:
         transformer: The model, or a wrapper of it such as a `StateReadout`.
-        scheduler: Its noise process, from `models.noise_process`. It is sampled by DDIM from the last timestep, or by Euler
-            steps where it is a flow.
+        scheduler: Its noise process, from `models.noise_process`. Sampling uses DDIM with trailing timesteps, or Euler steps for
+            a flow.
         history: Clean latents (B, C, h, H, W).
         actions: Actions (B, n, A) in raw units.
         noise: Noise (B, C, n, H, W).

@@ -360,6 +360,46 @@ def test_every_objective_and_optimiser_resumes_exactly(workspace):
         assert torch.equal(weights(workspace / "muon-parts")[name], tensor), name
 
 
+def test_the_recipe_of_the_embedded_model(workspace):
+    """The flags of the recipe, then LoRA and all weights on other actions from the result."""
+    common = ["train.py", "--cache_dir", workspace / "frames", "--max_train_steps", 2, "--train_batch_size", 2]
+    common += ["--rollout_chunks", 2, "--action_dropout", 0]
+    run(
+        *(*common, "--dataset", workspace / "set", "--output_dir", workspace / "targets", "--pixel_space", *SPACE),
+        *("--patch_size", 16, "--num_layers", 1, "--num_attention_heads", 2, "--attention_head_dim", 12),
+        *("--sample_frames", 3, "--num_history_frames", 2, "--target_extent", 0, 0, 512, 512, "--ff_conv"),
+        *("--spatial_position", "rope", "--prediction_type", "sample", "--relative_latents", "--scale_noisy_latents"),
+        *("--terminal_share", 0.7, "--crop_size", 64, "--optimizer", "muon", "--attention_backend", "_native_math"),
+        launch=ONE,
+    )
+    pipeline = IRASimPipeline.from_pretrained(workspace / "targets")
+    config = pipeline.transformer.config
+    assert (config.target_extent, config.ff_conv, config.spatial_position) == ([0, 0, 512, 512], True, "rope")
+    assert (type(pipeline.scheduler).__name__, pipeline.config.num_inference_steps) == ("DDIMScheduler", 1)
+    assert pipeline.vae is None
+    assert 0 <= min(config.action_low) < max(config.action_high) <= 512
+    assert pipeline(np.zeros((96, 96, 3), np.uint8), np.zeros((4, 2)), output_type="np").frames.shape == (
+        1,
+        4,
+        96,
+        96,
+        3,
+    )
+    run(
+        *(*common, "--dataset", workspace / "set", "--output_dir", workspace / "targets-lora", "--rank", 2),
+        *("--pretrained", workspace / "targets", "--crop_size", 64),
+        launch=ONE,
+    )
+    pipeline.load_lora_weights(workspace / "targets-lora")
+    run(
+        *(*common, "--dataset", workspace / "set", "--output_dir", workspace / "states"),
+        *("--pretrained", workspace / "targets", "--pad_actions_to", 3),
+        launch=ONE,
+    )
+    changed = IRASimPipeline.from_pretrained(workspace / "states").transformer.config
+    assert (changed.action_dim, changed.target_extent) == (3, None)
+
+
 def test_training_video_ada_as_a_flow(workspace):
     flags = ["--conditioning", "video", "--prediction_type", "flow_prediction"]
     train(workspace, "video", "--max_train_steps", 2, *flags)
@@ -388,7 +428,7 @@ def test_evaluation_reports_every_figure(workspace, trained):
     assert "evaluate.py" in figures["setting"]["command"]
 
 
-def test_driven_episodes_are_the_spaces(monkeypatch):
+def test_driven_episodes_are_the_spaces():
     """The target moves by 32 units a step at speed 1, in the directions of the keys, and stays in the arena."""
     for speed in evaluate.SPEEDS:
         actions, frames, states = evaluate.driven_episodes(2, speed, 15.0)
@@ -398,12 +438,15 @@ def test_driven_episodes_are_the_spaces(monkeypatch):
         assert np.isin(moves[inside].round(3), [0, 32 * speed]).all()
         assert 0 <= actions.min() < actions.max() <= 512
         assert np.array_equal(actions, evaluate.driven_episodes(2, speed, 15.0)[0])
+    _, frames, states = evaluate.driven_episodes(4, 0.25, 15.0)
     perfect = evaluate.driving_figures(
         frames[:, 1:] / 255, frames[:, 1:], states[:, 1:], np.random.default_rng(0), 15.0
     )
     assert perfect["one_pusher"]["mean"] == 1
+    assert perfect["last_5_frames"]["pusher"]["median"] < 0.5
+    assert perfect["last_5_frames"]["block_centre"]["median"] < 0.5
     gone = evaluate.driving_figures(
-        np.ones((2, 60, 96, 96, 3)), frames[:, 1:], states[:, 1:], np.random.default_rng(0), 15.0
+        np.ones((4, 60, 96, 96, 3)), frames[:, 1:], states[:, 1:], np.random.default_rng(0), 15.0
     )
     assert gone["one_pusher"]["mean"] == 0
     assert gone["last_5_frames"]["pusher"]["median"] == 96

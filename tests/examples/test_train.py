@@ -196,7 +196,12 @@ def test_pixels_are_cached_as_they_are(workspace):
         ({"rollout_chunks": -1}, "`rollout_chunks` must be at least 0, got -1"),
         ({"rollout_inference_steps": 0}, "`rollout_inference_steps` must be at least 1, got 0"),
         ({"crop_size": 8, "state_keys": ["joints"]}, "`crop_size` and `state_keys` exclude each other"),
-        ({"target_extent": [0, 1]}, r"`target_extent` must be 4 numbers, .* got \[0, 1\]"),
+        ({"scale_noisy_latents": True}, "`scale_noisy_latents` must be used with `prediction_type` sample, got None"),
+        ({"spatial_position": "area"}, "`spatial_position` must be grid or rope, got 'area'"),
+        ({"target_extent": [0, 0, 1, 1]}, "`target_extent` must be used with `action_space` absolute, got None"),
+        ({"rollout_start_step": 5}, "must be used with `rollout_chunks`, got 0"),
+        ({"model": "unet", "crop_size": 8}, "`model` unet is not for crop_size"),
+        ({"target_extent": [0, 1], "action_space": "absolute"}, r"`target_extent` must be 4 numbers, .* got \[0, 1\]"),
         ({"lora_rank": 4}, "`lora_rank` needs `pretrained_model_name_or_path`"),
         (
             {"lora_rank": 4, "pretrained_model_name_or_path": "model", "patch_size": 1},
@@ -297,7 +302,7 @@ def test_two_processes_do_what_one_does_at_the_same_global_batch(workspace):
 
 
 def test_a_crop_holds_what_moves_and_its_target():
-    """Frames and targets are cut and shifted alike, in whole patches, around the pixel that changes."""
+    """Frames and targets are cut and shifted in the same way, in whole patches, around the pixel that changes."""
     config = {
         "patch_size": 2,
         "target_extent": [-1.0, 10.0, 11.0, 20.0],
@@ -323,14 +328,13 @@ def test_a_crop_holds_what_moves_and_its_target():
         assert all(side % 2 == 0 for side in corner)
         corners.add(tuple(corner))
     assert len(corners) > 10
-    same, _ = crop(
-        latents[:1], actions[:1], config | {"target_extent": None}, 4, torch.rand(1, 3, generator=generator)
-    )
-    assert same.shape == (1, 1, 3, 4, 4)
+    draws = torch.rand(1, 3, generator=generator)
+    _, same = crop(latents[:1], actions[:1], config | {"target_extent": None}, 4, draws)
+    assert torch.equal(same, actions[:1])
 
 
 def test_a_crop_is_predicted_as_the_same_part_of_a_frame():
-    """Positions and targets are relative, so that where patches of a crop see nothing of its edges the model agrees."""
+    """Predictions for a crop and for the whole frame agree away from the crop border."""
     settings = {"spatial_position": "rope", "ff_conv": True, "prediction_type": "sample", "action_space": "absolute"}
     model = tiny_transformer(
         **settings, num_layers=1, patch_size=1, sample_height=10, sample_width=12, target_extent=[0, 0, 12, 10]
@@ -373,7 +377,7 @@ class TrueFrames(torch.nn.Module):
 
 @pytest.mark.parametrize("length", [1, 2])
 def test_own_rollouts_end_before_the_chunk_with_the_loss(length):
-    """The model sees its own frames, with the actions that lead on from them, and some clips keep their true history."""
+    """The model receives its own frames with the following actions, and some clips keep their true history."""
     config = {"num_history_frames": 2, "sample_frames": 2 + length, "conditioning": "frame", "relative_latents": True}
     settings = TrainingArguments(
         ["set"], "out", rollout_chunks=3, rollout_start_step=1, terminal_share=1.0, action_dropout=0.0
@@ -406,6 +410,22 @@ def test_own_rollouts_end_before_the_chunk_with_the_loss(length):
             assert 0.1 < true.float().mean() < 0.6
             torch.testing.assert_close(off[~true], torch.full_like(off[~true], 0.25 * (len(model.histories) - 1)))
     assert chunks == {1, 2, 3, 4}
+
+
+def test_every_weight_is_trained_after_a_rollout_in_bfloat16():
+    """Autocast must not reuse weights that a rollout cast without gradient."""
+    config = {"num_history_frames": 2, "sample_frames": 3, "conditioning": "frame", "relative_latents": True}
+    model = tiny_transformer(**config, num_layers=1, prediction_type="sample").train()
+    settings = TrainingArguments(["set"], "out", rollout_chunks=2, action_dropout=0.0)
+    torch.manual_seed(0)
+    clip = {"latents": torch.randn(2, 4, 5, 4, 6), "actions": torch.randn(2, 4, 3)}
+    process = noise_process(model.config)
+    for step in range(8):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            training_loss(model, process, clip, dict(model.config), settings, step=step, position=0).backward()
+        missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        assert not missing
 
 
 def test_compiled_with_everything_logged_and_published(workspace):

@@ -147,6 +147,20 @@ def test_compilation_of_the_whole_model_without_graph_breaks(model, inputs):
             compiled(hidden_states + 1, timestep - 1, actions - 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_model_of_few_frames_attends_by_sums(dtype, inputs):
+    """The path of `short_attention`, which eager models do not take."""
+    model = tiny_transformer(**ARCHITECTURES["Push-T"]).to(dtype)
+    hidden_states, timestep, actions = inputs
+    window = (hidden_states[:, :, 2:].to(dtype), timestep, actions[:, 2:])
+    expected = model(*window).sample
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*window).sample, expected, rtol=tolerance, atol=tolerance)
+
+
 class DoubleOperations(TorchDispatchMode):
     """Counts operations in float64, in which only tables of positions are computed."""
 

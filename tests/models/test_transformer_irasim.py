@@ -337,11 +337,13 @@ def test_attention_among_few_frames_equals_the_dispatched_one(frames):
     [
         (
             {"target_extent": [0, 0, 1]},
-            r"`target_extent` must be the left, top, right and bottom edge.*got \[0, 0, 1\]",
+            r"`target_extent` must be the finite left, top, right and bottom edge.*got \[0, 0, 1\]",
         ),
         ({"target_extent": [1, 0, 0, 1]}, "`target_extent` must be"),
         ({"action_space": "relative"}, "`target_extent` must be .* got .* with `action_space` 'relative'"),
         ({"conditioning": "video"}, "`target_extent` must be .* `conditioning` 'video'"),
+        ({"target_extent": [0, 0, float("inf"), 1]}, "`target_extent` must be the finite"),
+        ({"attention_head_dim": 6}, "`attention_head_dim` must be divisible by 4"),
         ({"prediction_type": "flow_prediction"}, "`scale_noisy_latents` must be False for a flow"),
     ],
 )

@@ -41,7 +41,7 @@ def cache_latents(
 
     Args:
         dataset: The data set.
-        vae: The frozen autoencoder, on the device that encodes; None to keep the frames themselves, for models in pixel space.
+        vae: The frozen autoencoder, on the device that encodes; None caches the frames as uint8 for pixel-space models.
         cache_dir: Where the latents go, under a folder named by data set, camera and autoencoder.
         batch_size: Frames encoded at a time.
         mixed_precision: Encode under bfloat16 autocast.
@@ -62,7 +62,7 @@ def cache_latents(
             and episode. If no episode can be read. If `recorded` is given without an autoencoder.
     """
     if vae is None and recorded:
-        raise ValueError("`recorded` must be False without `vae`: recorded latents are those of an autoencoder.")
+        raise ValueError("`recorded` must be False without `vae`: recorded latents need their autoencoder.")
     scale = vae.config.scaling_factor if vae is not None and recorded else None
     identity = json.loads(
         json.dumps(
@@ -70,7 +70,7 @@ def cache_latents(
                 "data": dataset.identity,
                 "vae": None if vae is None else _fingerprint(vae),
                 "recorded": scale,
-                "mixed_precision": mixed_precision and not recorded,
+                "mixed_precision": mixed_precision and not recorded and vae is not None,
                 "episodes_per_file": episodes_per_file,
             }
         )
@@ -369,7 +369,8 @@ class LatentClips(Dataset):
         """One window.
 
         Returns:
-            `latents` (C, F, h, w), float32, unscaled, or frames in [-1, 1] without an autoencoder; `actions` (F - 1, A), row k leading from frame k to frame k + 1;
+            `latents` (C, F, h, w), float32, unscaled, or frames in [-1, 1] without an autoencoder; `actions` (F - 1, A),
+            row k leading from frame k to frame k + 1;
             where there are any, `states` (F, S).
         """
         index = range(len(self))[index]

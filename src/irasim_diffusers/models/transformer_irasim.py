@@ -1,4 +1,4 @@
-"""The IRASim transformer: spatial and temporal blocks in turn, every action modulating its own frame.
+"""The IRASim transformer: alternating spatial and temporal blocks; each action modulates its frame.
 
 Reference: "IRASim: A Fine-Grained World Model for Robot Manipulation" (https://arxiv.org/abs/2406.14540), section 3 and
 appendix 8. Where the paper and its released code differ, the code is followed, because the released weights are.
@@ -42,21 +42,22 @@ PRESETS: dict[str, dict[str, int]] = {
 """Sizes of the paper (Table 11); `num_layers` counts pairs of a spatial and a temporal block."""
 
 ACTION_ENCODER = ("action_embed.", "trajectory_embed.", "null_action")
-"""How the names of the weights begin that embed actions."""
+"""Name prefixes of the action encoder weights."""
 
 TARGET_OCTAVES = 6
-"""Octaves of sines and cosines of a patch's offset from the target; the longest wave is twice the frame."""
+"""Octaves of the Fourier features of a patch's offset from the target. The longest wavelength is four frame sizes."""
 
 SHORT = 4
-"""Most frames for which a compiled model on a CPU uses `short_attention`."""
+"""Maximum number of frames for `short_attention` (compiled model on a CPU)."""
 
 CPU = torch.device("cpu")
+INF = float("inf")
 
 
 def short_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention (B, S, heads, head_dim) among few tokens, as sums that the compiler fuses into one kernel.
+    """Attention over a few tokens (B, S, heads, head_dim) as sums that the compiler fuses.
 
-    Kernels for matrix products are slow on a CPU for so few tokens: this takes a quarter of their time.
+    On a CPU it takes a quarter of the time of matrix product kernels.
     """
     scores = (query.unsqueeze(2) * key.unsqueeze(1)).sum(-1, dtype=torch.float32)  # (B, S queries, S keys, heads)
     weights = (scores * query.shape[-1] ** -0.5).softmax(2).to(value.dtype)
@@ -80,7 +81,7 @@ class IRASimAttnProcessor:
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
-            pairs = -1 if attn.temporal else -2  # neighbouring channels as Open-Sora, or the halves of a head
+            pairs = -1 if attn.temporal else -2  # rotates adjacent channels (Open-Sora) or the two halves of a head
             query = apply_rotary_emb(query, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
 
@@ -251,8 +252,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_frequencies: Number of octaves of sines and cosines of the scaled actions that join them, the longest wave 16;
             so a token can tell where an absolute target lies beside it. 0, the paper's, for none.
         target_extent: Left, top, right and bottom edge of a frame of `sample_height` x `sample_width` in the units of the first
-            two action components, for actions that are target positions in the plane of the picture. Every patch of a predicted frame then receives an
-            embedding of its offset from the target of that frame. None, the paper's, for none.
+            two action components, for actions that are target positions in the image plane. Every patch of a predicted frame then receives an
+            embedding of its offset from the target of that frame. None (as in the paper) disables it.
         action_dim: Components of an action.
         action_scale: The network sees `(action - action_offset) * action_scale`; one number, or one a component.
         action_offset: See `action_scale`.
@@ -267,8 +268,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         relative_latents: Whether the latents of predicted frames are those relative to the last history frame, so that what
             stands still is zero; not so in the paper. Pipeline and training subtract and add that frame.
         scale_noisy_latents: Whether the latents of predicted frames are first multiplied by the square root of the cumulative alpha
-            of their timestep, which is the best linear estimate of clean latents of unit variance. Then pure noise is nearly
-            zero to the network, and one denoising step suffices. Not in the paper.
+            of their timestep, the best linear estimate of clean latents of unit variance. The input is then almost zero for
+            pure noise, so one denoising step is sufficient. Not in the paper.
         prediction_type: What the network predicts, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which
             has no betas.
         num_train_timesteps: Steps of the noise process it was trained on; with the next three, as in diffusers.
@@ -378,15 +379,19 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         if target_extent is not None:
             left, top, right, bottom = target_extent if len(target_extent) == 4 else (0, 0, 0, 0)
             if (
-                not (left < right and top < bottom)
+                not (-INF < left < right < INF and -INF < top < bottom < INF)
                 or (action_space, conditioning) != ("absolute", "frame")
                 or action_dim < 2
             ):
                 raise ValueError(
-                    "`target_extent` must be the left, top, right and bottom edge of the frame, for a Frame-Ada model of "
+                    "`target_extent` must be the finite left, top, right and bottom edge of the frame, for a Frame-Ada model of "
                     f"absolute actions that begin with a target position, got {target_extent} with `action_space` "
                     f"{action_space!r}, `conditioning` {conditioning!r} and `action_dim` {action_dim}."
                 )
+        if spatial_position == "rope" and attention_head_dim % 4:
+            raise ValueError(
+                f"`attention_head_dim` must be divisible by 4 with `spatial_position='rope'`, got {attention_head_dim}."
+            )
         check_action_space(self.config)
 
         dim = num_attention_heads * attention_head_dim
@@ -517,10 +522,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         Returns:
             Embeddings (B, F, S, D).
         """
-        centres = self._cached(self._patch_centres, *grid, actions.device)  # (S, 2)
+        centres, scale = self._cached(self._patch_centres, *grid, actions.device)  # (S, 2) and (2,)
         offsets = centres - actions[:, :, None, :2].float()  # (B, n, S, 2)
-        left, top, right, bottom = self.config.target_extent
-        scale = actions.new_tensor([4 / (right - left), 4 / (bottom - top)], dtype=torch.float32)
         features = action_features(offsets, scale, torch.zeros_like(scale), TARGET_OCTAVES)
         embeddings = self.target_embed(features.to(dtype))
         if action_mask is not None:
@@ -528,15 +531,16 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         history = embeddings.new_zeros(len(actions), num_frames - actions.shape[1], *embeddings.shape[2:])
         return torch.cat([history, embeddings], dim=1)
 
-    def _patch_centres(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-        """Centres (S, 2) of the patches in the units of the target, x and y."""
+    def _patch_centres(self, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Centres (S, 2) of the patches in the units of the target, x and y, and what scales offsets (2,) to 4 a frame."""
         config = self.config
         left, top, right, bottom = config.target_extent
         wide = (right - left) * config.patch_size / config.sample_width  # of a patch
         high = (bottom - top) * config.patch_size / config.sample_height
         x = left + wide * (torch.arange(columns, device=device) + 0.5)
         y = top + high * (torch.arange(rows, device=device) + 0.5)
-        return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
+        centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
+        return centres, torch.tensor([4 / (right - left), 4 / (bottom - top)], device=device)
 
     def _check_actions(self, actions: torch.Tensor, num_frames: int) -> None:
         config = self.config
@@ -594,8 +598,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             )
         if self._parallel_config is not None and (self.config.ff_conv or self.config.spatial_position == "rope"):
             raise ValueError(
-                "context parallelism divides the patches of a frame, and this model has a convolution over them or rotary "
-                "positions: use data parallelism."
+                "Context parallelism splits the patches and does not support `ff_conv` or `spatial_position='rope'`: use data "
+                "parallelism."
             )
         grid = (height // patch_size, width // patch_size)
 
@@ -605,7 +609,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             share = self._cached(self._signal_share, hidden_states.device)[timestep.long()]  # (B, F or 1)
             if actions is not None:
                 history = torch.ones_like(share[:, :1]).expand(-1, num_frames - actions.shape[1])
-                share = torch.cat([history, share.expand(-1, num_frames)[:, -actions.shape[1] :]], dim=1)
+                share = torch.cat([history, share.expand(-1, num_frames)[:, num_frames - actions.shape[1] :]], dim=1)
             hidden_states = hidden_states * share[:, None, :, None, None].to(hidden_states.dtype)
 
         hidden_states = hidden_states.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
@@ -730,18 +734,18 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (S, head_dim) of rotary positions.
 
-        Channel k of the first half of a head is paired with channel k of the second half. The first half of these pairs turns
-        with the row, the second with the column.
+        Channel k of the first half of a head is paired with channel k of the second half. The first half of these pairs is
+        rotated by the row, the second half by the column.
         """
         dim, exact = self.config.attention_head_dim // 2, maybe_adjust_dtype_for_device(torch.float64, device)
+        frequencies = 100.0 ** -(torch.arange(0, dim, 2, dtype=exact, device=device) / dim)
         down = torch.arange(rows, device=device).repeat_interleave(columns)
         across = torch.arange(columns, device=device).repeat(rows)
-        tables = [
-            get_1d_rotary_pos_embed(dim, axis, 100.0, use_real=True, repeat_interleave_real=False, freqs_dtype=exact)
-            for axis in (down, across)
-        ]  # cosines and sines, each (S, head_dim / 2), the second half as the first
-        cos, sin = (torch.cat([table[part].chunk(2, dim=-1)[0] for table in tables], dim=-1) for part in (0, 1))
-        return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+        angles = torch.cat(
+            [torch.outer(down.to(exact), frequencies), torch.outer(across.to(exact), frequencies)], dim=-1
+        )
+        angles = torch.cat([angles, angles], dim=-1)  # (S, head_dim)
+        return angles.cos().float(), angles.sin().float()
 
     def _temporal_positions(
         self, num_frames: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32

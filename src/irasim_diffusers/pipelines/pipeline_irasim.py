@@ -611,7 +611,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         attention_kwargs: dict[str, Any] | None = None,
         fps: float | None = None,
     ) -> torch.Tensor:
-        """Predict the frames that follow a history, all in latents: one window, or several where the actions are more.
+        """Predict latent frames from a latent history. Long action sequences are predicted window by window.
 
         Args:
             history: Clean history (B, C, h, H, W), from `encode_history` or an earlier call.
