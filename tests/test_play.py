@@ -169,8 +169,8 @@ def test_sigterm_ends_like_a_key(terminal, monkeypatch, session):
 
 
 def test_an_error_leaves_the_terminal_as_it_was(terminal, monkeypatch, session):
-    with pytest.raises(ValueError, match=r"`num_frames` must be in \[1, 14\], got 15"):
-        drive_as(terminal, monkeypatch, session, lambda: terminal.press(b"w"), chunk_length=15)
+    with pytest.raises(ValueError, match=r"`num_frames` must be in \[1, 16\], got 17"):
+        drive_as(terminal, monkeypatch, session, lambda: terminal.press(b"w"), chunk_length=17)
     assert termios.tcgetattr(terminal.program) == terminal.before
     assert terminal.written.endswith(b"\x1b[?25h\x1b[?1049l")
 
@@ -261,7 +261,7 @@ def test_a_script_gives_the_same_video_again(tmp_path, monkeypatch, capsys):
     difference = read_video("a.mp4").astype(int) - read_video("b.mp4")
     assert np.abs(difference).mean() < 0.5  # bfloat16 rounds by where in memory the weights lie
     moved = np.diff(np.load("a.npy"), axis=0)
-    np.testing.assert_allclose(moved, [[16, -16]] * 4 + [[0, 0]] * 2 + [[0, 16]])
+    np.testing.assert_allclose(moved, [[16, -16]] * 4 + [[0, 0]] * 2 + [[0, 16]], atol=1e-3)
 
 
 def test_a_script_is_the_same_as_driving_with_its_keys(session):
@@ -283,8 +283,8 @@ def test_a_script_is_the_same_as_driving_with_its_keys(session):
         ),
         (["--script", "up*0"], r"`script` must be .*; got 'up\*0'"),
         (["--script", "right up*"], r"`script` must be .*; got 'up\*'"),
-        (["--script", "up", "--chunk", "0"], r"--chunk must be in \[1, 14\], got 0"),
-        (["--script", "up", "--chunk", "15"], r"--chunk must be in \[1, 14\], got 15"),
+        (["--script", "up", "--chunk", "0"], r"--chunk must be in \[1, 16\], got 0"),
+        (["--script", "up", "--chunk", "17"], r"--chunk must be in \[1, 16\], got 17"),
         (["--script", "up", "--speed", "0"], "--speed must be positive, got 0"),
         (["--script", "up", "--speed", "nan"], "--speed must be positive, got nan"),
         (["--script", "up", "--start", "1", "2", "3"], "--start must have 2 values, one a component .*, got 3"),
