@@ -117,7 +117,7 @@ BAD = [
     ("/step", (None, [[1, None]]), "`actions` must be finite"),
     ("/step", (None, "forward"), "`actions` must be"),
     ("/step", (None, []), "`actions` must be"),
-    ("/step", (None, [[1, 2]] * 15), "`actions` must be one sequence of at most 14"),
+    ("/step", (None, [[1, 2]] * 17), "`actions` must be one sequence of at most 16"),
     ("/drive", (None, [2, 0], 1, 1), r"`command` must be in \[-1, 1\]"),
     ("/drive", (None, [0], 1, 1), "must be"),
     ("/drive", (None, [0, 0], 0, 1), "`frames` must be a whole number"),
@@ -289,7 +289,7 @@ def test_a_models_turns_come_in_the_order_of_asking(worlds):
 
 def test_memory_of_a_session_is_bounded(worlds):
     frames = Sessions(bytes_each=10**6).max_frames(worlds["push-t"])
-    assert frames == 10**6 // (96 * 96 * 3 + 24 * 24 * 4 * 4)
+    assert frames == 10**6 // (96 * 96 * 3 + 96 * 96 * 3 * 4)
 
 
 def test_a_lent_pipeline_gives_the_same_frames(worlds):
