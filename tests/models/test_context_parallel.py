@@ -14,6 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 FRAMES = np.random.default_rng(2).integers(0, 256, (2, 8, 12, 3), dtype=np.uint8)
 ACTIONS = np.random.default_rng(3).normal(size=(7, 3))
 
+# models whose patches can be divided among processes
+DIVISIBLE = {name: changes for name, changes in ARCHITECTURES.items() if not changes.get("ff_conv")}
+
 
 def inputs(height=4, width=6):
     torch.manual_seed(4)
@@ -43,7 +46,7 @@ def work(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results, lengths = {}, {}
     with torch.no_grad():
-        for name, changes in ARCHITECTURES.items():
+        for name, changes in DIVISIBLE.items():
             model = tiny_transformer(**changes)
             enable_on_cpu(model, ContextParallelConfig(ulysses_degree=2))
             seen = lengths[name] = []
@@ -70,7 +73,7 @@ def parallel(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", DIVISIBLE)
 def test_two_processes_predict_what_one_does(name, parallel):
     expected = tiny_transformer(**ARCHITECTURES[name])(*inputs()).sample
     for results, lengths in parallel:
