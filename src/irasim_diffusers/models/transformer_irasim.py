@@ -93,7 +93,7 @@ class IRASimAttnProcessor:
                 key,
                 value,
                 backend=self._attention_backend,
-                # processes divide the patches, see `_cp_plan`: each has all frames of its own
+                # processes split the patches (see `_cp_plan`); each process has all frames
                 parallel_config=None if attn.temporal else self._parallel_config,
             )
         hidden_states = hidden_states.flatten(-2)  # (B, S, D)
