@@ -2,17 +2,17 @@
 
     accelerate launch examples/train.py --dataset data/pusht-train --vae runs/pusht-vae --output_dir runs/pusht
 
-The autoencoder is frozen and its latents are encoded once. Objective and defaults are the paper's (Table 10): AdamW,
-constant learning rate 1e-4, no weight decay, gradient clip 0.1, EMA 0.9999, action dropout 0.1, loss on predicted frames
-only. Checkpoints go to `<output_dir>/checkpoint-<step>`; the same command run again goes on from the newest. At the end
-`<output_dir>` is a complete pipeline.
+The autoencoder is frozen and its latents are encoded once. The objective and the defaults are those of the paper (Table 10):
+AdamW, constant learning rate 1e-4, no weight decay, gradient clipping at 0.1, EMA 0.9999, action dropout 0.1, loss on predicted
+frames only. Checkpoints are written to `<output_dir>/checkpoint-<step>`. The same command resumes from the newest complete
+checkpoint, also after Ctrl-C or SIGTERM. At the end `<output_dir>` is a complete pipeline.
 """
 
 import functools
-import json
 import logging
+import math
 import os
-import shutil
+import signal
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -27,7 +27,8 @@ from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
-from diffusers.optimization import get_scheduler
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, _collate_lora_metadata
 from diffusers.utils import is_bitsandbytes_available
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
@@ -53,23 +54,29 @@ from irasim_diffusers.data import (
     standardised_states,
     write_video,
 )
-from irasim_diffusers.files import temporary_folder
 from irasim_diffusers.metrics import psnr
 from irasim_diffusers.models import noise_process
 from irasim_diffusers.models.transformer_irasim import ACTION_ENCODER
 from irasim_diffusers.training import (
-    FINISHED,
-    SETTINGS,
+    Interruption,
     NoiseProcess,
     StateReadout,
     averaged_state,
+    check_launch,
+    checkpoints,
+    clip_length,
+    crop,
     diffusion_loss,
     load_average,
     newest_checkpoint,
     predict_chunk,
     remove_leftovers,
+    require_finite,
+    run_script,
     save_average,
     save_checkpoint,
+    save_finished,
+    seconds_trained,
 )
 
 logger = get_logger(__name__, log_level="INFO")
@@ -386,6 +393,54 @@ FOREIGN = {
     ),
 }
 """Options that do not apply to a model."""
+MAY_CHANGE = {
+    *("output_dir", "cache_dir", "max_train_steps", "max_train_minutes", "dataloader_num_workers", "report_to"),
+    *("logging_steps", "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_model_id"),
+    *(
+        "validation_dataset",
+        "validation_split",
+        "validation_steps",
+        "num_validation_clips",
+        "validation_inference_steps",
+    ),
+    *("compile", "attention_backend", "gradient_checkpointing", "allow_tf32"),
+    *(
+        "dataset",
+        "dataset_revision",
+        "streaming",
+        "vae",
+        "max_train_episodes",
+    ),  # the identity of the latents covers these
+}
+"""Arguments that may change when a run is resumed."""
+NOT_NEGATIVE = (
+    *("rollout_chunks", "rollout_start_step", "lora_rank", "action_frequencies", "lr_warmup_steps", "history_noise"),
+    *("adam_weight_decay", "adam_beta1", "adam_beta2", "state_loss_weight", "dataloader_num_workers", "seed"),
+)
+AT_LEAST_1 = (
+    *("rollout_inference_steps", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "frame_skip"),
+    *("max_train_episodes", "num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "condition_dim"),
+    *("sample_frames", "num_history_frames", "logging_steps", "checkpointing_steps", "checkpoints_total_limit"),
+    *("validation_steps", "num_validation_clips", "lr_num_cycles", "height", "width", "pad_actions_to"),
+    *("crop_size", "lora_alpha"),
+)
+POSITIVE = (
+    *("learning_rate", "max_grad_norm", "max_train_minutes", "fps", "target_fps", "adam_epsilon", "snr_gamma"),
+    *("dataset_weights", "lr_power", "block_out_channels"),
+)
+FRACTIONS = ("terminal_share", "action_dropout", "ema_decay", "lora_dropout")
+CHOICES = {
+    "optimizer": ("adamw", "adamw8bit", "muon"),
+    "conditioning": ("frame", "video"),
+    "action_normalisation": ("std", "quantile"),
+    "action_space": ("relative", "absolute"),
+    "spatial_position": ("grid", "rope"),
+    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
+    "mixed_precision": ("no", "fp16", "bf16"),
+    "lr_scheduler": tuple(each.value for each in SchedulerType),
+    "attention_backend": tuple(each.value for each in AttentionBackendName),
+}
+"""Arguments by their values; None is allowed where it is the default."""
 WINDOW = ("sample_frames", "num_history_frames")
 FULL_HISTORY = 0.7
 """Fraction of the steps that use all history frames; the others draw the number uniformly."""
@@ -737,52 +792,6 @@ def log_video(accelerator: Accelerator, video: np.ndarray, path: Path, fps: floa
             tracker.log_images({"validation": video[-1:]}, step=step, dataformats="NHWC")
 
 
-def clip_length(config: Any, rollout_chunks: int) -> int:
-    """Frames of a training clip: the history, the chunks that are predicted without gradient, and the one with the loss."""
-    history = config["num_history_frames"]
-    return history + (rollout_chunks + 1) * (config["sample_frames"] - history)
-
-
-def crop(
-    latents: torch.Tensor, actions: torch.Tensor, config: Any, size: int, draws: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut the same square out of all frames of a clip, around a patch that changes in the last frame.
-
-    Args:
-        latents: Windows (B, C, F, H, W).
-        actions: Raw actions (B, n, A). Targets are shifted by the crop offset if the model has `target_extent`.
-        config: The model's config.
-        size: Side of the squares, in latent pixels, a multiple of the patch size.
-        draws: Uniform numbers (B, 3) that choose the patch, and its place in the square.
-
-    Returns:
-        Windows (B, C, F, size, size) and actions (B, n, A).
-    """
-    patch = config["patch_size"]
-    change = (latents[:, :, -1] - latents[:, :, -2]).abs().sum(1)
-    weights = torch.nn.functional.avg_pool2d(change, patch)  # (B, rows, columns)
-    rows, columns = weights.shape[1:]
-    shares = (weights.flatten(1) + 1e-6).cumsum(1)
-    chosen = torch.searchsorted(shares / shares[:, -1:], draws[:, :1].contiguous()).clamp_max(rows * columns - 1)[:, 0]
-    side = size // patch
-    corners = []
-    for place, number, draw in ((chosen // columns, rows, draws[:, 1]), (chosen % columns, columns, draws[:, 2])):
-        corners.append((place - (draw * side).long()).clamp(0, number - side) * patch)
-    pieces = [
-        window[..., top : top + size, left : left + size]
-        for window, top, left in zip(latents, corners[0].tolist(), corners[1].tolist(), strict=True)
-    ]
-    if config["target_extent"] is not None:
-        left, top, right, bottom = config["target_extent"]
-        moved = [
-            (right - left) / config["sample_width"] * corners[1],
-            (bottom - top) / config["sample_height"] * corners[0],
-        ]
-        shift = torch.nn.functional.pad(torch.stack(moved, dim=1), (0, actions.shape[2] - 2))
-        actions = actions - shift[:, None].to(actions)
-    return torch.stack(pieces), actions
-
-
 def training_loss(
     model: torch.nn.Module,
     noise_scheduler: NoiseProcess,
@@ -989,51 +998,98 @@ def publish(
 
 
 def check_arguments(arguments: TrainingArguments) -> None:
-    """Refuse what cannot work before anything is read."""
-    if arguments.optimizer not in ("adamw", "adamw8bit", "muon"):
-        raise ValueError(f"`optimizer` must be adamw, adamw8bit or muon, got {arguments.optimizer!r}.")
-    pretrained = arguments.pretrained_model_name_or_path
-    if arguments.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"`optimizer` muon needs torch 2.9, this is {torch.__version__}.")
-    if arguments.model not in MODELS:
-        raise ValueError(f"`model` must be one of {', '.join(MODELS)}, got {arguments.model!r}.")
-    foreign = [name for name in FOREIGN[arguments.model] if getattr(arguments, name)]
-    if arguments.model == "unet":
-        foreign += ["conditioning"] if arguments.conditioning == "frame" else []
-        foreign += ["optimizer"] if arguments.optimizer == "muon" else []
-    if foreign:
-        raise ValueError(f"`model` {arguments.model} is not for {', '.join(foreign)}: leave it out.")
-    if arguments.pixel_space and (arguments.vae or arguments.recorded_latents or pretrained):
-        raise ValueError("`pixel_space` is for a new model: leave vae, recorded_latents and a pretrained model out.")
-    if not (arguments.pixel_space or arguments.vae) and not (
-        pretrained and is_pipeline(pretrained, arguments.revision)
-    ):
-        raise ValueError("`vae` must be given, unless a pretrained pipeline brings its own or with `pixel_space`.")
-    if arguments.action_normalisation not in ("std", "quantile"):
-        raise ValueError(f"`action_normalisation` must be std or quantile, got {arguments.action_normalisation!r}.")
-    if arguments.optimizer == "adamw8bit" and not is_bitsandbytes_available():
-        raise ValueError("`optimizer` adamw8bit needs `pip install bitsandbytes`.")
-    presets = MODELS[arguments.model][2]
-    if arguments.preset not in (None, *presets):
-        raise ValueError(f"`preset` must be one of {', '.join(presets)}, got {arguments.preset!r}.")
+    """Check the arguments before anything is read.
+
+    Raises:
+        ValueError: If a value is invalid or does not apply to the other arguments.
+    """
+    check_values(arguments)
+    check_model_arguments(arguments)
+    check_pretrained_arguments(arguments)
     if arguments.max_train_minutes is not None and not arguments.lr_scheduler.startswith("constant"):
         raise ValueError(
             f"`lr_scheduler` must be constant or constant_with_warmup with `max_train_minutes`, got "
             f"{arguments.lr_scheduler!r}: the others need to know the number of steps."
         )
-    if arguments.snr_gamma is not None and arguments.prediction_type == "flow_prediction":
-        raise ValueError("`snr_gamma` must be left out for a flow, which has no signal-to-noise weights.")
     if len(arguments.dataset_weights) not in (0, len(arguments.dataset)):
         raise ValueError(
             f"`dataset_weights` must be {len(arguments.dataset)} numbers, got {arguments.dataset_weights}."
+        )
+    if (arguments.validation_dataset, arguments.validation_split) in [
+        (name, arguments.split) for name in arguments.dataset
+    ]:
+        raise ValueError(
+            f"`validation_dataset` and `validation_split` must not be training data, got "
+            f"{arguments.validation_dataset!r} with split {arguments.validation_split!r} for both."
         )
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("`height` and `width` must be given together.")
     if arguments.frame_skip > 1 and arguments.target_fps is not None:
         raise ValueError("`frame_skip` and `target_fps` exclude each other.")
-    for name, least in (("rollout_chunks", 0), ("rollout_start_step", 0), ("rollout_inference_steps", 1)):
-        if getattr(arguments, name) < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {getattr(arguments, name)}.")
+    if arguments.rollout_chunks == 0 and (arguments.rollout_start_step or arguments.rollout_inference_steps > 1):
+        raise ValueError(
+            "`rollout_start_step` and `rollout_inference_steps` must be used with `rollout_chunks`, got 0."
+        )
+
+
+def check_values(arguments: TrainingArguments) -> None:
+    """Check every value by itself.
+
+    Raises:
+        ValueError: If a number is out of range or a name is unknown.
+    """
+    require_finite(vars(arguments))
+    for names, least in ((NOT_NEGATIVE, 0), (AT_LEAST_1, 1)):
+        for name in names:
+            value = getattr(arguments, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    for name in POSITIVE:
+        values = getattr(arguments, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
+    for name in FRACTIONS:
+        if not 0 <= getattr(arguments, name) <= 1:
+            raise ValueError(f"`{name}` must be in [0, 1], got {getattr(arguments, name)}.")
+    if not 1 <= arguments.validation_inference_steps <= 1000:
+        raise ValueError(
+            f"`validation_inference_steps` must be in 1..1000, got {arguments.validation_inference_steps}."
+        )
+    presets = MODELS[arguments.model][2] if arguments.model in MODELS else {}
+    choices: dict[str, Any] = CHOICES | {"model": MODELS, "preset": presets}
+    for name, known in choices.items():
+        value = getattr(arguments, name)
+        if value is not None and value not in known:
+            raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
+    if len(arguments.target_extent) not in (0, 4):
+        raise ValueError(
+            f"`target_extent` must be 4 numbers, left, top, right and bottom, got {arguments.target_extent}."
+        )
+    if 0 in arguments.action_scale:
+        raise ValueError(f"`action_scale` must not be 0, got {arguments.action_scale}.")
+
+
+def check_model_arguments(arguments: TrainingArguments) -> None:
+    """Check the arguments of the model and its objective against each other.
+
+    Raises:
+        ValueError: If an argument does not apply to the model or a package is missing.
+    """
+    if arguments.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"`optimizer` muon requires torch 2.9 or later, found {torch.__version__}.")
+    if arguments.optimizer == "adamw8bit" and not is_bitsandbytes_available():
+        raise ValueError("`optimizer` adamw8bit requires `pip install bitsandbytes`.")
+    foreign = [name for name in FOREIGN[arguments.model] if getattr(arguments, name)]
+    if arguments.model == "unet":
+        foreign += ["conditioning"] if arguments.conditioning == "frame" else []
+        foreign += ["optimizer"] if arguments.optimizer == "muon" else []
+    if foreign:
+        raise ValueError(
+            f"`{foreign[0]}` does not apply to `model` {arguments.model}: leave out {', '.join(foreign)}."
+        )
+    if arguments.snr_gamma is not None and arguments.prediction_type == "flow_prediction":
+        raise ValueError("`snr_gamma` must be left out for flow matching, which has no min-SNR weights.")
     if arguments.crop_size and arguments.state_keys:
         raise ValueError(
             "`crop_size` and `state_keys` exclude each other: the states are positions in the whole frame."
@@ -1042,34 +1098,41 @@ def check_arguments(arguments: TrainingArguments) -> None:
         raise ValueError(
             f"`scale_noisy_latents` must be used with `prediction_type` sample, got {arguments.prediction_type!r}."
         )
-    if arguments.spatial_position not in (None, "grid", "rope"):
-        raise ValueError(f"`spatial_position` must be grid or rope, got {arguments.spatial_position!r}.")
     if arguments.target_extent and arguments.action_space != "absolute":
         raise ValueError(f"`target_extent` must be used with `action_space` absolute, got {arguments.action_space!r}.")
-    if arguments.rollout_chunks == 0 and (arguments.rollout_start_step or arguments.rollout_inference_steps > 1):
+    frames, history = (getattr(arguments, name) or NEW_MODEL[name] for name in WINDOW)
+    if arguments.pretrained_model_name_or_path is None and frames <= history:
         raise ValueError(
-            "`rollout_start_step` and `rollout_inference_steps` must be used with `rollout_chunks`, got 0."
+            f"`sample_frames` must be larger than `num_history_frames`, got {frames} and {history}: a window has at least one "
+            "predicted frame."
         )
-    if not 0 <= arguments.terminal_share <= 1:
-        raise ValueError(f"`terminal_share` must be in [0, 1], got {arguments.terminal_share}.")
-    if len(arguments.target_extent) not in (0, 4):
+
+
+def check_pretrained_arguments(arguments: TrainingArguments) -> None:
+    """Check which arguments a pretrained model, LoRA and pixel space allow.
+
+    Raises:
+        ValueError: If an argument is missing or must be left out.
+    """
+    pretrained = arguments.pretrained_model_name_or_path
+    if arguments.pixel_space and (arguments.vae or arguments.recorded_latents or pretrained):
         raise ValueError(
-            f"`target_extent` must be 4 numbers, left, top, right and bottom, got {arguments.target_extent}."
+            "`pixel_space` is for a new model: leave out `vae`, `recorded_latents` and "
+            "`pretrained_model_name_or_path`."
         )
+    if not (arguments.pixel_space or arguments.vae) and not (
+        pretrained and is_pipeline(pretrained, arguments.revision)
+    ):
+        raise ValueError("`vae` must be given, except with `pixel_space` or a pretrained pipeline.")
     if arguments.lora_rank and pretrained is None:
-        raise ValueError("`lora_rank` needs `pretrained_model_name_or_path`: adapters adapt a trained model.")
-    kept = (
-        "patch_size",
-        "action_frequencies",
-        *WINDOW,
-        "relative_latents",
-        "prediction_type",
-        "action_scale",
-        "action_offset",
+        raise ValueError("`lora_rank` requires `pretrained_model_name_or_path`: adapters belong to a trained model.")
+    fixed = (
+        *("patch_size", "action_frequencies", *WINDOW, "relative_latents"),
+        *("prediction_type", "action_scale", "action_offset"),
     )
-    given = [name for name in kept if getattr(arguments, name) not in (None, [], False)]
+    given = [name for name in fixed if getattr(arguments, name) not in (None, [], False)]
     if arguments.lora_rank and given:
-        raise ValueError(f"`lora_rank` keeps the model as it is: leave {', '.join(given)} out.")
+        raise ValueError(f"`lora_rank` leaves the model as it is: leave out {', '.join(given)}.")
     if pretrained is not None and arguments.preset:
         raise ValueError("`preset` is for a new model: leave it out with `pretrained_model_name_or_path`.")
 
@@ -1106,26 +1169,24 @@ def check_accelerator(accelerator: Accelerator, arguments: TrainingArguments) ->
 def run_settings(
     arguments: TrainingArguments, accelerator: Accelerator, folders: list[Path], config: dict
 ) -> dict[str, Any]:
-    """What a run must keep to be the same run when it is resumed."""
-    flags = [
-        "seed",
-        "train_batch_size",
-        "dataset_weights",
-        "optimizer",
-        "lora_rank",
-        "state_keys",
-        "crop_size",
-        "rollout_chunks",
-        "rollout_start_step",
-        "rollout_inference_steps",
-        "terminal_share",
-    ]
-    return {flag: getattr(arguments, flag) for flag in flags} | {
-        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+    """Return the settings that must not change when a run is resumed."""
+    flags = {name: value for name, value in vars(arguments).items() if name not in MAY_CHANGE}
+    return flags | {
+        "mixed_precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
         "latents": [folder.name for folder in folders],
         "model": {key: value for key, value in config.items() if not key.startswith("_")},
     }
+
+
+def check_finite(name: str, value: torch.Tensor, step: int, output: Path) -> None:
+    """Raise FloatingPointError if a value of a step is NaN or infinite, before the weights change."""
+    if not math.isfinite(value.item()):
+        found = checkpoints(output)
+        last = f"the last checkpoint is {str(found[-1])!r}" if found else "there is no checkpoint"
+        raise FloatingPointError(
+            f"the {name} is {value.item()} at step {step + 1}; {last}. Use a lower `learning_rate`, or check the data."
+        )
 
 
 def averaged_transformer(
@@ -1145,19 +1206,12 @@ def save(
     transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
     arguments: TrainingArguments,
 ) -> None:
-    """Write the pipeline or the adapters beside the checkpoints, what tells that they are complete last."""
-    output = Path(arguments.output_dir)
-    finished = output / FINISHED
-    with temporary_folder(finished) as partial:
-        if arguments.lora_rank:
-            save_lora(transformer, partial)
-        else:
-            finished_pipeline(vae, transformer, arguments).save_pretrained(partial)
-    for path in sorted(finished.iterdir(), key=lambda path: path.name == "model_index.json"):
-        if (output / path.name).is_dir():
-            shutil.rmtree(output / path.name)
-        path.replace(output / path.name)
-    finished.rmdir()
+    """Write the pipeline or the adapters into the output folder."""
+    if arguments.lora_rank:
+        save_finished(Path(arguments.output_dir), functools.partial(save_lora, transformer))
+    else:
+        pipeline = finished_pipeline(vae, transformer, arguments)
+        save_finished(Path(arguments.output_dir), pipeline.save_pretrained)
 
 
 def main() -> None:
@@ -1175,16 +1229,10 @@ def main() -> None:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],  # one may encode for long
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check_launch(accelerator)
     check_accelerator(accelerator, arguments)
     torch.backends.cuda.matmul.allow_tf32 = arguments.allow_tf32
     set_seed(arguments.seed)
-    output.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        remove_leftovers(output)
-        if arguments.push_to_hub:  # refused now rather than at the end
-            create_repo(arguments.hub_model_id or output.name, exist_ok=True)
-    accelerator.wait_for_everyone()
-
     sources = [
         open_source(name, arguments, arguments.split, arguments.max_train_episodes, all_phases=True)
         for name in arguments.dataset
@@ -1214,6 +1262,12 @@ def main() -> None:
             )
     for source in [] if arguments.recorded_latents else sources:
         check_frames(source, vae, 1 if arguments.model == "unet" else patch_size)
+    output.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_leftovers(output)
+        if arguments.push_to_hub:  # an error now rather than after the training
+            create_repo(arguments.hub_model_id or output.name, exist_ok=True)
+    accelerator.wait_for_everyone()
     folders = [
         cache_latents(
             source,
@@ -1309,7 +1363,7 @@ def main() -> None:
     step, seconds = 0, 0.0
     newest = newest_checkpoint(output, settings)
     if newest:
-        seconds = json.loads((newest / SETTINGS).read_text()).get("seconds", 0.0)
+        seconds = seconds_trained(newest)
         accelerator.load_state(str(newest))
         load_average(ema, transformer, newest)
         step = int(newest.name.split("-")[1])
@@ -1322,6 +1376,7 @@ def main() -> None:
     start = time.perf_counter() - seconds
     limit = float("inf") if arguments.max_train_minutes is None else 60 * arguments.max_train_minutes
     total = torch.zeros((), device=accelerator.device)  # loss over the batches of a step
+    interruption = Interruption()
     while step < arguments.max_train_steps and seconds < limit:
         loader.set_epoch(epoch)
         clips.set_epoch(epoch)
@@ -1342,9 +1397,12 @@ def main() -> None:
                         step=step,
                         position=place * arguments.train_batch_size,
                     )
+                check_finite("loss", loss, step, output)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
+                    if norm is not None and accelerator.scaler is None:  # a scaler skips such steps
+                        check_finite("gradient norm", norm, step, output)
                 for optimizer, schedule in zip(optimizers, schedules, strict=True):
                     optimizer.step()
                     schedule.step()
@@ -1367,7 +1425,8 @@ def main() -> None:
             seconds = time.perf_counter() - start
             if limit < float("inf"):  # all processes must stop at one step
                 seconds = accelerator.reduce(torch.tensor(seconds, device=accelerator.device), "mean").item()
-            if step % arguments.checkpointing_steps == 0 or seconds >= limit:
+            stopped_by = interruption.requested(accelerator)
+            if step % arguments.checkpointing_steps == 0 or seconds >= limit or stopped_by:
                 save_checkpoint(
                     accelerator,
                     output,
@@ -1376,6 +1435,12 @@ def main() -> None:
                     settings | {"seconds": seconds},
                     add=functools.partial(save_average, accelerator, ema, transformer),
                 )
+            if stopped_by:
+                logger.info(
+                    f"stopped by {signal.Signals(stopped_by).name} at step {step}; run the same command to resume"
+                )
+                accelerator.end_training()
+                raise SystemExit(128 + stopped_by)
             if arguments.validation_dataset and step % arguments.validation_steps == 0:
                 averaged = averaged_transformer(transformer, ema, arguments)
                 if held_out is not None:
@@ -1401,4 +1466,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,14 +1,15 @@
-"""Train a small per-frame AutoencoderKL on the pictures of robot clips.
+"""Train a small AutoencoderKL on single frames of robot clips.
 
     accelerate launch examples/train_vae.py --dataset data/pusht-train --output_dir runs/pusht-vae
 
-The large models use the frozen SDXL VAE, as the paper does; a small world model of simple pictures is far lighter with
-a small VAE of its own. Loss: MSE + 0.1 L1 + a trace of KL. `scaling_factor` is set from the latents of the data, so
-that they have unit variance, or `--latent_std`. The same command run again goes on from the last checkpoint. With `--pretrained` and
-`--freeze_encoder` the decoder alone is trained on, so that latents, and world models of them, stay as they are.
+Large models use the frozen SDXL VAE, as in the paper. For simple pictures a small VAE is much faster. The loss is MSE + 0.1 L1 +
+`--kl_weight` KL. `scaling_factor` is computed from the data so that scaled latents have the standard deviation `--latent_std`.
+The same command resumes from the newest complete checkpoint, also after Ctrl-C or SIGTERM. With `--pretrained` and
+`--freeze_encoder` only the decoder is trained: latents, and world models trained on them, stay valid.
 """
 
 import math
+import signal
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +25,15 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from irasim_diffusers.data import PreparedEpisodes, open_dataset
-from irasim_diffusers.training import newest_checkpoint, remove_leftovers, save_checkpoint
+from irasim_diffusers.training import (
+    Interruption,
+    check_launch,
+    newest_checkpoint,
+    remove_leftovers,
+    require_finite,
+    run_script,
+    save_checkpoint,
+)
 
 MAY_CHANGE = (
     *("output_dir", "max_train_steps", "checkpointing_steps", "compile"),
@@ -35,33 +44,31 @@ MAY_CHANGE = (
 @dataclass
 class VAEArguments:
     dataset: str = field(metadata={"help": "LeRobotDataset, IRASim-format or `datasets` folder, or Hub id"})
-    output_dir: str = field(metadata={"help": "where checkpoints and, at the end, the VAE are written"})
-    validation_dataset: str | None = field(default=None, metadata={"help": "data set whose pictures are held out"})
+    output_dir: str = field(metadata={"help": "folder for checkpoints and the trained VAE"})
+    validation_dataset: str | None = field(default=None, metadata={"help": "data set of held-out frames"})
     cameras: list[str] = field(
         default_factory=list,
-        metadata={"help": "cameras, stacked into one picture; left,right makes a row (default: the only one)"},
+        metadata={"help": "cameras to stack into one picture; left,right makes a row (default: the only camera)"},
     )
-    split: str = field(default="train", metadata={"help": "split of the data, or a part of one as train[:90%%]"})
+    split: str = field(default="train", metadata={"help": "split of the data, or a part such as train[:90%%]"})
     validation_split: str = field(default="train", metadata={"help": "split of the validation data"})
     pretrained: str | None = field(default=None, metadata={"help": "autoencoder to start from: folder or Hub id"})
-    freeze_encoder: bool = field(default=False, metadata={"help": "train the decoder alone, from --pretrained"})
+    freeze_encoder: bool = field(default=False, metadata={"help": "train only the decoder of --pretrained"})
     action_column: str = field(default="actions", metadata={"help": "column of actions of `datasets` data"})
-    skip_broken: bool = field(
-        default=False, metadata={"help": "leave out episodes that cannot be read, and list them"}
-    )
+    skip_broken: bool = field(default=False, metadata={"help": "skip episodes that cannot be read, and list them"})
     height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
     width: int | None = field(default=None, metadata={"help": "see --height"})
-    frames_per_episode: int = field(default=24, metadata={"help": "pictures used of each episode, evenly spaced"})
+    frames_per_episode: int = field(default=24, metadata={"help": "evenly spaced frames of each episode to train on"})
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
     latent_channels: int = 4
     norm_num_groups: int = field(
-        default=32, metadata={"help": "of the group norms; with 1, latents depend least on what lies far away"}
+        default=32, metadata={"help": "groups of the group norms; with 1, latents depend least on distant pixels"}
     )
     latent_std: float = field(
         default=1.0,
-        metadata={"help": "of scaled latents; a quarter where most of a picture is empty and few latents are large"},
+        metadata={"help": "standard deviation of scaled latents; use 0.25 if most of each picture is empty"},
     )
-    train_batch_size: int = field(default=16, metadata={"help": "pictures per step and process"})
+    train_batch_size: int = field(default=16, metadata={"help": "frames per step and process"})
     max_train_steps: int = 2800
     learning_rate: float = 2e-3
     lr_warmup_steps: int = 100
@@ -74,14 +81,14 @@ class VAEArguments:
 
 
 class Autoencoding(torch.nn.Module):
-    """One forward pass through both halves, which distributed wrappers need."""
+    """Encoder and decoder in one forward pass, as distributed wrappers require."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reconstruction (B, 3, H, W) and KL divergence of each picture (B,)."""
+        """Return the reconstruction (B, 3, H, W) and the KL divergence of each frame (B,)."""
         posterior = self.vae.encode(pictures).latent_dist
         return self.vae.decode(posterior.sample()).sample, posterior.kl()
 
@@ -89,7 +96,7 @@ class Autoencoding(torch.nn.Module):
 def load_frames(
     arguments: VAEArguments, name: str, split: str, per_episode: int, episodes: int | None = None
 ) -> torch.Tensor:
-    """Evenly spaced pictures (N, 3, H, W), uint8, of the episodes of a data set."""
+    """Read evenly spaced frames (N, 3, H, W), uint8, of the episodes of a data set."""
     frames = []
     source = open_dataset(
         name,
@@ -100,7 +107,7 @@ def load_frames(
     )
     size = (arguments.height, arguments.width) if arguments.height and arguments.width else None
     dataset = PreparedEpisodes(source, frame_size=size)
-    for number in tqdm(range(len(dataset)), desc="reading pictures", unit="episode"):
+    for number in tqdm(range(len(dataset)), desc="reading frames", unit="episode"):
         try:
             episode = dataset[number]
         except ValueError as error:
@@ -116,13 +123,13 @@ def load_frames(
 
 
 def to_model(frames: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 to [-1, 1]."""
+    """Convert uint8 to [-1, 1]."""
     return frames.to(device).float() / 127.5 - 1
 
 
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, frames: torch.Tensor, device: torch.device) -> float:
-    """PSNR of the mean error of 8-bit pictures."""
+    """Return the PSNR of the mean squared error of 8-bit reconstructions, in dB."""
     errors = []
     for batch in frames.split(32):
         decoded = vae.decode(vae.encode(to_model(batch, device)).latent_dist.mode()).sample.float()
@@ -133,13 +140,13 @@ def reconstruction_psnr(vae: AutoencoderKL, frames: torch.Tensor, device: torch.
 
 @torch.no_grad()
 def latent_std(vae: AutoencoderKL, frames: torch.Tensor, device: torch.device) -> float:
-    """Standard deviation of the latents over pictures, positions and channels."""
+    """Return the standard deviation of the latents over frames, positions and channels."""
     latents = torch.cat([vae.encode(to_model(batch, device)).latent_dist.mode().float() for batch in frames.split(32)])
     return latents.std().item()
 
 
 def build_vae(arguments: VAEArguments, sample_size: int) -> AutoencoderKL:
-    """A new autoencoder, or the pretrained one, with the encoder frozen where asked."""
+    """Create a new autoencoder, or load the pretrained one and freeze its encoder if requested."""
     if arguments.pretrained:
         vae = AutoencoderKL.from_pretrained(arguments.pretrained)
         if arguments.freeze_encoder:
@@ -159,31 +166,60 @@ def build_vae(arguments: VAEArguments, sample_size: int) -> AutoencoderKL:
 
 
 def run_settings(arguments: VAEArguments, processes: int) -> dict[str, Any]:
-    """What a run must keep to be the same run when it is resumed."""
+    """Return the settings that must not change when a run is resumed."""
     flags = {name: value for name, value in asdict(arguments).items() if name not in MAY_CHANGE}
     return flags | {"processes": processes}
 
 
-def main() -> None:
-    (arguments,) = HfArgumentParser(VAEArguments).parse_args_into_dataclasses()
+def check_arguments(arguments: VAEArguments) -> None:
+    """Check the arguments before anything is read.
+
+    Raises:
+        ValueError: If a value is invalid.
+    """
+    require_finite(vars(arguments))
+    for name in (
+        *("train_batch_size", "max_train_steps", "checkpointing_steps", "validation_steps", "frames_per_episode"),
+        *("latent_channels", "norm_num_groups", "height", "width"),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    for name in ("learning_rate", "latent_std"):
+        if getattr(arguments, name) <= 0:
+            raise ValueError(f"`{name}` must be positive, got {getattr(arguments, name)}.")
+    for name in ("kl_weight", "lr_warmup_steps", "seed"):
+        if getattr(arguments, name) < 0:
+            raise ValueError(f"`{name}` must be at least 0, got {getattr(arguments, name)}.")
+    channels = arguments.block_out_channels
+    if not channels or any(number < 1 or number % arguments.norm_num_groups for number in channels):
+        raise ValueError(
+            f"`block_out_channels` must be positive multiples of `norm_num_groups` = {arguments.norm_num_groups}, got {channels}."
+        )
     if arguments.freeze_encoder and not arguments.pretrained:
-        raise ValueError("`freeze_encoder` needs `pretrained`: an untrained encoder is no use.")
+        raise ValueError("`freeze_encoder` requires `pretrained`: a new encoder must be trained.")
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("`height` and `width` must be given together.")
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(VAEArguments).parse_args_into_dataclasses()
+    check_arguments(arguments)
     output = Path(arguments.output_dir)
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    check_launch(accelerator)
     set_seed(arguments.seed)
     settings = run_settings(arguments, accelerator.num_processes)
     newest = newest_checkpoint(output, settings)
-    output.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        remove_leftovers(output)
     frames = load_frames(arguments, arguments.dataset, arguments.split, arguments.frames_per_episode)
     validation = arguments.validation_dataset or arguments.dataset
     split = arguments.validation_split if arguments.validation_dataset else arguments.split
     which = "held-out" if arguments.validation_dataset else "training"
     held_out = load_frames(arguments, validation, split, 4, episodes=64)
     vae = build_vae(arguments, max(frames.shape[-2:]))
+    output.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_leftovers(output)
     if arguments.compile:
         vae.encoder.compile()
         vae.decoder.compile()
@@ -204,8 +240,9 @@ def main() -> None:
         step = int(newest.name.split("-")[1])
     bar = tqdm(total=arguments.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
     start = time.perf_counter()
+    interruption = Interruption()
     while step < arguments.max_train_steps:
-        # the pictures of a step depend on seed, step and process alone, so that a resumed run sees the same ones
+        # the frames of a step depend on seed, step and process only: a resumed run uses the same frames
         rng = np.random.default_rng([arguments.seed, step, accelerator.process_index])
         chosen = torch.from_numpy(rng.integers(len(frames), size=arguments.train_batch_size))
         pictures = to_model(frames[chosen], accelerator.device)
@@ -213,6 +250,8 @@ def main() -> None:
             reconstruction, kl = autoencoding(pictures)
         difference = reconstruction.float() - pictures
         loss = difference.square().mean() + 0.1 * difference.abs().mean() + arguments.kl_weight * kl.float().mean()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}: use a lower `learning_rate`.")
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(autoencoding.parameters(), 1.0)
         optimizer.step()
@@ -221,8 +260,14 @@ def main() -> None:
         step += 1
         bar.update()
         bar.set_postfix(loss=f"{loss.item():.5f}")
-        if step % arguments.checkpointing_steps == 0 and step < arguments.max_train_steps:
+        stopped_by = interruption.requested(accelerator)
+        if stopped_by or (step % arguments.checkpointing_steps == 0 and step < arguments.max_train_steps):
             save_checkpoint(accelerator, output, step, limit=2, settings=settings)
+        if stopped_by:
+            name = signal.Signals(stopped_by).name
+            accelerator.print(f"stopped by {name} at step {step}; run the same command to resume")
+            accelerator.end_training()
+            raise SystemExit(128 + stopped_by)
         if accelerator.is_main_process and (step % arguments.validation_steps == 0):
             with accelerator.autocast():
                 psnr = reconstruction_psnr(vae, held_out, accelerator.device)
@@ -238,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -312,7 +312,9 @@ def test_vae_is_ready_to_use(workspace):
 def test_an_autoencoder_is_not_trained_on_in_the_folder_of_another_run(workspace, monkeypatch):
     flags = vae_flags(workspace, "vae", "--latent_channels", 8, "--mixed_precision", "no")
     monkeypatch.setattr(sys, "argv", ["train_vae.py", *map(str, flags)])
-    with pytest.raises(ValueError, match=r"is of another run: latent_channels was 4 and is 8, mixed_precision was"):
+    with pytest.raises(
+        ValueError, match=r"belongs to a run with other settings: latent_channels was 4 and is 8, mixed_precision was"
+    ):
         train_vae_script.main()
 
 

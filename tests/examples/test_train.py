@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,8 +25,6 @@ from train import (
     TrainingArguments,
     check_arguments,
     check_data,
-    clip_length,
-    crop,
     load_vae,
     open_source,
     training_loss,
@@ -34,6 +33,7 @@ from train import (
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.data import IRASimFolder, LatentClips, cache_latents, read_video, write_video
 from irasim_diffusers.models import noise_process
+from irasim_diffusers.training import clip_length, crop, newest_checkpoint
 
 CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
 needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
@@ -177,17 +177,20 @@ def test_pixels_are_cached_as_they_are(workspace):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": "sgd"}, "`optimizer` must be adamw, adamw8bit or muon"),
-        ({"vae": None}, "`vae` must be given, unless a pretrained pipeline brings its own"),
+        ({"optimizer": "sgd"}, "`optimizer` must be one of adamw, adamw8bit, muon, got 'sgd'"),
+        ({"vae": None}, "`vae` must be given, except with `pixel_space` or a pretrained pipeline"),
         ({"preset": "M"}, "`preset` must be one of S, B, L, XL, got 'M'"),
         ({"model": "gan"}, "`model` must be one of transformer, unet, got 'gan'"),
         ({"model": "unet", "preset": "S"}, "`preset` must be one of VDM, LVDM, got 'S'"),
-        ({"model": "unet", "conditioning": "frame"}, "`model` unet is not for conditioning"),
-        ({"model": "unet", "optimizer": "muon", "num_layers": 2}, "`model` unet is not for num_layers, optimizer"),
-        ({"block_out_channels": [8, 16]}, "`model` transformer is not for block_out_channels"),
-        ({"pixel_space": True}, "`pixel_space` is for a new model: leave vae"),
+        ({"model": "unet", "conditioning": "frame"}, "`conditioning` does not apply to `model` unet"),
+        (
+            {"model": "unet", "optimizer": "muon", "num_layers": 2},
+            "does not apply to `model` unet: leave out num_layers, optimizer",
+        ),
+        ({"block_out_channels": [8, 16]}, "`block_out_channels` does not apply to `model` transformer"),
+        ({"pixel_space": True}, "`pixel_space` is for a new model: leave out `vae`"),
         ({"max_train_minutes": 1, "lr_scheduler": "cosine"}, "`lr_scheduler` must be constant or .* got 'cosine'"),
-        ({"snr_gamma": 5, "prediction_type": "flow_prediction"}, "`snr_gamma` must be left out for a flow"),
+        ({"snr_gamma": 5, "prediction_type": "flow_prediction"}, "`snr_gamma` must be left out for flow matching"),
         ({"dataset_weights": [1, 2]}, r"`dataset_weights` must be 1 numbers, got \[1, 2\]"),
         ({"height": 32}, "`height` and `width` must be given together"),
         ({"preset": "S", "pretrained_model_name_or_path": "model"}, "`preset` is for a new model"),
@@ -197,21 +200,44 @@ def test_pixels_are_cached_as_they_are(workspace):
         ({"rollout_inference_steps": 0}, "`rollout_inference_steps` must be at least 1, got 0"),
         ({"crop_size": 8, "state_keys": ["joints"]}, "`crop_size` and `state_keys` exclude each other"),
         ({"scale_noisy_latents": True}, "`scale_noisy_latents` must be used with `prediction_type` sample, got None"),
-        ({"spatial_position": "area"}, "`spatial_position` must be grid or rope, got 'area'"),
+        ({"spatial_position": "area"}, "`spatial_position` must be one of grid, rope, got 'area'"),
         ({"target_extent": [0, 0, 1, 1]}, "`target_extent` must be used with `action_space` absolute, got None"),
         ({"rollout_start_step": 5}, "must be used with `rollout_chunks`, got 0"),
-        ({"model": "unet", "crop_size": 8}, "`model` unet is not for crop_size"),
+        ({"model": "unet", "crop_size": 8}, "`crop_size` does not apply to `model` unet"),
         ({"target_extent": [0, 1], "action_space": "absolute"}, r"`target_extent` must be 4 numbers, .* got \[0, 1\]"),
-        ({"lora_rank": 4}, "`lora_rank` needs `pretrained_model_name_or_path`"),
+        ({"lora_rank": 4}, "`lora_rank` requires `pretrained_model_name_or_path`"),
         (
             {"lora_rank": 4, "pretrained_model_name_or_path": "model", "patch_size": 1},
-            "keeps the model as it is: leave patch_size out",
+            "leaves the model as it is: leave out patch_size",
         ),
         (
             {"lora_rank": 4, "pretrained_model_name_or_path": "model", "prediction_type": "sample"},
-            "keeps the model as it is: leave prediction_type out",
+            "leaves the model as it is: leave out prediction_type",
         ),
-        ({"action_normalisation": "max"}, "`action_normalisation` must be std or quantile, got 'max'"),
+        ({"action_normalisation": "max"}, "`action_normalisation` must be one of std, quantile, got 'max'"),
+        ({"max_train_steps": -5}, "`max_train_steps` must be at least 1, got -5"),
+        ({"max_train_steps": 0}, "`max_train_steps` must be at least 1, got 0"),
+        ({"max_train_episodes": -1}, "`max_train_episodes` must be at least 1, got -1"),
+        ({"height": 0, "width": 32}, "`height` must be at least 1, got 0"),
+        ({"train_batch_size": 0}, "`train_batch_size` must be at least 1, got 0"),
+        ({"logging_steps": 0}, "`logging_steps` must be at least 1, got 0"),
+        ({"checkpointing_steps": 0}, "`checkpointing_steps` must be at least 1, got 0"),
+        ({"history_noise": -0.1}, "`history_noise` must be at least 0, got -0.1"),
+        ({"action_dropout": 2.0}, r"`action_dropout` must be in \[0, 1\], got 2.0"),
+        ({"ema_decay": 2.0}, r"`ema_decay` must be in \[0, 1\], got 2.0"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be finite, got nan"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be positive, got 0.0"),
+        ({"action_scale": [float("nan")]}, r"`action_scale` must be finite, got \[nan\]"),
+        ({"action_scale": [1.0, 0.0]}, r"`action_scale` must not be 0, got \[1.0, 0.0\]"),
+        ({"dataset_weights": [-1.0]}, "`dataset_weights` must be positive, got -1.0"),
+        ({"max_train_minutes": float("inf")}, "`max_train_minutes` must be finite, got inf"),
+        ({"fps": 0.0}, "`fps` must be positive, got 0.0"),
+        ({"validation_inference_steps": 0}, "`validation_inference_steps` must be in 1..1000, got 0"),
+        ({"validation_dataset": "set"}, "must not be training data, got 'set' with split 'train'"),
+        ({"lr_scheduler": "sine"}, "`lr_scheduler` must be one of linear, .*, got 'sine'"),
+        ({"attention_backend": "fast"}, "`attention_backend` must be one of .*, got 'fast'"),
+        ({"prediction_type": "noise"}, "`prediction_type` must be one of epsilon, .*, got 'noise'"),
+        ({"sample_frames": 4, "num_history_frames": 4}, "`sample_frames` must be larger than `num_history_frames`"),
     ],
 )
 def test_bad_arguments(changes, message):
@@ -443,11 +469,80 @@ def test_compiled_with_everything_logged_and_published(workspace):
     assert {"model_index.json", "README.md", "pipeline.py"} <= set(hub.repositories["lab/arm"]["main"])
 
 
-def test_a_run_is_not_resumed_as_another(workspace):
+def test_a_run_is_not_resumed_with_other_settings(workspace):
     train_robot(workspace, "settled")
-    with pytest.raises(AssertionError, match="is of another run: train_batch_size was 4 and is 3"):
-        train_robot(workspace, "settled", "--train_batch_size", 3, "--max_train_steps", 4)
-    train_robot(workspace, "settled", "--learning_rate", 1e-5, "--max_train_steps", 4)
+    for flag, value, message in (
+        ("--train_batch_size", 3, "train_batch_size was 4 and is 3"),
+        ("--learning_rate", 1e-5, "learning_rate was 0.0001 and is 1e-05"),
+        ("--action_dropout", 0.2, "action_dropout was 0.1 and is 0.2"),
+    ):
+        with pytest.raises(AssertionError, match=f"belongs to a run with other settings: {message}"):
+            train_robot(workspace, "settled", flag, value, "--max_train_steps", 4)
+    train_robot(workspace, "settled", "--logging_steps", 1, "--max_train_steps", 4)
+
+
+def test_a_damaged_checkpoint_is_skipped(workspace):
+    output = workspace / "damaged"
+    train_robot(workspace, "damaged", "--max_train_steps", 4)
+    whole = shutil.copytree(output / "checkpoint-4", workspace / "whole")
+    for name in ("settings.json", "model.safetensors", "optimizer.bin", "ema.safetensors", "random_states_0.pkl"):
+        (output / "checkpoint-4" / name).write_bytes(b"")  # as after a power failure
+        assert newest_checkpoint(output, {}) == output / "checkpoint-2", name
+        shutil.copy(whole / name, output / "checkpoint-4" / name)
+    (output / "checkpoint-4" / "model.safetensors").unlink()
+    log = train_robot(workspace, "damaged", "--max_train_steps", 4)
+    assert f"skipped damaged checkpoint {output / 'checkpoint-4'}: model.safetensors is missing" in log
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert newest_checkpoint(output, {}) == output / "checkpoint-4"
+    for step in (2, 4):
+        (output / f"checkpoint-{step}" / "optimizer.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is complete: checkpoint-4 \(optimizer.bin has 0 bytes"):
+        newest_checkpoint(output, {})
+
+
+def test_training_stops_at_a_loss_that_is_not_finite(workspace):
+    arguments = ["--learning_rate", 1e30, "--max_train_steps", 50, "--checkpointing_steps", 1]
+    with pytest.raises(AssertionError, match=r"error: the (loss|gradient norm) is (nan|inf) at step \d+; the"):
+        train_robot(workspace, "diverged", *arguments)
+    assert not (workspace / "diverged" / "model_index.json").exists()
+
+
+def test_invalid_input_is_one_line_with_exit_status_2(workspace):
+    for flags in (["--max_train_steps", 0], ["--cameras", 3]):
+        command = [sys.executable, EXAMPLES / "train.py", "--dataset", workspace / "first", "--vae", workspace / "vae"]
+        command += ["--output_dir", workspace / "refused", *flags]
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        assert result.returncode == 2
+        assert result.stderr.splitlines()[-1].startswith("train.py: error: ")
+        assert "Traceback" not in result.stderr
+        assert not (workspace / "refused").exists()
+
+
+def test_cpu_launch_that_starts_a_single_process_is_refused(workspace):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [*launch, EXAMPLES / "train.py", "--dataset", workspace / "first", "--vae", workspace / "vae"]
+    command += ["--output_dir", workspace / "single", *SHORT]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert result.returncode
+    assert "starts one process only. Start several with `--config_file" in result.stderr
+
+
+def test_sigterm_saves_a_checkpoint(workspace):
+    output = workspace / "terminated"
+    command = [sys.executable, EXAMPLES / "train.py", "--dataset", workspace / "first", "--vae", workspace / "vae"]
+    command += ["--output_dir", output, "--cameras", 0, 1, *MODEL, *SHORT, "--max_train_steps", 100_000]
+    command += ["--checkpointing_steps", 100_000, "--logging_steps", 1]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        while "loss=" not in (
+            line := process.stderr.readline()
+        ):  # in the training loop; the bar ends in a carriage return
+            assert line or process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM at step" in rest
+    assert "Traceback" not in rest
+    assert len(list(output.glob("checkpoint-*"))) == 1
 
 
 def test_a_model_that_predicts_the_sample_is_ready_to_use(workspace):

@@ -113,7 +113,7 @@ def test_min_snr_caps_the_weight_of_the_samples_error(batch, prediction_type):
 
 def test_a_flow_takes_no_min_snr(batch):
     model = tiny_transformer(prediction_type="flow_prediction")
-    with pytest.raises(ValueError, match="`snr_gamma` must be None for a flow"):
+    with pytest.raises(ValueError, match="`snr_gamma` must be None for flow matching"):
         diffusion_loss(model, noise_process(model.config), **batch, snr_gamma=5.0)
 
 

@@ -1,0 +1,221 @@
+"""Checkpoints of a training run, and the averaged weights in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.training_utils import EMAModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..files import temporary_folder
+
+logger = get_logger(__name__, log_level="INFO")
+
+FINISHED = ".finished"
+"""Temporary folder of the result in the output folder."""
+
+SETTINGS = "settings.json"
+"""File with the settings of the run, the training time and the size of every file of the checkpoint."""
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Return the checkpoints `checkpoint-<step>` in a folder, oldest first."""
+    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint folder."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def newest_checkpoint(output: Path, settings: dict[str, Any]) -> Path | None:
+    """Return the newest complete checkpoint, or None if there is no checkpoint.
+
+    Args:
+        output: Folder of the checkpoints.
+        settings: Settings that define the run; values may be dictionaries.
+
+    Raises:
+        ValueError: If no checkpoint is complete, or if the settings of the newest complete one differ.
+    """
+    found = checkpoints(output)
+    damaged = []
+    for path in reversed(found):
+        problem = _problem(path)
+        if problem is None:
+            _check_settings(path, settings)
+            return path
+        damaged.append(f"{path.name} ({problem})")
+        logger.warning(f"skipped damaged checkpoint {path}: {problem}")
+    if found:
+        raise ValueError(
+            f"no checkpoint in {str(output)!r} is complete: {', '.join(damaged)}. Delete them to train from the start."
+        )
+    return None
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """Describe what is missing from a checkpoint; None if it is complete."""
+    try:
+        sizes = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8")).get("files", {})
+    except (OSError, ValueError, AttributeError):
+        return f"{SETTINGS} cannot be read"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def _check_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
+    before = _flat(json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8")))
+    now = _flat(json.loads(json.dumps(settings)))  # tuples become lists
+    changed = [
+        f"{key} was {before.get(key)!r} and is {value!r}" for key, value in now.items() if before.get(key) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{str(checkpoint)!r} belongs to a run with other settings: {', '.join(changed)}. Use the same settings to resume, or "
+            "another `output_dir`."
+        )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def seconds_trained(checkpoint: Path) -> float:
+    """Return the training time at a checkpoint, in seconds."""
+    return json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8")).get("seconds", 0.0)
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    output: Path,
+    step: int,
+    limit: int,
+    settings: dict[str, Any],
+    add: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a checkpoint under a temporary name, flush it, rename it, and delete the oldest ones beyond `limit`.
+
+    Checkpoints of this step and of later ones are replaced. They exist only if they are damaged.
+
+    Args:
+        accelerator: Accelerator whose state is saved. Every process must call this function.
+        output: Folder of the checkpoints.
+        step: Number of completed steps.
+        limit: Maximum number of checkpoints to keep.
+        settings: Settings that `newest_checkpoint` compares.
+        add: Function that writes further files into the checkpoint folder.
+    """
+    partial = output / f"partial-{step}"
+    accelerator.save_state(str(partial))
+    if add is not None:
+        add(partial)
+    accelerator.wait_for_everyone()  # every process writes its own random state
+    if accelerator.is_main_process:
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        for path in files:
+            _flush(path)
+        sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
+        (partial / SETTINGS).write_text(json.dumps(settings | {"files": sizes}, indent=2), encoding="utf-8")
+        _flush(partial / SETTINGS)
+        for stale in checkpoints(output):
+            if step_of(stale) >= step:
+                shutil.rmtree(stale)
+        partial.rename(output / f"checkpoint-{step}")
+        for old in checkpoints(output)[: -max(limit, 1)]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def _flush(path: Path) -> None:
+    """Write a file to disk, so that a rename cannot become visible before its content."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def remove_leftovers(output: Path) -> None:
+    """Delete the temporary folders of interrupted runs in an output folder, and nothing else."""
+    for path in output.iterdir():
+        own = path.name == FINISHED or path.match(f".{FINISHED}.*.partial") or re.fullmatch(r"partial-\d+", path.name)
+        if own and path.is_dir():
+            shutil.rmtree(path)
+
+
+def save_finished(output: Path, save: Callable[[Path], None]) -> None:
+    """Write the result of a run into its output folder; `model_index.json`, which marks it as complete, comes last.
+
+    Args:
+        output: Output folder, which also contains the checkpoints.
+        save: Function that writes the result into a given folder, for example `pipeline.save_pretrained`.
+    """
+    finished = output / FINISHED
+    with temporary_folder(finished) as partial:
+        save(partial)
+    for path in sorted(finished.iterdir(), key=lambda path: path.name == DiffusionPipeline.config_name):
+        if (output / path.name).is_dir():
+            shutil.rmtree(output / path.name)
+        path.replace(output / path.name)
+    finished.rmdir()
+
+
+def averaged_state(ema: EMAModel, model: ModelMixin | nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state of a model with averaged trained weights, gathered from shards, on the CPU.
+
+    Args:
+        ema: Averages of the parameters that require a gradient, in their order.
+        model: The model. If it is sharded, every process must call this function.
+    """
+    averages = iter(ema.shadow_params)
+    parameters = {
+        name: next(averages) if parameter.requires_grad else parameter.detach()
+        for name, parameter in model.named_parameters()
+    }
+    return {name: _whole(tensor).cpu() for name, tensor in (dict(model.named_buffers()) | parameters).items()}
+
+
+def save_average(accelerator: Accelerator, ema: EMAModel, model: nn.Module, folder: Path) -> None:
+    """Write the averaged weights to `ema.safetensors`; every process must call this function."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    whole = [_whole(shadow).cpu().contiguous() for shadow in ema.shadow_params]
+    if accelerator.is_main_process:
+        metadata = {"optimization_step": str(ema.optimization_step)}
+        save_file(dict(zip(names, whole, strict=True)), folder / "ema.safetensors", metadata)
+
+
+def load_average(ema: EMAModel, model: nn.Module, folder: Path) -> None:
+    """Load averages written by `save_average`, sharded like the model."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with safe_open(folder / "ema.safetensors", "pt") as file:
+        ema.optimization_step = int(file.metadata()["optimization_step"])
+        for name, shadow in zip(names, ema.shadow_params, strict=True):
+            value = file.get_tensor(name).to(shadow.device)
+            if isinstance(shadow, DTensor):
+                value = distribute_tensor(value, shadow.device_mesh, shadow.placements)
+            shadow.copy_(value)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather a sharded tensor."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,89 @@
+"""Behaviour that all training scripts share: errors, interruptions, and checks before any work."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+OTHER_RANK_DELAY = 5.0
+"""Seconds that other processes wait before they print an error that the main process has probably printed."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run the main function of a script; report invalid input in one line with exit status 2.
+
+    Under `accelerate launch`, an error that occurs in every process is printed once.
+
+    Args:
+        main: Function without arguments.
+    """
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if int(os.environ.get("RANK", "0")):
+            time.sleep(OTHER_RANK_DELAY)  # the launcher stops this process if the main process failed, too
+        message = " ".join(str(error).split()) or type(error).__name__
+        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {message}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: interrupted\n")
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+class Interruption:
+    """Turns Ctrl-C and SIGTERM into a request to stop after the current step.
+
+    A second signal interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def requested(self, accelerator: Accelerator) -> int:
+        """Return the signal that any process has received, 0 if none; every process must call this method."""
+        if accelerator.num_processes == 1:
+            return self.number
+        numbers = accelerator.gather(torch.tensor([self.number], device=accelerator.device))
+        return int(numbers.max())
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Check that accelerate has started as many processes as requested.
+
+    Raises:
+        ValueError: If `accelerate launch --cpu --num_processes N` has started a single process.
+    """
+    several = "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if several and "WORLD_SIZE" not in os.environ and accelerator.num_processes == 1:
+        raise ValueError(
+            "`accelerate launch --cpu --num_processes N` starts one process only. Start several with `--config_file "
+            "examples/accelerate_configs/cpu.yaml`, or leave out --num_processes."
+        )
+
+
+def require_finite(arguments: Mapping[str, Any]) -> None:
+    """Check that all numbers of a script's arguments are finite.
+
+    Raises:
+        ValueError: If a number is NaN or infinite.
+    """
+    for name, value in arguments.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"`{name}` must be finite, got {value}.")
