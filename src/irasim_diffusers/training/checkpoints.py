@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..files import temporary_folder
 
-logger = get_logger(__name__, log_level="INFO")
+logger = logging.getLogger(__name__)
 
 FINISHED = ".finished"
 """Temporary folder of the result in the output folder."""
