@@ -86,110 +86,109 @@ logger = get_logger(__name__, log_level="INFO")
 class TrainingArguments:
     # data
     dataset: list[str] = field(
-        metadata={"help": "LeRobotDataset, IRASim-format or `datasets` folder, or Hub id; several are mixed"}
+        metadata={"help": "LeRobotDataset, IRASim-format or `datasets` folder, or Hub id; several data sets are mixed"}
     )
-    output_dir: str = field(metadata={"help": "where checkpoints and the finished pipeline are written"})
+    output_dir: str = field(metadata={"help": "folder for checkpoints and the finished pipeline"})
     vae: str | None = field(
         default=None,
         metadata={
-            "help": "frozen autoencoder: folder or Hub id, ':<subfolder>' appended where it has one (default: that of the "
-            "pretrained pipeline)"
+            "help": "frozen autoencoder: folder or Hub id, optionally with ':<subfolder>' (default: that of the pretrained "
+            "pipeline)"
         },
     )
-    pixel_space: bool = field(
-        default=False, metadata={"help": "train on the frames themselves, without an autoencoder"}
-    )
+    pixel_space: bool = field(default=False, metadata={"help": "train on pixels, without an autoencoder"})
     validation_dataset: str | None = field(
-        default=None, metadata={"help": "data set of held-out episodes, in any of these forms"}
+        default=None, metadata={"help": "data set of held-out episodes, in the same formats"}
     )
     dataset_revision: str | None = field(
-        default=None, metadata={"help": "branch, tag or commit of the data sets on the Hub; a commit never changes"}
+        default=None, metadata={"help": "branch, tag or commit of the data sets on the Hub"}
     )
     dataset_weights: list[float] = field(
-        default_factory=list, metadata={"help": "share of each data set (default: as long as they are)"}
+        default_factory=list, metadata={"help": "sampling weight of each data set (default: its number of windows)"}
     )
     cameras: list[str] = field(
         default_factory=list,
-        metadata={"help": "cameras, stacked into one picture; left,right makes a row (default: the only one)"},
+        metadata={"help": "cameras to stack into one picture; left,right makes a row (default: the only camera)"},
     )
-    split: str = field(default="train", metadata={"help": "split of the data, or a part of one as train[:90%%]"})
+    split: str = field(default="train", metadata={"help": "split of the data, or a part such as train[:90%%]"})
     validation_split: str = field(default="train", metadata={"help": "split of the validation data"})
     max_train_episodes: int | None = field(
-        default=None, metadata={"help": "train on the first that many episodes of each data set"}
+        default=None, metadata={"help": "number of episodes of each data set to train on, from the first"}
     )
     streaming: bool = field(
         default=False,
-        metadata={
-            "help": "of data sets on the Hub keep the latents only: download file by file, encode, delete; for data larger than "
-            "the disk"
-        },
+        metadata={"help": "download data sets from the Hub file by file, encode them, and keep only the latents"},
     )
-    skip_broken: bool = field(
-        default=False, metadata={"help": "leave out episodes that cannot be read, and list them"}
-    )
+    skip_broken: bool = field(default=False, metadata={"help": "skip episodes that cannot be read, and list them"})
     recorded_latents: bool = field(
-        default=False, metadata={"help": "take the latents beside the videos of IRASim-format data"}
+        default=False, metadata={"help": "use the latents that are stored with IRASim-format data"}
     )
-    fps: float | None = field(default=None, metadata={"help": "frames a second, where the data do not record them"})
-    frame_skip: int = field(default=1, metadata={"help": "train on every frame of that number, from any on"})
-    target_fps: float | None = field(default=None, metadata={"help": "the same, as the rate that remains"})
+    fps: float | None = field(default=None, metadata={"help": "frames per second, if the data do not record it"})
+    frame_skip: int = field(default=1, metadata={"help": "train on every n-th frame, with all offsets"})
+    target_fps: float | None = field(
+        default=None, metadata={"help": "frames per second after skipping, instead of --frame_skip"}
+    )
     height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
     width: int | None = field(default=None, metadata={"help": "see --height"})
-    action_column: str = field(default="actions", metadata={"help": "column of actions of `datasets` data"})
-    state_columns: list[str] = field(default_factory=list, metadata={"help": "columns of states of `datasets` data"})
+    action_column: str = field(default="actions", metadata={"help": "action column of `datasets` data"})
+    state_columns: list[str] = field(default_factory=list, metadata={"help": "state columns of `datasets` data"})
     action_derivation: str = field(
         default="recorded",
-        metadata={"help": "recorded, or from states: relative_euler, relative_6d, relative_planar, absolute"},
+        metadata={"help": "recorded, or derived from states: relative_euler, relative_6d, relative_planar, absolute"},
     )
     action_composition: str | None = field(
         default=None,
-        metadata={
-            "help": "what recorded actions are, and so how they compose over skipped frames; see action_derivation"
-        },
+        metadata={"help": "derivation of recorded actions, which determines how they compose over skipped frames"},
     )
-    state_key: str | None = field(default=None, metadata={"help": "state that actions are derived from"})
-    pad_actions_to: int | None = field(default=None, metadata={"help": "components after padding with zeros"})
+    state_key: str | None = field(default=None, metadata={"help": "state feature that actions are derived from"})
+    pad_actions_to: int | None = field(
+        default=None, metadata={"help": "pad actions with zeros to this number of components"}
+    )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "where latents are kept (default: output_dir/latents)"}
+        default=None, metadata={"help": "folder of the latent cache (default: output_dir/latents)"}
     )
     # model
     pretrained_model_name_or_path: str | None = field(
         default=None,
         metadata={
             "aliases": ["--pretrained"],
-            "help": "pipeline or transformer to start from: folder or Hub id; window, patch and action scaling may change",
+            "help": "pretrained pipeline or transformer: folder or Hub id; window, patch size and action scaling may change",
         },
     )
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the pretrained model"})
-    variant: str | None = field(default=None, metadata={"help": "of the pretrained model's files, like fp16"})
+    variant: str | None = field(
+        default=None, metadata={"help": "variant of the pretrained model's files, such as fp16"}
+    )
     model: str = field(
-        default="transformer", metadata={"help": "transformer, or unet for the paper's baselines VDM and LVDM"}
+        default="transformer", metadata={"help": "transformer, or unet for the baselines VDM and LVDM of the paper"}
     )
     preset: str | None = field(
         default=None,
-        metadata={"help": f"size of the paper: {', '.join(PRESETS)}; of the U-Net: {', '.join(UNET_PRESETS)}"},
+        metadata={"help": f"model size of the paper: {', '.join(PRESETS)}; U-Net: {', '.join(UNET_PRESETS)}"},
     )
     num_layers: int | None = field(
-        default=None, metadata={"help": "pairs of a spatial and a temporal block, without --preset (default: 4)"}
+        default=None,
+        metadata={"help": "pairs of a spatial and a temporal block, if no --preset is given (default: 4)"},
     )
     num_attention_heads: int | None = field(
-        default=None, metadata={"help": "without --preset (default: 3; of the U-Net: 4)"}
+        default=None, metadata={"help": "if no --preset is given (default: 3; U-Net: 4)"}
     )
     attention_head_dim: int | None = field(
-        default=None, metadata={"help": "without --preset (default: 64; of the U-Net: 32)"}
+        default=None, metadata={"help": "if no --preset is given (default: 64; U-Net: 32)"}
     )
     block_out_channels: list[int] = field(
         default_factory=list,
-        metadata={"help": "channels of the U-Net's resolutions, without --preset (default: 48 96 168)"},
+        metadata={"help": "channels at each resolution of the U-Net, if no --preset is given (default: 48 96 168)"},
     )
     condition_dim: int | None = field(
-        default=None, metadata={"help": "size of the U-Net's trajectory embedding, without --preset (default: 192)"}
+        default=None,
+        metadata={"help": "size of the U-Net's trajectory embedding, if no --preset is given (default: 192)"},
     )
     patch_size: int | None = field(
-        default=None, metadata={"help": "in latent pixels; default: 2, or the pretrained one's"}
+        default=None, metadata={"help": "in latent pixels (default: 2, or that of the pretrained model)"}
     )
     sample_frames: int | None = field(
-        default=None, metadata={"help": "frames of a window, history and predicted (default: 16)"}
+        default=None, metadata={"help": "frames of a window, history and predicted frames (default: 16)"}
     )
     num_history_frames: int | None = field(
         default=None,
@@ -216,19 +215,20 @@ class TrainingArguments:
         default=1, metadata={"help": "denoising steps of the chunks that are predicted for --rollout_chunks"}
     )
     history_noise: float = field(
-        default=0.0, metadata={"help": "most deviation of the noise on history latents, against drift in rollouts"}
+        default=0.0,
+        metadata={"help": "maximum standard deviation of the noise on history latents, against drift in rollouts"},
     )
     conditioning: str | None = field(
         default=None, metadata={"help": "frame for Frame-Ada (default), video for Video-Ada"}
     )
     action_normalisation: str = field(
-        default="std", metadata={"help": "offset and scale from the data: std, or quantile (of 1 and 99 percent)"}
+        default="std", metadata={"help": "offset and scale from the data: std, or quantile (1 %% and 99 %%)"}
     )
     action_scale: list[float] = field(
-        default_factory=list, metadata={"help": "one, or one a component, instead of the data's"}
+        default_factory=list, metadata={"help": "one number, or one per component, instead of the data's"}
     )
     action_offset: list[float] = field(
-        default_factory=list, metadata={"help": "one, or one a component, instead of the data's"}
+        default_factory=list, metadata={"help": "one number, or one per component, instead of the data's"}
     )
     action_space: str | None = field(
         default=None, metadata={"help": "relative (default), or absolute for recorded target positions"}
@@ -236,7 +236,7 @@ class TrainingArguments:
     action_frequencies: int | None = field(
         default=None,
         metadata={
-            "help": "octaves of sines and cosines that join the actions; default: none, or the pretrained one's"
+            "help": "octaves of sine and cosine features of the actions (default: 0, or that of the pretrained model)"
         },
     )
     spatial_position: str | None = field(
@@ -248,13 +248,13 @@ class TrainingArguments:
     target_extent: list[float] = field(
         default_factory=list,
         metadata={
-            "help": "left, top, right and bottom edge of the frame in units of the first two action components, where these are "
-            "a target position: every patch sees its offset from the target"
+            "help": "edges of the frame (left, top, right, bottom) in units of the first two action components, if these are a "
+            "target position: every patch receives its offset from the target"
         },
     )
     relative_latents: bool = field(
         default=False,
-        metadata={"help": "predict latents relative to the last history frame, as a pretrained model may"},
+        metadata={"help": "predict latents relative to the last history frame"},
     )
     scale_noisy_latents: bool = field(
         default=False,
@@ -263,32 +263,34 @@ class TrainingArguments:
     prediction_type: str | None = field(
         default=None,
         metadata={
-            "help": "epsilon (default), v_prediction, sample or flow_prediction; a pretrained model of v may become one of samples"
+            "help": "epsilon (default), v_prediction, sample or flow_prediction; a pretrained v_prediction model can change to sample"
         },
     )
     # LoRA
     lora_rank: int = field(
         default=0,
-        metadata={"aliases": ["--rank"], "help": "train adapters of that rank and the action encoder alone"},
+        metadata={"aliases": ["--rank"], "help": "train LoRA adapters of this rank and the action encoder only"},
     )
-    lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapters (default: their rank)"})
+    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA alpha (default: the rank)"})
     lora_dropout: float = 0.0
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"],
-        metadata={"aliases": ["--lora_layers"], "help": "layers that get adapters"},
+        metadata={"aliases": ["--lora_layers"], "help": "layers with adapters"},
     )
     # optimisation
-    train_batch_size: int = field(default=16, metadata={"help": "windows per step and process"})
+    train_batch_size: int = field(default=16, metadata={"help": "windows per process and batch"})
     gradient_accumulation_steps: int = 1
     max_train_steps: int = 300_000
     max_train_minutes: float | None = field(
-        default=None, metadata={"help": "stop after this time, validation and checkpoints included, if not before"}
+        default=None, metadata={"help": "stop after this time, including validation and checkpoints"}
     )
     learning_rate: float = 1e-4
-    lr_scheduler: str = field(default="constant_with_warmup", metadata={"help": "any of diffusers' get_scheduler"})
+    lr_scheduler: str = field(
+        default="constant_with_warmup", metadata={"help": "learning rate schedule of diffusers' get_scheduler"}
+    )
     lr_warmup_steps: int = 0
-    lr_num_cycles: int = field(default=1, metadata={"help": "of cosine_with_restarts"})
-    lr_power: float = field(default=1.0, metadata={"help": "of polynomial"})
+    lr_num_cycles: int = field(default=1, metadata={"help": "number of cycles of cosine_with_restarts"})
+    lr_power: float = field(default=1.0, metadata={"help": "power of polynomial"})
     optimizer: str = field(
         default="adamw",
         metadata={
@@ -300,32 +302,35 @@ class TrainingArguments:
     adam_weight_decay: float = 0.0
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 0.1
-    snr_gamma: float | None = field(default=None, metadata={"help": "min-SNR weights of timesteps; 5 in its paper"})
+    snr_gamma: float | None = field(default=None, metadata={"help": "gamma of min-SNR loss weights; 5 in its paper"})
     terminal_share: float = field(
         default=0.0,
-        metadata={
-            "help": "share of windows at the last timestep, from which samplers of few steps start; the rest are uniform"
-        },
+        metadata={"help": "fraction of windows at the last timestep, where sampling starts; the others are uniform"},
     )
-    action_dropout: float = field(default=0.1, metadata={"help": "share of trajectories that take the null action"})
+    action_dropout: float = field(
+        default=0.1, metadata={"help": "fraction of windows whose actions are replaced by the null action"}
+    )
     state_keys: list[str] = field(
-        default_factory=list, metadata={"help": "vector features read out of inner features as a second objective"}
+        default_factory=list,
+        metadata={"help": "state features to predict from intermediate features as an auxiliary loss"},
     )
     state_angles: list[str] = field(
-        default_factory=list, metadata={"help": "components of these that are angles in radians"}
+        default_factory=list, metadata={"help": "components of --state_keys that are angles in radians"}
     )
     state_loss_weight: float = 1.0
     ema_decay: float = 0.9999
-    ema_warmup: bool = field(default=True, metadata={"help": "let the decay rise with the steps, for short runs"})
+    ema_warmup: bool = field(default=True, metadata={"help": "increase the EMA decay with the steps, for short runs"})
     mixed_precision: str | None = field(
         default=None,
-        metadata={"help": "no, fp16 or bf16 (default: that of accelerate's config, bf16 where it says no or nothing)"},
+        metadata={"help": "no, fp16 or bf16 (default: that of accelerate's config, or bf16)"},
     )
-    allow_tf32: bool = field(default=False, metadata={"help": "faster float32 products on Ampere GPUs and later"})
+    allow_tf32: bool = field(
+        default=False, metadata={"help": "faster float32 matrix products on Ampere GPUs and later"}
+    )
     gradient_checkpointing: bool = False
-    compile: bool = field(default=False, metadata={"help": "compile the transformer's blocks"})
+    compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile"})
     attention_backend: str | None = field(
-        default=None, metadata={"help": "a backend of diffusers; _native_math is twice as fast for training on CPU"}
+        default=None, metadata={"help": "attention backend of diffusers; _native_math trains twice as fast on a CPU"}
     )
     dataloader_num_workers: int = 0
     # bookkeeping
@@ -336,10 +341,10 @@ class TrainingArguments:
     num_validation_clips: int = 16
     validation_inference_steps: int = 16
     report_to: str | None = field(
-        default=None, metadata={"help": "tensorboard, wandb or another tracker of accelerate"}
+        default=None, metadata={"help": "tracker of accelerate, for example tensorboard or wandb"}
     )
-    push_to_hub: bool = field(default=False, metadata={"help": "publish what was trained, with a card"})
-    hub_model_id: str | None = field(default=None, metadata={"help": "where to (default: the name of output_dir)"})
+    push_to_hub: bool = field(default=False, metadata={"help": "push the trained model to the Hub, with a card"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "repository (default: the name of output_dir)"})
     seed: int = 0
 
 
@@ -360,7 +365,7 @@ NEW_MODEL: dict[str, Any] = {
     "ff_conv": False,
     "target_extent": None,
 }
-"""Config of a model that starts from nothing, where no flag says otherwise."""
+"""Default config of a new transformer."""
 NEW_UNET: dict[str, Any] = {
     "block_out_channels": [48, 96, 168],
     "num_attention_heads": 4,
@@ -373,12 +378,12 @@ NEW_UNET: dict[str, Any] = {
     "prediction_type": "epsilon",
     "action_frequencies": 0,
 }
-"""The same of a U-Net, of about as many parameters."""
+"""Default config of a new U-Net, with about as many parameters."""
 MODELS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "transformer": (IRASimTransformer3DModel, NEW_MODEL, PRESETS),
     "unet": (UNetTrajectoryModel, NEW_UNET, UNET_PRESETS),
 }
-"""Class, config and presets by `model`."""
+"""Class, default config and presets by `model`."""
 FOREIGN = {
     "transformer": ("block_out_channels", "condition_dim"),
     "unet": (
@@ -461,7 +466,7 @@ def load_vae(arguments: TrainingArguments) -> AutoencoderKL | None:
 
 
 def pretrained_vae(arguments: TrainingArguments) -> AutoencoderKL | None:
-    """The frozen autoencoder of the pretrained pipeline; None for one in pixel space."""
+    """Load the frozen autoencoder of the pretrained pipeline; None for a pixel-space pipeline."""
     name = str(arguments.pretrained_model_name_or_path)
     if IRASimPipeline.load_config(name, revision=arguments.revision)["vae"][1] is None:
         return None
@@ -470,7 +475,7 @@ def pretrained_vae(arguments: TrainingArguments) -> AutoencoderKL | None:
 
 
 def is_pipeline(name: str, revision: str | None = None) -> bool:
-    """Whether a folder or Hub id holds a whole pipeline."""
+    """Return whether a folder or Hub repository contains a pipeline."""
     if Path(name).is_dir():
         return (Path(name) / "model_index.json").is_file()
     try:
@@ -483,7 +488,7 @@ def is_pipeline(name: str, revision: str | None = None) -> bool:
 def open_source(
     name: str, arguments: TrainingArguments, split: str, max_episodes: int | None, all_phases: bool
 ) -> PreparedEpisodes:
-    """A data set in the form and with the actions that the arguments ask for, with or without the frames skipped."""
+    """Open a data set with the requested cameras, frame size and actions."""
     source = open_dataset(
         name,
         arguments.cameras or None,
@@ -509,19 +514,19 @@ def open_source(
 
 
 def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | None, patch_size: int) -> None:
-    """Refuse pictures that do not divide into patches, before hours of encoding."""
+    """Check that frames can be divided into patches, before they are encoded."""
     height, width = first_readable(source, source.__getitem__).frames.shape[1:3]
     multiple = patch_size if vae is None else 2 ** (len(vae.config.block_out_channels) - 1) * patch_size
     if height % multiple or width % multiple:
         nearest = [max(round(side / multiple), 1) * multiple for side in (height, width)]
         raise ValueError(
-            f"frames of {source.name!r} must have sides divisible by {multiple}, got {height}x{width}: resize them with "
+            f"frames of {source.name!r} must have sides divisible by {multiple}, got {height}x{width}: use "
             f"--height {nearest[0]} --width {nearest[1]}."
         )
 
 
 def check_data(sources: list[PreparedEpisodes], arguments: TrainingArguments) -> None:
-    """Refuse flags that the data do not fit, and validation data that are not like them, before hours of encoding."""
+    """Check the arguments and the validation data against the data, before they are encoded."""
     vectors = first_readable(sources[0], sources[0].vectors)
     action_dim = vectors["action"].shape[1]
     for name in ("action_scale", "action_offset"):
@@ -538,7 +543,7 @@ def check_data(sources: list[PreparedEpisodes], arguments: TrainingArguments) ->
     found = first_readable(held_out, held_out.vectors)["action"].shape[1]
     if found != action_dim:
         raise ValueError(f"`validation_dataset` must have {action_dim} action components as the data, got {found}.")
-    if arguments.recorded_latents or arguments.streaming:  # pictures may be absent, or far away
+    if arguments.recorded_latents or arguments.streaming:  # frames may be absent or must be downloaded
         return
     sizes = [
         first_readable(source, functools.partial(_first_frame, source)).shape[:2] for source in (sources[0], held_out)
@@ -589,7 +594,7 @@ def load_pretrained(
         followed = follow_autoencoder(model, own, vae, source)
         if arguments.lora_rank and followed is not model:
             raise ValueError(
-                "`lora_rank` keeps the model as it is, and `vae` is not the autoencoder that it knows: leave `vae` out."
+                "`vae` must be left out with `lora_rank`: it differs from the autoencoder of the pretrained model."
             )
         model = followed
     patch_size = arguments.patch_size or model.config.patch_size
@@ -603,12 +608,12 @@ def load_pretrained(
 def follow_autoencoder(
     model: IRASimTransformer3DModel, own: AutoencoderKL, other: AutoencoderKL, source: PreparedEpisodes
 ) -> IRASimTransformer3DModel:
-    """The pretrained model, brought to the latents of another autoencoder where these are not those of its own."""
+    """Adapt the pretrained model to the latents of another autoencoder, if they differ from those of its own."""
     pictures = []
     for number in range(min(len(source), 32)):
         try:
             frames = source[number].frames
-        except ValueError:  # named, or skipped, when its turn comes
+        except ValueError:  # reported or skipped when it is encoded
             continue
         pictures.append(frames[np.linspace(0, len(frames) - 1, 16).astype(int)])
     if not pictures:
@@ -622,22 +627,22 @@ def follow_autoencoder(
     patch_size, remainder = divmod(model.config.patch_size * after.shape[-1], before.shape[-1])
     if remainder or not patch_size:
         raise ValueError(
-            f"`vae` must have latents whose patches cover as much as the pretrained model's, got {tuple(after.shape[1:])} for "
-            f"{tuple(before.shape[1:])} in patches of {model.config.patch_size}: take another autoencoder."
+            f"`vae` must allow patches of the same size in pixels as the pretrained model, got latents {tuple(after.shape[1:])} for "
+            f"{tuple(before.shape[1:])} in patches of {model.config.patch_size}: use another autoencoder."
         )
     logger.info(
-        f"another autoencoder than the pretrained model's: patches of {patch_size} latent pixels are fitted to it"
+        f"the autoencoder differs from that of the pretrained model: fitted patches of {patch_size} latent pixels to it"
     )
     return change_autoencoder(model, patch_size, before, after)
 
 
 def latent_scaling(vae: AutoencoderKL) -> tuple[float, float]:
-    """Shift and factor of the latents that the transformer sees, `(latents - shift) * factor`."""
+    """Return the shift and factor of scaled latents, `(latents - shift) * factor`."""
     return getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
 
 
 def scaled_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Latents of pictures (N, 3, H, W) in [-1, 1] as the transformer sees them, float32 on the CPU."""
+    """Return scaled latents of frames (N, 3, H, W) in [-1, 1], float32 on the CPU."""
     latents = [vae.encode(part.to(vae.device)).latent_dist.mode().float().cpu() for part in pixels.split(16)]
     shift, factor = latent_scaling(vae)
     return (torch.cat(latents) - shift) * factor
@@ -671,11 +676,13 @@ def build_transformer(
     if pretrained is not None and arguments.lora_rank:
         config = pretrained.config
         asked: dict[str, Any] = {"action_dim": action_dim, "sample_height": height, "sample_width": width}
-        if source.action_derivation != "recorded":  # then the data do not say
+        if source.action_derivation != "recorded":  # recorded actions have no known derivation
             asked["action_derivation"] = source.action_derivation
         for name, value in asked.items():
             if config[name] != value:
-                raise ValueError(f"adapters keep the model as it is: `{name}` is {config[name]!r}, got {value!r}.")
+                raise ValueError(
+                    f"`{name}` must be {config[name]!r} as in the pretrained model with `lora_rank`, got {value!r}."
+                )
         return pretrained
     derivation, action_space = source.action_derivation, arguments.action_space
     if derivation != "recorded":
@@ -687,19 +694,19 @@ def build_transformer(
         if pretrained.config.action_dim != action_dim:
             logger.info(
                 f"the data have {action_dim} action components, the pretrained model {pretrained.config.action_dim}: the "
-                "action encoder starts anew"
+                "action encoder is initialised again"
             )
             pretrained = change_action_dim(pretrained, action_dim)
         config = pretrained.config
         encoder = getattr(pretrained, "trajectory_embed", pretrained.action_embed)
-        if not encoder.linear_2.weight.any():  # it has seen no actions yet
+        if not encoder.linear_2.weight.any():  # zero-initialised: not trained on actions yet
             known |= {
                 "action_scale": scale,
                 "action_offset": offset,
                 "action_space": action_space or "relative",
             } | bounds
         else:
-            if derivation == "recorded":  # the data do not say: the model's own stays
+            if derivation == "recorded":  # keep the derivation of the model
                 known.pop("action_derivation")
             for name, wanted in (("action_space", action_space), ("action_derivation", derivation)):
                 if wanted not in (None, "recorded", config[name]) and config[name] != "recorded":
@@ -728,7 +735,7 @@ def build_transformer(
 
 
 def validation_clips(arguments: TrainingArguments, config: dict) -> tuple[np.ndarray, np.ndarray] | None:
-    """Held-out clips: frames (N, F, H, W, 3), uint8, and actions (N, F - h, A), one clip from the middle of an episode."""
+    """Read one held-out clip from the middle of each episode: frames (N, F, H, W, 3), uint8, and actions (N, F - h, A)."""
     if arguments.validation_dataset is None:
         return None
     frames, actions = [], []
@@ -739,8 +746,8 @@ def validation_clips(arguments: TrainingArguments, config: dict) -> tuple[np.nda
             length = len(source.vectors(number)["action"])
             if length < wanted:
                 raise ValueError(
-                    f"episode {number} of {arguments.validation_dataset!r} has {length} frames, fewer than a window of "
-                    f"{wanted}: train with fewer, or leave it out with --skip_broken."
+                    f"episode {number} of {arguments.validation_dataset!r} has {length} frames, fewer than a clip of "
+                    f"{wanted}: use a smaller `sample_frames` or `rollout_chunks`, or skip it with --skip_broken."
                 )
             clip = source.window(number, (length - wanted) // 2, wanted)
         except ValueError:
@@ -752,17 +759,17 @@ def validation_clips(arguments: TrainingArguments, config: dict) -> tuple[np.nda
         if len(frames) == arguments.num_validation_clips:
             break
     if not frames:
-        raise ValueError(f"no episode of {arguments.validation_dataset!r} is as long as a window.")
+        raise ValueError(f"no episode of {arguments.validation_dataset!r} has {wanted} frames, the length of a clip.")
     return np.stack(frames), np.stack(actions)
 
 
 def validate(
     pipeline: IRASimPipeline, clips: tuple[np.ndarray, np.ndarray], steps: int
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Figures on held-out clips, and a video of some of them.
+    """Compute metrics on held-out clips, and a video of the first four.
 
-    The figures are the PSNR under the clips' own actions, under those of other clips, and of repeating the last seen frame.
-    In the video (n, H, W, 3), uint8, truth and prediction lie below each other, for the first four clips side by side.
+    The metrics are the PSNR under the clips' own actions, under those of other clips, and of repeating the last history frame.
+    The video (n, H, W, 3), uint8, shows the true frames in the first row and the predictions in the second.
     """
     frames, actions = clips
     num_history_frames = frames.shape[1] - actions.shape[1]
@@ -783,7 +790,7 @@ def validate(
 
 
 def log_video(accelerator: Accelerator, video: np.ndarray, path: Path, fps: float, step: int) -> None:
-    """Write the validation video, and show it in the trackers: whole where they take videos, else its last frame."""
+    """Write the validation video, and log it to the trackers; TensorBoard receives the last frame."""
     write_video(path, video, fps)
     for tracker in accelerator.trackers:
         if tracker.name in ("wandb", "trackio"):
@@ -801,23 +808,23 @@ def training_loss(
     step: int,
     position: int,
 ) -> torch.Tensor:
-    """The loss of a batch of clips.
+    """Compute the loss of a batch of clips.
 
-    The number of history frames and of chunks that the model predicts first depends on the seed and the step alone. Noise,
-    timesteps and drops depend on the seed and on a clip's place in the run, counted from `position`. The draws therefore do not
-    depend on the number of processes.
+    The numbers of history frames and of chunks predicted first depend on the seed and the step only. Noise, timesteps and action
+    dropout depend on the seed and the index of the clip in the run, counted from `position`. The draws therefore do not depend on
+    the number of processes.
     """
     latents, actions = clip["latents"], clip["actions"]
     common = np.random.default_rng([arguments.seed, 0, step])
     most = config["num_history_frames"]
     length = config["sample_frames"] - most  # of a chunk
-    shortest = 1 if config["conditioning"] == "frame" else most  # Video-Ada takes a fixed number
+    shortest = 1 if config["conditioning"] == "frame" else most  # Video-Ada has a fixed number
     num_history = most if common.random() < FULL_HISTORY else int(common.integers(shortest, most + 1))
     started = step >= arguments.rollout_start_step
     chunks = int(common.integers(0, arguments.rollout_chunks + 1)) if started else 0
 
     def draw(kind: int, *shape: int, normal: bool = False) -> torch.Tensor:
-        """Uniform or normal numbers (B, ...)."""
+        """Draw uniform or normal numbers (B, ...)."""
         generators = [
             np.random.default_rng([arguments.seed, 1, position + index, kind]) for index in range(len(latents))
         ]
@@ -843,8 +850,8 @@ def training_loss(
             relative_latents=config["relative_latents"],
         )
         history = torch.cat([history, future.to(history)], dim=2)[:, :, -most:]
-    torch.clear_autocast_cache()  # before torch 2.11 it keeps weights that were cast without gradient
-    first = most + chunks * length  # of the frames that are scored
+    torch.clear_autocast_cache()  # before torch 2.11 it keeps weights cast without gradient
+    first = most + chunks * length  # of the frames with the loss
     start, end = first - history.shape[2], first + length
     keep = (true_history < TRUE_HISTORY).view(-1, 1, 1, 1, 1)
     history = torch.where(keep, latents[:, :, start:first], history)
@@ -875,7 +882,7 @@ def training_loss(
 
 
 def build_optimizers(model: torch.nn.Module, arguments: TrainingArguments) -> list[torch.optim.Optimizer]:
-    """AdamW for all that is trained, or Muon for the matrices of the blocks and AdamW for the rest."""
+    """Build AdamW for all trained parameters, or Muon for the matrices of the blocks and AdamW for the others."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = {
         name: parameter
@@ -890,13 +897,13 @@ def build_optimizers(model: torch.nn.Module, arguments: TrainingArguments) -> li
 
         return [bitsandbytes.optim.AdamW8bit(rest, **adam, **settings)]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, fused=True, **adam, **settings)]
-    if matrices:  # one learning rate serves both
+    if matrices:  # both use the same learning rate
         optimizers.append(torch.optim.Muon(list(matrices.values()), adjust_lr_fn="match_rms_adamw", **settings))
     return optimizers
 
 
 def add_lora(transformer: IRASimTransformer3DModel, arguments: TrainingArguments) -> None:
-    """Adapters to train; of the model itself only the action encoder and the null action are trained on."""
+    """Add LoRA adapters, and train only them, the action encoder and the null action."""
     alpha = arguments.lora_rank if arguments.lora_alpha is None else arguments.lora_alpha
     transformer.add_adapter(
         LoraConfig(
@@ -908,13 +915,15 @@ def add_lora(transformer: IRASimTransformer3DModel, arguments: TrainingArguments
     )
     for name, parameter in transformer.named_parameters():
         if name.startswith(ACTION_ENCODER) and "lora_" in name:
-            raise ValueError("`lora_target_modules` must leave out the action encoder, which is trained whole.")
+            raise ValueError(
+                "`lora_target_modules` must not include the action encoder: all of its weights are trained."
+            )
         if name.startswith(ACTION_ENCODER):
             parameter.requires_grad_(True)
 
 
 def save_lora(transformer: IRASimTransformer3DModel, output: Path) -> None:
-    """The adapters with the action encoder, as `IRASimPipeline.load_lora_weights` takes them."""
+    """Save adapters and action encoder in the format of `IRASimPipeline.load_lora_weights`."""
     encoder = {name: value for name, value in transformer.state_dict().items() if name.startswith(ACTION_ENCODER)}
     IRASimPipeline.save_lora_weights(
         output,
@@ -938,9 +947,9 @@ def make_pipeline(
     config = {key: value for key, value in process.config.items() if not key.startswith("_")}
     extra: dict[str, Any] = {"skip_prk_steps": True}
     if scheduler_class is not PNDMScheduler:
-        extra = {"timestep_spacing": "trailing"}  # few steps begin at pure noise then
+        extra = {"timestep_spacing": "trailing"}  # the first of few steps is then at pure noise
     if transformer.config.prediction_type == "sample":
-        extra["prediction_type"] = "v_prediction"  # PNDM takes no samples; the pipeline converts
+        extra["prediction_type"] = "v_prediction"  # PNDM does not support sample prediction; the pipeline converts it
     scheduler = scheduler_class.from_config(config | {"steps_offset": 1, "set_alpha_to_one": False} | extra)
     return IRASimPipeline(vae, transformer, scheduler)
 
@@ -950,7 +959,7 @@ def finished_pipeline(
     transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
     arguments: TrainingArguments,
 ) -> IRASimPipeline:
-    """The pipeline of what was trained, sampled as the pretrained pipeline is where that suits the model still."""
+    """Build the pipeline of the trained model, with the scheduler of the pretrained pipeline if it still fits the model."""
     pipeline = make_pipeline(vae, transformer)
     name, revision = arguments.pretrained_model_name_or_path, arguments.revision
     if name is None or not is_pipeline(name, revision):
@@ -965,7 +974,7 @@ def finished_pipeline(
     sampled = IRASimPipeline(pipeline.vae, transformer, scheduler, **settings)
     try:
         sampled.check_scheduler()
-    except ValueError:  # another prediction type or noise process than before
+    except ValueError:  # the prediction type or the noise process has changed
         return pipeline
     return sampled
 
@@ -975,7 +984,7 @@ def publish(
     transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
     arguments: TrainingArguments,
 ) -> None:
-    """Push the pipeline, or the adapters with a card that names what they adapt."""
+    """Push the pipeline to the Hub, or the adapters with a card that names the base model."""
     name = arguments.hub_model_id or Path(arguments.output_dir).name
     if not arguments.lora_rank:
         finished_pipeline(vae, transformer, arguments).push_to_hub(name)
@@ -1138,31 +1147,29 @@ def check_pretrained_arguments(arguments: TrainingArguments) -> None:
 
 
 def check_accelerator(accelerator: Accelerator, arguments: TrainingArguments) -> None:
-    """Refuse what cannot be scaled or sharded, and keep raw actions in float32 where accelerate would round them."""
+    """Check what the distributed type supports, and keep raw actions in float32."""
     if arguments.optimizer == "muon" and accelerator.mixed_precision == "fp16":
-        raise ValueError(
-            "`optimizer` muon is two optimisers, which accelerate cannot scale for fp16: take bf16 or no."
-        )
+        raise ValueError("`optimizer` muon does not support `mixed_precision` fp16: use bf16 or no.")
     if accelerator.gradient_accumulation_steps != arguments.gradient_accumulation_steps:
         raise ValueError(
             f"`gradient_accumulation_steps` is {arguments.gradient_accumulation_steps}, and accelerate was launched with "
-            f"{accelerator.gradient_accumulation_steps}: give it to `accelerate launch` too, or take it out of its config."
+            f"{accelerator.gradient_accumulation_steps}: pass it to `accelerate launch`, too, or remove it from its config."
         )
     kind = accelerator.distributed_type
     if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return
     if arguments.optimizer == "muon":
-        raise ValueError(f"`optimizer` muon cannot run under {kind.value}: take adamw.")
+        raise ValueError(f"`optimizer` muon does not support {kind.value}: use adamw.")
     if kind == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
-            raise ValueError("FSDP must be of version 2: take examples/accelerate_configs/fsdp2.yaml.")
+            raise ValueError("FSDP must be version 2: use examples/accelerate_configs/fsdp2.yaml.")
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast does the rest
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast casts the inputs
     elif accelerator.state.deepspeed_plugin.zero_stage > 2:
-        raise ValueError("DeepSpeed must be ZeRO-1 or 2: take examples/accelerate_configs/zero2.yaml, or FSDP.")
-    else:  # which clips by itself
+        raise ValueError("DeepSpeed must be ZeRO-1 or 2: use examples/accelerate_configs/zero2.yaml, or FSDP.")
+    else:  # DeepSpeed clips gradients itself
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = arguments.max_grad_norm
 
 
@@ -1192,7 +1199,7 @@ def check_finite(name: str, value: torch.Tensor, step: int, output: Path) -> Non
 def averaged_transformer(
     transformer: IRASimTransformer3DModel | UNetTrajectoryModel, ema: EMAModel, arguments: TrainingArguments
 ) -> IRASimTransformer3DModel | UNetTrajectoryModel:
-    """A model of its own with the averaged weights, whole whatever the sharding; every process must call it."""
+    """Build a model with the averaged weights, gathered from shards; every process must call this function."""
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_")}
     averaged = MODELS[arguments.model][0](**config)
     if arguments.lora_rank:
@@ -1226,7 +1233,7 @@ def main() -> None:
         log_with=arguments.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],  # one may encode for long
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],  # one process may encode for a long time
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_launch(accelerator)
@@ -1329,7 +1336,7 @@ def main() -> None:
 
     trained = StateReadout(transformer, clips[0]["states"].shape[1]) if arguments.state_keys else transformer
     optimizers = build_optimizers(trained, arguments)
-    # accelerate steps a prepared schedule once for each process
+    # accelerate steps a prepared schedule once per process
     schedules = [
         get_scheduler(
             arguments.lr_scheduler,
@@ -1343,14 +1350,14 @@ def main() -> None:
     ]
     model, loader, *prepared = accelerator.prepare(trained, loader, *optimizers, *schedules)
     optimizers, schedules = prepared[: len(optimizers)], prepared[len(optimizers) :]
-    ema = EMAModel(  # after the model is sharded, if it is
+    ema = EMAModel(  # after the model has been sharded
         (parameter for parameter in transformer.parameters() if parameter.requires_grad),
         decay=arguments.ema_decay,
         use_ema_warmup=arguments.ema_warmup,
         power=3 / 4,
         foreach=True,
     )
-    ema.to(accelerator.device, torch.float32)  # whatever DeepSpeed made of the model
+    ema.to(accelerator.device, torch.float32)  # also if DeepSpeed has cast the model
     noise_scheduler = noise_process(config)
     if arguments.report_to:
         settings = {
@@ -1383,7 +1390,7 @@ def main() -> None:
         batches = loader
         if done:
             batches = accelerator.skip_first_batches(loader, done * accumulation)
-            batches.iteration = epoch  # accelerate before 1.15 forgets which epoch's order it skips in
+            batches.iteration = epoch  # accelerate before 1.15 does not set the epoch
         for batch in batches:
             place = batch_number * accelerator.num_processes + accelerator.process_index
             with accelerator.accumulate(model):
@@ -1423,7 +1430,7 @@ def main() -> None:
                 accelerator.log(figures, step=step)
             total.zero_()
             seconds = time.perf_counter() - start
-            if limit < float("inf"):  # all processes must stop at one step
+            if limit < float("inf"):  # all processes must stop at the same step
                 seconds = accelerator.reduce(torch.tensor(seconds, device=accelerator.device), "mean").item()
             stopped_by = interruption.requested(accelerator)
             if step % arguments.checkpointing_steps == 0 or seconds >= limit or stopped_by:

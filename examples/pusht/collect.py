@@ -35,6 +35,7 @@ from irasim_diffusers.data import (
 from irasim_diffusers.data.lerobot import EPISODES_PATH
 from irasim_diffusers.data.publish import SOURCE_FILE
 from irasim_diffusers.files import temporary_path
+from irasim_diffusers.training import run_script
 
 CAMERA = "observation.image"
 NAMES = {
@@ -249,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,8 +23,9 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from irasim_diffusers.data import LatentClips, cache_latents, open_dataset
+from irasim_diffusers.data import LatentClips, PreparedEpisodes, cache_latents, open_dataset
 from irasim_diffusers.files import temporary_path
+from irasim_diffusers.training import run_script
 
 HISTORY = 2
 OCTAVES = 6
@@ -137,7 +138,8 @@ def main() -> None:
     (arguments,) = HfArgumentParser(BaselineArguments).parse_args_into_dataclasses()
     output = arguments.output_dir
     output.mkdir(parents=True, exist_ok=True)
-    cache = cache_latents(open_dataset(arguments.dataset), None, arguments.cache_dir or output / "latents")
+    episodes = PreparedEpisodes(open_dataset(arguments.dataset))  # as in train.py, which shares the cache
+    cache = cache_latents(episodes, None, arguments.cache_dir or output / "latents")
     clips = LatentClips(cache, HISTORY + 1 + arguments.rollout_chunks)
     torch.manual_seed(arguments.seed)
     model = ConvolutionalModel(arguments.width)
@@ -193,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

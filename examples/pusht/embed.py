@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.cli import main as generate
 from irasim_diffusers.data import LeRobotFolder, write_video
+from irasim_diffusers.training import run_script
 
 
 @dataclass
@@ -62,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

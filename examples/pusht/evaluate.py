@@ -43,6 +43,7 @@ from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.driving import Steering
 from irasim_diffusers.files import temporary_path
 from irasim_diffusers.metrics import bootstrap, identified, psnr
+from irasim_diffusers.training import run_script
 
 Predict: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]  # histories and actions to frames, all (N, ...)
 WAYS = 8
@@ -466,4 +467,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -143,7 +143,7 @@ def test_a_pretrained_model_goes_on_with_another_autoencoder_and_finer_patches(w
         *("--patch_size", 2, "--relative_latents", *SHORT),
         launch=ONE,
     )
-    assert "patches of 4 latent pixels are fitted to it" in output
+    assert "fitted patches of 4 latent pixels to it" in output
     pipeline = IRASimPipeline.from_pretrained(workspace / "finer")
     config = pipeline.transformer.config
     assert (config.in_channels, config.patch_size, config.base_patch_size) == (3, 2, 4)
@@ -570,7 +570,7 @@ def test_a_model_that_has_seen_no_such_actions_takes_their_scale_from_the_data(w
             1,
         )
     )
-    assert ("the action encoder starts anew" in output) == (action_dim == 5)
+    assert ("the action encoder is initialised again" in output) == (action_dim == 5)
     config = IRASimPipeline.from_pretrained(workspace / f"tuned-{action_dim}").transformer.config
     assert config.action_dim == len(config.action_scale) == 7
     assert min(config.action_scale) > 1
