@@ -143,7 +143,7 @@ def _derive_config(state: dict[str, torch.Tensor], known: dict[str, Any], final_
         "patch_size": patch_size,
         "sample_frames": state["temp_embed"].shape[1],
         "conditioning": "video" if video else "frame",
-        "final_frame_ada": final_frame_ada and not video,
+        "final_frame_ada": False if video else final_frame_ada,
     } | known
     return derived | {"attention_head_dim": head_dim(width, derived["num_attention_heads"])}
 

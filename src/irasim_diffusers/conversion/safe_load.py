@@ -154,17 +154,17 @@ class PickleOutline:
         return Global(full)
 
     def _fill(self, name: str) -> None:
-        kind: type = dict if name.startswith("SETITEM") else list
-        items = self._items("" if name.endswith("S") else ("2" if kind is dict else "1"))
+        single = {"APPEND": "1", "SETITEM": "2"}
+        items = self._items(single.get(name, ""))
         target = self.stack[-1]
-        if type(target) is not kind:
-            raise ValueError(f"it adds entries to an object that is not a {kind.__name__}")
-        if kind is list:
+        if type(target) is list and name.startswith("APPEND"):
             target.extend(items)
-            return
-        if not all(isinstance(key, str | int | float | bytes | None) for key in items[::2]):
-            raise ValueError("it contains a dictionary whose keys are not names or numbers")
-        target.update(zip(items[::2], items[1::2], strict=True))
+        elif type(target) is dict and name.startswith("SETITEM"):
+            if not all(isinstance(key, str | int | float | bytes | None) for key in items[::2]):
+                raise ValueError("it contains a dictionary whose keys are not names or numbers")
+            target.update(zip(items[::2], items[1::2], strict=True))
+        else:
+            raise ValueError("it adds entries to an object that is not a list or dictionary")
 
     def _object(self, name: str) -> None:
         argument = self.stack.pop()
