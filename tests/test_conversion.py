@@ -683,6 +683,14 @@ def test_change_autoencoder_needs_the_same_grid_of_patches():
             change_autoencoder(tiny_transformer(), patch_size, latents, after)
 
 
+@pytest.mark.parametrize("name", ["before", "after"])
+def test_latents_of_the_autoencoders_must_be_finite(name):
+    latents = {"before": torch.randn(9, 4, 4, 6), "after": torch.randn(9, 1, 8, 12)}
+    latents[name][3, 0, 2, 5] = torch.nan
+    with pytest.raises(ValueError, match=f"`{name}` must be finite latents"):
+        change_autoencoder(tiny_transformer(), 4, **latents)
+
+
 def test_averaged_position_tables_are_accepted(tmp_path):
     """The EMA of the release also averages its fixed position tables, which changes them slightly."""
     _, overrides, state = case("rt1")

@@ -356,6 +356,14 @@ def test_settings_of_a_checkpoint_are_inert(tmp_path):
     assert torch.equal(model.proj_out.weight, state["final_layer.linear.weight"])
 
 
+@pytest.mark.parametrize("item", [b"}", b"]", b"(", b")\x85", b"ccollections\nOrderedDict\n)R"])
+def test_large_pickles_need_bounded_time_and_depth(item, tmp_path):
+    """Deep nesting and many small objects are refused without recursion."""
+    path = archive(tmp_path / "a.pt", b"\x80\x02" + item * (100_000 // len(item)) + b".")
+    with pytest.raises(ValueError, match=r"safely|contains no weights"):
+        load_released_irasim(path, "rt1")
+
+
 LIMITED = """
 import resource, sys
 from irasim_diffusers.conversion import load_released_irasim

@@ -150,7 +150,10 @@ class PickleOutline:
         if module.split(".")[0] in SETTINGS_MODULES or full in SETTINGS_NAMES or full == "collections.defaultdict":
             self.settings.add(full)
         elif full not in STORAGES and full not in CALLS:
-            raise ValueError(f"it refers to {full[:200]!r}, which is not weights or settings")
+            raise ValueError(
+                f"it refers to {full[:200]!r}, which is not weights or settings (for a file that you trust, save the weights "
+                "alone with torch.save)"
+            )
         return Global(full)
 
     def _fill(self, name: str) -> None:
@@ -261,7 +264,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(inert):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file raises almost any exception
-        reason = str(error) or type(error).__name__
+        reason = str(error) if type(error) is ValueError else f"it is damaged ({type(error).__name__}: {error})"
         raise ValueError(f"{str(path)!r} is not a checkpoint that can be read safely: {reason[:500]}") from error
     if not isinstance(content, dict) or not all(type(key) is str for key in content):
         raise ValueError(f"{str(path)!r} contains no weights: it must have a dictionary of tensors.")
