@@ -36,7 +36,7 @@ def rewrite(path, compression=zipfile.ZIP_STORED, changes=None):
     """Write an archive again with Python's zipfile, with changed or added records."""
     with zipfile.ZipFile(path) as source:
         records = {name: source.read(name) for name in source.namelist()}
-    with zipfile.ZipFile(path, "w", compression) as target:
+    with zipfile.ZipFile(path, "w", compression, compresslevel=1) as target:
         for name, content in (records | (changes or {})).items():
             target.writestr(name, content)
 
