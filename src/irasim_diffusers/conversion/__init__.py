@@ -1,0 +1,19 @@
+"""Strict conversion of pretrained weights, and changes to the architecture of a trained model."""
+
+from .irasim import RELEASED_DATASETS, load_released_irasim
+from .latte import load_latte
+from .mapping import ConversionReport
+from .opensora import load_opensora
+from .surgery import change_action_dim, change_autoencoder, change_patch_size, predict_samples
+
+__all__ = [
+    "RELEASED_DATASETS",
+    "ConversionReport",
+    "change_action_dim",
+    "change_autoencoder",
+    "change_patch_size",
+    "load_latte",
+    "load_opensora",
+    "load_released_irasim",
+    "predict_samples",
+]

@@ -1,0 +1,202 @@
+"""Changes to the architecture of a trained model: patch size, autoencoder, action dimension and prediction type."""
+
+from __future__ import annotations
+
+import torch
+
+from ..models import IRASimTransformer3DModel
+
+ACTION_ENTRIES = {
+    "action_scale": 1.0,
+    "action_offset": 0.0,
+    "action_names": None,
+    "action_units": None,
+    "action_low": None,
+    "action_high": None,
+    "target_extent": None,
+}
+"""Config entries that describe the actions of one robot, with their values for unknown actions."""
+
+
+@torch.no_grad()
+def change_patch_size(
+    model: IRASimTransformer3DModel, patch_size: int, action_frequencies: int | None = None
+) -> IRASimTransformer3DModel:
+    """Change the patch size of a trained model. Large patches are cheap to train, small patches give sharp images.
+
+    Patches keep their position in the image. The layers that read and write patches are interpolated about the centre of a
+    patch. (FlexiViT, https://arxiv.org/abs/2212.08013, changes the scale of the patches instead.) The model needs a short
+    training afterwards.
+
+    Args:
+        model: The trained model, with `spatial_position="grid"`.
+        patch_size: Side of the new patches, in latent pixels.
+        action_frequencies: Octaves of sines and cosines of the actions. Added octaves have no effect until the model is
+            trained. None keeps their number.
+
+    Returns:
+        A new model. The input model is not modified.
+
+    Raises:
+        ValueError: If the model is not Frame-Ada with grid positions, or if octaves would be removed.
+    """
+    config = model.config
+    before = config["action_frequencies"]
+    after = before if action_frequencies is None else action_frequencies
+    if config["spatial_position"] != "grid" or after < before or config["conditioning"] != "frame":
+        raise ValueError(
+            "`model` must be Frame-Ada with grid positions, and `action_frequencies` at least the number of the model, got "
+            f"{config['conditioning']!r}, {config['spatial_position']!r} and {after} after {before}."
+        )
+    old = config["patch_size"]
+    new = IRASimTransformer3DModel.from_config(
+        config,
+        patch_size=patch_size,
+        base_patch_size=config["base_patch_size"] or old,
+        action_frequencies=after,
+    )
+    state = model.state_dict()
+    kernel = state["patch_embed.proj.weight"]
+    state["patch_embed.proj.weight"] = _crop(kernel, patch_size) * (old / patch_size) ** 2
+    for name in ("proj_out.weight", "proj_out.bias"):  # rows: vertical, horizontal, channel
+        rows = state[name].reshape(old, old, config["in_channels"], -1).permute(3, 2, 0, 1)
+        state[name] = _crop(rows, patch_size).permute(2, 3, 1, 0).reshape(-1, *state[name].shape[1:])
+    name = "action_embed.linear_1.weight"
+    state[name] = _add_octaves(state[name], config["action_dim"], before, after)
+    new.load_state_dict(state)
+    return new
+
+
+def _add_octaves(weight: torch.Tensor, action_dim: int, before: int, after: int) -> torch.Tensor:
+    """Columns (D, A (1 + 2 after)) of `weight` (D, A (1 + 2 before)), with zeros for the added octaves."""
+    raw, waves = weight.split([action_dim, 2 * action_dim * before], dim=1)
+    octaves = waves.unflatten(1, (2, action_dim, before)) if before else waves.new_zeros(len(weight), 2, action_dim, 0)
+    added = octaves.new_zeros(*octaves.shape[:-1], after - before)
+    return torch.cat([raw, torch.cat([octaves, added], dim=-1).flatten(1)], dim=1)
+
+
+def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel:
+    """Change a model that predicts velocities to one that predicts samples.
+
+    A sample prediction does not have to pass the noise of high-resolution latents through the width of the model. At the last
+    timestep a velocity is the negated sample, so the output layer is negated. The model needs a short training afterwards.
+
+    Args:
+        model: The trained model, with `prediction_type="v_prediction"`.
+
+    Returns:
+        A new model. The input model is not modified.
+
+    Raises:
+        ValueError: If the model has another prediction type.
+    """
+    if model.config.prediction_type != "v_prediction":
+        raise ValueError(f"`model` must predict velocities (v_prediction), got {model.config.prediction_type!r}.")
+    new = IRASimTransformer3DModel.from_config(model.config, prediction_type="sample")
+    new.load_state_dict(
+        {name: -value if name.startswith("proj_out.") else value for name, value in model.state_dict().items()}
+    )
+    return new
+
+
+def change_autoencoder(
+    model: IRASimTransformer3DModel, patch_size: int, before: torch.Tensor, after: torch.Tensor
+) -> IRASimTransformer3DModel:
+    """Change a trained model to the latents of another autoencoder.
+
+    The layers that read and write patches are composed with linear maps between the patches of the two autoencoders. The maps
+    are fitted to images by least squares. The model needs a short training afterwards.
+
+    Args:
+        model: The trained model.
+        patch_size: Side of the new patches, in new latent pixels. A patch must cover the same area of the image as before.
+        before: Scaled latents (N, C, h, w) of some images from the autoencoder of the model.
+        after: Scaled latents (N, C', h', w') of the same images from the new autoencoder.
+
+    Returns:
+        A new model. The input model is not modified.
+
+    Raises:
+        ValueError: If the grids of patches differ, or if latents are not finite.
+    """
+    config, old = model.config, model.config["patch_size"]
+    grids = [(len(x), x.shape[2] / size, x.shape[3] / size) for x, size in ((before, old), (after, patch_size))]
+    if grids[0] != grids[1]:
+        raise ValueError(
+            f"`after` must have as many images and patches as `before`, {grids[0]}, got {grids[1]}: choose `patch_size` so "
+            "that a patch covers the same area of the image as before."
+        )
+    for name, latents in (("before", before), ("after", after)):
+        if not bool(torch.isfinite(latents).all()):
+            raise ValueError(f"`{name}` must be finite latents, got NaN or infinite values: check the autoencoder.")
+    base = config["base_patch_size"]
+    new = IRASimTransformer3DModel.from_config(
+        config,
+        base_patch_size=None if base is None else base * patch_size / old,
+        patch_size=patch_size,
+        in_channels=after.shape[1],
+        sample_height=after.shape[2],
+        sample_width=after.shape[3],
+    )
+    new.load_state_dict(_map_patches(model.state_dict(), old, patch_size, before, after))
+    return new
+
+
+def _map_patches(
+    state: dict[str, torch.Tensor], old: int, new: int, before: torch.Tensor, after: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Weights whose patch layers are composed with linear maps between old and new patches."""
+    patches_before, patches_after = _patches(before, old), _patches(after, new)
+    kernel = state["patch_embed.proj.weight"]
+    read = kernel.flatten(1).double() @ _least_squares(patches_after, patches_before).T
+    state["patch_embed.proj.weight"] = read.unflatten(1, (-1, new, new)).to(kernel)
+    write = _least_squares(patches_before, patches_after).T
+    for name in ("proj_out.weight", "proj_out.bias"):  # rows: vertical, horizontal, channel
+        rows = state[name].reshape(old, old, before.shape[1], -1).permute(2, 0, 1, 3)
+        rows = (write @ rows.flatten(0, 2).double()).reshape(after.shape[1], new, new, -1)
+        state[name] = rows.permute(1, 2, 0, 3).reshape(-1, *state[name].shape[1:]).to(state[name])
+    return state
+
+
+def _patches(latents: torch.Tensor, size: int) -> torch.Tensor:
+    """Patches (N rows columns, C size size) of latents (N, C, h, w), in float64."""
+    return torch.nn.functional.unfold(latents.double(), size, stride=size).transpose(1, 2).flatten(0, 1)
+
+
+def _least_squares(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The matrix that maps rows of `given` closest to those of `wanted`, damped to avoid amplifying noise."""
+    gram = given.T @ given
+    damping = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + damping, given.T @ wanted)
+
+
+def change_action_dim(model: IRASimTransformer3DModel, action_dim: int) -> IRASimTransformer3DModel:
+    """Change a trained model to a robot with other actions.
+
+    The action encoder is new. Before training, it maps every action to the null action.
+
+    Args:
+        model: The trained model.
+        action_dim: Number of components of the new actions.
+
+    Returns:
+        A new model without scale, names and `target_extent` of the actions. The input model is not modified.
+    """
+    new = IRASimTransformer3DModel.from_config(model.config, action_dim=action_dim, **ACTION_ENTRIES)
+    encoder = ("action_embed.", "trajectory_embed.", "target_embed.")
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith(encoder)}
+    new.load_state_dict(state, strict=False)
+    last = getattr(new, "trajectory_embed", new.action_embed).linear_2
+    torch.nn.init.zeros_(last.weight)
+    last.bias.data.copy_(new.null_action)
+    return new.to(model.dtype)
+
+
+def _crop(kernel: torch.Tensor, size: int) -> torch.Tensor:
+    """Kernels (..., old, old) in a window of `size` pixels about their centre, at the same scale."""
+    places = (torch.arange(size, device=kernel.device) - (size - 1) / 2) * 2 / max(kernel.shape[-1] - 1, 1)
+    grid = torch.stack(torch.meshgrid(places, places, indexing="xy"), dim=-1).to(kernel)
+    sampled = torch.nn.functional.grid_sample(
+        kernel.flatten(0, -3).unsqueeze(0), grid.unsqueeze(0), padding_mode="border", align_corners=True
+    )
+    return sampled[0].unflatten(0, kernel.shape[:-2])
