@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,10 @@ from space_browser import app_url, browser, page  # noqa: F401 (fixtures)
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, UNetTrajectoryModel
 from irasim_diffusers.models import noise_process
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # sizes all differ, so that a transposed one shows: latents 4x6, frames 8x12, window 5 = 2 + 3, actions of 3
 TINY = {
