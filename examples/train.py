@@ -1024,12 +1024,11 @@ def check_arguments(arguments: TrainingArguments) -> None:
         raise ValueError(
             f"`dataset_weights` must be {len(arguments.dataset)} numbers, got {arguments.dataset_weights}."
         )
-    if (arguments.validation_dataset, arguments.validation_split) in [
-        (name, arguments.split) for name in arguments.dataset
-    ]:
+    held_out = os.path.normpath(arguments.validation_dataset or "")
+    if held_out in map(os.path.normpath, arguments.dataset) and arguments.validation_split == arguments.split:
         raise ValueError(
-            f"`validation_dataset` and `validation_split` must not be training data, got "
-            f"{arguments.validation_dataset!r} with split {arguments.validation_split!r} for both."
+            f"`validation_split` must differ from `split` for a data set that is also in `dataset`, got {arguments.split!r} for "
+            f"both in {arguments.validation_dataset!r}."
         )
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("`height` and `width` must be given together.")

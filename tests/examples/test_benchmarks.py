@@ -13,9 +13,10 @@ from test_train import write_robot
 
 def test_sizes_are_trained_once_and_plotted(tmp_path, monkeypatch, capsys):
     write_robot(tmp_path / "robot", 1, episodes=2, cameras=1)
+    write_robot(tmp_path / "held-out", 2, episodes=1, cameras=1)
     arguments = [
         *("scaling.py", "--output_dir", tmp_path / "runs", "--sizes", "1x2x12", "--intervals", 2),
-        *("--dataset", tmp_path / "robot", "--validation_dataset", tmp_path / "robot", "--pixel_space"),
+        *("--dataset", tmp_path / "robot", "--validation_dataset", tmp_path / "held-out", "--pixel_space"),
         *("--num_validation_clips", 1, "--validation_inference_steps", 1, "--validation_steps", 1, "--fps", 5),
         *("--sample_frames", 4, "--train_batch_size", 2, "--max_train_steps", 3, "--mixed_precision", "no"),
     ]
