@@ -236,7 +236,10 @@ def test_pixels_are_cached_as_they_are(workspace):
         ({"max_train_minutes": float("inf")}, "`max_train_minutes` must be finite, got inf"),
         ({"fps": 0.0}, "`fps` must be positive, got 0.0"),
         ({"validation_inference_steps": 0}, "`validation_inference_steps` must be in 1..1000, got 0"),
-        ({"validation_dataset": "set/"}, "`validation_split` must differ from `split` .* got 'train' for both in 'set/'"),
+        (
+            {"validation_dataset": "set/"},
+            "`validation_split` must differ from `split` .* got 'train' for both in 'set/'",
+        ),
         ({"lr_scheduler": "sine"}, "`lr_scheduler` must be one of linear, .*, got 'sine'"),
         ({"attention_backend": "fast"}, "`attention_backend` must be one of .*, got 'fast'"),
         ({"prediction_type": "noise"}, "`prediction_type` must be one of epsilon, .*, got 'noise'"),
