@@ -87,7 +87,9 @@ def _check_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
     before = _flat(json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8")))
     now = _flat(json.loads(json.dumps(settings)))  # tuples become lists
     changed = [
-        f"{key} was {before.get(key)!r} and is {value!r}" for key, value in now.items() if before.get(key) != value
+        f"{key} was {before[key]!r} and is {value!r}"
+        for key, value in now.items()
+        if key in before and before[key] != value  # earlier versions stored fewer settings
     ]
     if changed:
         raise ValueError(
