@@ -1181,7 +1181,7 @@ def run_settings(
         "mixed_precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
         "latents": [folder.name for folder in folders],
-        "model": {key: value for key, value in config.items() if not key.startswith("_")},
+        "config": {key: value for key, value in config.items() if not key.startswith("_")},
     }
 
 
