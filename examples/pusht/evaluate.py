@@ -71,9 +71,7 @@ class EvaluationArguments:
     model: str = field(metadata={"help": "pipeline folder or Hub id"})
     dataset: str = field(metadata={"help": "held-out LeRobotDataset folder made by collect.py"})
     output: str | None = field(default=None, metadata={"help": "JSON report to write"})
-    scheduler: str | None = field(
-        default=None, metadata={"help": "diffusers scheduler class (default: the model's)"}
-    )
+    scheduler: str | None = field(default=None, metadata={"help": "diffusers scheduler class (default: the model's)"})
     timestep_spacing: str | None = field(
         default=None, metadata={"help": "timestep spacing of `scheduler`; use trailing for few steps"}
     )
@@ -149,7 +147,9 @@ def held_out_clips(
         if len(frames) == num_clips:
             break
     if not frames:
-        raise ValueError(f"{dataset.name!r} has no clip of {length} frames in which the block {'moves' if moving else 'does not move'}.")
+        raise ValueError(
+            f"{dataset.name!r} has no clip of {length} frames in which the block {'moves' if moving else 'does not move'}."
+        )
     return np.stack(frames), np.stack(actions), np.stack(states)
 
 

@@ -430,7 +430,7 @@ def test_evaluation_reports_all_metrics(workspace, trained):
     assert "evaluate.py" in figures["setting"]["command"]
 
 
-def test_driven_episodes_are_the_spaces():
+def test_driven_episodes_match_space_controls():
     """The target moves by 32 units per step at speed 1, in the directions of the keys, and stays in the arena."""
     for speed in evaluate.SPEEDS:
         actions, frames, states = evaluate.driven_episodes(2, speed, 15.0)
