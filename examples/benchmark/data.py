@@ -1,4 +1,4 @@
-"""Measure data loading: windows decoded from video, windows of cached latents, and the share of a training step.
+"""Measure data loading: windows decoded from video, windows of cached latents, share of a training step.
 
     python examples/benchmark/data.py --dataset data/pusht-test --vae runs/pusht-vae --cache_dir runs/latents
 

@@ -90,9 +90,8 @@ def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> 
             page.keyboard.down(KEYS[index % 4])
             page.wait_for_timeout(300 + 37 * (index % 5))
             page.keyboard.up(KEYS[index % 4])
-            page.wait_for_timeout(
-                700 if index % 2 else 1500
-            )  # alternately while the model still runs and after it has stopped
+            # alternately press again while the model still runs and after it has stopped
+            page.wait_for_timeout(700 if index % 2 else 1500)
         page.keyboard.down(KEYS[0])
         page.wait_for_timeout(1000)
         shown = page.evaluate("document.querySelector('.drive').figures.shown.length")
@@ -108,10 +107,7 @@ def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> 
             page.wait_for_timeout(3000)
             page.screenshot(path=screenshot)
         browser.close()
-    times, latencies = (
-        np.array(figures["shown"][shown:]),
-        np.array(figures["latencies"][1:]),
-    )  # the first press is a warm-up
+    times, latencies = np.array(figures["shown"][shown:]), np.array(figures["latencies"][1:])  # without the warm-up
     return {
         "presses": len(latencies),
         "latency_ms": float(np.median(latencies)),

@@ -173,7 +173,10 @@ def written_episodes(root: Path, file_index: int) -> int:
 
 
 def collect_file(file_index: int, arguments: CollectArguments) -> int:
-    """Collect and write one file unless it already has all its episodes; return its number of episodes."""
+    """Collect and write one file unless it already has all its episodes; return its number of episodes.
+
+    A larger file starts with the same episodes, because the seed of an episode determines its content.
+    """
     first = file_index * EPISODES_PER_FILE
     numbers = range(first, min(first + EPISODES_PER_FILE, arguments.episodes))
     if written_episodes(arguments.output, file_index) < len(numbers):

@@ -147,9 +147,7 @@ def main() -> None:
     (arguments,) = HfArgumentParser(BaselineArguments).parse_args_into_dataclasses()
     output = arguments.output_dir
     output.mkdir(parents=True, exist_ok=True)
-    episodes = PreparedEpisodes(
-        open_dataset(arguments.dataset)
-    )  # the same preparation as in train.py, to share the cache
+    episodes = PreparedEpisodes(open_dataset(arguments.dataset))  # as in train.py, to share its cache
     cache = cache_latents(episodes, None, arguments.cache_dir or output / "latents")
     clips = LatentClips(cache, HISTORY + 1 + arguments.rollout_chunks)
     torch.manual_seed(arguments.seed)

@@ -11,9 +11,8 @@ from scipy.ndimage import label, uniform_filter
 from scipy.optimize import least_squares
 from simulator import PUSHER_RADIUS
 
-COLOURS = (
-    np.array([[255, 255, 255], [144, 238, 144], [140, 160, 181], [74, 120, 246]]) / 255
-)  # floor, goal, block, pusher: mean colours in a frame
+# mean colours of floor, goal, block and pusher in a frame
+COLOURS = np.array([[255, 255, 255], [144, 238, 144], [140, 160, 181], [74, 120, 246]]) / 255
 UNMIX = np.linalg.inv(np.vstack([COLOURS.T, np.ones(4)]))  # maps (r, g, b, 1) to fractions of the colours
 BLOCK, PUSHER = 2, 3
 UNIT = 96 / 512  # pixels per arena unit

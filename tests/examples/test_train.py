@@ -373,9 +373,7 @@ def test_prediction_for_crop_matches_whole_frame():
     config = dict(model.config)
     cropped, moved = crop(latents, actions, config, 6, torch.full((2, 3), 0.4))
     timestep = torch.tensor([500, 10])
-    torch.nn.init.zeros_(
-        model.action_embed.linear_2.weight
-    )  # disables the action embedding, which depends on the absolute target
+    torch.nn.init.zeros_(model.action_embed.linear_2.weight)  # the embedding depends on the absolute target
     whole, part = model(latents, timestep, actions).sample, model(cropped, timestep, moved).sample
     for number in range(2):
         (top, left) = next(
@@ -389,7 +387,7 @@ def test_prediction_for_crop_matches_whole_frame():
 
 
 class TrueFrames(torch.nn.Module):
-    """Predicts the change to the next frame of clips whose brightness grows by one per frame."""
+    """Predicts the change to the next frame of clips that get brighter by one per frame."""
 
     def __init__(self):
         super().__init__()
