@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,10 @@ from space_browser import app_url, browser, page  # noqa: F401 (fixtures)
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, UNetTrajectoryModel
 from irasim_diffusers.models import noise_process
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the CPU cores
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # all sizes differ, so that tests detect transposed axes: latents 4x6, frames 8x12, window 5 = 2 + 3, 3 action components
 TINY = {

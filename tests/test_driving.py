@@ -56,7 +56,7 @@ def test_keys_move_a_target_within_its_bounds(pipe):
     for _ in range(9):
         steering.action(steering.command({"w"}))
     assert steering.hold().tolist() == [300, 0]
-    steering.go_on_from(None)
+    steering.continue_from(None)
     assert steering.hold().tolist() == [300, 30]
 
 

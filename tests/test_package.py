@@ -15,18 +15,19 @@ PACKAGE = ROOT / "src" / "irasim_diffusers"
 FREE = {"files", "version"}  # modules that every part may import
 ALLOWED = {
     "actions": set(),
+    "action_space": {"actions"},
     "metrics": set(),
-    "models": set(),
+    "models": {"action_space"},
     "rollout": set(),
     "files": set(),
     "devices": set(),
     "version": set(),
     "data": {"actions"},
-    "pipelines": {"models", "actions", "rollout"},
+    "pipelines": {"models", "action_space", "rollout"},
     "training": {"models"},
     "conversion": {"models"},
     "pictures": set(),
-    "driving": {"actions", "data", "pipelines"},
+    "driving": {"action_space", "actions", "data", "pipelines"},
     "play": {"driving"},
     "evaluation": {"actions", "data", "metrics", "pictures", "pipelines", "rollout"},
 }

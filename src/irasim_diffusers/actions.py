@@ -1,4 +1,4 @@
-"""Action spaces: checking raw actions, the action that asks for no motion, and actions from absolute states and back."""
+"""Raw actions: checks, the hold action, and conversion between absolute states and actions."""
 
 import warnings
 from typing import Any
@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 
 
 def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
-    """Check raw actions and bring them into one form.
+    """Check raw actions and convert them to a batch.
 
     Args:
         actions: Actions (n, A) or (B, n, A): numpy, torch or nested lists, in the units of the data set.
@@ -19,7 +19,7 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
         Actions (B, n, A), float32.
 
     Raises:
-        ValueError: If they are empty, ragged, of another dimension, or not finite.
+        ValueError: If actions are empty, ragged, of another dimension, or not finite.
     """
     wanted = f"`actions` must be (n, {action_dim}) or (batch, n, {action_dim})"
     try:
@@ -29,7 +29,7 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
             actions = torch.from_numpy(np.asarray(actions, dtype=np.float32))
         actions = actions.to(torch.float32)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{wanted}, all numbers and all sequences of one length; {error}.") from error
+        raise ValueError(f"{wanted}, all numbers and all sequences of one length: {error}.") from error
     if actions.ndim not in (2, 3) or 0 in actions.shape[:-1] or actions.shape[-1] != action_dim:
         remedy = "there is nothing to predict" if 0 in actions.shape else "one row for each frame to predict"
         raise ValueError(f"{wanted}, got {tuple(actions.shape)}: {remedy}.")
@@ -42,10 +42,16 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
 
 
 def hold_action(last_action: torch.Tensor, action_space: str, derivation: str = "recorded") -> torch.Tensor:
-    """The action (B, 1, A) that asks for no motion after `last_action` (B, 1, A).
+    """Return the action that asks for no motion after `last_action`.
 
-    In an absolute space that is the target already being followed; in a relative one, zero. Of motions of poses it is the
-    rotation that turns nothing, with the rest, such as a gripper's opening, as it was.
+    Args:
+        last_action: Actions (..., A), raw units.
+        action_space: `"relative"` or `"absolute"`.
+        derivation: One of `DERIVATIONS`.
+
+    Returns:
+        Actions (..., A): the last action in an absolute space and zero in a relative one. For motions of poses: no translation,
+        the identity rotation, and the other components (such as a gripper opening) of the last action.
     """
     hold = last_action.clone()
     if action_space != "absolute" and derivation != "absolute":
@@ -57,27 +63,29 @@ def hold_action(last_action: torch.Tensor, action_space: str, derivation: str = 
 
 
 DERIVATIONS = ("recorded", "relative_euler", "relative_6d", "relative_planar", "absolute")
-"""How actions come from a recording: as recorded, or from the states of successive frames; see `derive_actions`."""
+"""Origins of actions: recorded, or computed from the states of successive frames; see `derive_actions`."""
 
 
 def derive_actions(states: np.ndarray, derivation: str) -> np.ndarray:
-    """Actions between the states of successive frames.
+    """Compute actions from the states of successive frames.
 
-    `"relative_euler"` takes states (x, y, z, roll, pitch, yaw, rest...), metres and radians, extrinsic xyz Euler angles,
-    and gives the motion in the frame of the previous pose (paper, appendix 9): R[k-1]^T (p[k] - p[k-1]), the Euler angles
-    of R[k-1]^T R[k], and the rest as it is at the next frame, such as the gripper's opening. `"relative_6d"` is the same
-    with the first two columns of the relative rotation, which have no singularity (https://arxiv.org/abs/1812.07035), in
-    place of its angles. `"relative_planar"` is the difference of states, `"absolute"` the next state itself.
+    - `"relative_euler"`: states are (x, y, z, roll, pitch, yaw, rest...) in metres and radians, with extrinsic xyz Euler angles.
+      Actions are motions in the frame of the previous pose (paper, appendix 9): R[k-1]^T (p[k] - p[k-1]), the Euler angles of
+      R[k-1]^T R[k], and the rest (such as the gripper opening) of the next frame.
+    - `"relative_6d"`: the same with the first two columns of the relative rotation matrix instead of its angles. They have no
+      singularity (https://arxiv.org/abs/1812.07035).
+    - `"relative_planar"`: the differences of states.
+    - `"absolute"`: the next states.
 
     Args:
         states: States (T, S).
-        derivation: One of `DERIVATIONS` but `"recorded"`.
+        derivation: One of `DERIVATIONS` except `"recorded"`.
 
     Returns:
-        Actions (T - 1, A), float64; row k leads from frame k to frame k + 1.
+        Actions (T - 1, A), float64. Row k leads from frame k to frame k + 1.
 
     Raises:
-        ValueError: If the derivation is unknown, or the states do not fit it.
+        ValueError: If the derivation is unknown, or the states are not finite or have too few components.
     """
     states = np.asarray(states, dtype=np.float64)
     _check_derivation(derivation, states)
@@ -93,15 +101,15 @@ def derive_actions(states: np.ndarray, derivation: str) -> np.ndarray:
 
 
 def integrate_actions(state: np.ndarray, actions: np.ndarray, derivation: str) -> np.ndarray:
-    """States that actions lead to: the inverse of `derive_actions`.
+    """Compute the states that actions lead to, the inverse of `derive_actions`.
 
     Args:
         state: First state (S,).
         actions: Actions (n, A).
-        derivation: As in `derive_actions`.
+        derivation: See `derive_actions`.
 
     Returns:
-        States (n + 1, S), float64, the first one included.
+        States (n + 1, S), float64, including the first one.
     """
     state, actions = np.asarray(state, dtype=np.float64), np.asarray(actions, dtype=np.float64)
     _check_derivation(derivation, state[None])
@@ -134,7 +142,7 @@ def _rotations(states: np.ndarray) -> Rotation:
 
 
 def _euler_angles(rotation: Rotation) -> np.ndarray:
-    with warnings.catch_warnings():  # at a pitch of 90 degrees roll and yaw are one: any split gives the same rotation
+    with warnings.catch_warnings():  # at a pitch of 90 degrees only the sum of roll and yaw is defined
         warnings.simplefilter("ignore", UserWarning)
         return rotation.as_euler("xyz")
 

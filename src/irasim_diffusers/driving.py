@@ -13,7 +13,8 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .actions import hold_action, prepare_actions
+from .action_space import ActionSpace
+from .actions import prepare_actions
 from .files import temporary_path
 from .pipelines import IRASimPipeline
 
@@ -71,21 +72,18 @@ class Steering:
         start: Any = None,
         keys: Sequence[tuple[str, str]] | None = None,
     ) -> None:
-        size = config.action_dim
-        self.space: str = config.action_space
-        self.derivation: str = config.action_derivation
-        self.names = list(config.action_names or (f"action {index}" for index in range(size)))
+        self.action_space = space = ActionSpace.from_config(config)
+        size = len(space)
+        self.space, self.derivation, self.names = space.kind, space.derivation, list(space.names)
         self.speed = speed
-        self._scale = np.broadcast_to(np.asarray(config.action_scale, dtype=np.float64), size)
-        self.low = _bounds(config.action_low, size, -np.inf)
-        self.high = _bounds(config.action_high, size, np.inf)
+        self.low, self.high = np.array(space.low), np.array(space.high)
         if start is None:
-            if self.space == "absolute" or self.derivation == "absolute":
+            if space.has_targets:
                 raise ValueError(
                     f"`start` must be the robot's own ({', '.join(self.names)}) for absolute actions, got none: the target "
                     "moves on from there."
                 )
-            start = np.clip(np.zeros(size), self.low, self.high)
+            start = space.clip(np.zeros(size))
         self.start = prepare_actions([start], size)[0, 0].double().numpy()
         planar = PICTURE_KEYS if self.space == "absolute" else TABLE_KEYS
         self.keys = dict(enumerate(keys if keys is not None else planar if size == 2 else ARM_KEYS))  # by component
@@ -97,7 +95,7 @@ class Steering:
     @property
     def step(self) -> np.ndarray:
         """What a command of 1 moves (A,), raw units."""
-        return self.speed / self._scale
+        return self.speed / np.array(self.action_space.scale)
 
     @property
     def controls(self) -> list[Control]:
@@ -138,10 +136,9 @@ class Steering:
 
     def hold(self) -> np.ndarray:
         """The action (A,) that asks for no motion now."""
-        last = torch.from_numpy(self.last)[None, None]
-        return hold_action(last, self.space, self.derivation)[0, 0].numpy()
+        return self.action_space.hold(self.last)
 
-    def go_on_from(self, action: np.ndarray | None) -> None:
+    def continue_from(self, action: np.ndarray | None) -> None:
         """Move targets on from those of an action (A,) in place of the last one; None for the start."""
         self.last = self.start if action is None else np.asarray(action, dtype=np.float64)
 
@@ -272,7 +269,7 @@ class DrivingSession:
             self._steer_on()  # also where it fails: commands have moved the targets before
 
     def _predict(self, actions: Any) -> list[PIL.Image.Image]:
-        checked = prepare_actions(actions, self.pipe.transformer.config.action_dim)
+        checked = self.pipe.action_space.prepare(actions)
         if len(checked) != 1 or checked.shape[1] > self.longest_step:
             raise ValueError(
                 f"`actions` must be one sequence of at most {self.longest_step}, got {tuple(checked.shape[:2])}: give "
@@ -285,6 +282,8 @@ class DrivingSession:
         )  # after undo the noise is the same
         generator = torch.Generator().manual_seed(int(place.generate_state(1)[0]))
         future = self.pipe.predict_latents(history, checked, self.num_inference_steps, generator=generator)
+        if not torch.isfinite(future).all():
+            raise ValueError("the predicted frames must be finite: check the weights of the checkpoint and its dtype.")
         pictures = self.pipe.video_processor.postprocess_video(self.pipe.decode_latents(future), "pil")[0]
         for picture, action, latents in zip(pictures, checked[0], future.split(1, dim=2), strict=True):
             if len(self._kept) == self._kept.maxlen:
@@ -295,7 +294,7 @@ class DrivingSession:
         return pictures
 
     def _steer_on(self) -> None:
-        self.steering.go_on_from(self._last.action if self._last else None)
+        self.steering.continue_from(self._last.action if self._last else None)
 
     @property
     def _history_length(self) -> int:
@@ -322,11 +321,6 @@ class DrivingSession:
         with temporary_path(path.with_suffix(".npy")) as partial:
             np.save(partial, self.actions.astype(np.float32))
         return path, path.with_suffix(".npy")
-
-
-def _bounds(values: float | Sequence[float | None] | None, size: int, unbounded: float) -> np.ndarray:
-    given = values if isinstance(values, list | tuple) else [values] * size
-    return np.array([unbounded if value is None else value for value in given], dtype=np.float64)
 
 
 def _png(picture: PIL.Image.Image) -> bytes:

@@ -1,8 +1,11 @@
+import json
+
 import pytest
 import torch
 from conftest import tiny_pipeline
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from irasim_diffusers import IRASimPipeline
 
@@ -47,6 +50,39 @@ def test_what_is_saved_is_loaded_in_diffusers_format(adapted, frames, actions):
     pipeline = loaded(folder, adapter_name="robot")
     torch.testing.assert_close(predict(pipeline, frames, actions), changed, rtol=1e-4, atol=1e-5)
     assert pipeline.get_active_adapters() == ["robot"]
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_files_with_another_key_prefix_have_the_same_effect(adapted, frames, actions, tmp_path, prefix):
+    folder, _, changed = adapted
+    file = folder / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
+    metadata = {key.replace("transformer.", prefix, 1): value for key, value in metadata.items()}
+    weights = {key.replace("transformer.", prefix, 1): value for key, value in load_file(file).items()}
+    (tmp_path / "other").mkdir()
+    stored = {"lora_adapter_metadata": json.dumps(metadata), "format": "pt"}
+    save_file(weights, tmp_path / "other" / "adapter.safetensors", stored)
+    pipeline = loaded(tmp_path / "other")
+    torch.testing.assert_close(predict(pipeline, frames, actions), changed, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ("base_model.model.", "needs the `lora_alpha` of its adapter_config.json"),
+        ("unet.", "the transformer has no modules for"),
+    ],
+)
+def test_files_that_would_have_no_effect_are_refused(adapted, tmp_path, prefix, message):
+    weights = load_file(adapted[0] / "pytorch_lora_weights.safetensors")
+    (tmp_path / "other").mkdir()
+    renamed = {key.replace("transformer.", prefix, 1): value for key, value in weights.items()}
+    save_file(renamed, tmp_path / "other" / "adapter.safetensors", {"format": "pt"})
+    pipeline = tiny_pipeline()
+    with pytest.raises(ValueError, match=message):
+        pipeline.load_lora_weights(tmp_path / "other")
+    assert not getattr(pipeline.transformer, "peft_config", {})
 
 
 def test_adapters_are_scaled_and_switched(adapted, frames, actions):

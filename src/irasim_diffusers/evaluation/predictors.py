@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..actions import hold_action
 from ..data import EpisodeSource, first_readable, read_video
 from ..files import temporary_path
 from ..pipelines import IRASimPipeline
@@ -165,8 +164,7 @@ class PipelinePredictor:
 
     def hold(self, clip: ClipData) -> np.ndarray:
         """The action (A,) that asks for no motion after the one before the clip."""
-        action = torch.from_numpy(np.asarray(clip.action_before))[None, None]
-        return hold_action(action, self.config.action_space, self.config.action_derivation)[0, 0].numpy()
+        return self.pipeline.action_space.hold(np.asarray(clip.action_before))
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray) -> torch.Tensor:

@@ -31,7 +31,8 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device, maybe_allow_in_graph
 from torch import nn
 
-from .action_space import action_features, check_action_space
+from ..action_space import ActionSpace
+from .action_features import action_features
 
 PRESETS: dict[str, dict[str, int]] = {
     "S": {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 64},
@@ -392,7 +393,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             raise ValueError(
                 f"`attention_head_dim` must be divisible by 4 with `spatial_position='rope'`, got {attention_head_dim}."
             )
-        check_action_space(self.config)
+        ActionSpace.from_config(self.config)  # refuses a bad one
 
         dim = num_attention_heads * attention_head_dim
         num_actions = sample_frames - num_history_frames
@@ -462,6 +463,11 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         for linear in zeros:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
+
+    @property
+    def action_space(self) -> ActionSpace:
+        """The action space in the config."""
+        return ActionSpace.from_config(self.config)
 
     def encode_actions(
         self,

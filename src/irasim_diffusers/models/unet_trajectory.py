@@ -28,7 +28,8 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.torch_utils import maybe_allow_in_graph
 from torch import nn
 
-from .action_space import action_features, check_action_space
+from ..action_space import ActionSpace
+from .action_features import action_features
 from .transformer_irasim import IRASimAttention, IRASimAttnProcessor
 
 UNET_PRESETS: dict[str, dict[str, Any]] = {
@@ -243,7 +244,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
             raise ValueError(
                 f"`block_out_channels` must be multiples of {NORM_GROUPS}, the groups of a norm, got {block_out_channels}."
             )
-        check_action_space(self.config)
+        ActionSpace.from_config(self.config)  # refuses a bad one
         base, deepest = block_out_channels[0], block_out_channels[-1]
         temb_channels = 4 * base + condition_dim
         num_actions = sample_frames - num_history_frames
@@ -279,6 +280,11 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
             nn.init.zeros_(parameter)
 
         self.gradient_checkpointing = False
+
+    @property
+    def action_space(self) -> ActionSpace:
+        """The action space in the config."""
+        return ActionSpace.from_config(self.config)
 
     def encode_actions(
         self,

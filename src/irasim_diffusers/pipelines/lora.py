@@ -35,7 +35,12 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         if isinstance(source, dict) or not str(source).endswith(".bin"):
             kwargs.setdefault("use_safetensors", True)
         state_dict, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
+        self._check_alpha(state_dict, metadata)
+        state_dict = {_standard_key(key): value for key, value in state_dict.items()}
+        if metadata is not None:
+            metadata = {_standard_key(key): value for key, value in metadata.items()}
         layers = {key: value for key, value in state_dict.items() if "lora" in key}
+        self._check_layers(layers)
         encoder = {key.removeprefix("transformer."): value for key, value in state_dict.items() if key not in layers}
         unknown = [key for key in encoder if not key.startswith(ACTION_ENCODER)]
         if unknown or not layers:
@@ -66,6 +71,24 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             kept = {key: own[key].clone() for key in encoder} | getattr(transformer, "_own_action_encoder", {})
             transformer._own_action_encoder = kept
             self._set_weights(encoder)
+
+    @staticmethod
+    def _check_alpha(state_dict: dict[str, torch.Tensor], metadata: dict[str, Any] | None) -> None:
+        """Refuse a file of PEFT, whose scale is in another file."""
+        if metadata is None and any(key.startswith("base_model.model.") for key in state_dict):
+            raise ValueError(
+                "a LoRA file with keys `base_model.model.` needs the `lora_alpha` of its adapter_config.json: load it with PEFT and "
+                "save it with `pipe.save_lora_weights(..., transformer_lora_adapter_metadata=config.to_dict())`."
+            )
+
+    def _check_layers(self, layers: dict[str, torch.Tensor]) -> None:
+        """Refuse LoRA layers of modules that the transformer does not have."""
+        modules = {
+            name.replace(".base_layer", "") for name, _ in unwrap_module(self.transformer).named_modules() if name
+        }
+        unknown = [key for key in layers if key.removeprefix("transformer.").split(".lora")[0] not in modules]
+        if unknown:
+            raise ValueError(f"the LoRA file is for another model: the transformer has no modules for {unknown[:3]}.")
 
     def unload_lora_weights(self) -> None:
         """Remove all LoRA layers and bring the model's own action encoder back, unless the layers are fused.
@@ -108,3 +131,8 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         with torch.no_grad():
             for key, value in values.items():
                 own[key].copy_(value)
+
+
+def _standard_key(key: str) -> str:
+    """Return a key with diffusers' prefix `transformer.`; other libraries write another prefix or none."""
+    return "transformer." + key.removeprefix("diffusion_model.").removeprefix("transformer.")

@@ -70,15 +70,10 @@ def describe_network(config: Any) -> str:
 
 def write_model_card(pipeline: Any, repo_id: str) -> ModelCard:
     """The card of a pipeline: what it predicts, its action space, how it is built and how it is called."""
-    config, dim = pipeline.transformer.config, pipeline.transformer.config.action_dim
+    config, space = pipeline.transformer.config, pipeline.action_space
     height, width = pipeline.frame_size
-    names = config.action_names or [f"action {index}" for index in range(dim)]
-    units = config.action_units or ["as recorded"] * dim
-    offsets, scales = (
-        value if isinstance(value, list | tuple) else [value] * dim
-        for value in (config.action_offset, config.action_scale)
-    )
-    rows = zip(names, units, offsets, scales, strict=True)
+    units = [unit or "as recorded" for unit in space.units]
+    rows = zip(space.names, units, space.offset, space.scale, strict=True)
     flow = config.prediction_type == "flow_prediction"
     text = TEXT.format(
         title=repo_id.split("/")[-1],
@@ -87,11 +82,11 @@ def write_model_card(pipeline: Any, repo_id: str) -> ModelCard:
         height=height,
         width=width,
         method=describe_method(config),
-        action=[round(float(offset), 3) for offset in offsets],
+        action=[round(float(offset), 3) for offset in space.offset],
         num_actions=config.sample_frames - config.num_history_frames,
         space="Absolute: an action is a target position."
-        if config.action_space == "absolute"
-        else f"Relative: {HOLD.get(config.action_derivation, 'zero')} asks for no motion.",
+        if space.kind == "absolute"
+        else f"Relative: {HOLD.get(space.derivation, 'zero')} asks for no motion.",
         components="\n".join(f"| {name} | {unit} | {offset:g} | {scale:g} |" for name, unit, offset, scale in rows),
         network=describe_network(config),
         parameters=sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e6,

@@ -25,7 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from huggingface_hub import file_exists
 
-from ..actions import hold_action, prepare_actions
+from ..action_space import ActionSpace
 from ..models import IRASimTransformer3DModel, UNetTrajectoryModel, noise_process
 from ..rollout import chain_windows
 from .lora import IRASimLoraLoaderMixin
@@ -133,6 +133,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     def window_length(self) -> int:
         """Frames of the windows of a rollout, history and predicted, where a call names no other number."""
         return self.config.window_length or self.transformer.config.sample_frames
+
+    @property
+    def action_space(self) -> ActionSpace:
+        """The checkpoint's action space."""
+        return ActionSpace.from_config(self.transformer.config)
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -295,6 +300,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         Raises:
             ValueError: If there is no frame or too many, or frames are not RGB, out of range, or of another size.
         """
+        self._check_autoencoder()
         pixels = _stack_frames(frames)  # (B, h, 3, H, W) in [0, 1]
         most = self.transformer.config.num_history_frames
         if pixels.shape[1] > most:
@@ -318,6 +324,14 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 f"{size[0]}x{size[1]}: pass resize=True (--resize on the command line) to resize them."
             )
         return self.video_processor.normalize(pixels)
+
+    def _check_autoencoder(self) -> None:
+        channels = self.transformer.config.in_channels
+        if self.vae is None and channels != 3:
+            raise ValueError(
+                f"`vae` must be the autoencoder of this model, whose latents have {channels} channels, got None: only a model of "
+                "RGB frames (3 channels) works without one."
+            )
 
     def encode_history(self, pixels: torch.Tensor, chunk_size: int = 16) -> torch.Tensor:
         """Encode histories (B, h, 3, H, W) in [-1, 1] to scaled latents (B, C, h, H / f, W / f), float32."""
@@ -522,7 +536,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             num_inference_steps = self.config.num_inference_steps
         if window_length is None:
             window_length = self.window_length
-        actions = prepare_actions(actions, config.action_dim)
+        actions = self.action_space.prepare(actions)
         histories = self.preprocess_frames(frames, resize)
         self.check_window(window_length)
         self.check_inputs(
@@ -723,7 +737,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             try:
                 history = self.encode_history(histories)
                 while not self.interrupt and (chunk := list(islice(coming, length))):
-                    chunk_actions = prepare_actions(chunk, config.action_dim)
+                    chunk_actions = self.action_space.prepare(chunk)
                     future = self.predict_latents(
                         history, chunk_actions, num_inference_steps, guidance_scale, generator, attention_kwargs, fps
                     )
@@ -756,8 +770,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     def _pad_actions(self, actions: torch.Tensor, length: int) -> torch.Tensor:
         """Actions (B, m, A) and holds after them, `length` together."""
-        config = self.transformer.config
-        hold = hold_action(actions[:, -1:], config.action_space, config.action_derivation)
+        hold = self.action_space.hold(actions[:, -1:])
         return torch.cat([actions, hold.expand(-1, length - actions.shape[1], -1)], dim=1)
 
     def _latent_size(self, histories: torch.Tensor) -> tuple[int, int]:

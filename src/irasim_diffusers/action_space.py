@@ -1,0 +1,190 @@
+"""The action space of a checkpoint: components, units, bounds, scaling and the hold action."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+
+from .actions import hold_action, prepare_actions
+
+if TYPE_CHECKING:
+    import gymnasium
+
+KINDS = ("relative", "absolute")
+MARGIN = 10.0
+"""Normalised units by which an action may always exceed its bounds."""
+UNBOUNDED_LIMIT = 1e4
+"""Largest normalised action of a component without a bound."""
+
+Actions = TypeVar("Actions", np.ndarray, torch.Tensor)
+
+
+@dataclass(frozen=True)
+class ActionSpace:
+    """The action space of a checkpoint. All fields have one entry per component.
+
+    Methods take and return arrays or tensors (..., A) of any batch shape.
+    """
+
+    names: tuple[str, ...]
+    units: tuple[str | None, ...]  # None: the units of the recording
+    low: tuple[float, ...]  # raw units; -inf where unknown
+    high: tuple[float, ...]  # raw units; inf where unknown
+    scale: tuple[float, ...]  # normalised = (raw - offset) * scale
+    offset: tuple[float, ...]
+    kind: str = "relative"  # "relative": zero is no motion; "absolute": actions are target positions
+    derivation: str = "recorded"  # "recorded", or how actions are computed from states, see `actions.DERIVATIONS`
+
+    @classmethod
+    def from_config(cls, config: Any) -> ActionSpace:
+        """Read and check the action space of a model's config.
+
+        Args:
+            config: Config of a model: a mapping or an object with the attributes `action_dim`, `action_scale` and so on.
+
+        Raises:
+            ValueError: If the kind is unknown, an entry does not have `action_dim` values, or a value is invalid.
+        """
+
+        def read(name: str, default: Any = None) -> Any:
+            return config.get(name, default) if isinstance(config, Mapping) else getattr(config, name, default)
+
+        size, kind = read("action_dim"), read("action_space", "relative")
+        if kind not in KINDS:
+            raise ValueError(f"`action_space` must be one of {', '.join(KINDS)}, got {kind!r}.")
+
+        def entries(name: str, default: Any) -> list[Any]:
+            value = read(name)
+            if not isinstance(value, list | tuple):
+                return [default if value is None else value] * size
+            if len(value) != size:
+                raise ValueError(
+                    f"`{name}` must have `action_dim` = {size} entries, one a component, got {len(value)}."
+                )
+            return [default if entry is None else entry for entry in value]
+
+        def numbers(name: str, default: float) -> tuple[float, ...]:
+            return tuple(float(value) for value in entries(name, default))
+
+        scale, offset = numbers("action_scale", 1.0), numbers("action_offset", 0.0)
+        if not all(math.isfinite(value) and value for value in scale):
+            raise ValueError(f"`action_scale` must be finite and not zero, got {list(scale)}.")
+        if not all(math.isfinite(value) for value in offset):
+            raise ValueError(f"`action_offset` must be finite, got {list(offset)}.")
+        low, high = numbers("action_low", -math.inf), numbers("action_high", math.inf)
+        for index, (least, most) in enumerate(zip(low, high, strict=True)):
+            if not least <= most:
+                raise ValueError(
+                    f"`action_low` must not exceed `action_high`, got {least} and {most} for component {index}."
+                )
+        names = entries("action_names", None)
+        return cls(
+            names=tuple(f"action {index}" if name is None else str(name) for index, name in enumerate(names)),
+            units=tuple(entries("action_units", None)),
+            low=low,
+            high=high,
+            scale=scale,
+            offset=offset,
+            kind=kind,
+            derivation=read("action_derivation", "recorded"),
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether actions are target positions, not motions."""
+        return self.kind == "absolute" or self.derivation == "absolute"
+
+    def hold(self, last_action: Actions) -> Actions:
+        """Return the action that asks for no motion after `last_action`.
+
+        Args:
+            last_action: Actions (..., A), raw units.
+
+        Returns:
+            Actions of the same shape: the same target in an absolute space; no motion in a relative one, with components that
+            are not motions, such as a gripper opening, unchanged.
+        """
+        held = hold_action(torch.as_tensor(last_action), self.kind, self.derivation)
+        return held if torch.is_tensor(last_action) else held.numpy()
+
+    def normalise(self, actions: Actions) -> Actions:
+        """Convert raw actions (..., A) to normalised ones, the network's input: `(actions - offset) * scale`."""
+        return (actions - _as(self.offset, actions)) * _as(self.scale, actions)
+
+    def denormalise(self, actions: Actions) -> Actions:
+        """Convert normalised actions (..., A) to raw ones, the inverse of `normalise`."""
+        return actions / _as(self.scale, actions) + _as(self.offset, actions)
+
+    def clip(self, actions: Actions) -> Actions:
+        """Limit raw actions (..., A) to the bounds."""
+        low, high = _as(self.low, actions), _as(self.high, actions)
+        if torch.is_tensor(actions):
+            return actions.clamp(low, high)
+        return np.clip(actions, low, high)
+
+    def prepare(self, actions: Any) -> torch.Tensor:
+        """Check raw actions and convert them to a batch.
+
+        Actions somewhat outside the bounds, which usually are those of the training data, are accepted. The limit is the width
+        of the bounds, but at least 10 normalised units. It is 10,000 normalised units for a component without bounds.
+
+        Args:
+            actions: Actions (n, A) or (B, n, A): arrays, tensors or nested lists, raw units.
+
+        Returns:
+            Actions (B, n, A), float32.
+
+        Raises:
+            ValueError: If actions are empty, ragged, of another dimension, not finite, or far outside the bounds.
+        """
+        checked = prepare_actions(actions, len(self))
+        low, high = (_as(bounds, checked) for bounds in self._limits())
+        outside = (checked < low) | (checked > high)
+        if outside.any():
+            place = tuple(torch.nonzero(outside)[0].tolist())
+            component = place[-1]
+            raise ValueError(
+                f"`actions` must be near the bounds of this checkpoint, [{self.low[component]:g}, "
+                f"{self.high[component]:g}] for {self.names[component]!r}, got {checked[place].item():g} at index {place}: "
+                "check the units, or call `action_space.clip(actions)`."
+            )
+        return checked
+
+    def box(self) -> gymnasium.spaces.Box:
+        """Return the bounds as a `gymnasium.spaces.Box` (A,), float32.
+
+        Raises:
+            ImportError: If gymnasium is not installed.
+        """
+        try:
+            from gymnasium.spaces import Box
+        except ImportError as error:
+            raise ImportError("`ActionSpace.box` needs Gymnasium: pip install gymnasium") from error
+        low, high = np.array(self.low, dtype=np.float32), np.array(self.high, dtype=np.float32)
+        return Box(low, high, dtype=np.float32)
+
+    def _limits(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Lowest and highest raw actions that are accepted."""
+        lowest, highest = [], []
+        for low, high, scale, offset in zip(self.low, self.high, self.scale, self.offset, strict=True):
+            unit = 1 / abs(scale)
+            width = high - low
+            margin = max(width if math.isfinite(width) else 0.0, MARGIN * unit)
+            lowest.append(low - margin if math.isfinite(low) else min(offset, high) - UNBOUNDED_LIMIT * unit)
+            highest.append(high + margin if math.isfinite(high) else max(offset, low) + UNBOUNDED_LIMIT * unit)
+        return tuple(lowest), tuple(highest)
+
+
+def _as(values: tuple[float, ...], like: Any) -> Any:
+    """Values (A,) as an array, or as a tensor of the type and on the device of another."""
+    if torch.is_tensor(like):
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
+    return np.array(values)
