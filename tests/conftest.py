@@ -9,11 +9,11 @@ from space_browser import app_url, browser, page  # noqa: F401 (fixtures)
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, UNetTrajectoryModel
 from irasim_diffusers.models import noise_process
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the CPU cores
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# sizes all differ, so that a transposed one shows: latents 4x6, frames 8x12, window 5 = 2 + 3, actions of 3
+# all sizes differ, so that tests detect transposed axes: latents 4x6, frames 8x12, window 5 = 2 + 3, 3 action components
 TINY = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
@@ -28,7 +28,7 @@ TINY = {
 }
 
 
-# the families that the one class covers
+# model families that IRASimTransformer3DModel supports
 ARCHITECTURES = {
     "Frame-Ada": {},
     "Video-Ada": {"conditioning": "video"},
@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(items):
 
 
 def tiny_transformer(**changes) -> IRASimTransformer3DModel:
-    """A random model in which every part matters: nothing is left at its zero initialisation."""
+    """Create a tiny transformer with random weights, including those that are zero-initialised."""
     torch.manual_seed(0)
     model = IRASimTransformer3DModel(**TINY | changes)
     for parameter in model.parameters():
@@ -73,7 +73,7 @@ def tiny_transformer(**changes) -> IRASimTransformer3DModel:
 
 
 def tiny_unet(**changes) -> UNetTrajectoryModel:
-    """The same as a U-Net of two resolutions."""
+    """Create a tiny U-Net with two resolutions and random weights."""
     torch.manual_seed(0)
     sizes = {"block_out_channels": [8, 16], "attention_head_dim": 4, "condition_dim": 20}
     shared = {name: value for name, value in TINY.items() if name != "num_layers"}
@@ -120,11 +120,11 @@ def pipeline():
 
 @pytest.fixture
 def frames():
-    """A history of two frames, uint8."""
+    """History of two frames, uint8."""
     return np.random.default_rng(2).integers(0, 256, (2, 8, 12, 3), dtype=np.uint8)
 
 
 @pytest.fixture
 def actions():
-    """Seven actions: more than two windows of three."""
+    """Seven actions, more than two windows of three."""
     return np.random.default_rng(3).normal(size=(7, 3))

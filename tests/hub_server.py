@@ -1,4 +1,4 @@
-"""A local stand-in for the Hub: the HTTP endpoints that huggingface_hub calls to create, commit to and read a model."""
+"""A local Hub server with the HTTP endpoints that huggingface_hub uses to create, update and read repositories."""
 
 import base64
 import hashlib
@@ -11,7 +11,7 @@ Files = dict[str, bytes]
 
 
 class HubServer:
-    """Repositories in memory, each a map of revision to files; every commit can be had by its id as well."""
+    """Hub server with repositories in memory, each a map from revision (branch, tag or commit id) to files."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, Files]] = {}
@@ -25,7 +25,7 @@ class HubServer:
         self._server.shutdown()
 
     def commit(self, repository: str, changes: Files, revision: str = "main") -> str:
-        """Files of a repository with changes applied, as a new commit of a revision."""
+        """Add or replace files of a revision in a new commit; return the commit id."""
         revisions = self.repositories.setdefault(repository, {})
         files = revisions.get(revision, {}) | changes
         commit = hashlib.sha1(
@@ -42,7 +42,7 @@ class HubServer:
 
 
 def _entries(files: Files, name: str) -> list[dict[str, object]]:
-    """What is told of a file or folder, if there is one."""
+    """Return the tree entry of a file or folder, empty if it does not exist."""
     if name in files:
         oid = hashlib.sha1(files[name]).hexdigest()
         return [{"type": "file", "path": name, "size": len(files[name]), "oid": oid}]
@@ -52,7 +52,7 @@ def _entries(files: Files, name: str) -> list[dict[str, object]]:
 
 
 def _tree(files: Files, folder: str, recursive: bool) -> list[dict[str, object]]:
-    """What is told of all files below a folder, or of what lies in it."""
+    """Return the tree entries of a folder, or of all files below it."""
     inside = [name for name in files if not folder or name.startswith(f"{folder}/")]
     depth = folder.count("/") + 1 if folder else 0
     names = inside if recursive else dict.fromkeys("/".join(name.split("/")[: depth + 1]) for name in inside)
@@ -150,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._error("RepoNotFound")
 
     def _repository(self, path: list[str]) -> str:
-        """The key of a repository by an API path: data sets stand under `datasets/`, as in their web addresses."""
+        """Return the repository key for an API path; datasets have the prefix `datasets/`, as in their URLs."""
         return "/".join(path[2:4] if path[1] == "models" else ["datasets", *path[2:4]])
 
     def _read_chunks(self) -> bytes:

@@ -13,6 +13,6 @@ from irasim_diffusers.devices import fast_dtype
         ({}, torch.float32),
     ],
 )
-def test_a_cpu_that_does_not_multiply_in_bfloat16_takes_float32(monkeypatch, capabilities, dtype):
+def test_fast_dtype_on_cpu(monkeypatch, capabilities, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert fast_dtype("cpu") is dtype

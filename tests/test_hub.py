@@ -1,4 +1,4 @@
-"""Publishing and loading through the Hub's HTTP endpoints, each side in a process of its own, as two users would."""
+"""Publishing and loading through the Hub's HTTP endpoints, in separate processes like two users."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def hub():
 
 @pytest.fixture(scope="module")
 def published(hub, tmp_path_factory):
-    """A pipeline that one process has pushed: whole, then halved as a variant, then in shards to another repository."""
+    """A published pipeline: in float32, as a float16 variant, and in shards in another repository."""
     folder = tmp_path_factory.mktemp("publisher")
     run(
         hub,
@@ -59,7 +59,7 @@ def published(hub, tmp_path_factory):
 
 
 def run(hub, folder: Path, code: str, *arguments: str) -> str:
-    """Run code in a fresh process whose Hub is the stand-in and whose cache is empty."""
+    """Run code in a new process that uses the local Hub server and the cache in `folder`."""
     lines = [line.removeprefix("        ") for line in code.splitlines()]
     environment = os.environ | {
         "HF_ENDPOINT": hub.endpoint,
@@ -80,7 +80,7 @@ def run(hub, folder: Path, code: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_what_is_published_loads_and_gives_the_same_video(hub, published, tmp_path):
+def test_published_pipeline_gives_same_video(hub, published, tmp_path):
     run(
         hub,
         tmp_path,
@@ -109,10 +109,10 @@ def test_variant_dtype_and_revision(hub, published, tmp_path):
         tmp_path,
         """
         expected = torch.load(sys.argv[1])
-        halved = IRASimPipeline.from_pretrained("lab/robot", variant="fp16", dtype=torch.float16, revision="v1")
-        assert halved.transformer.dtype == torch.float16
-        assert not torch.equal(sample(halved.to(torch.float32)), expected)
-        torch.testing.assert_close(sample(halved), expected, atol=0.01, rtol=0)
+        half = IRASimPipeline.from_pretrained("lab/robot", variant="fp16", dtype=torch.float16, revision="v1")
+        assert half.transformer.dtype == torch.float16
+        assert not torch.equal(sample(half.to(torch.float32)), expected)
+        torch.testing.assert_close(sample(half), expected, atol=0.01, rtol=0)
         torch.testing.assert_close(sample(IRASimPipeline.from_pretrained("lab/robot", revision=sys.argv[2])), expected)
         for revision in ("broken", "missing"):
             try:
@@ -126,7 +126,7 @@ def test_variant_dtype_and_revision(hub, published, tmp_path):
         sha,
     )
     downloaded = [request for request in hub.requests if "resolve" in request and "fp16" in request]
-    assert downloaded, "the variant was not asked for"
+    assert downloaded, "the variant was not downloaded"
 
 
 def test_shards(hub, published, tmp_path):
@@ -144,7 +144,7 @@ def test_shards(hub, published, tmp_path):
     )
 
 
-def test_the_card_is_written_from_the_config_and_then_left_alone(hub, published, tmp_path):
+def test_model_card_is_written_once(hub, published, tmp_path):
     files = hub.repositories["lab/robot"]["main"]
     card = files["README.md"].decode()
     for line in (
@@ -162,7 +162,7 @@ def test_the_card_is_written_from_the_config_and_then_left_alone(hub, published,
     assert "model_index.json" in hub.repositories["lab/other"]["main"]
 
 
-def test_clips_are_published_with_a_card_and_trained_on_by_their_name(hub, tmp_path):
+def test_published_dataset_has_card_and_loads_by_repo_id(hub, tmp_path):
     write_release(tmp_path / "robot", "droid")
     run(
         hub,
@@ -171,15 +171,15 @@ def test_clips_are_published_with_a_card_and_trained_on_by_their_name(hub, tmp_p
         from irasim_diffusers.cli import main
         arguments = ["data", "--dataset", "robot", "--cameras", "0", "1", "--fps", "5", "--output", "clips"]
         assert main([*arguments, "--push-to-hub", "lab/clips"]) == 0
-        assert main([*arguments, "--push-to-hub", "lab/clips"]) == 0  # goes on, and tags again
+        assert main([*arguments, "--push-to-hub", "lab/clips"]) == 0  # resumes, and moves the tag
         arguments[3:6] = ["--cameras", "1"]
-        assert main(arguments) == 2, "other settings do not mix in"
+        assert main(arguments) == 2, "other settings are rejected"
         assert main(["data", "--dataset", "clips", "--output", "other"]) == 0
         assert main(["data", "--dataset", "robot", "--cameras", "0", "--fps", "5", "--output", "robot"]) == 2
         """,
     )
     files = hub.repositories["datasets/lab/clips"]["main"]
-    assert hub.repositories["datasets/lab/clips"]["v3.0"] is files  # LeRobot asks for the tag
+    assert hub.repositories["datasets/lab/clips"]["v3.0"] is files  # LeRobot requires the tag
     assert not any("irasim-source" in name for name in files)
     card = files["README.md"].decode()
     for line in (
@@ -206,13 +206,13 @@ def test_clips_are_published_with_a_card_and_trained_on_by_their_name(hub, tmp_p
 
 
 def on_the_hub(hub, root, repository):
-    """Publish a folder; returns the sizes of its videos and tables."""
+    """Publish a folder; return the sizes of its video and Parquet files."""
     files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
     hub.commit(f"datasets/{repository}", files)
     return {name: len(data) for name, data in files.items() if not name.startswith("meta")}
 
 
-def test_only_the_cameras_asked_for_are_downloaded(hub, tmp_path):
+def test_only_requested_cameras_are_downloaded(hub, tmp_path):
     write_v21(tmp_path / "two", [make_episode(number, 5) for number in range(2)])
     on_the_hub(hub, tmp_path / "two", "lab/two")
     hub.requests.clear()
@@ -229,8 +229,8 @@ def test_only_the_cameras_asked_for_are_downloaded(hub, tmp_path):
     assert "right" not in asked
 
 
-def test_only_the_first_episodes_asked_for_are_downloaded(hub, tmp_path):
-    write_folder(tmp_path / "three")  # the third episode has files of its own
+def test_only_requested_episodes_are_downloaded(hub, tmp_path):
+    write_folder(tmp_path / "three")  # the third episode is in separate files
     on_the_hub(hub, tmp_path / "three", "lab/three")
     hub.requests.clear()
     run(
@@ -271,7 +271,7 @@ ENCODE = """
 
             def look(*_):
                 held = on_disk()
-                assert 0 < held <= most * processes, f"{held} bytes on the disk"
+                assert 0 < held <= most * processes, f"{held} bytes on disk"
                 encoded.append(held)
                 if len(encoded) == last:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -291,14 +291,14 @@ ENCODE = """
             return [process.exitcode for process in processes]
 
         assert run((0, 1, 3)) == [-signal.SIGKILL]
-        assert len(list(assets.rglob("*.mp4"))) == 1, "it held the second video"
+        assert len(list(assets.rglob("*.mp4"))) == 1, "the second video was in use"
         assert len(list(Path("cache").rglob("*.safetensors"))) == 1
         assert run((0, 2, 0), (1, 2, 0)) == [0, 0]
-        assert not list(assets.rglob("*.*")), "all is deleted, what the killed process held as well"
+        assert not list(assets.rglob("*.*")), "all files are deleted, including those of the killed process"
 """
 
 
-def test_a_set_larger_than_the_disk_is_encoded_file_by_file(hub, tmp_path):
+def test_streamed_dataset_is_encoded_file_by_file(hub, tmp_path):
     root, episodes = tmp_path / "large", [make_episode(number, 5 + number) for number in range(8)]
     starts = np.cumsum([0, *(len(episode) for episode in episodes)]).tolist()
     for file in range(4):
@@ -322,7 +322,7 @@ def test_a_set_larger_than_the_disk_is_encoded_file_by_file(hub, tmp_path):
 
 
 def publish_table(hub, folder, episodes, repository, card=True):
-    """A table of two episodes a file, videos inside, as `datasets` writes it."""
+    """Publish Parquet files with embedded videos, two episodes per file, as written by `datasets`."""
     files = {}
     features = {"video": {"_type": "Video"}, "actions": {"_type": "List", "feature": {"_type": "List"}}}
     features["actions"]["feature"]["feature"] = {"dtype": "float32", "_type": "Value"}
@@ -342,7 +342,7 @@ def publish_table(hub, folder, episodes, repository, card=True):
     hub.commit(f"datasets/{repository}", files)
 
 
-def test_a_table_in_the_cache_opens_offline(hub, tmp_path, monkeypatch):
+def test_cached_table_opens_offline(hub, tmp_path, monkeypatch):
     publish_table(hub, tmp_path, [make_episode(number, 5 + number) for number in range(3)], "lab/cached")
     read = """
         from irasim_diffusers.data import open_dataset
@@ -355,7 +355,7 @@ def test_a_table_in_the_cache_opens_offline(hub, tmp_path, monkeypatch):
     assert not hub.requests
 
 
-def test_other_sets_larger_than_the_disk(hub, tmp_path):
+def test_streaming_other_formats_keeps_disk_usage_small(hub, tmp_path):
     episodes = [make_episode(number, 5 + number) for number in range(6)]
     write_v21(tmp_path / "v21", episodes)
     (tmp_path / "v21/videos/chunk-000/left/episode_000001.mp4").unlink()
@@ -371,7 +371,7 @@ def test_other_sets_larger_than_the_disk(hub, tmp_path):
         from pathlib import Path
         from irasim_diffusers.data import open_dataset
 
-        def refusal(action):
+        def error_of(action):
             try:
                 action()
             except ValueError as error:
@@ -385,8 +385,8 @@ def test_other_sets_larger_than_the_disk(hub, tmp_path):
         for number in (0, 2, 3, 4, 5):
             assert len(source[number]) == 5 + number
             assert source.window(number, 2, 3).frames.shape == (3, 20, 14, 3)
-            assert len(sizes("*.mp4")) == 2, "one of each camera"
-        assert "episode 1 of 'lab/v21': 'videos/chunk-000/left/episode_000001.mp4' does not exist on the Hub" in refusal(
+            assert len(sizes("*.mp4")) == 2, "one file per camera"
+        assert "episode 1 of 'lab/v21': 'videos/chunk-000/left/episode_000001.mp4' does not exist on the Hub" in error_of(
             lambda: source[1]
         )
         del source
@@ -398,10 +398,10 @@ def test_other_sets_larger_than_the_disk(hub, tmp_path):
         assert [len(episode) for episode in table] == [5, 6, 7, 8, 9, 10]
         assert np.array_equal(table.window(1, 2, 3).frames, table[1].frames[2:5])  # back to the start
         assert table.vectors(4)["action"].shape == (9, 3)
-        assert sum(sizes()) - before < 2000, "nothing but the card"
-        assert "`max_episodes` (--max_train_episodes) must be given" in refusal(lambda: open_dataset("lab/uncounted", streaming=True))
+        assert sum(sizes()) - before < 2000, "only the card is stored"
+        assert "`max_episodes` (--max_train_episodes) must be given" in error_of(lambda: open_dataset("lab/uncounted", streaming=True))
         assert len(open_dataset("lab/uncounted", streaming=True, max_episodes=6)[5]) == 10
         beyond = open_dataset("lab/uncounted", streaming=True, max_episodes=7)
-        assert "the data end after 6 rows" in refusal(lambda: beyond[6])
+        assert "the data end after 6 rows" in error_of(lambda: beyond[6])
         """,
     )

@@ -12,7 +12,7 @@ from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, UNetTraje
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "irasim_diffusers"
-FREE = {"files", "version"}  # leaves that any part may use
+FREE = {"files", "version"}  # modules that every part may import
 ALLOWED = {
     "actions": set(),
     "action_space": {"actions"},
@@ -34,7 +34,7 @@ ALLOWED = {
 
 
 def imported_parts(path):
-    """Parts of the package that a module imports, by reading it."""
+    """Yield the parts of the package that a module imports, from its syntax tree."""
     package = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -45,27 +45,27 @@ def imported_parts(path):
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_one_way(path):
+def test_imports_follow_allowed_directions(path):
     part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if part in ("__init__", "cli"):
         return
     assert set(imported_parts(path)) - {part} <= ALLOWED[part] | FREE
 
 
-def test_the_models_module_path_is_part_of_the_format():
+def test_module_paths_of_public_classes():
     assert IRASimTransformer3DModel.__module__ == "irasim_diffusers.models.transformer_irasim"
     assert UNetTrajectoryModel.__module__ == "irasim_diffusers.models.unet_trajectory"
     assert IRASimPipeline.__module__ == "irasim_diffusers.pipelines.pipeline_irasim"
 
 
-def test_no_folder_shadows_a_diffusers_pipeline():
+def test_no_subpackage_has_name_of_diffusers_pipeline():
     modules = {path.name for path in (Path(diffusers.__file__).parent / "pipelines").iterdir()}
     assert not modules & {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
 
 
-NEWCOMER = """
+FIRST_USE = """
 import sys
-sys.modules["torchao"] = None  # comes with the tests alone, and warns of itself
+sys.modules["torchao"] = None  # installed only for tests, and emits its own warnings
 from irasim_diffusers import IRASimPipeline, __version__, embedded_checkpoint
 print(__version__)
 IRASimPipeline.from_pretrained(embedded_checkpoint())
@@ -74,9 +74,9 @@ sys.exit(main(["generate", "--steps", "1"]))
 """
 
 
-def test_a_first_use_prints_nothing_but_what_it_did(tmp_path):
+def test_first_use_prints_no_warnings(tmp_path):
     result = subprocess.run(
-        [sys.executable, "-W", "default", "-c", NEWCOMER], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-W", "default", "-c", FIRST_USE], capture_output=True, text=True, cwd=tmp_path
     )
     version, *rest = result.stdout.splitlines()
     assert version == irasim_diffusers.__version__
@@ -91,18 +91,18 @@ def test_public_names_exist():
         assert getattr(irasim_diffusers, name) is not None
 
 
-def test_auto_model_finds_the_class_of_a_pipeline_folder(tmp_path, pipeline):
+def test_auto_model_loads_from_pipeline_folder(tmp_path, pipeline):
     pipeline.save_pretrained(tmp_path)
     model = diffusers.AutoModel.from_pretrained(str(tmp_path), subfolder="transformer")
     assert type(model) is IRASimTransformer3DModel
 
 
-def test_examples_use_public_names_only():
+def test_examples_use_only_public_names():
     for path in (ROOT / "examples").rglob("*.py"):
         assert not re.findall(r"from irasim_diffusers\S* import [^\n]*\b_[a-z]", path.read_text()), path
 
 
-def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+def test_readme_python_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     exec(compile(code, "README.md", "exec"), {})

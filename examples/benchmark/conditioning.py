@@ -1,19 +1,20 @@
-r"""Does every frame gain from its own action? Frame-Ada, Video-Ada and LVDM on Push-T with one budget of time.
+r"""Compare Frame-Ada, Video-Ada and LVDM conditioning on Push-T at equal training time.
 
     python examples/benchmark/conditioning.py --output_dir runs/conditioning --max_train_minutes 30 --seeds 0 1 2 \
         --test_dataset data/pusht-test --dataset data/pusht-train --vae runs/pusht-vae \
         --action_space absolute --action_offset 256 --action_scale 0.03125 --learning_rate 1e-3 \
         --attention_backend _native_math
 
-Same data, about as many parameters (train.py's own sizes, unless `--transformer_flags`, `--video_ada_flags` and
-`--unet_flags` name others), the same wall clock; all other flags go to train.py as they are, for all models alike. Each
-model is trained once a seed and number of history frames and evaluated by pusht/evaluate.py on the same clips. The models
-of a seed take turns, `--rounds` of them, so that a machine whose speed drifts favours none. What is done is not done
-again. Written are `conditioning.json` and `conditioning.md`. A pose that cannot be read counts as 96 px.
+All models are trained on the same data for the same wall-clock time and have a similar number of parameters: the default
+sizes of train.py, unless `--transformer_flags`, `--video_ada_flags` and `--unet_flags` change them. All other flags are passed
+to train.py for every model. Each model is trained once per seed and number of history frames, and evaluated with
+pusht/evaluate.py on the same clips. The models of a seed are trained alternately in `--rounds` parts, so that changes in
+machine speed affect all of them. Completed runs are skipped. Writes `conditioning.json` and `conditioning.md`. If a pose is not
+found, its error counts as 96 px.
 
-Intervals are Student's over the seeds, of the differences over pairs of runs of one seed; with one seed, and in the table of
-single runs, they are evaluate.py's over clips, and differences of one pair have none. With several numbers of history frames
-all models are scored on the same frames, those after the longest history.
+Confidence intervals use Student's t distribution over seeds; differences are paired by seed. With one seed, and in the table of
+single runs, intervals are over clips as reported by evaluate.py, and differences have no interval. With several numbers of
+history frames, all models are scored on the same frames, those after the longest history.
 """
 
 import json
@@ -37,39 +38,40 @@ MODELS = {
 }
 FIGURES = {
     "clip_psnr": "PSNR, dB",
-    "gain_over_last_frame": "over repeating the seen frame, dB",
-    "gain_over_shuffled_actions": "own over other actions, dB",
-    "last_frame/moving/found": "both found",
+    "gain_over_last_frame": "gain over last frame, dB",
+    "gain_over_shuffled_actions": "gain over shuffled actions, dB",
+    "last_frame/moving/found": "both poses found",
     "last_frame/moving/pusher": "pusher error, px",
     "last_frame/moving/block_centre": "block error, px",
-    "identification": "identification, 8 ways",
+    "identification": "8-way identification",
 }
-"""Figures of evaluate.py's report, with their titles."""
+"""Metrics of evaluate.py's report and their column titles."""
 
 
 @dataclass
 class ConditioningArguments:
-    output_dir: Path = field(metadata={"help": "a folder for each run, and the report"})
-    test_dataset: str = field(metadata={"help": "held-out data set made by collect.py"})
-    max_train_minutes: float = field(metadata={"help": "wall clock of every training"})
-    rounds: int = field(default=1, metadata={"help": "parts of the time, between which the models take turns"})
-    models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "any of these"})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    output_dir: Path = field(metadata={"help": "folder for the runs and the report"})
+    test_dataset: str = field(metadata={"help": "held-out dataset made by collect.py"})
+    max_train_minutes: float = field(metadata={"help": "wall-clock time of each training run"})
+    rounds: int = field(default=1, metadata={"help": "parts of the training time in which the models alternate"})
+    models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "models to compare"})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "training seeds"})
     num_history_frames: list[int] = field(
-        default_factory=lambda: [1], metadata={"help": "1 2 compares both on the same frames"}
+        default_factory=lambda: [1],
+        metadata={"help": "numbers of history frames; several are scored on the same frames"},
     )
     transformer_flags: str = field(
         default="--patch_size 2",
-        metadata={"help": 'flags of train.py for the transformers alone, as `--transformer_flags="--num_layers 2"`'},
+        metadata={"help": 'flags of train.py for both transformers, such as `--transformer_flags="--num_layers 2"`'},
     )
-    video_ada_flags: str = field(default="", metadata={"help": "further ones for Video-Ada alone"})
-    unet_flags: str = field(default="", metadata={"help": "the same for the U-Net"})
+    video_ada_flags: str = field(default="", metadata={"help": "additional flags for Video-Ada"})
+    unet_flags: str = field(default="", metadata={"help": "flags for the U-Net"})
     config_file: str | None = field(
-        default=None, metadata={"help": "config of `accelerate launch` (default: one process)"}
+        default=None, metadata={"help": "config file of `accelerate launch` (default: one process)"}
     )
     first_seed: int = field(default=1_000_000, metadata={"help": "first seed of the test set"})
-    pusher_radius: float | None = field(default=None, metadata={"help": "radius of the test set's pusher"})
-    num_clips: int = field(default=200, metadata={"help": "see evaluate.py, as the following"})
+    pusher_radius: float | None = field(default=None, metadata={"help": "pusher radius of the test set"})
+    num_clips: int = field(default=200, metadata={"help": "this and the following: see evaluate.py"})
     num_histories: int = 50
     scheduler: str | None = None
     timestep_spacing: str | None = None
@@ -79,7 +81,7 @@ class ConditioningArguments:
 
 
 def read_figures(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The figures that a report holds, each as value, low and high."""
+    """Read the metrics of a report, each as value, low and high."""
     figures = {}
     for name in FIGURES:
         entry: Any = report
@@ -95,7 +97,7 @@ def read_figures(report: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def over_seeds(values: list[float]) -> dict[str, float]:
-    """Mean of the seeds' figures with Student's 95 % interval; of one seed without."""
+    """Return the mean over seeds with a 95 % interval (Student's t); one seed has no interval."""
     mean = float(np.mean(values))
     if len(values) == 1:
         return {"value": mean}
@@ -104,7 +106,7 @@ def over_seeds(values: list[float]) -> dict[str, float]:
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row of one model: means over its seeds."""
+    """Summarise the runs of one model as means over seeds."""
     numbers = ("parameters", "steps", "evaluations")
     row: dict[str, Any] = {name: float(np.mean([run[name] for run in runs])) for name in numbers}
     if len(runs) == 1:
@@ -113,16 +115,19 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def gains(first: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the first model's figures are above another's, paired by seed."""
+    """Return the metrics of the first model minus those of the other, paired by seed."""
     pairs = [(one["figures"], two["figures"]) for one, two in zip(first, other, strict=True)]
     return {name: over_seeds([one[name]["value"] - two[name]["value"] for one, two in pairs]) for name in pairs[0][0]}
 
 
 def compare(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A row for each model and number of history frames, and one for what each choice gains.
+    """Summarise each model and number of history frames, and compute paired differences.
 
-    Gains are those of the first model over each other with the same history, and of each model with each further number of
-    history frames over itself with the first.
+    Differences are between the first model and each other model with the same history, and between each further number of
+    history frames and the first one for the same model.
+
+    Returns:
+        Rows of the models and rows of the differences.
     """
     groups: dict[int, dict[str, list[dict[str, Any]]]] = {}
     for run in runs:
@@ -144,7 +149,7 @@ def compare(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict
 
 
 def cell(value: dict[str, float] | None) -> str:
-    """A figure as text."""
+    """Format a metric with its interval."""
     if value is None:
         return ""
     interval = f" [{value['low']:.3f}, {value['high']:.3f}]" if "low" in value else ""
@@ -152,7 +157,7 @@ def cell(value: dict[str, float] | None) -> str:
 
 
 def table(leading: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
-    """Rows in Markdown: their entries of these names, then their figures."""
+    """Format rows as a Markdown table: the `leading` entries, then the metrics."""
     titles = [name.replace("num_history_frames", "history") for name in leading] + list(FIGURES.values())
     text = f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|\n"
     for row in rows:
@@ -162,7 +167,7 @@ def table(leading: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
 
 
 def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
-    """Models, what each choice gains, and single runs."""
+    """Format the tables of models, differences and single runs."""
     parts = [table(("model", "num_history_frames", "seeds", "parameters", "steps", "evaluations"), rows)]
     if differences:
         parts.append(table(("model", "num_history_frames", "seeds"), differences))
@@ -172,13 +177,13 @@ def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]], runs: 
 
 
 def seconds_trained(folder: Path) -> float:
-    """How long a model has been trained."""
+    """Return the training time of the newest checkpoint in seconds, 0 without a checkpoint."""
     found = checkpoints(folder)
     return json.loads((found[-1] / "settings.json").read_text())["seconds"] if found else 0.0
 
 
 def model_flags(arguments: ConditioningArguments, common: list[str]) -> dict[str, list[str]]:
-    """Flags of train.py for each model; of flags given twice the last one holds."""
+    """Return the flags of train.py for each model; of repeated flags the last one counts."""
     own = {
         "Frame-Ada": arguments.transformer_flags,
         "Video-Ada": f"{arguments.transformer_flags} {arguments.video_ada_flags}",
@@ -188,14 +193,14 @@ def model_flags(arguments: ConditioningArguments, common: list[str]) -> dict[str
 
 
 def turns(models: list[str], rounds: int, minutes: float) -> list[tuple[str, float]]:
-    """The order in which models are trained, and up to how many minutes in all each time."""
+    """Return the training order as pairs of model and total minutes to reach."""
     return [(model, minutes * (part / rounds)) for part in range(1, rounds + 1) for model in models]
 
 
 def train_in_turn(
     arguments: ConditioningArguments, flags: dict[str, list[str]], history: int, seed: int
 ) -> dict[str, Path]:
-    """Train the models of one seed and number of history frames, a part of the time each in turn."""
+    """Train the models of one seed and number of history frames alternately; return their folders."""
     folders = {model: arguments.output_dir / f"{model}-history-{history}-seed-{seed}" for model in flags}
     for model, minutes in turns(list(flags), arguments.rounds, arguments.max_train_minutes):
         if minutes < arguments.max_train_minutes and seconds_trained(folders[model]) >= 60 * minutes:
@@ -210,7 +215,7 @@ def train_in_turn(
 
 
 def evaluate(arguments: ConditioningArguments, folder: Path, model: str, history: int, seed: int) -> dict[str, Any]:
-    """Evaluate one model."""
+    """Evaluate one trained model."""
     names = (
         "first_seed",
         "pusher_radius",
@@ -223,7 +228,7 @@ def evaluate(arguments: ConditioningArguments, folder: Path, model: str, history
         "device",
     )
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    steps = int(checkpoints(folder)[-1].name.split("-")[1])  # more after a longer budget
+    steps = int(checkpoints(folder)[-1].name.split("-")[1])  # in the file name, because a longer budget adds steps
     name, seen = str(steps), max(arguments.num_history_frames)
     if history < seen:
         given["num_seen_frames"] = seen
@@ -258,7 +263,7 @@ def main() -> None:
         raise ValueError(f"`models` must be among {', '.join(MODELS)}, got {', '.join(unknown)}.")
     own = model_flags(arguments, flags)
     if any("--max_train_steps" in part for part in own.values()):
-        raise ValueError("`max_train_steps` must be left out: the clock ends every training (`max_train_minutes`).")
+        raise ValueError("`max_train_steps` must be left out: `max_train_minutes` determines the training length.")
     runs = [
         evaluate(arguments, folder, model, history, seed)
         for history in arguments.num_history_frames

@@ -1,9 +1,9 @@
-"""How fast clips come: windows decoded from video, windows of cached latents, and what a training step waits for them.
+"""Measure data loading: windows decoded from video, windows of cached latents, share of a training step.
 
     python examples/benchmark/data.py --dataset data/pusht-test --vae runs/pusht-vae --cache_dir runs/latents
 
-One process, one row for each way; prints a table in Markdown. Windows are counted by processor time, since
-decoders take all cores. Without `--vae` only decoding is measured, which works for any data set.
+Runs in one process and prints a Markdown table. Rates are per second of CPU time, because video decoders use all cores.
+Without `--vae`, only decoding is measured, which works for any dataset.
 """
 
 import time
@@ -24,18 +24,18 @@ from irasim_diffusers.training import diffusion_loss
 
 @dataclass
 class DataArguments:
-    dataset: str = field(metadata={"help": "any data set that train.py takes"})
+    dataset: str = field(metadata={"help": "any dataset that train.py supports"})
     vae: str | None = field(default=None, metadata={"help": "autoencoder folder or Hub id"})
-    cache_dir: str = field(default="runs/latents", metadata={"help": "where latents are kept"})
-    num_episodes: int | None = field(default=None, metadata={"help": "the first that many (default: all)"})
-    cameras: list[str] = field(default_factory=list)
+    cache_dir: str = field(default="runs/latents", metadata={"help": "folder of the latent cache"})
+    num_episodes: int | None = field(default=None, metadata={"help": "number of episodes to use (default: all)"})
+    cameras: list[str] = field(default_factory=list, metadata={"help": "cameras to use (default: all)"})
     model: str = field(default=str(embedded_checkpoint()), metadata={"help": "pipeline whose training step is timed"})
     batch_size: int = 16
-    seconds: float = field(default=10.0, metadata={"help": "how long each way is measured"})
+    seconds: float = field(default=10.0, metadata={"help": "duration of each measurement"})
 
 
 def rate(step: Callable[[], int], seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Items a second of a step that returns how many it made; the first call is left out."""
+    """Return the items per second of `step`, which returns its number of items; the first call is not counted."""
     step()
     done, start = 0, clock()
     while clock() - start < seconds:
@@ -44,7 +44,7 @@ def rate(step: Callable[[], int], seconds: float, clock: Callable[[], float] = t
 
 
 def measure_decoding(source: EpisodeSource, length: int, seconds: float) -> None:
-    """Windows decoded from the keyframes before them, against episodes decoded whole."""
+    """Measure random windows decoded from the preceding keyframe, and complete episodes for comparison."""
     lengths = [len(source.vectors(number)["action"]) for number in range(len(source))]
     long_enough = [number for number, frames in enumerate(lengths) if frames >= length]
     rng = np.random.default_rng(0)
@@ -59,10 +59,10 @@ def measure_decoding(source: EpisodeSource, length: int, seconds: float) -> None
 
     whole = rate(episode, seconds, time.process_time)
     alone = np.mean([lengths[number] // length for number in long_enough])
-    print(f"| windows of {length} frames | a second and core |\n|---|---|")
-    print(f"| decoded from video, a window at a random place | {rate(window, seconds, time.process_time):.0f} |")
-    print(f"| cut from an episode decoded whole for it | {whole / alone:.0f} |")
-    print(f"| all of an episode decoded whole, one after another | {whole:.0f} |")
+    print(f"| windows of {length} frames | per second of CPU time |\n|---|---|")
+    print(f"| random windows decoded from video | {rate(window, seconds, time.process_time):.0f} |")
+    print(f"| one window per completely decoded episode | {whole / alone:.0f} |")
+    print(f"| all windows of completely decoded episodes | {whole:.0f} |")
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def main() -> None:
         return len(batch["latents"])
 
     cached_rate = rate(cached, arguments.seconds, time.process_time)
-    print(f"| of cached latents, batches of {arguments.batch_size} | {cached_rate:.0f} |")
+    print(f"| cached latents, batch size {arguments.batch_size} | {cached_rate:.0f} |")
 
     torch.set_num_threads(threads)
     process, model = noise_process(config), pipeline.transformer
@@ -116,7 +116,7 @@ def main() -> None:
 
     trained_rate = rate(train, arguments.seconds)
     waiting = (1 / cached_rate) / (1 / cached_rate + 1 / trained_rate)
-    print(f"| of a training step's time, waiting for cached latents | {100 * waiting:.1f} % |")
+    print(f"| share of a training step spent loading cached latents | {100 * waiting:.1f} % |")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How much a long rollout drifts: history carried in latents against decoded and encoded again, for windows and for chunks.
+"""Measure the drift of long rollouts, with the history kept in latents or decoded and encoded again.
 
     python examples/benchmark/drift.py --dataset data/pusht-test --num_episodes 16
 
-Prints the PSNR of the clip's mean error, over four equal parts of the rollout, with that of repeating the last seen frame.
+Prints the PSNR of each quarter of the rollout, for each chunk length. The baseline is the repeated last history frame.
 """
 
 from dataclasses import dataclass, field
@@ -18,24 +18,24 @@ from irasim_diffusers.data import open_dataset
 
 @dataclass
 class DriftArguments:
-    dataset: str = field(metadata={"help": "held-out clips"})
+    dataset: str = field(metadata={"help": "held-out dataset"})
     model: str = str(embedded_checkpoint())
     num_episodes: int = 16
     num_actions: int = 56
-    chunk_lengths: list[int] = field(default_factory=lambda: [1], metadata={"help": "actions predicted at a time"})
+    chunk_lengths: list[int] = field(default_factory=lambda: [1], metadata={"help": "actions per predicted chunk"})
     dtype: str = field(default="bfloat16", metadata={"help": "float32 or bfloat16"})
     device: str = "cpu"
 
 
 def in_latents(pipeline: IRASimPipeline, frames: np.ndarray, actions: np.ndarray, chunk_length: int) -> np.ndarray:
-    """Frames (n, H, W, 3) of a rollout whose history stays latent."""
+    """Predict frames (n, H, W, 3) with the history kept in latents."""
     generator = torch.Generator().manual_seed(0)
     video = pipeline.stream(frames, actions, chunk_length, generator=generator, output_type="np")
     return np.stack([np.asarray(frame) for frame in video])
 
 
 def through_pixels(pipeline: IRASimPipeline, frames: np.ndarray, actions: np.ndarray, chunk_length: int) -> np.ndarray:
-    """The same with every chunk's history decoded to 8-bit pictures and encoded again."""
+    """Predict frames (n, H, W, 3) with the history decoded to 8-bit frames and encoded again for each chunk."""
     generator, history, parts = torch.Generator().manual_seed(0), frames, []
     for start in range(0, len(actions), chunk_length):
         chunk = actions[start : start + chunk_length]
@@ -69,16 +69,18 @@ def main() -> None:
             return np.array([-10 * np.log10(part.mean()) for part in parts])
 
         still = np.broadcast_to(episode.frames[seen - 1] / 255.0, truth.shape)
-        errors.setdefault(("the last seen frame", 0), []).append(by_part(still))
+        errors.setdefault(("last history frame", 0), []).append(by_part(still))
         for length in arguments.chunk_lengths:
             for name, roll in ways.items():
                 video = roll(pipeline, episode.frames[:seen], actions, length)
                 errors.setdefault((name, length), []).append(by_part(video))
     if not errors:
-        raise ValueError(f"no episode of {arguments.dataset!r} is as long as {seen + arguments.num_actions} frames.")
+        raise ValueError(
+            f"`num_actions` must be smaller: no episode of {arguments.dataset!r} has {seen + arguments.num_actions} frames."
+        )
     quarter = arguments.num_actions // 4
     titles = " | ".join(f"actions {k * quarter + 1} to {(k + 1) * quarter}" for k in range(4))
-    print(f"| history | actions at a time | {titles} |\n|{'---|' * 6}")
+    print(f"| history | actions per chunk | {titles} |\n|{'---|' * 6}")
     for (name, length), values in errors.items():
         figures = " | ".join(f"{value:.2f} dB" for value in np.mean(values, axis=0))
         print(f"| {name} | {length or ''} | {figures} |")

@@ -1,9 +1,9 @@
-"""What precision, quantisation and caches of examples/features.md save and cost.
+"""Compare precision, quantisation and caching methods of examples/features.md.
 
     python examples/benchmark/features.py --dataset data/pusht-test
 
-Prints a table: for held-out clips of 15 predicted frames, the PSNR of the clip's mean error against the truth, the number of
-attention layers that were computed, seconds, and the memory of the transformer's weights.
+Prints a table for held-out clips of 15 predicted frames: the PSNR, the number of computed attention layers, the time in
+seconds and the memory of the transformer's weights.
 """
 
 import time
@@ -27,16 +27,16 @@ from irasim_diffusers.metrics import psnr
 
 @dataclass
 class FeatureArguments:
-    dataset: str = field(metadata={"help": "held-out clips"})
+    dataset: str = field(metadata={"help": "held-out dataset"})
     model: str = str(embedded_checkpoint())
     num_clips: int = 12
     cache_steps: int = field(
-        default=16, metadata={"help": "steps of the rows with caches, and of the one before them"}
+        default=16, metadata={"help": "denoising steps of the rows with caches and of their baseline"}
     )
 
 
 def int8(model: str) -> IRASimPipeline:
-    """The pipeline with 8-bit weights."""
+    """Load the pipeline with 8-bit weights."""
     from torchao.quantization import Int8WeightOnlyConfig
 
     mapping = {"transformer": TorchAoConfig(Int8WeightOnlyConfig())}
@@ -44,21 +44,21 @@ def int8(model: str) -> IRASimPipeline:
 
 
 def casting(model: str) -> IRASimPipeline:
-    """The pipeline with weights stored in float8."""
+    """Load the pipeline with weights stored in float8."""
     pipeline = IRASimPipeline.from_pretrained(model, dtype=torch.bfloat16)
     pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     return pipeline
 
 
 def first_block(model: str, threshold: float) -> IRASimPipeline:
-    """The pipeline with the first-block cache."""
+    """Load the pipeline with the first-block cache."""
     pipeline = IRASimPipeline.from_pretrained(model)
     pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     return pipeline
 
 
 def broadcast(model: str) -> IRASimPipeline:
-    """The pipeline with pyramid attention broadcast."""
+    """Load the pipeline with pyramid attention broadcast."""
     pipeline = IRASimPipeline.from_pretrained(model)
     pipeline.transformer.enable_cache(
         PyramidAttentionBroadcastConfig(
@@ -74,7 +74,7 @@ def broadcast(model: str) -> IRASimPipeline:
 
 
 def weight_megabytes(module: torch.nn.Module) -> float:
-    """Megabytes that the parameters really hold, those inside quantised ones too."""
+    """Return the memory of the parameters in megabytes, including the data of quantised tensors."""
 
     def size(tensor: torch.Tensor) -> int:
         names = getattr(tensor, "tensor_data_names", None)
@@ -113,7 +113,7 @@ def main() -> None:
     for name, (load, steps) in rows.items():
         pipeline = load()
         pipeline.set_progress_bar_config(disable=True)
-        pipeline(clips[:1, :seen], actions[:1], num_inference_steps=1)  # what is set up once is not timed
+        pipeline(clips[:1, :seen], actions[:1], num_inference_steps=1)  # excludes one-time setup from the timing
         computed: list[int] = []
         for block in [*pipeline.transformer.transformer_blocks, *pipeline.transformer.temporal_transformer_blocks]:
             block.attn1.to_q.register_forward_hook(lambda *_, computed=computed: computed.append(1))

@@ -1,12 +1,13 @@
-"""Memory that training takes, for each size of the paper: computed without a GPU, measured with one.
+"""Estimate the training memory of each preset of the paper, or measure it on a GPU.
 
-    python examples/benchmark/memory.py                  # computed, in seconds
-    python examples/benchmark/memory.py --measure        # on a CUDA device: a real step each
+    python examples/benchmark/memory.py                  # estimate, takes seconds
+    python examples/benchmark/memory.py --measure        # real training steps on a CUDA device
 
-Computed: weights, gradients, AdamW's moments and EMA in float32, and the tensors that autograd keeps for one window in pure
-bfloat16 with attention matrices kept, counted on the meta device. Autocast keeps weights in bfloat16 besides, fused attention
-keeps no matrices; these about balance for one window of XL. What kernels need in passing, fragmentation and a frozen
-autoencoder (SDXL's: 0.33 GB) come on top. Frames of 256x320 as in the paper's RT-1 runs, 16 a window.
+The estimate contains the weights, gradients, AdamW moments and EMA in float32, and the tensors that autograd saves in pure
+bfloat16 without fused attention, counted on the meta device. Autocast additionally keeps bfloat16 copies of the weights, and
+fused attention saves no attention matrices; for one window of XL the two effects roughly cancel. Temporary kernel memory,
+fragmentation and a frozen autoencoder (SDXL: 0.33 GB) are not included. Windows have 16 frames of 256x320, as in the paper's
+RT-1 experiments.
 """
 
 import gc
@@ -25,14 +26,14 @@ from irasim_diffusers.training import diffusion_loss
 
 @dataclass
 class MemoryArguments:
-    measure: bool = field(default=False, metadata={"help": "run a step on a CUDA device instead of computing"})
-    batch_size: int = field(default=1, metadata={"help": "windows"})
+    measure: bool = field(default=False, metadata={"help": "measure on a CUDA device instead of estimating"})
+    batch_size: int = field(default=1, metadata={"help": "windows per batch"})
     lora_rank: int = 16
     presets: list[str] = field(default_factory=lambda: list(PRESETS))
 
 
 def build(preset: str, lora_rank: int, checkpointing: bool, device: str) -> IRASimTransformer3DModel:
-    """A model of the paper as train.py trains it."""
+    """Build a preset of the paper as in train.py."""
     with torch.device(device):
         model = IRASimTransformer3DModel(**PRESETS[preset])
         if lora_rank:
@@ -46,7 +47,7 @@ def build(preset: str, lora_rank: int, checkpointing: bool, device: str) -> IRAS
 
 
 def loss_of(model: IRASimTransformer3DModel, batch_size: int, dtype: torch.dtype) -> torch.Tensor:
-    """The loss of one step on random windows."""
+    """Compute the loss of one training step on zero latents."""
     config, device = model.config, model.device
     frames, size = config.sample_frames, (config.sample_height, config.sample_width)
     latents = torch.zeros(batch_size, config.in_channels, frames, *size, device=device, dtype=dtype)
@@ -62,7 +63,7 @@ def loss_of(model: IRASimTransformer3DModel, batch_size: int, dtype: torch.dtype
 
 
 def kept_bytes(model: IRASimTransformer3DModel, batch_size: int) -> int:
-    """Bytes of the tensors that autograd keeps for the backward pass, weights left out."""
+    """Count the bytes of the tensors that autograd saves for the backward pass, without the weights."""
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -80,20 +81,20 @@ def kept_bytes(model: IRASimTransformer3DModel, batch_size: int) -> int:
 
 
 def computed(preset: str, lora_rank: int, checkpointing: bool, eight_bit: bool, batch_size: int) -> float:
-    """Gigabytes of a training step."""
+    """Estimate the memory of a training step in gigabytes."""
     model = build(preset, lora_rank, checkpointing, "meta")
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     states = 4 * total + 4 * total + (4 + (2 if eight_bit else 8)) * trained  # weights, EMA, gradients and moments
     activations = kept_bytes(model.to(torch.bfloat16), batch_size)
-    if checkpointing:  # one block is computed again at a time
+    if checkpointing:  # one block at a time is recomputed
         whole = kept_bytes(build(preset, lora_rank, False, "meta").to(torch.bfloat16), batch_size)
         activations += whole // (2 * model.config.num_layers)
     return (states + activations) / 1e9
 
 
 def measured(preset: str, lora_rank: int, checkpointing: bool, eight_bit: bool, batch_size: int) -> float:
-    """Gigabytes at the peak of a second step on the CUDA device; EMA is computed."""
+    """Measure the peak memory of two training steps in gigabytes; the size of the EMA weights is added."""
     model = build(preset, lora_rank, checkpointing, "cuda")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer: torch.optim.Optimizer
@@ -117,7 +118,7 @@ def measured(preset: str, lora_rank: int, checkpointing: bool, eight_bit: bool, 
 def main() -> None:
     (arguments,) = HfArgumentParser(MemoryArguments).parse_args_into_dataclasses()
     if arguments.measure and not torch.cuda.is_available():
-        raise ValueError("`measure` needs a CUDA device.")
+        raise ValueError("`measure` requires a CUDA device, but none is available: leave it out for an estimate.")
     logging.set_verbosity_error()
     memory = measured if arguments.measure else computed
     columns = list(product((False, True), (False, True)))  # checkpointing, 8-bit moments
@@ -125,11 +126,11 @@ def main() -> None:
         f"{'checkpointing' if checkpointing else 'plain'}{', 8-bit AdamW' if eight_bit else ''}"
         for checkpointing, eight_bit in columns
     ]
-    print(f"GB for batches of {arguments.batch_size}, {'measured' if arguments.measure else 'computed'}\n")
-    print(f"| model | trained | {' | '.join(titles)} |\n|{'---|' * (2 + len(columns))}")
+    print(f"GB at batch size {arguments.batch_size}, {'measured' if arguments.measure else 'estimated'}\n")
+    print(f"| model | trained weights | {' | '.join(titles)} |\n|{'---|' * (2 + len(columns))}")
     for preset, rank in product(arguments.presets, (0, arguments.lora_rank)):
         figures = [memory(preset, rank, *column, arguments.batch_size) for column in columns]
-        trained = f"LoRA of rank {rank}" if rank else "whole"
+        trained = f"LoRA, rank {rank}" if rank else "all"
         print(f"| {preset} | {trained} | {' | '.join(f'{figure:.1f}' for figure in figures)} |", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Runs of the examples as benchmarks start them: each once, and on from where it stopped."""
+"""Run the example scripts from benchmarks, skipping completed runs and resuming interrupted ones."""
 
 import json
 import subprocess
@@ -11,13 +11,13 @@ EXAMPLES = Path(__file__).parents[1]
 
 
 def run_once(marker: Path, script: str, *arguments: object, config_file: str | None = None) -> None:
-    """Run an example unless it is done with these arguments.
+    """Run an example script unless it was completed with the same arguments.
 
     Args:
-        marker: File that is written when it is done, and holds its arguments.
-        script: Path of the script below `examples`.
-        arguments: What it is given.
-        config_file: Config for `accelerate launch`; None runs the script in one process.
+        marker: JSON file of the arguments, written when the run is complete.
+        script: Path of the script relative to `examples`.
+        arguments: Command-line arguments of the script.
+        config_file: Config file of `accelerate launch`. None runs the script in one process.
     """
     given = [script, *map(str, arguments)]
     if marker.is_file() and json.loads(marker.read_text()) == given:
@@ -29,7 +29,7 @@ def run_once(marker: Path, script: str, *arguments: object, config_file: str | N
 
 
 def train_once(output: Path, *arguments: object, config_file: str | None = None) -> None:
-    """Train with `train.py` into a folder unless that is done; a run that was stopped goes on from its checkpoint."""
+    """Train with `train.py` unless the run is complete; an interrupted run resumes from its last checkpoint."""
     run_once(output / "done.json", "train.py", "--output_dir", output, *arguments, config_file=config_file)
 
 

@@ -1,12 +1,12 @@
-r"""Train several sizes on one data set, and plot loss and PSNR against size and steps.
+r"""Train several model sizes on one dataset, and plot loss and PSNR over size and steps.
 
     python examples/benchmark/scaling.py --output_dir runs/scaling --sizes 2x2x48 4x3x64 6x6x64 \
         --dataset data/pusht-train --validation_dataset data/pusht-test --vae runs/pusht-vae \
         --max_train_steps 4000 --validation_steps 500
 
-A size is a preset of the paper or `layers x heads x channels of a head`; all other flags go to train.py as they are. Every
-size sees the same windows, noise and timesteps in the same order. A size that is done is not trained again, one that was
-stopped goes on. Written are `scaling.json`, `scaling.md` and `scaling.png`. Needs `pip install .[benchmark]`.
+A size is a preset of the paper or `layers x heads x channels per head`. All other flags are passed to train.py. All sizes are
+trained on the same windows, noise and timesteps in the same order. Completed sizes are skipped, and interrupted ones are
+resumed. Writes `scaling.json`, `scaling.md` and `scaling.png`. Requires `pip install .[benchmark]`.
 """
 
 from dataclasses import dataclass, field
@@ -25,31 +25,31 @@ from irasim_diffusers.files import temporary_path
 
 @dataclass
 class ScalingArguments:
-    output_dir: Path = field(metadata={"help": "a folder for each size, and the report"})
-    sizes: list[str] = field(metadata={"help": "presets, or layers x heads x channels of a head, like 4x3x64"})
+    output_dir: Path = field(metadata={"help": "folder for the runs and the report"})
+    sizes: list[str] = field(metadata={"help": "presets, or layers x heads x channels per head, such as 4x3x64"})
     config_file: str | None = field(
-        default=None, metadata={"help": "config of `accelerate launch` (default: one process)"}
+        default=None, metadata={"help": "config file of `accelerate launch` (default: one process)"}
     )
-    intervals: int = field(default=20, metadata={"help": "points of a loss curve, each the mean over its steps"})
+    intervals: int = field(default=20, metadata={"help": "points of the loss curve, each the mean of an interval"})
 
 
 def size_flags(size: str) -> list[str]:
-    """What tells train.py of a size.
+    """Return the flags of train.py for a size.
 
     Raises:
-        ValueError: If it is neither a preset nor three numbers.
+        ValueError: If the size is neither a preset nor three numbers.
     """
     if size in PRESETS or size in UNET_PRESETS:
         return ["--preset", size]
     numbers = size.split("x")
     if len(numbers) != 3 or not all(number.isdigit() for number in numbers):
-        raise ValueError(f"`sizes` must be presets ({', '.join(PRESETS)}) or like 4x3x64, got {size!r}.")
+        raise ValueError(f"`sizes` must be presets ({', '.join(PRESETS)}) or sizes such as 4x3x64, got {size!r}.")
     names = ("--num_layers", "--num_attention_heads", "--attention_head_dim")
     return [part for flag in zip(names, numbers, strict=True) for part in flag]
 
 
 def read_scalars(folder: Path, name: str) -> dict[int, float]:
-    """What a run told tensorboard by step; where a step was done again after a stop, the later value counts."""
+    """Read scalars by step from the tensorboard logs; after a resume, the later value of a repeated step counts."""
     values: dict[int, float] = {}
     for path in sorted(folder.rglob("events.out.*")):
         log = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
@@ -59,13 +59,13 @@ def read_scalars(folder: Path, name: str) -> dict[int, float]:
 
 
 def averaged(scalars: dict[int, float], intervals: int) -> list[list[float]]:
-    """Points (last step, mean) of as many parts of the run, of equal length."""
+    """Average scalars over equal intervals; return the points (last step, mean)."""
     parts = np.array_split(np.array(list(scalars.items())), min(intervals, len(scalars)))
     return [[int(part[-1, 0]), float(part[:, 1].mean())] for part in parts]
 
 
 def plot(rows: list[dict[str, Any]]) -> Figure:
-    """Loss and PSNR against steps, a line for each size, and their last values against size."""
+    """Plot loss and PSNR over steps with one line per size, and their last values over size."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     for axes, (name, title) in zip(
         figure.subplots(2, 2), (("loss", "training loss"), ("psnr", "PSNR, dB")), strict=True
@@ -76,7 +76,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
             )
         axes[1].plot([row["parameters"] for row in rows], [row[name][-1][1] for row in rows], marker="o")
         axes[0].set(xlabel="steps", ylabel=title)
-        axes[1].set(xlabel="parameters", ylabel=f"{title}, at the end", xscale="log")
+        axes[1].set(xlabel="parameters", ylabel=f"final {title}", xscale="log")
         axes[0].legend()
     return figure
 
@@ -85,7 +85,7 @@ def main() -> None:
     parser = HfArgumentParser(ScalingArguments, allow_abbrev=False)
     arguments, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if "--validation_dataset" not in flags:
-        raise ValueError("`validation_dataset` must be given among the flags of train.py: PSNR is measured on it.")
+        raise ValueError("`validation_dataset` must be given: PSNR is measured on it. Add --validation_dataset.")
     chosen = {size: size_flags(size) for size in arguments.sizes}
     rows = []
     for size, own in chosen.items():
@@ -94,7 +94,7 @@ def main() -> None:
         train_once(folder, *logged, *flags, *own, config_file=arguments.config_file)
         psnr = read_scalars(folder, "psnr")
         if not psnr:
-            raise ValueError(f"{str(folder)!r} has no PSNR: let `validation_steps` be at most `max_train_steps`.")
+            raise ValueError(f"{str(folder)!r} has no PSNR: `validation_steps` must be at most `max_train_steps`.")
         rows.append(
             {
                 "size": size,

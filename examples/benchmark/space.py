@@ -1,10 +1,10 @@
-"""The Space under load: from key press to shown frame in a browser, frames a second, several users at once, memory.
+"""Load test of the Space: latency and frame rate in a browser, concurrent users, server memory.
 
-    pip install ".[space]" playwright psutil  # and Debian's chromium
+    pip install ".[space]" playwright psutil  # also requires Debian's chromium
     python examples/benchmark/space.py --users 10 --seconds 300
 
-Starts the Space itself, drives the page in headless Chromium, then lets `users` drive by gradio_client, each as fast as it is
-answered, up to the robot's own rate.
+Starts the Space, drives the page in headless Chromium, and then runs `users` concurrent gradio_client sessions. Each user sends
+the next request as soon as the previous one is answered, up to the robot's frame rate.
 """
 
 import json
@@ -30,28 +30,28 @@ KEYS = ("ArrowRight", "ArrowLeft", "ArrowDown", "ArrowUp")
 
 @dataclass
 class SpaceArguments:
-    model: str = field(default="push-t", metadata={"help": "one of those that app.py takes"})
-    presses: int = field(default=20, metadata={"help": "key presses in the browser; 0: no browser"})
-    users: int = field(default=10, metadata={"help": "users by gradio_client at once"})
-    seconds: float = field(default=60.0, metadata={"help": "for which they drive"})
-    chunk_length: int = field(default=4, metadata={"help": "actions of a request of theirs"})
+    model: str = field(default="push-t", metadata={"help": "model name, see app.py"})
+    presses: int = field(default=20, metadata={"help": "key presses in the browser; 0 skips the browser"})
+    users: int = field(default=10, metadata={"help": "concurrent gradio_client users"})
+    seconds: float = field(default=60.0, metadata={"help": "duration of the test with concurrent users"})
+    chunk_length: int = field(default=4, metadata={"help": "actions per request"})
     output: Path | None = field(default=None, metadata={"help": "JSON report to write"})
-    screenshot: Path | None = field(default=None, metadata={"help": "PNG to write of the page after driving"})
+    screenshot: Path | None = field(default=None, metadata={"help": "PNG screenshot of the page to write"})
 
 
 def serve(log: Path, *flags: str, **environment: str) -> tuple[subprocess.Popen, str]:
-    """Start the Space and wait until it answers, two minutes at most.
+    """Start the Space and wait up to two minutes until it answers.
 
     Args:
-        log: File for what it prints.
-        flags: Of app.py.
-        environment: Variables beside this process's own.
+        log: File for the output of the Space.
+        flags: Command-line flags of app.py.
+        environment: Additional environment variables.
 
     Returns:
-        Its process and address.
+        The process and the URL.
 
     Raises:
-        RuntimeError: If it does not start.
+        RuntimeError: If the Space does not start.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -77,7 +77,7 @@ def serve(log: Path, *flags: str, **environment: str) -> tuple[subprocess.Popen,
 
 
 def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> dict[str, float]:
-    """Latency of key presses from rest, and the rate at which frames are shown while a key is held."""
+    """Measure the latency of key presses, and the frame rate while a key is held."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
@@ -90,7 +90,8 @@ def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> 
             page.keyboard.down(KEYS[index % 4])
             page.wait_for_timeout(300 + 37 * (index % 5))
             page.keyboard.up(KEYS[index % 4])
-            page.wait_for_timeout(700 if index % 2 else 1500)  # while time still goes on, and from rest
+            # alternately press again while the model still runs and after it has stopped
+            page.wait_for_timeout(700 if index % 2 else 1500)
         page.keyboard.down(KEYS[0])
         page.wait_for_timeout(1000)
         shown = page.evaluate("document.querySelector('.drive').figures.shown.length")
@@ -106,7 +107,7 @@ def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> 
             page.wait_for_timeout(3000)
             page.screenshot(path=screenshot)
         browser.close()
-    times, latencies = np.array(figures["shown"][shown:]), np.array(figures["latencies"][1:])  # the first warms up
+    times, latencies = np.array(figures["shown"][shown:]), np.array(figures["latencies"][1:])  # without the warm-up
     return {
         "presses": len(latencies),
         "latency_ms": float(np.median(latencies)),
@@ -117,16 +118,16 @@ def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> 
 
 
 class User(threading.Thread):
-    """One who drives by gradio_client."""
+    """A user that drives through gradio_client."""
 
     def __init__(self, url: str, arguments: SpaceArguments, until: threading.Event) -> None:
         super().__init__()
         self.url, self.arguments, self.until = url, arguments, until
-        self.waits: list[float] = []  # seconds, one a request
+        self.waits: list[float] = []  # seconds per request
         self.errors: list[str] = []
 
     def run(self) -> None:
-        """Drive until it is time to stop."""
+        """Drive until `until` is set."""
         from gradio_client import Client
 
         try:
@@ -142,12 +143,12 @@ class User(threading.Thread):
                 self.waits.append(time.perf_counter() - begin)
                 self.until.wait(max(0.0, begin + pace - time.perf_counter()))
             client.predict(session, api_name="/stop")
-        except Exception as error:  # whatever it is counts as an error of the Space
+        except Exception as error:  # every exception counts as an error of the Space
             self.errors.append(repr(error))
 
 
 def drive_together(url: str, arguments: SpaceArguments, process: psutil.Process) -> dict[str, Any]:
-    """Several users at once; what they got, and the server's memory meanwhile."""
+    """Run concurrent users; report their frame rates, waits and errors, and the server's memory."""
     before, until = process.memory_info().rss, threading.Event()
     users = [User(url, arguments, until) for _ in range(arguments.users)]
     for user in users:
@@ -184,7 +185,7 @@ def main() -> None:
         if arguments.presses:
             report["browser"] = drive_in_browser(url, arguments.presses, arguments.screenshot)
             print(
-                "{presses} key presses: to the shown frame {latency_ms:.0f} ms median, {latency_ms_p95:.0f} ms 95 %; "
+                "{presses} key presses: latency {latency_ms:.0f} ms median, {latency_ms_p95:.0f} ms 95th percentile; "
                 "{frames_per_second:.1f} frames/s shown, longest pause {longest_pause_ms:.0f} ms".format(
                     **report["browser"]
                 ),
@@ -193,8 +194,8 @@ def main() -> None:
         report["together"] = drive_together(url, arguments, psutil.Process(process.pid))
         together = report["together"]
         print(
-            "{} users, {:.0f} s: {} requests, {} errors; frames/s each {:.1f} to {:.1f}; wait {:.0f} ms median, {:.0f} ms "
-            "95 %; server memory {:.0f} MB before, {:.0f} half way, {:.0f} at the end; {:.2f} cores".format(
+            "{} users, {:.0f} s: {} requests, {} errors; frames/s per user {:.1f} to {:.1f}; wait {:.0f} ms median, {:.0f} ms "
+            "95th percentile; server memory {:.0f} MB before, {:.0f} halfway, {:.0f} at the end; {:.2f} cores".format(
                 together["users"],
                 together["seconds"],
                 together["requests"],

@@ -1,10 +1,10 @@
-"""Speed and memory of a pipeline: one future, many candidates in a batch, and streaming.
+"""Measure the speed and memory of a pipeline: single predictions, batches of candidates and streaming.
 
     python examples/benchmark/speed.py --model runs/pusht --schedulers PNDMScheduler:50 DPMSolverMultistepScheduler:8
 
-All schedulers are measured in one run, so that their ratios can be compared. A figure is the median over the repeats after
-one more run to warm up. A batch holds that many futures of `--num_actions` frames of one history, decoding included: `--batch_sizes
-50` is a decision of a planner among 50 candidates.
+All schedulers are measured in the same run, so that their times can be compared. Times are medians over `--repeats` runs after one
+warm-up run and include decoding. A batch predicts `--num_actions` frames for each action sequence from one history:
+`--batch_sizes 50` corresponds to one decision of a planner among 50 candidates.
 """
 
 import json
@@ -27,11 +27,11 @@ from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 class SpeedArguments:
     model: str = field(default=str(embedded_checkpoint()), metadata={"help": "pipeline folder or Hub id"})
     schedulers: list[str] = field(
-        default_factory=list, metadata={"help": "class:steps of diffusers' schedulers (default: the model's own)"}
+        default_factory=list, metadata={"help": "diffusers schedulers as class:steps (default: the model's)"}
     )
     batch_sizes: list[int] = field(default_factory=lambda: [1, 50])
-    num_actions: int = field(default=15, metadata={"help": "frames of a future"})
-    chunk_length: int = field(default=2, metadata={"help": "frames of a streamed chunk"})
+    num_actions: int = field(default=15, metadata={"help": "frames per prediction"})
+    chunk_length: int = field(default=2, metadata={"help": "frames per streamed chunk"})
     repeats: int = 5
     dtype: str = field(default="bfloat16", metadata={"help": "float32, bfloat16 or float16"})
     device: str = "cpu"
@@ -40,7 +40,7 @@ class SpeedArguments:
 
 
 def seconds(work: Callable[[], object], device: str, repeats: int) -> float:
-    """Median duration of `work`, after one more run to warm up."""
+    """Return the median duration of `work` in seconds, after one warm-up run."""
     durations = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -75,7 +75,7 @@ def main() -> None:
         end="",
     )
     print(
-        f" | ms for a chunk of {arguments.chunk_length}: median | slowest |\n"
+        f" | ms per chunk of {arguments.chunk_length}: median | maximum |\n"
         + "|---" * (5 + len(arguments.batch_sizes))
         + "|"
     )

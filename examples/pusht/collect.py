@@ -1,11 +1,11 @@
-"""Collect episodes of Push-T, as a LeRobotDataset v3.0 folder.
+"""Collect Push-T episodes as a LeRobotDataset v3.0 folder.
 
     python examples/pusht/collect.py --output data/pusht-train --episodes 1500 --first_seed 0
 
-Five pushers share the episodes: an aimless one, an expert, the expert with noise, one driven by held arrow keys as in the Space,
-and one that goes to distant targets, also at the edges and in the corners. The seed of an episode determines its content. Files of 50
-episodes are written one by one. The same command resumes at the first missing file, a larger `--episodes` adds episodes, and
-other settings raise an error. `--pusher_radius` changes the world.
+Each episode uses one of five policies: an aimless pusher, an expert, the expert with noise, a pusher driven by held arrow keys as
+in the Space, and a pusher that moves to distant targets, including edges and corners. The seed of an episode determines its
+content. Episodes are written in files of 50. The same command resumes at the first missing file, a larger `--episodes` adds
+episodes, and other settings raise an error. `--pusher_radius` changes the simulated world.
 """
 
 import functools
@@ -54,79 +54,83 @@ EPISODES_PER_FILE = 50
 CARD = """# Push-T clips
 
 {episodes} episodes of {length} frames at {fps} Hz of the Push-T simulator (gym-pusht), {size}x{size} pixels, in LeRobotDataset
-v3.0. Pixels are the simulator's observations, which do not show the action. An action is the position in the arena,
-0 to 512 from the top left, that the pusher is to move to. The pusher's radius is {pusher_radius:g} of these units
-(in gym-pusht {default_radius:g}).
+v3.0. Frames are the simulator's observations, which do not show the action. An action is the target position of the
+pusher in the arena, 0 to 512 from the top left. The pusher's radius is {pusher_radius:g} arena units
+({default_radius:g} in gym-pusht).
 
-| pusher | episodes | |
+| policy | episodes | behaviour |
 |---|---|---|
 {rows}
 
-`observation.state` is the pusher's position, `observation.environment_state` position and angle (radians) of the block's
-frame, whose origin is the middle of the bar's upper edge. Videos are stored without loss.
+`observation.state` is the pusher's position. `observation.environment_state` is the position and angle (radians) of the
+block; the origin of its frame is the middle of the bar's upper edge. Videos are lossless.
 
-Made by `{command}` of irasim-diffusers; episode k is fixed by seed {first_seed} + k.
+Created with `{command}` from irasim-diffusers. Episode k uses seed {first_seed} + k.
 """
-WHO = {
-    "aimless": "seeks contact, misses, slides off, wanders, waits",
-    "expert": "brings the block to the goal and waits",
-    "noisy": "the expert with noise of 5 to 40 units on every target",
-    "keys": "holds arrow keys at speeds of 4 to 64 units a step, or waits",
-    "jumps": "moves to targets in the whole arena, including edges, corners and the block",
+BEHAVIOURS = {
+    "aimless": "pushes the block at random, slides off, misses, wanders or waits",
+    "expert": "pushes the block to the goal and waits",
+    "noisy": "the expert with noise on every target (standard deviation 5 to 40 units)",
+    "keys": "follows held arrow keys at 4 to 64 units per step, or waits",
+    "jumps": "moves to targets anywhere in the arena, including edges, corners and the block",
 }
 
 
 @dataclass
 class CollectArguments:
-    output: Path = field(metadata={"help": "folder of the data set"})
-    episodes: int = 1000
-    length: int = field(default=120, metadata={"help": "frames of an episode; 120 are 12 seconds"})
-    first_seed: int = field(default=0, metadata={"help": "seed of episode 0; episode k has first_seed + k"})
-    aimless: float = field(default=0.3, metadata={"help": "share of episodes of the aimless pusher"})
-    expert: float = field(default=0.1, metadata={"help": "share of the expert"})
-    noisy: float = field(default=0.1, metadata={"help": "share of the expert with noise"})
-    keys: float = field(default=0.35, metadata={"help": "share of the pusher that is driven by held keys"})
-    jumps: float = field(default=0.15, metadata={"help": "share of the pusher that goes to distant targets"})
+    output: Path = field(metadata={"help": "folder to write the dataset to"})
+    episodes: int = field(default=1000, metadata={"help": "number of episodes"})
+    length: int = field(default=120, metadata={"help": "frames per episode; 120 are 12 seconds"})
+    first_seed: int = field(default=0, metadata={"help": "seed of episode 0; episode k uses first_seed + k"})
+    aimless: float = field(default=0.3, metadata={"help": "fraction of episodes with the aimless pusher"})
+    expert: float = field(default=0.1, metadata={"help": "fraction of episodes with the expert"})
+    noisy: float = field(default=0.1, metadata={"help": "fraction of episodes with the noisy expert"})
+    keys: float = field(default=0.35, metadata={"help": "fraction of episodes driven by held keys"})
+    jumps: float = field(default=0.15, metadata={"help": "fraction of episodes with distant targets"})
     pusher_radius: float = field(
-        default=PUSHER_RADIUS, metadata={"help": "arena units; the expert knows a pusher of 15 only"}
+        default=PUSHER_RADIUS, metadata={"help": "radius in arena units; the expert supports only 15"}
     )
-    num_workers: int = multiprocessing.cpu_count()
-    push_to_hub: str | None = field(default=None, metadata={"help": "Hub repository to publish to, user/name"})
+    num_workers: int = field(default=multiprocessing.cpu_count(), metadata={"help": "number of processes"})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Hub repository to publish to, as user/name"})
 
 
-def begin(arguments: CollectArguments) -> None:
-    """Note in the folder what fixes its episodes; a finished one that shall grow is unfinished until it has.
+def prepare_folder(arguments: CollectArguments) -> None:
+    """Write the settings file of a new folder, or check the settings of an existing one.
+
+    If the existing folder has fewer episodes, its info.json is deleted, which marks the folder as incomplete.
 
     Raises:
-        ValueError: If the folder was begun with anything else than fewer episodes.
+        ValueError: If a setting other than a larger number of episodes differs.
     """
     root, marker = arguments.output, arguments.output / SOURCE_FILE
     names = ("episodes", "length", "first_seed", *TASKS, "pusher_radius")
     wanted = {name: getattr(arguments, name) for name in names}
     if not marker.is_file():
         if root.is_dir() and any(root.iterdir()):
-            raise ValueError(f"{str(root)!r} holds files of unknown settings: give a new folder.")
+            raise ValueError(f"{str(root)!r} contains files but no settings file: choose a new folder.")
         write_marker(marker, wanted)
-    begun = json.loads(marker.read_text())
-    if begun | {"episodes": None} == wanted | {"episodes": None} and begun["episodes"] < arguments.episodes:
+    written = json.loads(marker.read_text())
+    if written | {"episodes": None} == wanted | {"episodes": None} and written["episodes"] < arguments.episodes:
         (root / "meta" / "info.json").unlink(missing_ok=True)
         write_marker(marker, wanted)
         return
     changes = [
-        f"`{name}` {begun.get(name)}, not {value}" for name, value in wanted.items() if begun.get(name) != value
+        f"`{name}` {written.get(name)}, not {value}" for name, value in wanted.items() if written.get(name) != value
     ]
     if changes:
-        raise ValueError(f"{str(root)!r} was begun with {', '.join(changes)}: give a new folder or these settings.")
+        raise ValueError(
+            f"{str(root)!r} was created with {', '.join(changes)}: use the original settings or choose a new folder."
+        )
 
 
 def write_marker(marker: Path, settings: dict[str, Any]) -> None:
-    """Write what fixes the episodes of a folder."""
+    """Write the settings that determine the episodes of a folder."""
     with temporary_path(marker) as partial:
         partial.write_text(json.dumps(settings))
 
 
 def pusher_of(kind: str, rng: np.random.Generator, state: State) -> Pusher:
-    """The pusher of one episode."""
+    """Create the pusher of one episode."""
     if kind == "aimless":
         return push_about(rng, state)
     if kind == "keys":
@@ -137,7 +141,7 @@ def pusher_of(kind: str, rng: np.random.Generator, state: State) -> Pusher:
 
 
 def collect_episode(simulator: Simulator, seed: int, length: int, shares: dict[str, float]) -> Episode:
-    """One episode of `length` frames, its pusher drawn by the shares."""
+    """Collect one episode of `length` frames with a policy drawn in proportion to `shares`."""
     state = simulator.reset(seed)
     weights = np.array([shares[kind] for kind in TASKS])
     kind = list(TASKS)[np.random.default_rng([seed, 3]).choice(len(TASKS), p=weights / weights.sum())]
@@ -162,14 +166,17 @@ def collect_episode(simulator: Simulator, seed: int, length: int, shares: dict[s
 
 
 def written_episodes(root: Path, file_index: int) -> int:
-    """Number of episodes in a file; a new version of a file that has grown keeps those that it had as they are."""
+    """Return the number of episodes in a file, 0 if it is missing or incomplete."""
     if not is_written(root, file_index):
         return 0
     return pq.read_metadata(root / EPISODES_PATH.format(chunk_index=0, file_index=file_index)).num_rows
 
 
 def collect_file(file_index: int, arguments: CollectArguments) -> int:
-    """Collect and write one file of episodes, if it is not there or shall have more; return its number of episodes."""
+    """Collect and write one file unless it already has all its episodes; return its number of episodes.
+
+    A larger file starts with the same episodes, because the seed of an episode determines its content.
+    """
     first = file_index * EPISODES_PER_FILE
     numbers = range(first, min(first + EPISODES_PER_FILE, arguments.episodes))
     if written_episodes(arguments.output, file_index) < len(numbers):
@@ -190,7 +197,7 @@ def collect_file(file_index: int, arguments: CollectArguments) -> int:
 
 
 def write_card(arguments: CollectArguments) -> None:
-    """Write the data set card, README.md in the folder."""
+    """Write the dataset card, README.md in the folder."""
     counts = dict.fromkeys(TASKS.values(), 0)
     for row in LeRobotFolder(arguments.output).rows:
         counts[row["tasks"][0]] += 1
@@ -201,7 +208,7 @@ def write_card(arguments: CollectArguments) -> None:
         size=SIZE,
         pusher_radius=arguments.pusher_radius,
         default_radius=PUSHER_RADIUS,
-        rows="\n".join(f"| {kind} | {counts[task]} | {WHO[kind]} |" for kind, task in TASKS.items()),
+        rows="\n".join(f"| {kind} | {counts[task]} | {BEHAVIOURS[kind]} |" for kind, task in TASKS.items()),
         command=" ".join(["python", *sys.argv]),
         first_seed=arguments.first_seed,
     )
@@ -219,17 +226,17 @@ def main() -> None:
     shares = [getattr(arguments, kind) for kind in TASKS]
     if min(shares) < 0 or sum(shares) == 0:
         raise ValueError(
-            f"{', '.join(f'`{kind}`' for kind in TASKS)} must be shares, none negative and not all zero, got {shares}."
+            f"{', '.join(f'`{kind}`' for kind in TASKS)} must be non-negative fractions that are not all zero, got {shares}."
         )
     if arguments.pusher_radius <= 0:
         raise ValueError(f"`pusher_radius` must be positive, got {arguments.pusher_radius:g}.")
     if arguments.pusher_radius != PUSHER_RADIUS and arguments.expert + arguments.noisy > 0:
         raise ValueError(
-            f"the expert plans for a pusher of radius {PUSHER_RADIUS:g}: with `pusher_radius` {arguments.pusher_radius:g}, "
-            f"`expert` and `noisy` must be 0, got {arguments.expert:g} and {arguments.noisy:g}."
+            f"`expert` and `noisy` must be 0, got {arguments.expert:g} and {arguments.noisy:g}: the expert supports only "
+            f"`pusher_radius` {PUSHER_RADIUS:g}, got {arguments.pusher_radius:g}."
         )
-    begin(arguments)
-    if arguments.push_to_hub:  # before hours of work
+    prepare_folder(arguments)
+    if arguments.push_to_hub:  # fails early if the repository cannot be created
         HfApi().create_repo(arguments.push_to_hub, repo_type="dataset", exist_ok=True)
     files = range(-(-arguments.episodes // EPISODES_PER_FILE))
     with multiprocessing.Pool(arguments.num_workers) as pool, tqdm(total=arguments.episodes, unit="episode") as bar:

@@ -2,9 +2,9 @@
 
     python examples/pusht/convolutional.py --dataset data/pusht-train --output_dir runs/pusht-convolutional --max_minutes 30
 
-A residual network at a quarter of the resolution, with the same data, loss and own rollouts as the transformer of
-`train.py`, but no attention. `evaluate.py --model runs/pusht-convolutional` reports the same figures for it. A run that is
-interrupted resumes from its last checkpoint.
+A residual network without attention at a quarter of the frame resolution. It uses the same data, loss and training on its own
+rollouts as the transformer in `train.py`, and `evaluate.py --model runs/pusht-convolutional` reports the same metrics. An
+interrupted run resumes from its last checkpoint.
 """
 
 import json
@@ -35,16 +35,20 @@ WEIGHTS = "convolutional.safetensors"
 @dataclass
 class BaselineArguments:
     dataset: str = field(metadata={"help": "LeRobotDataset folder made by collect.py"})
-    output_dir: Path = field(metadata={"help": "where the network and its checkpoint are written"})
-    max_minutes: float = field(default=30.0, metadata={"help": "time of training"})
+    output_dir: Path = field(metadata={"help": "folder for the model and its checkpoint"})
+    max_minutes: float = field(default=30.0, metadata={"help": "training time in minutes"})
     batch_size: int = 16
     learning_rate: float = 1e-3
-    width: int = field(default=64, metadata={"help": "channels"})
-    rollout_chunks: int = field(default=5, metadata={"help": "most frames that the network predicts before the loss"})
+    width: int = field(default=64, metadata={"help": "number of channels"})
+    rollout_chunks: int = field(
+        default=5, metadata={"help": "maximum number of frames predicted before the loss frame"}
+    )
     rollout_start: float = field(
         default=0.35, metadata={"help": "fraction of the training time after which rollouts start"}
     )
-    cache_dir: Path | None = field(default=None, metadata={"help": "frames (default: output_dir/latents)"})
+    cache_dir: Path | None = field(
+        default=None, metadata={"help": "folder of the frame cache (default: output_dir/latents)"}
+    )
     seed: int = 0
 
 
@@ -65,7 +69,7 @@ class Residual(nn.Module):
 
 
 class ConvolutionalModel(nn.Module):
-    """Predicts the change from the last history frame to the next frame.
+    """Convolutional network that predicts the change from the last history frame to the next frame.
 
     Args:
         width: Channels at a quarter of the resolution.
@@ -97,7 +101,7 @@ class ConvolutionalModel(nn.Module):
         return history[:, :, -1] + change
 
     def roll(self, history: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """Predict frames (B, 3, n, H, W), one after another, of actions (B, n, 2)."""
+        """Predict frames (B, 3, n, H, W) for actions (B, n, 2), one after another."""
         frames = []
         for action in actions.unbind(1):
             frame = self(history, action).clamp(-1, 1)
@@ -107,7 +111,12 @@ class ConvolutionalModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """Predict (B, n, H, W, 3) in [0, 1] from uint8 histories (h, H, W, 3) or (B, h, H, W, 3) and actions (B, n, 2)."""
+        """Predict frames (B, n, H, W, 3) in [0, 1].
+
+        Args:
+            frames: History (h, H, W, 3) or (B, h, H, W, 3), uint8.
+            actions: Actions (B, n, 2) in arena units.
+        """
         frames = frames if frames.ndim == 5 else frames[None]
         history = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         history = history[:, :, [-min(2, history.shape[2]), -1]].expand(len(actions), -1, -1, -1, -1)
@@ -122,13 +131,13 @@ def load(folder: Path) -> ConvolutionalModel:
 
 
 def loss_of(model: ConvolutionalModel, clip: dict[str, torch.Tensor], rng: np.random.Generator, chunks: int) -> Any:
-    """Mean squared error on the frame after `chunks` predicted frames; 30 % of the clips keep their true history."""
+    """Compute the mean squared error of the frame after `chunks` predicted ones; 30 % of clips keep true history."""
     latents, actions = clip["latents"], clip["actions"][:, HISTORY - 1 :]
     history = latents[:, :, :HISTORY]
     if chunks:
         with torch.no_grad():
             history = torch.cat([history, model.roll(history, actions[:, :chunks])], dim=2)[:, :, -HISTORY:]
-        torch.clear_autocast_cache()  # before torch 2.11 it keeps weights that were cast without gradient
+        torch.clear_autocast_cache()  # before torch 2.11 the cache keeps weights that were cast without gradient
         true_history = torch.from_numpy(rng.random(len(latents)) < 0.3).view(-1, 1, 1, 1, 1)
         history = torch.where(true_history, latents[:, :, chunks : chunks + HISTORY], history)
     return (model(history, actions[:, chunks]) - latents[:, :, HISTORY + chunks]).square().mean()
@@ -138,7 +147,7 @@ def main() -> None:
     (arguments,) = HfArgumentParser(BaselineArguments).parse_args_into_dataclasses()
     output = arguments.output_dir
     output.mkdir(parents=True, exist_ok=True)
-    episodes = PreparedEpisodes(open_dataset(arguments.dataset))  # as in train.py, which shares the cache
+    episodes = PreparedEpisodes(open_dataset(arguments.dataset))  # as in train.py, to share its cache
     cache = cache_latents(episodes, None, arguments.cache_dir or output / "latents")
     clips = LatentClips(cache, HISTORY + 1 + arguments.rollout_chunks)
     torch.manual_seed(arguments.seed)
@@ -151,7 +160,7 @@ def main() -> None:
         state = torch.load(checkpoint, weights_only=True)
         if state["settings"] != settings:
             raise ValueError(
-                f"{str(output)!r} holds a run with other settings: {state['settings']}; use a new folder."
+                f"{str(output)!r} contains a run with other settings: {state['settings']}; choose a new folder."
             )
         for part, name in ((model, "model"), (average, "average"), (optimizer, "optimizer")):
             part.load_state_dict(state[name])

@@ -1,9 +1,9 @@
-"""Put a trained Push-T pipeline into the package, with one held-out clip.
+"""Embed a trained Push-T pipeline in the package, with one held-out clip.
 
     python examples/pusht/embed.py --model runs/pusht --dataset data/pusht-test --episode 3 --start 20
 
-Weights are stored in bfloat16; the clip, the history and 60 more frames with their 60 actions, without loss. Its picture
-is what `irasim generate` shows.
+Weights are stored in bfloat16. The clip contains the history frames, 60 more frames and their 60 actions, as a lossless video.
+Its preview image is the output of `irasim generate`.
 """
 
 import json
@@ -24,11 +24,11 @@ from irasim_diffusers.training import run_script
 
 @dataclass
 class EmbedArguments:
-    model: str = field(metadata={"help": "pipeline folder"})
+    model: str = field(metadata={"help": "pipeline folder to embed"})
     dataset: str = field(metadata={"help": "held-out LeRobotDataset folder"})
     episode: int = field(default=0, metadata={"help": "episode of the clip"})
     start: int = field(default=20, metadata={"help": "first frame of the clip"})
-    num_actions: int = 60
+    num_actions: int = field(default=60, metadata={"help": "actions of the clip"})
 
 
 def main() -> None:
@@ -38,10 +38,8 @@ def main() -> None:
     dataset = LeRobotFolder(Path(arguments.dataset))
     shutil.rmtree(target / "vae", ignore_errors=True)  # remove the autoencoder of a previously embedded model
     pipeline.save_pretrained(target)
-    for path in [
-        target / "model_index.json",
-        *target.glob("*/config.json"),
-    ]:  # where the weights came from on this machine is nobody's business
+    # remove the local paths of the weights from the published configs
+    for path in [target / "model_index.json", *target.glob("*/config.json")]:
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

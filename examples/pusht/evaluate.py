@@ -1,19 +1,19 @@
-"""Evaluate a Push-T world model on held-out seeds: reconstruction, prediction, obedience to actions.
+"""Evaluate a Push-T world model on held-out seeds: reconstruction, prediction, action following.
 
     python examples/pusht/evaluate.py --model runs/pusht --dataset data/pusht-test --output runs/pusht/report.json
 
-Figures, with bootstrap 95 % intervals over clips:
-- VAE reconstruction, PSNR of held-out frames;
-- clip PSNR over the predicted frames of clips in which the block moves, beside repeating the last seen frame and beside
-  the prediction under the actions of another clip;
-- poses of pusher and block read from the last predicted frame, against the simulator's, over the clips in which the block
-  moves and as many in which it does not; and the share of predicted frames in which both are found;
-- the same after rollouts of 60 actions of the expert, beside a block that stays where it was;
-- driving: random arrow keys held for 60 frames at three speeds of the Space, from one frame: the fraction of frames with exactly
-  one pusher, and the pose errors;
-- counterfactual identification: from one history, 8 action sequences that all move the block and whose futures differ,
-  each replayed in the simulator. A prediction counts as right when, of the 8 true futures, its own is the nearest.
-Truth is always the simulator's raw frame; the observed history is never scored.
+Metrics, with bootstrap 95 % intervals over clips:
+- VAE reconstruction: PSNR of held-out frames.
+- Clip PSNR: PSNR of the predicted frames of clips in which the block moves. Baselines are the repeated last history frame and
+  the prediction for the actions of another clip.
+- Pose errors of pusher and block in the last predicted frame, over clips in which the block moves and the same number in
+  which it does not, and the fraction of frames in which both poses are found.
+- The same pose errors after rollouts of 60 expert actions. The baseline is a block that does not move.
+- Driving: 60 frames predicted from one frame with random held arrow keys, at three speeds of the Space. Reported are the
+  fraction of frames with exactly one pusher and the pose errors.
+- Counterfactual identification: 8 action sequences from the same history, each of which moves the block to a different
+  future in the simulator. A prediction is correct if its own future is the closest of the 8.
+The ground truth is always the simulator's frame before any compression. History frames are not scored.
 """
 
 import json
@@ -45,12 +45,12 @@ from irasim_diffusers.files import temporary_path
 from irasim_diffusers.metrics import bootstrap, identified, psnr
 from irasim_diffusers.training import run_script
 
-Predict: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]  # histories and actions to frames, all (N, ...)
+Predict: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (histories, actions) to frames, all (N, ...)
 WAYS = 8
-PREDICTED = 15  # frames of a clip that are scored, as in the paper
-ROLLOUT = 60  # actions of an expert rollout, and of a driven one
-SPEEDS = (0.25, 0.5, 1.0)  # of the Space's slider
-SPACE = FrozenDict(  # of the embedded model, so that all models are driven by the same actions
+PREDICTED = 15  # predicted frames of a clip, as in the paper
+ROLLOUT = 60  # actions of an expert rollout and of a driven episode
+SPEEDS = (0.25, 0.5, 1.0)  # of the slider in the Space
+SPACE = FrozenDict(  # action space of the embedded model, so that all models are driven by the same actions
     action_dim=2,
     action_names=["target_x", "target_y"],
     action_space="absolute",
@@ -59,11 +59,11 @@ SPACE = FrozenDict(  # of the embedded model, so that all models are driven by t
     action_low=0.0,
     action_high=float(ARENA),
 )
-DRIVING_SEED = 3_000_000  # first seed of the driven episodes, far from those of the data sets
+DRIVING_SEED = 3_000_000  # first seed of the driven episodes, far from the seeds of the datasets
 STATES = ("observation.state", "observation.environment_state")
-WORST = {"pusher": 96.0, "block_centre": 96.0, "block_angle": 180.0}  # errors where nothing is found
-MOVED = 5.0  # arena units or hundredths of a radian by which a block moves in a 'moving' clip; about a pixel
-DISTINCT = 30.0  # PSNR in dB below which two true futures count as different
+WORST = {"pusher": 96.0, "block_centre": 96.0, "block_angle": 180.0}  # errors if a pose is not found
+MOVED = 5.0  # minimum movement of the block in a moving clip, arena units or hundredths of a radian; about a pixel
+DISTINCT = 30.0  # two simulated futures are different if their PSNR in dB is lower
 
 
 @dataclass
@@ -71,58 +71,63 @@ class EvaluationArguments:
     model: str = field(metadata={"help": "pipeline folder or Hub id"})
     dataset: str = field(metadata={"help": "held-out LeRobotDataset folder made by collect.py"})
     output: str | None = field(default=None, metadata={"help": "JSON report to write"})
-    scheduler: str | None = field(
-        default=None, metadata={"help": "scheduler class of diffusers (default: the model's)"}
-    )
+    scheduler: str | None = field(default=None, metadata={"help": "diffusers scheduler class (default: the model's)"})
     timestep_spacing: str | None = field(
-        default=None, metadata={"help": "of the scheduler, with `scheduler`: few steps need trailing"}
+        default=None, metadata={"help": "timestep spacing of `scheduler`; use trailing for few steps"}
     )
-    num_inference_steps: int | None = field(default=None, metadata={"help": "default: the model's"})
-    window_length: int | None = field(default=None, metadata={"help": "frames of a window (default: the model's)"})
-    num_history_frames: int = field(default=1, metadata={"help": "observed frames given to the model"})
+    num_inference_steps: int | None = field(default=None, metadata={"help": "denoising steps (default: the model's)"})
+    window_length: int | None = field(default=None, metadata={"help": "frames per window (default: the model's)"})
+    num_history_frames: int = field(default=1, metadata={"help": "history frames given to the model"})
     num_seen_frames: int | None = field(
         default=None,
         metadata={
-            "help": "frames of a clip before those that are scored, of which the model is given the last "
-            "`num_history_frames` (default: as many): models of one and of two history frames on the same frames"
+            "help": "frames of a clip before the scored frames (default: `num_history_frames`); the model gets the last "
+            "`num_history_frames` of them, so that models with different histories are scored on the same frames"
         },
     )
     num_clips: int = field(
-        default=200, metadata={"help": "clips in which the block moves, and as many with a still one"}
+        default=200, metadata={"help": "clips in which the block moves, and the same number in which it does not"}
     )
-    num_rollouts: int = field(default=50, metadata={"help": "expert episodes rolled out; 0 leaves it out"})
-    num_drives: int = field(default=32, metadata={"help": "driven episodes at each speed; 0 leaves them out"})
-    num_histories: int = field(default=50, metadata={"help": "histories of the identification; 0 leaves it out"})
+    num_rollouts: int = field(default=50, metadata={"help": "expert rollouts; 0 skips them"})
+    num_drives: int = field(default=32, metadata={"help": "driven episodes per speed; 0 skips them"})
+    num_histories: int = field(default=50, metadata={"help": "histories for identification; 0 skips it"})
     batch_size: int = 8
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
     device: str = "cpu"
-    first_seed: int = field(default=1_000_000, metadata={"help": "first seed of the data set"})
-    pusher_radius: float = field(default=PUSHER_RADIUS, metadata={"help": "radius of the data set's pusher"})
+    first_seed: int = field(default=1_000_000, metadata={"help": "first seed of the dataset"})
+    pusher_radius: float = field(default=PUSHER_RADIUS, metadata={"help": "pusher radius of the dataset, arena units"})
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Task:
-    """A recorded history whose futures are to be told apart."""
+    """A recorded history for counterfactual identification."""
 
     seed: int
     pusher_radius: float
     actions: np.ndarray  # (T, 2), recorded
     blocks: np.ndarray  # (T, 3), recorded: x, y, angle
-    start: int  # the last frame seen
+    start: int  # index of the last history frame
     num_actions: int
-    history: int  # frames seen
+    history: int  # number of history frames
 
 
 def moved(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether the block's pose (x, y, angle) changed by more than about a pixel."""
+    """Return whether the block's pose (x, y, angle) changed by more than about a pixel."""
     return bool(np.linalg.norm(after[:2] - before[:2]) > MOVED or abs(after[2] - before[2]) > MOVED / 100)
 
 
 def held_out_clips(
     dataset: LeRobotFolder, num_clips: int, length: int, history: int, moving: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frames, actions and last states (5,) of clips in which the block moves or does not, spread over the episodes."""
+    """Select clips in which the block moves (or does not), spread over the episodes.
+
+    Returns:
+        Frames (N, length, 96, 96, 3), actions (N, length - history, 2) and last states (N, 5).
+
+    Raises:
+        ValueError: If there is no such clip.
+    """
     per_episode = -(-num_clips // len(dataset))
     frames, actions, states = [], [], []
     for episode in dataset:
@@ -142,19 +147,21 @@ def held_out_clips(
         if len(frames) == num_clips:
             break
     if not frames:
-        raise ValueError(f"{dataset.name!r} has no clip in which the block {'moves' if moving else 'stays'}.")
+        raise ValueError(
+            f"{dataset.name!r} has no clip of {length} frames in which the block {'moves' if moving else 'does not move'}."
+        )
     return np.stack(frames), np.stack(actions), np.stack(states)
 
 
 def last_frames(frames: np.ndarray, number: int) -> np.ndarray:
-    """The last frames of one history (F, H, W, 3), or of several (N, F, H, W, 3)."""
+    """Return the last frames of one history (F, H, W, 3) or of several (N, F, H, W, 3)."""
     return frames[..., -number:, :, :, :]
 
 
 def pose_figures(
     frames: np.ndarray, states: np.ndarray, rng: np.random.Generator, pusher_radius: float
 ) -> dict[str, dict[str, float]]:
-    """Median pose errors of frames (N, 96, 96, 3) against states (N, 5), and the share in which both are found."""
+    """Median pose errors of frames (N, 96, 96, 3) for states (N, 5), and the fraction with both poses found."""
     poses = read_poses(frames, pusher_radius)
     errors = pose_errors(poses, true_poses(states[:, :2], states[:, 2:]))
     return {
@@ -163,7 +170,7 @@ def pose_figures(
 
 
 def print_poses(title: str, figures: dict[str, dict[str, float]]) -> None:
-    """One line of `pose_figures`."""
+    """Print the result of `pose_figures` in one line."""
     text = ", ".join(f"{name} {figures[name]['median']:.2f}" for name in ("pusher", "block_centre", "block_angle"))
     print(f"{title}: {text}; found {figures['found']['mean']:.3f}", flush=True)
 
@@ -171,9 +178,9 @@ def print_poses(title: str, figures: dict[str, dict[str, float]]) -> None:
 def expert_episodes(
     dataset: LeRobotFolder, num_rollouts: int, history: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """Histories, actions (N, 60, 2), and first and last states (N, 5) of expert episodes; None if there are none."""
+    """Histories, actions (N, 60, 2), first and last states (N, 5) of expert episodes; None if there are none."""
     parts: list[tuple[np.ndarray, ...]] = []
-    start = 10  # the pusher is on its way
+    start = 10  # after the pusher has started to move
     last = start + history - 1 + ROLLOUT
     for episode in dataset if num_rollouts else ():
         if episode.task == TASKS["expert"] and len(episode) > last:
@@ -186,7 +193,7 @@ def expert_episodes(
 
 
 def held_keys(rng: np.random.Generator, steering: Steering, num_actions: int) -> np.ndarray:
-    """Actions (n, 2) of arrow keys that are held, alone or two together, or released for some steps."""
+    """Return actions (n, 2) of random arrow keys: none, one or two at a time, each held for several steps."""
     keys = ("ArrowLeft", "ArrowRight", ""), ("ArrowUp", "ArrowDown", "")
     actions: list[np.ndarray] = []
     while len(actions) < num_actions:
@@ -196,7 +203,7 @@ def held_keys(rng: np.random.Generator, steering: Steering, num_actions: int) ->
 
 
 def driven_episodes(number: int, speed: float, pusher_radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Actions (N, 60, 2), true frames (N, 61, 96, 96, 3) and true states (N, 61, 5) of episodes that are driven by keys."""
+    """Simulate episodes driven by random keys: actions (N, 60, 2), frames (N, 61, 96, 96, 3) and states (N, 61, 5)."""
     simulator = Simulator(pusher_radius)
     parts = []
     for seed in range(DRIVING_SEED, DRIVING_SEED + number):
@@ -210,10 +217,10 @@ def driven_episodes(number: int, speed: float, pusher_radius: float) -> tuple[np
 def driving_figures(
     frames: np.ndarray, truth: np.ndarray, states: np.ndarray, rng: np.random.Generator, pusher_radius: float
 ) -> dict[str, Any]:
-    """Figures of driven frames (N, n, H, W, 3) against the simulator's; intervals are over the N episodes.
+    """Compare predicted frames (N, n, H, W, 3) of driven episodes with the simulator; intervals are over the N episodes.
 
-    Only frames count in which the pusher, or the block, is found in the simulator's own frame: the frame shows only a part of
-    a pusher at the edge of the arena. One that is not found in the predicted frame has the error `WORST`.
+    A frame counts only if the pusher (or block) is found in the simulator's frame, because at the edges of the arena only a
+    part of the pusher is visible. If it is not found in the predicted frame, the error is `WORST`.
     """
     shape = truth.shape[:2]
     visible = one_pusher(truth.reshape(-1, *truth.shape[2:]), pusher_radius).reshape(shape)
@@ -241,10 +248,14 @@ def driving_figures(
 
 
 def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Histories, actions (8, n, 2) and true frames (8, n, 96, 96, 3) of one seed, or None where 8 are not found.
+    """Simulate 8 different futures of one history.
+
+    Returns:
+        History (h, 96, 96, 3), actions (8, n, 2) and frames (8, n, 96, 96, 3); None if 8 different futures are not found.
+
 
     Raises:
-        ValueError: If the simulator does not repeat the recorded episode.
+        ValueError: If the simulator does not reproduce the recorded episode.
     """
     start, end = task.start, task.start + task.num_actions
     past = task.actions[:start]
@@ -259,8 +270,8 @@ def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | N
         frames, outcome = simulator.replay(task.seed, np.concatenate([past, actions]), start + 1 - task.history)
         if attempt == 0 and moved(task.blocks[end], outcome[-1].block):
             raise ValueError(
-                f"the simulator leaves the block of seed {task.seed} at {outcome[-1].block.round(2).tolist()}, the data set at "
-                f"{task.blocks[end].round(2).tolist()}: `first_seed` and `pusher_radius` must be the data set's."
+                f"`first_seed` and `pusher_radius` must match the dataset: with seed {task.seed} the block ends at "
+                f"{outcome[-1].block.round(2).tolist()} in the simulator and {task.blocks[end].round(2).tolist()} in the dataset."
             )
         if not moved(outcome[start].block, outcome[-1].block):
             continue
@@ -275,7 +286,7 @@ def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | N
 
 
 def candidate(rng: np.random.Generator, state: State, num_actions: int) -> np.ndarray:
-    """A random action sequence (n, 2) that is likely to touch the block; the state is not fed back."""
+    """A random action sequence (n, 2) that is likely to touch the block; it does not react to later states."""
     pusher = push_at(rng, state) if rng.random() < 0.8 else push_about(rng, state)
     return np.stack([next(pusher), *(pusher.send(state) for _ in range(num_actions - 1))])
 
@@ -283,7 +294,7 @@ def candidate(rng: np.random.Generator, state: State, num_actions: int) -> np.nd
 def identification_tasks(
     dataset: LeRobotFolder, num_histories: int, length: int, history: int, first_seed: int, pusher_radius: float
 ) -> list[Task]:
-    """One history an episode, where the recorded block is about to move."""
+    """Select one history per episode after which the recorded block moves."""
     tasks = []
     for number in range(len(dataset)):
         vectors = dataset.vectors(number)
@@ -292,12 +303,12 @@ def identification_tasks(
         if starts:
             actions, num_actions = vectors["action"], length - history
             tasks.append(Task(first_seed + number, pusher_radius, actions, block, starts[0], num_actions, history))
-    return tasks[: 2 * num_histories]  # some have no 8 distinct futures
+    return tasks[: 2 * num_histories]  # spare histories, because some have fewer than 8 different futures
 
 
 @torch.no_grad()
 def reconstruction(pipeline: IRASimPipeline, frames: np.ndarray) -> dict[str, float]:
-    """PSNR of clips (N, F, H, W, 3), uint8, that went through the autoencoder."""
+    """PSNR of clips (N, F, H, W, 3), uint8, after encoding and decoding."""
     pixels = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).flatten(0, 1)
     latents = pipeline.encode_history(pixels[:, None].float() / 127.5 - 1)
     decoded = (pipeline.decode_latents(latents)[:, :, 0].clamp(-1, 1) + 1) / 2
@@ -306,7 +317,7 @@ def reconstruction(pipeline: IRASimPipeline, frames: np.ndarray) -> dict[str, fl
 
 
 def load_model(arguments: EvaluationArguments) -> tuple[IRASimPipeline | None, Predict]:
-    """The pipeline to evaluate, None for a convolutional baseline, and what predicts with it."""
+    """Load the model to evaluate: the pipeline (None for a convolutional baseline) and its prediction function."""
     number = arguments.num_history_frames
     if (Path(arguments.model) / WEIGHTS).is_file():
         baseline = load(Path(arguments.model))
@@ -334,7 +345,7 @@ def load_model(arguments: EvaluationArguments) -> tuple[IRASimPipeline | None, P
 def main() -> None:
     (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
     if arguments.timestep_spacing and not arguments.scheduler:
-        raise ValueError("`timestep_spacing` needs `scheduler`.")
+        raise ValueError("`timestep_spacing` requires `scheduler`: also pass --scheduler.")
     history = arguments.num_history_frames if arguments.num_seen_frames is None else arguments.num_seen_frames
     if history < arguments.num_history_frames:
         raise ValueError(
@@ -424,8 +435,8 @@ def main() -> None:
         report.setdefault("driving", {})[f"{speed:g}"] = figures
         errors = ", ".join(f"{name} {values['median']:.2f}" for name, values in figures["last_5_frames"].items())
         print(
-            f"driving at {speed:g}: exactly one pusher in {100 * figures['one_pusher']['mean']:.1f} % of frames, at the end "
-            f"{errors}",
+            f"driving at {speed:g}: exactly one pusher in {100 * figures['one_pusher']['mean']:.1f} % of frames; "
+            f"last 5 frames: {errors}",
             flush=True,
         )
 
@@ -447,7 +458,7 @@ def main() -> None:
                 if len(right) == arguments.num_histories:
                     break
             pool.shutdown(cancel_futures=True)
-        rates = np.stack(right).mean(1)  # by history: the 8 predictions of one are not independent
+        rates = np.stack(right).mean(1)  # per history, because its 8 predictions are not independent
         report["identification"] = bootstrap(rates, rng) | {"ways": WAYS, "predictions": WAYS * len(rates)}
         found_rate = report["identification"]
         print(f"identification {found_rate['mean']:.3f} [{found_rate['low']:.3f}, {found_rate['high']:.3f}]")

@@ -1,4 +1,4 @@
-"""A scripted expert for Push-T: tries short pushes in a simulator of its own and makes the best."""
+"""A scripted expert for Push-T that simulates short pushes and executes the best one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from gym_pusht.envs.pusht import PushTEnv
 from simulator import ARENA, Pusher, State
 
 GOAL = np.array([256.0, 256.0, np.pi / 4])
-REACH = 18.0  # from the block's surface to the pusher's centre before a push, in arena units
+REACH = 18.0  # distance of the pusher's centre from the block's surface before a push, in arena units
 OUTLINE = np.array([[-60, 0], [60, 0], [60, 30], [15, 30], [15, 120], [-15, 120], [-15, 30], [-60, 30]], dtype=float)
-SPEEDS = {"far": (6.0, 14.0), "near": (2.5, 7.0)}  # advance of the target in a step
-SPACING = {"far": 15.0, "near": 9.0}  # between the points from which pushes start
-LONGEST = 12  # steps of a push
-STEP_COST = 0.25  # arena units of distance that one step is worth
-WALK = 20.0  # advance of the target in a step, away from the block
+SPEEDS = {"far": (6.0, 14.0), "near": (2.5, 7.0)}  # advance of the target per step
+SPACING = {"far": 15.0, "near": 9.0}  # distance between the start points of pushes
+LONGEST = 12  # maximum number of steps of a push
+STEP_COST = 0.25  # arena units of distance that a step must gain
+WALK = 20.0  # advance of the target per step between pushes
 
 
 class Lookahead:
-    """The environment's physics without its drawing, started from any state."""
+    """The environment's physics without rendering, started from any state."""
 
     def __init__(self) -> None:
         self.space = pymunk.Space()
@@ -34,9 +34,9 @@ class Lookahead:
         self.block, _ = PushTEnv.add_tee(self.space, (256, 300), 0)
 
     def run(self, start: np.ndarray, block: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """Block poses (n, 3) after each of the targets (n, 2), with the pusher at rest at `start` (2,) before."""
+        """Return the block poses (n, 3) after each of the targets (n, 2), with the pusher initially at rest at `start` (2,)."""
         self.agent.position, self.agent.velocity = tuple(start), (0, 0)
-        self.block.angle = block[2]  # first: it turns about the centre of mass and so moves the origin
+        self.block.angle = block[2]  # set first: the rotation about the centre of mass moves the origin
         self.block.position = tuple(block[:2])
         self.block.velocity, self.block.angular_velocity = (0, 0), 0
         self.space.reindex_shapes_for_body(self.block)
@@ -55,30 +55,30 @@ class Lookahead:
 
 
 def outline(poses: np.ndarray) -> np.ndarray:
-    """Corners (..., 8, 2) of blocks at poses (..., 3)."""
+    """Return the corners (..., 8, 2) of blocks at poses (..., 3)."""
     cos, sin = np.cos(poses[..., 2]), np.sin(poses[..., 2])
-    turn = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], -2)  # rows times this is a rotation
+    turn = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], -2)  # for multiplication from the right
     return poses[..., None, :2] + OUTLINE @ turn
 
 
 def distance_to_goal(poses: np.ndarray) -> np.ndarray:
-    """Mean distance of the corners of blocks (..., 3) to where they shall be, in arena units."""
+    """Return the mean distance of the corners of blocks (..., 3) from their goal positions, in arena units."""
     return np.linalg.norm(outline(poses) - outline(GOAL), axis=-1).mean(-1)
 
 
 def push_to_goal(rng: np.random.Generator, state: State, noise: float = 0.0) -> Pusher:
-    """Targets of an expert that brings the block to the goal; send each new `State` back.
+    """Targets of an expert that pushes the block to the goal; send each new `State` back.
 
-    Before each push it tries a few hundred, from points round the block, in three directions and at two speeds, and takes
-    one of the best by the distance left and the steps needed. At the goal it waits.
+    Before each push it simulates a few hundred pushes from points around the block, in three directions and at two speeds. It
+    chooses one of the best by the remaining distance and the number of steps. At the goal it waits.
 
     Args:
-        rng: Draws among pushes of nearly equal worth, and the noise.
-        state: The first state.
-        noise: Deviation of the noise on every target, in arena units.
+        rng: Generator for the choice among nearly equal pushes and for the noise.
+        state: Initial state.
+        noise: Standard deviation of the noise on each target, in arena units.
     """
     lookahead = Lookahead()
-    patience = 0.0  # grows while nothing helps, so that worse pushes are taken
+    patience = 0.0  # grows while the distance does not shrink, so that worse pushes are accepted
     while True:
         before = distance_to_goal(state.block)
         targets = [state.agent] if before < 2.0 else _best_push(lookahead, rng, state, patience) or _wander(rng, state)
@@ -88,7 +88,7 @@ def push_to_goal(rng: np.random.Generator, state: State, noise: float = 0.0) -> 
 
 
 def _best_push(lookahead: Lookahead, rng: np.random.Generator, state: State, patience: float) -> list[np.ndarray]:
-    """Targets of the way to the best push and of the push, none if there is none."""
+    """Return the targets of the path to the best push and of the push itself; empty if no push helps."""
     here = distance_to_goal(state.block)
     reach = "near" if here < 12 else "far"
     obstacle = shapely.Polygon(outline(state.block)).buffer(REACH - 1.5, join_style="mitre")
@@ -111,7 +111,7 @@ def _best_push(lookahead: Lookahead, rng: np.random.Generator, state: State, pat
 def _pushes(
     rng: np.random.Generator, block: np.ndarray, spacing: float, speeds: tuple[float, ...]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Starts (2,) round the block and targets (12, 2) of pushes from there."""
+    """Yield start points (2,) around the block and targets (12, 2) of pushes from there."""
     corners = outline(block)
     for first, second in zip(corners, np.roll(corners, -1, axis=0), strict=True):
         along = (second - first) / np.linalg.norm(second - first)
@@ -129,7 +129,7 @@ def _pushes(
 
 
 def _way(here: np.ndarray, there: np.ndarray, obstacle: shapely.Polygon) -> list[np.ndarray] | None:
-    """Waypoints of the shortest way round the obstacle, `there` the last; None where there is none."""
+    """Return the waypoints of the shortest path around the obstacle, ending at `there`; None if there is no path."""
     corners = np.array(obstacle.buffer(3, join_style="mitre").exterior.coords[:-1])
     nodes = [here, there, *(corner for corner in corners if np.all((corner > 20) & (corner < ARENA - 20)))]
     shapely.prepare(obstacle)
@@ -144,7 +144,7 @@ def _way(here: np.ndarray, there: np.ndarray, obstacle: shapely.Polygon) -> list
             length = lengths[node] + float(np.linalg.norm(nodes[other] - nodes[node]))
             if length < lengths.get(other, np.inf):
                 line = shapely.LineString([nodes[node], nodes[other]])
-                # from within the margin the pusher may leave, as it may after a push
+                # after a push the pusher may start within the margin of the obstacle
                 if node == 0 and obstacle.contains(shapely.Point(here)):
                     line = line.difference(shapely.Point(here).buffer(8))
                 if not obstacle.intersects(line):
@@ -159,7 +159,7 @@ def _way(here: np.ndarray, there: np.ndarray, obstacle: shapely.Polygon) -> list
 
 
 def _walk(here: np.ndarray, way: list[np.ndarray]) -> list[np.ndarray]:
-    """Targets along the way, and a pause at its end in which the pusher comes to rest."""
+    """Return targets along the path, with a pause at its end in which the pusher comes to rest."""
     targets = []
     for waypoint in way:
         distance = float(np.linalg.norm(waypoint - here))
@@ -170,7 +170,7 @@ def _walk(here: np.ndarray, way: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def _wander(rng: np.random.Generator, state: State) -> list[np.ndarray]:
-    """Steps away from the block."""
+    """Return targets that move the pusher away from the block."""
     away = state.agent - state.block_centre
     aim = state.block_centre + away / max(float(np.linalg.norm(away)), 1e-6) * 130
     return _walk(state.agent, [np.clip(aim + rng.normal(0, 20, 2), 20, ARENA - 20)])

@@ -1,4 +1,4 @@
-"""The Push-T simulator (gym-pusht) and the random pusher that explores it."""
+"""The Push-T simulator (gym-pusht) and random policies for the pusher."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ ARENA = 512  # side of the arena, in the units of actions and states
 SIZE = 96  # side of an observed frame, in pixels
 FPS = 10
 PUSHER_RADIUS = 15.0  # in gym-pusht, arena units
-CENTRE_OF_MASS = np.array([0.0, 45.0])  # of the block, in the block's own frame
+CENTRE_OF_MASS = np.array([0.0, 45.0])  # of the block, in the block's frame
 
 
 @dataclass(frozen=True)
@@ -29,35 +29,35 @@ class State:
         return self.block[:2] + np.array([[cos, -sin], [sin, cos]]) @ CENTRE_OF_MASS
 
 
-Pusher: TypeAlias = Generator[np.ndarray, State, None]  # yields targets (2,), is sent the states they lead to
+Pusher: TypeAlias = Generator[np.ndarray, State, None]  # yields targets (2,), receives the resulting states
 
 
 class PushT(PushTEnv):
-    """gym-pusht's environment with a pusher of any radius."""
+    """gym-pusht's environment with a configurable pusher radius."""
 
     def __init__(self, pusher_radius: float) -> None:
         super().__init__(obs_type="state")
         self.pusher_radius = pusher_radius
 
     def add_circle(self, space: pymunk.Space, position: tuple[float, float], radius: float) -> pymunk.Body:
-        """Add the pusher, at its own radius."""
+        """Add the pusher with `pusher_radius` instead of `radius`."""
         return super().add_circle(space, position, self.pusher_radius)
 
 
 class Simulator:
-    """gym-pusht with pixels taken from observations: `render()` would draw the action into the picture.
+    """gym-pusht with frames from observations, because `render()` draws the action into the image.
 
-    It has no time limit and goes on past success.
+    Episodes have no time limit and do not end at success.
 
     Args:
-        pusher_radius: Radius of the pusher in arena units; another than 15 makes another world, to collide with and to see.
+        pusher_radius: Radius of the pusher in arena units, which changes both collisions and frames.
     """
 
     def __init__(self, pusher_radius: float = PUSHER_RADIUS) -> None:
         self.environment: Any = PushT(pusher_radius)
 
     def reset(self, seed: int) -> State:
-        """Start the episode of `seed`."""
+        """Start the episode with the given seed."""
         _, info = self.environment.reset(seed=seed)
         return State(info["pos_agent"], info["block_pose"])
 
@@ -67,7 +67,7 @@ class Simulator:
         return State(info["pos_agent"], info["block_pose"])
 
     def frame(self) -> np.ndarray:
-        """The observed picture (96, 96, 3), uint8."""
+        """Return the observed frame (96, 96, 3), uint8."""
         self.environment.obs_type = "pixels"
         try:
             return self.environment.get_obs()
@@ -90,11 +90,11 @@ class Simulator:
 
 
 def push_about(rng: np.random.Generator, state: State) -> Pusher:
-    """Targets of a pusher that seeks contact, misses, slides off and wanders; send each new `State` back.
+    """Targets of a pusher that explores contact with the block; send each new `State` back.
 
-    Each stroke heads for the block on a line that passes its centre at a random offset: small offsets push, middling
-    ones turn the block or slide off, large ones miss. Strokes aim the block at the inner arena, so that it seldom
-    jams in a corner. Now and then the pusher wanders or waits instead.
+    Each stroke moves along a line that passes the block's centre at a random offset: small offsets push the block, medium
+    offsets rotate it or slide off, large ones miss. Strokes push the block towards the inner arena, so that it rarely gets
+    stuck in a corner. In 20 % of cases the pusher wanders or waits instead.
     """
     while True:
         draw = rng.random()
@@ -104,7 +104,7 @@ def push_about(rng: np.random.Generator, state: State) -> Pusher:
             waypoints = [state.agent] * int(rng.integers(2, 6))
         else:
             waypoints = _stroke(rng, state)
-        speed = rng.uniform(8, 45)  # advance of the target per step; 20 is 200 units a second
+        speed = rng.uniform(8, 45)  # advance of the target per step; 20 is 200 units per second
         jitter = rng.choice([0.0, 2.0, 6.0])
         target = state.agent
         for waypoint in waypoints:
@@ -118,18 +118,18 @@ def push_about(rng: np.random.Generator, state: State) -> Pusher:
 
 
 def hold_keys(rng: np.random.Generator, state: State) -> Pusher:
-    """Targets of a user who holds arrow keys: the target moves in one of 8 directions, or stays, for some steps.
+    """Targets of simulated arrow keys: each key moves the target in one of 8 directions, or not, for several steps.
 
     As in the Space, the target starts at the pusher, moves relative to its last position, and stays within the arena. Half of the
-    directions point towards the block. The speed changes with every second key on average; 32 units a step is the Space's
-    speed of 1.
+    directions point towards the block. The speed changes with every second key on average; 32 units per step correspond to
+    speed 1 in the Space.
     """
     target, speed = state.agent.astype(np.float64), rng.uniform(4, 64)
     while True:
         if rng.random() < 0.5:
             speed = rng.choice([8.0, 16.0, 32.0, rng.uniform(4, 64)])
         direction = rng.integers(-1, 2, 2)
-        if rng.random() < 0.5:  # the two keys that lead to the block, or one of them
+        if rng.random() < 0.5:  # one or two keys that lead to the block
             offset = state.block_centre - state.agent
             direction = np.sign(np.where(np.abs(offset) > rng.uniform(0, 60), offset, 0)).astype(int)
         for _ in range(1 + rng.geometric(0.12)):
@@ -138,7 +138,7 @@ def hold_keys(rng: np.random.Generator, state: State) -> Pusher:
 
 
 def jump_to_targets(rng: np.random.Generator, state: State) -> Pusher:
-    """Targets anywhere in the arena, also at its edges, corners and in the block, each kept for some steps."""
+    """Targets anywhere in the arena, including edges, corners and the block, each held for several steps."""
     while True:
         draw = rng.random()
         target = rng.uniform(0, ARENA, 2)
@@ -154,7 +154,7 @@ def jump_to_targets(rng: np.random.Generator, state: State) -> Pusher:
 
 
 def _stroke(rng: np.random.Generator, state: State) -> list[np.ndarray]:
-    """Waypoints: round the block to a start behind it, then through it towards the inner arena."""
+    """Waypoints around the block to a start behind it, then through it towards the inner arena."""
     centre = state.block_centre
     for _ in range(20):
         goal = rng.uniform(130, ARENA - 130, 2)
@@ -172,7 +172,7 @@ def _stroke(rng: np.random.Generator, state: State) -> list[np.ndarray]:
 
 
 def _way_round(centre: np.ndarray, here: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
-    """Waypoints on a circle about the block, from the side of `here` to the side of `there`."""
+    """Waypoints on a circle around the block, from the side of `here` to the side of `there`."""
     first = np.arctan2(*(here - centre)[::-1])
     turn = (np.arctan2(*(there - centre)[::-1]) - first + np.pi) % (2 * np.pi) - np.pi
     angles = first + turn * np.linspace(0, 1, 2 + int(abs(turn) / 0.7))[1:-1]
@@ -181,7 +181,7 @@ def _way_round(centre: np.ndarray, here: np.ndarray, there: np.ndarray) -> list[
 
 
 def push_at(rng: np.random.Generator, state: State) -> Pusher:
-    """Targets that run from the pusher straight at the block and on, at a random offset and speed."""
+    """Targets on a straight line from the pusher through the block, at a random offset and speed."""
     aim = state.block_centre + rng.normal(0, 30, 2)
     along = aim - state.agent
     along = along / max(float(np.linalg.norm(along)), 1e-6)

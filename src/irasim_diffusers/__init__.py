@@ -1,4 +1,4 @@
-"""Robot world models after IRASim, in the Hugging Face ecosystem."""
+"""Robot world models based on IRASim, for the Hugging Face ecosystem."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from .pipelines import IRASimPipeline, IRASimPipelineOutput
 from .rollout import WorldModel
 from .version import __version__
 
-# With this entry model_index.json names the package, not a module path, and loads from folders and from the Hub.
+# This entry makes model_index.json name the package instead of a module path, so that it loads from folders and the Hub.
 LOADABLE_CLASSES.setdefault(
     "irasim_diffusers",
     {
@@ -22,7 +22,7 @@ ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES["irasim_diffusers"])
 
 
 def embedded_checkpoint() -> Path:
-    """Folder of the Push-T world model that ships in the package; `IRASimPipeline.from_pretrained` takes it."""
+    """Return the folder of the Push-T world model in this package, for `IRASimPipeline.from_pretrained`."""
     return Path(__file__).parent / "checkpoints" / "pusht"
 
 

@@ -1,4 +1,4 @@
-"""Where and in which type a model runs fastest on this machine."""
+"""The device and data type with which a model runs fastest on this machine."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,19 +7,21 @@ import torch
 
 
 def default_device() -> str:
-    """CUDA where there is one, else the CPU."""
+    """Return "cuda" if a CUDA device is available, "cpu" otherwise."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def fast_dtype(device: str | torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies in it, float32 where that is emulated: half as fast on a CPU without AVX-512 BF16."""
+    """Return bfloat16 if the device supports it in hardware, float32 otherwise.
+
+    A CPU without AVX-512 BF16 emulates bfloat16, which takes about twice the time of float32.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        capabilities: Mapping[str, Any] = getattr(
-            torch.cpu, "get_capabilities", dict
-        )()  # an older torch does not tell
+        # older versions of torch lack `get_capabilities`
+        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         native = any(has and name.endswith("bf16") for name, has in capabilities.items())
     else:
         native = True

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Atomic writes: a file or folder is either complete or absent."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 @contextmanager
 def temporary_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a name beside `path` to write to; rename it to `path` on success, delete it on an error.
+    """Yield a temporary path in the folder of `path`; rename it to `path` on success, delete it on an error.
 
-    The temporary name keeps the suffix, by which many writers choose the format.
+    The temporary name keeps the suffix, because many writers choose the format by it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,10 @@ def temporary_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a new folder beside `path`, which must not exist or be empty; rename it on success, delete it on an error."""
+    """Yield a temporary folder; rename it to `path` on success, delete it on an error.
+
+    `path` must not exist or must be an empty folder.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))

@@ -1,4 +1,4 @@
-"""Pictures of videos."""
+"""Still images of videos."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import PIL.ImageDraw
 
 
 def film_strip(rows: dict[str, np.ndarray], num_seen: int, columns: int = 10) -> PIL.Image.Image:
-    """A picture of evenly spaced frames, a labelled row for each video.
+    """Draw evenly spaced frames of videos, with one labelled row per video.
 
     Args:
-        rows: Videos (T, H, W, 3), uint8, of one shape, by name.
-        num_seen: Frames at the start that were given, not predicted.
-        columns: Frames of a row, at most.
+        rows: Videos (T, H, W, 3), uint8, by name. All must have the same shape.
+        num_seen: Number of history frames at the start of each video; they are labelled "seen".
+        columns: Maximum number of frames per row.
     """
     length = len(next(iter(rows.values())))
     chosen = np.unique(np.linspace(max(num_seen - 1, 0), length - 1, columns).round().astype(int))

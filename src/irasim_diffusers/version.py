@@ -1,3 +1,3 @@
-"""The version, in one place, readable without importing torch."""
+"""Package version, in a module that does not import torch."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Scripts that train several models and compare them."""
+"""Tests of the benchmark scripts that train and compare several models."""
 
 import json
 
@@ -11,7 +11,7 @@ from scipy import stats
 from test_train import write_robot
 
 
-def test_sizes_are_trained_once_and_plotted(tmp_path, monkeypatch, capsys):
+def test_scaling_trains_once_and_plots(tmp_path, monkeypatch, capsys):
     write_robot(tmp_path / "robot", 1, episodes=2, cameras=1)
     write_robot(tmp_path / "held-out", 2, episodes=1, cameras=1)
     arguments = [
@@ -41,17 +41,17 @@ def test_sizes_are_trained_once_and_plotted(tmp_path, monkeypatch, capsys):
         ("4x3x64", ["--num_layers", "4", "--num_attention_heads", "3", "--attention_head_dim", "64"]),
     ],
 )
-def test_sizes(size, flags):
+def test_size_flags(size, flags):
     assert scaling.size_flags(size) == flags
 
 
 @pytest.mark.parametrize("size", ["M", "4x3", "4x3x", "4x3x6.4"])
-def test_bad_sizes(size):
-    with pytest.raises(ValueError, match=r"`sizes` must be presets \(S, B, L, XL\) or like 4x3x64, got"):
+def test_invalid_sizes_raise(size):
+    with pytest.raises(ValueError, match=r"`sizes` must be presets \(S, B, L, XL\) or sizes such as 4x3x64, got"):
         scaling.size_flags(size)
 
 
-def test_a_curve_is_means_over_equal_parts():
+def test_averaged_uses_equal_intervals():
     assert scaling.averaged({1: 4.0, 2: 2.0, 3: 1.0, 4: 0.0}, 2) == [[2, 3.0], [4, 0.5]]
     assert scaling.averaged({7: 4.0}, 20) == [[7, 4.0]]
 
@@ -73,7 +73,7 @@ def make_run(model, seed, psnr, history=1):
     }
 
 
-def test_intervals_are_students_over_the_seeds_and_differences_are_paired():
+def test_intervals_over_seeds_and_paired_differences():
     first, second = [25.0, 24.0, 26.5], [24.0, 23.5, 25.0]
     runs = [make_run("Frame-Ada", seed, value) for seed, value in enumerate(first)]
     runs += [make_run("LVDM", seed, value) for seed, value in enumerate(second)]
@@ -89,7 +89,7 @@ def test_intervals_are_students_over_the_seeds_and_differences_are_paired():
     assert "| LVDM | 1 | 2 | 12 | 25.000 [24.000, 26.000] |" in text
 
 
-def test_one_seed_has_the_interval_of_its_clips():
+def test_one_seed_uses_interval_over_clips():
     rows, differences = conditioning.compare([make_run("Frame-Ada", 0, 25.0), make_run("LVDM", 0, 24.0)])
     assert rows[0]["clip_psnr"] == {"value": 25.0, "low": 24.0, "high": 26.0}
     assert rows[0]["last_frame/moving/pusher"]["value"] == 2
@@ -97,7 +97,7 @@ def test_one_seed_has_the_interval_of_its_clips():
     assert differences[0]["clip_psnr"] == {"value": 1.0}
 
 
-def test_histories_are_compared_model_by_model():
+def test_histories_are_compared_per_model():
     values = {
         ("Frame-Ada", 1): (24.0, 25.0),
         ("LVDM", 1): (23.0, 23.5),
@@ -119,12 +119,12 @@ def test_histories_are_compared_model_by_model():
     assert "| LVDM | 2 - 1 | 2 | 1.500 [" in conditioning.tables([], differences, runs)
 
 
-def test_models_take_turns():
+def test_turns_alternate_models():
     assert conditioning.turns(["A", "B"], 1, 0.1) == [("A", 0.1), ("B", 0.1)]
     assert conditioning.turns(["A", "B"], 2, 5) == [("A", 2.5), ("B", 2.5), ("A", 5), ("B", 5)]
 
 
-def test_each_model_has_its_own_flags(tmp_path):
+def test_model_flags(tmp_path):
     arguments = conditioning.ConditioningArguments(
         tmp_path, "set", 1, transformer_flags="--a 1", video_ada_flags="--b 2", unet_flags="--c 3"
     )
@@ -140,13 +140,17 @@ def test_each_model_has_its_own_flags(tmp_path):
     [
         (conditioning, ["--models", "GAN"], "`models` must be among Frame-Ada, Video-Ada, LVDM, got GAN"),
         (conditioning, ["--rounds", "0"], "`rounds` must be at least 1, got 0"),
-        (conditioning, ["--max_train_steps", "5"], "`max_train_steps` must be left out: the clock ends"),
-        (conditioning, ["--unet_flags=--max_train_steps 5"], "`max_train_steps` must be left out: the clock ends"),
+        (conditioning, ["--max_train_steps", "5"], "`max_train_steps` must be left out: `max_train_minutes`"),
+        (
+            conditioning,
+            ["--unet_flags=--max_train_steps 5"],
+            "`max_train_steps` must be left out: `max_train_minutes`",
+        ),
         (conditioning, ["--unet_flags='"], "No closing quotation"),
-        (scaling, ["--sizes", "1x2x12"], "`validation_dataset` must be given among the flags of train.py"),
+        (scaling, ["--sizes", "1x2x12"], "`validation_dataset` must be given: PSNR"),
     ],
 )
-def test_bad_flags(tmp_path, monkeypatch, script, flags, message):
+def test_invalid_flags_raise(tmp_path, monkeypatch, script, flags, message):
     needed = ["--test_dataset", "set", "--max_train_minutes", "1"] if script is conditioning else []
     monkeypatch.setattr("sys.argv", [script.__file__, "--output_dir", str(tmp_path), *needed, *flags])
     with pytest.raises(ValueError, match=message):

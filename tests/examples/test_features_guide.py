@@ -1,4 +1,4 @@
-"""The blocks of examples/features.md run as they stand."""
+"""Run the code blocks of examples/features.md."""
 
 import re
 from pathlib import Path
@@ -14,9 +14,9 @@ START, *BLOCKS = re.findall(r"```python ?(\w*)\n(.*?)```", TEXT, flags=re.DOTALL
 )
 def test_block(needs, code, tmp_path, monkeypatch):
     if needs == "hub":
-        pytest.skip("tests/test_hub.py does the same against a stand-in")
+        pytest.skip("covered by tests/test_hub.py with a local Hub server")
     if needs == "torchrun":
-        pytest.skip("tests/models/test_context_parallel.py does the same")
+        pytest.skip("covered by tests/models/test_context_parallel.py")
     if "torchao" in code:
         pytest.importorskip("torchao")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The Push-T example end to end: the real simulator, `accelerate launch`, tiny networks."""
+"""End-to-end tests of the Push-T example with the real simulator, `accelerate launch` and tiny networks."""
 
 import json
 import shutil
@@ -71,7 +71,7 @@ def weights(folder):
     return IRASimPipeline.from_pretrained(folder).transformer.state_dict()
 
 
-def test_collected_episodes_are_the_simulators(workspace):
+def test_collected_episodes_match_simulator(workspace):
     folder = LeRobotFolder(workspace / "set")
     assert (len(folder), folder.fps, folder.info["robot_type"]) == (3, 10, "gym_pusht")
     simulator = Simulator()
@@ -82,14 +82,14 @@ def test_collected_episodes_are_the_simulators(workspace):
         assert np.array_equal(blocks, episode.states["observation.environment_state"])
 
 
-def test_collecting_again_goes_on_where_it_stopped(workspace):
+def test_collect_skips_existing_files(workspace):
     video = workspace / "set" / "videos" / "observation.image" / "chunk-000" / "file-000.mp4"
     before = video.stat().st_mtime_ns
     run("pusht/collect.py", "--output", workspace / "set", "--episodes", 3, "--length", 60, "--first_seed", 5, *SHARES)
     assert video.stat().st_mtime_ns == before
 
 
-def test_a_folder_grows(workspace, tmp_path):
+def test_collect_adds_episodes(workspace, tmp_path):
     shutil.copytree(workspace / "set", tmp_path / "set")
     run("pusht/collect.py", "--output", tmp_path / "set", "--episodes", 4, "--length", 60, "--first_seed", 5, *SHARES)
     before, after = LeRobotFolder(workspace / "set"), LeRobotFolder(tmp_path / "set")
@@ -102,7 +102,7 @@ def test_a_folder_grows(workspace, tmp_path):
     assert "4 episodes" in (tmp_path / "set" / "README.md").read_text()
 
 
-def test_the_card_counts_the_pushers(workspace):
+def test_card_counts_policies(workspace):
     card = DatasetCard.load(workspace / "set" / "README.md")
     tasks = [row["tasks"][0] for row in LeRobotFolder(workspace / "set").rows]
     for kind, task in TASKS.items():
@@ -113,34 +113,34 @@ def test_the_card_counts_the_pushers(workspace):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--aimless", "1"], "`aimless` 0.5, not 1.0: give"),
-        (["--first_seed", "6", "--length", "90"], "`length` 60, not 90, `first_seed` 5, not 6: give"),
-        (["--episodes", "2"], "`episodes` 3, not 2: give"),
-        (["--episodes", "4", "--length", "90"], "`episodes` 3, not 4, `length` 60, not 90: give"),
+        (["--aimless", "1"], "`aimless` 0.5, not 1.0: use"),
+        (["--first_seed", "6", "--length", "90"], "`length` 60, not 90, `first_seed` 5, not 6: use"),
+        (["--episodes", "2"], "`episodes` 3, not 2: use"),
+        (["--episodes", "4", "--length", "90"], "`episodes` 3, not 4, `length` 60, not 90: use"),
         (
             ["--pusher_radius", "30", "--expert", "0", "--noisy", "0"],
             "`expert` 0.25, not 0.0, .*`pusher_radius` 15.0, not 30.0",
         ),
         (["--pusher_radius", "30"], "`expert` and `noisy` must be 0, got 0.25 and 0.25"),
         (["--pusher_radius", "0"], "must be positive, got 0"),
-        (["--aimless", "-1"], "must be shares, none negative"),
+        (["--aimless", "-1"], "must be non-negative fractions"),
     ],
 )
-def test_a_folder_begun_otherwise_and_bad_settings_are_refused(workspace, monkeypatch, changes, message):
-    begun = ["--output", str(workspace / "set"), "--episodes", "3", "--length", "60", "--first_seed", "5", *SHARES]
-    monkeypatch.setattr(sys, "argv", ["collect.py", *begun, *changes])
+def test_collect_rejects_changed_or_invalid_settings(workspace, monkeypatch, changes, message):
+    original = ["--output", str(workspace / "set"), "--episodes", "3", "--length", "60", "--first_seed", "5", *SHARES]
+    monkeypatch.setattr(sys, "argv", ["collect.py", *original, *changes])
     with pytest.raises(ValueError, match=message):
         collect.main()
 
 
-def test_a_folder_of_unknown_settings_is_refused(tmp_path, monkeypatch):
+def test_collect_rejects_folder_without_settings_file(tmp_path, monkeypatch):
     (tmp_path / "meta").mkdir()
     monkeypatch.setattr(sys, "argv", ["collect.py", "--output", str(tmp_path)])
-    with pytest.raises(ValueError, match="unknown settings"):
+    with pytest.raises(ValueError, match="no settings file"):
         collect.main()
 
 
-def test_the_default_world_is_gym_pushts():
+def test_simulator_matches_gym_pusht():
     environment = gymnasium.make("gym_pusht/PushT-v0", obs_type="pixels", disable_env_checker=True).unwrapped
     simulator = Simulator()
     state = first = simulator.reset(8)
@@ -154,11 +154,11 @@ def test_the_default_world_is_gym_pushts():
         state = simulator.step(action)
         frame, *_, info = environment.step(action.astype(np.float64))
         action = pusher.send(state)
-    assert np.linalg.norm(state.block - first.block) > 5  # it was pushed
+    assert np.linalg.norm(state.block - first.block) > 5  # the block was pushed
 
 
 @pytest.mark.parametrize("radius", [15.0, 22.0, 30.0])
-def test_the_pusher_collides_and_is_seen_at_its_radius(radius):
+def test_pusher_radius_changes_collisions_and_frames(radius):
     simulator = Simulator(radius)
     state = first = simulator.reset(8)
     for target in np.linspace(state.agent, state.block_centre, 60):
@@ -185,8 +185,8 @@ def changed(tmp_path_factory):
     return LeRobotFolder(root)
 
 
-def test_a_changed_world_is_collected(changed):
-    assert "pusher's radius is 30 of" in DatasetCard.load(changed.root / "README.md").text
+def test_collect_with_other_pusher_radius(changed):
+    assert "pusher's radius is 30 arena units" in DatasetCard.load(changed.root / "README.md").text
     for number, episode in enumerate(changed):
         frames, states = Simulator(30.0).replay(5 + number, episode.actions[:-1])
         assert np.array_equal(frames, episode.frames)
@@ -195,7 +195,7 @@ def test_a_changed_world_is_collected(changed):
         assert not np.array_equal(Simulator().replay(5 + number, episode.actions[:-1])[0], frames)
 
 
-def test_identification_is_in_the_world_of_the_data_set(changed):
+def test_identification_uses_pusher_radius_of_dataset(changed):
     task = evaluate.identification_tasks(changed, 1, 10, 2, 5, 30.0)[0]
     seen, sequences, futures = evaluate.counterfactuals(task)
     assert (seen.shape, sequences.shape, futures.shape) == ((2, 96, 96, 3), (8, 8, 2), (8, 8, 96, 96, 3))
@@ -203,23 +203,23 @@ def test_identification_is_in_the_world_of_the_data_set(changed):
     assert np.array_equal(seen, recorded[task.start - 1 : task.start + 1])
     assert np.array_equal(futures[0], recorded[task.start + 1 : task.start + 9])
     for wrong in ({"pusher_radius": 15.0}, {"seed": task.seed + 100}):
-        with pytest.raises(ValueError, match="`first_seed` and `pusher_radius` must be the data set's"):
+        with pytest.raises(ValueError, match="`first_seed` and `pusher_radius` must match the dataset"):
             evaluate.counterfactuals(replace(task, **wrong))
 
 
-def test_lookahead_is_the_simulator():
+def test_lookahead_matches_simulator():
     simulator = Simulator()
     state = simulator.reset(8)
     for _ in range(15):
-        state = simulator.step(state.agent)  # comes to rest
+        state = simulator.step(state.agent)  # let the pusher come to rest
     targets = state.agent + np.linspace(0, 1, 20)[:, None] * (state.block_centre - state.agent) * 1.2
     expected = np.stack([simulator.step(target).block for target in targets])
     poses = Lookahead().run(state.agent, state.block, targets)
-    assert np.abs(expected[-1] - state.block).max() > 5  # it was pushed
+    assert np.abs(expected[-1] - state.block).max() > 5  # the block was pushed
     np.testing.assert_allclose(poses, expected, atol=1e-3)
 
 
-def test_the_expert_reaches_the_goal():
+def test_expert_reaches_goal():
     reached = 0
     for seed in (3, 10, 14, 18):
         simulator = Simulator()
@@ -233,12 +233,12 @@ def test_the_expert_reaches_the_goal():
     assert reached >= 3
 
 
-def test_the_embedded_model_leaves_alone_what_nobody_touches():
-    """Over many short chunks, each from the frames of the one before."""
+def test_embedded_model_keeps_untouched_regions():
+    """Pixels away from the pusher stay unchanged over many short chunks."""
     pipeline = IRASimPipeline.from_pretrained(embedded_checkpoint())
     seen = read_video(embedded_checkpoint() / "example.mp4")[:2]
     start = (read_poses(seen).pusher[1] + 0.5) * 512 / 96
-    # up, to the right past the block, and a wait until the pusher has arrived
+    # up, right past the block, then wait for the pusher to arrive
     steps = np.repeat([[0, -20], [20, 0], [0, 0]], [12, 14, 6], axis=0)
     actions = start + np.cumsum(steps, axis=0)
     stream = pipeline.stream(
@@ -252,7 +252,7 @@ def test_the_embedded_model_leaves_alone_what_nobody_touches():
     assert np.square(last[still] - seen[1][still] / 255).mean() < 10**-3.4  # 34 dB
 
 
-def test_poses_are_read_from_pixels(workspace):
+def test_poses_from_pixels(workspace):
     for episode in LeRobotFolder(workspace / "set"):
         read = read_poses(episode.frames[::6])
         true = true_poses(episode.states["observation.state"], episode.states["observation.environment_state"])
@@ -265,7 +265,7 @@ def test_poses_are_read_from_pixels(workspace):
         assert errors["block_centre"].max() < 1
 
 
-def test_what_is_no_pose_is_not_found(workspace):
+def test_missing_poses_are_nan(workspace):
     frame = LeRobotFolder(workspace / "set")[0].frames[0]
     pale = (frame // 2 + 127).astype(np.uint8)
     halves = np.where(np.arange(96)[:, None, None] % 8 < 4, frame, 255).astype(np.uint8)
@@ -285,7 +285,7 @@ def test_frames_do_not_show_the_action():
 
 
 @pytest.mark.parametrize("policy", [push_about, push_at])
-def test_pushers_stay_in_the_arena_and_touch_the_block(policy):
+def test_pushers_stay_in_arena_and_touch_block(policy):
     touched = 0
     for seed in range(12):
         simulator = Simulator()
@@ -302,14 +302,14 @@ def test_pushers_stay_in_the_arena_and_touch_the_block(policy):
     assert touched >= 4
 
 
-def test_vae_is_ready_to_use(workspace):
+def test_trained_vae_config(workspace):
     config = json.loads((workspace / "vae" / "config.json").read_text())
     assert 0.1 < config["scaling_factor"] < 100
     assert config["scaling_factor"] != 0.18215
     assert [path.name for path in (workspace / "vae").glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-def test_an_autoencoder_is_not_trained_on_in_the_folder_of_another_run(workspace, monkeypatch):
+def test_train_vae_rejects_folder_of_another_run(workspace, monkeypatch):
     flags = vae_flags(workspace, "vae", "--latent_channels", 8, "--mixed_precision", "no")
     monkeypatch.setattr(sys, "argv", ["train_vae.py", *map(str, flags)])
     with pytest.raises(
@@ -328,7 +328,7 @@ def trained(workspace):
     return workspace / "whole"
 
 
-def test_training_writes_a_pipeline_that_holds_the_action_space(trained):
+def test_training_saves_action_space_in_config(trained):
     config = IRASimPipeline.from_pretrained(trained).transformer.config
     assert (config.sample_height, config.sample_width, config.sample_frames) == (12, 12, 16)
     assert (config.action_dim, config.action_names, config.action_space) == (2, ["target_x", "target_y"], "absolute")
@@ -341,7 +341,7 @@ def test_resuming_is_exact(workspace, trained):
     for name in ("checkpoint-6", "transformer"):
         path = workspace / "parts" / name
         path.rename(path.with_name(f"unused-{name}"))
-    (workspace / "parts" / "partial-5").mkdir()  # a checkpoint that was being written
+    (workspace / "parts" / "partial-5").mkdir()  # an incomplete checkpoint
     output = train(workspace, "parts", "--max_train_steps", 6, "--checkpointing_steps", 2)
     assert "checkpoint-4" in output
     assert not (workspace / "parts" / "partial-5").exists()
@@ -349,7 +349,7 @@ def test_resuming_is_exact(workspace, trained):
         assert torch.equal(weights(workspace / "parts")[name], tensor), name
 
 
-def test_every_objective_and_optimiser_resumes_exactly(workspace):
+def test_resuming_is_exact_with_all_objectives_and_muon(workspace):
     flags = ["--optimizer", "muon", "--sample_frames", 4, "--num_history_frames", 2, "--gradient_checkpointing"]
     flags += ["--rollout_chunks", 2, "--rollout_start_step", 2, "--history_noise", 0.2, "--terminal_share", 0.6]
     flags += ["--state_keys", "observation.state", "observation.environment_state", "--state_angles", "block_angle"]
@@ -363,8 +363,8 @@ def test_every_objective_and_optimiser_resumes_exactly(workspace):
         assert torch.equal(weights(workspace / "muon-parts")[name], tensor), name
 
 
-def test_the_recipe_of_the_embedded_model(workspace):
-    """The flags of the recipe, then LoRA and all weights on other actions from the result."""
+def test_recipe_of_embedded_model(workspace):
+    """Train with the flags of the recipe, then fine-tune with LoRA and with another action space."""
     common = ["train.py", "--cache_dir", workspace / "frames", "--max_train_steps", 2, "--train_batch_size", 2]
     common += ["--rollout_chunks", 2, "--action_dropout", 0]
     run(
@@ -403,7 +403,7 @@ def test_the_recipe_of_the_embedded_model(workspace):
     assert (changed.action_dim, changed.target_extent) == (3, None)
 
 
-def test_training_video_ada_as_a_flow(workspace):
+def test_video_ada_with_flow_matching(workspace):
     flags = ["--conditioning", "video", "--prediction_type", "flow_prediction"]
     train(workspace, "video", "--max_train_steps", 2, *flags)
     pipeline = IRASimPipeline.from_pretrained(workspace / "video")
@@ -411,7 +411,7 @@ def test_training_video_ada_as_a_flow(workspace):
     pipeline(np.zeros((2, 96, 96, 3), np.uint8), np.zeros((14, 2)), num_inference_steps=1)
 
 
-def test_evaluation_reports_every_figure(workspace, trained):
+def test_evaluation_reports_all_metrics(workspace, trained):
     report = workspace / "report.json"
     run(
         *("pusht/evaluate.py", "--model", trained, "--dataset", workspace / "set", "--output", report),
@@ -431,8 +431,8 @@ def test_evaluation_reports_every_figure(workspace, trained):
     assert "evaluate.py" in figures["setting"]["command"]
 
 
-def test_driven_episodes_are_the_spaces():
-    """The target moves by 32 units a step at speed 1, in the directions of the keys, and stays in the arena."""
+def test_driven_episodes_match_space_controls():
+    """The target moves by 32 units per step at speed 1, in the directions of the keys, and stays in the arena."""
     for speed in evaluate.SPEEDS:
         actions, frames, states = evaluate.driven_episodes(2, speed, 15.0)
         assert (actions.shape, frames.shape, states.shape) == ((2, 60, 2), (2, 61, 96, 96, 3), (2, 61, 5))
@@ -455,7 +455,7 @@ def test_driven_episodes_are_the_spaces():
     assert gone["last_5_frames"]["pusher"]["median"] == 96
 
 
-def test_one_pusher_is_neither_none_nor_two():
+def test_one_pusher_rejects_zero_and_two():
     simulator = Simulator()
     frames = []
     for seed in range(40):
@@ -473,7 +473,7 @@ def test_one_pusher_is_neither_none_nor_two():
     assert found.T.tolist() == [[True] * len(frames), [False] * len(frames), [False] * len(frames)]
 
 
-def test_held_keys_and_jumps_cover_the_arena():
+def test_held_keys_and_jumps_cover_arena():
     for policy, edges in ((hold_keys, 4), (jump_to_targets, 4)):
         targets, moved = [], 0
         for seed in range(6):
@@ -493,14 +493,14 @@ def test_held_keys_and_jumps_cover_the_arena():
         assert moved >= 3
 
 
-def test_the_convolutional_baseline_is_trained_resumed_and_evaluated(workspace):
+def test_convolutional_baseline_trains_resumes_and_is_evaluated(workspace):
     folder = workspace / "convolutional"
     flags = ["pusht/convolutional.py", "--dataset", workspace / "set", "--output_dir", folder, "--width", 8]
     flags += ["--max_minutes", 0.05, "--rollout_start", 0.3, "--batch_size", 2, "--cache_dir", workspace / "frames"]
     run(*flags)
     before = torch.load(folder / "checkpoint.pt")["step"]
     assert before > 1
-    run(*flags)  # which is complete: nothing is trained
+    run(*flags)  # the run is complete, so nothing is trained
     assert torch.load(folder / "checkpoint.pt")["step"] == before
     model = convolutional.load(folder)
     torch.manual_seed(0)
@@ -516,20 +516,20 @@ def test_the_convolutional_baseline_is_trained_resumed_and_evaluated(workspace):
     assert json.loads((folder / "report.json").read_text())["clip_psnr"]["n"] == 2
 
 
-def test_fewer_history_frames_are_the_last_ones():
+def test_last_frames():
     frames = np.arange(2 * 3).reshape(2, 3, 1, 1, 1)
     assert evaluate.last_frames(frames, 2).squeeze().tolist() == [[1, 2], [4, 5]]
     assert evaluate.last_frames(frames[1], 1).squeeze((1, 2, 3)).tolist() == [5]
 
 
-def test_fewer_seen_frames_than_history_are_refused(tmp_path, monkeypatch):
+def test_num_seen_frames_below_history_raises(tmp_path, monkeypatch):
     flags = ["--model", tmp_path, "--dataset", tmp_path, "--num_history_frames", 2, "--num_seen_frames", 1]
     monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, flags)])
     with pytest.raises(ValueError, match=r"`num_seen_frames` must be at least `num_history_frames` \(2\), got 1"):
         evaluate.main()
 
 
-def test_a_u_net_is_trained_for_a_time_and_evaluated(workspace, monkeypatch, capsys):
+def test_unet_is_trained_for_given_time_and_evaluated(workspace, monkeypatch, capsys):
     arguments = [
         *("conditioning.py", "--output_dir", workspace / "conditioning", "--models", "LVDM", "--seeds", 3),
         *("--max_train_minutes", 1e-3, "--rounds", 2, "--num_history_frames", 1, 2),
@@ -548,7 +548,7 @@ def test_a_u_net_is_trained_for_a_time_and_evaluated(workspace, monkeypatch, cap
     assert row["seeds"] == 1
     runs = [json.loads(path.read_text()) for path in sorted(workspace.glob("conditioning/LVDM-*/report-*.json"))]
     assert [run["setting"]["num_seen_frames"] for run in runs] == [2, None]
-    for name in ("clip_psnr_last_frame", "vae_psnr"):  # of the same frames
+    for name in ("clip_psnr_last_frame", "vae_psnr"):  # both runs are scored on the same frames
         assert runs[0][name] == runs[1][name]
     assert "| LVDM | 2 | 1 | " in capsys.readouterr().out
     folder = workspace / "conditioning" / "LVDM-history-2-seed-3"

@@ -33,7 +33,7 @@ class Config(dict):
 
 
 def space(derivation="relative_euler", kind="relative", low=None, high=None):
-    """A space as the Space's /start describes it."""
+    """Action space as returned by the /start endpoint of the Space."""
     size = SIZES[derivation]
     config = Config(
         action_dim=size,
@@ -60,7 +60,7 @@ def event(number, value, kind=2, initial=False):
     return struct.pack("=IhBB", 0, value, kind | 0x80 * initial, number)
 
 
-def test_a_still_gamepad_holds_whatever_its_rest():
+def test_centred_gamepad_holds_for_any_rest_position():
     gamepad = Gamepad()
     assert not gamepad.command(space()["controls"], 0.15).any()
     gamepad.take(b"".join(event(axis, 4000, initial=True) for axis in range(8)) + event(2, -32767))
@@ -68,7 +68,7 @@ def test_a_still_gamepad_holds_whatever_its_rest():
     assert gamepad.command(space()["controls"], 0.05).any()
 
 
-def test_sticks_steer_as_the_keys_that_they_stand_for():
+def test_sticks_match_keys():
     planar, arm = space("relative_planar", "absolute"), space()
     gamepad = Gamepad()
     gamepad.take(event(0, 32767) + event(1, -32768))  # right and up
@@ -80,7 +80,7 @@ def test_sticks_steer_as_the_keys_that_they_stand_for():
     assert not gamepad.command(arm["controls"], 0.15).any()
 
 
-def test_a_command_grows_from_the_dead_zone_to_the_end_of_the_stick():
+def test_command_increases_beyond_dead_zone():
     gamepad, commands = Gamepad(), []
     for value in range(0, 32768, 1000):
         gamepad.take(event(0, value))
@@ -91,9 +91,9 @@ def test_a_command_grows_from_the_dead_zone_to_the_end_of_the_stick():
     assert gamepad.command(space("relative_planar", "absolute")["controls"], 0.2)[0] == 1
 
 
-def test_a_gamepad_is_read_from_its_device_until_unplugged(tmp_path):
+def test_gamepad_commands_end_with_device(tmp_path):
     (tmp_path / "js0").write_bytes(event(0, 32767))
-    assert list(gamepad_commands(tmp_path / "js0", space(), 0.1)) == []  # it has ended before anything was asked
+    assert list(gamepad_commands(tmp_path / "js0", space(), 0.1)) == []  # the device has already ended
 
 
 def trajectory(length=9):
@@ -114,14 +114,14 @@ def arguments(**changes):
 
 @pytest.mark.parametrize("derivation", ["relative_euler", "relative_6d"])
 @pytest.mark.parametrize("quaternions", [True, False])
-def test_a_replayed_stream_gives_back_the_trajectory(derivation, quaternions):
+def test_pose_stream_reproduces_trajectory(derivation, quaternions):
     states, arm = trajectory(), space(derivation)
     actions = np.concatenate(list(pose_actions(lines_of(states, 5, quaternions), arguments(), arm)))
     assert actions.shape == (8, SIZES[derivation])
     np.testing.assert_allclose(integrate_actions(states[0], actions, derivation), states, atol=1e-9)
 
 
-def test_planar_targets_follow_the_hand_within_their_bounds():
+def test_planar_targets_follow_hand_within_bounds():
     states, plane = trajectory(), space("relative_planar", "absolute", 0.0, 120.0)
     made = list(pose_actions(lines_of(states, 5), arguments(axes="z,-y", scale=50.0), plane))
     wanted = [100, 40] + 50 * (states[1:, [2, 1]] - states[0, [2, 1]]) * [1, -1]
@@ -130,15 +130,15 @@ def test_planar_targets_follow_the_hand_within_their_bounds():
     assert np.concatenate(list(far)).max() == 120
 
 
-def test_a_still_hand_holds():
+def test_constant_pose_holds():
     still = np.repeat(trajectory()[-1:], 6, axis=0)
     for kind in (space(), space("relative_6d"), space("relative_planar", "absolute")):
         actions = np.concatenate(list(pose_actions(lines_of(still, 5), arguments(), kind)))
-        moving = slice(None, -1) if len(kind["names"]) > 2 else slice(None)  # the gripper is where the hand's is
+        moving = slice(None, -1) if len(kind["names"]) > 2 else slice(None)  # the gripper follows the hand
         np.testing.assert_allclose(actions[:, moving], [kind["hold"][moving]] * 5, atol=1e-9)
 
 
-def test_motions_are_in_the_frame_of_the_pose_before():
+def test_motions_are_relative_to_previous_pose():
     turned = Rotation.from_euler("xyz", [0.3, -0.4, 2.0])
     states = trajectory()
     elsewhere = states.copy()
@@ -148,7 +148,7 @@ def test_motions_are_in_the_frame_of_the_pose_before():
     np.testing.assert_allclose(one, other, atol=1e-9)
 
 
-def test_the_trackers_axes_are_turned_to_the_robots():
+def test_tracker_axes_are_mapped_to_robot_axes():
     line = json.dumps({"time": 1, "position": [1, 2, 3], "rotation": [0.0, 0.5, 0.0]})  # WebXR: y up, -z ahead
     _, state = read_pose(line, axes_matrix("-z,-x,y"), 2.0)
     np.testing.assert_allclose(state, [-6, -2, 4, 0, 0, 0.5, 0], atol=1e-12)
@@ -156,14 +156,14 @@ def test_the_trackers_axes_are_turned_to_the_robots():
 
 
 @pytest.mark.parametrize("rate", [3, 5, 17, 90])
-def test_a_stream_of_any_rate_is_brought_to_the_models(rate):
+def test_streams_are_resampled_to_model_rate(rate):
     motion = np.array([0.1, -0.2, 0.3, 0.0, 0.0, 0.4, 0.05])
     poses = ((number / rate, motion * number / rate) for number in range(2 * rate + 1))
     states = np.stack(list(at_rate(poses, 5)))
     np.testing.assert_allclose(states, motion * np.arange(11)[:, None] / 5, atol=1e-9)
 
 
-def test_a_file_is_sent_in_chunks(tmp_path):
+def test_file_is_sent_in_chunks(tmp_path):
     table = np.arange(14.0).reshape(7, 2)
     np.save(tmp_path / "actions.npy", table)
     sent = list(requests(TeleoperateArguments("file", actions=tmp_path / "actions.npy", chunk=3), space()))
@@ -196,6 +196,6 @@ POSE = {"time": 1, "position": [1, 2, 3], "rotation": [0, 0, 0, 1]}
         (lambda: check_arguments(TeleoperateArguments("poses", chunk=0)), "`chunk` must be at least 1"),
     ],
 )
-def test_bad_input_is_refused(do, message):
+def test_invalid_input_raises(do, message):
     with pytest.raises(ValueError, match=message):
         do()

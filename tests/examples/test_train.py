@@ -1,4 +1,4 @@
-"""Training on clips of any robot, through `accelerate launch`."""
+"""Training on robot clips with `accelerate launch`."""
 
 import dataclasses
 import json
@@ -38,16 +38,16 @@ from irasim_diffusers.models import noise_process
 from irasim_diffusers.training import clip_length, crop, newest_checkpoint
 
 CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
-needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
+needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="IRASIM_TEST_DATA is not a folder of robot clips")
 CONFIGS = EXAMPLES / "accelerate_configs"
 TWO = ["--config_file", str(CONFIGS / "cpu.yaml")]
-STEPS = 60  # of the run that is killed
+STEPS = 60  # steps of the run that is killed
 MODEL = ["--num_layers", 1, "--num_attention_heads", 2, "--attention_head_dim", 12, "--sample_frames", 4]
 SHORT = ["--train_batch_size", 4, "--max_train_steps", 2, "--checkpointing_steps", 2, "--mixed_precision", "no"]
 
 
 def write_robot(root, seed, episodes=3, cameras=2, width=32):
-    """A few clips of a robot arm in the format of the IRASim release; a square moves as its first two components say."""
+    """Write clips in the format of the IRASim release, with a square that moves by the first two action components."""
     generator = np.random.default_rng(seed)
     (root / "annotation" / "train").mkdir(parents=True)
     for number in range(episodes):
@@ -99,7 +99,7 @@ def test_two_robots_with_two_cameras_and_derived_actions(trained):
     assert video.shape == (1, 3, 32, 32, 3)
 
 
-def test_lora_trains_adapters_and_the_action_encoder_alone(workspace, trained):
+def test_lora_trains_only_adapters_and_action_encoder(workspace, trained):
     base, _ = trained
     run(
         *("train.py", "--dataset", workspace / "first", "--pretrained_model_name_or_path", base),
@@ -132,13 +132,13 @@ def test_lora_trains_adapters_and_the_action_encoder_alone(workspace, trained):
     torch.testing.assert_close(predict(pipeline), plain)
 
 
-def test_a_pretrained_model_goes_on_with_another_autoencoder_and_finer_patches(workspace, trained):
+def test_pretrained_model_with_other_autoencoder_and_patch_size(workspace, trained):
     sampled = IRASimPipeline.from_pretrained(trained[0])
     sampled.scheduler = DDIMScheduler.from_config(sampled.scheduler.config, timestep_spacing="trailing")
     sampled.register_to_config(num_inference_steps=3)
     sampled.save_pretrained(workspace / "sampled")
     flat = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, latent_channels=3, mid_block_add_attention=False)
-    flat.save_pretrained(workspace / "flat")  # latents of twice the size, in another number of channels
+    flat.save_pretrained(workspace / "flat")  # latents with twice the size and another number of channels
     output = run(
         *("train.py", "--dataset", workspace / "first", "--cameras", 0, 1),
         *("--pretrained_model_name_or_path", workspace / "sampled"),
@@ -154,7 +154,7 @@ def test_a_pretrained_model_goes_on_with_another_autoencoder_and_finer_patches(w
     assert (pipeline.config.num_inference_steps, pipeline.scheduler.config.timestep_spacing) == (3, "trailing")
 
 
-def test_a_u_net_in_pixel_space(workspace):
+def test_unet_in_pixel_space(workspace):
     run(
         *("train.py", "--dataset", workspace / "first", "--output_dir", workspace / "pixels", "--cameras", 0),
         *("--model", "unet", "--pixel_space", "--block_out_channels", 8, 16, "--sample_frames", 4, *SHORT),
@@ -170,7 +170,7 @@ def test_a_u_net_in_pixel_space(workspace):
     assert video.shape == (1, 3, 16, 32, 3)
 
 
-def test_pixels_are_cached_as_they_are(workspace):
+def test_pixel_cache_is_lossless(workspace):
     source = IRASimFolder(workspace / "first", cameras=["0"], fps=5)
     clips = LatentClips(cache_latents(source, None, workspace / "pixel-cache"), 4)
     pixels = (clips[0]["latents"].permute(1, 2, 3, 0) + 1) * 127.5
@@ -246,7 +246,7 @@ def test_pixels_are_cached_as_they_are(workspace):
         ({"sample_frames": 4, "num_history_frames": 4}, "`sample_frames` must be larger than `num_history_frames`"),
     ],
 )
-def test_bad_arguments(changes, message):
+def test_invalid_arguments_raise(changes, message):
     with pytest.raises(ValueError, match=message):
         check_arguments(TrainingArguments(**{"dataset": ["set"], "output_dir": "out", "vae": "vae"} | changes))
 
@@ -259,7 +259,7 @@ def test_bad_arguments(changes, message):
         ({"validation_dataset": "other"}, r"`validation_dataset` must have pictures of \(16, 32\).*, got \(16, 24\)"),
     ],
 )
-def test_data_that_do_not_fit_are_refused_before_they_are_encoded(workspace, changes, message):
+def test_incompatible_data_raise_before_encoding(workspace, changes, message):
     if "validation_dataset" in changes:
         write_robot(workspace / "other", 3, width=24)
         changes = {"validation_dataset": str(workspace / "other")}
@@ -271,13 +271,13 @@ def test_data_that_do_not_fit_are_refused_before_they_are_encoded(workspace, cha
         check_data([source], arguments)
 
 
-def test_accelerate_must_accumulate_what_is_asked_for(workspace, monkeypatch):
+def test_gradient_accumulation_must_match_accelerate(workspace, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     with pytest.raises(AssertionError, match="`gradient_accumulation_steps` is 4, and accelerate was launched with 1"):
         train_robot(workspace, "accumulated", "--gradient_accumulation_steps", 4)
 
 
-def test_the_autoencoder_of_a_pretrained_pipeline(tmp_path):
+def test_autoencoder_of_pretrained_pipeline(tmp_path):
     pipeline = tiny_pipeline()
     pipeline.save_pretrained(tmp_path)
     arguments = TrainingArguments(dataset=["set"], output_dir="out", pretrained_model_name_or_path=str(tmp_path))
@@ -286,14 +286,14 @@ def test_the_autoencoder_of_a_pretrained_pipeline(tmp_path):
 
 
 def read_log(folder):
-    """The scalars by name that tensorboard was given."""
+    """Read the tensorboard scalars by name."""
     logs = [EventAccumulator(str(events)).Reload() for events in folder.rglob("events.out.*")]
     return {name: [event.value for event in log.Scalars(name)] for log in logs for name in log.Tags()["scalars"]}
 
 
 @contextmanager
 def local_hub(home):
-    """The stand-in for the Hub, with a cache of its own."""
+    """Local Hub server with a separate cache."""
     hub = HubServer()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_local"}.items():
@@ -318,7 +318,7 @@ def train_robot(workspace, output, *arguments, launch=ONE):
     )
 
 
-def test_two_processes_do_what_one_does_at_the_same_global_batch(workspace):
+def test_two_processes_match_one_at_same_global_batch_size(workspace):
     flags = ["--max_train_steps", 5, "--logging_steps", 1, "--report_to", "tensorboard", "--sample_frames", 3]
     flags += ["--num_history_frames", 2, "--rollout_chunks", 4, "--rollout_start_step", 1, "--terminal_share", 0.5]
     flags += ["--history_noise", 0.2, "--learning_rate", 1e-3]
@@ -333,8 +333,8 @@ def test_two_processes_do_what_one_does_at_the_same_global_batch(workspace):
     torch.testing.assert_close(*states, rtol=1e-3, atol=1e-5)
 
 
-def test_a_crop_holds_what_moves_and_its_target():
-    """Frames and targets are cut and shifted in the same way, in whole patches, around the pixel that changes."""
+def test_crop_contains_motion_and_target():
+    """Frames and targets are cropped and shifted consistently, by whole patches, around the changing pixel."""
     config = {
         "patch_size": 2,
         "target_extent": [-1.0, 10.0, 11.0, 20.0],
@@ -346,7 +346,7 @@ def test_a_crop_holds_what_moves_and_its_target():
     places = torch.stack([torch.randint(0, size, (50,), generator=generator) for size in (10, 12)], dim=1)
     for clip, (row, column) in zip(latents, places.tolist(), strict=True):
         clip[0, :, row, column] = torch.tensor([1.0, 2.0, 3.0])
-    targets = places.flip(1) + torch.tensor([-0.5, 10.5])  # of the pixel's centre; a pixel is one unit
+    targets = places.flip(1) + torch.tensor([-0.5, 10.5])  # the target is the centre of the pixel; a pixel is one unit
     actions = torch.cat([targets, torch.full((50, 1), 7.0)], dim=1)[:, None]
     cropped, moved = crop(latents, actions, config, 4, torch.rand(50, 3, generator=generator))
     assert cropped.shape == (50, 1, 3, 4, 4)
@@ -365,21 +365,21 @@ def test_a_crop_holds_what_moves_and_its_target():
     assert torch.equal(same, actions[:1])
 
 
-def test_a_crop_is_predicted_as_the_same_part_of_a_frame():
-    """Predictions for a crop and for the whole frame agree away from the crop border."""
+def test_prediction_for_crop_matches_whole_frame():
+    """The predictions agree away from the border of the crop."""
     settings = {"spatial_position": "rope", "ff_conv": True, "prediction_type": "sample", "action_space": "absolute"}
     model = tiny_transformer(
         **settings, num_layers=1, patch_size=1, sample_height=10, sample_width=12, target_extent=[0, 0, 12, 10]
     )
     for block in [*model.transformer_blocks, *model.temporal_transformer_blocks]:
-        torch.nn.init.zeros_(block.attn1.to_out[0].weight)  # attention reaches beyond a crop
+        torch.nn.init.zeros_(block.attn1.to_out[0].weight)  # disables attention, which reaches beyond the crop
     torch.manual_seed(3)
     latents, actions = torch.randn(2, 4, 3, 10, 12), 6 * torch.rand(2, 1, 3)
     model.register_to_config(num_history_frames=2, sample_frames=3)
     config = dict(model.config)
     cropped, moved = crop(latents, actions, config, 6, torch.full((2, 3), 0.4))
     timestep = torch.tensor([500, 10])
-    torch.nn.init.zeros_(model.action_embed.linear_2.weight)  # the embedding of the whole action is that of the frame
+    torch.nn.init.zeros_(model.action_embed.linear_2.weight)  # the embedding depends on the absolute target
     whole, part = model(latents, timestep, actions).sample, model(cropped, timestep, moved).sample
     for number in range(2):
         (top, left) = next(
@@ -393,7 +393,7 @@ def test_a_crop_is_predicted_as_the_same_part_of_a_frame():
 
 
 class TrueFrames(torch.nn.Module):
-    """Predicts the change to the next frame of clips in which every frame is one brighter than the one before."""
+    """Predicts the change to the next frame of clips that get brighter by one per frame."""
 
     def __init__(self):
         super().__init__()
@@ -408,8 +408,8 @@ class TrueFrames(torch.nn.Module):
 
 
 @pytest.mark.parametrize("length", [1, 2])
-def test_own_rollouts_end_before_the_chunk_with_the_loss(length):
-    """The model receives its own frames with the following actions, and some clips keep their true history."""
+def test_training_on_own_rollouts(length):
+    """The history consists of predicted frames with the matching actions, and some clips keep their true history."""
     config = {"num_history_frames": 2, "sample_frames": 2 + length, "conditioning": "frame", "relative_latents": True}
     settings = TrainingArguments(
         ["set"], "out", rollout_chunks=3, rollout_start_step=1, terminal_share=1.0, action_dropout=0.0
@@ -426,8 +426,8 @@ def test_own_rollouts_end_before_the_chunk_with_the_loss(length):
         model.error = 0.0
         clip = {"latents": latents, "actions": actions}
         loss = training_loss(model, process, clip, config, settings, step=step, position=0)
-        assert loss < 1e-8  # so every frame was paired with its own history
-        assert step or len(model.histories) == 1  # rollouts start later
+        assert loss < 1e-8  # each frame is paired with the matching history
+        assert step or len(model.histories) == 1  # rollouts start at step 1
         for history, action in model.histories:
             torch.testing.assert_close(action, history[:, -1] + 1)
         chunks.add(len(model.histories))
@@ -444,8 +444,8 @@ def test_own_rollouts_end_before_the_chunk_with_the_loss(length):
     assert chunks == {1, 2, 3, 4}
 
 
-def test_every_weight_is_trained_after_a_rollout_in_bfloat16():
-    """Autocast must not reuse weights that a rollout cast without gradient."""
+def test_all_weights_have_gradients_after_bfloat16_rollout():
+    """Autocast must not reuse weights that were cast without gradient during a rollout."""
     config = {"num_history_frames": 2, "sample_frames": 3, "conditioning": "frame", "relative_latents": True}
     model = tiny_transformer(**config, num_layers=1, prediction_type="sample").train()
     settings = TrainingArguments(["set"], "out", rollout_chunks=2, action_dropout=0.0)
@@ -460,7 +460,7 @@ def test_every_weight_is_trained_after_a_rollout_in_bfloat16():
         assert not missing
 
 
-def test_compiled_with_everything_logged_and_published(workspace):
+def test_compiled_training_with_validation_and_push_to_hub(workspace):
     with local_hub(workspace / "hf") as hub:
         train_robot(
             *(workspace, "logged", "--compile", "--report_to", "tensorboard", "--logging_steps", 1, "--fps", 5),
@@ -468,14 +468,14 @@ def test_compiled_with_everything_logged_and_published(workspace):
             *("--validation_inference_steps", 2, "--push_to_hub", "--hub_model_id", "lab/arm"),
         )
     video = read_video(workspace / "logged" / "validation" / "step-2.mp4")
-    assert video.shape == (3, 64, 64, 3)  # predicted frames of two clips side by side, above them the truth
+    assert video.shape == (3, 64, 64, 3)  # the predictions of two clips side by side, below the ground truth
     log = read_log(workspace / "logged")
     assert {"loss", "learning_rate", "psnr", "psnr_shuffled_actions", "psnr_last_frame"} <= log.keys()
     assert np.isfinite(log["psnr"]).all()
     assert {"model_index.json", "README.md", "pipeline.py"} <= set(hub.repositories["lab/arm"]["main"])
 
 
-def test_a_run_is_not_resumed_with_other_settings(workspace):
+def test_resuming_with_other_settings_raises(workspace):
     train_robot(workspace, "settled")
     with pytest.raises(AssertionError, match=r"run with other settings: learning_rate was 0\.0001 and is 1e-05"):
         train_robot(workspace, "settled", "--learning_rate", 1e-5, "--max_train_steps", 4)
@@ -488,7 +488,7 @@ def test_a_run_is_not_resumed_with_other_settings(workspace):
             newest_checkpoint(workspace / "settled", {name: "another"})
 
 
-def test_a_damaged_checkpoint_is_skipped(workspace):
+def test_damaged_checkpoint_is_skipped(workspace):
     output = workspace / "damaged"
     train_robot(workspace, "damaged", "--max_train_steps", 4)
     whole = shutil.copytree(output / "checkpoint-4", workspace / "whole")
@@ -507,14 +507,14 @@ def test_a_damaged_checkpoint_is_skipped(workspace):
         newest_checkpoint(output, {})
 
 
-def test_training_stops_at_a_loss_that_is_not_finite(workspace):
+def test_training_stops_at_non_finite_loss(workspace):
     arguments = ["--learning_rate", 1e30, "--max_train_steps", 50, "--checkpointing_steps", 1]
     with pytest.raises(AssertionError, match=r"error: the (loss|gradient norm) is (nan|inf) at step \d+; the"):
         train_robot(workspace, "diverged", *arguments)
     assert not (workspace / "diverged" / "model_index.json").exists()
 
 
-def test_invalid_input_is_one_line_with_exit_status_2(workspace):
+def test_invalid_input_prints_one_line_and_exits_with_2(workspace):
     for flags in (["--max_train_steps", 0], ["--cameras", 3]):
         command = [sys.executable, EXAMPLES / "train.py", "--dataset", workspace / "first", "--vae", workspace / "vae"]
         command += ["--output_dir", workspace / "refused", *flags]
@@ -525,7 +525,7 @@ def test_invalid_input_is_one_line_with_exit_status_2(workspace):
         assert not (workspace / "refused").exists()
 
 
-def test_cpu_launch_that_starts_a_single_process_is_refused(workspace):
+def test_cpu_launch_with_single_process_raises(workspace):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     command = [*launch, EXAMPLES / "train.py", "--dataset", workspace / "first", "--vae", workspace / "vae"]
     command += ["--output_dir", workspace / "single", *SHORT]
@@ -542,7 +542,7 @@ def test_sigterm_saves_a_checkpoint(workspace):
     with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
         while "loss=" not in (
             line := process.stderr.readline()
-        ):  # in the training loop; the bar ends in a carriage return
+        ):  # until the training loop runs; the progress bar ends in a carriage return
             assert line or process.poll() is None
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
@@ -552,15 +552,15 @@ def test_sigterm_saves_a_checkpoint(workspace):
     assert len(list(output.glob("checkpoint-*"))) == 1
 
 
-def test_a_model_that_predicts_the_sample_is_ready_to_use(workspace):
+def test_sample_prediction_trains_and_predicts(workspace):
     train_robot(workspace, "sample", "--prediction_type", "sample", "--snr_gamma", 5)
     pipeline = IRASimPipeline.from_pretrained(workspace / "sample")
     pipeline(np.zeros((32, 32, 3), np.uint8), np.zeros((3, 7)), num_inference_steps=2)
 
 
 @pytest.mark.parametrize("action_dim", [7, 5])
-def test_a_model_that_has_seen_no_such_actions_takes_their_scale_from_the_data(workspace, action_dim):
-    """What comes from Open-Sora or Latte, and what was trained on a robot with another number of joints."""
+def test_action_scale_from_data_for_new_action_encoder(workspace, action_dim):
+    """Models without a trained action encoder (Open-Sora, Latte), or with another number of action components."""
     transformer = tiny_transformer(
         num_layers=1, action_dim=action_dim, action_scale=1.0, action_offset=0.0, sample_frames=4, num_history_frames=1
     )
@@ -583,7 +583,7 @@ def test_a_model_that_has_seen_no_such_actions_takes_their_scale_from_the_data(w
     assert min(config.action_scale) > 1
 
 
-def test_configs_of_accelerate_are_read():
+def test_accelerate_configs_load():
     kinds = {path.stem: load_config_from_file(str(path)).distributed_type.value for path in CONFIGS.glob("*.yaml")}
     assert kinds == {"cpu": "MULTI_GPU", "single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
 
@@ -609,7 +609,7 @@ def test_sharded_training_resumes(workspace, config, kind):
 
 
 def train_on_clips(name, folder, *arguments):
-    """Forty steps on real clips, over which the loss must fall; returns the pipeline."""
+    """Train 40 steps on real clips, check that the loss decreases, and return the pipeline."""
     tiny_vae().save_pretrained(folder / "vae")
     run(
         *("train.py", "--dataset", CLIPS / name, "--vae", folder / "vae", "--output_dir", folder / "model"),
@@ -624,7 +624,7 @@ def train_on_clips(name, folder, *arguments):
 
 @needs_clips
 @pytest.mark.parametrize(("cameras", "size"), [(["2"], (24, 40)), (["0", "1", "2"], (72, 40))])
-def test_on_one_and_three_cameras_of_a_real_robot(cameras, size, tmp_path):
+def test_real_robot_with_one_and_three_cameras(cameras, size, tmp_path):
     flags = ["--fps", 5, "--max_train_episodes", 1, "--height", size[0], "--width", size[1], "--cameras", *cameras]
     pipeline = train_on_clips("droid", tmp_path, *flags)
     config = pipeline.transformer.config
@@ -634,8 +634,8 @@ def test_on_one_and_three_cameras_of_a_real_robot(cameras, size, tmp_path):
 
 
 @needs_clips
-def test_on_latents_beside_real_clips(tmp_path):
-    """The Language-Table clip with the latents that were released with it."""
+def test_recorded_latents_of_real_clips(tmp_path):
+    """Train on a Language-Table clip with its released latents."""
     flags = ["--split", "test", "--recorded_latents", "--fps", 10, "--action_scale", 20, "--action_offset", 0]
     pipeline = train_on_clips("language_table", tmp_path, *flags, "--sample_frames", 8, "--train_batch_size", 2)
     config = pipeline.transformer.config
@@ -643,8 +643,8 @@ def test_on_latents_beside_real_clips(tmp_path):
     assert (config.action_names, config.action_derivation) == (["x", "y"], "recorded")
 
 
-def test_a_set_on_the_hub_is_trained_on_as_a_folder(workspace):
-    """Streamed, stopped and gone on with, as from the disk at one go."""
+def test_streamed_dataset_matches_local_folder(workspace):
+    """A streamed and resumed run gives the same weights as an uninterrupted run from disk."""
     root = workspace / "files"
     write_folder(root)
 
@@ -660,10 +660,12 @@ def test_a_set_on_the_hub_is_trained_on_as_a_folder(workspace):
         pinned = ["--streaming", "--dataset_revision", hub.commit("datasets/lab/files", files)]
         output = train("lab/files", "streamed", *pinned, "--max_train_steps", 2)
         assert "12 windows of 3 episodes, 0 left out" in output
-        hub.commit("datasets/lab/files", {"README.md": b"edited meanwhile"})
+        hub.commit("datasets/lab/files", {"README.md": b"edited"})
         assert "resumed from" in train("lab/files", "streamed", *pinned)
     fetched = [request.split("/")[-1] for request in hub.requests if request.startswith("GET") and ".mp4" in request]
-    assert fetched == [f"file-{number:03d}.mp4" for number in (0, 1, 0)], "once each, but for the size of pictures"
+    assert fetched == [f"file-{number:03d}.mp4" for number in (0, 1, 0)], (
+        "each file is downloaded once, plus one download for the frame size"
+    )
     assert not list((workspace / "streaming").rglob("*.mp4"))
     expected, streamed = (
         IRASimPipeline.from_pretrained(workspace / folder).transformer for folder in ("from-disk", "streamed")
@@ -672,8 +674,8 @@ def test_a_set_on_the_hub_is_trained_on_as_a_folder(workspace):
         assert torch.equal(streamed.state_dict()[name], value), name
 
 
-def test_killed_at_random_moments_and_resumed_is_uninterrupted(workspace):
-    """With a checkpoint every step some kills fall into the writing of one."""
+def test_killed_and_resumed_run_matches_uninterrupted_run(workspace):
+    """Checkpoints are written every step, so that some runs are killed while writing one."""
 
     def arguments(output):
         return [
@@ -701,8 +703,8 @@ def test_killed_at_random_moments_and_resumed_is_uninterrupted(workspace):
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         reached.append(newest())
-    assert reached == sorted(set(reached)), "every run goes on"
-    assert reached[-1] < STEPS, "the last kill came before the end"
+    assert reached == sorted(set(reached)), "every run makes progress"
+    assert reached[-1] < STEPS, "the last run was killed before the end"
     run(*arguments(output), launch=ONE)
     expected, resumed = (
         IRASimPipeline.from_pretrained(folder).transformer for folder in (workspace / "steady", output)

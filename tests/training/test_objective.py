@@ -19,7 +19,7 @@ def batch():
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_loss_is_the_error_on_predicted_frames(batch, prediction_type):
+def test_loss_is_error_of_predicted_frames(batch, prediction_type):
     model = tiny_transformer(prediction_type=prediction_type)
     process = noise_process(model.config)
     share = process.alphas_cumprod[batch["timesteps"]].view(2, 1, 1, 1, 1)
@@ -36,7 +36,7 @@ def test_loss_is_the_error_on_predicted_frames(batch, prediction_type):
     torch.testing.assert_close(loss, (output[:, :, 2:] - target).square().mean())
 
 
-def test_relative_latents_are_those_of_the_change_since_the_history(batch):
+def test_relative_latents_are_changes_from_last_history_frame(batch):
     model = tiny_transformer()
     process = noise_process(model.config)
     changes = batch["latents"].clone()
@@ -46,7 +46,7 @@ def test_relative_latents_are_those_of_the_change_since_the_history(batch):
     assert diffusion_loss(model, process, **batch) != expected
 
 
-def test_a_flow_runs_straight_from_latents_to_noise(batch):
+def test_flow_matching_loss(batch):
     model = tiny_transformer(prediction_type="flow_prediction")
     process = noise_process(model.config)
     share = batch["timesteps"].view(2, 1, 1, 1, 1) / 1000
@@ -58,7 +58,7 @@ def test_a_flow_runs_straight_from_latents_to_noise(batch):
 
 
 @pytest.mark.parametrize("make_model", [tiny_transformer, tiny_unet])
-def test_readout_changes_no_prediction_and_adds_its_error(batch, make_model):
+def test_state_readout_adds_loss_and_keeps_prediction(batch, make_model):
     model = make_model()
     process = noise_process(model.config)
     plain = diffusion_loss(model, process, **batch)
@@ -72,7 +72,7 @@ def test_readout_changes_no_prediction_and_adds_its_error(batch, make_model):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_readout_teaches_the_blocks_before_it_and_no_others(batch, checkpointing):
+def test_state_readout_gradients_reach_only_earlier_blocks(batch, checkpointing):
     model = tiny_transformer(num_layers=4).train()
     if checkpointing:
         model.enable_gradient_checkpointing()
@@ -84,7 +84,7 @@ def test_readout_teaches_the_blocks_before_it_and_no_others(batch, checkpointing
     assert model.action_embed.linear_1.weight.grad.abs().sum() > 0
 
 
-def test_readout_teaches_a_unet_down_to_its_middle(batch):
+def test_state_readout_gradients_in_unet(batch):
     model = tiny_unet().train()
     model.enable_gradient_checkpointing()
     readout = StateReadout(model, num_components=7)
@@ -93,12 +93,12 @@ def test_readout_teaches_a_unet_down_to_its_middle(batch):
     gradients = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert {"conv_in.weight", "action_embed.linear_1.weight", "mid_block.resnets.1.conv2.weight"} <= gradients
     assert not any(name.startswith(("up_blocks", "conv_out")) for name in gradients)
-    assert states.std(dim=(0, 1)).gt(0).all()  # each frame has a state of its own
+    assert states.std(dim=(0, 1)).gt(0).all()  # each frame has a different state
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_min_snr_caps_the_weight_of_the_samples_error(batch, prediction_type):
-    """Whatever is predicted, a sample's error counts as the error of its clean latents times min(SNR, gamma)."""
+def test_min_snr_weighting(batch, prediction_type):
+    """For every prediction type, the weight of the clean-latent error is min(SNR, gamma)."""
     model = tiny_transformer(prediction_type=prediction_type)
     process = noise_process(model.config)
     share = process.alphas_cumprod[batch["timesteps"]]
@@ -111,13 +111,13 @@ def test_min_snr_caps_the_weight_of_the_samples_error(batch, prediction_type):
     torch.testing.assert_close(weighted, (plain * to_clean_error * snr.clamp_max(5.0)).mean())
 
 
-def test_a_flow_takes_no_min_snr(batch):
+def test_min_snr_with_flow_matching_raises(batch):
     model = tiny_transformer(prediction_type="flow_prediction")
     with pytest.raises(ValueError, match="`snr_gamma` must be None for flow matching"):
         diffusion_loss(model, noise_process(model.config), **batch, snr_gamma=5.0)
 
 
-def test_only_what_a_killed_run_left_is_deleted(tmp_path):
+def test_remove_leftovers_deletes_only_partial_files(tmp_path):
     left = ["partial-12", ".finished", "..finished.abc.partial"]
     kept = ["partial-demos", "finished", "unfinished", "finished-models", "checkpoint-3"]
     for name in left + kept:
@@ -130,8 +130,8 @@ def test_only_what_a_killed_run_left_is_deleted(tmp_path):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 @pytest.mark.parametrize("relative_latents", [False, True])
-def test_a_predicted_chunk_is_that_of_the_pipeline(batch, prediction_type, relative_latents):
-    """With the pipeline's own sampler, of as many steps and from the same noise."""
+def test_predict_chunk_matches_pipeline(batch, prediction_type, relative_latents):
+    """With the same sampler, number of steps and initial noise."""
     pipeline = tiny_pipeline(prediction_type=prediction_type, relative_latents=relative_latents)
     model = pipeline.transformer
     if prediction_type != "flow_prediction":
