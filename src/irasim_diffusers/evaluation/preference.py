@@ -41,19 +41,19 @@ class Answer:
 
 
 class PreferenceStudy:
-    """A study whose answers survive whatever happens to the page that asks for them.
+    """A preference study that stores each answer on disk immediately.
 
     Each answer is on disk when `answer` returns, a line of `answers.jsonl`. Several processes may serve one study.
 
     Args:
-        folder: Where the answers are kept; that of an earlier session goes on.
+        folder: Folder of the answers; an existing study in it is resumed.
         clips: Names of the clips.
         model: Name of the model that the rates are of.
         others: Names of the models it is compared with.
-        seed: Of order and sides, which differ from rater to rater.
+        seed: Seed of the order and sides, which differ between raters.
 
     Raises:
-        ValueError: If there is nothing to compare, or a name stands twice.
+        ValueError: If there is nothing to compare or a name is repeated.
     """
 
     def __init__(
