@@ -254,7 +254,7 @@ class FolderPredictor:
 
 
 def _config(part: Any) -> dict[str, Any]:
-    """A component's config without what is no part of it, as where it was loaded from."""
+    """Return the config of a component without private entries such as its path."""
     return {name: value for name, value in part.config.items() if not name.startswith("_")}
 
 

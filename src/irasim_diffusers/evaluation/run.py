@@ -56,9 +56,9 @@ class Evaluation:
         save_predictions: Folder for the predictions, for `FolderPredictor`.
         save_truth: Folder for what truly happened, in the same form, for a `PreferenceStudy`.
         published: Data set of the paper's results to show for comparison.
-        setting: What else the report shall tell, JSON-able: names, scheduler, steps. A folder that holds figures of
+        setting: Further JSON-serialisable entries of the report: names, scheduler, steps. A folder that holds figures of
             another setting is refused.
-        unchecked: The same, of what may change when a run goes on: command and versions.
+        unchecked: Further entries that may change when a run is resumed: command and versions.
     """
 
     dataset: EpisodeSource
@@ -184,7 +184,7 @@ def _score(evaluation: Evaluation, reader: ClipReader) -> None:
 
 
 def _is_finished(evaluation: Evaluation, clip: Clip) -> bool:
-    """Whether a clip has its figures, of the file that lies in the folder now, and all that is to be saved."""
+    """Check whether the metrics of a clip are complete and up to date with its prediction file."""
     figures = _figures(evaluation.output, clip)
     saved = [each / f"{clip.name}.npz" for each in (evaluation.save_predictions, evaluation.save_truth) if each]
     if not all(path.is_file() for path in (figures, *saved)):

@@ -23,7 +23,7 @@ futures must start from the same noise, so that nothing but the actions tells th
 ALTERATIONS = ("shuffled", "held", "reversed")
 STRATA = ("little motion", "some motion", "much motion")
 """Thirds of the clips by how much the truth moves. Where hardly anything moves, little can be told."""
-FEWEST = 8  # clips of a third, below which there is no verdict
+FEWEST = 8  # minimum number of clips per third for a verdict
 ROUNDING = (1 / 255) ** 2 / 12  # error of pictures of 8 bits; differences below it are none
 
 
