@@ -1,4 +1,4 @@
-"""Where predictions come from: a pipeline, or a folder that any model wrote."""
+"""Predictors: a pipeline, or a folder of saved predictions of any model."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class Prediction:
 
 
 class Predictor(Protocol):
-    """Whatever predicts clips."""
+    """Interface of predictors."""
 
     def predict(self, clips: Sequence[ClipData]) -> list[Prediction]:
-        """The futures of some clips of one length."""
+        """Predict the future frames of clips of equal length."""
 
 
 class ClipReader:
@@ -67,7 +67,7 @@ class ClipReader:
         self.episode = lru_cache(maxsize=1)(dataset.__getitem__)
 
     def __call__(self, number: int) -> ClipData:
-        """The clip of a number."""
+        """Read the clip with this index."""
         clip = self.clips[number]
         episode = self.episode(clip.episode)
         first = clip.start + clip.history - 1  # the action at the last frame seen
@@ -82,7 +82,7 @@ class PipelinePredictor:
     Args:
         pipeline: The pipeline.
         num_inference_steps: Denoising steps of a window; None takes the pipeline's own.
-        seed: Of the noise.
+        seed: Seed of the noise.
         resize: Resize frames of another size for the model, and its predictions back.
         batch_size: Windows predicted together at most.
 
@@ -119,7 +119,7 @@ class PipelinePredictor:
         }
 
     def check_dataset(self, dataset: EpisodeSource) -> None:
-        """Refuse data that are not what the model was trained on.
+        """Check that a data set matches the data the model was trained on.
 
         Raises:
             ValueError: If the number or derivation of the actions, or the frames a second differ.
@@ -140,7 +140,7 @@ class PipelinePredictor:
                 raise ValueError(f"{what} of {dataset.name!r} must be {wanted} as the model's, got {got}: see {flag}.")
 
     def predict(self, clips: Sequence[ClipData]) -> list[Prediction]:
-        """The futures of some clips of one length."""
+        """Predict the future frames of clips of equal length."""
         before = self._evaluations
         histories = np.stack([clip.history[-self.config.num_history_frames :] for clip in clips])
         seeds = [self.seed + clip.number for clip in clips]
@@ -194,7 +194,7 @@ class PipelinePredictor:
 
 
 class FolderPredictor:
-    """Predictions that lie in a folder: of each clip `<name>.npz` or `<name>.mp4`.
+    """Predictions in a folder, one file per clip: `<name>.npz` or `<name>.mp4`.
 
     An npz file holds `frames` (n, H, W, 3), uint8, and may hold `latents` (C, n, h, w), with `autoencoder`, the hash that
     `save_prediction` writes.
@@ -226,7 +226,7 @@ class FolderPredictor:
         )
 
     def predict(self, clips: Sequence[ClipData]) -> list[Prediction]:
-        """The futures of some clips, read."""
+        """Read the predictions of clips."""
         return [self._read(clip) for clip in clips]
 
     def _read(self, data: ClipData) -> Prediction:
@@ -252,7 +252,7 @@ class FolderPredictor:
 
 
 def _config(part: Any) -> dict[str, Any]:
-    """A component's config without what is no part of it, as where it was loaded from."""
+    """Return the config of a component without private entries such as its path."""
     return {name: value for name, value in part.config.items() if not name.startswith("_")}
 
 

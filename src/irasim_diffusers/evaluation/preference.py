@@ -1,4 +1,4 @@
-"""Which of two models' videos people find nearer the truth (paper, section 13): pairs, answers that are kept, rates."""
+"""Human preference between the videos of two models (paper, section 13)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OUTCOMES = ("win", "tie", "loss")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two videos of one clip beside each other, over the truth; a rater does not learn the models' names."""
+    """Two videos of one clip, shown side by side with the truth; model names are hidden."""
 
     clip: str
     left: str  # name of a model
@@ -31,7 +31,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rater said of a comparison."""
+    """A rater's answer to a comparison."""
 
     rater: str
     clip: str
@@ -41,19 +41,19 @@ class Answer:
 
 
 class PreferenceStudy:
-    """A study whose answers survive whatever happens to the page that asks for them.
+    """A preference study that stores each answer on disk immediately.
 
     Each answer is on disk when `answer` returns, a line of `answers.jsonl`. Several processes may serve one study.
 
     Args:
-        folder: Where the answers are kept; that of an earlier session goes on.
+        folder: Folder of the answers; an existing study in it is resumed.
         clips: Names of the clips.
         model: Name of the model that the rates are of.
         others: Names of the models it is compared with.
-        seed: Of order and sides, which differ from rater to rater.
+        seed: Seed of the order and sides, which differ between raters.
 
     Raises:
-        ValueError: If there is nothing to compare, or a name stands twice.
+        ValueError: If there is nothing to compare or a name is repeated.
     """
 
     def __init__(
@@ -84,16 +84,16 @@ class PreferenceStudy:
         return [shown[index] for index in rng.permutation(len(shown))]
 
     def remaining(self, rater: str) -> list[Comparison]:
-        """The comparisons that a rater has not answered yet."""
+        """Return the comparisons that a rater has not answered yet."""
         answered = {(answer.clip, answer.left, answer.right) for answer in self.answers() if answer.rater == rater}
         shown = self.comparisons(rater)
         return [each for each in shown if (each.clip, each.left, each.right) not in answered]
 
     def answer(self, rater: str, comparison: Comparison, choice: str) -> None:
-        """Keep an answer; a later one to the same comparison takes its place.
+        """Store an answer; it replaces an earlier one to the same comparison.
 
         Raises:
-            ValueError: If the rater has no name, the choice is unknown, or the comparison is none of the rater's.
+            ValueError: If the rater has no name, the choice is unknown, or the comparison was not shown to the rater.
         """
         if not rater:
             raise ValueError("`rater` must be a name, got none.")
@@ -126,7 +126,7 @@ class PreferenceStudy:
         return list(latest.values())
 
     def rates(self, seed: int = 0) -> dict[str, dict[str, Any]]:
-        """How often the model wins, ties and loses against each other one.
+        """Compute how often the model wins, ties and loses against each other model.
 
         Raters of one clip see the same videos, so that clips, not answers, are the independent units of the intervals.
 

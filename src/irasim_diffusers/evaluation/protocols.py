@@ -1,4 +1,4 @@
-"""What is predicted and scored, by name; and what the paper reports under these names."""
+"""Evaluation protocols and the results that the paper reports for them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..data import EpisodeSource
 class Protocol:
     """Which frames of a data set are given, and which are predicted and scored.
 
-    Figures of different protocols are no figures of one table.
+    Results of different protocols are not comparable.
 
     Args:
-        name: Its name.
-        text: What it is, for reports.
+        name: Name of the protocol.
+        text: Description for reports.
         history: Frames given, which are never scored.
         predicted: Frames predicted and scored; None for all the rest of the episode, window after window.
         stride: Distance between the starts of clips of an episode; None takes one clip an episode.
@@ -113,10 +113,10 @@ PUBLISHED_DATASETS = ("rt1", "bridge", "languagetable", "robonet")
 
 
 def published_figures(protocol: Protocol, dataset: str) -> dict[str, dict[str, float]]:
-    """The figures that the paper reports: model -> metric -> value.
+    """Return the paper's results as model -> metric -> value.
 
     Raises:
-        ValueError: If it reports none for this protocol and data set.
+        ValueError: If the paper reports none for this protocol and data set.
     """
     metrics, table = _TABLES[protocol.name]
     if dataset not in table:
@@ -142,12 +142,12 @@ def find_clips(dataset: EpisodeSource, protocol: Protocol, num_clips: int | None
     """The clips of a protocol, in the order of the data set.
 
     Args:
-        dataset: The data set; no picture is decoded.
-        protocol: Says where clips start, and how long they are.
+        dataset: The data set; frames are not decoded.
+        protocol: Start and length of the clips.
         num_clips: Take that many, spread evenly; None for all.
 
     Raises:
-        ValueError: If there is none, or `num_clips` is not positive.
+        ValueError: If no episode is long enough, or `num_clips` is not positive.
     """
     if num_clips is not None and num_clips < 1:
         raise ValueError(f"`num_clips` must be at least 1, got {num_clips}.")

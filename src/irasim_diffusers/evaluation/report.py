@@ -30,13 +30,13 @@ COMPARED = ("psnr", "ssim", "clip_psnr")  # with repeating the last frame seen
 def summarise(
     figures: Sequence[dict[str, Any]], protocol: Protocol, seed: int, published: str | None = None
 ) -> dict[str, Any]:
-    """What the figures of all clips say.
+    """Summarise the metrics of all clips.
 
     Args:
         figures: Of each clip, from `score_clip`, with its `name`.
         protocol: Theirs.
-        seed: Of the bootstrap.
-        published: Data set whose figures in the paper stand beside.
+        seed: Seed of the bootstrap.
+        published: Data set of the paper's results to show for comparison.
 
     Returns:
         `metrics`: mean of each with its interval over clips; the same of repeating the last frame seen in `last_frame`, and
@@ -111,7 +111,7 @@ def write_report(
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a page."""
+    """Format the report as Markdown."""
     parts = [
         f"# {report['setting'].get('predictions') or report['setting'].get('model', 'Predictions')} on {report['setting'].get('dataset', 'clips')}",
         f"Protocol {report['protocol']['name']}: {report['protocol']['text']}. {report['n']} clips; means with bootstrap 95 % "

@@ -1,4 +1,4 @@
-"""An evaluation from clips to report, on any number of processes; what is finished is never done again."""
+"""Distributed, resumable evaluation from clips to report."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Evaluation:
         output: Folder of the report and of the figures of every clip.
         num_clips: Score that many clips, spread evenly; None for all.
         batch_size: Clips predicted together; whole episodes are predicted one by one.
-        seed: Of noise, shuffling and bootstrap.
+        seed: Seed of noise, shuffling and bootstrap.
         encode: Latents of frames, for latent L2; see `score_clip`.
         backbones: Pretrained networks of LPIPS, FID and FVD.
         faithfulness_clips: Clips, at most, of the report on obedience to actions, of pipelines and of clips of one length; 0
@@ -55,10 +55,10 @@ class Evaluation:
         ways: Action sequences that the identification chooses from.
         save_predictions: Folder for the predictions, for `FolderPredictor`.
         save_truth: Folder for what truly happened, in the same form, for a `PreferenceStudy`.
-        published: Name of a data set whose figures in the paper stand beside.
-        setting: What else the report shall tell, JSON-able: names, scheduler, steps. A folder that holds figures of
+        published: Data set of the paper's results to show for comparison.
+        setting: Further JSON-serialisable entries of the report: names, scheduler, steps. A folder that holds figures of
             another setting is refused.
-        unchecked: The same, of what may change when a run goes on: command and versions.
+        unchecked: Further entries that may change when a run is resumed: command and versions.
     """
 
     dataset: EpisodeSource
@@ -83,7 +83,7 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     """Run an evaluation and write its report; see `examples/evaluation.md`.
 
     Each process of `accelerate launch` takes every n-th batch and writes the figures of each clip; the first one reads them
-    all. The same command again goes on where it was stopped.
+    all. Running the same command again resumes.
 
     Returns:
         The report, as in `report.json`.
@@ -184,7 +184,7 @@ def _score(evaluation: Evaluation, reader: ClipReader) -> None:
 
 
 def _is_finished(evaluation: Evaluation, clip: Clip) -> bool:
-    """Whether a clip has its figures, of the file that lies in the folder now, and all that is to be saved."""
+    """Check whether the metrics of a clip are complete and up to date with its prediction file."""
     figures = _figures(evaluation.output, clip)
     saved = [each / f"{clip.name}.npz" for each in (evaluation.save_predictions, evaluation.save_truth) if each]
     if not all(path.is_file() for path in (figures, *saved)):

@@ -1,4 +1,4 @@
-"""Metrics: of frames, of distributions, and of obedience to actions."""
+"""Metrics of frame quality, feature distributions and action faithfulness."""
 
 from .backbones import load_i3d, load_inception, load_lpips
 from .distribution import fid, frechet_distance, fvd

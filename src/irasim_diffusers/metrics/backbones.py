@@ -1,4 +1,4 @@
-"""Pretrained networks of LPIPS, FID and FVD, from files or the Hub; none ships in the package."""
+"""Loaders of the pretrained networks of LPIPS, FID and FVD. The package contains no weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +12,14 @@ EXTRA = "pip install irasim-diffusers[backbones], with a torchvision that fits y
 
 
 def find_weights(name: str, argument: str) -> Path:
-    """The file of some weights.
+    """Find a weights file locally or on the Hub.
 
     Args:
-        name: A file, or `org/name:file` on the Hub.
-        argument: What to call it in messages.
+        name: Path of a file, or `org/name:file` on the Hub.
+        argument: Argument name in error messages.
 
     Raises:
-        ValueError: If there is no such file, or the Hub cannot be reached.
+        ValueError: If the file does not exist or cannot be downloaded.
     """
     if Path(name).is_file():
         return Path(name)
@@ -33,15 +33,15 @@ def find_weights(name: str, argument: str) -> Path:
 
 
 def load_lpips(backbone: str | None = None, device: str | torch.device = "cpu") -> torch.nn.Module:
-    """LPIPS with AlexNet, version 0.1, of the `lpips` package.
+    """Load LPIPS (AlexNet, version 0.1) from the `lpips` package.
 
     Args:
         backbone: torchvision's AlexNet (`alexnet-owt-7be5be79.pth`), a file or `org/name:file`; None lets torchvision
             download it.
-        device: Where it shall be.
+        device: Device of the network.
 
     Raises:
-        ValueError: If the package is missing, or the weights are.
+        ValueError: If the package or the weights are missing.
     """
     try:
         import lpips
@@ -63,17 +63,17 @@ def load_lpips(backbone: str | None = None, device: str | torch.device = "cpu") 
 
 
 def load_inception(weights: str, device: str | torch.device = "cpu") -> Callable[[np.ndarray], np.ndarray]:
-    """Features of pytorch-fid's Inception.
+    """Load the Inception feature extractor of pytorch-fid.
 
     Args:
         weights: `pt_inception-2015-12-05-6726825d.pth` of pytorch-fid's releases, a file or `org/name:file`.
-        device: Where it shall be.
+        device: Device of the network.
 
     Returns:
         A function from frames (T, H, W, 3), uint8, to features (T, 2048).
 
     Raises:
-        ValueError: If the package is missing, or the weights are or do not fit.
+        ValueError: If the package or the weights are missing, or the weights do not match the network.
     """
     try:
         from pytorch_fid import inception as parts
@@ -107,20 +107,20 @@ def load_inception(weights: str, device: str | torch.device = "cpu") -> Callable
 
 
 def load_i3d(path: str, device: str | torch.device = "cpu") -> Callable[[np.ndarray], np.ndarray]:
-    """Features of StyleGAN-V's I3D, `i3d_torchscript.pt`.
+    """Load the I3D feature extractor of StyleGAN-V, `i3d_torchscript.pt`.
 
     TorchScript is a program: loading it runs code of the file. It is therefore never downloaded; take it from a source
     that you trust.
 
     Args:
-        path: The file.
-        device: Where it shall be.
+        path: Path of the TorchScript file.
+        device: Device of the network.
 
     Returns:
         A function from a video (T, H, W, 3), uint8, to features (400,).
 
     Raises:
-        ValueError: If there is no such file, or it is no TorchScript.
+        ValueError: If the file does not exist or is not a TorchScript file.
     """
     if not Path(path).is_file():
         raise ValueError(f"`i3d` must be the file i3d_torchscript.pt, got {str(path)!r}, which does not exist.")

@@ -23,7 +23,7 @@ futures must start from the same noise, so that nothing but the actions tells th
 ALTERATIONS = ("shuffled", "held", "reversed")
 STRATA = ("little motion", "some motion", "much motion")
 """Thirds of the clips by how much the truth moves. Where hardly anything moves, little can be told."""
-FEWEST = 8  # clips of a third, below which there is no verdict
+FEWEST = 8  # minimum number of clips per third for a verdict
 ROUNDING = (1 / 255) ** 2 / 12  # error of pictures of 8 bits; differences below it are none
 
 
@@ -121,13 +121,13 @@ def identified(errors: np.ndarray, own: np.ndarray) -> np.ndarray:
 
 
 def summarise_faithfulness(errors: np.ndarray, motions: np.ndarray, ways: int, seed: int = 0) -> dict[str, Any]:
-    """What the errors of all clips say.
+    """Summarise the errors of all clips.
 
     Args:
         errors: Errors (N, K) of the sequences of `Counterfactuals.of_clip`, from `future_errors`.
         motions: How much moves in each clip (N,), from `motion`.
         ways: Sequences of the identification.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
         `identification`: rates, and `gap`: for each alteration the PSNR lost by it in dB; each with intervals over `all`
@@ -152,7 +152,7 @@ def summarise_faithfulness(errors: np.ndarray, motions: np.ndarray, ways: int, s
 
 
 def verdict(summary: dict[str, Any]) -> dict[str, Any]:
-    """Whether the model obeys, judged where most moves.
+    """Decide whether the model follows its actions, from the clips with much motion.
 
     It does if identification is above chance, and the actions of other clips and holding still both cost PSNR; it does not
     if neither identification nor those gaps are above what they would be by chance. All by their 95 % intervals.
@@ -195,7 +195,7 @@ def action_faithfulness(
         truths: True futures (N, n, H, W, 3), uint8.
         holds: See `counterfactual_actions`.
         ways: See `counterfactual_actions`.
-        seed: Of shuffling and bootstrap.
+        seed: Seed of shuffling and bootstrap.
 
     Returns:
         See `summarise_faithfulness`.
@@ -208,7 +208,7 @@ def action_faithfulness(
 
 
 def sensitivity_maps(predict: Predict, history: np.ndarray, actions: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Which component of the actions moves which pixels.
+    """Measure which action component changes which pixels.
 
     Args:
         predict: The world model.

@@ -1,4 +1,4 @@
-"""Metrics of frames against frames."""
+"""Metrics between predicted and true frames."""
 
 from collections.abc import Callable
 
@@ -9,12 +9,12 @@ import torch
 def psnr(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """PSNR of the mean error of each clip, in dB.
 
-    The error is averaged over all frames before the logarithm, so that single static frames, whose error is almost
-    nil, do not blow it up, as they do in a mean of PSNRs of frames.
+    The error is averaged over all frames before the logarithm, so that static frames with almost no
+    error do not dominate it, as they would in a mean of per-frame PSNRs.
 
     Args:
         prediction: Frames (..., T, H, W, 3) in [0, 1].
-        truth: As `prediction`.
+        truth: True frames, same shape and range.
 
     Returns:
         PSNR of each clip (...), in dB; infinite where the two are equal.
@@ -27,7 +27,7 @@ def frame_psnr(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     Args:
         prediction: Frames (..., H, W, C) in [0, 1].
-        truth: As `prediction`.
+        truth: True frames, same shape and range.
 
     Returns:
         PSNR (...), as scikit-image gives it; infinite where two frames are equal.
@@ -40,7 +40,7 @@ def frame_ssim(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     Args:
         prediction: Frames (..., H, W, C) in [0, 1].
-        truth: As `prediction`.
+        truth: True frames, same shape and range.
 
     Returns:
         SSIM (...).
@@ -83,8 +83,8 @@ def frame_lpips(
     Args:
         network: From `load_lpips`: takes two batches (T, 3, H, W) in [-1, 1].
         prediction: Frames (T, H, W, 3) in [0, 1].
-        truth: As `prediction`.
-        device: Where the network is.
+        truth: True frames, same shape and range.
+        device: Device of the network.
 
     Returns:
         Distances (T,), float64.

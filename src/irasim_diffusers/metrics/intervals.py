@@ -1,4 +1,4 @@
-"""Means that say how sure they are."""
+"""Bootstrap confidence intervals."""
 
 from typing import Any
 

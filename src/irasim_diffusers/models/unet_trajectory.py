@@ -163,7 +163,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
 
     Residual blocks and samplers are diffusers'. Against the released code of the baselines, residual blocks normalise before
     they convolve, frame by frame instead of all frames together, and positions in time are rotations alone, without a
-    learned bias beside them. With the paper's settings on RT-1 (15 actions of 7 components) VDM has 44,518,595 parameters
+    learned bias. With the paper's settings on RT-1 (15 actions of 7 components) VDM has 44,518,595 parameters
     and LVDM 687,572,260. The paper says 40M and 687M; the layers of the released code add up to 44.50M and 687.52M, so the
     40M seems to be of another state of it.
 
@@ -180,7 +180,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         conditioning: `"video"`, which says that the whole trajectory conditions all frames.
         action_frequencies: Number of octaves of sines and cosines of the scaled actions that join them, the longest wave 16; 0,
             the paper's, for none.
-        action_dim: Components of an action.
+        action_dim: Number of action components.
         action_scale: The network sees `(action - action_offset) * action_scale`; one number, or one a component.
         action_offset: See `action_scale`.
         action_names: Names of the components.
@@ -197,7 +197,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         num_train_timesteps: Steps of the noise process it was trained on; with the next three, as in diffusers.
         beta_start: First noise variance.
         beta_end: Last noise variance.
-        beta_schedule: How the variances lie between them.
+        beta_schedule: Schedule of the variances between them.
     """
 
     _supports_gradient_checkpointing = True
@@ -344,7 +344,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
             return_dict: Return a `UNet3DConditionOutput` instead of a tuple.
 
         Returns:
-            The prediction (B, C, F, H, W); that of history frames means nothing.
+            The prediction (B, C, F, H, W); the values at history frames are undefined.
         """
         batch_size, _, num_frames, height, width = hidden_states.shape
         if actions is not None:
