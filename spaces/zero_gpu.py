@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from irasim_diffusers import IRASimPipeline
+from irasim_diffusers import IRASimPipeline, RolloutState
 
 try:
     from spaces import GPU  # type: ignore[attr-defined]  # must come before CUDA is touched
@@ -19,7 +19,16 @@ except ImportError:
 
 
 ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
-COMPUTING = ("__call__", "predict", "encode_history", "predict_latents", "decode_latents")
+COMPUTING = (
+    "__call__",
+    "predict",
+    "encode_history",
+    "predict_latents",
+    "decode_latents",
+    "start",
+    "advance",
+    "decode",
+)
 _PIPELINES: dict[str, IRASimPipeline] = {}  # of this process, and of the ones forked from it
 
 
@@ -45,6 +54,13 @@ class LentPipeline:
 def _compute(name: str, method: str, arguments: tuple, named: dict[str, Any]) -> Any:
     pipeline = _PIPELINES[name]
     there = pipeline._execution_device
-    moved = [each.to(there) if torch.is_tensor(each) else each for each in arguments]
-    result = getattr(pipeline, method)(*moved, **named)
-    return result.cpu() if torch.is_tensor(result) else result
+    moved = [_move(each, there) for each in arguments]
+    named = {name: _move(each, there) for name, each in named.items()}
+    return _move(getattr(pipeline, method)(*moved, **named), "cpu")
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    """Tensors and rollout states on a device, also in a plain tuple; other values as they are."""
+    if type(value) is tuple:
+        return tuple(_move(each, device) for each in value)
+    return value.to(device) if isinstance(value, (torch.Tensor, RolloutState)) else value

@@ -18,7 +18,7 @@ ALLOWED = {
     "action_space": {"actions"},
     "metrics": set(),
     "models": {"action_space"},
-    "rollout": set(),
+    "rollout": {"action_space"},
     "files": set(),
     "devices": set(),
     "version": set(),
@@ -27,7 +27,7 @@ ALLOWED = {
     "training": {"models"},
     "conversion": {"models"},
     "pictures": set(),
-    "driving": {"action_space", "actions", "data", "pipelines"},
+    "driving": {"action_space", "actions", "data", "pipelines", "rollout"},
     "play": {"driving"},
     "evaluation": {"actions", "data", "metrics", "pictures", "pipelines", "rollout"},
 }

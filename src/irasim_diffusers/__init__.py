@@ -7,7 +7,7 @@ from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, L
 from .driving import DrivingSession, Steering
 from .models import PRESETS, UNET_PRESETS, IRASimTransformer3DModel, UNetTrajectoryModel
 from .pipelines import IRASimPipeline, IRASimPipelineOutput
-from .rollout import WorldModel
+from .rollout import RolloutState, WorldModel, roll
 from .version import __version__
 
 # This entry makes model_index.json name the package instead of a module path, so that it loads from folders and the Hub.
@@ -33,9 +33,11 @@ __all__ = [
     "IRASimPipeline",
     "IRASimPipelineOutput",
     "IRASimTransformer3DModel",
+    "RolloutState",
     "Steering",
     "UNetTrajectoryModel",
     "WorldModel",
     "__version__",
     "embedded_checkpoint",
+    "roll",
 ]

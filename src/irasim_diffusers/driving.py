@@ -17,6 +17,7 @@ from .action_space import ActionSpace
 from .actions import prepare_actions
 from .files import temporary_path
 from .pipelines import IRASimPipeline
+from .rollout import RolloutState
 
 PICTURE_KEYS = (("ArrowLeft", "ArrowRight"), ("ArrowUp", "ArrowDown"))
 """Keys of the negative and the positive direction of each component, where these are a picture's: right and down."""
@@ -277,11 +278,9 @@ class DrivingSession:
             )
         recent = [each.latents for each in list(self._kept)[-self._history_length :]]
         history = torch.cat([self._before, *recent], dim=2)[:, :, -self._history_length :]
-        place = np.random.SeedSequence(
-            [self.seed, self._num_dropped + len(self._kept)]
-        )  # after undo the noise is the same
-        generator = torch.Generator().manual_seed(int(place.generate_state(1)[0]))
-        future = self.pipe.predict_latents(history, checked, self.num_inference_steps, generator=generator)
+        step = torch.tensor([self._num_dropped + len(self._kept)])  # after undo the noise is the same
+        state = RolloutState(history, (self.seed,), step)
+        future = self.pipe.predict_latents(state, checked, self.num_inference_steps)
         if not torch.isfinite(future).all():
             raise ValueError("the predicted frames must be finite: check the weights of the checkpoint and its dtype.")
         pictures = self.pipe.video_processor.postprocess_video(self.pipe.decode_latents(future), "pil")[0]

@@ -1,26 +1,181 @@
-"""Predictions longer than a model's window, and the protocol of everything that predicts."""
+"""Rollouts: the state of one, the protocol of everything that predicts, and the chaining of chunks."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+
+from .action_space import ActionSpace
+
+
+@dataclass(frozen=True)
+class RolloutState:
+    """The state of B rollouts that are predicted together; every operation returns a new state.
+
+    The noise of row b at step t depends on `(seeds[b], t)` only, so that a row is the same alone and in a batch.
+
+    Args:
+        latents: Clean history (B, C, h, H, W), scaled latents.
+        seeds: B non-negative seeds.
+        step: Frames predicted so far (B,), int64, on the CPU.
+
+    Raises:
+        ValueError: If the three disagree on B, or a seed is negative.
+    """
+
+    latents: torch.Tensor
+    seeds: tuple[int, ...]
+    step: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.latents.ndim != 5 or not len(self.latents) == len(self.seeds) == len(self.step):
+            raise ValueError(
+                "`latents` (B, C, h, H, W), `seeds` and `step` must have the same number of rows, got "
+                f"{tuple(self.latents.shape)}, {len(self.seeds)} and {len(self.step)}."
+            )
+        if any(seed < 0 for seed in self.seeds):
+            raise ValueError(f"`seeds` must be non-negative integers, got {list(self.seeds)}.")
+
+    @classmethod
+    def first(cls, latents: torch.Tensor, seeds: Sequence[int]) -> RolloutState:
+        """The state of rollouts without predicted frames, from their histories (B, C, h, H, W)."""
+        return cls(latents, tuple(int(seed) for seed in seeds), torch.zeros(len(latents), dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def repeat(self, k: int) -> RolloutState:
+        """Repeat each row `k` times, consecutively: (B * k) rows. Copies share seeds, and so their noise."""
+        if k < 1:
+            raise ValueError(f"`k` must be at least 1, got {k}.")
+        return self.select([row for row in range(len(self)) for _ in range(k)])
+
+    def select(self, rows: Sequence[int]) -> RolloutState:
+        """Take rows in the given order; a row may occur more than once."""
+        rows = self._check_rows(rows)
+        return RolloutState(self.latents[rows], tuple(self.seeds[row] for row in rows), self.step[rows])
+
+    def put(self, rows: Sequence[int], other: RolloutState) -> RolloutState:
+        """Replace rows by those of another state, as in a partial reset.
+
+        Args:
+            rows: Distinct rows of this state.
+            other: As many rows, with the same shape of latents.
+
+        Raises:
+            ValueError: If rows repeat or are out of range, or the states do not fit together.
+        """
+        rows = self._check_rows(rows)
+        if len(set(rows)) != len(rows) or len(rows) != len(other):
+            raise ValueError(f"`rows` must be {len(other)} distinct rows, as many as `other` has, got {rows}.")
+        if self.latents.shape[1:] != other.latents.shape[1:]:
+            raise ValueError(
+                f"`other` must have latents of shape {tuple(self.latents.shape[1:])} a row, got "
+                f"{tuple(other.latents.shape[1:])}: start it from as many history frames."
+            )
+        latents, step, seeds = self.latents.clone(), self.step.clone(), list(self.seeds)
+        latents[rows], step[rows] = other.latents.to(latents), other.step
+        for row, seed in zip(rows, other.seeds, strict=True):
+            seeds[row] = seed
+        return RolloutState(latents, tuple(seeds), step)
+
+    def append(self, future: torch.Tensor, num_history_frames: int) -> RolloutState:
+        """The state after predicted latents (B, C, n, H, W), with the last `num_history_frames` frames as history."""
+        latents = torch.cat([self.latents.to(future), future], dim=2)[:, :, -num_history_frames:]
+        return RolloutState(latents, self.seeds, self.step + future.shape[2])
+
+    def to(self, device: torch.device | str) -> RolloutState:
+        """The state with its latents on a device."""
+        return RolloutState(self.latents.to(device), self.seeds, self.step)
+
+    def generators(self, offset: int = 0) -> list[torch.Generator]:
+        """One seeded CPU generator per row, for the frame `offset` steps after the next one."""
+        places = zip(self.seeds, (self.step + offset).tolist(), strict=True)
+        states = [np.random.SeedSequence([seed, step]).generate_state(1)[0] for seed, step in places]
+        return [torch.Generator().manual_seed(int(state)) for state in states]
+
+    def _check_rows(self, rows: Sequence[int]) -> list[int]:
+        rows = [int(row) for row in rows]
+        if not rows or not all(0 <= row < len(self) for row in rows):
+            raise ValueError(f"`rows` must be at least one row in [0, {len(self) - 1}], got {rows}.")
+        return rows
 
 
 class WorldModel(Protocol):
-    """Whatever predicts the futures of action sequences: a pipeline, a distilled student, a simulator."""
+    """Anything that predicts the futures of action sequences: a pipeline, a distilled student, a simulator."""
 
-    def predict(self, frames: Any, actions: Any, **kwargs: Any) -> torch.Tensor:
-        """Predict the frames that the actions lead to.
-
-        Args:
-            frames: The history of one clip, or a batch of histories; see `IRASimPipeline.__call__`.
-            actions: Actions (n, A), or (K, n, A), in raw units.
-            kwargs: What the model at hand takes beyond that.
-
-        Returns:
-            Frames (K, n, 3, H, W) in [0, 1], or latents (K, C, n, h, w) if asked for.
-        """
+    @property
+    def action_space(self) -> ActionSpace:
+        """The space of the actions."""
         ...
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of the frames."""
+        ...
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second of the model, if known."""
+        ...
+
+    @property
+    def max_chunk(self) -> int:
+        """Maximum number of actions per call of `advance`."""
+        ...
+
+    def start(self, frames: Any, seeds: Sequence[int]) -> RolloutState:
+        """Start one rollout per seed from one history, or from one per seed."""
+        ...
+
+    def advance(
+        self, state: RolloutState, actions: torch.Tensor, **sampling: Any
+    ) -> tuple[RolloutState, torch.Tensor]:
+        """Predict the latents (B, C, n, h, w) of a chunk of actions (B, n, A) in raw units, and the state after it."""
+        ...
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode latents (B, C, n, h, w) to frames (B, n, 3, H, W) in [0, 1]."""
+        ...
+
+
+def roll(
+    model: WorldModel, state: RolloutState, actions: torch.Tensor, chunk_length: int | None = None, **sampling: Any
+) -> Iterator[tuple[RolloutState, torch.Tensor]]:
+    """Predict any number of frames chunk by chunk (paper, section 4.1), in constant memory under `torch.no_grad`.
+
+    Args:
+        model: The world model.
+        state: The state to start from, B rows.
+        actions: Actions (B, n, A) in raw units.
+        chunk_length: Actions per chunk; the last chunk may be shorter. None for `model.max_chunk`.
+        sampling: Passed to `model.advance`.
+
+    Returns:
+        An iterator over the state after each chunk and the latents (B, C, m, h, w) of the chunk.
+
+    Raises:
+        ValueError: At once, if `chunk_length` is out of range, or the actions are not as many sequences as the state has rows.
+    """
+    length = model.max_chunk if chunk_length is None else chunk_length
+    if not 1 <= length <= model.max_chunk:
+        raise ValueError(f"`chunk_length` must be in [1, {model.max_chunk}] for this model, got {length}.")
+    if actions.ndim != 3 or len(actions) != len(state):
+        raise ValueError(
+            f"`actions` must be (B, n, A), one sequence for each of the {len(state)} rows of the state, got "
+            f"{tuple(actions.shape)}: repeat the state for several candidates."
+        )
+
+    def chunks(state: RolloutState) -> Iterator[tuple[RolloutState, torch.Tensor]]:
+        for chunk in actions.split(length, dim=1):
+            state, latents = model.advance(state, chunk, **sampling)
+            yield state, latents
+
+    return chunks(state)
 
 
 def chain_windows(

@@ -13,6 +13,7 @@ import gradio_client
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 import starlette.requests
 from app import build_app
 from endpoints import address
@@ -301,6 +302,19 @@ def test_a_lent_pipeline_gives_the_same_frames(worlds):
         for pipe in (world.pipeline, lent)
     ]
     np.testing.assert_array_equal(np.stack(frames[0]), np.stack(frames[1]))
+
+
+def test_a_lent_pipeline_advances_a_state(worlds):
+    world = worlds["push-t"]
+    lent = LentPipeline("push-t", world.pipeline)
+    actions = torch.tensor([[[200.0, 200.0]]]).repeat(2, 1, 1)
+    decoded = []
+    for pipe in (world.pipeline, lent):
+        with torch.no_grad():
+            state, latents = pipe.advance(pipe.start(world.starts["frame 1"].frames, [3, 4]), actions=actions)
+            decoded.append(pipe.decode(latents))
+        assert state.step.tolist() == [1, 1]
+    torch.testing.assert_close(decoded[0], decoded[1], rtol=0, atol=0)
 
 
 def test_a_model_that_cannot_be_loaded_is_told_in_the_page(worlds):

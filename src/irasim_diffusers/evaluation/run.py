@@ -250,7 +250,7 @@ def _measure_faithfulness(evaluation: Evaluation, reader: ClipReader, chosen: Se
 
 
 def _futures(predictor: PipelinePredictor, data: ClipData, _: np.ndarray, sequences: np.ndarray) -> torch.Tensor:
-    """`WorldModel.predict` for one clip, whose history is known."""
+    """`IRASimPipeline.predict` for one clip, whose history is known."""
     return predictor.futures(data, sequences)
 
 

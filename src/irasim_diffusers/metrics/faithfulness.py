@@ -17,7 +17,7 @@ import torch
 from .intervals import bootstrap
 
 Predict = Callable[[np.ndarray, np.ndarray], torch.Tensor]
-"""`WorldModel.predict`: one history (h, H, W, 3), uint8, and actions (K, n, A) to futures (K, n, 3, H, W) in [0, 1]; the K
+"""`IRASimPipeline.predict`: one history (h, H, W, 3), uint8, and actions (K, n, A) to futures (K, n, 3, H, W) in [0, 1]; the K
 futures must start from the same noise, so that nothing but the actions tells them apart."""
 
 ALTERATIONS = ("shuffled", "held", "reversed")
@@ -189,7 +189,7 @@ def action_faithfulness(
     """Measure whether a world model obeys its actions.
 
     Args:
-        predict: `WorldModel.predict` of the model.
+        predict: `IRASimPipeline.predict` of the model.
         histories: Frames seen of each clip (N, h, H, W, 3), uint8.
         actions: True actions (N, n, A).
         truths: True futures (N, n, H, W, 3), uint8.

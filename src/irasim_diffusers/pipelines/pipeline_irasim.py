@@ -1,7 +1,7 @@
 """The pipeline: history frames and actions in, the video of those actions out."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from huggingface_hub import file_exists
 
 from ..action_space import ActionSpace
 from ..models import IRASimTransformer3DModel, UNetTrajectoryModel, noise_process
-from ..rollout import chain_windows
+from ..rollout import RolloutState, chain_windows, roll
 from .lora import IRASimLoraLoaderMixin
 from .model_card import PIPELINE_FILE, write_model_card
 from .pipeline_output import IRASimPipelineOutput
@@ -144,6 +144,16 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         """Height and width of the frames the checkpoint was trained on."""
         config = self.transformer.config
         return config.sample_height * self.vae_scale_factor, config.sample_width * self.vae_scale_factor
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second that the checkpoint was trained on, if known."""
+        return self.transformer.config.fps
+
+    @property
+    def max_chunk(self) -> int:
+        """Maximum number of actions per call of `advance`."""
+        return self.transformer.config.sample_frames - self.transformer.config.num_history_frames
 
     def check_inputs(
         self,
@@ -615,9 +625,92 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             return (video,)
         return IRASimPipelineOutput(frames=video)
 
+    @torch.no_grad()
+    def start(self, frames: Any, seeds: Sequence[int], resize: bool = False) -> RolloutState:
+        """Encode histories as the state of a rollout.
+
+        Args:
+            frames: One history, or one per seed; see `__call__`. One history is encoded once for all seeds.
+            seeds: Non-negative seeds, one per row of the state.
+            resize: Resize frames of another size instead of raising an error.
+
+        Returns:
+            The state of `len(seeds)` rollouts.
+
+        Raises:
+            ValueError: If the frames do not suit the checkpoint, or their number does not match that of the seeds.
+        """
+        seeds = [int(seed) for seed in seeds]
+        if not seeds or min(seeds) < 0:
+            raise ValueError(f"`seeds` must be at least one non-negative integer, got {seeds}.")
+        pixels = self.preprocess_frames(frames, resize)
+        if len(pixels) not in (1, len(seeds)):
+            raise ValueError(f"`frames` must be one history, or {len(seeds)} as there are seeds, got {len(pixels)}.")
+        return RolloutState.first(_repeat_to(self.encode_history(pixels), len(seeds)), seeds)
+
+    def advance(
+        self,
+        state: RolloutState,
+        actions: torch.Tensor,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        fps: float | None = None,
+    ) -> tuple[RolloutState, torch.Tensor]:
+        """Predict one chunk. Gradients flow to the actions and the history unless the caller disables them.
+
+        Args:
+            state: The state of B rollouts.
+            actions: Actions (B, n, A) in raw units, 1 to `max_chunk` of them.
+            num_inference_steps: Denoising steps; None takes the checkpoint's own number.
+            guidance_scale: See `__call__`.
+            generator: Source of the noise instead of the seeds of the state.
+            attention_kwargs: See `__call__`.
+            fps: See `__call__`.
+
+        Returns:
+            The state after the chunk, and its scaled latents (B, C, n, H, W), float32.
+
+        Raises:
+            ValueError: If the actions are too many, or not one sequence per row.
+        """
+        config, length = self.transformer.config, actions.shape[1]
+        if actions.ndim != 3 or len(actions) != len(state) or not 1 <= length <= self.max_chunk:
+            raise ValueError(
+                f"`actions` must be ({len(state)}, n, {config.action_dim}) with n in [1, {self.max_chunk}], got "
+                f"{tuple(actions.shape)}: `roll` splits longer sequences."
+            )
+        history, actions = state.latents.to(self._execution_device), actions.to(self._execution_device)
+        if config.conditioning == "video":  # takes one number of actions
+            actions = self._pad_actions(actions, self.max_chunk)
+        shape = (len(state), config.in_channels, actions.shape[1], *history.shape[-2:])
+        if generator is None:
+            sources = [state.generators(index) for index in range(shape[2])]
+            frame = (*shape[:2], 1, *shape[3:])
+            noise = torch.cat([self.prepare_latents(frame, source) for source in sources], dim=2)
+            generator = sources[0]  # which a stochastic scheduler continues
+        else:
+            noise = self.prepare_latents(shape, generator)
+        future = self.denoise_window(
+            history,
+            actions,
+            noise,
+            self.config.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            guidance_scale,
+            generator,
+            attention_kwargs=attention_kwargs,
+            fps=fps,
+        )[:, :, :length]
+        return state.append(future, config.num_history_frames), future
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode scaled latents (B, C, n, h, w) to frames (B, n, 3, H, W) in [0, 1]."""
+        return self.video_processor.postprocess_video(self.decode_latents(latents), "pt")
+
     def predict_latents(
         self,
-        history: torch.Tensor,
+        history: torch.Tensor | RolloutState,
         actions: torch.Tensor,
         num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
@@ -625,44 +718,37 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         attention_kwargs: dict[str, Any] | None = None,
         fps: float | None = None,
     ) -> torch.Tensor:
-        """Predict latent frames from a latent history. Long action sequences are predicted window by window.
+        """Predict the latents of any number of actions in one call, chunk by chunk; see `roll`.
 
         Args:
-            history: Clean history (B, C, h, H, W), from `encode_history` or an earlier call.
+            history: The state of a rollout, or a clean history (B, C, h, H, W), which takes random seeds.
             actions: Actions (B, n, A) in raw units.
             num_inference_steps: Denoising steps; None takes the checkpoint's own number.
-            guidance_scale: See `__call__`, as the following.
-            generator: Seeded generator, or one for each video.
-            attention_kwargs: Passed to the transformer.
-            fps: Frames a second, for checkpoints that embed it.
+            guidance_scale: See `__call__`.
+            generator: Source of the noise instead of the seeds: one, or one per row.
+            attention_kwargs: See `__call__`.
+            fps: See `__call__`.
 
         Returns:
             The future (B, C, n, H, W), scaled latents, float32.
         """
-        config = self.transformer.config
-        chunk_length = config.sample_frames - config.num_history_frames
-
-        def predict_window(window_history: torch.Tensor, window_actions: torch.Tensor) -> torch.Tensor:
-            length = window_actions.shape[1]
-            if config.conditioning == "video":  # takes one number of actions
-                window_actions = self._pad_actions(window_actions, chunk_length)
-            shape = (len(window_actions), config.in_channels, window_actions.shape[1], *history.shape[-2:])
-            return self.denoise_window(
-                window_history,
-                window_actions,
-                self.prepare_latents(shape, generator),
-                self.config.num_inference_steps if num_inference_steps is None else num_inference_steps,
-                guidance_scale,
-                generator,
-                attention_kwargs=attention_kwargs,
-                fps=fps,
-            )[:, :, :length]
-
-        actions = actions.to(self._execution_device)
-        return chain_windows(predict_window, history, actions, chunk_length, config.num_history_frames)
+        state = history
+        if not isinstance(state, RolloutState):
+            state = RolloutState.first(state, _random_seeds(len(state)))
+        chunks = roll(
+            self,
+            state,
+            actions,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            attention_kwargs=attention_kwargs,
+            fps=fps,
+        )
+        return torch.cat([latents for _, latents in chunks], dim=2)
 
     def predict(self, frames: Any, actions: Any, **kwargs: Any) -> torch.Tensor:
-        """Predict as a `WorldModel`: `__call__` with tensors (B, n, 3, H, W) in [0, 1] out, unless told otherwise."""
+        """Call the pipeline with `output_type="pt"` by default: returns frames (B, n, 3, H, W) in [0, 1]."""
         return self(frames, actions, **{"output_type": "pt"} | kwargs).frames
 
     def stream(
@@ -713,7 +799,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         config = self.transformer.config
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
-        longest, video_ada = config.sample_frames - config.num_history_frames, config.conditioning == "video"
+        longest, video_ada = self.max_chunk, config.conditioning == "video"
         if chunk_length is None:
             chunk_length = longest if video_ada else min(4, longest)
         if chunk_length < 1:
@@ -730,20 +816,29 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         if len(histories) != 1:
             raise ValueError(f"`frames` must be one history, got {len(histories)}: stream each trajectory by itself.")
 
+        sampling: dict[str, Any] = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "generator": generator,
+            "attention_kwargs": attention_kwargs,
+            "fps": fps,
+        }
+
         @torch.no_grad()
         def predict_chunks(length: int) -> Iterator[Any]:
             self._interrupt = False
             coming = iter(actions)
             try:
-                history = self.encode_history(histories)
+                state = RolloutState.first(self.encode_history(histories), _random_seeds(1))
                 while not self.interrupt and (chunk := list(islice(coming, length))):
                     chunk_actions = self.action_space.prepare(chunk)
-                    future = self.predict_latents(
-                        history, chunk_actions, num_inference_steps, guidance_scale, generator, attention_kwargs, fps
-                    )
+                    futures = []
+                    for after, latents in roll(self, state, chunk_actions, **sampling):
+                        state = after
+                        futures.append(latents)
                     if self.interrupt:
                         break
-                    history = torch.cat([history, future], dim=2)[:, :, -config.num_history_frames :]
+                    future = torch.cat(futures, dim=2)
                     if output_type == "latent":
                         yield from future[0].unbind(1)
                     else:
@@ -856,3 +951,7 @@ def _to_tensor(frames: Any) -> torch.Tensor:
 
 def _repeat_to(tensor: torch.Tensor, batch_size: int) -> torch.Tensor:
     return tensor.repeat_interleave(batch_size // len(tensor), dim=0)
+
+
+def _random_seeds(count: int) -> list[int]:
+    return torch.randint(2**32, (count,)).tolist()
