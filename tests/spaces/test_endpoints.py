@@ -13,8 +13,8 @@ import gradio_client
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 import starlette.requests
+import torch
 from app import build_app
 from endpoints import address
 from gradio.utils import get_upload_folder
