@@ -147,6 +147,13 @@ def test_a_recording_whose_beginning_is_dropped_begins_with_the_frame_before_its
     assert np.abs(first - np.asarray(before)).mean() < np.abs(first - np.asarray(session.first_frame)).mean()
 
 
+def test_frames_do_not_depend_on_the_actions_per_step(pipe, clip):
+    """The embedded model predicts one frame per chunk, so that steps of one and of three actions agree."""
+    one, three = (DrivingSession(pipe, clip[0][:2], Steering(pipe.transformer.config, start=clip[1][0])) for _ in "12")
+    singly = [one.step([action])[0] for action in clip[1][1:4]]
+    np.testing.assert_array_equal(np.stack(singly), np.stack(three.step(clip[1][1:4])))
+
+
 def test_a_step_that_fails_leaves_the_target_where_it_was(session, monkeypatch):
     session.drive({"w"})
     target = session.steering.hold()

@@ -142,6 +142,7 @@ BAD = [
     (lambda pipe, state, plans: roll(pipe, state, plans[:2]), "`actions` must be .* each of the 3 rows"),
     (lambda pipe, state, plans: pipe.advance(state, plans), r"`actions` must be \(3, n, 3\) with n in \[1, 3\], got"),
     (lambda pipe, state, plans: pipe.advance(state, plans[:2, :1]), r"`actions` must be \(3, n, 3\)"),
+    (lambda pipe, state, plans: pipe.advance(state, plans[0, 0]), r"`actions` must be \(3, n, 3\)"),
     (lambda pipe, state, plans: pipe.advance(state, plans[0]), r"`actions` must be \(3, n, 3\)"),
     (lambda pipe, state, plans: pipe.start(torch.rand(3, 8, 12), []), "`seeds` must be at least one"),
     (lambda pipe, state, plans: pipe.start(torch.rand(3, 8, 12), [-1]), "`seeds` must be .* non-negative"),

@@ -675,13 +675,14 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         Raises:
             ValueError: If the actions are too many, or not one sequence per row.
         """
-        config, length = self.transformer.config, actions.shape[1]
-        if actions.ndim != 3 or len(actions) != len(state) or not 1 <= length <= self.max_chunk:
+        config = self.transformer.config
+        if actions.ndim != 3 or len(actions) != len(state) or not 1 <= actions.shape[1] <= self.max_chunk:
             raise ValueError(
                 f"`actions` must be ({len(state)}, n, {config.action_dim}) with n in [1, {self.max_chunk}], got "
                 f"{tuple(actions.shape)}: `roll` splits longer sequences."
             )
-        history, actions = state.latents.to(self._execution_device), actions.to(self._execution_device)
+        history, length = state.latents.to(self._execution_device), actions.shape[1]
+        actions = actions.to(self._execution_device)
         if config.conditioning == "video":  # takes one number of actions
             actions = self._pad_actions(actions, self.max_chunk)
         shape = (len(state), config.in_channels, actions.shape[1], *history.shape[-2:])
