@@ -126,6 +126,21 @@ def test_a_converted_scheduler_has_the_noise_process_of_the_config(workspace, ca
     assert "at least 4 for PNDMScheduler with its Runge-Kutta warm-up, got 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0,1\n58.0,33.5\n54.5,31.0\n", [[58, 33.5], [54.5, 31]]),  # the header of a pandas table without names
+        ("0\n0.5\n0.25\n", [[0.5], [0.25]]),
+        ("0\n1\n0\n", [[0], [1], [0]]),  # a gripper that closes and opens
+        ("0,2\n1,3\n", [[0, 2], [1, 3]]),
+        ("x,y\n1,2\n", [[1, 2]]),
+    ],
+)
+def test_headers_of_csv_files_are_not_actions(tmp_path, text, expected):
+    (tmp_path / "actions.csv").write_text(text, encoding="utf-8")
+    assert read_actions(tmp_path / "actions.csv").tolist() == expected
+
+
 def test_a_spreadsheets_byte_order_mark_is_no_heading(workspace):
     actions = read_actions(workspace / "actions.npy")
     np.savetxt(workspace / "marked.csv", actions, delimiter=",", encoding="utf-8-sig")

@@ -174,11 +174,10 @@ def _add_evaluate(commands: Any) -> None:
     add("--output", type=Path, default=Path("irasim-evaluation"), help="folder to write (default: %(default)s)")
     add(
         "--save-predictions",
-        "--save_predictions",
         type=Path,
         help="folder for the predictions, as --predictions reads",
     )
-    add("--save-truth", "--save_truth", type=Path, help="the same for what truly happened, for a preference study")
+    add("--save-truth", type=Path, help="the same for what truly happened, for a preference study")
     add("--published", choices=PUBLISHED_DATASETS, help="the paper's figures on this data set, beside")
     add(
         "--faithfulness-clips",
@@ -616,9 +615,19 @@ def _read_npy(path: Path) -> np.ndarray:
 def _read_csv(path: Path) -> list[list[float]]:
     with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a byte-order mark
         rows = [row for row in csv.reader(file) if row]
-    if rows and not _is_number(rows[0][0]):
+    if rows and (not _is_number(rows[0][0]) or _is_numbered_header(rows)):
         rows = rows[1:]
     return [[float(value) for value in row] for row in rows]
+
+
+def _is_numbered_header(rows: list[list[str]]) -> bool:
+    """Whether the first row is 0, 1, ..., A - 1, the header that pandas writes for columns without names.
+
+    A single column counts only if no other row is an integer, since its first action may be 0.
+    """
+    if rows[0] != [str(column) for column in range(len(rows[0]))]:
+        return False
+    return len(rows[0]) > 1 or not any(row[0].strip().lstrip("+-").isdigit() for row in rows[1:])
 
 
 def _is_number(text: str) -> bool:
