@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import gymnasium
 
 KINDS = ("relative", "absolute")
-MARGIN = 10.0
+MARGIN = 1000.0
 """Normalised units by which an action may always exceed its bounds."""
 UNBOUNDED_LIMIT = 1e4
 """Largest normalised action of a component without a bound."""
@@ -134,7 +134,7 @@ class ActionSpace:
         """Check raw actions and convert them to a batch.
 
         Actions somewhat outside the bounds, which usually are those of the training data, are accepted. The limit is the width
-        of the bounds, but at least 10 normalised units. It is 10,000 normalised units for a component without bounds.
+        of the bounds, but at least 1,000 normalised units. It is 10,000 normalised units for a component without bounds.
 
         Args:
             actions: Actions (n, A) or (B, n, A): arrays, tensors or nested lists, raw units.
