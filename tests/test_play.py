@@ -270,7 +270,7 @@ def test_a_script_is_the_same_as_driving_with_its_keys(session):
     follow(session, "left*3 down", chunk_length=2)
     frames = [np.asarray(frame) for frame in session.frames]
     session.reset()
-    driven = session.drive({"ArrowLeft"}, 2) + session.drive({"ArrowLeft"}, 1) + session.drive({"ArrowDown"}, 1)
+    driven = session.drive([-1, 0], 2) + session.drive([-1, 0], 1) + session.drive([0, 1], 1)
     np.testing.assert_array_equal(frames, [np.asarray(frame) for frame in driven])
 
 
@@ -291,7 +291,7 @@ def test_a_script_is_the_same_as_driving_with_its_keys(session):
         (["--script", "up", "--speed", "nan"], "--speed must be positive, got nan"),
         (["--script", "up", "--start", "1", "2", "3"], "--start must have 2 values, one per action component, got 3"),
         (["--script", "up", "--start", "1", "nan"], "`actions` must be finite"),
-        (["--script", "up", "--frames", "frame.png"], "`start` must be the robot's own .*target_x, target_y"),
+        (["--script", "up", "--frames", "frame.png"], "`start` must be the robot's current .*target_x, target_y"),
         (["--script", "up", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["--script", "up", "--output", "clip.png"], "--output must end in .mp4, got 'clip.png'"),
         (["--script", "up", "--model", "nowhere"], "--model must be a pipeline folder"),

@@ -16,6 +16,7 @@ import PIL.Image
 
 from .. import embedded_checkpoint
 from .files import check_output, read_actions, read_frames
+from .keys import SAME_KEYS, key_command, key_controls
 from .sampling import add_history_flags, add_sampling_flags, history_length, load_pipeline
 from .terminal import ARROWS, Keys, check_terminal, draw, open_terminal, write
 
@@ -125,10 +126,8 @@ def play(session: DrivingSession, chunk_length: int = 2) -> float:
     Raises:
         ValueError: If there is no terminal.
     """
-    from ..driving import SAME_KEYS
-
     check_terminal()
-    steering = {control.key for control in session.steering.controls} | set(SAME_KEYS)
+    steering = {control.key for control in key_controls(session.steering.action_space)} | set(SAME_KEYS)
     screen = _Screen(session)
     with suppress(KeyboardInterrupt), ThreadPoolExecutor(1) as worker, open_terminal() as keys:
         ahead = _Ahead(session, chunk_length, worker)
@@ -166,17 +165,15 @@ def follow(session: DrivingSession, script: str, chunk_length: int = 2) -> float
     parts = [_read_part(text, session) for text in script.split()]
     if not parts:
         raise ValueError("`script` must have at least one part, such as right*10, got none.")
-    start = time.perf_counter()
+    space, start = session.steering.action_space, time.perf_counter()
     for pressed, count in parts:
         for done in range(0, count, chunk_length):
-            session.drive(pressed, min(chunk_length, count - done))
+            session.drive(key_command(space, pressed), min(chunk_length, count - done))
     return len(session) / (time.perf_counter() - start)
 
 
 def _read_part(text: str, session: DrivingSession) -> tuple[set[str], int]:
-    from ..driving import SAME_KEYS
-
-    known = {control.key for control in session.steering.controls}
+    known = {control.key for control in key_controls(session.steering.action_space)}
     names = {arrow.removeprefix("Arrow").lower(): arrow for arrow in ARROWS if arrow in known}
     names |= {key: key for key in sorted(known - set(ARROWS))}
     names |= {key: same for key, same in SAME_KEYS.items() if same in known and key not in names}
@@ -203,7 +200,8 @@ class _Ahead:
     def predict(self, keys: Keys) -> None:
         """Start the next prediction with the keys held now, if the last one is finished and nearly all shown."""
         if self._prediction is None and len(self._ready) <= self._chunk_length // 2:
-            self._prediction = self._worker.submit(self._session.drive, keys.held(), self._chunk_length)
+            command = key_command(self._session.steering.action_space, keys.held())
+            self._prediction = self._worker.submit(self._session.drive, command, self._chunk_length)
 
     def due(self) -> PIL.Image.Image | None:
         """Return the next frame if it is time to show it."""
@@ -228,7 +226,7 @@ class _Screen:
     """The frame as large as fits, a line of figures, and a line that explains the keys."""
 
     def __init__(self, session: DrivingSession) -> None:
-        controls = session.steering.controls
+        controls = key_controls(session.steering.action_space)
         keys = {control.key for control in controls}
         self.fps: float = session.pipe.transformer.config.fps or 10
         self.undo = next(key for key in UNDO if key not in keys)
