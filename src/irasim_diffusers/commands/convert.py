@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from .files import check_name, check_output_folder
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -40,8 +42,9 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Read the weights, check every tensor, write a complete pipeline, and print the mapping."""
     output: Path = arguments.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output must be a new or empty folder, got {str(output)!r}.")
+    check_output_folder(output, empty=True)
+    check_name("--checkpoint", arguments.checkpoint)
+    check_name("--vae", arguments.vae)
     config = dict(_read_setting(text) for text in arguments.config)
     if arguments.source == "opensora" and "fps" not in config:
         raise ValueError("--source opensora needs --config fps=<frames per second of your clips>, which it embeds.")
@@ -70,8 +73,8 @@ def _load_vae(name: str) -> AutoencoderKL:
 
     path, _, subfolder = name.partition(":")
     try:
-        return AutoencoderKL.from_pretrained(path, subfolder=subfolder or None)
-    except (OSError, ValueError) as error:
+        return AutoencoderKL.from_pretrained(path, subfolder=subfolder or None, use_safetensors=True)
+    except Exception as error:  # the loaders raise errors of many types for damaged files
         raise ValueError(f"--vae must be an AutoencoderKL, a folder or Hub id, got {name!r}: {error}") from error
 
 

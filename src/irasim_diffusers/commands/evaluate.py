@@ -11,7 +11,8 @@ from typing import Any
 
 from .. import __version__, embedded_checkpoint
 from .dataset import add_dataset_flags, open_dataset
-from .sampling import add_sampling_flags, load_pipeline
+from .files import check_name, check_output_folder
+from .sampling import add_sampling_flags, check_sampling_flags, load_pipeline
 
 NETWORKS = ("lpips", "inception", "i3d")
 
@@ -117,8 +118,13 @@ def _check_flags(arguments: argparse.Namespace) -> Any:
     from ..actions import DERIVATIONS
     from ..evaluation import PROTOCOLS
 
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise ValueError(f"--output must be a folder, got the file {str(arguments.output)!r}.")
+    check_output_folder(arguments.output)
+    for flag in ("save_predictions", "save_truth"):
+        if getattr(arguments, flag) is not None:
+            check_output_folder(getattr(arguments, flag), f"--{flag.replace('_', '-')}")
+    if arguments.predictions is not None:
+        check_name("--predictions", arguments.predictions)
+    check_sampling_flags(arguments)
     for flag, known in (
         ("protocol", [*PROTOCOLS]),
         ("action_derivation", DERIVATIONS),
@@ -128,9 +134,10 @@ def _check_flags(arguments: argparse.Namespace) -> Any:
         if value not in known:
             names = ", ".join(name for name in known if name)
             raise ValueError(f"--{flag.replace('_', '-')} must be one of {names}, got {value!r}.")
-    for flag, value in (("batch-size", arguments.batch_size), ("num-clips", arguments.num_clips)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{flag} must be at least 1, got {value}.")
+    for flag in ("batch_size", "num_clips", "frame_skip", "pad_actions_to", "height", "width", "faithfulness_clips"):
+        value, least = getattr(arguments, flag), 0 if flag == "faithfulness_clips" else 1
+        if value is not None and value < least:
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}.")
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("--height and --width must be given together.")
     return PROTOCOLS[arguments.protocol]
@@ -175,7 +182,7 @@ def _load_predictor(arguments: argparse.Namespace, dataset: Any) -> tuple[Any, A
         setting = {"autoencoder": name, "weights": predictor.autoencoder, "dtype": dtype}
         return folder, encode, setting | {"predictions": str(predictions)}
     predictor.check_dataset(dataset)
-    setting = predictor.setting | {"dtype": dtype}
+    setting = predictor.setting | {"dtype": dtype} | ({"lora": arguments.lora} if arguments.lora else {})
     return predictor, encode, {"model": name or "the embedded Push-T model"} | setting
 
 
