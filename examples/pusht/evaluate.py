@@ -39,6 +39,7 @@ from transformers import HfArgumentParser
 
 import irasim_diffusers
 from irasim_diffusers import IRASimPipeline
+from irasim_diffusers.commands.keys import key_command
 from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.driving import Steering
 from irasim_diffusers.files import temporary_path
@@ -198,7 +199,8 @@ def held_keys(rng: np.random.Generator, steering: Steering, num_actions: int) ->
     actions: list[np.ndarray] = []
     while len(actions) < num_actions:
         pressed = [str(rng.choice(options)) for options in keys]
-        actions += [steering.action(steering.command(pressed)) for _ in range(1 + rng.geometric(0.12))]
+        command = key_command(steering.action_space, pressed)
+        actions += [steering.action(command) for _ in range(1 + rng.geometric(0.12))]
     return np.stack(actions[:num_actions])
 
 

@@ -17,6 +17,7 @@ from conftest import tiny_pipeline
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.cli import _parser, main
+from irasim_diffusers.commands.evaluate import run as run_evaluate
 from irasim_diffusers.data import open_dataset, write_video
 from irasim_diffusers.evaluation import (
     PROTOCOLS,
@@ -360,7 +361,7 @@ def test_commands_of_the_documents_are_understood(page):
     assert commands
     for command in commands:
         arguments = _parser().parse_args(["evaluate", *shlex.split(command, comments=True)])
-        assert arguments.run.__name__ == "run_evaluate"
+        assert arguments.run is run_evaluate
 
 
 def test_published_figures():
@@ -373,7 +374,7 @@ def test_published_figures():
 BAD = [
     (["--num-clips", "0"], "--num-clips must be at least 1, got 0"),
     (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-    (["--height", "8"], "--height and --width go together"),
+    (["--height", "8"], "--height and --width must be given together"),
     (["--height", "16", "--width", "24"], "must be 8x12 .* got 16x24: .*--resize"),
     (["--protocol", "robonet"], r"must be \(256, 256\) .* under the protocol robonet, got \(8, 12\)"),
     (["--protocol", "irasim-short-release"], "sides divisible by 16"),
