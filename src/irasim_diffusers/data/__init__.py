@@ -3,7 +3,8 @@
 from .clips import LatentClips, MixedClips, action_normalisation, cache_latents, episode_states, standardised_states
 from .episode import CameraLayout, Episode, EpisodeSource, camera_layout, check_mixture, first_readable, tile
 from .irasim_release import IRASimFolder
-from .lerobot import LeRobotFolder, is_written, write_file, write_metadata
+from .lerobot import LeRobotFolder
+from .lerobot_writer import is_written, write_file, write_metadata
 from .prepared import PreparedEpisodes, frame_skip_for
 from .publish import publish_lerobot, write_dataset_card, write_lerobot
 from .sources import open_dataset
