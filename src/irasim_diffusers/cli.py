@@ -202,6 +202,7 @@ def _add_evaluate(commands: Any) -> None:
         action="store_true",
         help="resize frames for a model of another size, and predictions to the truth's",
     )
+    add("--skip-broken", action="store_true", help="skip episodes that cannot be read, and list them in the report")
     add(
         "--height",
         type=int,
@@ -316,6 +317,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             backbones=_load_backbones(arguments),
             faithfulness_clips=arguments.faithfulness_clips,
             ways=arguments.ways,
+            skip_broken=arguments.skip_broken,
             save_predictions=arguments.save_predictions,
             save_truth=arguments.save_truth,
             published=arguments.published,

@@ -68,7 +68,7 @@ def cache_latents(
         json.dumps(
             {
                 "data": dataset.identity,
-                "vae": None if vae is None else _fingerprint(vae),
+                "vae": None if vae is None else fingerprint(vae),
                 "recorded": scale,
                 "mixed_precision": mixed_precision and not recorded and vae is not None,
                 "episodes_per_file": episodes_per_file,
@@ -265,10 +265,10 @@ def _encode(vae: AutoencoderKL | None, frames: np.ndarray, batch_size: int, mixe
     return torch.cat(latents).contiguous()
 
 
-def _fingerprint(vae: AutoencoderKL) -> str:
-    """Hash of every weight."""
+def fingerprint(module: torch.nn.Module) -> str:
+    """Return a hash of the weights of a module."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
