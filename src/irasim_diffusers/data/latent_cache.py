@@ -144,7 +144,7 @@ def _identity(
     """Everything that determines the content of the cache, as it reads back from JSON."""
     identity = {
         "data": dataset.identity,
-        "vae": None if vae is None else _fingerprint(vae),
+        "vae": None if vae is None else fingerprint(vae),
         "recorded": vae.config.scaling_factor if vae is not None and recorded else None,
         "mixed_precision": mixed_precision and not recorded and vae is not None,
         "episodes_per_file": episodes_per_file,
@@ -152,10 +152,10 @@ def _identity(
     return json.loads(json.dumps(identity))
 
 
-def _fingerprint(vae: AutoencoderKL) -> str:
+def fingerprint(module: torch.nn.Module) -> str:
     """Hash of all weights."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
