@@ -1,7 +1,6 @@
 """Evaluation of world models on recorded clips, by named protocols."""
 
 from .predictors import ClipData, ClipReader, FolderPredictor, PipelinePredictor, Prediction, save_prediction
-from .preference import Answer, Comparison, PreferenceStudy
 from .protocols import PROTOCOLS, PUBLISHED_DATASETS, Clip, Protocol, find_clips, published_figures
 from .report import markdown, summarise, write_report
 from .run import Evaluation, evaluate
@@ -10,17 +9,14 @@ from .scores import Backbones, features_of_clip, score_clip
 __all__ = [
     "PROTOCOLS",
     "PUBLISHED_DATASETS",
-    "Answer",
     "Backbones",
     "Clip",
     "ClipData",
     "ClipReader",
-    "Comparison",
     "Evaluation",
     "FolderPredictor",
     "PipelinePredictor",
     "Prediction",
-    "PreferenceStudy",
     "Protocol",
     "evaluate",
     "features_of_clip",
