@@ -153,7 +153,7 @@ def _identity(
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """Hash of all weights."""
+    """Return a hash of the weights of a module."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())

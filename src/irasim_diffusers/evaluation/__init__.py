@@ -10,7 +10,6 @@ from .predictors import (
     WorldModelPredictor,
     save_prediction,
 )
-from .preference import Answer, Comparison, PreferenceStudy
 from .protocols import PROTOCOLS, PUBLISHED_DATASETS, Clip, EvaluationProtocol, find_clips, published_figures
 from .report import markdown, summarise, write_report
 from .run import Evaluation, evaluate
@@ -19,19 +18,16 @@ from .scores import Backbones, features_of_clip, score_clip
 __all__ = [
     "PROTOCOLS",
     "PUBLISHED_DATASETS",
-    "Answer",
     "Backbones",
     "Clip",
     "ClipData",
     "ClipReader",
-    "Comparison",
     "Evaluation",
     "EvaluationCounter",
     "EvaluationProtocol",
     "FolderPredictor",
     "PipelinePredictor",
     "Prediction",
-    "PreferenceStudy",
     "WorldModelPredictor",
     "evaluate",
     "features_of_clip",
