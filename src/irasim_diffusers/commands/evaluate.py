@@ -54,6 +54,7 @@ def add_parser(subparsers: Any) -> None:
     add("--i3d", metavar="FILE", help="FVD; StyleGAN-V's i3d_torchscript.pt. Loading it runs code of the file")
     add("--batch-size", type=int, default=8, help="windows predicted together (default: %(default)s)")
     add("--resize", action="store_true", help="resize frames to the model's size, and predictions to the truth's")
+    add("--skip-broken", action="store_true", help="skip episodes that cannot be read, and list them in the report")
 
 
 def _add_data_preparation(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
             encode=encode,
             backbones=_load_backbones(arguments),
             faithfulness_clips=arguments.faithfulness_clips,
+            skip_broken=arguments.skip_broken,
             ways=arguments.ways,
             save_predictions=arguments.save_predictions,
             save_truth=arguments.save_truth,
