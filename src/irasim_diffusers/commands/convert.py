@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from .files import check_name, check_output_folder
+from .sampling import check_weights, quiet_loading
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -62,6 +63,11 @@ def run(arguments: argparse.Namespace) -> None:
             f"--vae must have {transformer.config.in_channels} latent channels, as the weights, got {arguments.vae!r} with "
             f"{vae.config.latent_channels}."
         )
+    size, patch = (transformer.config.sample_height, transformer.config.sample_width), transformer.config.patch_size
+    if any(side % patch for side in size):
+        raise ValueError(
+            f"--config sample_height and sample_width must be divisible by the patch size {patch}, got {size[0]} and {size[1]}."
+        )
     with temporary_folder(output) as partial:
         IRASimPipeline(vae, transformer, _scheduler(transformer)).save_pretrained(partial)
     print(report)
@@ -73,7 +79,10 @@ def _load_vae(name: str) -> AutoencoderKL:
 
     path, _, subfolder = name.partition(":")
     try:
-        return AutoencoderKL.from_pretrained(path, subfolder=subfolder or None, use_safetensors=True)
+        with quiet_loading() as warnings:
+            vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder or None, use_safetensors=True)
+        check_weights({"vae": vae}, warnings)
+        return vae
     except Exception as error:  # the loaders raise errors of many types for damaged files
         raise ValueError(f"--vae must be an AutoencoderKL, a folder or Hub id, got {name!r}: {error}") from error
 

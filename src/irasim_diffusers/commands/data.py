@@ -34,6 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     output: Path = arguments.output
     check_output_folder(output)
+    if arguments.push_to_hub is not None:
+        _check_repo_id(arguments.push_to_hub)
     source = open_dataset(arguments)
     progress = _Progress(len(source), arguments.push_to_hub)
     with closing(progress):
@@ -53,6 +55,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.push_to_hub:
         publish_lerobot(folder, arguments.push_to_hub)
         print(f"published as {arguments.push_to_hub}")
+
+
+def _check_repo_id(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"--push-to-hub must be ORG/NAME, got {name!r}: {error}") from error
 
 
 class _Progress:

@@ -31,6 +31,8 @@ def open_dataset(arguments: argparse.Namespace) -> Any:
     from ..data import open_dataset
 
     check_name("--dataset", arguments.dataset)
+    if arguments.split == "":
+        raise ValueError("--split must be the name of a split, got an empty one.")
     if arguments.fps is not None and not 0 < arguments.fps < math.inf:
         raise ValueError(f"--fps must be positive, got {arguments.fps:g}.")
     return open_dataset(

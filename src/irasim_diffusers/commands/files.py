@@ -79,6 +79,7 @@ def read_actions(path: Path) -> np.ndarray:
     """
     readers = {".npy": _read_npy, ".csv": _read_csv, ".json": _read_json}
     reader = readers.get(path.suffix.lower())
+    check_name("--actions", path)
     if reader is None:
         raise ValueError(f"--actions must be a .npy, .csv or .json file, got {str(path)!r}.")
     if not path.is_file():

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SYMBOLS = dict(zip(ARROWS, "↑↓→←", strict=True))
 END = {"q", "\x03"}  # \x03: Ctrl-C
 RESET = {"0", "Backspace"}
+MAX_SPEED = 1000  # normalised actions per frame
 UNDO = ("u", "z")  # the first that does not steer: u turns an arm
 
 
@@ -82,8 +83,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_output(arguments.output, ".mp4", inputs)
     check_output(arguments.output.with_suffix(".npy"), ".npy", inputs)
     check_sampling_flags(arguments)
-    if not 0 < arguments.speed < float("inf"):
-        raise ValueError(f"--speed must be positive, got {arguments.speed}.")
+    if not 0 < arguments.speed <= MAX_SPEED:
+        raise ValueError(f"--speed must be positive and at most {MAX_SPEED}, got {arguments.speed}.")
     if not 1 <= arguments.chunk <= DrivingSession.longest_step:
         raise ValueError(f"--chunk must be in [1, {DrivingSession.longest_step}], got {arguments.chunk}.")
     session = _open_session(arguments)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,7 @@ def check_sampling_flags(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be in [0, 2**63), got {arguments.seed}.")
     if arguments.device != "auto":
         try:
-            torch.empty(0, device=arguments.device)
+            torch.zeros(1, device=arguments.device).item()  # fails on "meta", too
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(
                 f"--device must be a device of this machine, got {arguments.device!r}: {error}"
@@ -106,47 +107,73 @@ def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
     if dtype == torch.float16:  # SDXL's autoencoder overflows in float16
         dtype = {"default": dtype, "vae": torch.float32}
     try:
-        with _no_loading_bar():
+        with quiet_loading() as warnings:
             pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=dtype)
+        check_weights(pipeline.components, warnings)
     except Exception as error:  # the loaders raise errors of many types for damaged files
         raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {error}") from error
     if arguments.lora:
         try:
-            pipeline.load_lora_weights(arguments.lora)
+            with quiet_loading() as warnings:
+                pipeline.load_lora_weights(arguments.lora)
+            check_weights(pipeline.components, warnings)
         except Exception as error:
             raise ValueError(
                 f"--lora must be a folder, file or Hub id of LoRA weights for this model, got {arguments.lora!r}: {error}"
             ) from error
-    _check_weights(pipeline)
+    most = pipeline.scheduler.config.num_train_timesteps
+    if arguments.steps is not None and arguments.steps > most:
+        raise ValueError(f"--steps must be at most {most}, the timesteps in training, got {arguments.steps}.")
     if arguments.scheduler:
         _set_scheduler(pipeline, arguments.scheduler)
     return pipeline.to(device)
 
 
 @contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    """Disable the progress bar of diffusers: bars start after the checks, and some checks need the model."""
-    from diffusers.utils import logging
+def quiet_loading() -> Iterator[list[str]]:
+    """Collect the warnings of diffusers instead of printing them, and disable its progress bar.
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    Bars start after the checks, some of which need the model.
+    """
+    from diffusers.utils import logging as diffusers_logging
+
+    messages: list[str] = []
+    collector = logging.Handler()
+    collector.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger, shown = logging.getLogger("diffusers"), diffusers_logging.is_progress_bar_enabled()
+    handlers, logger.handlers = logger.handlers, [collector]
+    diffusers_logging.disable_progress_bar()
     try:
-        yield
+        yield messages
     finally:
+        logger.handlers = handlers
         if shown:
-            logging.enable_progress_bar()
+            diffusers_logging.enable_progress_bar()
 
 
-def _check_weights(pipeline: IRASimPipeline) -> None:
-    """Raise ValueError if a weight is NaN or infinite, such as after a training that diverged."""
+def check_weights(components: Mapping[str, Any], warnings: list[str]) -> None:
+    """Check the weights of loaded models.
+
+    Args:
+        components: Components of a pipeline by name.
+        warnings: Messages of `quiet_loading`.
+
+    Raises:
+        ValueError: If weights are missing, unknown to the model, NaN (after a training that diverged) or infinite.
+    """
     import torch
 
-    for name, component in pipeline.components.items():
+    for message in warnings:
+        if "were not used" in message:
+            raise ValueError(f"the config describes another model than the weights: {message}")
+    for name, component in components.items():
         if isinstance(component, torch.nn.Module):
             for key, weight in component.state_dict().items():
+                if weight.is_meta:
+                    raise ValueError(f"the file of weights has no {name}.{key}.")
                 if not torch.isfinite(weight).all():
                     raise ValueError(
-                        f"--model must have finite weights, got NaN or infinity in {name}.{key}: use an earlier checkpoint, or "
+                        f"weights must be finite, got NaN or infinity in {name}.{key}: use an earlier checkpoint, or "
                         "--dtype float32 if the weights exceed the range of float16."
                     )
 
@@ -160,7 +187,8 @@ def _set_scheduler(pipeline: IRASimPipeline, name: str) -> None:
         changes["prediction_type"] = "v_prediction"  # which every scheduler supports
     if "clip_sample" in inspect.signature(scheduler_class.__init__).parameters:
         changes["clip_sample"] = False  # the config of PNDMScheduler has no such entry, and DDIM's default is True
-    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **changes)
+    with quiet_loading():
+        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **changes)
     try:
         pipeline.check_scheduler()
     except ValueError as error:
