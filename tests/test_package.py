@@ -29,6 +29,9 @@ ALLOWED = {
     "pictures": set(),
     "driving": {"action_space", "actions", "data", "pipelines", "rollout"},
     "play": {"driving"},
+    "rewards": {"rollout"},
+    "planning": {"action_space", "rollout"},
+    "policies": {"action_space", "planning", "rollout"},
     "evaluation": {"actions", "data", "metrics", "pictures", "pipelines", "rollout"},
 }
 
