@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -99,7 +100,7 @@ class FrameRegressor(ModelMixin, ConfigMixin):
     Args:
         sample_height: Height of the frames in pixels.
         sample_width: Width of the frames in pixels.
-        channels: Channels of the stages; each stage halves the resolution.
+        channels: Channels of the stem, which divides the resolution by 4, and of the stages, which halve it.
         feature_dim: Number of features before the output layer.
         target: Name of the score, for information.
     """
@@ -111,28 +112,29 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         self,
         sample_height: int = 96,
         sample_width: int = 96,
-        channels: Sequence[int] = (16, 32, 48, 64),
-        feature_dim: int = 64,
+        channels: Sequence[int] = (32, 48, 64),
+        feature_dim: int = 48,
         target: str = "iou",
     ) -> None:
         super().__init__()
-        if min(sample_height, sample_width) < 2 ** len(channels):
+        shrink = 2 ** (len(channels) + 1)
+        if not channels or min(sample_height, sample_width) < shrink:
             raise ValueError(
-                f"`sample_height` and `sample_width` must be at least {2 ** len(channels)} for {len(channels)} stages, got "
-                f"{sample_height} and {sample_width}: use fewer `channels`."
+                f"`sample_height` and `sample_width` must be at least {shrink} for {len(channels)} `channels`, got "
+                f"{sample_height} and {sample_width}: use fewer stages."
             )
-        inputs = (3, *channels[:-1])
+        self.stem = nn.Conv2d(3, channels[0], 6, stride=4, padding=1)
         self.stages = nn.ModuleList(
             nn.Sequential(
+                nn.SiLU(),
                 nn.Conv2d(before, after, 3, stride=2, padding=1),
                 nn.GroupNorm(math.gcd(after, 8), after),
                 nn.SiLU(),
                 nn.Conv2d(after, after, 3, padding=1),
-                nn.SiLU(),
             )
-            for before, after in zip(inputs, channels, strict=True)
+            for before, after in pairwise(channels)
         )
-        rows, columns = (math.ceil(size / 2 ** len(channels)) for size in (sample_height, sample_width))
+        rows, columns = (math.ceil((size // 4) / 2 ** (len(channels) - 1)) for size in (sample_height, sample_width))
         self.project = nn.Linear(channels[-1] * rows * columns, feature_dim)
         self.out = nn.Linear(feature_dim, 1)
 
@@ -152,10 +154,10 @@ class FrameRegressor(ModelMixin, ConfigMixin):
                 f"`frames` must be (..., 3, {self.frame_size[0]}, {self.frame_size[1]}) for this regressor, got "
                 f"{tuple(frames.shape)}."
             )
-        hidden = frames.reshape(-1, *frames.shape[-3:]).to(self.dtype) * 2 - 1
+        hidden = self.stem(frames.reshape(-1, *frames.shape[-3:]).to(self.dtype) * 2 - 1)
         for stage in self.stages:
             hidden = stage(hidden)
-        return functional.silu(self.project(hidden.flatten(1))).reshape(*frames.shape[:-3], -1)
+        return functional.silu(self.project(functional.silu(hidden).flatten(1))).reshape(*frames.shape[:-3], -1)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """Scores (...) in [0, 1] of frames (..., 3, H, W) in [0, 1]."""
