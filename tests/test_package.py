@@ -28,6 +28,9 @@ ALLOWED = {
     "conversion": {"models"},
     "pictures": set(),
     "driving": {"action_space", "actions", "data", "pipelines", "rollout"},
+    "rewards": {"rollout"},
+    "planning": {"action_space", "rollout"},
+    "policies": {"action_space", "planning", "rollout"},
     "evaluation": {"actions", "data", "metrics", "pictures", "pipelines", "rollout"},
     "cli": {"commands", "__version__"},
 }
