@@ -29,6 +29,9 @@ ALLOWED = {
     "pictures": set(),
     "driving": {"action_space", "actions", "data", "pipelines", "rollout"},
     "play": {"driving"},
+    "envs": {"actions", "devices", "embedded_checkpoint", "models", "pipelines", "rollout", "starts"},
+    "lerobot": {"embedded_checkpoint", "envs"},
+    "starts": set(),
     "evaluation": {"actions", "data", "metrics", "pictures", "pipelines", "rollout"},
 }
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
 from .driving import DrivingSession, Steering
-from .models import PRESETS, UNET_PRESETS, IRASimTransformer3DModel, UNetTrajectoryModel
+from .models import PRESETS, UNET_PRESETS, IRASimTransformer3DModel, ProprioceptionModel, UNetTrajectoryModel
 from .pipelines import IRASimPipeline, IRASimPipelineOutput
 from .rollout import RolloutState, WorldModel, roll
 from .version import __version__
@@ -33,6 +33,7 @@ __all__ = [
     "IRASimPipeline",
     "IRASimPipelineOutput",
     "IRASimTransformer3DModel",
+    "ProprioceptionModel",
     "RolloutState",
     "Steering",
     "UNetTrajectoryModel",
