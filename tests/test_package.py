@@ -28,6 +28,12 @@ ALLOWED = {
     "conversion": {"models"},
     "pictures": set(),
     "driving": {"action_space", "actions", "data", "pipelines", "rollout"},
+    "rewards": {"rollout"},
+    "planning": {"action_space", "rollout"},
+    "policies": {"action_space", "planning", "rollout"},
+    "envs": {"actions", "devices", "embedded_checkpoint", "models", "pipelines", "rollout", "starts"},
+    "lerobot": {"embedded_checkpoint", "envs"},
+    "starts": set(),
     "evaluation": {"actions", "data", "metrics", "pictures", "pipelines", "rollout"},
     "cli": {"commands", "__version__"},
 }

@@ -209,7 +209,7 @@ def _metadata(path: Path) -> tuple[int, dict[str, str]]:
 def _checksum(tensors: dict[str, torch.Tensor]) -> int:
     checksum = 0
     for name, tensor in sorted(tensors.items()):
-        checksum = zlib.crc32(tensor.numpy(), zlib.crc32(name.encode(), checksum))
+        checksum = zlib.crc32(tensor.numpy().data, zlib.crc32(name.encode(), checksum))
     return checksum
 
 
