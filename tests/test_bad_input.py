@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import PIL.Image
 import pytest
@@ -62,6 +64,12 @@ def workspace(tmp_path_factory):
     return root
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Names that are no folder must not be searched on the Hub."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
 def write_models(root):
     def copy(name):
         return shutil.copytree(root / "model", root / name)
@@ -86,7 +94,9 @@ def write_models(root):
         copy(name)
         bad = {**tensors, key: torch.full_like(tensors[key], value)}
         save_file(bad, root / name / weights, metadata={"format": "pt"})
-    save_file({**tensors, key: tensors[key][..., :1].clone()}, copy("other-shape") / weights, metadata={"format": "pt"})
+    save_file(
+        {**tensors, key: tensors[key][..., :1].clone()}, copy("other-shape") / weights, metadata={"format": "pt"}
+    )
     few = dict(list(tensors.items())[3:])
     save_file(few, copy("missing-tensor") / weights, metadata={"format": "pt"})
     for name, entries in (
@@ -212,13 +222,28 @@ def write_episodes(root, rng):
     (write("no-video", (16,)) / "videos" / "0.mp4").unlink()
     (write("cut-video", (16,)) / "videos" / "0.mp4").write_bytes(b"no video")
     write("no-actions", (16,), lambda annotation: {"video_path": annotation["video_path"]})
-    for name, place in (("nan-actions", float("nan")), ("huge-actions", 1e39), ("word-actions", "one")):
+    for name, place in (("nan-actions", float("nan")), ("word-actions", "one")):
         write(name, (16,), lambda a, place=place: a | {"actions": [[place, 0, 0], *a["actions"][1:]]})
     write("ragged-actions", (16,), lambda a: a | {"actions": [[0], *a["actions"][1:]]})
     write("few-actions", (16,), lambda a: a | {"actions": a["actions"][:5]})
     write("outside", (16,), lambda a: a | {"video_path": "../../../etc/passwd"})
     (root / "no-episodes" / "annotation" / "test").mkdir(parents=True)
-    assert main(["data", "--dataset", str(root / "data"), "--split", "test", "--fps", "5", "--output", str(root / "lerobot")]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "--dataset",
+                str(root / "data"),
+                "--split",
+                "test",
+                "--fps",
+                "5",
+                "--output",
+                str(root / "lerobot"),
+            ]
+        )
+        == 0
+    )
 
     def copy(name):
         return shutil.copytree(root / "lerobot", root / name)
@@ -234,14 +259,12 @@ def write_episodes(root, rng):
         path.write_bytes(path.read_bytes()[:100])
     for path in (copy("cut-videos") / "videos").rglob("*.mp4"):
         path.write_bytes(b"no video")
-    (root / "predictions").mkdir()
-    np.savez(root / "predictions" / "000000-000000.npz", frames=np.zeros((3, 8, 12, 3), np.uint8))
 
 
 def write_checkpoints(root):
     torch.manual_seed(0)
     latte_model(heads=2, head=6, depth=1, patch=2, channels=4, frames=4).save_pretrained(root / "latte")
-    state = released_state("rt1", False, dim=24, depth=2, patch=2, frames=4, channels=4, rows=2, columns=3)
+    state = released_state("rt1", False, dim=24, depth=2, patch=2, frames=4, channels=4, rows=16, columns=20)
     torch.save({"ema": state}, root / "released.pt")
     (root / "cut.pt").write_bytes((root / "released.pt").read_bytes()[:500])
     (root / "empty.pt").write_bytes(b"")
@@ -329,7 +352,10 @@ FRAME_ROWS = [  # of every command that starts from frames
     ({"--frames": "short.mp4"}, "--frames must hold at least the history of 2 frames, got 1"),
     ({"--frames": ["frame.png", "frame.png"]}, "must be 8x12"),
     ({"--frames": ["frame.png", "large.png"]}, "--frames must form a rectangle"),
-    ({"--frames": ["frame.png", "video.mp4"]}, "--frames must have the same number of frames for each camera, got 1, 6"),
+    (
+        {"--frames": ["frame.png", "video.mp4"]},
+        "--frames must have the same number of frames for each camera, got 1, 6",
+    ),
     ({"--frames": "frame.png,missing.png"}, "got 'missing.png', which does not exist"),
     (
         {"--model": "three-cameras", "--frames": ["frame.png", "frame.png"]},
@@ -473,7 +499,7 @@ ROWS = [
     ("convert", RELEASED | {"--checkpoint": "empty.pt"}, "empty.pt"),
     ("convert", RELEASED | {"--checkpoint": "text.pt"}, "text.pt"),
     ("convert", RELEASED | {"--checkpoint": "list.pt"}, "list.pt"),
-    ("convert", RELEASED | {"--checkpoint": "nan.pt"}, "nan.pt"),
+    ("convert", RELEASED | {"--checkpoint": "nan.pt"}, "NaN or infinite values"),
     ("convert", RELEASED | {"--checkpoint": "no-ema.pt"}, "contains no 'ema' weights"),
     ("convert", RELEASED | {"--dataset": "languagetable"}, "tensors do not fit"),
     ("convert", {"--source": "opensora"}, "--source opensora needs --config fps"),
@@ -495,15 +521,10 @@ DATA_ROWS = [  # of every command that reads episodes
     ({"--dataset": "cut-video"}, "0.mp4"),
     ({"--dataset": "no-actions"}, "0.json"),
     ({"--dataset": "nan-actions"}, "finite"),
-    ({"--dataset": "huge-actions"}, "finite"),
     ({"--dataset": "word-actions"}, "actions"),
     ({"--dataset": "ragged-actions"}, "actions"),
     ({"--dataset": "few-actions"}, "actions"),
     ({"--dataset": "outside"}, "passwd"),
-    ({"--dataset": "cut-info"}, "info.json"),
-    ({"--dataset": "latin-info"}, "info.json"),
-    ({"--dataset": "list-info"}, "info.json"),
-    ({"--dataset": "no-features"}, "info.json"),
     ({"--dataset": "no-data", "--split": "train"}, "data"),
     ({"--dataset": "no-videos", "--split": "train"}, "videos"),
     ({"--dataset": "no-meta-episodes", "--split": "train"}, "episodes"),
@@ -553,7 +574,7 @@ ROWS += [
     ("evaluate", {"--height": "0", "--width": "12"}, "--height must be at least 1, got 0"),
     ("evaluate", {"--height": "8", "--width": "-1"}, "--width must be at least 1, got -1"),
     ("evaluate", {"--height": "16", "--width": "24"}, "must be 8x12"),
-    ("evaluate", {"--height": "1000000000", "--width": "1000000000"}, "1000000000"),
+    ("evaluate", {"--height": "1000000000", "--width": "1000000000"}, "--height must be at most 8192, got 1000000000"),
     ("evaluate", {"--frame-skip": "0"}, "--frame-skip must be at least 1, got 0"),
     ("evaluate", {"--frame-skip": "-2"}, "--frame-skip must be at least 1, got -2"),
     ("evaluate", {"--frame-skip": "1000"}, "frame"),
@@ -567,17 +588,13 @@ ROWS += [
     ("evaluate", {"--published": "robonet"}, "`published` must be one of"),
     ("evaluate", {"--predictions": "nowhere"}, "--predictions must be a folder, got 'nowhere'"),
     ("evaluate", {"--predictions": "file"}, "--predictions must be a folder, got 'file'"),
-    ("evaluate", {"--predictions": "empty", "--model": None}, "empty"),
-    ("evaluate", {"--predictions": "predictions", "--model": None}, "000000-000000"),
     ("evaluate", {"--predictions": "a\0b"}, "--predictions must be a path without NUL"),
     ("evaluate", {"--save-predictions": "file"}, "--save-predictions must be a folder, got the file 'file'"),
     ("evaluate", {"--save-predictions": "/proc/new"}, "--save-predictions must be writable"),
     ("evaluate", {"--save-truth": "file"}, "--save-truth must be a folder, got the file 'file'"),
     ("evaluate", {"--i3d": "nowhere.pt"}, "`i3d` must be the file i3d_torchscript.pt"),
     ("evaluate", {"--i3d": "frame.png"}, "i3d"),
-    ("evaluate", {"--inception": "nowhere.pth"}, "nception"),
     ("evaluate", {"--lpips": "nowhere.pth"}, "lpips"),
-    ("evaluate", {"--output": "full"}, "full"),
 ]
 
 
@@ -612,11 +629,15 @@ def identifier(row):
 def test_bad_input_is_one_line_and_changes_nothing(workspace, monkeypatch, capfd, command, change, message):
     monkeypatch.chdir(workspace)
     before = listing(workspace)
-    try:
-        status = main(command_line(command, change))
-    except SystemExit as stop:
-        status = stop.code
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", DeprecationWarning)  # as in a process of the user
+        try:
+            status = main(command_line(command, change))
+        except SystemExit as stop:
+            status = stop.code
     captured = capfd.readouterr()
+    assert shown == []
     assert (status, captured.out) == (2, ""), captured.err
     assert "Traceback" not in captured.err
     (line,) = lines_of(captured.err)

@@ -79,9 +79,9 @@ def _load_vae(name: str) -> AutoencoderKL:
 
     path, _, subfolder = name.partition(":")
     try:
-        with quiet_loading() as warnings:
+        with quiet_loading() as messages:
             vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder or None, use_safetensors=True)
-        check_weights({"vae": vae}, warnings)
+        check_weights({"vae": vae}, messages)
         return vae
     except Exception as error:  # the loaders raise errors of many types for damaged files
         raise ValueError(f"--vae must be an AutoencoderKL, a folder or Hub id, got {name!r}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import time
 from datetime import timedelta
@@ -15,6 +16,7 @@ from .files import check_name, check_output_folder
 from .sampling import add_sampling_flags, check_sampling_flags, load_pipeline
 
 NETWORKS = ("lpips", "inception", "i3d")
+MAX_SIDE = 8192  # pixels
 
 
 def add_parser(subparsers: Any) -> None:
@@ -136,10 +138,12 @@ def _check_flags(arguments: argparse.Namespace) -> Any:
         if value not in known:
             names = ", ".join(name for name in known if name)
             raise ValueError(f"--{flag.replace('_', '-')} must be one of {names}, got {value!r}.")
-    for flag in ("batch_size", "num_clips", "frame_skip", "pad_actions_to", "height", "width", "faithfulness_clips"):
-        value, least = getattr(arguments, flag), 0 if flag == "faithfulness_clips" else 1
-        if value is not None and value < least:
-            raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, got {value}.")
+    least = dict.fromkeys(("batch_size", "num_clips", "frame_skip", "pad_actions_to", "height", "width"), 1)
+    for flag, low in (least | {"faithfulness_clips": 0}).items():
+        value, high = getattr(arguments, flag), MAX_SIDE if flag in ("height", "width") else math.inf
+        if value is not None and not low <= value <= high:
+            limit = f"at least {low}" if value < low else f"at most {high}"
+            raise ValueError(f"--{flag.replace('_', '-')} must be {limit}, got {value}.")
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("--height and --width must be given together.")
     return PROTOCOLS[arguments.protocol]
@@ -171,7 +175,7 @@ def _load_predictor(arguments: argparse.Namespace, dataset: Any) -> tuple[Any, A
         folder = FolderPredictor(predictions, arguments.resize)
         if name is None:
             return folder, None, {"predictions": str(predictions)}
-    arguments.model = name or str(embedded_checkpoint())
+    arguments.model = str(embedded_checkpoint()) if name is None else name
     pipeline = load_pipeline(arguments)
     pipeline.set_progress_bar_config(disable=True)
     predictor = PipelinePredictor(pipeline, arguments.steps, arguments.seed, arguments.resize, arguments.batch_size)

@@ -46,7 +46,7 @@ def _read_image(path: Path) -> np.ndarray:
     try:
         with PIL.Image.open(path) as image:
             if image.mode in IMAGE_MODES:
-                return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+                return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
             mode = image.mode
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"--frames must be a readable image, got {str(path)!r}: {error}.") from error

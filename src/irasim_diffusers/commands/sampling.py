@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,16 +108,16 @@ def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
     if dtype == torch.float16:  # SDXL's autoencoder overflows in float16
         dtype = {"default": dtype, "vae": torch.float32}
     try:
-        with quiet_loading() as warnings:
+        with quiet_loading() as messages:
             pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=dtype)
-        check_weights(pipeline.components, warnings)
+        check_weights(pipeline.components, messages)
     except Exception as error:  # the loaders raise errors of many types for damaged files
         raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {error}") from error
     if arguments.lora:
         try:
-            with quiet_loading() as warnings:
+            with quiet_loading() as messages:
                 pipeline.load_lora_weights(arguments.lora)
-            check_weights(pipeline.components, warnings)
+            check_weights(pipeline.components, messages)
         except Exception as error:
             raise ValueError(
                 f"--lora must be a folder, file or Hub id of LoRA weights for this model, got {arguments.lora!r}: {error}"
@@ -131,7 +132,7 @@ def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
 
 @contextmanager
 def quiet_loading() -> Iterator[list[str]]:
-    """Collect the warnings of diffusers instead of printing them, and disable its progress bar.
+    """Collect the log messages of diffusers instead of printing them, and disable its warnings and progress bar.
 
     Bars start after the checks, some of which need the model.
     """
@@ -144,26 +145,28 @@ def quiet_loading() -> Iterator[list[str]]:
     handlers, logger.handlers = logger.handlers, [collector]
     diffusers_logging.disable_progress_bar()
     try:
-        yield messages
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield messages
     finally:
         logger.handlers = handlers
         if shown:
             diffusers_logging.enable_progress_bar()
 
 
-def check_weights(components: Mapping[str, Any], warnings: list[str]) -> None:
+def check_weights(components: Mapping[str, Any], messages: list[str]) -> None:
     """Check the weights of loaded models.
 
     Args:
         components: Components of a pipeline by name.
-        warnings: Messages of `quiet_loading`.
+        messages: Messages of `quiet_loading`.
 
     Raises:
         ValueError: If weights are missing, unknown to the model, NaN (after a training that diverged) or infinite.
     """
     import torch
 
-    for message in warnings:
+    for message in messages:
         if "were not used" in message:
             raise ValueError(f"the config describes another model than the weights: {message}")
     for name, component in components.items():
