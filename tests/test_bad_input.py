@@ -318,6 +318,8 @@ MODEL_ROWS = [  # of every command that loads a model
     ({"--steps": "0"}, "--steps must be at least 1, got 0"),
     ({"--steps": "-3"}, "--steps must be at least 1, got -3"),
     ({"--steps": "1000000000"}, "--steps must be at most 1000, the timesteps in training, got 1000000000"),
+    ({"--steps": "1000"}, "--steps must be less than 1000 for the PNDMScheduler of this model"),
+    ({"--steps": "100", "--scheduler": "lcm"}, "100"),
     ({"--steps": "two"}, "argument --steps: invalid int value: 'two'"),
     ({"--steps": "2.5"}, "argument --steps: invalid int value: '2.5'"),
     ({"--seed": "-1"}, "--seed must be in [0, 2**63), got -1"),

@@ -122,11 +122,10 @@ def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
             raise ValueError(
                 f"--lora must be a folder, file or Hub id of LoRA weights for this model, got {arguments.lora!r}: {error}"
             ) from error
-    most = pipeline.scheduler.config.num_train_timesteps
-    if arguments.steps is not None and arguments.steps > most:
-        raise ValueError(f"--steps must be at most {most}, the timesteps in training, got {arguments.steps}.")
     if arguments.scheduler:
         _set_scheduler(pipeline, arguments.scheduler)
+    if arguments.steps is not None:
+        _check_steps(pipeline.scheduler, arguments.steps)
     return pipeline.to(device)
 
 
@@ -196,6 +195,21 @@ def _set_scheduler(pipeline: IRASimPipeline, name: str) -> None:
         pipeline.check_scheduler()
     except ValueError as error:
         raise ValueError(f"--scheduler {name} does not fit the model: {error}") from error
+
+
+def _check_steps(scheduler: Any, steps: int) -> None:
+    """Raise ValueError if a scheduler has no timesteps in the range of training for a number of steps."""
+    most = scheduler.config.num_train_timesteps
+    if steps > most:
+        raise ValueError(f"--steps must be at most {most}, the timesteps in training, got {steps}.")
+    if not hasattr(scheduler, "alphas_cumprod"):
+        return
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError:
+        return  # the pipeline checks this case, with an explanation
+    if scheduler.timesteps.max() >= most:  # `steps_offset` moves the timesteps
+        raise ValueError(f"--steps must be less than {steps} for the {type(scheduler).__name__} of this model.")
 
 
 def frame_files(arguments: argparse.Namespace) -> list[list[Path]]:
