@@ -34,7 +34,7 @@ ALLOWED = {
     "envs": {"actions", "devices", "embedded_checkpoint", "models", "pipelines", "rollout", "starts"},
     "lerobot": {"embedded_checkpoint", "envs"},
     "starts": set(),
-    "evaluation": {"actions", "data", "metrics", "pictures", "pipelines", "rollout"},
+    "evaluation": {"actions", "data", "envs", "metrics", "pictures", "pipelines", "policies", "rollout", "starts"},
     "cli": {"commands", "__version__"},
 }
 
