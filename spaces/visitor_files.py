@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from irasim_diffusers.cli import IMAGE_SUFFIXES, read_actions
+from irasim_diffusers.commands.files import IMAGE_SUFFIXES, read_actions
 from irasim_diffusers.data import iterate_video
 from irasim_diffusers.pictures import resize_video as resize
 

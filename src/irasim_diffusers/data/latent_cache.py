@@ -144,7 +144,7 @@ def _identity(
     """Everything that determines the content of the cache, as it reads back from JSON."""
     identity = {
         "data": dataset.identity,
-        "vae": None if vae is None else _fingerprint(vae),
+        "vae": None if vae is None else fingerprint(vae),
         "recorded": vae.config.scaling_factor if vae is not None and recorded else None,
         "mixed_precision": mixed_precision and not recorded and vae is not None,
         "episodes_per_file": episodes_per_file,
@@ -152,10 +152,10 @@ def _identity(
     return json.loads(json.dumps(identity))
 
 
-def _fingerprint(vae: AutoencoderKL) -> str:
-    """Hash of all weights."""
+def fingerprint(module: torch.nn.Module) -> str:
+    """Return a hash of the weights of a module."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -209,7 +209,7 @@ def _metadata(path: Path) -> tuple[int, dict[str, str]]:
 def _checksum(tensors: dict[str, torch.Tensor]) -> int:
     checksum = 0
     for name, tensor in sorted(tensors.items()):
-        checksum = zlib.crc32(tensor.numpy(), zlib.crc32(name.encode(), checksum))
+        checksum = zlib.crc32(tensor.numpy().data, zlib.crc32(name.encode(), checksum))
     return checksum
 
 
