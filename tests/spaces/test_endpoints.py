@@ -298,7 +298,7 @@ def test_a_lent_pipeline_gives_the_same_frames(worlds):
     lent = LentPipeline("push-t", world.pipeline)
     start = world.starts["frame 1"]
     frames = [
-        DrivingSession(pipe, start.frames, Steering(pipe.transformer.config, start=start.action)).drive(["d"], 2)
+        DrivingSession(pipe, start.frames, Steering(pipe.transformer.config, start=start.action)).drive([1.0, 0.0], 2)
         for pipe in (world.pipeline, lent)
     ]
     np.testing.assert_array_equal(np.stack(frames[0]), np.stack(frames[1]))

@@ -1,8 +1,17 @@
 """Evaluation of world models on recorded clips, by named protocols."""
 
-from .predictors import ClipData, ClipReader, FolderPredictor, PipelinePredictor, Prediction, save_prediction
+from .predictors import (
+    ClipData,
+    ClipReader,
+    EvaluationCounter,
+    FolderPredictor,
+    PipelinePredictor,
+    Prediction,
+    WorldModelPredictor,
+    save_prediction,
+)
 from .preference import Answer, Comparison, PreferenceStudy
-from .protocols import PROTOCOLS, PUBLISHED_DATASETS, Clip, Protocol, find_clips, published_figures
+from .protocols import PROTOCOLS, PUBLISHED_DATASETS, Clip, EvaluationProtocol, find_clips, published_figures
 from .report import markdown, summarise, write_report
 from .run import Evaluation, evaluate
 from .scores import Backbones, features_of_clip, score_clip
@@ -17,11 +26,13 @@ __all__ = [
     "ClipReader",
     "Comparison",
     "Evaluation",
+    "EvaluationCounter",
+    "EvaluationProtocol",
     "FolderPredictor",
     "PipelinePredictor",
     "Prediction",
     "PreferenceStudy",
-    "Protocol",
+    "WorldModelPredictor",
     "evaluate",
     "features_of_clip",
     "find_clips",
