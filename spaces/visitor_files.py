@@ -10,10 +10,10 @@ import av
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-import torch
 
 from irasim_diffusers.commands.files import IMAGE_SUFFIXES, read_actions
 from irasim_diffusers.data import iterate_video
+from irasim_diffusers.pictures import resize_video as resize
 
 ACTION_SUFFIXES = (".npy", ".csv", ".json")
 MAX_ACTIONS = 240  # of one prediction: 24 seconds at 10 Hz
@@ -134,12 +134,3 @@ def _read_frames(path: Path) -> Iterator[np.ndarray]:
 def _check_pixels(height: int, width: int, path: Path) -> None:
     if height * width > MAX_FRAME_PIXELS:
         raise TooLarge(f"{path.name} has {width}x{height} pixels: give at most {MAX_FRAME_PIXELS >> 20} million.")
-
-
-def resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Frames (T, H, W, 3), uint8, of another height and width, as the pipeline resizes."""
-    if frames.shape[1:3] == size:
-        return frames
-    pixels = torch.tensor(frames).permute(0, 3, 1, 2).float()
-    pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-    return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

@@ -27,6 +27,7 @@ from huggingface_hub import file_exists
 
 from ..action_space import ActionSpace
 from ..models import IRASimTransformer3DModel, UNetTrajectoryModel, noise_process
+from ..pictures import resize as resize_frames
 from ..rollout import RolloutState, chain_windows, roll
 from .lora import IRASimLoraLoaderMixin
 from .model_card import PIPELINE_FILE, write_model_card
@@ -324,10 +325,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             )
         size = tuple(pixels.shape[-2:])
         if size != self.frame_size and resize:
-            resized = torch.nn.functional.interpolate(
-                pixels.flatten(0, 1), size=self.frame_size, mode="bilinear", antialias=True
-            )
-            pixels = resized.unflatten(0, pixels.shape[:2])
+            pixels = resize_frames(pixels, self.frame_size)
         elif size != self.frame_size:
             raise ValueError(
                 f"`frames` must be {self.frame_size[0]}x{self.frame_size[1]} (height x width) for this checkpoint, got "
