@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..files import temporary_path
+from ..latents import unscale_latents
 from .episode import Episode, EpisodeSource
 
 FRAMES_AT_ONCE = 256
@@ -91,8 +92,7 @@ def cache_latents(
         latents = dataset.latents(number) if hasattr(dataset, "latents") else None
         if latents is None or vae is None:
             raise ValueError(f"episode {number} of {dataset.name!r} has no latents beside its video.")
-        unscaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-        return unscaled.half(), dataset.vectors(number)["action"]
+        return unscale_latents(vae, latents).half(), dataset.vectors(number)["action"]
 
     starts = range(0, len(dataset), episodes_per_file)
     files = {start: folder / f"latents-{start // episodes_per_file:05d}.safetensors" for start in starts}
