@@ -46,9 +46,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
                     f"`{name}` must have {size} entries, one per state component, got {len(self.config[name])}."
                 )
         layers: list[nn.Module] = []
-        for index, (channels, following) in enumerate(
-            zip([3, *block_out_channels], block_out_channels, strict=False)
-        ):
+        for index, (channels, following) in enumerate(zip([3, *block_out_channels], block_out_channels, strict=False)):
             kernel, stride = (5, 2) if index < 2 else (3, 1)
             layers += [nn.Conv2d(channels, following, kernel, stride, kernel // 2), nn.SiLU()]
         self.convolutions = nn.Sequential(*layers, nn.Conv2d(block_out_channels[-1], num_keypoints, 1))
@@ -71,7 +69,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         Returns:
             States (B, S) in raw units, float32, not limited to the bounds.
         """
-        heat = self.convolutions(2 * frames.to(self.dtype) - 1).float()  # (B, K, H / 4, W / 4)
+        heat = 10 * self.convolutions(2 * frames.to(self.dtype) - 1).float()  # (B, K, H / 4, W / 4)
         shares = heat.flatten(2).softmax(-1).unflatten(-1, heat.shape[-2:])
         rows, columns = (torch.linspace(-1, 1, size, device=heat.device) for size in heat.shape[-2:])
         keypoints = torch.cat([shares.sum(2) @ columns, shares.sum(3) @ rows], dim=1).to(self.dtype)  # (B, 2 K)
