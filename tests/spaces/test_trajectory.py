@@ -359,7 +359,7 @@ def test_files_of_actions_bad_and_good(trajectory):
     page = trajectory
     page.get_by_label("From a file").check()
     page.locator("#trajectory-run").click()
-    page.get_by_text("Upload a file of actions first.").wait_for()
+    page.locator("#trajectory-status").get_by_text("No prediction: Upload a file of actions first.").wait_for()
     for name, content, message in [
         ("bad-0.npy", *BAD_ACTIONS[0][1:]),
         ("bad-2.npy", *BAD_ACTIONS[2][1:]),
@@ -367,8 +367,9 @@ def test_files_of_actions_bad_and_good(trajectory):
     ]:
         upload(page, name, content)
         page.locator("#trajectory-run").click()
-        page.get_by_text(message).first.wait_for()
+        page.locator("#trajectory-status").get_by_text(message).wait_for()
         if message != "3 frames in":
+            assert_idle(page)
             page.locator("#trajectory-file").get_by_label("Clear").or_(
                 page.locator("#trajectory-file").get_by_label("Remove this file")
             ).first.click()
@@ -411,17 +412,35 @@ def test_starts_that_are_no_pictures(trajectory, tmp_path):
     page.wait_for_function("before => document.querySelector('#trajectory-pad .stage img').src !== before", arg=before)
 
 
+def assert_idle(page):
+    """Check that Predict can be pressed, and that nothing of an earlier prediction is left."""
+    page.locator("#trajectory-run").wait_for()
+    page.locator("#trajectory-stop").wait_for(state="hidden")
+    for part in ("errors", "strip", "video", "table"):
+        assert page.locator(f"#trajectory-{part}").is_hidden(), part
+    assert page.locator("#trajectory-status .error, #trajectory-status .progress-text").count() == 0
+
+
 def test_a_long_prediction_can_be_stopped(trajectory):
     page = trajectory
-    set_length(page, 60)
     page.get_by_label("Recorded").check()
+    set_length(page, 3)
+    page.locator("#trajectory-run").click()
+    page.locator("#trajectory-status").get_by_text("3 frames in").wait_for()
+    page.locator("#trajectory-table").wait_for()
+    set_length(page, 60)
     page.locator("#trajectory-settings > button, #trajectory-settings .label-wrap").first.click()
     set_steps(page, 40)
     page.locator("#trajectory-run").click()
+    page.locator("#trajectory-stop").wait_for()
+    assert page.locator("#trajectory-table").is_hidden()
+    assert "3 frames in" not in page.locator("#trajectory-status").inner_text()
     page.locator("#trajectory-stop").click()
     page.get_by_text("Stopped.").wait_for()
-    page.locator("#trajectory-run").wait_for()
+    assert_idle(page)
     frames = page.locator("#trajectory-view .frame").get_attribute("max")
     page.wait_for_timeout(2000)
     assert page.locator("#trajectory-view .frame").get_attribute("max") == frames
     assert page.locator("#trajectory-status").get_by_text("Stopped.").is_visible()
+    assert_idle(page)
+    page.screenshot(path="/tmp/stopped.png", full_page=True)
