@@ -443,4 +443,3 @@ def test_a_long_prediction_can_be_stopped(trajectory):
     assert page.locator("#trajectory-view .frame").get_attribute("max") == frames
     assert page.locator("#trajectory-status").get_by_text("Stopped.").is_visible()
     assert_idle(page)
-    page.screenshot(path="/tmp/stopped.png", full_page=True)
