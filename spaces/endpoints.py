@@ -19,7 +19,7 @@ from visitor_files import read_picture
 from worlds import World, Worlds
 
 from irasim_diffusers import DrivingSession, Steering
-from irasim_diffusers.driving import SAME_KEYS
+from irasim_diffusers.commands.keys import SAME_KEYS, key_controls
 
 MAX_RESTORED = 64  # frames per request
 
@@ -133,7 +133,7 @@ def describe_space(config: Any, steering: Steering | None = None) -> dict[str, A
         "hold": _numbers(steering.hold()),  # in an absolute space, the last action
         "step": _numbers(steering.step),  # of a command of 1 at speed 1
         "longest_step": DrivingSession.longest_step,
-        "controls": [vars(control) for control in steering.controls],
+        "controls": [vars(control) for control in key_controls(steering.action_space)],
         "same_keys": SAME_KEYS,
     }
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from zero_gpu import ZERO_GPU, LentPipeline
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
-from irasim_diffusers.cli import read_actions, read_frames
+from irasim_diffusers.commands.files import read_actions, read_frames
 from irasim_diffusers.devices import default_device, fast_dtype
 
 Result = TypeVar("Result")

@@ -426,7 +426,7 @@ def test_drivers_are_served_between_network_evaluations(worlds):
             while len(evaluations) < 3 * (len(waits) + 1):
                 await asyncio.sleep(0.001)
             asked = len(evaluations)
-            served = await world.run(lambda: (len(evaluations), session.drive(["d"])))
+            served = await world.run(lambda: (len(evaluations), session.drive([1.0, 0.0])))
             waits.append(served[0] - asked)
 
     async def visitors():
@@ -466,7 +466,7 @@ def test_a_lent_pipeline_gives_the_same_frames(worlds):
     lent = LentPipeline("push-t", world.pipeline)
     start = world.starts["frame 1"]
     frames = [
-        DrivingSession(pipe, start.frames, Steering(pipe.transformer.config, start=start.action)).drive(["d"], 2)
+        DrivingSession(pipe, start.frames, Steering(pipe.transformer.config, start=start.action)).drive([1.0, 0.0], 2)
         for pipe in (world.pipeline, lent)
     ]
     np.testing.assert_array_equal(np.stack(frames[0]), np.stack(frames[1]))

@@ -1,7 +1,16 @@
 """Evaluation of world models on recorded clips, by named protocols."""
 
-from .predictors import ClipData, ClipReader, FolderPredictor, PipelinePredictor, Prediction, save_prediction
-from .protocols import PROTOCOLS, PUBLISHED_DATASETS, Clip, Protocol, find_clips, published_figures
+from .predictors import (
+    ClipData,
+    ClipReader,
+    EvaluationCounter,
+    FolderPredictor,
+    PipelinePredictor,
+    Prediction,
+    WorldModelPredictor,
+    save_prediction,
+)
+from .protocols import PROTOCOLS, PUBLISHED_DATASETS, Clip, EvaluationProtocol, find_clips, published_figures
 from .report import markdown, summarise, write_report
 from .run import Evaluation, evaluate
 from .scores import Backbones, features_of_clip, score_clip
@@ -14,10 +23,12 @@ __all__ = [
     "ClipData",
     "ClipReader",
     "Evaluation",
+    "EvaluationCounter",
+    "EvaluationProtocol",
     "FolderPredictor",
     "PipelinePredictor",
     "Prediction",
-    "Protocol",
+    "WorldModelPredictor",
     "evaluate",
     "features_of_clip",
     "find_clips",
