@@ -85,7 +85,8 @@ def read_numbered_frames(
             following = wanted[len(frames)] if len(frames) < len(wanted) else None
             if following is None:
                 raise ValueError(f"{str(path)!r} continues after the {len(wanted)} frames of its episode.")
-            if number < following - 0.5:
+            gap = not frames or following - wanted[len(frames) - 1] > 1
+            if gap and number < following - 0.5:
                 _undamaged(frame, path)  # later frames are predicted from it
                 continue
             if not abs(number - following) <= 0.5:
