@@ -7,6 +7,9 @@ import sys
 
 from . import __version__
 from .commands import convert, data, evaluate, generate, play
+from .commands.files import read_actions, read_frames
+
+__all__ = ["main", "read_actions", "read_frames"]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,6 +31,7 @@ def read_frames(path: Path) -> np.ndarray:
         except ValueError as error:
             raise ValueError(f"--frames must be a readable image or video: {error}") from error
     import PIL.Image
+    import PIL.ImageOps
 
     try:
         with PIL.Image.open(path) as image:
@@ -42,7 +43,7 @@ def read_frames(path: Path) -> np.ndarray:
             f"--frames must be an RGB image, got mode {image.mode} in {str(path)!r}: convert it, "
             "`Image.open(path).convert('RGB').save(path)`."
         )
-    return np.asarray(image)[None]
+    return np.asarray(PIL.ImageOps.exif_transpose(image))[None]
 
 
 def frame_rate(path: Path | None) -> float | None:
