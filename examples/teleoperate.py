@@ -30,8 +30,8 @@ from scipy.spatial.transform import Rotation, Slerp
 from transformers import HfArgumentParser
 
 from irasim_diffusers.actions import derive_actions, integrate_actions
-from irasim_diffusers.cli import read_actions
-from irasim_diffusers.play import draw
+from irasim_diffusers.commands.files import read_actions
+from irasim_diffusers.commands.terminal import draw
 
 JOYSTICK_EVENT = struct.Struct("=IhBB")  # Linux' js_event: milliseconds, value, type, number
 BUTTON, AXIS, INITIAL = 1, 2, 0x80

@@ -12,7 +12,7 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
-from irasim_diffusers.cli import IMAGE_SUFFIXES, read_actions
+from irasim_diffusers.commands.files import IMAGE_SUFFIXES, read_actions
 from irasim_diffusers.data import iterate_video
 
 ACTION_SUFFIXES = (".npy", ".csv", ".json")

@@ -10,7 +10,8 @@ from conftest import tiny_pipeline
 from test_conversion import latte_model
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
-from irasim_diffusers.cli import main, read_actions
+from irasim_diffusers.cli import main
+from irasim_diffusers.commands.files import read_actions
 from irasim_diffusers.data import read_video, write_video
 from irasim_diffusers.metrics import psnr
 
@@ -164,7 +165,7 @@ BAD = [
     ({"--actions": "broken.json"}, "--actions must be a table of numbers"),
     ({"--actions": "actions.txt"}, "--actions must be a .npy, .csv or .json file, got 'actions.txt'"),
     ({"--actions": "missing.npy"}, "--actions must be a file, got 'missing.npy', which does not exist"),
-    ({"--actions": None}, "--actions is wanted beside --frames"),
+    ({"--actions": None}, "--frames needs --actions"),
     ({"--frames": "large.png"}, r"must be 8x12 .* got 20x24: .*--resize"),
     ({"--frames": "rgba.png"}, "--frames must be an RGB image, got mode RGBA"),
     ({"--frames": "gray.png"}, "--frames must be an RGB image, got mode L"),

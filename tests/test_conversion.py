@@ -616,7 +616,7 @@ def test_the_command_converts_opensora(tmp_path, capsys):
         assert main([*command[:7], "--output", f"{tmp_path}/second", "--config", "fps=5", wrong]) == 2
         assert "--config must be KEY=VALUE" in capsys.readouterr().err
     assert main([*command[:1], *command[3:7], "--output", f"{tmp_path}/second"]) == 2
-    assert "--dataset is wanted" in capsys.readouterr().err
+    assert "--source irasim needs --dataset" in capsys.readouterr().err
 
 
 def test_the_same_patch_size_does_not_change_the_output():
@@ -722,7 +722,7 @@ def test_a_torchscript_program_is_not_run(tmp_path):
 def test_open_sora_needs_the_frame_rate(tmp_path, capsys):
     arguments = ["convert", "--source", "opensora", "--checkpoint", str(tmp_path), "--vae", "vae"]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
-    assert "fps=<frames a second of your clips> is wanted" in capsys.readouterr().err
+    assert "--source opensora needs --config fps=<frames per second of your clips>" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import torch
 
 from irasim_diffusers import DrivingSession, IRASimPipeline, Steering, embedded_checkpoint
 from irasim_diffusers.actions import integrate_actions
+from irasim_diffusers.commands.keys import key_command, key_controls
 from irasim_diffusers.data import read_video
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -28,6 +29,11 @@ def session(pipe, clip):
     return DrivingSession(pipe, clip[0][:2], Steering(pipe.transformer.config, start=clip[1][0]), seed=3)
 
 
+def drive(session, pressed, num_frames=1):
+    """Drive by keys, as a terminal or the Space does."""
+    return session.drive(key_command(session.steering.action_space, pressed), num_frames)
+
+
 class Space(dict):
     """A config with the action space alone, which is all that steering reads."""
 
@@ -50,11 +56,14 @@ def arm(**changes):
 def test_keys_move_a_target_within_its_bounds(pipe):
     steering = Steering(pipe.transformer.config, speed=2.0, start=[300.0, 30.0])
     step = 2.0 * 32
-    assert steering.action(steering.command({"ArrowLeft"})).tolist() == [300 - step, 30]
-    assert steering.action(steering.command({"D", "s"})).tolist() == [300, 30 + step]
-    assert steering.action(steering.command({"ArrowLeft", "ArrowRight", "q"})).tolist() == [300, 30 + step]
+    assert steering.action(key_command(steering.action_space, {"ArrowLeft"})).tolist() == [300 - step, 30]
+    assert steering.action(key_command(steering.action_space, {"D", "s"})).tolist() == [300, 30 + step]
+    assert steering.action(key_command(steering.action_space, {"ArrowLeft", "ArrowRight", "q"})).tolist() == [
+        300,
+        30 + step,
+    ]
     for _ in range(9):
-        steering.action(steering.command({"w"}))
+        steering.action(key_command(steering.action_space, {"w"}))
     assert steering.hold().tolist() == [300, 0]
     steering.continue_from(None)
     assert steering.hold().tolist() == [300, 30]
@@ -62,19 +71,22 @@ def test_keys_move_a_target_within_its_bounds(pipe):
 
 def test_an_arm_moves_while_keys_are_held_and_its_gripper_stays_where_it_was():
     steering = Steering(arm(action_scale=[20.0] * 6 + [4.0]), speed=0.5)
-    assert [control.key for control in steering.controls if control.component == 0] == ["ArrowDown", "ArrowUp"]
-    moved = steering.action(steering.command({"w", "g"}))
+    assert [control.key for control in key_controls(steering.action_space) if control.component == 0] == [
+        "ArrowDown",
+        "ArrowUp",
+    ]
+    moved = steering.action(key_command(steering.action_space, {"w", "g"}))
     assert moved.tolist() == [0.025, 0, 0, 0, 0, 0, 0.125]
     assert steering.hold().tolist() == [0, 0, 0, 0, 0, 0, 0.125]
     for _ in range(9):
-        steering.action(steering.command({"g"}))
+        steering.action(key_command(steering.action_space, {"g"}))
     assert steering.hold()[6] == 1
 
 
 def test_no_key_bends_a_rotation_matrix():
     steering = Steering(arm(action_dim=10, action_derivation="relative_6d", action_low=None, action_high=None))
-    assert {control.component for control in steering.controls} == {0, 1, 2, 9}
-    moved = steering.action(steering.command({"w", "r", "k", "g"}))
+    assert {control.component for control in key_controls(steering.action_space)} == {0, 1, 2, 9}
+    moved = steering.action(key_command(steering.action_space, {"w", "r", "k", "g"}))
     np.testing.assert_allclose(moved, [0.05, 0, 0.05, 1, 0, 0, 0, 1, 0, 0.05])
 
 
@@ -98,11 +110,11 @@ def test_a_session_equals_the_stream_of_its_actions(session, pipe, clip):
 
 
 def test_undo_goes_back_to_the_same_future(session):
-    session.drive({"ArrowRight"}, 2)
-    once = [np.asarray(frame) for frame in session.drive({"ArrowUp"}, 3)]
+    drive(session, {"ArrowRight"}, 2)
+    once = [np.asarray(frame) for frame in drive(session, {"ArrowUp"}, 3)]
     target = session.steering.hold()
     assert np.array_equal(session.undo(3), session.frames[1])
-    twice = [np.asarray(frame) for frame in session.drive({"ArrowUp"}, 3)]
+    twice = [np.asarray(frame) for frame in drive(session, {"ArrowUp"}, 3)]
     np.testing.assert_array_equal(once, twice)
     assert np.array_equal(session.steering.hold(), target)
     assert np.array_equal(session.undo(99), session.first_frame)
@@ -114,24 +126,43 @@ def test_what_is_dropped_does_not_change_what_follows(pipe, clip, session):
         pipe, clip[0][:2], Steering(pipe.transformer.config, start=clip[1][0]), seed=3, max_frames=1
     )
     for keys in ({"ArrowLeft"}, {"ArrowDown"}, {"ArrowDown"}, set()):
-        np.testing.assert_array_equal(short.drive(keys)[0], session.drive(keys)[0])
+        np.testing.assert_array_equal(drive(short, keys)[0], drive(session, keys)[0])
     assert len(short) == 1
     short.undo(5)
     session.undo(1)
-    np.testing.assert_array_equal(short.drive({"ArrowUp"})[0], session.drive({"ArrowUp"})[0])
+    np.testing.assert_array_equal(drive(short, {"ArrowUp"})[0], drive(session, {"ArrowUp"})[0])
+
+
+def test_appended_frames_continue_an_earlier_session(pipe, clip, session):
+    session.drive({"ArrowUp"}, 4)
+    later = DrivingSession(
+        pipe, clip[0][:2], Steering(pipe.transformer.config, start=clip[1][0]), seed=3, max_frames=3
+    )
+    later.append(session.frames, session.actions)
+    assert len(later) == 3  # the oldest is dropped, and the history reaches back to it
+    np.testing.assert_array_equal(later.steering.hold(), session.steering.hold())
+    np.testing.assert_array_equal(later.actions, session.actions[1:])
+    expected = [np.asarray(frame, dtype=float) for frame in session.drive({"ArrowRight"}, 2)]
+    actual = [np.asarray(frame, dtype=float) for frame in later.drive({"ArrowRight"}, 2)]
+    assert np.abs(np.subtract(actual, expected)).mean() < 0.5  # the history was rounded to 8 bits
+    frame, size = session.frames[0], len(later)
+    for frames, actions in (([frame], [[1, 2], [3, 4]]), ([frame.resize((8, 12))], [[1, 2]])):
+        with pytest.raises(ValueError, match="`frames` must be one image of 96x96 pixels for each action"):
+            later.append(frames, actions)
+    assert len(later) == size
 
 
 def test_sessions_of_one_pipeline_do_not_mix(pipe, clip, session):
-    alone = [np.asarray(frame) for frame in session.drive({"ArrowRight"}, 2) + session.drive(set(), 2)]
+    alone = [np.asarray(frame) for frame in drive(session, {"ArrowRight"}, 2) + drive(session, set(), 2)]
     session.reset()
     other = DrivingSession(pipe, clip[0][20:22], Steering(pipe.transformer.config, start=clip[1][20]))
-    between = session.drive({"ArrowRight"}, 2)
-    other.drive({"ArrowLeft"}, 4)
-    np.testing.assert_array_equal(alone, [np.asarray(frame) for frame in between + session.drive(set(), 2)])
+    between = drive(session, {"ArrowRight"}, 2)
+    drive(other, {"ArrowLeft"}, 4)
+    np.testing.assert_array_equal(alone, [np.asarray(frame) for frame in between + drive(session, set(), 2)])
 
 
 def test_a_recording_holds_the_first_frame_and_every_action(session, tmp_path):
-    session.drive({"ArrowRight"}, 4)
+    drive(session, {"ArrowRight"}, 4)
     video, actions = session.save(tmp_path / "drive.mp4")
     assert read_video(video).shape == (5, 96, 96, 3)
     np.testing.assert_allclose(np.load(actions), session.actions, atol=1e-4)
@@ -155,11 +186,11 @@ def test_frames_do_not_depend_on_the_actions_per_step(pipe, clip):
 
 
 def test_a_step_that_fails_leaves_the_target_where_it_was(session, monkeypatch):
-    session.drive({"w"})
+    drive(session, {"w"})
     target = session.steering.hold()
     monkeypatch.setattr(session.pipe, "predict_latents", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        session.drive({"w"})
+        drive(session, {"w"})
     np.testing.assert_array_equal(session.steering.hold(), target)
 
 
@@ -169,12 +200,12 @@ def test_a_step_that_fails_leaves_the_target_where_it_was(session, monkeypatch):
         (lambda session, _: session.step([[1.0, 2.0, 3.0]]), r"`actions` must be \(n, 2\)"),
         (lambda session, _: session.step([[1.0, float("nan")]]), "`actions` must be finite"),
         (lambda session, _: session.step(np.zeros((17, 2))), "at most 16, got"),
-        (lambda session, _: session.drive({"w"}, 0), r"`num_frames` must be in \[1, 16\], got 0"),
+        (lambda session, _: session.drive([0.0, 0.0], 0), r"`num_frames` must be in \[1, 16\], got 0"),
         (lambda session, _: session.undo(-1), "`num_frames` must not be negative"),
         (lambda session, folder: session.save(folder / "a.mp4"), "nothing has been predicted"),
         (lambda session, _: session.steering.action([0.0, 1.5]), r"`command` must be in \[-1, 1\]"),
         (lambda session, _: session.steering.action([0.0]), "`actions` must be"),
-        (lambda session, _: Steering(session.pipe.transformer.config), "`start` must be the robot's own"),
+        (lambda session, _: Steering(session.pipe.transformer.config), "`start` must be the robot's current"),
         (lambda session, _: DrivingSession(session.pipe, np.zeros((9, 9, 3)), session.steering), "`frames` must be"),
         (
             lambda session, _: DrivingSession(session.pipe, np.zeros((2, 2, 96, 96, 3)), session.steering),

@@ -16,9 +16,11 @@ import torch
 from poses import read_poses
 
 from irasim_diffusers import DrivingSession, IRASimPipeline, Steering, embedded_checkpoint
-from irasim_diffusers.cli import main, read_actions
+from irasim_diffusers.cli import main
+from irasim_diffusers.commands.files import read_actions
+from irasim_diffusers.commands.play import follow, play
+from irasim_diffusers.commands.terminal import HELD, Keys, decode_keys, draw
 from irasim_diffusers.data import read_video
-from irasim_diffusers.play import HELD, Keys, decode_keys, draw, follow, play
 
 UP, RIGHT = b"\x1b[A", b"\x1bOC"  # plain, and in the keypad's application mode
 
@@ -268,28 +270,28 @@ def test_a_script_is_the_same_as_driving_with_its_keys(session):
     follow(session, "left*3 down", chunk_length=2)
     frames = [np.asarray(frame) for frame in session.frames]
     session.reset()
-    driven = session.drive({"ArrowLeft"}, 2) + session.drive({"ArrowLeft"}, 1) + session.drive({"ArrowDown"}, 1)
+    driven = session.drive([-1, 0], 2) + session.drive([-1, 0], 1) + session.drive([0, 1], 1)
     np.testing.assert_array_equal(frames, [np.asarray(frame) for frame in driven])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "standard input must be a terminal, got a pipe or a file: run in one, or give --script"),
-        (["--script", ""], "`script` must have one part at least"),
+        ([], "standard input must be a terminal, got a pipe or a file: run in a terminal, or give --script"),
+        (["--script", ""], "`script` must have at least one part"),
         (
             ["--script", "jump*3"],
-            r"`script` must be of parts .* out of hold, up, down, right, left, w, .*got 'jump\*3'",
+            r"`script` must consist of parts .* out of hold, up, down, right, left, w, .*got 'jump\*3'",
         ),
-        (["--script", "up*0"], r"`script` must be .*; got 'up\*0'"),
-        (["--script", "right up*"], r"`script` must be .*; got 'up\*'"),
+        (["--script", "up*0"], r"`script` must consist of .*; got 'up\*0'"),
+        (["--script", "right up*"], r"`script` must consist of .*; got 'up\*'"),
         (["--script", "up", "--chunk", "0"], r"--chunk must be in \[1, 16\], got 0"),
         (["--script", "up", "--chunk", "17"], r"--chunk must be in \[1, 16\], got 17"),
         (["--script", "up", "--speed", "0"], "--speed must be positive, got 0"),
         (["--script", "up", "--speed", "nan"], "--speed must be positive, got nan"),
-        (["--script", "up", "--start", "1", "2", "3"], "--start must have 2 values, one a component .*, got 3"),
+        (["--script", "up", "--start", "1", "2", "3"], "--start must have 2 values, one per action component, got 3"),
         (["--script", "up", "--start", "1", "nan"], "`actions` must be finite"),
-        (["--script", "up", "--frames", "frame.png"], "`start` must be the robot's own .*target_x, target_y"),
+        (["--script", "up", "--frames", "frame.png"], "`start` must be the robot's current .*target_x, target_y"),
         (["--script", "up", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["--script", "up", "--output", "clip.png"], "--output must end in .mp4, got 'clip.png'"),
         (["--script", "up", "--model", "nowhere"], "--model must be a pipeline folder"),

@@ -21,6 +21,7 @@ import torch
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
+from irasim_diffusers.evaluation import EvaluationCounter
 
 
 @dataclass
@@ -61,13 +62,7 @@ def main() -> None:
     config = pipeline.transformer.config
     history = np.zeros((config.num_history_frames, *pipeline.frame_size, 3), dtype=np.uint8)
     own = f"{type(pipeline.scheduler).__name__}:{pipeline.config.num_inference_steps}"
-    evaluations = 0
-
-    def count(*_: object) -> None:
-        nonlocal evaluations
-        evaluations += 1
-
-    pipeline.transformer.register_forward_hook(count)
+    evaluations = EvaluationCounter(pipeline.transformer)
     rows = []
     print(
         "| scheduler | steps | evaluations | "
@@ -89,9 +84,9 @@ def main() -> None:
             def window(actions: np.ndarray = actions, steps: int = int(steps)) -> None:
                 pipeline(history, actions, num_inference_steps=steps, output_type="np")
 
-            evaluations = 0
+            evaluations.count = 0
             row[f"seconds_{size}"] = seconds(window, arguments.device, arguments.repeats)
-            row["evaluations"] = evaluations // (arguments.repeats + 1)
+            row["evaluations"] = evaluations.count // (arguments.repeats + 1)
         actions = np.zeros((arguments.chunk_length * (5 * arguments.repeats + 1), config.action_dim))
         stream = pipeline.stream(
             history, actions, arguments.chunk_length, num_inference_steps=int(steps), output_type="np"

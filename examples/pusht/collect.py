@@ -32,7 +32,7 @@ from irasim_diffusers.data import (
     write_file,
     write_metadata,
 )
-from irasim_diffusers.data.lerobot import EPISODES_PATH
+from irasim_diffusers.data.lerobot_writer import EPISODES_PATH
 from irasim_diffusers.data.publish import SOURCE_FILE
 from irasim_diffusers.files import temporary_path
 from irasim_diffusers.training import run_script

@@ -10,6 +10,7 @@ interrupted run resumes from its last checkpoint.
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from irasim_diffusers.action_space import ActionSpace
 from irasim_diffusers.data import LatentClips, PreparedEpisodes, cache_latents, open_dataset
 from irasim_diffusers.files import temporary_path
+from irasim_diffusers.rollout import RolloutState
 from irasim_diffusers.training import run_script
 
 HISTORY = 2
@@ -71,9 +74,15 @@ class Residual(nn.Module):
 class ConvolutionalModel(nn.Module):
     """Convolutional network that predicts the change from the last history frame to the next frame.
 
+    A `WorldModel` of `irasim_diffusers.rollout`: its latents are frames in [-1, 1].
+
     Args:
         width: Channels at a quarter of the resolution.
     """
+
+    frame_size = (96, 96)
+    fps = 10.0
+    max_chunk = 15
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -100,6 +109,29 @@ class ConvolutionalModel(nn.Module):
         change = functional.pixel_shuffle(self.out(self.body(hidden)), 4)
         return history[:, :, -1] + change
 
+    @property
+    def action_space(self) -> ActionSpace:
+        """Targets of the pusher in arena units."""
+        return ActionSpace.from_config(
+            {"action_dim": 2, "action_space": "absolute", "action_low": 0.0, "action_high": float(ARENA)}
+        )
+
+    def start(self, frames: Any, seeds: Sequence[int]) -> RolloutState:
+        """Start one rollout per seed from histories (1 or B, h, 3, 96, 96) in [0, 1]; the model draws no noise."""
+        history = 2 * torch.as_tensor(frames).float().transpose(1, 2) - 1
+        return RolloutState.first(last_two(history).expand(len(seeds), -1, -1, -1, -1), seeds)
+
+    def advance(
+        self, state: RolloutState, actions: torch.Tensor, **sampling: Any
+    ) -> tuple[RolloutState, torch.Tensor]:
+        """Predict a chunk of frames in [-1, 1], and the state after it."""
+        future = self.roll(state.latents, actions)
+        return state.append(future, HISTORY), future
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Convert frames (B, 3, n, H, W) in [-1, 1] to (B, n, 3, H, W) in [0, 1]."""
+        return latents.transpose(1, 2) / 2 + 0.5
+
     def roll(self, history: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Predict frames (B, 3, n, H, W) for actions (B, n, 2), one after another."""
         frames = []
@@ -119,8 +151,13 @@ class ConvolutionalModel(nn.Module):
         """
         frames = frames if frames.ndim == 5 else frames[None]
         history = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        history = history[:, :, [-min(2, history.shape[2]), -1]].expand(len(actions), -1, -1, -1, -1)
+        history = last_two(history).expand(len(actions), -1, -1, -1, -1)
         return (self.roll(history, torch.from_numpy(actions).float()) / 2 + 0.5).permute(0, 2, 3, 4, 1).numpy()
+
+
+def last_two(history: torch.Tensor) -> torch.Tensor:
+    """Return the last two frames (B, 3, 2, H, W) of a history (B, 3, h, H, W); a single frame is repeated."""
+    return history[:, :, [-min(HISTORY, history.shape[2]), -1]]
 
 
 def load(folder: Path) -> ConvolutionalModel:

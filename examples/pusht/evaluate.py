@@ -39,8 +39,10 @@ from transformers import HfArgumentParser
 
 import irasim_diffusers
 from irasim_diffusers import IRASimPipeline
+from irasim_diffusers.commands.keys import key_command
 from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.driving import Steering
+from irasim_diffusers.evaluation import EvaluationCounter
 from irasim_diffusers.files import temporary_path
 from irasim_diffusers.metrics import bootstrap, identified, psnr
 from irasim_diffusers.training import run_script
@@ -198,7 +200,8 @@ def held_keys(rng: np.random.Generator, steering: Steering, num_actions: int) ->
     actions: list[np.ndarray] = []
     while len(actions) < num_actions:
         pressed = [str(rng.choice(options)) for options in keys]
-        actions += [steering.action(steering.command(pressed)) for _ in range(1 + rng.geometric(0.12))]
+        command = key_command(steering.action_space, pressed)
+        actions += [steering.action(command) for _ in range(1 + rng.geometric(0.12))]
     return np.stack(actions[:num_actions])
 
 
@@ -355,14 +358,7 @@ def main() -> None:
     dataset = LeRobotFolder(Path(arguments.dataset))
     length = history + PREDICTED
     pipeline, predict = load_model(arguments)
-    evaluations = 0
-
-    def count(*_: object) -> None:
-        nonlocal evaluations
-        evaluations += 1
-
-    if pipeline is not None:
-        pipeline.transformer.register_forward_hook(count)
+    evaluations = None if pipeline is None else EvaluationCounter(pipeline.transformer)
 
     def predict_clips(clips: np.ndarray, clip_actions: np.ndarray) -> np.ndarray:
         parts = [slice(first, first + arguments.batch_size) for first in range(0, len(clips), arguments.batch_size)]
@@ -395,7 +391,10 @@ def main() -> None:
         "gain_over_last_frame": bootstrap(own - last, rng),
         "gain_over_shuffled_actions": bootstrap(own - other, rng),
         "frames_per_second": {"mean": sampled * truth.shape[1] / seconds, "n": sampled},
-        "network_evaluations_per_clip": {"mean": evaluations / batches, "n": batches},
+        "network_evaluations_per_clip": {
+            "mean": evaluations.count / batches if evaluations else 0.0,
+            "n": batches,
+        },
         "last_frame": {
             "all": pose_figures(
                 np.concatenate([prediction[:, -1], still[:, -1]]),

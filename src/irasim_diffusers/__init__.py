@@ -1,24 +1,38 @@
 """Robot world models based on IRASim, for the Hugging Face ecosystem."""
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
-
-from .driving import DrivingSession, Steering
-from .models import PRESETS, UNET_PRESETS, IRASimTransformer3DModel, UNetTrajectoryModel
-from .pipelines import IRASimPipeline, IRASimPipelineOutput
-from .rollout import RolloutState, WorldModel, roll
 from .version import __version__
 
-# This entry makes model_index.json name the package instead of a module path, so that it loads from folders and the Hub.
-LOADABLE_CLASSES.setdefault(
-    "irasim_diffusers",
-    {
-        "IRASimTransformer3DModel": ["save_pretrained", "from_pretrained"],
-        "UNetTrajectoryModel": ["save_pretrained", "from_pretrained"],
-    },
-)
-ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES["irasim_diffusers"])
+if TYPE_CHECKING:
+    from .driving import DrivingSession, Steering
+    from .models import PRESETS, UNET_PRESETS, IRASimTransformer3DModel, ProprioceptionModel, UNetTrajectoryModel
+    from .pipelines import IRASimPipeline, IRASimPipelineOutput
+    from .rollout import RolloutState, WorldModel, roll
+
+# modules of the public names: they are imported on first use, so that `irasim --help` does not wait for torch
+_MODULES = {
+    "DrivingSession": "driving",
+    "IRASimPipeline": "pipelines",
+    "IRASimPipelineOutput": "pipelines",
+    "IRASimTransformer3DModel": "models",
+    "PRESETS": "models",
+    "ProprioceptionModel": "models",
+    "RolloutState": "rollout",
+    "Steering": "driving",
+    "UNET_PRESETS": "models",
+    "UNetTrajectoryModel": "models",
+    "WorldModel": "rollout",
+    "roll": "rollout",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def embedded_checkpoint() -> Path:
@@ -33,6 +47,7 @@ __all__ = [
     "IRASimPipeline",
     "IRASimPipelineOutput",
     "IRASimTransformer3DModel",
+    "ProprioceptionModel",
     "RolloutState",
     "Steering",
     "UNetTrajectoryModel",

@@ -1,43 +1,111 @@
-"""Atomic writes: a file or folder is either complete or absent."""
+"""Atomic writes: a file or folder is either complete or absent, also after a crash."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
+import re
+import secrets
 import shutil
-import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
+TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)(?:-(?P<host>[0-9a-f]{8})-[0-9a-f]{8})?\.partial(?:\.[^.]+)?")
+"""Names of temporary files and folders, with the process and the machine that write them."""
+ABANDONED_AFTER = 24 * 3600
+"""Seconds without a change after which the temporary file of another machine counts as abandoned."""
+
 
 @contextmanager
 def temporary_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; rename it to `path` on success, delete it on an error.
+    """Yield a temporary path in the folder of `path`; flush and rename it to `path` on success, delete it on an error.
 
-    The temporary name keeps the suffix, because many writers choose the format by it.
+    The temporary name keeps the suffix, because many writers choose the format by it. It is unique, so that several writers
+    of one path do not disturb each other: the last one wins.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    partial = path.with_name(f"{_temporary_name(path.stem)}{path.suffix}")
     try:
         yield partial
+        _flush(partial)
         partial.replace(path)
+        _flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder; rename it to `path` on success, delete it on an error.
+    """Yield a temporary folder; flush and rename it to `path` on success, delete it on an error.
 
     `path` must not exist or must be an empty folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    partial.chmod(0o755)
+    partial = path.with_name(_temporary_name(path.name))
+    partial.mkdir()
     try:
         yield partial
+        for written in [*partial.rglob("*"), partial]:
+            _flush(written)
         partial.replace(path)
+        _flush(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_abandoned(folder: str | os.PathLike) -> None:
+    """Delete the temporary files and folders of killed processes in a folder, and keep those of running ones.
+
+    A process of another machine cannot be checked; its files count as abandoned after a day without a change.
+    """
+    for path in Path(folder).glob(".*.partial*"):
+        match = TEMPORARY.fullmatch(path.name)
+        if match is None or not _is_abandoned(path, int(match["pid"]), match["host"]):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _temporary_name(stem: str) -> str:
+    return f".{stem[:50]}.{os.getpid()}-{_host()}-{secrets.token_hex(4)}.partial"
+
+
+def _host() -> str:
+    """Short hash of the machine's name, because a process id means something on one machine only."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _is_abandoned(path: Path, pid: int, host: str | None) -> bool:
+    try:
+        changed = path.stat().st_mtime
+        if host not in (None, _host()):
+            return time.time() - changed > ABANDONED_AFTER
+        return psutil.Process(pid).create_time() > changed + 60  # a later process with the same id
+    except psutil.NoSuchProcess:
+        return True
+    except FileNotFoundError:  # just renamed by its process
+        return False
+    except psutil.AccessDenied:
+        return False
+
+
+def _flush(path: Path) -> None:
+    """Write a file or folder to disk, so that a rename never becomes durable before the content."""
+    try:
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not path.is_dir():  # Windows and some network drives cannot flush folders
+            raise

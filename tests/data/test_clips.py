@@ -19,11 +19,9 @@ from irasim_diffusers.data import (
     LeRobotFolder,
     MixedClips,
     cache_latents,
+    latent_cache,
     standardised_states,
     write_video,
-)
-from irasim_diffusers.data import (
-    clips as clips_module,
 )
 
 ENCODE_SLOWLY = """
@@ -103,7 +101,7 @@ class Recorded(LeRobotFolder):
 
 def test_long_episodes_are_encoded_in_parts(dataset, tmp_path, monkeypatch):
     whole = LatentClips(cache_latents(dataset[0], tiny_vae(), tmp_path / "whole", batch_size=2), 5).episodes
-    monkeypatch.setattr(clips_module, "FRAMES_AT_ONCE", 5)
+    monkeypatch.setattr(latent_cache, "FRAMES_AT_ONCE", 5)
     source = Recorded(tmp_path / "set")
     parts = LatentClips(cache_latents(source, tiny_vae(), tmp_path / "parts", batch_size=2), 5).episodes
     assert source.read == [(0, 0, 4), (0, 4, 1), (1, 0, 4), (1, 4, 4), (1, 8, 1), (2, 0, 4), (2, 4, 3)]

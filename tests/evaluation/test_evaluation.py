@@ -1,4 +1,4 @@
-"""`irasim evaluate` on tiny models and clips of a robot, and the steps it is made of."""
+"""Tests of `irasim evaluate` with tiny models and robot clips, and of its steps."""
 
 import json
 import os
@@ -14,9 +14,11 @@ import PIL.Image
 import pytest
 import torch
 from conftest import tiny_pipeline
+from convolutional import ConvolutionalModel
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.cli import _parser, main
+from irasim_diffusers.commands.evaluate import run as run_evaluate
 from irasim_diffusers.data import open_dataset, write_video
 from irasim_diffusers.evaluation import (
     PROTOCOLS,
@@ -25,9 +27,10 @@ from irasim_diffusers.evaluation import (
     ClipData,
     ClipReader,
     Evaluation,
+    EvaluationProtocol,
     PipelinePredictor,
     Prediction,
-    Protocol,
+    WorldModelPredictor,
     evaluate,
     features_of_clip,
     find_clips,
@@ -38,12 +41,12 @@ from irasim_diffusers.evaluation.scores import through_mp4
 from irasim_diffusers.metrics import frame_psnr, frame_ssim, gray, latent_l2
 
 CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
-LENGTHS = (34, 16, 9)  # of the episodes: two clips of 16 frames, one, none
+LENGTHS = (34, 16, 9)  # frames of each episode: two clips of 16 frames, one, none
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A tiny model, and episodes of 8x12 pixels with three recorded actions in IRASim's format."""
+    """A tiny model, and episodes with 8x12 pixels and three recorded action components in the format of the release."""
     root = tmp_path_factory.mktemp("evaluation")
     tiny_pipeline(num_inference_steps=1).save_pretrained(root / "model")
     rng = np.random.default_rng(0)
@@ -62,7 +65,7 @@ def run(workspace, output, *arguments):
 
 
 def load(folder):
-    return json.loads((folder / "report.json").read_text())
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,7 @@ def evaluated(workspace):
     return load(workspace / "report")
 
 
-def test_the_report_says_what_was_measured_and_how(workspace, evaluated):
+def test_report_contains_metrics_and_settings(workspace, evaluated):
     assert evaluated["protocol"]["name"] == "irasim-short"
     assert evaluated["n"] == 3
     for name in ("psnr", "ssim", "clip_psnr", "latent_l2"):
@@ -82,13 +85,13 @@ def test_the_report_says_what_was_measured_and_how(workspace, evaluated):
         assert figure["n"] == 3
     assert len(evaluated["horizon"]["model"]) == 15
     assert evaluated["network_evaluations_per_window"] == 1
-    assert evaluated["faithfulness"]["verdict"]["obeys"] is None  # of three clips nothing can be told
+    assert evaluated["faithfulness"]["verdict"]["obeys"] is None  # three clips are too few
     assert evaluated["faithfulness"]["sensitivity"]["n"] == 3
     setting = evaluated["setting"]
     assert (setting["scheduler"], setting["num_inference_steps"], setting["seed"]) == ("PNDMScheduler", 1, 0)
     assert setting["command"].startswith("irasim evaluate --dataset")
     assert set(setting["versions"]) == {"irasim_diffusers", "diffusers", "torch"}
-    page = (workspace / "report" / "report.md").read_text()
+    page = (workspace / "report" / "report.md").read_text(encoding="utf-8")
     assert "| PSNR, mean of frames (dB) | 3 |" in page
     assert "IRASim Frame-Ada (reported)" in page
     assert "26.048" in page
@@ -97,8 +100,8 @@ def test_the_report_says_what_was_measured_and_how(workspace, evaluated):
         assert PIL.Image.open(workspace / "report" / f"{name}.png").size[0] > 50
 
 
-def test_figures_are_those_of_the_pipeline_against_raw_frames(workspace, evaluated):
-    """By hand, for one clip: history not scored, noise by the clip's number, latents as they were denoised."""
+def test_metrics_match_pipeline_output(workspace, evaluated):
+    """The history is not scored, the seed of the noise is the number of the clip, latents are not decoded and encoded."""
     pipeline = IRASimPipeline.from_pretrained(workspace / "model")
     pipeline.set_progress_bar_config(disable=True)
     episode = open_dataset(workspace / "data", split="test")[0]
@@ -113,7 +116,7 @@ def test_figures_are_those_of_the_pipeline_against_raw_frames(workspace, evaluat
         truth = episode.frames[17:32]
         encoded = pipeline.encode_history(torch.from_numpy(truth).permute(0, 3, 1, 2)[None] / 127.5 - 1)
     prediction = np.rint(pixels.numpy() * 255) / 255
-    figures = json.loads((workspace / "report" / "figures" / "000000-000016.json").read_text())
+    figures = json.loads((workspace / "report" / "figures" / "000000-000016.json").read_text(encoding="utf-8"))
     np.testing.assert_allclose(figures["psnr"], frame_psnr(prediction, truth / 255), rtol=1e-4)
     np.testing.assert_allclose(figures["ssim"], frame_ssim(prediction, truth / 255), rtol=1e-3, atol=1e-5)
     assert figures["latent_l2"] == pytest.approx(latent_l2(latents, encoded).item(), rel=1e-4)
@@ -121,7 +124,7 @@ def test_figures_are_those_of_the_pipeline_against_raw_frames(workspace, evaluat
     np.testing.assert_allclose(figures["last_frame"]["psnr"], frame_psnr(repeated, truth / 255))
 
 
-def test_saved_predictions_score_as_the_model(workspace, evaluated):
+def test_saved_predictions_have_scores_of_model(workspace, evaluated):
     files = sorted(path.name for path in (workspace / "predictions").iterdir())
     assert files == ["000000-000000.npz", "000000-000016.npz", "000001-000000.npz"]
     arguments = ["--predictions", workspace / "predictions", "--model", workspace / "model"]
@@ -130,12 +133,12 @@ def test_saved_predictions_score_as_the_model(workspace, evaluated):
     again = load(workspace / "rescored")
     assert again["metrics"] == evaluated["metrics"]
     assert "faithfulness" not in again
-    for name in files:  # the copies still say whose latents they are
+    for name in files:  # the copies keep the hash of the autoencoder
         one, other = np.load(workspace / "predictions" / name), np.load(workspace / "copies" / name)
         assert one["autoencoder"] == other["autoencoder"] != ""
 
 
-def test_saved_truth_is_what_was_recorded(workspace, evaluated):
+def test_saved_truth_is_recording(workspace, evaluated):
     episode = open_dataset(workspace / "data", split="test")[0]
     assert np.array_equal(np.load(workspace / "truth" / "000000-000016.npz")["frames"], episode.frames[17:32])
 
@@ -156,22 +159,24 @@ def test_videos_of_another_model_are_scored(workspace, evaluated, capsys):
     assert load(workspace / "perfect")["clips"]["worst"]["name"] == "000001-000000"  # the new file is scored
     (folder / "000000-000016.mp4").unlink()
     assert run(workspace, workspace / "lacking", "--predictions", folder) == 2
-    message = "must hold 000000-000016.npz or 000000-000016.mp4, the 15 frames predicted from frame 17 of episode 0"
+    message = "must contain 000000-000016.npz or 000000-000016.mp4, the 15 frames predicted from frame 17 of episode 0"
     assert message in capsys.readouterr().err
-    assert len(json.loads((workspace / "lacking" / "clips.json").read_text())) == 3
+    assert len(json.loads((workspace / "lacking" / "clips.json").read_text(encoding="utf-8"))) == 3
 
 
 def test_whole_episodes_are_rolled_out(workspace, evaluated, capsys):
     arguments = ["--model", workspace / "model", "--protocol", "irasim-long", "--num-clips", 2]
     assert run(workspace, workspace / "long", *arguments) == 0
     report = load(workspace / "long")
-    assert [clip["predicted"] for clip in json.loads((workspace / "long" / "clips.json").read_text())] == [33, 8]
+    assert [
+        clip["predicted"] for clip in json.loads((workspace / "long" / "clips.json").read_text(encoding="utf-8"))
+    ] == [33, 8]
     assert [report["horizon"]["model"][k]["n"] for k in (0, 7, 8, 32)] == [2, 2, 1, 1]
     assert report["network_evaluations_per_window"] == 1
     assert "faithfulness" not in report
 
 
-def test_several_processes_score_as_one(workspace, evaluated):
+def test_two_processes_match_one(workspace, evaluated):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"]
     command += ["irasim_diffusers.cli", "evaluate", "--dataset", workspace / "data", "--model", workspace / "model"]
     command += ["--output", workspace / "two", "--ways", 3, "--batch-size", 1]
@@ -179,7 +184,7 @@ def test_several_processes_score_as_one(workspace, evaluated):
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     report = load(workspace / "two")
-    # the launcher gives each process one thread, which rounds otherwise: a pixel may differ by one level of 255
+    # each process has one thread, which rounds differently: a pixel may differ by one level of 255
     for name in ("metrics", "last_frame"):
         assert report[name].keys() == evaluated[name].keys()
         for metric, value in report[name].items():
@@ -191,7 +196,7 @@ def test_several_processes_score_as_one(workspace, evaluated):
 
 
 class Stopping(PipelinePredictor):
-    """Is killed after some batches, and counts the clips it predicts."""
+    """Stops after some batches, and records the names of the predicted clips."""
 
     def __init__(self, pipeline, batches):
         super().__init__(pipeline, 1)
@@ -205,7 +210,7 @@ class Stopping(PipelinePredictor):
         return super().predict(clips)
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(workspace, tmp_path):
+def test_interrupted_evaluation_resumes(workspace, tmp_path):
     dataset = open_dataset(workspace / "data", split="test")
     pipeline = IRASimPipeline.from_pretrained(workspace / "model")
     pipeline.set_progress_bar_config(disable=True)
@@ -223,24 +228,88 @@ def test_a_killed_evaluation_goes_on_where_it_was(workspace, tmp_path):
     assert not list(tmp_path.rglob("*.partial*"))
     predictor, evaluation = start(9)
     evaluate(evaluation)
-    assert predictor.predicted[0] == "000001-000000"  # then only the pictures
+    assert predictor.predicted[0] == "000001-000000"  # the others are for the images
     assert len(predictor.predicted) == 4
 
 
-def test_another_setting_needs_another_folder(workspace, evaluated, capsys):
+def test_other_setting_requires_new_folder(workspace, evaluated, capsys):
     arguments = ["--model", workspace / "model", "--ways", 3]
     assert run(workspace, workspace / "report", *arguments, "--seed", 1) == 2
-    assert "another evaluation; seed differ, the first is 0 there and 1 here" in capsys.readouterr().err
+    assert "contains another evaluation: seed differ, seed was 0 and is 1" in capsys.readouterr().err
     shutil.copytree(workspace / "model", workspace / "trained")
     pipeline = IRASimPipeline.from_pretrained(workspace / "trained")
     pipeline.transformer.null_action.data += 1
     pipeline.save_pretrained(workspace / "trained")
     assert run(workspace, workspace / "report", "--model", workspace / "trained", "--ways", 3) == 2
-    assert "another evaluation; model, weights differ" in capsys.readouterr().err
+    assert "contains another evaluation: model, weights differ" in capsys.readouterr().err
+
+
+def test_broken_episodes_are_skipped(workspace, evaluated, tmp_path, capsys):
+    shutil.copytree(workspace / "data", tmp_path / "data")
+    (tmp_path / "data" / "videos" / "1.mp4").write_bytes(b"broken")
+    (tmp_path / "data" / "annotation" / "test" / "2.json").write_text("{")
+    arguments = ["--dataset", tmp_path / "data", "--model", workspace / "model", "--ways", 2]
+    assert run(workspace, tmp_path / "out", *arguments) == 2
+    assert "2.json" in capsys.readouterr().err
+    for _ in range(2):  # the second run resumes
+        assert run(workspace, tmp_path / "out", *arguments, "--skip-broken") == 0
+        report = load(tmp_path / "out")
+        assert report["n"] == report["faithfulness"]["identification"]["all"]["n"] == 2
+        first, second = report["skipped_episodes"]
+        assert (first["episode"], second["episode"]) == (1, 2)
+        assert "2.json" in second["error"]
+    assert "2 episodes could not be read" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    found, expected = (
+        json.loads((folder / "figures" / "000000-000016.json").read_text(encoding="utf-8"))
+        for folder in (tmp_path / "out", workspace / "report")
+    )
+    assert found["psnr"] == pytest.approx(expected["psnr"], rel=1e-3)
+    (tmp_path / "data" / "videos" / "0.mp4").write_bytes(b"broken")
+    assert run(workspace, tmp_path / "nothing", *arguments, "--skip-broken") == 2
+    assert "no clip of " in capsys.readouterr().err
+
+
+def test_convolutional_baseline_is_a_world_model(tmp_path):
+    """A frame-by-frame model without a pipeline; the frames match those of its own `predict`."""
+    torch.manual_seed(0)
+    baseline = ConvolutionalModel(width=8).eval()
+    torch.nn.init.normal_(baseline.out.weight, std=0.02)
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (2, 17, 96, 96, 3), dtype=np.uint8)
+    actions = rng.uniform(0, 512, (2, 15, 2)).astype(np.float32)
+    clips = [ClipData(Clip(f"{k}", k, 0, 2, 15), k, frames[k], actions[k], actions[k, 0]) for k in range(2)]
+    predictor = WorldModelPredictor(baseline)
+    expected = np.stack([baseline.predict(frames[k, :2], actions[k : k + 1])[0] for k in range(2)])
+    for found, prediction in zip(predictor.predict(clips), expected, strict=True):
+        assert (found.latents, found.network_evaluations) == (None, None)
+        assert abs(found.frames.astype(int) - np.rint(prediction * 255)).max() <= 1
+    futures = predictor.futures(clips[0], actions)
+    np.testing.assert_allclose(futures[0].permute(0, 2, 3, 1), expected[0], atol=1e-5)
+    assert np.array_equal(predictor.hold(clips[1]), actions[1, 0])
+    small = ClipData(clips[0].clip, 0, frames[0, :, :48, :48], actions[0], actions[0, 0])
+    with pytest.raises(ValueError, match=r"frames must be 96x96 .* got 48x48: pass resize=True"):
+        predictor.predict([small])
+    (resized,) = WorldModelPredictor(baseline, resize=True).predict([small])
+    assert resized.frames.shape == (15, 48, 48, 3)
+
+
+@pytest.mark.parametrize("length", [4, 7])
+def test_pipeline_rollout_matches_pipeline_call(length):
+    """Including a last chunk that is shorter than the others."""
+    pipeline = tiny_pipeline(num_inference_steps=2)
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (length + 2, 8, 12, 3), dtype=np.uint8)
+    actions = rng.normal(size=(length, 3))
+    data = ClipData(Clip("a", 0, 0, 2, length), 3, frames, actions, actions[0])
+    (found,) = PipelinePredictor(pipeline, seed=5).predict([data])
+    generator = [torch.Generator().manual_seed(8)]
+    latents = pipeline(frames[:2], actions, generator=generator, output_type="latent").frames
+    torch.testing.assert_close(found.latents, latents[0])
+    assert found.network_evaluations == 3  # PNDM repeats one of the two steps
 
 
 class ChannelMeans(torch.nn.Module):
-    """Called as StyleGAN-V's I3D."""
+    """Network with the signature of the I3D of StyleGAN-V."""
 
     def forward(self, videos: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
         return videos.float().mean(dim=(3, 4)).flatten(1)
@@ -252,7 +321,7 @@ def test_distances_of_features(workspace, tmp_path):
     report = load(tmp_path / "out")
     assert report["distances"]["fvd"]["n"] == 3
     assert report["distances"]["fvd"]["value"] > 0
-    assert "| FVD | 3 |" in (tmp_path / "out" / "report.md").read_text()
+    assert "| FVD | 3 |" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
 def clip_data(size=(16, 32), length=15):
@@ -262,10 +331,10 @@ def clip_data(size=(16, 32), length=15):
     return ClipData(Clip("a", 0, 0, 1, length), 0, frames, np.zeros((length, 3)), np.zeros(3))
 
 
-def test_the_releases_variant_is_of_grey_frames_out_of_mp4():
+def test_release_protocol_scores_grey_frames_after_mp4():
     data = clip_data()
     prediction = np.clip(data.truth.astype(int) + 20, 0, 255).astype(np.uint8)
-    for attempt in range(5):  # x264 does not write the same bytes every time
+    for attempt in range(5):  # x264 is not deterministic
         found = score_clip(data, Prediction(prediction), PROTOCOLS["irasim-short-release"])
         pair = [gray(through_mp4(data.history, video)) / 255 for video in (prediction, data.truth)]
         assert pair[0].shape == (15, 16, 32, 1)
@@ -279,7 +348,7 @@ def test_the_releases_variant_is_of_grey_frames_out_of_mp4():
         score_clip(clip_data((16, 24)), Prediction(prediction[:, :, :24]), PROTOCOLS["irasim-short-release"])
 
 
-def test_pictures_of_pixels_are_encoded_for_latents_and_networks_are_asked():
+def test_predictions_without_latents_are_encoded():
     data = clip_data()
 
     def encode(frames):
@@ -294,7 +363,7 @@ def test_pictures_of_pixels_are_encoded_for_latents_and_networks_are_asked():
     np.testing.assert_allclose(found["lpips"], 4 * error.mean(axis=(1, 2, 3)), rtol=1e-5)
 
 
-def test_the_release_mirrors_true_videos_only():
+def test_release_protocol_mirrors_true_videos_only():
     data, video = clip_data(), clip_data().truth[::-1]
     backbones = Backbones(
         inception=lambda frames: frames.mean(axis=(1, 2)), i3d=lambda frames: frames.mean(axis=(0, 1, 3))
@@ -336,16 +405,16 @@ def test_clips_of_each_protocol():
     assert starts(find_clips(dataset, PROTOCOLS["robonet"])) == robonet
     assert starts(find_clips(dataset, PROTOCOLS["robonet"], 3)) == robonet[::2]
     with pytest.raises(
-        ValueError, match="no episode of 'lengths' is as long as a clip of irasim-short, 1 frame given"
+        ValueError, match="no episode of 'lengths' is as long as a clip of irasim-short, 1 history frame"
     ):
         find_clips(Lengths(15, 3), PROTOCOLS["irasim-short"])
     with pytest.raises(ValueError, match="`num_clips` must be at least 1, got 0"):
         find_clips(dataset, PROTOCOLS["irasim-short"], 0)
 
 
-def test_a_clip_brings_the_action_before_it(workspace):
+def test_clip_contains_previous_action(workspace):
     dataset = open_dataset(workspace / "data", split="test")
-    reader = ClipReader(dataset, find_clips(dataset, Protocol("any", "", 2, 5, 6)))
+    reader = ClipReader(dataset, find_clips(dataset, EvaluationProtocol("any", "", 2, 5, 6)))
     data, episode = reader(1), dataset[0]
     assert np.array_equal(data.history, episode.frames[6:8])
     assert np.array_equal(data.truth, episode.frames[8:13])
@@ -354,28 +423,28 @@ def test_a_clip_brings_the_action_before_it(workspace):
 
 
 @pytest.mark.parametrize("page", ["README.md", "examples/evaluation.md"])
-def test_commands_of_the_documents_are_understood(page):
-    text = (Path(__file__).parents[2] / page).read_text()
+def test_documented_commands_are_valid(page):
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
     commands = re.findall(r"^irasim evaluate (.*)$", text, re.MULTILINE)
     assert commands
     for command in commands:
         arguments = _parser().parse_args(["evaluate", *shlex.split(command, comments=True)])
-        assert arguments.run.__name__ == "run_evaluate"
+        assert arguments.run is run_evaluate
 
 
 def test_published_figures():
     assert published_figures(PROTOCOLS["irasim-short"], "bridge")["IRASim Frame-Ada"]["fvd"] == 20.91
     assert published_figures(PROTOCOLS["irasim-long"], "rt1")["LVDM"] == {"latent_l2": 0.2567, "psnr": 23.573}
-    with pytest.raises(ValueError, match=r"`published` must be one of \['robonet'\] under the protocol robonet"):
+    with pytest.raises(ValueError, match=r"`published` must be one of \['robonet'\] for the protocol robonet"):
         published_figures(PROTOCOLS["robonet"], "rt1")
 
 
 BAD = [
     (["--num-clips", "0"], "--num-clips must be at least 1, got 0"),
     (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-    (["--height", "8"], "--height and --width go together"),
+    (["--height", "8"], "--height and --width must be given together"),
     (["--height", "16", "--width", "24"], "must be 8x12 .* got 16x24: .*--resize"),
-    (["--protocol", "robonet"], r"must be \(256, 256\) .* under the protocol robonet, got \(8, 12\)"),
+    (["--protocol", "robonet"], r"must be \(256, 256\) .* for the protocol robonet, got \(8, 12\)"),
     (["--protocol", "irasim-short-release"], "sides divisible by 16"),
     (["--published", "robonet"], "`published` must be one of"),
     (["--pad-actions-to", "4"], "action components of .* must be 3 as the model's, got 4: see --pad-actions-to"),
@@ -389,7 +458,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_input_is_one_line(workspace, tmp_path, capsys, arguments, message):
+def test_invalid_input_prints_one_line(workspace, tmp_path, capsys, arguments, message):
     assert run(workspace, tmp_path / "out", "--model", workspace / "model", *arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert re.search(message, lines[-1]), lines[-1]
@@ -399,20 +468,23 @@ def test_bad_input_is_one_line(workspace, tmp_path, capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"frames": np.zeros((16, 8, 12, 3), np.uint8)}, r"must hold the 15 predicted frames .* got \(16, 8, 12, 3\)"),
+        (
+            {"frames": np.zeros((16, 8, 12, 3), np.uint8)},
+            r"must contain the 15 predicted frames .* got \(16, 8, 12, 3\)",
+        ),
         ({"frames": np.zeros((15, 8, 12, 3))}, "uint8, without the history, got .* float64"),
         ({"frames": np.zeros((15, 16, 24, 3), np.uint8)}, "must be 8x12 .* got 16x24: pass --resize"),
         ({"video": np.zeros((15, 8, 12, 3), np.uint8)}, "must be an npz file with an array `frames`"),
     ],
 )
-def test_bad_predictions_are_named(workspace, evaluated, tmp_path, capsys, arrays, message):
+def test_invalid_predictions_raise(workspace, evaluated, tmp_path, capsys, arrays, message):
     shutil.copytree(workspace / "predictions", tmp_path / "predictions")
     np.savez(tmp_path / "predictions" / "000000-000016.npz", **arrays)
     assert run(workspace, tmp_path / "out", "--predictions", tmp_path / "predictions") == 2
     assert re.search(f"000000-000016.npz.*{message}", capsys.readouterr().err)
 
 
-def test_a_prediction_cut_short_is_named(workspace, evaluated, tmp_path, capsys):
+def test_truncated_prediction_raises(workspace, evaluated, tmp_path, capsys):
     shutil.copytree(workspace / "predictions", tmp_path / "predictions")
     path = tmp_path / "predictions" / "000000-000016.npz"
     path.write_bytes(path.read_bytes()[:-200])
@@ -420,7 +492,7 @@ def test_a_prediction_cut_short_is_named(workspace, evaluated, tmp_path, capsys)
     assert "000000-000016.npz' must be an npz file" in capsys.readouterr().err
 
 
-def test_predictions_exchanged_for_older_ones_are_scored_anew(workspace, evaluated, tmp_path):
+def test_replaced_predictions_are_scored_again(workspace, evaluated, tmp_path):
     arguments = ["--predictions", tmp_path / "predictions"]
     shutil.copytree(workspace / "predictions", tmp_path / "predictions")
     assert run(workspace, tmp_path / "out", *arguments) == 0
@@ -432,8 +504,8 @@ def test_predictions_exchanged_for_older_ones_are_scored_anew(workspace, evaluat
     assert load(tmp_path / "out")["metrics"]["psnr"] != before
 
 
-def test_latents_are_compared_with_those_of_the_same_autoencoder_alone(workspace, evaluated, tmp_path):
-    """Saved latents of another autoencoder are left out: its frames are encoded instead."""
+def test_latents_of_other_autoencoder_are_ignored(workspace, evaluated, tmp_path):
+    """The frames are encoded instead."""
     pipeline = tiny_pipeline(1)
     pipeline.vae.register_to_config(scaling_factor=7.0)
     pipeline.save_pretrained(tmp_path / "other")
@@ -448,16 +520,16 @@ def test_latents_are_compared_with_those_of_the_same_autoencoder_alone(workspace
     assert found[0] == found[1]
 
 
-def test_a_changed_config_is_another_evaluation(workspace, evaluated, tmp_path, capsys):
+def test_changed_config_requires_new_folder(workspace, evaluated, tmp_path, capsys):
     shutil.copytree(workspace / "model", tmp_path / "model")
     assert run(workspace, tmp_path / "out", "--model", tmp_path / "model", "--faithfulness-clips", 0) == 0
     path = tmp_path / "model" / "transformer" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"action_scale": 9.0}))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"action_scale": 9.0}))
     assert run(workspace, tmp_path / "out", "--model", tmp_path / "model", "--faithfulness-clips", 0) == 2
-    assert "holds the figures of another evaluation; weights differ" in capsys.readouterr().err
+    assert "contains another evaluation: weights differ" in capsys.readouterr().err
 
 
-def test_other_sizes_are_resized_where_asked(workspace, evaluated, tmp_path):
+def test_resize(workspace, evaluated, tmp_path):
     shutil.copytree(workspace / "predictions", tmp_path / "predictions")
     grown = np.full((15, 16, 24, 3), 7, np.uint8)
     np.savez(tmp_path / "predictions" / "000000-000016.npz", frames=grown)
@@ -466,7 +538,7 @@ def test_other_sizes_are_resized_where_asked(workspace, evaluated, tmp_path):
     assert run(workspace, tmp_path / "model", "--model", workspace / "model", *size) == 0
 
 
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="IRASIM_TEST_DATA is not a folder of robot clips")
 @pytest.mark.parametrize(
     ("name", "split", "space", "expected"),
     [
@@ -474,7 +546,7 @@ def test_other_sizes_are_resized_where_asked(workspace, evaluated, tmp_path):
         ("language_table", "test", {"action_dim": 2}, 1),
     ],
 )
-def test_real_clips_of_robots(tmp_path, name, split, space, expected):
+def test_real_robot_clips(tmp_path, name, split, space, expected):
     scaling = {"action_scale": 1.0, "action_offset": 0.0}
     tiny_pipeline(1, sample_height=12, sample_width=20, **scaling, **space).save_pretrained(tmp_path / "model")
     arguments = ["--dataset", CLIPS / name, "--split", split, "--cameras", 0, "--height", 24, "--width", 40]

@@ -24,6 +24,7 @@ from teleoperate import (
 
 from irasim_diffusers import Steering
 from irasim_diffusers.actions import integrate_actions
+from irasim_diffusers.commands.keys import key_controls
 
 SIZES = {"relative_planar": 2, "relative_euler": 7, "relative_6d": 10}
 
@@ -51,7 +52,7 @@ def space(derivation="relative_euler", kind="relative", low=None, high=None):
         "low": [low] * size,
         "high": [high] * size,
         "hold": steering.hold().tolist(),
-        "controls": [vars(control) for control in steering.controls],
+        "controls": [vars(control) for control in key_controls(steering.action_space)],
         "fps": 5,
     }
 

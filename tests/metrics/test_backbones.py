@@ -8,7 +8,7 @@ from irasim_diffusers.metrics import load_i3d, load_inception, load_lpips
 
 
 class Detector(torch.nn.Module):
-    """Called as StyleGAN-V calls its I3D: videos (B, 3, T, H, W) of bytes to features (B, F)."""
+    """Network with the signature of the I3D of StyleGAN-V: videos (B, 3, T, H, W), uint8, to features (B, F)."""
 
     def forward(self, videos: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
         assert rescale
@@ -17,14 +17,14 @@ class Detector(torch.nn.Module):
         return videos.float().mean(dim=(3, 4)).flatten(1)
 
 
-def test_i3d_is_a_torchscript_file_called_as_stylegan_v_does(tmp_path):
+def test_i3d_from_torchscript_file(tmp_path):
     path = tmp_path / "i3d_torchscript.pt"
     torch.jit.script(Detector()).save(str(path))
     video = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 3), dtype=np.uint8)
     assert np.allclose(load_i3d(str(path))(video), video.mean(axis=(1, 2)).T.ravel(), rtol=1e-5)
 
 
-def test_i3d_is_never_looked_for_elsewhere(tmp_path):
+def test_i3d_is_not_downloaded(tmp_path):
     with pytest.raises(ValueError, match=r"`i3d` must be the file i3d_torchscript.pt, got 'org/name:i3d.pt'"):
         load_i3d("org/name:i3d.pt")
     (tmp_path / "text.pt").write_text("no script")
@@ -35,27 +35,27 @@ def test_i3d_is_never_looked_for_elsewhere(tmp_path):
 @pytest.mark.parametrize(
     ("load", "package", "message"),
     [
-        (load_lpips, "lpips", r"LPIPS needs the package lpips: pip install irasim-diffusers\[backbones\]"),
+        (load_lpips, "lpips", r"LPIPS requires the package lpips: pip install irasim-diffusers\[backbones\]"),
         (
             load_inception,
             "pytorch_fid",
-            r"FID needs the package pytorch-fid: pip install irasim-diffusers\[backbones\]",
+            r"FID requires the package pytorch-fid: pip install irasim-diffusers\[backbones\]",
         ),
     ],
 )
-def test_a_missing_package_is_named(monkeypatch, load, package, message):
+def test_missing_package_raises(monkeypatch, load, package, message):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=message):
         load("weights.pth")
 
 
 def backbones():
-    """The extra, where it is installed and its torchvision fits."""
+    """Skip the test unless the extra is installed with a matching torchvision."""
     pytest.importorskip("lpips", exc_type=(ImportError, RuntimeError))
     return pytest.importorskip("pytorch_fid.inception", exc_type=(ImportError, RuntimeError))
 
 
-def test_lpips_takes_alexnet_from_a_file(tmp_path):
+def test_lpips_with_alexnet_from_file(tmp_path):
     backbones()
     from torchvision.models import alexnet
 
@@ -65,16 +65,16 @@ def test_lpips_takes_alexnet_from_a_file(tmp_path):
     assert network(one, one).abs().max() < 1e-6
     assert network(one, other).shape == (3, 1, 1, 1)
     again = load_lpips(str(tmp_path / "alexnet.pth"))
-    torch.testing.assert_close(network(one, other), again(one, other))  # nothing of the backbone is left random
+    torch.testing.assert_close(network(one, other), again(one, other))  # no weight of the backbone is random
 
 
-def test_inception_is_pytorch_fids(tmp_path, monkeypatch):
+def test_inception_matches_pytorch_fid(tmp_path, monkeypatch):
     inception = backbones()
     from torchvision.models import inception_v3
 
     state = inception_v3(num_classes=1008, aux_logits=False, init_weights=False).state_dict()
     torch.save(state, tmp_path / "inception.pth")
-    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: state)  # what it would download
+    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: state)  # instead of a download
     frames = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), dtype=np.uint8)
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_inception_is_pytorch_fids(tmp_path, monkeypatch):
     np.testing.assert_allclose(load_inception(str(tmp_path / "inception.pth"))(frames), expected, rtol=1e-4, atol=1e-6)
     (tmp_path / "other.pth").write_bytes(b"no weights")
     for name, message in (
-        ("other.pth", "must be a file of weights"),
+        ("other.pth", "must be a file with weights"),
         ("none.pth", "must be a file, or org/name:file"),
     ):
         with pytest.raises(ValueError, match=message):

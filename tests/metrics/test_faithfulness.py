@@ -1,4 +1,4 @@
-"""Obedience to actions, of tiny world models of a square that is moved about."""
+"""Tests of action faithfulness with tiny world models of a moving square."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ HEIGHT, WIDTH, STEPS = 10, 14, 4
 
 
 def draw(positions):
-    """Frames (..., H, W, 3), uint8, with a soft square at positions (..., 2) of row and column."""
+    """Draw frames (..., H, W, 3), uint8, with a soft square at positions (..., 2), row and column."""
     rows, columns = np.meshgrid(np.arange(HEIGHT), np.arange(WIDTH), indexing="ij")
     row, column = positions[..., 0, None, None], positions[..., 1, None, None]
     inside = np.clip(2 - abs(rows - row), 0, 1) * np.clip(2 - abs(columns - column), 0, 1)
@@ -28,17 +28,17 @@ def draw(positions):
 
 
 def record(count, seed):
-    """Clips whose actions (n, 3) move the square by their first two components; the third does nothing."""
+    """Record clips in which the first two action components move the square; the third has no effect."""
     rng = np.random.default_rng(seed)
     start = rng.uniform([3, 3], [HEIGHT - 4, WIDTH - 4], size=(count, 2))
-    speed = rng.uniform(0, 1, size=(count, 1, 1))  # some hardly move
+    speed = rng.uniform(0, 1, size=(count, 1, 1))  # some squares hardly move
     actions = np.concatenate([speed * rng.normal(size=(count, STEPS, 2)), rng.normal(size=(count, STEPS, 1))], axis=2)
     path = start[:, None] + np.cumsum(actions[..., :2], axis=1)
     return draw(start)[:, None], actions, draw(path)
 
 
 class TinyModel(torch.nn.Module):
-    """Predicts each frame from the seen one and the sum of the actions so far, or from the frame alone."""
+    """Predicts each frame from the history frame and the sum of the actions, or from the frame only."""
 
     def __init__(self, blind):
         super().__init__()
@@ -88,10 +88,10 @@ def clips():
     return histories, actions, truths, np.zeros((60, 3))
 
 
-def test_a_model_that_obeys_passes(models, clips):
+def test_faithful_model_passes(models, clips):
     report = action_faithfulness(models[False].predict, *clips)
     assert report["verdict"]["obeys"] is True
-    assert report["verdict"]["text"].startswith("The model obeys its actions: where most moves")
+    assert report["verdict"]["text"].startswith("The model follows its actions: in clips with much motion")
     rates, gaps = report["identification"], report["gap"]["held"]
     assert rates["much motion"]["low"] > 0.5
     assert gaps["little motion"]["high"] < gaps["much motion"]["low"]
@@ -99,22 +99,22 @@ def test_a_model_that_obeys_passes(models, clips):
     assert report["gap"]["shuffled"]["much motion"]["low"] > 0
 
 
-def test_a_copy_trained_without_actions_fails(models, clips):
+def test_model_trained_without_actions_fails(models, clips):
     report = action_faithfulness(models[True].predict, *clips)
     assert report["verdict"]["obeys"] is False
-    assert report["verdict"]["text"].startswith("The model does not obey its actions")
+    assert report["verdict"]["text"].startswith("The model does not follow its actions")
     assert report["identification"]["all"] == {"mean": 0.25, "low": 0.25, "high": 0.25, "n": 60}
     assert all(gap["all"]["mean"] == 0 for gap in report["gap"].values())
 
 
-def test_a_model_that_does_the_opposite_fails(models, clips):
+def test_model_with_opposite_actions_fails(models, clips):
     def opposite(frames, actions):
         return models[False].predict(frames, -actions)
 
     assert action_faithfulness(opposite, *clips)["verdict"]["obeys"] is not True
 
 
-def test_a_model_whose_noise_differs_but_not_its_actions_fails(models, clips):
+def test_noisy_model_without_actions_fails(models, clips):
     generator = torch.Generator().manual_seed(0)
 
     def noisy(frames, actions):
@@ -124,9 +124,9 @@ def test_a_model_whose_noise_differs_but_not_its_actions_fails(models, clips):
     assert action_faithfulness(noisy, *clips)["verdict"]["obeys"] is not True
 
 
-def test_few_clips_get_no_verdict(models, clips):
+def test_few_clips_are_undecided(models, clips):
     report = action_faithfulness(models[False].predict, *(part[:21] for part in clips))
-    assert report["verdict"] == {"obeys": None, "text": "Too few clips to tell: 8 with much motion are wanted."}
+    assert report["verdict"] == {"obeys": None, "text": "Undecided: at least 8 clips with much motion are required."}
 
 
 def test_sensitivity_maps_show_which_component_moves_which_pixels(models):
@@ -151,7 +151,7 @@ def test_counterfactual_actions():
     others = counterfactual_actions(frames, actions, holds, ways=3)
     assert np.array_equal(others.matched, actions[[[2, 4], [3, 4], [0, 4], [1, 4], [2, 0]]])
     shuffled = others.altered["shuffled"]
-    assert not (shuffled == actions).all(axis=(1, 2)).any()  # every clip takes those of another
+    assert not (shuffled == actions).all(axis=(1, 2)).any()  # every clip has the actions of another clip
     assert np.array_equal(np.sort(shuffled[:, 0, 0]), np.sort(actions[:, 0, 0]))
     assert np.array_equal(others.altered["held"][:, 3], holds)
     assert np.array_equal(others.altered["reversed"][:, 0], actions[:, 3])
@@ -173,11 +173,11 @@ def test_errors_and_motion_are_mean_squares():
     errors = future_errors(lambda *_: futures, truth[:1], np.zeros((2, STEPS, 1)), truth)
     assert errors == pytest.approx([0, 0.04])
     assert motion(np.zeros((2, 3, 3), dtype=np.uint8), truth) == pytest.approx(0.04)
-    with pytest.raises(ValueError, match=r"must give futures \(K, 4, 2, 3, 3\), got \(2, 3, 2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"must return futures \(K, 4, 2, 3, 3\), got \(2, 3, 2, 3, 3\)"):
         future_errors(lambda *_: futures[:, 1:], truth[:1], np.zeros((2, STEPS, 1)), truth)
 
 
-def test_a_perfect_model_is_not_infinitely_better():
+def test_gap_of_perfect_model_is_finite():
     errors = np.full((30, 7), 0.01)
     errors[:, 0] = 0
     summary = summarise_faithfulness(errors, np.arange(30.0), ways=4)

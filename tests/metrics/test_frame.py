@@ -13,7 +13,7 @@ def clips():
     return np.random.default_rng(0).random((2, 2, 3, 9, 11, 3))
 
 
-def test_psnr_equals_scikit_image_on_whole_clips(clips):
+def test_psnr_of_clips_matches_scikit_image(clips):
     truth, prediction = clips
     expected = [
         peak_signal_noise_ratio(one, other, data_range=1) for one, other in zip(truth, prediction, strict=True)
@@ -22,15 +22,15 @@ def test_psnr_equals_scikit_image_on_whole_clips(clips):
     assert np.allclose(psnr(prediction, truth), expected, rtol=1e-12)
 
 
-def test_static_frames_do_not_blow_it_up():
+def test_static_frames_do_not_dominate():
     truth = np.zeros((4, 5, 6, 3))
     prediction = truth.copy()
     prediction[0] += 0.1
     assert psnr(prediction, truth) == pytest.approx(20 + 10 * np.log10(4))
 
 
-def test_frames_equal_scikit_image_on_bytes(clips):
-    """As the paper computes them: on frames of 8 bits, one by one."""
+def test_frame_metrics_match_scikit_image(clips):
+    """On 8-bit frames, as in the paper."""
     truth, prediction = np.rint(clips * 255).astype(np.uint8)
     pairs = list(zip(truth.reshape(-1, 9, 11, 3), prediction.reshape(-1, 9, 11, 3), strict=True))
     expected = np.reshape([peak_signal_noise_ratio(*pair, data_range=255) for pair in pairs], (2, 3))
@@ -39,24 +39,24 @@ def test_frames_equal_scikit_image_on_bytes(clips):
     assert np.allclose(frame_ssim(prediction / 255, truth / 255), expected, rtol=1e-9)
 
 
-def test_the_grey_of_the_release_equals_opencv(clips):
+def test_gray_matches_opencv(clips):
     frames = np.rint(clips[0] * 255).astype(np.uint8)
     expected = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames.reshape(-1, 9, 11, 3)])
     grey = gray(frames)
     assert grey.shape == (2, 3, 9, 11, 1)
-    assert abs(grey.reshape(expected.shape).astype(int) - expected).max() <= 1  # which rounds in fixed point
+    assert abs(grey.reshape(expected.shape).astype(int) - expected).max() <= 1  # OpenCV uses fixed-point arithmetic
     other = cv2.GaussianBlur(expected[0], (3, 3), 0)
     value = frame_ssim(grey[0, 0] / 255, other[..., None] / 255)
     assert value == pytest.approx(structural_similarity(grey[0, 0, ..., 0], other), rel=1e-9)
 
 
-def test_latent_l2_is_the_mean_squared_error_of_each_clip():
+def test_latent_l2_is_mean_squared_error_per_clip():
     prediction, truth = torch.randn(2, 3, 4, 5, 6, 7, generator=torch.Generator().manual_seed(0))
     expected = [torch.nn.functional.mse_loss(*pair).item() for pair in zip(prediction, truth, strict=True)]
     assert np.allclose(latent_l2(prediction, truth), expected, rtol=1e-5)
 
 
-def test_lpips_gets_frames_as_it_wants_them(clips):
+def test_lpips_receives_frames_in_its_range(clips):
     def network(prediction, truth):  # in [-1, 1], channels first
         assert prediction.shape == (3, 3, 9, 11)
         return (prediction - truth).abs().amax(dim=(1, 2, 3), keepdim=True)
@@ -67,6 +67,6 @@ def test_lpips_gets_frames_as_it_wants_them(clips):
 
 
 @pytest.mark.parametrize("metric", [psnr, frame_psnr, frame_ssim])
-def test_shapes_must_agree(metric):
-    with pytest.raises(ValueError, match=r"one shape, got \(1, 2, 2, 3\) and \(2, 2, 2, 3\)"):
+def test_different_shapes_raise(metric):
+    with pytest.raises(ValueError, match=r"the same shape, got \(1, 2, 2, 3\) and \(2, 2, 2, 3\)"):
         metric(np.zeros((1, 2, 2, 3)), np.zeros((2, 2, 2, 3)))

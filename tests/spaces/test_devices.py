@@ -20,7 +20,7 @@ from poses import read_poses
 from teleoperate import TeleoperateArguments, teleoperate
 
 from irasim_diffusers import embedded_checkpoint
-from irasim_diffusers.cli import read_actions
+from irasim_diffusers.commands.files import read_actions
 from irasim_diffusers.data import read_video
 
 START = read_actions(embedded_checkpoint() / "example_actions.csv")[0]

@@ -8,7 +8,7 @@ from irasim_diffusers.data import write_video
 
 pytest.importorskip("gradio")
 from preference import rates_page
-from study_videos import find_study, open_study, owner_key
+from study_videos import find_demonstration, open_study, owner_key
 
 
 def write_study(folder, **clips):
@@ -52,7 +52,7 @@ def test_folders_that_are_none(tmp_path, clips, message):
 
 
 def test_without_a_model_and_a_folder_there_is_no_study():
-    assert find_study(None, {}) is None
+    assert find_demonstration({}) is None
 
 
 def test_results_of_a_folder_want_a_key(monkeypatch, capsys):

@@ -87,10 +87,10 @@ class TestPaths:
     )
     def test_what_is_no_path(self, path, message):
         with pytest.raises(ValueError, match=message):
-            read_path({"path": path})
+            read_path(path)
 
     def test_time_never_runs_back(self):
-        assert read_path({"path": [[0, 0, 5], [1, 1, 4]]})[1, 2] == 5
+        assert read_path([[0, 0, 5], [1, 1, 4]])[1, 2] == 5
 
 
 def config_of(**changes):
@@ -219,7 +219,7 @@ class TestScenes:
     @pytest.mark.parametrize(
         ("kind", "length", "message"),
         [
-            (FILE, 5, "Give a file"),
+            (FILE, 5, "Upload a file"),
             (RECORDED, 5, "Nothing is recorded"),
             (DRAWN, 5, "nothing is drawn"),
             (DRAWN, 61, "1 to 60"),
@@ -228,7 +228,7 @@ class TestScenes:
     def test_actions_that_are_missing(self, world, kind, length, message):
         scene = Scene(world.clip[:2], world.clip[:0])
         with pytest.raises(ValueError, match=message):
-            choose_actions(kind, scene, world, {"path": []}, None, length, 1.0)
+            choose_actions(kind, scene, world, [], None, length, 1.0)
 
 
 class TestSettings:
@@ -359,7 +359,7 @@ def test_files_of_actions_bad_and_good(trajectory):
     page = trajectory
     page.get_by_label("From a file").check()
     page.locator("#trajectory-run").click()
-    page.get_by_text("Give a file of actions first.").wait_for()
+    page.get_by_text("Upload a file of actions first.").wait_for()
     for name, content, message in [
         ("bad-0.npy", *BAD_ACTIONS[0][1:]),
         ("bad-2.npy", *BAD_ACTIONS[2][1:]),

@@ -1,9 +1,11 @@
 """Robot clips: video files, episodes from many sources, latents and windows."""
 
-from .clips import LatentClips, MixedClips, action_normalisation, cache_latents, episode_states, standardised_states
+from .clips import LatentClips, MixedClips, action_normalisation, standardised_states
 from .episode import CameraLayout, Episode, EpisodeSource, camera_layout, check_mixture, first_readable, tile
 from .irasim_release import IRASimFolder
-from .lerobot import LeRobotFolder, is_written, write_file, write_metadata
+from .latent_cache import cache_latents
+from .lerobot import LeRobotFolder
+from .lerobot_writer import is_written, write_file, write_metadata
 from .prepared import PreparedEpisodes, frame_skip_for
 from .publish import publish_lerobot, write_dataset_card, write_lerobot
 from .sources import open_dataset
@@ -25,7 +27,6 @@ __all__ = [
     "camera_layout",
     "check_mixture",
     "count_frames",
-    "episode_states",
     "first_readable",
     "frame_skip_for",
     "is_written",

@@ -14,7 +14,8 @@ from huggingface_hub.errors import RevisionNotFoundError
 
 from ..files import temporary_path
 from .episode import Episode, EpisodeSource, first_readable
-from .lerobot import EPISODES_PATH, VERSION, LeRobotFolder, is_written, write_file, write_metadata
+from .lerobot import VERSION, LeRobotFolder
+from .lerobot_writer import EPISODES_PATH, is_written, write_file, write_metadata
 
 EPISODES_PER_FILE = 50
 SOURCE_FILE = ".irasim-source.json"

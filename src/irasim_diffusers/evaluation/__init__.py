@@ -1,8 +1,16 @@
 """Evaluation of world models on recorded clips, by named protocols."""
 
-from .predictors import ClipData, ClipReader, FolderPredictor, PipelinePredictor, Prediction, save_prediction
-from .preference import Answer, Comparison, PreferenceStudy
-from .protocols import PROTOCOLS, PUBLISHED_DATASETS, Clip, Protocol, find_clips, published_figures
+from .predictors import (
+    ClipData,
+    ClipReader,
+    EvaluationCounter,
+    FolderPredictor,
+    PipelinePredictor,
+    Prediction,
+    WorldModelPredictor,
+    save_prediction,
+)
+from .protocols import PROTOCOLS, PUBLISHED_DATASETS, Clip, EvaluationProtocol, find_clips, published_figures
 from .report import markdown, summarise, write_report
 from .run import Evaluation, evaluate
 from .scores import Backbones, features_of_clip, score_clip
@@ -10,18 +18,17 @@ from .scores import Backbones, features_of_clip, score_clip
 __all__ = [
     "PROTOCOLS",
     "PUBLISHED_DATASETS",
-    "Answer",
     "Backbones",
     "Clip",
     "ClipData",
     "ClipReader",
-    "Comparison",
     "Evaluation",
+    "EvaluationCounter",
+    "EvaluationProtocol",
     "FolderPredictor",
     "PipelinePredictor",
     "Prediction",
-    "PreferenceStudy",
-    "Protocol",
+    "WorldModelPredictor",
     "evaluate",
     "features_of_clip",
     "find_clips",

@@ -1,4 +1,4 @@
-"""Predictors: a pipeline, or a folder of saved predictions of any model."""
+"""Predictors: a world model, or a folder of saved predictions of any model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from ..data import EpisodeSource, first_readable, read_video
+from ..data.latent_cache import fingerprint
 from ..files import temporary_path
 from ..pipelines import IRASimPipeline
+from ..rollout import WorldModel, roll
 from .protocols import Clip
 
 
@@ -26,19 +28,19 @@ class ClipData:
     """A clip with its frames and actions."""
 
     clip: Clip
-    number: int  # its place among the clips, which seeds its noise
+    number: int  # index of the clip, which seeds the noise
     frames: np.ndarray  # (h + n, H, W, 3), uint8
     actions: np.ndarray  # (n, A)
-    action_before: np.ndarray  # (A,), that of the frame before; of an episode's first frame its own
+    action_before: np.ndarray  # (A,), the previous action; at the start of an episode the first action
 
     @property
     def history(self) -> np.ndarray:
-        """Frames given (h, H, W, 3)."""
+        """History frames (h, H, W, 3)."""
         return self.frames[: self.clip.history]
 
     @property
     def truth(self) -> np.ndarray:
-        """Frames to be predicted (n, H, W, 3)."""
+        """True future frames (n, H, W, 3)."""
         return self.frames[self.clip.history :]
 
 
@@ -47,9 +49,9 @@ class Prediction:
     """The predicted future of one clip."""
 
     frames: np.ndarray  # (n, H, W, 3), uint8
-    latents: torch.Tensor | None = None  # (C, n, h, w), scaled, where the model has any
-    network_evaluations: float | None = None  # of one window, where known
-    autoencoder: str | None = None  # hash of the autoencoder of these latents, where known
+    latents: torch.Tensor | None = None  # (C, n, h, w), scaled; None for models without comparable latents
+    network_evaluations: float | None = None  # per window, if known
+    autoencoder: str | None = None  # hash of the autoencoder of the latents, if known
 
 
 class Predictor(Protocol):
@@ -60,7 +62,7 @@ class Predictor(Protocol):
 
 
 class ClipReader:
-    """Reads clips from a data set; those of one episode in turn decode it once."""
+    """Reads clips from a data set. Consecutive clips of one episode decode it once."""
 
     def __init__(self, dataset: EpisodeSource, clips: Sequence[Clip]) -> None:
         self.clips = clips
@@ -70,24 +72,145 @@ class ClipReader:
         """Read the clip with this index."""
         clip = self.clips[number]
         episode = self.episode(clip.episode)
-        first = clip.start + clip.history - 1  # the action at the last frame seen
+        first = clip.start + clip.history - 1  # the action at the last history frame
         last = first + clip.predicted
         frames, actions = episode.frames[clip.start : last + 1], episode.actions[first:last]
         return ClipData(clip, number, frames, actions, episode.actions[max(first - 1, 0)])
 
 
-class PipelinePredictor:
-    """Predictions of a pipeline; a clip's noise depends on the seed and its number alone.
+class EvaluationCounter:
+    """Counts the network evaluations of a model, from the moment it is created.
 
     Args:
-        pipeline: The pipeline.
-        num_inference_steps: Denoising steps of a window; None takes the pipeline's own.
-        seed: Seed of the noise.
-        resize: Resize frames of another size for the model, and its predictions back.
-        batch_size: Windows predicted together at most.
+        model: The denoising network.
 
     Attributes:
-        autoencoder: Hash of the autoencoder, whose latents no other's can be compared with; None in pixel space.
+        count: Number of calls of the model.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.count = 0
+        model.register_forward_hook(self._add)
+
+    def _add(self, *_: Any) -> None:
+        self.count += 1
+
+
+class WorldModelPredictor:
+    """Predictions of a world model. The noise of a clip depends only on the seed and the number of the clip.
+
+    Args:
+        model: The world model: a pipeline, or any other object with the methods of `rollout.WorldModel`.
+        seed: Seed of the noise.
+        resize: Resize frames of another size to that of the model, and its predictions back.
+        batch_size: Maximum number of action sequences per batch in `futures`.
+        chunk_length: Actions per chunk; None for `model.max_chunk`.
+    """
+
+    autoencoder: str | None = None  # hash of the autoencoder; None if the model has no comparable latents
+
+    def __init__(
+        self,
+        model: WorldModel,
+        seed: int = 0,
+        resize: bool = False,
+        batch_size: int = 8,
+        chunk_length: int | None = None,
+    ) -> None:
+        self.model, self.seed, self.resize, self.batch_size = model, seed, resize, batch_size
+        self.chunk_length = model.max_chunk if chunk_length is None else chunk_length
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Everything that determines the metrics, JSON-serialisable."""
+        return {"chunk_length": self.chunk_length, "resize": self.resize}
+
+    def check_dataset(self, dataset: EpisodeSource) -> None:
+        """Check that a data set matches the data that the model was trained on.
+
+        Raises:
+            ValueError: If the number of action components, their derivation or the frame rate differ.
+        """
+        dim = first_readable(dataset, dataset.vectors)["action"].shape[1]
+        derivation = getattr(dataset, "action_derivation", "recorded")
+        space = self.model.action_space
+        fps = self.model.fps or dataset.fps
+        for name, wanted, found, flags in (
+            ("action components", len(space), dim, "--pad-actions-to"),
+            ("action derivation", space.derivation, derivation, "--action-derivation, --action-composition"),
+            ("frames per second", fps, dataset.fps or fps, "--frame-skip"),
+        ):
+            if wanted != found:
+                raise ValueError(
+                    f"{name} of {dataset.name!r} must be {wanted} as the model's, got {found}: see {flags}."
+                )
+
+    def predict(self, clips: Sequence[ClipData]) -> list[Prediction]:
+        """Predict the future frames of clips of equal length."""
+        histories = np.stack([self.history(clip) for clip in clips])
+        actions = np.stack([clip.actions for clip in clips])
+        latents = self._roll(histories, actions, [self.seed + clip.number for clip in clips])
+        pixels = (self._decode(latents, clips[0].frames.shape[1:3]) * 255).round().byte()
+        frames = pixels.cpu().numpy().transpose(0, 1, 3, 4, 2)  # (B, n, H, W, 3)
+        kept = [None] * len(frames) if self.autoencoder is None else latents
+        return [Prediction(*pair, autoencoder=self.autoencoder) for pair in zip(frames, kept, strict=True)]
+
+    def futures(self, clip: ClipData, sequences: np.ndarray) -> torch.Tensor:
+        """Predict futures (K, n, 3, H, W) in [0, 1] of one clip under actions (K, n, A), all from the same noise."""
+        parts = []
+        for first in range(0, len(sequences), self.batch_size):
+            actions = sequences[first : first + self.batch_size]
+            latents = self._roll(self.history(clip)[None], actions, [self.seed + clip.number] * len(actions))
+            parts.append(self._decode(latents, clip.frames.shape[1:3]).cpu())
+        return torch.cat(parts)
+
+    def history(self, clip: ClipData) -> np.ndarray:
+        """Return the history frames (h, H, W, 3) of a clip that the model receives."""
+        return clip.history
+
+    def hold(self, clip: ClipData) -> np.ndarray:
+        """Return the action (A,) that asks for no motion after the one before the clip."""
+        return self.model.action_space.hold(np.asarray(clip.action_before))
+
+    def sampling(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """Return the keyword arguments of the model's `advance` for rollouts with these seeds."""
+        return {}
+
+    @torch.no_grad()
+    def _roll(self, histories: np.ndarray, actions: np.ndarray, seeds: list[int]) -> torch.Tensor:
+        """Predict latents (B, C, n, h, w) for histories (B or 1, h, H, W, 3), uint8, and actions (B, n, A)."""
+        pixels = torch.from_numpy(np.ascontiguousarray(histories)).permute(0, 1, 4, 2, 3).float() / 255
+        size = tuple(self.model.frame_size)
+        if tuple(pixels.shape[-2:]) != size and not self.resize:
+            raise ValueError(
+                f"frames must be {size[0]}x{size[1]} (height x width) as the model's, got {pixels.shape[-2]}x"
+                f"{pixels.shape[-1]}: pass resize=True (--resize on the command line) to resize them."
+            )
+        pixels = _resized(pixels.flatten(0, 1), size).clamp(0, 1).unflatten(0, pixels.shape[:2])
+        space = self.model.action_space
+        given = space.prepare(actions)
+        missing = -given.shape[1] % self.chunk_length  # whole chunks, as in training
+        padded = torch.cat([given, space.hold(given[:, -1:]).expand(-1, missing, -1)], dim=1)
+        state = self.model.start(pixels, seeds)
+        chunks = [latents for _, latents in roll(self.model, state, padded, self.chunk_length, **self.sampling(seeds))]
+        return torch.cat(chunks, dim=2)[:, :, : given.shape[1]]
+
+    @torch.no_grad()
+    def _decode(self, latents: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+        """Decode latents (B, C, n, h, w) to frames (B, n, 3, H, W) in [0, 1] of the given size."""
+        frames = self.model.decode(latents)
+        return _resized(frames.flatten(0, 1), size).clamp(0, 1).unflatten(0, frames.shape[:2])
+
+
+class PipelinePredictor(WorldModelPredictor):
+    """Predictions of a pipeline, with the noise of a generator seeded for each clip.
+
+    Args:
+        pipeline: The pipeline. Its `window_length` sets the length of the chunks.
+        num_inference_steps: Denoising steps of each chunk; None for the number of the pipeline.
+        seed: See `WorldModelPredictor`.
+        resize: See `WorldModelPredictor`.
+        batch_size: See `WorldModelPredictor`.
     """
 
     def __init__(
@@ -98,16 +221,15 @@ class PipelinePredictor:
         resize: bool = False,
         batch_size: int = 8,
     ) -> None:
-        self.pipeline, self.config = pipeline, pipeline.transformer.config
-        self.num_inference_steps, self.seed, self.resize = num_inference_steps, seed, resize
-        self.batch_size = batch_size
-        self._evaluations = 0
+        config = pipeline.transformer.config
+        super().__init__(pipeline, seed, resize, batch_size, pipeline.window_length - config.num_history_frames)
+        self.pipeline, self.config, self.num_inference_steps = pipeline, config, num_inference_steps
         self.autoencoder = None if pipeline.vae is None else _digest([pipeline.vae])
-        pipeline.transformer.register_forward_hook(self._count)
+        self.evaluations = EvaluationCounter(pipeline.transformer)
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What its figures depend on, JSON-able; weights and configs by their hash."""
+        """Everything that determines the metrics, JSON-serialisable; weights and configs as a hash."""
         pipeline = self.pipeline
         settings = [_config(pipeline.scheduler), pipeline.config.timesteps]
         return {
@@ -118,91 +240,40 @@ class PipelinePredictor:
             "resize": self.resize,
         }
 
-    def check_dataset(self, dataset: EpisodeSource) -> None:
-        """Check that a data set matches the data the model was trained on.
-
-        Raises:
-            ValueError: If the number or derivation of the actions, or the frames a second differ.
-        """
-        dim = first_readable(dataset, dataset.vectors)["action"].shape[1]
-        derivation = getattr(dataset, "action_derivation", "recorded")
-        for what, wanted, got, flag in (
-            ("action components", self.config.action_dim, dim, "--pad-actions-to"),
-            (
-                "action derivation",
-                self.config.action_derivation,
-                derivation,
-                "--action-derivation, --action-composition",
-            ),
-            ("frames a second", self.config.fps or dataset.fps, dataset.fps or self.config.fps, "--frame-skip"),
-        ):
-            if wanted != got:
-                raise ValueError(f"{what} of {dataset.name!r} must be {wanted} as the model's, got {got}: see {flag}.")
-
     def predict(self, clips: Sequence[ClipData]) -> list[Prediction]:
-        """Predict the future frames of clips of equal length."""
-        before = self._evaluations
-        histories = np.stack([clip.history[-self.config.num_history_frames :] for clip in clips])
-        seeds = [self.seed + clip.number for clip in clips]
-        latents = self._latents(histories, np.stack([clip.actions for clip in clips]), seeds)
-        pixels = (self._decode(latents, clips[0].frames.shape[1:3]) * 255).round().byte()
-        frames = pixels.cpu().numpy().transpose(0, 2, 3, 4, 1)  # (B, n, H, W, 3)
-        chunks = -(-latents.shape[2] // (self.pipeline.window_length - self.config.num_history_frames))
-        evaluations = (self._evaluations - before) / chunks
-        kept = [None] * len(frames) if self.autoencoder is None else latents  # frames in [-1, 1] are no latents
-        return [Prediction(*pair, evaluations, self.autoencoder) for pair in zip(frames, kept, strict=True)]
+        """Predict the future frames of clips of equal length, and count the network evaluations per window."""
+        before = self.evaluations.count
+        predictions = super().predict(clips)
+        chunks = -(-len(clips[0].actions) // self.chunk_length)
+        evaluations = (self.evaluations.count - before) / chunks
+        return [replace(prediction, network_evaluations=evaluations) for prediction in predictions]
 
-    def futures(self, clip: ClipData, sequences: np.ndarray) -> torch.Tensor:
-        """Futures (K, n, 3, H, W) in [0, 1] of one clip under actions (K, n, A), all from the same noise."""
-        history = clip.history[None, -self.config.num_history_frames :]
-        parts = []
-        for first in range(0, len(sequences), self.batch_size):
-            actions = sequences[first : first + self.batch_size]
-            latents = self._latents(history, actions, [self.seed + clip.number] * len(actions))
-            parts.append(self._decode(latents, clip.frames.shape[1:3]).transpose(1, 2).cpu())
-        return torch.cat(parts)
+    def history(self, clip: ClipData) -> np.ndarray:
+        """Return the last history frames (h, H, W, 3) of a clip, as many as the checkpoint takes."""
+        return clip.history[-self.config.num_history_frames :]
 
-    def hold(self, clip: ClipData) -> np.ndarray:
-        """The action (A,) that asks for no motion after the one before the clip."""
-        return self.pipeline.action_space.hold(np.asarray(clip.action_before))
+    def sampling(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """Return the denoising steps and one seeded generator per rollout."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return {"num_inference_steps": self.num_inference_steps, "generator": generators}
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray) -> torch.Tensor:
-        """Scaled latents (C, T, h, w) of frames (T, H, W, 3), uint8."""
+        """Encode frames (T, H, W, 3), uint8, to scaled latents (C, T, h, w)."""
         pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
         return self.pipeline.encode_history(_resized(pixels, self.pipeline.frame_size)[None])[0].cpu()
-
-    def _latents(self, histories: np.ndarray, actions: np.ndarray, seeds: list[int]) -> torch.Tensor:
-        return self.pipeline(
-            histories,
-            actions,
-            num_inference_steps=self.num_inference_steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="latent",
-            resize=self.resize,
-        ).frames
-
-    @torch.no_grad()
-    def _decode(self, latents: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-        """Pixels (B, 3, n, H, W) in [0, 1] of a size."""
-        pixels = (self.pipeline.decode_latents(latents) / 2 + 0.5).clamp(0, 1)
-        resized = _resized(pixels.transpose(1, 2).flatten(0, 1), size).clamp(0, 1)
-        return resized.unflatten(0, (len(pixels), -1)).transpose(1, 2)
-
-    def _count(self, *_: Any) -> None:
-        self._evaluations += 1
 
 
 class FolderPredictor:
     """Predictions in a folder, one file per clip: `<name>.npz` or `<name>.mp4`.
 
-    An npz file holds `frames` (n, H, W, 3), uint8, and may hold `latents` (C, n, h, w), with `autoencoder`, the hash that
-    `save_prediction` writes.
+    An npz file contains `frames` (n, H, W, 3), uint8, and optionally `latents` (C, n, h, w) with `autoencoder`, the hash
+    that `save_prediction` writes.
 
     Args:
         folder: The folder.
-        resize: Resize predictions of another size than the truth's, instead of refusing them.
-        autoencoder: Hash of the autoencoder that encodes the truth: latents that say they are of another one are left out.
+        resize: Resize predictions to the size of the true frames instead of raising an error.
+        autoencoder: Hash of the autoencoder that encodes the true frames. Latents of another autoencoder are ignored.
     """
 
     def __init__(self, folder: Path, resize: bool = False, autoencoder: str | None = None) -> None:
@@ -211,17 +282,17 @@ class FolderPredictor:
         self.folder, self.resize, self.autoencoder = folder, resize, autoencoder
 
     def path(self, clip: Clip) -> Path:
-        """The file of a clip.
+        """Return the file of a clip.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is no such file.
         """
         for suffix in (".npz", ".mp4"):
             path = self.folder / (clip.name + suffix)
             if path.is_file():
                 return path
         raise ValueError(
-            f"`predictions` must hold {clip.name}.npz or {clip.name}.mp4, the {clip.predicted} frames predicted from frame "
+            f"`predictions` must contain {clip.name}.npz or {clip.name}.mp4, the {clip.predicted} frames predicted from frame "
             f"{clip.start + clip.history} of episode {clip.episode}; clips.json in the output folder lists all."
         )
 
@@ -237,12 +308,12 @@ class FolderPredictor:
         wanted = data.truth.shape
         if len(frames) != wanted[0] or frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
             raise ValueError(
-                f"{str(path)!r} must hold the {wanted[0]} predicted frames (n, H, W, 3), uint8, without the history, got "
+                f"{str(path)!r} must contain the {wanted[0]} predicted frames (n, H, W, 3), uint8, without the history, got "
                 f"{frames.shape}, {frames.dtype}."
             )
         if frames.shape != wanted and not self.resize:
             raise ValueError(
-                f"frames of {str(path)!r} must be {wanted[1]}x{wanted[2]} (height x width) as the truth, got "
+                f"frames of {str(path)!r} must be {wanted[1]}x{wanted[2]} (height x width) as the true frames, got "
                 f"{frames.shape[1]}x{frames.shape[2]}: pass --resize to resize them."
             )
         if frames.shape != wanted:
@@ -257,19 +328,13 @@ def _config(part: Any) -> dict[str, Any]:
 
 
 def _digest(modules: Sequence[torch.nn.Module | None], settings: Any = None) -> str:
-    """Hash of modules' weights and configs, and of other settings."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for module in modules:
-        if module is None:
-            continue
-        digest.update(json.dumps(_config(module), sort_keys=True, default=str).encode())
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Return a hash of the weights and configs of modules, and of other settings."""
+    parts = [[_config(module), fingerprint(module)] for module in modules if module is not None]
+    return hashlib.sha256(json.dumps([settings, parts], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def save_prediction(folder: Path, clip: Clip, prediction: Prediction) -> None:
-    """Write a prediction as `FolderPredictor` reads it, whole or not at all."""
+    """Write a prediction in the format of `FolderPredictor`; the file is either complete or absent."""
     arrays: dict[str, Any] = {"frames": prediction.frames}
     if prediction.latents is not None:
         arrays["latents"] = prediction.latents.cpu().float().numpy()
@@ -279,7 +344,7 @@ def save_prediction(folder: Path, clip: Clip, prediction: Prediction) -> None:
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, torch.Tensor | None, str | None]:
-    """Frames, latents and the hash of their autoencoder."""
+    """Read frames, latents and the hash of their autoencoder."""
     try:
         with np.load(path, allow_pickle=False) as file:
             latents = torch.from_numpy(file["latents"]) if "latents" in file else None
@@ -290,7 +355,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, torch.Tensor | None, str | None]:
 
 
 def _resized(pixels: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-    """Pixels (T, 3, H, W) of another size, as the pipeline resizes."""
+    """Resize pixels (T, 3, H, W) as the pipeline does."""
     if tuple(pixels.shape[-2:]) == tuple(size):
         return pixels
     return torch.nn.functional.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True)

@@ -11,20 +11,20 @@ from ..data import EpisodeSource
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """Which frames of a data set are given, and which are predicted and scored.
+class EvaluationProtocol:
+    """Defines which frames of a data set are history, and which are predicted and scored.
 
     Results of different protocols are not comparable.
 
     Args:
         name: Name of the protocol.
         text: Description for reports.
-        history: Frames given, which are never scored.
-        predicted: Frames predicted and scored; None for all the rest of the episode, window after window.
-        stride: Distance between the starts of clips of an episode; None takes one clip an episode.
-        frame_size: Height and width of the frames; None for any.
-        as_released: PSNR and SSIM as the script of the IRASim release has them: of grey frames, after both videos went
-            through a lossy mp4; and true videos in FVD twice, the second time mirrored.
+        history: Number of history frames, which are never scored.
+        predicted: Number of predicted frames; None for the rest of the episode, predicted chunk by chunk.
+        stride: Distance between the starts of clips in an episode; None for one clip per episode.
+        frame_size: Height and width of the frames; None for any size.
+        as_released: Compute PSNR and SSIM as the script of the IRASim release: on grey frames after a lossy mp4 compression
+            of both videos. FVD then includes each true video twice, the second time mirrored.
     """
 
     name: str
@@ -39,17 +39,19 @@ class Protocol:
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("irasim-short", "1 frame given, 15 predicted, clips every 16 frames"),
-        Protocol(
+        EvaluationProtocol("irasim-short", "1 history frame, 15 predicted, clips every 16 frames"),
+        EvaluationProtocol(
             "irasim-short-release",
-            "1 frame given, 15 predicted, clips every 16 frames; PSNR and SSIM of grey frames out of mp4 files, as in the "
-            "release's script",
+            "1 history frame, 15 predicted, clips every 16 frames; PSNR and SSIM on grey frames after mp4 compression, as in the "
+            "script of the release",
             as_released=True,
         ),
-        Protocol("irasim-long", "whole episodes from 1 frame, window after window", predicted=None, stride=None),
-        Protocol(
+        EvaluationProtocol(
+            "irasim-long", "whole episodes from 1 history frame, chunk by chunk", predicted=None, stride=None
+        ),
+        EvaluationProtocol(
             "robonet",
-            "2 frames given, 10 predicted, 256x256, clips every 12 frames",
+            "2 history frames, 10 predicted, 256x256, clips every 12 frames",
             history=2,
             predicted=10,
             stride=12,
@@ -59,11 +61,11 @@ PROTOCOLS = {
 }
 
 Table: TypeAlias = dict[str, dict[str, tuple[float, ...]]]
-"""Data set -> model -> values."""
+"""Values by data set and model."""
 
 _SHORT = ("psnr", "ssim", "latent_l2", "fid", "fvd")
 _LONG = ("latent_l2", "psnr")
-_SHORT_TABLE: Table = {  # the paper's table 1
+_SHORT_TABLE: Table = {  # table 1 of the paper
     "rt1": {
         "VDM": (13.762, 0.554, 0.4983, 41.23, 371.13),
         "LVDM": (25.041, 0.815, 0.2244, 4.26, 30.72),
@@ -100,60 +102,72 @@ _LONG_TABLE: Table = {  # table 3
         "IRASim Frame-Ada": (0.1730, 26.773),
     },
 }
-_ROBONET_TABLE: Table = {  # table 2, SSIM of percents there
+_ROBONET_TABLE: Table = {  # table 2, which reports SSIM in percent
     "robonet": {"MaskViT": (20.4, 0.671), "iVideoGPT": (23.8, 0.808), "IRASim": (24.6, 0.811)}
 }
 _TABLES: dict[str, tuple[tuple[str, ...], Table]] = {
     "irasim-short": (_SHORT, _SHORT_TABLE),
-    "irasim-short-release": (_SHORT, _SHORT_TABLE),  # the paper does not say which of the two it used
+    "irasim-short-release": (_SHORT, _SHORT_TABLE),  # the paper does not state which variant it uses
     "irasim-long": (_LONG, _LONG_TABLE),
     "robonet": (("psnr", "ssim"), _ROBONET_TABLE),
 }
 PUBLISHED_DATASETS = ("rt1", "bridge", "languagetable", "robonet")
 
 
-def published_figures(protocol: Protocol, dataset: str) -> dict[str, dict[str, float]]:
+def published_figures(protocol: EvaluationProtocol, dataset: str) -> dict[str, dict[str, float]]:
     """Return the paper's results as model -> metric -> value.
 
     Raises:
-        ValueError: If the paper reports none for this protocol and data set.
+        ValueError: If the paper reports no results for this protocol and data set.
     """
     metrics, table = _TABLES[protocol.name]
     if dataset not in table:
         raise ValueError(
-            f"`published` must be one of {sorted(table)} under the protocol {protocol.name}, got {dataset!r}: the paper has "
-            "no such figures."
+            f"`published` must be one of {sorted(table)} for the protocol {protocol.name}, got {dataset!r}: the paper "
+            "reports no other results."
         )
     return {model: dict(zip(metrics, values, strict=True)) for model, values in table[dataset].items()}
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A part of an episode, of which the last frames are to be predicted."""
+    """A part of an episode that starts with history frames; the others are predicted."""
 
-    name: str  # of its files
+    name: str  # name of its files, without suffix
     episode: int
-    start: int  # its first frame in the episode
-    history: int  # frames given
-    predicted: int  # frames predicted, and their actions
+    start: int  # first frame in the episode
+    history: int  # number of history frames
+    predicted: int  # number of predicted frames, and of their actions
 
 
-def find_clips(dataset: EpisodeSource, protocol: Protocol, num_clips: int | None = None) -> list[Clip]:
-    """The clips of a protocol, in the order of the data set.
+def find_clips(
+    dataset: EpisodeSource,
+    protocol: EvaluationProtocol,
+    num_clips: int | None = None,
+    broken: dict[int, str] | None = None,
+) -> list[Clip]:
+    """Find the clips of a protocol, in the order of the data set.
 
     Args:
         dataset: The data set; frames are not decoded.
         protocol: Start and length of the clips.
-        num_clips: Take that many, spread evenly; None for all.
+        num_clips: Maximum number of clips, evenly spaced; None for all.
+        broken: If given, episodes that cannot be read are skipped, and their errors are added by number.
 
     Raises:
-        ValueError: If no episode is long enough, or `num_clips` is not positive.
+        ValueError: If no episode is long enough, `num_clips` is not positive, or an episode cannot be read.
     """
     if num_clips is not None and num_clips < 1:
         raise ValueError(f"`num_clips` must be at least 1, got {num_clips}.")
     clips = []
     for number in range(len(dataset)):
-        length = len(dataset.vectors(number)["action"])
+        try:
+            length = len(dataset.vectors(number)["action"])
+        except ValueError as error:
+            if broken is None:
+                raise
+            broken[number] = str(error)
+            continue
         predicted = length - protocol.history if protocol.predicted is None else protocol.predicted
         starts = range(0, length - protocol.history - predicted + 1, protocol.stride or max(length, 1))
         clips += [
@@ -162,8 +176,10 @@ def find_clips(dataset: EpisodeSource, protocol: Protocol, num_clips: int | None
             if predicted > 0
         ]
     if not clips:
+        skipped = f" ({len(broken)} episodes cannot be read)" if broken else ""
         raise ValueError(
-            f"no episode of {dataset.name!r} is as long as a clip of {protocol.name}, {protocol.text}: choose another protocol."
+            f"no episode of {dataset.name!r} is as long as a clip of {protocol.name}, {protocol.text}{skipped}: choose another "
+            "protocol."
         )
     if num_clips is None or num_clips >= len(clips):
         return clips

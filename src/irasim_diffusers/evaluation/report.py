@@ -1,4 +1,4 @@
-"""The report of an evaluation: JSON, a table to read, and pictures."""
+"""The report of an evaluation: JSON, Markdown and images."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from ..files import temporary_path
 from ..metrics import ALTERATIONS, STRATA, bootstrap
 from ..pictures import film_strip
 from .predictors import ClipReader, Predictor
-from .protocols import Clip, Protocol, published_figures
+from .protocols import Clip, EvaluationProtocol, published_figures
 
 TITLES = {
     "psnr": "PSNR, mean of frames (dB)",
     "ssim": "SSIM, mean of frames",
-    "clip_psnr": "PSNR of the clip's mean error (dB)",
+    "clip_psnr": "PSNR of the mean error of a clip (dB)",
     "lpips": "LPIPS, AlexNet",
     "latent_l2": "latent L2",
     "fid": "FID",
     "fvd": "FVD",
 }
-COMPARED = ("psnr", "ssim", "clip_psnr")  # with repeating the last frame seen
+COMPARED = ("psnr", "ssim", "clip_psnr")
+"""Metrics that are also computed for repeating the last history frame."""
 
 
 def summarise(
-    figures: Sequence[dict[str, Any]], protocol: Protocol, seed: int, published: str | None = None
+    figures: Sequence[dict[str, Any]], protocol: EvaluationProtocol, seed: int, published: str | None = None
 ) -> dict[str, Any]:
     """Summarise the metrics of all clips.
 
     Args:
-        figures: Of each clip, from `score_clip`, with its `name`.
-        protocol: Theirs.
+        figures: Metrics of each clip from `score_clip`, with its `name`.
+        protocol: Protocol of the clips.
         seed: Seed of the bootstrap.
-        published: Data set of the paper's results to show for comparison.
+        published: Data set whose results in the paper are shown for comparison.
 
     Returns:
-        `metrics`: mean of each with its interval over clips; the same of repeating the last frame seen in `last_frame`, and
-        the clips' gain over it; `horizon`: PSNR by the predicted frame's number; `clips`: the best, median and worst;
-        `published`: figures reported by others; `protocol` and `network_evaluations`.
+        `metrics`: mean of each metric with its interval over clips; `last_frame`: the same for repeating the last history frame;
+        `gain_over_last_frame`; `horizon`: PSNR by number of the predicted frame; `clips`: the best, median and worst clip;
+        `published`: results of the paper; `protocol` and `network_evaluations_per_window`.
     """
 
     def interval(values: Any) -> dict[str, float]:
@@ -72,7 +73,7 @@ def summarise(
 
 
 def _horizon(figures: Sequence[dict[str, Any]], seed: int) -> list[dict[str, float]]:
-    """Mean PSNR of the first predicted frame, the second and so on, over the clips that have it."""
+    """Return the mean PSNR of each predicted frame, over the clips that are long enough."""
     longest = max(len(one["psnr"]) for one in figures)
     return [
         bootstrap(np.array([one["psnr"][k] for one in figures if len(one["psnr"]) > k]), np.random.default_rng(seed))
@@ -83,14 +84,14 @@ def _horizon(figures: Sequence[dict[str, Any]], seed: int) -> list[dict[str, flo
 def write_report(
     report: dict[str, Any], output: Path, clips: Sequence[Clip], reader: ClipReader, predictor: Predictor
 ) -> None:
-    """Write `report.json`, `report.md` and pictures into a folder.
+    """Write `report.json`, `report.md` and images into a folder.
 
     Args:
-        report: From `summarise`, with what belongs to the evaluation.
+        report: Report of `evaluate`.
         output: The folder.
         clips: All clips.
-        reader: Reads them.
-        predictor: Predicts the best, median and worst of them again, for their pictures.
+        reader: Reader of the clips.
+        predictor: Predictor, which predicts the best, median and worst clip again for their images.
     """
     numbers = {clip.name: number for number, clip in enumerate(clips)}
     for which, clip in report["clips"].items():
@@ -105,34 +106,36 @@ def write_report(
         names = list(report["faithfulness"]["sensitivity"]["grey_levels_per_deviation"])
         plot_sensitivity(np.load(output / "sensitivity.npy"), names, output / "sensitivity.png")
     with temporary_path(output / "report.md") as partial:
-        partial.write_text(markdown(report))
+        partial.write_text(markdown(report), encoding="utf-8")
     with temporary_path(output / "report.json") as partial:
-        partial.write_text(json.dumps(report, indent=2))
+        partial.write_text(json.dumps(report, indent=2), encoding="utf-8")
 
 
 def markdown(report: dict[str, Any]) -> str:
     """Format the report as Markdown."""
     parts = [
         f"# {report['setting'].get('predictions') or report['setting'].get('model', 'Predictions')} on {report['setting'].get('dataset', 'clips')}",
-        f"Protocol {report['protocol']['name']}: {report['protocol']['text']}. {report['n']} clips; means with bootstrap 95 % "
-        "intervals over clips. History is never scored; truth is the raw frames.",
+        f"Protocol {report['protocol']['name']}: {report['protocol']['text']}. {report['n']} clips. Means with bootstrap 95 % "
+        "intervals over clips. The history is never scored. The ground truth is the raw frames.",
         _table(report),
     ]
     if report["published"]:
         parts.append(
-            "*Reported: figures of the paper (arXiv 2406.14540), not measured here; on its own test clips of "
-            f"{report['published']['dataset']}.*"
+            "*Reported: results of the paper (arXiv 2406.14540) on its own test clips of "
+            f"{report['published']['dataset']}, not measured here.*"
         )
+    if report.get("skipped_episodes"):
+        parts.append(_skipped_text(report["skipped_episodes"]))
     parts.append("![PSNR by predicted frame](horizon.png)")
     if "faithfulness" in report:
-        parts += ["## Does it obey its actions?", _faithfulness_text(report["faithfulness"])]
+        parts += ["## Action faithfulness", _faithfulness_text(report["faithfulness"])]
     parts.append("## Best, median and worst clip")
     parts += [
         f"{which.capitalize()}, {clip['name']}: {clip['clip_psnr']:.2f} dB\n\n![{which}]({which}.png)"
         for which, clip in report["clips"].items()
     ]
     evaluations = report["network_evaluations_per_window"]
-    setting = report["setting"] | ({"network evaluations a window": f"{evaluations:g}"} if evaluations else {})
+    setting = report["setting"] | ({"network evaluations per window": f"{evaluations:g}"} if evaluations else {})
     rows = [f"| {name} | {_cell(value)} |" for name, value in setting.items() if name != "command"]
     parts += ["## Setting", "\n".join(["| | |", "|---|---|", *rows])]
     if "command" in setting:
@@ -140,10 +143,21 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _skipped_text(skipped: Sequence[dict[str, Any]]) -> str:
+    lines = [f"- episode {one['episode']}: {_cell(one['error'])}" for one in skipped]
+    return "\n".join([f"{len(skipped)} episodes could not be read and were skipped:\n", *lines])
+
+
 def _table(report: dict[str, Any]) -> str:
-    """Metrics by rows; ours, repeating the last frame, and what others report by columns."""
+    """Format the metrics as rows; the columns are this evaluation, repeating the last frame, and reported results."""
     reported = {name: values for name, values in report["published"].items() if name != "dataset"}
-    header = ["figure", "n", "here", "repeating the last frame seen", *(f"{name} (reported)" for name in reported)]
+    header = [
+        "metric",
+        "n",
+        "measured",
+        "repeating the last history frame",
+        *(f"{name} (reported)" for name in reported),
+    ]
     rows = [header, ["---"] * len(header)]
     known = report["metrics"].keys() | report["distances"].keys() | {key for one in reported.values() for key in one}
     for name in (name for name in TITLES if name in known):
@@ -167,11 +181,11 @@ def _interval(value: dict[str, float], name: str) -> str:
 def _faithfulness_text(found: dict[str, Any]) -> str:
     groups = [name for name in ("all", *STRATA) if name in found["identification"]]
     costs = {
-        "shuffled": "cost of another clip's actions (dB)",
-        "held": "cost of holding still (dB)",
-        "reversed": "cost of actions in reverse order (dB)",
+        "shuffled": "loss with the actions of another clip (dB)",
+        "held": "loss with hold actions (dB)",
+        "reversed": "loss with reversed actions (dB)",
     }
-    rate = f"nearest of {found['ways']} (chance {1 / found['ways']:.0%})"
+    rate = f"identified among {found['ways']} (chance {1 / found['ways']:.0%})"
     rows = [["clips", "n", rate, *(costs[name] for name in ALTERATIONS)], ["---"] * (3 + len(ALTERATIONS))]
     for group in groups:
         share = found["identification"][group]
@@ -185,12 +199,13 @@ def _faithfulness_text(found: dict[str, Any]) -> str:
         )
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     explanation = (
-        "Thirds of the clips by how much the truth moves. Nearest: the prediction under the true actions is nearer the truth "
-        "than those under the actions of clips that begin alike. Cost: the PSNR lost under altered actions."
+        "The clips are divided into thirds by the motion in the true frames. Identified: the prediction with the true actions is "
+        "closer to the truth than the predictions with the actions of clips with a similar history. Loss: decrease of the PSNR "
+        "with altered actions."
     )
     maps = (
-        "![sensitivity](sensitivity.png)\n\nWhich component moves which pixels: mean change of a pixel, in levels of 255, when "
-        "the component is shifted by its standard deviation in all actions."
+        "![sensitivity](sensitivity.png)\n\nSensitivity: mean change of each pixel, in levels of 255, if one component of all "
+        "actions changes by its standard deviation."
     )
     return "\n\n".join([f"**{found['verdict']['text']}**", table, explanation, maps])
 
@@ -201,10 +216,10 @@ def _cell(value: Any) -> str:
 
 
 def plot_horizon(horizon: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """PSNR against the number of the predicted frame, with intervals."""
+    """Plot the PSNR against the number of the predicted frame, with intervals."""
     figure = _figure(6, 4)
     axes = figure.add_subplot()
-    for name, label in (("model", "prediction"), ("last_frame", "repeating the last frame seen")):
+    for name, label in (("model", "prediction"), ("last_frame", "repeating the last history frame")):
         means, lows, highs = ([point[key] for point in horizon[name]] for key in ("mean", "low", "high"))
         steps = np.arange(1, len(means) + 1)
         axes.plot(steps, means, label=label, marker="." if len(means) == 1 else None)
@@ -216,7 +231,7 @@ def plot_horizon(horizon: dict[str, list[dict[str, float]]], path: Path) -> None
 
 
 def plot_sensitivity(maps: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """A map (H, W) for each component of the actions, all of one scale."""
+    """Plot a map (H, W) for each action component, all with the same scale."""
     columns = min(4, len(maps))
     rows = -(-len(maps) // columns)
     figure = _figure(3 * columns + 1, 3 * rows)
@@ -226,7 +241,7 @@ def plot_sensitivity(maps: np.ndarray, names: Sequence[str], path: Path) -> None
     for axes, name, values in zip(grid.ravel(), names, maps, strict=False):
         image = axes.imshow(values * 255, vmin=0, vmax=max(maps.max() * 255, 1e-9), cmap="magma")
         axes.set_title(name)
-    figure.colorbar(image, ax=grid.ravel().tolist(), label="levels of 255 per deviation")
+    figure.colorbar(image, ax=grid.ravel().tolist(), label="levels of 255 per standard deviation")
     with temporary_path(path) as partial:
         figure.savefig(partial, dpi=120, bbox_inches="tight")
 

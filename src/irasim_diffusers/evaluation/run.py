@@ -28,42 +28,43 @@ from ..metrics import (
     sensitivity_maps,
     summarise_faithfulness,
 )
-from .predictors import ClipData, ClipReader, FolderPredictor, PipelinePredictor, Prediction, save_prediction
-from .protocols import Clip, Protocol, find_clips, published_figures
+from .predictors import ClipData, ClipReader, FolderPredictor, Prediction, WorldModelPredictor, save_prediction
+from .protocols import Clip, EvaluationProtocol, find_clips, published_figures
 from .report import summarise, write_report
 from .scores import Backbones, features_of_clip, score_clip
 
-MAPS = 8  # clips of which the sensitivity is averaged
+MAPS = 8
+"""Number of clips over which the sensitivity is averaged."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is evaluated, and how.
+    """Arguments of an evaluation.
 
     Args:
         dataset: The data set.
-        protocol: Which clips are predicted, and how they are compared.
-        predictor: Where predictions come from.
-        output: Folder of the report and of the figures of every clip.
-        num_clips: Score that many clips, spread evenly; None for all.
-        batch_size: Clips predicted together; whole episodes are predicted one by one.
+        protocol: Defines which clips are predicted, and how they are compared.
+        predictor: Source of the predictions.
+        output: Folder of the report and of the metrics of each clip.
+        num_clips: Maximum number of clips, evenly spaced; None for all.
+        batch_size: Number of clips per batch; whole episodes are predicted one by one.
         seed: Seed of noise, shuffling and bootstrap.
-        encode: Latents of frames, for latent L2; see `score_clip`.
+        encode: Function from frames to latents for latent L2; see `score_clip`.
         backbones: Pretrained networks of LPIPS, FID and FVD.
-        faithfulness_clips: Clips, at most, of the report on obedience to actions, of pipelines and of clips of one length; 0
-            leaves it out.
-        ways: Action sequences that the identification chooses from.
-        save_predictions: Folder for the predictions, for `FolderPredictor`.
-        save_truth: Folder for what truly happened, in the same form, for a `PreferenceStudy`.
-        published: Data set of the paper's results to show for comparison.
-        setting: Further JSON-serialisable entries of the report: names, scheduler, steps. A folder that holds figures of
-            another setting is refused.
-        unchecked: Further entries that may change when a run is resumed: command and versions.
+        faithfulness_clips: Maximum number of clips of the faithfulness report, which requires a world model and clips of
+            equal length; 0 omits the report.
+        ways: Number of action sequences of the identification.
+        skip_broken: Skip episodes that cannot be read and list them in the report, instead of raising an error.
+        save_predictions: Folder for the predictions, in the format of `FolderPredictor`.
+        save_truth: Folder for the true frames in the same format, for a preference study.
+        published: Data set whose results in the paper are shown for comparison.
+        setting: Further JSON-serialisable entries of the report. An output folder with other settings is not accepted.
+        unchecked: Further entries that may differ when an evaluation is resumed, such as the command and versions.
     """
 
     dataset: EpisodeSource
-    protocol: Protocol
-    predictor: PipelinePredictor | FolderPredictor
+    protocol: EvaluationProtocol
+    predictor: WorldModelPredictor | FolderPredictor
     output: Path
     num_clips: int | None = None
     batch_size: int = 8
@@ -72,6 +73,7 @@ class Evaluation:
     backbones: Backbones = field(default_factory=Backbones)
     faithfulness_clips: int = 200
     ways: int = 4
+    skip_broken: bool = False
     save_predictions: Path | None = None
     save_truth: Path | None = None
     published: str | None = None
@@ -82,46 +84,65 @@ class Evaluation:
 def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     """Run an evaluation and write its report; see `examples/evaluation.md`.
 
-    Each process of `accelerate launch` takes every n-th batch and writes the figures of each clip; the first one reads them
-    all. Running the same command again resumes.
+    Under `accelerate launch`, the processes share the batches, and the first process summarises the metrics. Running the same
+    command again resumes the evaluation.
 
     Returns:
         The report, as in `report.json`.
 
     Raises:
-        ValueError: On bad input, a broken episode, or an output folder that holds another evaluation.
+        ValueError: If an argument is invalid, an episode cannot be read, or the output folder contains another evaluation.
     """
     state, output = PartialState(), evaluation.output
-    for package, name in (("skimage", "scikit-image"), ("matplotlib", "matplotlib")):  # before hours of work
-        if find_spec(package) is None:
-            raise ValueError(f"an evaluation needs {name}: pip install irasim-diffusers[evaluation].")
-    if evaluation.ways < 2:
-        raise ValueError(f"`ways` must be at least 2, got {evaluation.ways}.")
-    if evaluation.published is not None:
-        published_figures(evaluation.protocol, evaluation.published)
-    if (evaluation.backbones.inception or evaluation.backbones.i3d) and evaluation.protocol.predicted is None:
-        raise ValueError("FID and FVD are of short clips: leave them out under irasim-long, as the paper does.")
-    clips = find_clips(evaluation.dataset, evaluation.protocol, evaluation.num_clips)
+    _check(evaluation)
+    broken: dict[int, str] = {}
+    clips = find_clips(
+        evaluation.dataset, evaluation.protocol, evaluation.num_clips, broken if evaluation.skip_broken else None
+    )
     setting = _setting(evaluation, len(clips))
     if state.is_main_process:
         _claim(output, setting, clips)
     state.wait_for_everyone()
     reader = ClipReader(evaluation.dataset, clips)
     _score(evaluation, reader)
-    chosen = _faithfulness_clips(evaluation, clips)
+    state.wait_for_everyone()
+    figures = [_read_json(_figures(output, clip)) for clip in clips]
+    broken |= {clip.episode: one["error"] for clip, one in zip(clips, figures, strict=True) if "error" in one}
+    scored = [number for number, one in enumerate(figures) if "error" not in one]
+    if not scored:
+        raise ValueError(f"no clip of {evaluation.dataset.name!r} can be read: {next(iter(broken.values()))}")
+    chosen = _faithfulness_clips(evaluation, scored)
     others = _measure_faithfulness(evaluation, reader, chosen)
     state.wait_for_everyone()
     report: dict[str, Any] = {}
     if state.is_main_process:
-        figures = [json.loads(_figures(output, clip).read_text()) for clip in clips]
-        report = summarise(figures, evaluation.protocol, evaluation.seed, evaluation.published)
-        report |= {"distances": _distances(output, clips, evaluation.backbones)}
+        report = summarise(
+            [figures[number] for number in scored], evaluation.protocol, evaluation.seed, evaluation.published
+        )
+        report |= {"distances": _distances(output, [clips[number] for number in scored], evaluation.backbones)}
+        if evaluation.skip_broken:
+            report["skipped_episodes"] = [{"episode": number, "error": broken[number]} for number in sorted(broken)]
         if others is not None:
             report["faithfulness"] = _summarise_faithfulness(evaluation, clips, chosen)
         report["setting"] = setting | evaluation.unchecked
         write_report(report, output, clips, reader, evaluation.predictor)
     state.wait_for_everyone()
     return report
+
+
+def _check(evaluation: Evaluation) -> None:
+    """Check arguments and packages before any work."""
+    for package, name in (("skimage", "scikit-image"), ("matplotlib", "matplotlib")):
+        if find_spec(package) is None:
+            raise ValueError(f"an evaluation requires {name}: pip install irasim-diffusers[evaluation].")
+    if evaluation.ways < 2:
+        raise ValueError(f"`ways` must be at least 2, got {evaluation.ways}.")
+    if evaluation.published is not None:
+        published_figures(evaluation.protocol, evaluation.published)
+    if (evaluation.backbones.inception or evaluation.backbones.i3d) and evaluation.protocol.predicted is None:
+        raise ValueError(
+            f"FID and FVD require clips of equal length, which {evaluation.protocol.name} does not have: leave them out."
+        )
 
 
 def _setting(evaluation: Evaluation, num_clips: int) -> dict[str, Any]:
@@ -142,16 +163,16 @@ def _setting(evaluation: Evaluation, num_clips: int) -> dict[str, Any]:
 
 
 def _claim(output: Path, setting: dict[str, Any], clips: Sequence[Clip]) -> None:
-    """Make the output folder this evaluation's, or see that it is."""
+    """Write the settings into a new output folder, or compare them with those of an earlier run."""
     path = output / "setting.json"
     if path.is_file() and (output / "figures").is_dir():
-        found = json.loads(path.read_text())
+        found = _read_json(path)
         differing = [name for name in setting if found.get(name) != setting[name]]
         if differing:
             first = differing[0]
             raise ValueError(
-                f"`output` {str(output)!r} holds the figures of another evaluation; {', '.join(differing)} differ, the first is "
-                f"{found.get(first)!r} there and {setting[first]!r} here: choose a new folder."
+                f"`output` {str(output)!r} contains another evaluation: {', '.join(differing)} differ, {first} was "
+                f"{found.get(first)!r} and is {setting[first]!r}: choose a new folder."
             )
         return
     _write_json(output / "clips.json", [asdict(clip) for clip in clips])
@@ -159,28 +180,48 @@ def _claim(output: Path, setting: dict[str, Any], clips: Sequence[Clip]) -> None
 
 
 def _score(evaluation: Evaluation, reader: ClipReader) -> None:
-    """Predict and score this process' share of the clips."""
+    """Predict and score the clips of this process."""
     size = evaluation.batch_size if evaluation.protocol.predicted is not None else 1
     numbers = range(len(reader.clips))
     batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
     for batch in _share(batches, "clips", "clip"):
         missing = [number for number in batch if not _is_finished(evaluation, reader.clips[number])]
-        data = [reader(number) for number in missing]
+        data = _read_clips(evaluation, reader, missing)
         for one in data:
             _check_size(evaluation.protocol, one.frames)
         predictions = evaluation.predictor.predict(data) if data else []
         for one, prediction in zip(data, predictions, strict=True):
-            if evaluation.save_predictions is not None:
-                save_prediction(evaluation.save_predictions, one.clip, prediction)
-            if evaluation.save_truth is not None:
-                save_prediction(evaluation.save_truth, one.clip, Prediction(one.truth))
-            features = features_of_clip(one, prediction, evaluation.protocol, evaluation.backbones)
-            if features:
-                with temporary_path(_features(evaluation.output, one.clip)) as partial:
-                    np.savez(partial, **features)  # type: ignore[arg-type]
-            figures = score_clip(one, prediction, evaluation.protocol, evaluation.encode, evaluation.backbones)
-            names = {"name": one.clip.name, "file": _file_stamp(evaluation, one.clip)}
-            _write_json(_figures(evaluation.output, one.clip), names | figures)
+            _score_clip(evaluation, one, prediction)
+
+
+def _read_clips(evaluation: Evaluation, reader: ClipReader, numbers: Sequence[int]) -> list[ClipData]:
+    """Read clips. With `skip_broken`, the error of a broken clip is written in place of its metrics."""
+    data = []
+    for number in numbers:
+        try:
+            data.append(reader(number))
+        except ValueError as error:
+            if not evaluation.skip_broken:
+                raise
+            clip = reader.clips[number]
+            tqdm.write(f"skipped clip {clip.name}: {error}")
+            _write_json(_figures(evaluation.output, clip), {"name": clip.name, "error": str(error)})
+    return data
+
+
+def _score_clip(evaluation: Evaluation, data: ClipData, prediction: Prediction) -> None:
+    """Write prediction, features and metrics of one clip."""
+    clip, output = data.clip, evaluation.output
+    if evaluation.save_predictions is not None:
+        save_prediction(evaluation.save_predictions, clip, prediction)
+    if evaluation.save_truth is not None:
+        save_prediction(evaluation.save_truth, clip, Prediction(data.truth))
+    features = features_of_clip(data, prediction, evaluation.protocol, evaluation.backbones)
+    if features:
+        with temporary_path(_features(output, clip)) as partial_path:
+            np.savez(partial_path, **features)  # type: ignore[arg-type]
+    figures = score_clip(data, prediction, evaluation.protocol, evaluation.encode, evaluation.backbones)
+    _write_json(_figures(output, clip), {"name": clip.name, "file": _file_stamp(evaluation, clip)} | figures)
 
 
 def _is_finished(evaluation: Evaluation, clip: Clip) -> bool:
@@ -189,12 +230,15 @@ def _is_finished(evaluation: Evaluation, clip: Clip) -> bool:
     saved = [each / f"{clip.name}.npz" for each in (evaluation.save_predictions, evaluation.save_truth) if each]
     if not all(path.is_file() for path in (figures, *saved)):
         return False
+    found = _read_json(figures)
+    if "error" in found:
+        return False
     stamp = _file_stamp(evaluation, clip)
-    return stamp is None or json.loads(figures.read_text())["file"] == stamp
+    return stamp is None or found["file"] == stamp
 
 
 def _file_stamp(evaluation: Evaluation, clip: Clip) -> list[Any] | None:
-    """Name, size and time of the file that a clip's prediction is read from, by which another one is told."""
+    """Return name, size and time of the prediction file of a clip, which change if the file is replaced."""
     if not isinstance(evaluation.predictor, FolderPredictor):
         return None
     path = evaluation.predictor.path(clip)
@@ -202,9 +246,9 @@ def _file_stamp(evaluation: Evaluation, clip: Clip) -> list[Any] | None:
 
 
 def _share(batches: Sequence[Sequence[int]], description: str, unit: str) -> Iterator[Sequence[int]]:
-    """This process' batches, with a bar that counts their clips on the first process.
+    """Yield the batches of this process, with a progress bar on the first process.
 
-    Batches do not depend on the number of processes, so that neither do the figures.
+    The batches, and so the metrics, do not depend on the number of processes.
     """
     state = PartialState()
     own = batches[state.process_index :: state.num_processes]
@@ -214,21 +258,22 @@ def _share(batches: Sequence[Sequence[int]], description: str, unit: str) -> Ite
             bar.update(len(batch))
 
 
-def _faithfulness_clips(evaluation: Evaluation, clips: Sequence[Clip]) -> list[int]:
-    """Numbers of the clips whose actions are changed, spread evenly; none where that cannot be."""
-    possible = isinstance(evaluation.predictor, PipelinePredictor) and evaluation.protocol.predicted is not None
-    count = min(evaluation.faithfulness_clips, len(clips)) if possible else 0
-    return [] if count < 2 else np.linspace(0, len(clips) - 1, count).round().astype(int).tolist()
+def _faithfulness_clips(evaluation: Evaluation, scored: Sequence[int]) -> list[int]:
+    """Choose the clips of the faithfulness report, evenly spaced; none if it is not possible."""
+    possible = isinstance(evaluation.predictor, WorldModelPredictor) and evaluation.protocol.predicted is not None
+    count = min(evaluation.faithfulness_clips, len(scored)) if possible else 0
+    places = np.linspace(0, len(scored) - 1, count if count >= 2 else 0).round().astype(int)
+    return [scored[place] for place in places]
 
 
 def _measure_faithfulness(evaluation: Evaluation, reader: ClipReader, chosen: Sequence[int]) -> Counterfactuals | None:
-    """Errors under other actions, and sensitivity maps, of this process' share of the clips chosen."""
+    """Write the errors under other actions and the sensitivity maps of the chosen clips of this process."""
     if not chosen:
         return None
     predictor: Any = evaluation.predictor
     last_frames, actions, holds = [], [], []
     for data in map(reader, chosen):
-        last_frames.append(data.history[-1].copy())  # a view would keep the whole episode
+        last_frames.append(data.history[-1].copy())  # a view would keep the whole episode in memory
         actions.append(data.actions)
         holds.append(predictor.hold(data))
     ways = min(evaluation.ways, len(chosen))
@@ -249,25 +294,25 @@ def _measure_faithfulness(evaluation: Evaluation, reader: ClipReader, chosen: Se
     return others
 
 
-def _futures(predictor: PipelinePredictor, data: ClipData, _: np.ndarray, sequences: np.ndarray) -> torch.Tensor:
-    """`IRASimPipeline.predict` for one clip, whose history is known."""
+def _futures(predictor: WorldModelPredictor, data: ClipData, _: np.ndarray, sequences: np.ndarray) -> torch.Tensor:
+    """Predict the futures of a clip, with the arguments of `metrics.faithfulness.Predict`."""
     return predictor.futures(data, sequences)
 
 
 def _summarise_faithfulness(evaluation: Evaluation, clips: Sequence[Clip], chosen: Sequence[int]) -> dict[str, Any]:
-    found = [json.loads(_errors(evaluation.output, clips[number]).read_text()) for number in chosen]
+    found = [_read_json(_errors(evaluation.output, clips[number])) for number in chosen]
     errors, motions = (np.array([one[name] for one in found]) for name in ("errors", "motion"))
     summary = summarise_faithfulness(errors, motions, min(evaluation.ways, len(chosen)), evaluation.seed)
     maps = np.mean([np.load(_map(evaluation.output, clips[number])) for number in chosen[:MAPS]], axis=0)
-    with temporary_path(evaluation.output / "sensitivity.npy") as partial:
-        np.save(partial, maps)
+    with temporary_path(evaluation.output / "sensitivity.npy") as partial_path:
+        np.save(partial_path, maps)
     names = evaluation.dataset.component_names("action") or [f"action {index}" for index in range(len(maps))]
     means = {name: float(values.mean() * 255) for name, values in zip(names, maps, strict=True)}
     return summary | {"sensitivity": {"grey_levels_per_deviation": means, "n": len(chosen[:MAPS])}}
 
 
 def _distances(output: Path, clips: Sequence[Clip], backbones: Backbones) -> dict[str, dict[str, float]]:
-    """FID and FVD over all clips, where their networks are given."""
+    """Compute FID and FVD over all clips, if their networks are given."""
     found: dict[str, dict[str, float]] = {}
     for name, wanted, distance in (("fid", backbones.inception, fid), ("fvd", backbones.i3d, fvd)):
         if wanted is not None:
@@ -278,16 +323,16 @@ def _distances(output: Path, clips: Sequence[Clip], backbones: Backbones) -> dic
 
 
 def _read_features(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features of one clip, predicted and true; the file is closed, for there may be thousands."""
+    """Read predicted and true features of one clip, and close the file: there may be thousands."""
     with np.load(path) as file:
         return file[f"{name}_prediction"], file[f"{name}_truth"]
 
 
-def _check_size(protocol: Protocol, frames: np.ndarray) -> None:
+def _check_size(protocol: EvaluationProtocol, frames: np.ndarray) -> None:
     if protocol.frame_size not in (None, frames.shape[1:3]):
         raise ValueError(
-            f"frames must be {protocol.frame_size} (height, width) under the protocol {protocol.name}, got "
-            f"{frames.shape[1:3]}: take data of that size."
+            f"frames must be {protocol.frame_size} (height, width) for the protocol {protocol.name}, got "
+            f"{frames.shape[1:3]}: use data of that size, or resize them with --height and --width."
         )
 
 
@@ -307,6 +352,10 @@ def _map(output: Path, clip: Clip) -> Path:
     return output / "faithfulness" / f"{clip.name}.npy"
 
 
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _write_json(path: Path, content: Any) -> None:
-    with temporary_path(path) as partial:
-        partial.write_text(json.dumps(content))
+    with temporary_path(path) as partial_path:
+        partial_path.write_text(json.dumps(content), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The figures of one clip."""
+"""Metrics of one clip."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ import torch
 from ..data import read_video
 from ..metrics import frame_lpips, frame_psnr, frame_ssim, gray, latent_l2, psnr
 from .predictors import ClipData, Prediction
-from .protocols import Protocol
+from .protocols import EvaluationProtocol
 
 
 @dataclass(frozen=True)
 class Backbones:
-    """Pretrained networks, each where it is asked for; see `metrics.load_lpips` and so on."""
+    """Pretrained networks of optional metrics; see `metrics.load_lpips`, `load_inception` and `load_i3d`."""
 
     lpips: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     inception: Callable[[np.ndarray], np.ndarray] | None = None
     i3d: Callable[[np.ndarray], np.ndarray] | None = None
-    device: Any = "cpu"  # of LPIPS
+    device: Any = "cpu"  # device of LPIPS
 
 
 def score_clip(
     data: ClipData,
     prediction: Prediction,
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     encode: Callable[[np.ndarray], torch.Tensor] | None = None,
     backbones: Backbones = Backbones(),
 ) -> dict[str, Any]:
-    """Every figure of one clip; history is never scored.
+    """Compute all metrics of one clip. History frames are never scored.
 
     Args:
         data: The clip.
-        prediction: Its prediction.
-        protocol: Says how frames are compared.
-        encode: Scaled latents (C, T, h, w) of frames; without it there is no latent L2. A prediction that brings no
-            latents is encoded too, as the release does with models of pixels.
-        backbones: LPIPS, if any.
+        prediction: The prediction for the clip.
+        protocol: Defines how frames are compared.
+        encode: Function from frames to scaled latents (C, T, h, w); None omits latent L2. Predictions without latents are
+            encoded too, as the script of the release does for pixel-space models.
+        backbones: Optional networks, of which LPIPS is used.
 
     Returns:
-        `psnr`, `ssim` and `lpips` of each frame, `clip_psnr` and `latent_l2` of the clip; the same, but for the last two, of
-        repeating the last frame seen, in `last_frame`.
+        `psnr`, `ssim` and `lpips` of each frame, `clip_psnr` and `latent_l2` of the clip, and in `last_frame` the PSNR and
+        SSIM of repeating the last history frame.
     """
     repeated = np.broadcast_to(data.history[-1], data.truth.shape)
     figures = _compare(data, prediction.frames, protocol) | {"last_frame": _compare(data, repeated, protocol)}
@@ -62,9 +62,9 @@ def score_clip(
 
 
 def features_of_clip(
-    data: ClipData, prediction: Prediction, protocol: Protocol, backbones: Backbones
+    data: ClipData, prediction: Prediction, protocol: EvaluationProtocol, backbones: Backbones
 ) -> dict[str, np.ndarray]:
-    """Features of FID (n, 2048) and FVD (1, 400), predicted and true; as released, the true video twice (2, 400)."""
+    """Return features of FID (n, 2048) and FVD (1, 400), predicted and true; `as_released` gives two true videos (2, 400)."""
     features = {}
     if backbones.inception is not None:
         features["fid_prediction"] = backbones.inception(prediction.frames)
@@ -76,7 +76,7 @@ def features_of_clip(
     return features
 
 
-def _compare(data: ClipData, frames: np.ndarray, protocol: Protocol) -> dict[str, Any]:
+def _compare(data: ClipData, frames: np.ndarray, protocol: EvaluationProtocol) -> dict[str, Any]:
     truth = data.truth
     whole = _finite(psnr(frames / 255, truth / 255), truth.size)
     if protocol.as_released:
@@ -90,23 +90,23 @@ def _compare(data: ClipData, frames: np.ndarray, protocol: Protocol) -> dict[str
 
 
 def _finite(decibels: np.ndarray, size: int) -> np.ndarray:
-    """PSNR in which equal pictures count as if one of their `size` values were off by one, the least error there is."""
+    """Limit the PSNR of equal pictures to that of a difference of one level in one of their `size` values."""
     return np.minimum(decibels, 10 * np.log10(255.0**2 * size))
 
 
 def through_mp4(history: np.ndarray, frames: np.ndarray) -> np.ndarray:
-    """Frames (n, H, W, 3), uint8, as they come out of the mp4 that the IRASim release scores.
+    """Compress frames (n, H, W, 3), uint8, like the mp4 files that the script of the IRASim release scores.
 
-    The release writes history and prediction through imageio with its defaults: H.264 of rate factor 25, colours at half
-    the resolution, 4 frames a second.
+    The release writes history and prediction with the defaults of imageio: H.264 with rate factor 25, half the colour
+    resolution and 4 frames per second.
 
     Raises:
-        ValueError: If a side is not divisible by 16: imageio would resize the video.
+        ValueError: If a side is not divisible by 16, because imageio would resize the video.
     """
     _, height, width, _ = frames.shape
     if height % 16 or width % 16:
         raise ValueError(
-            f"frames must have sides divisible by 16 for irasim-short-release, got {height}x{width}: take irasim-short."
+            f"frames must have sides divisible by 16 for irasim-short-release, got {height}x{width}: use irasim-short."
         )
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 
-EXTRA = "pip install irasim-diffusers[backbones], with a torchvision that fits your torch"
+EXTRA = "pip install irasim-diffusers[backbones], with a torchvision version that matches torch"
 
 
 def find_weights(name: str, argument: str) -> Path:
@@ -29,15 +29,15 @@ def find_weights(name: str, argument: str) -> Path:
     try:
         return Path(hf_hub_download(repository, file))
     except OSError as error:
-        raise ValueError(f"`{argument}` {name!r} cannot be had from the Hub; give a file: {error}") from error
+        raise ValueError(f"`{argument}` {name!r} cannot be downloaded from the Hub: pass a file ({error})") from error
 
 
 def load_lpips(backbone: str | None = None, device: str | torch.device = "cpu") -> torch.nn.Module:
     """Load LPIPS (AlexNet, version 0.1) from the `lpips` package.
 
     Args:
-        backbone: torchvision's AlexNet (`alexnet-owt-7be5be79.pth`), a file or `org/name:file`; None lets torchvision
-            download it.
+        backbone: Weights of AlexNet from torchvision (`alexnet-owt-7be5be79.pth`), a file or `org/name:file`; None to download
+            them with torchvision.
         device: Device of the network.
 
     Raises:
@@ -45,14 +45,14 @@ def load_lpips(backbone: str | None = None, device: str | torch.device = "cpu") 
     """
     try:
         import lpips
-    except (ImportError, RuntimeError) as error:  # torchvision built for another torch raises the latter
-        raise ValueError(f"LPIPS needs the package lpips: {EXTRA} ({error}).") from error
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision is built for another torch
+        raise ValueError(f"LPIPS requires the package lpips: {EXTRA} ({error}).") from error
     if backbone is None:
         try:
             return lpips.LPIPS(net="alex", verbose=False).to(device)
         except OSError as error:
             raise ValueError(
-                f"AlexNet's weights cannot be downloaded ({error}): give `lpips` the file alexnet-owt-7be5be79.pth."
+                f"the weights of AlexNet cannot be downloaded ({error}): pass the file alexnet-owt-7be5be79.pth as `lpips`."
             ) from error
     network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     layers = {name.split(".", 1)[1]: name for name in network.net.state_dict()}  # slice2.3.weight of features.3.weight
@@ -78,9 +78,9 @@ def load_inception(weights: str, device: str | torch.device = "cpu") -> Callable
     try:
         from pytorch_fid import inception as parts
     except (ImportError, RuntimeError) as error:
-        raise ValueError(f"FID needs the package pytorch-fid: {EXTRA} ({error}).") from error
+        raise ValueError(f"FID requires the package pytorch-fid: {EXTRA} ({error}).") from error
     network = parts._inception_v3(num_classes=1008, aux_logits=False, weights=None)
-    replaced = {  # where TensorFlow's pooling differs from torchvision's; as `fid_inception_v3`, which downloads
+    replaced = {  # pooling as in TensorFlow; the same as `fid_inception_v3`, which downloads weights
         "Mixed_5b": parts.FIDInceptionA(192, pool_features=32),
         "Mixed_5c": parts.FIDInceptionA(256, pool_features=64),
         "Mixed_5d": parts.FIDInceptionA(288, pool_features=64),
@@ -109,7 +109,7 @@ def load_inception(weights: str, device: str | torch.device = "cpu") -> Callable
 def load_i3d(path: str, device: str | torch.device = "cpu") -> Callable[[np.ndarray], np.ndarray]:
     """Load the I3D feature extractor of StyleGAN-V, `i3d_torchscript.pt`.
 
-    TorchScript is a program: loading it runs code of the file. It is therefore never downloaded; take it from a source
+    A TorchScript file is a program, and loading it runs its code. It is therefore never downloaded. Use a file from a source
     that you trust.
 
     Args:
@@ -142,12 +142,12 @@ def load_i3d(path: str, device: str | torch.device = "cpu") -> Callable[[np.ndar
 def _load_state(path: Path, argument: str) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds: zip, pickle, and what a hostile file asks for
-        raise ValueError(f"`{argument}` must be a file of weights, got {str(path)!r}: {error}") from error
+    except Exception as error:  # many types: zip, pickle, or code that `weights_only` rejects
+        raise ValueError(f"`{argument}` must be a file with weights, got {str(path)!r}: {error}") from error
 
 
 def _load_strictly(network: torch.nn.Module, state: dict[str, Any], argument: str) -> None:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"`{argument}` holds the weights of another network: {error}") from error
+        raise ValueError(f"`{argument}` must contain the weights of this network: {error}") from error

@@ -1,32 +1,35 @@
-"""Distances between the distributions of predicted and true pictures and videos."""
+"""Distances between the distributions of predicted and true images and videos."""
 
 import numpy as np
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray, ddof: int = 1) -> float:
-    """Frechet distance of the normal distributions with the mean and covariance of two sets of features.
+    """Compute the Frechet distance of two sets of features.
 
-    With centred features A and B, the trace of the root of the product of their covariances is the sum of the singular
-    values of A B^T: no root of a matrix is taken, so that few samples and singular covariances are as exact as any.
+    The features are modelled as normal distributions. For centred features A and B, the trace of the square root of the product
+    of their covariances is the sum of the singular values of A B^T. No matrix square root is computed, so the result is also
+    exact for few samples and singular covariances.
 
     Args:
         first: Features (N, D).
         second: Features (M, D).
-        ddof: 1 divides covariances by N - 1, as pytorch-fid; 0 by N, as StyleGAN-V.
+        ddof: 1 to divide covariances by N - 1 as pytorch-fid, 0 to divide by N as StyleGAN-V.
 
     Returns:
         The squared distance, at least 0, computed in float64.
 
     Raises:
-        ValueError: If the features do not fit together, are too few, or not finite.
+        ValueError: If the features have different sizes, are too few, or are not finite.
     """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
         raise ValueError(f"`first` and `second` must be (N, D) and (M, D), got {first.shape} and {second.shape}.")
     if min(len(first), len(second)) <= ddof:
-        raise ValueError(f"at least {ddof + 1} samples are wanted of each set, got {len(first)} and {len(second)}.")
+        raise ValueError(
+            f"`first` and `second` must have at least {ddof + 1} samples each, got {len(first)} and {len(second)}."
+        )
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise ValueError("`first` and `second` must be finite: the network that made the features overflows.")
+        raise ValueError("`first` and `second` must be finite: the feature network overflows.")
     difference = first.mean(axis=0) - second.mean(axis=0)
     one, other = _covariance_root(first, ddof), _covariance_root(second, ddof)
     shared = np.linalg.svd(one @ other.T, compute_uv=False).sum()
@@ -34,16 +37,16 @@ def frechet_distance(first: np.ndarray, second: np.ndarray, ddof: int = 1) -> fl
 
 
 def fid(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """FID, as pytorch-fid computes it, of Inception features (N, 2048) and (M, 2048); see `load_inception`."""
+    """Compute FID as pytorch-fid from Inception features (N, 2048) and (M, 2048); see `load_inception`."""
     return frechet_distance(prediction, truth, ddof=1)
 
 
 def fvd(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """FVD, as StyleGAN-V computes it, of I3D features (N, 400) and (M, 400); see `load_i3d`."""
+    """Compute FVD as StyleGAN-V from I3D features (N, 400) and (M, 400); see `load_i3d`."""
     return frechet_distance(prediction, truth, ddof=0)
 
 
 def _covariance_root(features: np.ndarray, ddof: int) -> np.ndarray:
-    """A matrix R, with at most D rows, for which R^T R is the covariance."""
+    """Return a matrix R with at most D rows such that R^T R is the covariance."""
     centred = (features - features.mean(axis=0)) / np.sqrt(len(features) - ddof)
     return np.asarray(np.linalg.qr(centred, mode="r")) if len(centred) > centred.shape[1] else centred

@@ -1,8 +1,8 @@
-"""Does a world model obey its actions? Measured on recorded clips, without a simulator.
+"""Action faithfulness of a world model, measured on recorded clips without a simulator.
 
-Of one history the model predicts the future under the true actions, under those of clips that begin alike, and under
-altered ones. A model that obeys comes nearest the truth under the true actions, and loses under any others; one that
-ignores them predicts the same each time.
+From one history, the model predicts the futures under the true actions, under the actions of clips with a similar history,
+and under altered actions. The prediction of a faithful model is closest to the truth under the true actions. A model that
+ignores its actions predicts the same future each time.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ import torch
 from .intervals import bootstrap
 
 Predict = Callable[[np.ndarray, np.ndarray], torch.Tensor]
-"""`IRASimPipeline.predict`: one history (h, H, W, 3), uint8, and actions (K, n, A) to futures (K, n, 3, H, W) in [0, 1]; the K
-futures must start from the same noise, so that nothing but the actions tells them apart."""
+"""Function from a history (h, H, W, 3), uint8, and actions (K, n, A) to futures (K, n, 3, H, W) in [0, 1], for example
+`IRASimPipeline.predict`. The K futures must use the same noise, so that they differ by the actions only."""
 
 ALTERATIONS = ("shuffled", "held", "reversed")
 STRATA = ("little motion", "some motion", "much motion")
-"""Thirds of the clips by how much the truth moves. Where hardly anything moves, little can be told."""
-FEWEST = 8  # minimum number of clips per third for a verdict
-ROUNDING = (1 / 255) ** 2 / 12  # error of pictures of 8 bits; differences below it are none
+"""Thirds of the clips by the motion in the true frames. Clips with little motion contain little information."""
+FEWEST = 8
+"""Minimum number of clips per third for a verdict."""
+ROUNDING = (1 / 255) ** 2 / 12
+"""Mean squared rounding error of 8-bit images, the smallest error that is distinguished."""
 
 
 @dataclass(frozen=True)
 class Counterfactuals:
-    """The action sequences under which the future of each clip is predicted."""
+    """Action sequences under which the future of each clip is predicted."""
 
     true: np.ndarray  # (N, n, A)
-    matched: np.ndarray  # (N, W - 1, n, A), of the clips that begin most alike
-    altered: dict[str, np.ndarray]  # each of ALTERATIONS -> (N, n, A)
+    matched: np.ndarray  # (N, W - 1, n, A), actions of the clips with the most similar history
+    altered: dict[str, np.ndarray]  # one of ALTERATIONS to (N, n, A)
 
     def of_clip(self, number: int) -> np.ndarray:
-        """All sequences (K, n, A) of one clip, K = W + 3: the true one first, then matched, then altered."""
+        """Return all K = W + 3 sequences (K, n, A) of one clip: the true one, matched ones, altered ones."""
         altered = [self.altered[name][number] for name in ALTERATIONS]
         return np.stack([self.true[number], *self.matched[number], *altered])
 
@@ -44,17 +46,17 @@ class Counterfactuals:
 def counterfactual_actions(
     last_frames: np.ndarray, actions: np.ndarray, holds: np.ndarray, ways: int = 4, seed: int = 0
 ) -> Counterfactuals:
-    """Choose the other actions of each clip.
+    """Choose the counterfactual actions of each clip.
 
     Args:
-        last_frames: The last frame seen of each clip (N, H, W, 3).
+        last_frames: Last history frame of each clip (N, H, W, 3).
         actions: True actions (N, n, A).
-        holds: For each clip the action (N, A) that asks for no motion; see `actions.hold_action`.
-        ways: Sequences W that identification chooses from, the true one included.
-        seed: Of the shuffling, in which every clip takes the actions of another.
+        holds: Hold action of each clip (N, A); see `actions.hold_action`.
+        ways: Number W of sequences for the identification, including the true one.
+        seed: Seed of the shuffling, which gives each clip the actions of another clip.
 
     Raises:
-        ValueError: If there are fewer clips than ways, or shapes do not agree.
+        ValueError: If there are fewer clips than ways, or the shapes do not match.
     """
     if not 2 <= ways <= len(actions):
         raise ValueError(f"`ways` must be in [2, {len(actions)}], the number of clips, got {ways}.")
@@ -75,7 +77,7 @@ def counterfactual_actions(
 
 
 def similar_clips(last_frames: np.ndarray, number: int) -> np.ndarray:
-    """Of each of N frames (N, H, W, 3) the `number` others that are nearest in pixels, (N, number), nearest first."""
+    """Return for each of N frames (N, H, W, 3) the nearest other frames by pixels (N, number), nearest first."""
     step = max(1, last_frames.shape[1] // 64)
     pixels = last_frames[:, ::step, ::step].reshape(len(last_frames), -1).astype(np.float64) / 255
     squares = np.square(pixels).sum(axis=1)
@@ -85,36 +87,38 @@ def similar_clips(last_frames: np.ndarray, number: int) -> np.ndarray:
 
 
 def future_errors(predict: Predict, history: np.ndarray, sequences: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Mean squared error (K,) of the futures under action sequences (K, n, A) against the truth.
+    """Compute the mean squared errors (K,) of the futures under action sequences (K, n, A).
 
-    Predictions are rounded to 8 bits, so that the noise of floating point tells no two apart.
+    Predictions are rounded to 8 bits, so that floating-point noise makes no difference.
 
     Args:
         predict: The world model.
-        history: Frames seen (h, H, W, 3), uint8.
+        history: History frames (h, H, W, 3), uint8.
         sequences: Actions (K, n, A).
         truth: True future (n, H, W, 3), uint8.
     """
     futures = _eight_bits(predict(history, sequences))  # (K, n, H, W, 3)
     if futures.shape[1:] != truth.shape:
-        raise ValueError(f"`predict` must give futures (K, {', '.join(map(str, truth.shape))}), got {futures.shape}.")
+        raise ValueError(
+            f"`predict` must return futures (K, {', '.join(map(str, truth.shape))}), got {futures.shape}."
+        )
     return np.array([np.square(future - truth.astype(np.float64) / 255).mean() for future in futures])
 
 
 def motion(last_frame: np.ndarray, truth: np.ndarray) -> float:
-    """How much moves: mean squared change of the true future (n, H, W, 3) since the last frame seen, of [0, 1]."""
+    """Return the mean squared change of the true future (n, H, W, 3) since the last history frame, in [0, 1]."""
     return float(np.square((truth.astype(np.float64) - last_frame) / 255).mean())
 
 
 def identified(errors: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Whether the own one of K alternatives has the smallest error; those that share it share the credit.
+    """Return whether the correct one of K alternatives has the smallest error; ties share the credit.
 
     Args:
         errors: Errors (N, K).
-        own: Number of the own alternative of each row (N,).
+        own: Index of the correct alternative of each row (N,).
 
     Returns:
-        Credit (N,) in [0, 1]; of a model that ignores its actions 1 / K.
+        Credit (N,) in [0, 1]; 1 / K for a model that ignores its actions.
     """
     smallest = errors == errors.min(axis=1, keepdims=True)
     return smallest[np.arange(len(errors)), own] / smallest.sum(axis=1)
@@ -125,13 +129,13 @@ def summarise_faithfulness(errors: np.ndarray, motions: np.ndarray, ways: int, s
 
     Args:
         errors: Errors (N, K) of the sequences of `Counterfactuals.of_clip`, from `future_errors`.
-        motions: How much moves in each clip (N,), from `motion`.
-        ways: Sequences of the identification.
+        motions: Motion in each clip (N,), from `motion`.
+        ways: Number of sequences of the identification.
         seed: Seed of the bootstrap.
 
     Returns:
-        `identification`: rates, and `gap`: for each alteration the PSNR lost by it in dB; each with intervals over `all`
-        clips and in each of `STRATA`. `verdict`: whether the model obeys (None where it cannot be told), and why.
+        `identification`: rates; `gap`: decrease of the PSNR in dB for each alteration; both with intervals over `all` clips and
+        over each of `STRATA`. `verdict`: whether the model follows its actions (None if undecided), with a text.
     """
     decibels = -10 * np.log10(np.maximum(errors, ROUNDING))
     credit = identified(errors[:, :ways], np.zeros(len(errors), dtype=int))
@@ -152,27 +156,28 @@ def summarise_faithfulness(errors: np.ndarray, motions: np.ndarray, ways: int, s
 
 
 def verdict(summary: dict[str, Any]) -> dict[str, Any]:
-    """Decide whether the model follows its actions, from the clips with much motion.
+    """Decide from the clips with much motion whether the model follows its actions.
 
-    It does if identification is above chance, and the actions of other clips and holding still both cost PSNR; it does not
-    if neither identification nor those gaps are above what they would be by chance. All by their 95 % intervals.
+    It does if the 95 % intervals of the identification and of the gaps for shuffled and for hold actions are all above chance. It
+    does not if none of them is.
     """
     chance, last = 1 / summary["ways"], STRATA[-1]
     rate = summary["identification"].get(last)
     if rate is None or rate["n"] < FEWEST:
-        return {"obeys": None, "text": f"Too few clips to tell: {FEWEST} with much motion are wanted."}
+        return {"obeys": None, "text": f"Undecided: at least {FEWEST} clips with much motion are required."}
     gaps = {name: summary["gap"][name][last] for name in ("shuffled", "held")}
     signs = [rate["low"] > chance, *(gap["low"] > 0 for gap in gaps.values())]
     obeys = True if all(signs) else None if any(signs) else False
     words = {
-        True: "The model obeys its actions",
-        False: "The model does not obey its actions",
-        None: "It cannot be told whether the model obeys its actions",
+        True: "The model follows its actions",
+        False: "The model does not follow its actions",
+        None: "It is undecided whether the model follows its actions",
     }[obeys]
     text = (
-        f"{words}: where most moves, the prediction under the true actions is the nearest of {summary['ways']} to the truth in "
-        f"{rate['mean']:.0%} of clips [{rate['low']:.0%}, {rate['high']:.0%}] (chance {chance:.0%}); the actions of another "
-        f"clip cost {_decibel_text(gaps['shuffled'])}, holding still {_decibel_text(gaps['held'])}."
+        f"{words}: in clips with much motion, the prediction with the true actions is the closest of {summary['ways']} to the "
+        f"truth in {rate['mean']:.0%} of cases [{rate['low']:.0%}, {rate['high']:.0%}] (chance {chance:.0%}). The PSNR decreases "
+        f"by {_decibel_text(gaps['shuffled'])} with the actions of another clip and by {_decibel_text(gaps['held'])} with hold "
+        "actions."
     )
     return {"obeys": obeys, "text": text}
 
@@ -186,11 +191,11 @@ def action_faithfulness(
     ways: int = 4,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure whether a world model obeys its actions.
+    """Measure whether a world model follows its actions.
 
     Args:
-        predict: `IRASimPipeline.predict` of the model.
-        histories: Frames seen of each clip (N, h, H, W, 3), uint8.
+        predict: The world model, for example `IRASimPipeline.predict`.
+        histories: History frames of each clip (N, h, H, W, 3), uint8.
         actions: True actions (N, n, A).
         truths: True futures (N, n, H, W, 3), uint8.
         holds: See `counterfactual_actions`.
@@ -212,13 +217,13 @@ def sensitivity_maps(predict: Predict, history: np.ndarray, actions: np.ndarray,
 
     Args:
         predict: The world model.
-        history: Frames seen of one clip (h, H, W, 3), uint8.
-        actions: Its actions (n, A).
-        steps: By how much each component is changed, up and down, in all actions (A,), in its own units: its standard
-            deviation, for example.
+        history: History frames of one clip (h, H, W, 3), uint8.
+        actions: Actions of the clip (n, A).
+        steps: Step of each component (A,) in raw units, which is added to and subtracted from all actions; for example the
+            standard deviation.
 
     Returns:
-        Maps (A, H, W): mean change of a pixel by one step, of [0, 1], over frames and colours.
+        Maps (A, H, W): mean change of a pixel per step, in [0, 1], over frames and channels.
     """
     changes = np.diag(steps)[:, None]  # (A, 1, A)
     futures = _eight_bits(predict(history, np.concatenate([actions + changes, actions - changes])))
@@ -227,7 +232,7 @@ def sensitivity_maps(predict: Predict, history: np.ndarray, actions: np.ndarray,
 
 
 def _eight_bits(futures: torch.Tensor) -> np.ndarray:
-    """Predictions (K, n, 3, H, W) as (K, n, H, W, 3) in [0, 1], float64, of 256 values."""
+    """Round predictions (K, n, 3, H, W) to 256 levels; returns (K, n, H, W, 3) in [0, 1], float64."""
     return (futures.float() * 255).round().clamp(0, 255).cpu().numpy().astype(np.float64).transpose(
         0, 1, 3, 4, 2
     ) / 255

@@ -9,15 +9,15 @@ import torch
 def psnr(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """PSNR of the mean error of each clip, in dB.
 
-    The error is averaged over all frames before the logarithm, so that static frames with almost no
-    error do not dominate it, as they would in a mean of per-frame PSNRs.
+    The error is averaged over all frames before the logarithm. In a mean of per-frame PSNRs, static frames with almost no
+    error would dominate.
 
     Args:
         prediction: Frames (..., T, H, W, 3) in [0, 1].
         truth: True frames, same shape and range.
 
     Returns:
-        PSNR of each clip (...), in dB; infinite where the two are equal.
+        PSNR of each clip (...), in dB; infinite if the clips are equal.
     """
     return _decibels(_squared_error(prediction, truth).mean(axis=(-4, -3, -2, -1)))
 
@@ -30,13 +30,13 @@ def frame_psnr(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
         truth: True frames, same shape and range.
 
     Returns:
-        PSNR (...), as scikit-image gives it; infinite where two frames are equal.
+        PSNR (...) as in scikit-image; infinite if two frames are equal.
     """
     return _decibels(_squared_error(prediction, truth).mean(axis=(-3, -2, -1)))
 
 
 def frame_ssim(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """SSIM of each frame by scikit-image: a window of 7x7 pixels, the mean over channels.
+    """SSIM of each frame with scikit-image: 7x7 window, mean over channels.
 
     Args:
         prediction: Frames (..., H, W, C) in [0, 1].
@@ -48,7 +48,7 @@ def frame_ssim(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     try:
         from skimage.metrics import structural_similarity
     except ImportError as error:
-        raise ImportError("SSIM needs scikit-image: pip install irasim-diffusers[evaluation].") from error
+        raise ImportError("SSIM requires scikit-image: pip install irasim-diffusers[evaluation].") from error
     _check_shapes(prediction, truth)
     size = prediction.shape[-3:]
     pairs = zip(prediction.reshape(-1, *size), truth.reshape(-1, *size), strict=True)
@@ -60,13 +60,13 @@ def frame_ssim(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def latent_l2(prediction: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference of the scaled latents (..., C, T, h, w) of each clip, as (...), float64."""
+    """Mean squared difference (...) of the scaled latents (..., C, T, h, w) of each clip, float64."""
     _check_shapes(prediction, truth)
     return (prediction.double() - truth.double()).square().mean(dim=(-4, -3, -2, -1))
 
 
 def gray(frames: np.ndarray) -> np.ndarray:
-    """Luma (..., H, W, 1) of RGB frames (..., H, W, 3), both uint8, by the weights of BT.601 as in OpenCV."""
+    """Convert RGB frames (..., H, W, 3) to luma (..., H, W, 1), uint8, with the BT.601 weights of OpenCV."""
     weights = np.array([0.299, 0.587, 0.114])
     return np.rint(frames.astype(np.float64) @ weights).astype(np.uint8)[..., None]
 
@@ -81,7 +81,7 @@ def frame_lpips(
     """LPIPS of each frame of a clip.
 
     Args:
-        network: From `load_lpips`: takes two batches (T, 3, H, W) in [-1, 1].
+        network: Network of `load_lpips`, called with two batches (T, 3, H, W) in [-1, 1].
         prediction: Frames (T, H, W, 3) in [0, 1].
         truth: True frames, same shape and range.
         device: Device of the network.
@@ -105,7 +105,7 @@ def _squared_error(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def _check_shapes(prediction: np.ndarray | torch.Tensor, truth: np.ndarray | torch.Tensor) -> None:
     if prediction.shape != truth.shape:
         raise ValueError(
-            f"`prediction` and `truth` must have one shape, got {tuple(prediction.shape)} and {tuple(truth.shape)}."
+            f"`prediction` and `truth` must have the same shape, got {tuple(prediction.shape)} and {tuple(truth.shape)}."
         )
 
 

@@ -16,6 +16,8 @@ from accelerate import Accelerator
 
 OTHER_RANK_DELAY = 5.0
 """Seconds that other processes wait before they print an error that the main process has probably printed."""
+REPEATED_SIGNAL_DELAY = 5.0
+"""Seconds in which a repeated Ctrl-C is the same one: a terminal and the launcher both send it to every process."""
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -42,18 +44,21 @@ def run_script(main: Callable[[], None]) -> None:
 class Interruption:
     """Turns Ctrl-C and SIGTERM into a request to stop after the current step.
 
-    A second signal interrupts at once.
+    A second Ctrl-C interrupts at once, if it comes later than `REPEATED_SIGNAL_DELAY` seconds after the first. A repeated SIGTERM
+    is ignored: a preemption sends it to the launcher and to its processes, and the launcher sends it again.
     """
 
     def __init__(self) -> None:
         self.number = 0
+        self._time = 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._request)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
+        if not self.number:
+            self.number, self._time = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._time > REPEATED_SIGNAL_DELAY:
             raise KeyboardInterrupt
-        self.number = number
 
     def requested(self, accelerator: Accelerator) -> int:
         """Return the signal that any process has received, 0 if none; every process must call this method."""

@@ -1,0 +1,123 @@
+"""`irasim convert`: turn pretrained weights into a pipeline folder."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    from .. import IRASimTransformer3DModel
+    from ..conversion import ConversionReport
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `convert` to the subparsers of `irasim`."""
+    parser = subparsers.add_parser(
+        "convert",
+        help="turn pretrained weights into a pipeline folder",
+        description="Turn pretrained weights into a pipeline folder: released IRASim checkpoints without change, Open-Sora "
+        "(STDiT3) and Latte as the start of a training. No code in a file is run.",
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("--source", choices=("irasim", "opensora", "latte"), default="irasim", help="default: %(default)s")
+    add("--checkpoint", type=Path, required=True, help=".pt file of the release; safetensors file or folder")
+    add("--dataset", choices=("rt1", "bridge", "languagetable"), help="data set of a released IRASim checkpoint")
+    add("--weights", choices=("ema", "model"), default="ema", help="of a released checkpoint (default: %(default)s)")
+    add("--final-frame-ada", action="store_true", help="a released checkpoint with actions in the final layer")
+    add("--vae", required=True, help="SDXL autoencoder: folder or Hub id, with ':<subfolder>' if it is in a subfolder")
+    add("--config", nargs="*", default=[], metavar="KEY=VALUE", help="config entries, values in JSON: action_dim=7")
+    add("--output", type=Path, required=True, help="pipeline folder to write")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read the weights, check every tensor, write a complete pipeline, and print the mapping."""
+    output: Path = arguments.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output must be a new or empty folder, got {str(output)!r}.")
+    config = dict(_read_setting(text) for text in arguments.config)
+    if arguments.source == "opensora" and "fps" not in config:
+        raise ValueError("--source opensora needs --config fps=<frames per second of your clips>, which it embeds.")
+    if arguments.source == "irasim" and arguments.dataset is None:
+        raise ValueError("--source irasim needs --dataset: rt1, bridge or languagetable.")
+
+    from .. import IRASimPipeline
+    from ..conversion import ConversionReport
+    from ..files import temporary_folder
+
+    vae, report = _load_vae(arguments.vae), ConversionReport()
+    transformer = _load_transformer(arguments, config, report)
+    if vae.config.latent_channels != transformer.config.in_channels:
+        raise ValueError(
+            f"--vae must have {transformer.config.in_channels} latent channels, as the weights, got {arguments.vae!r} with "
+            f"{vae.config.latent_channels}."
+        )
+    with temporary_folder(output) as partial:
+        IRASimPipeline(vae, transformer, _scheduler(transformer)).save_pretrained(partial)
+    print(report)
+    print(f"{len(report.mapped)} tensors mapped, {len(report.dropped)} dropped; wrote {output}")
+
+
+def _load_vae(name: str) -> AutoencoderKL:
+    from diffusers import AutoencoderKL
+
+    path, _, subfolder = name.partition(":")
+    try:
+        return AutoencoderKL.from_pretrained(path, subfolder=subfolder or None)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--vae must be an AutoencoderKL, a folder or Hub id, got {name!r}: {error}") from error
+
+
+def _load_transformer(
+    arguments: argparse.Namespace, config: dict[str, Any], report: ConversionReport
+) -> IRASimTransformer3DModel:
+    from ..conversion import load_latte, load_opensora, load_released_irasim
+
+    loaders: dict[str, Callable[..., IRASimTransformer3DModel]] = {
+        "irasim": load_released_irasim,
+        "opensora": load_opensora,
+        "latte": load_latte,
+    }
+    released = {name: getattr(arguments, name) for name in ("dataset", "weights", "final_frame_ada")}
+    options = released if arguments.source == "irasim" else {}
+    try:
+        return loaders[arguments.source](arguments.checkpoint, report=report, **options, **config)
+    except (TypeError, ZeroDivisionError, RuntimeError) as error:  # layers raise these for impossible values
+        raise ValueError(f"--config must make a model, got {' '.join(arguments.config)!r}: {error}") from error
+
+
+def _scheduler(transformer: IRASimTransformer3DModel) -> SchedulerMixin:
+    from diffusers import PNDMScheduler
+
+    from ..models import noise_process
+
+    if transformer.config.prediction_type == "flow_prediction":
+        return noise_process(transformer.config)
+    # the scheduler of the release, with the Runge-Kutta warm-up: 59 network evaluations at 50 steps
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+    process = {name: transformer.config[name] for name in names}
+    return PNDMScheduler(**process, timestep_spacing="linspace")
+
+
+def _read_setting(text: str) -> tuple[str, Any]:
+    from .. import IRASimTransformer3DModel
+
+    name, separator, value = text.partition("=")
+    known = inspect.signature(IRASimTransformer3DModel.__init__).parameters
+    if not separator or name not in known or name == "self":
+        raise ValueError(f"--config must be KEY=VALUE with a key of the model's config, got {text!r}.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        kind = known[name].annotation
+        if str not in (kind, *get_args(kind)):
+            wanted = getattr(kind, "__name__", kind)
+            raise ValueError(f"--config {name} must be {wanted} in JSON, got {value!r}.") from None
+        return name, value

@@ -1,0 +1,37 @@
+"""Flags that select recorded episodes, shared by the commands that read them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None) -> None:
+    """Add the flags of `open_dataset`.
+
+    Args:
+        parser: Parser of the command.
+        split: Default of `--split`; None for the split `test`, or all episodes if a LeRobotDataset has none.
+    """
+    add = parser.add_argument
+    add("--dataset", required=True, help="LeRobotDataset, IRASim-format or `datasets` folder, or Hub id")
+    add("--cameras", nargs="*", default=[], help="cameras, stacked vertically; left,right joins two horizontally")
+    default = split or "test, or all episodes of a LeRobotDataset without one"
+    add("--split", default=split, help=f"split, or a part of one such as train[90%%:] (default: {default})")
+    add("--fps", type=float, help="frames per second, if the data do not record them")
+    add("--action-column", default="actions", help="column of `datasets` data (default: %(default)s)")
+    add("--state-columns", nargs="*", default=[], help="columns of `datasets` data")
+
+
+def open_dataset(arguments: argparse.Namespace) -> Any:
+    """Open the episodes that the flags of `add_dataset_flags` select."""
+    from ..data import open_dataset
+
+    return open_dataset(
+        arguments.dataset,
+        arguments.cameras or None,
+        split=arguments.split,
+        fps=arguments.fps,
+        action_column=arguments.action_column,
+        state_columns=arguments.state_columns,
+    )

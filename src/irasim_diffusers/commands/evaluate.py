@@ -1,0 +1,212 @@
+"""`irasim evaluate`: score predictions of recorded clips."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from .. import __version__, embedded_checkpoint
+from .dataset import add_dataset_flags, open_dataset
+from .sampling import add_sampling_flags, load_pipeline
+
+NETWORKS = ("lpips", "inception", "i3d")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `evaluate` to the subparsers of `irasim`."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="score predictions of recorded clips, and how well the model follows its actions",
+        description="Score a model, or predictions in a folder, on recorded clips by a named protocol: the paper's metrics, "
+        "action faithfulness, plots. The same command again resumes; under `accelerate launch -m irasim_diffusers.cli "
+        "evaluate` several processes share the clips.",
+    )
+    parser.set_defaults(run=run)
+    add_dataset_flags(parser, None)
+    _add_data_preparation(parser)
+    add_sampling_flags(parser, dtype="float32")
+    add = parser.add_argument
+    add(
+        "--model",
+        help="pipeline folder or Hub id (default: the embedded Push-T); with --predictions, for its autoencoder",
+    )
+    add("--predictions", type=Path, help="score the <clip>.npz or <clip>.mp4 of this folder instead of a model")
+    add("--protocol", default="irasim-short", help="irasim-short, irasim-short-release, irasim-long or robonet")
+    add("--num-clips", type=int, help="clips to score, spread evenly over the data (default: all)")
+    add("--output", type=Path, default=Path("irasim-evaluation"), help="folder to write (default: %(default)s)")
+    add("--save-predictions", type=Path, help="folder for the predictions, in the format of --predictions")
+    add("--save-truth", type=Path, help="folder for the true frames in the same format, for a preference study")
+    add("--published", help="also list the paper's results on rt1, bridge, languagetable or robonet")
+    add(
+        "--faithfulness-clips",
+        type=int,
+        default=200,
+        help="clips with changed actions; 0 for none (default: %(default)s)",
+    )
+    add("--ways", type=int, default=4, help="futures to choose from in identification (default: %(default)s)")
+    add("--lpips", nargs="?", const="", metavar="ALEXNET", help="LPIPS; a file or org/name:file, else downloaded")
+    add("--inception", metavar="WEIGHTS", help="FID; pytorch-fid's weights, a file or org/name:file")
+    add("--i3d", metavar="FILE", help="FVD; StyleGAN-V's i3d_torchscript.pt. Loading it runs code of the file")
+    add("--batch-size", type=int, default=8, help="windows predicted together (default: %(default)s)")
+    add("--resize", action="store_true", help="resize frames to the model's size, and predictions to the truth's")
+    add("--skip-broken", action="store_true", help="skip episodes that cannot be read, and list them in the report")
+
+
+def _add_data_preparation(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--height", type=int, help="with --width: resize the data, as the paper resizes Bridge to 256x320")
+    add("--width", type=int, help="see --height")
+    add(
+        "--action-derivation",
+        default="recorded",
+        help="as in training: recorded, relative_euler, relative_6d, relative_planar or absolute (default: %(default)s)",
+    )
+    add("--state-key", help="state from which actions are derived")
+    add("--frame-skip", type=int, default=1, help="keep every n-th frame (default: %(default)s)")
+    add("--action-composition", help="composition of recorded actions over skipped frames: a derivation")
+    add("--pad-actions-to", type=int, help="action components after padding with zeros")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Open data and model, evaluate, and print the main results."""
+    start = time.perf_counter()
+    protocol = _check_flags(arguments)
+
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    from ..evaluation import Evaluation, evaluate
+
+    kwargs = InitProcessGroupKwargs(timeout=timedelta(days=1))  # one process may predict for long
+    accelerator = Accelerator(cpu=arguments.device == "cpu", kwargs_handlers=[kwargs])
+    if arguments.device == "auto":
+        arguments.device = str(accelerator.device)
+    dataset, split = _open_prepared(arguments)
+    predictor, encode, setting = _load_predictor(arguments, dataset)
+    networks = {name: getattr(arguments, name) for name in NETWORKS}
+    report = evaluate(
+        Evaluation(
+            dataset,
+            protocol,
+            predictor,
+            arguments.output,
+            num_clips=arguments.num_clips,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            encode=encode,
+            backbones=_load_backbones(arguments),
+            faithfulness_clips=arguments.faithfulness_clips,
+            skip_broken=arguments.skip_broken,
+            ways=arguments.ways,
+            save_predictions=arguments.save_predictions,
+            save_truth=arguments.save_truth,
+            published=arguments.published,
+            setting={"dataset": arguments.dataset, "split": split} | setting | networks,
+            unchecked={"command": shlex.join(["irasim", *arguments.argv]), "versions": _versions()},
+        )
+    )
+    if accelerator.is_main_process:
+        _print_report(report)
+        print(f"{time.perf_counter() - start:.0f} s; wrote {arguments.output / 'report.md'}")
+
+
+def _check_flags(arguments: argparse.Namespace) -> Any:
+    """Check the flags that need neither data nor model; return the protocol."""
+    from ..actions import DERIVATIONS
+    from ..evaluation import PROTOCOLS
+
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise ValueError(f"--output must be a folder, got the file {str(arguments.output)!r}.")
+    for flag, known in (
+        ("protocol", [*PROTOCOLS]),
+        ("action_derivation", DERIVATIONS),
+        ("action_composition", [None, *DERIVATIONS[1:]]),
+    ):
+        value = getattr(arguments, flag)
+        if value not in known:
+            names = ", ".join(name for name in known if name)
+            raise ValueError(f"--{flag.replace('_', '-')} must be one of {names}, got {value!r}.")
+    for flag, value in (("batch-size", arguments.batch_size), ("num-clips", arguments.num_clips)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag} must be at least 1, got {value}.")
+    if (arguments.height is None) != (arguments.width is None):
+        raise ValueError("--height and --width must be given together.")
+    return PROTOCOLS[arguments.protocol]
+
+
+def _open_prepared(arguments: argparse.Namespace) -> tuple[Any, str]:
+    """Open the episodes as the model takes them; also return the name of their split."""
+    from ..data import PreparedEpisodes
+
+    source = open_dataset(arguments)
+    dataset = PreparedEpisodes(
+        source,
+        arguments.action_derivation,
+        arguments.state_key,
+        arguments.frame_skip,
+        arguments.action_composition,
+        arguments.pad_actions_to,
+        (arguments.height, arguments.width) if arguments.height else None,
+    )
+    return dataset, getattr(source, "split", arguments.split or "test") or "all episodes"
+
+
+def _load_predictor(arguments: argparse.Namespace, dataset: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Load the predictor, the encoder for latent L2, and their description for the report."""
+    from ..evaluation import FolderPredictor, PipelinePredictor
+
+    name, predictions = arguments.model, arguments.predictions
+    if predictions is not None:
+        folder = FolderPredictor(predictions, arguments.resize)
+        if name is None:
+            return folder, None, {"predictions": str(predictions)}
+    arguments.model = name or str(embedded_checkpoint())
+    pipeline = load_pipeline(arguments)
+    pipeline.set_progress_bar_config(disable=True)
+    predictor = PipelinePredictor(pipeline, arguments.steps, arguments.seed, arguments.resize, arguments.batch_size)
+    encode = None if pipeline.vae is None else predictor.encode
+    dtype = str(pipeline.transformer.dtype).removeprefix("torch.")
+    if predictions is not None:
+        if encode is None:
+            raise ValueError(f"--model is for its autoencoder here, and {name!r} has none: leave it out.")
+        folder.autoencoder = predictor.autoencoder
+        setting = {"autoencoder": name, "weights": predictor.autoencoder, "dtype": dtype}
+        return folder, encode, setting | {"predictions": str(predictions)}
+    predictor.check_dataset(dataset)
+    setting = predictor.setting | {"dtype": dtype}
+    return predictor, encode, {"model": name or "the embedded Push-T model"} | setting
+
+
+def _load_backbones(arguments: argparse.Namespace) -> Any:
+    from ..evaluation import Backbones
+    from ..metrics import load_i3d, load_inception, load_lpips
+
+    device = arguments.device
+    return Backbones(
+        None if arguments.lpips is None else load_lpips(arguments.lpips or None, device),
+        None if arguments.inception is None else load_inception(arguments.inception, device),
+        None if arguments.i3d is None else load_i3d(arguments.i3d, device),
+        device,
+    )
+
+
+def _versions() -> dict[str, str]:
+    import diffusers
+    import torch
+
+    return {"irasim_diffusers": __version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    psnr, last, gain = report["metrics"]["psnr"], report["last_frame"]["psnr"], report["gain_over_last_frame"]
+    print(
+        f"{report['protocol']['name']}, {report['n']} clips: PSNR {psnr['mean']:.2f} dB [{psnr['low']:.2f}, {psnr['high']:.2f}] "
+        f"(repeating the last seen frame: {last['mean']:.2f} dB; mean gain over it {gain['mean']:.2f} dB), SSIM "
+        f"{report['metrics']['ssim']['mean']:.3f}"
+    )
+    if "faithfulness" in report:
+        print(report["faithfulness"]["verdict"]["text"])

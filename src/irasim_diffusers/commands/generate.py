@@ -1,0 +1,119 @@
+"""`irasim generate`: predict the video of given actions."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import embedded_checkpoint
+from .files import check_output, frame_rate, read_actions, read_frames
+from .sampling import add_history_flags, add_sampling_flags, history_length, load_pipeline
+
+if TYPE_CHECKING:
+    from .. import IRASimPipeline
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `generate` to the subparsers of `irasim`."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="predict the video of given actions",
+        description="Predict the video of given actions. Without arguments: the embedded Push-T model on its held-out clip.",
+    )
+    parser.set_defaults(run=run)
+    add_history_flags(parser)
+    add_sampling_flags(parser, dtype="float32")
+    add = parser.add_argument
+    add("--actions", type=Path, help=".npy, .csv or .json of actions (n, A), in the units of the model's action space")
+    add("--output", type=Path, default=Path("irasim.mp4"), help="mp4 to write, with a .png strip next to it")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check the input, predict, write the video and the strip, and print the figures."""
+    start = time.perf_counter()
+    strip_path = arguments.output.with_suffix(".png")
+    check_output(arguments.output, ".mp4")
+    check_output(strip_path, ".png")
+    if arguments.frames is not None and arguments.actions is None:
+        raise ValueError("--frames needs --actions: a .npy, .csv or .json file of actions, one row per frame.")
+    example = embedded_checkpoint()
+    video = read_frames(arguments.frames or example / "example.mp4")
+    actions = read_actions(arguments.actions or example / "example_actions.csv")
+    pipeline = load_pipeline(arguments)
+    history = history_length(arguments, pipeline, len(video))
+    # frames after the history are the truth of these actions only if frames and actions are of one recording
+    truth = video[history:][: len(actions)] if (arguments.frames is None) == (arguments.actions is None) else video[:0]
+    prediction, figures = _predict(arguments, pipeline, video[:history], actions)
+    seen = video[:history]
+    if seen.shape[1:] != prediction.shape[1:]:
+        seen, truth = prediction[:0], truth[:0]  # --resize: the truth has another size
+    fps = frame_rate(arguments.frames) or pipeline.transformer.config.fps or 10.0
+    _write_outputs(arguments.output, strip_path, seen, prediction, truth, fps)
+    if len(truth):
+        _print_psnr(prediction[: len(truth)], seen, truth)
+    print(f"{figures}; {time.perf_counter() - start:.1f} s with loading")
+    print(f"wrote {arguments.output} and {strip_path}")
+
+
+def _predict(
+    arguments: argparse.Namespace, pipeline: IRASimPipeline, history: np.ndarray, actions: np.ndarray
+) -> tuple[np.ndarray, str]:
+    """Predict the frames (n, H, W, 3), uint8, and describe the speed."""
+    import torch
+
+    evaluations = 0
+
+    def count(*_: object) -> None:
+        nonlocal evaluations
+        evaluations += 1
+
+    pipeline.transformer.register_forward_hook(count)
+    start = time.perf_counter()
+    frames = pipeline(
+        history,
+        actions,
+        num_inference_steps=arguments.steps,
+        generator=torch.Generator().manual_seed(arguments.seed),
+        resize=arguments.resize,
+        output_type="np",
+    ).frames[0]
+    seconds = time.perf_counter() - start
+    figures = (
+        f"{len(frames)} frames in {seconds:.1f} s, {len(frames) / seconds:.1f} frames/s, {evaluations} network "
+        f"evaluations with {type(pipeline.scheduler).__name__}"
+    )
+    return (frames * 255).round().astype(np.uint8), figures
+
+
+def _print_psnr(prediction: np.ndarray, seen: np.ndarray, truth: np.ndarray) -> None:
+    from ..metrics import psnr
+
+    last = np.broadcast_to(seen[-1:], truth.shape)
+    print(
+        f"PSNR {psnr(prediction / 255.0, truth / 255.0):.2f} dB over {len(truth)} frames against the raw true frames "
+        f"(repeating the last seen frame: {psnr(last / 255.0, truth / 255.0):.2f} dB)"
+    )
+
+
+def _write_outputs(
+    video_path: Path, strip_path: Path, seen: np.ndarray, prediction: np.ndarray, truth: np.ndarray, fps: float
+) -> None:
+    from ..data import write_video
+    from ..files import temporary_path
+    from ..pictures import film_strip
+
+    rows = {"prediction": np.concatenate([seen, prediction])}
+    if len(truth):
+        full = np.concatenate([seen, truth])
+        missing = len(rows["prediction"]) - len(full)
+        rows = {"truth": np.concatenate([full, np.repeat(full[-1:], missing, axis=0)]) if missing else full} | rows
+    scale = max(1, 288 // prediction.shape[1])
+    large = [frames.repeat(scale, axis=1).repeat(scale, axis=2) for frames in rows.values()]
+    strip = film_strip(rows, len(seen))
+    with temporary_path(strip_path) as partial:
+        strip.save(partial)
+        write_video(video_path, np.concatenate(large, axis=2), fps)

@@ -1,0 +1,259 @@
+"""`irasim play`: drive the robot with the keyboard, in a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+
+from .. import embedded_checkpoint
+from .files import check_output, read_actions, read_frames
+from .keys import SAME_KEYS, key_command, key_controls
+from .sampling import add_history_flags, add_sampling_flags, history_length, load_pipeline
+from .terminal import ARROWS, Keys, check_terminal, draw, open_terminal, write
+
+if TYPE_CHECKING:
+    from .. import DrivingSession
+
+SYMBOLS = dict(zip(ARROWS, "↑↓→←", strict=True))
+END = {"q", "\x03"}  # \x03: Ctrl-C
+RESET = {"0", "Backspace"}
+UNDO = ("u", "z")  # the first that does not steer: u turns an arm
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `play` to the subparsers of `irasim`."""
+    parser = subparsers.add_parser(
+        "play",
+        help="drive the robot with the keyboard",
+        description="Drive the robot with the keyboard, in a terminal, and save the video and the actions. Without arguments: "
+        "the embedded Push-T model from the first frames of its held-out clip.",
+    )
+    parser.set_defaults(run=run)
+    add_history_flags(parser)
+    add_sampling_flags(parser, dtype="auto")
+    add = parser.add_argument
+    add("--start", type=float, nargs="+", metavar="VALUE", help="action to start from, if actions are absolute")
+    add(
+        "--speed",
+        type=float,
+        default=0.5,
+        help="of a held key, in normalised actions per frame (default: %(default)s)",
+    )
+    add(
+        "--chunk",
+        type=int,
+        default=2,
+        help="frames predicted together: more are faster but respond later (default: %(default)s)",
+    )
+    add("--script", help="drive by a script instead of keys, without a terminal: 'right*10 hold*5 up+right*10'")
+    add(
+        "--output",
+        type=Path,
+        default=Path("drive.mp4"),
+        help="mp4 to write, with a .npy of the actions next to it (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check the input, drive by keys or a script, and save the recording, also after an error."""
+    if arguments.script is None:
+        check_terminal()
+    check_output(arguments.output, ".mp4")
+    check_output(arguments.output.with_suffix(".npy"), ".npy")
+    if not 0 < arguments.speed < float("inf"):
+        raise ValueError(f"--speed must be positive, got {arguments.speed}.")
+    session = _open_session(arguments)
+    if not 1 <= arguments.chunk <= session.longest_step:
+        raise ValueError(f"--chunk must be in [1, {session.longest_step}], got {arguments.chunk}.")
+    try:
+        if arguments.script is None:
+            rate = play(session, arguments.chunk)
+        else:
+            rate = follow(session, arguments.script, arguments.chunk)
+    finally:
+        if len(session):
+            wrote = session.save(arguments.output)
+    if len(session):
+        print(f"{len(session)} frames, {rate:.1f} frames/s; wrote {' and '.join(map(str, wrote))}")
+    else:
+        print("nothing was driven, nothing was written")
+
+
+def _open_session(arguments: argparse.Namespace) -> DrivingSession:
+    from .. import DrivingSession, Steering
+
+    example = embedded_checkpoint()
+    video, start = read_frames(arguments.frames or example / "example.mp4"), arguments.start
+    if arguments.frames is None and start is None:
+        start = read_actions(example / "example_actions.csv")[0]
+    pipeline = load_pipeline(arguments)
+    pipeline.set_progress_bar_config(disable=True)
+    config = pipeline.transformer.config
+    if start is not None and len(start) != config.action_dim:
+        raise ValueError(f"--start must have {config.action_dim} values, one per action component, got {len(start)}.")
+    return DrivingSession(
+        pipeline,
+        video[: history_length(arguments, pipeline, len(video))],
+        Steering(config, arguments.speed, start),
+        arguments.seed,
+        num_inference_steps=arguments.steps,
+        resize=arguments.resize,
+    )
+
+
+def play(session: DrivingSession, chunk_length: int = 2) -> float:
+    """Drive in the terminal of standard input and output until `q`, Ctrl-C or SIGTERM.
+
+    A thread predicts the next frames while earlier ones are shown at the checkpoint's rate. Time stands still before the first
+    key, and after undo and reset.
+
+    Args:
+        session: Session to drive; it keeps the recording.
+        chunk_length: Frames predicted together: more are faster, but respond later.
+
+    Returns:
+        Frames shown per second, over the last frames.
+
+    Raises:
+        ValueError: If there is no terminal.
+    """
+    check_terminal()
+    steering = {control.key for control in key_controls(session.steering.action_space)} | set(SAME_KEYS)
+    screen = _Screen(session)
+    with suppress(KeyboardInterrupt), ThreadPoolExecutor(1) as worker, open_terminal() as keys:
+        ahead = _Ahead(session, chunk_length, worker)
+        standing = True
+        screen.show(session.first_frame, standing)
+        while not END & (pressed := keys.read(0.01)):
+            if pressed & {screen.undo, *RESET}:
+                ahead.stop()
+                keys.release()
+                session.reset() if RESET & pressed else session.undo(round(screen.fps))
+                standing = True
+                screen.show(session.last_frame, standing)
+            standing = standing and not steering & pressed
+            if not standing:
+                ahead.predict(keys)
+            if (picture := ahead.due()) is not None:
+                screen.show(picture, standing)
+    return screen.rate
+
+
+def follow(session: DrivingSession, script: str, chunk_length: int = 2) -> float:
+    """Drive by a script, without a terminal.
+
+    Args:
+        session: Session to drive; it keeps the recording.
+        script: Parts of keys joined by +, or `hold`, each with a number of frames: `"right*10 hold*5 up+right*10"`.
+        chunk_length: Frames predicted together.
+
+    Returns:
+        Frames predicted per second.
+
+    Raises:
+        ValueError: If the script is empty or has an unknown key, before anything is predicted.
+    """
+    parts = [_read_part(text, session) for text in script.split()]
+    if not parts:
+        raise ValueError("`script` must have at least one part, such as right*10, got none.")
+    space, start = session.steering.action_space, time.perf_counter()
+    for pressed, count in parts:
+        for done in range(0, count, chunk_length):
+            session.drive(key_command(space, pressed), min(chunk_length, count - done))
+    return len(session) / (time.perf_counter() - start)
+
+
+def _read_part(text: str, session: DrivingSession) -> tuple[set[str], int]:
+    known = {control.key for control in key_controls(session.steering.action_space)}
+    names = {arrow.removeprefix("Arrow").lower(): arrow for arrow in ARROWS if arrow in known}
+    names |= {key: key for key in sorted(known - set(ARROWS))}
+    names |= {key: same for key, same in SAME_KEYS.items() if same in known and key not in names}
+    match = re.fullmatch(r"([^*]+)(?:\*0*([1-9]\d{0,5}))?", text)
+    pressed = match[1].split("+") if match else []
+    if not match or set(pressed) - {"hold", *names}:
+        raise ValueError(
+            "`script` must consist of parts such as right*10: keys joined by +, out of hold, "
+            f"{', '.join(names)}, and a number of frames; got {text!r}."
+        )
+    return {names[key] for key in pressed if key != "hold"}, int(match[2] or 1)
+
+
+class _Ahead:
+    """Frames predicted in another thread before they are due."""
+
+    def __init__(self, session: DrivingSession, chunk_length: int, worker: ThreadPoolExecutor) -> None:
+        self._session, self._chunk_length, self._worker = session, chunk_length, worker
+        self._prediction: Future[list[PIL.Image.Image]] | None = None
+        self._ready: deque[PIL.Image.Image] = deque()
+        self._interval = 1 / (session.pipe.transformer.config.fps or 10)
+        self._next = 0.0
+
+    def predict(self, keys: Keys) -> None:
+        """Start the next prediction with the keys held now, if the last one is finished and nearly all shown."""
+        if self._prediction is None and len(self._ready) <= self._chunk_length // 2:
+            command = key_command(self._session.steering.action_space, keys.held())
+            self._prediction = self._worker.submit(self._session.drive, command, self._chunk_length)
+
+    def due(self) -> PIL.Image.Image | None:
+        """Return the next frame if it is time to show it."""
+        if self._prediction is not None and self._prediction.done():
+            self._ready.extend(self._prediction.result())
+            self._prediction = None
+        now = time.monotonic()
+        if not self._ready or now < self._next:
+            return None
+        self._next = max(self._next + self._interval, now)
+        return self._ready.popleft()
+
+    def stop(self) -> None:
+        """Wait for the running prediction and drop all frames not shown."""
+        if self._prediction is not None:
+            self._prediction.result()
+        self._prediction = None
+        self._ready.clear()
+
+
+class _Screen:
+    """The frame as large as fits, a line of figures, and a line that explains the keys."""
+
+    def __init__(self, session: DrivingSession) -> None:
+        controls = key_controls(session.steering.action_space)
+        keys = {control.key for control in controls}
+        self.fps: float = session.pipe.transformer.config.fps or 10
+        self.undo = next(key for key in UNDO if key not in keys)
+        self.rate = 0.0
+        self._session = session
+        self._times: deque[float] = deque(maxlen=20)
+        pairs = [
+            f"{SYMBOLS.get(low.key, low.key)} {SYMBOLS.get(high.key, high.key)} {low.label.removesuffix(' -')}"
+            for low, high in zip(controls[::2], controls[1::2], strict=True)
+        ]
+        self._help = "   ".join([*pairs, f"{self.undo} undo 1 s", "0 reset", "q end"])
+
+    def show(self, picture: PIL.Image.Image, standing: bool) -> None:
+        """Draw a frame and the lines below it."""
+        columns, lines = shutil.get_terminal_size()
+        self._count(standing)
+        steering = self._session.steering
+        action = "  ".join(f"{name} {value:.4g}" for name, value in zip(steering.names, steering.last, strict=True))
+        pace = "press a key to drive" if standing else f"{self.rate:4.1f} frames/s"
+        status = f"{len(self._session) / self.fps:5.1f} s   {pace}   {action}"
+        rows = [*draw(picture, columns, lines - 2), status[: columns - 1], self._help[: columns - 1]]
+        write("\x1b[H" + "".join(f"{row}\x1b[K\r\n" for row in rows[:-1]) + f"{rows[-1]}\x1b[J")
+
+    def _count(self, standing: bool) -> None:
+        if standing:
+            self._times.clear()
+            return
+        self._times.append(time.monotonic())
+        if len(self._times) > 1:
+            self.rate = (len(self._times) - 1) / (self._times[-1] - self._times[0])

@@ -1,0 +1,310 @@
+"""The latent cache: every frame of a data set is encoded once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from ..files import remove_abandoned, temporary_path
+from .episode import Episode, EpisodeSource
+
+FRAMES_AT_ONCE = 256
+"""Number of frames of an episode that are decoded before they are encoded. More frames need more memory."""
+
+
+def cache_latents(
+    dataset: EpisodeSource,
+    vae: AutoencoderKL | None,
+    cache_dir: str | os.PathLike,
+    *,
+    batch_size: int = 40,
+    mixed_precision: bool = False,
+    skip_broken: bool = False,
+    recorded: bool = False,
+    episodes_per_file: int = 50,
+    process_index: int = 0,
+    num_processes: int = 1,
+    wait_for_everyone: Callable[[], None] = lambda: None,
+) -> Path:
+    """Encode every frame of a data set once; an interrupted run resumes at the first missing file.
+
+    Files that exist are verified, and damaged ones are encoded again. A file that has not changed since the cache was
+    completed is verified by its size and modification time alone, any other file by its checksum.
+
+    Args:
+        dataset: The data set.
+        vae: The frozen autoencoder, on the device that encodes. None caches the frames as uint8, for pixel-space models.
+        cache_dir: Parent folder of the cache, whose name depends on the data set, the cameras and the autoencoder.
+        batch_size: Number of frames per call of the autoencoder.
+        mixed_precision: Encode under bfloat16 autocast.
+        skip_broken: Skip episodes that cannot be read and list them in the manifest, instead of raising an error.
+        recorded: Use the latents that are stored with the videos (`IRASimFolder`), scaled by the factor of `vae`.
+        episodes_per_file: Number of episodes per file. A file is the unit of work of a process and of an interrupted run.
+        process_index: Index of this process.
+        num_processes: Number of processes that encode together. Each encodes its share of the files.
+        wait_for_everyone: Barrier of these processes. Every process calls it twice.
+
+    Returns:
+        The folder of the cache. Its safetensors files contain `latents.<episode>` (T, C, h, w), float16 and unscaled (uint8
+        without an autoencoder), and `actions.<episode>` (T, A), float32. `manifest.json` marks the cache as complete. It
+        holds the number of `episodes`, the `broken` ones, the `autoencoder`, the `dtype` of the latents and the `files`.
+
+    Raises:
+        ValueError: If an argument is out of range, an episode is broken and `skip_broken` is False (also if an earlier run
+            skipped it), no episode can be read, or `recorded` is given without an autoencoder.
+    """
+    _check_arguments(vae, recorded, batch_size, episodes_per_file, process_index, num_processes)
+    identity = _identity(dataset, vae, recorded, mixed_precision, episodes_per_file)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(cache_dir) / f"{Path(dataset.name).name}-{digest}"
+    manifest = _read_manifest(folder)
+    if process_index == 0:
+        remove_abandoned(folder)
+        if not manifest and (folder / "manifest.json").is_file():
+            tqdm.write(f"{str(folder / 'manifest.json')!r} is damaged and is written again.")
+    episodes = range(len(dataset))
+    files = {
+        folder / f"latents-{index:05d}.safetensors": episodes[start : start + episodes_per_file]
+        for index, start in enumerate(episodes[::episodes_per_file])
+    }
+    encode = partial(_encode_recorded, dataset, vae)
+    if not recorded:
+        encode = partial(_encode_episode, dataset, vae, batch_size, mixed_precision)
+    share = [list(files)[index] for index in np.array_split(range(len(files)), num_processes)[process_index]]
+    total = sum(len(files[path]) for path in share)
+    with tqdm(total=total, desc="encoding latents", unit="episode", disable=process_index > 0) as bar:
+        for path in share:
+            if _is_intact(path, files[path], manifest.get("files", {})):
+                bar.update(len(files[path]))
+                continue
+            if path.is_file() or manifest:
+                state = "damaged" if path.is_file() else "missing"
+                bar.write(f"{str(path)!r} is {state}: its {len(files[path])} episodes are encoded again.")
+            _write_file(path, *_encode_episodes(files[path], encode, skip_broken, bar))
+    wait_for_everyone()
+    if process_index == 0:
+        name = None if vae is None else str(vae.config.get("_name_or_path") or type(vae).__name__)
+        dtype = "uint8" if vae is None else "float16"
+        content = identity | {"episodes": len(dataset), "broken": {}, "autoencoder": name, "dtype": dtype, "files": {}}
+        for path in files:
+            content["broken"] |= _metadata(path)[1]
+            content["files"][path.name] = _file_state(path)
+        if content != manifest:
+            with temporary_path(folder / "manifest.json") as temporary:
+                temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    wait_for_everyone()
+    return _checked(folder, skip_broken)
+
+
+def _check_arguments(
+    vae: AutoencoderKL | None,
+    recorded: bool,
+    batch_size: int,
+    episodes_per_file: int,
+    process_index: int,
+    num_processes: int,
+) -> None:
+    if vae is None and recorded:
+        raise ValueError("`recorded` must be False without `vae`: recorded latents need their autoencoder.")
+    counts = {"batch_size": batch_size, "episodes_per_file": episodes_per_file, "num_processes": num_processes}
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {count}.")
+    if not 0 <= process_index < num_processes:
+        raise ValueError(f"`process_index` must be from 0 to {num_processes - 1}, got {process_index}.")
+    factor = 1.0 if vae is None else vae.config.scaling_factor
+    if not (isinstance(factor, int | float) and math.isfinite(factor) and factor > 0):
+        raise ValueError(
+            f"`scaling_factor` of the autoencoder must be a positive number, got {factor!r}: set it to 1 / the standard "
+            "deviation of the latents."
+        )
+
+
+def _identity(
+    dataset: EpisodeSource,
+    vae: AutoencoderKL | None,
+    recorded: bool,
+    mixed_precision: bool,
+    episodes_per_file: int,
+) -> dict[str, Any]:
+    """Everything that determines the content of the cache, as it reads back from JSON."""
+    identity = {
+        "data": dataset.identity,
+        "vae": None if vae is None else fingerprint(vae),
+        "recorded": vae.config.scaling_factor if vae is not None and recorded else None,
+        "mixed_precision": mixed_precision and not recorded and vae is not None,
+        "episodes_per_file": episodes_per_file,
+    }
+    return json.loads(json.dumps(identity))
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Return a hash of the weights of a module."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest; empty if it is missing or damaged, in which case it is written again."""
+    try:
+        content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and isinstance(content.get("files"), dict) else {}
+
+
+def _is_intact(path: Path, episodes: range, known: dict[str, Any]) -> bool:
+    """Whether a file is complete and undamaged; `known` are the states of files by name, from the manifest."""
+    if not path.is_file():
+        return False
+    if known.get(path.name) == _file_state(path):
+        return True
+    try:
+        checksum, broken = _metadata(path)
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return False
+    found = {name.split(".")[-1] for name in tensors} | set(broken)
+    return found == {str(number) for number in episodes} and _checksum(tensors) == checksum
+
+
+def _file_state(path: Path) -> dict[str, int]:
+    """Size and modification time, which tell whether a verified file has changed."""
+    status = path.stat()
+    return {"size": status.st_size, "modified": status.st_mtime_ns}
+
+
+def _write_file(path: Path, tensors: dict[str, torch.Tensor], broken: dict[int, str]) -> None:
+    """Write the latents and actions of some episodes, and why others are broken, with a checksum."""
+    metadata = {"checksum": str(_checksum(tensors)), "broken": json.dumps(broken)}
+    with temporary_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def _metadata(path: Path) -> tuple[int, dict[str, str]]:
+    """Checksum of a file's tensors, and error messages of its broken episodes by number."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    return int(metadata["checksum"]), json.loads(metadata["broken"])
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> int:
+    checksum = 0
+    for name, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(tensor.numpy().data, zlib.crc32(name.encode(), checksum))
+    return checksum
+
+
+def _checked(folder: Path, skip_broken: bool) -> Path:
+    """Return the folder of a complete cache, unless it has no episode or lacks some against `skip_broken`."""
+    content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    broken = content["broken"]
+    if len(broken) == content["episodes"]:
+        raise ValueError(f"no episode can be read; the first: {next(iter(broken.values()), 'there is none')}")
+    if broken and not skip_broken:
+        raise ValueError(
+            f"{len(broken)} episodes were skipped as broken, the first: {next(iter(broken.values()))} Skip them again, or "
+            f"repair them and delete {str(folder)!r}."
+        )
+    return folder
+
+
+def _encode_episodes(
+    numbers: range,
+    encode: Callable[[int], tuple[torch.Tensor, np.ndarray]],
+    skip_broken: bool,
+    bar: tqdm,
+) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
+    """Latents and actions of some episodes, and the error messages of the broken ones."""
+    tensors: dict[str, torch.Tensor] = {}
+    broken: dict[int, str] = {}
+    for number in numbers:
+        try:
+            latents, actions = encode(number)
+        except ValueError as error:
+            if not skip_broken:
+                raise
+            broken[number] = str(error)
+            bar.write(f"skipped: {error}")
+        else:
+            tensors[f"latents.{number}"] = latents
+            tensors[f"actions.{number}"] = torch.from_numpy(np.ascontiguousarray(actions))
+        bar.update()
+    return tensors, broken
+
+
+def _encode_episode(
+    dataset: EpisodeSource, vae: AutoencoderKL | None, batch_size: int, mixed_precision: bool, number: int
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Latents (T, C, h, w) and actions (T, A) of one episode."""
+    parts = [
+        (_encode(vae, part.frames, batch_size, mixed_precision), part.actions)
+        for part in _parts(dataset, number, batch_size)
+    ]
+    latents = torch.cat([latents for latents, _ in parts])
+    remedy = "use float32 weights, or weights that are stable in half precision"
+    return _finite(latents, dataset, number, remedy), np.concatenate([actions for _, actions in parts])
+
+
+def _encode_recorded(dataset: EpisodeSource, vae: AutoencoderKL, number: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Unscaled latents (T, C, h, w) that are stored with the video, and actions (T, A) of one episode."""
+    latents = dataset.latents(number) if hasattr(dataset, "latents") else None
+    if latents is None:
+        raise ValueError(
+            f"episode {number} of {dataset.name!r} has no latents beside its video: use `recorded=False` (without "
+            "--recorded_latents) to encode the frames."
+        )
+    unscaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+    remedy = "use `recorded=False` (without --recorded_latents) to encode the frames"
+    return _finite(unscaled.half(), dataset, number, remedy), dataset.vectors(number)["action"]
+
+
+def _finite(latents: torch.Tensor, dataset: EpisodeSource, number: int, remedy: str) -> torch.Tensor:
+    """Return latents (T, C, h, w), float16, if they are finite."""
+    finite = torch.isfinite(latents).flatten(1).all(1)
+    if not finite.all():
+        frame = int(torch.nonzero(~finite)[0])
+        raise ValueError(f"episode {number} of {dataset.name!r}: latents of frame {frame} are not finite: {remedy}.")
+    return latents
+
+
+def _parts(dataset: EpisodeSource, number: int, batch_size: int) -> Iterator[Episode]:
+    """An episode, divided into whole batches if it is long, because frames may be large before they are resized."""
+    length, size = len(dataset.vectors(number)["action"]), max(FRAMES_AT_ONCE // batch_size, 1) * batch_size
+    if length <= size:
+        yield dataset[number]
+    else:
+        for start in range(0, length, size):
+            yield dataset.window(number, start, min(size, length - start))
+
+
+@torch.no_grad()
+def _encode(vae: AutoencoderKL | None, frames: np.ndarray, batch_size: int, mixed_precision: bool) -> torch.Tensor:
+    """Latents (T, C, h, w), float16, of frames (T, H, W, 3), uint8; the frames (T, 3, H, W) themselves without `vae`."""
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    if vae is None:
+        return pixels.contiguous()
+    latents = []
+    for batch in pixels.split(batch_size):
+        batch = batch.to(vae.device).to(vae.dtype) / 127.5 - 1
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=mixed_precision):
+            latents.append(vae.encode(batch).latent_dist.mode().to("cpu", torch.float16))
+    return torch.cat(latents).contiguous()
