@@ -12,8 +12,12 @@ import numpy as np
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
-def read_frames(path: Path) -> np.ndarray:
+def read_frames(path: Path, flag: str = "--frames") -> np.ndarray:
     """Read the frames of a video, or an image as one frame.
+
+    Args:
+        path: The file.
+        flag: The flag that names it, for error messages.
 
     Returns:
         Frames (T, H, W, 3), uint8, RGB.
@@ -22,24 +26,24 @@ def read_frames(path: Path) -> np.ndarray:
         ValueError: If the file is missing, unreadable, or not RGB.
     """
     if not path.is_file():
-        raise ValueError(f"--frames must be an image or video file, got {str(path)!r}, which does not exist.")
+        raise ValueError(f"{flag} must be an image or video file, got {str(path)!r}, which does not exist.")
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         from ..data import read_video
 
         try:
             return read_video(path)
         except ValueError as error:
-            raise ValueError(f"--frames must be a readable image or video: {error}") from error
+            raise ValueError(f"{flag} must be a readable image or video: {error}") from error
     import PIL.Image
 
     try:
         with PIL.Image.open(path) as image:
             image.load()
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"--frames must be a readable image, got {str(path)!r}: {error}.") from error
+        raise ValueError(f"{flag} must be a readable image, got {str(path)!r}: {error}.") from error
     if image.mode != "RGB":
         raise ValueError(
-            f"--frames must be an RGB image, got mode {image.mode} in {str(path)!r}: convert it, "
+            f"{flag} must be an RGB image, got mode {image.mode} in {str(path)!r}: convert it, "
             "`Image.open(path).convert('RGB').save(path)`."
         )
     return np.asarray(image)[None]
