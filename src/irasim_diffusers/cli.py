@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from . import __version__
-from .commands import convert, data, evaluate, generate, play
+from .commands import adapt, convert, data, evaluate, generate, play
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="irasim", description="Robot world models based on IRASim.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="command")
-    for command in (generate, play, convert, data, evaluate):
+    for command in (generate, play, convert, adapt, data, evaluate):
         command.add_parser(subparsers)
     return parser
 
