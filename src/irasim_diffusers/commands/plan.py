@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .files import check_output, read_frames
-from .sampling import add_history_flags, add_sampling_flags, history_length, load_pipeline
+from .sampling import (
+    add_history_flags,
+    add_sampling_flags,
+    check_sampling_flags,
+    frame_files,
+    history_length,
+    load_pipeline,
+    read_views,
+    tile_views,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +61,12 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Check the input, plan, and write the actions, the video and the strip."""
     start = time.perf_counter()
+    rows = frame_files(arguments)
+    inputs = [arguments.goal, *(path for row in rows for path in row)]
     for suffix in (".mp4", ".csv", ".png"):
-        check_output(arguments.output if suffix == ".mp4" else arguments.output.with_suffix(suffix), suffix)
-    if arguments.frames is None:
+        check_output(arguments.output if suffix == ".mp4" else arguments.output.with_suffix(suffix), suffix, inputs)
+    check_sampling_flags(arguments)
+    if not rows:
         raise ValueError(
             "--frames is required: the image, or a video of the history frames, from which the plan starts."
         )
@@ -63,9 +75,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.encoder is not None and arguments.goal is None:
         raise ValueError("--encoder needs --goal: it compares features of the goal image.")
     planner = _planner(arguments)
-    video = read_frames(arguments.frames)
+    views = read_views(rows)
     goal = None if arguments.goal is None else read_frames(arguments.goal, "--goal")[-1]
     pipeline = load_pipeline(arguments)
+    video = tile_views(views, pipeline.transformer.config.get("cameras"))
     history = video[: history_length(arguments, pipeline, len(video))]
     objective, goal = _objective(arguments, goal, pipeline)
     init = _initial(arguments, pipeline)
