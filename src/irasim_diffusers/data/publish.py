@@ -9,7 +9,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
@@ -82,12 +84,11 @@ def write_lerobot(
         ValueError: If the source has no valid frame rate, the folder holds another data set, an episode is broken, or no
             episode can be read.
     """
-    if source.fps is None or not (math.isfinite(source.fps) and source.fps > 0):
-        raise ValueError(
-            f"{source.name!r} must have a positive number of frames per second, got {source.fps}: give `fps`."
-        )
+    fps = source.fps
+    if fps is None or not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"{source.name!r} must have a positive number of frames per second, got {fps}: give `fps`.")
     root = Path(root)
-    identity = json.loads(json.dumps(source.identity | {"fps": source.fps}))
+    identity = json.loads(json.dumps(source.identity | {"fps": fps}))
     _claim(root, identity)
     try:
         first = first_readable(source, lambda number: _read_episode(source, number))
@@ -101,14 +102,14 @@ def write_lerobot(
         derivation = getattr(source, "action_derivation", "recorded")
         units = getattr(source, "action_units", None) or _units(derivation, first.actions.shape[1])
         del first  # only one episode is held at a time
-        tasks = _write_files(source, root, regions, frame_size, skip_broken, on_episode)
+        tasks = _write_files(source, root, fps, regions, frame_size, skip_broken, on_episode)
     except BaseException:
         if not any(root.glob("meta/episodes/*/*.parquet")):  # the repaired source may be written here
             _clear(root)
         raise
     write_metadata(
         root,
-        fps=source.fps,
+        fps=fps,
         camera=regions,
         frame_size=frame_size,
         names=names,
@@ -123,6 +124,7 @@ def write_lerobot(
 def _write_files(
     source: EpisodeSource,
     root: Path,
+    fps: float,
     regions: str | Regions,
     frame_size: tuple[int, int],
     skip_broken: bool,
@@ -154,7 +156,7 @@ def _write_files(
                 on_episode(number, None)
         else:
             place = {"first_episode": episodes, "first_frame": frames}
-            write_file(root, file_index, read(numbers), fps=source.fps, camera=regions, tasks=tasks, **place)
+            write_file(root, file_index, read(numbers), fps=fps, camera=regions, tasks=tasks, **place)
             if not is_written(root, file_index):  # all its episodes are broken
                 continue
         path = root / EPISODES_PATH.format(chunk_index=0, file_index=file_index)
@@ -185,7 +187,7 @@ def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, i
     sizes = {}
     for name in names:
         view = dataclasses.replace(single, cameras=((name,),))
-        sizes[name] = first_readable(view, lambda number, view=view: view.window(number, 0, 1)).frames.shape[1:3]
+        sizes[name] = first_readable(view, partial(view.window, start=0, length=1)).frames.shape[1:3]
     regions = tile_regions(source.cameras, sizes)
     if frame_size != tuple(max(region[axis].stop for region in regions.values()) for axis in (0, 1)):
         raise ValueError(
@@ -197,7 +199,7 @@ def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, i
     }
 
 
-def _untiled(source: EpisodeSource) -> EpisodeSource | None:
+def _untiled(source: Any) -> Any:
     """The source whose `cameras` can be replaced by one of them; None if frames are resized after they are tiled."""
     if isinstance(source, PreparedEpisodes):
         return None if source.frame_size is not None else _untiled(source.source)
@@ -229,8 +231,8 @@ def _claim(root: Path, identity: dict) -> None:
                 "delete this one."
             )
         _clear(root)
-        with temporary_path(marker) as partial:
-            partial.write_text(json.dumps(identity), encoding="utf-8")
+        with temporary_path(marker) as temporary:
+            temporary.write_text(json.dumps(identity), encoding="utf-8")
 
 
 def _clear(root: Path) -> None:
