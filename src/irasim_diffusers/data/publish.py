@@ -181,7 +181,7 @@ def _read_episode(source: EpisodeSource, number: int, frame_size: tuple[int, int
 def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, int]) -> str | Regions:
     """The feature keys of the single cameras and where their pictures are in the frames of a source."""
     names = [name for row in source.cameras for name in row]
-    single = _untiled(source)
+    single: Any = _untiled(source)
     if len(names) == 1 or single is None:
         return camera
     sizes = {}
@@ -203,8 +203,8 @@ def _untiled(source: Any) -> Any:
     """The source whose `cameras` can be replaced by one of them; None if frames are resized after they are tiled."""
     if isinstance(source, PreparedEpisodes):
         return None if source.frame_size is not None else _untiled(source.source)
-    fields = dataclasses.fields(source) if dataclasses.is_dataclass(source) else ()
-    return source if any(field.name == "cameras" for field in fields) else None
+    names: list[str] = [entry.name for entry in dataclasses.fields(source)] if dataclasses.is_dataclass(source) else []
+    return source if "cameras" in names else None
 
 
 def _units(derivation: str, width: int) -> list[str | None] | None:
