@@ -317,7 +317,7 @@ class LeRobotFolder(InOrder):
                     f"has only {found / self.fps:g} s in {str(self._path(row, key))!r}."
                 )
         ends = not self._shares_files and not timed and part.stop == row["length"]
-        return read_numbered_frames(path, first + numbers[part], self.fps, whole=ends)
+        return read_numbered_frames(path, (first + numbers[part]).tolist(), self.fps, whole=ends)
 
     def _numbers(self, row: dict[str, Any], column: pa.ChunkedArray) -> np.ndarray:
         """Frame numbers (T,) of an episode's rows by their timestamps; rows of idle frames may have been removed."""
