@@ -243,13 +243,12 @@ def _clear(root: Path) -> None:
         (root / SOURCE_FILE).unlink()
 
 
-def write_dataset_card(folder: LeRobotFolder, repo_id: str, cameras: str = "") -> None:
+def write_dataset_card(folder: LeRobotFolder, repo_id: str) -> None:
     """Write README.md of a LeRobotDataset from its metadata.
 
     Args:
         folder: The data set.
         repo_id: Name of the data set on the Hub, or of the folder.
-        cameras: Not used; the card lists the cameras of the folder.
     """
     features = folder.info["features"]
     units = folder.action_units or []
