@@ -36,7 +36,8 @@ DERIVATION_TEXTS = {
 CARD = """
 # {title}
 
-{episodes} episodes, {frames} frames at {fps:g} frames per second, as a LeRobotDataset v3.0. Videos are lossless H.264.
+{episodes} episodes, {frames} frames of {height}x{width} pixels at {fps:g} frames per second, as a LeRobotDataset v3.0. Videos are
+lossless H.264{layout}.
 
 | camera | height x width |
 |---|---|
@@ -260,17 +261,18 @@ def write_dataset_card(folder: LeRobotFolder, repo_id: str) -> None:
         if key == "action" and units:
             components = [f"{name} ({unit})" if unit else name for name, unit in zip(components, units, strict=True)]
         rows.append(f"| `{key}` | {feature['dtype']} | {', '.join(components)} |")
+    sizes = {key: features[key]["shape"][:2] for row in folder.cameras for key in row}
+    layout = "; ".join(", ".join(row) for row in folder.cameras)
     text = CARD.format(
         title=repo_id.split("/")[-1],
         repo_id=repo_id,
         episodes=len(folder),
         frames=folder.info["total_frames"],
         fps=folder.fps,
-        cameras="\n".join(
-            f"| `{key}` | {features[key]['shape'][0]} x {features[key]['shape'][1]} |"
-            for row in folder.cameras
-            for key in row
-        ),
+        height=sum(sizes[row[0]][0] for row in folder.cameras),
+        width=sum(sizes[key][1] for key in folder.cameras[0]),
+        layout=f". A frame consists of the cameras, tiled by rows: {layout}" if len(sizes) > 1 else "",
+        cameras="\n".join(f"| `{key}` | {height} x {width} |" for key, (height, width) in sizes.items()),
         features="\n".join(rows),
         derivation=folder.action_derivation,
         derivation_text=DERIVATION_TEXTS[folder.action_derivation],

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from .episode import EpisodeSource, camera_layout
+from .episode import EpisodeSource
 from .hub import HubFiles
 from .irasim_release import IRASimFolder
 from .lerobot import LeRobotFolder
@@ -67,7 +67,7 @@ def open_dataset(
                 f"`dataset` must be a folder or a Hub id such as org/name, got {str(name)!r}, which is not a folder."
             )
         try:
-            info = hf_hub_download(str(name), "meta/info.json", repo_type="dataset", revision=revision)
+            hf_hub_download(str(name), "meta/info.json", repo_type="dataset", revision=revision)
         except EntryNotFoundError:  # or, offline, not in the cache
             if streaming:
                 revision = HfApi().dataset_info(str(name), revision=revision).sha
@@ -79,7 +79,7 @@ def open_dataset(
                 snapshot_download(str(name), repo_type="dataset", revision=revision, allow_patterns="meta/*")
             )
             return _lerobot(folder, cameras, max_episodes, split, *columns, HubFiles(str(name), folder.name))
-        folder = _download_lerobot(str(name), Path(info), cameras, max_episodes, revision, split, *columns)
+        folder = _download_lerobot(str(name), cameras, max_episodes, revision, split, *columns)
     if (folder / "meta" / "info.json").is_file():
         return _lerobot(folder, cameras, max_episodes, split, *columns)
     split = split or "test"
@@ -175,7 +175,6 @@ def _lerobot(
 
 def _download_lerobot(
     name: str,
-    info: Path,
     cameras: Any,
     max_episodes: int | None,
     revision: str | None,
@@ -184,15 +183,11 @@ def _download_lerobot(
     state_columns: Sequence[str],
 ) -> Path:
     """Download the vectors and videos of the requested episodes and cameras of a LeRobotDataset."""
-    features = read_json_object(info)["features"]
-    known = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
-    wanted = known if cameras is None else [camera for row in camera_layout(cameras) for camera in row]
-    if cameras is None and len(known) != 1:
-        raise ValueError(f"`cameras` must name one or more of {known} in {name!r}.")
-    videos = [pattern.format(key) for key in wanted for pattern in ("videos/{}/*", "videos/*/{}/*")]
-    patterns = ["data/*", *videos]
     folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns="meta/*"))
     requested = _lerobot(folder, cameras, max_episodes, split, action_column, state_columns)
+    wanted = [camera for row in requested.cameras for camera in row]
+    videos = [pattern.format(key) for key in wanted for pattern in ("videos/{}/*", "videos/*/{}/*")]
+    patterns = ["data/*", *videos]
     if len(requested) < len(LeRobotFolder(folder, cameras, None, None, None, action_column, state_columns)):
         patterns = [path.relative_to(folder).as_posix() for path in requested.files]
     return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=["meta/*", *patterns]))
