@@ -5,21 +5,25 @@ python spaces/app.py --model push-t org/model runs/mine --port 7861
 """
 
 import argparse
+import math
 import os
+import socket
 from typing import Any
 
 import gradio as gr
+from body_limit import BodyLimit
 from drive import drive_page
 from endpoints import add_endpoints
 from preference import preference_page
 from sessions import Sessions
-from study_videos import find_study, owner_key
+from starlette.middleware import Middleware
+from study_videos import find_demonstration, open_study, owner_key
 from trajectory import trajectory_page
 from worlds import EMBEDDED, Worlds
 
 PAGES = {"Drive": drive_page, "Trajectory": trajectory_page}
 HEADER = """<header class="header"><h1>Drive the robot of a world model</h1>
-<p>Nothing here is simulated: every frame after the first is predicted from your actions.</p></header>"""
+<p>There is no simulator: the model predicts every frame after the first from your actions.</p></header>"""
 CSS = """
 .header h1 { font-size: 1.5rem; font-weight: 650; margin: 0; }
 .header p { margin: 0.2rem 0 0; color: var(--body-text-color-subdued); }
@@ -33,12 +37,12 @@ LAUNCH: dict[str, Any] = {
     "ssr_mode": False,
     "footer_links": ["api"],
     "run_history": False,
-    "state_session_capacity": 100,  # visitors whose uploads are kept: up to 252 frames each
+    "state_session_capacity": 100,  # visitors with stored uploads, up to 252 frames each
 }
 
 
 def build_app(worlds: Worlds, sessions: Sessions, study: tuple[Any, ...] | None = None) -> gr.Blocks:
-    """All pages over these models, and the endpoints."""
+    """Build all pages and endpoints for the loaded models."""
     with gr.Blocks(title="Drive a robot's world model", delete_cache=(300, 1800)) as app:
         gr.HTML(HEADER)
         add_endpoints(worlds, sessions)
@@ -51,40 +55,97 @@ def build_app(worlds: Worlds, sessions: Sessions, study: tuple[Any, ...] | None 
     return app
 
 
+def trust_proxy() -> None:
+    """Make uvicorn trust `X-Forwarded-For` only from the addresses in FORWARDED_ALLOW_IPS; none by default.
+
+    Raises:
+        ValueError: If the variable is `*`: any visitor could then choose an address.
+    """
+    trusted = os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # uvicorn's default trusts every local process
+    if "*" in trusted:
+        raise ValueError(
+            f"FORWARDED_ALLOW_IPS must be addresses or networks of proxies, such as 10.0.0.0/8, got {trusted!r}."
+        )
+
+
 def main() -> None:
-    """Load the models and serve them."""
+    """Load the models and serve them; invalid settings end in one line with exit status 2."""
+    parser = _parser()
+    arguments = parser.parse_args()
+    try:
+        check_port(arguments.port)
+        trust_proxy()
+        study = open_study(arguments.study) if arguments.study else None
+        sessions = Sessions(idle_seconds=arguments.idle_seconds, most_each=arguments.visitor_sessions)
+        worlds = Worlds(arguments.model)
+        study = study or find_demonstration(worlds)
+        app = build_app(worlds, sessions, study and (*study, owner_key(arguments.study)))
+        app.launch(server_port=arguments.port, app_kwargs={"middleware": [Middleware(BodyLimit)]}, **LAUNCH)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
+
+
+def check_port(port: int | None) -> None:
+    """Check that a server can listen on a port; None takes the first free one.
+
+    Raises:
+        ValueError: If the port is not in [1, 65535], or is in use.
+    """
+    if port is None:
+        return
+    if not 1 <= port <= 65535:
+        raise ValueError(f"`--port` must be in [1, 65535], got {port}.")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(
+                f"`--port` must be free, got {port}: {error.strerror}; choose another one, or omit the flag."
+            ) from error
+
+
+def _parser() -> argparse.ArgumentParser:
     models = os.environ.get("IRASIM_MODELS", EMBEDDED).replace(",", " ").split()
     parser = argparse.ArgumentParser(description="The Space: drive the robot of a world model in a browser.")
     parser.add_argument(
         "--model",
         nargs="+",
         default=models,
-        help=f"pipeline folders or Hub ids (default: the environment's IRASIM_MODELS, or {EMBEDDED})",
+        help=f"pipeline folders or Hub ids (default: the environment variable IRASIM_MODELS, or {EMBEDDED})",
     )
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--port", type=int, help="default: the first free port from 7860")
     parser.add_argument(
         "--idle-seconds",
-        type=float,
+        type=_positive(float),
         default=120.0,
-        help="a session nobody uses for so long ends (default: %(default)s)",
+        help="a session without requests for this long is deleted (default: %(default)s)",
     )
     parser.add_argument(
         "--visitor-sessions",
-        type=int,
+        type=_positive(int),
         default=16,
-        help="sessions at a time from one address (default: %(default)s)",
+        help="concurrent sessions of one address (default: %(default)s)",
     )
     parser.add_argument(
         "--study",
         default=os.environ.get("IRASIM_STUDY"),
-        help="folder of a preference study (default: the environment's IRASIM_STUDY, or a demonstration)",
+        help="folder of a preference study (default: the environment variable IRASIM_STUDY, or a demonstration)",
     )
-    arguments = parser.parse_args()
-    worlds = Worlds(arguments.model)
-    study = find_study(arguments.study, worlds)
-    sessions = Sessions(idle_seconds=arguments.idle_seconds, most_each=arguments.visitor_sessions)
-    app = build_app(worlds, sessions, study and (*study, owner_key(arguments.study)))
-    app.launch(server_port=arguments.port, **LAUNCH)
+    return parser
+
+
+def _positive(kind: type) -> Any:
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it in its messages
+    return number
 
 
 if __name__ == "__main__":

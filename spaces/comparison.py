@@ -1,4 +1,4 @@
-"""Predictions of one start under the same actions by different models, samplers or seeds, and how far each is from the truth."""
+"""Predictions of one start and the same actions by different models, samplers or seeds, and their errors."""
 
 import copy
 from collections.abc import AsyncIterator
@@ -22,17 +22,17 @@ MAX_STEPS = 100
 
 @dataclass(frozen=True)
 class Setting:
-    """What predicts."""
+    """Model, sampler, number of steps and seed of a prediction."""
 
     world: World
-    scheduler: str  # name of a class of diffusers
+    scheduler: str  # name of a diffusers class
     steps: int
     seed: int
 
 
 @lru_cache
 def scheduler_names(pipeline: IRASimPipeline) -> tuple[str, ...]:
-    """Schedulers that a checkpoint accepts, its own first."""
+    """List the schedulers that a checkpoint accepts, its own first."""
     own = type(pipeline.scheduler).__name__
     fitting = []
     for kind in pipeline.scheduler.compatibles:
@@ -45,10 +45,10 @@ def scheduler_names(pipeline: IRASimPipeline) -> tuple[str, ...]:
 
 
 def pipeline_of(setting: Setting) -> IRASimPipeline:
-    """A pipeline of the setting's scheduler that shares the weights and nothing else, so that others may run beside it.
+    """Create a pipeline with the setting's scheduler that shares only the weights, so that other predictions can run between.
 
     Raises:
-        ValueError: If the checkpoint does not accept the scheduler, or the steps are too few or too many.
+        ValueError: If the checkpoint does not accept the scheduler, or the number of steps is out of range.
     """
     pipeline = setting.world.pipeline
     if setting.scheduler not in scheduler_names(pipeline):
@@ -63,7 +63,7 @@ def pipeline_of(setting: Setting) -> IRASimPipeline:
 
 def _with_scheduler(pipeline: IRASimPipeline, kind: Any) -> IRASimPipeline:
     sample = pipeline.transformer.config.prediction_type == "sample"
-    changes = {"prediction_type": "v_prediction"} if sample else {}  # which all of them take
+    changes = {"prediction_type": "v_prediction"} if sample else {}  # all of them support it
     return _view(pipeline, kind.from_config(pipeline.scheduler.config, **changes))
 
 
@@ -75,10 +75,10 @@ def _view(pipeline: IRASimPipeline, scheduler: Any) -> IRASimPipeline:
 
 
 def name_settings(first: Setting, second: Setting | None) -> dict[str, Setting]:
-    """The settings by what tells them apart.
+    """Name the settings by their differences.
 
     Raises:
-        ValueError: If nothing does, or if one set of actions does not suit both models.
+        ValueError: If the settings are equal, or the models take actions of different dimensions.
     """
     if second is None:
         return {"Prediction": first}
@@ -87,24 +87,24 @@ def name_settings(first: Setting, second: Setting | None) -> dict[str, Setting]:
     dims = {one.world.pipeline.transformer.config.action_dim for one in (first, second)}
     if len(dims) > 1:
         raise ValueError(f"{first.world.name} and {second.world.name} take actions of different dimensions.")
-    said = {
+    descriptions = {
         "world": lambda one: one.world.name,
         "scheduler": lambda one: one.scheduler.removesuffix("Scheduler"),
         "steps": lambda one: f"{one.steps} step{'s' * (one.steps > 1)}",
         "seed": lambda one: f"seed {one.seed}",
     }
-    differing = [say for name, say in said.items() if getattr(first, name) != getattr(second, name)]
+    differing = [describe for name, describe in descriptions.items() if getattr(first, name) != getattr(second, name)]
     lettered = (("A", first), ("B", second))
-    return {f"{letter}: {', '.join(say(one) for say in differing)}": one for letter, one in lettered}
+    return {f"{letter}: {', '.join(describe(one) for describe in differing)}": one for letter, one in lettered}
 
 
 async def predict(
     pipeline: IRASimPipeline, setting: Setting, history: np.ndarray, actions: np.ndarray
 ) -> AsyncIterator[np.ndarray]:
-    """Predict window by window; others take their turns between two windows.
+    """Predict window by window; requests of driving visitors are served meanwhile.
 
     Args:
-        pipeline: That of the setting; another thread may set its `_interrupt`.
+        pipeline: Pipeline of the setting; another thread may set its `_interrupt`.
         setting: The setting.
         history: Frames (h, H, W, 3), uint8.
         actions: Actions (n, A).
@@ -114,8 +114,8 @@ async def predict(
     """
     window = pipeline.window_length - pipeline.transformer.config.num_history_frames
     generator = torch.Generator().manual_seed(setting.seed)
-    if ZERO_GPU:  # a stream cannot cross to the process that has the GPU
-        yield (await setting.world.run(predict_whole, pipeline, setting, history, actions, generator))[0]
+    if ZERO_GPU:  # another process has the GPU, and an iterator cannot be sent to it
+        yield (await setting.world.run_long(predict_whole, pipeline, setting, history, actions, generator))[0]
         return
     frames: Any = pipeline.stream(
         history,
@@ -130,21 +130,24 @@ async def predict(
     def next_window() -> list[np.ndarray]:
         return [(frame * 255).round().astype(np.uint8) for frame in islice(frames, window)]
 
-    while predicted := await setting.world.run(next_window):
+    while predicted := await setting.world.run_long(next_window):
         yield np.stack(predicted)
 
 
 def predict_whole(
     pipeline: IRASimPipeline, setting: Setting, histories: np.ndarray, actions: np.ndarray, generator: Any
 ) -> np.ndarray:
-    """Predict whole videos (B, n, H, W, 3), uint8, where a GPU may be lent for the time of a call.
+    """Predict whole videos in one call, for which ZeroGPU provides a GPU.
 
     Args:
-        pipeline: That of the setting.
+        pipeline: Pipeline of the setting.
         setting: The setting.
         histories: Frames (h, H, W, 3) or (B, h, H, W, 3), uint8.
         actions: Actions (n, A) or (B, n, A).
         generator: Seeded generator, or one for each video.
+
+    Returns:
+        Predicted frames (B, n, H, W, 3), uint8.
     """
     lent: Any = LentPipeline(f"{setting.world.name} {setting.scheduler}", pipeline)
     options = {"num_inference_steps": setting.steps, "generator": generator, "output_type": "np", "resize": True}
@@ -152,7 +155,7 @@ def predict_whole(
 
 
 def align(panels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Videos (T, H, W, 3) brought to the length of the longest, on their last frame, and the size of the first."""
+    """Repeat the last frames of videos (T, H, W, 3) up to the longest length, and resize them to the first one's size."""
     length = max(map(len, panels.values()))
     size = next(iter(panels.values())).shape[1:3]
     return {
@@ -162,14 +165,14 @@ def align(panels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def side_by_side(panels: dict[str, np.ndarray]) -> np.ndarray:
-    """One video (T, H, W, 3) of several of one shape, enlarged where they are small."""
+    """Join videos of one shape (T, H, W, 3) side by side; small ones are enlarged."""
     whole = np.concatenate(list(panels.values()), axis=2)
     factor = max(1, 288 // whole.shape[1])
     return whole.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def errors(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """PSNR of each predicted frame (n, H, W, 3) that has its truth (m, H, W, 3), in dB; NaN where the two are equal."""
+    """Compute the PSNR in dB of predicted frames (n, H, W, 3) with ground truth (m, H, W, 3); NaN for equal frames."""
     count = min(len(prediction), len(truth))
     true = resize(truth[:count], prediction.shape[1:3])
     values = frame_psnr(prediction[:count] / 255, true / 255)
@@ -177,13 +180,13 @@ def errors(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def error_table(errors: dict[str, np.ndarray]) -> pd.DataFrame:
-    """PSNR of each frame of each video, as a plot reads it."""
+    """Convert the PSNR of each frame of each video to the long format of a plot."""
     rows = [(number + 1, value, name) for name, values in errors.items() for number, value in enumerate(values)]
     return pd.DataFrame(rows, columns=["frame", "PSNR (dB)", "video"]).astype({"PSNR (dB)": float, "frame": int})
 
 
 def action_table(actions: np.ndarray, names: list[str] | None) -> pd.DataFrame:
-    """Actions (n, A) as a plot reads them."""
+    """Convert actions (n, A) to the long format of a plot."""
     names = names or [f"action {index}" for index in range(actions.shape[1])]
     columns = zip(names, actions.T, strict=True)
     rows = [(row + 1, float(value), name) for name, column in columns for row, value in enumerate(column)]

@@ -4,6 +4,7 @@ const paths = element.querySelectorAll("path");
 const tip = element.querySelector(".tip");
 const hint = element.querySelector(".hint");
 const starts = element.querySelector(".starts");
+const MAX_POINTS = 20000; // as in drawing.py
 
 let points = []; // x, y in [0, 1], milliseconds
 let pen = null;
@@ -11,7 +12,9 @@ let pen = null;
 function place(event) {
   const box = stage.getBoundingClientRect();
   const share = (value, start, size) => Math.min(1, Math.max(0, (value - start) / size));
-  return [share(event.clientX, box.left, box.width), share(event.clientY, box.top, box.height), event.timeStamp];
+  const rounded = (value, factor) => Math.round(value * factor) / factor; // keeps the request short
+  const x = share(event.clientX, box.left, box.width), y = share(event.clientY, box.top, box.height);
+  return [rounded(x, 1e4), rounded(y, 1e4), rounded(event.timeStamp, 10)];
 }
 
 function draw() {
@@ -58,7 +61,7 @@ stage.addEventListener("pointerdown", (event) => {
   draw();
 });
 stage.addEventListener("pointermove", (event) => {
-  if (event.pointerId !== pen) return;
+  if (event.pointerId !== pen || points.length >= MAX_POINTS - 100) return;
   const between = event.getCoalescedEvents ? event.getCoalescedEvents() : [];
   points.push(...(between.length ? between : [event]).map(place));
   draw();
@@ -68,7 +71,7 @@ function lift(event) {
   points.push(place(event));
   pen = null;
   props.value = { ...props.value, path: points };
-  trigger("drawn");
+  trigger("drawn", { path: points }); // the value itself holds pictures, which the server has
 }
 stage.addEventListener("pointerup", lift);
 stage.addEventListener("pointercancel", lift);

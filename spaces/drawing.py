@@ -1,4 +1,4 @@
-"""A path drawn on a picture, and the actions it means."""
+"""A path drawn on an image, and its conversion to actions."""
 
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,20 @@ TEMPLATE = """
 
 
 def drawing(value: dict[str, Any] | None, **kwargs: Any) -> gr.HTML:
-    """A picture to draw one path on; its event `drawn` comes when the pen is lifted, `picked` with the `index` of a start below it.
+    """Create a component on which the visitor draws one path.
 
-    Its value is what `canvas` gives, with the path drawn as `path`.
+    The event `drawn` with the `path` is sent when the pen is lifted, the event `picked` with the `index` of a start image when
+    the visitor selects it.
+
+    Args:
+        value: A value from `canvas`.
+        kwargs: Passed to `gr.HTML`.
     """
     return gr.HTML(
         value=value,
         html_template=TEMPLATE,
-        css_template=(HERE / "drawing.css").read_text(),
-        js_on_load=(HERE / "drawing.js").read_text(),
+        css_template=(HERE / "drawing.css").read_text(encoding="utf-8"),
+        js_on_load=(HERE / "drawing.js").read_text(encoding="utf-8"),
         apply_default_css=False,
         **kwargs,
     )
@@ -40,14 +45,14 @@ def drawing(value: dict[str, Any] | None, **kwargs: Any) -> gr.HTML:
 def canvas(
     picture: np.ndarray, hint: str, enabled: bool, starts: list[np.ndarray], chosen: int | None
 ) -> dict[str, Any]:
-    """An empty canvas.
+    """Create the value of an empty drawing.
 
     Args:
-        picture: What to draw on (H, W, 3), uint8.
-        hint: Stands on it until something is drawn.
-        enabled: Whether anything can be drawn.
-        starts: Pictures to choose from, below.
-        chosen: Which of them is on the canvas.
+        picture: Background image (H, W, 3), uint8.
+        hint: Text shown until the visitor draws.
+        enabled: Whether the visitor can draw.
+        starts: Start images to select from, shown below.
+        chosen: Index of the start image in `picture`.
     """
     return {
         "image": picture_url(picture),
@@ -60,19 +65,18 @@ def canvas(
     }
 
 
-def read_path(value: Any) -> np.ndarray:
-    """The path that a browser sends.
+def read_path(path: Any) -> np.ndarray:
+    """Check a path from a browser.
 
     Args:
-        value: The drawing's value.
+        path: The `path` of the event `drawn`.
 
     Returns:
-        Points (n, 3), float64: x and y as shares of the picture's width and height, time in milliseconds.
+        Points (n, 3), float64: x and y as fractions of the image width and height, time in milliseconds.
 
     Raises:
-        ValueError: If nothing is drawn, or if that is no path: it comes from outside.
+        ValueError: If nothing was drawn, or if the value is not a path.
     """
-    path = value.get("path") if isinstance(value, dict) else None
     if not path:
         raise ValueError("nothing is drawn yet: draw a path on the picture.")
     if not isinstance(path, list) or len(path) > MAX_POINTS:
@@ -85,19 +89,19 @@ def read_path(value: Any) -> np.ndarray:
         raise ValueError(f"the path must be a list of (x, y, time), all finite, got shape {points.shape}.")
     if points[:, :2].min() < 0 or points[:, :2].max() > 1:
         raise ValueError("the path must lie on the picture: x and y in [0, 1].")
-    points[:, 2] = np.maximum.accumulate(points[:, 2])  # a browser's clock may be coarse
+    points[:, 2] = np.maximum.accumulate(points[:, 2])  # the browser's clock may have a low resolution
     return points
 
 
 def resample(points: np.ndarray, count: int) -> np.ndarray:
-    """Places at equal steps of time along a path; the last one is its end.
+    """Resample a path at equal time steps.
 
     Args:
-        points: Points (n, 3): x, y, and time, which does not decrease. Without any duration each point takes equally long.
-        count: How many places.
+        points: Points (n, 3): x, y, and non-decreasing time. If all times are equal, each segment takes the same time.
+        count: Number of steps.
 
     Returns:
-        Places (count + 1, 2); the first is where the path begins.
+        Positions (count + 1, 2), from the first to the last point of the path.
     """
     times = points[:, 2] if np.ptp(points[:, 2]) > 0 else np.arange(len(points))
     wanted = np.linspace(times[0], times[-1], count + 1)
@@ -105,7 +109,7 @@ def resample(points: np.ndarray, count: int) -> np.ndarray:
 
 
 def can_draw(config: Any) -> str | None:
-    """Why no path can be drawn for the action space of a model's config; None if one can."""
+    """Return why a path cannot be drawn for the action space of a model's config; None if it can."""
     if config.action_dim != 2:
         return f"its actions have {config.action_dim} components, and a drawing two"
     if config.action_space == "absolute" and (config.get("action_low") is None or config.get("action_high") is None):
@@ -114,15 +118,15 @@ def can_draw(config: Any) -> str | None:
 
 
 def path_actions(places: np.ndarray, config: Any, scale: float = 1.0) -> np.ndarray:
-    """The actions that follow a path.
+    """Convert a path to actions.
 
-    In an absolute space they are targets: the picture's left and upper edge mean `action_low`, the right and lower one
-    `action_high`. In a relative one they are motions: those along the path, where the picture is `scale` units wide and high.
+    In an absolute space they are targets: the left and upper edges of the image correspond to `action_low`, the right and lower
+    edges to `action_high`. In a relative space they are the motions along the path.
 
     Args:
-        places: Places (n + 1, 2), shares of width and height.
+        places: Positions (n + 1, 2), fractions of width and height.
         config: The model's config.
-        scale: Units of the action space across the picture, of relative spaces.
+        scale: Width and height of the image in units of the action space, for relative spaces.
 
     Returns:
         Actions (n, 2), float64.

@@ -1,6 +1,6 @@
-"""What any device can ask of the Space: actions in, frames out. The Drive page is one such device.
+"""API of the Space: actions in, frames out. The Drive page and other devices use it.
 
-Endpoints take no place in Gradio's queue: a session has one request at a time, and a model serves its sessions in turn.
+Endpoints bypass Gradio's queue: a session has one request at a time, and a model processes requests in order of arrival.
 """
 
 import asyncio
@@ -14,28 +14,30 @@ import gradio as gr
 import numpy as np
 from gradio.utils import get_upload_folder
 from sessions import Sessions
-from uploads import data_url, uploaded_path
+from uploads import data_url, read_data_url, uploaded_path
 from visitor_files import read_picture
 from worlds import World, Worlds
 
 from irasim_diffusers import DrivingSession, Steering
 from irasim_diffusers.commands.keys import SAME_KEYS, key_controls
 
+MAX_RESTORED = 64  # frames per request
+
 
 def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
-    """Add the endpoints to the app under construction."""
+    """Add the endpoints to the current Blocks."""
 
     async def start(
         request: gr.Request, model: str, frames: Any, start: Any = None, seed: int = 0
     ) -> tuple[str, str, dict]:
-        """Begin a rollout.
+        """Start a rollout.
 
         Args:
-            request: Whose rollout it is.
+            request: The visitor's request.
             model: Name of a model.
             frames: Name of an example, or an uploaded picture (`gradio_client.handle_file`).
-            start: Action where the robot is, in raw units; None for the example's, or the middle of a bounded space.
-            seed: Of the noise.
+            start: Action at the robot's position, in raw units; None for the example's, or the middle of a bounded space.
+            seed: Seed of the noise.
 
         Returns:
             Name of the session, the first frame as a data URL, and the action space.
@@ -51,17 +53,18 @@ def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
             return session, first, describe_space(world.pipeline.transformer.config, driven.session.steering) | limits
 
     async def step(session: str, actions: Any) -> list[str]:
-        """Predict the frames of the next actions (n, A), raw units: a data URL (WebP, lossless) for each."""
+        """Predict one frame, as a lossless WebP data URL, for each of the next actions (n, A) in raw units."""
         with sessions.use(session) as driven:
+            _check_lengths(actions, driven.session.longest_step)
             return await driven.world.run(lambda: [data_url(frame) for frame in driven.session.step(actions)])
 
     async def drive(
         session: str, command: Any, frames: int = 1, speed: float = 1.0
     ) -> tuple[list[str], list[list[float]]]:
-        """Predict the next frames under a command (A,) in [-1, 1]; zero holds.
+        """Predict the next frames under a command (A,) in [-1, 1]; the command zero is the hold action.
 
         Returns:
-            A data URL for each frame, and the actions (n, A) that the command became.
+            A data URL for each frame, and the resulting actions (n, A).
         """
         with sessions.use(session) as driven:
             number = _whole_number("frames", frames, 1, driven.session.longest_step)
@@ -69,36 +72,54 @@ def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
                 raise ValueError(f"`speed` must be in (0, 10], got {speed!r}.")
             return await driven.world.run(_drive, driven.session, command, number, speed)
 
+    async def restore(session: str, frames: Any, actions: Any) -> int:
+        """Append frames that an ended session predicted, to continue its rollout.
+
+        Args:
+            session: A new session from the same start.
+            frames: At most 64 data URLs from `step` or `drive`, in order; send the next ones in another request.
+            actions: Their actions (n, A), raw units.
+
+        Returns:
+            The number of frames of the session.
+        """
+        with sessions.use(session) as driven:
+            if not isinstance(frames, list) or not 1 <= len(frames) <= MAX_RESTORED:
+                raise ValueError(f"`frames` must be a list of 1 to {MAX_RESTORED} data URLs.")
+            _check_lengths(actions, MAX_RESTORED)
+            await driven.world.run(_restore, driven.session, frames, actions)
+            return len(driven.session)
+
     async def undo(session: str, frames: int = 1) -> tuple[str, int]:
-        """Take frames back; the frame that is the last one now, and how many are left."""
+        """Remove the last frames; return the last remaining one and the number of remaining ones."""
         with sessions.use(session) as driven:
             number = _whole_number("frames", frames, 0, 10**6)
             return data_url(driven.session.undo(number)), len(driven.session)
 
     async def reset(session: str) -> str:
-        """Begin anew from the same start; its frame."""
+        """Return to the start; return its frame."""
         with sessions.use(session) as driven:
             driven.session.reset()
             return data_url(driven.session.first_frame)
 
     async def record(session: str) -> tuple[gr.FileData, gr.FileData]:
-        """The recording: mp4 of the first frame and those predicted, and a `.npy` of the actions (n, A), raw units."""
+        """Return the recording: an mp4 of the first and all predicted frames, a `.npy` of the actions (n, A), raw units."""
         with sessions.use(session) as driven:
             folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
-            # in no turn of the model's: the session is kept by this request, and others drive on meanwhile
+            # outside the model's thread, so that others can drive; this request reserves the session
             video, actions = await asyncio.to_thread(driven.session.save, folder / "drive.mp4")
             return gr.FileData(path=str(video)), gr.FileData(path=str(actions))
 
     async def stop(session: str) -> bool:
-        """End the session; whether there was one."""
+        """End the session; return whether it existed."""
         return sessions.close(session)
 
-    for endpoint in (start, step, drive, undo, reset, record, stop):
-        gr.api(_told(endpoint), api_name=endpoint.__name__, queue=False, concurrency_limit=None)
+    for endpoint in (start, step, drive, restore, undo, reset, record, stop):
+        gr.api(_with_messages(endpoint), api_name=endpoint.__name__, queue=False, concurrency_limit=None)
 
 
 def describe_space(config: Any, steering: Steering | None = None) -> dict[str, Any]:
-    """A checkpoint's action space, and what a page needs to steer in it; for JSON."""
+    """Describe a checkpoint's action space and its controls, for JSON."""
     if steering is None:
         steering = Steering(config, start=_middle(config) or np.zeros(config.action_dim))
     return {
@@ -109,7 +130,7 @@ def describe_space(config: Any, steering: Steering | None = None) -> dict[str, A
         "space": steering.space,
         "derivation": steering.derivation,
         "fps": config.fps or 10,
-        "hold": _numbers(steering.hold()),  # in an absolute space the last action holds
+        "hold": _numbers(steering.hold()),  # in an absolute space, the last action
         "step": _numbers(steering.step),  # of a command of 1 at speed 1
         "longest_step": DrivingSession.longest_step,
         "controls": [vars(control) for control in key_controls(steering.action_space)],
@@ -118,14 +139,25 @@ def describe_space(config: Any, steering: Steering | None = None) -> dict[str, A
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
-    """Numbers for JSON, which knows no infinity."""
+    """Convert to numbers for JSON, which has no infinity."""
     return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def address(request: gr.Request) -> str:
-    """Where a visitor comes from, as a proxy in front of the Space tells it."""
-    forwarded = request.headers.get("x-forwarded-for", "").split(",")[0].strip()
-    return forwarded or (request.client.host if request.client else "")
+    """Return a visitor's address. It comes from `X-Forwarded-For` only if uvicorn trusts the proxy; see `app.trust_proxy`."""
+    return request.client.host if request.client else ""
+
+
+def _check_lengths(actions: Any, most: int) -> None:
+    """Refuse long lists before they are converted to numbers.
+
+    Raises:
+        ValueError: If there are more than `most` actions.
+    """
+    if isinstance(actions, list) and len(actions) > most:
+        raise ValueError(
+            f"`actions` must be one sequence of at most {most}, got {len(actions)}: send the rest in another request."
+        )
 
 
 def _new_session(world: World, frames: Any, start: Any, seed: int, max_frames: int) -> DrivingSession:
@@ -142,7 +174,7 @@ def _new_session(world: World, frames: Any, start: Any, seed: int, max_frames: i
 
 
 def _middle(config: Any) -> list[float] | None:
-    """The middle of an absolute space that is bounded, to begin from where nobody says where the robot is."""
+    """Return the middle of a bounded absolute space, the start if the robot's position is unknown; otherwise None."""
     if config.action_space != "absolute" or config.action_low is None or config.action_high is None:
         return None
     bounds = np.array([config.action_low, config.action_high], dtype=np.float64).reshape(2, -1)
@@ -157,6 +189,10 @@ def _drive(session: DrivingSession, command: Any, number: int, speed: float) -> 
     return [data_url(frame) for frame in session.step(actions)], [action.tolist() for action in actions]
 
 
+def _restore(session: DrivingSession, frames: list[Any], actions: Any) -> None:
+    session.append([read_data_url(frame, session.pipe.frame_size) for frame in frames], actions)
+
+
 def _whole_number(name: str, value: Any, low: int, high: int) -> int:
     whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) < 1e12
     if not whole or int(value) != value or not low <= value <= high:
@@ -164,8 +200,8 @@ def _whole_number(name: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
-def _told(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """The endpoint, whose refusals reach the client; what else fails is logged and told as 'Internal error'."""
+def _with_messages(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Send the message of a ValueError to the client; other exceptions are logged, and the client gets 'Internal error'."""
 
     @wraps(endpoint)
     async def answer(*arguments: Any, **named: Any) -> Any:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from study import Comparison, PreferenceStudy
 from study_videos import TRUTH, Videos
 from viewer import videos as show
 from viewer import viewer
-
-from irasim_diffusers.evaluation import Comparison, PreferenceStudy
 
 FPS = 10
 RATER = re.compile(r"[0-9a-f]{16}")

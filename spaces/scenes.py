@@ -1,4 +1,4 @@
-"""Where a prediction starts, the actions it is asked for, and the truth where it is known."""
+"""Start, actions and ground truth of a prediction on the Trajectory page."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +15,15 @@ LONGEST_DRAWING = 60  # frames
 
 @dataclass(frozen=True)
 class Scene:
-    """Where a prediction starts, and what is known of how it went on."""
+    """A start, and the recording after it if it is known."""
 
     history: np.ndarray  # (h, H, W, 3), uint8
-    truth: np.ndarray  # (T, H, W, 3), uint8: what followed; empty where nothing is known
-    recorded: np.ndarray | None = None  # (n, A): the actions that led to the truth, of examples
+    truth: np.ndarray  # (T, H, W, 3), uint8: the following frames; empty if unknown
+    recorded: np.ndarray | None = None  # (n, A): the actions that led to `truth`; only of examples
 
 
 def examples(world: World) -> list[Scene]:
-    """Scenes spread over a model's example clip, each with a part of it to come."""
+    """Select scenes at equal distances in a model's example clip, each with recorded actions after it."""
     if world.clip is None or world.clip_actions is None:
         return []
     length = world.pipeline.transformer.config.num_history_frames
@@ -37,7 +37,7 @@ def examples(world: World) -> list[Scene]:
 
 
 def upload_scene(path: str, world: World) -> Scene:
-    """A scene from an uploaded picture, or from a video whose later frames are the truth of the actions to come.
+    """Create a scene from an uploaded image or video; the later frames of a video are the ground truth of uploaded actions.
 
     Raises:
         ValueError: If the file cannot be used.
@@ -45,15 +45,14 @@ def upload_scene(path: str, world: World) -> Scene:
     config = world.pipeline.transformer.config
     frames = read_clip(path, world.pipeline.frame_size, config.num_history_frames + MAX_ACTIONS)
     if config.conditioning == "video" and len(frames) < config.num_history_frames:
-        raise ValueError(f"This model starts from {config.num_history_frames} frames: give a video.")
+        raise ValueError(f"This model starts from {config.num_history_frames} frames: upload a video.")
     return Scene(frames[: config.num_history_frames], frames[config.num_history_frames :])
 
 
 def action_kinds(world: World, scene: Scene | None) -> list[str]:
-    """Where the actions may come from, what suits best first."""
+    """List the possible sources of the actions, the default first."""
     kinds = {
-        RECORDED: scene is not None
-        and scene.recorded is not None,  # one click is enough; a drawn path takes its place
+        RECORDED: scene is not None and scene.recorded is not None,  # the default, because it needs one click only
         DRAWN: can_draw(world.pipeline.transformer.config) is None,
         FILE: True,
     }
@@ -63,43 +62,43 @@ def action_kinds(world: World, scene: Scene | None) -> list[str]:
 def choose_actions(
     kind: str, scene: Scene, world: World, drawn: Any, file: str | None, length: int, scale: float
 ) -> np.ndarray:
-    """The actions (n, A) that the page asks for.
+    """Return the actions (n, A), raw units, that the visitor selected.
 
     Raises:
-        ValueError: If there are none, or they cannot be used.
+        ValueError: If actions are missing or invalid.
     """
     config = world.pipeline.transformer.config
     if kind == FILE:
         if not file:
-            raise ValueError("Give a file of actions first.")
+            raise ValueError("Upload a file of actions first.")
         return read_action_file(file, config.action_dim)
     if not 1 <= length <= LONGEST_DRAWING:
         raise ValueError(f"The length must be 1 to {LONGEST_DRAWING} frames, got {length}.")
     if kind == RECORDED:
         if scene.recorded is None:
-            raise ValueError("Nothing is recorded after an uploaded start: draw a path, or give a file of actions.")
+            raise ValueError("Nothing is recorded after an uploaded start: draw a path, or upload a file of actions.")
         return scene.recorded[:length]
     return path_actions(resample(read_path(drawn), length), config, scale)
 
 
 def known_truth(kind: str, scene: Scene) -> np.ndarray:
-    """What truly followed: of recorded actions from an example, of a file's from an uploaded video."""
+    """Return the ground truth, if it belongs to the actions: recorded ones of an example, or a file's with an uploaded video."""
     known = kind == (FILE if scene.recorded is None else RECORDED)
     return scene.truth if known else scene.truth[:0]
 
 
 def start_canvas(scene: Scene | None, world: World, scenes: list[Scene], chosen: int | None = None) -> dict[str, Any]:
-    """The canvas over the last frame seen, and the examples to choose from."""
+    """Return the drawing's value: the last history frame, and the examples to select from."""
     starts = [each.history[-1] for each in scenes]
     if scene is None:
         blank = np.full((*world.pipeline.frame_size, 3), 128, dtype=np.uint8)
-        return canvas(blank, "Give a picture or video to start from.", False, starts, None)
+        return canvas(blank, "Upload a picture or video to start from.", False, starts, None)
     drawable = can_draw(world.pipeline.transformer.config) is None
-    hint = "Draw a path here: the robot follows it" if drawable else ""
+    hint = "Draw a path here. The robot follows it." if drawable else ""
     return canvas(scene.history[-1], hint, drawable, starts, chosen)
 
 
 def default_scale(world: World) -> float:
-    """Units of a relative action space across the picture at which a path over its width in 20 frames is a usual motion."""
+    """Return a width of the image, in units of a relative space, such that crossing it in 20 frames is a typical motion."""
     scale = np.broadcast_to(np.float64(world.pipeline.transformer.config.action_scale), 2)
     return float(f"{20 / scale.max():.2g}")

@@ -1,4 +1,4 @@
-"""Who is driving: sessions with names that cannot be guessed, bounded in number and memory, freed when idle."""
+"""Driving sessions of the visitors: random names, limited number and memory, deleted when idle."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class Drive:
     visitor: str
     last_used: float = 0.0
     busy: bool = False
-    ended: bool = False  # while busy: its place is taken until the work is done
+    ended: bool = False  # if busy, the place is taken until the request is done
 
 
 class Sessions:
-    """The rollouts under way.
+    """All driving sessions.
 
     Args:
-        most: Sessions at a time; a further one is refused.
-        idle_seconds: A session that nothing was asked of for so long is freed.
-        bytes_each: Memory that the frames of a session take at most.
-        most_each: Sessions of one visitor at a time.
+        most: Maximum number of sessions; further ones are refused.
+        idle_seconds: A session without requests for this long is deleted.
+        bytes_each: Maximum memory of the frames of a session.
+        most_each: Maximum number of sessions of one visitor.
     """
 
     def __init__(
@@ -44,24 +44,24 @@ class Sessions:
         self.idle_seconds = idle_seconds
         self.bytes_each = bytes_each
         self._drives: dict[str, Drive] = {}
-        self._opening: list[str] = []  # visitors whose sessions are being made
+        self._opening: list[str] = []  # visitors of the sessions that are being created
         self._sweeper: asyncio.Task | None = None
 
     def __len__(self) -> int:
         return len(self._drives)
 
     def max_frames(self, world: World) -> int:
-        """Frames that a session of this model may keep: pictures that do not compress, and their latents."""
+        """Return how many frames a session of this model keeps, assuming images that do not compress."""
         height, width = world.pipeline.frame_size
         config = world.pipeline.transformer.config
         latents = 4 * config.in_channels * config.sample_height * config.sample_width
         return max(1, self.bytes_each // (3 * height * width + latents))
 
     async def open(self, world: World, make: Callable[[], DrivingSession], visitor: str = "") -> str:
-        """Make a visitor's session when it is its turn; its name.
+        """Create a session in the model's thread and return its name.
 
         Raises:
-            ValueError: If all places are taken, in all or by this visitor, or the session cannot be made.
+            ValueError: If the visitor or all visitors together have too many sessions, or the session cannot be created.
         """
         self.sweep()
         self._check_places(visitor)
@@ -73,20 +73,21 @@ class Sessions:
         name = secrets.token_urlsafe(16)
         self._drives[name] = Drive(world, session, visitor, time.monotonic())
         if self._sweeper is None or self._sweeper.done():
-            self._sweeper = asyncio.create_task(self._sweep_on())
+            self._sweeper = asyncio.create_task(self._sweep_regularly())
         return name
 
     @contextmanager
     def use(self, name: object) -> Iterator[Drive]:
-        """A session, for as long as one request takes.
+        """Reserve a session for one request.
 
         Raises:
-            ValueError: If there is no such session, or its last request is not answered yet.
+            ValueError: If the session does not exist, or another request uses it.
         """
         drive = self._drives.get(name) if isinstance(name, str) else None
         if drive is None or drive.ended:
             raise ValueError(
-                "`session` must be one that `start` gave, got none of these: it has ended or was idle; start anew."
+                "`session` must be a name that `start` returned, got another value: the session has ended or was idle; "
+                "start a new one."
             )
         if drive.busy:
             raise ValueError("`session` is still at its last request: wait for the answer, then ask again.")
@@ -99,7 +100,7 @@ class Sessions:
                 del self._drives[str(name)]
 
     def close(self, name: object) -> bool:
-        """End a session, once its last request is answered; whether there was one."""
+        """End a session as soon as its current request is done; return whether it existed."""
         drive = self._drives.get(name) if isinstance(name, str) else None
         if drive is None or drive.ended:
             return False
@@ -109,7 +110,7 @@ class Sessions:
         return True
 
     def sweep(self) -> None:
-        """Free the sessions that have been idle for too long."""
+        """Delete idle sessions."""
         oldest = time.monotonic() - self.idle_seconds
         for name, drive in list(self._drives.items()):
             if drive.last_used < oldest and not drive.busy:
@@ -119,8 +120,8 @@ class Sessions:
         visitors = [*self._opening, *(drive.visitor for drive in self._drives.values())]
         if visitors.count(visitor) >= self.most_each:
             raise ValueError(
-                f"all {self.most_each} places of a visitor are taken: end a session of yours, or wait until it has been idle "
-                f"for {self.idle_seconds:g} seconds."
+                f"all {self.most_each} places of a visitor are taken: end one of your sessions, or wait until one has been "
+                f"idle for {self.idle_seconds:g} seconds."
             )
         if len(visitors) >= self.most:
             raise ValueError(
@@ -128,8 +129,8 @@ class Sessions:
                 "`python spaces/app.py`."
             )
 
-    async def _sweep_on(self) -> None:
-        """Look for idle sessions until there is none left at all."""
+    async def _sweep_regularly(self) -> None:
+        """Delete idle sessions until no session exists."""
         while self._drives:
             await asyncio.sleep(max(0.2, self.idle_seconds / 8))
             self.sweep()

@@ -1,4 +1,4 @@
-"""The videos of a preference study: those in a folder, or a demonstration made with the embedded model."""
+"""Videos of a preference study: those of a folder, or a demonstration that the model predicts."""
 
 import asyncio
 import os
@@ -12,53 +12,31 @@ import anyio.to_thread
 import numpy as np
 import torch
 from comparison import Setting, pipeline_of, predict_whole
+from study import PreferenceStudy
 from worlds import World, Worlds
 
 from irasim_diffusers.data import iterate_video
-from irasim_diffusers.evaluation import PreferenceStudy
 
 TRUTH = "truth"
 SUFFIXES = (".mp4", ".npz")
 MAX_FRAMES = 400
 DEMO_FRAMES = 15
-DEMO_SAMPLERS = {"DDIM, 2 steps": ("DDIMScheduler", 2), "PNDM, 4 steps": ("PNDMScheduler", 4)}
+DEMO_SAMPLERS = {"DDIM, 1 step": ("DDIMScheduler", 1), "Euler, 2 steps": ("EulerDiscreteScheduler", 2)}
 
 Videos = Callable[[str, str], Awaitable[np.ndarray]]
-"""Takes a model's name, or `TRUTH`, and a clip's; gives its frames (T, H, W, 3), uint8."""
-
-
-def find_study(folder: str | None, worlds: Worlds) -> tuple[PreferenceStudy, Videos] | None:
-    """The study of a folder; without one the demonstration of the first model that can serve for it, if any."""
-    if folder:
-        return open_study(folder)
-    for name, world in worlds.items():
-        try:
-            return demonstration(world, Path(tempfile.gettempdir()) / f"irasim-demonstration-{Path(name).name}")
-        except ValueError:
-            continue
-    return None
-
-
-def owner_key(folder: str | None) -> str | None:
-    """What the owner of a folder's study must give to see its results: IRASIM_STUDY_KEY, or one that is printed."""
-    if not folder:
-        return None
-    key = os.environ.get("IRASIM_STUDY_KEY")
-    if not key:
-        key = secrets.token_urlsafe(8)
-        print(f"The results of the study are shown to who gives this key: {key}", flush=True)  # noqa: T201
-    return key
+"""Function of the name of a model, or `TRUTH`, and the name of a clip; returns its frames (T, H, W, 3), uint8."""
 
 
 def open_study(folder: str | Path) -> tuple[PreferenceStudy, Videos]:
-    """The study of a folder's videos; its answers are kept there too.
+    """Open a study of the videos in a folder; answers are stored in it too.
 
     Args:
-        folder: Holds one folder for each model and one, `truth`, for what truly happened; a clip has the same name in all,
-            `<clip>.mp4`, or `<clip>.npz` as `irasim evaluate --save-predictions` writes. The rates are of the first model by name.
+        folder: Contains a folder for each model, and `truth` with the ground truth. A clip has the same name in all of them,
+            `<clip>.mp4`, or `<clip>.npz` as `irasim evaluate --save-predictions` writes it. The study rates the first model by
+            name.
 
     Raises:
-        ValueError: If the truth, two models, or clips that all of them have are missing.
+        ValueError: If the folder has no ground truth, fewer than two models, or no clip that all of them have.
     """
     folder = Path(folder)
     folders = sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
@@ -80,7 +58,7 @@ def open_study(folder: str | Path) -> tuple[PreferenceStudy, Videos]:
 
 
 def _clips(folder: Path) -> dict[str, Path]:
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
+    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES and path.name[0] != "."}
 
 
 def _read(path: Path) -> np.ndarray:
@@ -90,40 +68,63 @@ def _read(path: Path) -> np.ndarray:
     return np.stack(list(islice(iterate_video(path), MAX_FRAMES)))
 
 
+def owner_key(folder: str | None) -> str | None:
+    """Return the key for the results of a folder's study: IRASIM_STUDY_KEY, or a random one that is printed."""
+    if not folder:
+        return None
+    key = os.environ.get("IRASIM_STUDY_KEY")
+    if not key:
+        key = secrets.token_urlsafe(8)
+        print(f"Key for the results of the study: {key}", flush=True)  # noqa: T201
+    return key
+
+
+def find_demonstration(worlds: Worlds) -> tuple[PreferenceStudy, Videos] | None:
+    """Create the demonstration of the first model that supports it; None if no model does."""
+    for name, world in worlds.items():
+        try:
+            return demonstration(world, Path(tempfile.gettempdir()) / f"irasim-demonstration-{Path(name).name}")
+        except ValueError:
+            continue
+    return None
+
+
 def demonstration(world: World, folder: str | Path) -> tuple[PreferenceStudy, Videos]:
-    """A small study of two samplers of one model on parts of its example clip, predicted when they are first asked for.
+    """Create a small study of two samplers of one model on parts of its example clip.
+
+    A video is predicted when it is first shown, alone, so that the rater and driving visitors wait for one clip at most.
 
     Args:
         world: The model, with its example clip.
-        folder: Where answers are kept.
+        folder: Folder of the answers.
 
     Raises:
-        ValueError: If the model has no example clip with actions, or does not take the samplers.
+        ValueError: If the model has no example clip with actions, or does not accept the samplers.
     """
     if world.clip is None or world.clip_actions is None:
-        raise ValueError(f"{world.name} has no example clip with actions to demonstrate a study on.")
+        raise ValueError(f"{world.name} has no example clip with actions for the demonstration of a study.")
     clip, actions = world.clip, world.clip_actions
     history = world.pipeline.transformer.config.num_history_frames
     ends = np.arange(max(history, world.clip_history), len(clip) - DEMO_FRAMES + 1, DEMO_FRAMES)
-    names = [f"frame {end}" for end in ends]
-    seen, follow = np.arange(-history, 0), np.arange(DEMO_FRAMES)
-    histories, truths = clip[ends[:, None] + seen], clip[ends[:, None] + follow]
-    taken = actions[ends[:, None] - world.clip_history + follow]
+    names = {f"frame {end}": end for end in ends}
     settings = {name: Setting(world, *sampler, seed=0) for name, sampler in DEMO_SAMPLERS.items()}
     pipelines = {name: pipeline_of(setting) for name, setting in settings.items()}
-    futures = {TRUTH: truths}
-    making = asyncio.Lock()
+    predicted: dict[tuple[str, str], np.ndarray] = {}
+    predicting = asyncio.Lock()
 
-    def predict(name: str) -> np.ndarray:
-        generators = [torch.Generator().manual_seed(number) for number in range(len(ends))]
-        return predict_whole(pipelines[name], settings[name], histories, taken, generators)
+    def predict(model: str, end: int) -> np.ndarray:
+        taken = actions[end - world.clip_history :][:DEMO_FRAMES]
+        generator = torch.Generator().manual_seed(int(end))
+        return predict_whole(pipelines[model], settings[model], clip[end - history : end], taken, generator)[0]
 
-    async def videos(model: str, clip: str) -> np.ndarray:
-        async with making:
-            if model not in futures:
-                futures[model] = await world.run(predict, model)
-        place = names.index(clip)
-        return np.concatenate([histories[place], futures[model][place]])
+    async def videos(model: str, name: str) -> np.ndarray:
+        end = names[name]
+        if model == TRUTH:
+            return clip[end - history : end + DEMO_FRAMES]
+        async with predicting:
+            if (model, name) not in predicted:
+                predicted[model, name] = await world.run_long(predict, model, end)
+        return np.concatenate([clip[end - history : end], predicted[model, name]])
 
     first, *others = DEMO_SAMPLERS
-    return PreferenceStudy(folder, names, first, others), videos
+    return PreferenceStudy(folder, list(names), first, others), videos

@@ -1,10 +1,12 @@
-"""The Trajectory page: draw a path, or give actions in a file, and see the video of them; compare two settings side by side."""
+"""The Trajectory page: draw a path or upload actions, and see the predicted video; compare two settings side by side."""
 
 import asyncio
 import html
+import logging
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +47,12 @@ from irasim_diffusers.data import write_video
 from irasim_diffusers.pictures import film_strip
 
 COLOURS = ("#6366f1", "#f59e0b")
-BASELINE, BASELINE_COLOUR = "last seen frame, repeated", "#9ca3af"
+BASELINE, BASELINE_COLOUR = "last seen frame, repeated", "#6b7280"
 INTRODUCTION = (
-    "Draw where the robot shall go, replay what was recorded, or bring your own actions: the model predicts the video of it. "
-    "Compare two models, samplers or seeds side by side."
+    "Draw a path for the robot, replay recorded actions, or upload your own: the model predicts the video. Compare two models, "
+    "samplers or seeds side by side."
 )
+LOGGER = logging.getLogger(__name__)
 
 
 def trajectory_page(worlds: Worlds) -> None:
@@ -60,13 +63,40 @@ def trajectory_page(worlds: Worlds) -> None:
         gr.Markdown("No model could be loaded.")
 
 
+@dataclass
+class Task:
+    """What a visitor asked for, checked."""
+
+    settings: dict[str, Setting]  # by title
+    pipelines: dict[str, Any]  # of the settings
+    scene: Scene
+    truth: np.ndarray  # (m, H, W, 3), uint8, m <= n; empty if unknown
+    actions: np.ndarray  # (n, A), raw units
+
+    @property
+    def world(self) -> World:
+        """The model of the first setting."""
+        return next(iter(self.settings.values())).world
+
+    @property
+    def fps(self) -> float:
+        """Frame rate of the video."""
+        return self.world.pipeline.transformer.config.fps or 10
+
+    def panels(self) -> dict[str, np.ndarray]:
+        """Return the videos (T, H, W, 3) before anything is predicted: the history, and the ground truth if it is known."""
+        panels = {"Truth": np.concatenate([self.scene.history, self.truth])} if len(self.truth) else {}
+        sizes = {name: each.world.pipeline.frame_size for name, each in self.settings.items()}
+        return panels | {name: resize(self.scene.history, size) for name, size in sizes.items()}
+
+
 class TrajectoryPage:
-    """The page's components, and what happens to them."""
+    """The components of the page and their event handlers."""
 
     def __init__(self, worlds: Worlds) -> None:
         self.worlds = worlds
         self.scenes = {name: examples(world) for name, world in worlds.items()}
-        self.running: dict[str | None, list[Any]] = {}  # pipelines at work, by session
+        self.running: dict[str | None, list[Any]] = {}  # pipelines that predict, by visitor
         gr.Markdown(INTRODUCTION)
         with gr.Row(equal_height=False):
             with gr.Column(scale=4, min_width=320):
@@ -81,16 +111,17 @@ class TrajectoryPage:
         scene = scenes[0] if scenes else None
         kinds = action_kinds(world, scene)
         self.scene = gr.State(scene)
+        self.path = gr.State([])  # drawn by the visitor; the value of the drawing is too large for a request
         self.pad = drawing(start_canvas(scene, world, scenes, 0), elem_id="trajectory-pad")
         with gr.Row():
             self.run = gr.Button("Predict", variant="primary", min_width=120, elem_id="trajectory-run")
             self.stop = gr.Button("Stop", variant="stop", min_width=120, visible=False, elem_id="trajectory-stop")
             self.upload = gr.UploadButton(
-                "Own start …", file_types=["image", "video"], min_width=120, elem_id="trajectory-upload"
+                "Upload a start …", file_types=["image", "video"], min_width=120, elem_id="trajectory-upload"
             )
         self.kind = gr.Radio(kinds, value=kinds[0], label="Actions", elem_id="trajectory-kind")
         self.file = gr.File(
-            label=f"Actions: a row for each frame ({', '.join(ACTION_SUFFIXES)})",
+            label=f"Actions: one row per frame ({', '.join(ACTION_SUFFIXES)})",
             file_types=list(ACTION_SUFFIXES),
             height=130,
             visible=kinds[0] == FILE,
@@ -98,18 +129,18 @@ class TrajectoryPage:
         )
         self.length = gr.Slider(1, LONGEST_DRAWING, 24, step=1, label="Frames to predict", elem_id="trajectory-length")
         self.scale = gr.Number(
-            default_scale(world), label="Width of the picture, in units of the actions", visible=_is_scaled(world)
+            default_scale(world), label="Width of the picture in action units", visible=_is_scaled(world)
         )
 
     def _build_settings(self, world: World) -> None:
-        with gr.Accordion("Model, sampler, seed; compare two", open=False, elem_id="trajectory-settings"):
+        with gr.Accordion("Model, sampler, seed, comparison", open=False, elem_id="trajectory-settings"):
             self.first = self._setting_controls(world, "a", seed=0)
             self.compare = gr.Checkbox(label="Compare with a second setting", elem_id="trajectory-compare")
             with gr.Column(visible=False) as self.second_box:
                 self.second = self._setting_controls(world, "b", seed=1)
 
     def _setting_controls(self, world: World, name: str, seed: int) -> list[Any]:
-        """Model, sampler, steps and seed."""
+        """Add the controls of a setting: model, sampler, steps and seed."""
         own, names = type(world.pipeline.scheduler).__name__, scheduler_names(world.pipeline)
         model = gr.Dropdown(list(self.worlds), value=world.name, label="Model", visible=len(self.worlds) > 1)
         with gr.Row():
@@ -129,14 +160,14 @@ class TrajectoryPage:
         return [model, scheduler, steps, number]
 
     def _build_results(self) -> None:
-        self.view = viewer("Draw on the picture, or press Predict: the video appears here.", elem_id="trajectory-view")
+        self.view = viewer("Draw on the picture or press Predict. The video appears here.", elem_id="trajectory-view")
         self.status = gr.HTML(min_height=48, elem_id="trajectory-status")
         with gr.Column(visible=False) as self.results:
             self.error_plot = gr.LinePlot(
                 x="frame",
                 y="PSNR (dB)",
                 color="video",
-                title="Likeness to the truth by frame: higher is better",
+                title="PSNR by frame: higher is closer to the ground truth",
                 height=220,
                 elem_id="trajectory-errors",
             )
@@ -160,7 +191,7 @@ class TrajectoryPage:
         asked: Any = {
             self.scene,
             self.kind,
-            self.pad,
+            self.path,
             self.file,
             self.length,
             self.scale,
@@ -175,15 +206,17 @@ class TrajectoryPage:
             "inputs": asked,
             "outputs": made,
             "show_progress_on": [self.status],
-            "concurrency_limit": 1,  # so that however many predict, those who drive wait for one of them
+            "concurrency_limit": 1,  # limits the load of this page, whatever the number of visitors
             "concurrency_id": "predict",
         } | private
-        drawn = self.pad.drawn(self.take_drawn, outputs=self.kind, **quiet).then(trigger_mode="multiple", **predict)
+        drawn = self.pad.drawn(self.take_drawn, outputs=[self.kind, self.path], **quiet).then(
+            trigger_mode="multiple", **predict
+        )
         pressed = self.run.click(**predict)
-        stopped = self.stop.click(self.interrupt, outputs=self.status, cancels=[drawn, pressed], **quiet)
-        # afterwards, since what the cancelled prediction sent last may come after the answer
-        stopped.then(self._idle, outputs=[self.run, self.stop], **quiet)
-        start, model = [self.scene, self.pad, self.kind], [self.first[0], self.kind]
+        stopped = self.stop.click(self.interrupt, cancels=[drawn, pressed], **quiet)
+        # in a second event, because the last output of the cancelled prediction may arrive after the first
+        stopped.then(lambda: self._idle("Stopped."), outputs=made, **quiet)
+        start, model = [self.scene, self.pad, self.path, self.kind], [self.first[0], self.kind]
         self.pad.picked(self.choose_example, model, start, **quiet)
         self.upload.upload(self.choose_upload, [self.upload, *model], start, **private)
         self.first[0].change(self.choose_model, model, [*start, self.scale, *self.first[1:3]], **private)
@@ -196,34 +229,34 @@ class TrajectoryPage:
             **quiet,
         )
 
-    def take_drawn(self, request: gr.Request) -> str:
-        """Stop what this visitor has running, for what is drawn now takes its place."""
+    def take_drawn(self, request: gr.Request, event: gr.EventData) -> tuple[str, Any]:
+        """Take the path that the visitor drew; it replaces the visitor's running prediction."""
         self._stop(request.session_hash)
-        return DRAWN
+        return DRAWN, event.path
 
     def choose_example(self, name: str, kind: str, event: gr.EventData) -> tuple[Any, ...]:
-        """Start from an example."""
+        """Select an example as the start."""
         scenes, index = self.scenes.get(name, []), event.index
         if not isinstance(index, int) or not 0 <= index < len(scenes):
-            return gr.skip(), gr.skip(), gr.skip()
+            return (gr.skip(),) * 4
         return self._start(scenes[index], name, kind, index)
 
     def choose_upload(self, path: str, name: str, kind: str) -> tuple[Any, ...]:
-        """Start from a file of the visitor's."""
+        """Use an uploaded file as the start."""
         try:
             return self._start(upload_scene(path, self.worlds.named(name)), name, kind)
         except ValueError as error:
-            gr.Warning(str(error), title="That cannot be a start")
-            return gr.skip(), gr.skip(), gr.skip()
+            gr.Warning(str(error), title="This file cannot be a start")
+            return (gr.skip(),) * 4
 
     def choose_model(self, name: str, kind: str) -> tuple[Any, ...]:
-        """Start with another model."""
+        """Select another model, with its first example and its samplers."""
         world, scenes = self.worlds.named(name), self.scenes[name]
         scale = gr.Number(default_scale(world), visible=_is_scaled(world))
         return *self._start(scenes[0] if scenes else None, name, kind, 0), scale, *self.choose_sampler(name)
 
     def choose_sampler(self, name: str) -> tuple[Any, ...]:
-        """The samplers and steps of another model."""
+        """Return the samplers and the number of steps of a model."""
         pipeline = self.worlds.named(name).pipeline
         own, names = type(pipeline.scheduler).__name__, scheduler_names(pipeline)
         return gr.Dropdown(list(names), value=own), pipeline.config.num_inference_steps
@@ -234,6 +267,7 @@ class TrajectoryPage:
         return (
             scene,
             start_canvas(scene, world, self.scenes[name], chosen),
+            [],
             gr.Radio(kinds, value=kind if kind in kinds else kinds[0]),
         )
 
@@ -244,72 +278,78 @@ class TrajectoryPage:
 
         return name_settings(setting(self.first), setting(self.second) if asked[self.compare] else None)
 
+    def _check(self, asked: dict[Any, Any]) -> Task:
+        settings = self._settings(asked)
+        world = next(iter(settings.values())).world
+        scene, kind = asked[self.scene], asked[self.kind]
+        if scene is None:
+            raise ValueError("Upload a picture or video to start from.")
+        given = (asked[each] for each in (self.path, self.file, self.length, self.scale))
+        actions = choose_actions(kind, scene, world, *given)
+        pipelines = {name: pipeline_of(setting) for name, setting in settings.items()}
+        return Task(settings, pipelines, scene, known_truth(kind, scene)[: len(actions)], actions)
+
     async def predict(
         self,
         asked: dict[Any, Any],
         request: gr.Request,
-        progress: gr.Progress = gr.Progress(),  # noqa: B008 (how Gradio hands it over)
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 (Gradio's way to inject it)
     ) -> AsyncIterator[dict[Any, Any]]:
-        """Predict under each setting, show frames as they come, and at the end what there is to say of them."""
-        try:
-            settings = self._settings(asked)
-            world = next(iter(settings.values())).world
-            scene, kind = asked[self.scene], asked[self.kind]
-            if scene is None:
-                raise ValueError("Give a picture or video to start from.")
-            given = (asked[each] for each in (self.pad, self.file, self.length, self.scale))
-            actions = choose_actions(kind, scene, world, *given)
-            pipelines = {name: pipeline_of(setting) for name, setting in settings.items()}
-        except ValueError as error:
-            gr.Warning(str(error), title="That cannot be predicted")
-            yield self._idle()
-            return
-        visitor, mine = request.session_hash, list(pipelines.values())
+        """Predict under each setting and show the frames, and at the end the report. The page is idle after every error."""
+        begin, visitor = time.perf_counter(), request.session_hash
         self._stop(visitor)
+        mine: list[Any] = []
         self.running[visitor] = mine
-        truth = known_truth(kind, scene)[: len(actions)]
-        begun, total, done = time.perf_counter(), len(actions) * len(settings), 0
-        fps, seen = world.pipeline.transformer.config.fps or 10, len(scene.history)
-        panels = {"Truth": np.concatenate([scene.history, truth])} if len(truth) else {}
-        panels |= {name: resize(scene.history, each.world.pipeline.frame_size) for name, each in settings.items()}
         try:
-            yield {self.run: gr.Button(visible=False), self.stop: gr.Button(visible=True)}
-            for name, setting in settings.items():
-                async for frames in predict(pipelines[name], setting, scene.history, actions):
+            task = self._check(asked)
+            mine += task.pipelines.values()
+            panels = task.panels()
+            yield self._busy(await asyncio.to_thread(videos, panels, task.fps, len(task.scene.history)))
+            async for shown in self._predict(task, panels, progress, lambda: self.running.get(visitor) is mine):
+                yield {self.view: shown}
+            if self.running.get(visitor) is not mine:  # stopped, or replaced by a new path
+                return
+            with tempfile.TemporaryDirectory() as folder:  # Gradio copies the files that it serves
+                report = await asyncio.to_thread(self._report, Path(folder), task, panels, time.perf_counter() - begin)
+                yield self._idle() | report
+        except Exception as error:
+            if not isinstance(error, ValueError):
+                LOGGER.exception("the prediction failed")
+            said = str(error) if isinstance(error, ValueError) else "internal error"
+            gr.Warning(said, title="This cannot be predicted")
+            yield self._idle(f"No prediction: {said}") | {self.view: None}
+        finally:
+            if self.running.get(visitor) is mine:
+                del self.running[visitor]
+
+    async def _predict(
+        self, task: Task, panels: dict[str, np.ndarray], progress: gr.Progress, wanted: Callable[[], bool]
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Append the predicted frames to the panels, window by window, while they are wanted; yield what the viewer shows."""
+        total, done = len(task.actions) * len(task.settings), 0
+        try:
+            for name, setting in task.settings.items():
+                async for frames in predict(task.pipelines[name], setting, task.scene.history, task.actions):
                     panels[name] = np.concatenate([panels[name], frames])
-                    shown = await asyncio.to_thread(videos, panels, fps, seen)
-                    if self.running.get(visitor) is not mine:
+                    shown = await asyncio.to_thread(videos, panels, task.fps, len(task.scene.history))
+                    if not wanted():
                         return
                     done += len(frames)
                     progress((done, total), desc="Predicting", unit="frames")
-                    yield {self.view: shown}
-                if self.running.get(visitor) is not mine:
+                    yield shown
+                if not wanted():
                     return
-        finally:  # also when the visitor stops it or leaves
-            _interrupt(mine)
-            if self.running.get(visitor) is mine:
-                del self.running[visitor]
-        yield self._idle()
-        seconds = time.perf_counter() - begun
-        with tempfile.TemporaryDirectory() as folder:  # Gradio copies what it serves
-            yield await asyncio.to_thread(self._report, Path(folder), panels, truth, actions, world, seconds)
+        finally:  # also if the visitor leaves
+            _interrupt(task.pipelines.values())
 
-    def _report(
-        self,
-        folder: Path,
-        panels: dict[str, np.ndarray],
-        truth: np.ndarray,
-        actions: np.ndarray,
-        world: World,
-        seconds: float,
-    ) -> dict[Any, Any]:
-        """What there is to say of whole predictions, and files of them."""
-        config = world.pipeline.transformer.config
-        names, seen = [name for name in panels if name != "Truth"], len(panels[next(reversed(panels))]) - len(actions)
-        figures = {name: errors(panels[name][seen:], truth) for name in names} if len(truth) else {}
+    def _report(self, folder: Path, task: Task, panels: dict[str, np.ndarray], seconds: float) -> dict[Any, Any]:
+        """Return the plots and files of complete predictions."""
+        names, actions = list(task.settings), task.actions
+        config, seen = task.world.pipeline.transformer.config, len(task.scene.history)
+        figures = {name: errors(panels[name][seen:], task.truth) for name in names} if len(task.truth) else {}
         if figures:
             last = panels["Truth"][seen - 1 : seen]
-            figures[BASELINE] = errors(np.repeat(last, len(truth), axis=0), truth)
+            figures[BASELINE] = errors(np.repeat(last, len(task.truth), axis=0), task.truth)
         whole = align(panels)
         return {
             self.status: _summary(len(names) * len(actions), seconds, figures),
@@ -317,18 +357,32 @@ class TrajectoryPage:
             self.error_plot: _error_plot(figures),
             self.action_plot: action_table(actions, config.action_names),
             self.strip: film_strip(whole, seen, columns=8),
-            self.video: str(write_video(folder / "prediction.mp4", side_by_side(whole), config.fps or 10)),
+            self.video: str(write_video(folder / "prediction.mp4", side_by_side(whole), task.fps)),
             self.table: str(_write_actions(folder / "actions.csv", actions, config.action_names)),
         }
 
-    def interrupt(self, request: gr.Request) -> str:
-        """Stop what this visitor has running, at its next step."""
+    def interrupt(self, request: gr.Request) -> None:
+        """Stop the visitor's prediction at its next step."""
         self._stop(request.session_hash)
-        return "Stopped."
 
-    def _idle(self) -> dict[Any, Any]:
-        """The buttons as they are while nothing is predicted."""
-        return {self.run: gr.Button(visible=True), self.stop: gr.Button(visible=False)}
+    def _busy(self, shown: dict[str, Any]) -> dict[Any, Any]:
+        """Return the page while it predicts: progress in place of the last status, and no plots or files of the last result."""
+        return {
+            self.run: gr.Button(visible=False),
+            self.stop: gr.Button(visible=True),
+            self.results: gr.Column(visible=False),
+            self.status: "",
+            self.view: shown,
+        }
+
+    def _idle(self, status: str = "") -> dict[Any, Any]:
+        """Return the page while it does not predict, without plots and files."""
+        return {
+            self.run: gr.Button(visible=True),
+            self.stop: gr.Button(visible=False),
+            self.results: gr.Column(visible=False),
+            self.status: html.escape(status),
+        }
 
     def _stop(self, session: str | None) -> None:
         _interrupt(self.running.pop(session, ()))
@@ -340,15 +394,15 @@ def _interrupt(pipelines: Iterable[Any]) -> None:
 
 
 def _is_scaled(world: World) -> bool:
-    """Whether a drawn path needs a scale."""
+    """Return whether a drawn path needs a scale."""
     config = world.pipeline.transformer.config
     return config.action_space == "relative" and can_draw(config) is None
 
 
 def _summary(frames: int, seconds: float, figures: dict[str, np.ndarray]) -> str:
-    said = [f"{frames} frames in {seconds:.1f} s"]
-    said += [f"{name} ({np.nanmean(values):.1f} dB)" for name, values in figures.items() if np.isfinite(values).any()]
-    return " · ".join(html.escape(one) for one in said)
+    parts = [f"{frames} frames in {seconds:.1f} s"]
+    parts += [f"{name} ({np.nanmean(values):.1f} dB)" for name, values in figures.items() if np.isfinite(values).any()]
+    return " · ".join(html.escape(part) for part in parts)
 
 
 def _error_plot(figures: dict[str, np.ndarray]) -> gr.LinePlot:

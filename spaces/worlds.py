@@ -1,4 +1,4 @@
-"""The models that the Space serves: each loaded once, with its example clip, and driven by one visitor at a time."""
+"""The models of the Space, with their example clips, and the thread in which each of them computes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import ctypes
 import os
 import sys
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,53 +34,96 @@ TURNS_BETWEEN_TRIMS = 20
 
 @dataclass(frozen=True)
 class Start:
-    """A picture to start from."""
+    """A start image with its history."""
 
     name: str
-    frames: np.ndarray  # (h, H, W, 3), uint8: as many as the model takes as history, the start being the last
-    action: np.ndarray | None  # (A,): the action that led to it, in raw units; None where nothing is known
-    demo: np.ndarray | None  # (m, A): the actions recorded after it
+    frames: np.ndarray  # (h, H, W, 3), uint8: the model's history; the last frame is the start image
+    action: np.ndarray | None  # (A,): the action that led to it, raw units; None if unknown
+    demo: np.ndarray | None  # (m, A): the recorded actions after it
 
 
 @dataclass
 class World:
-    """A model and what belongs to it.
+    """A model, its example clip, and the thread in which it computes.
 
-    One prediction runs at a time, for a pipeline's scheduler keeps state, and in one thread, for torch keeps memory and helpers for
-    each thread that computes.
+    One prediction runs at a time, because a pipeline's scheduler has state, and in one thread, because torch keeps memory and
+    worker threads for each thread that computes. A long prediction is interrupted for driving requests: before each of its network
+    evaluations, the requests that wait are served.
     """
 
     name: str
     pipeline: IRASimPipeline
-    clip: np.ndarray | None = None  # (T, H, W, 3), uint8: the example clip, where the checkpoint has one
-    clip_actions: np.ndarray | None = None  # (n, A): row k leads to frame `clip_history` + k of it
+    clip: np.ndarray | None = None  # (T, H, W, 3), uint8: the example clip, if the checkpoint has one
+    clip_actions: np.ndarray | None = None  # (n, A): row k leads to frame `clip_history` + k of the clip
     clip_history: int = 1
     starts: dict[str, Start] = field(default_factory=dict)
     _turns: int = 0
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _requests: deque[tuple[Future, Callable[[], Any]]] = field(default_factory=deque)  # of `run`, not served yet
+    _interruptible: bool = False  # whether the thread runs work of `run_long`; only the thread itself changes it
+
+    def __post_init__(self) -> None:
+        if not ZERO_GPU:  # there another process computes, which cannot serve requests of this one
+            self.pipeline.transformer.register_forward_pre_hook(lambda *_: self._serve_waiting())
 
     async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """`work(*arguments)` in the model's thread, when it is this caller's turn: who asked first comes first."""
-        in_context = partial(copy_context().run, work, *arguments)  # which tells ZeroGPU who asks
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._take_turn, in_context)
+        """Call `work(*arguments)` in the model's thread, for a visitor who drives; in order of arrival."""
+        future: Future = Future()
+        self._requests.append((future, partial(_context().run, work, *arguments)))
+        self._thread.submit(self._serve_next)
+        return await asyncio.wrap_future(future)
 
-    def _take_turn(self, work: Callable[[], Result]) -> Result:
+    async def run_long(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Call `work(*arguments)` in the model's thread; requests of `run` are served between its network evaluations."""
+        long_work = partial(self._run_interruptibly, partial(_context().run, work, *arguments))
+        return await asyncio.get_running_loop().run_in_executor(self._thread, long_work)
+
+    def _run_interruptibly(self, work: Callable[[], Result]) -> Result:
+        self._interruptible = True
         try:
             return work()
         finally:
-            self._turns += 1
-            if self._turns % TURNS_BETWEEN_TRIMS == 0 and sys.platform == "linux":
-                # small frames that are kept lie between large tensors that are not: megabytes a turn, unless given back
-                getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+            self._interruptible = False
+            self._trim_memory()
+
+    def _serve_waiting(self) -> None:
+        """Serve the requests that wait now, so that neither they nor the long prediction can block the other."""
+        if not self._interruptible:
+            return
+        self._interruptible = False
+        try:
+            for _ in range(len(self._requests)):
+                self._serve_next()
+        finally:
+            self._interruptible = True
+
+    def _serve_next(self) -> None:
+        """Serve the oldest request, if a long prediction has not served it already."""
+        if not self._requests:
+            return
+        future, work = self._requests.popleft()
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(work())
+        except BaseException as error:  # for the caller, as an executor does
+            future.set_exception(error)
+        self._trim_memory()
+
+    def _trim_memory(self) -> None:
+        self._turns += 1
+        if self._turns % TURNS_BETWEEN_TRIMS == 0 and sys.platform == "linux":
+            # small frames that are kept fragment the memory of large tensors that are freed: megabytes per request
+            getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
 class Worlds(dict[str, World]):
     """Models by name.
 
     Args:
-        models: Pipeline folders or Hub ids; `"push-t"` is the model that ships in the package.
-        dtype: None for the fastest on the device.
-        device: None for CUDA where there is one.
+        models: Pipeline folders or Hub ids; `"push-t"` is the embedded model.
+        dtype: None for the fastest dtype of the device.
+        device: None for CUDA if available.
 
     Attributes:
         failures: Models that could not be loaded, with the reason; the page shows them.
@@ -97,10 +141,10 @@ class Worlds(dict[str, World]):
                 self.failures[name] = " ".join(str(error).split())
 
     def named(self, name: object) -> World:
-        """The model of that name.
+        """Return the model with this name.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If it does not exist or could not be loaded.
         """
         if not isinstance(name, str) or name not in self:
             reason = f": {self.failures[name]}" if isinstance(name, str) and name in self.failures else ""
@@ -110,12 +154,16 @@ class Worlds(dict[str, World]):
         return self[name]
 
 
+def _context() -> Any:
+    return copy_context()  # ZeroGPU reads the visitor from it
+
+
 def load_world(name: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> World:
     """Load a model with its example clip.
 
     Raises:
-        OSError: If there is no such model.
-        ValueError: If it does not fit.
+        OSError: If the model does not exist.
+        ValueError: If its files are invalid.
     """
     folder = str(embedded_checkpoint()) if name == EMBEDDED else name
     device = device or ("cuda" if ZERO_GPU else default_device())
@@ -134,7 +182,7 @@ def load_world(name: str, dtype: torch.dtype | None = None, device: str | torch.
 
 
 def _example_file(model: str, name: str) -> Path | None:
-    """A file that lies beside the checkpoint, if it has it."""
+    """Return a file of the checkpoint folder, or None if it does not exist."""
     if os.path.isdir(model):
         path = Path(model) / name
         return path if path.is_file() else None
@@ -145,13 +193,13 @@ def _example_file(model: str, name: str) -> Path | None:
 
 
 def _starts(pipeline: IRASimPipeline, clip: np.ndarray, actions: np.ndarray | None) -> dict[str, Start]:
-    """Pictures spread over the clip."""
+    """Select start images at equal distances in the clip."""
     length = pipeline.transformer.config.num_history_frames
     starts = {}
     for end in np.linspace(length, len(clip), NUM_STARTS).round().astype(int):
         name, action, demo = f"frame {end - 1}", None, None
         if actions is not None:
-            row = end - (len(clip) - len(actions))  # of the action that follows
+            row = end - (len(clip) - len(actions))  # index of the next action
             action, demo = actions[max(row - 1, 0)], actions[row : row + NUM_DEMO]
         starts[name] = Start(name, clip[end - length : end], action, demo)
     return starts

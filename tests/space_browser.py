@@ -1,4 +1,4 @@
-"""The Space in a process of its own, and a browser to look at it; one of each serves all tests that ask for them."""
+"""Fixtures: the Space in a separate process, and a browser."""
 
 import shutil
 
@@ -18,13 +18,15 @@ BROWSER_ARGUMENTS = [
 
 @pytest.fixture(scope="session")
 def app_url(tmp_path_factory):
-    """Address of the Space with the embedded model."""
+    """URL of the Space with the embedded model, for all tests of the run."""
     pytest.importorskip("gradio")
-    from space import serve  # here, for tests start processes that know tests/ alone and import conftest
+    from space import serve  # here, because some tests start processes without examples/ on their path
 
     folder = tmp_path_factory.mktemp("space")
     places = {"GRADIO_TEMP_DIR": str(folder / "files"), "TMPDIR": str(folder)}
-    process, url = serve(folder / "space.log", "--visitor-sessions", "32", HF_HUB_OFFLINE="1", **places)
+    process, url = serve(
+        folder / "space.log", "--visitor-sessions", "32", HF_HUB_OFFLINE="1", FORWARDED_ALLOW_IPS="127.0.0.2", **places
+    )
     yield url
     process.terminate()
     process.wait(20)
@@ -32,7 +34,7 @@ def app_url(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Debian's Chromium; one for each module, for playwright keeps an event loop running as long as it is open."""
+    """Debian's Chromium, one per module: playwright's event loop runs as long as it is open."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")
     if chromium is None:
@@ -45,7 +47,7 @@ def browser():
 
 @pytest.fixture
 def page(browser):
-    """A fresh page, with storage of its own, that must not have thrown anything by its end."""
+    """A new page with separate storage; the test fails if a script of the page throws."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     page = context.new_page()
     page.set_default_timeout(15_000)

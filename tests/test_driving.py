@@ -133,6 +133,25 @@ def test_what_is_dropped_does_not_change_what_follows(pipe, clip, session):
     np.testing.assert_array_equal(drive(short, {"ArrowUp"})[0], drive(session, {"ArrowUp"})[0])
 
 
+def test_appended_frames_continue_an_earlier_session(pipe, clip, session):
+    drive(session, {"ArrowUp"}, 4)
+    later = DrivingSession(
+        pipe, clip[0][:2], Steering(pipe.transformer.config, start=clip[1][0]), seed=3, max_frames=3
+    )
+    later.append(session.frames, session.actions)
+    assert len(later) == 3  # the oldest is dropped, and the history reaches back to it
+    np.testing.assert_array_equal(later.steering.hold(), session.steering.hold())
+    np.testing.assert_array_equal(later.actions, session.actions[1:])
+    expected = [np.asarray(frame, dtype=float) for frame in drive(session, {"ArrowRight"}, 2)]
+    actual = [np.asarray(frame, dtype=float) for frame in drive(later, {"ArrowRight"}, 2)]
+    assert np.abs(np.subtract(actual, expected)).mean() < 0.5  # the history was rounded to 8 bits
+    frame, size = session.frames[0], len(later)
+    for frames, actions in (([frame], [[1, 2], [3, 4]]), ([frame.resize((8, 12))], [[1, 2]])):
+        with pytest.raises(ValueError, match="`frames` must be one image of 96x96 pixels for each action"):
+            later.append(frames, actions)
+    assert len(later) == size
+
+
 def test_sessions_of_one_pipeline_do_not_mix(pipe, clip, session):
     alone = [np.asarray(frame) for frame in drive(session, {"ArrowRight"}, 2) + drive(session, set(), 2)]
     session.reset()

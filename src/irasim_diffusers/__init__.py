@@ -8,7 +8,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .driving import DrivingSession, Steering
-    from .models import PRESETS, UNET_PRESETS, IRASimTransformer3DModel, UNetTrajectoryModel
+    from .models import PRESETS, UNET_PRESETS, IRASimTransformer3DModel, ProprioceptionModel, UNetTrajectoryModel
     from .pipelines import IRASimPipeline, IRASimPipelineOutput
     from .rollout import RolloutState, WorldModel, roll
 
@@ -19,6 +19,7 @@ _MODULES = {
     "IRASimPipelineOutput": "pipelines",
     "IRASimTransformer3DModel": "models",
     "PRESETS": "models",
+    "ProprioceptionModel": "models",
     "RolloutState": "rollout",
     "Steering": "driving",
     "UNET_PRESETS": "models",
@@ -46,6 +47,7 @@ __all__ = [
     "IRASimPipeline",
     "IRASimPipelineOutput",
     "IRASimTransformer3DModel",
+    "ProprioceptionModel",
     "RolloutState",
     "Steering",
     "UNetTrajectoryModel",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -31,7 +32,7 @@ class Steering:
         start: Action (A,) that asks for the robot's current position; required for spaces with targets.
 
     Raises:
-        ValueError: If `start` is missing for a space with targets, or has another dimension.
+        ValueError: If `start` is missing for a space with targets, has another dimension, or is far outside the bounds.
     """
 
     def __init__(self, config: Any, speed: float = 1.0, start: Any = None) -> None:
@@ -46,7 +47,10 @@ class Steering:
                     "move from there."
                 )
             start = space.clip(np.zeros(len(space)))
-        self.start = prepare_actions([start], len(space))[0, 0].double().numpy()
+        try:
+            self.start = space.prepare([start])[0, 0].double().numpy()
+        except ValueError as error:
+            raise ValueError(str(error).replace("`actions`", "`start`")) from error
         self.last = self.start
 
     @property
@@ -218,13 +222,40 @@ class DrivingSession:
         if not torch.isfinite(future).all():
             raise ValueError("the predicted frames must be finite: check the weights of the checkpoint and its dtype.")
         pictures = self.pipe.video_processor.postprocess_video(self.pipe.decode_latents(future), "pil")[0]
-        for picture, action, latents in zip(pictures, checked[0], future.split(1, dim=2), strict=True):
+        self._keep(pictures, checked[0], future)
+        return pictures
+
+    @torch.no_grad()
+    def append(self, frames: Sequence[PIL.Image.Image], actions: Any) -> None:
+        """Append frames that an earlier session predicted, to continue its rollout here.
+
+        Args:
+            frames: The n frames, RGB, of the checkpoint's frame size.
+            actions: The actions (n, A) in raw units that led to them.
+
+        Raises:
+            ValueError: If there are no frames, their number differs from that of the actions, or one has another size; nothing
+                is appended then.
+        """
+        checked = self.pipe.action_space.prepare(actions)
+        size = self.pipe.frame_size[::-1]
+        if checked.shape[:2] != (1, len(frames)) or any(frame.size != size for frame in frames):
+            raise ValueError(
+                f"`frames` must be one image of {size[0]}x{size[1]} pixels for each action, got {len(frames)} of "
+                f"{sorted({'x'.join(map(str, frame.size)) for frame in frames})} for actions {tuple(checked.shape)}."
+            )
+        images = [frame.convert("RGB") for frame in frames]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+        self._keep(images, checked[0], self.pipe.encode_history(pixels[None] / 127.5 - 1))
+        self._steer_on()
+
+    def _keep(self, frames: Sequence[PIL.Image.Image], actions: torch.Tensor, latents: torch.Tensor) -> None:
+        for frame, action, latent in zip(frames, actions, latents.split(1, dim=2), strict=True):
             if len(self._kept) == self._kept.maxlen:
                 self._last_dropped = self._kept[0]
                 self._before = torch.cat([self._before, self._kept[0].latents], dim=2)[:, :, -self._history_length :]
                 self._num_dropped += 1
-            self._kept.append(_Predicted(_png(picture), action.double().numpy(), latents.clone()))
-        return pictures
+            self._kept.append(_Predicted(_png(frame), action.double().numpy(), latent.clone()))
 
     def _steer_on(self) -> None:
         self.steering.continue_from(self._last.action if self._last else None)

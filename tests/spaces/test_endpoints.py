@@ -1,12 +1,18 @@
-"""What a device can ask of the Space, by gradio_client and in the process itself."""
+"""The API of the Space, through gradio_client and in process."""
 
 import asyncio
 import base64
+import contextlib
+import copy
+import http.client
 import io
 import json
+import os
+import socket
 import time
 import urllib.error
 import urllib.request
+from urllib.parse import urlsplit
 
 import gradio
 import gradio_client
@@ -15,11 +21,11 @@ import PIL.Image
 import pytest
 import starlette.requests
 import torch
-from app import build_app
+from app import build_app, check_port, main, trust_proxy
 from endpoints import address
 from gradio.utils import get_upload_folder
 from sessions import Sessions
-from uploads import uploaded_path
+from uploads import data_url, uploaded_path
 from visitor_files import read_picture
 from worlds import Worlds
 from zero_gpu import LentPipeline
@@ -104,6 +110,7 @@ def test_an_uploaded_picture_is_brought_to_the_models_size(client, tmp_path):
     assert client.predict(session, api_name="/stop")
 
 
+FRAME = data_url(PIL.Image.new("RGB", (96, 96)))
 BAD = [
     ("/start", ("nope", "frame 1", None, 0), "`model` must be one of push-t, got 'nope'"),
     ("/start", (["push-t"], "frame 1", None, 0), "`model` must be one of"),
@@ -113,7 +120,7 @@ BAD = [
     ("/start", ("push-t", "frame 1", [1, 2, 3], 0), "must be"),
     ("/start", ("push-t", "frame 1", None, -1), "`seed` must be a whole number"),
     ("/start", ("push-t", "frame 1", None, "x"), "`seed` must be a whole number"),
-    ("/step", ("guess", SIDEWAYS), "`session` must be one that `start` gave"),
+    ("/step", ("guess", SIDEWAYS), "`session` must be a name that `start` returned"),
     ("/step", (None, [[1, 2, 3]]), r"`actions` must be \(n, 2\)"),
     ("/step", (None, [[1, None]]), "`actions` must be finite"),
     ("/step", (None, "forward"), "`actions` must be"),
@@ -124,6 +131,17 @@ BAD = [
     ("/drive", (None, [0, 0], 0, 1), "`frames` must be a whole number"),
     ("/drive", (None, [0, 0], 1.5, 1), "`frames` must be a whole number"),
     ("/drive", (None, [0, 0], 1, 0), "`speed` must be in"),
+    ("/restore", (None, "all", []), "`frames` must be a list of 1 to 64"),
+    ("/restore", (None, ["data:,"] * 65, []), "`frames` must be a list of 1 to 64"),
+    ("/restore", (None, ["data:,"], [[1, 2]]), "`frames` must be WebP data URLs of 96x96"),
+    ("/restore", (None, ["data:image/webp;base64,AAAA"], [[1, 2]]), "`frames` must be WebP data URLs of 96x96"),
+    (
+        "/restore",
+        (None, [data_url(PIL.Image.new("RGB", (97, 96)))], [[1, 2]]),
+        "`frames` must be WebP data URLs of 96x96",
+    ),
+    ("/restore", (None, [FRAME], [[1, 2], [3, 4]]), "`frames` must be one image of 96x96 pixels for each action"),
+    ("/restore", (None, [FRAME], [[1, 1e30]]), "`actions` must be near the bounds"),
     ("/undo", (None, -1), "`frames` must be a whole number"),
     ("/record", (None,), "nothing has been predicted yet"),
 ]
@@ -266,12 +284,112 @@ def test_starts_under_way_and_ended_work_take_places(worlds):
     asyncio.run(visitors())
 
 
-@pytest.mark.parametrize(
-    ("headers", "come"), [([], "10.0.0.1"), ([(b"x-forwarded-for", b"203.0.113.7, 10.0.0.1")], "203.0.113.7")]
-)
-def test_a_proxy_tells_where_a_visitor_comes_from(headers, come):
+def test_address_ignores_forwarded_headers():
+    headers = [(b"x-forwarded-for", b"203.0.113.7, 10.0.0.1")]
     request = starlette.requests.Request({"type": "http", "headers": headers, "client": ("10.0.0.1", 5)})
-    assert address(gradio.Request(request)) == come
+    assert address(gradio.Request(request)) == "10.0.0.1"
+
+
+def test_only_the_configured_proxy_names_the_visitor(app_url):
+    """The Space of the tests trusts 127.0.0.2. The addresses in the header count from the right."""
+    sessions = []
+
+    def start(forwarded, source="127.0.0.1"):
+        connection = http.client.HTTPConnection(urlsplit(app_url).netloc, source_address=(source, 0))
+        body = json.dumps({"data": ["push-t", "frame 1", None, 0]})
+        headers = {"Content-Type": "application/json", "X-Forwarded-For": forwarded}
+        connection.request("POST", "/gradio_api/run/start", body, headers)
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
+        sessions.extend(answer.get("data", [])[:1])
+        return answer.get("error", "")
+
+    try:
+        for number in range(33):
+            if refusal := start(f"203.0.113.{number}"):
+                break
+        assert "places of a visitor are taken" in refusal
+        assert "all 32 places are taken" in start("203.0.113.7", "127.0.0.2")
+        assert "places of a visitor are taken" in start("203.0.113.7, 127.0.0.1", "127.0.0.2")
+    finally:
+        for session in sessions:
+            post(app_url, "stop", json.dumps([session]))
+
+
+def test_proxies_are_addresses(monkeypatch):
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    with pytest.raises(ValueError, match="FORWARDED_ALLOW_IPS must be addresses"):
+        trust_proxy()
+    monkeypatch.delenv("FORWARDED_ALLOW_IPS")
+    trust_proxy()
+    assert os.environ["FORWARDED_ALLOW_IPS"] == ""
+
+
+def test_invalid_settings_end_in_one_line(tmp_path, monkeypatch, capsys):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        for flags, message in [
+            (["--port", port], f"`--port` must be free, got {port}: Address already in use"),
+            (["--port", "70000"], "`--port` must be in [1, 65535], got 70000"),
+            (["--study", str(tmp_path / "none")], "`study` must be a folder with videos"),
+        ]:
+            monkeypatch.setattr("sys.argv", ["app.py", *flags])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            assert ended.value.code == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert message in line
+    check_port(None)
+    for flags in (["--idle-seconds", "nan"], ["--idle-seconds", "0"], ["--visitor-sessions", "-1"]):
+        monkeypatch.setattr("sys.argv", ["app.py", *flags])
+        with pytest.raises(SystemExit):
+            main()
+        assert "must be positive and finite" in capsys.readouterr().err
+
+
+def chunked(app_url, path, size):
+    """POST a body without its length, in chunks of 100 kB; return the status."""
+    connection = http.client.HTTPConnection(urlsplit(app_url).netloc)
+    with contextlib.suppress(OSError):  # the server answers and closes the connection before the end
+        connection.request("POST", path, (b"[" * 100_000 for _ in range(size // 100_000)), encode_chunked=True)
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+def test_bodies_are_limited_except_for_uploads(app_url, client, tmp_path):
+    too_long = json.dumps([None, [[1.0, 2.0]] * 100_000])
+    assert post(app_url, "step", too_long)[0] == 413
+    assert chunked(app_url, "/gradio_api/run/step", 2_000_000) == 413
+    assert chunked(app_url, "/gradio_api/queue/join", 2_000_000) == 413
+    assert chunked(app_url, "/gradio_api/run/gradio_api/upload", 2_000_000) == 413
+    assert (
+        post(app_url, "step", json.dumps([None, [[1.0, 2.0]] * 50_000]))[0] == 500
+    )  # 0.6 MB: refused by the endpoint
+    path = tmp_path / "noise.png"
+    noise = np.random.default_rng(0).integers(0, 256, (800, 800, 3), dtype=np.uint8)
+    PIL.Image.fromarray(noise).save(path)
+    assert path.stat().st_size > 1_900_000
+    session, *_ = client.predict("push-t", gradio_client.handle_file(path), [100, 300], 0, api_name="/start")
+    assert client.predict(session, api_name="/stop")
+
+
+def test_an_ended_session_is_restored(client):
+    """The restored rollout predicts the same frames."""
+    first, *_ = client.predict("push-t", "frame 1", None, 0, api_name="/start")
+    frames = client.predict(first, SIDEWAYS, api_name="/step")
+    following = client.predict(first, SIDEWAYS[::-1], api_name="/step")
+    client.predict(first, api_name="/stop")
+    second, *_ = client.predict("push-t", "frame 1", None, 0, api_name="/start")
+    assert client.predict(second, frames[:2], SIDEWAYS[:2], api_name="/restore") == 2
+    assert client.predict(second, frames[2:], SIDEWAYS[2:], api_name="/restore") == 3
+    restored = client.predict(second, SIDEWAYS[::-1], api_name="/step")
+    for one, other in zip(restored, following, strict=True):  # frames are stored with 8 bits
+        assert np.abs(pixels(one) - pixels(other)).mean() < 1
+    assert client.predict(second, 4, api_name="/undo") == (frames[1], 2)
+    client.predict(second, api_name="/stop")
 
 
 def test_a_models_turns_come_in_the_order_of_asking(worlds):
@@ -286,6 +404,56 @@ def test_a_models_turns_come_in_the_order_of_asking(worlds):
 
     asyncio.run(visitors())
     assert done == list(range(20))
+
+
+def test_drivers_are_served_between_network_evaluations(worlds):
+    """Each request waits for at most one evaluation of a long prediction; the prediction does not change."""
+    world = worlds["push-t"]
+    session, pipeline = new_session(world), copy.copy(world.pipeline)
+    pipeline.scheduler = copy.deepcopy(world.pipeline.scheduler)
+    evaluations, waits = [], []
+
+    def predict():
+        generator = torch.Generator().manual_seed(0)
+        return pipeline.predict(
+            world.starts["frame 1"].frames, [[100.0, 300.0]], num_inference_steps=12, generator=generator
+        )
+
+    alone = predict()
+
+    async def drive():
+        for _ in range(3):
+            while len(evaluations) < 3 * (len(waits) + 1):
+                await asyncio.sleep(0.001)
+            asked = len(evaluations)
+            served = await world.run(lambda: (len(evaluations), session.drive([1.0, 0.0])))
+            waits.append(served[0] - asked)
+
+    async def visitors():
+        return (await asyncio.gather(world.run_long(predict), drive()))[0]
+
+    hook = world.pipeline.transformer.register_forward_hook(lambda *_: evaluations.append(None))
+    try:
+        predicted = asyncio.run(visitors())
+    finally:
+        hook.remove()
+    assert len(waits) == 3
+    assert max(waits) <= 1
+    torch.testing.assert_close(predicted, alone, rtol=0, atol=0)
+
+
+def test_a_failing_request_does_not_stop_a_long_prediction(worlds):
+    world = worlds["push-t"]
+
+    async def visitors():
+        def long():
+            return world.pipeline.predict(world.starts["frame 1"].frames, [[100.0, 300.0]]).shape
+
+        return await asyncio.gather(world.run_long(long), world.run(lambda: 1 / 0), return_exceptions=True)
+
+    answer, error = asyncio.run(visitors())
+    assert answer == (1, 1, 3, 96, 96)
+    assert isinstance(error, ZeroDivisionError)
 
 
 def test_memory_of_a_session_is_bounded(worlds):

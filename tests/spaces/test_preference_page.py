@@ -8,7 +8,7 @@ from irasim_diffusers.data import write_video
 
 pytest.importorskip("gradio")
 from preference import rates_page
-from study_videos import find_study, open_study, owner_key
+from study_videos import find_demonstration, open_study, owner_key
 
 
 def write_study(folder, **clips):
@@ -52,7 +52,7 @@ def test_folders_that_are_none(tmp_path, clips, message):
 
 
 def test_without_a_model_and_a_folder_there_is_no_study():
-    assert find_study(None, {}) is None
+    assert find_demonstration({}) is None
 
 
 def test_results_of_a_folder_want_a_key(monkeypatch, capsys):
@@ -78,7 +78,7 @@ def test_answers_outlive_the_page_and_can_be_had_as_csv(page, app_url):
     page.locator("#preference-begin").click()
     page.locator("#preference-view canvas").nth(2).wait_for(timeout=60_000)
     assert page.locator("#preference-view figcaption").all_inner_texts() == ["Left", "Right", "What truly happened"]
-    assert "PNDM, 4 steps" not in page.content()
+    assert "Euler, 2 steps" not in page.content()
     page.locator("#preference-left").click()
     page.get_by_text("1 of 4 compared").wait_for()
     assert page.locator("#preference-back").is_visible()

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..files import remove_abandoned, temporary_path
+from ..latents import unscale_latents
 from .episode import Episode, EpisodeSource
 
 FRAMES_AT_ONCE = 256
@@ -153,7 +154,7 @@ def _identity(
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """Hash of all weights."""
+    """Return a hash of the weights of a module."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -209,7 +210,7 @@ def _metadata(path: Path) -> tuple[int, dict[str, str]]:
 def _checksum(tensors: dict[str, torch.Tensor]) -> int:
     checksum = 0
     for name, tensor in sorted(tensors.items()):
-        checksum = zlib.crc32(tensor.numpy(), zlib.crc32(name.encode(), checksum))
+        checksum = zlib.crc32(tensor.numpy().data, zlib.crc32(name.encode(), checksum))
     return checksum
 
 
@@ -272,7 +273,7 @@ def _encode_recorded(dataset: EpisodeSource, vae: AutoencoderKL, number: int) ->
             f"episode {number} of {dataset.name!r} has no latents beside its video: use `recorded=False` (without "
             "--recorded_latents) to encode the frames."
         )
-    unscaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+    unscaled = unscale_latents(vae, latents)
     remedy = "use `recorded=False` (without --recorded_latents) to encode the frames"
     return _finite(unscaled.half(), dataset, number, remedy), dataset.vectors(number)["action"]
 

@@ -36,6 +36,8 @@ INDEX_FEATURES = {
     "index": "int64",
     "task_index": "int64",
 }
+OWN_ENTRY = "irasim"
+"""Entry of the feature `action` in info.json for what LeRobot does not store: derivation, units and camera layout."""
 GRID_TOLERANCE = 0.01
 """Largest distance of a timestamp from a multiple of 1 / fps, in frames, beside the rounding of float32."""
 
@@ -80,6 +82,9 @@ class LeRobotFolder(InOrder):
             )
         self._check_info()
         known = [key for key, feature in self._features.items() if feature["dtype"] in ("video", "image")]
+        written = self._own_entry.get("cameras")
+        if self.cameras is None and written is not None and {key for row in written for key in row} <= set(known):
+            object.__setattr__(self, "cameras", written)
         if self.cameras is None and len(known) != 1:
             raise ValueError(f"`cameras` must name one or more of {known} in {self.name!r}.")
         layout = camera_layout(known[0] if self.cameras is None else self.cameras)
@@ -141,8 +146,11 @@ class LeRobotFolder(InOrder):
 
     @property
     def _states(self) -> tuple[str, ...]:
+        """The chosen states, or all features of floats; the others are read by `flags`."""
         return tuple(self.state_columns) or tuple(
-            key for key in self._vector_features if key not in self.action_column
+            key
+            for key in self._vector_features
+            if key not in self.action_column and self._features[key]["dtype"].startswith("float")
         )
 
     def _width(self, key: str) -> int | None:
@@ -156,6 +164,20 @@ class LeRobotFolder(InOrder):
     def fps(self) -> float:
         """Frames per second."""
         return self.info["fps"]
+
+    @property
+    def _own_entry(self) -> dict[str, Any]:
+        return self._features.get("action", {}).get(OWN_ENTRY, {})
+
+    @property
+    def action_derivation(self) -> str:
+        """How the actions follow from states, as `write_lerobot` stored it; see `actions.DERIVATIONS`."""
+        return self._own_entry.get("action_derivation", "recorded")
+
+    @property
+    def action_units(self) -> list[str | None] | None:
+        """Units of the action components, if `write_lerobot` stored them."""
+        return self._own_entry.get("action_units")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -292,6 +314,21 @@ class LeRobotFolder(InOrder):
         except ValueError as error:
             raise ValueError(f"episode {row['episode_index']} of {self.name!r}: {error}") from error
 
+    def flags(self, number: int) -> dict[str, np.ndarray]:
+        """Read the bool and integer features (T, D) of one episode, for example `next.done`, in the recorded type."""
+        keys = [
+            key
+            for key, feature in self._features.items()
+            if feature["dtype"].startswith(("bool", "int", "uint")) and key not in INDEX_FEATURES
+            if len(feature["shape"]) == 1 and key not in (*self.action_column, *self._states)
+        ]
+        if not keys:
+            return {}
+        row = self.rows[number]
+        table = read_parquet(self._file(row), [*keys, "episode_index"])
+        table = table.filter(pc.equal(table["episode_index"], row["episode_index"]))
+        return {key: self._values(row, key, table[key]).astype(self._features[key]["dtype"]) for key in keys}
+
     def component_names(self, key: str) -> list[str] | None:
         """Names of the components of `action` or a state; None if unknown."""
         keys = self.action_column if key == "action" else (key,)
@@ -347,15 +384,18 @@ class LeRobotFolder(InOrder):
         return read_picture(source, f"{key!r} at frame {frame} in {str(self._path(row))!r}")
 
     def _matrix(self, row: dict[str, Any], key: str, column: pa.ChunkedArray) -> np.ndarray:
-        """Convert a column of numbers, or of lists as long as `info.json` says, to (T, D), float32."""
+        """Convert a column to finite numbers (T, D), float32."""
+        return finite_vector(self._values(row, key, column), key, str(self._path(row)))
+
+    def _values(self, row: dict[str, Any], key: str, column: pa.ChunkedArray) -> np.ndarray:
+        """Convert a column of numbers, or of lists as long as `info.json` says, to (T, D)."""
         array, path = column.combine_chunks(), str(self._path(row))
         if pa.types.is_nested(array.type):
             width, widths = self._width(key), pc.unique(pc.list_value_length(array)).to_pylist()
             if widths != [width]:
                 raise ValueError(f"{path!r}: {key!r} must be {width} numbers in every row, got {widths}.")
             array = array.flatten()
-        values = array.to_numpy(zero_copy_only=False).reshape(len(column), -1)
-        return finite_vector(values, key, path)
+        return array.to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
     def _table(self, row: dict[str, Any]) -> pa.Table:
         """Vectors and timestamps of one episode; the last table is kept for the next episode in its file."""

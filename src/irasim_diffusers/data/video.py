@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from fractions import Fraction
 from itertools import chain, islice
@@ -239,21 +239,36 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
     Raises:
         ValueError: If there are no frames, or their sizes differ.
     """
-    path, frames = Path(path), iter(frames)
-    first = next(frames, None)
-    if first is None:
-        raise ValueError(f"`frames` must contain at least one frame to write to {str(path)!r}.")
-    height, width, _ = first.shape
-    padding = ((0, 0 if lossless else height % 2), (0, 0 if lossless else width % 2), (0, 0))
+    with video_writer(path, fps, lossless) as append:
+        for frame in frames:
+            append(frame)
+    return Path(path)
+
+
+@contextmanager
+def video_writer(
+    path: str | os.PathLike, fps: float, lossless: bool = False
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yield a function that appends one frame (H, W, 3), uint8 RGB, to a video file; see `write_video`."""
     codec, pixel_format = ("libx264rgb", "rgb24") if lossless else ("libx264", "yuv420p")
     options = {"crf": "0" if lossless else "16", "preset": "veryfast" if lossless else "medium", "g": "10"}
+    size: tuple[int, ...] = ()
     with temporary_path(path) as partial, av.open(str(partial), mode="w") as container:
         stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.width, stream.height, stream.pix_fmt = width + padding[1][1], height + padding[0][1], pixel_format
-        for frame in chain([first], frames):
-            if frame.shape != first.shape:
-                raise ValueError(f"`frames` must have one size, got {first.shape} and {frame.shape}.")
-            padded = np.pad(frame, padding, mode="edge") if np.any(padding) else frame
+        stream.pix_fmt = pixel_format
+
+        def append(frame: np.ndarray) -> None:
+            nonlocal size
+            if size and frame.shape != size:
+                raise ValueError(f"`frames` must have one size, got {size} and {frame.shape}.")
+            odd = ((0, 0), (0, 0)) if lossless else ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2))
+            padded = np.pad(frame, (*odd, (0, 0)), mode="edge") if np.any(odd) else frame
+            if not size:
+                size = frame.shape
+                stream.height, stream.width, _ = padded.shape
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")))
+
+        yield append
+        if not size:
+            raise ValueError(f"`frames` must contain at least one frame to write to {str(path)!r}.")
         container.mux(stream.encode(None))
-    return path

@@ -3,6 +3,7 @@
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
 from .noise_process import noise_process
+from .proprioception import ProprioceptionModel
 from .transformer_irasim import PRESETS, IRASimTransformer3DModel
 from .unet_trajectory import UNET_PRESETS, UNetTrajectoryModel
 
@@ -11,9 +12,17 @@ LOADABLE_CLASSES.setdefault(
     "irasim_diffusers",
     {
         "IRASimTransformer3DModel": ["save_pretrained", "from_pretrained"],
+        "ProprioceptionModel": ["save_pretrained", "from_pretrained"],
         "UNetTrajectoryModel": ["save_pretrained", "from_pretrained"],
     },
 )
 ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES["irasim_diffusers"])
 
-__all__ = ["PRESETS", "UNET_PRESETS", "IRASimTransformer3DModel", "UNetTrajectoryModel", "noise_process"]
+__all__ = [
+    "PRESETS",
+    "UNET_PRESETS",
+    "IRASimTransformer3DModel",
+    "ProprioceptionModel",
+    "UNetTrajectoryModel",
+    "noise_process",
+]

@@ -1,4 +1,4 @@
-"""Human preference between the videos of two models (paper, section 13)."""
+"""Human preference study of the videos of several models (paper, section 13)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import temporary_path
-from ..metrics import bootstrap
+from irasim_diffusers.metrics import bootstrap
 
 CHOICES = ("left", "similar", "right")
 OUTCOMES = ("win", "tie", "loss")
@@ -22,7 +21,7 @@ OUTCOMES = ("win", "tie", "loss")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two videos of one clip, shown side by side with the truth; model names are hidden."""
+    """Two predictions of one clip, shown next to the ground truth; model names are hidden."""
 
     clip: str
     left: str  # name of a model
@@ -37,23 +36,23 @@ class Answer:
     clip: str
     left: str
     right: str
-    choice: str  # one of CHOICES: which is the better
+    choice: str  # one of CHOICES: the better side
 
 
 class PreferenceStudy:
     """A preference study that stores each answer on disk immediately.
 
-    Each answer is on disk when `answer` returns, a line of `answers.jsonl`. Several processes may serve one study.
+    Each answer is a line of `answers.jsonl`, flushed to disk when `answer` returns. Several processes may serve one study.
 
     Args:
         folder: Folder of the answers; an existing study in it is resumed.
         clips: Names of the clips.
-        model: Name of the model that the rates are of.
+        model: Name of the model to rate.
         others: Names of the models it is compared with.
-        seed: Seed of the order and sides, which differ between raters.
+        seed: Seed of the order and the sides, which differ between raters.
 
     Raises:
-        ValueError: If there is nothing to compare or a name is repeated.
+        ValueError: If there are no clips or other models, or a name is repeated.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class PreferenceStudy:
         self._file.parent.mkdir(parents=True, exist_ok=True)
 
     def comparisons(self, rater: str) -> list[Comparison]:
-        """All comparisons of the study in the order and with the sides of a rater, always the same ones."""
+        """Return all comparisons in the order and with the sides of a rater; each call returns the same."""
         digest = hashlib.sha256(json.dumps([self.seed, rater]).encode()).digest()
         rng = np.random.default_rng(list(digest))
         pairs = [(clip, other) for clip in self.clips for other in self.others]
@@ -90,7 +89,7 @@ class PreferenceStudy:
         return [each for each in shown if (each.clip, each.left, each.right) not in answered]
 
     def answer(self, rater: str, comparison: Comparison, choice: str) -> None:
-        """Store an answer; it replaces an earlier one to the same comparison.
+        """Store an answer; it replaces an earlier answer to the same comparison.
 
         Raises:
             ValueError: If the rater has no name, the choice is unknown, or the comparison was not shown to the rater.
@@ -102,7 +101,7 @@ class PreferenceStudy:
         if comparison not in self.comparisons(rater):
             raise ValueError(f"`comparison` must be one of the study's for {rater!r}, got {comparison}.")
         answer = Answer(rater, comparison.clip, comparison.left, comparison.right, choice)
-        # a line begins on its own, also after one that was cut off; one write of O_APPEND is not torn by others
+        # the first newline ends a line that a crash cut off; one write with O_APPEND does not mix with those of others
         line = f"\n{json.dumps(vars(answer))}\n".encode()
         file = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -112,10 +111,10 @@ class PreferenceStudy:
             os.close(file)
 
     def answers(self) -> list[Answer]:
-        """The answers that count, the last of each rater to each comparison, of this study's clips and models."""
+        """Return the valid answers: the last one of each rater to each comparison of this study."""
         compared = {frozenset((self.model, other)) for other in self.others}
         latest: dict[tuple[str, str, frozenset[str]], Answer] = {}
-        for line in self._file.read_text().splitlines() if self._file.exists() else ():
+        for line in self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else ():
             try:
                 answer = Answer(**json.loads(line))
             except (json.JSONDecodeError, TypeError):  # empty, or cut off by a crash
@@ -128,11 +127,11 @@ class PreferenceStudy:
     def rates(self, seed: int = 0) -> dict[str, dict[str, Any]]:
         """Compute how often the model wins, ties and loses against each other model.
 
-        Raters of one clip see the same videos, so that clips, not answers, are the independent units of the intervals.
+        Raters of one clip see the same videos, so clips, not answers, are the independent units of the intervals.
 
         Returns:
-            For each other model that was compared: `win`, `tie` and `loss`, each the mean over clips with a bootstrap 95 %
-            interval, and the numbers of `answers` and `raters`.
+            For each other model with answers: `win`, `tie` and `loss`, each the mean over clips with a bootstrap 95 % interval, and
+            the numbers of `answers` and `raters`.
         """
         rates: dict[str, dict[str, Any]] = {}
         for other in self.others:
@@ -154,8 +153,8 @@ class PreferenceStudy:
         return rates
 
     def export(self, path: str | os.PathLike) -> None:
-        """Write the answers that count as CSV, with what each means for the model."""
-        with temporary_path(path) as partial, open(partial, "w", newline="") as file:
+        """Write the valid answers as CSV, with the outcome of each for the model."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([*(field.name for field in fields(Answer)), "outcome"])
             writer.writerows([*vars(answer).values(), self._outcome(answer)] for answer in self.answers())

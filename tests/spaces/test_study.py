@@ -3,8 +3,7 @@ import json
 import multiprocessing
 
 import pytest
-
-from irasim_diffusers.evaluation import Comparison, PreferenceStudy
+from study import Comparison, PreferenceStudy
 
 CLIPS = [f"clip-{number}" for number in range(40)]
 

@@ -1,0 +1,167 @@
+"""Train the proprioception model of a world model: it reads the robot state from a frame.
+
+    python examples/pusht/train_proprioception.py --dataset data/pusht-train --validation_dataset data/pusht-test \
+        --model src/irasim_diffusers/checkpoints/pusht
+
+Half of each batch are recorded frames, half are frames that the world model predicts from recorded histories and actions. The targets
+are the recorded states. The result is stored in the folder `proprioception` of the world model, where `irasim_diffusers.envs` finds it.
+The errors on recorded and on predicted frames of the validation set are printed and stored in its `metrics.json`.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from irasim_diffusers import IRASimPipeline, ProprioceptionModel, embedded_checkpoint
+from irasim_diffusers.data import EpisodeSource, open_dataset
+from irasim_diffusers.devices import fast_dtype
+from irasim_diffusers.files import temporary_path
+from irasim_diffusers.training import run_script
+
+
+@dataclass
+class ProprioceptionArguments:
+    dataset: str = field(metadata={"help": "LeRobotDataset folder with states"})
+    validation_dataset: str = field(metadata={"help": "held-out LeRobotDataset folder"})
+    model: str = field(default=str(embedded_checkpoint()), metadata={"help": "pipeline that predicts frames"})
+    output_dir: Path | None = field(default=None, metadata={"help": "default: the folder proprioception of the model"})
+    state_key: str = field(default="observation.state", metadata={"help": "key of the robot state"})
+    state_low: list[float] = field(default_factory=lambda: [0.0, 0.0], metadata={"help": "lowest states"})
+    state_high: list[float] = field(default_factory=lambda: [512.0, 512.0], metadata={"help": "highest states"})
+    num_windows: int = field(default=800, metadata={"help": "windows of recorded training frames"})
+    num_rollouts: int = field(default=120, metadata={"help": "windows that are also predicted by the model"})
+    num_validation_windows: int = field(default=60, metadata={"help": "windows of the validation set, all predicted"})
+    num_predicted: int = field(default=15, metadata={"help": "frames per window after the history"})
+    max_train_steps: int = 1000
+    batch_size: int = field(default=48, metadata={"help": "half recorded, half predicted frames"})
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+
+def read_frames(
+    source: EpisodeSource,
+    pipeline: IRASimPipeline,
+    arguments: ProprioceptionArguments,
+    windows: int,
+    rollouts: int,
+    seed: int,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Draw windows of episodes and predict some of them from their histories.
+
+    Returns:
+        `recorded` and `predicted`: frames (N, 3, H, W), uint8, and their states (N, S).
+    """
+    rng = np.random.default_rng(seed)
+    history, length = pipeline.transformer.config.num_history_frames, arguments.num_predicted
+    frames: dict[str, list[np.ndarray]] = {"recorded": [], "predicted": []}
+    states: dict[str, list[np.ndarray]] = {"recorded": [], "predicted": []}
+    for index in tqdm(range(windows), desc="windows"):
+        number = int(rng.integers(len(source)))
+        start = int(rng.integers(len(source.vectors(number)["action"]) - history - length + 1))
+        window = source.window(number, start, history + length)
+        videos = {"recorded": window.frames[history:]}
+        if index < rollouts:
+            actions = window.actions[history - 1 : -1]
+            generator = torch.Generator().manual_seed(index)
+            predicted = pipeline(window.frames[:history], actions, generator=generator, output_type="np").frames[0]
+            videos["predicted"] = (255 * predicted).round().astype(np.uint8)
+        for name, video in videos.items():
+            frames[name].append(video)
+            states[name].append(window.states[arguments.state_key][history:])
+    return {
+        name: (
+            torch.from_numpy(np.concatenate(frames[name])).movedim(-1, 1),
+            torch.from_numpy(np.concatenate(states[name])).float(),
+        )
+        for name in frames
+    }
+
+
+def augment(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Change brightness, contrast, sharpness and noise of frames (B, 3, H, W) in [0, 1]."""
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return low + (high - low) * torch.rand(len(frames), 1, 1, 1, generator=generator)
+
+    blurred = functional.avg_pool2d(functional.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    frames = torch.lerp(frames, blurred, uniform(-0.3, 1.0))
+    frames = (frames - 0.5) * uniform(0.9, 1.1) + 0.5 + uniform(-0.05, 0.05)
+    return frames + uniform(0, 0.03) * torch.randn(frames.shape, generator=generator)
+
+
+def train(
+    data: dict[str, tuple[torch.Tensor, torch.Tensor]], names: list[str], arguments: ProprioceptionArguments
+) -> ProprioceptionModel:
+    """Fit a model to `recorded` and `predicted` frames."""
+    torch.manual_seed(arguments.seed)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    offset, scale = data["recorded"][1].mean(0), 1 / data["recorded"][1].std(0)
+    model = ProprioceptionModel(
+        names, arguments.state_low, arguments.state_high, offset.tolist(), scale.tolist()
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), arguments.learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, arguments.learning_rate, arguments.max_train_steps, pct_start=0.1
+    )
+    progress = tqdm(range(arguments.max_train_steps), desc="steps")
+    for _ in progress:
+        frames, states = [], []
+        for part, targets in data.values():
+            chosen = torch.randint(len(part), (arguments.batch_size // 2,), generator=generator)
+            frames.append(part[chosen])
+            states.append(targets[chosen])
+        with torch.autocast("cpu", torch.bfloat16):
+            prediction = model(augment(torch.cat(frames).float() / 255, generator))
+        loss = functional.smooth_l1_loss(prediction * scale, torch.cat(states) * scale, beta=0.02)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.4f}")
+    return model.eval()
+
+
+def errors(model: ProprioceptionModel, frames: torch.Tensor, states: torch.Tensor, unit: float) -> dict[str, float]:
+    """Distances between readings and states (N, S), in units of the state and in pixels."""
+    readings = torch.cat([model.read(part.float() / 255) for part in frames.split(256)])
+    distances = torch.linalg.vector_norm(readings - states, dim=-1).numpy()
+    figures = {"median": np.median(distances), "mean": distances.mean(), "p95": np.quantile(distances, 0.95)}
+    report = {"frames": len(frames), **figures, **{f"{name}_px": value * unit for name, value in figures.items()}}
+    return {name: round(float(value), 3) for name, value in report.items()}
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(ProprioceptionArguments).parse_args_into_dataclasses()
+    began = time.perf_counter()
+    pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=fast_dtype("cpu"))
+    pipeline.set_progress_bar_config(disable=True)
+    training, validation = open_dataset(arguments.dataset), open_dataset(arguments.validation_dataset)
+    count = arguments.num_validation_windows
+    held_out = read_frames(validation, pipeline, arguments, count, count, seed=1)
+    data = read_frames(training, pipeline, arguments, arguments.num_windows, arguments.num_rollouts, seed=0)
+    size = data["recorded"][1].shape[-1]
+    names = training.component_names(arguments.state_key) or [f"state {index}" for index in range(size)]
+    model = train(data, names, arguments)
+
+    output = arguments.output_dir or Path(arguments.model) / "proprioception"
+    model.save_pretrained(output)
+    unit = pipeline.frame_size[1] / (arguments.state_high[0] - arguments.state_low[0])
+    report: dict[str, Any] = {name: errors(model, *part, unit) for name, part in held_out.items()}
+    report["parameters"] = model.num_parameters()
+    with temporary_path(output / "metrics.json") as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=2))
+    print(f"trained in {(time.perf_counter() - began) / 60:.1f} min: {output}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,186 @@
+"""Train a small network that predicts, from one Push-T frame, how well the block covers the goal.
+
+    python examples/pusht/train_reward.py --dataset data/pusht-train --test_dataset data/pusht-test --output_dir runs/reward
+
+The label is the intersection over union (IoU) of block and goal in the simulator (paper, section 4.3), or their closeness:
+1 minus the mean distance of the block's corners from their goal positions, in units of 256. The IoU is zero in most frames, so
+the closeness is the better guide for a planner that is far from the goal. Only the frame enters the network. Frames are blurred,
+shifted in colour and made noisy, so that the network also works on the frames of a world model. The report compares the error on
+held-out simulator frames with that on frames that a world model predicts for held-out actions.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import shapely
+import torch
+from expert import GOAL, distance_to_goal, outline
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from irasim_diffusers import IRASimPipeline, embedded_checkpoint, roll
+from irasim_diffusers.data import EpisodeSource, open_dataset
+from irasim_diffusers.files import temporary_path
+from irasim_diffusers.metrics import bootstrap
+from irasim_diffusers.rewards import FrameRegressor
+from irasim_diffusers.training import require_finite, run_script
+
+BLOCK = "observation.environment_state"
+SCALE = 256.0  # distance of closeness 0, arena units
+TARGETS = ("iou", "closeness")
+
+
+@dataclass
+class RewardArguments:
+    dataset: str = field(metadata={"help": "LeRobotDataset folder made by collect.py"})
+    output_dir: Path = field(metadata={"help": "folder for the network and report.json"})
+    test_dataset: str | None = field(
+        default=None, metadata={"help": "held-out dataset; without it no error is reported"}
+    )
+    target: str = field(default="iou", metadata={"help": "iou or closeness"})
+    max_episodes: int = field(default=1500, metadata={"help": "maximum number of training episodes"})
+    frames_per_episode: int = field(default=24, metadata={"help": "frames read per episode"})
+    max_train_steps: int = 4000
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    model: str | None = field(
+        default=None, metadata={"help": "world model of the report: folder or Hub id (default: the embedded one)"}
+    )
+    num_clips: int = field(default=100, metadata={"help": "held-out clips that the world model predicts"})
+    num_predicted_frames: int = field(default=15, metadata={"help": "predicted frames of a clip"})
+    seed: int = 0
+
+
+def ious(blocks: np.ndarray) -> np.ndarray:
+    """Intersection over union (N,) of blocks at poses (N, 3) with the goal."""
+    goal = shapely.Polygon(outline(GOAL))
+    blocks = shapely.polygons(outline(blocks))
+    overlap = shapely.area(shapely.intersection(blocks, goal))
+    return overlap / (2 * goal.area - overlap)
+
+
+def labels(blocks: np.ndarray, target: str) -> np.ndarray:
+    """Labels (N,) in [0, 1] of blocks at poses (N, 3)."""
+    blocks = blocks.astype(np.float64)
+    return ious(blocks) if target == "iou" else np.clip(1 - distance_to_goal(blocks) / SCALE, 0, 1)
+
+
+def read_frames(dataset: EpisodeSource, arguments: RewardArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames (N, 3, H, W), uint8, evenly spaced in each episode, and their labels (N,)."""
+    frames, values = [], []
+    for number in tqdm(range(min(len(dataset), arguments.max_episodes)), desc="reading", unit="episode"):
+        episode = dataset[number]
+        taken = np.linspace(0, len(episode) - 1, arguments.frames_per_episode).round().astype(int)
+        frames.append(torch.from_numpy(episode.frames[taken]).permute(0, 3, 1, 2))
+        values.append(torch.from_numpy(labels(episode.states[BLOCK][taken], arguments.target)).float())
+    return torch.cat(frames), torch.cat(values)
+
+
+def augment(frames: torch.Tensor) -> torch.Tensor:
+    """Blur half of the frames (B, 3, H, W) and add noise of pixels, of 4x4 patches and of the colours to all."""
+    size = len(frames)
+    blurred = functional.avg_pool2d(functional.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    share = torch.rand(size, 1, 1, 1) * (torch.rand(size, 1, 1, 1) < 0.5)
+    frames = frames + share * (blurred - frames)
+    strength = 0.05 * torch.rand(size, 1, 1, 1)
+    patches = torch.randn(*frames.shape[:2], frames.shape[2] // 4, frames.shape[3] // 4)
+    patches = functional.interpolate(patches, frames.shape[2:], mode="bilinear")
+    colours = 0.02 * torch.randn(size, 3, 1, 1)
+    return (frames + strength * (torch.randn_like(frames) + patches) + colours).clamp(0, 1)
+
+
+def train(network: FrameRegressor, frames: torch.Tensor, values: torch.Tensor, arguments: RewardArguments) -> None:
+    """Minimise the squared error; frames with high labels, which are rare, are drawn as often as others."""
+    bins = (values * 10).long().clamp(max=9)
+    weights = 1 / bins.bincount(minlength=10).clamp(min=1)[bins].sqrt()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=arguments.learning_rate, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.learning_rate, arguments.max_train_steps)
+    bar = tqdm(range(arguments.max_train_steps), desc="training", unit="step")
+    for step in bar:
+        rows = torch.multinomial(weights, arguments.batch_size, replacement=True)
+        error = network(augment(frames[rows].float() / 255)) - values[rows]
+        loss = error.square().mean()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"The loss is {loss.item()} at step {step}: use a smaller `learning_rate`.")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(rmse=f"{loss.sqrt():.4f}")
+
+
+@torch.no_grad()
+def predicted_clips(
+    dataset: EpisodeSource, arguments: RewardArguments
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Frames (N, n, 3, H, W) that the world model predicts, those of the simulator, and their labels (N, n)."""
+    pipeline = IRASimPipeline.from_pretrained(arguments.model or embedded_checkpoint())
+    history, length = pipeline.transformer.config.num_history_frames, arguments.num_predicted_frames
+    rng = np.random.default_rng(arguments.seed)
+    predicted, true, values = [], [], []
+    for number in tqdm(range(arguments.num_clips), desc="predicting", unit="clip"):
+        episode = dataset[int(number % len(dataset))]
+        last = int(rng.integers(history - 1, len(episode) - length))
+        state = pipeline.start(episode.frames[last - history + 1 : last + 1], [number])
+        actions = torch.from_numpy(episode.actions[None, last : last + length]).float()
+        latents = torch.cat([latents for _, latents in roll(pipeline, state, actions)], dim=2)
+        predicted.append(pipeline.decode(latents))
+        future = slice(last + 1, last + length + 1)
+        true.append(torch.from_numpy(episode.frames[future]).permute(0, 3, 1, 2)[None] / 255)
+        values.append(torch.from_numpy(labels(episode.states[BLOCK][future], arguments.target)).float()[None])
+    return torch.cat(predicted), torch.cat(true), torch.cat(values)
+
+
+@torch.no_grad()
+def evaluate(network: FrameRegressor, dataset: EpisodeSource, arguments: RewardArguments) -> dict[str, dict]:
+    """Mean absolute error with 95 % interval over clips, and correlation, for frames of the simulator and of the model."""
+    predicted, true, values = predicted_clips(dataset, arguments)
+    rng = np.random.default_rng(arguments.seed)
+    report = {}
+    for name, frames in (("simulator", true), ("model", predicted)):
+        scores = network(frames)
+        for part, taken in (("frames", slice(None)), ("last_frame", slice(-1, None))):
+            errors = (scores - values)[:, taken]
+            report[f"{name}_{part}"] = bootstrap(errors.abs().mean(1).numpy(), rng) | {
+                "pearson": float(np.corrcoef(scores[:, taken].flatten(), values[:, taken].flatten())[0, 1]),
+                "bias": float(errors.mean()),
+            }
+    return report
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(RewardArguments).parse_args_into_dataclasses()
+    require_finite(asdict(arguments))
+    if arguments.target not in TARGETS:
+        raise ValueError(f"`target` must be iou or closeness, got {arguments.target!r}.")
+    for name in ("max_episodes", "frames_per_episode", "max_train_steps", "batch_size", "num_clips"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(arguments, name)}.")
+    torch.manual_seed(arguments.seed)
+    started = time.perf_counter()
+    test = open_dataset(arguments.test_dataset) if arguments.test_dataset else None
+    frames, values = read_frames(open_dataset(arguments.dataset), arguments)
+    network = FrameRegressor(*frames.shape[-2:], target=arguments.target)
+    train(network, frames, values, arguments)
+    network.eval().save_pretrained(arguments.output_dir)
+    report = {} if test is None else evaluate(network, test, arguments)
+    for name, figures in report.items():
+        print(f"{name}: MAE {figures['mean']:.4f} [{figures['low']:.4f}, {figures['high']:.4f}]", end=", ")
+        print(f"Pearson {figures['pearson']:.3f}, bias {figures['bias']:+.4f}, n {figures['n']}")
+    report["setting"] = asdict(arguments) | {
+        "output_dir": str(arguments.output_dir),
+        "command": " ".join(["python", *sys.argv]),
+        "minutes": (time.perf_counter() - started) / 60,
+    }
+    with temporary_path(arguments.output_dir / "report.json") as partial:
+        partial.write_text(json.dumps(report, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_script(main)

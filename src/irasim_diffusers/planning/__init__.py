@@ -1,0 +1,14 @@
+"""Planners: choose actions by predicting their futures in a world model and scoring these.
+
+    state = model.start(frames, seeds=[0])
+    plan = CEM(horizon=15)(model, state, GoalImage(goal), init=hold_actions)
+    robot.execute(plan.actions)
+
+Every planner has the signature `planner(model, state, objective, init=None) -> Plan`. Candidates are sampled in the normalised
+units of the action space, stay within its bounds, and are compared under the same noise.
+"""
+
+from .planners import CEM, MPPI, Gradient, Rank, straight_lines
+from .scoring import Disagreement, NoPlanError, Plan, Scoring
+
+__all__ = ["CEM", "MPPI", "Disagreement", "Gradient", "NoPlanError", "Plan", "Rank", "Scoring", "straight_lines"]

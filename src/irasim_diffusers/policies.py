@@ -1,0 +1,256 @@
+"""Policies: LeRobot's interface, adapters of plain callables and of LeRobot policies, and planning in closed loop.
+
+An observation is a dictionary of arrays or tensors with B rows: `pixels` (B, H, W, 3), uint8, and usually `agent_pos` (B, S), as
+in Gymnasium environments of LeRobot.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from .action_space import ActionSpace
+from .planning import Plan
+from .rollout import RolloutState, WorldModel
+
+Observation = Mapping[str, Any]
+"""`pixels` (B, H, W, 3), uint8, and other arrays with B rows."""
+
+
+class Policy(Protocol):
+    """Interface of a policy, as in LeRobot. Any object with these methods is a policy."""
+
+    def reset(self) -> None:
+        """Forget the current episode."""
+        ...
+
+    def select_action(self, observation: Observation) -> torch.Tensor:
+        """Return the next action of each row (B, A), raw units."""
+        ...
+
+
+class Planner(Protocol):
+    """Interface of a planner, see `irasim_diffusers.planning`."""
+
+    def __call__(self, model: WorldModel, state: RolloutState, objective: Any, init: Any = None) -> Plan:
+        """Plan from a state with one row."""
+        ...
+
+
+class ChunkPolicy:
+    """A policy from a callable that returns actions (B, A), or chunks of actions (B, n, A).
+
+    Args:
+        function: Maps an observation to actions or a chunk, raw units.
+        action_space: The action space, against which actions are checked.
+        num_executed: Number of actions of a chunk that are executed before the function is called again; None for all.
+
+    Raises:
+        ValueError: If `num_executed` is less than 1.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Observation], Any],
+        action_space: ActionSpace,
+        num_executed: int | None = None,
+    ) -> None:
+        if num_executed is not None and num_executed < 1:
+            raise ValueError(f"`num_executed` must be at least 1, got {num_executed}.")
+        self.function, self.action_space, self.num_executed = function, action_space, num_executed
+        self._queue: deque[torch.Tensor] = deque()
+
+    def reset(self) -> None:
+        """Discard the remaining actions of the chunk."""
+        self._queue.clear()
+
+    def select_action(self, observation: Observation) -> torch.Tensor:
+        """Return the next action of each row (B, A), raw units.
+
+        Raises:
+            ValueError: If the function returns actions of a wrong shape, that are not finite, or far out of bounds; or if fewer
+                actions than `num_executed`.
+        """
+        if not self._queue:
+            rows = num_rows(observation)
+            chunk = torch.as_tensor(self.function(observation))
+            chunk = check_chunk(chunk[:, None] if chunk.ndim == 2 else chunk, self.action_space, rows)
+            number = chunk.shape[1] if self.num_executed is None else self.num_executed
+            if number > chunk.shape[1]:
+                raise ValueError(
+                    f"The policy must return at least `num_executed` = {number} actions per chunk, got {chunk.shape[1]}."
+                )
+            self._queue.extend(chunk[:, :number].unbind(1))
+        return self._queue.popleft()
+
+
+class LeRobotPolicy:
+    """A policy of LeRobot with its processors, for observations of this package's environments.
+
+    Args:
+        policy: The policy, such as `lerobot.policies.diffusion.DiffusionPolicy`.
+        action_space: The action space, against which actions are checked.
+        preprocessor: Processor of the batch, from `make_pre_post_processors`; None for none.
+        postprocessor: Processor of the actions; None for none.
+        camera: Key of the image in the policy's batch.
+        task: Description of the task, for policies that take one.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        action_space: ActionSpace,
+        preprocessor: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        postprocessor: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        camera: str = "observation.image",
+        task: str | None = None,
+    ) -> None:
+        self.policy, self.action_space, self.camera, self.task = policy, action_space, camera, task
+        self.preprocessor, self.postprocessor = preprocessor, postprocessor
+
+    def reset(self) -> None:
+        """Reset the policy."""
+        self.policy.reset()
+
+    @torch.no_grad()
+    def select_action(self, observation: Observation) -> torch.Tensor:
+        """Return the next action of each row (B, A), raw units.
+
+        Raises:
+            ValueError: If the policy returns actions of a wrong shape, that are not finite, or far out of bounds.
+        """
+        actions = self.policy.select_action(self._batch(observation))
+        if self.postprocessor is not None:
+            actions = self.postprocessor(actions)
+        return check_chunk(torch.as_tensor(actions)[:, None], self.action_space, num_rows(observation))[:, 0]
+
+    def _batch(self, observation: Observation) -> dict[str, Any]:
+        pixels = torch.as_tensor(observation["pixels"])
+        batch: dict[str, Any] = {self.camera: pixels.movedim(-1, -3).float() / 255}
+        if "agent_pos" in observation:
+            batch["observation.state"] = torch.as_tensor(observation["agent_pos"]).float()
+        if self.task is not None:
+            batch["task"] = [self.task] * len(pixels)
+        return batch if self.preprocessor is None else self.preprocessor(batch)
+
+
+class PlannerPolicy:
+    """Plans in closed loop: executes the first actions of a plan, then plans again from the observed frames.
+
+    Rows are planned one after another, with the same seeds, so that a row does not depend on the others.
+
+    Args:
+        model: The world model.
+        planner: A planner.
+        objective: Scores of frames; higher is better.
+        num_executed: Number of actions that are executed before the next plan.
+        num_history_frames: Number of observed frames from which the model starts; fewer at the start of an episode.
+        propose: Maps an observation of one row to candidates (K, n, A) in raw units, such as samples of a policy. None to start
+            from the previous plan.
+        seed: Seed of the model's noise; each plan of an episode uses its own.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Attributes:
+        plans: The latest plan of each row.
+    """
+
+    def __init__(
+        self,
+        model: WorldModel,
+        planner: Planner,
+        objective: Any,
+        num_executed: int = 8,
+        num_history_frames: int = 1,
+        propose: Callable[[Observation], Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        for name, value, least in (
+            ("num_executed", num_executed, 1),
+            ("num_history_frames", num_history_frames, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        self.model, self.planner, self.objective, self.propose = model, planner, objective, propose
+        self.num_executed, self.num_history_frames, self.seed = num_executed, num_history_frames, seed
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the observed frames and the plans."""
+        self.plans: list[Plan] = []
+        self._frames: deque[torch.Tensor] = deque(maxlen=self.num_history_frames)
+        self._queue: deque[torch.Tensor] = deque()
+        self._num_plans = 0
+
+    def select_action(self, observation: Observation) -> torch.Tensor:
+        """Return the next action of each row (B, A), raw units; plans if the executed part of the last plan is over.
+
+        Raises:
+            ValueError: If the number of rows changes within an episode, or the planner refuses its input.
+            NoPlanError: If the planner finds no plan.
+        """
+        rows = num_rows(observation)
+        if self._frames and len(self._frames[0]) != rows:
+            raise ValueError(
+                f"`observation` must have {len(self._frames[0])} rows as before in this episode, got {rows}: call `reset`."
+            )
+        self._frames.append(torch.as_tensor(observation["pixels"]).movedim(-1, -3))  # (B, 3, H, W)
+        if not self._queue:
+            self.plans = [self._plan(observation, row) for row in range(rows)]
+            self._num_plans += 1
+            chunk = torch.stack([plan.actions for plan in self.plans])
+            if chunk.shape[1] < self.num_executed:
+                raise ValueError(
+                    f"`planner` must return at least `num_executed` = {self.num_executed} actions, got {chunk.shape[1]}."
+                )
+            self._queue.extend(chunk[:, : self.num_executed].unbind(1))
+        return self._queue.popleft()
+
+    def _plan(self, observation: Observation, row: int) -> Plan:
+        frames = torch.stack([frame[row] for frame in self._frames])
+        with torch.no_grad():
+            state = self.model.start(frames, [self.seed + self._num_plans])
+        init = None
+        if self.propose is not None:
+            init = self.propose({key: value[row : row + 1] for key, value in observation.items()})
+        elif self.plans:
+            rest = self.plans[row].actions[self.num_executed :]
+            last = self.plans[row].actions[-1:]
+            held = self.model.action_space.hold(last).repeat(len(self.plans[row].actions) - len(rest), 1)
+            init = torch.cat([rest, held])
+        return self.planner(self.model, state, self.objective, init)
+
+
+def num_rows(observation: Observation) -> int:
+    """Return the number of rows of an observation.
+
+    Raises:
+        ValueError: If it has no `pixels` (B, H, W, 3).
+    """
+    pixels = observation.get("pixels")
+    if pixels is None or len(pixels.shape) != 4 or pixels.shape[-1] != 3 or not len(pixels):
+        found = sorted(observation) if pixels is None else tuple(pixels.shape)
+        raise ValueError(f"`observation` must have `pixels` (B, H, W, 3), got {found}.")
+    return len(pixels)
+
+
+def check_chunk(chunk: torch.Tensor, space: ActionSpace, rows: int) -> torch.Tensor:
+    """Check actions (B, n, A) of a policy: returns them as float32.
+
+    Raises:
+        ValueError: If they have the wrong shape, are not finite, or are far out of bounds.
+    """
+    if chunk.ndim != 3 or len(chunk) != rows or chunk.shape[2] != len(space):
+        raise ValueError(
+            f"The policy must return actions ({rows}, {len(space)}) or a chunk ({rows}, n, {len(space)}), got "
+            f"{tuple(chunk.shape)}."
+        )
+    try:
+        return space.prepare(chunk)
+    except ValueError as error:
+        raise ValueError(f"The policy returned invalid actions: {error}") from error
