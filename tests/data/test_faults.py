@@ -13,7 +13,7 @@ import pytest
 from test_lerobot import CAMERA, edit_table, make_episode, write_folder
 from test_sources import change, make_table, put_pictures_into_parquet, write_release, write_v21
 
-from irasim_diffusers.data import LeRobotFolder, TableEpisodes, open_dataset, write_video
+from irasim_diffusers.data import LeRobotFolder, TableEpisodes, infer_action_space, open_dataset, write_video
 
 DATA = "data/chunk-000/file-000.parquet"
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
@@ -282,13 +282,61 @@ def test_ambiguous_and_missing_actions_name_the_flag(names, asked, message, tmp_
 def test_states_are_chosen(tmp_path):
     write_folder(tmp_path)
     rename_features(tmp_path, {"action": ([0, 1], "float32"), "next.done": ([2], "bool")})
-    assert set(open_dataset(tmp_path)[0].states) == {"observation.state", "next.done"}
+    assert set(open_dataset(tmp_path)[0].states) == {"observation.state"}
     assert set(open_dataset(tmp_path, state_columns=["next.done"])[0].states) == {"next.done"}
     with pytest.raises(ValueError, match=r"--state-columns\) must be among .* got 'pose'"):
         open_dataset(tmp_path, state_columns=["pose"])
     write_release(tmp_path / "release", "planar")
     with pytest.raises(ValueError, match=r"`action_column` and `state_columns` .* must not be given"):
         open_dataset(tmp_path / "release", action_column="actions")
+
+
+class Recorded:
+    """Episodes of a robot that moves smoothly, whose actions are computed from its states."""
+
+    name = "recorded"
+
+    def __init__(self, action, names=None, state_names=None):
+        generator = np.random.default_rng(0)
+        self.states = []
+        for _ in range(3):
+            phase, speed = generator.uniform(0, 6, 3), generator.uniform(0.5, 2, 3)
+            self.states.append(np.sin(np.arange(60)[:, None] / 8 * speed + phase) * [1, 2, 0.5] + [0, 5, -3])
+        self.action, self.names = action, {"action": names, "observation.state": state_names}
+
+    def __len__(self):
+        return len(self.states)
+
+    def vectors(self, number):
+        state = self.states[number]
+        after = np.concatenate([state[1:], state[-1:]])
+        return {"action": self.action(state, after), "observation.state": state, "next.reward": state[:, :1]}
+
+    def component_names(self, key):
+        return self.names.get(key)
+
+
+def noisy(values):
+    return values + np.random.default_rng(1).normal(scale=0.02, size=values.shape)
+
+
+@pytest.mark.parametrize(
+    ("action", "names", "wanted"),
+    [
+        (lambda state, after: after, None, "absolute"),
+        (lambda state, after: noisy(after + 2 * (after - state)), None, "absolute"),  # targets ahead of the robot
+        (lambda state, after: np.rad2deg(after) + 90, None, "absolute"),
+        (lambda state, after: after - state, None, "relative"),
+        (lambda state, after: noisy(20 * (after - state)), None, "relative"),
+        (lambda state, after: np.concatenate([(after - state)[:, :2], after[:, 2:]], axis=1), None, "relative"),
+        (lambda state, after: np.random.default_rng(2).normal(size=state.shape), None, None),
+        (lambda state, after: after[:, :2], None, None),
+        (lambda state, after: after[:, [2, 0]], ["c", "a"], "absolute"),
+        (lambda state, after: np.zeros_like(state), None, None),
+    ],
+)
+def test_the_action_space_is_inferred_from_states(action, names, wanted):
+    assert infer_action_space(Recorded(action, names, ["a", "b", "c"])) == wanted
 
 
 def test_columns_of_tables(tmp_path):
