@@ -25,7 +25,7 @@ ALLOWED = {
     "version": set(),
     "data": {"actions", "pictures"},
     "pipelines": {"action_space", "models", "pictures", "rollout"},
-    "training": {"models"},
+    "training": {"conversion", "data", "metrics", "models", "pipelines"},
     "conversion": {"models"},
     "pictures": set(),
     "driving": {"action_space", "actions", "data", "pipelines", "rollout"},

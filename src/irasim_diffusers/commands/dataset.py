@@ -9,15 +9,16 @@ from typing import Any
 from .files import check_name
 
 
-def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None) -> None:
+def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None, required: bool = True) -> None:
     """Add the flags of `open_dataset`.
 
     Args:
         parser: Parser of the command.
         split: Default of `--split`; None for the split `test`, or all episodes if a LeRobotDataset has none.
+        required: Whether `--dataset` is required.
     """
     add = parser.add_argument
-    add("--dataset", required=True, help="LeRobotDataset, IRASim-format or `datasets` folder, or Hub id")
+    add("--dataset", required=required, help="LeRobotDataset, IRASim-format or `datasets` folder, or Hub id")
     add("--cameras", nargs="*", default=[], help="cameras, stacked vertically; left,right joins two horizontally")
     default = split or "test, or all episodes of a LeRobotDataset without one"
     add("--split", default=split, help=f"split, or a part of one such as train[90%%:] (default: {default})")

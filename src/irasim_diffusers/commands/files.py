@@ -16,10 +16,14 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 IMAGE_MODES = ("RGB", "RGBA", "P")  # not grey and depth pictures, which usually are not frames of the camera
 
 
-def read_frames(path: Path) -> np.ndarray:
+def read_frames(path: Path, flag: str = "--frames") -> np.ndarray:
     """Read the frames of a video, or an image as one frame.
 
     Images are turned upright by their EXIF orientation; an alpha channel is dropped.
+
+    Args:
+        path: The file.
+        flag: The flag that names it, for error messages.
 
     Returns:
         Frames (T, H, W, 3), uint8, RGB.
@@ -28,18 +32,18 @@ def read_frames(path: Path) -> np.ndarray:
         ValueError: If the file is missing, unreadable, or not in colour.
     """
     if not path.is_file():
-        raise ValueError(f"--frames must be an image or video file, got {str(path)!r}, which does not exist.")
+        raise ValueError(f"{flag} must be an image or video file, got {str(path)!r}, which does not exist.")
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        return _read_image(path)[None]
+        return _read_image(path, flag)[None]
     from ..data import read_video
 
     try:
         return read_video(path)
     except ValueError as error:
-        raise ValueError(f"--frames must be a readable image or video: {error}") from error
+        raise ValueError(f"{flag} must be a readable image or video: {error}") from error
 
 
-def _read_image(path: Path) -> np.ndarray:
+def _read_image(path: Path, flag: str) -> np.ndarray:
     import PIL.Image
     import PIL.ImageOps
 
@@ -49,9 +53,9 @@ def _read_image(path: Path) -> np.ndarray:
                 return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
             mode = image.mode
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"--frames must be a readable image, got {str(path)!r}: {error}.") from error
+        raise ValueError(f"{flag} must be a readable image, got {str(path)!r}: {error}.") from error
     raise ValueError(
-        f"--frames must be an RGB image, got mode {mode} in {str(path)!r}: convert it, "
+        f"{flag} must be an RGB image, got mode {mode} in {str(path)!r}: convert it, "
         "`Image.open(path).convert('RGB').save(path)`."
     )
 

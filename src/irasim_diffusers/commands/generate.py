@@ -77,13 +77,9 @@ def _predict(
     """Predict the frames (n, H, W, 3), uint8, and describe the speed."""
     import torch
 
-    evaluations = 0
+    from ..evaluation import EvaluationCounter
 
-    def count(*_: object) -> None:
-        nonlocal evaluations
-        evaluations += 1
-
-    pipeline.transformer.register_forward_hook(count)
+    evaluations = EvaluationCounter(pipeline.transformer)
     start = time.perf_counter()
     frames = pipeline(
         history,
@@ -95,7 +91,7 @@ def _predict(
     ).frames[0]
     seconds = time.perf_counter() - start
     figures = (
-        f"{len(frames)} frames in {seconds:.1f} s, {len(frames) / seconds:.1f} frames/s, {evaluations} network "
+        f"{len(frames)} frames in {seconds:.1f} s, {len(frames) / seconds:.1f} frames/s, {evaluations.count} network "
         f"evaluations with {type(pipeline.scheduler).__name__}"
     )
     return (frames * 255).round().astype(np.uint8), figures
