@@ -49,7 +49,7 @@ def cache_latents(
     Args:
         dataset: The data set.
         vae: The frozen autoencoder, on the device that encodes. None caches the frames as uint8, for pixel-space models.
-        cache_dir: Parent folder of the cache, whose name depends on the data set, the cameras and the autoencoder.
+        cache_dir: Parent folder of the cache. The name of the cache depends on the data set and the autoencoder.
         batch_size: Number of frames per call of the autoencoder.
         mixed_precision: Encode under bfloat16 autocast.
         skip_broken: Skip episodes that cannot be read and list them in the manifest, instead of raising an error.

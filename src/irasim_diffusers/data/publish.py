@@ -201,7 +201,7 @@ def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, i
 
 
 def _untiled(source: Any) -> Any:
-    """The source whose `cameras` can be replaced by one of them; None if frames are resized after they are tiled."""
+    """The source that opens its cameras one by one; None if frames are resized after they are tiled."""
     if isinstance(source, PreparedEpisodes):
         return None if source.frame_size is not None else _untiled(source.source)
     names: list[str] = [entry.name for entry in dataclasses.fields(source)] if dataclasses.is_dataclass(source) else []
