@@ -7,7 +7,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,15 +98,7 @@ def cache_latents(
             _write_file(path, *_encode_episodes(files[path], encode, skip_broken, bar))
     wait_for_everyone()
     if process_index == 0:
-        name = None if vae is None else str(vae.config.get("_name_or_path") or type(vae).__name__)
-        dtype = "uint8" if vae is None else "float16"
-        content = identity | {"episodes": len(dataset), "broken": {}, "autoencoder": name, "dtype": dtype, "files": {}}
-        for path in files:
-            content["broken"] |= _metadata(path)[1]
-            content["files"][path.name] = _file_state(path)
-        if content != manifest:
-            with temporary_path(folder / "manifest.json") as temporary:
-                temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        _write_manifest(folder, files, identity, manifest, vae, len(dataset))
     wait_for_everyone()
     return _checked(folder, skip_broken)
 
@@ -169,6 +161,26 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) and isinstance(content.get("files"), dict) else {}
+
+
+def _write_manifest(
+    folder: Path,
+    files: Iterable[Path],
+    identity: dict[str, Any],
+    written: dict[str, Any],
+    vae: AutoencoderKL | None,
+    episodes: int,
+) -> None:
+    """Write the manifest of a complete cache unless it is `written` already."""
+    name = None if vae is None else str(vae.config.get("_name_or_path") or type(vae).__name__)
+    dtype = "uint8" if vae is None else "float16"
+    content = identity | {"episodes": episodes, "broken": {}, "autoencoder": name, "dtype": dtype, "files": {}}
+    for path in files:
+        content["broken"] |= _metadata(path)[1]
+        content["files"][path.name] = _file_state(path)
+    if content != written:
+        with temporary_path(folder / "manifest.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def _is_intact(path: Path, episodes: range, known: dict[str, Any]) -> bool:

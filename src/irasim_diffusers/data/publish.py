@@ -95,11 +95,7 @@ def write_lerobot(
         first = first_readable(source, lambda number: _read_episode(source, number))
         frame_size = first.frames.shape[1:3]
         regions = _camera_regions(source, camera, frame_size)
-        names = {
-            key: source.component_names(key) or [f"{key}.{index}" for index in range(values.shape[1])]
-            for key, values in {"action": first.actions, **first.states}.items()
-            if values.dtype.kind == "f"
-        }
+        names = _component_names(source, first)
         derivation = getattr(source, "action_derivation", "recorded")
         units = getattr(source, "action_units", None) or _units(derivation, first.actions.shape[1])
         del first  # only one episode is held at a time
@@ -120,6 +116,15 @@ def write_lerobot(
         action_units=units,
     )
     return LeRobotFolder(root)
+
+
+def _component_names(source: EpisodeSource, episode: Episode) -> dict[str, list[str]]:
+    """Component names of all features of floats."""
+    return {
+        key: source.component_names(key) or [f"{key}.{index}" for index in range(values.shape[1])]
+        for key, values in {"action": episode.actions, **episode.states}.items()
+        if values.dtype.kind == "f"
+    }
 
 
 def _write_files(
