@@ -86,9 +86,25 @@ def cache_latents(
     if not recorded:
         encode = partial(_encode_episode, dataset, vae, batch_size, mixed_precision)
     share = [list(files)[index] for index in np.array_split(range(len(files)), num_processes)[process_index]]
-    total = sum(len(files[path]) for path in share)
-    with tqdm(total=total, desc="encoding latents", unit="episode", disable=process_index > 0) as bar:
-        for path in share:
+    _encode_share({path: files[path] for path in share}, manifest, encode, skip_broken, process_index > 0)
+    wait_for_everyone()
+    if process_index == 0:
+        _write_manifest(folder, files, identity, manifest, vae, len(dataset))
+    wait_for_everyone()
+    return _checked(folder, skip_broken)
+
+
+def _encode_share(
+    files: dict[Path, range],
+    manifest: dict[str, Any],
+    encode: Callable[[int], tuple[torch.Tensor, np.ndarray]],
+    skip_broken: bool,
+    quiet: bool,
+) -> None:
+    """Encode the files of one process that are missing or damaged."""
+    total = sum(map(len, files.values()))
+    with tqdm(total=total, desc="encoding latents", unit="episode", disable=quiet) as bar:
+        for path in files:
             if _is_intact(path, files[path], manifest.get("files", {})):
                 bar.update(len(files[path]))
                 continue
@@ -96,11 +112,6 @@ def cache_latents(
                 state = "damaged" if path.is_file() else "missing"
                 bar.write(f"{str(path)!r} is {state}: its {len(files[path])} episodes are encoded again.")
             _write_file(path, *_encode_episodes(files[path], encode, skip_broken, bar))
-    wait_for_everyone()
-    if process_index == 0:
-        _write_manifest(folder, files, identity, manifest, vae, len(dataset))
-    wait_for_everyone()
-    return _checked(folder, skip_broken)
 
 
 def _check_arguments(
