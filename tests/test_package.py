@@ -32,7 +32,7 @@ ALLOWED = {
     "planning": {"action_space", "rollout"},
     "policies": {"action_space", "planning", "rollout"},
     "envs": {"actions", "devices", "embedded_checkpoint", "models", "pipelines", "rollout", "starts"},
-    "lerobot": {"embedded_checkpoint", "envs"},
+    "lerobot": {"data", "envs"},
     "starts": set(),
     "evaluation": {"actions", "data", "metrics", "pictures", "pipelines", "rollout"},
     "cli": {"commands", "__version__"},
