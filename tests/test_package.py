@@ -12,7 +12,7 @@ from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, UNetTraje
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "irasim_diffusers"
-FREE = {"files", "version"}  # modules that every part may import
+FREE = {"files", "latents", "version"}  # modules that every part may import
 ALLOWED = {
     "actions": set(),
     "action_space": {"actions"},
@@ -20,11 +20,12 @@ ALLOWED = {
     "models": {"action_space"},
     "rollout": {"action_space"},
     "files": set(),
+    "latents": set(),
     "devices": set(),
     "version": set(),
-    "data": {"actions"},
-    "pipelines": {"models", "action_space", "rollout"},
-    "training": {"models"},
+    "data": {"actions", "pictures"},
+    "pipelines": {"action_space", "models", "pictures", "rollout"},
+    "training": {"conversion", "data", "metrics", "models", "pipelines"},
     "conversion": {"models"},
     "pictures": set(),
     "driving": {"action_space", "actions", "data", "pipelines", "rollout"},
@@ -34,7 +35,7 @@ ALLOWED = {
     "envs": {"actions", "devices", "embedded_checkpoint", "models", "pipelines", "rollout", "starts"},
     "lerobot": {"data", "envs"},
     "starts": set(),
-    "evaluation": {"actions", "data", "metrics", "pictures", "pipelines", "rollout"},
+    "evaluation": {"actions", "data", "envs", "metrics", "pictures", "pipelines", "policies", "rollout", "starts"},
     "cli": {"commands", "__version__"},
 }
 
