@@ -40,9 +40,9 @@ class ProprioceptionArguments:
     num_rollouts: int = field(default=48, metadata={"help": "windows that are also predicted by the model"})
     num_validation_windows: int = field(default=32, metadata={"help": "windows of the validation set, all predicted"})
     num_predicted: int = field(default=15, metadata={"help": "frames per window after the history"})
-    max_train_steps: int = 700
-    batch_size: int = field(default=48, metadata={"help": "half recorded, half predicted frames"})
-    learning_rate: float = 3e-3
+    max_train_steps: int = 500
+    batch_size: int = field(default=32, metadata={"help": "half recorded, half predicted frames"})
+    learning_rate: float = 4e-3
     seed: int = 0
 
 
