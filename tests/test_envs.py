@@ -389,17 +389,9 @@ def test_gymnasium_finds_no_fault():
         assert all(text in str(warning.message) for text, warning in zip(expected, ours, strict=True))
 
 
-def test_stable_baselines3_trains(model, starts):
+def test_stable_baselines3_trains():
     stable_baselines3 = pytest.importorskip("stable_baselines3")
-    env = WorldModelEnv(
-        model,
-        starts,
-        reward=brightness,
-        proprioception=tiny_proprioception(),
-        max_episode_steps=8,
-        rescale_actions=True,
-        **STEPS,
-    )
+    env = gymnasium.make("irasim/PushT-v0", rescale_actions=True)
     agent = stable_baselines3.PPO("MultiInputPolicy", env, n_steps=16, batch_size=16, n_epochs=1, seed=0)
     agent.learn(32)
     assert agent.num_timesteps == 32
