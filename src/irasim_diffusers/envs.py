@@ -1,4 +1,4 @@
-"""Gymnasium environments around a world model; importing this module registers `irasim/PushT-v0` and `irasim/WorldModel-v0`."""
+"""Gymnasium environments of a world model: `irasim/PushT-v0` and `irasim/WorldModel-v0`."""
 
 from __future__ import annotations
 
