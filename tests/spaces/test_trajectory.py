@@ -418,7 +418,7 @@ def test_starts_that_are_no_pictures(trajectory, tmp_path):
         with page.expect_file_chooser() as chooser:
             page.locator("#trajectory-upload").click()
         chooser.value.set_files(tmp_path / name)
-        page.get_by_text(message).wait_for()
+        page.locator("#trajectory-status").get_by_text(message).wait_for()
         assert page.locator("#trajectory-pad .stage img").get_attribute("src") == before
     with page.expect_file_chooser() as chooser:
         page.locator("#trajectory-upload").click()
@@ -430,7 +430,7 @@ def assert_idle(page):
     """Check that Predict can be pressed, and that nothing of an earlier prediction is left."""
     page.locator("#trajectory-run").wait_for()
     page.locator("#trajectory-stop").wait_for(state="hidden")
-    for part in ("errors", "strip", "video", "table"):
+    for part in ("errors", "strip", "picture", "video", "table"):
         assert page.locator(f"#trajectory-{part}").is_hidden(), part
     assert page.locator("#trajectory-status .error, #trajectory-status .progress-text").count() == 0
 
@@ -452,6 +452,7 @@ def test_a_long_prediction_can_be_stopped(trajectory):
     page.locator("#trajectory-stop").click()
     page.get_by_text("Stopped.").wait_for()
     assert_idle(page)
+    page.wait_for_function("document.activeElement.id === 'trajectory-run'")
     frames = page.locator("#trajectory-view .frame").get_attribute("max")
     page.wait_for_timeout(2000)
     assert page.locator("#trajectory-view .frame").get_attribute("max") == frames
