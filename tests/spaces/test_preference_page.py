@@ -23,7 +23,7 @@ def write_study(folder, **clips):
                 write_video(folder / model / name, frames, 10)
 
 
-def test_a_folder_is_a_study(tmp_path):
+def test_study_of_folder(tmp_path):
     write_study(tmp_path, lvdm=["1.mp4", "2.npz"], ours=["1.npz", "2.mp4", "3.mp4"], truth=["1.mp4", "2.mp4", "3.mp4"])
     study, videos = open_study(tmp_path)
     assert (study.model, study.others, study.clips) == ("lvdm", ("ours",), ("1", "2"))
@@ -51,7 +51,7 @@ def test_invalid_study_folders_are_refused(tmp_path, clips, message):
         open_study(tmp_path)
 
 
-def test_without_a_model_and_a_folder_there_is_no_study():
+def test_no_demonstration_without_models():
     assert find_demonstration({}) is None
 
 
@@ -72,7 +72,7 @@ def test_rates_page_escapes_model_names():
     assert "No answers" in rates_page({}, "ours")
 
 
-def test_answers_outlive_the_page_and_are_exported_as_csv(page, app_url):
+def test_answers_are_kept_and_exported_as_csv(page, app_url):
     page.goto(app_url)
     page.get_by_role("tab", name="Preference").click()
     page.locator("#preference-begin").click()
