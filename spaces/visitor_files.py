@@ -10,10 +10,10 @@ import av
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-import torch
 
 from irasim_diffusers.commands.files import IMAGE_SUFFIXES, read_actions
 from irasim_diffusers.data import iterate_video
+from irasim_diffusers.pictures import resize_video as resize
 
 ACTION_SUFFIXES = (".npy", ".csv", ".json")
 MAX_ACTIONS = 240  # per prediction: 24 seconds at 10 Hz
@@ -150,12 +150,3 @@ def fit(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     rows, columns = (max(1, round(scale * side)) for side in size)
     top, left = (height - rows) // 2, (width - columns) // 2
     return resize(frames[:, top : top + rows, left : left + columns], size)
-
-
-def resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize frames (T, H, W, 3), uint8, to a height and width, with the filter of the pipeline."""
-    if frames.shape[1:3] == size:
-        return frames
-    pixels = torch.tensor(frames).permute(0, 3, 1, 2).float()
-    pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-    return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
