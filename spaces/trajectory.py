@@ -314,7 +314,8 @@ class TrajectoryPage:
                 LOGGER.exception("the prediction failed")
             said = str(error) if isinstance(error, ValueError) else "internal error"
             yield self._idle(f"No prediction: {said}") | {self.view: None}
-        finally:
+        finally:  # also if the visitor leaves
+            _interrupt(mine)
             if self.running.get(visitor) is mine:
                 del self.running[visitor]
 
@@ -323,20 +324,17 @@ class TrajectoryPage:
     ) -> AsyncIterator[dict[str, Any]]:
         """Append the predicted frames to the panels, window by window, while they are wanted; yield what the viewer shows."""
         total, done = len(task.actions) * len(task.settings), 0
-        try:
-            for name, setting in task.settings.items():
-                async for frames in predict(task.pipelines[name], setting, task.scene.history, task.actions):
-                    panels[name] = np.concatenate([panels[name], frames])
-                    shown = await asyncio.to_thread(videos, panels, task.fps, len(task.scene.history))
-                    if not wanted():
-                        return
-                    done += len(frames)
-                    progress((done, total), desc="Predicting", unit="frames")
-                    yield shown
+        for name, setting in task.settings.items():
+            async for frames in predict(task.pipelines[name], setting, task.scene.history, task.actions):
+                panels[name] = np.concatenate([panels[name], frames])
+                shown = await asyncio.to_thread(videos, panels, task.fps, len(task.scene.history))
                 if not wanted():
                     return
-        finally:  # also if the visitor leaves
-            _interrupt(task.pipelines.values())
+                done += len(frames)
+                progress((done, total), desc="Predicting", unit="frames")
+                yield shown
+            if not wanted():
+                return
 
     def _report(self, folder: Path, task: Task, panels: dict[str, np.ndarray], seconds: float) -> dict[Any, Any]:
         """Return the plots and files of complete predictions."""
