@@ -24,15 +24,16 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from irasim_diffusers.data import PreparedEpisodes, open_dataset
+from irasim_diffusers.data import PreparedEpisodes, first_readable, open_dataset
 from irasim_diffusers.training import (
     Interruption,
     check_launch,
+    check_ranges,
     newest_checkpoint,
     remove_leftovers,
-    require_finite,
     run_script,
     save_checkpoint,
+    step_of,
 )
 
 MAY_CHANGE = (
@@ -93,11 +94,8 @@ class Autoencoding(torch.nn.Module):
         return self.vae.decode(posterior.sample()).sample, posterior.kl()
 
 
-def load_frames(
-    arguments: VAEArguments, name: str, split: str, per_episode: int, episodes: int | None = None
-) -> torch.Tensor:
-    """Read evenly spaced frames (N, 3, H, W), uint8, of the episodes of a data set."""
-    frames = []
+def open_frames(arguments: VAEArguments, name: str, split: str, episodes: int | None = None) -> PreparedEpisodes:
+    """Open a data set with the requested cameras and frame size."""
     source = open_dataset(
         name,
         arguments.cameras or None,
@@ -106,19 +104,24 @@ def load_frames(
         action_column=arguments.action_column,
     )
     size = (arguments.height, arguments.width) if arguments.height and arguments.width else None
-    dataset = PreparedEpisodes(source, frame_size=size)
+    return PreparedEpisodes(source, frame_size=size)
+
+
+def load_frames(dataset: PreparedEpisodes, per_episode: int, skip_broken: bool) -> torch.Tensor:
+    """Read evenly spaced frames (N, 3, H, W), uint8, of each episode."""
+    frames = []
     for number in tqdm(range(len(dataset)), desc="reading frames", unit="episode"):
         try:
             episode = dataset[number]
         except ValueError as error:
-            if not arguments.skip_broken:
+            if not skip_broken:
                 raise
             tqdm.write(f"skipped: {error}")
             continue
         chosen = np.linspace(0, len(episode) - 1, min(per_episode, len(episode))).astype(int)
         frames.append(torch.from_numpy(episode.frames[chosen]).permute(0, 3, 1, 2))
     if not frames:
-        raise ValueError(f"no episode of {name!r} can be read.")
+        raise ValueError(f"no episode of {dataset.name!r} can be read.")
     return torch.cat(frames)
 
 
@@ -177,20 +180,16 @@ def check_arguments(arguments: VAEArguments) -> None:
     Raises:
         ValueError: If a value is invalid.
     """
-    require_finite(vars(arguments))
-    for name in (
-        *("train_batch_size", "max_train_steps", "checkpointing_steps", "validation_steps", "frames_per_episode"),
-        *("latent_channels", "norm_num_groups", "height", "width"),
-    ):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    for name in ("learning_rate", "latent_std"):
-        if getattr(arguments, name) <= 0:
-            raise ValueError(f"`{name}` must be positive, got {getattr(arguments, name)}.")
-    for name in ("kl_weight", "lr_warmup_steps", "seed"):
-        if getattr(arguments, name) < 0:
-            raise ValueError(f"`{name}` must be at least 0, got {getattr(arguments, name)}.")
+    check_ranges(
+        arguments,
+        not_negative=("kl_weight", "lr_warmup_steps", "seed"),
+        at_least_1=(
+            *("train_batch_size", "max_train_steps", "checkpointing_steps", "validation_steps", "frames_per_episode"),
+            *("latent_channels", "norm_num_groups", "height", "width"),
+        ),
+        positive=("learning_rate", "latent_std"),
+        choices={"mixed_precision": ("no", "fp16", "bf16")},
+    )
     channels = arguments.block_out_channels
     if not channels or any(number < 1 or number % arguments.norm_num_groups for number in channels):
         raise ValueError(
@@ -211,12 +210,14 @@ def main() -> None:
     set_seed(arguments.seed)
     settings = run_settings(arguments, accelerator.num_processes)
     newest = newest_checkpoint(output, settings)
-    frames = load_frames(arguments, arguments.dataset, arguments.split, arguments.frames_per_episode)
+    source = open_frames(arguments, arguments.dataset, arguments.split)
     validation = arguments.validation_dataset or arguments.dataset
     split = arguments.validation_split if arguments.validation_dataset else arguments.split
     which = "held-out" if arguments.validation_dataset else "training"
-    held_out = load_frames(arguments, validation, split, 4, episodes=64)
-    vae = build_vae(arguments, max(frames.shape[-2:]))
+    held_out_source = open_frames(arguments, validation, split, episodes=64)
+    vae = build_vae(arguments, max(first_readable(source, source.__getitem__).frames.shape[1:3]))
+    frames = load_frames(source, arguments.frames_per_episode, arguments.skip_broken)
+    held_out = load_frames(held_out_source, 4, arguments.skip_broken)
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         remove_leftovers(output)
@@ -237,7 +238,7 @@ def main() -> None:
     step = 0
     if newest:
         accelerator.load_state(str(newest))
-        step = int(newest.name.split("-")[1])
+        step = step_of(newest)
     bar = tqdm(total=arguments.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
     start = time.perf_counter()
     interruption = Interruption()

@@ -29,7 +29,9 @@ class DataArguments:
     cache_dir: str = field(default="runs/latents", metadata={"help": "folder of the latent cache"})
     num_episodes: int | None = field(default=None, metadata={"help": "number of episodes to use (default: all)"})
     cameras: list[str] = field(default_factory=list, metadata={"help": "cameras to use (default: all)"})
-    model: str = field(default=str(embedded_checkpoint()), metadata={"help": "pipeline whose training step is timed"})
+    model: str = field(
+        default=str(embedded_checkpoint()), metadata={"help": "pipeline for the timing of a training step"}
+    )
     batch_size: int = 16
     seconds: float = field(default=10.0, metadata={"help": "duration of each measurement"})
 

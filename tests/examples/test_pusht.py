@@ -24,6 +24,7 @@ from poses import one_pusher, pose_errors, read_poses, true_poses
 from simulator import Simulator, hold_keys, jump_to_targets, push_about, push_at
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
+from irasim_diffusers.cli import main
 from irasim_diffusers.data import LeRobotFolder, read_video
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -365,10 +366,11 @@ def test_resuming_is_exact_with_all_objectives_and_muon(workspace):
 
 def test_recipe_of_embedded_model(workspace):
     """Train with the flags of the recipe, then fine-tune with LoRA and with another action space."""
-    common = ["train.py", "--cache_dir", workspace / "frames", "--max_train_steps", 2, "--train_batch_size", 2]
+    common = ["--cache_dir", workspace / "frames", "--max_train_steps", 2, "--train_batch_size", 2]
     common += ["--rollout_chunks", 2, "--action_dropout", 0]
     run(
-        *(*common, "--dataset", workspace / "set", "--output_dir", workspace / "targets", "--pixel_space", *SPACE),
+        *("train.py", *common, "--dataset", workspace / "set", "--output_dir", workspace / "targets", *SPACE),
+        "--pixel_space",
         *("--patch_size", 16, "--num_layers", 1, "--num_attention_heads", 2, "--attention_head_dim", 12),
         *("--sample_frames", 3, "--num_history_frames", 2, "--target_extent", 0, 0, 512, 512, "--ff_conv"),
         *("--spatial_position", "rope", "--prediction_type", "sample", "--relative_latents", "--scale_noisy_latents"),
@@ -389,15 +391,15 @@ def test_recipe_of_embedded_model(workspace):
         3,
     )
     run(
-        *(*common, "--dataset", workspace / "set", "--output_dir", workspace / "targets-lora", "--rank", 2),
-        *("--pretrained", workspace / "targets", "--crop_size", 64),
-        launch=ONE,
+        *("train_lora.py", *common, "--dataset", workspace / "set", "--output_dir", workspace / "targets-lora"),
+        *("--pretrained", workspace / "targets", "--rank", 2, "--crop_size", 64),
     )
     pipeline.load_lora_weights(workspace / "targets-lora")
+    adapt = ["--model", workspace / "targets", "--action-dim", 3, "--output", workspace / "adapted"]
+    assert main(["adapt", *map(str, adapt)]) == 0
     run(
-        *(*common, "--dataset", workspace / "set", "--output_dir", workspace / "states"),
-        *("--pretrained", workspace / "targets", "--pad_actions_to", 3),
-        launch=ONE,
+        *("train.py", *common, "--dataset", workspace / "set", "--output_dir", workspace / "states"),
+        *("--pretrained", workspace / "adapted", "--pad_actions_to", 3),
     )
     changed = IRASimPipeline.from_pretrained(workspace / "states").transformer.config
     assert (changed.action_dim, changed.target_extent) == (3, None)

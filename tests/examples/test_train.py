@@ -1,47 +1,62 @@
 """Training on robot clips with `accelerate launch`."""
 
+import contextlib
 import dataclasses
+import importlib
+import io
 import json
+import logging
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import train
+import train_lora
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_pipeline, tiny_transformer, tiny_vae
 from diffusers import AutoencoderKL, DDIMScheduler
 from hub_server import HubServer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_lerobot import write_folder
-from test_pusht import EXAMPLES, ONE, run
-from train import (
-    MAY_CHANGE,
-    TrainingArguments,
-    check_arguments,
-    check_data,
-    load_vae,
-    open_source,
-    training_loss,
-)
+from test_pusht import EXAMPLES, run
+from train import TrainingArguments, check_arguments
+from train_vae import VAEArguments
+from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline
+from irasim_diffusers.cli import _parser, main
+from irasim_diffusers.commands.adapt import check_flags
 from irasim_diffusers.data import IRASimFolder, LatentClips, cache_latents, read_video, write_video
 from irasim_diffusers.models import noise_process
-from irasim_diffusers.training import clip_length, crop, newest_checkpoint
+from irasim_diffusers.training import (
+    MAY_CHANGE,
+    check_data,
+    check_run_arguments,
+    clip_length,
+    crop,
+    load_vae,
+    newest_checkpoint,
+    open_source,
+    run_script,
+    training_loss,
+)
 
 CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
 needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="IRASIM_TEST_DATA is not a folder of robot clips")
 CONFIGS = EXAMPLES / "accelerate_configs"
 TWO = ["--config_file", str(CONFIGS / "cpu.yaml")]
-STEPS = 60  # steps of the run that is killed
+STEPS = 40  # steps of the run that is killed
 MODEL = ["--num_layers", 1, "--num_attention_heads", 2, "--attention_head_dim", 12, "--sample_frames", 4]
 SHORT = ["--train_batch_size", 4, "--max_train_steps", 2, "--checkpointing_steps", 2, "--mixed_precision", "no"]
 
@@ -63,6 +78,30 @@ def write_robot(root, seed, episodes=3, cameras=2, width=32):
         (root / "annotation" / "train" / f"{number}.json").write_text(json.dumps(annotation))
 
 
+def call(script, *arguments):
+    """Run the main function of a training script in this process, and return what it prints and logs."""
+    output, root = io.StringIO(), logging.getLogger()
+    handler, level = logging.StreamHandler(output), root.level
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    root.addHandler(handler)
+    try:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
+            patch.setattr("sys.argv", [f"{script}.py", *map(str, arguments)])
+            importlib.import_module(script).main()
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        for number, previous in handlers.items():
+            signal.signal(number, previous)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    return output.getvalue()
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     root = tmp_path_factory.mktemp("robots")
@@ -76,11 +115,10 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(workspace):
-    output = run(
-        *("train.py", "--dataset", workspace / "first", workspace / "second", "--dataset_weights", 1, 3),
+    output = call(
+        *("train", "--dataset", workspace / "first", workspace / "second", "--dataset_weights", 1, 3),
         *("--vae", workspace / "vae", "--output_dir", workspace / "model", "--cameras", 0, 1, "--skip_broken"),
         *("--fps", 5, "--action_derivation", "relative_6d", "--frame_skip", 2, "--snr_gamma", 5, *MODEL, *SHORT),
-        launch=ONE,
     )
     return workspace / "model", output
 
@@ -101,11 +139,10 @@ def test_two_robots_with_two_cameras_and_derived_actions(trained):
 
 def test_lora_trains_only_adapters_and_action_encoder(workspace, trained):
     base, _ = trained
-    run(
-        *("train.py", "--dataset", workspace / "first", "--pretrained_model_name_or_path", base),
+    call(
+        *("train_lora", "--dataset", workspace / "first", "--pretrained_model_name_or_path", base),
         *("--output_dir", workspace / "lora", "--cameras", 0, 1, "--action_derivation", "relative_6d"),
         *("--lora_rank", 3, "--lora_alpha", 6, "--learning_rate", 0.01, *SHORT),
-        launch=ONE,
     )
     state = load_file(workspace / "lora" / "pytorch_lora_weights.safetensors")
     assert all(key.startswith("transformer.") for key in state)
@@ -139,14 +176,20 @@ def test_pretrained_model_with_other_autoencoder_and_patch_size(workspace, train
     sampled.save_pretrained(workspace / "sampled")
     flat = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, latent_channels=3, mid_block_add_attention=False)
     flat.save_pretrained(workspace / "flat")  # latents with twice the size and another number of channels
-    output = run(
-        *("train.py", "--dataset", workspace / "first", "--cameras", 0, 1),
-        *("--pretrained_model_name_or_path", workspace / "sampled"),
-        *("--output_dir", workspace / "finer", "--action_derivation", "relative_6d", "--vae", workspace / "flat"),
-        *("--patch_size", 2, "--relative_latents", *SHORT),
-        launch=ONE,
+    flags = ["train", "--dataset", workspace / "first", "--cameras", 0, 1, "--action_derivation", "relative_6d"]
+    flags += SHORT
+    with pytest.raises(ValueError, match=r"`vae` must have the same latents .*`irasim adapt --model .*sampled --vae"):
+        call(*flags, "--pretrained", workspace / "sampled", "--output_dir", "none", "--vae", workspace / "flat")
+    with pytest.raises(ValueError, match=r"`patch_size` is 2 in .* cannot become 1: .* with `irasim adapt`"):
+        call(*flags, "--pretrained", workspace / "sampled", "--output_dir", "none", "--patch_size", 1)
+    adapt = ["--model", workspace / "sampled", "--vae", workspace / "flat", "--dataset", workspace / "first"]
+    adapt += ["--cameras", 0, 1, "--split", "train", "--patch-size", 2, "--output", workspace / "adapted"]
+    assert main(["adapt", *map(str, adapt)]) == 0
+    call(
+        *flags,
+        *("--pretrained_model_name_or_path", workspace / "adapted", "--output_dir", workspace / "finer"),
+        "--relative_latents",
     )
-    assert "fitted patches of 4 latent pixels to it" in output
     pipeline = IRASimPipeline.from_pretrained(workspace / "finer")
     config = pipeline.transformer.config
     assert (config.in_channels, config.patch_size, config.base_patch_size) == (3, 2, 4)
@@ -155,12 +198,11 @@ def test_pretrained_model_with_other_autoencoder_and_patch_size(workspace, train
 
 
 def test_unet_in_pixel_space(workspace):
-    run(
-        *("train.py", "--dataset", workspace / "first", "--output_dir", workspace / "pixels", "--cameras", 0),
+    call(
+        *("train", "--dataset", workspace / "first", "--output_dir", workspace / "pixels", "--cameras", 0),
         *("--model", "unet", "--pixel_space", "--block_out_channels", 8, 16, "--sample_frames", 4, *SHORT),
         *("--fps", 5, "--gradient_checkpointing", "--validation_dataset", workspace / "held-out"),
         *("--validation_steps", 2, "--num_validation_clips", 1, "--validation_inference_steps", 1),
-        launch=ONE,
     )
     pipeline = IRASimPipeline.from_pretrained(workspace / "pixels")
     assert pipeline.vae is None
@@ -208,15 +250,6 @@ def test_pixel_cache_is_lossless(workspace):
         ({"rollout_start_step": 5}, "must be used with `rollout_chunks`, got 0"),
         ({"model": "unet", "crop_size": 8}, "`crop_size` does not apply to `model` unet"),
         ({"target_extent": [0, 1], "action_space": "absolute"}, r"`target_extent` must be 4 numbers, .* got \[0, 1\]"),
-        ({"lora_rank": 4}, "`lora_rank` requires `pretrained_model_name_or_path`"),
-        (
-            {"lora_rank": 4, "pretrained_model_name_or_path": "model", "patch_size": 1},
-            "leaves the model as it is: leave out patch_size",
-        ),
-        (
-            {"lora_rank": 4, "pretrained_model_name_or_path": "model", "prediction_type": "sample"},
-            "leaves the model as it is: leave out prediction_type",
-        ),
         ({"action_normalisation": "max"}, "`action_normalisation` must be one of std, quantile, got 'max'"),
         ({"max_train_steps": -5}, "`max_train_steps` must be at least 1, got -5"),
         ({"max_train_steps": 0}, "`max_train_steps` must be at least 1, got 0"),
@@ -273,7 +306,7 @@ def test_incompatible_data_raise_before_encoding(workspace, changes, message):
 
 def test_gradient_accumulation_must_match_accelerate(workspace, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    with pytest.raises(AssertionError, match="`gradient_accumulation_steps` is 4, and accelerate was launched with 1"):
+    with pytest.raises(ValueError, match="`gradient_accumulation_steps` is 4, and accelerate was launched with 1"):
         train_robot(workspace, "accumulated", "--gradient_accumulation_steps", 4)
 
 
@@ -291,31 +324,32 @@ def read_log(folder):
     return {name: [event.value for event in log.Scalars(name)] for log in logs for name in log.Tags()["scalars"]}
 
 
-@contextmanager
+@contextlib.contextmanager
 def local_hub(home):
     """Local Hub server with a separate cache."""
     hub = HubServer()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_local"}.items():
+        for name, value in {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(home),
+            "HF_TOKEN": "hf_local",
+            "HF_HUB_OFFLINE": "0",
+        }.items():
             patch.setenv(name, value)
         yield hub
     hub.close()
 
 
-def train_robot(workspace, output, *arguments, launch=ONE):
-    return run(
-        *(
-            "train.py",
-            "--dataset",
-            workspace / "first",
-            "--vae",
-            workspace / "vae",
-            "--output_dir",
-            workspace / output,
-        ),
-        *("--cache_dir", workspace / "shared-latents", "--cameras", 0, 1, *MODEL, *SHORT, *arguments),
-        launch=launch,
-    )
+def robot_flags(workspace, output):
+    return [
+        *("--dataset", workspace / "first", "--vae", workspace / "vae", "--output_dir", workspace / output),
+        *("--cache_dir", workspace / "shared-latents", "--cameras", 0, 1, *MODEL, *SHORT),
+    ]
+
+
+def train_robot(workspace, output, *arguments, launch=None):
+    flags = [*robot_flags(workspace, output), *arguments]
+    return run("train.py", *flags, launch=launch) if launch else call("train", *flags)
 
 
 def test_two_processes_match_one_at_same_global_batch_size(workspace):
@@ -462,8 +496,9 @@ def test_all_weights_have_gradients_after_bfloat16_rollout():
 
 def test_compiled_training_with_validation_and_push_to_hub(workspace):
     with local_hub(workspace / "hf") as hub:
-        train_robot(
-            *(workspace, "logged", "--compile", "--report_to", "tensorboard", "--logging_steps", 1, "--fps", 5),
+        run(
+            *("train.py", *robot_flags(workspace, "logged")),
+            *("--compile", "--report_to", "tensorboard", "--logging_steps", 1, "--fps", 5),
             *("--validation_dataset", workspace / "held-out", "--validation_steps", 2, "--num_validation_clips", 2),
             *("--validation_inference_steps", 2, "--push_to_hub", "--hub_model_id", "lab/arm"),
         )
@@ -477,7 +512,7 @@ def test_compiled_training_with_validation_and_push_to_hub(workspace):
 
 def test_resuming_with_other_settings_raises(workspace):
     train_robot(workspace, "settled")
-    with pytest.raises(AssertionError, match=r"run with other settings: learning_rate was 0\.0001 and is 1e-05"):
+    with pytest.raises(ValueError, match=r"run with other settings: learning_rate was 0\.0001 and is 1e-05"):
         train_robot(workspace, "settled", "--learning_rate", 1e-5, "--max_train_steps", 4)
     train_robot(workspace, "settled", "--logging_steps", 1, "--max_train_steps", 4)
     settings = json.loads((workspace / "settled" / "checkpoint-4" / "settings.json").read_text())
@@ -509,20 +544,24 @@ def test_damaged_checkpoint_is_skipped(workspace):
 
 def test_training_stops_at_non_finite_loss(workspace):
     arguments = ["--learning_rate", 1e30, "--max_train_steps", 50, "--checkpointing_steps", 1]
-    with pytest.raises(AssertionError, match=r"error: the (loss|gradient norm) is (nan|inf) at step \d+; the"):
+    with pytest.raises(FloatingPointError, match=r"^the (loss|gradient norm) is (nan|inf) at step \d+; the"):
         train_robot(workspace, "diverged", *arguments)
     assert not (workspace / "diverged" / "model_index.json").exists()
 
 
-def test_invalid_input_prints_one_line_and_exits_with_2(workspace):
-    for flags in (["--max_train_steps", 0], ["--cameras", 3]):
-        command = [sys.executable, EXAMPLES / "train.py", "--dataset", workspace / "first", "--vae", workspace / "vae"]
-        command += ["--output_dir", workspace / "refused", *flags]
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        assert result.returncode == 2
-        assert result.stderr.splitlines()[-1].startswith("train.py: error: ")
-        assert "Traceback" not in result.stderr
-        assert not (workspace / "refused").exists()
+def test_invalid_input_prints_one_line_and_exits_with_2(workspace, monkeypatch, capsys):
+    flags = ["--dataset", workspace / "first", "--vae", workspace / "vae", "--output_dir", workspace / "refused"]
+    command = [sys.executable, EXAMPLES / "train.py", *flags, "--cameras", 3]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("train.py: error: ")
+    assert "Traceback" not in result.stderr
+    monkeypatch.setattr("sys.argv", [str(part) for part in ("train.py", *flags, "--max_train_steps", 0)])
+    with pytest.raises(SystemExit) as stop:
+        run_script(train.main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "train.py: error: `max_train_steps` must be at least 1, got 0.\n"
+    assert not (workspace / "refused").exists()
 
 
 def test_cpu_launch_with_single_process_raises(workspace):
@@ -558,29 +597,104 @@ def test_sample_prediction_trains_and_predicts(workspace):
     pipeline(np.zeros((32, 32, 3), np.uint8), np.zeros((3, 7)), num_inference_steps=2)
 
 
-@pytest.mark.parametrize("action_dim", [7, 5])
-def test_action_scale_from_data_for_new_action_encoder(workspace, action_dim):
-    """Models without a trained action encoder (Open-Sora, Latte), or with another number of action components."""
+def test_action_scale_from_data_for_new_action_encoder(workspace):
+    """For models without a trained action encoder, such as converted Open-Sora weights."""
     transformer = tiny_transformer(
-        num_layers=1, action_dim=action_dim, action_scale=1.0, action_offset=0.0, sample_frames=4, num_history_frames=1
+        num_layers=1, action_dim=7, action_scale=1.0, action_offset=0.0, sample_frames=4, num_history_frames=1
     )
-    if action_dim == 7:
-        torch.nn.init.zeros_(transformer.action_embed.linear_2.weight)
-    transformer.save_pretrained(workspace / f"foreign-{action_dim}")
-    output = train_robot(
-        *(
-            workspace,
-            f"tuned-{action_dim}",
-            "--pretrained",
-            workspace / f"foreign-{action_dim}",
-            "--max_train_steps",
-            1,
-        )
-    )
-    assert ("the action encoder is initialised again" in output) == (action_dim == 5)
-    config = IRASimPipeline.from_pretrained(workspace / f"tuned-{action_dim}").transformer.config
+    torch.nn.init.zeros_(transformer.action_embed.linear_2.weight)
+    transformer.save_pretrained(workspace / "foreign")
+    train_robot(workspace, "tuned", "--pretrained", workspace / "foreign", "--max_train_steps", 1)
+    config = IRASimPipeline.from_pretrained(workspace / "tuned").transformer.config
     assert config.action_dim == len(config.action_scale) == 7
     assert min(config.action_scale) > 1
+
+
+def test_other_number_of_action_components(workspace):
+    tiny_pipeline(num_layers=1, action_dim=5, action_scale=1.0, action_offset=0.0, sample_frames=4).save_pretrained(
+        workspace / "five"
+    )
+    with pytest.raises(
+        ValueError, match=r"must have 5 action components as .*, got 7: .*`irasim adapt --action-dim 7`"
+    ):
+        call(
+            "train",
+            "--dataset",
+            workspace / "first",
+            "--pretrained",
+            workspace / "five",
+            "--cameras",
+            0,
+            1,
+            *SHORT,
+            "--output_dir",
+            workspace / "none",
+        )
+    assert (
+        main(["adapt", "--model", str(workspace / "five"), "--action-dim", "7", "--output", str(workspace / "seven")])
+        == 0
+    )
+    train_robot(
+        *(workspace, "tuned-five", "--pretrained", workspace / "seven", "--sample_frames", 4),
+        *("--num_history_frames", 1, "--max_train_steps", 1),
+    )
+    config = IRASimPipeline.from_pretrained(workspace / "tuned-five").transformer.config
+    assert config.action_dim == len(config.action_scale) == 7
+    assert min(config.action_scale) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "`pretrained_model_name_or_path` must be given: adapters belong to a trained model"),
+        ({"pretrained_model_name_or_path": "model", "lora_rank": 0}, "`lora_rank` must be at least 1, got 0"),
+        (
+            {"pretrained_model_name_or_path": "model", "lora_dropout": 2.0},
+            r"`lora_dropout` must be in \[0, 1\], got 2.0",
+        ),
+        (
+            {"pretrained_model_name_or_path": "model", "max_train_steps": 0},
+            "`max_train_steps` must be at least 1, got 0",
+        ),
+        (
+            {"pretrained_model_name_or_path": str(Path(__file__).parent)},
+            "`vae` must be given, because .* not a pipeline",
+        ),
+    ],
+)
+def test_invalid_lora_arguments_raise(changes, message):
+    arguments = train_lora.LoraArguments(**{"dataset": ["set"], "output_dir": "out"} | changes)
+    with pytest.raises(ValueError, match=message):
+        train_lora.check_arguments(arguments)
+
+
+def documented_commands():
+    """Yield the page, program and flags of the training commands in the guides."""
+    root = EXAMPLES.parent
+    for page in (root / "README.md", *sorted(EXAMPLES.rglob("*.md"))):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in re.findall(r"^.*?((?:examples/train\w*\.py|irasim adapt) .*)$", text, re.MULTILINE):
+            if "..." not in line and "`" not in line:
+                program, *flags = shlex.split(line.removeprefix("irasim "), comments=True)
+                yield pytest.param(program.removeprefix("examples/"), flags, id=f"{page.name}: {line[:60]}")
+
+
+@pytest.mark.parametrize(("program", "flags"), documented_commands())
+def test_documented_commands_are_valid(program, flags):
+    if program == "adapt":
+        check_flags(_parser().parse_args(["adapt", *flags]))
+        return
+    arguments = {
+        "train.py": TrainingArguments,
+        "train_lora.py": train_lora.LoraArguments,
+        "train_vae.py": VAEArguments,
+    }
+    parsed, rest = HfArgumentParser(arguments[program]).parse_args_into_dataclasses(
+        flags, return_remaining_strings=True
+    )
+    assert not rest
+    if program != "train_vae.py":
+        check_run_arguments(parsed)
 
 
 def test_accelerate_configs_load():
@@ -611,11 +725,10 @@ def test_sharded_training_resumes(workspace, config, kind):
 def train_on_clips(name, folder, *arguments):
     """Train 40 steps on real clips, check that the loss decreases, and return the pipeline."""
     tiny_vae().save_pretrained(folder / "vae")
-    run(
-        *("train.py", "--dataset", CLIPS / name, "--vae", folder / "vae", "--output_dir", folder / "model"),
+    call(
+        *("train", "--dataset", CLIPS / name, "--vae", folder / "vae", "--output_dir", folder / "model"),
         *(*MODEL, *SHORT, "--max_train_steps", 40, "--learning_rate", 1e-2, "--max_grad_norm", 1),
         *("--report_to", "tensorboard", "--logging_steps", 1, *arguments),
-        launch=ONE,
     )
     losses = read_log(folder / "model")["loss"]
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10]), losses
@@ -648,20 +761,20 @@ def test_streamed_dataset_matches_local_folder(workspace):
     root = workspace / "files"
     write_folder(root)
 
-    def train(dataset, output, *arguments):
+    def train_files(dataset, output, *arguments):
         return run(
             *("train.py", "--dataset", dataset, "--vae", workspace / "vae", "--output_dir", workspace / output),
             *("--patch_size", 1, *MODEL, *SHORT, "--max_train_steps", 4, *arguments),
         )
 
-    train(root, "from-disk")
+    train_files(root, "from-disk")
     with local_hub(workspace / "streaming") as hub:
         files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
         pinned = ["--streaming", "--dataset_revision", hub.commit("datasets/lab/files", files)]
-        output = train("lab/files", "streamed", *pinned, "--max_train_steps", 2)
+        output = train_files("lab/files", "streamed", *pinned, "--max_train_steps", 2)
         assert "12 windows of 3 episodes, 0 left out" in output
         hub.commit("datasets/lab/files", {"README.md": b"edited"})
-        assert "resumed from" in train("lab/files", "streamed", *pinned)
+        assert "resumed from" in train_files("lab/files", "streamed", *pinned)
     fetched = [request.split("/")[-1] for request in hub.requests if request.startswith("GET") and ".mp4" in request]
     assert fetched == [f"file-{number:03d}.mp4" for number in (0, 1, 0)], (
         "each file is downloaded once, plus one download for the frame size"
@@ -684,7 +797,8 @@ def test_killed_and_resumed_run_matches_uninterrupted_run(workspace):
             *("--max_train_steps", STEPS, "--checkpointing_steps", 1, "--gradient_accumulation_steps", 2),
         ]
 
-    run(*arguments(workspace / "steady"), launch=ONE)
+    script, *flags = arguments(workspace / "steady")
+    call(script.removesuffix(".py"), *flags)
     output, generator = workspace / "killed", np.random.default_rng(11)
 
     def newest():
@@ -693,7 +807,7 @@ def test_killed_and_resumed_run_matches_uninterrupted_run(workspace):
     reached = [0]
     for _ in range(3):
         script, *rest = arguments(output)
-        command = [sys.executable, "-m", "accelerate.commands.launch", *ONE, str(EXAMPLES / script)]
+        command = [sys.executable, str(EXAMPLES / script)]
         process = subprocess.Popen(
             [*command, *map(str, rest)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -705,7 +819,7 @@ def test_killed_and_resumed_run_matches_uninterrupted_run(workspace):
         reached.append(newest())
     assert reached == sorted(set(reached)), "every run makes progress"
     assert reached[-1] < STEPS, "the last run was killed before the end"
-    run(*arguments(output), launch=ONE)
+    run(*arguments(output))
     expected, resumed = (
         IRASimPipeline.from_pretrained(folder).transformer for folder in (workspace / "steady", output)
     )

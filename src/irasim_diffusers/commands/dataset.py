@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
+from .files import check_name
 
-def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None) -> None:
+
+def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None, required: bool = True) -> None:
     """Add the flags of `open_dataset`.
 
     Args:
         parser: Parser of the command.
         split: Default of `--split`; None for the split `test`, or all episodes if a LeRobotDataset has none.
+        required: Whether `--dataset` is required.
     """
     add = parser.add_argument
-    add("--dataset", required=True, help="LeRobotDataset, IRASim-format or `datasets` folder, or Hub id")
+    add("--dataset", required=required, help="LeRobotDataset, IRASim-format or `datasets` folder, or Hub id")
     add("--cameras", nargs="*", default=[], help="cameras, stacked vertically; left,right joins two horizontally")
     default = split or "test, or all episodes of a LeRobotDataset without one"
     add("--split", default=split, help=f"split, or a part of one such as train[90%%:] (default: {default})")
@@ -27,6 +31,11 @@ def open_dataset(arguments: argparse.Namespace) -> Any:
     """Open the episodes that the flags of `add_dataset_flags` select."""
     from ..data import open_dataset
 
+    check_name("--dataset", arguments.dataset)
+    if arguments.split == "":
+        raise ValueError("--split must be the name of a split, got an empty one.")
+    if arguments.fps is not None and not 0 < arguments.fps < math.inf:
+        raise ValueError(f"--fps must be positive, got {arguments.fps:g}.")
     return open_dataset(
         arguments.dataset,
         arguments.cameras or None,

@@ -4,7 +4,14 @@ from .irasim import RELEASED_DATASETS, load_released_irasim
 from .latte import load_latte
 from .mapping import ConversionReport
 from .opensora import load_opensora
-from .surgery import change_action_dim, change_autoencoder, change_patch_size, predict_samples
+from .surgery import (
+    change_action_dim,
+    change_autoencoder,
+    change_patch_size,
+    fit_autoencoder,
+    predict_samples,
+    scaled_latents,
+)
 
 __all__ = [
     "RELEASED_DATASETS",
@@ -12,8 +19,10 @@ __all__ = [
     "change_action_dim",
     "change_autoencoder",
     "change_patch_size",
+    "fit_autoencoder",
     "load_latte",
     "load_opensora",
     "load_released_irasim",
     "predict_samples",
+    "scaled_latents",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from diffusers import AutoencoderKL
 
+from ..latents import scale_latents
 from ..models import IRASimTransformer3DModel
 
 ACTION_ENTRIES = {
@@ -142,10 +144,45 @@ def change_autoencoder(
     return new
 
 
+@torch.no_grad()
+def fit_autoencoder(
+    model: IRASimTransformer3DModel, own: AutoencoderKL, other: AutoencoderKL, images: torch.Tensor
+) -> IRASimTransformer3DModel:
+    """Change a trained model to another autoencoder, with latents of some images; see `change_autoencoder`.
+
+    Args:
+        model: The trained model.
+        own: Autoencoder of the model.
+        other: The new autoencoder.
+        images: Images (N, 3, H, W) in [-1, 1] from the data of the model, a few hundred of different episodes.
+
+    Returns:
+        A new model. Its patches cover the same area of the image as before. The input model is not modified.
+
+    Raises:
+        ValueError: If patches of the new latents cannot cover the same area.
+    """
+    before, after = (scaled_latents(vae, images) for vae in (own, other))
+    patch_size, remainder = divmod(model.config.patch_size * after.shape[-1], before.shape[-1])
+    if remainder or not patch_size:
+        raise ValueError(
+            f"`other` must allow patches of the same size in pixels as the model, got latents {tuple(after.shape[1:])} for "
+            f"{tuple(before.shape[1:])} in patches of {model.config.patch_size}: use another autoencoder."
+        )
+    return change_autoencoder(model, patch_size, before, after)
+
+
+@torch.no_grad()
+def scaled_latents(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Encode images (N, 3, H, W) in [-1, 1] to scaled latents, float32 on the CPU."""
+    latents = [vae.encode(part.to(vae.device)).latent_dist.mode().float().cpu() for part in images.split(16)]
+    return scale_latents(vae, torch.cat(latents))
+
+
 def _map_patches(
     state: dict[str, torch.Tensor], old: int, new: int, before: torch.Tensor, after: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Weights whose patch layers are composed with linear maps between old and new patches."""
+    """Compose the patch layers of a state with linear maps between old and new patches."""
     patches_before, patches_after = _patches(before, old), _patches(after, new)
     kernel = state["patch_embed.proj.weight"]
     read = kernel.flatten(1).double() @ _least_squares(patches_after, patches_before).T
@@ -164,7 +201,7 @@ def _patches(latents: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _least_squares(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The matrix that maps rows of `given` closest to those of `wanted`, damped to avoid amplifying noise."""
+    """Return the matrix that maps rows of `given` closest to rows of `wanted`, with damping against noise."""
     gram = given.T @ given
     damping = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve(gram + damping, given.T @ wanted)

@@ -11,6 +11,8 @@ import torch
 from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from torch import nn
 
+from ..pictures import resize as resize_frames
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -102,8 +104,7 @@ def fit_frames(pixels: torch.Tensor, size: tuple[int, int], resize: bool) -> tor
             f"`frames` must be {size[0]}x{size[1]} (height x width) for this checkpoint, got {given[0]}x{given[1]}: pass "
             "resize=True (--resize on the command line) to resize them."
         )
-    resized = nn.functional.interpolate(pixels.flatten(0, 1), size=size, mode="bilinear", antialias=True)
-    return resized.unflatten(0, pixels.shape[:2])
+    return resize_frames(pixels, size)
 
 
 def repeat_rows(tensor: torch.Tensor, batch_size: int) -> torch.Tensor:

@@ -1,0 +1,152 @@
+"""`irasim adapt`: change the architecture of a trained model before further training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .dataset import add_dataset_flags, open_dataset
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from .. import IRASimPipeline, IRASimTransformer3DModel
+
+CHANGES = ("prediction_type", "vae", "patch_size", "action_frequencies", "action_dim")
+EPISODES = 32
+"""Maximum number of episodes for the fit of a new autoencoder."""
+FRAMES = 16
+"""Frames per episode."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `adapt` to the subparsers of `irasim`."""
+    parser = subparsers.add_parser(
+        "adapt",
+        help="change patch size, autoencoder or actions of a trained model",
+        description="Change the architecture of a trained model before further training: patch size, autoencoder, number of "
+        "action components, frequencies or prediction type. Weights that the change does not affect are kept.",
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("--model", required=True, help="pipeline folder or Hub id")
+    add("--output", type=Path, required=True, help="pipeline folder to write")
+    add("--patch-size", type=int, help="side of the patches in latent pixels")
+    add(
+        "--vae",
+        help="new autoencoder, fitted to frames of --dataset: folder or Hub id, optionally with ':<subfolder>'",
+    )
+    add("--action-dim", type=int, help="number of action components; the action encoder is initialised again")
+    add("--action-frequencies", type=int, help="octaves of sine and cosine features of the actions, at least as many")
+    add("--prediction-type", choices=("sample",), help="predict samples instead of velocities")
+    add("--height", type=int, help="with --width: resize the frames of --dataset, as in training")
+    add("--width", type=int, help="see --height")
+    add_dataset_flags(parser, "train", required=False)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check the flags, load the pipeline, change it, and write the new one."""
+    check_flags(arguments)
+
+    import torch
+
+    from .. import IRASimPipeline
+    from ..files import temporary_folder
+    from ..training import finished_pipeline
+
+    try:
+        pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {error}") from error
+    transformer, vae = _adapted(arguments, pipeline)
+    with temporary_folder(arguments.output) as partial:
+        finished_pipeline(vae, transformer, arguments.model).save_pretrained(partial)
+    config = transformer.config
+    print(
+        f"patches of {config.patch_size} latent pixels, {config.in_channels} channels, {config.action_dim} action components; "
+        f"wrote {arguments.output}"
+    )
+
+
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Check the flags before anything is read.
+
+    Raises:
+        ValueError: If a flag is missing or invalid.
+    """
+    if not any(getattr(arguments, name) is not None for name in CHANGES):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in CHANGES)
+        raise ValueError(f"at least one change must be given: {flags}.")
+    for name, least in (("patch_size", 1), ("action_dim", 1), ("action_frequencies", 0), ("height", 1), ("width", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+    if (arguments.height is None) != (arguments.width is None):
+        raise ValueError("--height and --width must be given together.")
+    if (arguments.vae is None) != (arguments.dataset is None):
+        raise ValueError("--vae and --dataset must be given together: the model is fitted to the frames of the data.")
+    output: Path = arguments.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output must be a new or empty folder, got {str(output)!r}.")
+
+
+def _adapted(
+    arguments: argparse.Namespace, pipeline: IRASimPipeline
+) -> tuple[IRASimTransformer3DModel, AutoencoderKL | None]:
+    """Apply the changes in the order of `CHANGES`; return the new transformer and its autoencoder."""
+    from .. import IRASimTransformer3DModel
+    from ..conversion import change_action_dim, change_patch_size, fit_autoencoder, predict_samples
+    from ..training import load_autoencoder
+
+    transformer, vae = pipeline.transformer, pipeline.vae
+    if not isinstance(transformer, IRASimTransformer3DModel):
+        raise ValueError(f"--model must be a transformer, got {type(transformer).__name__} in {arguments.model!r}.")
+    if arguments.prediction_type:
+        transformer = predict_samples(transformer)
+    if arguments.vae:
+        if vae is None:
+            raise ValueError(f"--vae must be left out: {arguments.model!r} is a pixel-space model.")
+        images = _images(arguments)
+        try:
+            other = load_autoencoder(arguments.vae)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--vae must be an autoencoder, got {arguments.vae!r}: {error}") from error
+        transformer, vae = fit_autoencoder(transformer, vae, other, images), other
+    if arguments.patch_size is not None or arguments.action_frequencies is not None:
+        patch_size = arguments.patch_size or transformer.config.patch_size
+        _check_patch_size(patch_size, transformer.config)
+        transformer = change_patch_size(transformer, patch_size, arguments.action_frequencies)
+    if arguments.action_dim is not None:
+        transformer = change_action_dim(transformer, arguments.action_dim)
+    return transformer, vae
+
+
+def _check_patch_size(patch_size: int, config: Any) -> None:
+    if config.sample_height % patch_size or config.sample_width % patch_size:
+        raise ValueError(
+            f"--patch-size must divide the sides of the latents, {config.sample_height}x{config.sample_width}, got {patch_size}."
+        )
+
+
+def _images(arguments: argparse.Namespace) -> torch.Tensor:
+    """Read evenly spaced frames (N, 3, H, W) in [-1, 1] of the first readable episodes."""
+    import torch
+
+    from ..data import PreparedEpisodes
+
+    size = (arguments.height, arguments.width) if arguments.height else None
+    source = PreparedEpisodes(open_dataset(arguments), frame_size=size)
+    parts = []
+    for number in range(min(len(source), EPISODES)):
+        try:
+            frames = source[number].frames
+        except ValueError:  # training reports or skips broken episodes
+            continue
+        parts.append(frames[np.linspace(0, len(frames) - 1, FRAMES).astype(int)])
+    if not parts:
+        raise ValueError(f"none of the first episodes of {arguments.dataset!r} can be read.")
+    return torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2) / 127.5 - 1

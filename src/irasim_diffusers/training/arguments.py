@@ -1,0 +1,332 @@
+"""Arguments that the training scripts share, and their checks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.optimization import SchedulerType
+from diffusers.utils import is_bitsandbytes_available
+
+from .scripts import require_finite
+
+
+@dataclass
+class RunArguments:
+    """Arguments of `train.py` and `train_lora.py`; the help texts describe them."""
+
+    # data
+    dataset: list[str] = field(
+        metadata={"help": "LeRobotDataset, IRASim-format or `datasets` folder, or Hub id; several data sets are mixed"}
+    )
+    output_dir: str = field(metadata={"help": "folder for checkpoints and the finished pipeline"})
+    vae: str | None = field(
+        default=None,
+        metadata={
+            "help": "frozen autoencoder: folder or Hub id, optionally with ':<subfolder>' (default: that of the pretrained "
+            "pipeline)"
+        },
+    )
+    validation_dataset: str | None = field(
+        default=None, metadata={"help": "data set of held-out episodes, in the same formats"}
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit of the data sets on the Hub"}
+    )
+    dataset_weights: list[float] = field(
+        default_factory=list, metadata={"help": "sampling weight of each data set (default: its number of windows)"}
+    )
+    cameras: list[str] = field(
+        default_factory=list,
+        metadata={"help": "cameras to stack into one picture; left,right makes a row (default: the only camera)"},
+    )
+    split: str = field(default="train", metadata={"help": "split of the data, or a part such as train[:90%%]"})
+    validation_split: str = field(default="train", metadata={"help": "split of the validation data"})
+    max_train_episodes: int | None = field(
+        default=None, metadata={"help": "number of episodes of each data set to train on, from the first"}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "download data sets from the Hub file by file, encode them, and keep only the latents"},
+    )
+    skip_broken: bool = field(default=False, metadata={"help": "skip episodes that cannot be read, and list them"})
+    recorded_latents: bool = field(
+        default=False, metadata={"help": "use the latents that are stored with IRASim-format data"}
+    )
+    fps: float | None = field(default=None, metadata={"help": "frames per second, if the data do not record it"})
+    frame_skip: int = field(default=1, metadata={"help": "train on every n-th frame, with all offsets"})
+    target_fps: float | None = field(
+        default=None, metadata={"help": "frames per second after skipping, instead of --frame_skip"}
+    )
+    height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
+    width: int | None = field(default=None, metadata={"help": "see --height"})
+    action_column: str = field(default="actions", metadata={"help": "action column of `datasets` data"})
+    state_columns: list[str] = field(default_factory=list, metadata={"help": "state columns of `datasets` data"})
+    action_derivation: str = field(
+        default="recorded",
+        metadata={"help": "recorded, or derived from states: relative_euler, relative_6d, relative_planar, absolute"},
+    )
+    action_composition: str | None = field(
+        default=None,
+        metadata={"help": "derivation of recorded actions, which determines how they compose over skipped frames"},
+    )
+    state_key: str | None = field(default=None, metadata={"help": "state feature that actions are derived from"})
+    pad_actions_to: int | None = field(
+        default=None, metadata={"help": "pad actions with zeros to this number of components"}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "folder of the latent cache (default: output_dir/latents)"}
+    )
+    # pretrained model
+    pretrained_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--pretrained"],
+            "help": "pretrained pipeline or transformer: folder or Hub id; see also `irasim adapt`",
+        },
+    )
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the pretrained model"})
+    variant: str | None = field(
+        default=None, metadata={"help": "variant of the pretrained model's files, such as fp16"}
+    )
+    # objective
+    crop_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "train on square crops of this side (latent pixels) around moving patches if the history is not predicted; "
+            "requires --spatial_position rope"
+        },
+    )
+    rollout_chunks: int = field(
+        default=0,
+        metadata={
+            "help": "also train on the model's predictions: before the loss on a chunk, up to this many chunks are predicted "
+            "without gradient, and the last predicted frames are the history; clips become longer by these chunks"
+        },
+    )
+    rollout_start_step: int = field(default=0, metadata={"help": "step at which --rollout_chunks takes effect"})
+    rollout_inference_steps: int = field(
+        default=1, metadata={"help": "denoising steps of the chunks that are predicted for --rollout_chunks"}
+    )
+    history_noise: float = field(
+        default=0.0,
+        metadata={"help": "maximum standard deviation of the noise on history latents, against drift in rollouts"},
+    )
+    snr_gamma: float | None = field(default=None, metadata={"help": "gamma of min-SNR loss weights; 5 in its paper"})
+    terminal_share: float = field(
+        default=0.0,
+        metadata={"help": "fraction of windows at the last timestep, where sampling starts; the others are uniform"},
+    )
+    action_dropout: float = field(
+        default=0.1, metadata={"help": "fraction of windows that are trained with the null action"}
+    )
+    state_keys: list[str] = field(
+        default_factory=list,
+        metadata={"help": "state features to predict from intermediate features as an auxiliary loss"},
+    )
+    state_angles: list[str] = field(
+        default_factory=list, metadata={"help": "components of --state_keys that are angles in radians"}
+    )
+    state_loss_weight: float = 1.0
+    # optimisation
+    train_batch_size: int = field(default=16, metadata={"help": "windows per process and batch"})
+    gradient_accumulation_steps: int = 1
+    max_train_steps: int = 300_000
+    max_train_minutes: float | None = field(
+        default=None, metadata={"help": "stop after this time, including validation and checkpoints"}
+    )
+    learning_rate: float = 1e-4
+    lr_scheduler: str = field(
+        default="constant_with_warmup", metadata={"help": "learning rate schedule of diffusers' get_scheduler"}
+    )
+    lr_warmup_steps: int = 0
+    lr_num_cycles: int = field(default=1, metadata={"help": "number of cycles of cosine_with_restarts"})
+    lr_power: float = field(default=1.0, metadata={"help": "power of polynomial"})
+    optimizer: str = field(
+        default="adamw",
+        metadata={
+            "help": "adamw, adamw8bit (bitsandbytes), or muon (torch 2.9) for the blocks' matrices and adamw for the rest"
+        },
+    )
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 0.0
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 0.1
+    ema_decay: float = 0.9999
+    ema_warmup: bool = field(default=True, metadata={"help": "increase the EMA decay with the steps, for short runs"})
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={"help": "no, fp16 or bf16 (default: that of accelerate's config, or bf16)"},
+    )
+    allow_tf32: bool = field(
+        default=False, metadata={"help": "faster float32 matrix products on Ampere GPUs and later"}
+    )
+    gradient_checkpointing: bool = False
+    compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile"})
+    attention_backend: str | None = field(
+        default=None, metadata={"help": "attention backend of diffusers; _native_math trains twice as fast on a CPU"}
+    )
+    dataloader_num_workers: int = 0
+    # bookkeeping
+    logging_steps: int = 20
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    validation_steps: int = 2000
+    num_validation_clips: int = 16
+    validation_inference_steps: int = 16
+    report_to: str | None = field(
+        default=None, metadata={"help": "tracker of accelerate, for example tensorboard or wandb"}
+    )
+    push_to_hub: bool = field(default=False, metadata={"help": "push the trained model to the Hub, with a card"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "repository (default: the name of output_dir)"})
+    seed: int = 0
+
+
+MAY_CHANGE = {
+    *("output_dir", "cache_dir", "max_train_steps", "max_train_minutes", "dataloader_num_workers", "report_to"),
+    *("logging_steps", "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_model_id"),
+    *("validation_dataset", "validation_split", "validation_steps", "num_validation_clips"),
+    *("validation_inference_steps", "compile", "attention_backend", "gradient_checkpointing", "allow_tf32"),
+    # the identity of the latents covers these
+    *("dataset", "dataset_revision", "streaming", "vae", "max_train_episodes"),
+}
+"""Arguments that may change when a run is resumed."""
+
+NOT_NEGATIVE = (
+    *("rollout_chunks", "rollout_start_step", "lr_warmup_steps", "history_noise", "adam_weight_decay", "adam_beta1"),
+    *("adam_beta2", "state_loss_weight", "dataloader_num_workers", "seed"),
+)
+AT_LEAST_1 = (
+    *("rollout_inference_steps", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "frame_skip"),
+    *("max_train_episodes", "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"),
+    *("num_validation_clips", "lr_num_cycles", "height", "width", "pad_actions_to", "crop_size"),
+)
+POSITIVE = (
+    *("learning_rate", "max_grad_norm", "max_train_minutes", "fps", "target_fps", "adam_epsilon", "snr_gamma"),
+    *("dataset_weights", "lr_power"),
+)
+CHOICES = {
+    "optimizer": ("adamw", "adamw8bit", "muon"),
+    "mixed_precision": ("no", "fp16", "bf16"),
+    "lr_scheduler": tuple(each.value for each in SchedulerType),
+    "attention_backend": tuple(each.value for each in AttentionBackendName),
+}
+
+
+def check_ranges(
+    arguments: Any,
+    not_negative: Iterable[str] = (),
+    at_least_1: Iterable[str] = (),
+    positive: Iterable[str] = (),
+    fractions: Iterable[str] = (),
+    choices: Mapping[str, Iterable[str]] = {},
+) -> None:
+    """Check the values of arguments one by one. None, the default of many arguments, is always accepted.
+
+    Args:
+        arguments: Object with the arguments as attributes: numbers, names, or lists of numbers.
+        not_negative: Names of arguments that must be at least 0.
+        at_least_1: Names of arguments that must be at least 1.
+        positive: Names of arguments that must be larger than 0.
+        fractions: Names of arguments that must be in [0, 1].
+        choices: Accepted values by the name of the argument.
+
+    Raises:
+        ValueError: If a value is not finite, out of range or unknown.
+    """
+    require_finite(vars(arguments))
+    tests: tuple[tuple[Iterable[str], str, Any], ...] = (
+        (not_negative, "at least 0", lambda value: value >= 0),
+        (at_least_1, "at least 1", lambda value: value >= 1),
+        (positive, "positive", lambda value: value > 0),
+        (fractions, "in [0, 1]", lambda value: 0 <= value <= 1),
+    )
+    for names, wanted, accepts in tests:
+        for name in names:
+            given = getattr(arguments, name)
+            for value in given if isinstance(given, list) else [given]:
+                if value is not None and not accepts(value):
+                    raise ValueError(f"`{name}` must be {wanted}, got {value}.")
+    for name, known in choices.items():
+        value = getattr(arguments, name)
+        if value is not None and value not in known:
+            raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
+
+
+def check_run_arguments(arguments: RunArguments) -> None:
+    """Check the shared arguments before anything is read.
+
+    Raises:
+        ValueError: If a value is invalid or does not apply to the other arguments.
+    """
+    fractions = ("terminal_share", "action_dropout", "ema_decay")
+    check_ranges(arguments, NOT_NEGATIVE, AT_LEAST_1, POSITIVE, fractions, CHOICES)
+    if not 1 <= arguments.validation_inference_steps <= 1000:
+        raise ValueError(
+            f"`validation_inference_steps` must be in 1..1000, got {arguments.validation_inference_steps}."
+        )
+    if arguments.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"`optimizer` muon requires torch 2.9 or later, found {torch.__version__}.")
+    if arguments.optimizer == "adamw8bit" and not is_bitsandbytes_available():
+        raise ValueError("`optimizer` adamw8bit requires `pip install bitsandbytes`.")
+    if arguments.crop_size and arguments.state_keys:
+        raise ValueError(
+            "`crop_size` and `state_keys` exclude each other: the states are positions in the whole frame."
+        )
+    if arguments.max_train_minutes is not None and not arguments.lr_scheduler.startswith("constant"):
+        raise ValueError(
+            f"`lr_scheduler` must be constant or constant_with_warmup with `max_train_minutes`, got "
+            f"{arguments.lr_scheduler!r}: the others need to know the number of steps."
+        )
+    if arguments.rollout_chunks == 0 and (arguments.rollout_start_step or arguments.rollout_inference_steps > 1):
+        raise ValueError(
+            "`rollout_start_step` and `rollout_inference_steps` must be used with `rollout_chunks`, got 0."
+        )
+    _check_data_arguments(arguments)
+
+
+def _check_data_arguments(arguments: RunArguments) -> None:
+    if len(arguments.dataset_weights) not in (0, len(arguments.dataset)):
+        raise ValueError(
+            f"`dataset_weights` must be {len(arguments.dataset)} numbers, got {arguments.dataset_weights}."
+        )
+    held_out = os.path.normpath(arguments.validation_dataset or "")
+    if held_out in map(os.path.normpath, arguments.dataset) and arguments.validation_split == arguments.split:
+        raise ValueError(
+            f"`validation_split` must differ from `split` for a data set that is also in `dataset`, got {arguments.split!r} for "
+            f"both in {arguments.validation_dataset!r}."
+        )
+    if (arguments.height is None) != (arguments.width is None):
+        raise ValueError("`height` and `width` must be given together.")
+    if arguments.frame_skip > 1 and arguments.target_fps is not None:
+        raise ValueError("`frame_skip` and `target_fps` exclude each other.")
+
+
+def check_crop(crop_size: int | None, config: Mapping[str, Any]) -> None:
+    """Check `crop_size` against the config of a model.
+
+    Args:
+        crop_size: Side of the crops in latent pixels; None for whole frames.
+        config: Config of the model, or the entries of a new one.
+
+    Raises:
+        ValueError: If the model does not allow crops of this size.
+    """
+    if crop_size is None:
+        return
+    if config["spatial_position"] != "rope":
+        raise ValueError(
+            f"`crop_size` requires `spatial_position='rope'`, got {config['spatial_position']!r}: other positions depend on the "
+            "place in the frame."
+        )
+    if crop_size % config["patch_size"]:
+        raise ValueError(f"`crop_size` must be a multiple of the patch size {config['patch_size']}, got {crop_size}.")
+    if config["action_space"] == "absolute" and not config["target_extent"]:
+        raise ValueError(
+            "`crop_size` with absolute actions requires `target_extent`, which shifts targets with the crop."
+        )

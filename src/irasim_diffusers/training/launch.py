@@ -1,0 +1,80 @@
+"""The accelerator of a training script, and checks of how it was launched."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from huggingface_hub import create_repo
+
+from .arguments import RunArguments
+from .checkpoints import remove_leftovers
+from .scripts import check_launch
+
+
+def start_accelerator(arguments: RunArguments) -> Accelerator:
+    """Create the accelerator of a training run, and set the seed.
+
+    Raises:
+        ValueError: If the launcher or the distributed type does not match the arguments.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    output = Path(arguments.output_dir)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        mixed_precision=arguments.mixed_precision or (launched if launched != "no" else "bf16"),
+        log_with=arguments.report_to,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],  # one process may encode for a long time
+    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check_launch(accelerator)
+    _check_accelerator(accelerator, arguments)
+    torch.backends.cuda.matmul.allow_tf32 = arguments.allow_tf32
+    set_seed(arguments.seed)
+    return accelerator
+
+
+def _check_accelerator(accelerator: Accelerator, arguments: RunArguments) -> None:
+    """Check what the distributed type supports, and keep raw actions in float32."""
+    if arguments.optimizer == "muon" and accelerator.mixed_precision == "fp16":
+        raise ValueError("`optimizer` muon does not support `mixed_precision` fp16: use bf16 or no.")
+    if accelerator.gradient_accumulation_steps != arguments.gradient_accumulation_steps:
+        raise ValueError(
+            f"`gradient_accumulation_steps` is {arguments.gradient_accumulation_steps}, and accelerate was launched with "
+            f"{accelerator.gradient_accumulation_steps}: pass it to `accelerate launch`, too, or remove it from its config."
+        )
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
+    if arguments.optimizer == "muon":
+        raise ValueError(f"`optimizer` muon does not support {kind.value}: use adamw.")
+    if kind == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError("FSDP must be version 2: use examples/accelerate_configs/fsdp2.yaml.")
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast casts the inputs
+    elif accelerator.state.deepspeed_plugin.zero_stage > 2:
+        raise ValueError("DeepSpeed must be ZeRO-1 or 2: use examples/accelerate_configs/zero2.yaml, or FSDP.")
+    else:  # DeepSpeed clips gradients itself
+        accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = arguments.max_grad_norm
+
+
+def prepare_output(accelerator: Accelerator, arguments: RunArguments) -> None:
+    """Create the output folder, remove temporary files of interrupted runs, and create the Hub repository if requested."""
+    output = Path(arguments.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_leftovers(output)
+        if arguments.push_to_hub:  # an error now rather than after the training
+            create_repo(arguments.hub_model_id or output.name, exist_ok=True)
+    accelerator.wait_for_everyone()

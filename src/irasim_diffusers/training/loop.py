@@ -1,0 +1,285 @@
+"""The training loop: steps, averaged weights, logging, checkpoints and exact resume."""
+
+from __future__ import annotations
+
+import functools
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..data import MixedClips
+from ..latents import scale_latents
+from ..models import IRASimTransformer3DModel, UNetTrajectoryModel, noise_process
+from .arguments import MAY_CHANGE, RunArguments
+from .checkpoints import (
+    averaged_state,
+    checkpoints,
+    load_average,
+    newest_checkpoint,
+    save_average,
+    save_checkpoint,
+    seconds_trained,
+    step_of,
+)
+from .loss import training_loss
+from .objective import StateReadout
+from .optimizers import build_optimizers, build_schedules
+from .scripts import Interruption
+
+logger = get_logger(__name__, log_level="INFO")
+
+
+def run_settings(
+    arguments: RunArguments, accelerator: Accelerator, folders: list[Path], config: Any
+) -> dict[str, Any]:
+    """Return the settings that must not change when a run is resumed."""
+    flags = {name: value for name, value in vars(arguments).items() if name not in MAY_CHANGE}
+    return flags | {
+        "mixed_precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+        "latents": [folder.name for folder in folders],
+        "config": {key: value for key, value in config.items() if not key.startswith("_")},
+    }
+
+
+class TrainingRun:
+    """A training run that starts from its newest checkpoint.
+
+    Args:
+        accelerator: The accelerator.
+        arguments: Arguments of the run.
+        transformer: The model; parameters that require a gradient are trained and averaged.
+        clips: Training clips.
+        vae: Autoencoder of the latents; None for pixel space.
+        folders: Folders of the cached latents, which identify the data.
+        copy: Function that builds a model of the same structure, on the CPU; its weights are replaced.
+
+    Attributes:
+        step: Number of completed steps.
+        seconds: Training time, including earlier parts of a resumed run.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        arguments: RunArguments,
+        transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
+        clips: MixedClips,
+        vae: AutoencoderKL | None,
+        folders: list[Path],
+        copy: Callable[[], IRASimTransformer3DModel | UNetTrajectoryModel],
+    ) -> None:
+        _check_batch_size(arguments, clips, accelerator)
+        self.accelerator, self.arguments, self.vae, self.clips = accelerator, arguments, vae, clips
+        self.transformer, self.config, self.copy = transformer, transformer.config, copy
+        self.output = Path(arguments.output_dir)
+        _configure(transformer, arguments)
+        trained = StateReadout(transformer, clips[0]["states"].shape[1]) if arguments.state_keys else transformer
+        optimizers = build_optimizers(trained, arguments)
+        schedules = build_schedules(optimizers, arguments, accelerator)
+        loader = DataLoader(
+            clips,
+            batch_size=arguments.train_batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=arguments.dataloader_num_workers,
+        )
+        self.model, self.loader, *prepared = accelerator.prepare(trained, loader, *optimizers, *schedules)
+        self.optimizers, self.schedules = prepared[: len(optimizers)], prepared[len(optimizers) :]
+        self.ema = EMAModel(  # after the model has been sharded
+            self._trained_parameters(),
+            decay=arguments.ema_decay,
+            use_ema_warmup=arguments.ema_warmup,
+            power=3 / 4,
+            foreach=True,
+        )
+        self.ema.to(accelerator.device, torch.float32)  # also if DeepSpeed has cast the model
+        self.noise_scheduler = noise_process(self.config)
+        if arguments.report_to:
+            flags = {
+                name: value if isinstance(value, int | float) else str(value)
+                for name, value in vars(arguments).items()
+            }
+            accelerator.init_trackers("irasim-diffusers", config=flags)
+        self.settings = run_settings(arguments, accelerator, folders, self.config)
+        self.step, self.seconds = 0, 0.0
+        self._resume()
+
+    def steps(self) -> Iterator[int]:
+        """Train, and yield the number of completed steps after each step and its checkpoint.
+
+        Raises:
+            FloatingPointError: If the loss or the gradient is not finite.
+            SystemExit: After Ctrl-C or SIGTERM, when the checkpoint has been written.
+        """
+        arguments, accumulation = self.arguments, self.accelerator.gradient_accumulation_steps
+        limit = math.inf if arguments.max_train_minutes is None else 60 * arguments.max_train_minutes
+        epoch, done = divmod(self.step, -(-len(self.loader) // accumulation))
+        self.batch_number = epoch * len(self.loader) + done * accumulation
+        self.bar = tqdm(
+            total=arguments.max_train_steps,
+            initial=self.step,
+            disable=not self.accelerator.is_main_process,
+            unit="step",
+        )
+        self.start = time.perf_counter() - self.seconds
+        self.total = torch.zeros((), device=self.accelerator.device)  # loss over the batches of a step
+        interruption = Interruption()
+        while self.step < arguments.max_train_steps and self.seconds < limit:
+            for batch in self._epoch(epoch, done * accumulation):
+                self._train_batch(batch)
+                if not self.accelerator.sync_gradients:
+                    continue
+                self._finish_step(limit)
+                stopped_by = interruption.requested(self.accelerator)
+                if self.step % arguments.checkpointing_steps == 0 or self.seconds >= limit or stopped_by:
+                    self._save_checkpoint()
+                if stopped_by:
+                    self._stop(stopped_by)
+                yield self.step
+                if self.step == arguments.max_train_steps or self.seconds >= limit:
+                    break
+            epoch, done = epoch + 1, 0
+
+    def averaged(self) -> Any:
+        """Return a model with the averaged weights on the CPU, in evaluation mode; every process must call this method."""
+        model = self.copy()
+        model.load_state_dict(averaged_state(self.ema, self.transformer))
+        return model.eval()
+
+    def _trained_parameters(self) -> Iterator[torch.nn.Parameter]:
+        return (parameter for parameter in self.transformer.parameters() if parameter.requires_grad)
+
+    def _resume(self) -> None:
+        newest = newest_checkpoint(self.output, self.settings)
+        if newest is None:
+            return
+        self.seconds, self.step = seconds_trained(newest), step_of(newest)
+        self.accelerator.load_state(str(newest))
+        load_average(self.ema, self.transformer, newest)
+        logger.info(f"resumed from {newest}")
+
+    def _epoch(self, epoch: int, skipped: int) -> Any:
+        """Return the batches of an epoch after the first `skipped` ones."""
+        self.loader.set_epoch(epoch)
+        self.clips.set_epoch(epoch)
+        if not skipped:
+            return self.loader
+        batches = self.accelerator.skip_first_batches(self.loader, skipped)
+        batches.iteration = epoch  # accelerate before 1.15 does not set the epoch
+        return batches
+
+    def _train_batch(self, batch: dict[str, torch.Tensor]) -> None:
+        """Compute the gradient of a batch, and update the weights after the last batch of a step."""
+        accelerator = self.accelerator
+        place = self.batch_number * accelerator.num_processes + accelerator.process_index
+        if self.vae is not None:
+            batch = batch | {"latents": scale_latents(self.vae, batch["latents"])}
+        with accelerator.accumulate(self.model):
+            with accelerator.autocast():
+                loss = training_loss(
+                    self.model,
+                    self.noise_scheduler,
+                    batch,
+                    self.config,
+                    self.arguments,
+                    step=self.step,
+                    position=place * self.arguments.train_batch_size,
+                )
+            self._check_finite("loss", loss)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
+                if norm is not None and accelerator.scaler is None:  # a scaler skips such steps
+                    self._check_finite("gradient norm", norm)
+            for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+        self.batch_number += 1
+        self.total += loss.detach() / accelerator.gradient_accumulation_steps
+
+    def _check_finite(self, name: str, value: torch.Tensor) -> None:
+        """Raise FloatingPointError if a value is NaN or infinite, before the weights change."""
+        if not math.isfinite(value.item()):
+            found = checkpoints(self.output)
+            last = f"the last checkpoint is {str(found[-1])!r}" if found else "there is no checkpoint"
+            raise FloatingPointError(
+                f"the {name} is {value.item()} at step {self.step + 1}; {last}. Use a lower `learning_rate`, or check the data."
+            )
+
+    def _finish_step(self, limit: float) -> None:
+        """Update averages, progress and log after a step."""
+        accelerator = self.accelerator
+        self.ema.step(self._trained_parameters())
+        self.step += 1
+        self.bar.update()
+        if self.step % self.arguments.logging_steps == 0:
+            figures = {
+                "loss": accelerator.reduce(self.total, "mean").item(),
+                "learning_rate": self.schedules[0].get_last_lr()[0],
+            }
+            self.bar.set_postfix(loss=f"{figures['loss']:.4f}", lr=f"{figures['learning_rate']:.2e}")
+            accelerator.log(figures, step=self.step)
+        self.total.zero_()
+        self.seconds = time.perf_counter() - self.start
+        if limit < math.inf:  # all processes must stop at the same step
+            self.seconds = accelerator.reduce(torch.tensor(self.seconds, device=accelerator.device), "mean").item()
+
+    def _save_checkpoint(self) -> None:
+        save_checkpoint(
+            self.accelerator,
+            self.output,
+            self.step,
+            self.arguments.checkpoints_total_limit,
+            self.settings | {"seconds": self.seconds},
+            add=functools.partial(save_average, self.accelerator, self.ema, self.transformer),
+        )
+
+    def _stop(self, number: int) -> None:
+        name = signal.Signals(number).name
+        logger.info(f"stopped by {name} at step {self.step}; run the same command to resume")
+        self.accelerator.end_training()
+        raise SystemExit(128 + number)
+
+
+def _check_batch_size(arguments: RunArguments, clips: MixedClips, accelerator: Accelerator) -> None:
+    if len(clips) < arguments.train_batch_size * accelerator.num_processes:
+        raise ValueError(f"`train_batch_size` must be at most the {len(clips)} windows over all processes: lower it.")
+
+
+def _configure(transformer: IRASimTransformer3DModel | UNetTrajectoryModel, arguments: RunArguments) -> None:
+    """Apply the options of the model that do not change its results."""
+    if arguments.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if arguments.attention_backend:
+        transformer.set_attention_backend(arguments.attention_backend)
+    if arguments.compile:
+        torch._dynamo.config.cache_size_limit = 64  # windows of several lengths, with and without gradients
+        transformer.compile_repeated_blocks(dynamic=False)
+
+
+def log_size(
+    transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
+    clips: MixedClips,
+    num_episodes: int,
+    accelerator: Accelerator,
+) -> None:
+    """Log the number of parameters, windows, episodes and processes."""
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    used = sum(len({number for number, _ in part.windows}) for part in clips.clips)
+    logger.info(
+        f"{parameters / 1e6:.2f} M parameters, {len(clips)} windows of {used} episodes, {num_episodes - used} left out, "
+        f"{accelerator.num_processes} processes ({accelerator.distributed_type.value})"
+    )

@@ -1,0 +1,118 @@
+"""The loss of a batch of clips, with draws that do not depend on the number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .arguments import RunArguments
+from .objective import NoiseProcess, diffusion_loss
+from .rollouts import crop, predict_chunk
+
+FULL_HISTORY = 0.7
+"""Fraction of the steps that use all history frames; the others draw the number uniformly."""
+TRUE_HISTORY = 0.3
+"""Fraction of clips that keep the true history in a rollout step."""
+
+
+def training_loss(
+    model: nn.Module,
+    noise_scheduler: NoiseProcess,
+    clip: dict[str, torch.Tensor],
+    config: Any,
+    arguments: RunArguments,
+    step: int,
+    position: int,
+) -> torch.Tensor:
+    """Compute the loss of a batch of clips.
+
+    The numbers of history frames and of chunks predicted first depend on the seed and the step only. Noise, timesteps and action
+    dropout depend on the seed and the index of the clip in the run. The draws therefore do not depend on the number of processes.
+
+    Args:
+        model: The model, possibly wrapped by accelerate; a `StateReadout` with `state_keys`.
+        noise_scheduler: The model's noise process, from `models.noise_process`.
+        clip: `latents` (B, C, F, H, W), scaled; `actions` (B, F - 1, A) in raw units; `states` (B, F, S) with `state_keys`.
+        config: Config of the model.
+        arguments: Arguments of the run.
+        step: Number of completed steps.
+        position: Index of the first clip of the batch in the run.
+
+    Returns:
+        The loss, a float32 scalar.
+    """
+    latents, actions = clip["latents"], clip["actions"]
+    most = config["num_history_frames"]
+    length = config["sample_frames"] - most  # of a chunk
+    num_history, chunks = _draw_lengths(config, arguments, step)
+    draw = _draws(arguments.seed, position, len(latents), latents.device)
+    uniform = draw(0, 8)
+    (timestep, terminal, deviation, drop, true_history), places = uniform[:, :5].unbind(1), uniform[:, 5:]
+    history = latents[:, :, most - num_history : most]
+    shape = (latents.shape[1], length, *latents.shape[3:])
+    for chunk in range(chunks):
+        first = most + chunk * length
+        future = predict_chunk(
+            model,
+            noise_scheduler,
+            history,
+            actions[:, first - 1 : first - 1 + length],
+            draw(2 + chunk, *shape, normal=True),
+            num_inference_steps=arguments.rollout_inference_steps,
+            relative_latents=config["relative_latents"],
+        )
+        history = torch.cat([history, future.to(history)], dim=2)[:, :, -most:]
+    torch.clear_autocast_cache()  # before torch 2.11 it keeps weights cast without gradient
+    first = most + chunks * length  # of the frames with the loss
+    start, end = first - history.shape[2], first + length
+    keep = (true_history < TRUE_HISTORY).view(-1, 1, 1, 1, 1)
+    history = torch.where(keep, latents[:, :, start:first], history)
+    window, actions = torch.cat([history, latents[:, :, first:end]], dim=2), actions[:, first - 1 : end - 1]
+    if arguments.crop_size and not chunks:
+        window, actions = crop(window, actions, config, arguments.crop_size, places)
+    noise = draw(1, *window.shape[1:], normal=True)
+    clean = first - start
+    disturbance = arguments.history_noise * deviation.view(-1, 1, 1, 1, 1) * noise[:, :, :clean]
+    steps = noise_scheduler.config.num_train_timesteps
+    timesteps = torch.where(terminal < arguments.terminal_share, steps - 1, (timestep * steps).long())
+    return diffusion_loss(
+        model,
+        noise_scheduler,
+        torch.cat([window[:, :, :clean] + disturbance, window[:, :, clean:]], dim=2),
+        actions,
+        timesteps=timesteps.clamp_max(steps - 1),
+        noise=noise[:, :, clean:],
+        action_mask=(drop >= arguments.action_dropout)[:, None].expand(-1, length),
+        relative_latents=config["relative_latents"],
+        states=clip["states"][:, start:end] if arguments.state_keys else None,
+        state_loss_weight=arguments.state_loss_weight,
+        snr_gamma=arguments.snr_gamma,
+    )
+
+
+def _draw_lengths(config: Any, arguments: RunArguments, step: int) -> tuple[int, int]:
+    """Draw the numbers of history frames and of predicted chunks of a step, the same in every process."""
+    rng = np.random.default_rng([arguments.seed, 0, step])
+    most = config["num_history_frames"]
+    shortest = 1 if config["conditioning"] == "frame" else most  # Video-Ada has a fixed number
+    num_history = most if rng.random() < FULL_HISTORY else int(rng.integers(shortest, most + 1))
+    started = step >= arguments.rollout_start_step
+    return num_history, int(rng.integers(0, arguments.rollout_chunks + 1)) if started else 0
+
+
+def _draws(seed: int, position: int, batch_size: int, device: torch.device) -> Callable[..., torch.Tensor]:
+    """Return a function that draws uniform or normal numbers (B, ...) of a kind for the clips of a batch."""
+
+    def draw(kind: int, *shape: int, normal: bool = False) -> torch.Tensor:
+        generators = [np.random.default_rng([seed, 1, position + index, kind]) for index in range(batch_size)]
+        drawn = [
+            each.standard_normal(shape, np.float32) if normal else each.random(shape, np.float32)
+            for each in generators
+        ]
+        return torch.from_numpy(np.stack(drawn)).to(device)
+
+    return draw

@@ -1,0 +1,93 @@
+"""Pretrained models and autoencoders of a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from ..conversion import scaled_latents
+from ..models import IRASimTransformer3DModel
+from ..pipelines import IRASimPipeline
+from .arguments import RunArguments
+
+SAME_LATENTS = 1e-4
+"""Maximum relative squared difference of the latents of two autoencoders that are considered equal."""
+
+
+def is_pipeline(name: str, revision: str | None = None) -> bool:
+    """Return whether a folder or Hub repository contains a pipeline."""
+    if Path(name).is_dir():
+        return (Path(name) / "model_index.json").is_file()
+    try:
+        hf_hub_download(name, "model_index.json", revision=revision)
+    except EntryNotFoundError:
+        return False
+    return True
+
+
+def load_vae(arguments: RunArguments) -> AutoencoderKL | None:
+    """Load the frozen autoencoder of a run; None for a pretrained pixel-space pipeline.
+
+    Raises:
+        ValueError: If `vae` is given and has other latents than the autoencoder of the pretrained pipeline.
+    """
+    name, revision = arguments.pretrained_model_name_or_path, arguments.revision
+    own = _pretrained_vae(name, revision) if name is not None and is_pipeline(name, revision) else None
+    if arguments.vae is None:
+        return own
+    vae = load_autoencoder(arguments.vae)
+    if name is not None and is_pipeline(name, revision):
+        if own is None:
+            raise ValueError(f"`vae` must be left out: {name!r} is a pixel-space model.")
+        if not same_latents(own, vae):
+            raise ValueError(
+                f"`vae` must have the same latents as the autoencoder of {name!r}: leave it out, or change the model with "
+                f"`irasim adapt --model {name} --vae {arguments.vae} --dataset <data>`."
+            )
+    return vae
+
+
+def load_autoencoder(name: str) -> AutoencoderKL:
+    """Load a frozen autoencoder.
+
+    Args:
+        name: Folder or Hub id, optionally with `:<subfolder>`.
+    """
+    split = ":" in name and not Path(name).is_dir()
+    folder, _, subfolder = name.rpartition(":") if split else (name, "", "")
+    return _frozen(AutoencoderKL.from_pretrained(folder, subfolder=subfolder or None))
+
+
+def _pretrained_vae(name: str, revision: str | None) -> AutoencoderKL | None:
+    """Load the frozen autoencoder of a pretrained pipeline; None for pixel space."""
+    if IRASimPipeline.load_config(name, revision=revision)["vae"][1] is None:
+        return None
+    return _frozen(AutoencoderKL.from_pretrained(name, subfolder="vae", revision=revision))
+
+
+def _frozen(vae: AutoencoderKL) -> AutoencoderKL:
+    return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def same_latents(first: AutoencoderKL, second: AutoencoderKL) -> bool:
+    """Return whether two autoencoders map images to the same scaled latents, tested with random images."""
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    one, other = scaled_latents(first, images), scaled_latents(second, images)
+    return one.shape == other.shape and bool((one - other).square().mean() < SAME_LATENTS * one.square().mean())
+
+
+def load_transformer(arguments: RunArguments) -> IRASimTransformer3DModel:
+    """Load the pretrained transformer from a pipeline or from its own folder."""
+    name: Any = arguments.pretrained_model_name_or_path
+    return IRASimTransformer3DModel.from_pretrained(
+        name,
+        subfolder="transformer" if is_pipeline(name, arguments.revision) else None,
+        revision=arguments.revision,
+        variant=arguments.variant,
+    )

@@ -1,0 +1,72 @@
+"""The pipeline of a trained model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+
+from ..models import IRASimTransformer3DModel, UNetTrajectoryModel, noise_process
+from ..pipelines import IRASimPipeline
+from .pretrained import is_pipeline
+
+
+def make_pipeline(
+    vae: AutoencoderKL | None,
+    transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
+    scheduler_class: Any = PNDMScheduler,
+) -> IRASimPipeline:
+    """Build a pipeline with the default sampler of the model.
+
+    Args:
+        vae: Autoencoder; None for pixel space.
+        transformer: The model.
+        scheduler_class: Class of the sampler, which is used unless the model is a flow (Euler steps) or has
+            `scale_noisy_latents` (one DDIM step).
+    """
+    process = noise_process(transformer.config)
+    if isinstance(process, FlowMatchEulerDiscreteScheduler):
+        return IRASimPipeline(vae, transformer, process)
+    if transformer.config.get("scale_noisy_latents"):
+        scheduler = DDIMScheduler.from_config(process.config, timestep_spacing="trailing")
+        return IRASimPipeline(vae, transformer, scheduler, num_inference_steps=1)
+    extra: dict[str, Any] = {"skip_prk_steps": True}
+    if scheduler_class is not PNDMScheduler:
+        extra = {"timestep_spacing": "trailing"}  # the first of few steps is then at pure noise
+    if transformer.config.prediction_type == "sample":
+        extra["prediction_type"] = "v_prediction"  # PNDM does not support sample prediction; the pipeline converts it
+    scheduler = scheduler_class.from_config(process.config, steps_offset=1, set_alpha_to_one=False, **extra)
+    return IRASimPipeline(vae, transformer, scheduler)
+
+
+def finished_pipeline(
+    vae: AutoencoderKL | None,
+    transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
+    pretrained: str | None = None,
+    revision: str | None = None,
+) -> IRASimPipeline:
+    """Build the pipeline of a trained model, with the sampler of the pretrained pipeline if it still fits the model.
+
+    Args:
+        vae: Autoencoder; None for pixel space.
+        transformer: The trained model.
+        pretrained: Folder or Hub id of the pretrained pipeline or transformer; None for a new model.
+        revision: Revision of the pretrained pipeline.
+    """
+    pipeline = make_pipeline(vae, transformer)
+    if pretrained is None or not is_pipeline(pretrained, revision):
+        return pipeline
+    known = IRASimPipeline.load_config(pretrained, revision=revision)
+    scheduler = getattr(diffusers, known["scheduler"][1]).from_pretrained(
+        pretrained, subfolder="scheduler", revision=revision
+    )
+    settings = {key: known[key] for key in ("num_inference_steps", "window_length", "timesteps") if key in known}
+    if (settings.get("window_length") or 0) > transformer.config.sample_frames:
+        settings["window_length"] = None
+    sampled = IRASimPipeline(pipeline.vae, transformer, scheduler, **settings)
+    try:
+        sampled.check_scheduler()
+    except ValueError:  # the prediction type or the noise process has changed
+        return pipeline
+    return sampled

@@ -1,0 +1,54 @@
+"""Invalid input of `irasim adapt`; tests/examples/test_train.py trains adapted models."""
+
+import pytest
+from conftest import tiny_pipeline, tiny_unet
+
+from irasim_diffusers import IRASimPipeline
+from irasim_diffusers.cli import main
+from irasim_diffusers.models import noise_process
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapt") / "model"
+    tiny_pipeline(prediction_type="v_prediction").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "at least one change must be given: --prediction-type, --vae, --patch-size"),
+        (["--patch-size", "0"], "--patch-size must be at least 1, got 0"),
+        (["--patch-size", "3"], "--patch-size must divide the sides of the latents, 4x6, got 3"),
+        (["--action-dim", "-1"], "--action-dim must be at least 1, got -1"),
+        (["--action-frequencies", "-1"], "--action-frequencies must be at least 0, got -1"),
+        (["--vae", "vae"], "--vae and --dataset must be given together"),
+        (["--action-dim", "2", "--height", "8"], "--height and --width must be given together"),
+        (["--action-dim", "2", "--model", "nowhere"], "--model must be a pipeline folder or Hub id, got 'nowhere'"),
+        (["--vae", "nowhere", "--dataset", "nowhere"], "`dataset` must be a folder or a Hub id"),
+    ],
+)
+def test_invalid_flags_print_one_line(model, tmp_path, capsys, flags, message):
+    assert main(["adapt", "--model", str(model), "--output", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_invalid_models_and_outputs_print_one_line(model, tmp_path, capsys):
+    unet = tiny_unet()
+    IRASimPipeline(None, unet, noise_process(unet.config)).save_pretrained(tmp_path / "unet")
+    flags = ["--output", str(tmp_path / "out"), "--action-dim", "2"]
+    assert main(["adapt", "--model", str(tmp_path / "unet"), *flags]) == 2
+    assert "--model must be a transformer, got UNetTrajectoryModel" in capsys.readouterr().err
+    assert main(["adapt", "--model", str(model), "--output", str(model), "--action-dim", "2"]) == 2
+    assert "--output must be a new or empty folder" in capsys.readouterr().err
+
+
+def test_prediction_type_and_frequencies(model, tmp_path):
+    flags = ["--prediction-type", "sample", "--action-frequencies", "2"]
+    assert main(["adapt", "--model", str(model), "--output", str(tmp_path / "out"), *flags]) == 0
+    pipeline = IRASimPipeline.from_pretrained(tmp_path / "out")
+    config = pipeline.transformer.config
+    assert (config.prediction_type, config.action_frequencies) == ("sample", 2)
+    pipeline.check_scheduler()
