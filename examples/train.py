@@ -54,6 +54,7 @@ from irasim_diffusers.data import (
     standardised_states,
     write_video,
 )
+from irasim_diffusers.latents import latent_scaling, scale_latents
 from irasim_diffusers.metrics import psnr
 from irasim_diffusers.models import noise_process
 from irasim_diffusers.models.transformer_irasim import ACTION_ENCODER
@@ -636,16 +637,10 @@ def follow_autoencoder(
     return change_autoencoder(model, patch_size, before, after)
 
 
-def latent_scaling(vae: AutoencoderKL) -> tuple[float, float]:
-    """Return the shift and factor of scaled latents, `(latents - shift) * factor`."""
-    return getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
-
-
 def scaled_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Return scaled latents of frames (N, 3, H, W) in [-1, 1], float32 on the CPU."""
     latents = [vae.encode(part.to(vae.device)).latent_dist.mode().float().cpu() for part in pixels.split(16)]
-    shift, factor = latent_scaling(vae)
-    return (torch.cat(latents) - shift) * factor
+    return scale_latents(vae, torch.cat(latents))
 
 
 def build_transformer(

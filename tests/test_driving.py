@@ -134,7 +134,7 @@ def test_what_is_dropped_does_not_change_what_follows(pipe, clip, session):
 
 
 def test_appended_frames_continue_an_earlier_session(pipe, clip, session):
-    session.drive({"ArrowUp"}, 4)
+    drive(session, {"ArrowUp"}, 4)
     later = DrivingSession(
         pipe, clip[0][:2], Steering(pipe.transformer.config, start=clip[1][0]), seed=3, max_frames=3
     )
@@ -142,8 +142,8 @@ def test_appended_frames_continue_an_earlier_session(pipe, clip, session):
     assert len(later) == 3  # the oldest is dropped, and the history reaches back to it
     np.testing.assert_array_equal(later.steering.hold(), session.steering.hold())
     np.testing.assert_array_equal(later.actions, session.actions[1:])
-    expected = [np.asarray(frame, dtype=float) for frame in session.drive({"ArrowRight"}, 2)]
-    actual = [np.asarray(frame, dtype=float) for frame in later.drive({"ArrowRight"}, 2)]
+    expected = [np.asarray(frame, dtype=float) for frame in drive(session, {"ArrowRight"}, 2)]
+    actual = [np.asarray(frame, dtype=float) for frame in drive(later, {"ArrowRight"}, 2)]
     assert np.abs(np.subtract(actual, expected)).mean() < 0.5  # the history was rounded to 8 bits
     frame, size = session.frames[0], len(later)
     for frames, actions in (([frame], [[1, 2], [3, 4]]), ([frame.resize((8, 12))], [[1, 2]])):

@@ -12,7 +12,7 @@ from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, UNetTraje
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "irasim_diffusers"
-FREE = {"files", "version"}  # modules that every part may import
+FREE = {"files", "latents", "version"}  # modules that every part may import
 ALLOWED = {
     "actions": set(),
     "action_space": {"actions"},
@@ -20,10 +20,11 @@ ALLOWED = {
     "models": {"action_space"},
     "rollout": {"action_space"},
     "files": set(),
+    "latents": set(),
     "devices": set(),
     "version": set(),
-    "data": {"actions"},
-    "pipelines": {"models", "action_space", "rollout"},
+    "data": {"actions", "pictures"},
+    "pipelines": {"action_space", "models", "pictures", "rollout"},
     "training": {"models"},
     "conversion": {"models"},
     "pictures": set(),
@@ -32,9 +33,9 @@ ALLOWED = {
     "planning": {"action_space", "rollout"},
     "policies": {"action_space", "planning", "rollout"},
     "envs": {"actions", "devices", "embedded_checkpoint", "models", "pipelines", "rollout", "starts"},
-    "lerobot": {"embedded_checkpoint", "envs"},
+    "lerobot": {"data", "embedded_checkpoint", "envs"},
     "starts": set(),
-    "evaluation": {"actions", "data", "metrics", "pictures", "pipelines", "rollout"},
+    "evaluation": {"actions", "data", "envs", "metrics", "pictures", "pipelines", "policies", "rollout", "starts"},
     "cli": {"commands", "__version__"},
 }
 

@@ -426,7 +426,7 @@ def test_drivers_are_served_between_network_evaluations(worlds):
             while len(evaluations) < 3 * (len(waits) + 1):
                 await asyncio.sleep(0.001)
             asked = len(evaluations)
-            served = await world.run(lambda: (len(evaluations), session.drive(["d"])))
+            served = await world.run(lambda: (len(evaluations), session.drive([1.0, 0.0])))
             waits.append(served[0] - asked)
 
     async def visitors():
