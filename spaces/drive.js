@@ -1,28 +1,34 @@
-// The Drive page. Keys, buttons, a gamepad or a finger on the picture make a command; one request at a time turns it into
-// frames, which are shown at the robot's own rate. A request asks for as many frames as pass while it is under way.
+// The Drive page. Keys, buttons, a gamepad or the pointer make a command; one request at a time predicts its frames, which are
+// shown at the robot's frame rate. A request asks for as many frames as are shown while it is in progress.
 const models = JSON.parse(props.value);
 const root = element.querySelector(".drive");
 const find = (selector) => root.querySelector(selector);
 const stage = find(".stage"), canvas = find("canvas"), file = find("input[type=file]"), slider = find(".speed input");
-const MOST_FRAMES = 4; // of a request: more would make the robot deaf
-const SETTLE_MS = 800; // for which time goes on when nothing is pressed
+const MOST_FRAMES = 4; // per request: more would delay the response to a key
+const SETTLE_MS = 800; // prediction continues this long after the last command
+const RESTORED_FRAMES = 64, RESTORED_BYTES = 7e5; // per request, see endpoints.py and body_limit.py
 const ARROWS = { ArrowUp: "\u2191", ArrowLeft: "\u2190", ArrowDown: "\u2193", ArrowRight: "\u2192" };
+const TITLE = document.title;
 
 let model = Object.keys(models)[0];
 let start = Object.keys(models[model]?.starts ?? {})[0]; // name of an example, or an upload
-let session = null; // its name at the server
+let origin = null; // action at the robot's position in an upload
+let session = null; // name of the session; null with frames: the session ended and can be restored
 let space = models[model]?.space; // the action space
-let frames = []; // data URLs: the one before those kept, and they
-let actions = []; // the one that led to each of the frames, the hold to the first
+let frames = []; // data URLs: the frame before the recording, and the recorded frames
+let actions = []; // the action that led to each of the frames; the hold action for the first
 let demo = []; // actions of the example clip, until the visitor takes over
-let goal = null; // where the picture is pressed, raw units
-let locating = false; // whether the next press on the picture says where the robot is
-let running = null; // the loop's promise
-let starting = null; // that of the last start under way; a later one waits for those before
+let goal = null; // point on the picture that the robot moves to, raw units
+let dragging = false; // whether the pointer moves the goal
+let locating = false; // whether the next press on the picture tells the robot's position
+let running = null; // promise of the loop
+let starting = null; // promise of the last start; a later one waits for it
 let replaying = false;
-let epoch = 0; // frames of an earlier one are not shown
-let trip = 60; // milliseconds of a request, smoothed
+let epoch = 0; // frames of an earlier epoch are not shown
+let trip = 60; // milliseconds per request, smoothed
 let pressed_at = null;
+let answered_at = 0; // time of the last answer of the session
+let last_answer = Promise.resolve();
 const held = new Set();
 const figures = (root.figures = { latencies: [], shown: [] });
 
@@ -37,6 +43,12 @@ async function call(name, data) {
   return body.data;
 }
 
+// a request of the session, after the answer to the one before: the server handles one at a time
+function ask(name, data) {
+  last_answer = last_answer.catch(() => {}).then(() => call(name, [session, ...data]));
+  return last_answer.finally(() => (answered_at = performance.now()));
+}
+
 const sleep = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 
 function say(text, bad = false) {
@@ -46,10 +58,10 @@ function say(text, bad = false) {
   message.classList.toggle("bad", bad);
 }
 
-// progress for what takes long, and errors for what fails
+// show progress if the work takes long, and its errors
 async function during(text, work) {
   const busy = find(".busy");
-  busy.querySelector("span").textContent = text;
+  busy.querySelector("span").textContent = busy.ariaLabel = text;
   const timer = setTimeout(() => (busy.hidden = false), 250);
   say();
   try {
@@ -63,18 +75,23 @@ async function during(text, work) {
 }
 
 function fail(error) {
-  say(error.message === "Failed to fetch" ? "The server cannot be reached." : error.message, true);
-  if (/^`session` must/.test(error.message)) end();
+  const ended = session && /^`session` must/.test(error.message);
+  if (ended) session = null;
+  if (ended && frames.length > 1) restore();
+  else say(error.message === "Failed to fetch" ? "The server cannot be reached." : error.message, true);
   update();
 }
 
 function end() {
   if (session) call("stop", [session]).catch(() => {});
-  session = null;
+  [session, frames, actions] = [null, [], []];
 }
 
 function update() {
   find(".begin").hidden = Boolean(session) || !start;
+  const [low, high] = [space?.low, space?.high];
+  find(".goal").hidden = !goal;
+  if (goal) ["left", "top"].forEach((side, index) => (find(".goal").style[side] = `${(100 * (goal[index] - low[index])) / (high[index] - low[index])}%`));
   root.classList.toggle("running", Boolean(running));
   stage.classList.toggle("planar", planar());
   find(".hint.drag").hidden = !planar();
@@ -108,8 +125,11 @@ function command(number) {
   const values = space.names.map(() => 0);
   const stick = gamepad();
   for (const { key, component, sign } of space.controls) values[component] += sign * (held.has(key) ? 1 : (stick[key] ?? 0));
+  if (values.some((value) => value !== 0)) goal = null; // the visitor takes over
   if (goal) goal.forEach((value, index) => (values[index] += (value - actions[actions.length - 1][index]) / (space.step[index] * slider.value * number)));
-  return values.map((value) => (Math.abs(value) < 0.02 ? 0 : clamp(value))); // what is there is not sought for ever
+  const wanted = values.map((value) => (Math.abs(value) < 0.02 ? 0 : clamp(value))); // close enough
+  if (!dragging && wanted.every((value) => value === 0)) goal = null; // reached
+  return wanted;
 }
 
 function gamepad() {
@@ -132,15 +152,16 @@ function in_turn(work) {
   return (starting = mine);
 }
 
-const begin = (action = null) => in_turn(() => start_anew(action));
+const begin = (action = null) => in_turn(() => start_session(action));
 
-function start_anew(action) {
+function start_session(action) {
   locating = false;
   return during("Starting\u2026", async () => {
     await halt();
     end();
     const [name, first, found] = await call("start", [model, start, action, 0]);
-    [session, space, frames, actions, demo] = [name, found, [first], [found.hold], []];
+    [session, space, frames, actions, demo, origin] = [name, found, [first], [found.hold], [], action];
+    answered_at = performance.now();
     find(".saved").hidden = true;
     await draw(first);
     build_pad();
@@ -148,10 +169,47 @@ function start_anew(action) {
   }).finally(update);
 }
 
-// wait for the loop to end, and forget frames that are not shown yet
+// continue an ended session from the frames in this page
+function restore() {
+  return in_turn(async () => {
+    if (session) return session;
+    const restored = await during("Restoring your recording\u2026", async () => {
+      const [left, taken] = [frames.slice(1), actions.slice(1)];
+      [session] = await call("start", [model, start, origin, 0]);
+      while (left.length) {
+        let [count, size] = [0, 0];
+        while (count < Math.min(RESTORED_FRAMES, left.length) && (!count || size + left[count].length < RESTORED_BYTES)) size += left[count++].length;
+        await ask("restore", [left.splice(0, count), taken.splice(0, count)]);
+      }
+      say("Your session had ended. The recording was restored.");
+      return session;
+    });
+    if (!restored) session = null; // the frames stay in the page, for another attempt
+    return restored;
+  }).finally(() => {
+    update();
+    if (session && (held.size || goal)) drive();
+  });
+}
+
+// keep the session while the browser tab is visible; announce its end in the title of a hidden tab
+function keep() {
+  if (!session) return (document.title = TITLE);
+  const idle = 1000 * space.idle_seconds, passed = performance.now() - answered_at;
+  const left = Math.ceil((idle - passed) / 1000);
+  const warning = left > 0 ? `Session ends in ${left} s` : "Session ended";
+  document.title = document.hidden && passed > 0.6 * idle ? `${warning} \u00b7 ${TITLE}` : TITLE;
+  if (!document.hidden && !running && !starting && passed > 0.3 * idle) {
+    answered_at = performance.now();
+    ask("undo", [0]).catch(fail);
+  }
+}
+setInterval(keep, 500);
+
+// wait for the loop to end, and drop frames that are not shown yet
 async function halt() {
   epoch += 1;
-  replaying = false;
+  [replaying, goal, dragging] = [false, null, false];
   demo = [];
   await running;
   if (session) await draw(frames[frames.length - 1]);
@@ -160,7 +218,7 @@ async function halt() {
 async function drive() {
   if (running || (!session && !start)) return;
   if (replaying) await halt();
-  if (!(await (starting ?? session ?? begin()))) return;
+  if (!(await (starting ?? session ?? (frames.length > 1 ? restore() : begin())))) return;
   if (running) return;
   running = loop(epoch).catch(fail).finally(() => ((running = null), update()));
   update();
@@ -170,11 +228,11 @@ async function loop(mine) {
   const interval = 1000 / space.fps;
   let due = performance.now(); // when the next frame is to be shown
   let quiet_since = null;
-  while (session && mine === epoch && !document.hidden) {
+  while (session && mine === epoch && visible()) {
     const number = Math.min(Math.max(1, Math.ceil((trip - 5) / interval)), MOST_FRAMES, space.longest_step);
     const wanted = command(number);
     if (wanted.some((value) => value !== 0)) {
-      if (locating) say(); // who drives has not said where the robot is
+      if (locating) say(); // the visitor drives without telling the robot's position
       [demo, quiet_since, locating] = [[], null, false];
     } else quiet_since ??= performance.now();
     if (!demo.length && quiet_since && performance.now() - quiet_since > SETTLE_MS) break;
@@ -183,7 +241,7 @@ async function loop(mine) {
     const waiting = setTimeout(() => (find(".state").textContent = "Waiting for a turn\u2026"), 1000);
     try {
       const rows = demo.splice(0, number);
-      const [pictures, taken] = rows.length ? [(await call("step", [session, rows]))[0], rows] : await call("drive", [session, wanted, number, Number(slider.value)]);
+      const [pictures, taken] = rows.length ? [(await ask("step", [rows]))[0], rows] : await ask("drive", [wanted, number, Number(slider.value)]);
       frames.push(...pictures);
       actions.push(...taken);
       for (const list of [frames, actions]) list.splice(0, Math.max(0, list.length - 1 - space.max_frames));
@@ -216,6 +274,8 @@ async function show(picture, at, mine, press) {
 
 // ---- keys, buttons, picture
 
+const visible = () => !document.hidden && root.checkVisibility();
+
 function press(key) {
   if (!held.has(key)) pressed_at ??= performance.now();
   held.add(key);
@@ -228,7 +288,7 @@ function release(key) {
   root.querySelector(`[data-key="${key}"]`)?.classList.remove("down");
 }
 
-const release_all = () => ([...held].forEach(release), (goal = null));
+const release_all = () => [...held].forEach(release);
 
 function key_of(event) {
   const key = event.key.length > 1 ? event.key : event.key.toLowerCase();
@@ -236,24 +296,26 @@ function key_of(event) {
   return space?.controls.some((control) => control.key === known) ? known : null;
 }
 
-const typing = (target) => target.matches("input, textarea, select, [contenteditable]");
+const editable = (target) => target.matches?.("input, textarea, select, video, [contenteditable]");
 
-root.addEventListener("keydown", (event) => {
+document.addEventListener("keydown", (event) => {
   const key = key_of(event);
-  if (!key || typing(event.target) || event.ctrlKey || event.altKey || event.metaKey) return;
+  if (!key || !visible() || editable(event.target) || event.ctrlKey || event.altKey || event.metaKey) return;
   event.preventDefault();
   press(key);
 });
 window.addEventListener("keyup", (event) => key_of(event) && release(key_of(event)));
 window.addEventListener("blur", release_all);
-root.addEventListener("focusout", (event) => root.contains(event.relatedTarget) || [...held].forEach(release));
-document.addEventListener("visibilitychange", release_all);
+document.addEventListener("visibilitychange", () => {
+  release_all();
+  keep();
+});
 window.addEventListener("pagehide", () => {
   const body = new Blob([JSON.stringify({ data: [session] })], { type: "application/json" });
   if (session) navigator.sendBeacon(`${window.gradio_config?.root ?? ""}/gradio_api/run/stop`, body);
 });
 window.addEventListener("gamepadconnected", () => say("Gamepad connected: drive with its stick."));
-setInterval(() => !running && !document.hidden && root.offsetParent && steered() && drive(), 50);
+setInterval(() => !running && visible() && steered() && drive(), 50);
 
 function steered() {
   const stick = gamepad();
@@ -291,7 +353,7 @@ function place(event) {
 }
 
 canvas.addEventListener("pointerdown", async (event) => {
-  if (!planar() || !session) return;
+  if (!planar() || !session || replaying) return;
   canvas.setPointerCapture(event.pointerId);
   if (locating) {
     locating = false;
@@ -299,15 +361,16 @@ canvas.addEventListener("pointerdown", async (event) => {
     return;
   }
   pressed_at ??= performance.now();
-  goal = place(event);
+  [goal, dragging] = [place(event), true];
+  update();
   drive();
 });
 canvas.addEventListener("pointermove", (event) => {
-  if (!goal) return;
+  if (!dragging) return;
   goal = place(event);
-  drive(); // time stands still once the robot is there
+  drive(); // prediction pauses when the goal is reached
 });
-for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => (goal = null));
+for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => (dragging = false));
 
 // ---- start pictures and tools
 
@@ -355,18 +418,18 @@ file.addEventListener("change", async () => {
   }
   if (planar()) {
     locating = true;
-    say("Where is the robot? Tap it in the picture, then drive.");
+    say("Where is the robot? Select it in the picture, then drive.");
   }
 });
 
 const tools = {
   async reset() {
-    const [first] = await call("reset", [session]);
+    const [first] = await ask("reset", []);
     [frames, actions] = [[first], [space.hold]];
     await draw(first);
   },
   async undo() {
-    const [picture, left] = await call("undo", [session, Math.round(space.fps)]);
+    const [picture, left] = await ask("undo", [Math.round(space.fps)]);
     frames.length = actions.length = left + 1;
     await draw(picture);
   },
@@ -374,22 +437,21 @@ const tools = {
     replaying = true;
     const mine = epoch;
     update();
-    for (const [index, picture] of frames.entries()) {
+    for (const picture of frames) {
       if (!(await draw(picture, mine))) return;
-      if (index % 300 === 299) await call("undo", [session, 0]).catch(fail); // which keeps the session alive
       await sleep(1000 / space.fps);
     }
     replaying = false;
   },
   async save() {
-    const [video, actions] = await call("record", [session]);
+    const [video, actions] = await ask("record", []);
     find(".saved video").src = find(".saved a.video").href = video.url;
     find(".saved a.actions").href = actions.url;
     find(".saved").hidden = false;
     find(".saved").scrollIntoView({ block: "nearest" });
   },
 };
-const DOING = { reset: "Resetting\u2026", undo: "Taking back\u2026", replay: "", save: "Writing the video\u2026" };
+const DOING = { reset: "Resetting\u2026", undo: "Undoing\u2026", replay: "", save: "Writing the video\u2026" };
 
 find(".tools").addEventListener("click", async (event) => {
   const what = event.target.dataset.do;
@@ -413,13 +475,13 @@ slider.addEventListener("input", () => (find(".speed output").textContent = `${N
 slider.addEventListener("change", () => stage.focus({ preventScroll: true }));
 
 function open(name) {
-  [model, start, session, frames, actions] = [name, Object.keys(models[name].starts)[0], null, [], []];
+  [model, start, session, frames, actions, origin] = [name, Object.keys(models[name].starts)[0], null, [], [], null];
   space = models[name].space;
   build_pad();
   build_pictures();
   update();
   if (start) draw(models[name].starts[start].picture);
-  else say("This model brings no start pictures: upload one.");
+  else say("This model has no start pictures: upload one.");
 }
 
 const select = find(".model");

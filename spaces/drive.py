@@ -1,4 +1,4 @@
-"""The Drive page: the robot of a world model, driven with keys, buttons, a gamepad or a finger on the picture."""
+"""The Drive page: drive the robot with keys, buttons, a gamepad or the pointer."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def drive_page(worlds: Worlds) -> None:
         return
     gr.HTML(
         json.dumps({name: _for_page(world) for name, world in worlds.items()}),
-        html_template=(FOLDER / "drive.html").read_text(),
-        css_template=(FOLDER / "drive.css").read_text(),
-        js_on_load=(FOLDER / "drive.js").read_text(),
+        html_template=(FOLDER / "drive.html").read_text(encoding="utf-8"),
+        css_template=(FOLDER / "drive.css").read_text(encoding="utf-8"),
+        js_on_load=(FOLDER / "drive.js").read_text(encoding="utf-8"),
         apply_default_css=False,
         elem_id="drive",
     )

@@ -21,7 +21,7 @@ TRUTH = "truth"
 SUFFIXES = (".mp4", ".npz")
 MAX_FRAMES = 400
 DEMO_FRAMES = 15
-DEMO_SAMPLERS = {"DDIM, 2 steps": ("DDIMScheduler", 2), "PNDM, 4 steps": ("PNDMScheduler", 4)}
+DEMO_SAMPLERS = {"DDIM, 1 step": ("DDIMScheduler", 1), "Euler, 2 steps": ("EulerDiscreteScheduler", 2)}
 
 Videos = Callable[[str, str], Awaitable[np.ndarray]]
 """Function of the name of a model, or `TRUTH`, and the name of a clip; returns its frames (T, H, W, 3), uint8."""

@@ -1,4 +1,4 @@
-"""Files from outside: actions, pictures and videos, of bounded size, or a message that says what is wrong."""
+"""Uploaded files of limited size: actions, images and videos."""
 
 import csv
 import zipfile
@@ -10,52 +10,52 @@ import av
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-import torch
 
 from irasim_diffusers.commands.files import IMAGE_SUFFIXES, read_actions
 from irasim_diffusers.data import iterate_video
+from irasim_diffusers.pictures import resize_video as resize
 
 ACTION_SUFFIXES = (".npy", ".csv", ".json")
-MAX_ACTIONS = 240  # of one prediction: 24 seconds at 10 Hz
+MAX_ACTIONS = 240  # per prediction: 24 seconds at 10 Hz
 MAX_ACTION_BYTES = 2**20
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_PICTURE_BYTES = 10_000_000
 MAX_PICTURE_PIXELS = 25_000_000
-MAX_FRAME_PIXELS = 2**24  # of a video
+MAX_FRAME_PIXELS = 2**24  # per frame of a video
 
 
 def read_action_file(path: str | Path, action_dim: int) -> np.ndarray:
-    """Actions (n, A), float64, from an uploaded .npy (without pickles), .csv or .json file.
+    """Read actions (n, A), float64, from an uploaded .npy (without pickles), .csv or .json file.
 
     Raises:
-        ValueError: If there are none, too many, of another dimension or not finite, or it is no such file.
+        ValueError: If the file has another format, or its actions are too many, not finite, or of another dimension.
     """
     path = Path(path)
     if path.suffix.lower() not in ACTION_SUFFIXES:
-        raise ValueError(f"Actions are a .npy, .csv or .json file, not {path.name!r}.")
+        raise ValueError(f"Actions must be a .npy, .csv or .json file, got {path.name!r}.")
     if path.stat().st_size > MAX_ACTION_BYTES:
         raise ValueError(f"{path.name} is too large: an action file has at most {MAX_ACTION_BYTES >> 20} MB.")
     try:
         actions = read_actions(path)
     except (ValueError, csv.Error, zipfile.BadZipFile, RecursionError, MemoryError, OverflowError) as error:
         raise ValueError(
-            f"{path.name} holds no table of numbers, a row of {action_dim} for each frame to predict."
+            f"{path.name} contains no table of numbers: it must have one row of {action_dim} numbers per frame to predict."
         ) from error
     if actions.shape[1] != action_dim:
         raise ValueError(
-            f"{path.name} has {actions.shape[1]} numbers a row, and this model takes actions of {action_dim}."
+            f"{path.name} has {actions.shape[1]} numbers per row, but this model takes actions of {action_dim}."
         )
     return check_actions(actions, path.name)
 
 
 def check_actions(actions: np.ndarray, name: str) -> np.ndarray:
-    """The actions (n, A), unless there are none or too many of them, or some are not finite.
+    """Check actions (n, A) and return them.
 
     Raises:
-        ValueError: If so.
+        ValueError: If there are none or too many, or some are not finite.
     """
     if not 1 <= len(actions) <= MAX_ACTIONS:
-        raise ValueError(f"{name} has {len(actions)} actions: give 1 to {MAX_ACTIONS}.")
+        raise ValueError(f"{name} has {len(actions)} actions: upload 1 to {MAX_ACTIONS}.")
     if not np.isfinite(actions).all():
         row = int(np.nonzero(~np.isfinite(actions).all(axis=1))[0][0])
         raise ValueError(f"{name} has {actions[row].tolist()} in row {row + 1}: every number must be finite.")
@@ -63,10 +63,17 @@ def check_actions(actions: np.ndarray, name: str) -> np.ndarray:
 
 
 def read_picture(path: str | Path, size: tuple[int, int]) -> np.ndarray:
-    """A picture (H, W, 3), uint8, upright, its middle cut to the shape of `size` (height, width).
+    """Read an uploaded image; it is rotated as its EXIF orientation says, and fitted to a size with `fit`.
+
+    Args:
+        path: The file.
+        size: Height and width.
+
+    Returns:
+        The image (H, W, 3), uint8.
 
     Raises:
-        ValueError: If it is too large, or no whole picture of a known format.
+        ValueError: If the file is too large, damaged, or of another format.
     """
     path = Path(path)
     if (large := path.stat().st_size) > MAX_PICTURE_BYTES:
@@ -74,7 +81,7 @@ def read_picture(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     pixels = f"the picture must have at most {MAX_PICTURE_PIXELS // 10**6} million pixels"
     try:
         with PIL.Image.open(path, formats=PICTURE_FORMATS) as image:
-            if image.width * image.height > MAX_PICTURE_PIXELS:  # known before a pixel is decoded
+            if image.width * image.height > MAX_PICTURE_PIXELS:  # before it is decoded
                 raise ValueError(f"{pixels}, got {image.width}x{image.height}.")
             upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
     except PIL.Image.DecompressionBombError as error:
@@ -82,64 +89,64 @@ def read_picture(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     except (OSError, SyntaxError) as error:
         reason = str(error).replace(str(path), "it")
         raise ValueError(f"the file must be a whole picture, {', '.join(PICTURE_FORMATS)}: {reason}.") from error
-    return np.asarray(PIL.ImageOps.fit(upright, size[::-1], PIL.Image.Resampling.LANCZOS))
+    return fit(np.asarray(upright)[None], size)[0]
 
 
 def read_clip(path: str | Path, size: tuple[int, int], length: int) -> np.ndarray:
-    """The first frames of an uploaded video, or a picture as a video of one.
+    """Read the first frames of an uploaded video, or an image as a video of one frame.
 
     Args:
         path: The file.
-        size: Height and width to bring them to.
-        length: Frames, at most; no more are decoded.
+        size: Height and width; frames are fitted to it with `fit`.
+        length: Maximum number of frames; further ones are not decoded.
 
     Returns:
         Frames (T, H, W, 3), uint8.
 
     Raises:
-        ValueError: If it is neither, is damaged, or is too large.
+        ValueError: If the file is too large, damaged, or neither a video nor an image.
     """
     path = Path(path)
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return read_picture(path, size)[None]
     try:
-        clip = [resize(frame[None], size)[0] for frame in islice(_read_frames(path), length)]
+        clip = [fit(frame[None], size)[0] for frame in islice(_read_frames(path), length)]
     except TooLarge:
         raise
     except (ValueError, av.error.FFmpegError) as error:
-        raise ValueError(f"{path.name} cannot be read as a video, or is damaged.") from error
+        raise ValueError(f"{path.name} cannot be read as a video: it has another format, or is damaged.") from error
     if not clip:
-        raise ValueError(f"{path.name} has no frame.")
+        raise ValueError(f"{path.name} has no frames.")
     return np.stack(clip)
 
 
 class TooLarge(ValueError):
-    """A video of too many pixels."""
+    """Raised for videos with too many pixels per frame."""
 
 
 def _read_frames(path: Path) -> Iterator[np.ndarray]:
     with path.open("rb") as file:
         head = file.read(12)
-    # by content, for FFmpeg follows what is written in a playlist, whatever its name
+    # by content: FFmpeg opens the files that a playlist names, whatever the playlist's own name
     if not (head[4:8] == b"ftyp" or head.startswith((b"\x1aE\xdf\xa3", b"GIF8")) or head[8:] == b"AVI "):
-        raise ValueError("no container of videos")
+        raise ValueError("the file is not a video container")
     with av.open(str(path)) as container:
-        for stream in container.streams.video:  # before they are decoded
+        for stream in container.streams.video:  # before a frame is decoded
             _check_pixels(stream.height, stream.width, path)
     for frame in iterate_video(path):
-        _check_pixels(frame.shape[0], frame.shape[1], path)  # the header may say less
+        _check_pixels(frame.shape[0], frame.shape[1], path)  # the header may be wrong
         yield frame
 
 
 def _check_pixels(height: int, width: int, path: Path) -> None:
     if height * width > MAX_FRAME_PIXELS:
-        raise TooLarge(f"{path.name} has {width}x{height} pixels: give at most {MAX_FRAME_PIXELS >> 20} million.")
+        raise TooLarge(f"{path.name} has {width}x{height} pixels: upload at most {MAX_FRAME_PIXELS >> 20} million.")
 
 
-def resize(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Frames (T, H, W, 3), uint8, of another height and width, as the pipeline resizes."""
-    if frames.shape[1:3] == size:
-        return frames
-    pixels = torch.tensor(frames).permute(0, 3, 1, 2).float()
-    pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-    return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+def fit(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Crop the centre of frames (T, H, W, 3), uint8, to the aspect ratio of a height and width, and resize it to them."""
+    height, width = frames.shape[1:3]
+    scale = min(height / size[0], width / size[1])
+    rows, columns = (max(1, round(scale * side)) for side in size)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return resize(frames[:, top : top + rows, left : left + columns], size)

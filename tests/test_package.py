@@ -23,8 +23,8 @@ ALLOWED = {
     "latents": set(),
     "devices": set(),
     "version": set(),
-    "data": {"actions"},
-    "pipelines": {"models", "action_space", "rollout"},
+    "data": {"actions", "pictures"},
+    "pipelines": {"action_space", "models", "pictures", "rollout"},
     "training": {"conversion", "data", "metrics", "models", "pipelines"},
     "conversion": {"models"},
     "pictures": set(),
@@ -35,7 +35,7 @@ ALLOWED = {
     "envs": {"actions", "devices", "embedded_checkpoint", "models", "pipelines", "rollout", "starts"},
     "lerobot": {"embedded_checkpoint", "envs"},
     "starts": set(),
-    "evaluation": {"actions", "data", "metrics", "pictures", "pipelines", "rollout"},
+    "evaluation": {"actions", "data", "envs", "metrics", "pictures", "pipelines", "policies", "rollout", "starts"},
     "cli": {"commands", "__version__"},
 }
 

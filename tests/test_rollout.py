@@ -130,6 +130,52 @@ def test_one_history_for_all_seeds_or_one_each(pipeline, frames):
     same(pipeline.start(pair[0], [4, 4]), pipeline.start(pair[0], [4]).repeat(2))
 
 
+class CumulativeModel:
+    """World model that adds up its actions."""
+
+    max_chunk = 4
+
+    def __init__(self):
+        self.lengths = []
+
+    def advance(self, state, actions):
+        self.lengths.append((state.latents.shape[2], actions.shape[1]))
+        future = actions[:, None, :, None, :].cumsum(2)
+        return state.append(future, num_history_frames=2), future
+
+
+def test_roll_stops_at_last_action():
+    model, actions = CumulativeModel(), torch.randn(2, 7, 3)
+    state = RolloutState.first(torch.zeros(2, 1, 1, 1, 3), [0, 1])
+    future = torch.cat([latents for _, latents in roll(model, state, actions, 3)], dim=2)
+    assert model.lengths == [(1, 3), (2, 3), (2, 1)]
+    torch.testing.assert_close(future[:, 0, 6, 0], actions[:, 6])
+
+
+@pytest.mark.parametrize("name", ["Frame-Ada", "Video-Ada"])
+def test_rows_in_parts_equal_rows_together(name, frames, plans, monkeypatch):
+    pipeline = pipeline_of(name)
+    state, sizes = pipeline.start(frames, [5, 3, 8]), []
+    pipeline.transformer.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    together = latents_of(pipeline, state, plans)
+    assert set(sizes) == {3}
+    sizes.clear()
+    monkeypatch.setattr("irasim_diffusers.pipelines.pipeline_irasim.CPU_ROWS", 2)
+    torch.testing.assert_close(latents_of(pipeline, state, plans), together, rtol=1e-4, atol=1e-5)
+    assert set(sizes) == {1, 2}
+
+
+def test_given_latents_are_noise_of_whole_rollout(pipeline, frames, plans):
+    """A network that predicts nothing leaves the noise."""
+    for parameter in pipeline.transformer.proj_out.parameters():
+        torch.nn.init.zeros_(parameter)
+    noise = torch.randn(3, 4, 7, 4, 6)
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    latents = latents_of(pipeline, pipeline.start(frames, [5, 3, 8]), plans, 2, latents=noise)
+    ratio = latents / noise
+    torch.testing.assert_close(ratio, ratio[:1, :1, :1, :1, :1].expand_as(ratio), rtol=1e-3, atol=1e-3)
+
+
 def test_predicted_latents_are_those_of_roll(pipeline, frames, plans):
     state = pipeline.start(frames, [5, 3, 8])
     with torch.no_grad():

@@ -2,8 +2,9 @@
 
     python examples/pusht/embed.py --model runs/pusht --dataset data/pusht-test --episode 3 --start 20
 
-Weights are stored in bfloat16. The clip contains the history frames, 60 more frames and their 60 actions, as a lossless video.
-Its preview image is the output of `irasim generate`.
+Weights are stored in bfloat16. The clip contains the history frames, 60 more frames and their 60 actions, as a lossless video. Its
+preview image is the output of `irasim generate`. `starts.png` contains the first frames of `--num_starts` episodes, from which
+environments start. The folder `proprioception`, written by `train_proprioception.py`, is kept.
 """
 
 import json
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 from transformers import HfArgumentParser
 
@@ -29,6 +31,7 @@ class EmbedArguments:
     episode: int = field(default=0, metadata={"help": "episode of the clip"})
     start: int = field(default=20, metadata={"help": "first frame of the clip"})
     num_actions: int = field(default=60, metadata={"help": "actions of the clip"})
+    num_starts: int = field(default=64, metadata={"help": "first frames of episodes in starts.png"})
 
 
 def main() -> None:
@@ -43,6 +46,9 @@ def main() -> None:
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    starts = [dataset.window(number, 0, 1).frames[0] for number in range(min(arguments.num_starts, len(dataset)))]
+    PIL.Image.fromarray(np.concatenate(starts)).save(target / "starts.png", optimize=True)
 
     episode = dataset[arguments.episode]
     history = pipeline.transformer.config.num_history_frames

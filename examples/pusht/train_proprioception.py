@@ -3,8 +3,8 @@
     python examples/pusht/train_proprioception.py --dataset data/pusht-train --validation_dataset data/pusht-test \
         --model src/irasim_diffusers/checkpoints/pusht
 
-Half of the training frames are recorded, half are predicted by the world model from recorded histories and actions. The targets are the
-recorded states. The result is stored in the folder `proprioception` of the world model, where `irasim_diffusers.envs` finds it.
+Half of each batch are recorded frames, half are frames that the world model predicts from recorded histories and actions. The targets
+are the recorded states. The result is stored in the folder `proprioception` of the world model, where `irasim_diffusers.envs` finds it.
 The errors on recorded and on predicted frames of the validation set are printed and stored in its `metrics.json`.
 """
 
@@ -12,6 +12,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline, ProprioceptionModel, embedded_checkpoint
 from irasim_diffusers.data import EpisodeSource, open_dataset
+from irasim_diffusers.devices import fast_dtype
 from irasim_diffusers.files import temporary_path
 from irasim_diffusers.training import run_script
 
@@ -34,43 +36,53 @@ class ProprioceptionArguments:
     state_key: str = field(default="observation.state", metadata={"help": "key of the robot state"})
     state_low: list[float] = field(default_factory=lambda: [0.0, 0.0], metadata={"help": "lowest states"})
     state_high: list[float] = field(default_factory=lambda: [512.0, 512.0], metadata={"help": "highest states"})
-    num_windows: int = field(default=400, metadata={"help": "windows of the training set"})
-    num_validation_windows: int = field(default=60, metadata={"help": "windows of the validation set"})
-    num_predicted: int = field(default=15, metadata={"help": "predicted frames per window"})
-    max_train_steps: int = 1500
-    batch_size: int = 64
+    num_windows: int = field(default=800, metadata={"help": "windows of recorded training frames"})
+    num_rollouts: int = field(default=120, metadata={"help": "windows that are also predicted by the model"})
+    num_validation_windows: int = field(default=60, metadata={"help": "windows of the validation set, all predicted"})
+    num_predicted: int = field(default=15, metadata={"help": "frames per window after the history"})
+    max_train_steps: int = 1000
+    batch_size: int = field(default=48, metadata={"help": "half recorded, half predicted frames"})
     learning_rate: float = 3e-3
     seed: int = 0
 
 
-def read_windows(
-    source: EpisodeSource, pipeline: IRASimPipeline, arguments: ProprioceptionArguments, count: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draw windows of episodes and predict each from its history.
+def read_frames(
+    source: EpisodeSource,
+    pipeline: IRASimPipeline,
+    arguments: ProprioceptionArguments,
+    windows: int,
+    rollouts: int,
+    seed: int,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Draw windows of episodes and predict some of them from their histories.
 
     Returns:
-        Recorded and predicted frames (N, n, 3, H, W), uint8, and their states (N, n, S).
+        `recorded` and `predicted`: frames (N, 3, H, W), uint8, and their states (N, S).
     """
     rng = np.random.default_rng(seed)
     history, length = pipeline.transformer.config.num_history_frames, arguments.num_predicted
-    recorded, predicted, states = [], [], []
-    for first in tqdm(range(0, count, 16), desc="windows"):
-        windows = []
-        for _ in range(min(16, count - first)):
-            number = int(rng.integers(len(source)))
-            frames = len(source.vectors(number)["action"])
-            start = int(rng.integers(frames - history - length + 1))
-            windows.append(source.window(number, start, history + length))
-        actions = np.stack([window.actions[history - 1 : -1] for window in windows])
-        seeds = [torch.Generator().manual_seed(first + index) for index in range(len(windows))]
-        videos = pipeline.predict(
-            np.stack([window.frames[:history] for window in windows]), actions, generator=seeds
-        )  # (B, n, 3, H, W) in [0, 1]
-        predicted.append((255 * videos).round().byte())
-        truth = np.stack([window.frames[history:] for window in windows])
-        recorded.append(torch.from_numpy(truth).movedim(-1, 2))
-        states.append(np.stack([window.states[arguments.state_key][history:] for window in windows]))
-    return torch.cat(recorded), torch.cat(predicted), torch.from_numpy(np.concatenate(states)).float()
+    frames: dict[str, list[np.ndarray]] = {"recorded": [], "predicted": []}
+    states: dict[str, list[np.ndarray]] = {"recorded": [], "predicted": []}
+    for index in tqdm(range(windows), desc="windows"):
+        number = int(rng.integers(len(source)))
+        start = int(rng.integers(len(source.vectors(number)["action"]) - history - length + 1))
+        window = source.window(number, start, history + length)
+        videos = {"recorded": window.frames[history:]}
+        if index < rollouts:
+            actions = window.actions[history - 1 : -1]
+            generator = torch.Generator().manual_seed(index)
+            predicted = pipeline(window.frames[:history], actions, generator=generator, output_type="np").frames[0]
+            videos["predicted"] = (255 * predicted).round().astype(np.uint8)
+        for name, video in videos.items():
+            frames[name].append(video)
+            states[name].append(window.states[arguments.state_key][history:])
+    return {
+        name: (
+            torch.from_numpy(np.concatenate(frames[name])).movedim(-1, 1),
+            torch.from_numpy(np.concatenate(states[name])).float(),
+        )
+        for name in frames
+    }
 
 
 def augment(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -86,22 +98,29 @@ def augment(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def train(
-    frames: torch.Tensor, states: torch.Tensor, names: list[str], arguments: ProprioceptionArguments
+    data: dict[str, tuple[torch.Tensor, torch.Tensor]], names: list[str], arguments: ProprioceptionArguments
 ) -> ProprioceptionModel:
-    """Fit a model to frames (N, 3, H, W), uint8, and states (N, S)."""
+    """Fit a model to `recorded` and `predicted` frames."""
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
-    offset, scale = states.mean(0), 1 / states.std(0)
+    offset, scale = data["recorded"][1].mean(0), 1 / data["recorded"][1].std(0)
     model = ProprioceptionModel(
         names, arguments.state_low, arguments.state_high, offset.tolist(), scale.tolist()
     ).train()
     optimizer = torch.optim.AdamW(model.parameters(), arguments.learning_rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.learning_rate, arguments.max_train_steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, arguments.learning_rate, arguments.max_train_steps, pct_start=0.1
+    )
     progress = tqdm(range(arguments.max_train_steps), desc="steps")
     for _ in progress:
-        chosen = torch.randint(len(frames), (arguments.batch_size,), generator=generator)
-        prediction = model(augment(frames[chosen].float() / 255, generator))
-        loss = functional.smooth_l1_loss(prediction * scale, states[chosen] * scale, beta=0.02)
+        frames, states = [], []
+        for part, targets in data.values():
+            chosen = torch.randint(len(part), (arguments.batch_size // 2,), generator=generator)
+            frames.append(part[chosen])
+            states.append(targets[chosen])
+        with torch.autocast("cpu", torch.bfloat16):
+            prediction = model(augment(torch.cat(frames).float() / 255, generator))
+        loss = functional.smooth_l1_loss(prediction * scale, torch.cat(states) * scale, beta=0.02)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -123,24 +142,21 @@ def errors(model: ProprioceptionModel, frames: torch.Tensor, states: torch.Tenso
 def main() -> None:
     (arguments,) = HfArgumentParser(ProprioceptionArguments).parse_args_into_dataclasses()
     began = time.perf_counter()
-    pipeline = IRASimPipeline.from_pretrained(arguments.model)
+    pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=fast_dtype("cpu"))
     pipeline.set_progress_bar_config(disable=True)
     training, validation = open_dataset(arguments.dataset), open_dataset(arguments.validation_dataset)
-    held_out = read_windows(validation, pipeline, arguments, arguments.num_validation_windows, seed=1)
-    recorded, predicted, states = read_windows(training, pipeline, arguments, arguments.num_windows, seed=0)
-    names = training.component_names(arguments.state_key) or [f"state {index}" for index in range(states.shape[-1])]
-    frames = torch.cat([recorded, predicted]).flatten(0, 1)
-    model = train(frames, states.repeat(2, 1, 1).flatten(0, 1), names, arguments)
+    count = arguments.num_validation_windows
+    held_out = read_frames(validation, pipeline, arguments, count, count, seed=1)
+    data = read_frames(training, pipeline, arguments, arguments.num_windows, arguments.num_rollouts, seed=0)
+    size = data["recorded"][1].shape[-1]
+    names = training.component_names(arguments.state_key) or [f"state {index}" for index in range(size)]
+    model = train(data, names, arguments)
 
     output = arguments.output_dir or Path(arguments.model) / "proprioception"
     model.save_pretrained(output)
     unit = pipeline.frame_size[1] / (arguments.state_high[0] - arguments.state_low[0])
-    recorded, predicted, states = (part.flatten(0, 1) for part in held_out)
-    report = {
-        "recorded": errors(model, recorded, states, unit),
-        "predicted": errors(model, predicted, states, unit),
-        "parameters": model.num_parameters(),
-    }
+    report: dict[str, Any] = {name: errors(model, *part, unit) for name, part in held_out.items()}
+    report["parameters"] = model.num_parameters()
     with temporary_path(output / "metrics.json") as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))

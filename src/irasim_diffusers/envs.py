@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import PIL.Image
@@ -122,7 +122,7 @@ class WorldModelVectorEnv(VectorEnv):
         self._terminated, self._truncated, self._succeeded = np.zeros((3, num_envs), bool)
 
     @classmethod
-    def from_pretrained(cls, model: Any, num_envs: int = 1, device: Any = None, **options: Any) -> WorldModelVectorEnv:
+    def from_pretrained(cls, model: Any, num_envs: int = 1, device: Any = None, **options: Any) -> Self:
         """Load a pipeline and what is stored with it: `proprioception/` and the frames of `starts.png`.
 
         Args:
@@ -419,7 +419,7 @@ class WorldModelEnv(gymnasium.Env):
         self.observation_space = self._rows.single_observation_space
 
     @classmethod
-    def from_pretrained(cls, model: Any, device: Any = None, **options: Any) -> WorldModelEnv:
+    def from_pretrained(cls, model: Any, device: Any = None, **options: Any) -> Self:
         """Load a pipeline and what is stored with it; see `WorldModelVectorEnv.from_pretrained`."""
         return cls(**load_world_model(model, device) | options)
 

@@ -1,10 +1,40 @@
-"""Still images of videos."""
+"""Resized frames, and still images of videos."""
 
 from __future__ import annotations
 
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
+import torch
+
+FRAMES_AT_ONCE = 64
+"""Number of frames that are resized together, because float32 pixels need four times the memory."""
+
+
+def resize(frames: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """Resize frames, bilinear and antialiased.
+
+    Args:
+        frames: Frames (..., C, H, W), floating point in any range, or uint8.
+        size: Height and width.
+
+    Returns:
+        Frames (..., C, *size) of the same type. Frames that have the size already are returned as they are.
+    """
+    if tuple(frames.shape[-2:]) == tuple(size):
+        return frames
+    parts = []
+    for part in frames.reshape(-1, *frames.shape[-3:]).split(FRAMES_AT_ONCE):
+        pixels = part if part.is_floating_point() else part.float()
+        resized = torch.nn.functional.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True)
+        parts.append(resized if part.is_floating_point() else resized.round().clamp(0, 255).to(part.dtype))
+    return torch.cat(parts).reshape(*frames.shape[:-2], *size)
+
+
+def resize_video(frames: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Resize a video (T, H, W, 3), uint8, to a height and width, bilinear and antialiased."""
+    resized = resize(torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2), size)
+    return resized.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def film_strip(rows: dict[str, np.ndarray], num_seen: int, columns: int = 10) -> PIL.Image.Image:

@@ -1,8 +1,8 @@
-"""Rollouts: the state of one, the protocol of everything that predicts, and the chaining of chunks."""
+"""Rollouts: their state, the protocol of world models, and the chaining of chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -159,7 +159,7 @@ def roll(
         An iterator over the state after each chunk and the latents (B, C, m, h, w) of the chunk.
 
     Raises:
-        ValueError: At once, if `chunk_length` is out of range, or the actions are not as many sequences as the state has rows.
+        ValueError: Immediately, if `chunk_length` is out of range, or there is not one action sequence per row of the state.
     """
     length = model.max_chunk if chunk_length is None else chunk_length
     if not 1 <= length <= model.max_chunk:
@@ -176,35 +176,3 @@ def roll(
             yield state, latents
 
     return chunks(state)
-
-
-def chain_windows(
-    predict_window: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    history: torch.Tensor,
-    actions: torch.Tensor,
-    chunk_length: int,
-    num_history_frames: int,
-) -> torch.Tensor:
-    """Predict any number of frames chunk by chunk (paper, section 4.1).
-
-    The first chunk starts from the given history, each later one from the last `num_history_frames` frames so far.
-
-    Args:
-        predict_window: Takes a history (B, C, h, H, W) and actions (B, m, A) and returns the future (B, C, m, H, W). An
-            empty future stops the rollout.
-        history: First history (B, C, h, H, W).
-        actions: All actions (B, n, A).
-        chunk_length: Actions of a chunk; the last chunk may be shorter.
-        num_history_frames: Maximum number of history frames.
-
-    Returns:
-        The future (B, C, n, H, W).
-    """
-    futures = []
-    for chunk in actions.split(chunk_length, dim=1):
-        future = predict_window(history, chunk)
-        futures.append(future)
-        if not future.shape[2]:
-            break
-        history = torch.cat([history, future], dim=2)[:, :, -num_history_frames:]
-    return torch.cat(futures, dim=2)

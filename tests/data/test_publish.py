@@ -1,11 +1,21 @@
 import json
 import weakref
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from test_lerobot import CAMERA, write_folder
-from test_sources import break_action
+from test_sources import break_action, write_release
 
-from irasim_diffusers.data import Episode, LeRobotFolder, publish, write_lerobot
+from irasim_diffusers.data import (
+    Episode,
+    LeRobotFolder,
+    PreparedEpisodes,
+    open_dataset,
+    publish,
+    write_dataset_card,
+    write_lerobot,
+)
 
 
 class Counted(LeRobotFolder):
@@ -45,9 +55,129 @@ def test_files_of_broken_episodes_are_left_out_and_a_stopped_run_goes_on(tmp_pat
     source = LeRobotFolder(tmp_path / "set")
     whole = write_lerobot(source, tmp_path / "whole", skip_broken=True)
     assert [row["length"] for row in whole.rows] == [5, 7]
-    assert json.loads((whole.root / "meta/stats.json").read_text())[CAMERA]["count"] == [2]
+    assert json.loads((whole.root / "meta/stats.json").read_text())[CAMERA]["count"] == [12]
     with pytest.raises(ValueError, match="episode 1 of"):
         write_lerobot(source, tmp_path / "stopped")
     assert not list(tmp_path.rglob("*.partial*"))
     write_lerobot(source, tmp_path / "stopped", skip_broken=True)
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+
+
+def test_derivation_units_and_names_are_kept(tmp_path):
+    write_release(tmp_path / "release", "rt1")
+    source = open_dataset(tmp_path / "release", fps=5)
+    copy = write_lerobot(source, tmp_path / "copy")
+    again = write_lerobot(copy, tmp_path / "again")
+    for folder in (copy, again, LeRobotFolder(tmp_path / "copy")):
+        assert folder.action_derivation == source.action_derivation == "relative_euler"
+        assert folder.action_units == ["m", "m", "m", "rad", "rad", "rad", None]
+        assert folder.component_names("action") == source.component_names("action")
+        assert np.array_equal(folder[0].actions, source[0].actions)
+    assert PreparedEpisodes(copy, frame_skip=2).action_derivation == "relative_euler"
+    write_dataset_card(copy, "org/arm")
+    card = (copy.root / "README.md").read_text()
+    assert "Actions (`relative_euler`): motions in the frame of the previous pose" in card
+    assert "| `action` | float32 | x (m), y (m), z (m), roll (rad), pitch (rad), yaw (rad), gripper |" in card
+
+
+@pytest.mark.parametrize("derivation", ["absolute", "relative_planar", "relative_6d"])
+def test_derived_actions_are_written_with_their_derivation(derivation, tmp_path):
+    write_release(tmp_path / "release", "rt1")
+    source = PreparedEpisodes(open_dataset(tmp_path / "release", fps=5), derivation)
+    copy = write_lerobot(source, tmp_path / "copy")
+    assert copy.action_derivation == derivation
+    assert np.array_equal(copy[0].actions, source[0].actions)
+
+
+def test_recorded_actions_have_no_entry(tmp_path):
+    write_folder(tmp_path / "set")
+    copy = write_lerobot(LeRobotFolder(tmp_path / "set"), tmp_path / "copy")
+    assert (copy.action_derivation, copy.action_units) == ("recorded", None)
+    assert copy.info["features"]["action"] == {"dtype": "float32", "shape": [3], "names": ["x", "y", "grip"]}
+    write_dataset_card(copy, "org/arm")
+    assert (
+        "Actions (`recorded`): as recorded; how they follow from states is not known"
+        in (copy.root / "README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize("layout", [["0", "1"], [["1", "0"]]])
+def test_single_cameras_are_kept(layout, tmp_path):
+    write_release(tmp_path / "release", "droid")
+    source = open_dataset(tmp_path / "release", layout, fps=5)
+    copy = write_lerobot(source, tmp_path / "copy")
+    assert copy.cameras == tuple(tuple(f"observation.images.{name}" for name in row) for row in source.cameras)
+    for camera in ("0", "1"):
+        alone = replace(source, cameras=camera)
+        assert np.array_equal(LeRobotFolder(copy.root, f"observation.images.{camera}")[1].frames, alone[1].frames)
+    for again in (copy, open_dataset(tmp_path / "copy"), write_lerobot(copy, tmp_path / "again")):
+        assert len(again) == 2
+        for before, after in zip(source, again, strict=True):
+            assert np.array_equal(after.frames, before.frames)
+    write_dataset_card(copy, "org/arm")
+    assert "| `observation.images.1` | 10 x 14 |" in (copy.root / "README.md").read_text()
+
+
+def test_cameras_that_are_resized_together_stay_one_picture(tmp_path):
+    write_release(tmp_path / "release", "droid")
+    source = PreparedEpisodes(open_dataset(tmp_path / "release", ["0", "1"], fps=5), frame_size=(16, 16))
+    copy = write_lerobot(source, tmp_path / "copy")
+    assert copy.cameras == (("observation.image",),)
+    assert np.array_equal(copy[0].frames, source[0].frames)
+
+
+def test_a_repaired_set_is_written_after_a_failure(tmp_path):
+    write_folder(tmp_path / "set")
+    good = {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}
+    break_action(tmp_path / "set", 0)
+    with pytest.raises(ValueError, match="episode 0 of"):
+        write_lerobot(LeRobotFolder(tmp_path / "set"), tmp_path / "copy")
+    assert not files(tmp_path / "copy"), "nothing is left"
+    for path, content in good.items():
+        path.write_bytes(content)
+    (tmp_path / "set/meta/tasks.parquet").touch()
+    assert len(write_lerobot(LeRobotFolder(tmp_path / "set"), tmp_path / "copy")) == 3
+
+
+def test_a_folder_without_a_complete_file_is_taken_over(tmp_path):
+    """As a run leaves it that was killed before its first file was complete."""
+    write_folder(tmp_path / "set")
+    write_folder(tmp_path / "other", lengths=(4, 4, 4))
+    video = tmp_path / "copy/videos/wrist/chunk-000/file-000.mp4"
+    video.parent.mkdir(parents=True)
+    video.write_bytes(b"half")
+    (tmp_path / "copy" / publish.SOURCE_FILE).write_text('{"data": ')
+    copy = write_lerobot(LeRobotFolder(tmp_path / "set"), tmp_path / "copy")
+    assert len(copy) == 3
+    assert not video.exists()
+    with pytest.raises(ValueError, match="holds another data set, or the same one with other content"):
+        write_lerobot(LeRobotFolder(tmp_path / "other"), tmp_path / "copy")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds another data set"):
+        write_lerobot(LeRobotFolder(tmp_path / "set"), tmp_path / "mine")
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("fps", [None, 0, -5, float("nan"), float("inf")])
+def test_frame_rates_out_of_range_are_refused(fps, tmp_path):
+    write_release(tmp_path / "release", "rt1")
+    source = replace(open_dataset(tmp_path / "release", fps=5), fps=fps)
+    with pytest.raises(ValueError, match="must have a positive number of frames per second"):
+        write_lerobot(source, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_frames_of_another_size_are_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "EPISODES_PER_FILE", 1)
+    write_folder(tmp_path / "set")
+    source = LeRobotFolder(tmp_path / "set")
+    read = LeRobotFolder.__getitem__
+    wider = np.zeros((9, 10, 16, 3), np.uint8)
+    change = lambda self, number: replace(read(self, number), **({"frames": wider} if number == 1 else {}))  # noqa: E731
+    monkeypatch.setattr(LeRobotFolder, "__getitem__", change)
+    with pytest.raises(
+        ValueError, match=r"episode 1 of .* has frames of height and width \(10, 16\), others of \(10, 14\)"
+    ):
+        write_lerobot(source, tmp_path / "copy")
+    assert len(write_lerobot(source, tmp_path / "copy", skip_broken=True)) == 2

@@ -576,10 +576,10 @@ def test_frames_to_skip_for_a_rate(source, target, skip):
 @pytest.mark.parametrize(
     ("source", "target", "message"),
     [
-        (30, 20, "`target_fps` must divide the 30 frames a second of the data, got 20"),
+        (30, 20, "`target_fps` must divide the 30 frames per second of the data, got 20"),
         (10, 30, "must divide the 10 frames .* got 30"),
         (30, 0, "got 0"),
-        (None, 5, "no frames a second to bring to 5"),
+        (None, 5, "no frames per second to convert to 5"),
     ],
 )
 def test_rates_that_skipping_does_not_give(source, target, message):

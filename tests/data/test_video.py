@@ -1,11 +1,13 @@
 import os
+import struct
 from pathlib import Path
 
 import av
 import numpy as np
+import PIL.Image
 import pytest
 
-from irasim_diffusers.data import count_frames, iterate_video, read_frames, read_video, write_video
+from irasim_diffusers.data import count_frames, iterate_video, read_frames, read_picture, read_video, write_video
 
 SHARED = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
 
@@ -44,6 +46,9 @@ def encode(path, codec, options, frames=40):
         ("clip.mp4", "libsvtav1", {"g": "16", "preset": "12"}),
         ("clip.mp4", "libsvtav1", {"g": "161", "preset": "12"}),
         ("clip.avi", "mpeg4", {"g": "12", "bf": "2"}),
+        ("clip.avi", "libx264", {"g": "12", "bf": "2"}),
+        ("clip.avi", "libx264", {"g": "12", "bf": "0"}),
+        ("clip.h264", "libx264", {"g": "12", "bf": "2"}),
     ],
 )
 def test_every_window_is_that_of_the_whole(name, codec, options, tmp_path):
@@ -52,15 +57,133 @@ def test_every_window_is_that_of_the_whole(name, codec, options, tmp_path):
     assert count_frames(path) == len(whole) == 40
     for start in range(40):
         length = min(3, 40 - start)
-        for fps in (None,) if name.endswith("avi") else (None, 30):
+        for fps in (None,) if name == "clip.avi" else (None, 30):
             assert np.array_equal(read_frames(path, start, length, fps), whole[start : start + length]), (start, fps)
     with pytest.raises(ValueError, match=r"ends early: 3 frames wanted from number 38, 2 found"):
         read_frames(path, 38, 3)
     with pytest.raises(ValueError, match=r"ends early: 3 frames wanted from number 50, 0 found"):
         read_frames(path, 50, 3)
-    with pytest.raises(ValueError, match=r"goes on after the 3 frames"):
+    with pytest.raises(ValueError, match=r"continues after the 3 frames"):
         read_frames(path, 36, 3, whole=True)
     assert len(read_frames(path, 37, 3, whole=True)) == 3
+
+
+COLOURS = [(200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (200, 40, 200), (40, 200, 200), (90, 60, 30)]
+
+
+@pytest.mark.parametrize("matrix", [1, 5, 6, 7, 9], ids=["BT.709", "BT.470BG", "BT.601", "SMPTE 240M", "BT.2020"])
+@pytest.mark.parametrize("colour_range", [1, 2], ids=["limited", "full"])
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv444p10le"])
+def test_colours_follow_the_matrix_and_range_of_the_stream(matrix, colour_range, pixel_format, tmp_path):
+    luma = {1: (0.2126, 0.0722), 7: (0.212, 0.087), 9: (0.2627, 0.0593)}.get(matrix, (0.299, 0.114))
+    red, blue = luma
+    depth = 10 if pixel_format.endswith("10le") else 8
+    rgb = np.array(COLOURS) / 255
+    y = rgb @ [red, 1 - red - blue, blue]
+    chroma = [(rgb[:, 2] - y) / (2 - 2 * blue), (rgb[:, 0] - y) / (2 - 2 * red)]
+    black, white, width = (0, 255, 255) if colour_range == 2 else (16, 235, 224)
+    values = [black + y * (white - black), *(128 + channel * width for channel in chroma)]
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), mode="w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 16 * len(COLOURS), 32, pixel_format
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, colour_range
+        frame = av.VideoFrame(stream.width, stream.height, pixel_format)
+        for plane, row in zip(frame.planes, values, strict=True):
+            bars = np.repeat(np.round(row * (4 if depth == 10 else 1)), plane.width // len(COLOURS))
+            line = np.zeros(plane.line_size // (2 if depth == 10 else 1), np.uint16 if depth == 10 else np.uint8)
+            line[: len(bars)] = bars
+            plane.update(np.tile(line, (plane.height, 1)).tobytes())
+        frame.colorspace, frame.color_range = matrix, colour_range
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert np.abs(read_video(path)[0][16, 8::16].astype(int) - COLOURS).max() <= 4
+
+
+TURNS = {  # the display matrix's a, b, c, d: display x = a x + c y, display y = b x + d y
+    (1, 0, 0, 1): lambda frame: frame,
+    (0, 1, -1, 0): lambda frame: np.rot90(frame, -1),
+    (-1, 0, 0, -1): lambda frame: np.rot90(frame, 2),
+    (0, -1, 1, 0): lambda frame: np.rot90(frame, 1),
+    (-1, 0, 0, 1): np.fliplr,
+    (1, 0, 0, -1): np.flipud,
+    (0, 1, 1, 0): lambda frame: frame.swapaxes(0, 1),
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_videos_are_read_upright(turn, frames, tmp_path):
+    path = write_video(tmp_path / "clip.mp4", frames, 10, lossless=True)
+    content = bytearray(path.read_bytes())
+    place = content.find(b"tkhd") + 8 + 20 + 8 + 8
+    a, b, c, d = (value << 16 for value in turn)
+    content[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    upright = np.stack([TURNS[turn](frame) for frame in frames])
+    assert np.array_equal(read_video(path), upright)
+    assert np.array_equal(read_frames(path, 2, 3), upright[2:5])
+
+
+def test_videos_of_depth_are_refused(tmp_path):
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), mode="w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "gray16le"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((16, 16), 700, np.uint16), format="gray16le")))
+        container.mux(stream.encode(None))
+    for read in (read_video, lambda path: read_frames(path, 0, 1)):
+        with pytest.raises(ValueError, match=r"clip\.mkv' has frames of the format 'gray16le'"):
+            read(path)
+
+
+@pytest.mark.parametrize("turn", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_pictures_are_read_upright(turn, frames, tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = turn
+    stored = PIL.Image.fromarray(frames[0])
+    stored.save(tmp_path / "picture.png", exif=exif)
+    upright = {
+        1: frames[0],
+        2: np.fliplr(frames[0]),
+        3: np.rot90(frames[0], 2),
+        4: np.flipud(frames[0]),
+        5: frames[0].swapaxes(0, 1),
+        6: np.rot90(frames[0], -1),
+        7: np.rot90(frames[0], 2).swapaxes(0, 1),
+        8: np.rot90(frames[0], 1),
+    }[turn]
+    assert np.array_equal(read_picture(tmp_path / "picture.png"), upright)
+
+
+@pytest.mark.parametrize(
+    ("picture", "suffix"),
+    [
+        (np.full((4, 6), 700, np.uint16), "png"),
+        (np.full((4, 6), 700, np.uint16), "tiff"),
+        (np.full((4, 6), 0.7, np.float32), "tiff"),
+        (np.full((4, 6), 700, np.int32), "tiff"),
+    ],
+)
+def test_pictures_of_depth_are_refused(picture, suffix, tmp_path):
+    path = tmp_path / f"depth.{suffix}"
+    PIL.Image.fromarray(picture).save(path)
+    with pytest.raises(ValueError, match=rf"depth\.{suffix}' has the mode '[IF].*8-bit RGB or grey is required"):
+        read_picture(path)
+
+
+def test_pictures_of_8_bits_become_rgb(tmp_path):
+    grey = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    rgb = np.stack([grey, grey + 50, grey + 100], axis=-1)
+    for name, array, wanted in (
+        ("grey", grey, np.repeat(grey[:, :, None], 3, 2)),
+        ("rgba", np.dstack([rgb, np.full((4, 6), 90, np.uint8)]), rgb),
+        ("black and white", grey > 10, np.repeat((grey > 10)[:, :, None] * np.uint8(255), 3, 2)),
+    ):
+        PIL.Image.fromarray(array).save(tmp_path / f"{name}.png")
+        assert np.array_equal(read_picture(tmp_path / f"{name}.png"), wanted), name
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"cannot read picture .*broken\.png"):
+        read_picture(tmp_path / "broken.png")
 
 
 def test_frames_at_uneven_times_are_numbered_in_their_order(frames, tmp_path):
@@ -115,7 +238,7 @@ def test_nothing_is_left_half_written(tmp_path):
 def test_frames_come_one_after_the_other_and_of_one_size(frames, tmp_path):
     path = write_video(tmp_path / "clip.mp4", (frame for frame in frames), 10, lossless=True)
     assert np.array_equal(read_video(path), frames)
-    for wrong, message in (([], "must hold one or more"), ([frames[0], frames[1, :8]], "must be of one size")):
+    for wrong, message in (([], "must contain at least one"), ([frames[0], frames[1, :8]], "must have one size")):
         with pytest.raises(ValueError, match=message):
             write_video(tmp_path / "wrong.mp4", wrong, 10)
     assert list(tmp_path.iterdir()) == [path]

@@ -5,12 +5,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import tiny_pipeline
+from conftest import tiny_pipeline, tiny_transformer
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from irasim_diffusers import IRASimPipeline
-from irasim_diffusers.pipelines.pipeline_irasim import WITHOUT_SAMPLE
-from irasim_diffusers.rollout import chain_windows
+from irasim_diffusers.pipelines.schedulers import WITHOUT_SAMPLE
 
 SCHEDULERS = [
     "PNDMScheduler",
@@ -479,19 +478,6 @@ def test_a_chunk_longer_than_a_window_is_several_windows(pipeline, frames, actio
     assert not torch.allclose(stream(2), stream(3))
 
 
-def test_chaining_stops_at_the_last_action():
-    lengths = []
-
-    def predict(history, actions):
-        lengths.append((history.shape[2], actions.shape[1]))
-        return actions[:, None, :, None, :].cumsum(2)
-
-    actions = torch.randn(2, 7, 3)
-    future = chain_windows(predict, torch.zeros(2, 1, 1, 1, 3), actions, chunk_length=3, num_history_frames=2)
-    assert lengths == [(1, 3), (2, 3), (2, 1)]
-    torch.testing.assert_close(future[:, 0, 6, 0], actions[:, 6])
-
-
 RGBA = PIL.Image.new("RGBA", (12, 8))
 GRAY = PIL.Image.new("L", (12, 8))
 BAD_INPUTS = [
@@ -517,6 +503,13 @@ BAD_INPUTS = [
     ({"frames": [np.zeros((8, 12, 3)), np.zeros((8, 14, 3))]}, "all of one size"),
     ({"num_inference_steps": 0}, "`num_inference_steps` and .* at least 1, got 0"),
     ({"num_videos_per_trajectory": 0}, "at least 1"),
+    ({"num_inference_steps": 2.5}, "must be integers of at least 1, got 2.5"),
+    ({"chunk_size": 0}, "`chunk_size` must be an integer of at least 1, got 0"),
+    ({"guidance_scale": float("nan")}, "`guidance_scale` must be finite, got nan"),
+    ({"eta": -0.5}, r"`eta` must be in \[0, 1\], got -0.5"),
+    ({"generator": 3}, r"`generator` must be a torch.Generator or a list of them, got 3"),
+    ({"latents": np.zeros((1, 4, 3, 4, 6))}, "`latents` must be a tensor"),
+    ({"latents": torch.full((1, 4, 3, 4, 6), torch.nan)}, "`latents` must be finite"),
     ({"generator": seeded(1, 2)}, "list of 1, got a list of 2"),
     ({"latents": torch.zeros(1, 4, 2, 4, 6)}, "`latents` must be"),
     ({"output_type": "latents"}, "pil, np, pt or latent, got 'latents'"),
@@ -570,8 +563,9 @@ def test_arguments_are_documented(method):
         assert name == "self" or f"{name}:" in documented
 
 
-def test_defaults_are_the_papers():
-    assert inspect.signature(IRASimPipeline.__init__).parameters["num_inference_steps"].default == 50
+def test_defaults_match_paper(pipeline):
+    fresh = tiny_transformer()
+    assert IRASimPipeline(pipeline.vae, fresh, pipeline.scheduler).config.num_inference_steps == 50
     assert inspect.signature(IRASimPipeline.__call__).parameters["guidance_scale"].default == 1.0
 
 
@@ -586,6 +580,89 @@ def test_steps_of_the_checkpoint_are_taken_where_a_call_names_none(frames, actio
     assert len(calls) == 2
     next(pipeline.stream(frames, actions, chunk_length=2))
     assert len(calls) == 4
+
+
+def settings_of(pipeline):
+    return [pipeline.config[name] for name in ("num_inference_steps", "window_length", "timesteps")]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_settings_of_checkpoint_survive_new_pipelines(saved, tmp_path):
+    parts = tiny_pipeline(num_inference_steps=None).components
+    settings = {"num_inference_steps": 3, "window_length": 4, "timesteps": [999, 300, 40]}
+    pipeline = IRASimPipeline(**parts, **settings)
+    if saved:
+        pipeline.save_pretrained(tmp_path)
+        pipeline = IRASimPipeline.from_pretrained(tmp_path)
+    expected = list(settings.values())
+    other = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    for again in (
+        IRASimPipeline(**pipeline.components),
+        IRASimPipeline(**pipeline.components | {"scheduler": other}),
+        IRASimPipeline(vae=None, transformer=pipeline.transformer, scheduler=other),
+        IRASimPipeline.from_pipe(pipeline),
+        pipeline.with_scheduler("DDIMScheduler"),
+    ):
+        assert settings_of(again) == expected
+    assert settings_of(IRASimPipeline(**pipeline.components, num_inference_steps=2)) == [2, 4, None]
+    pipeline.register_to_config(num_inference_steps=7, timesteps=None)  # a setting of this pipeline only
+    for again in (IRASimPipeline.from_pipe(pipeline), pipeline.with_scheduler("DDIMScheduler")):
+        assert settings_of(again) == [7, 4, None]
+    assert settings_of(IRASimPipeline(**pipeline.components)) == expected
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
+def test_with_scheduler_shares_weights(name, prediction_type, frames, actions):
+    pipeline = tiny_pipeline(prediction_type=prediction_type)
+    before = pipeline.scheduler
+    other = pipeline.with_scheduler(name, steps_offset=0)
+    assert type(other.scheduler) is getattr(diffusers, name)
+    assert other.scheduler is not before
+    assert pipeline.scheduler is before
+    assert (other.transformer, other.vae) == (pipeline.transformer, pipeline.vae)
+    assert other.scheduler.config.steps_offset == 0
+    assert torch.isfinite(run(other, frames, actions[:1])).all()
+
+
+def test_with_scheduler_keeps_prediction_type_of_its_own_class(pipeline):
+    direct = pipeline.with_scheduler(diffusers.DDIMScheduler, timestep_spacing="trailing")
+    again = direct.with_scheduler("DDIMScheduler")
+    assert again.scheduler is not direct.scheduler
+    assert dict(again.scheduler.config) == dict(direct.scheduler.config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("DPM++", {}, "`scheduler` must be a scheduler class of diffusers or its name, .* got 'DPM"),
+        ("AutoencoderKL", {}, "`scheduler` must be a scheduler class"),
+        ("FlowMatchEulerDiscreteScheduler", {}, "with a flow or continuous process"),
+        ("DDIMScheduler", {"beta_end": 0.5}, "with other betas"),
+        ("DDIMScheduler", {"clip_sample": True}, "must not clip samples"),
+    ],
+)
+def test_with_scheduler_refuses(kind, changes, message, pipeline):
+    with pytest.raises(ValueError, match=message):
+        pipeline.with_scheduler(kind, **changes)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_weights_that_are_not_finite_are_refused(part, value, pipeline, tmp_path):
+    parameters = dict(getattr(pipeline, part).named_parameters())
+    name = list(parameters)[3]
+    with torch.no_grad():
+        parameters[name].view(-1)[-1] = value
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"`{part}` must have finite weights, .* in '{name}'"):
+        IRASimPipeline.from_pretrained(tmp_path)
+
+
+def test_large_finite_weights_are_accepted(pipeline):
+    with torch.no_grad():
+        pipeline.transformer.proj_out.weight.fill_(3e38)  # their sum overflows
+    IRASimPipeline(**pipeline.components)
 
 
 def test_timesteps_of_the_checkpoint_are_taken_where_its_number_of_steps_is(frames, actions, tmp_path):
@@ -660,8 +737,8 @@ def test_frames_a_second_of_one_call(frames, actions):
 @pytest.mark.parametrize(
     ("config", "fps", "message"),
     [
-        ({}, 10.0, "`fps` must be None for this checkpoint, which does not embed frames a second, got 10.0"),
-        (RATES, None, "`fps` must be the positive number of frames a second, .* got None: give it"),
+        ({}, 10.0, "`fps` must be None for this checkpoint, which does not embed frames per second, got 10.0"),
+        (RATES, None, "`fps` must be the positive number of frames per second, .* got None: pass it"),
         (RATES, 0.0, "`fps` must be the positive number .* got 0.0"),
         (RATES, float("nan"), "`fps` must be the positive number .* got nan"),
     ],

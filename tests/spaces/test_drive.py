@@ -2,7 +2,9 @@
 
 import base64
 import io
+import json
 import re
+import urllib.request
 
 import numpy as np
 import PIL.Image
@@ -109,6 +111,13 @@ def test_buttons_and_picture_steer_too(drive):
     wait_for_rest(drive)
     drive.mouse.up()
     assert np.linalg.norm(pusher(drive) - goal * 96) < 8
+    before, goal = predicted(drive), np.array([0.8, 0.5])  # a click alone
+    drive.mouse.click(*(np.array([box["x"], box["y"]]) + goal * [box["width"], box["height"]]))
+    assert drive.locator(".stage .goal").is_visible()
+    wait_for_frames(drive, before + 2)
+    wait_for_rest(drive)
+    assert drive.locator(".stage .goal").is_hidden()
+    assert np.linalg.norm(pusher(drive) - goal * 96) < 8
 
 
 def test_the_start_chosen_last_counts(drive):
@@ -119,17 +128,72 @@ def test_the_start_chosen_last_counts(drive):
     assert np.linalg.norm(pusher(drive) - TARGET) < 20
 
 
-def test_keys_act_in_the_drive_area_alone(drive):
+def test_keys_act_anywhere_while_the_drive_page_is_visible(drive):
     choose(drive, OPEN)
     drive.get_by_role("slider", name="Speed").focus()
     drive.keyboard.press("ArrowRight")
     assert drive.get_by_role("slider", name="Speed").input_value() == "1.1"
+    assert predicted(drive) == 0
+    drive.get_by_role("tab", name="Trajectory").click()
+    drive.keyboard.down("d")
+    drive.wait_for_timeout(400)
+    drive.keyboard.up("d")
+    drive.get_by_role("tab", name="Drive").click()
+    assert predicted(drive) == 0
+    hold(drive, lambda: drive.keyboard.down("d"), lambda: drive.keyboard.up("d"), 2)  # the focus is on the tab
     drive.locator("h1").click()
     drive.evaluate("document.activeElement.blur()")
-    drive.keyboard.down("ArrowRight")
-    drive.wait_for_timeout(400)
-    drive.keyboard.up("ArrowRight")
-    assert predicted(drive) == 0
+    hold(drive, lambda: drive.keyboard.down("ArrowRight"), lambda: drive.keyboard.up("ArrowRight"), 2)
+
+
+def hide(page, hidden):
+    page.evaluate(
+        "hidden => { Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });"
+        "document.dispatchEvent(new Event('visibilitychange')); }",
+        hidden,
+    )
+
+
+def test_a_session_is_kept_and_a_recording_outlives_it(drive, app_url):
+    """The page believes that sessions end after two seconds; the test ends the session on the server."""
+    sessions = []
+
+    def start(route):
+        answer = route.fetch()
+        data = answer.json()["data"]
+        sessions.append(data[0])
+        route.fulfill(response=answer, json={"data": [*data[:2], data[2] | {"idle_seconds": 2}]})
+
+    kept = []
+    drive.on("request", lambda request: request.url.endswith("/run/undo") and kept.append(request))
+    drive.route("**/run/start", start)
+    choose(drive, OPEN)
+    hold(drive, lambda: drive.keyboard.down("w"), lambda: drive.keyboard.up("w"), 4)
+    title = drive.title()
+    drive.wait_for_timeout(1500)
+    assert len(kept) >= 1
+    hide(drive, True)
+    del kept[:]
+    drive.wait_for_function("document.title.startsWith('Session ends in')")
+    drive.wait_for_function("document.title.startsWith('Session ended')")
+    assert kept == []
+    body = json.dumps({"data": sessions}).encode()
+    request = urllib.request.Request(f"{app_url}gradio_api/run/stop", body, {"Content-Type": "application/json"})
+    urllib.request.urlopen(request).close()
+    frames, before = predicted(drive), picture(drive)
+    hide(drive, False)
+    drive.get_by_text("The recording was restored.").wait_for()
+    assert len(sessions) == 2
+    assert drive.title() == title
+    assert predicted(drive) == frames
+    np.testing.assert_array_equal(picture(drive), before)
+    hold(drive, lambda: drive.keyboard.down("s"), lambda: drive.keyboard.up("s"), 3)
+    drive.get_by_role("button", name="Save video").click()
+    with drive.expect_download() as download:
+        drive.get_by_role("link", name="Actions (npy)").click()
+    actions = np.load(download.value.path())
+    assert len(actions) == predicted(drive) >= frames + 3
+    assert (np.diff(actions[:4, 1]) < 0).all()  # up, as driven in the first session
 
 
 def test_recording_undo_and_replay(drive, tmp_path):

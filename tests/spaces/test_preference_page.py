@@ -78,7 +78,7 @@ def test_answers_outlive_the_page_and_can_be_had_as_csv(page, app_url):
     page.locator("#preference-begin").click()
     page.locator("#preference-view canvas").nth(2).wait_for(timeout=60_000)
     assert page.locator("#preference-view figcaption").all_inner_texts() == ["Left", "Right", "What truly happened"]
-    assert "PNDM, 4 steps" not in page.content()
+    assert "Euler, 2 steps" not in page.content()
     page.locator("#preference-left").click()
     page.get_by_text("1 of 4 compared").wait_for()
     assert page.locator("#preference-back").is_visible()

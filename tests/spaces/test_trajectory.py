@@ -107,14 +107,14 @@ def npy(array, **kwargs):
 ACTIONS = np.array([[58.0, 334.0], [60.0, 300.0], [62.5, 280.0]])
 HUGE_HEADER = npy(np.zeros(0)).replace(b"(0,), ", b"(9999999999, 2), ")[:128]
 BAD_ACTIONS = [
-    ("a.npy", npy(np.zeros((3, 7))), "has 7 numbers a row, and this model takes actions of 2"),
+    ("a.npy", npy(np.zeros((3, 7))), "has 7 numbers per row, but this model takes actions of 2"),
     ("a.npy", npy(np.array([[1, np.nan]])), "row 1: every number must be finite"),
     ("a.npy", npy(np.array([{"a": 1}], dtype=object), allow_pickle=True), "no table of numbers"),
     ("a.npy", pickle.dumps([[1, 2]]), "no table of numbers"),
     ("a.npy", b"PK\x03\x04 and no more", "no table of numbers"),
     ("a.npy", HUGE_HEADER, "no table of numbers"),
-    ("a.npy", npy(np.zeros((MAX_ACTIONS + 1, 2))), "241 actions: give 1 to 240"),
-    ("a.npy", npy(np.zeros((0, 2))), "0 actions: give 1 to 240"),
+    ("a.npy", npy(np.zeros((MAX_ACTIONS + 1, 2))), "241 actions: upload 1 to 240"),
+    ("a.npy", npy(np.zeros((0, 2))), "0 actions: upload 1 to 240"),
     ("a.csv", b"x,y\n1,two\n", "no table of numbers"),
     ("a.csv", b"1,2\n3\n", "no table of numbers"),
     ("a.csv", b'"' + b"1" * 200_000, "no table of numbers"),
@@ -183,6 +183,20 @@ class TestFiles:
         (clip,) = read_clip(tmp_path / "a.png", (10, 30), 5)
         np.testing.assert_array_equal(clip[2:-2], np.broadcast_to([255, 0, 0], (6, 30, 3)))
 
+    def test_images_and_videos_are_cropped_alike(self, tmp_path):
+        """A grey square between red margins, in a wide picture: only the square is left, undistorted."""
+        frames = np.zeros((3, 48, 96, 3), np.uint8)
+        frames[:] = (200, 0, 0)
+        frames[:, :, 24:72] = 128
+        frames[:, 12:36, 36:60] = 0
+        write_video(tmp_path / "a.mp4", frames, 10)
+        PIL.Image.fromarray(frames[0]).save(tmp_path / "a.png")
+        expected = np.full((24, 24, 3), 128)
+        expected[6:18, 6:18] = 0
+        for name in ("a.png", "a.mp4"):
+            clip = read_clip(tmp_path / name, (24, 24), 5).astype(int)
+            assert np.abs(clip[:, 1:-1, 1:-1] - expected[1:-1, 1:-1]).mean() < 6, name
+
     def test_frames_larger_than_the_header_says_are_refused(self, tmp_path):
         with av.open(str(tmp_path / "a.avi"), "w") as container:
             stream = container.add_stream("mjpeg", rate=10, width=16, height=16)
@@ -193,7 +207,7 @@ class TestFiles:
                 packet = av.Packet(file.getvalue())
                 packet.stream, packet.pts, packet.dts, packet.is_keyframe = stream, size, size, True
                 container.mux(packet)
-        with pytest.raises(ValueError, match="5000x5000 pixels: give at most 16 million"):
+        with pytest.raises(ValueError, match="5000x5000 pixels: upload at most 16 million"):
             read_clip(tmp_path / "a.avi", (8, 12), 5)
 
 
@@ -359,7 +373,7 @@ def test_files_of_actions_bad_and_good(trajectory):
     page = trajectory
     page.get_by_label("From a file").check()
     page.locator("#trajectory-run").click()
-    page.get_by_text("Upload a file of actions first.").wait_for()
+    page.locator("#trajectory-status").get_by_text("No prediction: Upload a file of actions first.").wait_for()
     for name, content, message in [
         ("bad-0.npy", *BAD_ACTIONS[0][1:]),
         ("bad-2.npy", *BAD_ACTIONS[2][1:]),
@@ -367,8 +381,9 @@ def test_files_of_actions_bad_and_good(trajectory):
     ]:
         upload(page, name, content)
         page.locator("#trajectory-run").click()
-        page.get_by_text(message).first.wait_for()
+        page.locator("#trajectory-status").get_by_text(message).wait_for()
         if message != "3 frames in":
+            assert_idle(page)
             page.locator("#trajectory-file").get_by_label("Clear").or_(
                 page.locator("#trajectory-file").get_by_label("Remove this file")
             ).first.click()
@@ -411,17 +426,34 @@ def test_starts_that_are_no_pictures(trajectory, tmp_path):
     page.wait_for_function("before => document.querySelector('#trajectory-pad .stage img').src !== before", arg=before)
 
 
+def assert_idle(page):
+    """Check that Predict can be pressed, and that nothing of an earlier prediction is left."""
+    page.locator("#trajectory-run").wait_for()
+    page.locator("#trajectory-stop").wait_for(state="hidden")
+    for part in ("errors", "strip", "video", "table"):
+        assert page.locator(f"#trajectory-{part}").is_hidden(), part
+    assert page.locator("#trajectory-status .error, #trajectory-status .progress-text").count() == 0
+
+
 def test_a_long_prediction_can_be_stopped(trajectory):
     page = trajectory
-    set_length(page, 60)
     page.get_by_label("Recorded").check()
+    set_length(page, 3)
+    page.locator("#trajectory-run").click()
+    page.locator("#trajectory-status").get_by_text("3 frames in").wait_for()
+    page.locator("#trajectory-table").wait_for()
+    set_length(page, 60)
     page.locator("#trajectory-settings > button, #trajectory-settings .label-wrap").first.click()
     set_steps(page, 40)
     page.locator("#trajectory-run").click()
+    page.locator("#trajectory-stop").wait_for()
+    assert page.locator("#trajectory-table").is_hidden()
+    assert "3 frames in" not in page.locator("#trajectory-status").inner_text()
     page.locator("#trajectory-stop").click()
     page.get_by_text("Stopped.").wait_for()
-    page.locator("#trajectory-run").wait_for()
+    assert_idle(page)
     frames = page.locator("#trajectory-view .frame").get_attribute("max")
     page.wait_for_timeout(2000)
     assert page.locator("#trajectory-view .frame").get_attribute("max") == frames
     assert page.locator("#trajectory-status").get_by_text("Stopped.").is_visible()
+    assert_idle(page)

@@ -6,6 +6,7 @@ from .irasim_release import IRASimFolder
 from .latent_cache import cache_latents
 from .lerobot import LeRobotFolder
 from .lerobot_writer import is_written, write_file, write_metadata
+from .pictures import read_picture
 from .prepared import PreparedEpisodes, frame_skip_for
 from .publish import publish_lerobot, write_dataset_card, write_lerobot
 from .sources import open_dataset
@@ -34,6 +35,7 @@ __all__ = [
     "open_dataset",
     "publish_lerobot",
     "read_frames",
+    "read_picture",
     "read_video",
     "standardised_states",
     "tile",

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..files import remove_abandoned, temporary_path
+from ..latents import unscale_latents
 from .episode import Episode, EpisodeSource
 
 FRAMES_AT_ONCE = 256
@@ -272,7 +273,7 @@ def _encode_recorded(dataset: EpisodeSource, vae: AutoencoderKL, number: int) ->
             f"episode {number} of {dataset.name!r} has no latents beside its video: use `recorded=False` (without "
             "--recorded_latents) to encode the frames."
         )
-    unscaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+    unscaled = unscale_latents(vae, latents)
     remedy = "use `recorded=False` (without --recorded_latents) to encode the frames"
     return _finite(unscaled.half(), dataset, number, remedy), dataset.vectors(number)["action"]
 

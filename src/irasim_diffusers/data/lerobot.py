@@ -35,6 +35,8 @@ INDEX_FEATURES = {
     "index": "int64",
     "task_index": "int64",
 }
+OWN_ENTRY = "irasim"
+"""Entry of the feature `action` in info.json for what LeRobot does not store: derivation, units and camera layout."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class LeRobotFolder(InOrder):
                 "LeRobot's own scripts."
             )
         known = [key for key, feature in self.info["features"].items() if feature["dtype"] in ("video", "image")]
+        written = self._own_entry.get("cameras")
+        if self.cameras is None and written is not None and {key for row in written for key in row} <= set(known):
+            object.__setattr__(self, "cameras", written)
         if self.cameras is None and len(known) != 1:
             raise ValueError(f"`cameras` must name one or more of {known} in {self.name!r}.")
         layout = camera_layout(known[0] if self.cameras is None else self.cameras)
@@ -96,6 +101,20 @@ class LeRobotFolder(InOrder):
     def fps(self) -> float:
         """Frames per second."""
         return self.info["fps"]
+
+    @property
+    def _own_entry(self) -> dict[str, Any]:
+        return self.info["features"].get("action", {}).get(OWN_ENTRY, {})
+
+    @property
+    def action_derivation(self) -> str:
+        """How the actions follow from states, as `write_lerobot` stored it; see `actions.DERIVATIONS`."""
+        return self._own_entry.get("action_derivation", "recorded")
+
+    @property
+    def action_units(self) -> list[str | None] | None:
+        """Units of the action components, if `write_lerobot` stored them."""
+        return self._own_entry.get("action_units")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -220,6 +239,18 @@ class LeRobotFolder(InOrder):
             raise ValueError(f"episode {row['episode_index']} of {self.name!r}: {error}") from error
         return vectors
 
+    def flags(self, number: int) -> dict[str, np.ndarray]:
+        """Bool and integer features (T, D) of one episode, for example `next.done`, in the recorded type."""
+        keys = [
+            key
+            for key, feature in self.info["features"].items()
+            if feature["dtype"].startswith(("bool", "int", "uint")) and key not in INDEX_FEATURES
+            if len(feature["shape"]) == 1 and key != "action"
+        ]
+        row = self.rows[number]
+        table = self._rows(row, keys) if keys else {}
+        return {key: self._matrix(row, key, table[key], self.info["features"][key]["dtype"]) for key in keys}
+
     def component_names(self, key: str) -> list[str] | None:
         """Names of the components of a vector feature; LeRobot knows lists, and lists under a heading."""
         feature = self.info["features"][key]
@@ -247,8 +278,8 @@ class LeRobotFolder(InOrder):
         count = part.stop - part.start
         return read_frames(self._file(row, key), first + part.start, count, self.fps, whole=last)
 
-    def _matrix(self, row: dict[str, Any], key: str, column: pa.ChunkedArray) -> np.ndarray:
-        """A column of numbers, or of lists as long as `info.json` says, as (T, D), float32."""
+    def _matrix(self, row: dict[str, Any], key: str, column: pa.ChunkedArray, dtype: str = "float32") -> np.ndarray:
+        """A column of numbers, or of lists as long as `info.json` says, as (T, D)."""
         array = column.combine_chunks()
         if pa.types.is_nested(array.type):
             width, widths = self.info["features"][key]["shape"][0], pc.unique(pc.list_value_length(array)).to_pylist()
@@ -257,17 +288,18 @@ class LeRobotFolder(InOrder):
                     f"{str(self._path(row))!r}: {key!r} must be {width} numbers in every row, got {widths}."
                 )
             array = array.flatten()
-        return array.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), -1)
+        return array.to_numpy(zero_copy_only=False).astype(dtype).reshape(len(column), -1)
 
     def _rows(self, row: dict[str, Any], columns: list[str]) -> pa.Table:
-        """Columns of one episode from its parquet file; the columns read last are kept, for the episode after it."""
+        """Columns of one episode from its parquet file; the columns of the last file are kept, for the next episode."""
         path = self._path(row)
         key = (path, *columns)
-        kept = self.__dict__.get("_kept")
-        if kept is None or kept[0] != key:
-            kept = key, _read_table(self._file(row), columns=[*columns, "episode_index"])
-            self.__dict__["_kept"] = kept
-        table = kept[1]
+        kept = self.__dict__.setdefault("_kept", {})
+        if key not in kept:
+            for other in [other for other in kept if other[0] != path]:
+                del kept[other]
+            kept[key] = _read_table(self._file(row), columns=[*columns, "episode_index"])
+        table = kept[key]
         return table.filter(pc.equal(table["episode_index"], row["episode_index"]))
 
     def _path(self, row: dict[str, Any], camera: str | None = None) -> Path:

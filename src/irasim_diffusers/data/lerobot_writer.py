@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..actions import DERIVATIONS
 from ..files import temporary_path
-from .episode import Episode
-from .lerobot import INDEX_FEATURES, VERSION
-from .video import write_video
+from .episode import CameraLayout, Episode
+from .lerobot import INDEX_FEATURES, OWN_ENTRY, VERSION
+from .lerobot_statistics import image_statistics, pool, vector_statistics
+from .video import video_writer
 
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+Regions: TypeAlias = Mapping[str, tuple[slice, slice]]
+"""Rows and columns of each camera's picture in a tiled frame, by feature key."""
 
 
 def write_file(
@@ -33,122 +36,124 @@ def write_file(
     episodes: Iterable[Episode],
     *,
     fps: float,
-    camera: str,
+    camera: str | Regions,
     tasks: Sequence[str],
     first_episode: int = 0,
     first_frame: int = 0,
 ) -> None:
-    """Write one file's worth of episodes: video, then vectors, then the rows of `meta/episodes` that announce them.
+    """Write one file of episodes: the videos, then the vectors, then the rows of `meta/episodes`.
 
-    Where there are none, nothing is written. Files may be written in any order and by several processes. A file counts as
-    written once its `meta/episodes` file is there, so an interrupted collection resumes with the first one missing.
+    Files may be written in any order and by several processes. A file counts as written once its `meta/episodes` file
+    exists, so that an interrupted run resumes at the first missing file. Nothing is written if there are no episodes.
     `write_metadata` completes the folder.
 
     Args:
-        root: The data set's folder.
+        root: The folder of the data set.
         file_index: Number of the file.
-        episodes: Its episodes, of which one at a time is held if they are read as they are asked for.
+        episodes: Its episodes. Only one is held at a time if the iterable reads them on demand. States keep their type if
+            they are bool or integers, and become float32 otherwise.
         fps: Frames per second.
-        camera: Feature key of the frames, `observation.image` for example.
-        tasks: Tasks of the data set, as given to `write_metadata`; those of an episode are among them when it is read.
-        first_episode: Number of the first episode within the data set.
-        first_frame: Number of the first frame within the data set.
+        camera: Feature key of the frames, for example `observation.image`; or the regions of several cameras in the frames,
+            which are written as separate features.
+        tasks: Tasks of the data set, as given to `write_metadata`. The iterable may append the task of an episode before
+            it returns the episode.
+        first_episode: Number of the first episode in the data set.
+        first_frame: Number of the first frame in the data set.
+
+    Raises:
+        ValueError: If the task of an episode is not among `tasks`, or frames differ in size.
     """
     root = Path(root)
-    place = {"chunk_index": 0, "file_index": file_index}
+    regions = _regions(camera)
     columns: dict[str, list[np.ndarray]] = {}
     rows: list[dict[str, Any]] = []
-
-    def frames() -> Iterator[np.ndarray]:
-        start = 0
+    length = 0
+    with ExitStack() as stack:
+        append: dict[str, Callable[[np.ndarray], None]] = {}
         for episode in episodes:
-            number, length = first_episode + len(rows), len(episode)
-            numbers = np.arange(length)
-            index: dict[str, np.ndarray] = {
-                "timestamp": (numbers / fps).astype(np.float32),
-                "frame_index": numbers,
-                "episode_index": np.full(length, number),
-                "index": first_frame + start + numbers,
-                "task_index": np.full(length, tasks.index(episode.task)),
-            }
-            vectors = {"action": episode.actions, **episode.states}
-            for key, values in {**vectors, **index}.items():
+            if not append:  # no video is begun without an episode
+                paths = {key: _path(root, VIDEO_PATH, file_index, video_key=key) for key in regions}
+                append = {key: stack.enter_context(video_writer(path, fps, True)) for key, path in paths.items()}
+            number = first_episode + len(rows)
+            vectors = _vectors(episode, fps, tasks, number, first_frame + length)
+            for key, values in vectors.items():
                 columns.setdefault(key, []).append(values)
-            statistics = {camera: _image_statistics(episode.frames)}
-            statistics |= {key: _statistics(np.asarray(value).reshape(length, -1)) for key, value in vectors.items()}
-            rows.append(
-                {
-                    "episode_index": number,
-                    "tasks": [episode.task],
-                    "length": length,
-                    "dataset_from_index": first_frame + start,
-                    "dataset_to_index": first_frame + start + length,
-                    "data/chunk_index": 0,
-                    "data/file_index": file_index,
-                    f"videos/{camera}/chunk_index": 0,
-                    f"videos/{camera}/file_index": file_index,
-                    f"videos/{camera}/from_timestamp": start / fps,
-                    f"videos/{camera}/to_timestamp": (start + length) / fps,
-                    "meta/episodes/chunk_index": 0,
-                    "meta/episodes/file_index": file_index,
-                }
-                | {f"stats/{key}/{name}": value for key, stat in statistics.items() for name, value in stat.items()}
-            )
-            start += length
-            yield from map(np.copy, episode.frames)  # a view that is kept would keep the episode
-            del episode  # before the next is read
-
-    pictures = frames()
-    first = next(pictures, None)
-    if first is None:
-        return
-    write_video(root / VIDEO_PATH.format(video_key=camera, **place), chain([first], pictures), fps, lossless=True)
-    _write_table(root / DATA_PATH.format(**place), {key: _column(key, parts) for key, parts in columns.items()})
-    with temporary_path(root / EPISODES_PATH.format(**place)) as partial:
-        pq.write_table(pa.Table.from_pylist(rows), partial)
+            statistics = _write_frames(episode.frames, regions, append)
+            statistics |= {key: vector_statistics(values) for key, values in vectors.items()}
+            row = {
+                "episode_index": number,
+                "tasks": [episode.task],
+                "length": len(episode),
+                "dataset_from_index": first_frame + length,
+                "dataset_to_index": first_frame + length + len(episode),
+            }
+            rows.append(row | _places(regions, file_index, length / fps, (length + len(episode)) / fps))
+            rows[-1] |= {f"stats/{key}/{name}": v for key, stat in statistics.items() for name, v in stat.items()}
+            length += len(episode)
+            del episode  # before the next one is read
+    if rows:
+        table = pa.table({key: _column(parts) for key, parts in columns.items()})
+        _write_table(_path(root, DATA_PATH, file_index), table)
+        _write_table(_path(root, EPISODES_PATH, file_index), pa.Table.from_pylist(rows))
 
 
 def is_written(root: str | os.PathLike, file_index: int) -> bool:
-    """Whether `write_file` has completed file `file_index`."""
-    return (Path(root) / EPISODES_PATH.format(chunk_index=0, file_index=file_index)).is_file()
+    """Whether `write_file` has completed a file."""
+    try:
+        return pq.read_metadata(_path(Path(root), EPISODES_PATH, file_index)).num_rows > 0
+    except (OSError, pa.ArrowInvalid):  # missing, or damaged by a crash
+        return False
 
 
 def write_metadata(
     root: str | os.PathLike,
     *,
     fps: float,
-    camera: str,
+    camera: str | Regions,
     frame_size: tuple[int, int],
-    names: dict[str, list[str]],
+    names: Mapping[str, Sequence[str]],
     tasks: Sequence[str],
     robot_type: str,
+    action_derivation: str = "recorded",
+    action_units: Sequence[str | None] | None = None,
 ) -> None:
-    """Complete a folder whose files were written by `write_file`: info.json, stats.json and tasks.parquet.
+    """Complete a folder of files written by `write_file`: info.json, stats.json and tasks.parquet.
 
     Args:
-        root: The data set's folder.
+        root: The folder of the data set.
         fps: Frames per second.
-        camera: Feature key of the frames.
-        frame_size: Height and width.
-        names: Components of each vector feature, `{"action": ["x", "y"]}` for example.
-        tasks: Task strings, by task index.
+        camera: Feature key of the frames, or the regions of several cameras, as given to `write_file`.
+        frame_size: Height and width of the frames.
+        names: Component names of vector features, for example `{"action": ["x", "y"]}`; other features have none.
+        tasks: Tasks of the data set, in the order of their indices.
         robot_type: Name of the robot.
+        action_derivation: How the actions follow from states, one of `actions.DERIVATIONS`.
+        action_units: Units of the action components, None where they are unknown.
+
+    Raises:
+        ValueError: If tasks repeat, the derivation is unknown, or the folder has no episode.
     """
-    root = Path(root)
+    root, regions = Path(root), _regions(camera)
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"`tasks` must differ from each other, got {list(tasks)}.")
+    if action_derivation not in DERIVATIONS:
+        raise ValueError(f"`action_derivation` must be one of {DERIVATIONS}, got {action_derivation!r}.")
     files = sorted(root.glob("meta/episodes/chunk-*/file-*.parquet"))
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
-    height, width = frame_size
-    video_info = {"video.fps": fps, "video.codec": "h264", "video.pix_fmt": "gbrp", "has_audio": False}
-    features: dict[str, Any] = {
-        camera: {
-            "dtype": "video",
-            "shape": [height, width, 3],
-            "names": ["height", "width", "channels"],
-            "info": video_info | {"video.height": height, "video.width": width, "video.channels": 3},
-        }
-    }
-    features |= {key: {"dtype": "float32", "shape": [len(value)], "names": value} for key, value in names.items()}
-    features |= {key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in INDEX_FEATURES.items()}
+    if not rows:
+        raise ValueError(f"{str(root)!r} has no episode: call `write_file` first.")
+    cameras = {key: _picture_size(region, frame_size) for key, region in regions.items()}
+    features = {key: _camera_feature(size, fps) for key, size in cameras.items()}
+    features |= _vector_features(root, names)
+    own: dict[str, Any] = {}
+    if action_derivation != "recorded":
+        own["action_derivation"] = action_derivation
+    if action_units is not None and any(unit is not None for unit in action_units):
+        own["action_units"] = list(action_units)
+    if len(cameras) > 1:
+        own["cameras"] = region_layout(regions)
+    if own:  # inside a feature, where tools of LeRobot that rewrite info.json keep it
+        features["action"][OWN_ENTRY] = own
     info = {
         "codebase_version": VERSION,
         "robot_type": robot_type,
@@ -158,18 +163,149 @@ def write_metadata(
         "chunks_size": 1000,
         "data_files_size_in_mb": 100,
         "video_files_size_in_mb": 200,
-        "fps": fps,
+        "fps": int(fps) if fps == int(fps) else fps,
         "splits": {"train": f"0:{len(rows)}"},
         "data_path": DATA_PATH,
         "video_path": VIDEO_PATH,
         "features": features,
     }
-    statistics = {key: _pool([_row_statistics(row, key) for row in rows]) for key in [camera, *names]}
-    with temporary_path(root / "meta" / "tasks.parquet") as partial:
-        pq.write_table(_tasks_table(tasks), partial)
+    keys = [key for key in features if all(f"stats/{key}/mean" in row for row in rows)]
+    statistics = {key: pool([_row_statistics(row, key) for row in rows]) for key in keys}
+    _write_table(root / "meta" / "tasks.parquet", _tasks_table(tasks))
     for name, content in (("stats.json", statistics), ("info.json", info)):
         with temporary_path(root / "meta" / name) as partial:
-            partial.write_text(json.dumps(content, indent=4))
+            partial.write_text(json.dumps(content, indent=4), encoding="utf-8")
+
+
+def tile_regions(layout: CameraLayout, sizes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[slice, slice]]:
+    """Rows and columns of each camera's picture in the frames that `tile` returns.
+
+    Args:
+        layout: The cameras as they are tiled.
+        sizes: Height and width of each camera's pictures.
+    """
+    regions: dict[str, tuple[slice, slice]] = {}
+    top = 0
+    for row in layout:
+        left, height = 0, sizes[row[0]][0]
+        for camera in row:
+            width = sizes[camera][1]
+            regions[camera] = slice(top, top + height), slice(left, left + width)
+            left += width
+        top += height
+    return regions
+
+
+def region_layout(regions: Regions) -> CameraLayout:
+    """The layout of tiled cameras; the inverse of `tile_regions`."""
+    rows: dict[int, list[str]] = {}
+    for key, region in sorted(regions.items(), key=lambda item: [part.start for part in item[1]]):
+        rows.setdefault(region[0].start, []).append(key)
+    return tuple(tuple(row) for row in rows.values())
+
+
+def _regions(camera: str | Regions) -> Regions:
+    return {camera: (slice(None), slice(None))} if isinstance(camera, str) else camera
+
+
+def _path(root: Path, template: str, file_index: int, **names: str) -> Path:
+    return root / template.format(chunk_index=0, file_index=file_index, **names)
+
+
+def _vectors(
+    episode: Episode, fps: float, tasks: Sequence[str], number: int, first_frame: int
+) -> dict[str, np.ndarray]:
+    """All vector features (T, D) of an episode and the features by which LeRobot finds its rows."""
+    length = len(episode)
+    if episode.task not in tasks:
+        raise ValueError(
+            f"`tasks` must contain the task of every episode, got {list(tasks)} without {episode.task!r}."
+        )
+    vectors = {}
+    for key, values in {"action": episode.actions, **episode.states}.items():
+        if len(values) != length:
+            raise ValueError(f"{key!r} must have {length} rows, one per frame, got {len(values)}.")
+        kept = values if values.dtype.kind in "biu" else values.astype(np.float32)
+        vectors[key] = kept.reshape(length, -1)
+    frames = np.arange(length)
+    index = {
+        "timestamp": frames / fps,
+        "frame_index": frames,
+        "episode_index": np.full(length, number),
+        "index": first_frame + frames,
+        "task_index": np.full(length, tasks.index(episode.task)),
+    }
+    return vectors | {key: value.astype(INDEX_FEATURES[key]).reshape(-1, 1) for key, value in index.items()}
+
+
+def _write_frames(
+    frames: np.ndarray, regions: Regions, append: Mapping[str, Callable[[np.ndarray], None]]
+) -> dict[str, dict[str, list]]:
+    """Append frames (T, H, W, 3) to the videos of all cameras; return the statistics of each camera."""
+    statistics = {}
+    for key, (rows, columns) in regions.items():
+        pictures = frames[:, rows, columns]
+        for picture in pictures:
+            append[key](picture)
+        statistics[key] = image_statistics(pictures)
+    return statistics
+
+
+def _places(regions: Regions, file_index: int, begin: float, end: float) -> dict[str, Any]:
+    """Where `meta/episodes` says that the parts of an episode are; times in seconds."""
+    places: dict[str, Any] = {"data/chunk_index": 0, "data/file_index": file_index}
+    for key in regions:
+        places[f"videos/{key}/chunk_index"] = 0
+        places[f"videos/{key}/file_index"] = file_index
+        places[f"videos/{key}/from_timestamp"] = begin
+        places[f"videos/{key}/to_timestamp"] = end
+    return places | {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": file_index}
+
+
+def _picture_size(region: tuple[slice, slice], frame_size: tuple[int, int]) -> tuple[int, int]:
+    height, width = (len(range(*part.indices(size))) for part, size in zip(region, frame_size, strict=True))
+    return height, width
+
+
+def _camera_feature(size: tuple[int, int], fps: float) -> dict[str, Any]:
+    height, width = size
+    video = {"video.fps": fps, "video.codec": "h264", "video.pix_fmt": "gbrp", "has_audio": False}
+    return {
+        "dtype": "video",
+        "shape": [height, width, 3],
+        "names": ["height", "width", "channels"],
+        "info": video | {"video.height": height, "video.width": width, "video.channels": 3},
+    }
+
+
+def _vector_features(root: Path, names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Entries of info.json for the columns of the data files."""
+    features = {}
+    for field in pq.read_schema(min(root.glob("data/chunk-*/file-*.parquet"))):
+        is_list = pa.types.is_fixed_size_list(field.type)
+        element, width = (field.type.value_type, field.type.list_size) if is_list else (field.type, 1)
+        components = list(names[field.name]) if field.name in names else None
+        dtype = np.dtype(element.to_pandas_dtype()).name
+        features[field.name] = {"dtype": dtype, "shape": [width], "names": components}
+    return features
+
+
+def _column(parts: Sequence[np.ndarray]) -> pa.Array:
+    """A column of lists, or of numbers if the width is 1, as LeRobot expects it."""
+    values = np.concatenate(parts)
+    if values.shape[1] == 1:
+        return pa.array(values[:, 0])
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    with temporary_path(path) as partial:
+        pq.write_table(table, partial)
+
+
+def _row_statistics(row: Mapping[str, Any], key: str) -> dict[str, Any]:
+    prefix = f"stats/{key}/"
+    return {name[len(prefix) :]: value for name, value in row.items() if name.startswith(prefix)}
 
 
 def _tasks_table(tasks: Sequence[str]) -> pa.Table:
@@ -189,59 +325,3 @@ def _tasks_table(tasks: Sequence[str]) -> pa.Table:
     }
     table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "__index_level_0__": list(tasks)})
     return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
-
-
-def _column(key: str, parts: list[np.ndarray]) -> pa.Array:
-    values = np.concatenate(parts)
-    if key in INDEX_FEATURES:
-        return pa.array(values.astype(INDEX_FEATURES[key]))
-    values = values.astype(np.float32)
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-
-
-def _write_table(path: Path, columns: dict[str, pa.Array]) -> None:
-    with temporary_path(path) as partial:
-        pq.write_table(pa.table(columns), partial)
-
-
-def _statistics(values: np.ndarray) -> dict[str, list]:
-    """Statistics over the rows of (N, D)."""
-    values = values.astype(np.float64)
-    result = {
-        "min": values.min(0),
-        "max": values.max(0),
-        "mean": values.mean(0),
-        "std": values.std(0),
-        "count": np.array([len(values)]),
-    }
-    result |= {name: np.quantile(values, level, axis=0) for name, level in QUANTILES.items()}
-    return {name: value.tolist() for name, value in result.items()}
-
-
-def _image_statistics(frames: np.ndarray) -> dict[str, list]:
-    """Statistics in [0, 1] over every tenth frame, nested (3, 1, 1) as LeRobot keeps them."""
-    sample = frames[::10]
-    result = _statistics(sample.reshape(-1, 3) / 255.0)
-    result["count"] = [len(sample)]
-    return {name: value if name == "count" else [[[v]] for v in value] for name, value in result.items()}
-
-
-def _row_statistics(row: dict[str, Any], key: str) -> dict[str, np.ndarray]:
-    prefix = f"stats/{key}/"
-    return {name[len(prefix) :]: np.array(value) for name, value in row.items() if name.startswith(prefix)}
-
-
-def _pool(parts: list[dict[str, np.ndarray]]) -> dict[str, list]:
-    """Pool the statistics of several episodes; quantiles are weighted means, as in LeRobot."""
-    count = np.array([part["count"][0] for part in parts], dtype=np.float64)
-    weight = count / count.sum()
-
-    def average(values: np.ndarray) -> np.ndarray:
-        return np.tensordot(weight, values, axes=1)
-
-    stacked = {name: np.stack([part[name] for part in parts]) for name in parts[0] if name != "count"}
-    mean = average(stacked["mean"])
-    variance = average(stacked["std"] ** 2 + (stacked["mean"] - mean) ** 2)
-    result = {"min": stacked["min"].min(0), "max": stacked["max"].max(0), "mean": mean, "std": np.sqrt(variance)}
-    result |= {name: average(stacked[name]) for name in QUANTILES}
-    return {name: value.tolist() for name, value in result.items()} | {"count": [int(count.sum())]}

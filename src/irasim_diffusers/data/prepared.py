@@ -1,7 +1,8 @@
-"""Episodes brought to the actions and the rate that a model wants."""
+"""Episodes with derived actions, fewer frames per second, or resized frames."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,27 +10,30 @@ import numpy as np
 import torch
 
 from ..actions import DERIVATIONS, derive_actions, integrate_actions
+from ..pictures import resize_video
 from .episode import CameraLayout, Episode, EpisodeSource, InOrder, first_readable, window_slice
 
 
 @dataclass(frozen=True)
 class PreparedEpisodes(InOrder):
-    """A data source with other actions, or with fewer frames a second.
+    """A data source with other actions, fewer frames per second, or frames of another size.
 
     Args:
         source: Any data source.
-        derivation: `"recorded"`, or how actions come from the states of successive frames; see `actions.derive_actions`.
-        state_key: The state they are derived from; None takes the only one.
-        frame_skip: Keep every frame of that number. Recorded actions are composed over the frames between: absolute
-            targets to the last, planar motions to their sum, motions of poses to one; `composition` says which they are.
-        composition: What recorded actions are, one of `actions.DERIVATIONS` but `"recorded"`; needed to compose them.
-        action_dim: Components after padding with zeros, as for RoboNet, whose robots move in fewer dimensions than five.
-        frame_size: Height and width to which frames are resized; None leaves them.
-        all_phases: Keep the frames between as well, for windows that begin at any of them: row t of `action` then leads from
-            frame t to frame t + `frame_skip`, and only every `frame_skip`-th frame makes a clip; see `LatentClips`.
+        derivation: `"recorded"`, or how actions are computed from the states of successive frames; see
+            `actions.derive_actions`.
+        state_key: The state from which actions are derived; None selects the only one.
+        frame_skip: Keep every n-th frame. Recorded actions are composed over the frames between: the last one of absolute
+            targets, the sum of planar motions, the product of pose motions.
+        composition: What recorded actions are, one of `actions.DERIVATIONS` except `"recorded"`. It is required to compose
+            them. The derivation that the source knows takes precedence.
+        action_dim: Number of action components after padding with zeros, as for RoboNet, whose robots use up to five.
+        frame_size: Height and width to which frames are resized; None keeps their size.
+        all_phases: Keep the frames between as well, so that windows may start at any frame. Row t of `action` then leads
+            from frame t to frame t + `frame_skip`, and a clip takes every `frame_skip`-th frame; see `LatentClips`.
 
     Raises:
-        ValueError: If the source does not have what is asked for.
+        ValueError: If an argument is out of range, the source lacks the state, or the composition is unknown.
     """
 
     source: EpisodeSource
@@ -45,32 +49,48 @@ class PreparedEpisodes(InOrder):
         if self.derivation not in DERIVATIONS or self.composition not in (None, *DERIVATIONS[1:]):
             raise ValueError(
                 f"`derivation` (--action_derivation) must be one of {DERIVATIONS} and `composition` (--action_composition) None "
-                f"or another, got {self.derivation!r} and {self.composition!r}."
+                f"or one of {DERIVATIONS[1:]}, got {self.derivation!r} and {self.composition!r}."
             )
-        if self.frame_skip < 1:
-            raise ValueError(f"`frame_skip` must be at least 1, got {self.frame_skip}.")
-        if self.derivation == "recorded" and self.frame_skip > 1 and self.composition is None:
+        _check_count("frame_skip", self.frame_skip)
+        if self.action_dim is not None:
+            _check_count("action_dim", self.action_dim)
+        if self.frame_size is not None:
+            if len(self.frame_size) != 2:
+                raise ValueError(f"`frame_size` must be height and width, got {self.frame_size}.")
+            for size in self.frame_size:
+                _check_count("frame_size", size)
+        if self.source.fps is not None and not (math.isfinite(self.source.fps) and self.source.fps > 0):
+            raise ValueError(f"`fps` of {self.source.name!r} must be a positive number, got {self.source.fps}.")
+        if self.derivation == "recorded":
+            self._select_composition()
+        else:
+            self._select_state()
+
+    def _select_composition(self) -> None:
+        known = getattr(self.source, "action_derivation", "recorded")
+        if known != "recorded":
+            object.__setattr__(self, "composition", known)
+        elif self.frame_skip > 1 and self.composition is None:
             raise ValueError(
-                "`composition` (--action_composition) must say how recorded actions compose over skipped frames: absolute, relative_planar, "
-                "relative_euler or relative_6d."
+                "`composition` (--action_composition) must say how recorded actions compose over skipped frames: absolute, "
+                "relative_planar, relative_euler or relative_6d."
             )
-        if self.derivation != "recorded":
-            states = sorted(set(first_readable(self.source, self.source.vectors)) - {"action"})
-            key = self.state_key or (states[0] if len(states) == 1 else None)
-            if key not in states:
-                raise ValueError(
-                    f"`state_key` must be one of {states} in {self.source.name!r}, got {self.state_key!r}."
-                )
-            object.__setattr__(self, "state_key", key)
+
+    def _select_state(self) -> None:
+        states = sorted(set(first_readable(self.source, self.source.vectors)) - {"action"})
+        key = self.state_key or (states[0] if len(states) == 1 else None)
+        if key not in states:
+            raise ValueError(f"`state_key` must be one of {states} in {self.source.name!r}, got {self.state_key!r}.")
+        object.__setattr__(self, "state_key", key)
 
     @property
     def name(self) -> str:
-        """Where the data lie."""
+        """Where the data are."""
         return self.source.name
 
     @property
     def fps(self) -> float | None:
-        """Frames a second that are kept."""
+        """Frames per second that are kept."""
         return None if self.source.fps is None else self.source.fps / self.frame_skip
 
     @property
@@ -80,10 +100,10 @@ class PreparedEpisodes(InOrder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """That of the source with all that is changed."""
+        """The identity of the source with all changes."""
         changes = {name: getattr(self, name) for name in ("derivation", "state_key", "frame_skip", "action_dim")}
         changes["frame_size"] = self.frame_size
-        changes["composition"] = self.composition if self.frame_skip > 1 else None  # else it changes nothing
+        changes["composition"] = self.composition if self.frame_skip > 1 else None  # without a skip it has no effect
         phases = {"all_phases": True} if self._step != self.frame_skip else {}
         return self.source.identity | {"prepared": changes | phases}
 
@@ -94,11 +114,14 @@ class PreparedEpisodes(InOrder):
 
     @property
     def action_derivation(self) -> str:
-        """How actions came from states, here or in the source, or are said to by `composition`."""
-        if self.derivation != "recorded":
-            return self.derivation
-        known = getattr(self.source, "action_derivation", "recorded")
-        return self.composition if self.composition and known == "recorded" else known
+        """How the actions follow from states: derived here or in the source, or as `composition` says."""
+        return (self.composition or "recorded") if self.derivation == "recorded" else self.derivation
+
+    @property
+    def action_units(self) -> list[str | None] | None:
+        """Units of the action components, if the source stores those of recorded actions."""
+        units = getattr(self.source, "action_units", None) if self.derivation == "recorded" else None
+        return None if units is None else units + [None] * ((self.action_dim or 0) - len(units))
 
     def __len__(self) -> int:
         """Number of episodes."""
@@ -111,10 +134,10 @@ class PreparedEpisodes(InOrder):
         return self._episode(episode.frames, vectors, episode.task)
 
     def window(self, number: int, start: int, length: int) -> Episode:
-        """`length` of the frames that are kept from number `start` on, with what goes with them.
+        """`length` of the frames that are kept, from number `start`, with their actions and states.
 
         Raises:
-            ValueError: As for the episode, or if the window does not lie within it.
+            ValueError: As for the episode, or if the window exceeds it.
         """
         vectors = self.vectors(number)
         try:
@@ -125,23 +148,33 @@ class PreparedEpisodes(InOrder):
         return self._episode(episode.frames, {key: value[part] for key, value in vectors.items()}, episode.task)
 
     def _episode(self, frames: np.ndarray, vectors: dict[str, np.ndarray], task: str) -> Episode:
-        """Of frames of the source and vectors as they are wanted."""
+        """Build an episode of frames of the source and prepared vectors."""
         frames = frames[:: self._step]
-        if self.frame_size is not None and frames.shape[1:3] != tuple(self.frame_size):
-            frames = _resize(frames, self.frame_size)
+        if self.frame_size is not None:
+            frames = resize_video(frames, self.frame_size)
         return Episode(frames, vectors.pop("action"), vectors, task)
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
         """`action` and states of one episode."""
         return self._prepare(self.source.vectors(number), number)
 
+    def flags(self, number: int) -> dict[str, np.ndarray]:
+        """Bool and integer features (T, D) of one episode; a bool is true if it is true before the next frame kept."""
+        flags = self.source.flags(number) if hasattr(self.source, "flags") else {}
+        return {
+            key: np.logical_or.reduceat(values, range(0, len(values), self._step), axis=0)
+            if values.dtype == bool
+            else values[:: self._step]
+            for key, values in flags.items()
+        }
+
     def latents(self, number: int) -> torch.Tensor | None:
-        """Latents that lie beside the video, of the frames that are kept."""
+        """Latents of the frames that are kept, if they are stored with the video."""
         latents = self.source.latents(number) if hasattr(self.source, "latents") else None
         return None if latents is None else latents[:: self._step]
 
     def component_names(self, key: str) -> list[str] | None:
-        """Names of the components; those of derived actions where they are the state's own."""
+        """Names of the components. Derived actions have those of the state, except for `relative_6d`."""
         if key != "action" or self.derivation == "recorded":
             names = self.source.component_names(key)
         else:
@@ -163,12 +196,12 @@ class PreparedEpisodes(InOrder):
         return {key: np.concatenate([part[key] for part in phases])[order] for key in phases[0]}
 
     def _prepare_phase(self, vectors: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
-        """Every `frame_skip`-th row, from the first on, with the action that leads to the next."""
+        """Every `frame_skip`-th row, with the action that leads to the next one."""
         kept = {key: value[:: self.frame_skip] for key, value in vectors.items()}
         try:
             if self.derivation != "recorded":
                 states = kept[str(self.state_key)]
-                after = np.concatenate([states, states[-1:]])  # the last action holds: it leads out of the episode
+                after = np.concatenate([states, states[-1:]])  # the last action asks for no motion
                 kept["action"] = derive_actions(after, self.derivation)
             elif self.frame_skip > 1:
                 kept["action"] = _compose(vectors["action"], self.frame_skip, str(self.composition))
@@ -184,38 +217,34 @@ class PreparedEpisodes(InOrder):
 
 
 def frame_skip_for(source_fps: float | None, target_fps: float) -> int:
-    """The `frame_skip` that brings frames to another rate.
+    """Compute the `frame_skip` that converts one frame rate to another.
 
     Args:
-        source_fps: Frames a second of the data.
-        target_fps: Frames a second that are wanted.
+        source_fps: Frames per second of the data.
+        target_fps: Frames per second that are wanted.
 
     Raises:
-        ValueError: If the rate of the data is unknown, or no multiple of the other.
+        ValueError: If the rate of the data is unknown, or not a multiple of the other one.
     """
     if source_fps is None:
-        raise ValueError(f"the data record no frames a second to bring to {target_fps:g}: give `fps`.")
-    skip = round(source_fps / target_fps) if target_fps > 0 else 0
-    if skip < 1 or abs(source_fps / target_fps - skip) > 1e-3:
+        raise ValueError(f"the data record no frames per second to convert to {target_fps:g}: give `fps`.")
+    ratio = source_fps / target_fps if target_fps > 0 else 0.0
+    skip = round(ratio) if math.isfinite(ratio) else 0
+    if skip < 1 or abs(ratio - skip) > 1e-3:
         raise ValueError(
-            f"`target_fps` must divide the {source_fps:g} frames a second of the data, got {target_fps:g}: every n-th frame "
+            f"`target_fps` must divide the {source_fps:g} frames per second of the data, got {target_fps:g}: every n-th frame "
             "is kept."
         )
     return skip
 
 
-def _resize(frames: np.ndarray, size: tuple[int, int], chunk_size: int = 64) -> np.ndarray:
-    """Frames (T, H, W, 3), uint8, at another size, bilinear and antialiased."""
-    parts = []
-    for start in range(0, len(frames), chunk_size):
-        pixels = torch.from_numpy(np.ascontiguousarray(frames[start : start + chunk_size])).permute(0, 3, 1, 2).float()
-        resized = torch.nn.functional.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True)
-        parts.append(resized.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy())
-    return np.concatenate(parts)
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be at least 1 and an integer, got {value!r}.")
 
 
 def _compose(actions: np.ndarray, skip: int, composition: str) -> np.ndarray:
-    """Actions (T, A) over every `skip` frames as one each; the rest at the end is composed as far as it goes."""
+    """Compose the actions (T, A) of every `skip` frames to one; the last group may be shorter."""
     origin = np.zeros(actions.shape[1] - (3 if composition == "relative_6d" else 0))
     groups = (actions[start : start + skip] for start in range(0, len(actions), skip))
     ends = [integrate_actions(origin, group, composition)[-1] for group in groups]

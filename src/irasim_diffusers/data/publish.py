@@ -1,9 +1,12 @@
-"""Any data source as a LeRobotDataset v3.0 with a data set card, to keep or to publish."""
+"""Write any data source as a LeRobotDataset v3.0 with a data set card, and publish it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,26 +15,37 @@ import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
-from ..files import temporary_path
+from ..files import remove_abandoned, temporary_path
 from .episode import Episode, EpisodeSource, first_readable
-from .lerobot import VERSION, LeRobotFolder
-from .lerobot_writer import EPISODES_PATH, is_written, write_file, write_metadata
+from .lerobot import INDEX_FEATURES, VERSION, LeRobotFolder
+from .lerobot_writer import EPISODES_PATH, Regions, is_written, tile_regions, write_file, write_metadata
+from .prepared import PreparedEpisodes
 
 EPISODES_PER_FILE = 50
 SOURCE_FILE = ".irasim-source.json"
-"""Says in a folder that `write_lerobot` writes what it is written from."""
+"""File that identifies the data source from which `write_lerobot` writes a folder."""
+DERIVATION_TEXTS = {
+    "recorded": "as recorded; how they follow from states is not known",
+    "relative_euler": "motions in the frame of the previous pose: translation, and extrinsic xyz Euler angles of the rotation",
+    "relative_6d": "motions in the frame of the previous pose: translation, and two columns of the rotation matrix",
+    "relative_planar": "differences of successive states",
+    "absolute": "absolute targets: the next state",
+}
 CARD = """
 # {title}
 
-{episodes} episodes, {frames} frames of {height}x{width} pixels at {fps:g} frames a second, as a LeRobotDataset v3.0.
-Pictures are lossless H.264{cameras}.
+{episodes} episodes, {frames} frames at {fps:g} frames per second, as a LeRobotDataset v3.0. Videos are lossless H.264.
 
-| feature | components |
+| camera | height x width |
 |---|---|
+{cameras}
+
+| feature | type | components |
+|---|---|---|
 {features}
 
-Action row k is the command given at frame k; it drives the step that ends in frame k + 1. Written by `irasim data` of
-[irasim-diffusers](https://pypi.org/project/irasim-diffusers), which trains world models on it:
+Actions (`{derivation}`): {derivation_text}. Row k of `action` is the command at frame k; it drives the step that ends in
+frame k + 1. The data set was written by `irasim data` of irasim-diffusers, which trains world models on it:
 
 ```bash
 accelerate launch examples/train.py --dataset {repo_id} --vae stabilityai/sdxl-vae --output_dir runs/model
@@ -48,47 +62,80 @@ def write_lerobot(
     skip_broken: bool = False,
     on_episode: Callable[[int, str | None], None] = lambda number, error: None,
 ) -> LeRobotFolder:
-    """Write every episode of a source into a LeRobotDataset v3.0; an interrupted run goes on with the file missing.
+    """Write every episode of a source into a LeRobotDataset v3.0; an interrupted run resumes at the first missing file.
+
+    Several cameras are written as separate features `observation.images.<name>`. The folder stores their layout, and how
+    the actions follow from states; `LeRobotFolder` reads both.
 
     Args:
-        source: The data source; several cameras stay tiled in one picture.
+        source: The data source.
         root: The folder to write.
         robot_type: Name of the robot.
-        camera: Feature key of the pictures.
-        skip_broken: Leave out episodes that cannot be read.
-        on_episode: Called with the number of each episode, and why it was skipped.
+        camera: Feature key of the pictures of a single camera, or of tiled pictures that have been resized.
+        skip_broken: Skip episodes that cannot be read.
+        on_episode: Called with the number of each episode, and the reason if it is skipped.
 
     Returns:
-        The folder.
+        The folder, with the camera layout of the source.
 
     Raises:
-        ValueError: If the source records no frame rate, the folder holds another data set, an episode is broken, or none
-            of the first can be read.
+        ValueError: If the source has no valid frame rate, the folder holds another data set, an episode is broken, or no
+            episode can be read.
     """
-    if source.fps is None:
-        raise ValueError(f"{source.name!r} records no frames a second: give `fps`.")
+    if source.fps is None or not (math.isfinite(source.fps) and source.fps > 0):
+        raise ValueError(
+            f"{source.name!r} must have a positive number of frames per second, got {source.fps}: give `fps`."
+        )
     root = Path(root)
-    marker, identity = root / SOURCE_FILE, json.loads(json.dumps(source.identity | {"fps": source.fps}))
-    begun = json.loads(marker.read_text()) if marker.is_file() else None
-    if begun not in (None, identity) or (begun is None and root.is_dir() and any(root.iterdir())):
-        raise ValueError(f"{str(root)!r} holds another data set, or the same with other settings: give a new folder.")
-    first = first_readable(source, source.__getitem__)
-    height, width = first.frames.shape[1:3]
-    vectors = {"action": first.actions, **first.states}
-    names = {
-        key: source.component_names(key) or [f"{key}.{index}" for index in range(value.shape[1])]
-        for key, value in vectors.items()
-    }
-    del first
-    with temporary_path(marker) as partial:
-        partial.write_text(json.dumps(identity))
+    identity = json.loads(json.dumps(source.identity | {"fps": source.fps}))
+    _claim(root, identity)
+    try:
+        first = first_readable(source, lambda number: _read_episode(source, number))
+        frame_size = first.frames.shape[1:3]
+        regions = _camera_regions(source, camera, frame_size)
+        names = {
+            key: source.component_names(key) or [f"{key}.{index}" for index in range(values.shape[1])]
+            for key, values in {"action": first.actions, **first.states}.items()
+            if values.dtype.kind == "f"
+        }
+        derivation = getattr(source, "action_derivation", "recorded")
+        units = getattr(source, "action_units", None) or _units(derivation, first.actions.shape[1])
+        del first  # only one episode is held at a time
+        tasks = _write_files(source, root, regions, frame_size, skip_broken, on_episode)
+    except BaseException:
+        if not any(root.glob("meta/episodes/*/*.parquet")):  # the repaired source may be written here
+            _clear(root)
+        raise
+    write_metadata(
+        root,
+        fps=source.fps,
+        camera=regions,
+        frame_size=frame_size,
+        names=names,
+        tasks=tasks,
+        robot_type=robot_type,
+        action_derivation=derivation,
+        action_units=units,
+    )
+    return LeRobotFolder(root)
+
+
+def _write_files(
+    source: EpisodeSource,
+    root: Path,
+    regions: str | Regions,
+    frame_size: tuple[int, int],
+    skip_broken: bool,
+    on_episode: Callable[[int, str | None], None],
+) -> list[str]:
+    """Write the files that are missing; return the tasks of all files."""
     tasks: list[str] = []
-    written = frames = 0
+    episodes = frames = 0
 
     def read(numbers: Iterable[int]) -> Iterator[Episode]:
         for number in numbers:
             try:
-                episode = source[number]
+                episode = _read_episode(source, number, frame_size)
             except ValueError as error:
                 if not skip_broken:
                     raise
@@ -98,57 +145,134 @@ def write_lerobot(
             if episode.task not in tasks:
                 tasks.append(episode.task)
             yield episode
-            del episode  # before the next is read
+            del episode  # before the next one is read
 
     for file_index, start in enumerate(range(0, len(source), EPISODES_PER_FILE)):
         numbers = range(start, min(start + EPISODES_PER_FILE, len(source)))
-        if not is_written(root, file_index):
-            write_file(
-                *(root, file_index, read(numbers)),
-                fps=source.fps,
-                camera=camera,
-                tasks=tasks,
-                first_episode=written,
-                first_frame=frames,
-            )
-            if not is_written(root, file_index):  # all its episodes are broken
-                continue
-        else:
+        if is_written(root, file_index):
             for number in numbers:
                 on_episode(number, None)
-        rows = pq.read_table(
-            root / EPISODES_PATH.format(chunk_index=0, file_index=file_index), columns=["tasks", "length"]
-        ).to_pylist()
-        tasks += [task for row in rows for task in row["tasks"] if task not in tasks]
-        written, frames = written + len(rows), frames + sum(row["length"] for row in rows)
-    write_metadata(
-        root,
-        fps=source.fps,
-        camera=camera,
-        frame_size=(height, width),
-        names=names,
-        tasks=tasks,
-        robot_type=robot_type,
-    )
-    return LeRobotFolder(root)
+        else:
+            place = {"first_episode": episodes, "first_frame": frames}
+            write_file(root, file_index, read(numbers), fps=source.fps, camera=regions, tasks=tasks, **place)
+            if not is_written(root, file_index):  # all its episodes are broken
+                continue
+        path = root / EPISODES_PATH.format(chunk_index=0, file_index=file_index)
+        rows = pq.read_table(path, columns=["tasks", "length"]).to_pylist()
+        tasks[:] = dict.fromkeys([*tasks, *(task for row in rows for task in row["tasks"])])
+        episodes, frames = episodes + len(rows), frames + sum(row["length"] for row in rows)
+    return tasks
+
+
+def _read_episode(source: EpisodeSource, number: int, frame_size: tuple[int, int] | None = None) -> Episode:
+    """An episode with its bool and integer features; frames must have the size of the data set's."""
+    episode = source[number]
+    if frame_size not in (None, episode.frames.shape[1:3]):
+        raise ValueError(
+            f"episode {number} of {source.name!r} has frames of height and width {episode.frames.shape[1:3]}, others of "
+            f"{frame_size}: a LeRobotDataset has one size."
+        )
+    flags = source.flags(number) if hasattr(source, "flags") else {}
+    return dataclasses.replace(episode, states=episode.states | flags)
+
+
+def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, int]) -> str | Regions:
+    """The feature keys of the single cameras and where their pictures are in the frames of a source."""
+    names = [name for row in source.cameras for name in row]
+    single = _untiled(source)
+    if len(names) == 1 or single is None:
+        return camera
+    sizes = {}
+    for name in names:
+        view = dataclasses.replace(single, cameras=((name,),))
+        sizes[name] = first_readable(view, lambda number, view=view: view.window(number, 0, 1)).frames.shape[1:3]
+    regions = tile_regions(source.cameras, sizes)
+    if frame_size != tuple(max(region[axis].stop for region in regions.values()) for axis in (0, 1)):
+        raise ValueError(
+            f"pictures of the cameras of {source.name!r} must have one size in all episodes, got {sizes}."
+        )
+    return {
+        name if name.startswith("observation.") else f"observation.images.{name.replace('/', '_')}": region
+        for name, region in regions.items()
+    }
+
+
+def _untiled(source: EpisodeSource) -> EpisodeSource | None:
+    """The source whose `cameras` can be replaced by one of them; None if frames are resized after they are tiled."""
+    if isinstance(source, PreparedEpisodes):
+        return None if source.frame_size is not None else _untiled(source.source)
+    fields = dataclasses.fields(source) if dataclasses.is_dataclass(source) else ()
+    return source if any(field.name == "cameras" for field in fields) else None
+
+
+def _units(derivation: str, width: int) -> list[str | None] | None:
+    """Units of derived actions, which `actions.derive_actions` defines for motions of poses."""
+    known = {"relative_euler": ["m"] * 3 + ["rad"] * 3, "relative_6d": ["m"] * 3 + ["1"] * 6}.get(derivation)
+    return None if known is None else (known + [None] * width)[:width]
+
+
+def _claim(root: Path, identity: dict) -> None:
+    """Mark a folder as written from a source, unless it holds something else."""
+    marker = root / SOURCE_FILE
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        remove_abandoned(folder)
+    written: object = None
+    if marker.is_file():
+        with suppress(ValueError):
+            written = json.loads(marker.read_text(encoding="utf-8"))
+    if written != identity:
+        if any(root.glob("meta/episodes/*/*.parquet")) or (
+            not marker.is_file() and root.is_dir() and any(root.iterdir())
+        ):
+            raise ValueError(
+                f"{str(root)!r} holds another data set, or the same one with other content or settings: give a new folder, or "
+                "delete this one."
+            )
+        _clear(root)
+        with temporary_path(marker) as partial:
+            partial.write_text(json.dumps(identity), encoding="utf-8")
+
+
+def _clear(root: Path) -> None:
+    """Delete what an unsuccessful run has left in its folder."""
+    if (root / SOURCE_FILE).is_file():
+        for name in ("data", "meta", "videos"):
+            shutil.rmtree(root / name, ignore_errors=True)
+        (root / SOURCE_FILE).unlink()
 
 
 def write_dataset_card(folder: LeRobotFolder, repo_id: str, cameras: str = "") -> None:
-    """Write README.md of a LeRobotDataset: what it holds, written from its own metadata."""
+    """Write README.md of a LeRobotDataset from its metadata.
+
+    Args:
+        folder: The data set.
+        repo_id: Name of the data set on the Hub, or of the folder.
+        cameras: Not used; the card lists the cameras of the folder.
+    """
     features = folder.info["features"]
-    (key,) = [key for row in folder.cameras for key in row]
-    height, width, _ = features[key]["shape"]
-    vectors = [name for name, feature in features.items() if feature["dtype"] == "float32" and feature["names"]]
+    units = folder.action_units or []
+    rows = []
+    for key, feature in features.items():
+        if feature["dtype"] == "video" or key in INDEX_FEATURES:
+            continue
+        components = feature["names"] or [f"{key}.{index}" for index in range(feature["shape"][0])]
+        if key == "action" and units:
+            components = [f"{name} ({unit})" if unit else name for name, unit in zip(components, units, strict=True)]
+        rows.append(f"| `{key}` | {feature['dtype']} | {', '.join(components)} |")
     text = CARD.format(
         title=repo_id.split("/")[-1],
         repo_id=repo_id,
         episodes=len(folder),
         frames=folder.info["total_frames"],
-        height=height,
-        width=width,
         fps=folder.fps,
-        cameras=cameras,
-        features="\n".join(f"| `{name}` | {', '.join(features[name]['names'])} |" for name in vectors),
+        cameras="\n".join(
+            f"| `{key}` | {features[key]['shape'][0]} x {features[key]['shape'][1]} |"
+            for row in folder.cameras
+            for key in row
+        ),
+        features="\n".join(rows),
+        derivation=folder.action_derivation,
+        derivation_text=DERIVATION_TEXTS[folder.action_derivation],
     )
     data = DatasetCardData(
         task_categories=["robotics"],
@@ -159,7 +283,7 @@ def write_dataset_card(folder: LeRobotFolder, repo_id: str, cameras: str = "") -
 
 
 def publish_lerobot(folder: LeRobotFolder, repo_id: str) -> None:
-    """Upload a LeRobotDataset with the tag of its version, which LeRobot asks for."""
+    """Upload a LeRobotDataset with the version tag that LeRobot requires."""
     hub = HfApi()
     hub.create_repo(repo_id, repo_type="dataset", exist_ok=True)
     hub.upload_folder(

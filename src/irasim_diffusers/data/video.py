@@ -1,132 +1,197 @@
-"""Video files in and out, through PyAV."""
+"""Read and write video files through PyAV."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import av
 import numpy as np
 
 from ..files import temporary_path
 
+VideoFile: TypeAlias = str | os.PathLike | BinaryIO
+ITU601, ITU709, MPEG_RANGE, JPEG_RANGE = 5, 1, 1, 2
+"""FFmpeg's numbers of colour matrices and of ranges of YUV values."""
 
-def read_video(path: str | os.PathLike | BinaryIO) -> np.ndarray:
-    """Decode every frame of a video file.
+
+def read_video(path: VideoFile) -> np.ndarray:
+    """Decode every frame of a video file, turned upright.
 
     Args:
-        path: The video file, or an open one; every format of FFmpeg works.
+        path: The video file, or an open one, in any format of FFmpeg.
 
     Returns:
         Frames (T, H, W, 3), uint8 RGB.
 
     Raises:
-        ValueError: If the file is missing, is no video, is damaged, or holds no frame.
+        ValueError: If the file is missing, is not a video, is damaged, contains no frame, or has 16-bit grey frames.
     """
     frames = list(iterate_video(path))
     if not frames:
-        raise ValueError(f"{str(path)!r} holds no video frame; give a readable video file.")
+        raise ValueError(f"{str(path)!r} contains no video frame: give a readable video file.")
     return np.stack(frames)
 
 
-def iterate_video(path: str | os.PathLike | BinaryIO) -> Iterator[np.ndarray]:
+def iterate_video(path: VideoFile) -> Iterator[np.ndarray]:
     """Decode a video file one frame (H, W, 3), uint8 RGB, at a time.
 
     Raises:
-        ValueError: If the file is missing, is no video, or is damaged.
+        ValueError: If the file is missing, is not a video, or is damaged.
     """
     with _open(path) as (container, stream):
         for frame in container.decode(stream):
-            yield _whole(frame, path).to_ndarray(format="rgb24")
+            yield _pixels(_undamaged(frame, path), path)
 
 
-def read_frames(
-    path: str | os.PathLike | BinaryIO, start: int, count: int, fps: float | None = None, whole: bool = False
-) -> np.ndarray:
-    """Decode only a part of a video, from the keyframe before it on.
+def read_frames(path: VideoFile, start: int, count: int, fps: float | None = None, whole: bool = False) -> np.ndarray:
+    """Decode consecutive frames of a video, starting at the keyframe before them.
 
     Args:
         path: The video file, or an open one.
         start: Number of the first frame.
         count: Number of frames.
-        fps: Frames per second, by which frames are numbered from time zero. None numbers them in their order, whatever
-            their times, for which all of the file is read, though not decoded.
-        whole: Whether the video must end with them.
+        fps: Frame rate that numbers the frames by their times. None numbers them in their order, whatever their times; the
+            whole file is then read, but not decoded.
+        whole: Whether the video must end after these frames.
 
     Returns:
         Frames (count, H, W, 3), uint8 RGB.
 
     Raises:
-        ValueError: If the file is missing, is no video, is damaged, ends before, or goes on where it must end.
+        ValueError: If the file is missing, is not a video, is damaged, ends too early, or continues although `whole` is set.
     """
+    return read_numbered_frames(path, range(start, start + count), fps, whole)
+
+
+def read_numbered_frames(
+    path: VideoFile, numbers: Sequence[int], fps: float | None = None, whole: bool = False
+) -> np.ndarray:
+    """Decode the frames with these numbers, which increase; see `read_frames`.
+
+    Raises:
+        ValueError: As `read_frames`.
+    """
+    wanted = [int(number) for number in numbers]
     frames: list[np.ndarray] = []
-    with _open(path) as (container, stream):
-        for number, frame in _decode_from(container, stream, start, fps):
-            if number < start - 0.5:
-                _whole(frame, path)  # those after it are made from it
+    with closing(_numbered_frames(path, wanted[0], fps)) as decoded:
+        for number, frame in decoded:
+            following = wanted[len(frames)] if len(frames) < len(wanted) else None
+            if following is None:
+                raise ValueError(f"{str(path)!r} continues after the {len(wanted)} frames of its episode.")
+            if number < following - 0.5:
+                _undamaged(frame, path)  # later frames are predicted from it
                 continue
-            if len(frames) == count:
-                raise ValueError(f"{str(path)!r} goes on after the {count} frames of its episode.")
-            if not abs(number - start - len(frames)) <= 0.5:
+            if not abs(number - following) <= 0.5:
                 rate = "" if fps is None else f" at {fps:g} frames/s"
                 raise ValueError(
-                    f"{str(path)!r} has no frame number {start + len(frames)}{rate}: frames are missing, or it has another "
-                    "rate."
+                    f"{str(path)!r} has no frame number {following}{rate}: frames are missing, or the frame rate differs."
                 )
-            frames.append(_whole(frame, path).to_ndarray(format="rgb24"))
-            if len(frames) == count and not whole:
+            frames.append(_pixels(_undamaged(frame, path), path))
+            if len(frames) == len(wanted) and not whole:
                 break
-    if len(frames) < count:
-        raise ValueError(f"{str(path)!r} ends early: {count} frames wanted from number {start}, {len(frames)} found.")
+    if len(frames) < len(wanted):
+        raise ValueError(
+            f"{str(path)!r} ends early: {len(wanted)} frames wanted from number {wanted[0]}, {len(frames)} found."
+        )
     return np.stack(frames)
 
 
-def count_frames(path: str | os.PathLike | BinaryIO) -> int:
-    """Number of frames of a video file, without decoding them.
+def count_frames(path: VideoFile) -> int:
+    """Count the frames of a video file without decoding them.
 
     Raises:
-        ValueError: If the file is missing or is no video.
+        ValueError: If the file is missing or is not a video.
     """
     with _open(path) as (container, stream):
-        return len(_timestamps(container, stream))
+        return sum(1 for _ in _timestamps(container, stream))
 
 
 @contextmanager
-def _open(path: str | os.PathLike | BinaryIO) -> Iterator[tuple[Any, Any]]:
-    """The file with its first video stream."""
-    source: Any = path if hasattr(path, "read") else os.fspath(path)
+def _open(path: VideoFile) -> Iterator[tuple[Any, Any]]:
+    """Open a file and its first video stream; FFmpeg's errors become ValueError."""
+    if isinstance(path, str | os.PathLike):
+        source: Any = os.fspath(path)
+    else:
+        source = path
+        source.seek(0)
     try:
         with av.open(source) as container:
             if not container.streams.video:
-                raise ValueError(f"{str(source)!r} has no video stream; give a video or image file.")
+                raise ValueError(f"{str(source)!r} has no video stream: give a video or image file.")
             yield container, container.streams.video[0]
     except (av.error.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read {str(source)!r} as a video: {reason}.") from error
 
 
-def _whole(frame: Any, path: str | os.PathLike | BinaryIO) -> Any:
-    """The frame, unless it is damaged."""
-    if frame.is_corrupt:  # the decoder has painted over what is missing
-        raise ValueError(f"{str(path)!r} is damaged: a frame cannot be decoded whole.")
+def _undamaged(frame: Any, path: VideoFile) -> Any:
+    if frame.is_corrupt:  # the decoder filled the missing parts by guessing
+        raise ValueError(f"{str(path)!r} is damaged: a frame cannot be decoded completely.")
     return frame
 
 
-def _timestamps(container: Any, stream: Any) -> list[int | None]:
-    """When each frame is shown, in the order of the file, in the stream's time base."""
-    return [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+def _pixels(frame: Any, path: VideoFile) -> np.ndarray:
+    """Convert a decoded frame to RGB (H, W, 3), uint8, by its own colour matrix and range, and turn it upright."""
+    name = frame.format.name
+    if name.startswith("gray") and name not in ("gray", "gray8"):
+        raise ValueError(
+            f"{str(path)!r} has frames of the format {name!r}, for example depth: 8-bit frames are required. Scale them to 8 "
+            "bits by a range of your choice, or choose another camera."
+        )
+    if not name.startswith(("yuv", "nv", "p0")):
+        return _upright(frame, frame.to_ndarray(format="rgb24"))
+    matrix = int(frame.colorspace)
+    full = name.startswith("yuvj") or int(frame.color_range) == JPEG_RANGE
+    converted = frame.reformat(
+        format="rgb24",
+        src_colorspace=matrix,
+        dst_colorspace=ITU709 if matrix == ITU601 else ITU601,  # PyAV before 17 ignores the source's if both are equal
+        src_color_range=JPEG_RANGE if full else MPEG_RANGE,
+        dst_color_range=MPEG_RANGE,
+    )
+    return _upright(frame, converted.to_ndarray())
 
 
-def _decode_from(container: Any, stream: Any, start: int, fps: float | None) -> Iterator[tuple[float, Any]]:
-    """Frames with their numbers, from a keyframe at or before number `start` on."""
+def _upright(frame: Any, pixels: np.ndarray) -> np.ndarray:
+    """Apply the display matrix of a frame, which phones write, if it is a quarter turn or a reflection."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), dtype=np.int32)  # display x = a x + c y, display y = b x + d y
+    if abs(b) > abs(a):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def _timestamps(container: Any, stream: Any) -> Iterator[int | None]:
+    """Yield the presentation time of each frame in the order of the file, in the stream's time base."""
+    return (packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard)
+
+
+def _numbered_frames(path: VideoFile, start: int, fps: float | None) -> Iterator[tuple[float, Any]]:
+    """Yield decoded frames with their numbers, from a keyframe at or before number `start`."""
+    with _open(path) as (container, stream):
+        times = list(islice(_timestamps(container, stream), None if fps is None else 16))
+        reordered = container.format.name == "avi" and stream.codec_context.has_b_frames  # AVI has only decoding times
+        if not reordered and None not in times:
+            yield from _from_keyframe(container, stream, start, fps, times)
+            return
+    with _open(path) as (container, stream):  # without presentation times, as in raw H.264, the decoder's order counts
+        yield from enumerate(container.decode(stream))
+
+
+def _from_keyframe(
+    container: Any, stream: Any, start: int, fps: float | None, times: list[int]
+) -> Iterator[tuple[float, Any]]:
     if fps is None:
-        times = sorted(time for time in _timestamps(container, stream) if time is not None)
+        times = sorted(times)
         numbers = {time: number for number, time in enumerate(times)}
 
         def number_of(time: int | None) -> float:
@@ -144,7 +209,7 @@ def _decode_from(container: Any, stream: Any, start: int, fps: float | None) -> 
             return int((number - 0.5) / scale)
 
     back = 0
-    while True:  # the time by which a keyframe is found may be earlier than the one at which it is shown
+    while True:  # a keyframe is found by a time that may be earlier than the time at which it is shown
         first = max(start - back, 0)
         container.seek(time_of(first) if first else 0, stream=stream)
         decoded = container.decode(stream)
@@ -157,36 +222,51 @@ def _decode_from(container: Any, stream: Any, start: int, fps: float | None) -> 
 
 
 def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: float, lossless: bool = False) -> Path:
-    """Write an H.264 mp4 under a temporary name, then rename it.
+    """Write an H.264 video under a temporary name, then rename it.
 
     Args:
-        path: The file to write; its suffix names the container.
-        frames: Frames (T, H, W, 3), uint8 RGB, or one after the other.
+        path: The file to write; its suffix selects the container.
+        frames: Frames (T, H, W, 3), uint8 RGB, or an iterable of frames.
         fps: Frames per second.
-        lossless: Keep every RGB value (no chroma subsampling, no quantisation). Players in browsers read only the
-            lossy form, whose height and width must be even.
+        lossless: Keep every RGB value, without chroma subsampling and quantisation. Browsers play only lossy videos, which are
+            padded to an even height and width.
 
     Returns:
-        The path written.
+        The path.
 
     Raises:
-        ValueError: If there is no frame, or their sizes differ.
+        ValueError: If there are no frames, or their sizes differ.
     """
-    path, frames = Path(path), iter(frames)
-    first = next(frames, None)
-    if first is None:
-        raise ValueError(f"`frames` must hold one or more to be written to {str(path)!r}.")
-    height, width, _ = first.shape
-    padding = ((0, 0 if lossless else height % 2), (0, 0 if lossless else width % 2), (0, 0))
+    with video_writer(path, fps, lossless) as append:
+        for frame in frames:
+            append(frame)
+    return Path(path)
+
+
+@contextmanager
+def video_writer(
+    path: str | os.PathLike, fps: float, lossless: bool = False
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yield a function that appends one frame (H, W, 3), uint8 RGB, to a video file; see `write_video`."""
     codec, pixel_format = ("libx264rgb", "rgb24") if lossless else ("libx264", "yuv420p")
     options = {"crf": "0" if lossless else "16", "preset": "veryfast" if lossless else "medium", "g": "10"}
+    size: tuple[int, ...] = ()
     with temporary_path(path) as partial, av.open(str(partial), mode="w") as container:
         stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.width, stream.height, stream.pix_fmt = width + padding[1][1], height + padding[0][1], pixel_format
-        for frame in chain([first], frames):
-            if frame.shape != first.shape:
-                raise ValueError(f"`frames` must be of one size, got {first.shape} and {frame.shape}.")
-            padded = np.pad(frame, padding, mode="edge") if np.any(padding) else frame
+        stream.pix_fmt = pixel_format
+
+        def append(frame: np.ndarray) -> None:
+            nonlocal size
+            if size and frame.shape != size:
+                raise ValueError(f"`frames` must have one size, got {size} and {frame.shape}.")
+            odd = ((0, 0), (0, 0)) if lossless else ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2))
+            padded = np.pad(frame, (*odd, (0, 0)), mode="edge") if np.any(odd) else frame
+            if not size:
+                size = frame.shape
+                stream.height, stream.width, _ = padded.shape
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")))
+
+        yield append
+        if not size:
+            raise ValueError(f"`frames` must contain at least one frame to write to {str(path)!r}.")
         container.mux(stream.encode(None))
-    return path

@@ -1,5 +1,13 @@
-"""Evaluation of world models on recorded clips, by named protocols."""
+"""Evaluation of world models on recorded clips, by named protocols, and of policies in a world model."""
 
+from .policies import (
+    Episodes,
+    PolicyEvaluation,
+    evaluate_policies,
+    policies_markdown,
+    run_episodes,
+    summarise_policies,
+)
 from .predictors import (
     ClipData,
     ClipReader,
@@ -22,20 +30,26 @@ __all__ = [
     "Clip",
     "ClipData",
     "ClipReader",
+    "Episodes",
     "Evaluation",
     "EvaluationCounter",
     "EvaluationProtocol",
     "FolderPredictor",
     "PipelinePredictor",
+    "PolicyEvaluation",
     "Prediction",
     "WorldModelPredictor",
     "evaluate",
+    "evaluate_policies",
     "features_of_clip",
     "find_clips",
     "markdown",
+    "policies_markdown",
     "published_figures",
+    "run_episodes",
     "save_prediction",
     "score_clip",
     "summarise",
+    "summarise_policies",
     "write_report",
 ]

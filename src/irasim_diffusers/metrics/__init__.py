@@ -1,5 +1,6 @@
-"""Metrics of frame quality, feature distributions and action faithfulness."""
+"""Metrics of frame quality, feature distributions, action faithfulness, and agreement with the real environment."""
 
+from .agreement import agreement, mmrv, pearson, spearman
 from .backbones import load_i3d, load_inception, load_lpips
 from .distribution import fid, frechet_distance, fvd
 from .faithfulness import (
@@ -23,6 +24,7 @@ __all__ = [
     "STRATA",
     "Counterfactuals",
     "action_faithfulness",
+    "agreement",
     "bootstrap",
     "counterfactual_actions",
     "fid",
@@ -38,9 +40,12 @@ __all__ = [
     "load_i3d",
     "load_inception",
     "load_lpips",
+    "mmrv",
     "motion",
+    "pearson",
     "psnr",
     "sensitivity_maps",
     "similar_clips",
+    "spearman",
     "summarise_faithfulness",
 ]

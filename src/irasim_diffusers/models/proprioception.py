@@ -69,7 +69,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         Returns:
             States (B, S) in raw units, float32, not limited to the bounds.
         """
-        heat = self.convolutions(2 * frames.to(self.dtype) - 1).float()  # (B, K, H / 4, W / 4)
+        heat = 10 * self.convolutions(2 * frames.to(self.dtype) - 1).float()  # (B, K, H / 4, W / 4)
         shares = heat.flatten(2).softmax(-1).unflatten(-1, heat.shape[-2:])
         rows, columns = (torch.linspace(-1, 1, size, device=heat.device) for size in heat.shape[-2:])
         keypoints = torch.cat([shares.sum(2) @ columns, shares.sum(3) @ rows], dim=1).to(self.dtype)  # (B, 2 K)

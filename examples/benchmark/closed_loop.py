@@ -1,0 +1,83 @@
+"""Measure environments around a world model: rows x steps per second, and memory over a long episode.
+
+    python examples/benchmark/closed_loop.py --num_envs 1 8 --memory_steps 2000
+
+CPU time is that of this process, so it does not depend on what else the machine does. With `--num_threads 1` it is the time on one
+quiet core.
+"""
+
+import json
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import HfArgumentParser
+
+from irasim_diffusers import embedded_checkpoint
+from irasim_diffusers.envs import WorldModelVectorEnv
+
+
+@dataclass
+class ClosedLoopArguments:
+    model: str = field(default=str(embedded_checkpoint()), metadata={"help": "pipeline folder or Hub id"})
+    num_envs: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "numbers of rows"})
+    num_steps: int = field(default=30, metadata={"help": "measured steps after three warm-up steps"})
+    memory_steps: int = field(default=0, metadata={"help": "steps of one row for the memory; 0 to leave it out"})
+    num_threads: int = 1
+    device: str = "cpu"
+    output: Path | None = field(default=None, metadata={"help": "JSON report to write"})
+
+
+def speed(environments: WorldModelVectorEnv, num_steps: int) -> dict[str, float]:
+    """Rows x steps per second of wall-clock time and of CPU time."""
+    environments.reset(seed=0)
+    environments.action_space.seed(0)
+    for _ in range(3):
+        environments.step(environments.action_space.sample())
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(num_steps):
+        environments.step(environments.action_space.sample())
+    steps = environments.num_envs * num_steps
+    return {
+        "rows": environments.num_envs,
+        "per_second": round(steps / (time.perf_counter() - wall), 1),
+        "per_cpu_second": round(steps / (time.process_time() - cpu), 1),
+    }
+
+
+def memory(environments: WorldModelVectorEnv, num_steps: int) -> list[dict[str, float]]:
+    """Resident memory in MB at five times of a long episode."""
+    process, readings = psutil.Process(), []
+    environments.reset(seed=0)
+    for step in range(1, num_steps + 1):
+        environments.step(environments.action_space.sample())
+        if step % max(1, num_steps // 5) == 0:
+            readings.append({"step": step, "megabytes": round(process.memory_info().rss / 2**20, 1)})
+    return readings
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(ClosedLoopArguments).parse_args_into_dataclasses()
+    torch.set_num_threads(arguments.num_threads)
+
+    def environments(num_envs: int) -> WorldModelVectorEnv:
+        return WorldModelVectorEnv.from_pretrained(
+            arguments.model, num_envs, arguments.device, max_episode_steps=10**6, render_mode="rgb_array"
+        )
+
+    report = {
+        "machine": f"{platform.machine()}, {arguments.num_threads} thread(s), torch {torch.__version__}",
+        "speed": [speed(environments(number), arguments.num_steps) for number in arguments.num_envs],
+    }
+    if arguments.memory_steps:
+        report["memory"] = memory(environments(1), arguments.memory_steps)
+    print(json.dumps(report, indent=2))
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Hashes that change when the files of a data set change, without reading whole videos."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ENDS = 1 << 16
+"""Bytes that are hashed at the start and at the end of a video."""
+
+
+def content_hash(root: Path, files: Iterable[Path]) -> str:
+    """Hash the names and the content of files: all of a small table, the stamp of a video.
+
+    Args:
+        root: The folder to which names are relative, so that a moved data set keeps its hash.
+        files: The files; missing ones count as such.
+    """
+    entries = [(os.path.relpath(path, root), _file_hash(path)) for path in sorted(set(files))]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def media_stamp(path: str | os.PathLike, modified: bool = True) -> list[Any] | None:
+    """Describe a large file by its size, modification time and a hash of its ends; None if it cannot be read.
+
+    A file in the cache of the Hub is described by its blob, which is named by its content.
+
+    Args:
+        path: The file.
+        modified: Whether to include the modification time.
+    """
+    try:
+        blob = _hub_blob(Path(path))
+        if blob is not None:
+            return [blob]
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            ends = hashlib.sha256(file.read(ENDS))
+            if status.st_size > ENDS:
+                file.seek(max(status.st_size - ENDS, ENDS))
+                ends.update(file.read(ENDS))
+    except (OSError, ValueError):  # a broken episode is reported when it is read
+        return None
+    return [status.st_size, *([status.st_mtime_ns] if modified else []), ends.hexdigest()]
+
+
+def table_hash(table: pa.Table) -> str:
+    """Hash the rows of an Arrow table."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return hashlib.sha256(sink.getvalue()).hexdigest()
+
+
+def _hub_blob(path: Path) -> str | None:
+    """Name of the blob that a link in the Hub's cache points to."""
+    real = path.resolve()
+    return real.name if real.parent.name == "blobs" and path.is_symlink() else None
+
+
+def _file_hash(path: Path) -> Any:
+    blob = _hub_blob(path)
+    if blob is not None:
+        return blob
+    if path.suffix == ".parquet":
+        return _parquet_hash(path)
+    return _whole_hash(path) if path.suffix in (".json", ".jsonl") else media_stamp(path)
+
+
+def _whole_hash(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # a missing file is reported when it is read
+        return None
+
+
+def _parquet_hash(path: Path) -> Any:
+    """Hash a whole file, or all columns but embedded pictures, which are as large as videos, and the file's stamp."""
+    try:
+        schema = pq.read_schema(path)
+        columns = [field.name for field in schema if "binary" not in str(field.type)]
+        if len(columns) == len(schema):
+            return _whole_hash(path)
+        return [table_hash(pq.read_table(path, columns=columns)), media_stamp(path)]
+    except (OSError, pa.ArrowException):  # a broken episode is reported when it is read
+        return _whole_hash(path)

@@ -1,0 +1,102 @@
+"""Agreement between the scores of policies in a world model and in the real environment."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+
+def pearson(real: np.ndarray, model: np.ndarray) -> float:
+    """Pearson correlation of the scores of policies (P,); NaN if all scores of one environment are equal."""
+    return _correlation(stats.pearsonr, real, model)
+
+
+def spearman(real: np.ndarray, model: np.ndarray) -> float:
+    """Spearman rank correlation of the scores of policies (P,); NaN if all scores of one environment are equal."""
+    return _correlation(stats.spearmanr, real, model)
+
+
+def mmrv(real: np.ndarray, model: np.ndarray) -> float:
+    """Mean maximum rank violation (SIMPLER, arXiv 2405.05941): 0 if the model ranks all policies as the real environment does.
+
+    A pair of policies that is ranked differently costs the difference of the real scores. The maximum cost of each policy is
+    averaged over the policies.
+
+    Args:
+        real: Scores in the real environment (P,), such as success rates.
+        model: Scores in the world model (P,).
+
+    Raises:
+        ValueError: If the scores are not two vectors of the same length, at least 2.
+    """
+    real, model = _check(real, model)
+    differences = np.abs(real[:, None] - real[None])
+    violated = (model[:, None] < model[None]) != (real[:, None] < real[None])
+    return float((differences * violated).max(axis=1).mean())
+
+
+def agreement(
+    real: np.ndarray, model: np.ndarray, rng: np.random.Generator, num_samples: int = 2000
+) -> dict[str, dict[str, Any]]:
+    """Pearson, Spearman and MMRV of the mean scores of policies, with 95 % bootstrap intervals.
+
+    The intervals resample the seeds, together for all policies and both environments, because the episodes are paired. They do
+    not include the choice of the policies; `fisher_low` and `fisher_high` of Pearson's correlation are its usual 95 % interval
+    for P policies, if P is at least 4.
+
+    Args:
+        real: Score of each episode in the real environment (P, n).
+        model: Score of the episode with the same seed in the world model (P, n).
+        rng: Random generator that draws the samples.
+        num_samples: Number of samples with replacement.
+
+    Returns:
+        For each metric `value`, `low`, `high` and the number of policies `n`; None instead of NaN.
+
+    Raises:
+        ValueError: If the scores are not two matrices of the same shape, with at least 2 policies and 1 seed.
+    """
+    real, model = np.asarray(real, dtype=float), np.asarray(model, dtype=float)
+    if real.ndim != 2 or real.shape != model.shape or len(real) < 2 or not real.shape[1]:
+        raise ValueError(
+            f"`real` and `model` must both be (P, n) with P at least 2, got {real.shape} and {model.shape}."
+        )
+    draws = rng.integers(real.shape[1], size=(num_samples, real.shape[1]))
+    samples = [(real[:, draw].mean(1), model[:, draw].mean(1)) for draw in draws]
+    means = real.mean(1), model.mean(1)
+    found: dict[str, dict[str, Any]] = {}
+    for metric in (pearson, spearman, mmrv):
+        values = np.array([metric(*sample) for sample in samples])
+        values = values[np.isfinite(values)]
+        low, high = np.percentile(values, [2.5, 97.5]) if len(values) else (np.nan, np.nan)
+        found[metric.__name__] = _numbers(value=metric(*means), low=low, high=high) | {"n": len(real)}
+    value = found["pearson"]["value"]
+    if value is not None and len(real) >= 4:
+        low, high = stats.pearsonr(*means).confidence_interval()
+        found["pearson"] |= _numbers(fisher_low=low, fisher_high=high)
+    return found
+
+
+def _correlation(function: Any, real: np.ndarray, model: np.ndarray) -> float:
+    real, model = _check(real, model)
+    if np.ptp(real) == 0 or np.ptp(model) == 0:
+        return float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
+        return float(function(real, model).statistic)
+
+
+def _check(real: np.ndarray, model: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    real, model = np.asarray(real, dtype=float), np.asarray(model, dtype=float)
+    if real.ndim != 1 or real.shape != model.shape or len(real) < 2:
+        raise ValueError(
+            f"`real` and `model` must both be (P,) with P at least 2, got {real.shape} and {model.shape}."
+        )
+    return real, model
+
+
+def _numbers(**values: float) -> dict[str, float | None]:
+    return {name: float(value) if np.isfinite(value) else None for name, value in values.items()}

@@ -1,0 +1,294 @@
+"""Coercion and checks of the pipeline's arguments; every error is raised before any computation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from torch import nn
+
+from ..pictures import resize as resize_frames
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def stack_frames(frames: Any) -> torch.Tensor:
+    """Convert history frames of any accepted form to one tensor.
+
+    Args:
+        frames: One frame, a history or a batch of histories: PIL images, arrays (..., H, W, 3), tensors (..., 3, H, W), or
+            lists of these, uint8 or floats in [0, 1].
+
+    Returns:
+        Histories (B, h, 3, H, W), float32 in [0, 1].
+
+    Raises:
+        ValueError: If there is no frame, or frames are not RGB, differ in size, or are out of range.
+    """
+    pixels = _to_tensor(frames)
+    if pixels.ndim not in (3, 4, 5) or pixels.shape[-3] != 3 or 0 in pixels.shape:
+        raise ValueError(
+            "`frames` must be RGB images: one, a history (h, ...) or a batch of histories (B, h, ...), got shape "
+            f"{tuple(pixels.shape)} (channels first): convert with `image.convert('RGB')`."
+        )
+    if not torch.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
+        raise ValueError(
+            f"`frames` must be uint8, or floats in [0, 1], got floats in [{pixels.min():g}, {pixels.max():g}]: divide by "
+            "255 or convert to uint8."
+        )
+    return pixels[(None,) * (5 - pixels.ndim)]
+
+
+def _to_tensor(frames: Any) -> torch.Tensor:
+    """Frames as a float32 tensor (..., C, H, W); uint8 values are scaled to [0, 1]."""
+    if isinstance(frames, PIL.Image.Image):
+        if frames.mode != "RGB":
+            raise ValueError(f"`frames` must be RGB, got an image of mode {frames.mode}: use `image.convert('RGB')`.")
+        frames = np.asarray(frames)
+    if isinstance(frames, list | tuple):
+        parts = [_to_tensor(frame) for frame in frames]
+        if len({part.shape for part in parts}) != 1:
+            shapes = sorted({tuple(part.shape) for part in parts})
+            raise ValueError(f"`frames` must hold at least one frame, all of one size, got shapes {shapes}.")
+        return torch.stack(parts)
+    if isinstance(frames, np.ndarray):
+        if frames.ndim < 3:
+            raise ValueError(f"`frames` must be (H, W, 3) or more, got an array {frames.shape}: convert it to RGB.")
+        frames = torch.from_numpy(np.ascontiguousarray(np.moveaxis(frames, -1, -3)))
+    if not torch.is_tensor(frames):
+        raise ValueError(f"`frames` must be PIL images, arrays or tensors, got {type(frames).__name__}.")
+    if frames.dtype == torch.uint8:
+        return frames.float() / 255
+    if not frames.is_floating_point():
+        raise ValueError(f"`frames` must be uint8, or floats in [0, 1], got {frames.dtype}.")
+    return frames.float()
+
+
+def check_history(pixels: torch.Tensor, config: Any) -> None:
+    """Check the number of history frames.
+
+    Args:
+        pixels: Histories (B, h, 3, H, W).
+        config: The transformer's config.
+
+    Raises:
+        ValueError: If there are more frames than the checkpoint supports, or fewer for a model of whole trajectories.
+    """
+    longest, given = config.num_history_frames, pixels.shape[1]
+    if given > longest:
+        raise ValueError(
+            f"`frames` must hold 1 to {longest} history frames for this checkpoint, got {given}: pass the last {longest} (a "
+            "list of lists is a batch)."
+        )
+    if config.conditioning == "video" and given != longest:
+        raise ValueError(
+            f"`frames` must hold {longest} history frames for a model of whole trajectories, got {given}."
+        )
+
+
+def fit_frames(pixels: torch.Tensor, size: tuple[int, int], resize: bool) -> torch.Tensor:
+    """Resize histories (B, h, 3, H, W) to a height and width, with antialiasing.
+
+    Raises:
+        ValueError: If the size differs and `resize` is False.
+    """
+    given = tuple(pixels.shape[-2:])
+    if given == size:
+        return pixels
+    if not resize:
+        raise ValueError(
+            f"`frames` must be {size[0]}x{size[1]} (height x width) for this checkpoint, got {given[0]}x{given[1]}: pass "
+            "resize=True (--resize on the command line) to resize them."
+        )
+    return resize_frames(pixels, size)
+
+
+def repeat_rows(tensor: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Repeat every row consecutively, so that there are `batch_size` rows."""
+    return tensor.repeat_interleave(batch_size // len(tensor), dim=0)
+
+
+def check_batch(num_histories: int, num_sequences: int, num_videos: int, generator: Any) -> int:
+    """Return the number of videos of a call.
+
+    Raises:
+        ValueError: If the numbers of histories, action sequences and generators do not match.
+    """
+    if num_histories not in (1, num_sequences) and num_sequences != 1:
+        raise ValueError(
+            f"`frames` and `actions` must match: got {num_histories} histories and {num_sequences} action sequences; pass "
+            "one of either, or equally many."
+        )
+    batch_size = max(num_histories, num_sequences) * num_videos
+    generators = generator if isinstance(generator, list) else [generator]
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(f"`generator` must be one, or a list of {batch_size}, got a list of {len(generator)}.")
+    if generator is not None and not all(isinstance(each, torch.Generator) for each in generators):
+        raise ValueError(
+            f"`generator` must be a torch.Generator or a list of them, got {generator!r}: use "
+            "`torch.Generator().manual_seed(seed)`."
+        )
+    return batch_size
+
+
+def check_numbers(
+    num_inference_steps: int, num_videos_per_trajectory: int, chunk_size: int, guidance_scale: float, eta: float
+) -> None:
+    """Check the numeric arguments of a call.
+
+    Raises:
+        ValueError: If a count is not a positive integer, the guidance scale is not finite, or eta is not in [0, 1].
+    """
+    counts = (num_inference_steps, num_videos_per_trajectory)
+    if not all(isinstance(count, int | np.integer) and count >= 1 for count in counts):
+        raise ValueError(
+            "`num_inference_steps` and `num_videos_per_trajectory` must be integers of at least 1, got "
+            f"{num_inference_steps} and {num_videos_per_trajectory}."
+        )
+    if not isinstance(chunk_size, int | np.integer) or chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be an integer of at least 1, got {chunk_size}.")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"`guidance_scale` must be finite, got {guidance_scale}.")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"`eta` must be in [0, 1], got {eta}.")
+
+
+def check_outputs(output_type: str, requested: list[str], available: list[str]) -> None:
+    """Check the output type and the names of the tensors that a callback receives.
+
+    Raises:
+        ValueError: If the output type or a name is unknown.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"`output_type` must be pil, np, pt or latent, got {output_type!r}.")
+    unknown = set(requested) - set(available)
+    if unknown:
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` must be among {available}, got {sorted(unknown)}.")
+
+
+def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    """Check the shape of given initial noise.
+
+    Raises:
+        ValueError: If the noise is not a finite tensor of this shape.
+    """
+    if latents is None:
+        return
+    if not torch.is_tensor(latents) or tuple(latents.shape) != shape:
+        found = tuple(latents.shape) if hasattr(latents, "shape") else type(latents).__name__
+        raise ValueError(f"`latents` must be a tensor {shape}, got {found}.")
+    if not torch.isfinite(latents).all():
+        raise ValueError("`latents` must be finite, got NaN or infinite values: draw them with `torch.randn`.")
+
+
+def check_window(window_length: int, config: Any) -> None:
+    """Check the number of frames of a window, history included.
+
+    Raises:
+        ValueError: If a window does not have room for the history and a predicted frame, exceeds the checkpoint's window, or
+            differs from it for a model of whole trajectories.
+    """
+    shortest = config.sample_frames if config.conditioning == "video" else config.num_history_frames + 1
+    if not isinstance(window_length, int | np.integer) or not shortest <= window_length <= config.sample_frames:
+        raise ValueError(
+            f"`window_length` must be in [{shortest}, {config.sample_frames}] for this checkpoint, got {window_length}."
+        )
+
+
+def check_chunk(chunk_length: int | None, max_chunk: int, config: Any) -> int:
+    """Return the number of actions per chunk of a stream; None selects at most 4.
+
+    Raises:
+        ValueError: If the number is less than 1, or differs from `max_chunk` for a model of whole trajectories.
+    """
+    fixed = config.conditioning == "video"
+    if chunk_length is None:
+        return max_chunk if fixed else min(4, max_chunk)
+    if not isinstance(chunk_length, int | np.integer) or chunk_length < 1:
+        raise ValueError(f"`chunk_length` must be at least 1, got {chunk_length}.")
+    if fixed and chunk_length != max_chunk:
+        raise ValueError(f"`chunk_length` must be {max_chunk} for a model of whole trajectories, got {chunk_length}.")
+    return int(chunk_length)
+
+
+def check_fps(fps: float | None, config: Any) -> None:
+    """Check the frames per second of a call against the checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint embeds frames per second and none is known, or does not embed them and some are given.
+    """
+    embedded = config.get("use_fps")
+    if fps is not None and not embedded:
+        raise ValueError(f"`fps` must be None for this checkpoint, which does not embed frames per second, got {fps}.")
+    rate = config.fps if fps is None else fps
+    if embedded and (rate is None or not 0 < rate < float("inf")):
+        raise ValueError(
+            f"`fps` must be the positive number of frames per second, which this model embeds, got {rate}: pass it, or set "
+            "it in the config."
+        )
+
+
+def check_cache(transformer: Any, guidance_scale: float) -> None:
+    """Check that the enabled cache supports guidance and context parallelism.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    cache = getattr(transformer, "_cache_config", None)
+    if guidance_scale > 1 and isinstance(cache, PyramidAttentionBroadcastConfig | FasterCacheConfig):
+        raise ValueError(
+            f"`guidance_scale` must be at most 1 with {type(cache).__name__}, got {guidance_scale}: this cache has a single "
+            "state for both network evaluations of a step; use the first-block cache."
+        )
+    if isinstance(cache, FasterCacheConfig) and not cache.is_guidance_distilled:
+        raise ValueError(
+            "`FasterCacheConfig` must have is_guidance_distilled=True, got False: otherwise it treats half of each batch as "
+            "the evaluation without actions."
+        )
+    if isinstance(cache, FirstBlockCacheConfig) and transformer._parallel_config is not None:
+        raise ValueError(
+            "`FirstBlockCacheConfig` does not support context parallelism, because processes may skip different blocks: use "
+            "another cache."
+        )
+
+
+def check_autoencoder(vae: Any, in_channels: int) -> None:
+    """Check that a model of latents has an autoencoder.
+
+    Raises:
+        ValueError: If `vae` is None and the model does not have the 3 channels of RGB frames.
+    """
+    if vae is None and in_channels != 3:
+        raise ValueError(
+            f"`vae` must be the autoencoder of this model, whose latents have {in_channels} channels, got None: only a model "
+            "of RGB frames (3 channels) works without one."
+        )
+
+
+def check_finite_weights(module: Any, name: str) -> None:
+    """Check that all weights of a module are finite. The cost is one sum per tensor.
+
+    Weights on the meta device, of less than 16 bits and of quantised types are not checked.
+
+    Args:
+        module: The module; anything else is accepted without a check.
+        name: Name of the module for the error message.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite.
+    """
+    if not isinstance(module, nn.Module):
+        return
+    for key, value in module.state_dict(keep_vars=True).items():
+        plain = type(value) in (torch.Tensor, nn.Parameter) and value.is_floating_point() and value.itemsize > 1
+        if not plain or value.is_meta or torch.isfinite(value.detach().sum(dtype=torch.float32)):
+            continue
+        if not torch.isfinite(value).all():  # the sum of large finite values may overflow
+            raise ValueError(
+                f"`{name}` must have finite weights, got NaN or infinite values in {key!r}: the training diverged or the file "
+                "is damaged; load an earlier checkpoint."
+            )

@@ -1,0 +1,176 @@
+"""Use of any diffusers scheduler with a checkpoint: checks, exchange, timesteps and prediction types."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import PNDMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from ..models import noise_process
+
+WITHOUT_SAMPLE = ("PNDMScheduler", "HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+"""Schedulers that do not support predicted samples; with prediction type v_prediction the pipeline converts samples for them."""
+
+PROCESS = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+
+
+def exchange(scheduler: Any, kind: str | type[SchedulerMixin], config: Any, **changes: Any) -> Any:
+    """Build a scheduler of another class with the noise process of the present one.
+
+    Args:
+        scheduler: The present scheduler.
+        kind: Class of the new scheduler, or its name in diffusers.
+        config: The transformer's config.
+        changes: Entries of the new scheduler's config.
+
+    Returns:
+        The new scheduler.
+
+    Raises:
+        ValueError: If the class is unknown, or the scheduler does not fit the checkpoint.
+    """
+    found = getattr(diffusers, kind, None) if isinstance(kind, str) else kind
+    if not isinstance(found, type) or not issubclass(found, SchedulerMixin):
+        raise ValueError(
+            f"`scheduler` must be a scheduler class of diffusers or its name, such as 'DDIMScheduler', got {kind!r}."
+        )
+    settings: dict[str, Any] = {}
+    is_other = not isinstance(scheduler, found)
+    if config.prediction_type == "sample" and (is_other or found.__name__ in WITHOUT_SAMPLE):
+        settings["prediction_type"] = "v_prediction"  # supported by all schedulers; the pipeline converts samples
+    if is_other and "clip_sample" in inspect.signature(found.__init__).parameters:  # absent from the config of PNDM
+        settings["clip_sample"] = False
+    new = found.from_config(scheduler.config, **settings | changes)
+    check_scheduler(new, config)
+    return new
+
+
+def check_scheduler(scheduler: Any, config: Any) -> None:
+    """Check that a scheduler fits the checkpoint.
+
+    Args:
+        scheduler: The scheduler.
+        config: The transformer's config.
+
+    Raises:
+        ValueError: If the prediction type or the noise process differs from the checkpoint's, or the scheduler clips samples.
+    """
+    name = type(scheduler).__name__
+    found = getattr(scheduler.config, "prediction_type", None)
+    is_flow = hasattr(scheduler, "scale_noise") or getattr(scheduler.config, "use_flow_sigmas", False)
+    if config.prediction_type == "flow_prediction":
+        number = getattr(scheduler.config, "num_train_timesteps", None)
+        if not is_flow or found not in (None, "flow_prediction") or number != config.num_train_timesteps:
+            raise ValueError(
+                f"`scheduler` must be one of rectified flow in {config.num_train_timesteps} steps for this checkpoint, got "
+                f"{name} with {found!r} and {number} steps: take `irasim_diffusers.models.noise_process(pipe.transformer.config)`."
+            )
+        return
+    settings = ", ".join(f"{key}={config[key]!r}" for key in PROCESS)
+    remedy = f"make it with `{name}.from_config(pipe.scheduler.config, {settings}, clip_sample=False)`."
+    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    if alphas_cumprod is None or is_flow:
+        raise ValueError(
+            f"`scheduler` must have the checkpoint's noise process ({settings}), got {name} with a flow or continuous "
+            "process: take a scheduler with betas."
+        )
+    if name == "DPMSolverSDEScheduler":
+        raise ValueError(f"`scheduler` must draw its noise from the given generator, which {name} does not support.")
+    if found != config.prediction_type and (config.prediction_type, found) != ("sample", "v_prediction"):
+        raise ValueError(
+            f"`scheduler` must have the checkpoint's prediction type {config.prediction_type!r}, got {name} with {found!r}: "
+            f"{remedy}"
+        )
+    if found == "sample" and name in WITHOUT_SAMPLE:
+        raise ValueError(
+            f"`scheduler` must support predicted samples, which {name} does not: make it with "
+            f"`{name}.from_config(pipe.scheduler.config, prediction_type='v_prediction')`; the pipeline converts."
+        )
+    trained = noise_process(config).alphas_cumprod
+    alphas_cumprod = alphas_cumprod.cpu().float()
+    if alphas_cumprod.shape != trained.shape or not torch.allclose(alphas_cumprod, trained, atol=1e-6):
+        raise ValueError(
+            f"`scheduler` must have the checkpoint's noise process ({settings}), got {name} with other betas: {remedy}"
+        )
+    if getattr(scheduler.config, "clip_sample", False):
+        raise ValueError(
+            f"`scheduler` must not clip samples, got {name} with clip_sample=True: latents exceed [-1, 1]; {remedy}"
+        )
+
+
+def check_warmup(scheduler: Any, num_inference_steps: int) -> None:
+    """Check the number of steps against the Runge-Kutta warm-up of PNDM.
+
+    Raises:
+        ValueError: If there are fewer than 4 steps with the warm-up.
+    """
+    if isinstance(scheduler, PNDMScheduler) and not scheduler.config.skip_prk_steps and num_inference_steps < 4:
+        raise ValueError(
+            "`num_inference_steps` must be at least 4 for PNDMScheduler with its Runge-Kutta warm-up, got "
+            f"{num_inference_steps}: use more steps, or another scheduler."
+        )
+
+
+def set_timesteps(
+    scheduler: Any,
+    num_inference_steps: int,
+    timesteps: list[int] | None,
+    sigmas: list[float] | None,
+    *,
+    preferred: list[int] | None,
+    is_flow: bool,
+    device: torch.device,
+) -> torch.Tensor:
+    """Set the timesteps of a scheduler.
+
+    Args:
+        scheduler: The scheduler.
+        num_inference_steps: Number of steps, if neither `timesteps` nor `sigmas` are given.
+        timesteps: Custom timesteps, for schedulers that accept them.
+        sigmas: Custom sigmas, for schedulers that accept them.
+        preferred: Timesteps of the checkpoint. They are used for calls with as many steps.
+        is_flow: Whether the model predicts a flow; its sigmas are linear.
+        device: Device of the timesteps.
+
+    Returns:
+        The timesteps.
+
+    Raises:
+        ValueError: If both `timesteps` and `sigmas` are given, or the scheduler does not accept them.
+    """
+    given = {"timesteps": timesteps, "sigmas": sigmas}
+    custom: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    accepted = inspect.signature(scheduler.set_timesteps).parameters
+    if len(custom) > 1 or not custom.keys() <= accepted.keys():
+        raise ValueError(
+            f"`timesteps` and `sigmas` exclude each other and must be known to the scheduler, got {sorted(custom)} for "
+            f"{type(scheduler).__name__}."
+        )
+    if not custom and preferred and len(preferred) == num_inference_steps and "timesteps" in accepted:
+        custom = {"timesteps": preferred}
+    elif not custom and "sigmas" in accepted and is_flow:
+        custom = {"sigmas": np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)}
+    scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
+    return scheduler.timesteps
+
+
+def step_arguments(scheduler: Any, **arguments: Any) -> dict[str, Any]:
+    """The arguments that the scheduler's `step` accepts."""
+    accepted = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in arguments.items() if name in accepted}
+
+
+def convert_sample(scheduler: Any, sample: torch.Tensor, noisy: torch.Tensor, timestep: float) -> torch.Tensor:
+    """Convert a predicted sample to the prediction type of the scheduler, sample or velocity."""
+    if scheduler.config.prediction_type == "sample":
+        return sample
+    alphas_cumprod = scheduler.alphas_cumprod.double().cpu().numpy()
+    sigmas = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
+    sigma = float(np.interp(timestep, np.arange(len(sigmas)), sigmas))  # the interpolation of schedulers of sigmas
+    alpha = (1 + sigma**2) ** -0.5
+    return (alpha * noisy - sample) / (alpha * sigma)

@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from irasim_diffusers.metrics import agreement, mmrv, pearson, spearman
+
+REAL, MODEL = np.array([0.1, 0.5, 0.9]), np.array([0.2, 0.1, 0.95])
+
+
+def test_mmrv_of_a_known_case():
+    assert mmrv(REAL, MODEL) == pytest.approx((0.4 + 0.4 + 0) / 3)  # only the pair of the first two is exchanged
+    assert mmrv(REAL, 0.3 * REAL + 0.1) == 0
+    assert mmrv(REAL, -REAL) == pytest.approx((0.8 + 0.4 + 0.8) / 3)
+    assert mmrv([0.2, 0.7], [0.5, 0.5]) == pytest.approx(0.25)  # a tie in the model violates one of the two orders
+
+
+def test_correlations_equal_scipy():
+    assert pearson(REAL, MODEL) == pytest.approx(stats.pearsonr(REAL, MODEL).statistic)
+    assert spearman(REAL, MODEL) == pytest.approx(0.5)
+    assert np.isnan(pearson([1, 1, 1], MODEL))
+    assert np.isnan(spearman(REAL, [0, 0, 0]))
+
+
+def test_intervals_shrink_with_more_seeds():
+    rng = np.random.default_rng(0)
+    rates = np.linspace(0.1, 0.9, 5)[:, None]
+    widths = []
+    for seeds in (20, 500):
+        real, model = rng.random((2, 5, seeds)) < rates
+        found = agreement(real, model, rng, num_samples=300)
+        assert found["pearson"]["low"] <= found["pearson"]["value"] <= found["pearson"]["high"]
+        assert found["pearson"]["fisher_low"] < found["pearson"]["value"]
+        assert found["mmrv"]["n"] == 5
+        widths.append(found["pearson"]["high"] - found["pearson"]["low"])
+    assert widths[1] < 0.5 * widths[0]
+
+
+def test_equal_scores_have_no_correlation():
+    found = agreement(np.ones((3, 4)), np.ones((3, 4)), np.random.default_rng(0), num_samples=20)
+    assert found["pearson"] == {"value": None, "low": None, "high": None, "n": 3}
+    assert found["mmrv"]["value"] == 0
+
+
+@pytest.mark.parametrize("shapes", [((1, 4), (1, 4)), ((3, 4), (3, 5)), ((3,), (3,)), ((3, 0), (3, 0))])
+def test_wrong_shapes_raise(shapes):
+    with pytest.raises(ValueError, match="`real` and `model` must both be"):
+        agreement(np.zeros(shapes[0]), np.zeros(shapes[1]), np.random.default_rng(0))
