@@ -28,6 +28,7 @@ def workspace(tmp_path, monkeypatch):
     PIL.Image.fromarray(video[0]).save("frame.png")
     PIL.Image.fromarray(video[0]).convert("RGBA").save("rgba.png")
     PIL.Image.fromarray(video[0]).convert("L").save("gray.png")
+    PIL.Image.fromarray(video[0, ..., 0].astype(np.uint16)).save("gray16.png")
     PIL.Image.fromarray(video[0]).resize((24, 20)).save("large.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "broken.mp4").write_bytes(b"no video")
@@ -161,13 +162,13 @@ BAD = [
     ({"--actions": "nan.npy"}, r"`actions` must be finite, got nan at index \(2, 1\)"),
     ({"--actions": "inf.npy"}, "`actions` must be finite, got inf"),
     ({"--actions": "objects.npy"}, "--actions must be a table of numbers"),
-    ({"--actions": "text.csv"}, "--actions must be a table of numbers.* 'three'"),
+    ({"--actions": "text.csv"}, "--actions must be a table of numbers.* line 2: 'three'"),
     ({"--actions": "broken.json"}, "--actions must be a table of numbers"),
     ({"--actions": "actions.txt"}, "--actions must be a .npy, .csv or .json file, got 'actions.txt'"),
     ({"--actions": "missing.npy"}, "--actions must be a file, got 'missing.npy', which does not exist"),
     ({"--actions": None}, "--frames needs --actions"),
     ({"--frames": "large.png"}, r"must be 8x12 .* got 20x24: .*--resize"),
-    ({"--frames": "rgba.png"}, "--frames must be an RGB image, got mode RGBA"),
+    ({"--frames": "gray16.png"}, "--frames must be an RGB image, got mode I;16"),
     ({"--frames": "gray.png"}, "--frames must be an RGB image, got mode L"),
     ({"--frames": "broken.png"}, "--frames must be a readable image, got 'broken.png'"),
     ({"--frames": "broken.mp4"}, "--frames must be a readable image or video: .*broken.mp4"),

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from . import __version__
-from .commands import adapt, convert, data, evaluate, generate, play
+from .commands import adapt, convert, data, evaluate, generate, plan, play
+from .commands.files import read_actions, read_frames
+
+__all__ = ["main", "read_actions", "read_frames"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,23 +24,52 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments; None for those of the process.
 
     Returns:
-        Exit status: 0, or 2 after bad input, with one line on stderr.
+        Exit status: 0; 2 after bad input; 130 after Ctrl-C; 143 after SIGTERM. If not 0, with one line on stderr.
     """
     arguments = _parser().parse_args(argv)
     arguments.argv = sys.argv[1:] if argv is None else argv
     try:
-        arguments.run(arguments)
+        with _sigterm_as_exception():
+            arguments.run(arguments)
     except (ValueError, OSError) as error:
-        print(f"irasim: error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"irasim: error: {message}", file=sys.stderr)
         return 2
+    except _Terminated:
+        print("irasim: terminated", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        print("irasim: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
+
+
+class _Terminated(BaseException):
+    """SIGTERM was received."""
+
+
+@contextmanager
+def _sigterm_as_exception() -> Iterator[None]:
+    """Raise `_Terminated` on SIGTERM, so that temporary files are removed as after Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="irasim", description="Robot world models based on IRASim.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="command")
-    for command in (generate, play, convert, adapt, data, evaluate):
+    for command in (generate, plan, play, convert, adapt, data, evaluate):
         command.add_parser(subparsers)
     return parser
 

@@ -32,7 +32,7 @@ class Steering:
         start: Action (A,) that asks for the robot's current position; required for spaces with targets.
 
     Raises:
-        ValueError: If `start` is missing for a space with targets, or has another dimension.
+        ValueError: If `start` is missing for a space with targets, has another dimension, or is far outside the bounds.
     """
 
     def __init__(self, config: Any, speed: float = 1.0, start: Any = None) -> None:
@@ -47,7 +47,10 @@ class Steering:
                     "move from there."
                 )
             start = space.clip(np.zeros(len(space)))
-        self.start = prepare_actions([start], len(space))[0, 0].double().numpy()
+        try:
+            self.start = space.prepare([start])[0, 0].double().numpy()
+        except ValueError as error:
+            raise ValueError(str(error).replace("`actions`", "`start`")) from error
         self.last = self.start
 
     @property

@@ -72,7 +72,9 @@ def test_parts_of_one_size_are_different_data(tmp_path):
 @pytest.mark.parametrize("split", ["test", "train[", "train[90%]", ""])
 def test_unknown_splits_are_refused(tmp_path, split):
     write_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"`split` must be one of \['train'\] in .*, or a part as 'train\[:90%\]'"):
+    with pytest.raises(
+        ValueError, match=r"`split` must be one of \['train'\] in .*, or a part such as 'train\[:90%\]'"
+    ):
         LeRobotFolder(tmp_path, split=split)
 
 
@@ -161,8 +163,8 @@ def edit_vectors(key, value):
 @pytest.mark.parametrize(
     ("breakage", "message"),
     [
-        (lambda root: (root / "meta" / "info.json").unlink(), r"is no LeRobotDataset folder"),
-        (break_version, r"is a LeRobotDataset v1\.6; v3\.0 and v2\.1 are read"),
+        (lambda root: (root / "meta" / "info.json").unlink(), r"is not a LeRobotDataset folder"),
+        (break_version, r"is a LeRobotDataset v1\.6; v3\.0 and v2\.1 are supported"),
         (break_video, r"file-001\.mp4"),
         (break_rows, r"episode 2 of .* 7 frames announced, 4 rows found in .*file-001\.parquet"),
         (edit_episode(f"videos/{CAMERA}/chunk_index", None), r"episode 1 of .*image/chunk_index' is missing in 'meta"),

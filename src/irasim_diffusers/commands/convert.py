@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from .files import check_name, check_output_folder
+from .sampling import check_weights, quiet_loading
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -40,8 +43,9 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Read the weights, check every tensor, write a complete pipeline, and print the mapping."""
     output: Path = arguments.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output must be a new or empty folder, got {str(output)!r}.")
+    check_output_folder(output, empty=True)
+    check_name("--checkpoint", arguments.checkpoint)
+    check_name("--vae", arguments.vae)
     config = dict(_read_setting(text) for text in arguments.config)
     if arguments.source == "opensora" and "fps" not in config:
         raise ValueError("--source opensora needs --config fps=<frames per second of your clips>, which it embeds.")
@@ -59,6 +63,11 @@ def run(arguments: argparse.Namespace) -> None:
             f"--vae must have {transformer.config.in_channels} latent channels, as the weights, got {arguments.vae!r} with "
             f"{vae.config.latent_channels}."
         )
+    size, patch = (transformer.config.sample_height, transformer.config.sample_width), transformer.config.patch_size
+    if any(side % patch for side in size):
+        raise ValueError(
+            f"--config sample_height and sample_width must be divisible by the patch size {patch}, got {size[0]} and {size[1]}."
+        )
     with temporary_folder(output) as partial:
         IRASimPipeline(vae, transformer, _scheduler(transformer)).save_pretrained(partial)
     print(report)
@@ -70,8 +79,11 @@ def _load_vae(name: str) -> AutoencoderKL:
 
     path, _, subfolder = name.partition(":")
     try:
-        return AutoencoderKL.from_pretrained(path, subfolder=subfolder or None)
-    except (OSError, ValueError) as error:
+        with quiet_loading() as messages:
+            vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder or None, use_safetensors=True)
+        check_weights({"vae": vae}, messages)
+        return vae
+    except Exception as error:  # the loaders raise errors of many types for damaged files
         raise ValueError(f"--vae must be an AutoencoderKL, a folder or Hub id, got {name!r}: {error}") from error
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from .dataset import add_dataset_flags, open_dataset
+from .files import check_output_folder
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,39 +30,75 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read the episodes, write a LeRobotDataset with a card, and publish it if asked to."""
-    from huggingface_hub import HfApi
-    from tqdm.auto import tqdm
-
     from ..data import publish_lerobot, write_dataset_card, write_lerobot
 
     output: Path = arguments.output
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output must be a folder, got the file {str(output)!r}.")
+    check_output_folder(output)
+    if arguments.push_to_hub is not None:
+        _check_repo_id(arguments.push_to_hub)
     source = open_dataset(arguments)
-    if arguments.push_to_hub:  # before hours of work
-        HfApi().create_repo(arguments.push_to_hub, repo_type="dataset", exist_ok=True)
-    skipped: list[str] = []
-    with tqdm(total=len(source), desc="writing clips", unit="episode") as bar:
-
-        def on_episode(_: int, error: str | None) -> None:
-            bar.update()
-            if error is not None:
-                skipped.append(error)
-                bar.write(f"skipped: {error}")
-
+    progress = _Progress(len(source), arguments.push_to_hub)
+    with closing(progress):
         folder = write_lerobot(
             source,
             output,
             robot_type=arguments.robot_type,
             skip_broken=arguments.skip_broken,
-            on_episode=on_episode,
+            on_episode=progress.on_episode,
         )
     tiled = sum(len(row) for row in source.cameras) > 1
     names = "; ".join(", ".join(row) for row in source.cameras)
     write_dataset_card(
         folder, arguments.push_to_hub or output.name, f", the cameras tiled by rows: {names}" if tiled else ""
     )
-    print(f"{len(folder)} episodes written to {output}, {len(skipped)} skipped")
+    print(f"{len(folder)} episodes written to {output}, {progress.num_skipped} skipped")
     if arguments.push_to_hub:
         publish_lerobot(folder, arguments.push_to_hub)
         print(f"published as {arguments.push_to_hub}")
+
+
+def _check_repo_id(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"--push-to-hub must be ORG/NAME, got {name!r}: {error}") from error
+
+
+class _Progress:
+    """Progress bar of the episodes, which starts with the first episode, after all checks.
+
+    Args:
+        total: Number of episodes.
+        repo_id: Repository to create together with the bar: a failure, such as a missing permission, is reported before most
+            of the work, and bad input creates no repository.
+    """
+
+    def __init__(self, total: int, repo_id: str | None) -> None:
+        self.num_skipped = 0
+        self._total, self._repo_id = total, repo_id
+        self._bar: Any = None
+
+    def on_episode(self, number: int, error: str | None) -> None:
+        """Count an episode, and report why it was skipped."""
+        if self._bar is None:
+            self._start()
+        self._bar.update()
+        if error is not None:
+            self.num_skipped += 1
+            self._bar.write(f"skipped: {error}")
+
+    def _start(self) -> None:
+        from huggingface_hub import HfApi
+        from tqdm.auto import tqdm
+
+        if self._repo_id:
+            HfApi().create_repo(self._repo_id, repo_type="dataset", exist_ok=True)
+        self._bar = tqdm(total=self._total, desc="writing clips", unit="episode")
+
+    def close(self) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()

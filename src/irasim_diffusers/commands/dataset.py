@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
+
+from .files import check_name
 
 
 def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None, required: bool = True) -> None:
@@ -28,6 +31,11 @@ def open_dataset(arguments: argparse.Namespace) -> Any:
     """Open the episodes that the flags of `add_dataset_flags` select."""
     from ..data import open_dataset
 
+    check_name("--dataset", arguments.dataset)
+    if arguments.split == "":
+        raise ValueError("--split must be the name of a split, got an empty one.")
+    if arguments.fps is not None and not 0 < arguments.fps < math.inf:
+        raise ValueError(f"--fps must be positive, got {arguments.fps:g}.")
     return open_dataset(
         arguments.dataset,
         arguments.cameras or None,

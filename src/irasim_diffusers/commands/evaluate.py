@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import time
 from datetime import timedelta
@@ -11,9 +12,11 @@ from typing import Any
 
 from .. import __version__, embedded_checkpoint
 from .dataset import add_dataset_flags, open_dataset
-from .sampling import add_sampling_flags, load_pipeline
+from .files import check_name, check_output_folder
+from .sampling import add_sampling_flags, check_sampling_flags, load_pipeline
 
 NETWORKS = ("lpips", "inception", "i3d")
+MAX_SIDE = 8192  # pixels
 
 
 def add_parser(subparsers: Any) -> None:
@@ -119,8 +122,13 @@ def _check_flags(arguments: argparse.Namespace) -> Any:
     from ..actions import DERIVATIONS
     from ..evaluation import PROTOCOLS
 
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise ValueError(f"--output must be a folder, got the file {str(arguments.output)!r}.")
+    check_output_folder(arguments.output)
+    for flag in ("save_predictions", "save_truth"):
+        if getattr(arguments, flag) is not None:
+            check_output_folder(getattr(arguments, flag), f"--{flag.replace('_', '-')}")
+    if arguments.predictions is not None:
+        check_name("--predictions", arguments.predictions)
+    check_sampling_flags(arguments)
     for flag, known in (
         ("protocol", [*PROTOCOLS]),
         ("action_derivation", DERIVATIONS),
@@ -130,9 +138,12 @@ def _check_flags(arguments: argparse.Namespace) -> Any:
         if value not in known:
             names = ", ".join(name for name in known if name)
             raise ValueError(f"--{flag.replace('_', '-')} must be one of {names}, got {value!r}.")
-    for flag, value in (("batch-size", arguments.batch_size), ("num-clips", arguments.num_clips)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{flag} must be at least 1, got {value}.")
+    least = dict.fromkeys(("batch_size", "num_clips", "frame_skip", "pad_actions_to", "height", "width"), 1)
+    for flag, low in (least | {"faithfulness_clips": 0}).items():
+        value, high = getattr(arguments, flag), MAX_SIDE if flag in ("height", "width") else math.inf
+        if value is not None and not low <= value <= high:
+            limit = f"at least {low}" if value < low else f"at most {high}"
+            raise ValueError(f"--{flag.replace('_', '-')} must be {limit}, got {value}.")
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("--height and --width must be given together.")
     return PROTOCOLS[arguments.protocol]
@@ -164,7 +175,7 @@ def _load_predictor(arguments: argparse.Namespace, dataset: Any) -> tuple[Any, A
         folder = FolderPredictor(predictions, arguments.resize)
         if name is None:
             return folder, None, {"predictions": str(predictions)}
-    arguments.model = name or str(embedded_checkpoint())
+    arguments.model = str(embedded_checkpoint()) if name is None else name
     pipeline = load_pipeline(arguments)
     pipeline.set_progress_bar_config(disable=True)
     predictor = PipelinePredictor(pipeline, arguments.steps, arguments.seed, arguments.resize, arguments.batch_size)
@@ -177,7 +188,7 @@ def _load_predictor(arguments: argparse.Namespace, dataset: Any) -> tuple[Any, A
         setting = {"autoencoder": name, "weights": predictor.autoencoder, "dtype": dtype}
         return folder, encode, setting | {"predictions": str(predictions)}
     predictor.check_dataset(dataset)
-    setting = predictor.setting | {"dtype": dtype}
+    setting = predictor.setting | {"dtype": dtype} | ({"lora": arguments.lora} if arguments.lora else {})
     return predictor, encode, {"model": name or "the embedded Push-T model"} | setting
 
 

@@ -3,51 +3,66 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+IMAGE_MODES = ("RGB", "RGBA", "P")  # not grey and depth pictures, which usually are not frames of the camera
 
 
-def read_frames(path: Path) -> np.ndarray:
+def read_frames(path: Path, flag: str = "--frames") -> np.ndarray:
     """Read the frames of a video, or an image as one frame.
+
+    Images are turned upright by their EXIF orientation; an alpha channel is dropped.
+
+    Args:
+        path: The file.
+        flag: The flag that names it, for error messages.
 
     Returns:
         Frames (T, H, W, 3), uint8, RGB.
 
     Raises:
-        ValueError: If the file is missing, unreadable, or not RGB.
+        ValueError: If the file is missing, unreadable, or not in colour.
     """
     if not path.is_file():
-        raise ValueError(f"--frames must be an image or video file, got {str(path)!r}, which does not exist.")
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        from ..data import read_video
+        raise ValueError(f"{flag} must be an image or video file, got {str(path)!r}, which does not exist.")
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return _read_image(path, flag)[None]
+    from ..data import read_video
 
-        try:
-            return read_video(path)
-        except ValueError as error:
-            raise ValueError(f"--frames must be a readable image or video: {error}") from error
+    try:
+        return read_video(path)
+    except ValueError as error:
+        raise ValueError(f"{flag} must be a readable image or video: {error}") from error
+
+
+def _read_image(path: Path, flag: str) -> np.ndarray:
     import PIL.Image
+    import PIL.ImageOps
 
     try:
         with PIL.Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"--frames must be a readable image, got {str(path)!r}: {error}.") from error
-    if image.mode != "RGB":
-        raise ValueError(
-            f"--frames must be an RGB image, got mode {image.mode} in {str(path)!r}: convert it, "
-            "`Image.open(path).convert('RGB').save(path)`."
-        )
-    return np.asarray(image)[None]
+            if image.mode in IMAGE_MODES:
+                return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+            mode = image.mode
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"{flag} must be a readable image, got {str(path)!r}: {error}.") from error
+    raise ValueError(
+        f"{flag} must be an RGB image, got mode {mode} in {str(path)!r}: convert it, "
+        "`Image.open(path).convert('RGB').save(path)`."
+    )
 
 
-def frame_rate(path: Path | None) -> float | None:
+def frame_rate(path: Path) -> float | None:
     """Return the frames per second of a video file; None for images and for videos that do not record a rate."""
-    if path is None or path.suffix.lower() in IMAGE_SUFFIXES:
+    if path.suffix.lower() in IMAGE_SUFFIXES:
         return None
     import av
 
@@ -58,6 +73,8 @@ def frame_rate(path: Path | None) -> float | None:
 def read_actions(path: Path) -> np.ndarray:
     """Read a table of actions from a .npy, .csv (with or without a header) or .json file (a list, or `{"actions": list}`).
 
+    Text files are read as UTF-8.
+
     Returns:
         Actions (n, A), float64.
 
@@ -66,13 +83,14 @@ def read_actions(path: Path) -> np.ndarray:
     """
     readers = {".npy": _read_npy, ".csv": _read_csv, ".json": _read_json}
     reader = readers.get(path.suffix.lower())
+    check_name("--actions", path)
     if reader is None:
         raise ValueError(f"--actions must be a .npy, .csv or .json file, got {str(path)!r}.")
     if not path.is_file():
         raise ValueError(f"--actions must be a file, got {str(path)!r}, which does not exist.")
     try:
-        actions = np.asarray(reader(path), dtype=np.float64)
-    except (ValueError, TypeError, KeyError, EOFError) as error:
+        actions = reader(path)
+    except (ValueError, TypeError, KeyError, EOFError, OverflowError, RecursionError, csv.Error) as error:
         raise ValueError(f"--actions must be a table of numbers, a row a frame, in {str(path)!r}: {error}.") from error
     if actions.ndim != 2:
         raise ValueError(f"--actions must be (n, A), a row a frame, got {actions.shape} in {str(path)!r}.")
@@ -80,15 +98,27 @@ def read_actions(path: Path) -> np.ndarray:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    return np.load(path, allow_pickle=False)
+    actions = np.load(path, mmap_mode="r", allow_pickle=False)  # a memory map never allocates more than the file holds
+    if not isinstance(actions, np.ndarray):
+        raise ValueError("the file is an archive of several arrays")
+    if actions.dtype.kind not in "biuf":
+        raise ValueError(f"its values have the type {actions.dtype}")
+    return np.array(actions, dtype=np.float64)
 
 
-def _read_csv(path: Path) -> list[list[float]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte-order mark
-        rows = [row for row in csv.reader(file) if row]
-    if rows and (not _is_number(rows[0][0]) or _is_numbered_header(rows)):
-        rows = rows[1:]
-    return [[float(value) for value in row] for row in rows]
+def _read_csv(path: Path) -> np.ndarray:
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""))
+    lines = [(reader.line_num, row) for row in reader if row]
+    rows = [row for _, row in lines]
+    if rows and (not any(_is_number(cell) for cell in rows[0]) or _is_numbered_header(rows)):
+        lines, rows = lines[1:], rows[1:]
+    for number, row in lines:
+        for cell in row:
+            if not _is_number(cell):
+                raise ValueError(f"line {number}: {cell!r} is not a number")
+        if len(row) != len(rows[0]):
+            raise ValueError(f"line {number} has {len(row)} values, line {lines[0][0]} has {len(rows[0])}")
+    return np.array([[float(cell) for cell in row] for row in rows])
 
 
 def _is_numbered_header(rows: list[list[str]]) -> bool:
@@ -109,27 +139,90 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _read_json(path: Path) -> list:
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
-    return content["actions"] if isinstance(content, dict) else content
+def _read_json(path: Path) -> np.ndarray:
+    content = json.loads(_read_text(path))
+    if isinstance(content, dict):
+        if "actions" not in content:
+            raise ValueError("the object has no entry `actions`")
+        content = content["actions"]
+    if not isinstance(content, list) or not all(isinstance(row, list) for row in content):
+        raise ValueError("a list of lists is required")
+    for number, row in enumerate(content, 1):
+        for value in row:
+            if not isinstance(value, int | float):
+                raise ValueError(f"row {number}: {_shorten(value)} is not a number")
+        if len(row) != len(content[0]):
+            raise ValueError(f"row {number} has {len(row)} values, row 1 has {len(content[0])}")
+    return np.array(content, dtype=np.float64)
 
 
-def check_output(path: Path, suffix: str) -> None:
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _read_text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")  # spreadsheets write a byte-order mark
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"line {line} is not UTF-8: save the table as UTF-8") from error
+
+
+def check_output(path: Path, suffix: str, inputs: Sequence[Path | None] = ()) -> None:
     """Check that a file can be written.
 
+    Args:
+        path: The file.
+        suffix: Required suffix.
+        inputs: Files that must not be overwritten.
+
     Raises:
-        ValueError: If `path` is a folder, has another suffix, or is in a folder that cannot be written.
+        ValueError: If `path` is a folder or an input, has another suffix, or is in a folder that cannot be written.
     """
+    check_name("--output", path)
     if path.is_dir():
         raise ValueError(f"--output must be a file, got the directory {str(path)!r}: add a file name ending in .mp4.")
     if path.suffix.lower() != suffix:
         raise ValueError(f"--output must end in .mp4, got {str(path)!r}.")
+    if any(given is not None and given.exists() and path.exists() and given.samefile(path) for given in inputs):
+        raise ValueError(f"--output must not overwrite an input, got {str(path)!r}: choose another name.")
+    check_writable("--output", path)
+
+
+def check_output_folder(path: Path, flag: str = "--output", empty: bool = False) -> None:
+    """Check that a folder can be written.
+
+    Args:
+        path: The folder; it need not exist.
+        flag: Flag to name in errors.
+        empty: Whether it must be new or empty.
+
+    Raises:
+        ValueError: If `path` is a file, is in a folder that cannot be written, or is not empty.
+    """
+    check_name(flag, path)
+    wanted = "a new or empty folder" if empty else "a folder"
+    if path.exists() and (not path.is_dir() or (empty and any(path.iterdir()))):
+        raise ValueError(f"{flag} must be {wanted}, got {'' if path.is_dir() else 'the file '}{str(path)!r}.")
+    check_writable(flag, path / "file")
+
+
+def check_name(flag: str, path: Path | str) -> None:
+    """Raise ValueError if a path contains a NUL character, which no file system accepts."""
+    if "\0" in str(path):
+        raise ValueError(f"{flag} must be a path without NUL characters, got {str(path)!r}.")
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Raise ValueError if no file can be written in the folder of `path`, or in the nearest parent that exists."""
     folder = path.absolute().parent
-    while not folder.exists():
+    while not folder.exists() and not folder.is_symlink():
         folder = folder.parent
     try:
         tempfile.TemporaryFile(dir=folder).close()  # some file systems refuse root although the permissions allow it
     except OSError as error:
         raise ValueError(
-            f"--output must be writable, got {str(path)!r}: {error.strerror} in {str(folder)!r}; choose another folder."
+            f"{flag} must be writable, got {str(path)!r}: {error.strerror} in {str(folder)!r}; choose another folder."
         ) from error

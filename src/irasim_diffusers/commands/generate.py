@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import embedded_checkpoint
-from .files import check_output, frame_rate, read_actions, read_frames
-from .sampling import add_history_flags, add_sampling_flags, history_length, load_pipeline
+from .files import check_output, frame_rate, read_actions
+from .sampling import (
+    add_history_flags,
+    add_sampling_flags,
+    check_sampling_flags,
+    frame_files,
+    history_length,
+    load_pipeline,
+    read_views,
+    tile_views,
+)
 
 if TYPE_CHECKING:
     from .. import IRASimPipeline
@@ -36,22 +45,25 @@ def run(arguments: argparse.Namespace) -> None:
     """Check the input, predict, write the video and the strip, and print the figures."""
     start = time.perf_counter()
     strip_path = arguments.output.with_suffix(".png")
-    check_output(arguments.output, ".mp4")
-    check_output(strip_path, ".png")
-    if arguments.frames is not None and arguments.actions is None:
+    rows = frame_files(arguments)
+    inputs = [arguments.actions, *(path for row in rows for path in row)]
+    check_output(arguments.output, ".mp4", inputs)
+    check_output(strip_path, ".png", inputs)
+    check_sampling_flags(arguments)
+    if rows and arguments.actions is None:
         raise ValueError("--frames needs --actions: a .npy, .csv or .json file of actions, one row per frame.")
-    example = embedded_checkpoint()
-    video = read_frames(arguments.frames or example / "example.mp4")
-    actions = read_actions(arguments.actions or example / "example_actions.csv")
+    views = read_views(rows)
+    actions = read_actions(arguments.actions or embedded_checkpoint() / "example_actions.csv")
     pipeline = load_pipeline(arguments)
+    video = tile_views(views, pipeline.transformer.config.get("cameras"))
     history = history_length(arguments, pipeline, len(video))
     # frames after the history are the truth of these actions only if frames and actions are of one recording
-    truth = video[history:][: len(actions)] if (arguments.frames is None) == (arguments.actions is None) else video[:0]
+    truth = video[history:][: len(actions)] if bool(rows) == (arguments.actions is not None) else video[:0]
     prediction, figures = _predict(arguments, pipeline, video[:history], actions)
     seen = video[:history]
     if seen.shape[1:] != prediction.shape[1:]:
         seen, truth = prediction[:0], truth[:0]  # --resize: the truth has another size
-    fps = frame_rate(arguments.frames) or pipeline.transformer.config.fps or 10.0
+    fps = (frame_rate(rows[0][0]) if rows else None) or pipeline.transformer.config.fps or 10.0
     _write_outputs(arguments.output, strip_path, seen, prediction, truth, fps)
     if len(truth):
         _print_psnr(prediction[: len(truth)], seen, truth)

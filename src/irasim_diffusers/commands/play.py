@@ -15,9 +15,18 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 
 from .. import embedded_checkpoint
-from .files import check_output, read_actions, read_frames
+from .files import check_output, read_actions
 from .keys import SAME_KEYS, key_command, key_controls
-from .sampling import add_history_flags, add_sampling_flags, history_length, load_pipeline
+from .sampling import (
+    add_history_flags,
+    add_sampling_flags,
+    check_sampling_flags,
+    frame_files,
+    history_length,
+    load_pipeline,
+    read_views,
+    tile_views,
+)
 from .terminal import ARROWS, Keys, check_terminal, draw, open_terminal, write
 
 if TYPE_CHECKING:
@@ -26,6 +35,7 @@ if TYPE_CHECKING:
 SYMBOLS = dict(zip(ARROWS, "↑↓→←", strict=True))
 END = {"q", "\x03"}  # \x03: Ctrl-C
 RESET = {"0", "Backspace"}
+MAX_SPEED = 1000  # normalised actions per frame
 UNDO = ("u", "z")  # the first that does not steer: u turns an arm
 
 
@@ -65,15 +75,19 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check the input, drive by keys or a script, and save the recording, also after an error."""
+    from .. import DrivingSession
+
     if arguments.script is None:
         check_terminal()
-    check_output(arguments.output, ".mp4")
-    check_output(arguments.output.with_suffix(".npy"), ".npy")
-    if not 0 < arguments.speed < float("inf"):
-        raise ValueError(f"--speed must be positive, got {arguments.speed}.")
+    inputs = [path for row in frame_files(arguments) for path in row]
+    check_output(arguments.output, ".mp4", inputs)
+    check_output(arguments.output.with_suffix(".npy"), ".npy", inputs)
+    check_sampling_flags(arguments)
+    if not 0 < arguments.speed <= MAX_SPEED:
+        raise ValueError(f"--speed must be positive and at most {MAX_SPEED}, got {arguments.speed}.")
+    if not 1 <= arguments.chunk <= DrivingSession.longest_step:
+        raise ValueError(f"--chunk must be in [1, {DrivingSession.longest_step}], got {arguments.chunk}.")
     session = _open_session(arguments)
-    if not 1 <= arguments.chunk <= session.longest_step:
-        raise ValueError(f"--chunk must be in [1, {session.longest_step}], got {arguments.chunk}.")
     try:
         if arguments.script is None:
             rate = play(session, arguments.chunk)
@@ -91,15 +105,15 @@ def run(arguments: argparse.Namespace) -> None:
 def _open_session(arguments: argparse.Namespace) -> DrivingSession:
     from .. import DrivingSession, Steering
 
-    example = embedded_checkpoint()
-    video, start = read_frames(arguments.frames or example / "example.mp4"), arguments.start
+    views, start = read_views(frame_files(arguments)), arguments.start
     if arguments.frames is None and start is None:
-        start = read_actions(example / "example_actions.csv")[0]
+        start = read_actions(embedded_checkpoint() / "example_actions.csv")[0]
     pipeline = load_pipeline(arguments)
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.transformer.config
     if start is not None and len(start) != config.action_dim:
         raise ValueError(f"--start must have {config.action_dim} values, one per action component, got {len(start)}.")
+    video = tile_views(views, config.get("cameras"))
     return DrivingSession(
         pipeline,
         video[: history_length(arguments, pipeline, len(video))],

@@ -1,14 +1,20 @@
-"""Flags of the commands that predict, and the pipeline that they describe."""
+"""Flags of the commands that predict, and the pipeline and the history that they describe."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .. import embedded_checkpoint
-from .files import IMAGE_SUFFIXES
+from .files import IMAGE_SUFFIXES, check_name, read_frames
 
 if TYPE_CHECKING:
     from .. import IRASimPipeline
@@ -31,19 +37,26 @@ def add_history_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the model and of the frames from which a prediction starts."""
     add = parser.add_argument
     add("--model", default=str(embedded_checkpoint()), help="pipeline folder or Hub id (default: the embedded Push-T)")
-    add("--frames", type=Path, help="image, or video that starts with the history frames")
+    add(
+        "--frames",
+        nargs="+",
+        metavar="FILE",
+        help="image, or video that starts with the history frames; for several cameras one file each, in the order of the "
+        "model's `cameras`. Without this entry they are stacked vertically; left.mp4,right.mp4 joins two horizontally",
+    )
     add("--history", type=int, help="history frames taken from a video (default: the model's maximum)")
     add("--resize", action="store_true", help="resize the frames to the model's size")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, dtype: str) -> None:
-    """Add the flags of the sampler and the device.
+    """Add the flags of the sampler, LoRA weights and the device.
 
     Args:
         parser: Parser of the command.
         dtype: Default of `--dtype`.
     """
     add = parser.add_argument
+    add("--lora", metavar="PATH", help="LoRA weights: folder, .safetensors file or Hub id, as load_lora_weights takes")
     add("--steps", type=int, help="denoising steps per chunk (default: the model's)")
     add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's)")
     add("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
@@ -56,34 +69,116 @@ def add_sampling_flags(parser: argparse.ArgumentParser, dtype: str) -> None:
     )
 
 
-def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
-    """Load the pipeline of `--model` with the sampler, the device and the dtype of the other flags.
+def check_sampling_flags(arguments: argparse.Namespace) -> None:
+    """Check the flags that need no model.
 
     Raises:
-        ValueError: If the pipeline cannot be loaded or a flag does not fit it.
+        ValueError: If a number is out of range, the device does not exist, or a path contains NUL.
+    """
+    import torch
+
+    if arguments.steps is not None and arguments.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {arguments.steps}.")
+    if not 0 <= arguments.seed < 2**63:
+        raise ValueError(f"--seed must be in [0, 2**63), got {arguments.seed}.")
+    if arguments.device != "auto":
+        try:
+            torch.zeros(1, device=arguments.device).item()  # fails on "meta", too
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(
+                f"--device must be a device of this machine, got {arguments.device!r}: {error}"
+            ) from error
+    for flag in ("model", "lora"):
+        check_name(f"--{flag}", getattr(arguments, flag) or "")
+
+
+def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
+    """Load the pipeline of `--model`, after `check_sampling_flags`, with the LoRA weights, the sampler, the device and the dtype of the other flags.
+
+    Raises:
+        ValueError: If the pipeline or the LoRA weights cannot be loaded, or a flag does not fit the pipeline.
     """
     import torch
 
     from .. import IRASimPipeline
     from ..devices import default_device, fast_dtype
 
-    if arguments.steps is not None and arguments.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {arguments.steps}.")
     device = default_device() if arguments.device == "auto" else arguments.device
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device must be a device of this machine, got {device!r}: {error}") from error
     dtype = fast_dtype(device) if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     if dtype == torch.float16:  # SDXL's autoencoder overflows in float16
         dtype = {"default": dtype, "vae": torch.float32}
     try:
-        pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=dtype)
-    except (OSError, ValueError) as error:
+        with quiet_loading() as messages:
+            pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=dtype)
+        check_weights(pipeline.components, messages)
+    except Exception as error:  # the loaders raise errors of many types for damaged files
         raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {error}") from error
+    if arguments.lora:
+        try:
+            with quiet_loading() as messages:
+                pipeline.load_lora_weights(arguments.lora)
+            check_weights(pipeline.components, messages)
+        except Exception as error:
+            raise ValueError(
+                f"--lora must be a folder, file or Hub id of LoRA weights for this model, got {arguments.lora!r}: {error}"
+            ) from error
+    most = pipeline.scheduler.config.num_train_timesteps
+    if arguments.steps is not None and arguments.steps > most:
+        raise ValueError(f"--steps must be at most {most}, the timesteps in training, got {arguments.steps}.")
     if arguments.scheduler:
         _set_scheduler(pipeline, arguments.scheduler)
     return pipeline.to(device)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[list[str]]:
+    """Collect the log messages of diffusers instead of printing them, and disable its warnings and progress bar.
+
+    Bars start after the checks, some of which need the model.
+    """
+    from diffusers.utils import logging as diffusers_logging
+
+    messages: list[str] = []
+    collector = logging.Handler()
+    collector.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger, shown = logging.getLogger("diffusers"), diffusers_logging.is_progress_bar_enabled()
+    handlers, logger.handlers = logger.handlers, [collector]
+    diffusers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield messages
+    finally:
+        logger.handlers = handlers
+        if shown:
+            diffusers_logging.enable_progress_bar()
+
+
+def check_weights(components: Mapping[str, Any], messages: list[str]) -> None:
+    """Check the weights of loaded models.
+
+    Args:
+        components: Components of a pipeline by name.
+        messages: Messages of `quiet_loading`.
+
+    Raises:
+        ValueError: If weights are missing, unknown to the model, NaN (after a training that diverged) or infinite.
+    """
+    import torch
+
+    for message in messages:
+        if "were not used" in message:
+            raise ValueError(f"the config describes another model than the weights: {message}")
+    for name, component in components.items():
+        if isinstance(component, torch.nn.Module):
+            for key, weight in component.state_dict().items():
+                if weight.is_meta:
+                    raise ValueError(f"the file of weights has no {name}.{key}.")
+                if not torch.isfinite(weight).all():
+                    raise ValueError(
+                        f"weights must be finite, got NaN or infinity in {name}.{key}: use an earlier checkpoint, or "
+                        "--dtype float32 if the weights exceed the range of float16."
+                    )
 
 
 def _set_scheduler(pipeline: IRASimPipeline, name: str) -> None:
@@ -95,11 +190,62 @@ def _set_scheduler(pipeline: IRASimPipeline, name: str) -> None:
         changes["prediction_type"] = "v_prediction"  # which every scheduler supports
     if "clip_sample" in inspect.signature(scheduler_class.__init__).parameters:
         changes["clip_sample"] = False  # the config of PNDMScheduler has no such entry, and DDIM's default is True
-    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **changes)
+    with quiet_loading():
+        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **changes)
     try:
         pipeline.check_scheduler()
     except ValueError as error:
         raise ValueError(f"--scheduler {name} does not fit the model: {error}") from error
+
+
+def frame_files(arguments: argparse.Namespace) -> list[list[Path]]:
+    """Return the files of `--frames`, rows from the top, each from the left; no rows without the flag."""
+    return [
+        [Path(row)] if Path(row).exists() else [Path(name) for name in row.split(",")]
+        for row in arguments.frames or []
+    ]
+
+
+def read_views(rows: list[list[Path]]) -> list[list[np.ndarray]]:
+    """Read the frames (T, H, W, 3) of the cameras; those of the embedded model's clip if there are no rows.
+
+    Raises:
+        ValueError: If a file cannot be read.
+    """
+    for row in rows:
+        for path in row:
+            check_name("--frames", path)
+    return [[read_frames(path) for path in row] for row in rows or [[embedded_checkpoint() / "example.mp4"]]]
+
+
+def tile_views(views: list[list[np.ndarray]], cameras: list[list[str]] | None) -> np.ndarray:
+    """Join the frames of several cameras into one video (T, H, W, 3).
+
+    Args:
+        views: Frames of each camera, in rows.
+        cameras: Camera names of the checkpoint, in rows; None uses the rows of `views`.
+
+    Raises:
+        ValueError: If the checkpoint has another number of cameras, or the frames do not form a rectangle.
+    """
+    from ..data import tile
+
+    flat = [view for row in views for view in row]
+    if len(flat) == 1:  # one file, which may already show all cameras
+        return flat[0]
+    shape = [len(row) for row in cameras or views]
+    if sum(shape) != len(flat):
+        names = ", ".join(name for row in cameras or [] for name in row)
+        raise ValueError(f"--frames must be one file for each camera of the model, {names}, got {len(flat)} files.")
+    if len({len(view) for view in flat}) > 1:
+        lengths = ", ".join(str(len(view)) for view in flat)
+        raise ValueError(f"--frames must have the same number of frames for each camera, got {lengths}.")
+    numbers = iter(range(len(flat)))
+    layout = tuple(tuple(str(next(numbers)) for _ in range(size)) for size in shape)
+    try:
+        return tile(layout, {str(number): view for number, view in enumerate(flat)})
+    except ValueError as error:
+        raise ValueError(f"--frames must form a rectangle when tiled: {error}") from error
 
 
 def history_length(arguments: argparse.Namespace, pipeline: IRASimPipeline, num_frames: int) -> int:
@@ -114,8 +260,8 @@ def history_length(arguments: argparse.Namespace, pipeline: IRASimPipeline, num_
         raise ValueError(f"--history must be at least 1, got {wanted}.")
     if wanted > most:
         raise ValueError(f"--history must be at most {most} for this model, got {wanted}.")
-    is_image = arguments.frames is not None and arguments.frames.suffix.lower() in IMAGE_SUFFIXES
-    if is_image and arguments.history is None:
+    files = [path for row in frame_files(arguments) for path in row]
+    if arguments.history is None and files and all(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
         return 1
     if num_frames < wanted:
         raise ValueError(

@@ -1,21 +1,17 @@
-"""The one form in which every data source gives its episodes, and what all of them need."""
+"""Episodes, the interface of data sources, and functions that all data sources share."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 Value = TypeVar("Value")
 CameraLayout: TypeAlias = tuple[tuple[str, ...], ...]
-"""Names of cameras as their pictures are tiled: rows from the top, each from the left."""
+"""Names of the cameras whose pictures are tiled: rows from top to bottom, each from left to right."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +31,15 @@ class Episode:
 
 
 class EpisodeSource(Protocol):
-    """What every data source is: episodes by number, and what is known of them without decoding a picture."""
+    """Interface of data sources: numbered episodes, and their properties that are known without decoding pictures."""
 
     @property
     def name(self) -> str:
-        """Where the data lie, for messages."""
+        """Path or name of the data, for messages."""
 
     @property
     def fps(self) -> float | None:
-        """Frames a second, where known."""
+        """Frames per second; None if unknown."""
 
     @property
     def cameras(self) -> CameraLayout:
@@ -51,47 +47,45 @@ class EpisodeSource(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells one set from another, for caches; JSON-able."""
+        """JSON-serializable description that changes with the content, for caches."""
 
     def __len__(self) -> int:
         """Number of episodes."""
 
     def __getitem__(self, number: int) -> Episode:
-        """One episode; ValueError, naming file and episode, where it is broken."""
+        """Read one episode; a broken one raises ValueError, which names file and episode."""
 
     def __iter__(self) -> Iterator[Episode]:
-        """Every episode in order."""
+        """Iterate over the episodes in order."""
 
     def window(self, number: int, start: int, length: int) -> Episode:
-        """`length` frames of an episode from frame `start` on, as in the whole of it, decoding no more than needed."""
+        """Read `length` frames of an episode from frame `start`, without decoding others if possible."""
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
-        """`action` and states of one episode, (T, D) each, float32."""
+        """Read `action` and the states of one episode, each (T, D), float32."""
 
     def component_names(self, key: str) -> list[str] | None:
-        """Names of the components of `action` or a state, where known."""
+        """Names of the components of `action` or a state; None if unknown."""
 
 
 class InOrder:
-    """Lends data sources their iteration."""
+    """Mixin that iterates over the episodes of a data source."""
 
     def __iter__(self: EpisodeSource) -> Iterator[Episode]:
-        """Every episode in order."""
+        """Iterate over the episodes in order."""
         return (self[number] for number in range(len(self)))
 
 
 def first_readable(source: EpisodeSource, read: Callable[[int], Value], attempts: int = 20) -> Value:
-    """What `read` gives of the first episode that can be read.
-
-    Broken episodes are named, or skipped, when their turn comes.
+    """Return the result of `read` for the first episode that can be read.
 
     Args:
         source: The data source.
-        read: Reads a part of the episode of a number: `source.vectors`, or `source.__getitem__` for all of it.
-        attempts: How many episodes are tried, since a large set takes long.
+        read: Function of the episode's number, such as `source.vectors` or `source.__getitem__`.
+        attempts: Largest number of episodes to try.
 
     Raises:
-        ValueError: If none of them can be read; says why the first cannot.
+        ValueError: If none of them can be read; gives the reason for the first.
     """
     errors: list[ValueError] = []
     for number in range(min(len(source), attempts)):
@@ -99,35 +93,35 @@ def first_readable(source: EpisodeSource, read: Callable[[int], Value], attempts
             return read(number)
         except ValueError as error:
             errors.append(error)
-    reason = errors[0] if errors else "there is none."
+    reason = errors[0] if errors else "the data set is empty."
     raise ValueError(f"none of the first {len(errors)} episodes of {source.name!r} can be read: {reason}")
 
 
 def window_slice(start: int, length: int | None, frames: int) -> slice:
-    """The part of an episode's rows that a window is.
+    """Slice of an episode's rows for a window.
 
     Args:
-        start: Its first frame.
+        start: First frame of the window.
         length: Number of its frames; None for all that follow.
         frames: Number of frames of the episode.
 
     Raises:
-        ValueError: If it is empty or not within the episode.
+        ValueError: If the window is empty or exceeds the episode.
     """
     stop = frames if length is None else start + length
     if not 0 <= start < stop <= frames:
-        raise ValueError(f"a window must lie within the {frames} frames, got `start` {start}, `length` {length}.")
+        raise ValueError(f"a window must be within the {frames} frames, got `start` {start}, `length` {length}.")
     return slice(start, stop)
 
 
 def check_mixture(sources: Sequence[EpisodeSource]) -> None:
-    """Refuse data sets that cannot be one: what their shapes do not show.
+    """Check that data sets can be mixed, as far as the shapes of their arrays do not show it.
 
-    A single camera may be called otherwise in another set, and components padded with zeros fit any.
+    Single cameras may have different names. Padding components of actions match any component.
 
     Raises:
-        ValueError: If frames a second, cameras, names of the action's components or the derivation of actions differ; names
-            two data sets and what differs.
+        ValueError: If frame rates, cameras, names of the action components or action derivations differ; names two data sets and
+            the difference.
     """
     for first, second in combinations(sources, 2):
         ours, theirs = _traits(first), _traits(second)
@@ -135,47 +129,54 @@ def check_mixture(sources: Sequence[EpisodeSource]) -> None:
             if ours[what] != theirs[what] and not (what == "action components" and _fit(ours[what], theirs[what])):
                 raise ValueError(
                     f"{first.name!r} and {second.name!r} cannot be mixed: their {what} are {ours[what]} and {theirs[what]}; "
-                    "give sets that agree, or bring them to one form first."
+                    "convert one of them, or train on one of them."
                 )
 
 
 def _traits(source: EpisodeSource) -> dict[str, Any]:
-    """What must be the same in all sets of a mixture."""
+    """Properties that all data sets of a mixture must share."""
     return {
-        "frames a second": source.fps,
-        "cameras": source.cameras if sum(len(row) for row in source.cameras) > 1 else "a single one",
+        "frames per second": source.fps,
+        "cameras": source.cameras if sum(len(row) for row in source.cameras) > 1 else "single",
         "action components": source.component_names("action"),
         "action derivations": getattr(source, "action_derivation", "recorded"),
     }
 
 
 def _fit(ours: list[str] | None, theirs: list[str] | None) -> bool:
-    """Whether names of components are the same as far as they are known, and not of padding."""
+    """Whether the known names of components agree, except those of padding."""
     if ours is None or theirs is None:
         return True
     used = [pair for pair in zip(ours, theirs, strict=False) if not any(name.startswith("unused ") for name in pair)]
     return len(ours) == len(theirs) and all(a == b for a, b in used)
 
 
-def sizes_digest(root: Path, files: Iterable[Path]) -> str:
-    """Hash of the names and sizes of files, by which a set whose files were changed in place is another one."""
-    sizes = [
-        (os.path.relpath(path, root), path.stat().st_size if path.is_file() else None) for path in sorted(set(files))
-    ]
-    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+def first_task(tasks: Any) -> str:
+    """The first task of an episode, or an empty one if none is recorded.
+
+    Args:
+        tasks: A string, a list of strings, or None.
+
+    Raises:
+        ValueError: If the first task is not a string.
+    """
+    task = "" if not tasks else tasks if isinstance(tasks, str) else tasks[0] if isinstance(tasks, list) else tasks
+    if not isinstance(task, str):
+        raise ValueError(f"the task must be a string, got {task!r}: correct it, or use an empty string.")
+    return task
 
 
 def camera_layout(cameras: str | Sequence[str] | Sequence[Sequence[str]]) -> CameraLayout:
-    """A layout from one camera, several to be stacked, or rows of them; a row may be written as `left,right`."""
+    """Return the layout of one camera, several that are stacked, or rows of them; a row may be written `left,right`."""
     rows = [cameras] if isinstance(cameras, str) else cameras
     return tuple(tuple(row.split(",")) if isinstance(row, str) else tuple(row) for row in rows)
 
 
 def tile(layout: CameraLayout, views: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Videos (T, H, W, 3) of several cameras as one, by their layout.
+    """Tile the videos (T, H, W, 3) of several cameras into one, by their layout.
 
     Raises:
-        ValueError: If lengths differ, or pictures do not fit beside or below each other.
+        ValueError: If their lengths differ, or their sizes do not fit together.
     """
     sizes = {name: views[name].shape for row in layout for name in row}
     if len({shape[0] for shape in sizes.values()}) > 1:
@@ -185,5 +186,7 @@ def tile(layout: CameraLayout, views: Mapping[str, np.ndarray]) -> np.ndarray:
     widths = {sum(view.shape[2] for view in row) for row in rows}
     if any(len(height) > 1 for height in heights) or len(widths) > 1:
         shapes = {name: f"{shape[1]}x{shape[2]}" for name, shape in sizes.items()}
-        raise ValueError(f"pictures of cameras {shapes} (height x width) make no rectangle in the layout {layout}.")
+        raise ValueError(
+            f"the pictures of cameras {shapes} (height x width) do not form a rectangle in the layout {layout}."
+        )
     return np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)

@@ -1,14 +1,15 @@
-"""The data format of the IRASim release, in the flavours that it and its followers wrote.
+"""Read data in the format of the IRASim release and its variants.
 
-A folder holds `annotation/<split>/<id>.json` beside mp4 files and, where they were computed, SDXL latents. What an
-annotation holds tells its flavour: `actions` (Language-Table), `state` and `continuous_gripper_state` (RT-1, Bridge), or
-`states` (DROID as cut by Ctrl-World). Reference: https://github.com/bytedance/IRASim.
+A folder contains `annotation/<split>/<id>.json`, mp4 files and possibly SDXL latents. Annotations have `actions` (Language-Table),
+`state` and `continuous_gripper_state` (RT-1, Bridge), or `states` (DROID as cut by Ctrl-World). Reference:
+https://github.com/bytedance/IRASim.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -23,30 +24,36 @@ import numpy as np
 import torch
 
 from ..actions import derive_actions
-from .episode import Episode, InOrder, camera_layout, first_readable, tile, window_slice
-from .video import read_frames, read_video
+from .columns import finite_vector
+from .content_hash import media_stamp
+from .episode import Episode, InOrder, camera_layout, first_readable, first_task, tile, window_slice
+from .record_files import read_json
+from .video import count_frames, read_frames
+
+logger = logging.getLogger(__name__)
 
 MEDIA_ENTRY = re.compile(rb'"(video|latent_video)_path"\s*:\s*("(?:[^"\\]|\\.)*")')
-"""Where an annotation names a video or latents, and the JSON string of the path."""
+"""The entry of a video or of latents in an annotation, with the JSON string of its path."""
 
 
 @dataclass(frozen=True)
 class IRASimFolder(InOrder):
     """A data set in the format of the IRASim release.
 
-    Actions of poses are the motion in the frame of the previous pose and the gripper's next opening; see
-    `actions.derive_actions`. The last row of `actions`, which leads out of the episode, asks for no motion.
+    Actions that are derived from poses are the motion in the frame of the previous pose and the next gripper state; see
+    `actions.derive_actions`. The last action, which leads out of the episode, is no motion. A video may have one frame more than
+    its annotation; this frame is left out, and a warning is logged once.
 
     Args:
-        root: The folder that holds `annotation`.
-        split: Name of the split, `train` for example.
-        cameras: Numbers of the cameras as strings, one, several that are stacked, or rows of them; None takes the only
-            one. After construction the layout, a tuple of rows.
-        fps: Frames a second, which the format does not record.
-        max_episodes: Use only the first that many episodes.
+        root: The folder that contains `annotation`.
+        split: Name of the split, for example `train`.
+        cameras: Numbers of the cameras as strings: one, several that are stacked, or rows of them; None takes the only one.
+            After construction the layout, a tuple of rows.
+        fps: Frames per second, which the format does not record.
+        max_episodes: Use only this many episodes, from the first.
 
     Raises:
-        ValueError: If there is no such split, or a camera is missing or ambiguous.
+        ValueError: If the split does not exist, or a camera is missing or ambiguous.
     """
 
     root: Path
@@ -78,32 +85,32 @@ class IRASimFolder(InOrder):
 
     @cached_property
     def files(self) -> list[Path]:
-        """The annotations, numbered ones by number."""
+        """The annotations, in the order of their numbers, then of their names; hidden files are ignored."""
 
         def order(path: Path) -> tuple[bool, int, str]:
             return not path.stem.isdigit(), int(path.stem) if path.stem.isdigit() else 0, path.stem
 
-        return sorted((self.root / "annotation" / self.split).glob("*.json"), key=order)[: self.max_episodes]
+        return sorted((self.root / "annotation" / self.split).glob("[!.]*.json"), key=order)[: self.max_episodes]
 
     @cached_property
     def _first(self) -> dict[str, Any]:
-        """The first annotation that can be read; broken ones are named when their turn comes."""
+        """The first annotation that can be read; broken ones are reported when they are read."""
         return first_readable(self, self._annotation)
 
     @property
     def action_derivation(self) -> str:
-        """`"relative_euler"` where poses are recorded, else `"recorded"`."""
+        """`"relative_euler"` if poses are recorded, else `"recorded"`."""
         return "recorded" if "actions" in self._first else "relative_euler"
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Cameras, and a hash of the annotations and of the sizes of their videos and latents."""
+        """Cameras, and a hash of the annotations and of the stamps of their videos and latents."""
         cameras = [int(camera) for row in self.cameras for camera in row]
         root, digest = str(self.root), hashlib.sha256()
         for file in self.files:
             content = file.read_bytes()
-            sizes = [_size(os.path.join(root, path)) for path in _media_files(content, cameras)]
-            digest.update(json.dumps([file.name, hashlib.sha256(content).hexdigest(), sizes]).encode())
+            stamps = [media_stamp(os.path.join(root, path)) for path in _media_files(content, cameras)]
+            digest.update(json.dumps([file.name, hashlib.sha256(content).hexdigest(), stamps]).encode())
         return {"cameras": self.cameras, "files": digest.hexdigest()}
 
     def __len__(self) -> int:
@@ -111,18 +118,23 @@ class IRASimFolder(InOrder):
         return len(self.files)
 
     def __getitem__(self, number: int) -> Episode:
-        """One episode.
+        """Read one episode.
 
         Raises:
-            ValueError: If a file is missing or unreadable, or frames and actions disagree.
+            ValueError: If a file is missing or unreadable, a number is not finite, or the numbers of frames and actions disagree.
         """
         return self._read(number, None)
 
     def window(self, number: int, start: int, length: int) -> Episode:
-        """Frames of an episode from frame `start` on, with what goes with them; no others are decoded in vain.
+        """Read a part of an episode; other frames are not decoded without need.
+
+        Args:
+            number: Number of the episode.
+            start: First frame.
+            length: Number of frames.
 
         Raises:
-            ValueError: As for the episode, or if the window does not lie within it.
+            ValueError: As `__getitem__`, or if the window exceeds the episode.
         """
         return self._read(number, (start, length))
 
@@ -132,24 +144,38 @@ class IRASimFolder(InOrder):
         total = len(vectors["action"])
         try:
             part = window_slice(*(window or (0, total)), total)
-            views = {}
-            for camera in [camera for row in self.cameras for camera in row]:
-                path = self.root / _media_path(annotation, "video", camera)
-                if window is None:
-                    views[camera] = read_video(path)
-                else:
-                    views[camera] = read_frames(path, part.start, part.stop - part.start, whole=part.stop == total)
-            frames = tile(self.cameras, views)
-            if len(frames) != part.stop - part.start:
-                raise ValueError(f"{len(frames)} frames want {len(frames) - 1} actions between them, got {total - 1}.")
+            paths = {name: self.root / _media_path(annotation, "video", name) for row in self.cameras for name in row}
+            for path in paths.values():
+                self._check_length(path, total, annotation)
+            count = part.stop - part.start
+            frames = tile(self.cameras, {name: read_frames(path, part.start, count) for name, path in paths.items()})
+            task = first_task(annotation.get("texts") or annotation.get("language_instruction"))
         except ValueError as error:
             raise ValueError(f"{str(self.files[number])!r}: {error}") from error
-        texts = annotation.get("texts") or [annotation.get("language_instruction") or ""]
         vectors = {key: value[part] for key, value in vectors.items()}
-        return Episode(frames, vectors.pop("action"), vectors, texts[0])
+        return Episode(frames, vectors.pop("action"), vectors, task)
+
+    def _check_length(self, path: Path, total: int, annotation: dict[str, Any]) -> None:
+        """Check that a video has the frames of its annotation, or one more."""
+        found = count_frames(path)
+        if found == total + 1:
+            if not self.__dict__.get("_reported"):
+                logger.warning(
+                    f"{str(path)!r} has one frame more than the {total} of its annotation: such frames are left out."
+                )
+                self.__dict__["_reported"] = True
+        elif found != total:
+            announced = f" ('video_length' is {annotation['video_length']})" if "video_length" in annotation else ""
+            raise ValueError(
+                f"{found} frames want {found - 1} actions between them, got {total - 1}, in {str(path)!r}{announced}."
+            )
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
-        """`action` (T, A) and, where poses are recorded, `state` (T, 7) of one episode, float32."""
+        """Read `action` (T, A) and, if poses are recorded, `state` (T, 7) of one episode, float32.
+
+        Raises:
+            ValueError: If a number is missing or not finite.
+        """
         annotation = self._annotation(number)
         try:
             return _vectors(annotation)
@@ -157,7 +183,7 @@ class IRASimFolder(InOrder):
             raise ValueError(f"{str(self.files[number])!r}: {error}") from error
 
     def component_names(self, key: str) -> list[str] | None:
-        """Planar x and y; or position, Euler angles and gripper of the rest."""
+        """Planar x and y, or position, Euler angles and gripper; None for other actions."""
         names = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
         width = first_readable(self, self.vectors)[key].shape[1]
         if self.action_derivation == "recorded":
@@ -165,12 +191,13 @@ class IRASimFolder(InOrder):
         return names if width == len(names) else None
 
     def latents(self, number: int) -> torch.Tensor | None:
-        """Latents (T, C, h, w) of one episode that lie beside its video, scaled by the autoencoder's factor.
+        """Read the recorded latents (T, C, h, w) of one episode, scaled by the autoencoder's factor.
 
-        None where there are none, or several cameras are tiled.
+        Returns:
+            The latents; None if there are none, or if several cameras are tiled.
 
         Raises:
-            ValueError: If the file cannot be read, or holds something else.
+            ValueError: If the file cannot be read, or contains something else.
         """
         annotation = self._annotation(number)
         camera, *others = [camera for row in self.cameras for camera in row]
@@ -185,41 +212,32 @@ class IRASimFolder(InOrder):
 
     def _annotation(self, number: int) -> dict[str, Any]:
         path = self.files[number]
-        try:
-            annotation = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r} is no JSON: {error}") from error
+        annotation = read_json(path)
         if not isinstance(annotation, dict) or not _media(annotation, "video"):
             raise ValueError(f"{str(path)!r} names no video, neither in 'video_path' nor in 'videos'.")
         return annotation
 
 
 def _media(annotation: dict[str, Any], kind: str) -> list[Any]:
-    """Paths of the files `video` or `latent_video` of all cameras, as one string or a list of records."""
+    """Entries of the files `video` or `latent_video` of all cameras, one string or a list of records."""
     if f"{kind}_path" in annotation:
         return [annotation[f"{kind}_path"]]
-    return [record.get(f"{kind}_path") for record in annotation.get(f"{kind}s") or []]
+    records = annotation.get(f"{kind}s") or []
+    return [record.get(f"{kind}_path") if isinstance(record, dict) else None for record in records]
 
 
 def _media_files(content: bytes, cameras: Sequence[int]) -> list[str]:
-    """Paths of the videos and latents of some cameras, found without parsing all the numbers of an annotation."""
+    """Paths of the videos and latents of some cameras, without parsing the numbers of an annotation."""
     found: dict[bytes, list[bytes]] = {b"video": [], b"latent_video": []}
     for kind, path in MEDIA_ENTRY.findall(content):
         found[kind].append(path)
-    with suppress(ValueError):  # a broken episode is named when its turn comes
+    with suppress(ValueError):  # a broken episode is reported when it is read
         return [json.loads(paths[camera]) for paths in found.values() for camera in cameras if camera < len(paths)]
     return []
 
 
-def _size(path: str) -> int | None:
-    try:
-        return os.stat(path).st_size
-    except (OSError, ValueError):  # likewise
-        return None
-
-
 def _media_path(annotation: dict[str, Any], kind: str, camera: str) -> str:
-    """The path of one camera."""
+    """Path of the video or the latents of one camera."""
     paths = _media(annotation, kind)
     if int(camera) >= len(paths) or not isinstance(paths[int(camera)], str):
         raise ValueError(f"it names no {kind}_path of camera {camera}.")
@@ -227,42 +245,42 @@ def _media_path(annotation: dict[str, Any], kind: str, camera: str) -> str:
 
 
 def _read_latents(path: Path, length: int) -> torch.Tensor:
-    """Latents of that many frames in a file of their own, by themselves or under `obs`."""
+    """Read the latents of this many frames, or one more, from a file that contains only them, or them as `obs`."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"cannot read latents from {str(path)!r}: {error}") from error
     latents = content.get("obs") if isinstance(content, dict) else content
-    if not torch.is_tensor(latents) or latents.ndim != 4 or len(latents) != length:
+    if not torch.is_tensor(latents) or latents.ndim != 4 or len(latents) not in (length, length + 1):
         found = tuple(latents.shape) if torch.is_tensor(latents) else "no tensor"
-        raise ValueError(f"{str(path)!r} must hold latents ({length}, C, h, w), alone or as 'obs', got {found}.")
-    return latents.float()
+        raise ValueError(f"{str(path)!r} must contain latents ({length}, C, h, w), alone or as 'obs', got {found}.")
+    return latents[:length].float()
 
 
 def _vectors(annotation: dict[str, Any]) -> dict[str, np.ndarray]:
-    """`action` and, where poses are recorded, `state` of an annotation."""
+    """`action` and, if poses are recorded, `state` of an annotation."""
     if "actions" in annotation:
         between, vectors = _numbers(annotation, "actions"), {}
         last = np.zeros_like(between[:1])
     else:
         states = _states(annotation)
+        vectors = {"state": finite_vector(states, "state")}
         between = derive_actions(states, "relative_euler")
-        vectors = {"state": states.astype(np.float32)}
         last = np.concatenate([np.zeros((1, 6)), states[-1:, 6:]], axis=1)
-    if between.ndim != 2 or not np.isfinite(between).all():
-        raise ValueError(f"actions must be finite and (n, A), got {between.shape}.")
-    return {"action": np.concatenate([between, last]).astype(np.float32)} | vectors
+    if between.ndim != 2:
+        raise ValueError(f"actions must be (n, A), got {between.shape}.")
+    return {"action": finite_vector(np.concatenate([between, last]), "action")} | vectors
 
 
 def _states(annotation: dict[str, Any]) -> np.ndarray:
-    """Poses and gripper (T, 7) of either flavour."""
+    """Poses and gripper (T, 7) of an annotation."""
     if "states" in annotation:
         return _numbers(annotation, "states")
     if "state" in annotation and "continuous_gripper_state" in annotation:
         poses = _numbers(annotation, "state")
         gripper = _numbers(annotation, "continuous_gripper_state").reshape(-1, 1)
         if poses.ndim != 2 or len(poses) != len(gripper):
-            raise ValueError(f"poses {poses.shape} do not go with {len(gripper)} gripper states.")
+            raise ValueError(f"poses {poses.shape} do not match {len(gripper)} gripper states.")
         return np.concatenate([poses[:, :6], gripper], axis=1)
     raise ValueError(
         f"it has neither 'actions', nor 'states', nor 'state' and 'continuous_gripper_state', but {sorted(annotation)}."

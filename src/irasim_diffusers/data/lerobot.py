@@ -1,15 +1,14 @@
 """Read LeRobotDataset folders, v3.0 and v2.1, without a dependency on lerobot.
 
-Format: https://huggingface.co/docs/lerobot/lerobot-dataset-v3. In v3.0 many episodes share one parquet file (vectors, a
-row a frame) and one mp4 file for each camera; `meta/episodes` says where each episode lies in them. In v2.1 every episode
-has files of its own.
+Format: https://huggingface.co/docs/lerobot/lerobot-dataset-v3. In v3.0 several episodes share a Parquet file (vectors, one row
+per frame) and an mp4 file for each camera; `meta/episodes` holds the position of each episode in these files. In v2.1 each
+episode has separate files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from .episode import Episode, InOrder, camera_layout, sizes_digest, tile, window_slice
+from .columns import choose_action_columns, component_names_of, finite_vector
+from .content_hash import content_hash
+from .episode import Episode, InOrder, camera_layout, first_task, tile, window_slice
 from .hub import HubFiles
-from .video import read_frames
+from .pictures import read_picture
+from .record_files import parquet_columns, read_json_lines, read_json_object, read_parquet
+from .video import read_numbered_frames
 
 VERSION = "v3.0"
 READABLE_VERSIONS = (VERSION, "v2.1")
@@ -37,6 +38,8 @@ INDEX_FEATURES = {
 }
 OWN_ENTRY = "irasim"
 """Entry of the feature `action` in info.json for what LeRobot does not store: derivation, units and camera layout."""
+GRID_TOLERANCE = 0.01
+"""Largest distance of a timestamp from a multiple of 1 / fps, in frames, beside the rounding of float32."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,19 @@ class LeRobotFolder(InOrder):
     """A LeRobotDataset folder, v3.0 or v2.1, with video or image features.
 
     Args:
-        root: The folder that holds `meta`, `data` and, for video features, `videos`.
+        root: The folder that contains `meta`, `data` and, for video features, `videos`.
         cameras: Feature key of the camera, several that are stacked, or rows of them; None takes the only one. After
             construction the layout, a tuple of rows.
-        max_episodes: Use only the first that many episodes.
-        remote: Where all but `meta` is, if not in the folder.
+        max_episodes: Use only this many episodes, from the first.
+        remote: The Hub repository of all files except `meta`, if they are not in the folder.
         split: A split that `info.json` names, or a part of one as in `datasets`, `"train[:90%]"`; None for all episodes.
+        action_column: Vector feature of the actions, or several that are concatenated; None takes `action`, or the only feature
+            with a similar name. After construction a tuple.
+        state_columns: Vector features of the states; empty for all.
 
     Raises:
-        ValueError: If the folder is no LeRobotDataset of these versions, a camera is missing or ambiguous, or there is no such
-            split.
+        ValueError: If the folder is not a LeRobotDataset of these versions, its metadata are broken, a camera or the action
+            feature is missing or ambiguous, or the split does not exist.
     """
 
     root: Path
@@ -61,19 +67,21 @@ class LeRobotFolder(InOrder):
     max_episodes: int | None = None
     remote: HubFiles | None = None
     split: str | None = None
+    action_column: Any = None
+    state_columns: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
-        info_path = self.root / "meta" / "info.json"
-        if not info_path.is_file():
-            raise ValueError(f"{self.name!r} is no LeRobotDataset folder: {str(info_path)!r} is missing.")
+        if not self._info_path.is_file():
+            raise ValueError(f"{self.name!r} is not a LeRobotDataset folder: {str(self._info_path)!r} is missing.")
         version = self.info.get("codebase_version")
         if version not in READABLE_VERSIONS:
             raise ValueError(
-                f"{self.name!r} is a LeRobotDataset {version}; {' and '.join(READABLE_VERSIONS)} are read: convert it with "
-                "LeRobot's own scripts."
+                f"{self.name!r} is a LeRobotDataset {version}; {' and '.join(READABLE_VERSIONS)} are supported: convert it with "
+                "the scripts of LeRobot."
             )
-        known = [key for key, feature in self.info["features"].items() if feature["dtype"] in ("video", "image")]
+        self._check_info()
+        known = [key for key, feature in self._features.items() if feature["dtype"] in ("video", "image")]
         written = self._own_entry.get("cameras")
         if self.cameras is None and written is not None and {key for row in written for key in row} <= set(known):
             object.__setattr__(self, "cameras", written)
@@ -84,6 +92,13 @@ class LeRobotFolder(InOrder):
             if key not in known:
                 raise ValueError(f"`cameras` must be among {known} in {self.name!r}, got {key!r}.")
         object.__setattr__(self, "cameras", layout)
+        vectors = self._vector_features
+        object.__setattr__(self, "action_column", choose_action_columns(self.action_column, vectors, self.name))
+        for key in self.state_columns:
+            if key not in vectors:
+                raise ValueError(
+                    f"`state_columns` (--state-columns) must be among {vectors} in {self.name!r}, got {key!r}."
+                )
         if self.split is not None and not self.rows:
             raise ValueError(f"`split` {self.split!r} has no episodes in {self.name!r}.")
 
@@ -92,10 +107,58 @@ class LeRobotFolder(InOrder):
         """The folder, or the name on the Hub."""
         return str(self.root) if self.remote is None else self.remote.repo_id
 
+    @property
+    def _info_path(self) -> Path:
+        return self.root / "meta" / "info.json"
+
     @cached_property
     def info(self) -> dict[str, Any]:
         """`meta/info.json`."""
-        return json.loads((self.root / "meta" / "info.json").read_text())
+        return read_json_object(self._info_path)
+
+    def _check_info(self) -> None:
+        """Check the entries of `info.json` that are read later."""
+        texts = ["data_path"] if self._shares_files else ["data_path", "chunks_size"]
+        for key in ("fps", "features", *texts):
+            if self.info.get(key) is None:
+                raise ValueError(f"{str(self._info_path)!r} has no entry {key!r}.")
+        fps, features = self.fps, self.info["features"]
+        if not isinstance(fps, int | float) or not 0 < fps < float("inf"):
+            raise ValueError(f"{str(self._info_path)!r}: 'fps' must be a positive number, got {fps!r}.")
+        for key, feature in features.items() if isinstance(features, dict) else [("", None)]:
+            if not isinstance(feature, dict) or "dtype" not in feature:
+                raise ValueError(
+                    f"{str(self._info_path)!r}: feature {key!r} must be an object with a 'dtype', got {feature!r}."
+                )
+
+    @property
+    def _features(self) -> dict[str, Any]:
+        return self.info["features"]
+
+    @property
+    def _shares_files(self) -> bool:
+        """Whether episodes share files, as in v3.0."""
+        return self.info["codebase_version"] == VERSION
+
+    @property
+    def _vector_features(self) -> list[str]:
+        return [key for key in self._features if key not in INDEX_FEATURES and self._width(key) is not None]
+
+    @property
+    def _states(self) -> tuple[str, ...]:
+        """The chosen states, or all features of floats; the others are read by `flags`."""
+        return tuple(self.state_columns) or tuple(
+            key
+            for key in self._vector_features
+            if key not in self.action_column and self._features[key]["dtype"].startswith("float")
+        )
+
+    def _width(self, key: str) -> int | None:
+        """Number of components of a feature of numbers; None for another feature."""
+        feature = self._features[key]
+        numeric = str(feature["dtype"]).rstrip("0123456789") in ("float", "int", "uint", "bool")
+        shape = feature.get("shape") or [1]
+        return int(shape[0]) if numeric and len(shape) == 1 else None
 
     @property
     def fps(self) -> float:
@@ -104,7 +167,7 @@ class LeRobotFolder(InOrder):
 
     @property
     def _own_entry(self) -> dict[str, Any]:
-        return self.info["features"].get("action", {}).get(OWN_ENTRY, {})
+        return self._features.get("action", {}).get(OWN_ENTRY, {})
 
     @property
     def action_derivation(self) -> str:
@@ -118,45 +181,44 @@ class LeRobotFolder(InOrder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Cameras, `info.json`, and a hash of `meta/episodes*` and of the files' names and sizes, or name and commit."""
+        """Cameras, columns, `info.json` and a hash of the content of the files, or the name and commit on the Hub."""
         shared = {"cameras": self.cameras, "info": self.info, "episodes": len(self)}
+        shared |= {"action": self.action_column, "states": self._states}
         if self.rows != self._all_rows[: len(self)]:
             shared["numbers"] = [row["episode_index"] for row in self.rows]
         if self.remote is not None:
             return shared | {"root": self.remote.repo_id, "files": self.remote.revision}
-        described = hashlib.sha256()
-        for path in sorted(self.root.glob("meta/episodes*")):
-            for file in sorted(path.rglob("*.parquet")) if path.is_dir() else [path]:
-                described.update(file.read_bytes())
-        return shared | {"described": described.hexdigest(), "files": sizes_digest(self.root, self.files)}
+        metadata = [file for path in self.root.glob("meta/episodes*") for file in (path, *path.rglob("[!.]*"))]
+        files = [*(file for file in metadata if file.is_file()), *self.files]
+        return shared | {"files": content_hash(self.root, files)}
 
     @property
     def files(self) -> list[Path]:
-        """The files that are read for these episodes and cameras, beside `info.json`."""
-        keys = [key for row in self.cameras for key in row if self.info["features"][key]["dtype"] == "video"]
+        """The files that are read for these episodes and cameras, except `info.json`."""
+        keys = [key for row in self.cameras for key in row if self._features[key]["dtype"] == "video"]
         files = set(self._episode_files)
         for row in self.rows:
-            with suppress(ValueError):  # broken episodes are named when their turn comes
+            with suppress(ValueError):  # a broken episode is reported when it is read
                 files.add(self._path(row))
                 files |= {self._path(row, key) for key in keys}
         return sorted(files)
 
     @property
     def _episode_files(self) -> list[Path]:
-        if self.info["codebase_version"] == VERSION:
+        if self._shares_files:
             return sorted(self.root.glob("meta/episodes/chunk-*/file-*.parquet"))
         return [path for path in (self.root / "meta" / "episodes.jsonl",) if path.is_file()]
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each episode, in order, without its statistics: its number, length, tasks, and place in files."""
+        """One row per episode, in order, without its statistics: number, length, tasks, and position in the files."""
         rows = self._all_rows
         if self.split is not None:
             rows = [rows[number] for part in self._parts(self.split) for number in part]
         return rows[: self.max_episodes]
 
     def _parts(self, split: str) -> list[range]:
-        """Places of a split's episodes among all."""
+        """Positions of a split's episodes among all episodes."""
         from datasets import ReadInstruction
 
         every = range(len(self._all_rows))
@@ -168,43 +230,60 @@ class LeRobotFolder(InOrder):
             parts = ReadInstruction.from_spec(split).to_absolute({name: len(part) for name, part in named.items()})
         except (ValueError, AssertionError) as error:
             raise ValueError(
-                f"`split` must be one of {sorted(named)} in {self.name!r}, or a part as 'train[:90%]' or 'train[90%:]', got "
+                f"`split` must be one of {sorted(named)} in {self.name!r}, or a part such as 'train[:90%]' or 'train[90%:]', got "
                 f"{split!r}."
             ) from error
         return [named[part.splitname][part.from_ : part.to] for part in parts]
 
     @cached_property
     def _all_rows(self) -> list[dict[str, Any]]:
-        """The rows of all splits."""
-        rows: list[dict[str, Any]] = []
+        """The rows of all splits, in the order of their numbers; a repeated row counts once."""
+        rows: dict[int, dict[str, Any]] = {}
         for file in self._episode_files:
             if file.suffix == ".parquet":
-                names = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]
-                rows += pq.read_table(file, columns=names).to_pylist()
+                names = [name for name in parquet_columns(file) if not name.startswith(("stats/", "meta/episodes/"))]
+                found = read_parquet(file, names).to_pylist()
             else:
-                rows += [json.loads(line) for line in file.read_text().splitlines()]
+                found = read_json_lines(file)
+            for row in found:
+                number = row.get("episode_index")
+                if not isinstance(number, int) or number < 0:
+                    raise ValueError(
+                        f"{str(file)!r}: 'episode_index' must be a number from 0 in every row, got {number!r}."
+                    )
+                if rows.setdefault(number, row) != row:
+                    changed = sorted(key for key in row if rows[number].get(key) != row[key])
+                    raise ValueError(
+                        f"{str(file)!r} contradicts an earlier row of episode {number} of {self.name!r} in {changed}: remove one "
+                        "of the rows."
+                    )
         if not rows:
             raise ValueError(f"{self.name!r} has no episode in its 'meta' folder.")
-        return sorted(rows, key=lambda row: row["episode_index"])
+        return [rows[number] for number in sorted(rows)]
 
     def __len__(self) -> int:
         """Number of episodes."""
         return len(self.rows)
 
     def __getitem__(self, number: int) -> Episode:
-        """One episode; only its part of the videos is decoded.
+        """Read one episode; only its part of the videos is decoded.
 
         Raises:
-            ValueError: If a video is unreadable or not as long as the episode, a camera is missing, or vectors are missing
-                or not finite.
+            ValueError: If a video is unreadable or shorter than the episode, a camera is missing, or vectors or timestamps are
+                missing or invalid.
         """
         return self.window(number, 0)
 
     def window(self, number: int, start: int, length: int | None = None) -> Episode:
-        """Frames of an episode from frame `start` on, with what goes with them; no others are decoded in vain.
+        """Read a part of an episode; other frames are not decoded without need.
+
+        Args:
+            number: Number of the episode.
+            start: First frame.
+            length: Number of frames; None for all that follow.
 
         Raises:
-            ValueError: As for the episode, or if the window does not lie within it.
+            ValueError: As `__getitem__`, or if the window exceeds the episode.
         """
         row = self.rows[number]
         vectors = self.vectors(number)
@@ -212,109 +291,142 @@ class LeRobotFolder(InOrder):
             part = window_slice(start, length, row["length"])
             views = {key: self._frames(row, key, part) for rows in self.cameras for key in rows}
             frames = tile(self.cameras, views)
+            task = first_task(row.get("tasks"))
         except ValueError as error:
             raise ValueError(f"episode {row['episode_index']} of {self.name!r}: {error}") from error
         vectors = {key: value[part] for key, value in vectors.items()}
-        return Episode(frames, vectors.pop("action"), vectors, (row.get("tasks") or [""])[0])
+        return Episode(frames, vectors.pop("action"), vectors, task)
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
-        """All vector features (T, D) of one episode, float32, `action` among them."""
+        """Read `action` and the states (T, D) of one episode, float32.
+
+        Raises:
+            ValueError: If rows are missing, or a vector is missing, of another width, or not finite.
+        """
         row = self.rows[number]
-        keys = [
-            key
-            for key, feature in self.info["features"].items()
-            if feature["dtype"] in ("float32", "float64") and key not in INDEX_FEATURES and len(feature["shape"]) == 1
-        ]
-        if "action" not in keys:
-            raise ValueError(f"{self.name!r} has no feature 'action' of floats; it has {keys}.")
         try:
-            table, length = self._rows(row, keys), _entry(row, "length")
+            table, length = self._table(row), _entry(row, "length")
             if len(table) != length:
                 raise ValueError(f"{length} frames announced, {len(table)} rows found in {str(self._path(row))!r}.")
-            vectors = {key: self._matrix(row, key, table[key]) for key in keys}
-            if not np.isfinite(vectors["action"]).all():
-                frame = int(np.nonzero(~np.isfinite(vectors["action"]).all(axis=1))[0][0])
-                raise ValueError(f"the action at frame {frame} is {vectors['action'][frame].tolist()}.")
+            vectors = {key: self._matrix(row, key, table[key]) for key in (*self.action_column, *self._states)}
+            action = np.concatenate([vectors[key] for key in self.action_column], axis=1)
+            return {"action": action} | {key: vectors[key] for key in self._states}
         except ValueError as error:
             raise ValueError(f"episode {row['episode_index']} of {self.name!r}: {error}") from error
-        return vectors
 
     def flags(self, number: int) -> dict[str, np.ndarray]:
-        """Bool and integer features (T, D) of one episode, for example `next.done`, in the recorded type."""
+        """Read the bool and integer features (T, D) of one episode, for example `next.done`, in the recorded type."""
         keys = [
             key
-            for key, feature in self.info["features"].items()
+            for key, feature in self._features.items()
             if feature["dtype"].startswith(("bool", "int", "uint")) and key not in INDEX_FEATURES
-            if len(feature["shape"]) == 1 and key != "action"
+            if len(feature["shape"]) == 1 and key not in (*self.action_column, *self._states)
         ]
+        if not keys:
+            return {}
         row = self.rows[number]
-        table = self._rows(row, keys) if keys else {}
-        return {key: self._matrix(row, key, table[key], self.info["features"][key]["dtype"]) for key in keys}
+        table = read_parquet(self._file(row), [*keys, "episode_index"])
+        table = table.filter(pc.equal(table["episode_index"], row["episode_index"]))
+        return {key: self._values(row, key, table[key]).astype(self._features[key]["dtype"]) for key in keys}
 
     def component_names(self, key: str) -> list[str] | None:
-        """Names of the components of a vector feature; LeRobot knows lists, and lists under a heading."""
-        feature = self.info["features"][key]
-        names = feature.get("names")
-        if isinstance(names, dict):
-            names = next(iter(names.values()))
-        return list(names) if isinstance(names, (list, tuple)) and len(names) == feature["shape"][0] else None
+        """Names of the components of `action` or a state; None if unknown."""
+        keys = self.action_column if key == "action" else (key,)
+        return component_names_of({key: (self._features[key].get("names"), self._width(key) or 1) for key in keys})
 
     def _frames(self, row: dict[str, Any], key: str, part: slice) -> np.ndarray:
-        if self.info["features"][key]["dtype"] == "image":
+        """Frames of one camera in a part of an episode."""
+        if self._features[key]["dtype"] == "image":
             only = [("episode_index", "=", row["episode_index"])]
-            pictures = _read_table(self._file(row), columns=[key], filters=only)[key].to_pylist()[part]
-            for frame, picture in enumerate(pictures, part.start):
-                if not (picture and (picture.get("bytes") or picture.get("path"))):
-                    raise ValueError(f"{str(self._path(row))!r} has no picture {key!r} at frame {frame}.")
-            return np.stack([_decode_image(picture, self.root) for picture in pictures])
-        shared = self.info["codebase_version"] == VERSION
-        first = 0
-        if shared:  # the frames of the next episode follow in the same file
+            pictures = read_parquet(self._file(row), [key], filters=only)[key].to_pylist()[part]
+            return np.stack([self._picture(row, key, *numbered) for numbered in enumerate(pictures, part.start)])
+        table = self._table(row)
+        path, timed, first = self._file(row, key), "timestamp" in table.column_names, 0
+        numbers = self._numbers(row, table["timestamp"]) if timed else np.arange(row["length"])
+        if self._shares_files:  # the frames of the next episode follow in the same file
             begin, end = (_entry(row, f"videos/{key}/{name}_timestamp") for name in ("from", "to"))
             first, found = round(begin * self.fps), round((end - begin) * self.fps)
             if found < row["length"]:
                 raise ValueError(f"{row['length']} frames announced, {found} found in {str(self._path(row, key))!r}.")
-        last = not shared and part.stop == row["length"]
-        count = part.stop - part.start
-        return read_frames(self._file(row, key), first + part.start, count, self.fps, whole=last)
-
-    def _matrix(self, row: dict[str, Any], key: str, column: pa.ChunkedArray, dtype: str = "float32") -> np.ndarray:
-        """A column of numbers, or of lists as long as `info.json` says, as (T, D)."""
-        array = column.combine_chunks()
-        if pa.types.is_nested(array.type):
-            width, widths = self.info["features"][key]["shape"][0], pc.unique(pc.list_value_length(array)).to_pylist()
-            if widths != [width]:
+            if found <= numbers[-1]:
                 raise ValueError(
-                    f"{str(self._path(row))!r}: {key!r} must be {width} numbers in every row, got {widths}."
+                    f"the timestamp of the last frame in {str(self._path(row))!r} is {numbers[-1] / self.fps:g} s, but the episode "
+                    f"has only {found / self.fps:g} s in {str(self._path(row, key))!r}."
                 )
-            array = array.flatten()
-        return array.to_numpy(zero_copy_only=False).astype(dtype).reshape(len(column), -1)
+        ends = not self._shares_files and not timed and part.stop == row["length"]
+        return read_numbered_frames(path, (first + numbers[part]).tolist(), self.fps, whole=ends)
 
-    def _rows(self, row: dict[str, Any], columns: list[str]) -> pa.Table:
-        """Columns of one episode from its parquet file; the columns of the last file are kept, for the next episode."""
+    def _numbers(self, row: dict[str, Any], column: pa.ChunkedArray) -> np.ndarray:
+        """Frame numbers (T,) of an episode's rows by their timestamps; rows of idle frames may have been removed."""
+        path, key = str(self._path(row)), "timestamp"
+        times = np.asarray(column.combine_chunks().to_numpy(zero_copy_only=False), dtype=object).astype(np.float64)
+        if times.ndim != 1 or not np.isfinite(times).all():
+            raise ValueError(f"{path!r}: {key!r} must be a finite number of seconds in every row.")
+        numbers = np.rint(times * self.fps)
+        tolerance = GRID_TOLERANCE + self.fps * np.spacing(np.abs(times).astype(np.float32))
+        off = np.abs(times * self.fps - numbers) > tolerance
+        if off.any() or numbers[0] < 0:
+            frame = int(np.argmax(off))
+            raise ValueError(
+                f"{path!r}: {key!r} of row {frame} is {times[frame]:g} s, which is not a frame of {self.fps:g} frames/s: correct "
+                "'fps' in 'meta/info.json', or resample the recording."
+            )
+        if (np.diff(numbers) <= 0).any():
+            frame = int(np.argmax(np.diff(numbers) <= 0)) + 1
+            raise ValueError(f"{path!r}: {key!r} must increase, got {times[frame]:g} s after {times[frame - 1]:g} s.")
+        return numbers.astype(np.int64)
+
+    def _picture(self, row: dict[str, Any], key: str, frame: int, picture: dict[str, Any] | None) -> np.ndarray:
+        """Decode a picture that is in the table, or a file in the folder."""
+        if not (picture and (picture.get("bytes") or picture.get("path"))):
+            raise ValueError(f"{str(self._path(row))!r} has no picture {key!r} at frame {frame}.")
+        source: Any = io.BytesIO(picture["bytes"]) if picture.get("bytes") else self.root / picture["path"]
+        return read_picture(source, f"{key!r} at frame {frame} in {str(self._path(row))!r}")
+
+    def _matrix(self, row: dict[str, Any], key: str, column: pa.ChunkedArray) -> np.ndarray:
+        """Convert a column to finite numbers (T, D), float32."""
+        return finite_vector(self._values(row, key, column), key, str(self._path(row)))
+
+    def _values(self, row: dict[str, Any], key: str, column: pa.ChunkedArray) -> np.ndarray:
+        """Convert a column of numbers, or of lists as long as `info.json` says, to (T, D)."""
+        array, path = column.combine_chunks(), str(self._path(row))
+        if pa.types.is_nested(array.type):
+            width, widths = self._width(key), pc.unique(pc.list_value_length(array)).to_pylist()
+            if widths != [width]:
+                raise ValueError(f"{path!r}: {key!r} must be {width} numbers in every row, got {widths}.")
+            array = array.flatten()
+        return array.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+
+    def _table(self, row: dict[str, Any]) -> pa.Table:
+        """Vectors and timestamps of one episode; the last table is kept for the next episode in its file."""
         path = self._path(row)
-        key = (path, *columns)
-        kept = self.__dict__.setdefault("_kept", {})
-        if key not in kept:
-            for other in [other for other in kept if other[0] != path]:
-                del kept[other]
-            kept[key] = _read_table(self._file(row), columns=[*columns, "episode_index"])
-        table = kept[key]
+        kept = self.__dict__.get("_kept")
+        if kept is None or kept[0] != path:
+            file = self._file(row)
+            columns = dict.fromkeys([*self.action_column, *self._states, "episode_index"])
+            if "timestamp" in parquet_columns(file):
+                columns["timestamp"] = None
+            kept = path, read_parquet(file, list(columns))
+            self.__dict__["_kept"] = kept
+        table = kept[1]
         return table.filter(pc.equal(table["episode_index"], row["episode_index"]))
 
     def _path(self, row: dict[str, Any], camera: str | None = None) -> Path:
-        """The parquet file of an episode, or the video of a camera."""
-        if self.info["codebase_version"] == VERSION:
+        """Path of an episode's Parquet file, or of a camera's video."""
+        if self._shares_files:
             folder = "data" if camera is None else f"videos/{camera}"
             place = {name: int(_entry(row, f"{folder}/{name}")) for name in ("chunk_index", "file_index")}
         else:
             number = row["episode_index"]
             place = {"episode_chunk": number // self.info["chunks_size"], "episode_index": number}
-        template = self.info["data_path" if camera is None else "video_path"]
-        return self.root / template.format(video_key=camera, **place)
+        entry = "data_path" if camera is None else "video_path"
+        try:
+            return self.root / str(self.info[entry]).format(video_key=camera, **place)
+        except (KeyError, IndexError) as error:
+            raise ValueError(f"{str(self._info_path)!r}: {entry!r} has the unknown field {error}.") from error
 
     def _file(self, row: dict[str, Any], camera: str | None = None) -> Path:
-        """The same on this disk, downloaded if it is not here."""
+        """Local path of the same file, downloaded if necessary."""
         path = self._path(row, camera)
         if self.remote is None:
             return path
@@ -322,23 +434,7 @@ class LeRobotFolder(InOrder):
 
 
 def _entry(row: dict[str, Any], name: str) -> Any:
-    """What `meta/episodes` says of an episode, which some broken ones lack."""
+    """Entry of an episode in `meta/episodes`."""
     if row.get(name) is None:
         raise ValueError(f"{name!r} is missing in 'meta/episodes'.")
     return row[name]
-
-
-def _read_table(path: Path, **options: Any) -> pa.Table:
-    try:
-        return pq.read_table(path, **options)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"cannot read {str(path)!r}: {error}") from error
-
-
-def _decode_image(picture: dict[str, Any], root: Path) -> np.ndarray:
-    source: Any = io.BytesIO(picture["bytes"]) if picture.get("bytes") else root / picture["path"]
-    try:
-        with PIL.Image.open(source) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"cannot read picture {picture.get('path')!r}: {error}") from error

@@ -9,7 +9,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
@@ -154,7 +156,7 @@ def _write_files(
                 on_episode(number, None)
         else:
             place = {"first_episode": episodes, "first_frame": frames}
-            write_file(root, file_index, read(numbers), fps=source.fps, camera=regions, tasks=tasks, **place)
+            write_file(root, file_index, read(numbers), fps=source.fps or 0.0, camera=regions, tasks=tasks, **place)
             if not is_written(root, file_index):  # all its episodes are broken
                 continue
         path = root / EPISODES_PATH.format(chunk_index=0, file_index=file_index)
@@ -179,13 +181,13 @@ def _read_episode(source: EpisodeSource, number: int, frame_size: tuple[int, int
 def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, int]) -> str | Regions:
     """The feature keys of the single cameras and where their pictures are in the frames of a source."""
     names = [name for row in source.cameras for name in row]
-    single = _untiled(source)
+    single: Any = _untiled(source)
     if len(names) == 1 or single is None:
         return camera
     sizes = {}
     for name in names:
-        view = dataclasses.replace(single, cameras=((name,),))
-        sizes[name] = first_readable(view, lambda number, view=view: view.window(number, 0, 1)).frames.shape[1:3]
+        view: Any = dataclasses.replace(single, cameras=((name,),))
+        sizes[name] = first_readable(view, partial(view.window, start=0, length=1)).frames.shape[1:3]
     regions = tile_regions(source.cameras, sizes)
     if frame_size != tuple(max(region[axis].stop for region in regions.values()) for axis in (0, 1)):
         raise ValueError(
@@ -201,8 +203,8 @@ def _untiled(source: EpisodeSource) -> EpisodeSource | None:
     """The source whose `cameras` can be replaced by one of them; None if frames are resized after they are tiled."""
     if isinstance(source, PreparedEpisodes):
         return None if source.frame_size is not None else _untiled(source.source)
-    fields = dataclasses.fields(source) if dataclasses.is_dataclass(source) else ()
-    return source if any(field.name == "cameras" for field in fields) else None
+    names: list[str] = [entry.name for entry in dataclasses.fields(source)] if dataclasses.is_dataclass(source) else []
+    return source if "cameras" in names else None
 
 
 def _units(derivation: str, width: int) -> list[str | None] | None:

@@ -1,8 +1,10 @@
-"""Data sets of the `datasets` library: a row an episode, with a video or pictures and a table of actions."""
+"""Read tables of the `datasets` library: one row per episode, with videos or pictures, actions and states."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -10,27 +12,32 @@ from typing import Any, BinaryIO
 
 import fsspec
 import numpy as np
-import PIL.Image
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from .columns import choose_action_columns, finite_vector
+from .content_hash import media_stamp, table_hash
 from .episode import Episode, InOrder, camera_layout, tile, window_slice
+from .pictures import read_picture
 from .video import count_frames, read_frames, read_video
 
 
 @dataclass(frozen=True)
 class TableEpisodes(InOrder):
-    """A `datasets.Dataset` whose rows are episodes, or a `datasets.IterableDataset`.
+    """A `datasets.Dataset` or `datasets.IterableDataset` of episodes.
 
-    A camera is a column of the type Video, or a list of pictures; videos are decoded here and need no torchcodec. Actions
-    have as many rows as frames, or one fewer.
+    A camera is a column of type Video, or a list of pictures. Videos are decoded without torchcodec. There are as many actions as
+    frames, or one fewer.
 
     Args:
-        dataset: The data set.
-        cameras: Column of the camera, several that are stacked, or rows of them.
-        action_column: Column of actions, (T, A) or (T - 1, A).
+        dataset: The table.
+        cameras: Column of the camera, several that are stacked, or rows of them. After construction the layout.
+        action_column: Column of actions, (T, A) or (T - 1, A), or several that are concatenated; None takes `actions`, or the only
+            column with a similar name. After construction a tuple.
         state_columns: Columns of states, (T, S).
-        fps: Frames a second.
-        length: Number of rows of an `IterableDataset`, which are quick to read in order.
-        origin: What tells the rows of an `IterableDataset` from others, a name and a commit for example.
+        fps: Frames per second.
+        length: Number of rows of an `IterableDataset`, which is fast to read only in order.
+        origin: Text that identifies the rows of an `IterableDataset`, for example a name and a commit.
 
     Raises:
         ValueError: If a column does not exist, or the length of an `IterableDataset` is missing.
@@ -38,51 +45,71 @@ class TableEpisodes(InOrder):
 
     dataset: Any
     cameras: Any = "video"
-    action_column: str = "actions"
+    action_column: Any = None
     state_columns: Sequence[str] = ()
     fps: float | None = None
     length: int | None = None
     origin: str | None = None
 
     def __post_init__(self) -> None:
-        import datasets
-
         dataset, layout = self.dataset, camera_layout(self.cameras)
         if self._streams and (self.length is None or self.origin is None):
             raise ValueError(f"`length` and `origin` must be given for {self.name!r}, whose rows are streamed.")
-        if dataset.column_names is None:  # a stream whose first rows tell
+        if dataset.column_names is None:  # a stream without a description
             dataset = dataset._resolve_features()
-        columns = [*(name for row in layout for name in row), self.action_column, *self.state_columns]
-        for column in columns:
-            if column not in dataset.column_names:
+        names, known = [name for row in layout for name in row], dataset.column_names
+        for column in (*names, *self.state_columns):
+            if column not in known:
                 raise ValueError(
-                    f"column {column!r} does not exist in {self.name!r}; it has {dataset.column_names}: name others "
-                    "with --cameras, --action_column or --state_columns."
+                    f"column {column!r} does not exist in {self.name!r}; it has {known}: name others with --cameras, "
+                    "--action-column or --state-columns."
                 )
-        dataset = dataset.select_columns(columns)
-        for name in [name for row in layout for name in row]:
-            feature = dataset.features[name]
-            if isinstance(feature, datasets.Video):
-                dataset = dataset.cast_column(name, datasets.Video(decode=False))
-            elif isinstance(getattr(feature, "feature", None), datasets.Image):
-                if self._streams:  # else the cast would write all pictures anew
-                    dataset = dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
-            else:
-                raise ValueError(
-                    f"column {name!r} of {self.name!r} must hold a video or a list of images, got {feature}."
-                )
+        actions = self.action_column or ("actions" if "actions" in known else None)
+        others = [column for column in known if column not in (*names, *self.state_columns)]
+        columns = choose_action_columns(actions, known if actions else others, self.name)
+        object.__setattr__(self, "action_column", columns)
+        dataset = dataset.select_columns(list(dict.fromkeys((*names, *self.action_column, *self.state_columns))))
+        for name in names:
+            dataset = self._undecoded(dataset, name)
         object.__setattr__(self, "dataset", dataset)
         object.__setattr__(self, "cameras", layout)
 
+    def _undecoded(self, dataset: Any, name: str) -> Any:
+        """The table with a column of videos or pictures that are not decoded when a row is read."""
+        import datasets
+
+        feature = dataset.features[name]
+        if isinstance(feature, datasets.Video):
+            return dataset.cast_column(name, datasets.Video(decode=False))
+        if not isinstance(getattr(feature, "feature", None), datasets.Image):
+            raise ValueError(f"column {name!r} of {self.name!r} must hold a video or a list of images, got {feature}.")
+        if self._streams:  # in other tables the cast would rewrite all pictures
+            return dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
+        return dataset
+
     @property
     def name(self) -> str:
-        """The data set's name, or what tells it from others."""
+        """The name of the table, or its fingerprint."""
         return self.dataset.info.dataset_name or self._fingerprint
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The library's own fingerprint of the data, or their origin, and the columns."""
-        return {"fingerprint": self._fingerprint, "cameras": self.cameras, "action": self.action_column}
+        """The columns with a hash of the actions and states and of the stamps of videos and pictures, or the origin."""
+        columns = {"cameras": self.cameras, "action": self.action_column, "states": list(self.state_columns)}
+        content = {} if self._streams else {"content": self._content_hash()}
+        return {"fingerprint": self._fingerprint, **columns, **content}
+
+    def _content_hash(self) -> str:
+        digest, names = hashlib.sha256(), [name for row in self.cameras for name in row]
+        vectors = self._rows.select_columns(list(dict.fromkeys((*self.action_column, *self.state_columns))))
+        for batch in vectors.iter(1000):
+            digest.update(table_hash(batch).encode())
+        for batch in self._rows.select_columns(names).iter(1000):
+            paths = [path for name in names for path in _outside_files(batch[name])]
+            digest.update(json.dumps([media_stamp(path) or path for path in paths]).encode())
+        for file in self.dataset.cache_files:  # pictures inside the table
+            digest.update(json.dumps(media_stamp(file["filename"], modified=False)).encode())
+        return digest.hexdigest()
 
     @property
     def _streams(self) -> bool:
@@ -104,23 +131,32 @@ class TableEpisodes(InOrder):
         return len(self.dataset) if self.length is None else self.length
 
     def __getitem__(self, number: int) -> Episode:
-        """One episode.
+        """Read one episode.
 
         Raises:
-            ValueError: If a video is unreadable, or frames and actions disagree.
+            ValueError: If a video is unreadable, a number is not finite, or the numbers of frames and actions disagree.
         """
         return self._read(number, None)
 
     def window(self, number: int, start: int, length: int) -> Episode:
-        """Frames of an episode from frame `start` on, with what goes with them; no others are decoded in vain.
+        """Read a part of an episode; other frames are not decoded without need.
+
+        Args:
+            number: Number of the episode.
+            start: First frame.
+            length: Number of frames.
 
         Raises:
-            ValueError: As for the episode, or if the window does not lie within it.
+            ValueError: As `__getitem__`, or if the window exceeds the episode.
         """
         return self._read(number, (start, length))
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
-        """`action` and states of one episode."""
+        """Read `action` and the states of one episode, each (T, D), float32.
+
+        Raises:
+            ValueError: If their numbers of rows disagree, or a number is missing or not finite.
+        """
         row = self._row(number)
         try:
             return self._vectors(row, _length(row[self.cameras[0][0]]))
@@ -128,7 +164,7 @@ class TableEpisodes(InOrder):
             raise ValueError(f"episode {number} of {self.name!r}: {error}") from error
 
     def component_names(self, key: str) -> list[str] | None:
-        """None: such a data set names no components."""
+        """None: tables do not name components."""
         return None
 
     def _row(self, number: int) -> dict[str, Any]:
@@ -152,22 +188,34 @@ class TableEpisodes(InOrder):
         return Episode(frames, vectors.pop("action"), vectors)
 
     def _vectors(self, row: dict[str, Any], length: int) -> dict[str, np.ndarray]:
-        actions = np.asarray(row[self.action_column], dtype=np.float32)
-        if actions.ndim != 2 or not np.isfinite(actions).all():
-            raise ValueError(f"actions must be finite and (n, A), got shape {actions.shape}.")
-        if len(actions) == length - 1:
-            actions = np.concatenate([actions, actions[-1:]])  # leads out of the episode: never used
-        if len(actions) != length:
-            raise ValueError(f"{length} frames want {length} actions, or one fewer, got {len(actions)}.")
-        states = {key: np.asarray(row[key], dtype=np.float32) for key in self.state_columns}
+        """Check the actions and states of a row; after the last frame, the last action is repeated if none is recorded."""
+        parts = []
+        for key in self.action_column:
+            part = _matrix(row[key], key)
+            if len(part) == length - 1:
+                part = np.concatenate([part, part[-1:]])  # leads out of the episode: never used
+            if len(part) != length:
+                raise ValueError(f"{length} frames want {length} actions, or one fewer, got {len(part)} in {key!r}.")
+            parts.append(part)
+        states = {key: _matrix(row[key], key) for key in self.state_columns}
         for key, value in states.items():
-            if value.ndim != 2 or len(value) != length:
+            if len(value) != length:
                 raise ValueError(f"{length} frames want states ({length}, S), got {value.shape} in column {key!r}.")
-        return {"action": actions} | states
+        return {"action": np.concatenate(parts, axis=1)} | states
+
+
+def _matrix(values: Any, key: str) -> np.ndarray:
+    """Numbers (T, D), or (T,) as (T, 1), float32."""
+    if values is None:
+        raise ValueError(f"column {key!r} is empty.")
+    matrix = finite_vector(values, key)
+    if matrix.ndim not in (1, 2):
+        raise ValueError(f"column {key!r} must hold one vector per frame, got shape {matrix.shape}.")
+    return matrix.reshape(len(matrix), -1) if len(matrix) else np.zeros((0, 1), np.float32)
 
 
 class _StreamedRows:
-    """Rows of a `datasets.IterableDataset` by number: reads on where it can, and begins anew where it must go back."""
+    """Numbered rows of a `datasets.IterableDataset`: continues reading, or restarts to read an earlier row."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -189,7 +237,7 @@ class _StreamedRows:
 
 
 def _content(value: dict[str, Any]) -> BinaryIO | str:
-    """The file of a video or a picture: in the table, on this disk, or elsewhere."""
+    """File of a video or a picture: in the table, local or remote."""
     if value.get("bytes"):
         return io.BytesIO(value["bytes"])
     if "://" not in value["path"]:
@@ -197,7 +245,7 @@ def _content(value: dict[str, Any]) -> BinaryIO | str:
     return io.BytesIO(_download(value["path"]))
 
 
-@lru_cache(maxsize=4)  # an episode's cameras, which are read more than once
+@lru_cache(maxsize=4)  # the cameras of an episode are read more than once
 def _download(path: str) -> bytes:
     try:
         with fsspec.open(path, "rb") as file:
@@ -212,20 +260,26 @@ def _length(value: Any) -> int:
 
 
 def _frames(value: Any, part: slice, total: int | None) -> np.ndarray:
-    """Frames of a video or a list of pictures; all, or a part of so many."""
+    """Decode a part of a video or a list of pictures.
+
+    Args:
+        value: The video or the pictures.
+        part: The frames to decode.
+        total: Number of all frames; None to decode all.
+    """
     if isinstance(value, dict):
         if total is None:
             return read_video(_content(value))
         return read_frames(_content(value), part.start, part.stop - part.start, whole=part.stop == total)
     if not value or not all(isinstance(picture, dict) for picture in value):
-        raise ValueError("a picture is missing, or all are.")
-    return np.stack([_decode_picture(picture) for picture in value[part]])
+        raise ValueError("a picture is missing, or there are none.")
+    return np.stack([read_picture(_content(picture), repr(picture.get("path"))) for picture in value[part]])
 
 
-def _decode_picture(picture: dict[str, Any]) -> np.ndarray:
-    content = _content(picture)
-    try:
-        with PIL.Image.open(content) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"cannot read picture {picture.get('path')!r}: {error}") from error
+def _outside_files(column: pa.ChunkedArray) -> list[str]:
+    """Paths of the videos or pictures of a column that are not inside the table."""
+    array = column.combine_chunks()
+    while pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        array = array.flatten()
+    inside, paths = pc.is_valid(pc.struct_field(array, "bytes")), pc.struct_field(array, "path")
+    return paths.filter(pc.and_(pc.is_valid(paths), pc.invert(inside))).to_pylist()

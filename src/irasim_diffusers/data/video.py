@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from fractions import Fraction
 from itertools import chain, islice
@@ -85,7 +85,8 @@ def read_numbered_frames(
             following = wanted[len(frames)] if len(frames) < len(wanted) else None
             if following is None:
                 raise ValueError(f"{str(path)!r} continues after the {len(wanted)} frames of its episode.")
-            if number < following - 0.5:
+            gap = not frames or following - wanted[len(frames) - 1] > 1
+            if gap and number < following - 0.5:
                 _undamaged(frame, path)  # later frames are predicted from it
                 continue
             if not abs(number - following) <= 0.5:
@@ -175,13 +176,14 @@ def _timestamps(container: Any, stream: Any) -> Iterator[int | None]:
     return (packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard)
 
 
-def _numbered_frames(path: VideoFile, start: int, fps: float | None) -> Iterator[tuple[float, Any]]:
+def _numbered_frames(path: VideoFile, start: int, fps: float | None) -> Generator[tuple[float, Any], None, None]:
     """Yield decoded frames with their numbers, from a keyframe at or before number `start`."""
     with _open(path) as (container, stream):
         times = list(islice(_timestamps(container, stream), None if fps is None else 16))
         reordered = container.format.name == "avi" and stream.codec_context.has_b_frames  # AVI has only decoding times
-        if not reordered and None not in times:
-            yield from _from_keyframe(container, stream, start, fps, times)
+        known = [time for time in times if time is not None]
+        if not reordered and len(known) == len(times):
+            yield from _from_keyframe(container, stream, start, fps, known)
             return
     with _open(path) as (container, stream):  # without presentation times, as in raw H.264, the decoder's order counts
         yield from enumerate(container.decode(stream))

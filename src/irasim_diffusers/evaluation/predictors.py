@@ -146,8 +146,24 @@ class WorldModelPredictor:
                     f"{name} of {dataset.name!r} must be {wanted} as the model's, got {found}: see {flags}."
                 )
 
+    def check_clip(self, clip: ClipData) -> None:
+        """Check that the model can predict a clip.
+
+        Raises:
+            ValueError: If frames have another size than the model's and `resize` is False, or actions are invalid.
+        """
+        size, found = tuple(self.model.frame_size), clip.frames.shape[1:3]
+        if found != size and not self.resize:
+            raise ValueError(
+                f"frames must be {size[0]}x{size[1]} (height x width) as the model's, got {found[0]}x{found[1]}: pass "
+                "resize=True (--resize on the command line) to resize them."
+            )
+        self.model.action_space.prepare(clip.actions)
+
     def predict(self, clips: Sequence[ClipData]) -> list[Prediction]:
         """Predict the future frames of clips of equal length."""
+        for clip in clips:
+            self.check_clip(clip)
         histories = np.stack([self.history(clip) for clip in clips])
         actions = np.stack([clip.actions for clip in clips])
         latents = self._roll(histories, actions, [self.seed + clip.number for clip in clips])
@@ -182,11 +198,6 @@ class WorldModelPredictor:
         """Predict latents (B, C, n, h, w) for histories (B or 1, h, H, W, 3), uint8, and actions (B, n, A)."""
         pixels = torch.from_numpy(np.ascontiguousarray(histories)).permute(0, 1, 4, 2, 3).float() / 255
         size = tuple(self.model.frame_size)
-        if tuple(pixels.shape[-2:]) != size and not self.resize:
-            raise ValueError(
-                f"frames must be {size[0]}x{size[1]} (height x width) as the model's, got {pixels.shape[-2]}x"
-                f"{pixels.shape[-1]}: pass resize=True (--resize on the command line) to resize them."
-            )
         pixels = resize(pixels, size).clamp(0, 1)
         space = self.model.action_space
         given = space.prepare(actions)

@@ -100,10 +100,12 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
         evaluation.dataset, evaluation.protocol, evaluation.num_clips, broken if evaluation.skip_broken else None
     )
     setting = _setting(evaluation, len(clips))
+    reader = ClipReader(evaluation.dataset, clips)
+    if not evaluation.skip_broken:
+        _check_clip(evaluation, reader(0))
     if state.is_main_process:
         _claim(output, setting, clips)
     state.wait_for_everyone()
-    reader = ClipReader(evaluation.dataset, clips)
     _score(evaluation, reader)
     state.wait_for_everyone()
     figures = [_read_json(_figures(output, clip)) for clip in clips]
@@ -143,6 +145,13 @@ def _check(evaluation: Evaluation) -> None:
         raise ValueError(
             f"FID and FVD require clips of equal length, which {evaluation.protocol.name} does not have: leave them out."
         )
+
+
+def _check_clip(evaluation: Evaluation, data: ClipData) -> None:
+    """Check the first clip before anything is written or a progress bar appears."""
+    _check_size(evaluation.protocol, data.frames)
+    if isinstance(evaluation.predictor, WorldModelPredictor):
+        evaluation.predictor.check_clip(data)
 
 
 def _setting(evaluation: Evaluation, num_clips: int) -> dict[str, Any]:

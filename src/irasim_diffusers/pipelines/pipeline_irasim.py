@@ -358,7 +358,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         """
         schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # depends on the timesteps
-        self._guidance_scale = self._guidance_scale if guidance_scale is None else guidance_scale
+        if guidance_scale is not None:
+            self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
         step_arguments = schedulers.step_arguments(self.scheduler, generator=generator, eta=eta)
         self.transformer._reset_stateful_cache()  # a cache may hold the state of the previous window

@@ -39,13 +39,16 @@ def exchange(scheduler: Any, kind: str | type[SchedulerMixin], config: Any, **ch
         raise ValueError(
             f"`scheduler` must be a scheduler class of diffusers or its name, such as 'DDIMScheduler', got {kind!r}."
         )
+    scheduler_class: Any = found
     settings: dict[str, Any] = {}
     is_other = not isinstance(scheduler, found)
     if config.prediction_type == "sample" and (is_other or found.__name__ in WITHOUT_SAMPLE):
         settings["prediction_type"] = "v_prediction"  # supported by all schedulers; the pipeline converts samples
-    if is_other and "clip_sample" in inspect.signature(found.__init__).parameters:  # absent from the config of PNDM
+    if (
+        is_other and "clip_sample" in inspect.signature(scheduler_class.__init__).parameters
+    ):  # absent from the config of PNDM
         settings["clip_sample"] = False
-    new = found.from_config(scheduler.config, **settings | changes)
+    new = scheduler_class.from_config(scheduler.config, **settings | changes)
     check_scheduler(new, config)
     return new
 

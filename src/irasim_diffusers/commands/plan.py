@@ -1,0 +1,176 @@
+"""`irasim plan`: choose actions that lead to a goal, by predicting their futures."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .files import check_output, read_frames
+from .sampling import add_history_flags, add_sampling_flags, history_length, load_pipeline
+
+if TYPE_CHECKING:
+    import torch
+
+    from .. import IRASimPipeline
+    from ..planning import Plan
+
+PLANNERS = ("cem", "mppi", "gradient", "lines")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `plan` to the subparsers of `irasim`."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="choose actions that lead to a goal image",
+        description="Choose actions by predicting their futures: the last predicted frame must be similar to the goal image, or "
+        "have a high reward. Writes the actions, and a video and a strip of the predicted frames.",
+    )
+    parser.set_defaults(run=run)
+    add_history_flags(parser)
+    add_sampling_flags(parser, dtype="float32")
+    add = parser.add_argument
+    add("--goal", type=Path, help="goal image, or video whose last frame is the goal")
+    add("--encoder", help="vision model of transformers, folder or Hub id: compare its features instead of pixels")
+    add("--reward", help="folder or Hub id of a FrameRegressor, instead of --goal")
+    add("--planner", choices=PLANNERS, default="cem", help="lines: the paper's (default: %(default)s)")
+    add("--position", help="action that holds the current position, such as 256,400; needed for absolute targets")
+    add("--horizon", type=int, default=15, help="number of actions (default: %(default)s)")
+    add("--candidates", type=int, default=50, help="action sequences per iteration (default: %(default)s)")
+    add("--iterations", type=int, default=5, help="iterations of cem, mppi and gradient (default: %(default)s)")
+    add("--std", type=float, default=1.0, help="spread of cem and mppi in normalised units (default: %(default)s)")
+    add("--knots", type=int, help="time points between which offsets of cem and mppi are interpolated (default: all)")
+    add("--radius", type=float, help="length of lines, in the units of the actions")
+    add("--batch-size", type=int, default=64, help="candidates that are predicted together (default: %(default)s)")
+    add("--output", type=Path, default=Path("irasim-plan.mp4"), help="mp4 to write, with .csv actions and .png strip")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check the input, plan, and write the actions, the video and the strip."""
+    start = time.perf_counter()
+    for suffix in (".mp4", ".csv", ".png"):
+        check_output(arguments.output if suffix == ".mp4" else arguments.output.with_suffix(suffix), suffix)
+    if arguments.frames is None:
+        raise ValueError(
+            "--frames is required: the image, or a video of the history frames, from which the plan starts."
+        )
+    if (arguments.goal is None) == (arguments.reward is None):
+        raise ValueError("Pass either --goal or --reward: what the plan should reach.")
+    if arguments.encoder is not None and arguments.goal is None:
+        raise ValueError("--encoder needs --goal: it compares features of the goal image.")
+    planner = _planner(arguments)
+    video = read_frames(arguments.frames)
+    goal = None if arguments.goal is None else read_frames(arguments.goal, "--goal")[-1]
+    pipeline = load_pipeline(arguments)
+    history = video[: history_length(arguments, pipeline, len(video))]
+    objective, goal = _objective(arguments, goal, pipeline)
+    init = _initial(arguments, pipeline)
+    loaded = time.perf_counter()
+    plan = planner(pipeline, pipeline.start(history, [arguments.seed], arguments.resize), objective, init)
+    seconds = time.perf_counter() - loaded
+    _write(arguments.output, plan, goal, pipeline)
+    count = len(plan.candidates)
+    print(f"score {plan.score:.4f}, best of {count} candidates of {len(plan.actions)} actions in {seconds:.1f} s")
+    print(f"wrote {', '.join(str(arguments.output.with_suffix(suffix)) for suffix in ('.mp4', '.csv', '.png'))}")
+    print(f"{time.perf_counter() - start:.1f} s with loading")
+
+
+def _planner(arguments: argparse.Namespace) -> Any:
+    from ..planning import CEM, MPPI, Gradient, Rank, Scoring
+
+    sampling = {} if arguments.steps is None else {"num_inference_steps": arguments.steps}
+    scoring = Scoring(batch_size=arguments.batch_size, sampling=sampling)
+    common = {"horizon": arguments.horizon, "num_iterations": arguments.iterations, "scoring": scoring}
+    search = {"num_candidates": arguments.candidates, "std": arguments.std, "num_knots": arguments.knots}
+    search |= {"seed": arguments.seed}
+    if arguments.planner == "cem":
+        elites = max(1, arguments.candidates // 8)
+        return CEM(**common, **search, num_elites=elites, min_std=min(0.02, max(arguments.std, 0.0)))
+    if arguments.planner == "mppi":
+        return MPPI(**common, **search)
+    if arguments.planner == "gradient":
+        return Gradient(**common)
+    if arguments.radius is None:
+        raise ValueError("--planner lines needs --radius: the length of the lines, in the units of the actions.")
+    return Rank(scoring=scoring)
+
+
+def _objective(
+    arguments: argparse.Namespace, goal: np.ndarray | None, pipeline: IRASimPipeline
+) -> tuple[Any, np.ndarray | None]:
+    """The objective, and the goal image (H, W, 3) in the model's size."""
+    import PIL.Image
+
+    from ..rewards import FrameRegressor, GoalImage, pretrained_encoder
+
+    if goal is None:
+        try:
+            return FrameRegressor.from_pretrained(arguments.reward).eval().to(pipeline.device), None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--reward must be a FrameRegressor, got {arguments.reward!r}: {error}") from error
+    height, width = pipeline.frame_size
+    if arguments.resize and goal.shape[:2] != (height, width):
+        goal = np.asarray(PIL.Image.fromarray(goal).resize((width, height), PIL.Image.Resampling.BILINEAR))
+    if goal.shape[:2] != (height, width):
+        raise ValueError(
+            f"--goal must be {height}x{width} (height x width) for this model, got {goal.shape[0]}x{goal.shape[1]}: pass "
+            "--resize to resize it."
+        )
+    encoder = None
+    if arguments.encoder is not None:
+        try:
+            encoder = pretrained_encoder(arguments.encoder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--encoder must be a vision model, got {arguments.encoder!r}: {error}") from error
+    return GoalImage(goal, encoder), goal
+
+
+def _initial(arguments: argparse.Namespace, pipeline: IRASimPipeline) -> torch.Tensor | None:
+    """The plans from which the planner starts; None for no motion."""
+    import torch
+
+    from ..planning import straight_lines
+
+    space, position = pipeline.action_space, None
+    if arguments.position is not None:
+        try:
+            position = torch.tensor([float(value) for value in arguments.position.split(",")])
+            position = space.prepare(position[None])[0, 0]
+        except ValueError as error:
+            raise ValueError(
+                f"--position must be {len(space)} numbers separated by commas, got {arguments.position!r}: {error}"
+            ) from error
+    elif space.has_targets:
+        raise ValueError("--position is required for absolute targets: the current position, such as 256,400.")
+    if arguments.planner == "lines":
+        candidates = arguments.candidates
+        return straight_lines(
+            space, arguments.horizon, arguments.radius, candidates, position, range(min(2, len(space))), arguments.seed
+        )
+    return None if position is None else space.hold(position).repeat(arguments.horizon, 1)
+
+
+def _write(path: Path, plan: Plan, goal: np.ndarray | None, pipeline: IRASimPipeline) -> None:
+    """Write the actions, the strip, and the video with the goal next to the plan."""
+    from ..data import write_video
+    from ..files import temporary_path
+    from ..pictures import film_strip
+
+    predicted = plan.frames()
+    seen = pipeline.decode(plan.state.latents)[0]
+    frames = [(part.movedim(1, -1) * 255).round().byte().cpu().numpy() for part in (seen, predicted)]
+    rows = {"plan": np.concatenate(frames)}
+    if goal is not None:
+        rows["goal"] = np.broadcast_to(goal, rows["plan"].shape)
+    scale = max(1, 288 // goal.shape[0]) if goal is not None else max(1, 288 // predicted.shape[-2])
+    large = [video.repeat(scale, axis=1).repeat(scale, axis=2) for video in rows.values()]
+    strip = film_strip(rows, len(frames[0]))
+    with temporary_path(path.with_suffix(".csv")) as table, temporary_path(path.with_suffix(".png")) as picture:
+        with table.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([pipeline.action_space.names, *plan.actions.tolist()])
+        strip.save(picture)
+        write_video(path, np.concatenate(large, axis=2), pipeline.fps or 10.0)

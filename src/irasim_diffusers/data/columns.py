@@ -1,0 +1,97 @@
+"""Choose and check the columns of actions and states."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+ACTION_NAME = re.compile(r"actions?([._/].+)?")
+"""Names under which recordings store actions; flags such as `action_is_pad` are excluded."""
+PADDING_NAME = re.compile(r".*(is_pad|pad_mask|mask)")
+
+
+def choose_action_columns(asked: str | Sequence[str] | None, columns: Sequence[str], name: str) -> tuple[str, ...]:
+    """Choose the columns of actions, which are concatenated in this order.
+
+    Args:
+        asked: The wanted columns; None or empty takes `action`, or the only column with a similar name.
+        columns: The columns of numbers that exist.
+        name: Name of the data set, for errors.
+
+    Raises:
+        ValueError: If a column does not exist, or none or several have the name of actions.
+    """
+    if asked:
+        chosen = (asked,) if isinstance(asked, str) else tuple(asked)
+        for column in chosen:
+            if column not in columns:
+                raise ValueError(
+                    f"`action_column` (--action-column) must be among {sorted(columns)} in {name!r}, got {column!r}."
+                )
+        return chosen
+    candidates = [key for key in columns if ACTION_NAME.fullmatch(key) and not PADDING_NAME.fullmatch(key)]
+    if "action" in candidates:
+        return ("action",)
+    if len(candidates) == 1:
+        return (candidates[0],)
+    found = f"the candidates are {candidates}" if candidates else f"no column of {list(columns)} is named so"
+    raise ValueError(
+        f"{name!r} has no column 'action', and {found}: name one or more, which are concatenated, with `action_column` "
+        "(--action-column)."
+    )
+
+
+def component_names_of(columns: Mapping[str, tuple[Any, int]]) -> list[str] | None:
+    """Join the component names of columns; a column without names gets `<column>.<index>`, None if no column has names.
+
+    Args:
+        columns: By column, its names in any form of LeRobot, and its width.
+    """
+    known = {column: _flat_names(names, width) for column, (names, width) in columns.items()}
+    if all(names is None for names in known.values()):
+        return None
+    return [
+        name
+        for column, names in known.items()
+        for name in names or [f"{column}.{index}" for index in range(columns[column][1])]
+    ]
+
+
+def _flat_names(names: Any, width: int) -> list[str] | None:
+    """Names of the components from a list, a list under a heading, or indices by name."""
+    if isinstance(names, Mapping):
+        values = list(names.values())
+        names = list(names) if all(isinstance(value, int) for value in values) else values[0]
+    if isinstance(names, list | tuple) and len(names) == 1 and isinstance(names[0], list | tuple):
+        names = names[0]
+    return [str(name) for name in names] if isinstance(names, list | tuple) and len(names) == width else None
+
+
+def finite_vector(values: Any, key: str, place: str = "") -> np.ndarray:
+    """Convert numbers (T, D) to float32.
+
+    Args:
+        values: The numbers; None counts as missing.
+        key: Name of the vector, for errors.
+        place: The file, for errors.
+
+    Raises:
+        ValueError: If a value is missing, is not a number, or is not finite in float32.
+    """
+    where = f"{place!r}: " if place else ""
+    try:
+        with np.errstate(over="ignore"):
+            result = np.asarray(values).astype(np.float32)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}{key!r} must be numbers in rows of one length: {error}.") from error
+    finite = np.isfinite(result).reshape(len(result), -1).all(axis=1)
+    if not finite.all():
+        frame = int(np.argmin(finite))
+        raise ValueError(
+            f"{where}{key!r} at frame {frame} is {np.asarray(values)[frame].tolist()}, but must be finite in float32: repair "
+            "the recording, or leave out the episode or the column."
+        )
+    return result

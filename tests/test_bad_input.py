@@ -1,0 +1,646 @@
+"""Bad input of every command of `irasim`: exit status 2, one line on stderr, and no file written."""
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import tiny_pipeline
+from safetensors.torch import load_file, save_file
+from test_conversion import latte_model, released_state
+
+from irasim_diffusers.cli import main
+from irasim_diffusers.data import write_video
+
+SIZES = ["num_attention_heads=2", "action_dim=3", "sample_height=4", "sample_width=6"]
+GOOD = {
+    "generate": {"--model": "model", "--frames": "frame.png", "--actions": "actions.npy", "--output": "new.mp4"},
+    "play": {"--model": "model", "--frames": "frame.png", "--script": "up*2 hold", "--output": "new.mp4"},
+    "convert": {
+        "--source": "latte",
+        "--checkpoint": "latte",
+        "--vae": "model:vae",
+        "--config": SIZES,
+        "--output": "new",
+    },
+    "data": {"--dataset": "data", "--split": "test", "--fps": "5", "--output": "new"},
+    "evaluate": {"--dataset": "data", "--model": "model", "--split": "test", "--output": "new", "--num-clips": "1"},
+}
+
+
+def command_line(command, change):
+    """Arguments of a command after a change of the good ones; None removes a flag, a list gives several values."""
+    arguments = [command]
+    for flag, value in (GOOD[command] | change).items():
+        if value is not None:
+            arguments += [flag, *(value if isinstance(value, list) else [value])]
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder with good and bad inputs; no test changes it."""
+    root = tmp_path_factory.mktemp("bad-input")
+    rng = np.random.default_rng(0)
+    tiny_pipeline(num_inference_steps=1).save_pretrained(root / "model")
+    write_models(root)
+    write_lora(root)
+    write_frames(root, rng)
+    write_actions(root, rng)
+    write_episodes(root, rng)
+    write_checkpoints(root)
+    (root / "full").mkdir()
+    (root / "full" / "notes.txt").write_text("mine", encoding="utf-8")
+    (root / "file").write_text("mine", encoding="utf-8")
+    (root / "empty").mkdir()
+    (root / "folder.mp4").mkdir()
+    os.symlink("loop", root / "loop")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Names that are no folder must not be searched on the Hub."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def write_models(root):
+    def copy(name):
+        return shutil.copytree(root / "model", root / name)
+
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    (copy("no-index") / "model_index.json").unlink()
+    (copy("list-index") / "model_index.json").write_text("[]", encoding="utf-8")
+    (copy("cut-index") / "model_index.json").write_text('{"_class_name": ', encoding="utf-8")
+    (copy("latin-index") / "model_index.json").write_bytes(b'{"_class_name": "\xe9"}')
+    shutil.rmtree(copy("no-vae") / "vae")
+    shutil.rmtree(copy("no-scheduler") / "scheduler")
+    (copy("no-weights") / weights).unlink()
+    (copy("no-config") / "transformer" / "config.json").unlink()
+    (copy("cut-config") / "transformer" / "config.json").write_text("{", encoding="utf-8")
+    cut = copy("cut-weights") / weights
+    cut.write_bytes(cut.read_bytes()[:1000])
+    (copy("empty-weights") / weights).write_bytes(b"")
+    (copy("text-weights") / weights).write_text("weights", encoding="utf-8")
+    tensors = load_file(root / "model" / weights)
+    key = next(iter(tensors))
+    for name, value in (("nan", float("nan")), ("infinite", float("inf"))):
+        copy(name)
+        bad = {**tensors, key: torch.full_like(tensors[key], value)}
+        save_file(bad, root / name / weights, metadata={"format": "pt"})
+    save_file(
+        {**tensors, key: tensors[key][..., :1].clone()}, copy("other-shape") / weights, metadata={"format": "pt"}
+    )
+    few = dict(list(tensors.items())[3:])
+    save_file(few, copy("missing-tensor") / weights, metadata={"format": "pt"})
+    for name, entries in (
+        ("other-size", {"num_layers": 1}),
+        ("word-size", {"num_attention_heads": "two"}),
+        ("negative-size", {"num_layers": -1}),
+        ("nan-scale", {"action_scale": [float("nan"), 1.0, 1.0]}),
+    ):
+        path = copy(name) / "transformer" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | entries), encoding="utf-8")
+    tiny_pipeline(num_inference_steps=1, cameras=[["left", "right"], ["top"]], sample_height=8).save_pretrained(
+        root / "three-cameras"
+    )
+
+
+def write_lora(root):
+    layer = "transformer.transformer_blocks.0.attn1.to_q.lora_{}.weight"
+    good = {layer.format("A"): torch.zeros(2, 24), layer.format("B"): torch.zeros(24, 2)}
+    for name, tensors in (
+        ("good", good),
+        ("nan", {key: torch.full_like(value, float("nan")) for key, value in good.items()}),
+        ("other-model", {key.replace("to_q", "to_other"): value for key, value in good.items()}),
+        ("other-size", {layer.format("A"): torch.zeros(2, 7), layer.format("B"): torch.zeros(24, 2)}),
+        ("no-layer", {"weight": torch.zeros(2)}),
+    ):
+        (root / "lora" / name).mkdir(parents=True)
+        save_file(tensors, root / "lora" / name / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+    (root / "lora" / "cut.safetensors").write_bytes(b"\x99\x00\x00")
+    (root / "lora" / "empty").mkdir()
+
+
+def write_frames(root, rng):
+    video = rng.integers(0, 256, (6, 8, 12, 3), dtype=np.uint8)
+    write_video(root / "video.mp4", video, 5, lossless=True)
+    write_video(root / "short.mp4", video[:1], 5, lossless=True)
+    picture = PIL.Image.fromarray(video[0])
+    picture.save(root / "frame.png")
+    picture.save(root / "frame.jpg")
+    picture.convert("L").save(root / "gray.png")
+    picture.convert("CMYK").save(root / "cmyk.jpg")
+    PIL.Image.fromarray(video[0, ..., 0].astype(np.uint16)).save(root / "depth.png")
+    picture.resize((24, 20)).save(root / "large.png")
+    (root / "cut.png").write_bytes((root / "frame.png").read_bytes()[:100])
+    (root / "cut.mp4").write_bytes((root / "video.mp4").read_bytes()[:200])
+    (root / "text.png").write_text("no picture", encoding="utf-8")
+    (root / "text.mp4").write_text("no video", encoding="utf-8")
+    (root / "empty.png").write_bytes(b"")
+    (root / "empty.mp4").write_bytes(b"")
+    (root / "new.png").mkdir()  # where the strip of new.mp4 would be written
+    (root / "new.png").rmdir()
+    PIL.Image.new("RGB", (1, 1)).save(root / "dot.png")
+
+
+def write_actions(root, rng):
+    actions = rng.normal(size=(4, 3))
+    np.save(root / "actions.npy", actions)
+    for name, value in (
+        ("flat", actions[0]),
+        ("wide", np.zeros((4, 2))),
+        ("deep", np.zeros((2, 4, 3))),
+        ("none", np.zeros((0, 3))),
+        ("nan", np.where(np.arange(12).reshape(4, 3) == 7, np.nan, actions)),
+        ("inf", np.where(np.arange(12).reshape(4, 3) == 7, np.inf, actions)),
+        ("huge", np.where(np.arange(12).reshape(4, 3) == 7, 1e38, actions)),
+        ("words", np.array([["1", "2", "3"]])),
+        ("complex", np.ones((4, 3), dtype=complex)),
+    ):
+        np.save(root / f"{name}.npy", value)
+    np.save(root / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.savez(root / "archive.npz", actions)
+    (root / "archive.npz").rename(root / "archive.npy")
+    (root / "cut.npy").write_bytes((root / "actions.npy").read_bytes()[:150])
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000, 3), }"
+    (root / "claims.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    (root / "empty.npy").write_bytes(b"")
+    for name, text in (
+        ("text.csv", "x,y,z\n1,2,3\n1,2,three\n"),
+        ("ragged.csv", "1,2,3\n1,2\n"),
+        ("semicolons.csv", "x;y;z\n1;2;3\n"),
+        ("half-header.csv", "x,2,3\n1,2,3\n"),
+        ("header.csv", "x,y,z\n"),
+        ("empty.csv", ""),
+        ("nul.csv", "1,2,3\n1,\0,3\n"),
+        ("gap.csv", "1,2,3\n1,,3\n"),
+        ("nan.csv", "1,2,3\nnan,2,3\n"),
+        ("cut.json", '{"actions": [[1, 2, 3], '),
+        ("other.json", '{"action": [[1, 2, 3]]}'),
+        ("ragged.json", "[[1, 2, 3], [1, 2]]"),
+        ("words.json", '[["1", "2", "3"]]'),
+        ("null.json", "[[1, null, 3]]"),
+        ("number.json", "3"),
+        ("flat.json", "[1, 2, 3]"),
+        ("nan.json", "[[1, 2, NaN]]"),
+        ("large.json", f"[[1, 2, {10**400}]]"),
+        ("deep.json", "[" * 100_000),
+        ("empty.json", ""),
+        ("actions.txt", "1 2 3"),
+    ):
+        (root / name).write_text(text, encoding="utf-8")
+    (root / "latin.csv").write_bytes("1,2,3\nµ,2,3\n".encode("latin-1"))
+    (root / "latin.json").write_bytes(b'[[1, 2, 3],\n ["\xe9"]]')
+    (root / "folder.npy").mkdir()
+    (root / "Übung 動作.csv").write_text("1,2,drei\n", encoding="utf-8")
+
+
+def write_episodes(root, rng):
+    def write(name, lengths, change=lambda annotation: annotation):
+        folder = root / name / "annotation" / "test"
+        folder.mkdir(parents=True)
+        for number, length in enumerate(lengths):
+            frames = rng.integers(0, 256, (length, 8, 12, 3), dtype=np.uint8)
+            write_video(root / name / "videos" / f"{number}.mp4", frames, 5, lossless=True)
+            annotation = {"actions": rng.normal(size=(length - 1, 3)).tolist(), "video_path": f"videos/{number}.mp4"}
+            path = folder / f"{number}.json"
+            path.write_text(json.dumps(change(annotation)), encoding="utf-8")
+        return root / name
+
+    write("data", (34, 16))
+    write("short", (5,))
+    (write("cut-annotation", (16,)) / "annotation" / "test" / "0.json").write_text('{"actions"', encoding="utf-8")
+    (write("latin-annotation", (16,)) / "annotation" / "test" / "0.json").write_bytes(b'{"task": "\xe9"}')
+    (write("list-annotation", (16,)) / "annotation" / "test" / "0.json").write_text("[]", encoding="utf-8")
+    (write("no-video", (16,)) / "videos" / "0.mp4").unlink()
+    (write("cut-video", (16,)) / "videos" / "0.mp4").write_bytes(b"no video")
+    write("no-actions", (16,), lambda annotation: {"video_path": annotation["video_path"]})
+    for name, place in (("nan-actions", float("nan")), ("word-actions", "one")):
+        write(name, (16,), lambda a, place=place: a | {"actions": [[place, 0, 0], *a["actions"][1:]]})
+    write("ragged-actions", (16,), lambda a: a | {"actions": [[0], *a["actions"][1:]]})
+    write("few-actions", (16,), lambda a: a | {"actions": a["actions"][:5]})
+    write("outside", (16,), lambda a: a | {"video_path": "../../../etc/passwd"})
+    (root / "no-episodes" / "annotation" / "test").mkdir(parents=True)
+    assert (
+        main(
+            [
+                "data",
+                "--dataset",
+                str(root / "data"),
+                "--split",
+                "test",
+                "--fps",
+                "5",
+                "--output",
+                str(root / "lerobot"),
+            ]
+        )
+        == 0
+    )
+
+    def copy(name):
+        return shutil.copytree(root / "lerobot", root / name)
+
+    (copy("cut-info") / "meta" / "info.json").write_text("{", encoding="utf-8")
+    (copy("latin-info") / "meta" / "info.json").write_bytes(b'{"\xe9": 1}')
+    (copy("list-info") / "meta" / "info.json").write_text("[]", encoding="utf-8")
+    (copy("no-features") / "meta" / "info.json").write_text('{"codebase_version": "v3.0"}', encoding="utf-8")
+    shutil.rmtree(copy("no-data") / "data")
+    shutil.rmtree(copy("no-videos") / "videos")
+    shutil.rmtree(copy("no-meta-episodes") / "meta" / "episodes")
+    for path in (copy("cut-parquet") / "data").rglob("*.parquet"):
+        path.write_bytes(path.read_bytes()[:100])
+    for path in (copy("cut-videos") / "videos").rglob("*.mp4"):
+        path.write_bytes(b"no video")
+
+
+def write_checkpoints(root):
+    torch.manual_seed(0)
+    latte_model(heads=2, head=6, depth=1, patch=2, channels=4, frames=4).save_pretrained(root / "latte")
+    state = released_state("rt1", False, dim=24, depth=2, patch=2, frames=4, channels=4, rows=16, columns=20)
+    torch.save({"ema": state}, root / "released.pt")
+    (root / "cut.pt").write_bytes((root / "released.pt").read_bytes()[:500])
+    (root / "empty.pt").write_bytes(b"")
+    (root / "text.pt").write_text("weights", encoding="utf-8")
+    torch.save({"model": state}, root / "no-ema.pt")
+    torch.save([1, 2], root / "list.pt")
+    key = "x_embedder.proj.weight"
+    torch.save({"ema": state | {key: state[key] * float("nan")}}, root / "nan.pt")
+    (root / "cut-latte").mkdir()
+    (root / "cut-latte" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x99\x00\x00")
+
+
+RELEASED = {"--source": None, "--dataset": "rt1", "--checkpoint": "released.pt", "--config": ["num_attention_heads=2"]}
+
+MODEL_ROWS = [  # of every command that loads a model
+    ({"--model": "nowhere"}, "--model must be a pipeline folder or Hub id, got 'nowhere'"),
+    ({"--model": ""}, "--model must be"),
+    ({"--model": "empty"}, "--model must be a pipeline folder or Hub id, got 'empty'"),
+    ({"--model": "file"}, "--model must be a pipeline folder or Hub id, got 'file'"),
+    ({"--model": "loop"}, "--model must be a pipeline folder or Hub id, got 'loop'"),
+    ({"--model": "a\0b"}, "--model must be a path without NUL"),
+    ({"--model": "no-index"}, "model_index.json"),
+    ({"--model": "list-index"}, "--model must be a pipeline folder"),
+    ({"--model": "cut-index"}, "model_index.json"),
+    ({"--model": "latin-index"}, "model_index.json"),
+    ({"--model": "no-vae"}, "vae"),
+    ({"--model": "no-scheduler"}, "scheduler"),
+    ({"--model": "no-weights"}, "transformer"),
+    ({"--model": "no-config"}, "config.json"),
+    ({"--model": "cut-config"}, "config.json"),
+    ({"--model": "cut-weights"}, "--model must be a pipeline folder"),
+    ({"--model": "empty-weights"}, "--model must be a pipeline folder"),
+    ({"--model": "text-weights"}, "--model must be a pipeline folder"),
+    ({"--model": "other-shape"}, "--model must be a pipeline folder"),
+    ({"--model": "missing-tensor"}, "the file of weights has no transformer."),
+    ({"--model": "other-size"}, "the config describes another model than the weights"),
+    ({"--model": "word-size"}, "num_attention_heads"),
+    ({"--model": "negative-size"}, "num_layers"),
+    ({"--model": "nan-scale"}, "action_scale"),
+    ({"--model": "nan"}, "weights must be finite, got NaN or infinity in transformer."),
+    ({"--model": "infinite"}, "weights must be finite, got NaN or infinity in transformer."),
+    ({"--lora": "nowhere"}, "--lora must be a folder, file or Hub id of LoRA weights for this model, got 'nowhere'"),
+    ({"--lora": "lora/empty"}, "--lora must be"),
+    ({"--lora": "lora/cut.safetensors"}, "--lora must be"),
+    ({"--lora": "lora/nan"}, "weights must be finite"),
+    ({"--lora": "lora/other-model"}, "the LoRA file is for another model"),
+    ({"--lora": "lora/other-size"}, "--lora must be"),
+    ({"--lora": "lora/no-layer"}, "--lora must be"),
+    ({"--lora": "frame.png"}, "--lora must be"),
+    ({"--lora": "a\0b"}, "--lora must be a path without NUL"),
+    ({"--steps": "0"}, "--steps must be at least 1, got 0"),
+    ({"--steps": "-3"}, "--steps must be at least 1, got -3"),
+    ({"--steps": "1000000000"}, "--steps must be at most 1000, the timesteps in training, got 1000000000"),
+    ({"--steps": "two"}, "argument --steps: invalid int value: 'two'"),
+    ({"--steps": "2.5"}, "argument --steps: invalid int value: '2.5'"),
+    ({"--seed": "-1"}, "--seed must be in [0, 2**63), got -1"),
+    ({"--seed": str(2**63)}, "--seed must be in [0, 2**63)"),
+    ({"--seed": "nan"}, "argument --seed: invalid int value: 'nan'"),
+    ({"--scheduler": "runge"}, "argument --scheduler: invalid choice: 'runge'"),
+    ({"--scheduler": "flow-euler"}, "--scheduler flow-euler does not fit the model"),
+    ({"--device": "abacus"}, "--device must be a device of this machine, got 'abacus'"),
+    ({"--device": "cpu:x"}, "--device must be a device of this machine, got 'cpu:x'"),
+    ({"--device": "meta"}, "--device must be a device of this machine, got 'meta'"),
+    ({"--dtype": "int8"}, "argument --dtype: invalid choice: 'int8'"),
+]
+
+FRAME_ROWS = [  # of every command that starts from frames
+    ({"--frames": "missing.png"}, "--frames must be an image or video file, got 'missing.png', which does not exist"),
+    ({"--frames": "empty"}, "--frames must be an image or video file, got 'empty'"),
+    ({"--frames": "loop"}, "--frames must be an image or video file, got 'loop'"),
+    ({"--frames": "a\0b.png"}, "--frames must be a path without NUL"),
+    ({"--frames": "x" * 300 + ".png"}, "too long"),
+    ({"--frames": "gray.png"}, "--frames must be an RGB image, got mode L in 'gray.png'"),
+    ({"--frames": "cmyk.jpg"}, "--frames must be an RGB image, got mode CMYK"),
+    ({"--frames": "depth.png"}, "--frames must be an RGB image, got mode I;16"),
+    ({"--frames": "large.png"}, "must be 8x12"),
+    ({"--frames": "dot.png"}, "must be 8x12"),
+    ({"--frames": "cut.png"}, "--frames must be a readable image, got 'cut.png'"),
+    ({"--frames": "text.png"}, "--frames must be a readable image, got 'text.png'"),
+    ({"--frames": "empty.png"}, "--frames must be a readable image, got 'empty.png'"),
+    ({"--frames": "cut.mp4"}, "--frames must be a readable image or video"),
+    ({"--frames": "text.mp4"}, "--frames must be a readable image or video"),
+    ({"--frames": "empty.mp4"}, "--frames must be a readable image or video"),
+    ({"--frames": "actions.npy"}, "--frames must be a readable image or video"),
+    ({"--frames": "short.mp4"}, "--frames must hold at least the history of 2 frames, got 1"),
+    ({"--frames": ["frame.png", "frame.png"]}, "must be 8x12"),
+    ({"--frames": ["frame.png", "large.png"]}, "--frames must form a rectangle"),
+    (
+        {"--frames": ["frame.png", "video.mp4"]},
+        "--frames must have the same number of frames for each camera, got 1, 6",
+    ),
+    ({"--frames": "frame.png,missing.png"}, "got 'missing.png', which does not exist"),
+    (
+        {"--model": "three-cameras", "--frames": ["frame.png", "frame.png"]},
+        "--frames must be one file for each camera of the model, left, right, top, got 2 files",
+    ),
+    ({"--frames": []}, "argument --frames: expected at least one argument"),
+    ({"--history": "0"}, "--history must be at least 1, got 0"),
+    ({"--history": "-1"}, "--history must be at least 1, got -1"),
+    ({"--history": "3"}, "--history must be at most 2 for this model, got 3"),
+    ({"--history": "99999999999999999999"}, "--history must be at most 2 for this model"),
+    ({"--history": "2"}, "--frames must hold at least the history of 2 frames, got 1"),
+    ({"--output": "folder.mp4"}, "--output must be a file, got the directory 'folder.mp4'"),
+    ({"--output": "new.txt"}, "--output must end in .mp4, got 'new.txt'"),
+    ({"--output": "new"}, "--output must end in .mp4, got 'new'"),
+    ({"--output": "/proc/new.mp4"}, "--output must be writable, got '/proc/new.mp4'"),
+    ({"--output": "file/new.mp4"}, "--output must be writable, got 'file/new.mp4'"),
+    ({"--output": "loop/new.mp4"}, "--output must be writable, got 'loop/new.mp4'"),
+    ({"--output": "a\0b.mp4"}, "--output must be a path without NUL"),
+    ({"--output": "x" * 300 + ".mp4"}, "too long"),
+    ({"--frames": "video.mp4", "--output": "video.mp4"}, "--output must not overwrite an input, got 'video.mp4'"),
+    ({"--unknown": "1"}, "unrecognized arguments: --unknown 1"),
+]
+
+ACTION_ROWS = [
+    ("wide.npy", "`actions` must be (n, 3)"),
+    ("flat.npy", "--actions must be (n, A), a row a frame, got (3,)"),
+    ("deep.npy", "--actions must be (n, A), a row a frame, got (2, 4, 3)"),
+    ("none.npy", "nothing to predict"),
+    ("nan.npy", "`actions` must be finite, got nan at index (2, 1)"),
+    ("inf.npy", "`actions` must be finite, got inf"),
+    ("huge.npy", "`actions` must be near the bounds of this checkpoint"),
+    ("words.npy", "its values have the type <U1"),
+    ("complex.npy", "its values have the type complex128"),
+    ("objects.npy", "--actions must be a table of numbers"),
+    ("archive.npy", "the file is an archive of several arrays"),
+    ("cut.npy", "--actions must be a table of numbers"),
+    ("claims.npy", "--actions must be a table of numbers"),
+    ("empty.npy", "--actions must be a table of numbers"),
+    ("folder.npy", "--actions must be a file, got 'folder.npy'"),
+    ("missing.npy", "--actions must be a file, got 'missing.npy', which does not exist"),
+    ("a\0b.npy", "--actions must be a path without NUL"),
+    ("actions.txt", "--actions must be a .npy, .csv or .json file, got 'actions.txt'"),
+    ("text.csv", "line 3: 'three' is not a number"),
+    ("ragged.csv", "line 2 has 2 values, line 1 has 3"),
+    ("semicolons.csv", "line 2: '1;2;3' is not a number"),
+    ("half-header.csv", "line 1: 'x' is not a number"),
+    ("header.csv", "--actions must be"),
+    ("empty.csv", "--actions must be"),
+    ("nul.csv", "line 2: '\\x00' is not a number"),
+    ("gap.csv", "line 2: '' is not a number"),
+    ("nan.csv", "`actions` must be finite, got nan"),
+    ("latin.csv", "line 2 is not UTF-8"),
+    ("latin.json", "line 2 is not UTF-8"),
+    ("Übung 動作.csv", "in 'Übung 動作.csv': line 1: 'drei' is not a number"),
+    ("cut.json", "line 1 column 25"),
+    ("other.json", "the object has no entry `actions`"),
+    ("ragged.json", "row 2 has 2 values, row 1 has 3"),
+    ("words.json", "row 1: '1' is not a number"),
+    ("null.json", "row 1: None is not a number"),
+    ("number.json", "a list of lists is required"),
+    ("flat.json", "a list of lists is required"),
+    ("nan.json", "`actions` must be finite, got nan"),
+    ("large.json", "--actions must be a table of numbers"),
+    ("deep.json", "--actions must be a table of numbers"),
+    ("empty.json", "line 1 column 1"),
+]
+
+ROWS = [
+    *(("generate", change, message) for change, message in MODEL_ROWS + FRAME_ROWS),
+    *(("generate", {"--actions": name}, message) for name, message in ACTION_ROWS),
+    ("generate", {"--actions": None}, "--frames needs --actions"),
+    ("generate", {"--output": "frame.mp4"}, "--output must not overwrite an input, got 'frame.png'"),
+    *(
+        ("play", change, message)
+        for change, message in FRAME_ROWS + MODEL_ROWS[:1] + MODEL_ROWS[-20:]
+        if "--history" not in change
+    ),
+    ("play", {"--script": ""}, "`script` must have at least one part"),
+    ("play", {"--script": "jump*3"}, "`script` must consist of parts"),
+    ("play", {"--script": "up*0"}, "`script` must consist of parts"),
+    ("play", {"--script": "up*-1"}, "`script` must consist of parts"),
+    ("play", {"--script": "up*9999999999"}, "`script` must consist of parts"),
+    ("play", {"--script": "*"}, "`script` must consist of parts"),
+    ("play", {"--script": "up\0"}, "`script` must consist of parts"),
+    ("play", {"--script": None}, "standard input must be a terminal"),
+    ("play", {"--chunk": "0"}, "--chunk must be in [1, 16], got 0"),
+    ("play", {"--chunk": "17"}, "--chunk must be in [1, 16], got 17"),
+    ("play", {"--chunk": "-1"}, "--chunk must be in [1, 16], got -1"),
+    ("play", {"--speed": "0"}, "--speed must be"),
+    ("play", {"--speed": "-1"}, "--speed must be"),
+    ("play", {"--speed": "nan"}, "--speed must be"),
+    ("play", {"--speed": "inf"}, "--speed must be"),
+    ("play", {"--speed": "1e38"}, "--speed must be"),
+    ("play", {"--start": ["1", "2"]}, "--start must have 3 values, one per action component, got 2"),
+    ("play", {"--start": ["1", "nan", "2"]}, "`start` must be finite"),
+    ("play", {"--start": ["1", "1e38", "2"]}, "`start` must be near the bounds"),
+    ("play", {"--start": ["1", "one", "2"]}, "argument --start: invalid float value: 'one'"),
+    ("convert", {"--source": "pixart"}, "argument --source: invalid choice: 'pixart'"),
+    ("convert", {"--checkpoint": None}, "the following arguments are required: --checkpoint"),
+    ("convert", {"--checkpoint": "nowhere"}, "nowhere"),
+    ("convert", {"--checkpoint": "empty"}, "empty"),
+    ("convert", {"--checkpoint": "loop"}, "loop"),
+    ("convert", {"--checkpoint": "a\0b"}, "--checkpoint must be a path without NUL"),
+    ("convert", {"--checkpoint": "cut-latte"}, "cut-latte"),
+    ("convert", {"--checkpoint": "frame.png"}, "frame.png"),
+    ("convert", {"--checkpoint": "model/transformer"}, "tensors"),
+    ("convert", {"--vae": None}, "the following arguments are required: --vae"),
+    ("convert", {"--vae": "nowhere"}, "--vae must be an AutoencoderKL, a folder or Hub id, got 'nowhere'"),
+    ("convert", {"--vae": "model"}, "--vae must be an AutoencoderKL, a folder or Hub id, got 'model'"),
+    ("convert", {"--vae": "model:nowhere"}, "--vae must be an AutoencoderKL"),
+    ("convert", {"--vae": "model:transformer"}, "--vae must be an AutoencoderKL"),
+    ("convert", {"--vae": "cut-weights:vae:x"}, "--vae must be an AutoencoderKL"),
+    ("convert", {"--vae": "empty"}, "--vae must be an AutoencoderKL"),
+    ("convert", {"--vae": "a\0b"}, "--vae must be a path without NUL"),
+    ("convert", {"--config": ["action_dim"]}, "--config must be KEY=VALUE"),
+    ("convert", {"--config": ["unknown=1"]}, "--config must be KEY=VALUE with a key of the model's config"),
+    ("convert", {"--config": ["self=1"]}, "--config must be KEY=VALUE"),
+    ("convert", {"--config": [*SIZES, "num_attention_heads=x"]}, "--config num_attention_heads must be int in JSON"),
+    ("convert", {"--config": [*SIZES, "num_attention_heads=0"]}, "`num_attention_heads` must be"),
+    ("convert", {"--config": [*SIZES, "num_attention_heads=-2"]}, "`num_attention_heads` must be"),
+    ("convert", {"--config": [*SIZES, "num_attention_heads=1e9"]}, "num_attention_heads"),
+    ("convert", {"--config": [*SIZES, "num_attention_heads=null"]}, "num_attention_heads"),
+    ("convert", {"--config": [*SIZES, "action_dim=[1]"]}, "action_dim"),
+    ("convert", {"--config": [*SIZES, "action_scale=NaN"]}, "action_scale"),
+    ("convert", {"--config": [*SIZES, "action_scale=[1,2"]}, "--config action_scale must be"),
+    ("convert", {"--config": [*SIZES, "sample_height=5"]}, "sample_height"),
+    ("convert", {"--config": [*SIZES, "fps=-1"]}, "fps"),
+    ("convert", {"--config": [*SIZES, 'action_names=["a"]']}, "action_names"),
+    ("convert", {"--output": None}, "the following arguments are required: --output"),
+    ("convert", {"--output": "full"}, "--output must be a new or empty folder, got 'full'"),
+    ("convert", {"--output": "file"}, "--output must be a new or empty folder, got the file 'file'"),
+    ("convert", {"--output": "/proc/new"}, "--output must be writable"),
+    ("convert", {"--output": "loop/new"}, "--output must be writable"),
+    ("convert", {"--output": "a\0b"}, "--output must be a path without NUL"),
+    ("convert", RELEASED | {"--dataset": None}, "--source irasim needs --dataset"),
+    ("convert", RELEASED | {"--dataset": "rt2"}, "argument --dataset: invalid choice: 'rt2'"),
+    ("convert", RELEASED | {"--weights": "best"}, "argument --weights: invalid choice: 'best'"),
+    ("convert", RELEASED | {"--checkpoint": "nowhere.pt"}, "nowhere.pt"),
+    ("convert", RELEASED | {"--checkpoint": "latte"}, "latte"),
+    ("convert", RELEASED | {"--checkpoint": "cut.pt"}, "is not a checkpoint that can be read safely"),
+    ("convert", RELEASED | {"--checkpoint": "empty.pt"}, "empty.pt"),
+    ("convert", RELEASED | {"--checkpoint": "text.pt"}, "text.pt"),
+    ("convert", RELEASED | {"--checkpoint": "list.pt"}, "list.pt"),
+    ("convert", RELEASED | {"--checkpoint": "nan.pt"}, "NaN or infinite values"),
+    ("convert", RELEASED | {"--checkpoint": "no-ema.pt"}, "contains no 'ema' weights"),
+    ("convert", RELEASED | {"--dataset": "languagetable"}, "tensors do not fit"),
+    ("convert", {"--source": "opensora"}, "--source opensora needs --config fps"),
+]
+
+DATA_ROWS = [  # of every command that reads episodes
+    ({"--dataset": None}, "the following arguments are required: --dataset"),
+    ({"--dataset": "nowhere"}, "`dataset` must be a folder or a Hub id"),
+    ({"--dataset": ""}, "dataset"),
+    ({"--dataset": "empty"}, "'empty' holds no data set"),
+    ({"--dataset": "file"}, "file"),
+    ({"--dataset": "loop"}, "`dataset` must be a folder"),
+    ({"--dataset": "a\0b"}, "--dataset must be a path without NUL"),
+    ({"--dataset": "no-episodes"}, "no-episodes"),
+    ({"--dataset": "cut-annotation"}, "0.json"),
+    ({"--dataset": "latin-annotation"}, "0.json"),
+    ({"--dataset": "list-annotation"}, "0.json"),
+    ({"--dataset": "no-video"}, "0.mp4"),
+    ({"--dataset": "cut-video"}, "0.mp4"),
+    ({"--dataset": "no-actions"}, "0.json"),
+    ({"--dataset": "nan-actions"}, "finite"),
+    ({"--dataset": "word-actions"}, "actions"),
+    ({"--dataset": "ragged-actions"}, "actions"),
+    ({"--dataset": "few-actions"}, "actions"),
+    ({"--dataset": "outside"}, "passwd"),
+    ({"--dataset": "no-data", "--split": "train"}, "data"),
+    ({"--dataset": "no-videos", "--split": "train"}, "videos"),
+    ({"--dataset": "no-meta-episodes", "--split": "train"}, "episodes"),
+    ({"--dataset": "cut-parquet", "--split": "train"}, "parquet"),
+    ({"--dataset": "cut-videos", "--split": "train"}, ".mp4"),
+    ({"--split": "train"}, "`split` must be one of"),
+    ({"--split": ""}, "split"),
+    ({"--split": "test[90%:"}, "split"),
+    ({"--dataset": "lerobot", "--split": "validation"}, "split"),
+    ({"--dataset": "lerobot", "--split": "train[200%:]"}, "split"),
+    ({"--dataset": "lerobot", "--split": "train[x:]"}, "split"),
+    ({"--dataset": "lerobot", "--split": "train", "--cameras": "wrist"}, "wrist"),
+    ({"--cameras": "wrist"}, "camera"),
+    ({"--cameras": ","}, "camera"),
+    ({"--fps": "0"}, "--fps must be positive, got 0"),
+    ({"--fps": "-5"}, "--fps must be positive, got -5"),
+    ({"--fps": "nan"}, "--fps must be positive, got nan"),
+    ({"--fps": "inf"}, "--fps must be positive, got inf"),
+    ({"--fps": "fast"}, "argument --fps: invalid float value: 'fast'"),
+    ({"--output": "file"}, "--output must be a folder, got the file 'file'"),
+    ({"--output": "/proc/new"}, "--output must be writable"),
+    ({"--output": "file/new"}, "--output must be writable"),
+    ({"--output": "loop/new"}, "--output must be writable"),
+    ({"--output": "a\0b"}, "--output must be a path without NUL"),
+]
+
+ROWS += [
+    *(("data", change, message) for change, message in DATA_ROWS),
+    ("data", {"--output": None}, "the following arguments are required: --output"),
+    ("data", {"--output": "full"}, "full"),
+    ("data", {"--robot-type": None, "--push-to-hub": "a/b/c"}, "--push-to-hub must be ORG/NAME, got 'a/b/c'"),
+    ("data", {"--push-to-hub": "../name"}, "--push-to-hub must be ORG/NAME"),
+    ("data", {"--push-to-hub": ""}, "--push-to-hub must be ORG/NAME"),
+    *(("evaluate", change, message) for change, message in DATA_ROWS),
+    *(("evaluate", change, message) for change, message in MODEL_ROWS),
+    ("evaluate", {"--dataset": "short"}, "short"),
+    ("evaluate", {"--protocol": "best"}, "--protocol must be one of irasim-short"),
+    ("evaluate", {"--protocol": "robonet"}, "robonet"),
+    ("evaluate", {"--num-clips": "0"}, "--num-clips must be at least 1, got 0"),
+    ("evaluate", {"--num-clips": "-1"}, "--num-clips must be at least 1, got -1"),
+    ("evaluate", {"--batch-size": "0"}, "--batch-size must be at least 1, got 0"),
+    ("evaluate", {"--batch-size": "-8"}, "--batch-size must be at least 1, got -8"),
+    ("evaluate", {"--faithfulness-clips": "-1"}, "--faithfulness-clips must be at least 0, got -1"),
+    ("evaluate", {"--ways": "1"}, "`ways` must be at least 2, got 1"),
+    ("evaluate", {"--ways": "-4"}, "`ways` must be at least 2, got -4"),
+    ("evaluate", {"--height": "8"}, "--height and --width must be given together"),
+    ("evaluate", {"--height": "0", "--width": "12"}, "--height must be at least 1, got 0"),
+    ("evaluate", {"--height": "8", "--width": "-1"}, "--width must be at least 1, got -1"),
+    ("evaluate", {"--height": "16", "--width": "24"}, "must be 8x12"),
+    ("evaluate", {"--height": "1000000000", "--width": "1000000000"}, "--height must be at most 8192, got 1000000000"),
+    ("evaluate", {"--frame-skip": "0"}, "--frame-skip must be at least 1, got 0"),
+    ("evaluate", {"--frame-skip": "-2"}, "--frame-skip must be at least 1, got -2"),
+    ("evaluate", {"--frame-skip": "1000"}, "frame"),
+    ("evaluate", {"--pad-actions-to": "2"}, "pad"),
+    ("evaluate", {"--pad-actions-to": "4"}, "--pad-actions-to"),
+    ("evaluate", {"--pad-actions-to": "0"}, "--pad-actions-to must be at least 1, got 0"),
+    ("evaluate", {"--action-derivation": "absolut"}, "--action-derivation must be one of recorded"),
+    ("evaluate", {"--action-derivation": "relative_euler"}, "state"),
+    ("evaluate", {"--action-composition": "recorded"}, "--action-composition must be one of relative_euler"),
+    ("evaluate", {"--state-key": "pose", "--action-derivation": "absolute"}, "pose"),
+    ("evaluate", {"--published": "robonet"}, "`published` must be one of"),
+    ("evaluate", {"--predictions": "nowhere"}, "--predictions must be a folder, got 'nowhere'"),
+    ("evaluate", {"--predictions": "file"}, "--predictions must be a folder, got 'file'"),
+    ("evaluate", {"--predictions": "a\0b"}, "--predictions must be a path without NUL"),
+    ("evaluate", {"--save-predictions": "file"}, "--save-predictions must be a folder, got the file 'file'"),
+    ("evaluate", {"--save-predictions": "/proc/new"}, "--save-predictions must be writable"),
+    ("evaluate", {"--save-truth": "file"}, "--save-truth must be a folder, got the file 'file'"),
+    ("evaluate", {"--i3d": "nowhere.pt"}, "`i3d` must be the file i3d_torchscript.pt"),
+    ("evaluate", {"--i3d": "frame.png"}, "i3d"),
+    ("evaluate", {"--lpips": "nowhere.pth"}, "lpips"),
+]
+
+
+def listing(root):
+    """Names, sizes and times of all files below a folder, which must not change."""
+    found = sorted(root.rglob("*"))
+    return [(path, path.lstat().st_size, path.lstat().st_mtime_ns) for path in found if not path.is_dir()] + found
+
+
+def lines_of(err):
+    """Lines of stderr without argparse's usage."""
+    lines = err.splitlines()
+    start = 0
+    if lines and lines[0].startswith("usage:"):
+        start = next(number for number, line in enumerate(lines) if line.startswith("irasim"))
+    return lines[start:]
+
+
+@pytest.mark.parametrize("command", GOOD)
+def test_the_commands_succeed_without_the_change(workspace, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(workspace)
+    suffix = Path(GOOD[command]["--output"]).suffix
+    assert main(command_line(command, {"--output": str(tmp_path / f"new{suffix}")})) == 0
+
+
+def identifier(row):
+    command, change, _ = row
+    return f"{command} {' '.join(f'{flag}={value}' for flag, value in change.items())}"[:80]
+
+
+@pytest.mark.parametrize(("command", "change", "message"), ROWS, ids=map(identifier, ROWS))
+def test_bad_input_is_one_line_and_changes_nothing(workspace, monkeypatch, capfd, command, change, message):
+    monkeypatch.chdir(workspace)
+    before = listing(workspace)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", DeprecationWarning)  # as in a process of the user
+        try:
+            status = main(command_line(command, change))
+        except SystemExit as stop:
+            status = stop.code
+    captured = capfd.readouterr()
+    assert shown == []
+    assert (status, captured.out) == (2, ""), captured.err
+    assert "Traceback" not in captured.err
+    (line,) = lines_of(captured.err)
+    assert line.startswith("irasim")
+    assert message in line
+    assert listing(workspace) == before

@@ -1,0 +1,135 @@
+import re
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import tiny_pipeline
+from transformers import ResNetConfig, ResNetModel
+
+from irasim_diffusers import IRASimPipeline, embedded_checkpoint
+from irasim_diffusers.cli import main
+from irasim_diffusers.commands.files import read_actions
+from irasim_diffusers.data import read_video, write_video
+from irasim_diffusers.rewards import FrameRegressor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny model, pictures, a regressor and an encoder."""
+    root = tmp_path_factory.mktemp("plan")
+    tiny_pipeline(num_inference_steps=1).save_pretrained(root / "model")
+    tiny_pipeline(num_inference_steps=1, action_space="absolute").save_pretrained(root / "absolute")
+    rng = np.random.default_rng(0)
+    video = rng.integers(0, 256, (4, 8, 12, 3), dtype=np.uint8)
+    PIL.Image.fromarray(video[0]).save(root / "frame.png")
+    PIL.Image.fromarray(video[1]).save(root / "goal.png")
+    PIL.Image.fromarray(video[1]).resize((24, 20)).save(root / "large.png")
+    PIL.Image.fromarray(video[1]).convert("L").save(root / "gray.png")
+    write_video(root / "video.mp4", video, 5, lossless=True)
+    torch.manual_seed(0)
+    FrameRegressor(8, 12, channels=(4,), feature_dim=3).save_pretrained(root / "reward")
+    FrameRegressor(16, 16, channels=(4,), feature_dim=3).save_pretrained(root / "other")
+    sizes = {"embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic"}
+    ResNetModel(ResNetConfig(**sizes)).save_pretrained(root / "encoder")
+    return root
+
+
+SMALL = {"--model": "model", "--frames": "frame.png", "--goal": "goal.png", "--horizon": "5", "--candidates": "3"}
+SMALL |= {"--iterations": "2"}
+
+
+def plan(folder, monkeypatch, output, **changes):
+    monkeypatch.chdir(folder)
+    flags = SMALL | {"--" + name.replace("_", "-"): value for name, value in changes.items()}
+    flags["--output"] = str(output)
+    return main(["plan", *(text for name, value in flags.items() if value is not None for text in (name, value))])
+
+
+CASES = {
+    "cem": {},
+    "cem-knots": {"knots": "2"},
+    "mppi": {"planner": "mppi", "frames": "video.mp4"},
+    "gradient": {"planner": "gradient"},
+    "lines": {"planner": "lines", "radius": "2"},
+    "reward": {"goal": None, "reward": "reward"},
+    "encoder": {"encoder": "encoder"},
+    "absolute": {"model": "absolute", "position": "1,2,3"},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plan_writes_actions_video_and_strip(name, folder, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out.mp4"
+    assert plan(folder, monkeypatch, output, **CASES[name]) == 0
+    found = re.match(r"score (-?[\d.]+), best of (\d+) candidates of 5 actions", capsys.readouterr().out)
+    counts = {"gradient": 1, "lines": 3}
+    assert int(found[2]) == counts.get(name, 1 + 2 * 3 + 1)  # the start, both iterations and the final mean
+    actions = read_actions(tmp_path / "out.csv")
+    assert actions.shape == (5, 3)
+    seen = 2 if name == "mppi" else 1
+    assert len(read_video(output)) == seen + 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.mp4", "out.png"]
+
+
+def test_plan_of_the_embedded_model_is_executed_by_generate(tmp_path, monkeypatch, capsys):
+    """Drive the pusher: the goal is a frame that the model predicts itself."""
+    monkeypatch.chdir(tmp_path)
+    video = read_video(embedded_checkpoint() / "example.mp4")
+    targets = read_actions(embedded_checkpoint() / "example_actions.csv")
+    pipeline = IRASimPipeline.from_pretrained(embedded_checkpoint())
+    history = pipeline.transformer.config.num_history_frames
+    goal = pipeline(video[:history], targets[:2]).frames[0][-1]
+    goal.save("goal.png")
+    PIL.Image.fromarray(video[0]).save("frame.png")
+    position = ",".join(str(value) for value in targets[0])
+    flags = ["--frames", "frame.png", "--horizon", "2"]
+    flags += ["--goal", "goal.png", "--position", position, "--candidates", "8", "--iterations", "2", "--knots", "1"]
+    assert main(["plan", *flags]) == 0
+    score = float(re.match(r"score (-?[\d.]+)", capsys.readouterr().out)[1])
+    frame = np.asarray(PIL.Image.open("frame.png")) / 255
+    assert score > -0.5 * ((frame - np.asarray(goal) / 255) ** 2).mean()
+    assert main(["generate", "--frames", "frame.png", "--actions", "irasim-plan.csv", "--output", "run.mp4"]) == 0
+    assert len(read_video("run.mp4")) == 3
+
+
+BAD = [
+    ({"frames": None}, "--frames is required"),
+    ({"frames": "missing.png"}, "--frames must be an image or video file, got 'missing.png'"),
+    ({"goal": None}, "Pass either --goal or --reward"),
+    ({"reward": "reward"}, "Pass either --goal or --reward"),
+    ({"goal": "missing.png"}, "--goal must be an image or video file, got 'missing.png'"),
+    ({"goal": "gray.png"}, "--goal must be an RGB image, got mode L"),
+    ({"goal": "large.png"}, "--goal must be 8x12 .* got 20x24: pass --resize"),
+    ({"goal": None, "reward": "nowhere"}, "--reward must be a FrameRegressor, got 'nowhere'"),
+    ({"goal": None, "reward": "model"}, "--reward must be a FrameRegressor, got 'model'"),
+    ({"goal": None, "reward": "other"}, "`objective` must be for frames of 8x12"),
+    ({"goal": None, "reward": "reward", "encoder": "encoder"}, "--encoder needs --goal"),
+    ({"encoder": "nowhere"}, "--encoder must be a vision model, got 'nowhere'"),
+    ({"horizon": "0"}, "`horizon` must be at least 1, got 0"),
+    ({"candidates": "0"}, "`num_candidates` must be at least 1, got 0"),
+    ({"candidates": "0", "planner": "lines", "radius": "1"}, "`num_candidates` must be at least 1, got 0"),
+    ({"iterations": "0"}, "`num_iterations` must be at least 1, got 0"),
+    ({"std": "nan"}, "`std` must be finite and positive, got nan"),
+    ({"std": "-1"}, "`std` must be finite and positive"),
+    ({"knots": "9"}, r"`num_knots` must be None or in \[1, 5\], got 9"),
+    ({"batch_size": "0"}, "`batch_size` must be at least 1, got 0"),
+    ({"planner": "lines"}, "--planner lines needs --radius"),
+    ({"planner": "lines", "radius": "0"}, "`radius` must be positive, got 0"),
+    ({"model": "absolute"}, "--position is required for absolute targets"),
+    ({"position": "1,2"}, "--position must be 3 numbers separated by commas, got '1,2'"),
+    ({"position": "1,2,x"}, "--position must be 3 numbers"),
+    ({"position": "1,2,nan"}, "--position must be 3 numbers"),
+    ({"steps": "0"}, "--steps must be at least 1, got 0"),
+    ({"model": "nowhere"}, "--model must be a pipeline folder or Hub id"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_input_is_one_line_and_status_2(change, message, folder, tmp_path, monkeypatch, capsys):
+    assert plan(folder, monkeypatch, tmp_path / "out.mp4", **change) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.match(f"irasim: error: .*{message}", captured.err.strip().splitlines()[-1])
+    assert "Traceback" not in captured.err
+    assert not list(tmp_path.iterdir())
