@@ -210,8 +210,7 @@ class WorldModelPredictor:
     @torch.no_grad()
     def _decode(self, latents: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
         """Decode latents (B, C, n, h, w) to frames (B, n, 3, H, W) in [0, 1] of the given size."""
-        frames = self.model.decode(latents)
-        return resize(frames, size).clamp(0, 1)
+        return resize(self.model.decode(latents), size).clamp(0, 1)
 
 
 class PipelinePredictor(WorldModelPredictor):
