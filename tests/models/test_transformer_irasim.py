@@ -153,11 +153,11 @@ def test_one_timestep_for_the_batch(transformer, inputs, shape):
         ({"action_low": [0.0, 2.0, None], "action_high": 1.0}, "`action_low` must not exceed .* 2.0 and 1.0 .* 1"),
         ({"prediction_type": "noise"}, "`prediction_type` must be one of epsilon, .* got 'noise'"),
         ({"beta_schedule": "cosine"}, "`beta_schedule` must be one of linear, .* got 'cosine'"),
-        ({"num_attention_heads": "2"}, "`num_attention_heads` must be a whole number, at least 1, got '2'"),
-        ({"action_dim": 0}, "`action_dim` must be a whole number, at least 1, got 0"),
-        ({"patch_size": 1.5}, "`patch_size` must be a whole number, at least 1, got 1.5"),
+        ({"num_attention_heads": "2"}, "`num_attention_heads` must be an integer of at least 1, got '2'"),
+        ({"action_dim": 0}, "`action_dim` must be an integer of at least 1, got 0"),
+        ({"patch_size": 1.5}, "`patch_size` must be an integer of at least 1, got 1.5"),
         ({"num_history_frames": 5}, "`num_history_frames` must be less than `sample_frames` = 5, .* got 5"),
-        ({"fps": -3.0}, "`fps` must be a positive number of frames a second, or None, got -3.0"),
+        ({"fps": -3.0}, "`fps` must be a positive number of frames per second, or None, got -3.0"),
     ],
 )
 def test_bad_configs(config, message):
@@ -224,7 +224,7 @@ def test_video_ada_drops_whole_trajectories(inputs):
 def test_video_ada_takes_one_number_of_actions(inputs):
     hidden_states, timestep, actions = inputs
     model = tiny_transformer(conditioning="video")
-    with pytest.raises(ValueError, match=r"3 \(Video-Ada takes no other number\), 3\), got \(3, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"3 \(fixed for Video-Ada\), 3\), got \(3, 2, 3\)"):
         model(hidden_states, timestep, actions[:, :2])
 
 

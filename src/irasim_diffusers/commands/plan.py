@@ -15,9 +15,11 @@ from .sampling import (
     add_history_flags,
     add_sampling_flags,
     check_sampling_flags,
+    check_weights,
     frame_files,
     history_length,
     load_pipeline,
+    quiet_loading,
     read_views,
     tile_views,
 )
@@ -63,8 +65,9 @@ def run(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     rows = frame_files(arguments)
     inputs = [arguments.goal, *(path for row in rows for path in row)]
-    for suffix in (".mp4", ".csv", ".png"):
-        check_output(arguments.output if suffix == ".mp4" else arguments.output.with_suffix(suffix), suffix, inputs)
+    check_output(arguments.output, ".mp4", inputs)
+    for suffix in (".csv", ".png"):
+        check_output(arguments.output.with_suffix(suffix), suffix, inputs)
     check_sampling_flags(arguments)
     if not rows:
         raise ValueError(
@@ -122,9 +125,12 @@ def _objective(
 
     if goal is None:
         try:
-            return FrameRegressor.from_pretrained(arguments.reward).eval().to(pipeline.device), None
-        except (OSError, ValueError) as error:
+            with quiet_loading() as messages:
+                reward = FrameRegressor.from_pretrained(arguments.reward).eval()
+            check_weights({"reward": reward}, messages)
+        except Exception as error:  # the loaders raise errors of many types for damaged files
             raise ValueError(f"--reward must be a FrameRegressor, got {arguments.reward!r}: {error}") from error
+        return reward.to(pipeline.device), None
     height, width = pipeline.frame_size
     if arguments.resize and goal.shape[:2] != (height, width):
         goal = np.asarray(PIL.Image.fromarray(goal).resize((width, height), PIL.Image.Resampling.BILINEAR))
@@ -137,7 +143,7 @@ def _objective(
     if arguments.encoder is not None:
         try:
             encoder = pretrained_encoder(arguments.encoder)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             raise ValueError(f"--encoder must be a vision model, got {arguments.encoder!r}: {error}") from error
     return GoalImage(goal, encoder), goal
 

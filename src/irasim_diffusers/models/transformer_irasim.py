@@ -1,7 +1,10 @@
 """The IRASim transformer: alternating spatial and temporal blocks; each action modulates its frame.
 
 Reference: "IRASim: A Fine-Grained World Model for Robot Manipulation" (https://arxiv.org/abs/2406.14540), section 3 and
-appendix 8. Where the paper and its released code differ, the code is followed, because the released weights are.
+appendix 8. Where the paper and its released code differ, this file follows the code, to which the released weights belong.
+
+The file exceeds 500 lines because diffusers keeps a model in one file. `IRASimTransformer3DModel.__init__` exceeds 60 lines
+because its signature is the flat config.
 """
 
 from collections.abc import Callable
@@ -48,6 +51,32 @@ ACTION_ENCODER = ("action_embed.", "trajectory_embed.", "null_action")
 TARGET_OCTAVES = 6
 """Octaves of the Fourier features of a patch's offset from the target. The longest wavelength is four frame sizes."""
 
+COUNTS = (
+    "num_attention_heads",
+    "attention_head_dim",
+    "num_layers",
+    "in_channels",
+    "patch_size",
+    "sample_height",
+    "sample_width",
+    "sample_frames",
+    "num_history_frames",
+    "action_dim",
+)
+"""Config entries that are positive integers."""
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "conditioning": ("frame", "video"),
+    "norm_type": ("ada_norm_zero", "ada_norm_single"),
+    "temporal_position": ("sincos", "rope"),
+    "spatial_position": ("grid", "area", "fixed", "rope"),
+    "history_timestep": ("same", "zero"),
+    "action_activation": ("gelu_tanh", None),
+    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+}
+"""Valid values of config entries."""
+
 SHORT = 4
 """Maximum number of frames for `short_attention` (compiled model on a CPU)."""
 
@@ -56,7 +85,7 @@ INF = float("inf")
 
 
 def short_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention over a few tokens (B, S, heads, head_dim) as sums that the compiler fuses.
+    """Attention over a few tokens (B, S, heads, head_dim) as sums, which a compiler fuses.
 
     On a CPU it takes a quarter of the time of matrix product kernels.
     """
@@ -66,7 +95,7 @@ def short_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 
 class IRASimAttnProcessor:
-    """Self-attention through diffusers' dispatch, which serves every backend."""
+    """Self-attention through diffusers' dispatch, which supports all attention backends."""
 
     _attention_backend = None
     _parallel_config = None
@@ -77,7 +106,7 @@ class IRASimAttnProcessor:
         hidden_states: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Attend among the tokens of (B, S, D), rotated where a rotation (S, head_dim) is given."""
+        """Attend among the tokens of (B, S, D), with rotary positions if cosines and sines (S, head_dim) are given."""
         query, key, value = self.project(attn, hidden_states)  # (B, S, heads, head_dim)
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
@@ -94,7 +123,7 @@ class IRASimAttnProcessor:
                 key,
                 value,
                 backend=self._attention_backend,
-                # processes split the patches (see `_cp_plan`); each process has all frames
+                # context parallelism splits the patches (see `_cp_plan`); every process has all frames
                 parallel_config=None if attn.temporal else self._parallel_config,
             )
         hidden_states = hidden_states.flatten(-2)  # (B, S, D)
@@ -183,12 +212,12 @@ class IRASimTransformerBlock(nn.Module):
 
         Args:
             hidden_states: Tokens (B, F, S, D).
-            temb: Condition of each frame (B, F, D), or one for all frames (B, 1, D); with adaLN-single the modulation that
-                all blocks share, 6 D wide.
+            temb: Condition of each frame (B, F, D), or one for all frames (B, 1, D). With adaLN-single, the modulation that all
+                blocks share, of width 6 D.
             image_rotary_emb: Cosines and sines of rotary positions, (S, head_dim) in a spatial block and (F, head_dim) in a
                 temporal one.
-            position_embedding: Positions (F, 1, D) that are added to the tokens first. The block adds them, not the model,
-                so that a cache that skips the block skips them too.
+            position_embedding: Positions (F, 1, D) that are added to the tokens first. The block adds them instead of the
+                model, so that a cache that skips the block also skips the positions.
             grid: Rows and columns of the S tokens, for a block with a convolution in its feed-forward.
 
         Returns:
@@ -202,81 +231,83 @@ class IRASimTransformerBlock(nn.Module):
             modulation = (temb + self.scale_shift_table.flatten()).unsqueeze(2)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
 
-        attn_input = self.norm1(hidden_states) * (1 + scale_attn) + shift_attn
+        # `addcmul` multiplies and adds in one pass over memory
+        attn_input = torch.addcmul(shift_attn, self.norm1(hidden_states), 1 + scale_attn)
         if self.temporal:
             attn_input = attn_input.transpose(1, 2)  # (B, S, F, D)
         attn_output = self.attn1(attn_input.flatten(0, 1), image_rotary_emb).unflatten(0, attn_input.shape[:2])
         if self.temporal:
             attn_output = attn_output.transpose(1, 2)  # (B, F, S, D)
-        hidden_states = hidden_states + gate_attn * attn_output
+        hidden_states = torch.addcmul(hidden_states, gate_attn, attn_output)
 
-        ff_input = self.norm2(hidden_states) * (1 + scale_ff) + shift_ff
+        ff_input = torch.addcmul(shift_ff, self.norm2(hidden_states), 1 + scale_ff)
         if self.ff_conv is not None:
             images = ff_input.flatten(0, 1).unflatten(1, grid).permute(0, 3, 1, 2)  # (B F, D, rows, columns)
             images = self.ff_conv(images).permute(0, 2, 3, 1)
             ff_input = ff_input + images.reshape(ff_input.shape)
-        return hidden_states + gate_ff * self.ff(ff_input)
+        return torch.addcmul(hidden_states, gate_ff, self.ff(ff_input))
 
 
 class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
-    """IRASim: predicts the noise of future frames from the clean history and one action a frame.
+    """IRASim: predicts the noise of future frames from the clean history and one action per frame.
 
-    Frame-Ada: the spatial blocks of frame i are modulated by the timestep plus the embedding of the action that leads to
-    frame i; history frames take a learned null action; temporal blocks see the timestep alone. Video-Ada: every block is
-    modulated by the timestep plus one embedding of all actions, whose number is fixed.
+    Frame-Ada: the spatial blocks of frame i are modulated by the sum of the timestep embedding and the embedding of the action
+    that leads to frame i. History frames receive a learned null action. Temporal blocks receive the timestep embedding only.
+    Video-Ada: every block is modulated by the timestep embedding plus one embedding of all actions; their number is fixed.
 
     Args:
-        num_attention_heads: Heads of every attention.
-        attention_head_dim: Channels of a head; the width is heads x channels.
-        num_layers: Pairs of a spatial and a temporal block.
-        in_channels: Channels of the latents.
+        num_attention_heads: Number of heads of every attention.
+        attention_head_dim: Number of channels per head; the model width is heads x channels.
+        num_layers: Number of pairs of a spatial and a temporal block.
+        in_channels: Number of channels of the latents.
         patch_size: Side of a patch, in latent pixels.
-        sample_height: Height of the latents the model was trained on; other sizes work.
-        sample_width: Width of the latents the model was trained on.
-        sample_frames: Frames of the window it was trained on, history and predicted.
-        num_history_frames: Most history frames it was trained on; Video-Ada: exactly as many.
+        sample_height: Height of the latents in training; other sizes are supported.
+        sample_width: Width of the latents in training; other sizes are supported.
+        sample_frames: Number of frames per window in training, history and predicted.
+        num_history_frames: Maximum number of history frames in training; for Video-Ada the exact number.
         conditioning: `"frame"` for Frame-Ada, `"video"` for Video-Ada.
-        final_frame_ada: Whether Frame-Ada's final layer sees the actions too; not so in the released weights.
-        norm_type: `"ada_norm_zero"`, or `"ada_norm_single"` of Open-Sora and Latte, also in the final layer.
-        qk_norm: `"rms_norm"` for Open-Sora.
-        temporal_position: `"sincos"`, or `"rope"` of Open-Sora.
-        base_patch_size: Patch size in whose grid `"grid"` positions count, for a model that was trained with that one first.
-        spatial_position: `"grid"`; `"area"` of Open-Sora, on the integer grid scaled to an area of 512x512 pixels; `"fixed"`
-            of Latte, a grid of 64x64 latent pixels stretched to any other; `"rope"` for two-dimensional rotary positions in
-            the attention of every spatial block.
+        final_frame_ada: Whether Frame-Ada's final layer receives the actions; False in the released weights.
+        norm_type: `"ada_norm_zero"`, or `"ada_norm_single"` (Open-Sora and Latte), also in the final layer.
+        qk_norm: `"rms_norm"` (Open-Sora) or None.
+        temporal_position: `"sincos"`, or `"rope"` (Open-Sora).
+        spatial_position: `"grid"`; `"area"` (Open-Sora), the integer grid scaled to an area of 512x512 pixels; `"fixed"`
+            (Latte), a grid of 64x64 latent pixels that is stretched to other sizes; `"rope"`, two-dimensional rotary positions
+            in the attention of every spatial block.
         ff_conv: Whether the feed-forward of the spatial blocks starts with a residual depthwise 3x3 convolution over the
             grid of patches, similar to the Mix-FFN of SANA (https://arxiv.org/abs/2410.10629).
-        use_fps: Whether frames a second are embedded, as in Open-Sora.
-        history_timestep: `"same"` where history frames take the timestep of the others, `"zero"` where they take none.
-        action_activation: Activation of the action encoder, `"gelu_tanh"`; None for the released Language-Table weights,
-            whose two layers have none. Their Video-Ada joins the embedded actions by one more network.
-        action_frequencies: Number of octaves of sines and cosines of the scaled actions that join them, the longest wave 16;
-            so a token can tell where an absolute target lies beside it. 0, the paper's, for none.
+        base_patch_size: Patch size of the pretrained model, in whose grid `"grid"` positions are counted; None if the patch
+            size was not changed.
+        use_fps: Whether frames per second are embedded (Open-Sora).
+        history_timestep: Timestep of history frames: `"same"` as the predicted frames, or `"zero"`.
+        action_activation: Activation of the action encoder, `"gelu_tanh"`. None for the released Language-Table weights, whose
+            two layers have none; their Video-Ada joins the embedded actions by another network.
+        action_frequencies: Number of octaves of sines and cosines of the scaled actions that are added to the action features,
+            with a longest wavelength of 16. They resolve the exact position of an absolute target. 0 in the paper.
         target_extent: Left, top, right and bottom edge of a frame of `sample_height` x `sample_width` in the units of the first
-            two action components, for actions that are target positions in the image plane. Every patch of a predicted frame then receives an
-            embedding of its offset from the target of that frame. None (as in the paper) disables it.
-        action_dim: Components of an action.
-        action_scale: The network sees `(action - action_offset) * action_scale`; one number, or one a component.
+            two action components, for actions that are target positions in the image plane. Every patch of a predicted frame
+            then receives an embedding of its offset from the target of that frame. None (as in the paper) disables it.
+        action_dim: Number of action components.
+        action_scale: The network receives `(action - action_offset) * action_scale`; one number, or one per component.
         action_offset: See `action_scale`.
         action_names: Names of the components.
         action_units: Units of the components.
-        action_low: Least action of the data or the robot, in raw units, one number or one a component; None where not known.
-        action_high: Greatest action, likewise.
-        fps: Frames a second of the data, where known.
-        action_space: `"relative"` where zero asks for no motion, `"absolute"` where an action is a target position.
-        action_derivation: `"recorded"`, or how actions come from states, one of `actions.DERIVATIONS`.
-        cameras: Names of the cameras as tiled in a frame, rows from the top, each from the left.
-        relative_latents: Whether the latents of predicted frames are those relative to the last history frame, so that what
-            stands still is zero; not so in the paper. Pipeline and training subtract and add that frame.
-        scale_noisy_latents: Whether the latents of predicted frames are first multiplied by the square root of the cumulative alpha
-            of their timestep, the best linear estimate of clean latents of unit variance. The input is then almost zero for
-            pure noise, so one denoising step is sufficient. Not in the paper.
-        prediction_type: What the network predicts, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which
-            has no betas.
-        num_train_timesteps: Steps of the noise process it was trained on; with the next three, as in diffusers.
+        action_low: Lower bound of the data or the robot, in raw units, one number or one per component; None if unknown.
+        action_high: Upper bound, likewise.
+        action_space: `"relative"` if zero is no motion, `"absolute"` if an action is a target position.
+        action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
+        cameras: Names of the cameras as tiled in a frame: rows from the top, each from the left.
+        fps: Frames per second of the data, if known.
+        relative_latents: Whether the latents of predicted frames are relative to the last history frame, so that static parts
+            are zero. The pipeline and the training subtract and add that frame. False in the paper.
+        scale_noisy_latents: Whether the latents of predicted frames are first multiplied by the square root of the cumulative
+            alpha of their timestep, the best linear estimate of clean latents of unit variance. The input is then almost zero
+            for pure noise, so that one denoising step is sufficient. False in the paper.
+        prediction_type: Output of the network, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which has
+            no betas.
+        num_train_timesteps: Number of timesteps of the noise process in training; this and the next three as in diffusers.
         beta_start: First noise variance.
         beta_end: Last noise variance.
-        beta_schedule: How the variances lie between them.
+        beta_schedule: Schedule of the variances between them.
     """
 
     _supports_gradient_checkpointing = True
@@ -291,7 +322,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         "target_embed",
         "trajectory_embed",
     ]
-    # patches are divided, so that only spatial attention crosses processes; conditions and positions have none of them
+    # patches are split, so that only spatial attention communicates; conditions and positions have no patch dimension
     _cp_plan = {
         "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=2, expected_dims=4)},
         "proj_out": ContextParallelOutput(gather_dim=2, expected_dims=4),
@@ -342,58 +373,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         beta_schedule: str = "linear",
     ) -> None:
         super().__init__()
-        for name, count in (
-            ("num_attention_heads", num_attention_heads),
-            ("attention_head_dim", attention_head_dim),
-            ("num_layers", num_layers),
-            ("in_channels", in_channels),
-            ("patch_size", patch_size),
-            ("sample_height", sample_height),
-            ("sample_width", sample_width),
-            ("sample_frames", sample_frames),
-            ("num_history_frames", num_history_frames),
-            ("action_dim", action_dim),
-        ):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"`{name}` must be a whole number, at least 1, got {count!r}.")
-        if num_history_frames >= sample_frames:
-            raise ValueError(
-                f"`num_history_frames` must be less than `sample_frames` = {sample_frames}, which hold the predicted frames "
-                f"too, got {num_history_frames}."
-            )
-        if fps is not None and not 0 < fps < float("inf"):
-            raise ValueError(f"`fps` must be a positive number of frames a second, or None, got {fps}.")
-        for name, value, known in (
-            ("conditioning", conditioning, ("frame", "video")),
-            ("norm_type", norm_type, ("ada_norm_zero", "ada_norm_single")),
-            ("temporal_position", temporal_position, ("sincos", "rope")),
-            ("spatial_position", spatial_position, ("grid", "area", "fixed", "rope")),
-            ("history_timestep", history_timestep, ("same", "zero")),
-            ("action_activation", action_activation, ("gelu_tanh", None)),
-            ("prediction_type", prediction_type, ("epsilon", "v_prediction", "sample", "flow_prediction")),
-            ("beta_schedule", beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2")),
-        ):
-            if value not in known:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(str, known))}, got {value!r}.")
-        if scale_noisy_latents and prediction_type == "flow_prediction":
-            raise ValueError("`scale_noisy_latents` must be False for a flow, which has no alphas.")
-        if target_extent is not None:
-            left, top, right, bottom = target_extent if len(target_extent) == 4 else (0, 0, 0, 0)
-            if (
-                not (-INF < left < right < INF and -INF < top < bottom < INF)
-                or (action_space, conditioning) != ("absolute", "frame")
-                or action_dim < 2
-            ):
-                raise ValueError(
-                    "`target_extent` must be the finite left, top, right and bottom edge of the frame, for a Frame-Ada model of "
-                    f"absolute actions that begin with a target position, got {target_extent} with `action_space` "
-                    f"{action_space!r}, `conditioning` {conditioning!r} and `action_dim` {action_dim}."
-                )
-        if spatial_position == "rope" and attention_head_dim % 4:
-            raise ValueError(
-                f"`attention_head_dim` must be divisible by 4 with `spatial_position='rope'`, got {attention_head_dim}."
-            )
-        ActionSpace.from_config(self.config)  # refuses a bad one
+        _check_config(self.config)
 
         dim = num_attention_heads * attention_head_dim
         num_actions = sample_frames - num_history_frames
@@ -442,7 +422,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Initialise as DiT does: every block is the identity at first, and the output zero."""
+        """Initialise as DiT: every block is the identity, and the output is zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -466,7 +446,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
     @property
     def action_space(self) -> ActionSpace:
-        """The action space in the config."""
+        """The checkpoint's action space."""
         return ActionSpace.from_config(self.config)
 
     def encode_actions(
@@ -480,20 +460,19 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
         Args:
             actions: Actions (B, n, A) of the last n frames, or None.
-            num_frames: Frames F of the window; the first F - n take the null action.
+            num_frames: Number of frames F of the window; the first F - n receive the null action.
             action_mask: Booleans (B, n); actions at False are replaced by the null action. Video-Ada replaces the whole
-                trajectory where any is False.
+                trajectory if any is False.
             dtype: Type of the model's tokens, in which scaled actions are embedded.
 
         Returns:
-            Frame-Ada: an embedding of each frame (B, F, D). Video-Ada: one of the trajectory (B, 1, D). Without actions, B
-            is 1.
+            Frame-Ada: one embedding per frame (B, F, D). Video-Ada: one per trajectory (B, 1, D). Without actions, B is 1.
         """
         video = self.config.conditioning == "video"
         if actions is None:
             return self.null_action.to(dtype).expand(1, 1 if video else num_frames, -1)
         self._check_actions(actions, num_frames)
-        scale, offset = self._cached(self._action_scaling, actions.device)
+        scale, offset = self._cached(self._action_scaling, actions.device)  # (A,) and (A,)
         actions = action_features(actions, scale, offset, self.config.action_frequencies).to(dtype)
         if video:
             embeddings = self._embed_trajectory(actions).unsqueeze(1)  # (B, 1, D)
@@ -520,7 +499,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
         Args:
             actions: Actions (B, n, A) of the last n frames, in raw units; the first two components are the target.
-            num_frames: Frames F of the window; the first F - n, and frames whose action is masked, receive zero.
+            num_frames: Number of frames F of the window; the first F - n, and frames with a masked action, receive zero.
             grid: Rows and columns of the patches.
             action_mask: Booleans (B, n).
             dtype: Type of the model's tokens.
@@ -538,7 +517,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         return torch.cat([history, embeddings], dim=1)
 
     def _patch_centres(self, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Centres (S, 2) of the patches in the units of the target, x and y, and what scales offsets (2,) to 4 a frame."""
+        """Centres (S, 2) of the patches, x and y in the units of the target, and scale (2,) by which a frame measures 4."""
         config = self.config
         left, top, right, bottom = config.target_extent
         wide = (right - left) * config.patch_size / config.sample_width  # of a patch
@@ -557,14 +536,14 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             or actions.shape[1] > num_frames
             or fixed not in (None, actions.shape[1])
         ):
-            number = f"at most {num_frames}" if fixed is None else f"{fixed} (Video-Ada takes no other number)"
+            number = f"at most {num_frames}" if fixed is None else f"{fixed} (fixed for Video-Ada)"
             raise ValueError(
-                f"`actions` must be (batch, {number}, {config.action_dim}), got {tuple(actions.shape)}: one action for "
-                "each predicted frame of the window."
+                f"`actions` must be (batch, {number}, {config.action_dim}), got {tuple(actions.shape)}: pass one action per "
+                "predicted frame of the window."
             )
 
     def _embed_trajectory(self, actions: torch.Tensor) -> torch.Tensor:
-        """One embedding (B, D) of scaled actions (B, n, A)."""
+        """Embed scaled actions (B, n, A) as one trajectory (B, D)."""
         if self.config.action_activation is not None:
             return self.action_embed(actions.flatten(1))
         return self.trajectory_embed(self.action_embed(actions).flatten(1))
@@ -580,22 +559,60 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict what the scheduler asks for, noise, velocity or sample, for each frame of a window.
+        """Predict noise, velocity or sample, depending on the config, for each frame of a window.
 
         Args:
-            hidden_states: Latents (B, C, F, H, W), the clean history first; any F, H and W divisible by the patch.
-            timestep: Diffusion timesteps (B,), or one a frame (B, F); see `history_timestep`.
-            actions: Actions (B, n, A) in the units of the data set, n <= F. They lead to the last n frames; the first
-                F - n are history. None gives every frame the null action and counts none as history.
+            hidden_states: Latents (B, C, F, H, W), the clean history first; any F, and any H and W divisible by the patch size.
+            timestep: Diffusion timesteps (B,), or one per frame (B, F); see `history_timestep`.
+            actions: Actions (B, n, A) in raw units, n <= F. They lead to the last n frames; the first F - n are history. None
+                gives every frame the null action and treats none as history.
             action_mask: Booleans (B, n); actions at False are replaced by the null action (action dropout).
-            fps: Frames a second, one number or (B,), for models that embed it; default: the config's.
+            fps: Frames per second, one number or (B,), for models that embed them; None for those of the config.
             attention_kwargs: `{"scale": s}` scales the LoRA layers.
             return_dict: Return a `Transformer2DModelOutput` instead of a tuple.
 
         Returns:
-            The prediction (B, C, F, H, W); that of history frames means nothing.
+            The prediction (B, C, F, H, W); the values at history frames are undefined.
         """
         batch_size, _, num_frames, height, width = hidden_states.shape
+        grid = self._check_size(height, width)
+        timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
+        timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
+        if self.config.scale_noisy_latents:
+            hidden_states = self._scale_noisy_latents(hidden_states, timestep, actions)
+
+        hidden_states = self.patch_embed(hidden_states.transpose(1, 2).flatten(0, 1))  # (B F, S, D)
+        device, dtype = hidden_states.device, hidden_states.dtype
+        spatial_rotary = rotary = positions = None
+        if self.config.spatial_position == "rope":
+            spatial_rotary = self._cached(self._spatial_rotary_positions, *grid, device)
+        else:
+            hidden_states = hidden_states + self._cached(self._spatial_positions, *grid, device, dtype)
+        hidden_states = hidden_states.unflatten(0, (batch_size, num_frames))  # (B, F, S, D)
+        if self.config.target_extent is not None and actions is not None:
+            hidden_states = hidden_states + self.encode_targets(actions, num_frames, grid, action_mask, dtype)
+        spatial_temb, temporal_temb, final_temb = self._condition(
+            timestep, actions, num_frames, action_mask, fps, dtype
+        )
+        if self.config.temporal_position == "rope":
+            rotary = self._cached(self._rotary_positions, num_frames, device)
+        else:
+            positions = self._cached(self._temporal_positions, num_frames, device, dtype)
+
+        for spatial_block, temporal_block in zip(
+            self.transformer_blocks, self.temporal_transformer_blocks, strict=True
+        ):
+            hidden_states = self._run(spatial_block, hidden_states, spatial_temb, spatial_rotary, None, grid)
+            hidden_states = self._run(temporal_block, hidden_states, temporal_temb, rotary, positions)
+            positions = None  # the first temporal block adds them
+
+        sample = self._project_out(hidden_states, final_temb, grid)  # (B, C, F, H, W)
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
+
+    def _check_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of patches."""
         patch_size = self.config.patch_size
         if height % patch_size or width % patch_size:
             raise ValueError(
@@ -607,76 +624,68 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 "Context parallelism splits the patches and does not support `ff_conv` or `spatial_position='rope'`: use data "
                 "parallelism."
             )
-        grid = (height // patch_size, width // patch_size)
+        return height // patch_size, width // patch_size
 
-        timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
-        timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
-        if self.config.scale_noisy_latents:
-            share = self._cached(self._signal_share, hidden_states.device)[timestep.long()]  # (B, F or 1)
-            if actions is not None:
-                history = torch.ones_like(share[:, :1]).expand(-1, num_frames - actions.shape[1])
-                share = torch.cat([history, share.expand(-1, num_frames)[:, num_frames - actions.shape[1] :]], dim=1)
-            hidden_states = hidden_states * share[:, None, :, None, None].to(hidden_states.dtype)
+    def _scale_noisy_latents(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, actions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Multiply the predicted frames of latents (B, C, F, H, W) by the signal share of their timesteps (B, F or 1)."""
+        share = self._cached(self._signal_share, hidden_states.device)[timestep.long()]  # (B, F or 1)
+        if actions is not None:
+            num_frames = hidden_states.shape[2]
+            num_history_frames = num_frames - actions.shape[1]
+            history = torch.ones_like(share[:, :1]).expand(-1, num_history_frames)
+            share = torch.cat([history, share.expand(-1, num_frames)[:, num_history_frames:]], dim=1)
+        return hidden_states * share[:, None, :, None, None].to(hidden_states.dtype)
 
-        hidden_states = hidden_states.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
-        hidden_states = self.patch_embed(hidden_states)  # (B F, S, D)
-        device, dtype = hidden_states.device, hidden_states.dtype
-        spatial_rotary = None
-        if self.config.spatial_position == "rope":
-            spatial_rotary = self._cached(self._spatial_rotary_positions, *grid, device)
-        else:
-            hidden_states = hidden_states + self._cached(self._spatial_positions, *grid, device, dtype)
-        hidden_states = hidden_states.unflatten(0, (batch_size, num_frames))  # (B, F, S, D)
-        if self.config.target_extent is not None and actions is not None:
-            hidden_states = hidden_states + self.encode_targets(actions, num_frames, grid, action_mask, dtype)
+    def _condition(
+        self,
+        timestep: torch.Tensor,
+        actions: torch.Tensor | None,
+        num_frames: int,
+        action_mask: torch.Tensor | None,
+        fps: float | torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Conditions of the spatial blocks, the temporal blocks and the final layer, from timesteps (B, F or 1).
 
+        Each is (B, F or 1, D); with adaLN-single, the first two are (B, F or 1, 6 D).
+        """
         if self.config.history_timestep == "zero" and actions is not None:
             predicted = torch.arange(num_frames, device=timestep.device) >= num_frames - actions.shape[1]
             timestep = timestep * predicted  # (B, F)
         temb = self.time_proj(timestep.flatten()).unflatten(0, timestep.shape)
-        temb = self.time_embed(temb.to(dtype))  # (B, F or 1, D)
+        temb = self.time_embed(temb.to(dtype))
         if self.config.use_fps:
             temb = temb + self._embed_fps(fps, temb)
-        action_temb = temb + self.encode_actions(actions, num_frames, action_mask, dtype)  # (B, F or 1, D)
+        action_temb = temb + self.encode_actions(actions, num_frames, action_mask, dtype)
         temporal_temb = action_temb if self.config.conditioning == "video" else temb
         final_temb = action_temb if self.config.final_frame_ada else temporal_temb
         if self.config.norm_type == "ada_norm_single":
             action_temb, temporal_temb = self.ada_norm_single(action_temb), self.ada_norm_single(temporal_temb)
-        rotary = positions = None
-        if self.config.temporal_position == "rope":
-            rotary = self._cached(self._rotary_positions, num_frames, device)
-        else:
-            positions = self._cached(self._temporal_positions, num_frames, device, dtype)
+        return action_temb, temporal_temb, final_temb
 
-        for spatial_block, temporal_block in zip(
-            self.transformer_blocks, self.temporal_transformer_blocks, strict=True
-        ):
-            hidden_states = self._run(spatial_block, hidden_states, action_temb, spatial_rotary, None, grid)
-            hidden_states = self._run(temporal_block, hidden_states, temporal_temb, rotary, positions)
-            positions = None  # the first temporal block adds them
-
+    def _project_out(self, hidden_states: torch.Tensor, temb: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Convert tokens (B, F, S, D) to latents (B, C, F, H, W)."""
         if self.config.norm_type == "ada_norm_zero":
-            final_modulation = self.ada_norm_out(final_temb)  # (B, F or 1, 2 D)
+            modulation = self.ada_norm_out(temb)  # (B, F or 1, 2 D)
         else:
-            table = self.scale_shift_table.flatten().to(final_temb.device)
-            final_modulation = torch.cat([final_temb, final_temb], dim=-1) + table
-        # a model split over GPUs has its last blocks on another one than its embeddings
-        shift, scale = final_modulation.to(hidden_states.device).unsqueeze(2).chunk(2, dim=-1)
-        hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
+            modulation = torch.cat([temb, temb], dim=-1) + self.scale_shift_table.flatten().to(temb.device)
+        # in a model split over GPUs, the last blocks are on another device than the embeddings
+        shift, scale = modulation.to(hidden_states.device).unsqueeze(2).chunk(2, dim=-1)
+        hidden_states = torch.addcmul(shift, self.norm_out(hidden_states), 1 + scale)
         hidden_states = self.proj_out(hidden_states)  # (B, F, S, patch patch C)
-
+        patch_size = self.config.patch_size
         hidden_states = hidden_states.unflatten(3, (patch_size, patch_size, -1)).unflatten(2, grid)
         hidden_states = hidden_states.permute(0, 6, 1, 2, 4, 3, 5)  # (B, C, F, rows, patch, columns, patch)
-        sample = hidden_states.flatten(5, 6).flatten(3, 4)  # (B, C, F, H, W)
-
-        if not return_dict:
-            return (sample,)
-        return Transformer2DModelOutput(sample=sample)
+        return hidden_states.flatten(5, 6).flatten(3, 4)
 
     def _embed_fps(self, fps: float | torch.Tensor | None, temb: torch.Tensor) -> torch.Tensor:
         fps = self.config.fps if fps is None else fps
         if fps is None:
-            raise ValueError("`fps` must be given: this model embeds frames a second and its config names none.")
+            raise ValueError(
+                "`fps` must be given, because this model embeds frames per second and its config has none: pass `fps`."
+            )
         frequencies = self.time_proj(torch.as_tensor(fps, device=temb.device).float().reshape(-1))
         return self.fps_embed(frequencies.to(temb.dtype)).unsqueeze(1)  # (B or 1, 1, D)
 
@@ -686,24 +695,27 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         return block(*inputs)
 
     def _cached(self, build: Callable[..., Any], *arguments: Any) -> Any:
-        """`build(*arguments)`, kept for later forwards until the config changes; a compiled graph holds its own."""
+        """Return `build(*arguments)`, cached until the config changes; compiled graphs have their own constants."""
         if torch.compiler.is_compiling():
             return build(*arguments)
         if self._tables_config is not self.config:
             self._tables, self._tables_config = {}, self.config
         key = (build.__name__, *arguments)
         if key not in self._tables:
-            with torch.inference_mode(False):  # autograd refuses tables made inside it
+            with torch.inference_mode(False):  # autograd does not support tensors created in inference mode
                 self._tables[key] = build(*arguments)
         return self._tables[key]
 
     def _action_scaling(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        config = self.config
-        scale = torch.tensor(config.action_scale, dtype=torch.float32, device=device)
-        return scale, torch.tensor(config.action_offset, dtype=torch.float32, device=device)
+        """Scale and offset of the action space (A,), float32."""
+        space = self.action_space
+        scale, offset = (
+            torch.tensor(values, dtype=torch.float32, device=device) for values in (space.scale, space.offset)
+        )
+        return scale, offset
 
     def _signal_share(self, device: torch.device) -> torch.Tensor:
-        """Square root of the cumulative alpha of every timestep (T,), as in diffusers' schedulers."""
+        """Square roots of the cumulative alphas of all timesteps (T,), as in diffusers' schedulers."""
         config, number = self.config, self.config.num_train_timesteps
         if config.beta_schedule == "squaredcos_cap_v2":
             edges = torch.arange(number + 1, dtype=torch.float32, device=device) / number
@@ -718,10 +730,10 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     def _spatial_positions(
         self, rows: int, columns: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """Sines and cosines of the grid, columns in the first half of the width (1, rows columns, D)."""
+        """Sines and cosines of the grid (1, rows columns, D); those of the columns come first."""
         config, exact = self.config, maybe_adjust_dtype_for_device(torch.float64, device)
         down, across = (torch.arange(number, dtype=exact, device=device) for number in (rows, columns))
-        if config.base_patch_size is not None:  # the middle of a patch in units of the other grid
+        if config.base_patch_size is not None:  # centres of the patches in units of the pretrained grid
             ratio = config.patch_size / config.base_patch_size
             down, across = (down + 0.5) * ratio - 0.5, (across + 0.5) * ratio - 0.5
         if config.spatial_position == "area":
@@ -767,5 +779,47 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         return get_1d_rotary_pos_embed(self.config.attention_head_dim, frames, use_real=True)
 
 
-# for the caches that skip blocks
+def _check_config(config: Any) -> None:
+    """Check the config of a transformer.
+
+    Raises:
+        ValueError: If an entry is invalid, or entries do not match.
+    """
+    for name in COUNTS:
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {config[name]!r}.")
+    if config.num_history_frames >= config.sample_frames:
+        raise ValueError(
+            f"`num_history_frames` must be less than `sample_frames` = {config.sample_frames}, which includes the predicted "
+            f"frames, got {config.num_history_frames}."
+        )
+    if config.fps is not None and not 0 < config.fps < INF:
+        raise ValueError(f"`fps` must be a positive number of frames per second, or None, got {config.fps}.")
+    for name, choices in CHOICES.items():
+        if config[name] not in choices:
+            raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {config[name]!r}.")
+    if config.scale_noisy_latents and config.prediction_type == "flow_prediction":
+        raise ValueError("`scale_noisy_latents` must be False for a flow, which has no alphas.")
+    if config.target_extent is not None:
+        _check_target_extent(config)
+    if config.spatial_position == "rope" and config.attention_head_dim % 4:
+        raise ValueError(
+            f"`attention_head_dim` must be divisible by 4 with `spatial_position='rope'`, got {config.attention_head_dim}."
+        )
+    ActionSpace.from_config(config)
+
+
+def _check_target_extent(config: Any) -> None:
+    extent, space, conditioning = config.target_extent, config.action_space, config.conditioning
+    left, top, right, bottom = extent if len(extent) == 4 else (0, 0, 0, 0)
+    is_frame = -INF < left < right < INF and -INF < top < bottom < INF
+    if not is_frame or (space, conditioning) != ("absolute", "frame") or config.action_dim < 2:
+        raise ValueError(
+            "`target_extent` must be the finite left, top, right and bottom edge of the frame, for a Frame-Ada model of "
+            f"absolute actions that begin with a target position, got {extent} with `action_space` {space!r}, `conditioning` "
+            f"{conditioning!r} and `action_dim` {config.action_dim}."
+        )
+
+
+# used by caches that skip blocks
 TransformerBlockRegistry.register(IRASimTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))

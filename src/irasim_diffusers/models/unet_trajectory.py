@@ -39,11 +39,11 @@ UNET_PRESETS: dict[str, dict[str, Any]] = {
 """The paper's baselines (Tables 8 and 9) on RT-1; VDM on Language-Table has frames of 144x256."""
 
 NORM_GROUPS = 8
-MOST_SEQUENCES = 2**15  # kernels of attention count sequences in 16 bits, and there is one for each pixel
+MAX_SEQUENCES = 2**15  # attention kernels count sequences in 16 bits, and every pixel is one sequence
 
 
 class UNetLinearAttnProcessor(IRASimAttnProcessor):
-    """Self-attention whose cost grows with the number of tokens, not with its square (https://arxiv.org/abs/1812.01243)."""
+    """Self-attention with a cost linear in the number of tokens (https://arxiv.org/abs/1812.01243)."""
 
     def __call__(
         self,
@@ -62,7 +62,7 @@ class UNetLinearAttnProcessor(IRASimAttnProcessor):
 
 
 class UNetTrajectoryAttention(nn.Module):
-    """Residual self-attention among the pixels of a frame or, where temporal, among the frames of a pixel."""
+    """Residual self-attention among the pixels of a frame or, if temporal, among the frames of a pixel."""
 
     def __init__(
         self, channels: int, num_heads: int, head_dim: int, temporal: bool = False, linear: bool = False
@@ -85,7 +85,7 @@ class UNetTrajectoryAttention(nn.Module):
         if self.temporal:
             tokens = tokens.transpose(1, 2)  # (B, S, F, C)
         sequences = self.norm(tokens).flatten(0, 1)
-        attended = [self.attn(part, image_rotary_emb) for part in sequences.split(MOST_SEQUENCES)]
+        attended = [self.attn(part, image_rotary_emb) for part in sequences.split(MAX_SEQUENCES)]
         tokens = torch.cat(attended).unflatten(0, tokens.shape[:2])
         if self.temporal:
             tokens = tokens.transpose(1, 2)
@@ -94,10 +94,10 @@ class UNetTrajectoryAttention(nn.Module):
 
 @maybe_allow_in_graph
 class UNetTrajectoryBlock(nn.Module):
-    """Residual blocks within frames, attention within frames and between them.
+    """Residual blocks within frames, attention within and between frames.
 
-    On the way down and up both residual blocks come first and attention within frames is linear; in the middle, where
-    pixels are few, attention is full and stands between the residual blocks.
+    In down and up blocks, both residual blocks come first and attention within frames is linear. In the middle block, which has
+    few pixels, attention is full and is applied between the residual blocks.
     """
 
     def __init__(
@@ -155,23 +155,22 @@ class UNetTrajectoryBlock(nn.Module):
 
 
 class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
-    """The U-Net of VDM and LVDM: predicts the noise of future frames from the clean history and one whole trajectory.
+    """The U-Net of VDM and LVDM: predicts the noise of future frames from the clean history and a whole trajectory.
 
-    Space and time are factorised: convolutions and attention within frames, attention between the frames of a pixel. An
-    MLP embeds the trajectory, whose number of actions is fixed; the embedding, concatenated with that of the timestep,
-    scales and shifts in every residual block. So all frames see all actions alike, as in Video-Ada.
+    Space and time are factorised: convolutions and attention within frames, attention between the frames of a pixel. An MLP
+    embeds the trajectory, which has a fixed number of actions. The embedding is concatenated with that of the timestep; together
+    they scale and shift the features of every residual block. All frames thus receive all actions, as in Video-Ada.
 
-    Residual blocks and samplers are diffusers'. Against the released code of the baselines, residual blocks normalise before
-    they convolve, frame by frame instead of all frames together, and positions in time are rotations alone, without a
-    learned bias. With the paper's settings on RT-1 (15 actions of 7 components) VDM has 44,518,595 parameters
-    and LVDM 687,572,260. The paper says 40M and 687M; the layers of the released code add up to 44.50M and 687.52M, so the
-    40M seems to be of another state of it.
+    Residual blocks and samplers are those of diffusers. Differences from the released code of the baselines: residual blocks
+    normalise before they convolve, and each frame separately; positions in time are rotations only, without a learned bias. With
+    the paper's settings on RT-1 (15 actions of 7 components) VDM has 44,518,595 parameters and LVDM 687,572,260. The paper reports
+    40M and 687M; the layers of the released code add up to 44.50M and 687.52M.
 
     Args:
-        block_out_channels: Channels of each resolution, the finest first; every next one has half the sides.
-        num_attention_heads: Heads of every attention.
-        attention_head_dim: Channels of a head.
-        condition_dim: Size of the trajectory's embedding.
+        block_out_channels: Channels of each resolution, the finest first; each resolution halves the height and width.
+        num_attention_heads: Number of heads of every attention.
+        attention_head_dim: Number of channels per head.
+        condition_dim: Size of the trajectory embedding.
         in_channels: Channels of the latents, or 3 for a model in pixel space.
         sample_height: Height of the latents the model was trained on; other sizes work.
         sample_width: Width of the latents the model was trained on.
@@ -181,20 +180,20 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         action_frequencies: Number of octaves of sines and cosines of the scaled actions that join them, the longest wave 16; 0,
             the paper's, for none.
         action_dim: Number of action components.
-        action_scale: The network sees `(action - action_offset) * action_scale`; one number, or one a component.
+        action_scale: The network receives `(action - action_offset) * action_scale`; one number, or one per component.
         action_offset: See `action_scale`.
         action_names: Names of the components.
         action_units: Units of the components.
-        action_low: Least action of the data or the robot, in raw units, one number or one a component; None where not known.
-        action_high: Greatest action, likewise.
-        action_space: `"relative"` where zero asks for no motion, `"absolute"` where an action is a target position.
-        action_derivation: `"recorded"`, or how actions come from states, one of `actions.DERIVATIONS`.
-        cameras: Names of the cameras as tiled in a frame, rows from the top, each from the left.
-        fps: Frames a second of the data, where known.
+        action_low: Lower bound of the data or the robot, in raw units, one number or one per component; None if unknown.
+        action_high: Upper bound, likewise.
+        action_space: `"relative"` if zero is no motion, `"absolute"` if an action is a target position.
+        action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
+        cameras: Names of the cameras as tiled in a frame: rows from the top, each from the left.
+        fps: Frames per second of the data, if known.
         relative_latents: Whether the latents of predicted frames are those relative to the last history frame.
-        prediction_type: What the network predicts, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which
-            has no betas.
-        num_train_timesteps: Steps of the noise process it was trained on; with the next three, as in diffusers.
+        prediction_type: Output of the network, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which has
+            no betas.
+        num_train_timesteps: Number of timesteps of the noise process in training; this and the next three as in diffusers.
         beta_start: First noise variance.
         beta_end: Last noise variance.
         beta_schedule: Schedule of the variances between them.
@@ -283,7 +282,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
 
     @property
     def action_space(self) -> ActionSpace:
-        """The action space in the config."""
+        """The checkpoint's action space."""
         return ActionSpace.from_config(self.config)
 
     def encode_actions(
@@ -304,9 +303,9 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         """
         if actions is None:
             return self.null_action.to(dtype).unsqueeze(0)
+        space = self.action_space
         scale, offset = (
-            torch.tensor(values, dtype=torch.float32, device=actions.device)
-            for values in (self.config.action_scale, self.config.action_offset)
+            torch.tensor(values, dtype=torch.float32, device=actions.device) for values in (space.scale, space.offset)
         )
         features = action_features(actions, scale, offset, self.config.action_frequencies)
         embedding = self.action_embed(features.to(dtype).flatten(1))
