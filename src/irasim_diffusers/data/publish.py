@@ -89,6 +89,7 @@ def write_lerobot(
     if fps is None or not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"{source.name!r} must have a positive number of frames per second, got {fps}: give `fps`.")
     root = Path(root)
+    is_new = not root.exists()
     identity = json.loads(json.dumps(source.identity | {"fps": fps}))
     _claim(root, identity)
     try:
@@ -103,6 +104,8 @@ def write_lerobot(
     except BaseException:
         if not any(root.glob("meta/episodes/*/*.parquet")):  # the repaired source may be written here
             _clear(root)
+            if is_new:
+                root.rmdir()
         raise
     write_metadata(
         root,
