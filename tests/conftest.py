@@ -1,5 +1,6 @@
 import os
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -128,3 +129,9 @@ def frames():
 def actions():
     """Seven actions, more than two windows of three."""
     return np.random.default_rng(3).normal(size=(7, 3))
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Names that are not folders are not searched on the Hub, which would take its time limit."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

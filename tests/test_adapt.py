@@ -7,6 +7,8 @@ from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.cli import main
 from irasim_diffusers.models import noise_process
 
+pytestmark = pytest.mark.usefixtures("offline")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

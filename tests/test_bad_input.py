@@ -6,7 +6,6 @@ import shutil
 import warnings
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import PIL.Image
 import pytest
@@ -17,6 +16,8 @@ from test_conversion import latte_model, released_state
 
 from irasim_diffusers.cli import main
 from irasim_diffusers.data import write_video
+
+pytestmark = pytest.mark.usefixtures("offline")
 
 SIZES = ["num_attention_heads=2", "action_dim=3", "sample_height=4", "sample_width=6"]
 GOOD = {
@@ -72,12 +73,6 @@ def workspace(tmp_path_factory):
     (root / "folder.mp4").mkdir()
     os.symlink("loop", root / "loop")
     return root
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """Names that are no folder must not be searched on the Hub."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 def write_models(root):

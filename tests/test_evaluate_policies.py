@@ -6,6 +6,8 @@ import pytest
 from irasim_diffusers.cli import main
 from irasim_diffusers.rewards import FrameRegressor
 
+pytestmark = pytest.mark.usefixtures("offline")
+
 LOADER = """
     import torch
     from irasim_diffusers.policies import ChunkPolicy

@@ -13,6 +13,8 @@ from irasim_diffusers.commands.files import read_actions
 from irasim_diffusers.data import read_video, write_video
 from irasim_diffusers.rewards import FrameRegressor
 
+pytestmark = pytest.mark.usefixtures("offline")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -14,7 +14,7 @@ def run(code, capsys):
 
 def test_gymnasium_blocks(capsys):
     assert run(BLOCKS[0], capsys)[-1] == "(96, 96, 3) (2,) True {'is_success': False}"
-    assert not run(BLOCKS[1], capsys)
+    assert not run("import gymnasium\n" + BLOCKS[1], capsys)
 
 
 def test_planning_block(capsys):

@@ -114,14 +114,13 @@ def _adapted(
     if arguments.vae:
         if vae is None:
             raise ValueError(f"--vae must be left out: {arguments.model!r} is a pixel-space model.")
-        images = _images(arguments)
         try:
             with quiet_loading() as messages:
                 other = load_autoencoder(arguments.vae)
             check_weights({"vae": other}, messages)
         except Exception as error:
             raise ValueError(f"--vae must be an autoencoder, got {arguments.vae!r}: {error}") from error
-        transformer, vae = fit_autoencoder(transformer, vae, other, images), other
+        transformer, vae = fit_autoencoder(transformer, vae, other, _images(arguments)), other
     if arguments.patch_size is not None or arguments.action_frequencies is not None:
         patch_size = arguments.patch_size or transformer.config.patch_size
         _check_patch_size(patch_size, transformer.config)

@@ -88,7 +88,7 @@ def head_dim(width: int, heads: Any) -> int:
     """
     if type(heads) is not int or not 1 <= heads <= LIMITS["num_attention_heads"] or width % heads:
         raise ValueError(
-            f"`num_attention_heads` must be a whole number, at least 1 and at most {LIMITS['num_attention_heads']}, that "
+            f"`num_attention_heads` must be an integer of at least 1 and at most {LIMITS['num_attention_heads']} that "
             f"divides the width {width} of the weights, got {heads!r}."
         )
     return width // heads
@@ -105,7 +105,7 @@ def check_config(config: dict[str, Any]) -> None:
         if name not in parameters or name == "self":
             raise ValueError(f"`{name}` must be an entry of the config of IRASimTransformer3DModel.")
         if name in LIMITS and not (type(value) is int and 1 <= value <= LIMITS[name]):
-            raise ValueError(f"`{name}` must be a whole number, at least 1 and at most {LIMITS[name]}, got {value!r}.")
+            raise ValueError(f"`{name}` must be an integer of at least 1 and at most {LIMITS[name]}, got {value!r}.")
         kind = parameters[name].annotation
         if not _matches(value, kind):
             wanted = kind.__name__ if isinstance(kind, type) else kind

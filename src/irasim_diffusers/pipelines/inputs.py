@@ -251,7 +251,7 @@ def check_cache(transformer: Any, guidance_scale: float) -> None:
         )
     if isinstance(cache, FirstBlockCacheConfig) and transformer._parallel_config is not None:
         raise ValueError(
-            "`FirstBlockCacheConfig` does not go with context parallelism, because processes may skip different blocks: use "
+            "`FirstBlockCacheConfig` does not support context parallelism, because processes may skip different blocks: use "
             "another cache."
         )
 
