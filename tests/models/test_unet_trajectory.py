@@ -55,7 +55,7 @@ def test_action_frequencies_join_waves_to_the_scaled_actions(inputs):
 
 def test_attention_in_parts_is_attention(unet, inputs, monkeypatch):
     whole = unet(*inputs).sample
-    monkeypatch.setattr("irasim_diffusers.models.unet_trajectory.MOST_SEQUENCES", 7)
+    monkeypatch.setattr("irasim_diffusers.models.unet_trajectory.MAX_SEQUENCES", 7)
     torch.testing.assert_close(unet(*inputs).sample, whole)
 
 
