@@ -4,8 +4,8 @@
     python tracker.py | python examples/teleoperate.py --device poses --axes=-z,-x,y --scale 1.5
     python examples/teleoperate.py --device file --actions actions.npy --output drive.mp4
 
-The Space (`python spaces/app.py`, or one on the Hub) predicts; this client turns a device into actions, shows the frames
-where it runs in a terminal, and saves the recording at the end: of the file or the poses, or at Ctrl-C. See teleoperate.md.
+The Space (`python spaces/app.py`, or one on the Hub) predicts. This client converts the input of a device to actions, shows the
+frames in the terminal, and saves the recording at the end of the input or at Ctrl-C. See teleoperate.md.
 """
 
 import base64
@@ -32,11 +32,12 @@ from transformers import HfArgumentParser
 from irasim_diffusers.actions import derive_actions, integrate_actions
 from irasim_diffusers.commands.files import read_actions
 from irasim_diffusers.commands.terminal import draw
+from irasim_diffusers.training import run_script
 
 JOYSTICK_EVENT = struct.Struct("=IhBB")  # Linux' js_event: milliseconds, value, type, number
 BUTTON, AXIS, INITIAL = 1, 2, 0x80
-# The sticks (left: 0 and 1, right: 3 and 4, as Linux numbers those of Xbox pads), the cross (6 and 7), A and B, as the
-# keys that they stand for, negative direction first.
+# Keys of the Space for the axes and buttons of an Xbox gamepad, in the numbering of Linux, negative direction first: left stick
+# (0, 1), right stick (3, 4), directional pad (6, 7), buttons A and B.
 STICKS = {
     0: ("ArrowLeft", "ArrowRight"),
     1: ("ArrowUp", "ArrowDown"),
@@ -51,39 +52,39 @@ DERIVATIONS = {2: "relative_planar", 3: "relative_planar", 7: "relative_euler", 
 
 @dataclass
 class TeleoperateArguments:
-    device: Literal["gamepad", "poses", "file"] = field(metadata={"help": "what drives"})
+    device: Literal["gamepad", "poses", "file"] = field(metadata={"help": "source of the actions"})
     space: str = field(default="http://127.0.0.1:7860", metadata={"help": "address or Hub id of the Space"})
-    model: str = field(default="push-t", metadata={"help": "model of the Space"})
-    frames: str = field(default="frame 1", metadata={"help": "picture to start from: one of the Space's, or a file"})
+    model: str = field(default="push-t", metadata={"help": "model in the Space"})
+    frames: str = field(default="frame 1", metadata={"help": "start frame: a name in the Space, or an image file"})
     start: list[float] | None = field(
-        default=None, metadata={"help": "action where the robot is, for absolute spaces"}
+        default=None, metadata={"help": "action for the robot's position at the start, for absolute spaces"}
     )
     seed: int = 0
-    output: Path = field(default=Path("drive.mp4"), metadata={"help": "mp4 to write, and a .npy of the actions"})
-    chunk: int = field(default=2, metadata={"help": "frames asked for at a time"})
+    output: Path = field(
+        default=Path("drive.mp4"), metadata={"help": "mp4 to write, with a .npy of the actions next to it"}
+    )
+    chunk: int = field(default=2, metadata={"help": "frames per request"})
     gamepad: Path = field(default=Path("/dev/input/js0"), metadata={"help": "Linux joystick device"})
-    dead_zone: float = field(default=0.15, metadata={"help": "share of a stick's way that counts as its middle"})
-    speed: float = field(default=0.5, metadata={"help": "of a stick at its end, in normalised actions a frame"})
-    udp: int | None = field(default=None, metadata={"help": "port that poses come to; None reads standard input"})
+    dead_zone: float = field(default=0.15, metadata={"help": "deflection of a stick, in [0, 1), that is ignored"})
+    speed: float = field(default=0.5, metadata={"help": "speed at full deflection, in normalised actions per frame"})
+    udp: int | None = field(default=None, metadata={"help": "UDP port for poses; None for standard input"})
     axes: str = field(
         default="x,y,z",
-        metadata={
-            "help": "the tracker's axes that are the robot's x, y, z: --axes=-z,-x,y; two of them for planar spaces"
-        },
+        metadata={"help": "tracker axes for the robot's x, y, z, such as --axes=-z,-x,y; two for planar spaces"},
     )
-    scale: float = field(default=1.0, metadata={"help": "units of the action space that a metre of the hand becomes"})
+    scale: float = field(default=1.0, metadata={"help": "units of the action space per metre"})
     actions: Path = field(default=Path("actions.csv"), metadata={"help": ".npy, .csv or .json of recorded actions"})
 
 
 @dataclass
 class Gamepad:
-    """Where sticks and buttons are."""
+    """State of the sticks and buttons."""
 
-    axes: dict[int, float] = field(default_factory=dict)  # -1..1; right and down are positive
-    buttons: set[int] = field(default_factory=set)  # those pressed
+    axes: dict[int, float] = field(default_factory=dict)  # in [-1, 1]; right and down are positive
+    buttons: set[int] = field(default_factory=set)  # pressed ones
 
     def take(self, events: bytes) -> None:
-        """Follow joystick events; what they say of other things is left out."""
+        """Update the state from joystick events; events of other types are ignored."""
         for _, value, kind, number in JOYSTICK_EVENT.iter_unpack(events):
             if kind & ~INITIAL == AXIS:
                 self.axes[number] = max(-1.0, value / 32767)
@@ -91,7 +92,7 @@ class Gamepad:
                 (self.buttons.add if value else self.buttons.discard)(number)
 
     def command(self, controls: list[dict[str, Any]], dead_zone: float) -> np.ndarray:
-        """The command (A,) in [-1, 1] of the sticks, by the controls of a space: a component for each of its keys."""
+        """Return the command (A,) in [-1, 1] of the sticks and buttons for the controls of a space."""
         pushed = dict.fromkeys((BUTTONS[number] for number in self.buttons & BUTTONS.keys()), 1.0)
         for axis, (negative, positive) in STICKS.items():
             value = self.axes.get(axis, 0.0)
@@ -103,7 +104,7 @@ class Gamepad:
 
 
 def gamepad_commands(path: Path, space: dict[str, Any], dead_zone: float) -> Iterator[list[float]]:
-    """A command whenever one is asked for, until the gamepad is unplugged."""
+    """Yield the current command until the gamepad is unplugged."""
     gamepad = Gamepad()
     with path.open("rb", buffering=0) as device:
         while True:
@@ -122,16 +123,16 @@ def gamepad_commands(path: Path, space: dict[str, Any], dead_zone: float) -> Ite
 
 
 def read_pose(line: str, axes: np.ndarray, scale: float) -> tuple[float, np.ndarray]:
-    """Time and state (x, y, z, roll, pitch, yaw, gripper) of a pose in JSON.
+    """Read the time and the state (x, y, z, roll, pitch, yaw, gripper) of a pose in JSON.
 
     Args:
-        line: `{"time": seconds, "position": [x, y, z], "rotation": [x, y, z, w], "gripper": 0..1}`, metres; a rotation of three
-            numbers is roll, pitch and yaw in radians. Without rotation or gripper they stay as they are.
-        axes: Rows (3, 3) that make the robot's axes of the tracker's, see `axes_matrix`.
-        scale: Units of the action space for a metre.
+        line: `{"time": seconds, "position": [x, y, z], "rotation": [x, y, z, w], "gripper": 0..1}`, metres. A rotation of three
+            numbers is roll, pitch and yaw in radians. Rotation and gripper are optional; the default is 0.
+        axes: Matrix (3, 3) from tracker axes to robot axes, see `axes_matrix`.
+        scale: Units of the action space per metre.
 
     Raises:
-        ValueError: If it is no such pose.
+        ValueError: If the line is not a pose.
     """
     try:
         pose = json.loads(line)
@@ -150,10 +151,10 @@ def read_pose(line: str, axes: np.ndarray, scale: float) -> tuple[float, np.ndar
 
 
 def axes_matrix(axes: str) -> np.ndarray:
-    """Rows (3, 3) of the robot's axes in the tracker's: `"-z,-x,y"` for WebXR's y up and -z ahead.
+    """Return the matrix (3, 3) from tracker axes to robot axes; `"-z,-x,y"` for WebXR, with y up and -z ahead.
 
     Raises:
-        ValueError: If they are not x, y and z with signs, or two of them, or turn a right hand into a left one.
+        ValueError: If `axes` is not x, y and z with signs, or two of them, or the result is left-handed.
     """
     names = axes.split(",")
     rows = [(-1.0 if name.startswith("-") else 1.0) * np.eye(3)["xyz".find(name[-1:])] for name in names]
@@ -166,17 +167,17 @@ def axes_matrix(axes: str) -> np.ndarray:
 
 
 def at_rate(poses: Iterable[tuple[float, np.ndarray]], fps: float) -> Iterator[np.ndarray]:
-    """States (7,) of a stream of poses every 1 / fps seconds from the first on, between two poses interpolated.
+    """Resample a stream of poses to states (7,) every 1 / fps seconds by interpolation.
 
     Raises:
-        ValueError: If time goes backwards.
+        ValueError: If times do not increase.
     """
     before, first, count = None, 0.0, 0
     for now, state in poses:
         if before is None:
             first = now
         elif now <= before[0]:
-            raise ValueError(f"times of poses must grow, got {now:g} after {before[0]:g}.")
+            raise ValueError(f"times of poses must increase, got {now:g} after {before[0]:g}.")
         while first + count / fps <= now + 1e-9:
             yield state if before is None else _between(before, (now, state), first + count / fps)
             count += 1
@@ -192,15 +193,15 @@ def _between(before: tuple[float, np.ndarray], after: tuple[float, np.ndarray], 
 
 
 def actions_of_poses(states: np.ndarray, last: np.ndarray, space: dict[str, Any]) -> np.ndarray:
-    """Actions (n, A) of a space from the states (n + 1, 7) of a hand: its motions, each in the frame of the pose before.
+    """Compute actions (n, A) from the states (n + 1, 7) of a hand: motions, each in the frame of the previous pose.
 
     Args:
-        states: As `at_rate` gives them, scaled to the units of the space.
-        last: Action (A,) before these; targets of absolute spaces move on from it.
-        space: As the Space's `/start` describes it.
+        states: States from `at_rate`, in the units of the space.
+        last: Action (A,) before these; targets of absolute spaces start from it.
+        space: Description of the action space from `/start`.
 
     Raises:
-        ValueError: If the space has another number of components than motions have.
+        ValueError: If the space has a number of components that motions cannot have.
     """
     size = len(space["names"])
     if size not in DERIVATIONS:
@@ -217,7 +218,7 @@ def actions_of_poses(states: np.ndarray, last: np.ndarray, space: dict[str, Any]
 
 
 def pose_actions(lines: Iterable[str], arguments: TeleoperateArguments, space: dict[str, Any]) -> Iterator[np.ndarray]:
-    """Chunks of actions (n, A) as soon as their poses have come."""
+    """Yield chunks of actions (n, A) as soon as their poses have arrived."""
     axes, last = axes_matrix(arguments.axes), np.array(space["hold"])
     poses = (read_pose(line, axes, arguments.scale) for line in lines if line.strip())
     states: list[np.ndarray] = []
@@ -231,7 +232,7 @@ def pose_actions(lines: Iterable[str], arguments: TeleoperateArguments, space: d
 
 
 def received_lines(port: int) -> Iterator[str]:
-    """Lines of the datagrams that come to a port of this machine."""
+    """Yield the lines of the datagrams that arrive at a port of this machine."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
         receiver.bind(("", port))
         while True:
@@ -239,7 +240,7 @@ def received_lines(port: int) -> Iterator[str]:
 
 
 def requests(arguments: TeleoperateArguments, space: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
-    """What to ask of the Space, one after the other: an endpoint and its arguments after the session."""
+    """Yield the requests to the Space: an endpoint, and its arguments after the session."""
     if arguments.device == "gamepad":
         for command in gamepad_commands(arguments.gamepad, space, arguments.dead_zone):
             yield "/drive", [command, arguments.chunk, arguments.speed]
@@ -254,15 +255,18 @@ def requests(arguments: TeleoperateArguments, space: dict[str, Any]) -> Iterator
 
 
 def show(frame: str) -> None:
-    """Draw a frame, a data URL, in the terminal."""
+    """Draw a frame, given as a data URL, in the terminal."""
     picture = PIL.Image.open(BytesIO(base64.b64decode(frame.partition(",")[2])))
     columns, lines = shutil.get_terminal_size()
     print("\x1b[H" + "\x1b[K\n".join(draw(picture, columns, lines - 1)) + "\x1b[J", flush=True)
 
 
 def teleoperate(arguments: TeleoperateArguments) -> tuple[Path, Path] | None:
-    """Drive until the device ends or Ctrl-C; paths of the video and its actions, or None if nothing was driven."""
-    client = Client(arguments.space, verbose=False)
+    """Drive until the input ends or Ctrl-C; return the paths of the video and its actions, None if nothing was driven."""
+    try:
+        client = Client(arguments.space, verbose=False)
+    except Exception as error:  # the client raises errors of many types
+        raise ValueError(f"`space` must be a running Space, got {arguments.space!r}: {error}") from error
     picture = handle_file(arguments.frames) if os.path.isfile(arguments.frames) else arguments.frames
     session, first, space = client.predict(
         arguments.model, picture, arguments.start, arguments.seed, api_name="/start"
@@ -278,7 +282,7 @@ def teleoperate(arguments: TeleoperateArguments) -> tuple[Path, Path] | None:
             for frame in frames if drawn else ():
                 show(frame)
                 due = wait(due, space["fps"])
-            if arguments.device == "gamepad" and not drawn:  # time passes as the robot's does
+            if arguments.device == "gamepad" and not drawn:  # real time
                 due = wait(due, space["fps"] / len(frames))
     except KeyboardInterrupt:
         pass
@@ -289,7 +293,7 @@ def teleoperate(arguments: TeleoperateArguments) -> tuple[Path, Path] | None:
 
 
 def ask(client: Client, *values: Any, api_name: str) -> Any:
-    """The answer of an endpoint; Ctrl-C waits for it, for a session has one request at a time."""
+    """Return the answer of an endpoint. Ctrl-C waits for it, since a session has one request at a time."""
     job = client.submit(*values, api_name=api_name)
     try:
         return job.result()
@@ -299,14 +303,14 @@ def ask(client: Client, *values: Any, api_name: str) -> Any:
 
 
 def wait(due: float, fps: float) -> float:
-    """Sleep for the rest of a frame that was due at a time; when the next one is due."""
+    """Sleep until the next frame is due, and return that time."""
     due = max(due + 1 / fps, time.monotonic())
     time.sleep(max(0.0, due - time.monotonic()))
     return due
 
 
 def save(client: Client, session: str, output: Path) -> tuple[Path, Path]:
-    """Fetch the recording of a session."""
+    """Download the recording of a session."""
     video, actions = client.predict(session, api_name="/record")
     output.parent.mkdir(parents=True, exist_ok=True)
     paths = output.with_suffix(".mp4"), output.with_suffix(".npy")
@@ -316,7 +320,7 @@ def save(client: Client, session: str, output: Path) -> tuple[Path, Path]:
 
 
 def check_arguments(arguments: TeleoperateArguments) -> None:
-    """Refuse what cannot work before anything is asked of the Space."""
+    """Raise ValueError for arguments that cannot work, before the first request to the Space."""
     if arguments.chunk < 1:
         raise ValueError(f"`chunk` must be at least 1, got {arguments.chunk}.")
     if not 0 <= arguments.dead_zone < 1:
@@ -325,7 +329,7 @@ def check_arguments(arguments: TeleoperateArguments) -> None:
         read_actions(arguments.actions)
     if arguments.device == "gamepad" and not arguments.gamepad.exists():
         raise ValueError(
-            f"`gamepad` must be a joystick device, got {str(arguments.gamepad)!r}, which is not there: plug it in."
+            f"`gamepad` must be a joystick device, got {str(arguments.gamepad)!r}, which does not exist: plug in a gamepad."
         )
     axes_matrix(arguments.axes)
 
@@ -338,4 +342,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

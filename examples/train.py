@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL
 from transformers import HfArgumentParser
 
 from irasim_diffusers import PRESETS, UNET_PRESETS, IRASimTransformer3DModel, UNetTrajectoryModel
-from irasim_diffusers.data import LatentClips, MixedClips, PreparedEpisodes, action_normalisation
+from irasim_diffusers.data import LatentClips, MixedClips, PreparedEpisodes, action_normalisation, infer_action_space
 from irasim_diffusers.training import (
     RunArguments,
     TrainingRun,
@@ -105,7 +105,10 @@ class TrainingArguments(RunArguments):
         default_factory=list, metadata={"help": "one number, or one per component, instead of the data's"}
     )
     action_space: str | None = field(
-        default=None, metadata={"help": "relative (default), or absolute for recorded target positions"}
+        default=None,
+        metadata={
+            "help": "relative, or absolute for recorded target positions; by default inferred from actions and states, else relative"
+        },
     )
     action_frequencies: int | None = field(
         default=None,
@@ -329,6 +332,16 @@ def build_transformer(
         if action_space not in (None, derived):
             raise ValueError(f"`action_space` must be {derived!r} for {derivation} actions, got {action_space!r}.")
         action_space = derived
+    elif action_space is None and (pretrained is None or not is_trained_on_actions(pretrained)):
+        action_space = infer_action_space(source)
+        logger.info(
+            f"`action_space` is {action_space or 'relative'}: "
+            + (
+                "inferred from actions and states"
+                if action_space
+                else "set it, because no state shows what actions are"
+            )
+        )
     given = {
         name: values[0] if len(values) == 1 else values
         for name, values in (("action_scale", arguments.action_scale), ("action_offset", arguments.action_offset))
@@ -359,8 +372,7 @@ def build_transformer(
             f"the data must have {config.action_dim} action components as {arguments.pretrained_model_name_or_path!r}, got "
             f"{len(offset)}: pad them with `pad_actions_to`, or change the model with `irasim adapt --action-dim {len(offset)}`."
         )
-    encoder = getattr(pretrained, "trajectory_embed", pretrained.action_embed)
-    if not encoder.linear_2.weight.any():  # zero-initialised: not trained on actions yet
+    if not is_trained_on_actions(pretrained):
         known |= measured
     else:
         check_action_space(arguments, config, action_space, derivation)
@@ -370,6 +382,11 @@ def build_transformer(
         known.pop("fps")
     pretrained.register_to_config(**known | given)
     return pretrained
+
+
+def is_trained_on_actions(model: IRASimTransformer3DModel) -> bool:
+    """Whether the action encoder of a model, which is initialised with zeros, has been trained."""
+    return bool(getattr(model, "trajectory_embed", model.action_embed).linear_2.weight.any())
 
 
 def check_action_space(

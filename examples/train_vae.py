@@ -55,7 +55,9 @@ class VAEArguments:
     validation_split: str = field(default="train", metadata={"help": "split of the validation data"})
     pretrained: str | None = field(default=None, metadata={"help": "autoencoder to start from: folder or Hub id"})
     freeze_encoder: bool = field(default=False, metadata={"help": "train only the decoder of --pretrained"})
-    action_column: str = field(default="actions", metadata={"help": "column of actions of `datasets` data"})
+    action_column: list[str] = field(
+        default_factory=list, metadata={"help": "action columns, concatenated; by default action or actions"}
+    )
     skip_broken: bool = field(default=False, metadata={"help": "skip episodes that cannot be read, and list them"})
     height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
     width: int | None = field(default=None, metadata={"help": "see --height"})

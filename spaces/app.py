@@ -30,8 +30,18 @@ CSS = """
 .failure { padding: 0.6rem 0.9rem; border: 1px solid #dc2626; border-radius: 0.6rem; background: rgb(220 38 38 / 0.1); }
 #preference { max-width: 680px; margin: 0 auto; }
 """
+THEME = gr.themes.Default(primary_hue="blue", neutral_hue="slate").set(
+    # the defaults have a contrast below 4.5, WCAG AA
+    body_text_color_subdued="*neutral_600",
+    block_info_text_color="*neutral_600",
+    input_placeholder_color="*neutral_500",
+    color_accent="*primary_600",
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_hover="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_700",
+)
 LAUNCH: dict[str, Any] = {
-    "theme": gr.themes.Default(primary_hue="blue", neutral_hue="slate"),
+    "theme": THEME,
     "css": CSS,
     "max_file_size": "10mb",
     "ssr_mode": False,

@@ -1,4 +1,4 @@
-"""The Preference page: people compare two predictions with what truly happened (paper, section 13), without learning whose they are."""
+"""The Preference page: raters compare two predictions with the ground truth and do not see the model names (paper, section 13)."""
 
 import asyncio
 import hmac
@@ -18,15 +18,13 @@ from viewer import viewer
 
 FPS = 10
 RATER = re.compile(r"[0-9a-f]{16}")
-INTRODUCTION = """### Which prediction is nearer to the recording?
+INTRODUCTION = """## Which prediction is closer to the recording?
 
-Above, two models predict one video from the same first frames and the same actions; below is what truly happened. Say which of
-the two is more like it: the robot's way, what it touches, and how sharp everything stays. Let them play as often as you like,
-or stop them and go frame by frame. If you find no clear difference, say so rather than guess."""
-PRIVACY = (
-    "*Your answers are kept under a random number in this browser: close it, come back, and go on where you were.*"
-)
-CSS = (Path(__file__).parent / "preference.css").read_text()
+In the upper row, two models predict a video from the same first frames and actions. The recording is below. Select the prediction
+that is closer to the recording: the robot's path, what it touches, and sharpness. You can replay the videos, pause them, and step
+through the frames. If you see no clear difference, select Similar."""
+PRIVACY = "*Your answers are stored under a random number in this browser. You can close the page and continue later.*"
+CSS = (Path(__file__).parent / "preference.css").read_text(encoding="utf-8")
 OUTCOMES = {"win": "better", "tie": "similar", "loss": "worse"}
 
 
@@ -34,19 +32,19 @@ def preference_page(study: PreferenceStudy, videos: Videos, key: str | None = No
     """Build the page, inside a tab.
 
     Args:
-        study: Asks and keeps.
-        videos: What to show.
-        key: What the owner must give to see results; None shows them to everyone.
+        study: Selects the comparisons and stores the answers.
+        videos: Returns the videos of the comparisons.
+        key: Key that the owner enters to see the results; None shows them to everyone.
     """
     PreferencePage(study, videos, key)
 
 
 class PreferencePage:
-    """The page's components, and what happens to them."""
+    """The components of the page and their event handlers."""
 
     def __init__(self, study: PreferenceStudy, videos: Videos, key: str | None) -> None:
         self.study, self.videos, self.key = study, videos, key
-        # a fixed secret, so that a restart of the server loses no rater; it hides nothing of value
+        # a fixed secret, because raters return after a restart of the server; the number needs no protection
         self.rater = gr.BrowserState(None, storage_key="irasim-rater", secret="irasim-preference")
         self.current = gr.State()
         with gr.Column(elem_id="preference"):
@@ -69,10 +67,10 @@ class PreferencePage:
                     "right": gr.Button("Right is better", size="md", min_width=80, elem_id="preference-right"),
                 }
         self.thanks = gr.Markdown(
-            "### Thank you, that was all.\n\nYour answers are kept.", visible=False, elem_id="preference-thanks"
+            "## Thank you, that was all.\n\nYour answers are stored.", visible=False, elem_id="preference-thanks"
         )
         self.back = gr.Button(
-            "← Back to the one before", size="sm", variant="secondary", visible=False, elem_id="preference-back"
+            "← Previous comparison", size="sm", variant="secondary", visible=False, elem_id="preference-back"
         )
 
     def _build_results(self) -> None:
@@ -90,43 +88,45 @@ class PreferencePage:
         shown = [self.rater, self.current, self.bar, self.welcome, self.rating, self.thanks, self.back, self.view]
         gr.on(None, self.greet, self.rater, [self.bar, self.begin], queue=False, show_progress="hidden", **private)
         step: Any = {"outputs": shown, "show_progress_on": [self.bar]} | private
-        self.begin.click(self.go_on, self.rater, **step)
-        self.back.click(self.go_back, [self.rater, self.current], **step)
+        begun = self.begin.click(self.show_next, self.rater, **step)
+        # Begin disappears, and the focus with it
+        begun.then(None, js="() => document.querySelector('#preference-left')?.focus()", **private)
+        self.back.click(self.show_previous, [self.rater, self.current], **step)
         for choice, button in self.choices.items():
             button.click(self.answering(choice), [self.rater, self.current], **step)
         self.ask.click(self.results, self.password, [self.rates, self.export], **private)
         self.password.submit(self.results, self.password, [self.rates, self.export], **private)
 
     def greet(self, rater: Any) -> tuple[Any, ...]:
-        """How far a rater is who comes back."""
+        """Show the progress of a rater who returns."""
         if not _is_rater(rater):
             return gr.skip(), gr.skip()
         total, left = len(self.study.comparisons(rater)), len(self.study.remaining(rater))
-        return _bar(total - left, total), gr.Button("Begin" if left == total else "Go on" if left else "Finish")
+        return _bar(total - left, total), gr.Button("Begin" if left == total else "Continue" if left else "Finish")
 
-    async def go_on(self, rater: Any) -> tuple[Any, ...]:
-        """Show the next comparison to a rater, or to a new one the first."""
+    async def show_next(self, rater: Any) -> tuple[Any, ...]:
+        """Show the next comparison to a rater; a new rater gets a number."""
         rater = rater if _is_rater(rater) else secrets.token_hex(8)
         remaining = await asyncio.to_thread(self.study.remaining, rater)
         return await self._show(rater, next(iter(remaining), None))
 
-    async def go_back(self, rater: Any, current: Comparison | None) -> tuple[Any, ...]:
-        """Show the comparison before; an answer to it takes the place of the earlier one."""
+    async def show_previous(self, rater: Any, current: Comparison | None) -> tuple[Any, ...]:
+        """Show the previous comparison; a new answer replaces the earlier one."""
         shown = self.study.comparisons(rater)
         place = shown.index(current) if current in shown else len(shown)
         return await self._show(rater, shown[max(0, place - 1)])
 
     def answering(self, choice: str) -> Any:
-        """What the button of a choice does."""
+        """Return the event handler of a choice's button."""
 
         async def answer(rater: Any, current: Comparison | None) -> tuple[Any, ...]:
             if current is not None and _is_rater(rater):
                 try:
                     await asyncio.to_thread(self.study.answer, rater, current, choice)
                 except (ValueError, OSError) as error:
-                    gr.Warning(str(error), title="The answer was not kept")
+                    gr.Warning(str(error), title="The answer was not stored")
                     return await self._show(rater, current)
-            return await self.go_on(rater)
+            return await self.show_next(rater)
 
         return answer
 
@@ -135,7 +135,7 @@ class PreferencePage:
         answered = len(shown) - len(await asyncio.to_thread(self.study.remaining, rater))
         view: Any = gr.skip()
         if comparison is not None:
-            sides = {"Left": comparison.left, "Right": comparison.right, "What truly happened": TRUTH}
+            sides = {"Left": comparison.left, "Right": comparison.right, "Recording": TRUTH}
             panels = {title: await self.videos(model, comparison.clip) for title, model in sides.items()}
             view = await asyncio.to_thread(show, panels, FPS)
         return (
@@ -150,12 +150,11 @@ class PreferencePage:
         )
 
     def results(self, password: str) -> Iterator[tuple[Any, ...]]:
-        """The rates so far, and the answers as a file, for who has the key."""
+        """Show the rates, and the answers as a file, to users with the key."""
         if self.key is not None and not hmac.compare_digest(str(password).encode(), self.key.encode()):
-            gr.Warning("This is not the owner's key.", title="Results are the owner's")
-            yield gr.skip(), gr.skip()
+            yield '<p role="alert">This is not the owner\'s key.</p>', gr.DownloadButton(visible=False)
             return
-        with tempfile.TemporaryDirectory() as folder:  # Gradio copies what it serves
+        with tempfile.TemporaryDirectory() as folder:  # Gradio copies the files that it serves
             path = Path(folder) / "answers.csv"
             self.study.export(path)
             page = rates_page(self.study.rates(), self.study.model)
@@ -163,24 +162,24 @@ class PreferencePage:
 
 
 def _is_rater(rater: Any) -> bool:
-    """Whether a browser's word for its rater can be one; it comes from outside."""
+    """Return whether a value from a browser is a rater's number."""
     return isinstance(rater, str) and RATER.fullmatch(rater) is not None
 
 
 def _bar(answered: int, total: int) -> str:
-    share = 100 * answered / total
+    share, text = 100 * answered / total, f"{answered} of {total} compared"
     return (
-        f'<div class="preference-bar" role="progressbar" aria-valuemin="0" aria-valuemax="{total}" aria-valuenow="{answered}">'
-        f'<span>{answered} of {total} compared</span><i><b style="width: {share:.0f}%"></b></i></div>'
+        f'<div class="preference-bar" role="progressbar" aria-label="{text}" aria-valuemin="0" aria-valuemax="{total}" '
+        f'aria-valuenow="{answered}"><span>{text}</span><i><b style="width: {share:.0f}%"></b></i></div>'
     )
 
 
 def rates_page(rates: dict[str, dict[str, Any]], model: str) -> str:
-    """How often a model was found better than each other one, as HTML.
+    """Format the rates of a model against each other model as HTML.
 
     Args:
         rates: From `PreferenceStudy.rates`.
-        model: Whose rates they are.
+        model: The rated model.
     """
     if not rates:
         return "<p>No answers yet.</p>"
@@ -195,6 +194,6 @@ def rates_page(rates: dict[str, dict[str, Any]], model: str) -> str:
             for kind, word in OUTCOMES.items()
         )
         parts.append(
-            f'<section class="rates"><h4>{title}</h4><div>{bars}</div><ul>{figures}</ul><p>{note}; intervals: 95 %, over clips</p></section>'
+            f'<section class="rates"><h2>{title}</h2><div>{bars}</div><ul>{figures}</ul><p>{note}; 95 % intervals over clips</p></section>'
         )
     return "".join(parts)

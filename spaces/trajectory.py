@@ -39,6 +39,7 @@ from scenes import (
     start_canvas,
     upload_scene,
 )
+from uploads import data_url
 from viewer import videos, viewer
 from visitor_files import ACTION_SUFFIXES, resize
 from worlds import World, Worlds
@@ -119,6 +120,7 @@ class TrajectoryPage:
             self.upload = gr.UploadButton(
                 "Upload a start …", file_types=["image", "video"], min_width=120, elem_id="trajectory-upload"
             )
+        self.status = gr.HTML(min_height=48, elem_id="trajectory-status")
         self.kind = gr.Radio(kinds, value=kinds[0], label="Actions", elem_id="trajectory-kind")
         self.file = gr.File(
             label=f"Actions: one row per frame ({', '.join(ACTION_SUFFIXES)})",
@@ -161,7 +163,6 @@ class TrajectoryPage:
 
     def _build_results(self) -> None:
         self.view = viewer("Draw on the picture or press Predict. The video appears here.", elem_id="trajectory-view")
-        self.status = gr.HTML(min_height=48, elem_id="trajectory-status")
         with gr.Column(visible=False) as self.results:
             self.error_plot = gr.LinePlot(
                 x="frame",
@@ -174,14 +175,9 @@ class TrajectoryPage:
             self.action_plot = gr.LinePlot(
                 x="frame", y="action", color="component", title="Actions by frame", height=220
             )
-            self.strip = gr.Image(
-                show_label=False,
-                format="png",
-                interactive=False,
-                buttons=["download", "fullscreen"],
-                elem_id="trajectory-strip",
-            )
+            self.strip = gr.HTML(elem_id="trajectory-strip")
             with gr.Row():
+                self.picture = gr.DownloadButton("Film strip (.png)", size="sm", elem_id="trajectory-picture")
                 self.video = gr.DownloadButton("Video (.mp4)", size="sm", elem_id="trajectory-video")
                 self.table = gr.DownloadButton("Actions (.csv)", size="sm", elem_id="trajectory-table")
 
@@ -199,8 +195,8 @@ class TrajectoryPage:
             self.compare,
             *self.second,
         }
-        made = [self.view, self.status, self.results, self.error_plot, self.action_plot, self.strip, self.video]
-        made += [self.table, self.run, self.stop]
+        made = [self.view, self.status, self.results, self.error_plot, self.action_plot, self.strip, self.picture]
+        made += [self.video, self.table, self.stop]
         predict: Any = {
             "fn": self.predict,
             "inputs": asked,
@@ -212,13 +208,15 @@ class TrajectoryPage:
         drawn = self.pad.drawn(self.take_drawn, outputs=[self.kind, self.path], **quiet).then(
             trigger_mode="multiple", **predict
         )
-        pressed = self.run.click(**predict)
+        pressed = self.run.click(self.interrupt, **quiet).then(trigger_mode="multiple", **predict)
         stopped = self.stop.click(self.interrupt, cancels=[drawn, pressed], **quiet)
         # in a second event, because the last output of the cancelled prediction may arrive after the first
-        stopped.then(lambda: self._idle("Stopped."), outputs=made, **quiet)
+        stopped = stopped.then(lambda: self._idle("Stopped."), outputs=made, **quiet)
+        # Stop disappears, and the focus with it
+        stopped.then(None, js="() => document.querySelector('#trajectory-run').focus()", **private)
         start, model = [self.scene, self.pad, self.path, self.kind], [self.first[0], self.kind]
         self.pad.picked(self.choose_example, model, start, **quiet)
-        self.upload.upload(self.choose_upload, [self.upload, *model], start, **private)
+        self.upload.upload(self.choose_upload, [self.upload, *model], [*start, self.status], **private)
         self.first[0].change(self.choose_model, model, [*start, self.scale, *self.first[1:3]], **private)
         self.second[0].change(self.choose_sampler, self.second[0], self.second[1:3], **private)
         self.compare.change(lambda on: gr.Column(visible=on), self.compare, self.second_box, **quiet)
@@ -244,10 +242,9 @@ class TrajectoryPage:
     def choose_upload(self, path: str, name: str, kind: str) -> tuple[Any, ...]:
         """Use an uploaded file as the start."""
         try:
-            return self._start(upload_scene(path, self.worlds.named(name)), name, kind)
+            return *self._start(upload_scene(path, self.worlds.named(name)), name, kind), ""
         except ValueError as error:
-            gr.Warning(str(error), title="This file cannot be a start")
-            return (gr.skip(),) * 4
+            return *(gr.skip(),) * 4, _alert(f"This file cannot be a start: {error}")
 
     def choose_model(self, name: str, kind: str) -> tuple[Any, ...]:
         """Select another model, with its first example and its samplers."""
@@ -316,9 +313,9 @@ class TrajectoryPage:
             if not isinstance(error, ValueError):
                 LOGGER.exception("the prediction failed")
             said = str(error) if isinstance(error, ValueError) else "internal error"
-            gr.Warning(said, title="This cannot be predicted")
             yield self._idle(f"No prediction: {said}") | {self.view: None}
-        finally:
+        finally:  # also if the visitor leaves
+            _interrupt(mine)
             if self.running.get(visitor) is mine:
                 del self.running[visitor]
 
@@ -327,20 +324,17 @@ class TrajectoryPage:
     ) -> AsyncIterator[dict[str, Any]]:
         """Append the predicted frames to the panels, window by window, while they are wanted; yield what the viewer shows."""
         total, done = len(task.actions) * len(task.settings), 0
-        try:
-            for name, setting in task.settings.items():
-                async for frames in predict(task.pipelines[name], setting, task.scene.history, task.actions):
-                    panels[name] = np.concatenate([panels[name], frames])
-                    shown = await asyncio.to_thread(videos, panels, task.fps, len(task.scene.history))
-                    if not wanted():
-                        return
-                    done += len(frames)
-                    progress((done, total), desc="Predicting", unit="frames")
-                    yield shown
+        for name, setting in task.settings.items():
+            async for frames in predict(task.pipelines[name], setting, task.scene.history, task.actions):
+                panels[name] = np.concatenate([panels[name], frames])
+                shown = await asyncio.to_thread(videos, panels, task.fps, len(task.scene.history))
                 if not wanted():
                     return
-        finally:  # also if the visitor leaves
-            _interrupt(task.pipelines.values())
+                done += len(frames)
+                progress((done, total), desc="Predicting", unit="frames")
+                yield shown
+            if not wanted():
+                return
 
     def _report(self, folder: Path, task: Task, panels: dict[str, np.ndarray], seconds: float) -> dict[Any, Any]:
         """Return the plots and files of complete predictions."""
@@ -351,12 +345,15 @@ class TrajectoryPage:
             last = panels["Truth"][seen - 1 : seen]
             figures[BASELINE] = errors(np.repeat(last, len(task.truth), axis=0), task.truth)
         whole = align(panels)
+        strip = film_strip(whole, seen, columns=8)
+        strip.save(folder / "film-strip.png")
         return {
             self.status: _summary(len(names) * len(actions), seconds, figures),
             self.results: gr.Column(visible=True),
             self.error_plot: _error_plot(figures),
             self.action_plot: action_table(actions, config.action_names),
-            self.strip: film_strip(whole, seen, columns=8),
+            self.strip: f'<img src="{data_url(strip)}" alt="Film strip of the videos" style="width: 100%">',
+            self.picture: str(folder / "film-strip.png"),
             self.video: str(write_video(folder / "prediction.mp4", side_by_side(whole), task.fps)),
             self.table: str(_write_actions(folder / "actions.csv", actions, config.action_names)),
         }
@@ -368,7 +365,6 @@ class TrajectoryPage:
     def _busy(self, shown: dict[str, Any]) -> dict[Any, Any]:
         """Return the page while it predicts: progress in place of the last status, and no plots or files of the last result."""
         return {
-            self.run: gr.Button(visible=False),
             self.stop: gr.Button(visible=True),
             self.results: gr.Column(visible=False),
             self.status: "",
@@ -378,14 +374,18 @@ class TrajectoryPage:
     def _idle(self, status: str = "") -> dict[Any, Any]:
         """Return the page while it does not predict, without plots and files."""
         return {
-            self.run: gr.Button(visible=True),
             self.stop: gr.Button(visible=False),
             self.results: gr.Column(visible=False),
-            self.status: html.escape(status),
+            self.status: _alert(status),
         }
 
     def _stop(self, session: str | None) -> None:
         _interrupt(self.running.pop(session, ()))
+
+
+def _alert(text: str) -> str:
+    """Return a text as HTML that screen readers announce."""
+    return f'<p role="alert">{html.escape(text)}</p>' if text else ""
 
 
 def _interrupt(pipelines: Iterable[Any]) -> None:

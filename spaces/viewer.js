@@ -4,7 +4,7 @@ const slider = element.querySelector(".frame");
 const clock = element.querySelector(".time");
 const button = element.querySelector(".play");
 const calm = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
-const pause = 0.8; // seconds at the end, before it starts again
+const pause = 0.8; // seconds on the last frame
 
 let shown = { panels: [], fps: 10, seen: 0 };
 let sheets = [];
@@ -60,7 +60,7 @@ async function show(value) {
   element.toggleAttribute("data-filled", shown.panels.length > 0);
   frame = Math.min(frame, Math.max(0, length - 1));
   draw();
-  // another video: on a phone it lies below what asked for it
+  // a new video: on a phone it is below the button that was pressed
   if (length && (changed || length < before)) element.scrollIntoView({ block: "nearest", behavior: calm ? "auto" : "smooth" });
 }
 
@@ -68,7 +68,7 @@ function draw() {
   const canvases = panels.querySelectorAll("canvas");
   shown.panels.forEach((panel, index) => {
     if (!sheets[index] || !canvases[index]) return;
-    const place = Math.min(frame, panel.count - 1); // a shorter video waits on its last frame
+    const place = Math.min(frame, panel.count - 1); // a shorter video stays on its last frame
     const { width, height, columns } = panel;
     const [column, row] = [place % columns, Math.floor(place / columns)];
     const context = canvases[index].getContext("2d");

@@ -1,4 +1,4 @@
-"""Videos beside each other that play in step, frame by frame where one wants to look closely."""
+"""A viewer of several synchronised videos, with a slider to step through the frames."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 from uploads import data_url
 
-LOSSLESS_PIXELS = 2**21  # sheets up to that size lose nothing
+LOSSLESS_PIXELS = 2**21  # larger sheets are compressed with losses
 HERE = Path(__file__).parent
 TEMPLATE = """
 <div class="panels" aria-live="off"></div>
@@ -22,23 +22,28 @@ TEMPLATE = """
 
 
 def viewer(empty: str, **kwargs: Any) -> gr.HTML:
-    """The component; its value is what `videos` gives, or None, where it says `empty`."""
+    """Create the component.
+
+    Args:
+        empty: Text shown while the value is None.
+        kwargs: Passed to `gr.HTML`; a value comes from `videos`.
+    """
     return gr.HTML(
         html_template=f'<p class="empty">{empty}</p>{TEMPLATE}',
-        css_template=(HERE / "viewer.css").read_text(),
-        js_on_load=(HERE / "viewer.js").read_text(),
+        css_template=(HERE / "viewer.css").read_text(encoding="utf-8"),
+        js_on_load=(HERE / "viewer.js").read_text(encoding="utf-8"),
         apply_default_css=False,
         **kwargs,
     )
 
 
 def videos(panels: dict[str, np.ndarray], fps: float, seen: int = 0) -> dict[str, Any]:
-    """What the viewer shows.
+    """Create a value of the viewer.
 
     Args:
-        panels: Videos (T, H, W, 3), uint8, by title; one of no frames has an empty place.
-        fps: Frames a second.
-        seen: Frames at the start that were given, not predicted.
+        panels: Videos (T, H, W, 3), uint8, by title; a video may have no frames.
+        fps: Frames per second.
+        seen: Number of history frames at the start, which were not predicted.
     """
     return {
         "panels": [{"title": title} | _sheet(frames) for title, frames in panels.items()],
@@ -48,7 +53,7 @@ def videos(panels: dict[str, np.ndarray], fps: float, seen: int = 0) -> dict[str
 
 
 def _sheet(frames: np.ndarray) -> dict[str, Any]:
-    """All frames of a video in one picture, which carries no file name, and how to find them in it."""
+    """Arrange all frames of a video in one image, whose data URL reveals no file name; with the layout."""
     count, height, width, _ = frames.shape
     if count == 0:
         return {"count": 0, "width": width, "height": height}
@@ -61,6 +66,6 @@ def _sheet(frames: np.ndarray) -> dict[str, Any]:
 
 
 def picture_url(pixels: np.ndarray) -> str:
-    """A picture (H, W, 3), uint8, as a data URL."""
+    """Encode an image (H, W, 3), uint8, as a data URL."""
     lossless = pixels.shape[0] * pixels.shape[1] <= LOSSLESS_PIXELS
     return data_url(PIL.Image.fromarray(pixels), lossless=lossless, quality=50 if lossless else 92, method=1)

@@ -1,4 +1,4 @@
-"""ZeroGPU, where a GPU is lent for the time of a call, to another process; elsewhere nothing of this is in use."""
+"""Support for ZeroGPU, which provides a GPU to another process for the duration of a call; unused on other hardware."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from irasim_diffusers import IRASimPipeline, RolloutState
 
 try:
-    from spaces import GPU  # type: ignore[attr-defined]  # must come before CUDA is touched
+    from spaces import GPU  # type: ignore[attr-defined]  # must be imported before CUDA is initialised
 except ImportError:
 
     def GPU(function: Any) -> Any:
-        """No GPU is lent here."""
+        """Return the function unchanged."""
         return function
 
 
@@ -29,11 +29,11 @@ COMPUTING = (
     "advance",
     "decode",
 )
-_PIPELINES: dict[str, IRASimPipeline] = {}  # of this process, and of the ones forked from it
+_PIPELINES: dict[str, IRASimPipeline] = {}  # of this process, and of its forked processes
 
 
 class LentPipeline:
-    """A pipeline whose computing methods run where the GPU is lent; what they take and give is copied there and back."""
+    """A pipeline whose computing methods run in the process with the GPU; arguments and results are copied."""
 
     def __init__(self, name: str, pipeline: IRASimPipeline) -> None:
         _PIPELINES[name] = pipeline
@@ -45,7 +45,7 @@ class LentPipeline:
         return lambda *arguments, **named: _compute(self._name, attribute, arguments, named)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """As the pipeline's own."""
+        """Call the pipeline."""
         return _compute(self._name, "__call__", arguments, named)
 
 
@@ -60,7 +60,7 @@ def _compute(name: str, method: str, arguments: tuple, named: dict[str, Any]) ->
 
 
 def _move(value: Any, device: torch.device | str) -> Any:
-    """Tensors and rollout states on a device, also in a plain tuple; other values as they are."""
+    """Move tensors and rollout states, also in a tuple, to a device; return other values unchanged."""
     if type(value) is tuple:
         return tuple(_move(each, device) for each in value)
     return value.to(device) if isinstance(value, (torch.Tensor, RolloutState)) else value

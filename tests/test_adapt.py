@@ -26,7 +26,10 @@ def model(tmp_path_factory):
         (["--vae", "vae"], "--vae and --dataset must be given together"),
         (["--action-dim", "2", "--height", "8"], "--height and --width must be given together"),
         (["--action-dim", "2", "--model", "nowhere"], "--model must be a pipeline folder or Hub id, got 'nowhere'"),
-        (["--vae", "nowhere", "--dataset", "nowhere"], "`dataset` must be a folder or a Hub id"),
+        (
+            ["--vae", "nowhere", "--dataset", "nowhere"],
+            "`vae` must be an AutoencoderKL, a folder or Hub id, got 'nowhere'",
+        ),
     ],
 )
 def test_invalid_flags_print_one_line(model, tmp_path, capsys, flags, message):

@@ -1,5 +1,6 @@
 import json
 import re
+import signal
 
 import av
 import numpy as np
@@ -7,11 +8,13 @@ import PIL.Image
 import pytest
 import torch
 from conftest import tiny_pipeline
+from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model_state_dict
 from test_conversion import latte_model
 
-from irasim_diffusers import IRASimPipeline, embedded_checkpoint
+from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, embedded_checkpoint
 from irasim_diffusers.cli import main
-from irasim_diffusers.commands.files import read_actions
+from irasim_diffusers.commands.files import read_actions, read_frames
 from irasim_diffusers.data import read_video, write_video
 from irasim_diffusers.metrics import psnr
 
@@ -64,7 +67,7 @@ def test_video_and_actions_of_a_user(workspace, capsys):
     assert re.search(r"4 frames in .* s, .* frames/s, 6 network evaluations with PNDMScheduler", out)
 
 
-def test_picture_and_every_kind_of_actions_give_the_same_video(workspace):
+def test_every_format_of_actions_gives_the_same_video(workspace):
     videos = []
     for kind in ("npy", "csv", "json"):
         arguments = ["--model", "model", "--frames", "frame.png", "--actions", f"actions.{kind}", "--steps", "2"]
@@ -103,7 +106,7 @@ def frame_rate(path):
         return container.streams.video[0].average_rate
 
 
-def test_frames_come_at_the_rate_of_the_video_or_of_the_model(workspace):
+def test_frame_rate_is_that_of_the_video_or_the_model(workspace):
     tiny_pipeline(fps=3).save_pretrained("slow")
     arguments = ["--actions", "actions.npy", "--steps", "1", "--frames"]
     for model, frames, rate in (("slow", "frame.png", 3), ("slow", "video.mp4", 5), ("model", "frame.png", 10)):
@@ -111,7 +114,7 @@ def test_frames_come_at_the_rate_of_the_video_or_of_the_model(workspace):
         assert frame_rate("irasim.mp4") == rate
 
 
-def test_a_converted_scheduler_has_the_noise_process_of_the_config(workspace, capsys):
+def test_converted_scheduler_has_the_noise_process_of_the_config(workspace, capsys):
     latte_model(heads=2, head=6, depth=1, patch=2, channels=4, frames=4).save_pretrained("latte")
     arguments = ["--source", "latte", "--checkpoint", "latte", "--vae", "model:vae", "--output", "converted"]
     process = {"prediction_type": "v_prediction", "num_train_timesteps": 500, "beta_end": 0.01, "beta_start": 0.001}
@@ -122,7 +125,7 @@ def test_a_converted_scheduler_has_the_noise_process_of_the_config(workspace, ca
     pipeline.check_scheduler()
     assert {name: pipeline.scheduler.config[name] for name in process} == process
     arguments = ["--model", "converted", "--frames", "frame.png", "--actions", "actions.npy", "--steps", "3"]
-    for scheduler in ("ddim", "ddpm"):  # which clip unless told not to
+    for scheduler in ("ddim", "ddpm"):  # clip_sample is True by default
         assert generate(*arguments, "--scheduler", scheduler) == 0, capsys.readouterr().err
     assert generate(*arguments) == 2
     assert "at least 4 for PNDMScheduler with its Runge-Kutta warm-up, got 3" in capsys.readouterr().err
@@ -143,10 +146,145 @@ def test_headers_of_csv_files_are_not_actions(tmp_path, text, expected):
     assert read_actions(tmp_path / "actions.csv").tolist() == expected
 
 
-def test_a_spreadsheets_byte_order_mark_is_no_heading(workspace):
+def test_byte_order_mark_of_a_spreadsheet_is_not_a_header(workspace):
     actions = read_actions(workspace / "actions.npy")
     np.savetxt(workspace / "marked.csv", actions, delimiter=",", encoding="utf-8-sig")
     np.testing.assert_allclose(read_actions(workspace / "marked.csv"), actions)
+
+
+def test_alpha_is_dropped_and_exif_orientation_applied(workspace):
+    picture = PIL.Image.open("frame.png")
+    exif = picture.getexif()
+    exif[0x0112] = 6  # stored with its left side on top
+    picture.transpose(PIL.Image.Transpose.ROTATE_90).save("turned.png", exif=exif)
+    picture.convert("P", palette=PIL.Image.Palette.ADAPTIVE).save("palette.png")
+    expected = read_frames(workspace / "frame.png")
+    for name in ("rgba.png", "turned.png"):
+        np.testing.assert_array_equal(read_frames(workspace / name), expected)
+    assert np.abs(read_frames(workspace / "palette.png") - expected.astype(int)).max() < 8
+
+
+def test_cameras_are_tiled_by_the_layout_of_the_model(workspace):
+    parts = {"left": (0, 0, 5, 3), "right": (5, 0, 12, 3), "bottom": (0, 3, 12, 8)}
+    for name, box in parts.items():
+        PIL.Image.open("frame.png").crop(box).save(f"{name}.png")
+    tiny_pipeline(cameras=[["left", "right"], ["bottom"]]).save_pretrained("cameras")
+    arguments = ["--actions", "actions.npy", "--steps", "1"]
+    assert generate("--model", "model", *arguments, "--frames", "frame.png") == 0
+    expected = read_video("irasim.mp4")
+    for model, frames in (
+        ("cameras", ["left.png", "right.png", "bottom.png"]),
+        ("cameras", ["frame.png"]),  # already tiled
+        ("model", ["left.png,right.png", "bottom.png"]),
+    ):
+        assert generate("--model", model, *arguments, "--frames", *frames) == 0
+        np.testing.assert_array_equal(read_video("irasim.mp4"), expected)
+
+
+def test_lora_from_a_folder_or_file_is_applied(workspace, capsys):
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipeline = tiny_pipeline()
+    torch.manual_seed(0)
+    pipeline.transformer.add_adapter(config)
+    layers = get_peft_model_state_dict(pipeline.transformer)
+    metadata = {"transformer_lora_adapter_metadata": config.to_dict()}
+    pipeline.save_lora_weights("lora", transformer_lora_layers=layers, **metadata)
+    arguments = ["--model", "model", "--frames", "frame.png", "--actions", "actions.npy", "--steps", "1"]
+    videos = []
+    for lora in ([], ["--lora", "lora"], ["--lora", "lora/pytorch_lora_weights.safetensors"]):
+        assert generate(*arguments, *lora) == 0, capsys.readouterr().err
+        videos.append(read_video("irasim.mp4"))
+    assert not np.array_equal(videos[0], videos[1])
+    np.testing.assert_array_equal(videos[1], videos[2])
+    generator = torch.Generator().manual_seed(0)
+    frames = pipeline(
+        PIL.Image.open("frame.png"),
+        np.load("actions.npy"),
+        num_inference_steps=1,
+        generator=generator,
+        output_type="np",
+    ).frames[0]
+    shown = videos[1][-4:, ::36, ::36] / 255.0
+    assert psnr(shown, frames) > 25  # lossy video
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "message"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_signals_end_a_command_with_one_line(workspace, monkeypatch, capfd, number, status, message):
+    before, handler, forward = sorted(workspace.rglob("*")), signal.getsignal(number), IRASimTransformer3DModel.forward
+
+    def interrupt(*arguments, **options):
+        signal.raise_signal(number)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(IRASimTransformer3DModel, "forward", interrupt)
+    assert generate("--model", "model", "--frames", "frame.png", "--actions", "actions.npy", "--steps", "2") == status
+    captured = capfd.readouterr()
+    assert captured.err.splitlines()[-1] == f"irasim: {message}"
+    assert "Traceback" not in captured.err
+    assert sorted(workspace.rglob("*")) == before
+    assert signal.getsignal(number) == handler
+
+
+def test_recording_is_saved_when_sigterm_ends_a_script(workspace, monkeypatch, capsys):
+    forward, calls = IRASimTransformer3DModel.forward, []
+
+    def interrupt(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(IRASimTransformer3DModel, "forward", interrupt)
+    arguments = [
+        "--model",
+        "model",
+        "--frames",
+        "frame.png",
+        "--steps",
+        "1",
+        "--script",
+        "up*90",
+        "--dtype",
+        "float32",
+    ]
+    assert main(["play", *arguments]) == 143
+    assert capsys.readouterr().err == "irasim: terminated\n"
+    assert len(read_video("drive.mp4")) == len(np.load("drive.npy")) + 1 > 1
+
+
+def test_sigterm_leaves_no_half_written_pipeline(workspace, monkeypatch, capsys):
+    latte_model(heads=2, head=6, depth=1, patch=2, channels=4, frames=4).save_pretrained("latte")
+    before, save = sorted(workspace.rglob("*")), IRASimPipeline.save_pretrained
+
+    def save_and_terminate(*arguments, **options):
+        save(*arguments, **options)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(IRASimPipeline, "save_pretrained", save_and_terminate)
+    sizes = ["num_attention_heads=2", "action_dim=3", "sample_height=4", "sample_width=6"]
+    arguments = ["--source", "latte", "--checkpoint", "latte", "--vae", "model:vae", "--output", "converted"]
+    assert main(["convert", *arguments, "--config", *sizes]) == 143
+    assert capsys.readouterr().err == "irasim: terminated\n"
+    assert sorted(workspace.rglob("*")) == before
+
+
+def test_no_repository_is_created_for_bad_data(workspace, monkeypatch):
+    created = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: created.append(name))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda *_, **__: None)
+    monkeypatch.setattr(HfApi, "delete_tag", lambda *_, **__: None)
+    monkeypatch.setattr(HfApi, "create_tag", lambda *_, **__: None)
+    folder = workspace / "data" / "annotation" / "train"
+    folder.mkdir(parents=True)
+    arguments = ["data", "--dataset", "data", "--fps", "5", "--output", "written", "--push-to-hub", "lab/robot"]
+    (folder / "0.json").write_text(json.dumps({"actions": [[0.0] * 3] * 5, "video_path": "missing.mp4"}))
+    assert main(arguments) == 2
+    assert created == []
+    (folder / "0.json").write_text(json.dumps({"actions": [[0.0] * 3] * 5, "video_path": "../video.mp4"}))
+    assert main(arguments) == 0
+    assert set(created) == {"lab/robot"}
 
 
 def test_resize(workspace):

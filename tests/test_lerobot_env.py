@@ -1,5 +1,6 @@
 """The environments in LeRobot: the calls of its rollouts, and the real `lerobot-eval` where LeRobot is installed."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import irasim_diffusers
-from irasim_diffusers.lerobot.env import LeRobotVectorEnv, make_env
+from irasim_diffusers.lerobot.env import LeRobotVectorEnv
 
 TASK = {"task": "push the block"}
 
@@ -59,22 +60,24 @@ def test_rollout_with_the_calls_of_lerobot():
 
 
 def test_env_hub_form(tmp_path):
-    """As a file of its own outside the package."""
+    """As a file of its own outside the package, which LeRobot imports by its path."""
     path = tmp_path / "env.py"
     path.write_text((Path(irasim_diffusers.__file__).parent / "lerobot" / "env.py").read_text())
-    code = "import env; print(list(env.make_env(n_envs=2, use_async_envs=True)['irasim'][0].reset(seed=1)[0]))"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
-    )
-    assert "['pixels', 'agent_pos', 'observation.state']" in result.stdout
-    assert make_env()["irasim"][0].num_envs == 1
+    spec = importlib.util.spec_from_file_location("hub_env", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    ((suite, environments),) = module.make_env(n_envs=2, use_async_envs=True).items()
+    assert (suite, list(environments), environments[0].num_envs) == ("irasim", [0], 2)
+    assert list(environments[0].reset(seed=1)[0]) == ["pixels", "agent_pos", "observation.state"]
 
 
-def test_without_lerobot_the_message_names_the_remedy():
-    code = "import sys; sys.modules['lerobot'] = None; import irasim_diffusers.lerobot.config"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "pip install 'lerobot[evaluation]>=0.6'" in result.stderr
+def test_without_lerobot_the_message_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lerobot", None)
+    for name in [name for name in sys.modules if name.startswith("lerobot.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "irasim_diffusers.lerobot.config", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'lerobot\[evaluation\]>=0.6'"):
+        importlib.import_module("irasim_diffusers.lerobot.config")
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ ALLOWED = {
     "planning": {"action_space", "rollout"},
     "policies": {"action_space", "planning", "rollout"},
     "envs": {"actions", "devices", "embedded_checkpoint", "models", "pipelines", "rollout", "starts"},
-    "lerobot": {"data", "embedded_checkpoint", "envs"},
+    "lerobot": {"data", "envs"},
     "starts": set(),
     "evaluation": {"actions", "data", "envs", "metrics", "pictures", "pipelines", "policies", "rollout", "starts"},
     "cli": {"commands", "__version__"},

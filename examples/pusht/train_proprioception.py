@@ -20,7 +20,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from irasim_diffusers import IRASimPipeline, ProprioceptionModel, embedded_checkpoint
+from irasim_diffusers import IRASimPipeline, ProprioceptionModel, embedded_checkpoint, roll
 from irasim_diffusers.data import EpisodeSource, open_dataset
 from irasim_diffusers.devices import fast_dtype
 from irasim_diffusers.files import temporary_path
@@ -36,13 +36,13 @@ class ProprioceptionArguments:
     state_key: str = field(default="observation.state", metadata={"help": "key of the robot state"})
     state_low: list[float] = field(default_factory=lambda: [0.0, 0.0], metadata={"help": "lowest states"})
     state_high: list[float] = field(default_factory=lambda: [512.0, 512.0], metadata={"help": "highest states"})
-    num_windows: int = field(default=800, metadata={"help": "windows of recorded training frames"})
-    num_rollouts: int = field(default=120, metadata={"help": "windows that are also predicted by the model"})
-    num_validation_windows: int = field(default=60, metadata={"help": "windows of the validation set, all predicted"})
+    num_windows: int = field(default=250, metadata={"help": "windows of recorded training frames"})
+    num_rollouts: int = field(default=48, metadata={"help": "windows that are also predicted by the model"})
+    num_validation_windows: int = field(default=32, metadata={"help": "windows of the validation set, all predicted"})
     num_predicted: int = field(default=15, metadata={"help": "frames per window after the history"})
-    max_train_steps: int = 1000
-    batch_size: int = field(default=48, metadata={"help": "half recorded, half predicted frames"})
-    learning_rate: float = 3e-3
+    max_train_steps: int = 500
+    batch_size: int = field(default=32, metadata={"help": "half recorded, half predicted frames"})
+    learning_rate: float = 4e-3
     seed: int = 0
 
 
@@ -54,35 +54,30 @@ def read_frames(
     rollouts: int,
     seed: int,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Draw windows of episodes and predict some of them from their histories.
+    """Draw windows of episodes and predict the first `rollouts` of them from their histories.
 
     Returns:
         `recorded` and `predicted`: frames (N, 3, H, W), uint8, and their states (N, S).
     """
     rng = np.random.default_rng(seed)
     history, length = pipeline.transformer.config.num_history_frames, arguments.num_predicted
-    frames: dict[str, list[np.ndarray]] = {"recorded": [], "predicted": []}
-    states: dict[str, list[np.ndarray]] = {"recorded": [], "predicted": []}
-    for index in tqdm(range(windows), desc="windows"):
+    drawn = []
+    for _ in tqdm(range(windows), desc="windows"):
         number = int(rng.integers(len(source)))
         start = int(rng.integers(len(source.vectors(number)["action"]) - history - length + 1))
-        window = source.window(number, start, history + length)
-        videos = {"recorded": window.frames[history:]}
-        if index < rollouts:
-            actions = window.actions[history - 1 : -1]
-            generator = torch.Generator().manual_seed(index)
-            predicted = pipeline(window.frames[:history], actions, generator=generator, output_type="np").frames[0]
-            videos["predicted"] = (255 * predicted).round().astype(np.uint8)
-        for name, video in videos.items():
-            frames[name].append(video)
-            states[name].append(window.states[arguments.state_key][history:])
-    return {
-        name: (
-            torch.from_numpy(np.concatenate(frames[name])).movedim(-1, 1),
-            torch.from_numpy(np.concatenate(states[name])).float(),
-        )
-        for name in frames
-    }
+        drawn.append(source.window(number, start, history + length))
+    predicted = []
+    for first in tqdm(range(0, rollouts, 16), desc="rollouts"):
+        batch = drawn[first : min(first + 16, rollouts)]
+        state = pipeline.start(np.stack([window.frames[:history] for window in batch]), range(len(batch)))
+        actions = torch.from_numpy(np.stack([window.actions[history - 1 : -1] for window in batch]))
+        with torch.no_grad():
+            videos = torch.cat([pipeline.decode(latents) for _, latents in roll(pipeline, state, actions)], dim=1)
+        predicted.append((255 * videos).round().byte().flatten(0, 1))
+    recorded = torch.from_numpy(np.concatenate([window.frames[history:] for window in drawn])).movedim(-1, 1)
+    states = np.concatenate([window.states[arguments.state_key][history:] for window in drawn])
+    targets = torch.from_numpy(states).float()
+    return {"recorded": (recorded, targets), "predicted": (torch.cat(predicted), targets[: rollouts * length])}
 
 
 def augment(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

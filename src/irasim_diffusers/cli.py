@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from . import __version__
-from .commands import adapt, convert, data, evaluate, generate, plan, play
+from .commands import adapt, convert, data, evaluate, evaluate_policies, generate, plan, play
 from .commands.files import read_actions, read_frames
 
 __all__ = ["main", "read_actions", "read_frames"]
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="irasim", description="Robot world models based on IRASim.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(required=True, metavar="command")
-    for command in (generate, plan, play, convert, adapt, data, evaluate):
+    for command in (generate, plan, play, convert, adapt, data, evaluate, evaluate_policies):
         command.add_parser(subparsers)
     return parser
 

@@ -1,8 +1,4 @@
-"""Gymnasium environments around a world model.
-
-Importing this module registers `irasim/PushT-v0` and `irasim/WorldModel-v0`. `gymnasium.make("irasim_diffusers.envs:irasim/PushT-v0")`
-imports it.
-"""
+"""Gymnasium environments of a world model: `irasim/PushT-v0` and `irasim/WorldModel-v0`."""
 
 from __future__ import annotations
 
@@ -219,11 +215,10 @@ class WorldModelVectorEnv(VectorEnv):
         return np.nonzero(mask)[0].tolist()
 
     def _check_start(self, start: Start) -> None:
-        size = start.frames.shape[1:3]
-        if size != tuple(self.model.frame_size):
+        size, wanted = start.frames.shape[1:3], self.model.frame_size
+        if size != tuple(wanted):
             raise ValueError(
-                f"`frames` must be {self.model.frame_size[0]}x{self.model.frame_size[1]} (height x width) for this model, got "
-                f"{size[0]}x{size[1]}: resize them."
+                f"`frames` must be {wanted[0]}x{wanted[1]} (height x width), got {size[0]}x{size[1]}: resize them."
             )
         composed = self._state_dim and self.proprioception is None
         if composed and (start.state is None or len(start.state) != self._state_dim):
@@ -457,8 +452,7 @@ def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
         device: Device of the model; None takes CUDA if there is one.
 
     Returns:
-        `model` and, if they are stored with the pipeline, `proprioception` (folder `proprioception/`) and `starts` (`starts.png`,
-        frames below each other).
+        `model` and, if stored with it, `proprioception` (folder `proprioception/`) and `starts` (`starts.png`, one column of frames).
     """
     if not isinstance(model, str | Path):
         return {"model": model}
@@ -488,10 +482,9 @@ def _stored_file(model: str | Path, name: str) -> str | None:
 
 def _concatenate(states: list[RolloutState]) -> RolloutState:
     """One state with the rows of several."""
+    seeds = tuple(seed for state in states for seed in state.seeds)
     return RolloutState(
-        torch.cat([state.latents for state in states]),
-        tuple(seed for state in states for seed in state.seeds),
-        torch.cat([state.step for state in states]),
+        torch.cat([state.latents for state in states]), seeds, torch.cat([state.step for state in states])
     )
 
 

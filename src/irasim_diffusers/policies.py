@@ -111,6 +111,39 @@ class LeRobotPolicy:
         self.policy, self.action_space, self.camera, self.task = policy, action_space, camera, task
         self.preprocessor, self.postprocessor = preprocessor, postprocessor
 
+    @classmethod
+    def from_pretrained(
+        cls, name: str, action_space: ActionSpace, device: str = "cpu", task: str | None = None
+    ) -> LeRobotPolicy:
+        """Load a policy and its processors.
+
+        Args:
+            name: Folder or Hub id of the policy.
+            action_space: The action space of the world model.
+            device: Device of the policy.
+            task: Description of the task, for policies that take one.
+
+        Raises:
+            ValueError: If LeRobot is not installed, or the policy cannot be loaded or does not take exactly one camera.
+        """
+        try:
+            from lerobot.configs.policies import PreTrainedConfig
+            from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+        except ImportError as error:
+            raise ValueError(f"LeRobot is needed to load the policy {name!r}: pip install 'lerobot>=0.6'.") from error
+        try:
+            config = PreTrainedConfig.from_pretrained(name)
+            config.device = device
+            policy = get_policy_class(config.type).from_pretrained(name, config=config)
+            overrides = {"device_processor": {"device": device}}
+            before, after = make_pre_post_processors(config, name, preprocessor_overrides=overrides)
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise ValueError(f"{name!r} must be a policy of LeRobot: {error}") from error
+        cameras = [key for key, feature in config.input_features.items() if feature.type.name == "VISUAL"]
+        if len(cameras) != 1:
+            raise ValueError(f"{name!r} must take one camera, got {cameras}.")
+        return cls(policy, action_space, before, after, cameras[0], task)
+
     def reset(self) -> None:
         """Reset the policy."""
         self.policy.reset()

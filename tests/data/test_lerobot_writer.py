@@ -210,7 +210,7 @@ def test_lerobot_computes_the_same_statistics(lerobot, tmp_path):
             assert set(found[key]) == set(expected[key])
             for name, value in expected[key].items():
                 inexact = key == CAMERA and name in ("mean", "std")  # LeRobot sums millions of pixels in float32
-                tolerance = 1e-3 if inexact else 1e-5
+                tolerance = 5e-3 if inexact else 1e-5
                 np.testing.assert_allclose(found[key][name], value, tolerance, tolerance, err_msg=f"{key} {name}")
 
 

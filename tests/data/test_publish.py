@@ -74,6 +74,8 @@ def test_derivation_units_and_names_are_kept(tmp_path):
         assert folder.component_names("action") == source.component_names("action")
         assert np.array_equal(folder[0].actions, source[0].actions)
     assert PreparedEpisodes(copy, frame_skip=2).action_derivation == "relative_euler"
+    states = LeRobotFolder(tmp_path / "copy", action_column="state")
+    assert (states.action_derivation, states.action_units) == ("recorded", None)
     write_dataset_card(copy, "org/arm")
     card = (copy.root / "README.md").read_text()
     assert "Actions (`relative_euler`): motions in the frame of the previous pose" in card

@@ -427,9 +427,9 @@ def test_unknown_split_and_folder(tmp_path):
     write_release(tmp_path, "rt1")
     with pytest.raises(ValueError, match=r"`split` must be one of \['train'\] in .* got 'test'"):
         open_dataset(tmp_path, split="test")
-    with pytest.raises(ValueError, match="holds no data set that is read here"):
+    with pytest.raises(ValueError, match="contains no supported data set"):
         open_dataset(tmp_path / "videos")
-    with pytest.raises(ValueError, match="which is no folder"):
+    with pytest.raises(ValueError, match="which is not a folder"):
         open_dataset(tmp_path / "nowhere")
 
 

@@ -189,7 +189,7 @@ POSE = {"time": 1, "position": [1, 2, 3], "rotation": [0, 0, 0, 1]}
         (lambda: axes_matrix("x,x,y"), "`axes` must be"),
         (lambda: axes_matrix("x"), "`axes` must be"),
         (lambda: axes_matrix("x,y,up"), "`axes` must be .*; got 'x,y,up'"),
-        (lambda: list(at_rate([(1, np.zeros(7)), (1, np.zeros(7))], 5)), "times of poses must grow"),
+        (lambda: list(at_rate([(1, np.zeros(7)), (1, np.zeros(7))], 5)), "times of poses must increase"),
         (lambda: actions_of_poses(np.zeros((2, 7)), np.zeros(5), {"names": list("abcde")}), "components, got 5"),
         (lambda: check_arguments(TeleoperateArguments("file")), "--actions must be a file, got 'actions.csv'"),
         (lambda: check_arguments(TeleoperateArguments("gamepad", gamepad=Path("no"))), "plug"),

@@ -672,9 +672,10 @@ def documented_commands():
     """Yield the page, program and flags of the training commands in the guides."""
     root = EXAMPLES.parent
     for page in (root / "README.md", *sorted(EXAMPLES.rglob("*.md"))):
-        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        text = "\n".join(blocks).replace("\\\n", " ")
         for line in re.findall(r"^.*?((?:examples/train\w*\.py|irasim adapt) .*)$", text, re.MULTILINE):
-            if "..." not in line and "`" not in line:
+            if "..." not in line:
                 program, *flags = shlex.split(line.removeprefix("irasim "), comments=True)
                 yield pytest.param(program.removeprefix("examples/"), flags, id=f"{page.name}: {line[:60]}")
 
@@ -693,7 +694,7 @@ def test_documented_commands_are_valid(program, flags):
         flags, return_remaining_strings=True
     )
     assert not rest
-    if program != "train_vae.py":
+    if program != "train_vae.py" and parsed.optimizer != "adamw8bit":  # requires bitsandbytes
         check_run_arguments(parsed)
 
 

@@ -89,7 +89,7 @@ def test_two_processes_generate_one_video(parallel):
 
 def test_processes_must_not_disagree_on_what_to_skip(parallel):
     for results, _ in parallel:
-        assert results["refusal"].startswith("`FirstBlockCacheConfig` does not go with context parallelism")
+        assert results["refusal"].startswith("`FirstBlockCacheConfig` does not support context parallelism")
 
 
 CUDA_CASES = {

@@ -1,4 +1,4 @@
-"""examples/teleoperate.py against the Space itself."""
+"""examples/teleoperate.py with a running Space."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def pusher_of(video):
     return pusher[np.isfinite(pusher[:, 0])]
 
 
-def test_actions_of_a_file_come_back_as_a_video(app_url, tmp_path):
+def test_actions_of_file_return_video(app_url, tmp_path):
     table = np.stack([np.full(7, 58.0), np.linspace(330, 200, 7)], axis=1)
     np.savetxt(tmp_path / "actions.csv", table, delimiter=",", header="x,y", comments="")
     arguments = TeleoperateArguments(
@@ -42,19 +42,19 @@ def test_actions_of_a_file_come_back_as_a_video(app_url, tmp_path):
     np.testing.assert_allclose(np.load(actions), table, atol=1e-4)
 
 
-def test_the_pusher_follows_a_hand(app_url, tmp_path, monkeypatch):
-    heights = np.linspace(1.0, 1.25, 121)  # 90 poses a second; y up, as a headset says
+def test_pusher_follows_hand_poses(app_url, tmp_path, monkeypatch):
+    heights = np.linspace(1.0, 1.25, 121)  # 90 poses per second; y up, as headsets report
     lines = (json.dumps({"time": n / 90, "position": [0, height, 0]}) for n, height in enumerate(heights))
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     arguments = TeleoperateArguments("poses", app_url, axes="x,-y", scale=800.0, output=tmp_path / "hand.mp4")
     video, actions = teleoperate(arguments)
     np.testing.assert_allclose(np.load(actions)[:, 0], START[0], atol=1e-3)
-    np.testing.assert_allclose(np.diff(np.load(actions)[:, 1]), -800 * 0.25 / 120 * 9, atol=1e-2)  # 10 a second
+    np.testing.assert_allclose(np.diff(np.load(actions)[:, 1]), -800 * 0.25 / 120 * 9, atol=1e-2)  # 10 per second
     pusher = pusher_of(read_video(video))
     assert pusher[-1, 1] < pusher[0, 1] - 15
 
 
-def test_the_pusher_follows_a_stick_until_ctrl_c(app_url, tmp_path):
+def test_pusher_follows_gamepad_until_ctrl_c(app_url, tmp_path):
     os.mkfifo(tmp_path / "js0")
 
     def push():
@@ -69,7 +69,7 @@ def test_the_pusher_follows_a_stick_until_ctrl_c(app_url, tmp_path):
     arguments = TeleoperateArguments(
         "gamepad", app_url, gamepad=tmp_path / "js0", speed=0.25, output=tmp_path / "stick.mp4"
     )
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
     try:
         video, actions = teleoperate(arguments)
     finally:
@@ -79,13 +79,13 @@ def test_the_pusher_follows_a_stick_until_ctrl_c(app_url, tmp_path):
     targets = np.load(actions)
     np.testing.assert_allclose(targets[:, 0], START[0], atol=1e-3)
     moved = np.diff(np.concatenate([[START[1]], targets[:, 1]]))
-    up = np.argmax(moved < -1)  # the first request may be faster than the stick
+    up = np.argmax(moved < -1)  # the first request may precede the stick event
     np.testing.assert_allclose(moved[:up], 0, atol=1e-3)
     np.testing.assert_allclose(moved[up:], -8, atol=1e-3)
     assert len(read_video(video)) == len(targets) + 1
 
 
-def test_what_the_space_refuses_is_told(app_url, tmp_path):
+def test_errors_of_the_space_reach_the_client(app_url, tmp_path):
     np.save(tmp_path / "wide.npy", np.zeros((3, 5)))
     arguments = TeleoperateArguments("file", app_url, actions=tmp_path / "wide.npy", output=tmp_path / "a.mp4")
     with pytest.raises(Exception, match=r"`actions` must be \(n, 2\)"):
@@ -93,11 +93,11 @@ def test_what_the_space_refuses_is_told(app_url, tmp_path):
     assert not (tmp_path / "a.mp4").exists()
 
 
-def test_python_of_the_guide_runs(app_url):
+def test_python_code_of_guide_runs(app_url):
     guide = (Path(__file__).parents[2] / "examples" / "teleoperate.md").read_text()
     code = re.search(r"```python\n(.*?)```", guide, re.DOTALL)[1]
     known: dict = {}
     exec(compile(code.replace("http://127.0.0.1:7860", app_url), "teleoperate.md", "exec"), known)
     assert known["first_frame"].startswith("data:image/")
     assert len(known["frames"]) == 2
-    assert len(read_video(known["video"])) == 4  # the first, and two of each call less one taken back
+    assert len(read_video(known["video"])) == 4  # the first, and two of each call, minus one undone

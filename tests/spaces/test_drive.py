@@ -13,7 +13,7 @@ import pytest
 from irasim_diffusers.data import read_video
 
 OPEN = "frame 46"  # the pusher has room on all sides
-TARGET = np.array([64, 30])  # where it is going there, pixels
+TARGET = np.array([64, 30])  # its target there, pixels
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def picture(page):
 
 
 def pusher(page):
-    """Centre (x, y) of what is blue; half of it may be out of the picture, or paint on the block."""
+    """Return the centre (x, y) of the blue pixels, also if the pusher is partly outside the picture."""
     frame = picture(page).astype(int)
     return np.argwhere(frame[..., 2] - frame[..., 0] > 90).mean(axis=0)[::-1]
 
@@ -63,20 +63,20 @@ def hold(page, press, release, frames=5):
     wait_for_rest(page)
 
 
-def test_one_click_and_the_robot_moves(drive):
+def test_start_moves_the_robot(drive):
     before = picture(drive)
     drive.locator(".begin").click()
     wait_for_frames(drive, 3)
     wait_for = "document.querySelector('.drive').figures.shown.length >= 3"
     drive.wait_for_function(wait_for)
     assert np.abs(picture(drive).astype(int) - before).max() > 100
-    drive.close()  # in the midst of generation
+    drive.close()  # during a prediction
 
 
 DIRECTIONS = {"ArrowLeft": (0, -1), "ArrowRight": (0, 1), "ArrowUp": (1, -1), "ArrowDown": (1, 1)}
 
 
-def test_the_pusher_moves_the_way_pressed(drive):
+def test_pusher_moves_in_direction_of_key(drive):
     choose(drive, OPEN)
     drive.get_by_role("slider", name="Speed").fill("0.2")
     for key, (axis, sign) in DIRECTIONS.items():
@@ -90,7 +90,7 @@ def test_the_pusher_moves_the_way_pressed(drive):
     assert (pusher(drive) - TARGET)[0] > 4
 
 
-def test_buttons_and_picture_steer_too(drive):
+def test_buttons_and_pointer_steer(drive):
     choose(drive, OPEN)
     drive.get_by_role("slider", name="Speed").fill("0.2")
     drive.get_by_label("target_y -").hover()
@@ -98,20 +98,20 @@ def test_buttons_and_picture_steer_too(drive):
     assert (pusher(drive) - TARGET)[1] < -4
     drive.get_by_role("slider", name="Speed").fill("1")
     box = drive.locator(".stage canvas").bounding_box()
-    goal = np.array([0.8, 0.3])  # of the picture
+    goal = np.array([0.8, 0.3])  # fractions of the picture
     drive.mouse.move(*(np.array([box["x"], box["y"]]) + goal * [box["width"], box["height"]]))
     before = predicted(drive)
     drive.mouse.down()
     wait_for_frames(drive, before + 2)
-    wait_for_rest(drive)  # once it is there, time stands still
+    wait_for_rest(drive)  # prediction pauses at the goal
     assert np.linalg.norm(pusher(drive) - goal * 96) < 8
-    before, goal = predicted(drive), np.array([0.6, 0.15])  # dragged on, without letting go
+    before, goal = predicted(drive), np.array([0.6, 0.15])  # drag without releasing
     drive.mouse.move(*(np.array([box["x"], box["y"]]) + goal * [box["width"], box["height"]]))
     wait_for_frames(drive, before + 2)
     wait_for_rest(drive)
     drive.mouse.up()
     assert np.linalg.norm(pusher(drive) - goal * 96) < 8
-    before, goal = predicted(drive), np.array([0.8, 0.5])  # a click alone
+    before, goal = predicted(drive), np.array([0.8, 0.5])  # a single click
     drive.mouse.click(*(np.array([box["x"], box["y"]]) + goal * [box["width"], box["height"]]))
     assert drive.locator(".stage .goal").is_visible()
     wait_for_frames(drive, before + 2)
@@ -120,9 +120,9 @@ def test_buttons_and_picture_steer_too(drive):
     assert np.linalg.norm(pusher(drive) - goal * 96) < 8
 
 
-def test_the_start_chosen_last_counts(drive):
+def test_last_chosen_start_is_used(drive):
     drive.get_by_role("slider", name="Speed").fill("0.2")
-    for name in ("frame 1", OPEN):  # before the first has begun
+    for name in ("frame 1", OPEN):  # before the first start is done
         drive.evaluate(f"document.querySelector('[data-start=\"{name}\"]').click()")
     hold(drive, lambda: drive.keyboard.down("d"), lambda: drive.keyboard.up("d"), 3)
     assert np.linalg.norm(pusher(drive) - TARGET) < 20
@@ -223,13 +223,13 @@ def test_recording_undo_and_replay(drive, tmp_path):
     assert (np.diff(actions[:4, 1]) < 0).all()  # up
 
 
-def test_uploads_good_and_bad(drive, tmp_path):
+def test_valid_and_invalid_uploads(drive, tmp_path):
     field = drive.locator(".starts input[type=file]")
     for name, content in {"text.png": b"no picture", "empty.png": b""}.items():
         (tmp_path / name).write_bytes(content)
         field.set_input_files(tmp_path / name)
         drive.locator(".message.bad").wait_for()
-        choose(drive, OPEN)  # the page lives on
+        choose(drive, OPEN)  # the page still works
     good = tmp_path / "good.png"
     PIL.Image.fromarray(picture(drive)).resize((192, 192)).save(good)
     robot = pusher(drive)
@@ -245,7 +245,7 @@ def test_uploads_good_and_bad(drive, tmp_path):
     assert abs(moved[0]) < 4
 
 
-def test_a_phone_shows_all_of_it(browser, app_url):
+def test_page_fits_a_phone(browser, app_url):
     context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     page = context.new_page()
     page.goto(app_url)
@@ -253,5 +253,5 @@ def test_a_phone_shows_all_of_it(browser, app_url):
     wait_for_frames(page, 2)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     box = page.locator(".pad").bounding_box()
-    assert box["y"] + box["height"] < 844  # reached by the thumb without scrolling
+    assert box["y"] + box["height"] < 844  # visible without scrolling
     context.close()

@@ -101,7 +101,7 @@ def test_sessions_are_not_mixed(client):
         client.predict(session, api_name="/stop")
 
 
-def test_an_uploaded_picture_is_brought_to_the_models_size(client, tmp_path):
+def test_uploaded_picture_is_resized(client, tmp_path):
     path = tmp_path / "wide.png"
     PIL.Image.new("RGBA", (230, 110), (10, 200, 30, 255)).save(path)
     session, first, space = client.predict("push-t", gradio_client.handle_file(path), [100, 300], 0, api_name="/start")
@@ -148,13 +148,13 @@ BAD = [
 
 
 @pytest.mark.parametrize(("endpoint", "arguments", "message"), BAD)
-def test_bad_input_is_told(client, session, endpoint, arguments, message):
+def test_invalid_input_is_reported(client, session, endpoint, arguments, message):
     arguments = [session if index == 0 and value is None else value for index, value in enumerate(arguments)]
     with pytest.raises(gradio_client.exceptions.AppError, match=message):
         client.predict(*arguments, api_name=endpoint)
 
 
-def test_files_outside_the_uploads_cannot_be_had(app_url, client):
+def test_files_outside_uploads_are_not_served(app_url, client):
     for path in ("/etc/passwd", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd", __file__):
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(f"{app_url}gradio_api/file={path}")
@@ -165,7 +165,7 @@ def test_files_outside_the_uploads_cannot_be_had(app_url, client):
     assert b"root:" not in answer
 
 
-def test_plain_http_does_as_well(app_url):
+def test_plain_http(app_url):
     status, answer = post(app_url, "start", '["push-t", "frame 1", null, 0]')
     assert status == 200
     session = json.loads(answer)["data"][0]
@@ -211,13 +211,13 @@ def save(path, name):
         ("animation", "must be a whole picture"),
     ],
 )
-def test_bad_pictures_are_refused(tmp_path, name, message):
+def test_invalid_pictures_are_refused(tmp_path, name, message):
     save(tmp_path / "picture", name)
     with pytest.raises(ValueError, match=message):
         read_picture(tmp_path / "picture", (96, 96))
 
 
-def test_pictures_elsewhere_are_refused(tmp_path, monkeypatch):
+def test_pictures_outside_uploads_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     PIL.Image.new("RGB", (20, 20)).save(tmp_path / "secret.png")
     (tmp_path / "uploads").mkdir()
@@ -234,7 +234,7 @@ def new_session(world):
     return DrivingSession(world.pipeline, start.frames, steering, max_frames=5)
 
 
-def test_places_are_bounded_and_idle_sessions_are_freed(worlds):
+def test_sessions_are_limited_and_deleted_when_idle(worlds):
     world = worlds["push-t"]
     sessions = Sessions(most=2, idle_seconds=0.5)
 
@@ -247,7 +247,7 @@ def test_places_are_bounded_and_idle_sessions_are_freed(worlds):
             with pytest.raises(ValueError, match="still at its last request"), sessions.use(first):
                 pass
             await asyncio.sleep(1)
-            assert len(sessions) == 1  # the other was idle, this one is in use
+            assert len(sessions) == 1  # only the other one was idle
         await asyncio.sleep(1.2)
         assert len(sessions) == 0
         with pytest.raises(ValueError, match="has ended or was idle"), sessions.use(first):
@@ -256,7 +256,7 @@ def test_places_are_bounded_and_idle_sessions_are_freed(worlds):
     asyncio.run(visitors())
 
 
-def test_starts_under_way_and_ended_work_take_places(worlds):
+def test_starting_and_stopping_sessions_count(worlds):
     world = worlds["push-t"]
     sessions = Sessions(most=3, most_each=2)
 
@@ -392,7 +392,7 @@ def test_an_ended_session_is_restored(client):
     client.predict(second, api_name="/stop")
 
 
-def test_a_models_turns_come_in_the_order_of_asking(worlds):
+def test_requests_are_served_in_order_of_arrival(worlds):
     world, done = worlds["push-t"], []
 
     async def visitors():
@@ -461,7 +461,7 @@ def test_memory_of_a_session_is_bounded(worlds):
     assert frames == 10**6 // (96 * 96 * 3 + 96 * 96 * 3 * 4)
 
 
-def test_a_lent_pipeline_gives_the_same_frames(worlds):
+def test_lent_pipeline_predicts_same_frames(worlds):
     world = worlds["push-t"]
     lent = LentPipeline("push-t", world.pipeline)
     start = world.starts["frame 1"]
@@ -472,7 +472,7 @@ def test_a_lent_pipeline_gives_the_same_frames(worlds):
     np.testing.assert_array_equal(np.stack(frames[0]), np.stack(frames[1]))
 
 
-def test_a_lent_pipeline_advances_a_state(worlds):
+def test_lent_pipeline_advances_state(worlds):
     world = worlds["push-t"]
     lent = LentPipeline("push-t", world.pipeline)
     actions = torch.tensor([[[200.0, 200.0]]]).repeat(2, 1, 1)
@@ -485,7 +485,7 @@ def test_a_lent_pipeline_advances_a_state(worlds):
     torch.testing.assert_close(decoded[0], decoded[1], rtol=0, atol=0)
 
 
-def test_a_model_that_cannot_be_loaded_is_told_in_the_page(worlds):
+def test_page_shows_models_that_cannot_be_loaded(worlds):
     broken = Worlds(["/no/such/<b>model</b>"])
     assert list(broken.failures) == ["/no/such/<b>model</b>"]
     with pytest.raises(ValueError, match="none could be loaded"):

@@ -12,7 +12,7 @@ from study_videos import find_demonstration, open_study, owner_key
 
 
 def write_study(folder, **clips):
-    """A study whose models' videos have a grey of their own."""
+    """Write a study in which the videos of each model have a different grey level."""
     for grey, (model, names) in enumerate(clips.items()):
         (folder / model).mkdir()
         for name in names:
@@ -23,7 +23,7 @@ def write_study(folder, **clips):
                 write_video(folder / model / name, frames, 10)
 
 
-def test_a_folder_is_a_study(tmp_path):
+def test_study_of_folder(tmp_path):
     write_study(tmp_path, lvdm=["1.mp4", "2.npz"], ours=["1.npz", "2.mp4", "3.mp4"], truth=["1.mp4", "2.mp4", "3.mp4"])
     study, videos = open_study(tmp_path)
     assert (study.model, study.others, study.clips) == ("lvdm", ("ours",), ("1", "2"))
@@ -45,17 +45,17 @@ def test_a_folder_is_a_study(tmp_path):
         ({"a": ["1.mp4"], "b": ["2.mp4"], "truth": ["1.mp4"]}, "clips of one name"),
     ],
 )
-def test_folders_that_are_none(tmp_path, clips, message):
+def test_invalid_study_folders_are_refused(tmp_path, clips, message):
     write_study(tmp_path, **clips)
     with pytest.raises(ValueError, match=message):
         open_study(tmp_path)
 
 
-def test_without_a_model_and_a_folder_there_is_no_study():
+def test_no_demonstration_without_models():
     assert find_demonstration({}) is None
 
 
-def test_results_of_a_folder_want_a_key(monkeypatch, capsys):
+def test_results_of_a_folder_need_a_key(monkeypatch, capsys):
     monkeypatch.delenv("IRASIM_STUDY_KEY", raising=False)
     assert owner_key(None) is None
     assert owner_key("study") in capsys.readouterr().out
@@ -63,7 +63,7 @@ def test_results_of_a_folder_want_a_key(monkeypatch, capsys):
     assert owner_key("study") == "open"
 
 
-def test_rates_are_a_page_whatever_the_names():
+def test_rates_page_escapes_model_names():
     rate = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 4}
     page = rates_page({"<b>": {"win": rate, "tie": rate, "loss": rate, "answers": 8, "raters": 2}}, "ours")
     assert "ours against &lt;b&gt;" in page
@@ -72,12 +72,12 @@ def test_rates_are_a_page_whatever_the_names():
     assert "No answers" in rates_page({}, "ours")
 
 
-def test_answers_outlive_the_page_and_can_be_had_as_csv(page, app_url):
+def test_answers_are_kept_and_exported_as_csv(page, app_url):
     page.goto(app_url)
     page.get_by_role("tab", name="Preference").click()
     page.locator("#preference-begin").click()
     page.locator("#preference-view canvas").nth(2).wait_for(timeout=60_000)
-    assert page.locator("#preference-view figcaption").all_inner_texts() == ["Left", "Right", "What truly happened"]
+    assert page.locator("#preference-view figcaption").all_inner_texts() == ["Left", "Right", "Recording"]
     assert "Euler, 2 steps" not in page.content()
     page.locator("#preference-left").click()
     page.get_by_text("1 of 4 compared").wait_for()
@@ -86,7 +86,7 @@ def test_answers_outlive_the_page_and_can_be_had_as_csv(page, app_url):
     page.reload()
     page.get_by_role("tab", name="Preference").click()
     page.get_by_text("1 of 4 compared").wait_for()
-    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Continue").click()
     page.locator("#preference-view canvas").nth(2).wait_for()
     for number in (2, 3, 4):
         page.locator("#preference-similar").click()

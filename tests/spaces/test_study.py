@@ -12,7 +12,7 @@ def study(folder, **changes):
     return PreferenceStudy(**{"folder": folder, "clips": CLIPS, "model": "ours", "others": ["a", "b"]} | changes)
 
 
-def test_order_and_sides_are_random_but_a_raters_own(tmp_path):
+def test_order_and_sides_are_random_but_fixed_per_rater(tmp_path):
     shown = study(tmp_path).comparisons("ann")
     assert shown == study(tmp_path).comparisons("ann")
     assert shown != study(tmp_path).comparisons("bob")
@@ -24,7 +24,7 @@ def test_order_and_sides_are_random_but_a_raters_own(tmp_path):
     assert [each.clip for each in shown] != sorted(each.clip for each in shown)
 
 
-def test_answers_survive_and_the_last_one_counts(tmp_path):
+def test_answers_are_kept_and_last_one_counts(tmp_path):
     first, second, *rest = study(tmp_path).comparisons("ann")
     study(tmp_path).answer("ann", first, "left")
     study(tmp_path).answer("ann", second, "similar")
@@ -38,7 +38,7 @@ def test_answers_survive_and_the_last_one_counts(tmp_path):
     }
 
 
-def test_a_line_that_a_crash_cut_off_costs_no_other(tmp_path):
+def test_incomplete_line_does_not_affect_others(tmp_path):
     first, second, *_ = study(tmp_path).comparisons("ann")
     study(tmp_path).answer("ann", first, "left")
     with open(tmp_path / "answers.jsonl", "a") as file:
@@ -64,8 +64,8 @@ def test_several_processes_serve_one_study(tmp_path):
     assert not any(study(tmp_path).remaining(name) for name in "xyz")
 
 
-def test_rates_count_clips_not_answers(tmp_path):
-    """Two raters prefer ours to a in three quarters of the clips, whatever its side, and never answer b."""
+def test_rates_are_means_over_clips(tmp_path):
+    """Two raters prefer "ours" to "a" in three quarters of the clips, on either side, and never rate "b"."""
     for rater in ("ann", "bob"):
         for comparison in study(tmp_path).comparisons(rater):
             if "b" in (comparison.left, comparison.right):
@@ -114,7 +114,7 @@ def test_answers_to_other_pairs_do_not_count(tmp_path):
         ("ann", {"left": "a", "right": "b"}, "left", "`comparison` must be one of the study's"),
     ],
 )
-def test_bad_answers_are_refused(rater, changes, choice, message, tmp_path):
+def test_invalid_answers_are_refused(rater, changes, choice, message, tmp_path):
     shown = study(tmp_path).comparisons(rater)[0]
     with pytest.raises(ValueError, match=message):
         study(tmp_path).answer(rater, Comparison(**vars(shown) | changes), choice)
@@ -122,6 +122,6 @@ def test_bad_answers_are_refused(rater, changes, choice, message, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"clips": []}, {"others": []}, {"others": ["ours"]}, {"clips": ["x", "x"]}])
-def test_bad_studies_are_refused(changes, tmp_path):
+def test_invalid_studies_are_refused(changes, tmp_path):
     with pytest.raises(ValueError, match="`clips` and `others` must have names, each once"):
         study(tmp_path, **changes)

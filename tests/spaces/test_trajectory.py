@@ -43,19 +43,19 @@ def world():
 
 class TestPaths:
     def test_steps_take_equal_times(self):
-        """A pen that waits, then goes: the places wait too."""
+        """The pen waits before it moves, so the positions do too."""
         points = np.array([[0.0, 0.5, 100.0], [0.0, 0.5, 200.0], [1.0, 0.0, 300.0]])
         places = resample(points, 4)
         np.testing.assert_allclose(places[:, 0], [0, 0, 0, 0.5, 1])
         np.testing.assert_allclose(places[:, 1], [0.5, 0.5, 0.5, 0.25, 0])
 
-    def test_without_time_every_point_takes_as_long(self):
+    def test_without_time_segments_take_equal_time(self):
         np.testing.assert_allclose(
             resample(np.array([[0, 0, 7.0], [1, 0, 7.0], [1, 1, 7.0]]), 2), [[0, 0], [1, 0], [1, 1]]
         )
         np.testing.assert_allclose(resample(np.array([[0.3, 0.6, 7.0]]), 2), [[0.3, 0.6]] * 3)
 
-    def test_a_picture_spans_the_bounds_of_targets(self):
+    def test_picture_edges_are_bounds_of_targets(self):
         config = config_of(action_low=[-1.0, 0.0], action_high=[1.0, 8.0])
         actions = path_actions(np.array([[0.9, 0.9], [0, 0], [1, 1], [0.5, 0.25]]), config)
         np.testing.assert_allclose(actions, [[-1, 0], [1, 8], [0, 2]])
@@ -85,11 +85,11 @@ class TestPaths:
             ([[0, 1.5, 1]], "lie on the picture"),
         ],
     )
-    def test_what_is_no_path(self, path, message):
+    def test_invalid_paths_are_refused(self, path, message):
         with pytest.raises(ValueError, match=message):
             read_path(path)
 
-    def test_time_never_runs_back(self):
+    def test_time_does_not_decrease(self):
         assert read_path([[0, 0, 5], [1, 1, 4]])[1, 2] == 5
 
 
@@ -135,12 +135,12 @@ class TestFiles:
             ("a.json", json.dumps({"actions": ACTIONS.tolist()}).encode()),
         ],
     )
-    def test_good_actions(self, tmp_path, name, content):
+    def test_valid_actions(self, tmp_path, name, content):
         (tmp_path / name).write_bytes(content)
         np.testing.assert_array_equal(read_action_file(tmp_path / name, 2), ACTIONS)
 
     @pytest.mark.parametrize(("name", "content", "message"), BAD_ACTIONS)
-    def test_bad_actions(self, tmp_path, name, content, message):
+    def test_invalid_actions_are_refused(self, tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message) as error:
             read_action_file(tmp_path / name, 2)
@@ -164,7 +164,7 @@ class TestFiles:
             ("a.png", b"", "must be a whole picture"),
         ],
     )
-    def test_bad_clips(self, tmp_path, name, content, message):
+    def test_invalid_clips_are_refused(self, tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_clip(tmp_path / name, (8, 12), 5)
@@ -174,11 +174,11 @@ class TestFiles:
         with pytest.raises(ValueError, match="at most 25 million pixels, got 5100x5000"):
             read_clip(tmp_path / "a.png", (8, 12), 5)
 
-    def test_pictures_are_turned_upright_and_their_middle_is_cut(self, tmp_path):
-        picture = np.zeros((30, 20, 3), np.uint8)  # a phone's, which lies on its side: green above red above blue
+    def test_pictures_are_rotated_and_cropped(self, tmp_path):
+        picture = np.zeros((30, 20, 3), np.uint8)  # green above red above blue, stored rotated
         picture[:, :5], picture[:, 5:15], picture[:, 15:] = (0, 0, 255), (255, 0, 0), (0, 255, 0)
         exif = PIL.Image.Exif()
-        exif[0x0112] = 8  # to be turned by a quarter to the left
+        exif[0x0112] = 8  # rotate by 90 degrees counter-clockwise
         PIL.Image.fromarray(picture).save(tmp_path / "a.png", exif=exif)
         (clip,) = read_clip(tmp_path / "a.png", (10, 30), 5)
         np.testing.assert_array_equal(clip[2:-2], np.broadcast_to([255, 0, 0], (6, 30, 3)))
@@ -212,14 +212,14 @@ class TestFiles:
 
 
 class TestScenes:
-    def test_examples_know_how_it_went_on(self, world):
+    def test_examples_have_ground_truth(self, world):
         for scene in examples(world):
             end = 30 - len(scene.truth)
             np.testing.assert_array_equal(scene.history, world.clip[end - 2 : end])
             np.testing.assert_array_equal(scene.recorded, world.clip_actions[end - 2 :])
             assert len(scene.truth) == len(scene.recorded) >= 12
 
-    def test_an_uploaded_video_goes_on_as_the_truth_of_a_file(self, world, tmp_path):
+    def test_uploaded_video_is_ground_truth_of_uploaded_actions(self, world, tmp_path):
         path = write_video(tmp_path / "a.mp4", world.clip, 10)
         scene = upload_scene(path, world)
         assert (len(scene.history), len(scene.truth)) == (2, 28)
@@ -239,14 +239,14 @@ class TestScenes:
             (DRAWN, 61, "1 to 60"),
         ],
     )
-    def test_actions_that_are_missing(self, world, kind, length, message):
+    def test_missing_actions_are_reported(self, world, kind, length, message):
         scene = Scene(world.clip[:2], world.clip[:0])
         with pytest.raises(ValueError, match=message):
             choose_actions(kind, scene, world, [], None, length, 1.0)
 
 
 class TestSettings:
-    def test_schedulers_are_the_checkpoints_and_its_own_first(self, world):
+    def test_compatible_schedulers_with_own_first(self, world):
         names = scheduler_names(world.pipeline)
         assert names[0] == "DDIMScheduler"
         assert {"PNDMScheduler", "EulerDiscreteScheduler"} < set(names)
@@ -257,7 +257,7 @@ class TestSettings:
         assert type(world.pipeline.scheduler).__name__ == "DDIMScheduler"
         assert pipeline_of(Setting(world, "DDIMScheduler", 3, 0)).scheduler is not world.pipeline.scheduler
 
-    def test_what_tells_two_settings_apart(self, world):
+    def test_settings_are_named_by_their_differences(self, world):
         first = Setting(world, "DDIMScheduler", 2, 0)
         assert list(name_settings(first, None)) == ["Prediction"]
         assert list(name_settings(first, Setting(world, "DDIMScheduler", 1, 5))) == [
@@ -270,7 +270,7 @@ class TestSettings:
             with pytest.raises(ValueError, match=r"does not take the scheduler|Steps must be"):
                 pipeline_of(bad)
 
-    def test_windows_join_to_what_one_call_predicts(self, world):
+    def test_windows_equal_one_call(self, world):
         setting = Setting(world, "DDIMScheduler", 1, 3)
         history, actions = world.clip[:2], world.clip_actions[:16]
 
@@ -284,7 +284,7 @@ class TestSettings:
         assert np.abs(np.concatenate(parts)[:14].astype(int) - whole[:14]).max() <= 1
         assert whole.shape == (16, 96, 96, 3)
 
-    def test_errors_stop_with_the_truth(self):
+    def test_errors_cover_the_ground_truth(self):
         truth = np.full((2, 4, 6, 3), 100, np.uint8)
         prediction = np.concatenate([truth, truth[:1]]) + np.array([0, 51, 0], np.uint8)[:, None, None, None]
         values = errors(prediction, truth)
@@ -293,7 +293,7 @@ class TestSettings:
         assert len(values) == 2
         assert {part.shape for part in align({"a": truth, "b": prediction}).values()} == {(3, 4, 6, 3)}
 
-    def test_the_viewer_holds_every_frame(self):
+    def test_viewer_sheet_contains_every_frame(self):
         frames = np.random.default_rng(0).integers(0, 256, (7, 5, 9, 3), dtype=np.uint8)
         (panel,) = videos({"a": frames}, 10)["panels"]
         sheet = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(panel["sheet"].split(",")[1]))))
@@ -316,7 +316,7 @@ def set_length(page, frames):
 
 
 def shown_frames(page):
-    """The last frame of each video, (N, 96, 96, 3)."""
+    """Return the last frame of each video, (N, 96, 96, 3)."""
     slider = page.locator("#trajectory-view .frame")
     slider.fill(slider.get_attribute("max"))
     urls = page.locator("#trajectory-view canvas").evaluate_all("all => all.map(one => one.toDataURL())")
@@ -347,17 +347,17 @@ def draw_up(page):
     page.mouse.up()
 
 
-def test_the_pusher_follows_a_drawn_path(trajectory):
+def test_pusher_follows_drawn_path(trajectory):
     page = trajectory
     set_length(page, 12)
     draw_up(page)
     page.locator("#trajectory-status").get_by_text("12 frames in").wait_for()
     ((x, y),) = read_poses(shown_frames(page)).pusher
     assert abs(x - 0.12 * 96) < 3
-    assert 0.2 * 96 < y < 0.4 * 96  # it lags a little behind its target; it began at 0.65
+    assert 0.2 * 96 < y < 0.4 * 96  # it starts at 0.65 and lags behind its target
 
 
-def test_a_path_drawn_meanwhile_takes_the_place_of_the_one_before(trajectory):
+def test_new_path_replaces_running_prediction(trajectory):
     page = trajectory
     page.locator("#trajectory-settings > button, #trajectory-settings .label-wrap").first.click()
     for frames, steps in [(60, 40), (6, 2)]:
@@ -369,7 +369,7 @@ def test_a_path_drawn_meanwhile_takes_the_place_of_the_one_before(trajectory):
     page.locator("#trajectory-run").wait_for()
 
 
-def test_files_of_actions_bad_and_good(trajectory):
+def test_valid_and_invalid_action_files(trajectory):
     page = trajectory
     page.get_by_label("From a file").check()
     page.locator("#trajectory-run").click()
@@ -392,9 +392,9 @@ def test_files_of_actions_bad_and_good(trajectory):
     assert download.value.path().read_text() == "target_x,target_y\n60,330\n65,320\n70,310\n"
 
 
-def test_two_seeds_beside_the_truth(trajectory):
+def test_two_seeds_next_to_ground_truth(trajectory):
     page = trajectory
-    set_length(page, 6)  # of the recorded actions, which are chosen at first
+    set_length(page, 6)  # recorded actions are the default
     page.locator("#trajectory-settings > button, #trajectory-settings .label-wrap").first.click()
     page.get_by_label("Compare with a second setting").check()
     page.locator("#trajectory-seed-b input").fill("7")
@@ -408,7 +408,7 @@ def test_two_seeds_beside_the_truth(trajectory):
     page.locator("#trajectory-errors").wait_for()
 
 
-def test_starts_that_are_no_pictures(trajectory, tmp_path):
+def test_invalid_starts_are_refused(trajectory, tmp_path):
     page = trajectory
     PIL.Image.new("1", (5100, 5000)).save(tmp_path / "huge.png")
     (tmp_path / "broken.mp4").write_bytes(b"\0\0\0\x20ftypisom" + b"\0" * 400)
@@ -418,7 +418,7 @@ def test_starts_that_are_no_pictures(trajectory, tmp_path):
         with page.expect_file_chooser() as chooser:
             page.locator("#trajectory-upload").click()
         chooser.value.set_files(tmp_path / name)
-        page.get_by_text(message).wait_for()
+        page.locator("#trajectory-status").get_by_text(message).wait_for()
         assert page.locator("#trajectory-pad .stage img").get_attribute("src") == before
     with page.expect_file_chooser() as chooser:
         page.locator("#trajectory-upload").click()
@@ -430,12 +430,12 @@ def assert_idle(page):
     """Check that Predict can be pressed, and that nothing of an earlier prediction is left."""
     page.locator("#trajectory-run").wait_for()
     page.locator("#trajectory-stop").wait_for(state="hidden")
-    for part in ("errors", "strip", "video", "table"):
+    for part in ("errors", "strip", "picture", "video", "table"):
         assert page.locator(f"#trajectory-{part}").is_hidden(), part
     assert page.locator("#trajectory-status .error, #trajectory-status .progress-text").count() == 0
 
 
-def test_a_long_prediction_can_be_stopped(trajectory):
+def test_long_prediction_can_be_stopped(trajectory):
     page = trajectory
     page.get_by_label("Recorded").check()
     set_length(page, 3)
@@ -452,6 +452,7 @@ def test_a_long_prediction_can_be_stopped(trajectory):
     page.locator("#trajectory-stop").click()
     page.get_by_text("Stopped.").wait_for()
     assert_idle(page)
+    page.wait_for_function("document.activeElement.id === 'trajectory-run'")
     frames = page.locator("#trajectory-view .frame").get_attribute("max")
     page.wait_for_timeout(2000)
     assert page.locator("#trajectory-view .frame").get_attribute("max") == frames

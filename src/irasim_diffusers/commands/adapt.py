@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .dataset import add_dataset_flags, open_dataset
+from .files import check_name, check_output_folder
+from .sampling import check_weights, quiet_loading
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +61,10 @@ def run(arguments: argparse.Namespace) -> None:
     from ..training import finished_pipeline
 
     try:
-        pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        with quiet_loading() as messages:
+            pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=torch.float32)
+        check_weights(pipeline.components, messages)
+    except Exception as error:  # the loaders raise errors of many types for damaged files
         raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {error}") from error
     transformer, vae = _adapted(arguments, pipeline)
     with temporary_folder(arguments.output) as partial:
@@ -89,9 +93,9 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise ValueError("--height and --width must be given together.")
     if (arguments.vae is None) != (arguments.dataset is None):
         raise ValueError("--vae and --dataset must be given together: the model is fitted to the frames of the data.")
-    output: Path = arguments.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output must be a new or empty folder, got {str(output)!r}.")
+    check_output_folder(arguments.output, empty=True)
+    for name in ("model", "vae"):
+        check_name(f"--{name}", getattr(arguments, name) or "")
 
 
 def _adapted(
@@ -112,8 +116,10 @@ def _adapted(
             raise ValueError(f"--vae must be left out: {arguments.model!r} is a pixel-space model.")
         images = _images(arguments)
         try:
-            other = load_autoencoder(arguments.vae)
-        except (OSError, ValueError) as error:
+            with quiet_loading() as messages:
+                other = load_autoencoder(arguments.vae)
+            check_weights({"vae": other}, messages)
+        except Exception as error:
             raise ValueError(f"--vae must be an autoencoder, got {arguments.vae!r}: {error}") from error
         transformer, vae = fit_autoencoder(transformer, vae, other, images), other
     if arguments.patch_size is not None or arguments.action_frequencies is not None:

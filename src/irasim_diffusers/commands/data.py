@@ -46,11 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
             skip_broken=arguments.skip_broken,
             on_episode=progress.on_episode,
         )
-    tiled = sum(len(row) for row in source.cameras) > 1
-    names = "; ".join(", ".join(row) for row in source.cameras)
-    write_dataset_card(
-        folder, arguments.push_to_hub or output.name, f", the cameras tiled by rows: {names}" if tiled else ""
-    )
+    write_dataset_card(folder, arguments.push_to_hub or output.name)
     print(f"{len(folder)} episodes written to {output}, {progress.num_skipped} skipped")
     if arguments.push_to_hub:
         publish_lerobot(folder, arguments.push_to_hub)

@@ -23,8 +23,13 @@ def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None, requir
     default = split or "test, or all episodes of a LeRobotDataset without one"
     add("--split", default=split, help=f"split, or a part of one such as train[90%%:] (default: {default})")
     add("--fps", type=float, help="frames per second, if the data do not record them")
-    add("--action-column", default="actions", help="column of `datasets` data (default: %(default)s)")
-    add("--state-columns", nargs="*", default=[], help="columns of `datasets` data")
+    add("--action-column", nargs="*", default=[], help="action columns, concatenated (default: action, actions)")
+    add(
+        "--state-columns",
+        nargs="*",
+        default=[],
+        help="state columns (default: all of a LeRobotDataset, none of a table)",
+    )
 
 
 def open_dataset(arguments: argparse.Namespace) -> Any:

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .files import check_output, read_frames
-from .sampling import add_history_flags, add_sampling_flags, history_length, load_pipeline
+from .sampling import (
+    add_history_flags,
+    add_sampling_flags,
+    check_sampling_flags,
+    check_weights,
+    frame_files,
+    history_length,
+    load_pipeline,
+    quiet_loading,
+    read_views,
+    tile_views,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +63,13 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Check the input, plan, and write the actions, the video and the strip."""
     start = time.perf_counter()
-    for suffix in (".mp4", ".csv", ".png"):
-        check_output(arguments.output if suffix == ".mp4" else arguments.output.with_suffix(suffix), suffix)
-    if arguments.frames is None:
+    rows = frame_files(arguments)
+    inputs = [arguments.goal, *(path for row in rows for path in row)]
+    check_output(arguments.output, ".mp4", inputs)
+    for suffix in (".csv", ".png"):
+        check_output(arguments.output.with_suffix(suffix), suffix, inputs)
+    check_sampling_flags(arguments)
+    if not rows:
         raise ValueError(
             "--frames is required: the image, or a video of the history frames, from which the plan starts."
         )
@@ -63,9 +78,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.encoder is not None and arguments.goal is None:
         raise ValueError("--encoder needs --goal: it compares features of the goal image.")
     planner = _planner(arguments)
-    video = read_frames(arguments.frames)
+    views = read_views(rows)
     goal = None if arguments.goal is None else read_frames(arguments.goal, "--goal")[-1]
     pipeline = load_pipeline(arguments)
+    video = tile_views(views, pipeline.transformer.config.get("cameras"))
     history = video[: history_length(arguments, pipeline, len(video))]
     objective, goal = _objective(arguments, goal, pipeline)
     init = _initial(arguments, pipeline)
@@ -109,9 +125,12 @@ def _objective(
 
     if goal is None:
         try:
-            return FrameRegressor.from_pretrained(arguments.reward).eval().to(pipeline.device), None
-        except (OSError, ValueError) as error:
+            with quiet_loading() as messages:
+                reward = FrameRegressor.from_pretrained(arguments.reward).eval()
+            check_weights({"reward": reward}, messages)
+        except Exception as error:  # the loaders raise errors of many types for damaged files
             raise ValueError(f"--reward must be a FrameRegressor, got {arguments.reward!r}: {error}") from error
+        return reward.to(pipeline.device), None
     height, width = pipeline.frame_size
     if arguments.resize and goal.shape[:2] != (height, width):
         goal = np.asarray(PIL.Image.fromarray(goal).resize((width, height), PIL.Image.Resampling.BILINEAR))
@@ -124,7 +143,7 @@ def _objective(
     if arguments.encoder is not None:
         try:
             encoder = pretrained_encoder(arguments.encoder)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             raise ValueError(f"--encoder must be a vision model, got {arguments.encoder!r}: {error}") from error
     return GoalImage(goal, encoder), goal
 

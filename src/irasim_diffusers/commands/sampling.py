@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -122,11 +121,14 @@ def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
             raise ValueError(
                 f"--lora must be a folder, file or Hub id of LoRA weights for this model, got {arguments.lora!r}: {error}"
             ) from error
-    most = pipeline.scheduler.config.num_train_timesteps
-    if arguments.steps is not None and arguments.steps > most:
-        raise ValueError(f"--steps must be at most {most}, the timesteps in training, got {arguments.steps}.")
     if arguments.scheduler:
-        _set_scheduler(pipeline, arguments.scheduler)
+        try:
+            with quiet_loading():
+                pipeline = pipeline.with_scheduler(SCHEDULERS[arguments.scheduler])
+        except ValueError as error:
+            raise ValueError(f"--scheduler {arguments.scheduler} does not fit the model: {error}") from error
+    if arguments.steps is not None:
+        _check_steps(pipeline.scheduler, arguments.steps)
     return pipeline.to(device)
 
 
@@ -181,21 +183,22 @@ def check_weights(components: Mapping[str, Any], messages: list[str]) -> None:
                     )
 
 
-def _set_scheduler(pipeline: IRASimPipeline, name: str) -> None:
-    import diffusers
+def _check_steps(scheduler: Any, steps: int) -> None:
+    """Raise ValueError if a scheduler has no timesteps in the range of training for a number of steps."""
+    from ..pipelines.schedulers import check_warmup
 
-    scheduler_class = getattr(diffusers, SCHEDULERS[name])
-    changes: dict[str, Any] = {}
-    if pipeline.transformer.config.prediction_type == "sample":
-        changes["prediction_type"] = "v_prediction"  # which every scheduler supports
-    if "clip_sample" in inspect.signature(scheduler_class.__init__).parameters:
-        changes["clip_sample"] = False  # the config of PNDMScheduler has no such entry, and DDIM's default is True
-    with quiet_loading():
-        pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **changes)
+    most = scheduler.config.num_train_timesteps
+    if steps > most:
+        raise ValueError(f"--steps must be at most {most}, the timesteps in training, got {steps}.")
+    if not hasattr(scheduler, "alphas_cumprod"):
+        return
+    check_warmup(scheduler, steps)
     try:
-        pipeline.check_scheduler()
+        scheduler.set_timesteps(steps)
     except ValueError as error:
-        raise ValueError(f"--scheduler {name} does not fit the model: {error}") from error
+        raise ValueError(f"--steps {steps} does not fit {type(scheduler).__name__}: {error}") from error
+    if scheduler.timesteps.max() >= most:  # `steps_offset` moves the timesteps
+        raise ValueError(f"--steps must be less than {steps} for the {type(scheduler).__name__} of this model.")
 
 
 def frame_files(arguments: argparse.Namespace) -> list[list[Path]]:

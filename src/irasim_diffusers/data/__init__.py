@@ -1,5 +1,6 @@
 """Robot clips: video files, episodes from many sources, latents and windows."""
 
+from .action_kind import infer_action_space
 from .clips import LatentClips, MixedClips, action_normalisation, standardised_states
 from .episode import CameraLayout, Episode, EpisodeSource, camera_layout, check_mixture, first_readable, tile
 from .irasim_release import IRASimFolder
@@ -30,6 +31,7 @@ __all__ = [
     "count_frames",
     "first_readable",
     "frame_skip_for",
+    "infer_action_space",
     "is_written",
     "iterate_video",
     "open_dataset",

@@ -1,4 +1,4 @@
-"""Files of a data set on the Hub that is larger than this disk."""
+"""Temporary download of the files of a data set on the Hub."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 @dataclass(eq=False)
 class HubFiles:
-    """Files of a data set on the Hub, downloaded when they are asked for, one of each kind at a time.
+    """Files of a data set on the Hub that are downloaded on request, one of each kind at a time.
 
-    Every process downloads for itself, since another may be done with a file that this one still reads. The files lie in
-    the Hub's cache of assets and go with the process; those of one that was killed go when the next begins.
+    Every process downloads separately, because processes need a file at different times. The files are stored in the assets cache
+    of the Hub and deleted with the process; those of killed processes are deleted by the next one.
 
     Args:
-        repo_id: The data set's name on the Hub.
-        revision: Its commit.
+        repo_id: Name of the data set on the Hub.
+        revision: Commit.
     """
 
     repo_id: str
@@ -33,10 +33,17 @@ class HubFiles:
     _held: dict[str, str] = field(default_factory=dict, init=False)
 
     def fetch(self, name: str, kind: str) -> Path:
-        """A file, downloaded; the one of its kind that was fetched before is deleted first.
+        """Download a file, after deleting the previous one of its kind.
+
+        Args:
+            name: Path of the file in the repository.
+            kind: Kind of the file, for example its camera.
+
+        Returns:
+            The local path.
 
         Raises:
-            ValueError: If the data set has no such file.
+            ValueError: If the file does not exist.
         """
         place = self._folder / kind
         if self._held.get(kind) != name:
@@ -53,7 +60,8 @@ class HubFiles:
     def _folder(self) -> Path:
         parent = cached_assets_path("irasim_diffusers", namespace=self.repo_id, subfolder=platform.node())
         for folder in parent.iterdir():
-            if not psutil.pid_exists(int(folder.name.split("-")[0])):
+            process = folder.name.split("-")[0]
+            if process.isdigit() and not psutil.pid_exists(int(process)):
                 shutil.rmtree(folder, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def cache_latents(
     Args:
         dataset: The data set.
         vae: The frozen autoencoder, on the device that encodes. None caches the frames as uint8, for pixel-space models.
-        cache_dir: Parent folder of the cache, whose name depends on the data set, the cameras and the autoencoder.
+        cache_dir: Parent folder of the cache. The name of the cache depends on the data set and the autoencoder.
         batch_size: Number of frames per call of the autoencoder.
         mixed_precision: Encode under bfloat16 autocast.
         skip_broken: Skip episodes that cannot be read and list them in the manifest, instead of raising an error.
@@ -86,9 +86,25 @@ def cache_latents(
     if not recorded:
         encode = partial(_encode_episode, dataset, vae, batch_size, mixed_precision)
     share = [list(files)[index] for index in np.array_split(range(len(files)), num_processes)[process_index]]
-    total = sum(len(files[path]) for path in share)
-    with tqdm(total=total, desc="encoding latents", unit="episode", disable=process_index > 0) as bar:
-        for path in share:
+    _encode_share({path: files[path] for path in share}, manifest, encode, skip_broken, process_index > 0)
+    wait_for_everyone()
+    if process_index == 0:
+        _write_manifest(folder, files, identity, manifest, vae, len(dataset))
+    wait_for_everyone()
+    return _checked(folder, skip_broken)
+
+
+def _encode_share(
+    files: dict[Path, range],
+    manifest: dict[str, Any],
+    encode: Callable[[int], tuple[torch.Tensor, np.ndarray]],
+    skip_broken: bool,
+    quiet: bool,
+) -> None:
+    """Encode the files of one process that are missing or damaged."""
+    total = sum(map(len, files.values()))
+    with tqdm(total=total, desc="encoding latents", unit="episode", disable=quiet) as bar:
+        for path in files:
             if _is_intact(path, files[path], manifest.get("files", {})):
                 bar.update(len(files[path]))
                 continue
@@ -96,19 +112,6 @@ def cache_latents(
                 state = "damaged" if path.is_file() else "missing"
                 bar.write(f"{str(path)!r} is {state}: its {len(files[path])} episodes are encoded again.")
             _write_file(path, *_encode_episodes(files[path], encode, skip_broken, bar))
-    wait_for_everyone()
-    if process_index == 0:
-        name = None if vae is None else str(vae.config.get("_name_or_path") or type(vae).__name__)
-        dtype = "uint8" if vae is None else "float16"
-        content = identity | {"episodes": len(dataset), "broken": {}, "autoencoder": name, "dtype": dtype, "files": {}}
-        for path in files:
-            content["broken"] |= _metadata(path)[1]
-            content["files"][path.name] = _file_state(path)
-        if content != manifest:
-            with temporary_path(folder / "manifest.json") as temporary:
-                temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    wait_for_everyone()
-    return _checked(folder, skip_broken)
 
 
 def _check_arguments(
@@ -169,6 +172,26 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) and isinstance(content.get("files"), dict) else {}
+
+
+def _write_manifest(
+    folder: Path,
+    files: Iterable[Path],
+    identity: dict[str, Any],
+    written: dict[str, Any],
+    vae: AutoencoderKL | None,
+    episodes: int,
+) -> None:
+    """Write the manifest of a complete cache unless it is `written` already."""
+    name = None if vae is None else str(vae.config.get("_name_or_path") or type(vae).__name__)
+    dtype = "uint8" if vae is None else "float16"
+    content = identity | {"episodes": episodes, "broken": {}, "autoencoder": name, "dtype": dtype, "files": {}}
+    for path in files:
+        content["broken"] |= _metadata(path)[1]
+        content["files"][path.name] = _file_state(path)
+    if content != written:
+        with temporary_path(folder / "manifest.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def _is_intact(path: Path, episodes: range, known: dict[str, Any]) -> bool:

@@ -172,12 +172,17 @@ class LeRobotFolder(InOrder):
     @property
     def action_derivation(self) -> str:
         """How the actions follow from states, as `write_lerobot` stored it; see `actions.DERIVATIONS`."""
-        return self._own_entry.get("action_derivation", "recorded")
+        return self._written_action.get("action_derivation", "recorded")
 
     @property
     def action_units(self) -> list[str | None] | None:
         """Units of the action components, if `write_lerobot` stored them."""
-        return self._own_entry.get("action_units")
+        return self._written_action.get("action_units")
+
+    @property
+    def _written_action(self) -> dict[str, Any]:
+        """The own entry if the actions are those of `write_lerobot`, not other features."""
+        return self._own_entry if tuple(self.action_column) == ("action",) else {}
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def write_file(
     with ExitStack() as stack:
         append: dict[str, Callable[[np.ndarray], None]] = {}
         for episode in episodes:
-            if not append:  # no video is begun without an episode
+            if not append:  # videos are opened with the first episode, so that no empty one is written
                 paths = {key: _path(root, VIDEO_PATH, file_index, video_key=key) for key in regions}
                 append = {key: stack.enter_context(video_writer(path, fps, True)) for key, path in paths.items()}
             number = first_episode + len(rows)
@@ -80,13 +80,7 @@ def write_file(
                 columns.setdefault(key, []).append(values)
             statistics = _write_frames(episode.frames, regions, append)
             statistics |= {key: vector_statistics(values) for key, values in vectors.items()}
-            row = {
-                "episode_index": number,
-                "tasks": [episode.task],
-                "length": len(episode),
-                "dataset_from_index": first_frame + length,
-                "dataset_to_index": first_frame + length + len(episode),
-            }
+            row = _row(episode, number, first_frame + length)
             rows.append(row | _places(regions, file_index, length / fps, (length + len(episode)) / fps))
             rows[-1] |= {f"stats/{key}/{name}": v for key, stat in statistics.items() for name, v in stat.items()}
             length += len(episode)
@@ -145,30 +139,10 @@ def write_metadata(
     cameras = {key: _picture_size(region, frame_size) for key, region in regions.items()}
     features = {key: _camera_feature(size, fps) for key, size in cameras.items()}
     features |= _vector_features(root, names)
-    own: dict[str, Any] = {}
-    if action_derivation != "recorded":
-        own["action_derivation"] = action_derivation
-    if action_units is not None and any(unit is not None for unit in action_units):
-        own["action_units"] = list(action_units)
-    if len(cameras) > 1:
-        own["cameras"] = region_layout(regions)
+    own = _own_entry(regions, action_derivation, action_units)
     if own:  # inside a feature, where tools of LeRobot that rewrite info.json keep it
         features["action"][OWN_ENTRY] = own
-    info = {
-        "codebase_version": VERSION,
-        "robot_type": robot_type,
-        "total_episodes": len(rows),
-        "total_frames": sum(row["length"] for row in rows),
-        "total_tasks": len(tasks),
-        "chunks_size": 1000,
-        "data_files_size_in_mb": 100,
-        "video_files_size_in_mb": 200,
-        "fps": int(fps) if fps == int(fps) else fps,
-        "splits": {"train": f"0:{len(rows)}"},
-        "data_path": DATA_PATH,
-        "video_path": VIDEO_PATH,
-        "features": features,
-    }
+    info = _info(rows, tasks, robot_type, fps, features)
     keys = [key for key in features if all(f"stats/{key}/mean" in row for row in rows)]
     statistics = {key: pool([_row_statistics(row, key) for row in rows]) for key in keys}
     _write_table(root / "meta" / "tasks.parquet", _tasks_table(tasks))
@@ -202,6 +176,39 @@ def region_layout(regions: Regions) -> CameraLayout:
     for key, region in sorted(regions.items(), key=lambda item: [part.start for part in item[1]]):
         rows.setdefault(region[0].start, []).append(key)
     return tuple(tuple(row) for row in rows.values())
+
+
+def _own_entry(regions: Regions, derivation: str, units: Sequence[str | None] | None) -> dict[str, Any]:
+    """What LeRobot does not store: derivation and units of the actions, and the camera layout."""
+    own: dict[str, Any] = {}
+    if derivation != "recorded":
+        own["action_derivation"] = derivation
+    if units is not None and any(unit is not None for unit in units):
+        own["action_units"] = list(units)
+    if len(regions) > 1:
+        own["cameras"] = region_layout(regions)
+    return own
+
+
+def _info(
+    rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], robot_type: str, fps: float, features: dict[str, Any]
+) -> dict[str, Any]:
+    """Content of info.json."""
+    return {
+        "codebase_version": VERSION,
+        "robot_type": robot_type,
+        "total_episodes": len(rows),
+        "total_frames": sum(row["length"] for row in rows),
+        "total_tasks": len(tasks),
+        "chunks_size": 1000,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "fps": int(fps) if fps == int(fps) else fps,
+        "splits": {"train": f"0:{len(rows)}"},
+        "data_path": DATA_PATH,
+        "video_path": VIDEO_PATH,
+        "features": features,
+    }
 
 
 def _regions(camera: str | Regions) -> Regions:
@@ -249,6 +256,17 @@ def _write_frames(
             append[key](picture)
         statistics[key] = image_statistics(pictures)
     return statistics
+
+
+def _row(episode: Episode, number: int, first_frame: int) -> dict[str, Any]:
+    """What `meta/episodes` says about an episode, except its statistics and its position in the files."""
+    return {
+        "episode_index": number,
+        "tasks": [episode.task],
+        "length": len(episode),
+        "dataset_from_index": first_frame,
+        "dataset_to_index": first_frame + len(episode),
+    }
 
 
 def _places(regions: Regions, file_index: int, begin: float, end: float) -> dict[str, Any]:

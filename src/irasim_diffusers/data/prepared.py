@@ -27,7 +27,7 @@ class PreparedEpisodes(InOrder):
             targets, the sum of planar motions, the product of pose motions.
         composition: What recorded actions are, one of `actions.DERIVATIONS` except `"recorded"`. It is required to compose
             them. The derivation that the source knows takes precedence.
-        action_dim: Number of action components after padding with zeros, as for RoboNet, whose robots use up to five.
+        action_dim: Number of action components after padding with zeros, as for the robots of RoboNet, which use up to five.
         frame_size: Height and width to which frames are resized; None keeps their size.
         all_phases: Keep the frames between as well, so that windows may start at any frame. Row t of `action` then leads
             from frame t to frame t + `frame_skip`, and a clip takes every `frame_skip`-th frame; see `LatentClips`.

@@ -36,7 +36,8 @@ DERIVATION_TEXTS = {
 CARD = """
 # {title}
 
-{episodes} episodes, {frames} frames at {fps:g} frames per second, as a LeRobotDataset v3.0. Videos are lossless H.264.
+{episodes} episodes, {frames} frames of {height}x{width} pixels at {fps:g} frames per second, as a LeRobotDataset v3.0. Videos are
+lossless H.264{layout}.
 
 | camera | height x width |
 |---|---|
@@ -84,33 +85,31 @@ def write_lerobot(
         ValueError: If the source has no valid frame rate, the folder holds another data set, an episode is broken, or no
             episode can be read.
     """
-    if source.fps is None or not (math.isfinite(source.fps) and source.fps > 0):
-        raise ValueError(
-            f"{source.name!r} must have a positive number of frames per second, got {source.fps}: give `fps`."
-        )
+    fps = source.fps
+    if fps is None or not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"{source.name!r} must have a positive number of frames per second, got {fps}: give `fps`.")
     root = Path(root)
-    identity = json.loads(json.dumps(source.identity | {"fps": source.fps}))
+    is_new = not root.exists()
+    identity = json.loads(json.dumps(source.identity | {"fps": fps}))
     _claim(root, identity)
     try:
         first = first_readable(source, lambda number: _read_episode(source, number))
         frame_size = first.frames.shape[1:3]
         regions = _camera_regions(source, camera, frame_size)
-        names = {
-            key: source.component_names(key) or [f"{key}.{index}" for index in range(values.shape[1])]
-            for key, values in {"action": first.actions, **first.states}.items()
-            if values.dtype.kind == "f"
-        }
+        names = _component_names(source, first)
         derivation = getattr(source, "action_derivation", "recorded")
         units = getattr(source, "action_units", None) or _units(derivation, first.actions.shape[1])
         del first  # only one episode is held at a time
-        tasks = _write_files(source, root, regions, frame_size, skip_broken, on_episode)
+        tasks = _write_files(source, root, fps, regions, frame_size, skip_broken, on_episode)
     except BaseException:
         if not any(root.glob("meta/episodes/*/*.parquet")):  # the repaired source may be written here
             _clear(root)
+            if is_new:
+                root.rmdir()
         raise
     write_metadata(
         root,
-        fps=source.fps,
+        fps=fps,
         camera=regions,
         frame_size=frame_size,
         names=names,
@@ -122,9 +121,19 @@ def write_lerobot(
     return LeRobotFolder(root)
 
 
+def _component_names(source: EpisodeSource, episode: Episode) -> dict[str, list[str]]:
+    """Component names of all features of floats."""
+    return {
+        key: source.component_names(key) or [f"{key}.{index}" for index in range(values.shape[1])]
+        for key, values in {"action": episode.actions, **episode.states}.items()
+        if values.dtype.kind == "f"
+    }
+
+
 def _write_files(
     source: EpisodeSource,
     root: Path,
+    fps: float,
     regions: str | Regions,
     frame_size: tuple[int, int],
     skip_broken: bool,
@@ -156,7 +165,7 @@ def _write_files(
                 on_episode(number, None)
         else:
             place = {"first_episode": episodes, "first_frame": frames}
-            write_file(root, file_index, read(numbers), fps=source.fps or 0.0, camera=regions, tasks=tasks, **place)
+            write_file(root, file_index, read(numbers), fps=fps, camera=regions, tasks=tasks, **place)
             if not is_written(root, file_index):  # all its episodes are broken
                 continue
         path = root / EPISODES_PATH.format(chunk_index=0, file_index=file_index)
@@ -186,7 +195,7 @@ def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, i
         return camera
     sizes = {}
     for name in names:
-        view: Any = dataclasses.replace(single, cameras=((name,),))
+        view = dataclasses.replace(single, cameras=((name,),))
         sizes[name] = first_readable(view, partial(view.window, start=0, length=1)).frames.shape[1:3]
     regions = tile_regions(source.cameras, sizes)
     if frame_size != tuple(max(region[axis].stop for region in regions.values()) for axis in (0, 1)):
@@ -199,8 +208,8 @@ def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, i
     }
 
 
-def _untiled(source: EpisodeSource) -> EpisodeSource | None:
-    """The source whose `cameras` can be replaced by one of them; None if frames are resized after they are tiled."""
+def _untiled(source: Any) -> Any:
+    """The source that opens its cameras one by one; None if frames are resized after they are tiled."""
     if isinstance(source, PreparedEpisodes):
         return None if source.frame_size is not None else _untiled(source.source)
     names: list[str] = [entry.name for entry in dataclasses.fields(source)] if dataclasses.is_dataclass(source) else []
@@ -231,8 +240,8 @@ def _claim(root: Path, identity: dict) -> None:
                 "delete this one."
             )
         _clear(root)
-        with temporary_path(marker) as partial:
-            partial.write_text(json.dumps(identity), encoding="utf-8")
+        with temporary_path(marker) as temporary:
+            temporary.write_text(json.dumps(identity), encoding="utf-8")
 
 
 def _clear(root: Path) -> None:
@@ -243,13 +252,12 @@ def _clear(root: Path) -> None:
         (root / SOURCE_FILE).unlink()
 
 
-def write_dataset_card(folder: LeRobotFolder, repo_id: str, cameras: str = "") -> None:
+def write_dataset_card(folder: LeRobotFolder, repo_id: str) -> None:
     """Write README.md of a LeRobotDataset from its metadata.
 
     Args:
         folder: The data set.
         repo_id: Name of the data set on the Hub, or of the folder.
-        cameras: Not used; the card lists the cameras of the folder.
     """
     features = folder.info["features"]
     units = folder.action_units or []
@@ -261,17 +269,18 @@ def write_dataset_card(folder: LeRobotFolder, repo_id: str, cameras: str = "") -
         if key == "action" and units:
             components = [f"{name} ({unit})" if unit else name for name, unit in zip(components, units, strict=True)]
         rows.append(f"| `{key}` | {feature['dtype']} | {', '.join(components)} |")
+    sizes = {key: features[key]["shape"][:2] for row in folder.cameras for key in row}
+    layout = "; ".join(", ".join(row) for row in folder.cameras)
     text = CARD.format(
         title=repo_id.split("/")[-1],
         repo_id=repo_id,
         episodes=len(folder),
         frames=folder.info["total_frames"],
         fps=folder.fps,
-        cameras="\n".join(
-            f"| `{key}` | {features[key]['shape'][0]} x {features[key]['shape'][1]} |"
-            for row in folder.cameras
-            for key in row
-        ),
+        height=sum(sizes[row[0]][0] for row in folder.cameras),
+        width=sum(sizes[key][1] for key in folder.cameras[0]),
+        layout=f". A frame consists of the cameras, tiled by rows: {layout}" if len(sizes) > 1 else "",
+        cameras="\n".join(f"| `{key}` | {height} x {width} |" for key, (height, width) in sizes.items()),
         features="\n".join(rows),
         derivation=folder.action_derivation,
         derivation_text=DERIVATION_TEXTS[folder.action_derivation],

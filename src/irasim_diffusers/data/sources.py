@@ -1,8 +1,7 @@
-"""Any data set by its folder or Hub id."""
+"""Open data sets of every format by folder or Hub id."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,15 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from .episode import EpisodeSource, camera_layout
+from .episode import EpisodeSource
 from .hub import HubFiles
 from .irasim_release import IRASimFolder
 from .lerobot import LeRobotFolder
+from .record_files import read_json_object
 from .tables import TableEpisodes
+
+TABLE_FILES = (".parquet", ".arrow", ".jsonl")
+"""Suffixes of the files of tables that `datasets.load_dataset` reads from a folder."""
 
 
 def open_dataset(
@@ -25,76 +28,105 @@ def open_dataset(
     split: str | None = "train",
     max_episodes: int | None = None,
     fps: float | None = None,
-    action_column: str = "actions",
+    action_column: str | Sequence[str] | None = None,
     state_columns: Sequence[str] = (),
     revision: str | None = None,
     streaming: bool = False,
 ) -> EpisodeSource:
-    """Open a data set of any form that is read here, from a folder or the Hub.
+    """Open a data set of any supported format, from a folder or the Hub.
 
-    A folder with `meta/info.json` is a LeRobotDataset, one with `annotation` is of IRASim's release format, one that
-    `datasets` has saved, or a Hub repository of another form, is a table. Of a LeRobotDataset on the Hub only the cameras
-    and first episodes asked for are downloaded; with `streaming` only what is read, which is deleted when other files are.
+    A folder with `meta/info.json` is a LeRobotDataset, and one with `annotation` has the format of the IRASim release. A folder of
+    `Dataset.save_to_disk`, one of Parquet files such as the download of a Hub repository, and any other Hub repository is a table
+    of `datasets`. Only the requested cameras and episodes of a LeRobotDataset on the Hub are downloaded. With `streaming` only
+    the files that are read are downloaded, and they are deleted afterwards.
 
     Args:
         name: Folder or Hub id.
         cameras: One camera, several that are stacked, or rows of them; None takes the only one.
-        split: As it is called there; of a LeRobotDataset and of a table on the Hub also a part of one, `"train[:90%]"`. None, to
-            evaluate: `test`, or all episodes of a LeRobotDataset without one.
-        max_episodes: Use only the first that many episodes.
-        fps: Frames a second, for formats that do not record them.
-        action_column: For tables.
-        state_columns: For tables.
+        split: Name of the split; for a LeRobotDataset and a table on the Hub or in Parquet files also a part of one,
+            `"train[:90%]"`. None, for evaluation: `test`, or all episodes of a LeRobotDataset without it.
+        max_episodes: Use only this many episodes, from the first.
+        fps: Frames per second, for formats that do not record them.
+        action_column: Column or feature of the actions, or several that are concatenated; None takes `action` (LeRobotDataset) or
+            `actions` (table), or the only one with a similar name.
+        state_columns: Columns or features of the states; empty for all of a LeRobotDataset and none of a table.
         revision: Branch, tag or commit on the Hub.
-        streaming: For data on the Hub that are larger than this disk: keep no more than one file of each camera. Episodes are
-            quick to read in order.
+        streaming: For data on the Hub that are larger than the disk: keep at most one file per camera. Reading episodes in order
+            is then fast.
 
     Raises:
-        ValueError: If the folder holds no data set, or a camera, split or column does not exist, or a table to be streamed
-            does not say how many rows it has.
+        ValueError: If the folder contains no data set, a camera, split or column does not exist, columns are given for the IRASim
+            format, or a table that is streamed does not announce its number of rows.
     """
-    folder = Path(name)
+    if max_episodes is not None and max_episodes < 1:
+        raise ValueError(f"`max_episodes` (--max_train_episodes) must be at least 1, got {max_episodes}.")
+    folder, columns = Path(name), (action_column, state_columns)
     if not folder.exists():
         if Path(name).is_absolute() or str(name).count("/") != 1:
             raise ValueError(
-                f"`dataset` must be a folder or a Hub id like org/name, got {str(name)!r}, which is no folder."
+                f"`dataset` must be a folder or a Hub id such as org/name, got {str(name)!r}, which is not a folder."
             )
         try:
-            info = hf_hub_download(str(name), "meta/info.json", repo_type="dataset", revision=revision)
+            hf_hub_download(str(name), "meta/info.json", repo_type="dataset", revision=revision)
         except EntryNotFoundError:  # or, offline, not in the cache
-            import datasets
-
             if streaming:
                 revision = HfApi().dataset_info(str(name), revision=revision).sha
-            table = datasets.load_dataset(str(name), split=split or "test", revision=revision, streaming=streaming)
+            table = _load_table(str(name), split or "test", revision=revision, streaming=streaming)
             origin = f"{name} at {revision}" if streaming else None
-            return _table(table, cameras, max_episodes, fps, action_column, state_columns, origin)
+            return _table(table, cameras, max_episodes, fps, *columns, origin)
         if streaming:
             folder = Path(
                 snapshot_download(str(name), repo_type="dataset", revision=revision, allow_patterns="meta/*")
             )
-            return _lerobot(folder, cameras, max_episodes, split, HubFiles(str(name), folder.name))
-        folder = _download_lerobot(str(name), Path(info), cameras, max_episodes, revision, split)
+            return _lerobot(folder, cameras, max_episodes, split, *columns, HubFiles(str(name), folder.name))
+        folder = _download_lerobot(str(name), cameras, max_episodes, revision, split, *columns)
     if (folder / "meta" / "info.json").is_file():
-        return _lerobot(folder, cameras, max_episodes, split)
+        return _lerobot(folder, cameras, max_episodes, split, *columns)
     split = split or "test"
     if (folder / "annotation").is_dir():
+        if action_column or state_columns:
+            raise ValueError(
+                f"`action_column` and `state_columns` (--action-column, --state-columns) must not be given for {str(folder)!r}, "
+                "whose IRASim format defines its actions and states."
+            )
         return IRASimFolder(folder, split, cameras, fps, max_episodes)
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
-        import datasets
-
-        table = datasets.load_from_disk(str(folder))
-        tables = table if isinstance(table, datasets.DatasetDict) else {str(table.split or split).split("[")[0]: table}
-        if split not in tables:
-            raise ValueError(
-                f"`split` must be one of {sorted(tables)} in {str(folder)!r}, got {split!r} (--split, --validation_split)."
-            )
-        table = tables[split]
-        return _table(table, cameras, max_episodes, fps, action_column, state_columns)
+        return _table(_saved_table(folder, split), cameras, max_episodes, fps, *columns)
+    if any(path.suffix in TABLE_FILES and not path.name.startswith(".") for path in folder.rglob("*")):
+        return _table(_load_table(str(folder), split), cameras, max_episodes, fps, *columns)
     raise ValueError(
-        f"{str(folder)!r} holds no data set that is read here: 'meta/info.json' (LeRobotDataset), 'annotation' (IRASim) and "
-        "'dataset_info.json' (datasets) are missing."
+        f"{str(folder)!r} contains no supported data set: 'meta/info.json' (LeRobotDataset), 'annotation' (IRASim), "
+        f"'dataset_info.json' (datasets) and files {', '.join(TABLE_FILES)} are missing."
     )
+
+
+def _load_table(name: str, split: str, **options: Any) -> Any:
+    """Load a table from a folder or the Hub by `datasets`."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=split, **options)
+    except (ValueError, AssertionError, OSError, datasets.exceptions.DatasetsError) as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise ValueError(
+            f"cannot read the split {split!r} (--split, --validation_split) of the table {name!r}: {error}{cause}"
+        ) from error
+
+
+def _saved_table(folder: Path, split: str) -> Any:
+    """A split of what `save_to_disk` has written."""
+    import datasets
+
+    try:
+        table = datasets.load_from_disk(str(folder))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"cannot read the table {str(folder)!r}: {error}") from error
+    tables = table if isinstance(table, datasets.DatasetDict) else {str(table.split or split).split("[")[0]: table}
+    if split not in tables:
+        raise ValueError(
+            f"`split` must be one of {sorted(tables)} in {str(folder)!r}, got {split!r} (--split, --validation_split)."
+        )
+    return tables[split]
 
 
 def _table(
@@ -102,11 +134,11 @@ def _table(
     cameras: Any,
     max_episodes: int | None,
     fps: float | None,
-    action_column: str,
+    action_column: str | Sequence[str] | None,
     state_columns: Sequence[str],
     origin: str | None = None,
 ) -> TableEpisodes:
-    """A table, or a stream of one from an `origin`."""
+    """Open a table, or a stream of a table with its `origin`."""
     length = None if origin is None else _announced_rows(table, max_episodes)
     if origin is None and max_episodes is not None:
         table = table.select(range(min(max_episodes, len(table))))
@@ -115,39 +147,47 @@ def _table(
 
 
 def _announced_rows(table: Any, max_episodes: int | None) -> int:
-    """Number of rows of a stream to read."""
+    """Number of rows to read from a stream."""
     known = (table.info.splits or {}).get(str(table.split))
     counts = [count for count in (known.num_examples if known else None, max_episodes) if count is not None]
     if not counts:
         raise ValueError(
-            f"`max_episodes` (--max_train_episodes) must be given for {table.info.dataset_name!r}, whose card does not say how "
-            "many rows it has."
+            f"`max_episodes` (--max_train_episodes) must be given for {table.info.dataset_name!r}, because its card does "
+            "not announce its number of rows."
         )
     return min(counts)
 
 
 def _lerobot(
-    folder: Path, cameras: Any, max_episodes: int | None, split: str | None, remote: HubFiles | None = None
+    folder: Path,
+    cameras: Any,
+    max_episodes: int | None,
+    split: str | None,
+    action_column: str | Sequence[str] | None,
+    state_columns: Sequence[str],
+    remote: HubFiles | None = None,
 ) -> LeRobotFolder:
-    """A LeRobotDataset; without a split `test`, or all of it where there is no such split."""
-    if split is None and "test" in json.loads((folder / "meta" / "info.json").read_text()).get("splits", {}):
+    """Open a LeRobotDataset; without a split `test`, or all of it if it has no such split."""
+    if split is None and "test" in (read_json_object(folder / "meta" / "info.json").get("splits") or {}):
         split = "test"
-    return LeRobotFolder(folder, cameras, max_episodes, remote, split)
+    return LeRobotFolder(folder, cameras, max_episodes, remote, split, action_column, state_columns)
 
 
 def _download_lerobot(
-    name: str, info: Path, cameras: Any, max_episodes: int | None, revision: str | None, split: str | None
+    name: str,
+    cameras: Any,
+    max_episodes: int | None,
+    revision: str | None,
+    split: str | None,
+    action_column: str | Sequence[str] | None,
+    state_columns: Sequence[str],
 ) -> Path:
-    """What is needed of a LeRobotDataset on the Hub: vectors and videos of the episodes and cameras asked for."""
-    features = json.loads(info.read_text())["features"]
-    known = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
-    wanted = known if cameras is None else [camera for row in camera_layout(cameras) for camera in row]
-    if cameras is None and len(known) != 1:
-        raise ValueError(f"`cameras` must name one or more of {known} in {name!r}.")
+    """Download the vectors and videos of the requested episodes and cameras of a LeRobotDataset."""
+    folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns="meta/*"))
+    requested = _lerobot(folder, cameras, max_episodes, split, action_column, state_columns)
+    wanted = [camera for row in requested.cameras for camera in row]
     videos = [pattern.format(key) for key in wanted for pattern in ("videos/{}/*", "videos/*/{}/*")]
     patterns = ["data/*", *videos]
-    folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns="meta/*"))
-    wanted_episodes = _lerobot(folder, cameras, max_episodes, split)
-    if len(wanted_episodes) < len(LeRobotFolder(folder, cameras)):
-        patterns = [path.relative_to(folder).as_posix() for path in wanted_episodes.files]
+    if len(requested) < len(LeRobotFolder(folder, cameras, None, None, None, action_column, state_columns)):
+        patterns = [path.relative_to(folder).as_posix() for path in requested.files]
     return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=["meta/*", *patterns]))

@@ -18,6 +18,7 @@ import torch
 from ..data import EpisodeSource, first_readable, read_video
 from ..data.latent_cache import fingerprint
 from ..files import temporary_path
+from ..pictures import resize, resize_video
 from ..pipelines import IRASimPipeline
 from ..rollout import WorldModel, roll
 from .protocols import Clip
@@ -197,7 +198,7 @@ class WorldModelPredictor:
         """Predict latents (B, C, n, h, w) for histories (B or 1, h, H, W, 3), uint8, and actions (B, n, A)."""
         pixels = torch.from_numpy(np.ascontiguousarray(histories)).permute(0, 1, 4, 2, 3).float() / 255
         size = tuple(self.model.frame_size)
-        pixels = _resized(pixels.flatten(0, 1), size).clamp(0, 1).unflatten(0, pixels.shape[:2])
+        pixels = resize(pixels, size).clamp(0, 1)
         space = self.model.action_space
         given = space.prepare(actions)
         missing = -given.shape[1] % self.chunk_length  # whole chunks, as in training
@@ -209,8 +210,7 @@ class WorldModelPredictor:
     @torch.no_grad()
     def _decode(self, latents: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
         """Decode latents (B, C, n, h, w) to frames (B, n, 3, H, W) in [0, 1] of the given size."""
-        frames = self.model.decode(latents)
-        return _resized(frames.flatten(0, 1), size).clamp(0, 1).unflatten(0, frames.shape[:2])
+        return resize(self.model.decode(latents), size).clamp(0, 1)
 
 
 class PipelinePredictor(WorldModelPredictor):
@@ -272,7 +272,7 @@ class PipelinePredictor(WorldModelPredictor):
     def encode(self, frames: np.ndarray) -> torch.Tensor:
         """Encode frames (T, H, W, 3), uint8, to scaled latents (C, T, h, w)."""
         pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return self.pipeline.encode_history(_resized(pixels, self.pipeline.frame_size)[None])[0].cpu()
+        return self.pipeline.encode_history(resize(pixels, self.pipeline.frame_size)[None])[0].cpu()
 
 
 class FolderPredictor:
@@ -328,8 +328,7 @@ class FolderPredictor:
                 f"{frames.shape[1]}x{frames.shape[2]}: pass --resize to resize them."
             )
         if frames.shape != wanted:
-            pixels = _resized(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), wanted[1:3])
-            frames = pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+            frames = resize_video(frames, wanted[1:3])
         return Prediction(frames, latents, autoencoder=autoencoder)
 
 
@@ -363,10 +362,3 @@ def _read_npz(path: Path) -> tuple[np.ndarray, torch.Tensor | None, str | None]:
             return file["frames"], latents, autoencoder or None
     except (ValueError, OSError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`: {error}") from error
-
-
-def _resized(pixels: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-    """Resize pixels (T, 3, H, W) as the pipeline does."""
-    if tuple(pixels.shape[-2:]) == tuple(size):
-        return pixels
-    return torch.nn.functional.interpolate(pixels, size=tuple(size), mode="bilinear", antialias=True)

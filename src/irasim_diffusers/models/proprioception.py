@@ -34,7 +34,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         state_high: list[float],
         state_offset: list[float],
         state_scale: list[float],
-        block_out_channels: list[int] = [16, 32, 32],  # noqa: B006 (diffusers' configs are plain lists)
+        block_out_channels: list[int] = [16, 24, 24],  # noqa: B006 (diffusers' configs are plain lists)
         num_keypoints: int = 16,
         hidden_dim: int = 64,
     ) -> None:
@@ -47,7 +47,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
                 )
         layers: list[nn.Module] = []
         for index, (channels, following) in enumerate(zip([3, *block_out_channels], block_out_channels, strict=False)):
-            kernel, stride = (5, 2) if index < 2 else (3, 1)
+            kernel, stride = 3 if index else 5, 2 if index < 2 else 1
             layers += [nn.Conv2d(channels, following, kernel, stride, kernel // 2), nn.SiLU()]
         self.convolutions = nn.Sequential(*layers, nn.Conv2d(block_out_channels[-1], num_keypoints, 1))
         self.linear = nn.Linear(2 * num_keypoints, size)

@@ -64,8 +64,12 @@ class RunArguments:
     )
     height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
     width: int | None = field(default=None, metadata={"help": "see --height"})
-    action_column: str = field(default="actions", metadata={"help": "action column of `datasets` data"})
-    state_columns: list[str] = field(default_factory=list, metadata={"help": "state columns of `datasets` data"})
+    action_column: list[str] = field(
+        default_factory=list, metadata={"help": "action columns, concatenated; by default action or actions"}
+    )
+    state_columns: list[str] = field(
+        default_factory=list, metadata={"help": "state columns; by default all of a LeRobotDataset, none of a table"}
+    )
     action_derivation: str = field(
         default="recorded",
         metadata={"help": "recorded, or derived from states: relative_euler, relative_6d, relative_planar, absolute"},

@@ -57,10 +57,16 @@ def load_autoencoder(name: str) -> AutoencoderKL:
 
     Args:
         name: Folder or Hub id, optionally with `:<subfolder>`.
+
+    Raises:
+        ValueError: If it cannot be loaded.
     """
     split = ":" in name and not Path(name).is_dir()
     folder, _, subfolder = name.rpartition(":") if split else (name, "", "")
-    return _frozen(AutoencoderKL.from_pretrained(folder, subfolder=subfolder or None))
+    try:
+        return _frozen(AutoencoderKL.from_pretrained(folder, subfolder=subfolder or None))
+    except Exception as error:  # the loaders raise errors of many types for damaged files
+        raise ValueError(f"`vae` must be an AutoencoderKL, a folder or Hub id, got {name!r}: {error}") from error
 
 
 def _pretrained_vae(name: str, revision: str | None) -> AutoencoderKL | None:
@@ -83,11 +89,20 @@ def same_latents(first: AutoencoderKL, second: AutoencoderKL) -> bool:
 
 
 def load_transformer(arguments: RunArguments) -> IRASimTransformer3DModel:
-    """Load the pretrained transformer from a pipeline or from its own folder."""
+    """Load the pretrained transformer from a pipeline or from its own folder.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
     name: Any = arguments.pretrained_model_name_or_path
-    return IRASimTransformer3DModel.from_pretrained(
-        name,
-        subfolder="transformer" if is_pipeline(name, arguments.revision) else None,
-        revision=arguments.revision,
-        variant=arguments.variant,
-    )
+    try:
+        return IRASimTransformer3DModel.from_pretrained(
+            name,
+            subfolder="transformer" if is_pipeline(name, arguments.revision) else None,
+            revision=arguments.revision,
+            variant=arguments.variant,
+        )
+    except Exception as error:  # the loaders raise errors of many types for damaged files
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a pipeline or an IRASimTransformer3DModel, got {name!r}: {error}"
+        ) from error

@@ -1,0 +1,196 @@
+"""`irasim evaluate-policies`: compare the success rates of policies in a world model and in a real environment."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import embedded_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from ..policies import Policy
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `evaluate-policies` to the subparsers of `irasim`."""
+    parser = subparsers.add_parser(
+        "evaluate-policies",
+        help="compare the success rates of policies in the model and in a real environment",
+        description="Run policies from the same starts in a Gymnasium environment and in the world model, and report success rates "
+        "and how well they agree. The same command again resumes; under `accelerate launch -m irasim_diffusers.cli "
+        "evaluate-policies` several processes share the episodes.",
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add(
+        "--policies",
+        nargs="+",
+        required=True,
+        help="LeRobot policies, folders or Hub ids, or the arguments of --loader",
+    )
+    add("--loader", metavar="MODULE:FUNCTION", help="loads a policy: function of its path and the model's ActionSpace")
+    add("--env", required=True, help="Gymnasium id with image observations, such as gym_pusht:gym_pusht/PushT-v0")
+    add(
+        "--env-kwargs",
+        default="{}",
+        help='JSON arguments of the environment, such as {"obs_type": "pixels_agent_pos"}',
+    )
+    add("--model", default=str(embedded_checkpoint()), help="pipeline folder or Hub id (default: the embedded Push-T)")
+    add("--reward", required=True, help="folder or Hub id of a FrameRegressor: the reward of a predicted frame")
+    add("--success-threshold", type=float, default=0.9, help="reward that counts as success (default: %(default)s)")
+    add("--steps", type=int, help="denoising steps per frame (default: the model's)")
+    add("--device", help="cpu, cuda, ... (default: cuda if available)")
+    add("--num-episodes", type=int, default=50, help="episodes of each policy (default: %(default)s)")
+    add("--first-seed", type=int, default=100_000, help="seed of the first episode (default: %(default)s)")
+    add("--max-episode-steps", type=int, default=300, help="steps of an episode (default: %(default)s)")
+    add("--batch-size", type=int, default=10, help="episodes that run together (default: %(default)s)")
+    add(
+        "--num-videos",
+        type=int,
+        default=2,
+        help="linked videos per policy, disagreements first (default: %(default)s)",
+    )
+    add("--output", type=Path, default=Path("irasim-policies"), help="folder to write (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check the input, run the episodes, and print the agreement."""
+    start = time.perf_counter()
+    names = _check_flags(arguments)
+    load = _find_loader(arguments.loader)
+    real = _real_environment(arguments)
+
+    from accelerate import PartialState
+
+    from ..envs import WorldModelVectorEnv, load_world_model
+    from ..evaluation import PolicyEvaluation, evaluate_policies
+
+    state = PartialState()
+    try:
+        stored = load_world_model(arguments.model, arguments.device) | {"starts": None}
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {error}") from error
+    reward = _load_reward(arguments.reward, stored["model"].device)
+    model = WorldModelVectorEnv(
+        num_envs=arguments.batch_size,
+        reward=reward,
+        success=partial(_exceeds, reward, arguments.success_threshold),
+        clip_actions=True,
+        max_episode_steps=arguments.max_episode_steps,
+        autoreset_mode="Disabled",
+        sampling={} if arguments.steps is None else {"num_inference_steps": arguments.steps},
+        **stored,
+    )
+    recorded = ("model", "env", "env_kwargs", "loader", "reward", "success_threshold", "steps")
+    report = evaluate_policies(
+        PolicyEvaluation(
+            {name: partial(load, path, stored["model"].action_space) for name, path in names.items()},
+            real,
+            model,
+            arguments.output,
+            range(arguments.first_seed, arguments.first_seed + arguments.num_episodes),
+            arguments.max_episode_steps,
+            arguments.num_videos,
+            setting={"paths": names} | {name: getattr(arguments, name) for name in recorded},
+        )
+    )
+    if state.is_main_process:
+        _print_report(report)
+        print(f"{time.perf_counter() - start:.0f} s; wrote {arguments.output / 'report.md'}")
+
+
+def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
+    """Check the flags that need neither policies nor a model; return the policies' paths by name."""
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise ValueError(f"--output must be a folder, got the file {str(arguments.output)!r}.")
+    for flag in ("num_episodes", "max_episode_steps", "batch_size", "steps"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {value}.")
+    for flag in ("first_seed", "num_videos"):
+        if getattr(arguments, flag) < 0:
+            raise ValueError(f"--{flag.replace('_', '-')} must not be negative, got {getattr(arguments, flag)}.")
+    if not abs(arguments.success_threshold) < float("inf"):
+        raise ValueError(f"--success-threshold must be finite, got {arguments.success_threshold}.")
+    parts = [Path(path).parts for path in arguments.policies]
+    for depth in range(1, max(map(len, parts)) + 1):  # the last parts of the paths that tell them apart
+        names = ["-".join(part.strip("/.") or "root" for part in each[-depth:]) for each in parts]
+        if len(set(names)) == len(names):
+            return dict(zip(names, arguments.policies, strict=True))
+    raise ValueError(f"--policies must be different, got {arguments.policies}.")
+
+
+def _find_loader(path: str | None) -> Callable[..., Policy]:
+    """The function `module:function`, also from a module in the working folder; without one that of LeRobot policies."""
+    if path is None:
+        from ..policies import LeRobotPolicy
+
+        return LeRobotPolicy.from_pretrained
+    module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--loader must be MODULE:FUNCTION, got {path!r}: {error}.") from error
+    if not callable(found):
+        raise ValueError(f"--loader must be a function, got {path!r}, which is {type(found).__name__}.")
+    return found
+
+
+def _real_environment(arguments: argparse.Namespace) -> Any:
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise ValueError(
+            "`irasim evaluate-policies` requires Gymnasium: pip install 'irasim-diffusers[envs]'."
+        ) from error
+    try:
+        options = json.loads(arguments.env_kwargs)
+        if not isinstance(options, dict):
+            raise ValueError("it is not an object")
+    except ValueError as error:
+        raise ValueError(f"--env-kwargs must be a JSON object, got {arguments.env_kwargs!r}: {error}.") from error
+    options |= {"max_episode_steps": arguments.max_episode_steps}
+    try:
+        return gymnasium.make_vec(
+            arguments.env, arguments.batch_size, vectorization_mode="sync", vector_kwargs=None, **options
+        )
+    except (gymnasium.error.Error, ImportError, TypeError) as error:
+        raise ValueError(f"--env {arguments.env!r} with {options} cannot be created: {error}") from error
+
+
+def _load_reward(name: str, device: Any) -> Any:
+    from ..rewards import FrameRegressor
+
+    try:
+        return FrameRegressor.from_pretrained(name).eval().to(device)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--reward must be a FrameRegressor, got {name!r}: {error}") from error
+
+
+def _exceeds(reward: Callable[[torch.Tensor], torch.Tensor], threshold: float, frames: torch.Tensor) -> torch.Tensor:
+    return reward(frames) >= threshold
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    for name, entry in report["policies"].items():
+        real, model = (entry[place]["success"]["mean"] for place in ("real", "model"))
+        print(
+            f"{name}: success {real:.0%} real, {model:.0%} in the model, same outcome {entry['same_outcome']['mean']:.0%}"
+        )
+    for figure, found in report.get("agreement", {}).items():
+        values = [f"{name} {each['value']:.3f}" for name, each in found.items() if each["value"] is not None]
+        print(f"{figure}: {', '.join(values)}")

@@ -1,0 +1,67 @@
+"""Infer from recorded states whether actions are target positions or motions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .episode import EpisodeSource
+
+EPISODES = 20
+"""Number of episodes that are compared."""
+
+
+def infer_action_space(source: EpisodeSource) -> str | None:
+    """Compare recorded actions with the states that follow them.
+
+    Targets correlate with the next state, and motions with the change of the state. Correlation does not depend on units, and a
+    robot that follows its targets with a delay still correlates. The median over the components decides, because a gripper may
+    be controlled in another way than the arm.
+
+    Args:
+        source: Data source with recorded actions and states. A state is compared if it has the components of the actions, by
+            name, or as many components.
+
+    Returns:
+        `"absolute"`, `"relative"`, or None if no state can be compared or the comparison is not clear.
+    """
+    episodes = []
+    for number in range(min(len(source), EPISODES)):
+        try:
+            episodes.append(source.vectors(number))
+        except ValueError:  # a broken episode is reported when it is read
+            continue
+    keys = {key for vectors in episodes for key in vectors if key != "action" and not key.startswith("next.")}
+    verdicts = {_compare(source, key, [vectors for vectors in episodes if key in vectors]) for key in keys} - {None}
+    return verdicts.pop() if len(verdicts) == 1 else None
+
+
+def _compare(source: EpisodeSource, key: str, episodes: Sequence[dict[str, np.ndarray]]) -> str | None:
+    columns = _matching_columns(source, key, episodes[0])
+    if columns is None:
+        return None
+    actions = np.concatenate([vectors["action"][:-1] for vectors in episodes]).astype(np.float64)
+    states = np.concatenate([vectors[key][1:, columns] for vectors in episodes]).astype(np.float64)
+    changes = np.concatenate([np.diff(vectors[key][:, columns], axis=0) for vectors in episodes]).astype(np.float64)
+    target, motion = _correlation(actions, states), _correlation(actions, changes)
+    if target > 0.8 and target > motion:
+        return "absolute"
+    return "relative" if motion > 0.5 and motion > target else None
+
+
+def _matching_columns(source: EpisodeSource, key: str, vectors: dict[str, np.ndarray]) -> list[int] | None:
+    """Columns of a state that correspond to the components of the actions."""
+    names, own = source.component_names("action"), source.component_names(key)
+    if names and own and set(names) <= set(own):
+        return [own.index(name) for name in names]
+    width = vectors["action"].shape[1]
+    return list(range(width)) if vectors[key].shape[1] == width else None
+
+
+def _correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Median over the components of the correlation of two series (T, A); components that never change are left out."""
+    first, second = first - first.mean(0), second - second.mean(0)
+    scales = np.sqrt((first**2).sum(0) * (second**2).sum(0))
+    moving = scales > 1e-9
+    return float(np.median((first * second).sum(0)[moving] / scales[moving])) if moving.any() else 0.0

@@ -1,0 +1,563 @@
+"""Data sets as they occur in practice: filtered, renamed, edited, incomplete or damaged."""
+
+import dataclasses
+import json
+import logging
+import os
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_lerobot import CAMERA, edit_table, make_episode, write_folder
+from test_sources import change, make_table, put_pictures_into_parquet, write_release, write_v21
+
+from irasim_diffusers.data import LeRobotFolder, TableEpisodes, infer_action_space, open_dataset, write_video
+
+DATA = "data/chunk-000/file-000.parquet"
+EPISODES = "meta/episodes/chunk-000/file-000.parquet"
+
+
+def keep_rows(root, kept, times=None):
+    """Keep these rows of episode 1, which has 9, and give them other timestamps."""
+    table = pq.read_table(root / DATA)
+    other = table.filter(pa.compute.equal(table["episode_index"], 0))
+    mine = table.filter(pa.compute.equal(table["episode_index"], 1)).take(kept)
+    if times is not None:
+        column = pa.array(times, pa.float32())
+        mine = mine.set_column(mine.column_names.index("timestamp"), "timestamp", column)
+    pq.write_table(pa.concat_tables([other, mine]), root / DATA)
+
+    def shorten(row):
+        row["length"] = len(kept) if row["episode_index"] == 1 else row["length"]
+
+    edit_table(root / EPISODES, shorten)
+
+
+@pytest.mark.parametrize("kept", [[3, 4, 5, 6, 7, 8], [0, 1, 2, 6, 7, 8], [0, 1, 2, 3], [1, 3, 4, 8], [5]])
+def test_rows_of_version_3_get_the_frames_of_their_timestamps(kept, tmp_path):
+    written = write_folder(tmp_path)
+    keep_rows(tmp_path, kept)
+    source = LeRobotFolder(tmp_path)
+    assert np.array_equal(source[1].frames, written[1].frames[kept])
+    assert np.array_equal(source[1].actions, written[1].actions[kept])
+    for start in range(len(kept)):
+        assert np.array_equal(source.window(1, start, 1).frames, written[1].frames[kept[start : start + 1]])
+    assert np.array_equal(source[0].frames, written[0].frames)
+    assert np.array_equal(source[2].frames, written[2].frames)
+
+
+def test_rows_of_version_2_1_get_the_frames_of_their_timestamps(tmp_path):
+    episodes = [make_episode(0, 9)]
+    write_v21(tmp_path, episodes, cameras=("left", "right"))
+    path, kept = tmp_path / "data/chunk-000/episode_000000.parquet", [2, 3, 4, 7]
+    times = pa.array(np.arange(9) / 10, pa.float64())
+    pq.write_table(pq.read_table(path).append_column("timestamp", times).take(kept), path)
+    (tmp_path / "meta/episodes.jsonl").write_text(json.dumps({"episode_index": 0, "tasks": ["a"], "length": 4}))
+    for key, frames in (("left", episodes[0].frames), ("right", 255 - episodes[0].frames)):
+        assert np.array_equal(open_dataset(tmp_path, key)[0].frames, frames[kept])
+
+
+@pytest.mark.parametrize(
+    ("kept", "times", "message"),
+    [
+        ([0, 1, 2], [0, 0.13, 0.2], r"'timestamp' of row 1 is 0\.13 s, which is not a frame of 10 frames/s"),
+        ([0, 1, 2], [0, 0.2, 0.1], r"'timestamp' must increase, got 0\.1 s after 0\.2 s"),
+        ([0, 1, 2], [0, 0.1, 0.1], r"'timestamp' must increase, got 0\.1 s after 0\.1 s"),
+        ([0, 1, 2], [0, float("nan"), 0.2], r"'timestamp' must be a finite number"),
+        ([0, 1, 2], [0, None, 0.2], r"'timestamp' must be a finite number"),
+        ([0, 1, 2], [-0.1, 0, 0.1], r"'timestamp' of row 0 is -0\.1 s"),
+        ([0, 1, 2], [0.7, 0.8, 0.9], r"timestamp of the last frame .* is 0\.9 s, but the episode has only 0\.9 s"),
+    ],
+)
+def test_other_timestamps_are_refused(kept, times, message, tmp_path):
+    write_folder(tmp_path)
+    keep_rows(tmp_path, kept, times)
+    source = LeRobotFolder(tmp_path)
+    assert len(source[0]) == 5
+    with pytest.raises(ValueError, match=rf"episode 1 of .*{message}"):
+        source[1]
+
+
+def test_timestamps_late_in_a_long_recording_are_on_the_grid(tmp_path):
+    write_folder(tmp_path, lengths=(5, 9, 7))
+    source = LeRobotFolder(tmp_path)
+    source.info["fps"] = 30
+    numbers = 600_000 + np.arange(9)
+    times = pa.chunked_array([pa.array(numbers / 30, pa.float32())])
+    assert source._numbers(source.rows[1], times).tolist() == numbers.tolist()
+
+
+def in_place(path, old, new):
+    """Replace bytes of a file by as many others."""
+    content = path.read_bytes()
+    assert len(old) == len(new)
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+
+
+def test_actions_edited_in_place_make_another_set(tmp_path):
+    written = write_folder(tmp_path / "video")
+    write_folder(tmp_path / "image")
+    names = [f"data/chunk-000/file-00{number}.parquet" for number in range(2)]
+    put_pictures_into_parquet(tmp_path / "image", CAMERA, {names[0]: written[:2], names[1]: written[2:]})
+    for form in ("video", "image"):
+        source = LeRobotFolder(tmp_path / form)
+        before = source.identity
+        assert LeRobotFolder(tmp_path / form).identity == before
+        path = tmp_path / form / DATA
+        table = pq.read_table(path)
+        pq.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False)
+        before = LeRobotFolder(tmp_path / form).identity
+        status = path.stat()
+        value = table["action"].to_pylist()[3][0]
+        in_place(path, np.float32(value).tobytes(), np.float32(value + 1).tobytes())
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert path.stat().st_size == status.st_size
+        after = LeRobotFolder(tmp_path / form)
+        assert after[0].actions[3, 0] == np.float32(value + 1)
+        assert after.identity != before, form
+
+
+def test_videos_edited_in_place_make_another_set(tmp_path):
+    write_folder(tmp_path)
+    path = tmp_path / "videos" / CAMERA / "chunk-000/file-000.mp4"
+    before = LeRobotFolder(tmp_path).identity
+    content, status = path.read_bytes(), path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert LeRobotFolder(tmp_path).identity == before
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert LeRobotFolder(tmp_path).identity != before
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert LeRobotFolder(tmp_path).identity != before
+
+
+def test_links_into_the_cache_of_the_hub_are_described_by_their_blobs(tmp_path):
+    write_folder(tmp_path / "snapshot")
+    path = tmp_path / "snapshot/videos" / CAMERA / "chunk-000/file-000.mp4"
+    (tmp_path / "blobs").mkdir()
+    path.rename(tmp_path / "blobs/0123")
+    path.symlink_to(tmp_path / "blobs/0123")
+    before = LeRobotFolder(tmp_path / "snapshot").identity
+    os.utime(tmp_path / "blobs/0123", ns=(1, 1))
+    assert LeRobotFolder(tmp_path / "snapshot").identity == before, "another computer downloads it at another time"
+    path.unlink()
+    (tmp_path / "blobs/0123").rename(tmp_path / "blobs/4567")
+    path.symlink_to(tmp_path / "blobs/4567")
+    assert LeRobotFolder(tmp_path / "snapshot").identity != before
+
+
+def test_tables_edited_in_place_are_another_set(tmp_path):
+    table = make_table(tmp_path, [make_episode(number, length) for number, length in enumerate((5, 6))])
+    before = [TableEpisodes(table, camera).identity for camera in ("video", "pictures")]
+    assert [TableEpisodes(table, camera).identity for camera in ("video", "pictures")] == before
+    os.utime(tmp_path / "0.mp4", ns=(1, 1))
+    assert TableEpisodes(table, "video").identity != before[0]
+    assert TableEpisodes(table, "pictures").identity == before[1]
+    table.save_to_disk(str(tmp_path / "table"))
+    saved = open_dataset(tmp_path / "table").identity
+    assert open_dataset(tmp_path / "table").identity == saved
+    (arrow,) = (tmp_path / "table").glob("*.arrow")
+    value = make_episode(0, 5).actions[2, 1]
+    in_place(arrow, value.tobytes(), np.float32(value + 1).tobytes())
+    edited = open_dataset(tmp_path / "table")
+    assert edited[0].actions[2, 1] == np.float32(value + 1)
+    assert edited.identity != saved
+
+
+def repeat_row(root, **changes):
+    rows = pq.read_table(root / EPISODES).to_pylist()
+    pq.write_table(pa.Table.from_pylist([*rows, rows[0] | changes]), root / EPISODES)
+
+
+def test_repeated_episodes_are_read_once(tmp_path):
+    written = write_folder(tmp_path)
+    repeat_row(tmp_path)
+    source = LeRobotFolder(tmp_path)
+    assert [len(episode) for episode in source] == [5, 9, 7]
+    for before, after in zip(written, source, strict=True):
+        assert np.array_equal(after.actions, before.actions)
+    repeat_row(tmp_path, length=4)
+    with pytest.raises(ValueError, match=r"file-000\.parquet' contradicts .* episode 0 of .* in \['length'\]"):
+        len(LeRobotFolder(tmp_path))
+
+
+def test_repeated_episodes_of_version_2_1(tmp_path):
+    write_v21(tmp_path, [make_episode(number, length) for number, length in enumerate((5, 9))])
+    path = tmp_path / "meta/episodes.jsonl"
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([lines[0], *lines, ""]))
+    assert [len(episode) for episode in open_dataset(tmp_path, "left")] == [5, 9]
+    path.write_text("\n".join([*lines, lines[0].replace("5", "6")]))
+    with pytest.raises(ValueError, match=r"episodes\.jsonl' contradicts .* episode 0"):
+        len(open_dataset(tmp_path, "left"))
+
+
+def rename_features(root, names):
+    """Rename the features of `write_folder`, or split `action` into several columns of other types."""
+    info = json.loads((root / "meta/info.json").read_text())
+    action = info["features"].pop("action")
+    for key, (columns, dtype) in names.items():
+        labels = [action["names"][column] for column in columns]
+        info["features"][key] = {"dtype": dtype, "shape": [len(columns)], "names": labels}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    types = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_()}
+    for path in (root / "data").rglob("*.parquet"):
+        table = pq.read_table(path)
+        values = np.array(table["action"].to_pylist())
+        table = table.drop_columns(["action"])
+        for key, (columns, dtype) in names.items():
+            part = values[:, columns] if dtype == "float32" else values[:, columns] > 0
+            part = part.astype(dtype)
+            array = pa.array(part[:, 0] if len(columns) == 1 else list(part), type=None)
+            table = table.append_column(key, array.cast(types[dtype]) if len(columns) == 1 else array)
+        pq.write_table(table, path)
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "columns"),
+    [
+        ({"actions": ([0, 1, 2], "float32")}, None, [0, 1, 2]),
+        ({"action.pose": ([0, 1, 2], "float32")}, None, [0, 1, 2]),
+        ({"actions.ee": ([1, 2], "int64")}, None, [1, 2]),
+        ({"action_is_pad": ([2], "bool"), "actions": ([0, 1], "float32")}, None, [0, 1]),
+        ({"action": ([0, 1], "float32"), "action.grip": ([2], "bool")}, None, [0, 1]),
+        (
+            {"action.pose": ([0, 1], "float32"), "action.grip": ([2], "bool")},
+            ["action.grip", "action.pose"],
+            [2, 0, 1],
+        ),
+        ({"command": ([0, 1], "float32"), "grip": ([2], "int64")}, ["command", "grip"], [0, 1, 2]),
+        ({"command": ([0, 1], "float32")}, "command", [0, 1]),
+    ],
+)
+def test_actions_have_many_names_and_types(names, asked, columns, tmp_path):
+    written = write_folder(tmp_path)
+    rename_features(tmp_path, names)
+    source = open_dataset(tmp_path, action_column=asked)
+    for before, after in zip(written, source, strict=True):
+        wanted = before.actions[:, columns].copy()
+        for place, column in enumerate(columns):
+            dtype = next(dtype for own, dtype in names.values() if column in own)
+            if dtype != "float32":
+                wanted[:, place] = wanted[:, place] > 0
+        assert after.actions.dtype == np.float32
+        assert np.array_equal(after.actions, wanted)
+        assert not set(after.states) & set(source.action_column)
+    assert source.component_names("action") == [["x", "y", "grip"][column] for column in columns]
+    assert dataclasses.replace(source).action_column == source.action_column
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "message"),
+    [
+        (
+            {"action.pose": ([0, 1], "float32"), "action.grip": ([2], "bool")},
+            None,
+            r"no column 'action', and the candidates are \['action.pose', 'action.grip'\]: name .*--action-column",
+        ),
+        (
+            {"command": ([0, 1], "float32")},
+            None,
+            r"no column 'action', and no column of \['observation.state', 'command'",
+        ),
+        (
+            {"actions": ([0, 1], "float32")},
+            ["action"],
+            r"--action-column\) must be among \['actions', .* got 'action'",
+        ),
+    ],
+)
+def test_ambiguous_and_missing_actions_name_the_flag(names, asked, message, tmp_path):
+    write_folder(tmp_path)
+    rename_features(tmp_path, names)
+    with pytest.raises(ValueError, match=message):
+        open_dataset(tmp_path, action_column=asked)
+
+
+def test_states_are_chosen(tmp_path):
+    write_folder(tmp_path)
+    rename_features(tmp_path, {"action": ([0, 1], "float32"), "next.done": ([2], "bool")})
+    assert set(open_dataset(tmp_path)[0].states) == {"observation.state"}
+    assert set(open_dataset(tmp_path, state_columns=["next.done"])[0].states) == {"next.done"}
+    with pytest.raises(ValueError, match=r"--state-columns\) must be among .* got 'pose'"):
+        open_dataset(tmp_path, state_columns=["pose"])
+    write_release(tmp_path / "release", "planar")
+    with pytest.raises(ValueError, match=r"`action_column` and `state_columns` .* must not be given"):
+        open_dataset(tmp_path / "release", action_column="actions")
+
+
+class Recorded:
+    """Episodes of a robot that moves smoothly, whose actions are computed from its states."""
+
+    name = "recorded"
+
+    def __init__(self, action, names=None, state_names=None):
+        generator = np.random.default_rng(0)
+        self.states = []
+        for _ in range(3):
+            phase, speed = generator.uniform(0, 6, 3), generator.uniform(0.5, 2, 3)
+            self.states.append(np.sin(np.arange(60)[:, None] / 8 * speed + phase) * [1, 2, 0.5] + [0, 5, -3])
+        self.action, self.names = action, {"action": names, "observation.state": state_names}
+
+    def __len__(self):
+        return len(self.states)
+
+    def vectors(self, number):
+        state = self.states[number]
+        after = np.concatenate([state[1:], state[-1:]])
+        return {"action": self.action(state, after), "observation.state": state, "next.reward": state[:, :1]}
+
+    def component_names(self, key):
+        return self.names.get(key)
+
+
+def noisy(values):
+    return values + np.random.default_rng(1).normal(scale=0.02, size=values.shape)
+
+
+@pytest.mark.parametrize(
+    ("action", "names", "wanted"),
+    [
+        (lambda state, after: after, None, "absolute"),
+        (lambda state, after: noisy(after + 2 * (after - state)), None, "absolute"),  # targets ahead of the robot
+        (lambda state, after: np.rad2deg(after) + 90, None, "absolute"),
+        (lambda state, after: after - state, None, "relative"),
+        (lambda state, after: noisy(20 * (after - state)), None, "relative"),
+        (lambda state, after: np.concatenate([(after - state)[:, :2], after[:, 2:]], axis=1), None, "relative"),
+        (lambda state, after: np.random.default_rng(2).normal(size=state.shape), None, None),
+        (lambda state, after: after[:, :2], None, None),
+        (lambda state, after: after[:, [2, 0]], ["c", "a"], "absolute"),
+        (lambda state, after: np.zeros_like(state), None, None),
+    ],
+)
+def test_the_action_space_is_inferred_from_states(action, names, wanted):
+    assert infer_action_space(Recorded(action, names, ["a", "b", "c"])) == wanted
+
+
+def test_columns_of_tables(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    episodes = [make_episode(number, length) for number, length in enumerate((5, 6))]
+    table = make_table(tmp_path, episodes)
+    grip = [[float(value) for value in episode.actions[:, 2]] for episode in episodes]
+    table = table.add_column("grip", grip, feature=datasets.List(datasets.Value("float32")))
+    both = TableEpisodes(table, action_column=["actions", "grip"])
+    for before, after in zip(episodes, both, strict=True):
+        np.testing.assert_array_equal(after.actions[:-1, :3], before.actions[:-1])
+        np.testing.assert_array_equal(after.actions[:, 3], before.actions[:, 2])
+    assert both.identity != TableEpisodes(table).identity
+    renamed = table.rename_column("actions", "action")
+    assert TableEpisodes(renamed).action_column == ("action",)
+    two = renamed.rename_column("action", "action.pose").rename_column("grip", "action.grip")
+    with pytest.raises(ValueError, match=r"the candidates are \['action.pose', 'action.grip'\].*--action-column"):
+        TableEpisodes(two)
+
+
+def test_a_downloaded_table_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    episodes = [make_episode(number, length) for number, length in enumerate((5, 6, 7))]
+    table = make_table(tmp_path, episodes)
+    (tmp_path / "set/data").mkdir(parents=True)
+    table.select([0, 1]).to_parquet(tmp_path / "set/data/train-00000-of-00001.parquet")
+    table.select([2]).to_parquet(tmp_path / "set/data/test-00000-of-00001.parquet")
+    (tmp_path / "set/data/._train-00000-of-00001.parquet").write_bytes(b"\x00\x05\x16\x07")
+    (tmp_path / "set/README.md").write_text("---\nlicense: mit\n---\n")
+    source = open_dataset(tmp_path / "set", "pictures", fps=10)
+    assert isinstance(source, TableEpisodes)
+    for before, after in zip(episodes[:2], source, strict=True):
+        assert np.array_equal(after.frames, before.frames)
+    assert len(open_dataset(tmp_path / "set", "pictures", split=None)) == 1
+    assert len(open_dataset(tmp_path / "set", "pictures", split="train[1:]")) == 1
+    with pytest.raises(ValueError, match=r"cannot read the split 'validation' .* of the table .*set"):
+        open_dataset(tmp_path / "set", "pictures", split="validation")
+    assert isinstance(table, datasets.Dataset)
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(ValueError, match=rf"cannot read the split 'train' .* of the table '{tmp_path}'"):
+        open_dataset(tmp_path)
+
+
+def test_hidden_files_are_no_annotations(tmp_path):
+    write_release(tmp_path, "rt1")
+    for path in list((tmp_path / "annotation/train").iterdir()):
+        path.with_name(f"._{path.name}").write_bytes(bytes.fromhex("0005160700020000") + b"\xb0" * 30)
+    source = open_dataset(tmp_path)
+    assert [len(episode) for episode in source] == [6, 6]
+    identity = source.identity
+    next((tmp_path / "annotation/train").glob("._*")).unlink()
+    assert open_dataset(tmp_path).identity == identity
+
+
+def truncate(path, size):
+    path.write_bytes(path.read_bytes()[:-size])
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "content", "message"),
+    [
+        (
+            "v3.0",
+            EPISODES,
+            -600,
+            r"cannot read .*meta/episodes.*file-000\.parquet': .*stopped before the file was closed",
+        ),
+        ("v3.0", DATA, -600, r"episode 0 of .*cannot read .*data/chunk-000/file-000\.parquet': .*stopped before"),
+        ("v3.0", "meta/info.json", "{\n  'fps': 3", r"info\.json', line 2, is not valid JSON"),
+        ("v3.0", "meta/info.json", "[]", r"info\.json' must hold a JSON object, got list"),
+        ("v3.0", "meta/info.json", '{"codebase_version": "v3.0"}', r"info\.json' has no entry 'fps'"),
+        (
+            "v3.0",
+            "meta/info.json",
+            '{"codebase_version": "v3.0", "fps": 0, "features": {}, "data_path": ""}',
+            r"info\.json': 'fps' must be a positive number, got 0",
+        ),
+        (
+            "v3.0",
+            "meta/info.json",
+            '{"codebase_version": "v3.0", "fps": 10, "features": {"a": 3}, "data_path": ""}',
+            r"info\.json': feature 'a' must be an object with a 'dtype', got 3",
+        ),
+        (
+            "v2.1",
+            "meta/episodes.jsonl",
+            '{"episode_index": 0}\n\n{"epi',
+            r"episodes\.jsonl', line 3, is not valid JSON",
+        ),
+        ("v2.1", "meta/episodes.jsonl", "[1]", r"episodes\.jsonl', line 1: must be a JSON object, got list"),
+        ("v2.1", "meta/episodes.jsonl", "{}", r"episodes\.jsonl': 'episode_index' must be a number from 0"),
+        (
+            "v2.1",
+            "meta/episodes.jsonl",
+            b'\n{"a": "\xff"}',
+            r"episodes\.jsonl', line 2: the file is not JSON in UTF-8",
+        ),
+        (
+            "release",
+            "annotation/train/10.json",
+            '{\n"texts": [""],\n"states": [',
+            r"10\.json', line 3, is not valid JSON",
+        ),
+    ],
+)
+def test_unreadable_files_are_named_with_the_line(form, name, content, message, tmp_path):
+    if form == "v3.0":
+        write_folder(tmp_path)
+    elif form == "v2.1":
+        write_v21(tmp_path, [make_episode(0, 5)], cameras=("left", "right"))
+    else:
+        write_release(tmp_path, "rt1")
+    path = tmp_path / name
+    if isinstance(content, int):
+        truncate(path, -content)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        list(open_dataset(tmp_path, "left" if form == "v2.1" else None))
+
+
+def test_files_are_utf_8_with_any_characters(tmp_path):
+    task = "推到目标\u2028 und zurück"
+    write_v21(tmp_path, [make_episode(0, 5)])
+    row = json.dumps({"episode_index": 0, "tasks": [task], "length": 5}, ensure_ascii=False)
+    (tmp_path / "meta/episodes.jsonl").write_text(row + "\r\n", encoding="utf-8")
+    info = (tmp_path / "meta/info.json").read_bytes()
+    (tmp_path / "meta/info.json").write_bytes(b"\xef\xbb\xbf" + info)  # as written by Windows
+    assert open_dataset(tmp_path, "left")[0].task == task
+
+
+def test_surplus_last_frames_are_left_out_and_reported_once(tmp_path, caplog):
+    frames, *_ = write_release(tmp_path, "droid")
+    longer = np.concatenate([frames, frames[:1]])
+    write_video(tmp_path / "videos/train/0.mp4", longer, 5, lossless=True)
+    write_video(tmp_path / "videos/train/1.mp4", 255 - frames, 5, lossless=True)
+    change(tmp_path, video_length=7)
+    source = open_dataset(tmp_path, ["0", "1"], fps=5)
+    with caplog.at_level(logging.WARNING):
+        for number in range(2):
+            assert np.array_equal(source[number].frames[:, :10], frames)
+            assert np.array_equal(source.window(number, 3, 3).frames[:, :10], frames[3:])
+            assert len(source[number].actions) == 6
+    assert len([record for record in caplog.records if "one frame more than the 6" in record.message]) == 1
+    write_video(tmp_path / "videos/train/0.mp4", np.concatenate([longer, frames[:1]]), 5, lossless=True)
+    with pytest.raises(
+        ValueError, match=r"10\.json': 8 frames want 7 actions .* got 5, in .*0\.mp4' \('video_length' is 7\)"
+    ):
+        source[1]
+
+
+def put(root, key, value):
+    def alter(row):
+        row[key] = value if row["index"] == 9 else row[key]
+
+    edit_table(root / DATA, alter)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300, None])
+@pytest.mark.parametrize("key", ["action", "observation.state"])
+def test_values_must_be_finite_in_float32(key, value, tmp_path):
+    write_folder(tmp_path / "lerobot")
+    put(tmp_path / "lerobot", key, [value, *([0.5] * (2 if key == "action" else 1))])
+    source = LeRobotFolder(tmp_path / "lerobot")
+    assert len(source[0]) == 5
+    with pytest.raises(
+        ValueError, match=rf"episode 1 of .*file-000\.parquet': '{key}' at frame 4 is .* must be finite"
+    ):
+        source.vectors(1)
+    if value is not None:
+        write_release(tmp_path / "release", "rt1")
+        change(tmp_path / "release", continuous_gripper_state=[0, 0, 0, value, 0, 0])
+        with pytest.raises(ValueError, match=r"10\.json': 'state' at frame 3 is .* must be finite"):
+            open_dataset(tmp_path / "release")[1]
+
+
+@pytest.mark.parametrize(
+    ("task", "result"), [(None, ""), ([], ""), (["a"], "a"), ("a", "a"), ([None], None), ([3], None)]
+)
+def test_tasks_are_strings(task, result, tmp_path):
+    write_v21(tmp_path / "lerobot", [make_episode(0, 5)])
+    row = {"episode_index": 0, "tasks": task, "length": 5}
+    (tmp_path / "lerobot/meta/episodes.jsonl").write_text(json.dumps(row))
+    write_release(tmp_path / "release", "rt1")
+    change(tmp_path / "release", texts=task)
+    for read in (lambda: open_dataset(tmp_path / "lerobot", "left")[0], lambda: open_dataset(tmp_path / "release")[1]):
+        if result is None:
+            with pytest.raises(ValueError, match=r"the task must be a string, got (None|3)"):
+                read()
+        else:
+            assert read().task == result
+
+
+def test_an_episode_without_all_cameras_is_refused(tmp_path):
+    write_release(tmp_path, "droid")
+    change(tmp_path, videos=[{"video_path": "videos/train/0.mp4"}])
+    source = open_dataset(tmp_path, ["0", "1"])
+    assert len(source[0]) == 6
+    with pytest.raises(ValueError, match=r"10\.json': it names no video_path of camera 1"):
+        source[1]
+
+
+def test_pictures_of_depth_inside_data_sets_are_refused(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    depth = PIL.Image.fromarray(np.full((10, 14), 700, np.uint16))
+    features = datasets.Features(
+        pictures=datasets.List(datasets.Image()), actions=datasets.List(datasets.List(datasets.Value("float32")))
+    )
+    table = datasets.Dataset.from_dict({"pictures": [[depth] * 2], "actions": [[[0.0], [1.0]]]}, features=features)
+    with pytest.raises(ValueError, match=r"episode 0 of .* has the mode 'I;16'"):
+        TableEpisodes(table, "pictures")[0]
+
+
+def test_numbers_of_episodes_must_be_positive(tmp_path):
+    write_folder(tmp_path)
+    for number in (0, -1):
+        with pytest.raises(
+            ValueError, match=rf"`max_episodes` \(--max_train_episodes\) must be at least 1, got {number}"
+        ):
+            open_dataset(tmp_path, max_episodes=number)

@@ -1,0 +1,82 @@
+"""The scripts of the closed loop: proprioception training and the benchmark of environments."""
+
+import json
+
+import closed_loop
+import numpy as np
+import pytest
+import torch
+import train_proprioception
+from conftest import tiny_pipeline
+
+from irasim_diffusers import ProprioceptionModel
+from irasim_diffusers.data import Episode
+from irasim_diffusers.envs import WorldModelVectorEnv
+
+
+class Dots:
+    """A data source: a white dot on black frames of 8x12 pixels; the state is the place of the dot."""
+
+    def __len__(self):
+        return 40
+
+    def states(self, number):
+        return np.random.default_rng(number).uniform(1, 6, (8, 2)).astype(np.float32)
+
+    def vectors(self, number):
+        return {"action": np.zeros((8, 3), np.float32)}
+
+    def window(self, number, start, length):
+        rows = slice(start, start + length)
+        states = self.states(number)[rows]
+        y, x = np.mgrid[:8, :12]
+        distance = (x - states[:, :1, None]) ** 2 + (y - states[:, 1:, None]) ** 2
+        frames = np.repeat((255 * np.exp(-distance / 2)).astype(np.uint8)[..., None], 3, -1)
+        return Episode(frames, np.zeros((length, 3), np.float32), {"observation.state": states})
+
+    def component_names(self, key):
+        return ["x", "y"]
+
+
+@pytest.fixture
+def stored(tmp_path):
+    pipeline = tiny_pipeline(num_inference_steps=1)
+    pipeline.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_proprioception_is_trained_measured_and_found(stored, monkeypatch):
+    monkeypatch.setattr(train_proprioception, "open_dataset", lambda path: Dots())
+    flags = ["--dataset", "a", "--validation_dataset", "b", "--model", stored, "--state_high", 12, 12]
+    flags += ["--num_windows", 30, "--num_rollouts", 2, "--num_validation_windows", 5, "--num_predicted", 3]
+    flags += ["--max_train_steps", 120, "--learning_rate", 0.01]
+    monkeypatch.setattr("sys.argv", ["train_proprioception.py", *map(str, flags)])
+    train_proprioception.main()
+    report = json.loads((stored / "proprioception" / "metrics.json").read_text())
+    assert report["recorded"]["frames"] == report["predicted"]["frames"] == 15
+    assert report["recorded"]["median"] < 1.2  # a guess of the mean has 1.9
+    assert report["recorded"]["median_px"] == pytest.approx(
+        report["recorded"]["median"], abs=1e-3
+    )  # 12 pixels for 12 units
+    environment = WorldModelVectorEnv.from_pretrained(stored, 1, "cpu")
+    assert environment.single_observation_space["agent_pos"].high.tolist() == [12, 12]
+
+
+def test_errors_are_distances():
+    model = ProprioceptionModel(["x", "y"], [0.0] * 2, [9.0] * 2, [0.0] * 2, [1.0] * 2)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    frames = torch.zeros(4, 3, 8, 12, dtype=torch.uint8)
+    states = torch.tensor([[3.0, 4.0]]).repeat(4, 1)
+    report = train_proprioception.errors(model, frames, states, 0.5)
+    assert (report["median"], report["p95"], report["mean_px"]) == (5.0, 5.0, 2.5)
+
+
+def test_benchmark_of_environments(tmp_path, monkeypatch):
+    flags = ["--num_envs", 1, 2, "--num_steps", 1, "--memory_steps", 5, "--output", tmp_path / "report.json"]
+    monkeypatch.setattr("sys.argv", ["closed_loop.py", *map(str, flags)])
+    closed_loop.main()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["rows"] for row in report["speed"]] == [1, 2]
+    assert all(row["per_cpu_second"] > 0 for row in report["speed"])
+    assert [reading["step"] for reading in report["memory"]] == [1, 2, 3, 4, 5]

@@ -1,0 +1,108 @@
+import json
+import textwrap
+
+import pytest
+
+from irasim_diffusers.cli import main
+from irasim_diffusers.rewards import FrameRegressor
+
+LOADER = """
+    import torch
+    from irasim_diffusers.policies import ChunkPolicy
+
+    def load(path, action_space):
+        if path.endswith("broken"):
+            raise ValueError("no such policy")
+        target = float(path)
+        return ChunkPolicy(lambda observation: torch.full((len(observation["pixels"]), 2), target), action_space)
+"""
+PUSHT = {"obs_type": "pixels_agent_pos"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("policies")
+    (path / "my_policies.py").write_text(textwrap.dedent(LOADER))
+    FrameRegressor(channels=(4, 8), feature_dim=4).save_pretrained(path / "reward")
+    return path
+
+
+@pytest.fixture
+def command(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder)
+
+    def run(**changes):
+        flags = {
+            "policies": ["100", "400.5"],
+            "loader": "my_policies:load",
+            "env": "gym_pusht:gym_pusht/PushT-v0",
+            "env-kwargs": json.dumps(PUSHT),
+            "reward": "reward",
+            "num-episodes": 3,
+            "batch-size": 2,
+            "max-episode-steps": 2,
+            "device": "cpu",
+            "output": tmp_path / "out",
+        } | changes
+        argv = []
+        for name, value in flags.items():
+            argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        return main(["evaluate-policies", *argv])
+
+    return run
+
+
+def test_push_t_episodes_run_in_both_environments(command, capsys, tmp_path):
+    assert command() == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("100: success 0% real, ")
+    assert printed[-1].endswith("report.md")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(report["policies"]) == ["100", "400.5"]
+    assert report["num_seeds"] == 3
+    assert report["setting"]["env"] == "gym_pusht:gym_pusht/PushT-v0"
+    episodes = sorted(path.name for path in (tmp_path / "out" / "episodes" / "100").glob("*.json"))
+    assert episodes == ["100000.json", "100001.json", "100002.json"]
+    assert command() == 0  # resumes: everything is there
+    assert command(**{"success-threshold": 0.5}) == 2
+    assert "success_threshold differ" in capsys.readouterr().err
+
+
+def test_names_of_policies_tell_them_apart(command, tmp_path):
+    assert command(policies=["1/broken", "2/broken"]) == 2  # the names are found before a policy is loaded
+    setting = json.loads((tmp_path / "out" / "setting.json").read_text())
+    assert setting["policies"] == ["1-broken", "2-broken"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policies": ["100", "100"]}, "--policies must be different"),
+        ({"policies": ["broken"]}, "no such policy"),
+        ({"loader": "my_policies"}, "--loader must be MODULE:FUNCTION, got 'my_policies'"),
+        ({"loader": "missing:load"}, "--loader must be MODULE:FUNCTION, got 'missing:load': No module named"),
+        ({"loader": "my_policies:LOADER"}, "--loader must be MODULE:FUNCTION, got 'my_policies:LOADER'"),
+        ({"loader": "math:pi"}, "--loader must be a function, got 'math:pi', which is float"),
+        ({"env": "Missing-v0"}, "--env 'Missing-v0' with"),
+        ({"env": "CartPole-v1", "env-kwargs": "{}"}, "the observations of `model` must contain those of `real`"),
+        ({"env-kwargs": "[1]"}, "--env-kwargs must be a JSON object, got '[1]'"),
+        ({"env-kwargs": "{"}, "--env-kwargs must be a JSON object, got '{'"),
+        ({"env-kwargs": '{"wrong": 1}'}, "--env 'gym_pusht:gym_pusht/PushT-v0' with"),
+        ({"model": "missing"}, "--model must be a pipeline folder or Hub id, got 'missing'"),
+        ({"reward": "missing"}, "--reward must be a FrameRegressor, got 'missing'"),
+        ({"success-threshold": "nan"}, "--success-threshold must be finite, got nan"),
+        ({"num-episodes": 0}, "--num-episodes must be at least 1, got 0"),
+        ({"max-episode-steps": 0}, "--max-episode-steps must be at least 1, got 0"),
+        ({"batch-size": -2}, "--batch-size must be at least 1, got -2"),
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"first-seed": -1}, "--first-seed must not be negative, got -1"),
+        ({"num-videos": -1}, "--num-videos must not be negative, got -1"),
+        ({"output": "my_policies.py"}, "--output must be a folder, got the file 'my_policies.py'"),
+    ],
+)
+def test_bad_input_ends_in_one_line(command, capsys, tmp_path, changes, message):
+    assert command(**changes) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("irasim: error: ")
+    assert message in error
+    assert not list(tmp_path.rglob("report.*"))
