@@ -607,9 +607,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             positions = None  # the first temporal block adds them
 
         sample = self._project_out(hidden_states, final_temb, grid)  # (B, C, F, H, W)
-        if not return_dict:
-            return (sample,)
-        return Transformer2DModelOutput(sample=sample)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _check_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns of patches."""

@@ -171,14 +171,14 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         num_attention_heads: Number of heads of every attention.
         attention_head_dim: Number of channels per head.
         condition_dim: Size of the trajectory embedding.
-        in_channels: Channels of the latents, or 3 for a model in pixel space.
-        sample_height: Height of the latents the model was trained on; other sizes work.
-        sample_width: Width of the latents the model was trained on.
-        sample_frames: Frames of the window it was trained on, history and predicted.
-        num_history_frames: History frames; exactly as many.
-        conditioning: `"video"`, which says that the whole trajectory conditions all frames.
-        action_frequencies: Number of octaves of sines and cosines of the scaled actions that join them, the longest wave 16; 0,
-            the paper's, for none.
+        in_channels: Number of channels of the latents, or 3 for a model in pixel space.
+        sample_height: Height of the latents in training; other sizes are supported.
+        sample_width: Width of the latents in training; other sizes are supported.
+        sample_frames: Number of frames per window in training, history and predicted.
+        num_history_frames: Exact number of history frames.
+        conditioning: `"video"`: the whole trajectory conditions all frames.
+        action_frequencies: Number of octaves of sines and cosines of the scaled actions that are added to the action features,
+            with a longest wavelength of 16. 0 in the paper.
         action_dim: Number of action components.
         action_scale: The network receives `(action - action_offset) * action_scale`; one number, or one per component.
         action_offset: See `action_scale`.

@@ -744,19 +744,16 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             ...     show(frame)
             ```
         """
-        config = self.transformer.config
-        if num_inference_steps is None:
-            num_inference_steps = self.config.num_inference_steps
+        config, steps = self.transformer.config, num_inference_steps
+        steps = self.config.num_inference_steps if steps is None else steps
         length = inputs.check_chunk(chunk_length, self.max_chunk, config)
         histories = self.preprocess_frames(frames, resize)
         hold = torch.zeros(1, length, config.action_dim)
-        self.check_inputs(
-            hold, histories, num_inference_steps, guidance_scale, 1, generator, None, output_type, [], fps
-        )
+        self.check_inputs(hold, histories, steps, guidance_scale, 1, generator, None, output_type, [], fps)
         if len(histories) != 1:
             raise ValueError(f"`frames` must be one history, got {len(histories)}: use one stream per trajectory.")
         sampling = {
-            "num_inference_steps": num_inference_steps,
+            "num_inference_steps": steps,
             "guidance_scale": guidance_scale,
             "generator": generator,
             "attention_kwargs": attention_kwargs,
