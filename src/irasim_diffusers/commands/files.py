@@ -61,7 +61,7 @@ def _read_image(path: Path, flag: str) -> np.ndarray:
 
 
 def frame_rate(path: Path) -> float | None:
-    """Return the frames per second of a video file; None for images and for videos that do not record a rate."""
+    """Return the frames per second of a video; None for images and videos without a recorded rate."""
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return None
     import av
@@ -71,9 +71,9 @@ def frame_rate(path: Path) -> float | None:
 
 
 def read_actions(path: Path) -> np.ndarray:
-    """Read a table of actions from a .npy, .csv (with or without a header) or .json file (a list, or `{"actions": list}`).
+    """Read a table of actions from a .npy, .csv or .json file.
 
-    Text files are read as UTF-8.
+    A .csv file may have a header; a .json file contains a list or `{"actions": list}`. Text is read as UTF-8.
 
     Returns:
         Actions (n, A), float64.
@@ -216,7 +216,7 @@ def check_name(flag: str, path: Path | str) -> None:
 
 
 def check_writable(flag: str, path: Path) -> None:
-    """Raise ValueError if no file can be written in the folder of `path`, or in the nearest parent that exists."""
+    """Raise ValueError if no file can be written in the folder of `path` or its nearest parent."""
     folder = path.absolute().parent
     while not folder.exists() and not folder.is_symlink():
         folder = folder.parent

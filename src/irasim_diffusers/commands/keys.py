@@ -62,7 +62,7 @@ def key_controls(space: ActionSpace) -> list[Control]:
 
 
 def key_command(space: ActionSpace, pressed: Iterable[str]) -> np.ndarray:
-    """Return the command (A,) of the pressed keys, values -1, 0 or 1, for `Steering.action`; unknown keys are ignored."""
+    """Return the command (A,) of the pressed keys for `Steering.action`; unknown keys are ignored."""
     keys = {key if len(key) > 1 else key.lower() for key in pressed}
     keys = {SAME_KEYS.get(key, key) for key in keys}
     command = np.zeros(len(space))

@@ -92,7 +92,9 @@ def check_sampling_flags(arguments: argparse.Namespace) -> None:
 
 
 def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
-    """Load the pipeline of `--model`, after `check_sampling_flags`, with the LoRA weights, the sampler, the device and the dtype of the other flags.
+    """Load the pipeline of `--model` and apply `--lora`, `--scheduler`, `--device` and `--dtype`.
+
+    Call `check_sampling_flags` first.
 
     Raises:
         ValueError: If the pipeline or the LoRA weights cannot be loaded, or a flag does not fit the pipeline.
@@ -134,7 +136,7 @@ def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
 
 @contextmanager
 def quiet_loading() -> Iterator[list[str]]:
-    """Collect the log messages of diffusers instead of printing them, and disable its warnings and progress bar.
+    """Collect the log messages of diffusers; disable its output, warnings and progress bar.
 
     Bars start after the checks, some of which need the model.
     """
@@ -210,7 +212,7 @@ def frame_files(arguments: argparse.Namespace) -> list[list[Path]]:
 
 
 def read_views(rows: list[list[Path]]) -> list[list[np.ndarray]]:
-    """Read the frames (T, H, W, 3) of the cameras; those of the embedded model's clip if there are no rows.
+    """Read the frames (T, H, W, 3) of the cameras; without rows, those of the embedded clip.
 
     Raises:
         ValueError: If a file cannot be read.

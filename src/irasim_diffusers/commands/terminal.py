@@ -46,7 +46,7 @@ def check_terminal() -> None:
 
 @contextmanager
 def open_terminal() -> Iterator[Keys]:
-    """Switch to an empty screen and unbuffered keys without echo; restore the terminal at the end, also after an error.
+    """Switch to an empty screen and unbuffered keys without echo; restore the terminal at the end.
 
     SIGTERM raises KeyboardInterrupt meanwhile, so that the recording is saved.
     """
@@ -100,7 +100,7 @@ class Keys:
         return set(pressed)
 
     def held(self) -> set[str]:
-        """Return the keys held now, and those pressed since the last call, so that slow predictions lose no tap."""
+        """Return the keys held now and those pressed since the last call: slow predictions lose no tap."""
         now = time.monotonic()
         since, self._asked = min(self._asked, now - HELD), now
         return {key for key, last in self._last.items() if last >= since}
@@ -111,7 +111,7 @@ class Keys:
 
 
 def decode_keys(read: bytes) -> tuple[list[str], bytes]:
-    """Decode a terminal's bytes into key names; also return the bytes of an incomplete sequence at the end.
+    """Decode a terminal's bytes into key names; also return the bytes of an incomplete last sequence.
 
     Letters become lower case. Arrows are escape sequences: plain (ESC [ A), in the keypad's application mode (ESC O A), or with
     modifiers (ESC [ 1 ; 2 A).
@@ -129,7 +129,10 @@ def decode_keys(read: bytes) -> tuple[list[str], bytes]:
 
 
 def draw(picture: PIL.Image.Image, columns: int, lines: int) -> list[str]:
-    """Draw a picture as rows of text in 24-bit colour, as large as fits; a character shows two pixels, one above the other."""
+    """Draw a picture as rows of text in 24-bit colour, as large as fits.
+
+    A character shows two pixels, one above the other.
+    """
     size = (columns, 2 * max(lines, 1))
     pixels = np.asarray(PIL.ImageOps.contain(picture.convert("RGB"), size)).tolist()
     rows = []
