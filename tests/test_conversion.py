@@ -736,8 +736,8 @@ def test_open_sora_needs_the_frame_rate(tmp_path, capsys):
         (["--vae", "{folder}/eight"], "--vae must have 4 latent channels, as the weights, got .* with 8"),
         (["--config", "num_attention_heads=x"], "--config num_attention_heads must be int in JSON, got 'x'"),
         (["--config", "action_scale=[1,2"], r"--config action_scale must be float \| list\[float\] in JSON, got"),
-        (["--config", "num_attention_heads=0"], "`num_attention_heads` must be a whole number, at least 1"),
-        (["--config", "num_attention_heads=3", "action_dim=0"], "`action_dim` must be a whole number, at least 1"),
+        (["--config", "num_attention_heads=0"], "`num_attention_heads` must be an integer of at least 1"),
+        (["--config", "num_attention_heads=3", "action_dim=0"], "`action_dim` must be an integer of at least 1"),
     ],
 )
 def test_errors_of_the_command_are_one_line(arguments, message, tmp_path, capsys):

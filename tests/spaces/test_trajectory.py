@@ -432,7 +432,7 @@ def assert_idle(page):
     page.locator("#trajectory-stop").wait_for(state="hidden")
     for part in ("errors", "strip", "picture", "video", "table"):
         assert page.locator(f"#trajectory-{part}").is_hidden(), part
-    assert page.locator("#trajectory-status .error, #trajectory-status .progress-text").count() == 0
+    page.locator("#trajectory-status .error, #trajectory-status .progress-text").wait_for(state="detached")
 
 
 def test_long_prediction_can_be_stopped(trajectory):
