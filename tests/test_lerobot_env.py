@@ -152,3 +152,15 @@ def test_recorded_rollouts_are_data_sets(policy, tmp_path):
         episode = open_dataset(str(folder))[0]
         assert episode.frames.shape == (4, 96, 96, 3)
         np.testing.assert_allclose(episode.states["observation.state"][0], dataset[0]["observation.state"])
+
+
+def test_lerobot_policy_is_loaded(policy):
+    from irasim_diffusers.policies import LeRobotPolicy
+
+    space = irasim_diffusers.IRASimPipeline.from_pretrained(irasim_diffusers.embedded_checkpoint()).action_space
+    loaded = LeRobotPolicy.from_pretrained(str(policy), space)
+    observation = {"pixels": np.zeros((2, 96, 96, 3), np.uint8), "agent_pos": np.full((2, 2), 256.0, np.float32)}
+    loaded.reset()
+    assert loaded.select_action(observation).shape == (2, 2)
+    with pytest.raises(ValueError, match="'nowhere' must be a policy of LeRobot"):
+        LeRobotPolicy.from_pretrained("nowhere", space)
