@@ -407,7 +407,7 @@ def test_the_state_stays_small(model, starts):
 
 
 def test_any_world_model_works(starts):
-    """A model that is no pipeline: pixels as latents, and each action shifts the brightness."""
+    """A model that is not a pipeline: pixels as latents, and each action shifts the brightness."""
 
     class Shift:
         action_space = dataclasses.replace(tiny_pipeline().action_space, low=(-1.0,) * 3, high=(1.0,) * 3)

@@ -299,7 +299,7 @@ def test_files_changed_in_place_make_another_set(tmp_path):
     annotation.write_text(text[:digit] + str(9 - int(text[digit])) + text[digit + 1 :])
     assert open_dataset(tmp_path, "1").identity != before["1"], "a number of the same length"
     annotation.write_text(text)
-    assert open_dataset(tmp_path, "1").identity == before["1"], "written anew with the same content"
+    assert open_dataset(tmp_path, "1").identity == before["1"], "written again with the same content"
     for broken in ("{", '{"videos": [{"video_path": "\\x"}, {"video_path": 3}]}'):
         annotation.write_text(broken)
         assert open_dataset(tmp_path, "1").identity != before["1"]

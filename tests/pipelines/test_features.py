@@ -436,7 +436,7 @@ def test_model_offload_of_every_architecture(tiny, frames, actions):
     }
     hook = tiny.transformer._hf_hook
     torch.testing.assert_close(predict(tiny, frames, actions), expected)
-    assert tiny.transformer._hf_hook is not hook, "hooks are set anew for the next call"
+    assert tiny.transformer._hf_hook is not hook, "hooks are set again for the next call"
 
 
 def test_lora_of_every_architecture(tiny, frames, actions, tmp_path):

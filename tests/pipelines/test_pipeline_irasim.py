@@ -782,7 +782,7 @@ def test_a_stream_that_ends_or_is_closed_frees_its_hooks(pipeline, frames, actio
         next(stream)
         during = pipeline.vae._hf_hook
         leave(stream)
-        assert pipeline.vae._hf_hook is not during, "hooks are set anew for the next call"
+        assert pipeline.vae._hf_hook is not during, "hooks are set again for the next call"
 
 
 def test_a_stream_asks_for_actions_only_when_its_frames_are_taken(pipeline, frames, actions):

@@ -293,7 +293,7 @@ def _encode_recorded(dataset: EpisodeSource, vae: AutoencoderKL, number: int) ->
     latents = dataset.latents(number) if hasattr(dataset, "latents") else None
     if latents is None:
         raise ValueError(
-            f"episode {number} of {dataset.name!r} has no latents beside its video: use `recorded=False` (without "
+            f"episode {number} of {dataset.name!r} has no latents next to its video: use `recorded=False` (without "
             "--recorded_latents) to encode the frames."
         )
     unscaled = unscale_latents(vae, latents)

@@ -39,7 +39,7 @@ INDEX_FEATURES = {
 OWN_ENTRY = "irasim"
 """Entry of the feature `action` in info.json for what LeRobot does not store: derivation, units and camera layout."""
 GRID_TOLERANCE = 0.01
-"""Largest distance of a timestamp from a multiple of 1 / fps, in frames, beside the rounding of float32."""
+"""Largest distance of a timestamp from a multiple of 1 / fps, in frames, in addition to the rounding of float32."""
 
 
 @dataclass(frozen=True)

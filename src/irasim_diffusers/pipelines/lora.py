@@ -24,9 +24,9 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
     ) -> None:
         """Load LoRA weights as diffusers does; see `~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`.
 
-        Where the file holds the action encoder and the null action, these replace the model's own until
-        `unload_lora_weights`; of several files the one loaded last counts. `disable_lora`, `set_adapters` and
-        `delete_adapters` act on the LoRA layers alone. A file that is no safetensors is read only where it is named.
+        If the file contains the action encoder and the null action, they replace those of the model until
+        `unload_lora_weights`; the last loaded file takes precedence. `disable_lora`, `set_adapters` and `delete_adapters`
+        affect the LoRA layers only. A file that is not in the safetensors format is read only if it is named.
 
         Raises:
             ValueError: If the file holds other weights, or an action encoder that does not fit or cannot be set now.
