@@ -88,9 +88,9 @@ class PreferencePage:
         shown = [self.rater, self.current, self.bar, self.welcome, self.rating, self.thanks, self.back, self.view]
         gr.on(None, self.greet, self.rater, [self.bar, self.begin], queue=False, show_progress="hidden", **private)
         step: Any = {"outputs": shown, "show_progress_on": [self.bar]} | private
-        begun = self.begin.click(self.show_next, self.rater, **step)
+        started = self.begin.click(self.show_next, self.rater, **step)
         # Begin disappears, and the focus with it
-        begun.then(None, js="() => document.querySelector('#preference-left')?.focus()", **private)
+        started.then(None, js="() => document.querySelector('#preference-left')?.focus()", **private)
         self.back.click(self.show_previous, [self.rater, self.current], **step)
         for choice, button in self.choices.items():
             button.click(self.answering(choice), [self.rater, self.current], **step)

@@ -270,7 +270,7 @@ def test_broken_episodes_are_skipped(workspace, evaluated, tmp_path, capsys):
 
 
 def test_convolutional_baseline_is_a_world_model(tmp_path):
-    """A frame-by-frame model without a pipeline; the frames match those of its own `predict`."""
+    """A frame-by-frame model without a pipeline; the frames match those of its `predict`."""
     torch.manual_seed(0)
     baseline = ConvolutionalModel(width=8).eval()
     torch.nn.init.normal_(baseline.out.weight, std=0.02)

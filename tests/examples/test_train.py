@@ -680,7 +680,7 @@ def documented_commands():
                 yield pytest.param(program.removeprefix("examples/"), flags, id=f"{page.name}: {line[:60]}")
 
 
-@pytest.mark.parametrize(("program", "flags"), documented_commands())
+@pytest.mark.parametrize(("program", "flags"), list(documented_commands()))
 def test_documented_commands_are_valid(program, flags):
     if program == "adapt":
         check_flags(_parser().parse_args(["adapt", *flags]))

@@ -153,6 +153,11 @@ class LeRobotFolder(InOrder):
             if key not in self.action_column and self._features[key]["dtype"].startswith("float")
         )
 
+    @property
+    def _flag_features(self) -> list[str]:
+        """Bool and integer features that are neither actions nor states."""
+        return [key for key in self._vector_features if key not in (*self.action_column, *self._states)]
+
     def _width(self, key: str) -> int | None:
         """Number of components of a feature of numbers; None for another feature."""
         feature = self._features[key]
@@ -321,17 +326,9 @@ class LeRobotFolder(InOrder):
 
     def flags(self, number: int) -> dict[str, np.ndarray]:
         """Read the bool and integer features (T, D) of one episode, for example `next.done`, in the recorded type."""
-        keys = [
-            key
-            for key, feature in self._features.items()
-            if feature["dtype"].startswith(("bool", "int", "uint")) and key not in INDEX_FEATURES
-            if len(feature["shape"]) == 1 and key not in (*self.action_column, *self._states)
-        ]
-        if not keys:
-            return {}
         row = self.rows[number]
-        table = read_parquet(self._file(row), [*keys, "episode_index"])
-        table = table.filter(pc.equal(table["episode_index"], row["episode_index"]))
+        table = self._table(row)
+        keys = [key for key in self._flag_features if key in table.column_names]
         return {key: self._values(row, key, table[key]).astype(self._features[key]["dtype"]) for key in keys}
 
     def component_names(self, key: str) -> list[str] | None:
@@ -403,14 +400,14 @@ class LeRobotFolder(InOrder):
         return array.to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
     def _table(self, row: dict[str, Any]) -> pa.Table:
-        """Vectors and timestamps of one episode; the last table is kept for the next episode in its file."""
+        """Vectors, flags and timestamps of one episode; the last table is kept for the next episode in its file."""
         path = self._path(row)
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] != path:
             file = self._file(row)
+            present = parquet_columns(file)
             columns = dict.fromkeys([*self.action_column, *self._states, "episode_index"])
-            if "timestamp" in parquet_columns(file):
-                columns["timestamp"] = None
+            columns |= dict.fromkeys(key for key in (*self._flag_features, "timestamp") if key in present)
             kept = path, read_parquet(file, list(columns))
             self.__dict__["_kept"] = kept
         table = kept[1]
