@@ -35,7 +35,18 @@ ALLOWED = {
     "envs": {"actions", "devices", "embedded_checkpoint", "models", "pipelines", "rollout", "starts"},
     "lerobot": {"data", "envs"},
     "starts": set(),
-    "evaluation": {"actions", "data", "envs", "metrics", "pictures", "pipelines", "policies", "rollout", "starts"},
+    "evaluation": {
+        "actions",
+        "data",
+        "envs",
+        "metrics",
+        "models",
+        "pictures",
+        "pipelines",
+        "policies",
+        "rollout",
+        "starts",
+    },
     "cli": {"commands", "__version__"},
 }
 

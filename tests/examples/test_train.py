@@ -482,7 +482,7 @@ def test_all_weights_have_gradients_after_bfloat16_rollout():
     """Autocast must not reuse weights that were cast without gradient during a rollout."""
     config = {"num_history_frames": 2, "sample_frames": 3, "conditioning": "frame", "relative_latents": True}
     model = tiny_transformer(**config, num_layers=1, prediction_type="sample").train()
-    settings = TrainingArguments(["set"], "out", rollout_chunks=2, action_dropout=0.0)
+    settings = TrainingArguments(dataset=["set"], output_dir="out", rollout_chunks=2, action_dropout=0.0)
     torch.manual_seed(0)
     clip = {"latents": torch.randn(2, 4, 5, 4, 6), "actions": torch.randn(2, 4, 3)}
     process = noise_process(model.config)

@@ -77,14 +77,9 @@ def cache_latents(
         remove_abandoned(folder)
         if not manifest and (folder / "manifest.json").is_file():
             tqdm.write(f"{str(folder / 'manifest.json')!r} is damaged and is written again.")
-    episodes = range(len(dataset))
-    files = {
-        folder / f"latents-{index:05d}.safetensors": episodes[start : start + episodes_per_file]
-        for index, start in enumerate(episodes[::episodes_per_file])
-    }
-    encode = partial(_encode_recorded, dataset, vae)
-    if not recorded:
-        encode = partial(_encode_episode, dataset, vae, batch_size, mixed_precision)
+    files = _files(folder, len(dataset), episodes_per_file)
+    ours = partial(_encode_episode, dataset, vae, batch_size, mixed_precision)
+    encode = partial(_encode_recorded, dataset, vae) if recorded else ours
     share = [list(files)[index] for index in np.array_split(range(len(files)), num_processes)[process_index]]
     _encode_share({path: files[path] for path in share}, manifest, encode, skip_broken, process_index > 0)
     wait_for_everyone()
@@ -92,6 +87,15 @@ def cache_latents(
         _write_manifest(folder, files, identity, manifest, vae, len(dataset))
     wait_for_everyone()
     return _checked(folder, skip_broken)
+
+
+def _files(folder: Path, num_episodes: int, episodes_per_file: int) -> dict[Path, range]:
+    """The episodes of each file."""
+    episodes = range(num_episodes)
+    return {
+        folder / f"latents-{index:05d}.safetensors": episodes[start : start + episodes_per_file]
+        for index, start in enumerate(episodes[::episodes_per_file])
+    }
 
 
 def _encode_share(

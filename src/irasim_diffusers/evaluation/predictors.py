@@ -18,6 +18,7 @@ import torch
 from ..data import EpisodeSource, first_readable, read_video
 from ..data.latent_cache import fingerprint
 from ..files import temporary_path
+from ..models import public_config
 from ..pictures import resize, resize_video
 from ..pipelines import IRASimPipeline
 from ..rollout import WorldModel, roll
@@ -242,7 +243,7 @@ class PipelinePredictor(WorldModelPredictor):
     def setting(self) -> dict[str, Any]:
         """Everything that determines the metrics, JSON-serialisable; weights and configs as a hash."""
         pipeline = self.pipeline
-        settings = [_config(pipeline.scheduler), pipeline.config.timesteps]
+        settings = [public_config(pipeline.scheduler.config), pipeline.config.timesteps]
         return {
             "weights": _digest([pipeline.vae, pipeline.transformer], settings),
             "scheduler": type(pipeline.scheduler).__name__,
@@ -332,14 +333,9 @@ class FolderPredictor:
         return Prediction(frames, latents, autoencoder=autoencoder)
 
 
-def _config(part: Any) -> dict[str, Any]:
-    """Return the config of a component without private entries such as its path."""
-    return {name: value for name, value in part.config.items() if not name.startswith("_")}
-
-
 def _digest(modules: Sequence[torch.nn.Module | None], settings: Any = None) -> str:
     """Return a hash of the weights and configs of modules, and of other settings."""
-    parts = [[_config(module), fingerprint(module)] for module in modules if module is not None]
+    parts = [[public_config(module.config), fingerprint(module)] for module in modules if module is not None]
     return hashlib.sha256(json.dumps([settings, parts], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
