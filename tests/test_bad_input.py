@@ -304,8 +304,8 @@ MODEL_ROWS = [  # of every command that loads a model
     ({"--model": "empty-weights"}, "--model must be a pipeline folder"),
     ({"--model": "text-weights"}, "--model must be a pipeline folder"),
     ({"--model": "other-shape"}, "--model must be a pipeline folder"),
-    ({"--model": "missing-tensor"}, "the file of weights has no transformer."),
-    ({"--model": "other-size"}, "the config describes another model than the weights"),
+    ({"--model": "missing-tensor"}, "the weights file does not contain transformer."),
+    ({"--model": "other-size"}, "the config does not match the weights"),
     ({"--model": "word-size"}, "num_attention_heads"),
     ({"--model": "negative-size"}, "num_layers"),
     ({"--model": "nan-scale"}, "action_scale"),
@@ -388,8 +388,8 @@ FRAME_ROWS = [  # of every command that starts from frames
 
 ACTION_ROWS = [
     ("wide.npy", "`actions` must be (n, 3)"),
-    ("flat.npy", "--actions must be (n, A), a row a frame, got (3,)"),
-    ("deep.npy", "--actions must be (n, A), a row a frame, got (2, 4, 3)"),
+    ("flat.npy", "--actions must be (n, A), one row per frame, got (3,)"),
+    ("deep.npy", "--actions must be (n, A), one row per frame, got (2, 4, 3)"),
     ("none.npy", "nothing to predict"),
     ("nan.npy", "`actions` must be finite, got nan at index (2, 1)"),
     ("inf.npy", "`actions` must be finite, got inf"),

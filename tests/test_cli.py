@@ -295,7 +295,7 @@ def test_resize(workspace):
 GOOD = {"--model": "model", "--frames": "frame.png", "--actions": "actions.npy", "--steps": "2"}
 BAD = [
     ({"--actions": "wide.npy"}, r"`actions` must be \(n, 3\) .* got \(4, 2\)"),
-    ({"--actions": "flat.npy"}, r"--actions must be \(n, A\), a row a frame, got \(3,\)"),
+    ({"--actions": "flat.npy"}, r"--actions must be \(n, A\), one row per frame, got \(3,\)"),
     ({"--actions": "empty.npy"}, "nothing to predict"),
     ({"--actions": "nan.npy"}, r"`actions` must be finite, got nan at index \(2, 1\)"),
     ({"--actions": "inf.npy"}, "`actions` must be finite, got inf"),

@@ -64,7 +64,7 @@ class ActionSpace:
                 return [default if value is None else value] * size
             if len(value) != size:
                 raise ValueError(
-                    f"`{name}` must have `action_dim` = {size} entries, one a component, got {len(value)}."
+                    f"`{name}` must have `action_dim` = {size} entries, one per component, got {len(value)}."
                 )
             return [default if entry is None else entry for entry in value]
 

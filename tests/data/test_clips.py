@@ -188,7 +188,7 @@ def test_incomplete_and_short_sets_are_refused(dataset, tmp_path):
     assert (clips.short, list(clips.episodes)) == ([0, 2], [1])
     assert len(clips.actions) == 8, "actions are those of the episodes that are kept"
     (cache / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="no complete set of latents"):
+    with pytest.raises(ValueError, match="no complete latent cache"):
         LatentClips(cache)
 
 

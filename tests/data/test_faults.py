@@ -487,7 +487,7 @@ def test_surplus_last_frames_are_left_out_and_reported_once(tmp_path, caplog):
     assert len([record for record in caplog.records if "one frame more than the 6" in record.message]) == 1
     write_video(tmp_path / "videos/train/0.mp4", np.concatenate([longer, frames[:1]]), 5, lossless=True)
     with pytest.raises(
-        ValueError, match=r"10\.json': 8 frames want 7 actions .* got 5, in .*0\.mp4' \('video_length' is 7\)"
+        ValueError, match=r"10\.json': 8 frames must have 7 actions .* got 5, in .*0\.mp4' \('video_length' is 7\)"
     ):
         source[1]
 
@@ -539,7 +539,7 @@ def test_an_episode_without_all_cameras_is_refused(tmp_path):
     change(tmp_path, videos=[{"video_path": "videos/train/0.mp4"}])
     source = open_dataset(tmp_path, ["0", "1"])
     assert len(source[0]) == 6
-    with pytest.raises(ValueError, match=r"10\.json': it names no video_path of camera 1"):
+    with pytest.raises(ValueError, match=r"10\.json': there is no video_path of camera 1"):
         source[1]
 
 

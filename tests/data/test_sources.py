@@ -40,7 +40,7 @@ from irasim_diffusers.data import (
 )
 
 SHARED = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
-needs_clips = pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
+needs_clips = pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA is not a folder of robot clips")
 
 
 def write_v21(root, episodes, cameras=("left", "right")):
@@ -161,7 +161,7 @@ def test_a_part_of_a_video_is_that_part(codec, tmp_path):
     for start, count in ((0, 3), (15, 2), (16, 5), (37, 3)):
         frames = read_frames(tmp_path / "clip.mp4", start, count, 30)
         assert np.abs(frames.astype(int) - ramp[start : start + count]).max() <= 4
-    with pytest.raises(ValueError, match=r"clip.mp4' ends early: 5 frames wanted from number 37, 3 found"):
+    with pytest.raises(ValueError, match=r"clip.mp4' ends early: 5 frames required from number 37, 3 found"):
         read_frames(tmp_path / "clip.mp4", 37, 5, 30)
 
 
@@ -230,15 +230,18 @@ def lose(root, key):
     ("breakage", "message"),
     [
         (lambda root: lose(root, "continuous_gripper_state"), r"10\.json': it has neither 'actions', nor 'states'"),
-        (lambda root: lose(root, "videos"), r"10\.json' names no video"),
-        (lambda root: change(root, videos=[{"path": "0.mp4"}]), r"10\.json': it names no video_path of camera 0"),
-        (lambda root: change(root, state=[[1, 2], [3]]), r"10\.json': 'state' must be numbers in rows of one length"),
-        (lambda root: change(root, state=[{"x": 1}]), r"10\.json': 'state' must be numbers in rows of one length"),
+        (lambda root: lose(root, "videos"), r"10\.json' must name a video"),
+        (lambda root: change(root, videos=[{"path": "0.mp4"}]), r"10\.json': there is no video_path of camera 0"),
+        (
+            lambda root: change(root, state=[[1, 2], [3]]),
+            r"10\.json': 'state' must be numbers in rows of equal length",
+        ),
+        (lambda root: change(root, state=[{"x": 1}]), r"10\.json': 'state' must be numbers in rows of equal length"),
         (
             lambda root: change(root, actions=[[1, 2], [3]]),
-            r"10\.json': 'actions' must be numbers in rows of one length",
+            r"10\.json': 'actions' must be numbers in rows of equal length",
         ),
-        (lambda root: (root / "annotation/train/10.json").write_text("[]"), r"10\.json' names no video"),
+        (lambda root: (root / "annotation/train/10.json").write_text("[]"), r"10\.json' must name a video"),
         (
             lambda root: (root / "annotation/train/10.json").write_bytes(b"\xff"),
             r"10\.json'.* (is not valid JSON|is not JSON in UTF-8)",
@@ -250,7 +253,7 @@ def lose(root, key):
         ),
         (
             lambda root: write_video(root / "videos/train/0.mp4", np.zeros((4, 10, 14, 3), np.uint8), 5),
-            "4 frames want 3",
+            "4 frames must have 3",
         ),
     ],
 )
@@ -267,7 +270,7 @@ def test_broken_release_files_are_named(breakage, message, tmp_path):
         ([], torch.zeros(6, 4, 2, 3), None),
         ([{"latent_video_path": "10.pt"}], torch.zeros(6, 4, 2, 3), None),
         ([{"latent_video_path": "10.pt"}], {"obs": torch.zeros(6, 4, 2, 3)}, None),
-        ([{}], torch.zeros(6, 4, 2, 3), r"10\.json': it names no latent_video_path of camera 0"),
+        ([{}], torch.zeros(6, 4, 2, 3), r"10\.json': there is no latent_video_path of camera 0"),
         ([{"latent_video_path": "10.pt"}], {"latents": torch.zeros(6)}, r"10\.json'.*10\.pt' .* got no tensor"),
         ([{"latent_video_path": "10.pt"}], torch.zeros(5, 4, 2, 3), r"10\.pt' must contain latents \(6, C, h, w\)"),
         ([{"latent_video_path": "10.pt"}], torch.zeros(6), r"10\.pt' .* got \(6,\)"),
@@ -599,7 +602,7 @@ def test_rates_that_skipping_does_not_give(source, target, message):
 
 @pytest.fixture
 def mixture(tmp_path):
-    """Data sets of 10 frames a second and one camera: recorded actions of three names, and of two and padding."""
+    """Data sets of 10 frames per second and one camera: recorded actions of three names, and of two and padding."""
     write_folder(tmp_path / "lerobot")
     write_release(tmp_path / "planar", "planar")
     padded = PreparedEpisodes(open_dataset(tmp_path / "planar", fps=10), action_dim=3)
@@ -766,7 +769,7 @@ def test_sets_are_mixed_by_weight():
     assert sorted(drawn(MixedClips([Windows(0, 30), Windows(100, 10)]))) == [*range(30), *range(100, 110)]
     with pytest.raises(ValueError, match="`weights` must be 2 positive numbers"):
         MixedClips([Windows(0, 3), Windows(5, 1)], [1, 0])
-    with pytest.raises(ValueError, match="the sets do not fit together"):
+    with pytest.raises(ValueError, match="the data sets cannot be mixed: their windows"):
         MixedClips([Windows(0, 3), Windows(5, 1, width=7)])
 
 

@@ -59,9 +59,9 @@ def test_every_window_is_that_of_the_whole(name, codec, options, tmp_path):
         length = min(3, 40 - start)
         for fps in (None,) if name == "clip.avi" else (None, 30):
             assert np.array_equal(read_frames(path, start, length, fps), whole[start : start + length]), (start, fps)
-    with pytest.raises(ValueError, match=r"ends early: 3 frames wanted from number 38, 2 found"):
+    with pytest.raises(ValueError, match=r"ends early: 3 frames required from number 38, 2 found"):
         read_frames(path, 38, 3)
-    with pytest.raises(ValueError, match=r"ends early: 3 frames wanted from number 50, 0 found"):
+    with pytest.raises(ValueError, match=r"ends early: 3 frames required from number 50, 0 found"):
         read_frames(path, 50, 3)
     with pytest.raises(ValueError, match=r"continues after the 3 frames"):
         read_frames(path, 36, 3, whole=True)
@@ -253,7 +253,7 @@ def test_unreadable_video_names_the_file(tmp_path):
         list(iterate_video(tmp_path / "missing.mp4"))
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA is not a folder of robot clips")
 def test_reads_real_robot_clips():
     frames = read_video(SHARED / "droid" / "videos" / "val" / "199" / "0.mp4")
     assert frames.shape[1:] == (192, 320, 3)

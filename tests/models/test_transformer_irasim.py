@@ -146,7 +146,7 @@ def test_one_timestep_for_the_batch(transformer, inputs, shape):
         ({"conditioning": "clip"}, "`conditioning` must be one of frame, video, got 'clip'"),
         ({"action_activation": "relu"}, "`action_activation` must be one of gelu_tanh, None, got 'relu'"),
         ({"action_space": "abs"}, "`action_space` must be one of relative, absolute, got 'abs'"),
-        ({"action_scale": [1.0, 2.0]}, "`action_scale` must have `action_dim` = 3 entries, one a component, got 2"),
+        ({"action_scale": [1.0, 2.0]}, "`action_scale` must have `action_dim` = 3 entries, one per component, got 2"),
         ({"action_offset": [0.0] * 4}, "`action_offset` must have .* got 4"),
         ({"action_names": ["x"]}, "`action_names` must have .* got 1"),
         ({"action_units": ["m"] * 2}, "`action_units` must have .* got 2"),

@@ -145,7 +145,7 @@ def test_what_is_fused_stays_with_its_action_encoder(frames, actions, tmp_path):
     pipeline = loaded(folder)
     applied = predict(pipeline, frames, actions)
     pipeline.fuse_lora()
-    with pytest.raises(ValueError, match="LoRA layers are fused with the present one"):
+    with pytest.raises(ValueError, match="LoRA layers are fused into the current one"):
         pipeline.load_lora_weights(folder, adapter_name="second")
     pipeline.unload_lora_weights()
     torch.testing.assert_close(predict(pipeline, frames, actions), applied, rtol=1e-4, atol=1e-5)
@@ -194,13 +194,13 @@ def test_an_action_encoder_out_of_memory_is_not_silently_left(frames, actions, t
     pipeline = tiny_pipeline()
     plain = predict(pipeline, frames, actions)
     pipeline.enable_sequential_cpu_offload(device="cpu")  # parameters wait on the meta device
-    with pytest.raises(ValueError, match=r"must be in memory .* `remove_all_hooks\(\)` ends sequential offload"):
+    with pytest.raises(ValueError, match=r"only if it is in memory .* `remove_all_hooks\(\)` ends sequential offload"):
         pipeline.load_lora_weights(save_with_encoder(tmp_path))
     assert not pipeline.get_list_adapters()
     pipeline.remove_all_hooks()
     pipeline.load_lora_weights(tmp_path)
     pipeline.enable_sequential_cpu_offload(device="cpu")
-    with pytest.raises(ValueError, match="must be in memory"):
+    with pytest.raises(ValueError, match="only if it is in memory"):
         pipeline.unload_lora_weights()
     pipeline.remove_all_hooks()
     pipeline.unload_lora_weights()

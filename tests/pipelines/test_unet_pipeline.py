@@ -93,4 +93,4 @@ def test_the_card_says_what_it_is(pipeline):
     text = write_model_card(pipeline, "lab/baseline").text
     assert "A U-Net after [Video Diffusion Models]" in text
     assert "U-Net of 8-16 channels, 2 heads; 0.0" in text
-    assert ("none, the network works on pixels" in text) == (pipeline.vae is None)
+    assert ("none; the model predicts pixels" in text) == (pipeline.vae is None)

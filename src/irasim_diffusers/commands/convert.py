@@ -97,7 +97,7 @@ def _load_transformer(
     try:
         return loaders[arguments.source](arguments.checkpoint, report=report, **options, **config)
     except (TypeError, ZeroDivisionError, RuntimeError) as error:  # layers raise these for impossible values
-        raise ValueError(f"--config must make a model, got {' '.join(arguments.config)!r}: {error}") from error
+        raise ValueError(f"--config must define a model, got {' '.join(arguments.config)!r}: {error}") from error
 
 
 def _scheduler(transformer: IRASimTransformer3DModel) -> SchedulerMixin:

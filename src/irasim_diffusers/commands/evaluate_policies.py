@@ -126,7 +126,7 @@ def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
     if not abs(arguments.success_threshold) < float("inf"):
         raise ValueError(f"--success-threshold must be finite, got {arguments.success_threshold}.")
     parts = [Path(path).parts for path in arguments.policies]
-    for depth in range(1, max(map(len, parts)) + 1):  # the last parts of the paths that tell them apart
+    for depth in range(1, max(map(len, parts)) + 1):  # the last parts of the paths that distinguish them
         names = ["-".join(part.strip("/.") or "root" for part in each[-depth:]) for each in parts]
         if len(set(names)) == len(names):
             return dict(zip(names, arguments.policies, strict=True))
@@ -134,7 +134,7 @@ def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _find_loader(path: str | None) -> Callable[..., Policy]:
-    """The function `module:function`, also from a module in the working folder; without one that of LeRobot policies."""
+    """Return the function `module:function`, also of a module in the working folder; by default the loader of LeRobot policies."""
     if path is None:
         from ..policies import LeRobotPolicy
 

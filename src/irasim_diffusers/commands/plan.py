@@ -111,7 +111,7 @@ def _planner(arguments: argparse.Namespace) -> Any:
 def _objective(
     arguments: argparse.Namespace, goal: np.ndarray | None, pipeline: IRASimPipeline
 ) -> tuple[Any, np.ndarray | None]:
-    """The objective, and the goal image (H, W, 3) in the model's size."""
+    """Return the objective, and the goal image (H, W, 3) in the model's size."""
     import PIL.Image
 
     from ..rewards import GoalImage, pretrained_encoder
@@ -136,7 +136,7 @@ def _objective(
 
 
 def _initial(arguments: argparse.Namespace, pipeline: IRASimPipeline) -> torch.Tensor | None:
-    """The plans from which the planner starts; None for no motion."""
+    """Return the plans from which the planner starts; None for no motion."""
     import torch
 
     from ..planning import straight_lines

@@ -117,8 +117,8 @@ def _open_session(arguments: argparse.Namespace) -> DrivingSession:
 def play(session: DrivingSession, chunk_length: int = 2) -> float:
     """Drive in the terminal of standard input and output until `q`, Ctrl-C or SIGTERM.
 
-    A thread predicts the next frames while earlier ones are shown at the checkpoint's rate. Time stands still before the first
-    key, and after undo and reset.
+    A thread predicts the next frames while earlier ones are shown at the checkpoint's rate. Nothing is predicted before
+    the first key, and after undo and reset.
 
     Args:
         session: Session to drive; it keeps the recording.

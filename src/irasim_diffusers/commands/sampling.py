@@ -201,12 +201,12 @@ def check_weights(components: Mapping[str, Any], messages: list[str]) -> None:
 
     for message in messages:
         if "were not used" in message:
-            raise ValueError(f"the config describes another model than the weights: {message}")
+            raise ValueError(f"the config does not match the weights: {message}")
     for name, component in components.items():
         if isinstance(component, torch.nn.Module):
             for key, weight in component.state_dict().items():
                 if weight.is_meta:
-                    raise ValueError(f"the file of weights has no {name}.{key}.")
+                    raise ValueError(f"the weights file does not contain {name}.{key}.")
                 if not torch.isfinite(weight).all():
                     raise ValueError(
                         f"weights must be finite, got NaN or infinity in {name}.{key}: use an earlier checkpoint, or "

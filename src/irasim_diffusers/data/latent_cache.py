@@ -149,7 +149,7 @@ def _identity(
     mixed_precision: bool,
     episodes_per_file: int,
 ) -> dict[str, Any]:
-    """Everything that determines the content of the cache, as it reads back from JSON."""
+    """Everything that determines the content of the cache, in the types that JSON restores."""
     identity = {
         "data": dataset.identity,
         "vae": None if vae is None else fingerprint(vae),
@@ -215,7 +215,7 @@ def _is_intact(path: Path, episodes: range, known: dict[str, Any]) -> bool:
 
 
 def _file_state(path: Path) -> dict[str, int]:
-    """Size and modification time, which tell whether a verified file has changed."""
+    """Size and modification time of a verified file, which change with the file."""
     status = path.stat()
     return {"size": status.st_size, "modified": status.st_mtime_ns}
 
@@ -242,7 +242,7 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def _checked(folder: Path, skip_broken: bool) -> Path:
-    """Return the folder of a complete cache, unless it has no episode or lacks some against `skip_broken`."""
+    """Return the folder of a complete cache, unless it has no episode, or misses some although `skip_broken` is False."""
     content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     broken = content["broken"]
     if len(broken) == content["episodes"]:

@@ -42,12 +42,12 @@ def open_dataset(
 
     Args:
         name: Folder or Hub id.
-        cameras: One camera, several that are stacked, or rows of them; None takes the only one.
+        cameras: One camera, several that are stacked, or rows of them; None selects the only one.
         split: Name of the split; for a LeRobotDataset and a table on the Hub or in Parquet files also a part of one,
             `"train[:90%]"`. None, for evaluation: `test`, or all episodes of a LeRobotDataset without it.
         max_episodes: Use only this many episodes, from the first.
         fps: Frames per second, for formats that do not record them.
-        action_column: Column or feature of the actions, or several that are concatenated; None takes `action` (LeRobotDataset) or
+        action_column: Column or feature of the actions, or several that are concatenated; None selects `action` (LeRobotDataset) or
             `actions` (table), or the only one with a similar name.
         state_columns: Columns or features of the states; empty for all of a LeRobotDataset and none of a table.
         revision: Branch, tag or commit on the Hub.

@@ -64,7 +64,7 @@ class Predictor(Protocol):
 
 
 class ClipReader:
-    """Reads clips from a data set. Consecutive clips of one episode decode it once."""
+    """Reads clips from a data set. Consecutive clips of one episode decode it only once."""
 
     def __init__(self, dataset: EpisodeSource, clips: Sequence[Clip]) -> None:
         self.clips = clips
@@ -144,7 +144,7 @@ class WorldModelPredictor:
         ):
             if wanted != found:
                 raise ValueError(
-                    f"{name} of {dataset.name!r} must be {wanted} as the model's, got {found}: see {flags}."
+                    f"{name} of {dataset.name!r} must be {wanted} as for the model, got {found}: see {flags}."
                 )
 
     def check_clip(self, clip: ClipData) -> None:
@@ -156,7 +156,7 @@ class WorldModelPredictor:
         size, found = tuple(self.model.frame_size), clip.frames.shape[1:3]
         if found != size and not self.resize:
             raise ValueError(
-                f"frames must be {size[0]}x{size[1]} (height x width) as the model's, got {found[0]}x{found[1]}: pass "
+                f"frames must be {size[0]}x{size[1]} (height x width) as for the model, got {found[0]}x{found[1]}: pass "
                 "resize=True (--resize on the command line) to resize them."
             )
         self.model.action_space.prepare(clip.actions)
@@ -187,7 +187,7 @@ class WorldModelPredictor:
         return clip.history
 
     def hold(self, clip: ClipData) -> np.ndarray:
-        """Return the action (A,) that asks for no motion after the one before the clip."""
+        """Return the hold action (A,) after the action before the clip."""
         return self.model.action_space.hold(np.asarray(clip.action_before))
 
     def sampling(self, seeds: Sequence[int]) -> dict[str, Any]:

@@ -191,7 +191,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
         cameras: Names of the cameras as tiled in a frame: rows from the top, each from the left.
         fps: Frames per second of the data, if known.
-        relative_latents: Whether the latents of predicted frames are those relative to the last history frame.
+        relative_latents: Whether the latents of predicted frames are relative to the last history frame.
         prediction_type: Output of the network, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which has
             no betas.
         num_train_timesteps: Number of timesteps of the noise process in training; this and the next three as in diffusers.
@@ -318,7 +318,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         if actions.shape[1:] != (number, self.config.action_dim) or number > num_frames:
             raise ValueError(
                 f"`actions` must be (batch, {number}, {self.config.action_dim}) for a window of {number} frames or more, got "
-                f"{tuple(actions.shape)} for {num_frames}: the U-Net takes no other number of actions."
+                f"{tuple(actions.shape)} for {num_frames}: the U-Net requires this number of actions."
             )
 
     @apply_lora_scale("attention_kwargs")
@@ -331,11 +331,11 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> UNet3DConditionOutput | tuple[torch.Tensor]:
-        """Predict what the scheduler asks for, noise, velocity or sample, for each frame of a window.
+        """Predict noise, velocity or sample, depending on the config, for each frame of a window.
 
         Args:
             hidden_states: Latents or pixels (B, C, F, H, W), the clean history first; any F, H and W.
-            timestep: Diffusion timesteps (B,), or one a frame (B, F).
+            timestep: Diffusion timesteps (B,), or one per frame (B, F).
             actions: Actions (B, n, A) in the units of the data set, as many as it was trained on. They lead to the last n
                 frames. None is the null action.
             action_mask: Booleans (B, n); where any is False, the null action replaces the trajectory (action dropout).
@@ -348,7 +348,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         batch_size, _, num_frames, height, width = hidden_states.shape
         if actions is not None:
             self._check_actions(actions, num_frames)
-        multiple = 2 ** len(self.downsamplers)  # of which the sides at every resolution are whole
+        multiple = 2 ** len(self.downsamplers)  # so that every resolution has whole sides
         hidden_states = F.pad(hidden_states, (0, -width % multiple, 0, -height % multiple, 0, 0), mode="replicate")
         hidden_states = self.conv_in(hidden_states.transpose(1, 2).flatten(0, 1))  # (B F, D, H, W)
         dtype = hidden_states.dtype
