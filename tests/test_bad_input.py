@@ -674,7 +674,7 @@ def lines_of(err):
 
 
 @pytest.mark.parametrize("command", GOOD)
-def test_the_commands_succeed_without_the_change(workspace, tmp_path, monkeypatch, command):
+def test_commands_succeed_without_the_change(workspace, tmp_path, monkeypatch, command):
     monkeypatch.chdir(workspace)
     suffix = Path(GOOD[command]["--output"]).suffix
     assert main(command_line(command, {"--output": str(tmp_path / f"new{suffix}")})) == 0
@@ -686,7 +686,7 @@ def identifier(row):
 
 
 @pytest.mark.parametrize(("command", "change", "message"), ROWS, ids=map(identifier, ROWS))
-def test_bad_input_is_one_line_and_changes_nothing(workspace, monkeypatch, capfd, command, change, message):
+def test_bad_input_prints_one_line_and_changes_nothing(workspace, monkeypatch, capfd, command, change, message):
     monkeypatch.chdir(workspace)
     before = listing(workspace)
     with warnings.catch_warnings(record=True) as shown:

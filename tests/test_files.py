@@ -29,7 +29,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_files_of_killed_processes_are_removed_and_those_of_running_ones_kept(tmp_path):
+def test_files_of_killed_processes_are_removed_and_of_running_ones_kept(tmp_path):
     command = [sys.executable, "-c", WRITE_AND_WAIT, str(Path(files.__file__).parent)]
     killed, running = (subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2))
     try:

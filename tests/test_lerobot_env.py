@@ -71,7 +71,7 @@ def test_env_hub_form(tmp_path):
     assert list(environments[0].reset(seed=1)[0]) == ["pixels", "agent_pos", "observation.state"]
 
 
-def test_without_lerobot_the_message_names_the_remedy(monkeypatch):
+def test_missing_lerobot_error_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "lerobot", None)
     for name in [name for name in sys.modules if name.startswith("lerobot.")]:
         monkeypatch.delitem(sys.modules, name)

@@ -66,7 +66,7 @@ def terminal():
     os.close(terminal.program)
 
 
-def test_the_pusher_goes_where_keys_of_a_terminal_send_it(terminal, tmp_path):
+def test_pusher_follows_the_keys_of_a_terminal(terminal, tmp_path):
     command = [sys.executable, "-m", "irasim_diffusers.cli", "play", "--output", str(tmp_path / "drive.mp4")]
     streams = {"stdin": terminal.program, "stdout": terminal.program, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **streams, start_new_session=True) as process:
@@ -137,7 +137,7 @@ def drive_as(terminal, monkeypatch, session, user, **options):
             assert failures == []
 
 
-def test_undo_takes_back_what_was_seen_and_reset_all(terminal, monkeypatch, session):
+def test_undo_removes_the_last_second_and_reset_everything(terminal, monkeypatch, session):
     counts = []
 
     def user():
@@ -158,7 +158,7 @@ def test_undo_takes_back_what_was_seen_and_reset_all(terminal, monkeypatch, sess
     assert termios.tcgetattr(terminal.program) == terminal.before
 
 
-def test_sigterm_ends_like_a_key(terminal, monkeypatch, session):
+def test_sigterm_saves_the_recording_like_a_key(terminal, monkeypatch, session):
     def user():
         terminal.hold(b"w", until=0.2)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -170,14 +170,14 @@ def test_sigterm_ends_like_a_key(terminal, monkeypatch, session):
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
-def test_an_error_leaves_the_terminal_as_it_was(terminal, monkeypatch, session):
+def test_error_restores_the_terminal(terminal, monkeypatch, session):
     with pytest.raises(ValueError, match=r"`num_frames` must be in \[1, 16\], got 17"):
         drive_as(terminal, monkeypatch, session, lambda: terminal.press(b"w"), chunk_length=17)
     assert termios.tcgetattr(terminal.program) == terminal.before
     assert terminal.written.endswith(b"\x1b[?25h\x1b[?1049l")
 
 
-def test_a_press_counts_once_and_a_repeat_for_a_while(terminal):
+def test_key_presses_and_repeats(terminal):
     keys = Keys(terminal.program)
     attributes = termios.tcgetattr(terminal.program)
     attributes[3] &= ~(termios.ICANON | termios.ECHO)
@@ -213,7 +213,7 @@ def test_a_press_counts_once_and_a_repeat_for_a_while(terminal):
         (b"\xc3\xa4", ["\xe3", "\xa4"], b""),
     ],
 )
-def test_bytes_of_a_terminal_are_keys(read, keys, rest):
+def test_terminal_bytes_are_decoded_to_keys(read, keys, rest):
     found = decode_keys(read)
     assert ([key for key in found[0] if key != "\x1b"], found[1]) == (keys, rest)
     pieces, unread = [], b""
@@ -297,7 +297,7 @@ def test_a_script_is_the_same_as_driving_with_its_keys(session):
         (["--script", "up", "--model", "nowhere"], "--model must be a pipeline folder"),
     ],
 )
-def test_bad_options_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_options_print_one_line_and_exit_with_2(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     PIL.Image.new("RGB", (96, 96)).save("frame.png")
     assert main(["play", *arguments]) == 2

@@ -89,7 +89,7 @@ def test_version_2_1_with_two_cameras(tmp_path):
         open_dataset(tmp_path)
 
 
-def test_videos_of_version_2_1_that_do_not_go_with_their_vectors(tmp_path):
+def test_videos_of_version_2_1_that_do_not_match_vectors_raise(tmp_path):
     episodes = [make_episode(number, length) for number, length in enumerate((5, 9, 7))]
     write_v21(tmp_path, episodes)
     video = tmp_path / "videos/chunk-000/left/episode_000001.mp4"
@@ -150,7 +150,7 @@ def test_pictures_inside_parquet_of_version_2_1(tmp_path):
 
 
 @pytest.mark.parametrize("codec", ["libsvtav1", "libx264"])
-def test_a_part_of_a_video_is_that_part(codec, tmp_path):
+def test_part_of_a_video_matches_the_whole(codec, tmp_path):
     ramp = np.arange(40, dtype=np.uint8)[:, None, None, None] * 6 + np.zeros((40, 64, 64, 3), dtype=np.uint8)
     with av.open(str(tmp_path / "clip.mp4"), mode="w") as container:
         stream = container.add_stream(codec, rate=30, options={"g": "16", "crf": "20"})
@@ -194,7 +194,7 @@ def write_release(root, flavour, length=6):
 
 
 @pytest.mark.parametrize("flavour", ["planar", "rt1", "droid"])
-def test_the_release_format_in_all_flavours(flavour, tmp_path):
+def test_all_variants_of_the_release_format(flavour, tmp_path):
     frames, poses, gripper = write_release(tmp_path, flavour)
     data = open_dataset(tmp_path, "0" if flavour == "droid" else None, fps=5)
     assert isinstance(data, IRASimFolder)
@@ -257,7 +257,7 @@ def lose(root, key):
         ),
     ],
 )
-def test_broken_release_files_are_named(breakage, message, tmp_path):
+def test_broken_release_files_raise(breakage, message, tmp_path):
     write_release(tmp_path, "rt1")
     breakage(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -276,7 +276,7 @@ def test_broken_release_files_are_named(breakage, message, tmp_path):
         ([{"latent_video_path": "10.pt"}], torch.zeros(6), r"10\.pt' .* got \(6,\)"),
     ],
 )
-def test_latents_beside_videos(entry, content, message, tmp_path):
+def test_recorded_latents(entry, content, message, tmp_path):
     write_release(tmp_path, "rt1")
     change(tmp_path, latent_videos=entry)
     torch.save(content, tmp_path / "10.pt")
@@ -289,7 +289,7 @@ def test_latents_beside_videos(entry, content, message, tmp_path):
             data.latents(1)
 
 
-def test_files_changed_in_place_make_another_set(tmp_path):
+def test_changed_files_change_the_identity(tmp_path):
     frames, *_ = write_release(tmp_path, "droid")
     before = {camera: open_dataset(tmp_path, camera).identity for camera in ("0", "1")}
     assert open_dataset(tmp_path, "0").identity == before["0"]
@@ -320,7 +320,7 @@ def change_statistics(root):
         ("release", [lambda root: change(root, texts=["drop it"])]),
     ],
 )
-def test_a_moved_folder_is_the_same_set_until_its_data_change(form, changes, tmp_path):
+def test_moved_folder_keeps_its_identity(form, changes, tmp_path):
     source = sources_of_every_form(tmp_path / "here", form)
     for number, breakage in enumerate(changes):
         moved = dataclasses.replace(source, root=shutil.copytree(tmp_path / "here", tmp_path / f"{number}" / "there"))
@@ -329,7 +329,7 @@ def test_a_moved_folder_is_the_same_set_until_its_data_change(form, changes, tmp
         assert dataclasses.replace(moved).identity != source.identity
 
 
-def test_the_first_readable_episode_is_sought_among_the_first(tmp_path):
+def test_first_readable_episode_is_searched_among_the_first(tmp_path):
     write_release(tmp_path, "rt1")
     broken = [tmp_path / "annotation/train" / f"{number}.json" for number in (0, 1)]
     broken[0].write_text("{")
@@ -392,7 +392,7 @@ def sources_of_every_form(folder, form):
 
 
 @pytest.mark.parametrize("form", ["v3.0", "v2.1", "pictures", "release", "table video", "table pictures", "stream"])
-def test_windows_are_those_of_the_whole_episode(form, tmp_path):
+def test_windows_match_the_whole_episode(form, tmp_path):
     source = sources_of_every_form(tmp_path / "set", form)
     resized = PreparedEpisodes(source, frame_size=(20, 28))
     skipping = PreparedEpisodes(source, frame_skip=2, composition="absolute")
@@ -418,7 +418,7 @@ def test_windows_are_those_of_the_whole_episode(form, tmp_path):
             skipping.window(0, start, length)
 
 
-def test_streamed_tables_say_how_long_they_are(tmp_path):
+def test_streamed_tables_require_a_length(tmp_path):
     table = make_table(tmp_path, [make_episode(0, 5)]).to_iterable_dataset()
     with pytest.raises(ValueError, match="`length` and `origin` must be given"):
         TableEpisodes(table)
@@ -457,7 +457,7 @@ def test_tables_with_videos_and_with_pictures(tmp_path):
             TableEpisodes(ragged).vectors(number)
 
 
-def test_a_saved_table_is_read_where_it_lies(tmp_path):
+def test_saved_table_is_read_from_its_folder(tmp_path):
     episodes = [make_episode(number, length) for number, length in enumerate((5, 6))]
     folder = tmp_path / "table"
     make_table(tmp_path, episodes).save_to_disk(str(folder))
@@ -471,7 +471,7 @@ def test_a_saved_table_is_read_where_it_lies(tmp_path):
     assert sorted(folder.iterdir()) == files
 
 
-def test_a_saved_table_of_another_split_is_refused(tmp_path):
+def test_saved_table_of_another_split_raises(tmp_path):
     datasets = pytest.importorskip("datasets")
     table = make_table(tmp_path, [make_episode(0, 5)])
     datasets.DatasetDict(test=table, tail=table).save_to_disk(str(tmp_path / "dict"))
@@ -505,7 +505,7 @@ def test_skipping_frames_composes_actions(derivation, tmp_path):
     np.testing.assert_allclose(composed[0].actions[:-1], skipping[0].actions[:-1], atol=1e-5)
 
 
-def test_windows_of_skipped_frames_begin_at_any_frame(tmp_path):
+def test_windows_of_skipped_frames_start_at_any_frame(tmp_path):
     written = write_folder(tmp_path / "set", lengths=(5, 9, 7))
     source, vae = LeRobotFolder(tmp_path / "set"), tiny_vae()
     dense = PreparedEpisodes(source, frame_skip=3, composition="relative_planar", all_phases=True)
@@ -532,7 +532,7 @@ def test_windows_of_skipped_frames_begin_at_any_frame(tmp_path):
 
 
 @pytest.mark.parametrize("derivation", ["relative_euler", "relative_6d", "relative_planar", "absolute"])
-def test_the_last_action_of_an_episode_holds(derivation, tmp_path):
+def test_last_action_of_an_episode_is_hold(derivation, tmp_path):
     _, poses, gripper = write_release(tmp_path, "droid", length=4)
     last = np.concatenate([poses, gripper], axis=1)[-1]
     for skip in (1, 2, 5):  # a single frame is left of five
@@ -544,7 +544,7 @@ def test_the_last_action_of_an_episode_holds(derivation, tmp_path):
     assert np.isfinite(last).all()
 
 
-def test_narrow_actions_are_padded(tmp_path):
+def test_actions_are_padded(tmp_path):
     write_release(tmp_path, "planar")
     padded = PreparedEpisodes(open_dataset(tmp_path), action_dim=5)
     assert padded[0].actions.shape == (6, 5)
@@ -569,7 +569,7 @@ def test_bad_preparations(changes, message, tmp_path):
         PreparedEpisodes(LeRobotFolder(tmp_path), **changes)
 
 
-def test_recorded_actions_are_what_composition_says(tmp_path):
+def test_recorded_actions_use_the_given_composition(tmp_path):
     write_folder(tmp_path / "lerobot")
     source = LeRobotFolder(tmp_path / "lerobot")
     said = PreparedEpisodes(source, composition="absolute")
@@ -582,7 +582,7 @@ def test_recorded_actions_are_what_composition_says(tmp_path):
 
 
 @pytest.mark.parametrize(("source", "target", "skip"), [(30, 10, 3), (10, 10, 1), (29.97, 9.99, 3), (30.0002, 15, 2)])
-def test_frames_to_skip_for_a_rate(source, target, skip):
+def test_frame_skip_for_a_rate(source, target, skip):
     assert frame_skip_for(source, target) == skip
 
 
@@ -595,7 +595,7 @@ def test_frames_to_skip_for_a_rate(source, target, skip):
         (None, 5, "no frames per second to convert to 5"),
     ],
 )
-def test_rates_that_skipping_does_not_give(source, target, message):
+def test_rates_that_are_not_divisors_raise(source, target, message):
     with pytest.raises(ValueError, match=message):
         frame_skip_for(source, target)
 
@@ -609,12 +609,12 @@ def mixture(tmp_path):
     return LeRobotFolder(tmp_path / "lerobot"), padded
 
 
-def test_sets_that_agree_are_one_mixture(mixture):
+def test_matching_data_sets_can_be_mixed(mixture):
     check_mixture(mixture)
     check_mixture(mixture[:1])
 
 
-def test_sets_that_differ_are_no_mixture(mixture, tmp_path):
+def test_different_data_sets_cannot_be_mixed(mixture, tmp_path):
     lerobot, _ = mixture
     write_v21(tmp_path / "two", [make_episode(0, 5)])
     write_folder(tmp_path / "renamed")
@@ -661,7 +661,7 @@ def test_broken_episodes_are_skipped_and_listed(tmp_path):
         cache_latents(data, tiny_vae(), tmp_path / "cache")
 
 
-def test_everything_that_can_be_broken_is_named_or_skipped_and_listed(tmp_path):
+def test_every_kind_of_broken_episode_raises_or_is_skipped(tmp_path):
     root = tmp_path / "set"
     episodes = [make_episode(number, length) for number, length in enumerate((9, 8, 7, 9, 8, 3))]
     write_v21(root, episodes)
@@ -701,7 +701,7 @@ def test_everything_that_can_be_broken_is_named_or_skipped_and_listed(tmp_path):
     assert (list(clips.episodes), clips.short) == ([0], [5])
 
 
-def test_when_nothing_can_be_read(tmp_path):
+def test_no_readable_episode_raises(tmp_path):
     write_folder(tmp_path / "set")
     for episode in (0, 1):
         break_action(tmp_path / "set", episode)
@@ -711,7 +711,7 @@ def test_when_nothing_can_be_read(tmp_path):
         )
 
 
-def test_processes_encode_their_shares(tmp_path):
+def test_each_process_encodes_its_share(tmp_path):
     write_folder(tmp_path / "set")
     data, vae = LeRobotFolder(tmp_path / "set"), tiny_vae()
     encoded: list[int] = []
@@ -753,7 +753,7 @@ class Windows:
         return {"actions": torch.full((self.width,), self.first + range(self.size)[index])}
 
 
-def test_sets_are_mixed_by_weight():
+def test_data_sets_are_mixed_by_weight():
     def drawn(mixed):
         return [int(mixed[index]["actions"][0]) for index in range(len(mixed))]
 
@@ -794,7 +794,7 @@ def test_frames_are_resized(tmp_path):
     assert abs(resized.mean() - frames.mean()) < 2
 
 
-def test_frames_at_another_rate_are_refused(tmp_path):
+def test_frames_at_another_rate_raise(tmp_path):
     write_video(tmp_path / "clip.mp4", np.zeros((8, 16, 16, 3), np.uint8), 20)
     with pytest.raises(ValueError, match=r"has no frame number 2 at 10 frames/s"):
         read_frames(tmp_path / "clip.mp4", 0, 4, 10)

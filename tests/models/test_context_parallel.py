@@ -74,7 +74,7 @@ def parallel(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", DIVISIBLE)
-def test_two_processes_predict_what_one_does(name, parallel):
+def test_two_processes_match_one(name, parallel):
     expected = tiny_transformer(**ARCHITECTURES[name])(*inputs()).sample
     for results, lengths in parallel:
         torch.testing.assert_close(results[name], expected, rtol=1e-4, atol=1e-5)
@@ -82,12 +82,12 @@ def test_two_processes_predict_what_one_does(name, parallel):
         assert lengths[name] == [(15, 3, 24), (9, 5, 24)]
 
 
-def test_two_processes_generate_one_video(parallel):
+def test_two_processes_generate_the_same_video(parallel):
     for results, _ in parallel:
         torch.testing.assert_close(results["video"], video(tiny_pipeline()), rtol=1e-4, atol=1e-5)
 
 
-def test_processes_must_not_disagree_on_what_to_skip(parallel):
+def test_first_block_cache_raises(parallel):
     for results, _ in parallel:
         assert results["refusal"].startswith("`FirstBlockCacheConfig` does not support context parallelism")
 
@@ -116,7 +116,7 @@ def work_on_cuda(rank, folder):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_devices_predict_what_one_does(tmp_path):
+def test_two_devices_match_one(tmp_path):
     torch.multiprocessing.spawn(work_on_cuda, (str(tmp_path),), nprocs=2)
     for rank in range(2):
         results = torch.load(tmp_path / f"{rank}.pt")
