@@ -132,5 +132,5 @@ def actions():
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Names that are not folders are not searched on the Hub, which would take its time limit."""
+    """Work offline, so that names that are not folders fail at once instead of after a time limit."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -30,12 +30,12 @@ def session(pipe, clip):
 
 
 def drive(session, pressed, num_frames=1):
-    """Drive by keys, as a terminal or the Space does."""
+    """Drive with keys, like a terminal or the Space."""
     return session.drive(key_command(session.steering.action_space, pressed), num_frames)
 
 
 class Space(dict):
-    """A config with the action space alone, which is all that steering reads."""
+    """A config with the action space only, the part that steering reads."""
 
     __getattr__ = dict.__getitem__
 
@@ -106,7 +106,7 @@ def test_session_matches_stream_of_its_actions(session, pipe, clip):
     assert len(session) == 7
     np.testing.assert_allclose(session.actions, actions, atol=1e-4)
     others = list(pipe.stream(clip[0][:2], actions, chunk_length=3, generator=torch.Generator().manual_seed(0)))
-    assert np.abs(np.stack(frames).astype(int) - np.stack(others)).mean() < 1  # the noise alone differs
+    assert np.abs(np.stack(frames).astype(int) - np.stack(others)).mean() < 1  # only the noise differs
 
 
 def test_undo_restores_the_same_future(session):

@@ -14,7 +14,7 @@ from irasim_diffusers.files import remove_abandoned, temporary_folder, temporary
 WRITE_AND_WAIT = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])  # this module alone, which starts faster than the package
+sys.path.insert(0, sys.argv[1])  # only this module, which is faster than importing the package
 from files import temporary_folder, temporary_path
 
 with temporary_path("out/clip.bin") as file, temporary_folder("out/model") as folder:

@@ -26,7 +26,7 @@ UP, RIGHT = b"\x1b[A", b"\x1bOC"  # plain, and in the keypad's application mode
 
 
 class Terminal:
-    """A pseudo-terminal, and a user at it who reads what is written and presses keys."""
+    """A pseudo-terminal with a simulated user, who reads the output and presses keys."""
 
     def __init__(self):
         self.user, self.program = pty.openpty()
@@ -47,7 +47,7 @@ class Terminal:
             self.look()
 
     def hold(self, key, until):
-        """Press as a held key repeats, until so many seconds are shown as driven."""
+        """Repeat a held key until the given number of seconds has been driven."""
         deadline = time.monotonic() + 120
         while self.seconds_driven() < until:
             assert time.monotonic() < deadline, self.written[-2000:]
@@ -85,7 +85,7 @@ def test_pusher_follows_the_keys_of_a_terminal(terminal, tmp_path):
     turn = np.argmax(np.diff(actions[:, 0]) > 0) + 1
     moves = []
     for phase in (pusher[: turn + 1], pusher[turn + 1 :]):
-        found = phase[np.isfinite(phase[:, 0])]  # not where block and pusher touch
+        found = phase[np.isfinite(phase[:, 0])]  # except where block and pusher touch
         moves.append(found[-1] - found[0])
     (sideways, up), (right, aside) = moves
     assert up < -10
@@ -109,7 +109,7 @@ def session(pipe):
 
 
 def drive_as(terminal, monkeypatch, session, user, **options):
-    """Play at the terminal while a thread is the user."""
+    """Run `play` in the terminal while a thread acts as the user."""
     failures = []
 
     def sit():
@@ -151,7 +151,7 @@ def test_undo_removes_the_last_second_and_reset_everything(terminal, monkeypatch
         terminal.press(b"\x03")
 
     assert drive_as(terminal, monkeypatch, session, user) > 0
-    assert 0.4 <= counts[0] <= 1.5  # from at least 1.5 s one second was taken
+    assert 0.4 <= counts[0] <= 1.5  # undo removed one second of at least 1.5 s
     assert counts[1] == 0
     assert 0 < len(session) <= 6
     assert session.actions[0, 0] > session.steering.start[0]
@@ -224,7 +224,7 @@ def test_terminal_bytes_are_decoded_to_keys(read, keys, rest):
 
 
 def pixels_of(rows):
-    """The picture that rows of half-block characters show."""
+    """Return the picture that rows of half-block characters show."""
     lines = []
     for row in rows:
         colours, upper, lower = {}, [], []
@@ -261,7 +261,7 @@ def test_a_script_gives_the_same_video_again(tmp_path, monkeypatch, capsys):
         assert main(["play", "--script", "up+right*5 hold*2 s", "--seed", "3", "--output", name]) == 0
     assert re.search(r"^8 frames, [\d.]+ frames/s; wrote b.mp4 and b.npy$", capsys.readouterr().out, re.MULTILINE)
     difference = read_video("a.mp4").astype(int) - read_video("b.mp4")
-    assert np.abs(difference).mean() < 0.5  # bfloat16 rounds by where in memory the weights lie
+    assert np.abs(difference).mean() < 0.5  # bfloat16 rounding depends on the memory alignment of the weights
     moved = np.diff(np.load("a.npy"), axis=0)
     np.testing.assert_allclose(moved, [[16, -16]] * 4 + [[0, 0]] * 2 + [[0, 16]], atol=1e-3)
 

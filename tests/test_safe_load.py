@@ -1,4 +1,4 @@
-"""Hostile and damaged weight files: refused before memory is allocated, and without running code."""
+"""Hostile and damaged weight files are rejected before memory is allocated, without running code."""
 
 import builtins
 import collections
@@ -107,13 +107,13 @@ def padded(path, before=b"", after=b""):
 
 
 def two_directories(path):
-    """Two complete archives in one file: a reader from the start and one from the end see different records."""
+    """Two complete archives in one file; reading from the start and from the end gives different records."""
     other = saved(path.with_suffix(".other"), {"ema": {"w": torch.ones(1)}})
     return padded(saved(path, {"ema": case("rt1")[2]}), after=other.read_bytes())
 
 
 def shifted_directory(path):
-    """An archive whose end records point to another central directory than the one in front of them."""
+    """An archive whose end records point to another central directory than the one before them."""
     content = bytearray(saved(path, {"ema": {"w": torch.ones(1)}}).read_bytes())
     offset = struct.unpack("<Q", content[-50:-42])[0]
     content[-50:-42] = struct.pack("<Q", offset - 1)
@@ -358,7 +358,7 @@ def test_settings_of_a_checkpoint_are_inert(tmp_path):
 
 @pytest.mark.parametrize("item", [b"}", b"]", b"(", b")\x85", b"ccollections\nOrderedDict\n)R"])
 def test_large_pickles_take_bounded_time_and_depth(item, tmp_path):
-    """Deep nesting and many small objects are refused without recursion."""
+    """Deep nesting and many small objects are rejected without recursion."""
     path = archive(tmp_path / "a.pt", b"\x80\x02" + item * (100_000 // len(item)) + b".")
     with pytest.raises(ValueError, match=r"safely|contains no weights"):
         load_released_irasim(path, "rt1")
@@ -379,7 +379,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process")
 def test_rejected_files_take_little_memory(tmp_path):
-    """Small files that declare a large model are refused within 400 MB."""
+    """Small files that declare a large model are rejected within 400 MB."""
     generator = torch.Generator().manual_seed(0)
 
     def zeros(*shape):

@@ -103,7 +103,7 @@ class ActionSpace:
         return self.kind == "absolute" or self.derivation == "absolute"
 
     def hold(self, last_action: Actions) -> Actions:
-        """Return the action that asks for no motion after `last_action`.
+        """Return the action for no motion after `last_action`.
 
         Args:
             last_action: Actions (..., A), raw units.

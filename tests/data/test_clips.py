@@ -92,7 +92,7 @@ def test_episodes_of_other_sizes_raise_immediately(latents, tmp_path):
 
 
 class Recorded(LeRobotFolder):
-    """Keeps which windows were read; the whole of an episode is one without a length."""
+    """Records which windows are read; a whole episode is a window without a length."""
 
     def window(self, number, start, length=None):
         self.__dict__.setdefault("read", []).append((number, start, length))

@@ -20,7 +20,7 @@ EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 
 
 def keep_rows(root, kept, times=None):
-    """Keep these rows of episode 1, which has 9, and give them other timestamps."""
+    """Keep these of the 9 rows of episode 1, with other timestamps."""
     table = pq.read_table(root / DATA)
     other = table.filter(pa.compute.equal(table["episode_index"], 0))
     mine = table.filter(pa.compute.equal(table["episode_index"], 1)).take(kept)
@@ -90,7 +90,7 @@ def test_timestamps_late_in_a_long_recording_are_on_the_grid(tmp_path):
 
 
 def in_place(path, old, new):
-    """Replace bytes of a file by as many others."""
+    """Replace bytes of a file by the same number of other bytes."""
     content = path.read_bytes()
     assert len(old) == len(new)
     assert content.count(old) == 1
@@ -292,7 +292,7 @@ def test_state_columns_are_selected(tmp_path):
 
 
 class Recorded:
-    """Episodes of a robot that moves smoothly, whose actions are computed from its states."""
+    """Episodes of a smoothly moving robot with actions computed from its states."""
 
     name = "recorded"
 

@@ -131,7 +131,7 @@ def test_damaged_cache_error_names_file_and_remedy(dataset, tmp_path):
 
 
 def test_two_processes_build_one_cache_after_a_kill(dataset, tmp_path):
-    """One of them is killed while both write; the other one completes the cache."""
+    """One process is killed while both write; the other one completes the cache."""
     processes = [start_encoder(tmp_path, seconds) for seconds in (0.3, 0.5)]
     try:
         while not list(tmp_path.glob("cache/*/latents-*.safetensors")):
@@ -200,7 +200,7 @@ def test_out_of_range_windows_raise(tmp_path, options, message):
 
 
 def test_files_are_memory_mapped(tmp_path):
-    """A window of a large cache is read without the rest of it."""
+    """A window of a large cache is read without the other latents."""
     latents = torch.zeros(4000, 4, 48, 48, dtype=torch.float16)
     save_file({"latents.0": latents, "actions.0": torch.zeros(4000, 2)}, tmp_path / "latents-00000.safetensors")
     (tmp_path / "manifest.json").write_text("{}")

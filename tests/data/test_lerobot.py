@@ -143,7 +143,7 @@ def edit_table(path, change):
 
 
 def edit_episode(name, value):
-    """Change what `meta/episodes` says of episode 1, which shares a file with episode 0."""
+    """Change the entry of episode 1, which shares a file with episode 0, in `meta/episodes`."""
 
     def change(row):
         row[name] = value if row["episode_index"] == 1 else row[name]

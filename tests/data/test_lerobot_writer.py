@@ -149,7 +149,7 @@ def test_regions_match_the_tiled_pictures(layout):
 
 @pytest.fixture(scope="module")
 def lerobot():
-    """LeRobot's data set class, where it is installed; it needs Python 3.12."""
+    """LeRobot's data set class, if LeRobot is installed; it requires Python 3.12."""
     pytest.importorskip("lerobot")
     pytest.MonkeyPatch().setenv("HF_HUB_OFFLINE", "1")
     from lerobot.datasets.lerobot_dataset import LeRobotDataset

@@ -83,7 +83,7 @@ def test_a_known_derivation_is_the_composition(tmp_path):
 
 
 def test_flags_of_skipped_frames_are_kept(tmp_path):
-    episodes = write_narrow(tmp_path)  # of 4, 5 and 6 frames, of which the last one is done
+    episodes = write_narrow(tmp_path)  # 4, 5 and 6 frames; `next.done` is true in the last one
     source = LeRobotFolder(tmp_path)
     kept = PreparedEpisodes(source, frame_skip=3, composition="absolute")
     assert [kept.flags(number)["next.done"][:, 0].tolist() for number in range(3)] == [[False, True]] * 3

@@ -19,7 +19,7 @@ from irasim_diffusers.data import (
 
 
 class Counted(LeRobotFolder):
-    """Keeps count of the episodes that are held at a time."""
+    """Counts the episodes that are in memory."""
 
     def __getitem__(self, number: int) -> Episode:
         held = self.__dict__.setdefault("held", [])
@@ -33,7 +33,7 @@ class Counted(LeRobotFolder):
 
 
 def files(root):
-    """What was written, less when."""
+    """Return the written content, except times."""
     return {path.relative_to(root): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
 
 
@@ -142,7 +142,7 @@ def test_repaired_data_set_is_written_after_a_failure(tmp_path):
 
 
 def test_folder_without_a_complete_file_is_reused(tmp_path):
-    """As a run leaves it that was killed before its first file was complete."""
+    """The folder of a run that was killed before its first file was complete."""
     write_folder(tmp_path / "set")
     write_folder(tmp_path / "other", lengths=(4, 4, 4))
     video = tmp_path / "copy/videos/wrist/chunk-000/file-000.mp4"

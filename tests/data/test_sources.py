@@ -44,7 +44,7 @@ needs_clips = pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA i
 
 
 def write_v21(root, episodes, cameras=("left", "right")):
-    """A LeRobotDataset v2.1: every episode in files of its own; the second camera sees the first one's negative."""
+    """A LeRobotDataset v2.1 with separate files per episode; the second camera shows the negative of the first."""
     vector = {"dtype": "float32", "shape": [3], "names": {"motors": ["x", "y", "grip"]}}
     info = {
         "codebase_version": "v2.1",
@@ -104,7 +104,7 @@ def test_videos_of_version_2_1_that_do_not_match_vectors_raise(tmp_path):
 
 
 def put_pictures_into_parquet(root, camera, files):
-    """Move the frames of a camera from videos into parquet files, each given with its episodes."""
+    """Move the frames of a camera from videos into the given Parquet files."""
     info = json.loads((root / "meta" / "info.json").read_text())
     info["features"][camera]["dtype"] = "image"
     (root / "meta" / "info.json").write_text(json.dumps(info | {"video_path": None}))
@@ -166,7 +166,7 @@ def test_part_of_a_video_matches_the_whole(codec, tmp_path):
 
 
 def write_release(root, flavour, length=6):
-    """Two episodes in IRASim's format; returns frames and what their annotations say."""
+    """Write two episodes in IRASim's format; return their frames and annotations."""
     generator = np.random.default_rng(3)
     poses = np.concatenate([generator.normal(size=(length, 3)), generator.uniform(-3, 3, (length, 3))], axis=1)
     gripper = generator.uniform(size=(length, 1))
@@ -216,7 +216,7 @@ def test_all_variants_of_the_release_format(flavour, tmp_path):
 
 
 def change(root, **changes):
-    """Change the annotation of the last episode; None takes an entry away."""
+    """Change the annotation of the last episode; None removes an entry."""
     path = root / "annotation" / "train" / "10.json"
     annotation = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in annotation.items() if value is not None}))
@@ -368,7 +368,7 @@ def make_table(folder, episodes):
 
 
 def sources_of_every_form(folder, form):
-    """A source of each form, of two or three short episodes."""
+    """One source of each format, with two or three short episodes."""
     episodes = [make_episode(number, length) for number, length in enumerate((5, 9, 7))]
     if form == "v3.0":
         write_folder(folder)
@@ -535,7 +535,7 @@ def test_windows_of_skipped_frames_start_at_any_frame(tmp_path):
 def test_last_action_of_an_episode_is_hold(derivation, tmp_path):
     _, poses, gripper = write_release(tmp_path, "droid", length=4)
     last = np.concatenate([poses, gripper], axis=1)[-1]
-    for skip in (1, 2, 5):  # a single frame is left of five
+    for skip in (1, 2, 5):  # a single frame remains of five
         episode = PreparedEpisodes(open_dataset(tmp_path, "0"), derivation, frame_skip=skip)[0]
         start = episode.states["state"][-1]
         after = integrate_actions(start, episode.actions[-1:], derivation)[-1]
@@ -602,7 +602,7 @@ def test_rates_that_are_not_divisors_raise(source, target, message):
 
 @pytest.fixture
 def mixture(tmp_path):
-    """Data sets of 10 frames per second and one camera: recorded actions of three names, and of two and padding."""
+    """Data sets with 10 frames per second and one camera: three named actions, and two with padding."""
     write_folder(tmp_path / "lerobot")
     write_release(tmp_path / "planar", "planar")
     padded = PreparedEpisodes(open_dataset(tmp_path / "planar", fps=10), action_dim=3)
@@ -741,7 +741,7 @@ def test_each_process_encodes_its_share(tmp_path):
 
 
 class Windows:
-    """Windows that say which they are."""
+    """Windows that contain their own index."""
 
     def __init__(self, first, size, width=2):
         self.first, self.size, self.width = first, size, width

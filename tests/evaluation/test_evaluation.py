@@ -101,7 +101,7 @@ def test_report_contains_metrics_and_settings(workspace, evaluated):
 
 
 def test_metrics_match_pipeline_output(workspace, evaluated):
-    """The history is not scored, the seed of the noise is the number of the clip, latents are not decoded and encoded."""
+    """The history is not scored, the clip's number seeds the noise, and latents are not decoded and re-encoded."""
     pipeline = IRASimPipeline.from_pretrained(workspace / "model")
     pipeline.set_progress_bar_config(disable=True)
     episode = open_dataset(workspace / "data", split="test")[0]

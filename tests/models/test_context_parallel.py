@@ -1,4 +1,4 @@
-"""One model over several processes, which divide the patches of every frame among them."""
+"""One model on several processes, which share the patches of every frame."""
 
 import os
 
@@ -24,7 +24,7 @@ def inputs(height=4, width=6):
 
 
 def enable_on_cpu(model, config):
-    """`enable_parallelism`, which counts accelerators, without that."""
+    """`enable_parallelism` without its check of the number of accelerators."""
     mesh = init_device_mesh("cpu", config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
     model._parallel_config = ParallelConfig(context_parallel_config=config)
     model._parallel_config.setup(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), mesh=mesh)
@@ -40,7 +40,7 @@ def video(pipeline):
 
 
 def work(rank, folder):
-    """One of two processes: predicts with its half of the patches, and saves what it got."""
+    """One of two processes: predicts with its half of the patches and saves the result."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -67,7 +67,7 @@ def work(rank, folder):
 
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory):
-    """What two processes got."""
+    """Results of two processes."""
     folder = tmp_path_factory.mktemp("parallel")
     torch.multiprocessing.start_processes(work, (str(folder),), nprocs=2, start_method="fork")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]

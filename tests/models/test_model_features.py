@@ -1,4 +1,4 @@
-"""What diffusers gives its models, on every architecture the one class covers."""
+"""Features of diffusers models, for every supported architecture."""
 
 import inspect
 import json
@@ -43,7 +43,7 @@ def test_config_round_trips_through_json(model):
 
 
 def test_every_weight_is_trained(model, inputs):
-    """With clips that have actions and one that has none."""
+    """A batch of clips with actions, and one without."""
     mask = torch.tensor([[True] * 3, [False] * 3, [True] * 3])
     model(*inputs, action_mask=mask).sample.square().mean().backward()
     untrained = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
@@ -150,7 +150,7 @@ def test_compilation_of_the_whole_model_without_graph_breaks(model, inputs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_model_with_few_frames_uses_short_attention(dtype, inputs):
-    """The path of `short_attention`, which eager models do not take."""
+    """The path of `short_attention`, which only compiled models use."""
     model = tiny_transformer(**ARCHITECTURES["Push-T"]).to(dtype)
     hidden_states, timestep, actions = inputs
     window = (hidden_states[:, :, 2:].to(dtype), timestep, actions[:, 2:])
@@ -222,7 +222,7 @@ def test_disk_offload(model, inputs, tmp_path):
     assert set(split.hf_device_map.values()) == {"cpu", "disk"}
     blocks = [name for name in split.hf_device_map if "blocks." in name]
     assert all(len(name.split(".")) == 2 for name in blocks), "no block is split"
-    for number in (3, None):  # with actions and with none
+    for number in (3, None):  # with and without actions
         arguments = (*inputs[:2], inputs[2] if number else None)
         torch.testing.assert_close(split(*arguments).sample, model(*arguments).sample, rtol=1e-4, atol=1e-5)
 

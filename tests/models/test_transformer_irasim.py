@@ -17,7 +17,7 @@ def inputs():
     return torch.randn(3, 4, 5, 4, 6), torch.tensor([7, 500, 999]), torch.randn(3, 3, 3)
 
 
-# the paper's counts hold the fixed position tables: 336 rows of the width (RT-1 at 256x320, 16 frames)
+# the paper's counts include the fixed position tables: 336 rows of the width (RT-1 at 256x320, 16 frames)
 @pytest.mark.parametrize(
     ("preset", "count"), [("S", 33_206_416), ("B", 132_178_192), ("L", 461_372_432), ("XL", 679_397_776)]
 )
@@ -96,7 +96,7 @@ def test_new_model_predicts_zero(inputs):
 
 def test_action_modulates_only_its_own_frame(transformer, inputs):
     hidden_states, timestep, actions = inputs
-    for block in transformer.temporal_transformer_blocks:  # without the temporal blocks frames do not meet
+    for block in transformer.temporal_transformer_blocks:  # without temporal blocks, frames are independent
         torch.nn.init.zeros_(block.ada_norm[1].weight)
         torch.nn.init.zeros_(block.ada_norm[1].bias)
     changed = actions.clone()
@@ -201,7 +201,7 @@ def test_raw_actions_survive_half_precision(transformer, inputs):
 def test_video_ada_modulates_every_frame_by_the_whole_trajectory(activation, inputs):
     hidden_states, timestep, actions = inputs
     model = tiny_transformer(conditioning="video", action_activation=activation)
-    for block in model.temporal_transformer_blocks:  # without the temporal blocks frames do not meet
+    for block in model.temporal_transformer_blocks:  # without temporal blocks, frames are independent
         torch.nn.init.zeros_(block.ada_norm[1].weight)
         torch.nn.init.zeros_(block.ada_norm[1].bias)
     changed = actions.clone()
@@ -233,7 +233,7 @@ def test_final_layer_with_actions(inputs):
     plain, seeing = tiny_transformer(), tiny_transformer(final_frame_ada=True)
     assert not torch.allclose(plain(*inputs).sample, seeing(*inputs).sample)
     nothing = torch.zeros_like(actions) + torch.tensor(TINY["action_offset"])
-    for model in (plain, seeing):  # with actions embedded as zero and no null action, there is nothing to see
+    for model in (plain, seeing):  # with zero action embeddings, only the targets remain
         torch.nn.init.zeros_(model.action_embed.linear_2.weight)
         torch.nn.init.zeros_(model.action_embed.linear_2.bias)
         torch.nn.init.zeros_(model.null_action)
@@ -293,7 +293,7 @@ def test_rotary_attention_depends_only_on_position_differences():
 def test_convolution_mixes_neighbouring_patches():
     model = tiny_transformer(**PUSHT)
     block, temb = model.transformer_blocks[0], torch.randn(1, 1, 24)
-    torch.nn.init.zeros_(block.attn1.to_out[0].weight)  # without attention, patches meet in the convolution alone
+    torch.nn.init.zeros_(block.attn1.to_out[0].weight)  # without attention, only the convolution mixes patches
     tokens = torch.randn(1, 1, 20, 24)
     changed = tokens.clone()
     changed[:, :, 7] = torch.randn(24)  # row 1, column 2 of 4 rows and 5 columns

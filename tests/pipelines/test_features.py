@@ -1,4 +1,4 @@
-"""What diffusers offers every pipeline.
+"""Features that diffusers offers for every pipeline.
 
 On the embedded model: that it works, what it saves and what it costs. On tiny models of every architecture: that it works.
 """
@@ -32,7 +32,7 @@ WINDOW = 1
 def load(**kwargs) -> IRASimPipeline:
     pipeline = IRASimPipeline.from_pretrained(embedded_checkpoint(), **kwargs)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.register_to_config(num_inference_steps=2)  # which schedulers take differently
+    pipeline.register_to_config(num_inference_steps=2)  # which schedulers handle differently
     return pipeline
 
 
@@ -46,7 +46,7 @@ def psnr(video: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
-    """Bytes of the tensors that a module's parameters really hold, those inside quantised ones too."""
+    """Bytes of the tensors in a module's parameters, including those inside quantised ones."""
 
     def size(tensor: torch.Tensor) -> int:
         names = getattr(tensor, "tensor_data_names", None)
@@ -342,7 +342,7 @@ def test_tiny_autoencoder_replaces_the_vae(pipeline, frames, actions):
 
 @pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
 def tiny(request):
-    """A tiny pipeline of one architecture, whose sampler takes as many steps as it is told."""
+    """A tiny pipeline of one architecture, whose sampler makes exactly the requested number of steps."""
     pipeline = tiny_pipeline(**request.param)
     if pipeline.transformer.config.prediction_type != "flow_prediction":
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)

@@ -19,7 +19,7 @@ def predict(pipeline, frames, actions, **kwargs):
 
 @pytest.fixture
 def adapted(frames, actions, tmp_path):
-    """A folder of LoRA weights, what the pipeline predicts without them and with them."""
+    """A folder of LoRA weights, and the predictions without and with them."""
     pipeline = tiny_pipeline()
     plain = predict(pipeline, frames, actions)
     pipeline.transformer.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS))
@@ -212,7 +212,7 @@ def test_action_encoder_on_disk_raises(tmp_path):
     pipeline.transformer.enable_group_offload(
         torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "offload")
     )
-    with pytest.raises(ValueError, match="LoRA is loaded before group offload to disk is enabled"):
+    with pytest.raises(ValueError, match="load LoRA before enabling group offload to disk"):
         pipeline.load_lora_weights(save_with_encoder(tmp_path / "lora"))
     assert not pipeline.get_list_adapters()
 
@@ -252,7 +252,9 @@ def test_adapter_with_action_encoder(frames, actions, tmp_path):
     torch.testing.assert_close(predict(fresh, frames, actions), plain)
 
     other = tiny_pipeline(action_dim=5, action_scale=1.0, action_offset=0.0)
-    with pytest.raises(ValueError, match=r"another action space: \['action_embed.linear_1.weight'\]"):
+    with pytest.raises(
+        ValueError, match=r"another action space: the shapes of \['action_embed.linear_1.weight'\] differ"
+    ):
         other.load_lora_weights(tmp_path)
     pipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers | {"proj_out.bias": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"other weights, \['proj_out.bias'\]"):

@@ -49,7 +49,7 @@ def test_every_scheduler_keeps_the_history_clean(name, prediction_type, frames, 
 
 
 def test_static_parts_are_zero_in_relative_latents(frames, actions):
-    """A network that finds no change repeats the last frame, window after window, in calls and streams."""
+    """A network that predicts no change repeats the last frame in every window, in calls and streams."""
     pipeline = tiny_pipeline(prediction_type="sample", relative_latents=True)
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
     for parameter in pipeline.transformer.proj_out.parameters():
@@ -63,7 +63,7 @@ def test_static_parts_are_zero_in_relative_latents(frames, actions):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_accepts_predicted_samples(name, frames, actions):
-    """A network that always predicts one sample ends there, under velocities too."""
+    """A network that always predicts the same sample leads to that sample, also for velocities."""
     pipeline = tiny_pipeline(prediction_type="sample")
     sample = torch.randn(1, 4, 5, 4, 6, generator=torch.Generator().manual_seed(5))
     pipeline.transformer.register_forward_hook(lambda *_: (sample,))
@@ -159,7 +159,7 @@ def test_same_seed_same_video(pipeline, frames, actions):
 
 
 def leading(pipeline, name):
-    """The pipeline with a scheduler whose initial noise depends on its timesteps, if it is one of sigmas."""
+    """The pipeline with a scheduler; the initial noise of sigma schedulers depends on the timesteps."""
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, timestep_spacing="leading")
     return pipeline
 
@@ -171,7 +171,7 @@ def test_rollout_matches_chained_windows(name, pipeline, frames, actions):
     generator = seeded(9)[0]
     history = pipeline.encode_history(pipeline.preprocess_frames(frames)).detach()
     parts = []
-    leading(pipeline, name)  # a fresh one, whose timesteps are not yet set
+    leading(pipeline, name)  # a new scheduler without timesteps
     for start in (0, 3):
         window_actions = torch.from_numpy(actions[None, start : start + 3])
         noise = pipeline.prepare_latents((1, 4, 3, 4, 6), generator)
@@ -218,7 +218,7 @@ def test_given_latents_are_used_by_every_window_and_extended(pipeline, frames, a
     kwargs = {"latents": noise, "output_type": "latent"}
     whole = run(pipeline, frames, actions, generator=seeded(5)[0], **kwargs)
     assert torch.equal(run(pipeline, frames, actions, generator=seeded(5)[0], **kwargs), whole)
-    for count in (3, 6):  # whole windows, to which the generator adds nothing
+    for count in (3, 6):  # whole windows, so that the generator draws nothing
         part = run(pipeline, frames, actions[:count], **kwargs | {"latents": noise[:, :, :count]})
         torch.testing.assert_close(part, whole[:, :, :count])
     last = run(pipeline, frames, actions, generator=seeded(6)[0], **kwargs)
@@ -262,7 +262,7 @@ def test_guidance_moves_away_from_the_null_action(pipeline, frames, actions):
     )
     assert sum(calls) == 3  # two steps and PNDM's extra one
     assert not torch.allclose(plain, guided)
-    for scale in (0.0, 0.5):  # as in diffusers, there is guidance above 1 alone
+    for scale in (0.0, 0.5):  # as in diffusers, guidance requires a scale above 1
         assert torch.equal(
             run(pipeline, frames, actions[:3], guidance_scale=scale, **kwargs | {"generator": seeded(1)}), plain
         )
@@ -383,7 +383,7 @@ def test_interrupt_affects_one_call_only(pipeline, frames, actions):
     with pytest.raises(RuntimeError, match="the callback failed"):
         run(pipeline, frames, actions[:3], callback_on_step_end=fail)
     assert not pipeline.interrupt
-    pipeline._interrupt = True  # as of a stream that was left
+    pipeline._interrupt = True  # as after an unfinished stream
     assert len(list(pipeline.stream(frames, actions[:3], 3, num_inference_steps=1))) == 3
 
 
@@ -542,7 +542,7 @@ def test_bad_input_raises_before_any_work(pipeline, frames, actions, change, mes
         (diffusers.DDIMScheduler(), "must not clip samples, got DDIMScheduler"),
         (
             diffusers.FlowMatchEulerDiscreteScheduler(),
-            "FlowMatchEulerDiscreteScheduler with a flow .* take a scheduler with betas",
+            "FlowMatchEulerDiscreteScheduler with a flow .* use a scheduler with betas",
         ),
         (
             diffusers.DPMSolverMultistepScheduler(
@@ -681,7 +681,7 @@ def test_timesteps_of_the_checkpoint_are_used_for_its_number_of_steps(frames, ac
     taken.clear()
     pipeline(frames, actions[:3], num_inference_steps=2)
     pipeline(frames, actions[:3], timesteps=[800, 20])
-    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)  # has its own alone
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)  # has only its own
     pipeline(frames, actions[:3])
     assert taken[2:4] == [800, 20]
     assert len(taken) == 7
@@ -755,7 +755,7 @@ def test_bad_fps(config, fps, message, frames, actions):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_actions_can_be_tensors(pipeline, frames, actions, dtype):
-    """A policy returns tensors of its own type, with their graph unless told otherwise."""
+    """A policy returns tensors of its own type, which require gradients by default."""
     tensors = [torch.tensor(action, dtype=dtype, requires_grad=True) for action in actions[:4]]
     rounded = torch.stack(tensors).detach().float().numpy()
     expected = list(pipeline.stream(frames, rounded, 2, 1, generator=seeded(4)[0], output_type="pt"))
@@ -791,7 +791,7 @@ def test_stream_requests_actions_lazily(pipeline, frames, actions):
     asked, seen = [], []
 
     def policy():
-        while True:  # never ends, and looks at the frames that its actions led to
+        while True:  # never ends; observes the frames after its actions
             asked.append(len(seen))
             yield actions[0] + (0 if not seen else seen[-1].mean())
 
@@ -869,7 +869,7 @@ def test_flow_requires_a_flow_scheduler(frames, actions):
     with pytest.raises(ValueError, match=r"must be for rectified flow with 1000 steps, .* got PNDMScheduler"):
         run(pipeline, frames, actions)
     pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
-    with pytest.raises(ValueError, match=r"and 500 steps: take .*noise_process\(pipe.transformer.config\)"):
+    with pytest.raises(ValueError, match=r"and 500 steps: use .*noise_process\(pipe.transformer.config\)"):
         run(pipeline, frames, actions)
     pipeline.scheduler = flow
     history = pipeline.encode_history(pipeline.preprocess_frames(frames)).detach()

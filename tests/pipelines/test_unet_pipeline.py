@@ -1,4 +1,4 @@
-"""The pipeline with the U-Net of the baselines in the place of the transformer."""
+"""The pipeline with the baselines' U-Net instead of the transformer."""
 
 import numpy as np
 import pytest
@@ -91,6 +91,6 @@ def test_every_objective(frames, actions, changes):
 
 def test_card_describes_the_model(pipeline):
     text = write_model_card(pipeline, "lab/baseline").text
-    assert "A U-Net after [Video Diffusion Models]" in text
+    assert "The U-Net of [Video Diffusion Models]" in text
     assert "U-Net of 8-16 channels, 2 heads; 0.0" in text
     assert ("none; the model predicts pixels" in text) == (pipeline.vae is None)
