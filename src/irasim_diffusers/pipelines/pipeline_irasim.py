@@ -90,7 +90,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     ) -> None:
         super().__init__()
         given = (num_inference_steps, window_length, timesteps)
-        # Kept with the transformer, because its config and that of the scheduler, which may be exchanged, are saved without them.
+        # Kept as an attribute of the transformer: `pipe.components` contains models only, and the scheduler may be exchanged.
         kept = getattr(transformer, "_pipeline_settings", (None, None, None))
         if num_inference_steps is None:
             num_inference_steps = 50 if kept[0] is None else kept[0]
