@@ -70,7 +70,7 @@ def test_push_t_episodes_run_in_both_environments(command, capsys, tmp_path):
     assert "success_threshold differ" in capsys.readouterr().err
 
 
-def test_names_of_policies_are_distinct(command, tmp_path):
+def test_names_of_policies_tell_them_apart(command, tmp_path):
     assert command(policies=["1/broken", "2/broken"]) == 2  # the names are found before a policy is loaded
     setting = json.loads((tmp_path / "out" / "setting.json").read_text())
     assert setting["policies"] == ["1-broken", "2-broken"]
@@ -102,7 +102,7 @@ def test_names_of_policies_are_distinct(command, tmp_path):
         ({"output": "my_policies.py"}, "--output must be a folder, got the file 'my_policies.py'"),
     ],
 )
-def test_bad_input_prints_one_line(command, capsys, tmp_path, changes, message):
+def test_bad_input_ends_in_one_line(command, capsys, tmp_path, changes, message):
     assert command(**changes) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("irasim: error: ")

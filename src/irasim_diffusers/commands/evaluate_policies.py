@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import embedded_checkpoint
-from .sampling import load_reward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         stored = load_world_model(arguments.model, arguments.device) | {"starts": None}
     except (OSError, RuntimeError) as error:
         raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {error}") from error
-    reward = load_reward(arguments.reward, stored["model"].device)
+    reward = _load_reward(arguments.reward, stored["model"].device)
     model = WorldModelVectorEnv(
         num_envs=arguments.batch_size,
         reward=reward,
@@ -126,7 +125,7 @@ def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
     if not abs(arguments.success_threshold) < float("inf"):
         raise ValueError(f"--success-threshold must be finite, got {arguments.success_threshold}.")
     parts = [Path(path).parts for path in arguments.policies]
-    for depth in range(1, max(map(len, parts)) + 1):  # the last parts of the paths that distinguish them
+    for depth in range(1, max(map(len, parts)) + 1):  # the last parts of the paths that tell them apart
         names = ["-".join(part.strip("/.") or "root" for part in each[-depth:]) for each in parts]
         if len(set(names)) == len(names):
             return dict(zip(names, arguments.policies, strict=True))
@@ -171,6 +170,15 @@ def _real_environment(arguments: argparse.Namespace) -> Any:
         )
     except (gymnasium.error.Error, ImportError, TypeError) as error:
         raise ValueError(f"--env {arguments.env!r} with {options} cannot be created: {error}") from error
+
+
+def _load_reward(name: str, device: Any) -> Any:
+    from ..rewards import FrameRegressor
+
+    try:
+        return FrameRegressor.from_pretrained(name).eval().to(device)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--reward must be a FrameRegressor, got {name!r}: {error}") from error
 
 
 def _exceeds(reward: Callable[[torch.Tensor], torch.Tensor], threshold: float, frames: torch.Tensor) -> torch.Tensor:
