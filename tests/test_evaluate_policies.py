@@ -2,6 +2,7 @@ import json
 import textwrap
 
 import pytest
+from conftest import tiny_pipeline
 
 from irasim_diffusers.cli import main
 from irasim_diffusers.rewards import FrameRegressor
@@ -26,6 +27,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("policies")
     (path / "my_policies.py").write_text(textwrap.dedent(LOADER))
     FrameRegressor(channels=(4, 8), feature_dim=4).save_pretrained(path / "reward")
+    tiny_pipeline(num_inference_steps=1).save_pretrained(path / "tiny")
     return path
 
 
@@ -48,6 +50,8 @@ def command(folder, monkeypatch, tmp_path):
         } | changes
         argv = []
         for name, value in flags.items():
+            if value is None:
+                continue
             argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
         return main(["evaluate-policies", *argv])
 
@@ -68,6 +72,17 @@ def test_push_t_episodes_run_in_both_environments(command, capsys, tmp_path):
     assert command() == 0  # resumes: everything is there
     assert command(**{"success-threshold": 0.5}) == 2
     assert "success_threshold differ" in capsys.readouterr().err
+
+
+def test_the_default_reward_is_stored_with_the_model(command, capsys, tmp_path):
+    """Its threshold defines success unless a flag gives another one."""
+    few = {"reward": None, "num-episodes": 1, "batch-size": 1, "max-episode-steps": 1, "num-videos": 0}
+    for threshold, success in (({}, False), ({"success-threshold": -1}, True)):
+        output = tmp_path / str(success)
+        assert command(**few, **threshold, output=output) == 0
+        outcome = json.loads((output / "episodes" / "100" / "100000.json").read_text())["model"]
+        assert outcome["success"] == success
+        assert 0 <= outcome["score"] < 0.9
 
 
 def test_names_of_policies_tell_them_apart(command, tmp_path):
@@ -92,6 +107,7 @@ def test_names_of_policies_tell_them_apart(command, tmp_path):
         ({"env-kwargs": '{"wrong": 1}'}, "--env 'gym_pusht:gym_pusht/PushT-v0' with"),
         ({"model": "missing"}, "--model must be a pipeline folder or Hub id, got 'missing'"),
         ({"reward": "missing"}, "--reward must be a FrameRegressor, got 'missing'"),
+        ({"reward": None, "model": "tiny"}, "--reward is required: no reward is stored with the model 'tiny'"),
         ({"success-threshold": "nan"}, "--success-threshold must be finite, got nan"),
         ({"num-episodes": 0}, "--num-episodes must be at least 1, got 0"),
         ({"max-episode-steps": 0}, "--max-episode-steps must be at least 1, got 0"),

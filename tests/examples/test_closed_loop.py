@@ -8,10 +8,12 @@ import pytest
 import torch
 import train_proprioception
 from conftest import tiny_pipeline
+from simulator import Simulator
+from train_reward import ious
 
-from irasim_diffusers import ProprioceptionModel
+from irasim_diffusers import ProprioceptionModel, embedded_checkpoint
 from irasim_diffusers.data import Episode
-from irasim_diffusers.envs import WorldModelVectorEnv
+from irasim_diffusers.envs import WorldModelVectorEnv, load_world_model
 
 
 class Dots:
@@ -70,6 +72,26 @@ def test_errors_are_distances():
     states = torch.tensor([[3.0, 4.0]]).repeat(4, 1)
     report = train_proprioception.errors(model, frames, states, 0.5)
     assert (report["median"], report["p95"], report["mean_px"]) == (5.0, 5.0, 2.5)
+
+
+def test_stored_reward_reads_the_iou_and_the_success():
+    """The reward of `irasim/PushT-v0`, on frames of the simulator around the goal."""
+    stored = load_world_model(embedded_checkpoint(), "cpu")
+    simulator, rng = Simulator(), np.random.default_rng(0)
+    frames, true = [], []
+    for spread in (0.0, 0.0, 0.3, 0.3, 1.0, 1.0, 4.0):
+        x, y, angle = np.array([256, 256, np.pi / 4]) + spread * rng.normal(size=3) * [15, 15, 0.2]
+        state = simulator.reset(0)
+        offset = 45 * np.array([-np.sin(angle), np.cos(angle) - 1])  # gym-pusht rotates about the centre of mass
+        simulator.environment._set_state([100, 400, x + offset[0], y + offset[1], angle])
+        state = simulator.step([100, 400])
+        frames.append(simulator.frame())
+        true.append(ious(state.block[None])[0])
+    frames = torch.from_numpy(np.stack(frames)).movedim(-1, 1)[:, None] / 255
+    assert np.abs(stored["reward"](frames)[:, 0].detach().numpy() - true).max() < 0.06
+    assert stored["success"](frames)[:, 0].tolist() == [iou > 0.9 for iou in true]
+    assert true[0] > 0.95
+    assert true[-1] < 0.5
 
 
 def test_benchmark_of_environments(tmp_path, monkeypatch):

@@ -76,6 +76,12 @@ def test_reward_script(demonstrations, tmp_path, monkeypatch):
     network = FrameRegressor.from_pretrained(tmp_path)
     assert network.config.target == "closeness"
     assert network(torch.rand(2, 4, 3, 96, 96)).shape == (2, 4)
+    weights = (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()
+    (tmp_path / "report.json").unlink()
+    flags[flags.index("--max_train_steps") + 1] = 0  # only the report
+    run(train_reward, monkeypatch, *flags, "--num_clips", 2, "--num_predicted_frames", 2)
+    assert json.loads((tmp_path / "report.json").read_text())["model_frames"]["mean"] == report["model_frames"]["mean"]
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes() == weights
 
 
 def test_chunks_follow_the_frames(demonstrations):
@@ -139,6 +145,7 @@ def test_policy_learns_the_targets_of_a_frame():
 BAD = [
     (train_reward, ["--target", "speed"], "`target` must be iou or closeness, got 'speed'"),
     (train_reward, ["--batch_size", "0"], "`batch_size` must be at least 1, got 0"),
+    (train_reward, ["--max_train_steps", "-1"], "`max_train_steps` must be at least 0, got -1"),
     (train_reward, ["--learning_rate", "nan"], "`learning_rate` must be finite"),
     (train_policy, ["--stages", "4", "4"], r"`stages` must be increasing positive numbers of steps, got \[4, 4\]"),
     (train_policy, ["--stages", "0"], "`stages` must be increasing positive"),
