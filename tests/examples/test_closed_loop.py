@@ -81,9 +81,9 @@ def test_stored_reward_reads_the_iou_and_the_success():
     frames, true = [], []
     for spread in (0.0, 0.0, 0.3, 0.3, 1.0, 1.0, 4.0):
         x, y, angle = np.array([256, 256, np.pi / 4]) + spread * rng.normal(size=3) * [15, 15, 0.2]
-        state = simulator.reset(0)
-        offset = 45 * np.array([-np.sin(angle), np.cos(angle) - 1])  # gym-pusht rotates about the centre of mass
-        simulator.environment._set_state([100, 400, x + offset[0], y + offset[1], angle])
+        simulator.reset(0)
+        simulator.environment.block.angle = angle
+        simulator.environment.block.position = (x, y)
         state = simulator.step([100, 400])
         frames.append(simulator.frame())
         true.append(ious(state.block[None])[0])
