@@ -3,11 +3,13 @@
 import json
 
 import closed_loop
+import improve_policy
 import numpy as np
 import pytest
 import torch
 import train_proprioception
 from conftest import tiny_pipeline
+from diffusion_policy import DiffusionPolicy
 from simulator import Simulator
 from train_reward import ious
 
@@ -102,3 +104,56 @@ def test_benchmark_of_environments(tmp_path, monkeypatch):
     assert [row["rows"] for row in report["speed"]] == [1, 2]
     assert all(row["per_cpu_second"] > 0 for row in report["speed"])
     assert [reading["step"] for reading in report["memory"]] == [1, 2, 3, 4, 5]
+
+
+def improve(monkeypatch, output, *flags):
+    monkeypatch.setattr(improve_policy, "open_dataset", lambda path: Arena())
+    small = ["--num_iterations", 2, "--num_states", 2, "--group_size", 3, "--num_updates", 2, "--num_executed", 2]
+    small += ["--num_episodes", 1, "--max_episode_steps", 4, "--min_spread", 0, "--dataset", "recorded"]
+    command = ["improve_policy.py", "--policy", output.parent / "policy", *small, "--output_dir", output, *flags]
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    improve_policy.main()
+    return json.loads((output / "report.json").read_text())
+
+
+class Arena(Dots):
+    """Recorded episodes of noise in the size of Push-T."""
+
+    def window(self, number, start, length):
+        frames = np.random.default_rng(number).integers(0, 256, (length, 96, 96, 3), dtype=np.uint8)
+        return Episode(frames, np.zeros((length, 2), np.float32), {"observation.state": np.full((length, 2), 200.0)})
+
+
+def test_a_policy_is_improved_in_the_model_and_resumes(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    DiffusionPolicy(horizon=4, channels=(8, 8), width=16, num_blocks=1, condition_dim=16).save_pretrained(
+        tmp_path / "policy"
+    )
+    report = improve(monkeypatch, tmp_path / "whole")
+    assert len(report["rewards"]) == 2
+    assert report["before"]["max_iou"]["n"] == report["after"]["max_iou"]["n"] == 1
+    improve(monkeypatch, tmp_path / "parts", "--num_iterations", 1)
+    assert improve(monkeypatch, tmp_path / "parts")["rewards"] == report["rewards"]
+    whole, parts = (DiffusionPolicy.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(*pair) for pair in zip(whole.parameters(), parts.parameters(), strict=True))
+    with pytest.raises(ValueError, match="contains a run with other settings"):
+        improve(monkeypatch, tmp_path / "parts", "--seed", 1)
+    with pytest.raises(ValueError, match="`group_size` must be at least 2, got 1"):
+        improve(monkeypatch, tmp_path / "new", "--group_size", 1)
+
+
+def test_good_chunks_become_more_likely(tmp_path):
+    """The reward of a chunk is its distance to the right: the policy moves there."""
+    torch.manual_seed(0)
+    DiffusionPolicy(horizon=4, channels=(8, 8), width=16, num_blocks=1, condition_dim=16).save_pretrained(tmp_path)
+    arguments = improve_policy.ImproveArguments(str(tmp_path), "", tmp_path, learning_rate=3e-3, num_updates=40)
+    run, generator = improve_policy.Improvement(arguments), torch.Generator().manual_seed(0)
+    observation = {"pixels": np.zeros((2, 96, 96, 3), np.uint8), "agent_pos": np.full((2, 2), 250, np.float32)}
+    ends = []
+    for _ in range(3):
+        chunks = run.policy.sample(observation, 16, generator)
+        ends.append(chunks[..., -1, 0].mean().item())
+        scores = chunks[..., -1, 0]
+        weights = ((scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)).clamp(0, 3)
+        run.update(observation, chunks, weights, generator)
+    assert ends[0] + 20 < ends[1] < ends[2]
