@@ -3,6 +3,8 @@
 import json
 
 import closed_loop
+import collect
+import guard
 import improve_policy
 import numpy as np
 import pytest
@@ -157,3 +159,38 @@ def test_good_chunks_become_more_likely(tmp_path):
         weights = ((scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)).clamp(0, 3)
         run.update(observation, chunks, weights, generator)
     assert ends[0] + 20 < ends[1] < ends[2]
+
+
+def test_a_guard_is_measured_against_the_simulator(tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        flags = ["--episodes", 2, "--length", 25, "--first_seed", 3, "--num_workers", 1, "--aimless", 1]
+        flags += ["--expert", 0, "--noisy", 0, "--keys", 0, "--jumps", 0, "--output", tmp_path / "set"]
+        patch.setattr("sys.argv", list(map(str, ["collect.py", *flags])))
+        collect.main()
+    monkeypatch.setattr(guard, "COVERED", (-1.0, 1.0))
+    flags = ["--dataset", tmp_path / "set", "--others", embedded_checkpoint(), "--first_seed", 3, "--num_states", 2]
+    flags += ["--horizon", 2, "--num_candidates", 2, "--num_iterations", 1, "--output", tmp_path / "guard.json"]
+    monkeypatch.setattr("sys.argv", list(map(str, ["guard.py", *flags])))
+    guard.main()
+    content = json.loads((tmp_path / "guard.json").read_text())
+    rows = [row for rows in content["plans"].values() for row in rows]
+    assert [row["plan"] for row in rows] == ["recorded", "cem"] * 2
+    assert all(row["spread"]["pusht"] == pytest.approx(0, abs=1e-4) for row in rows)  # the same model
+    recorded = collect.LeRobotFolder(tmp_path / "set")
+    for number, row in enumerate(rows[::2]):
+        places = np.isclose(ious(recorded[number].states["observation.environment_state"]), row["true"], atol=1e-5)
+        assert places.any()  # the simulator repeats the recorded episode
+
+
+def test_recall_and_false_alarms_of_a_guard():
+    plans = [
+        {"plan": "recorded", "before": 0, "predicted": 0.1, "true": 0.1, "spread": {"a": 0.01 * i}} for i in range(21)
+    ]
+    for predicted, spread in ((0.9, 0.3), (0.9, 0.1), (0.1, 0.2), (0.1, 0.0), (0.1, 0.0)):
+        plans.append({"plan": "cem", "before": 0, "predicted": predicted, "true": 0.1, "spread": {"a": spread}})
+    report = guard.summarise(plans, margin=0.5, seed=0)
+    assert report["exploits"]["mean"] == pytest.approx(0.4)
+    found = report["guards"]["a"]
+    assert found["limit"] == pytest.approx(0.19)
+    assert (found["recall"]["mean"], found["false_alarms"]["mean"]) == (0.5, pytest.approx(1 / 3))
+    assert found["auc"] == pytest.approx(5 / 6)
