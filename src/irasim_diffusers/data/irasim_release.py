@@ -222,7 +222,9 @@ def _media(annotation: dict[str, Any], kind: str) -> list[Any]:
     """Entries of the files `video` or `latent_video` of all cameras, one string or a list of records."""
     if f"{kind}_path" in annotation:
         return [annotation[f"{kind}_path"]]
-    records = annotation.get(f"{kind}s") or []
+    records = annotation.get(f"{kind}s")
+    if not isinstance(records, list):
+        return []
     return [record.get(f"{kind}_path") if isinstance(record, dict) else None for record in records]
 
 
@@ -290,5 +292,5 @@ def _states(annotation: dict[str, Any]) -> np.ndarray:
 def _numbers(annotation: dict[str, Any], key: str) -> np.ndarray:
     try:
         return np.asarray(annotation[key], dtype=np.float64)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{key!r} must be numbers in rows of one length: {error}") from error
