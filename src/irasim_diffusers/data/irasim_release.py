@@ -291,6 +291,9 @@ def _states(annotation: dict[str, Any]) -> np.ndarray:
 
 def _numbers(annotation: dict[str, Any], key: str) -> np.ndarray:
     try:
-        return np.asarray(annotation[key], dtype=np.float64)
-    except (ValueError, TypeError, OverflowError) as error:
+        values = np.asarray(annotation[key])
+    except ValueError as error:
         raise ValueError(f"{key!r} must be numbers in rows of one length: {error}") from error
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"{key!r} must be numbers in rows of one length, got values of the type {values.dtype}.")
+    return values.astype(np.float64)
