@@ -23,8 +23,7 @@ COMMANDS = {  # arguments, object and method that the signal interrupts, number 
     "data": ([*DATA], lerobot_writer, "image_statistics", 2),
     "evaluate": (["--model", "model", *DATA, "--split", "train"], IRASimTransformer3DModel, "forward", 6),
     "plan": (
-        ["--model", "model", "--frames", "frame.png", "--goal", "frame.png", "--horizon", "3"]
-        + ["--candidates", "3", "--iterations", "2"],
+        "--model model --frames frame.png --goal frame.png --horizon 3 --candidates 3 --iterations 2".split(),
         IRASimTransformer3DModel,
         "forward",
         3,
@@ -70,6 +69,14 @@ def raise_at_call(monkeypatch, owner, name, number, sent):
 
     monkeypatch.setattr(owner, name, call)
     return calls
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C raises KeyboardInterrupt, also if the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -595,7 +595,17 @@ def test_sigterm_of_the_launcher_saves_a_checkpoint_of_two_processes(workspace):
     """A preemption signals `accelerate launch`; the same command, with fewer total steps, resumes from the checkpoint."""
     output = workspace / "preempted"
     command = [sys.executable, "-m", "accelerate.commands.launch", *TWO, EXAMPLES / "train.py"]
-    command += ["--dataset", workspace / "first", "--vae", workspace / "vae", "--output_dir", output, "--cameras", 0, 1]
+    command += [
+        "--dataset",
+        workspace / "first",
+        "--vae",
+        workspace / "vae",
+        "--output_dir",
+        output,
+        "--cameras",
+        0,
+        1,
+    ]
     command += [*MODEL, "--train_batch_size", 1, "--mixed_precision", "no", "--checkpointing_steps", 100_000]
     command += ["--cache_dir", workspace / "preempted-latents", "--logging_steps", 1]
     endless = list(map(str, [*command, "--max_train_steps", 100_000]))

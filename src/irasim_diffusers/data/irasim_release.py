@@ -263,14 +263,14 @@ def _vectors(annotation: dict[str, Any]) -> dict[str, np.ndarray]:
     """`action` and, if poses are recorded, `state` of an annotation."""
     if "actions" in annotation:
         between, vectors = _numbers(annotation, "actions"), {}
+        if between.ndim != 2:
+            raise ValueError(f"actions must be (n, A), got {between.shape}.")
         last = np.zeros_like(between[:1])
     else:
         states = _states(annotation)
         vectors = {"state": finite_vector(states, "state")}
         between = derive_actions(states, "relative_euler")
         last = np.concatenate([np.zeros((1, 6)), states[-1:, 6:]], axis=1)
-    if between.ndim != 2:
-        raise ValueError(f"actions must be (n, A), got {between.shape}.")
     return {"action": finite_vector(np.concatenate([between, last]), "action")} | vectors
 
 

@@ -338,7 +338,8 @@ class LeRobotFolder(InOrder):
         """Convert a column of bools, integers or strings to (T, D)."""
         values, dtype = self._values(row, key, column), self._features[key]["dtype"]
         kind: Any = str if dtype == "string" else (int, float, np.number, np.bool_)
-        if values.dtype == object and not all(isinstance(value, kind) for value in values.flat):
+        checked = dtype == "string" or values.dtype == object
+        if checked and not all(isinstance(value, kind) for value in values.flat):
             raise ValueError(f"{str(self._path(row))!r}: {key!r} must be of type {dtype} in every row.")
         with np.errstate(invalid="ignore"):
             result = values if dtype == "string" else values.astype(dtype)
@@ -430,7 +431,9 @@ class LeRobotFolder(InOrder):
             columns = dict.fromkeys([*self.action_column, *self._states, "episode_index"])
             columns |= dict.fromkeys(key for key in (*self._flag_features, "timestamp") if key in present)
             kept = path, read_parquet(file, list(columns))
-            _check_numbers(kept[1]["episode_index"].type, "episode_index", str(path))
+            kind = kept[1]["episode_index"].type
+            if not pa.types.is_integer(kind):
+                raise ValueError(f"{str(path)!r}: 'episode_index' must hold integers, got {kind}.")
             self.__dict__["_kept"] = kept
         table = kept[1]
         return table.filter(pc.equal(table["episode_index"], row["episode_index"]))
