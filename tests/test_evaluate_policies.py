@@ -1,4 +1,5 @@
 import json
+import signal
 import textwrap
 
 import pytest
@@ -115,6 +116,14 @@ def test_names_of_policies_tell_them_apart(command, tmp_path):
         ({"steps": 0}, "--steps must be at least 1, got 0"),
         ({"first-seed": -1}, "--first-seed must not be negative, got -1"),
         ({"num-videos": -1}, "--num-videos must not be negative, got -1"),
+        ({"env": ""}, "--env"),
+        ({"env": "CartPole-v1\0"}, "--env"),
+        ({"policies": ["a\0b"]}, "a"),
+        ({"reward": "a\0b"}, "--reward"),
+        ({"model": "a\0b"}, "--model"),
+        ({"output": "a\0b"}, "--output must be a path without NUL"),
+        ({"output": "/proc/new"}, "--output must be writable"),
+        ({"device": "abacus"}, "--device must be"),
         ({"output": "my_policies.py"}, "--output must be a folder, got the file 'my_policies.py'"),
     ],
 )
@@ -124,3 +133,24 @@ def test_bad_input_ends_in_one_line(command, capsys, tmp_path, changes, message)
     assert error.startswith("irasim: error: ")
     assert message in error
     assert not list(tmp_path.rglob("report.*"))
+
+
+def test_signals_keep_finished_episodes(command, capsys, tmp_path, monkeypatch):
+    from irasim_diffusers.evaluation import policies
+
+    write, written = policies.write_video, []
+
+    def interrupt(*arguments):
+        write(*arguments)
+        written.append(arguments[0])
+        if len(written) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(policies, "write_video", interrupt)
+        assert command() == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "irasim: terminated"
+    assert not list(tmp_path.rglob("*.partial*"))
+    assert [path.name for path in tmp_path.rglob("1*.json")] == ["100000.json"]
+    assert command() == 0
+    assert len(list(tmp_path.rglob("1*.json"))) == 6

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import embedded_checkpoint
+from .files import check_name, check_output_folder
+from .sampling import check_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,8 +113,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
     """Check the flags that need neither policies nor a model; return the policies' paths by name."""
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise ValueError(f"--output must be a folder, got the file {str(arguments.output)!r}.")
+    check_output_folder(arguments.output)
+    for flag in ("model", "reward"):
+        check_name(f"--{flag}", getattr(arguments, flag))
+    if arguments.device is not None:
+        check_device(arguments.device)
     for flag in ("num_episodes", "max_episode_steps", "batch_size", "steps"):
         value = getattr(arguments, flag)
         if value is not None and value < 1:
