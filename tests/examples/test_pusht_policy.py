@@ -155,7 +155,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("script", "change", "message"), BAD)
-def test_bad_arguments_are_refused_before_any_work(script, change, message, tmp_path, monkeypatch):
+def test_bad_arguments_raise_before_any_work(script, change, message, tmp_path, monkeypatch):
     name = "--dataset" if script is train_reward else "--datasets"
     with pytest.raises(ValueError, match=message):
         run(script, monkeypatch, name, "nowhere", "--output_dir", tmp_path / "out", *change)
