@@ -1,13 +1,13 @@
 """Policies, rewards and world models of the Push-T study: how they are trained and loaded."""
 
 import functools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import shutil
 import torch
 from collect import CAMERA, NAMES, TASKS
 from convolutional import WEIGHTS
