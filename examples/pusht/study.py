@@ -42,6 +42,7 @@ class Size:
     max_demonstrations: int = 200
     reward_steps: int = 6000
     reward_episodes: int = 1500
+    reward_clips: int = 100  # held-out clips and episodes on which rewards are measured
     num_rollouts: tuple[int, ...] = (0, 100, 1000)  # P
     rollout_length: int = 120
     world_model_steps: int = 5000
@@ -64,6 +65,7 @@ QUICK = Size(
     policy_stages=(50, 100, 200, 300, 500, 700, 1000, 1500),
     reward_steps=800,
     reward_episodes=300,
+    reward_clips=20,
     num_rollouts=(0, 100),
     world_model_steps=100,
     evaluation_seeds=10,
@@ -181,13 +183,13 @@ class Study:
                         *("--test_dataset", arguments.test_dataset, "--output_dir", root / target),
                         *("--model", self.base, "--max_train_steps", self.size.reward_steps),
                         *("--max_episodes", self.size.reward_episodes, "--seed", arguments.seed),
-                        *("--num_clips", min(100, 2 * self.size.evaluation_seeds)),
+                        *("--num_clips", self.size.reward_clips),
                     )
                 found[target] = read_json(root / target / "report.json")
-            found["success"] = success_threshold(root / "iou", arguments.test_dataset, 2 * self.size.evaluation_seeds)
+            found["success"] = success_threshold(root / "iou", arguments.test_dataset, self.size.reward_clips)
             return found
 
-        sizes = ["evaluation_seeds", *([] if arguments.rewards else ["reward_steps", "reward_episodes"])]
+        sizes = ["reward_clips", *([] if arguments.rewards else ["reward_steps", "reward_episodes"])]
         trained = arguments.rewards and fingerprint(arguments.rewards)
         return self.run("rewards", work, sizes, base=fingerprint(self.base), trained=trained)
 
