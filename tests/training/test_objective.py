@@ -36,6 +36,18 @@ def test_loss_is_error_of_predicted_frames(batch, prediction_type):
     torch.testing.assert_close(loss, (output[:, :, 2:] - target).square().mean())
 
 
+def test_huber_loss(batch):
+    model = tiny_transformer(prediction_type="sample")
+    process = noise_process(model.config)
+    squared = diffusion_loss(model, process, **batch)
+    # quadratic for a large scale, and twice the scale times the absolute error for a small one
+    torch.testing.assert_close(diffusion_loss(model, process, **batch, huber_c=100.0), squared, rtol=1e-3, atol=0)
+    noisy = process.add_noise(batch["latents"][:, :, 2:], batch["noise"], batch["timesteps"])
+    output = model(torch.cat([batch["latents"][:, :, :2], noisy], dim=2), batch["timesteps"], batch["actions"]).sample
+    error = (output[:, :, 2:] - batch["latents"][:, :, 2:]).abs().mean()
+    torch.testing.assert_close(diffusion_loss(model, process, **batch, huber_c=1e-4), 2e-4 * error, rtol=1e-2, atol=0)
+
+
 def test_relative_latents_are_changes_from_last_history_frame(batch):
     model = tiny_transformer()
     process = noise_process(model.config)

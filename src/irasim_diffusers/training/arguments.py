@@ -101,8 +101,7 @@ class RunArguments:
     crop_size: int | None = field(
         default=None,
         metadata={
-            "help": "train on square crops of this side (latent pixels) around moving patches if the history is not predicted; "
-            "requires --spatial_position rope"
+            "help": "train on square crops of this side (latent pixels) around moving patches; requires --spatial_position rope"
         },
     )
     rollout_chunks: int = field(
@@ -121,6 +120,9 @@ class RunArguments:
         metadata={"help": "maximum standard deviation of the noise on history latents, against drift in rollouts"},
     )
     snr_gamma: float | None = field(default=None, metadata={"help": "gamma of min-SNR loss weights; 5 in its paper"})
+    huber_c: float | None = field(
+        default=None, metadata={"help": "scale of the pseudo-Huber loss; by default the loss is the squared error"}
+    )
     terminal_share: float = field(
         default=0.0,
         metadata={"help": "fraction of windows at the last timestep, where sampling starts; the others are uniform"},
@@ -212,7 +214,7 @@ AT_LEAST_1 = (
 )
 POSITIVE = (
     *("learning_rate", "max_grad_norm", "max_train_minutes", "fps", "target_fps", "adam_epsilon", "snr_gamma"),
-    *("dataset_weights", "lr_power"),
+    *("dataset_weights", "lr_power", "huber_c"),
 )
 CHOICES = {
     "optimizer": ("adamw", "adamw8bit", "muon"),

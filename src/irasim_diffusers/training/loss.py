@@ -72,7 +72,7 @@ def training_loss(
     keep = (true_history < TRUE_HISTORY).view(-1, 1, 1, 1, 1)
     history = torch.where(keep, latents[:, :, start:first], history)
     window, actions = torch.cat([history, latents[:, :, first:end]], dim=2), actions[:, first - 1 : end - 1]
-    if arguments.crop_size and not chunks:
+    if arguments.crop_size:
         window, actions = crop(window, actions, config, arguments.crop_size, places)
     noise = draw(1, *window.shape[1:], normal=True)
     clean = first - start
@@ -91,6 +91,7 @@ def training_loss(
         states=clip["states"][:, start:end] if arguments.state_keys else None,
         state_loss_weight=arguments.state_loss_weight,
         snr_gamma=arguments.snr_gamma,
+        huber_c=arguments.huber_c,
     )
 
 

@@ -114,8 +114,9 @@ def diffusion_loss(
     states: torch.Tensor | None = None,
     state_loss_weight: float = 1.0,
     snr_gamma: float | None = None,
+    huber_c: float | None = None,
 ) -> torch.Tensor:
-    """Mean squared error on the predicted frames (paper, section 3.3).
+    """Mean squared or pseudo-Huber error on the predicted frames (paper, section 3.3).
 
     Args:
         transformer: The model, possibly wrapped by accelerate; a `StateReadout` if `states` are given.
@@ -129,6 +130,8 @@ def diffusion_loss(
         states: True states (B, F, S) with unit variance, for the readout.
         state_loss_weight: Weight of the mean squared error of the readout.
         snr_gamma: Gamma of min-SNR weighting (5 in its paper); None for equal weights.
+        huber_c: Scale c of the pseudo-Huber loss `2 c (sqrt(error^2 + c^2) - c)`, which is linear for errors much larger than c
+            (https://arxiv.org/abs/2310.14189, section 3.3, and the training scripts of diffusers); None for the squared error.
 
     Returns:
         The loss, a float32 scalar.
@@ -142,7 +145,10 @@ def diffusion_loss(
         torch.cat([history, noisy], dim=2), timesteps, actions, action_mask=action_mask, return_dict=False
     )
     target = diffusion_target(scheduler, future, noise, timesteps)
-    errors = (outputs[0][:, :, num_history_frames:].float() - target.float()).square().mean(dim=(1, 2, 3, 4))
+    errors = (outputs[0][:, :, num_history_frames:].float() - target.float()).square()
+    if huber_c is not None:
+        errors = 2 * huber_c * ((errors + huber_c**2).sqrt() - huber_c)
+    errors = errors.mean(dim=(1, 2, 3, 4))
     if snr_gamma is not None:
         errors = errors * min_snr_weights(scheduler, timesteps, snr_gamma)
     loss = errors.mean()
