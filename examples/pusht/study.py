@@ -56,9 +56,12 @@ class Size:
     image_seeds: int = 60
     image_candidates: int = 50
     reaching_tasks: int = 50
+    reaching_ahead: int = 25  # steps from a start to its goal
+    reaching_budget: int = 50  # steps in which the goal must be reached
     reaching_candidates: int = 100
     reaching_iterations: int = 5
     implausible_seeds: int = 50
+    implausible_steps: int = 24
 
 
 QUICK = Size(
@@ -330,19 +333,19 @@ class Study:
             shared: dict[str, Any] = {
                 "dataset": str(dataset),
                 "first_seed": marker["first_seed"],
-                "ahead": 25,
-                "budget": 50,
+                "ahead": size.reaching_ahead,
+                "budget": size.reaching_budget,
             }
             shared |= {"num_candidates": size.reaching_candidates, "num_iterations": size.reaching_iterations}
-            jobs = {
-                f"{kind}-{model}-{place}": self.common(model) | shared | task
-                for kind, tasks in kinds.items()
-                for place, task in enumerate(episodes.reaching_tasks(dataset, tasks, size.reaching_tasks, 25))
-                for model in models
-            }
+            jobs = {}
+            for kind, tasks in kinds.items():
+                starts = episodes.reaching_tasks(dataset, tasks, size.reaching_tasks, size.reaching_ahead)
+                for place, start in enumerate(starts):
+                    for model in models:
+                        jobs[f"{kind}-{model}-{place}"] = self.common(model) | shared | start
             return {"results": group(self.jobs("reaching", episodes.reach_goal, jobs))}
 
-        sizes = ["reaching_tasks", "reaching_candidates", "reaching_iterations"]
+        sizes = [f"reaching_{name}" for name in ("tasks", "ahead", "budget", "candidates", "iterations")]
         return self.run("reaching", work, sizes, test_dataset=marker, **self.inputs())
 
     def implausible(self) -> Any:
@@ -350,14 +353,15 @@ class Study:
 
         def work() -> Any:
             jobs = {
-                f"{kind}-{model}-{seed}": self.common(model) | {"kind": kind, "steps": 24, "seed": seed}
+                f"{kind}-{model}-{seed}": self.common(model)
+                | {"kind": kind, "steps": self.size.implausible_steps, "seed": seed}
                 for kind in ("wall", "block")
                 for model in self.world_models
                 for seed in range(self.size.implausible_seeds)
             }
             return {"results": group(self.jobs("implausible", episodes.push_implausibly, jobs))}
 
-        return self.run("implausible", work, ["implausible_seeds"], **self.inputs())
+        return self.run("implausible", work, ["implausible_seeds", "implausible_steps"], **self.inputs())
 
 
 STAGES = ("policies", "rewards", "world_models", "evaluation", "planning", "goal_images", "reaching", "implausible")

@@ -262,7 +262,7 @@ def reach_goal(
     images, states = real.replay(seed, actions[:frame], first_frame=max(frame - HISTORY + 1, 0))
     history, state = list(images), states[-1]
     world = world_of(model, base, real)
-    planner = CEM(ahead, num_candidates, num_iterations, max(2, num_candidates // 5), std=2.0, num_knots=5)
+    planner = CEM(ahead, num_candidates, num_iterations, max(2, num_candidates // 5), std=2.0, num_knots=min(5, ahead))
     seconds, executed, plans = 0.0, 0, 0
     while executed < budget and not at_goal(state, goal):
         started = time.perf_counter()

@@ -33,9 +33,12 @@ TINY = study.Size(
     image_seeds=1,
     image_candidates=2,
     reaching_tasks=1,
+    reaching_ahead=2,
+    reaching_budget=2,
     reaching_candidates=2,
     reaching_iterations=1,
     implausible_seeds=1,
+    implausible_steps=2,
 )
 
 
