@@ -80,10 +80,11 @@ def test_reward_script(demonstrations, tmp_path, monkeypatch):
 
 def test_chunks_follow_the_frames(demonstrations):
     arguments = train_policy.PolicyArguments([demonstrations], demonstrations)
-    frames, positions, chunks = train_policy.demonstrations(arguments, 16)
+    frames, positions, poses, chunks = train_policy.demonstrations(arguments, 16)
     experts = [row for row in collect.LeRobotFolder(demonstrations).rows if row["tasks"][0] == collect.TASKS["expert"]]
     assert 0 < len(experts) < 3
-    assert len(frames) == len(positions) == len(chunks) == 40 * len(experts)
+    assert len(frames) == len(positions) == len(poses) == len(chunks) == 40 * len(experts)
+    torch.testing.assert_close(poses[:, 2:].norm(dim=1), torch.ones(len(poses)))
     assert torch.equal(chunks[0, 1:], chunks[1, :-1])
     assert torch.equal(chunks[39], chunks[39, :1].expand(16, 2))
     moves = (chunks[:30, 0] - positions[:30]).norm(dim=1)
@@ -97,6 +98,29 @@ def test_policy_script(demonstrations, tmp_path, monkeypatch):
     assert report["3"]["max_iou"]["n"] == 2
     first, second = (DiffusionPolicy.from_pretrained(tmp_path / f"checkpoint-{step}") for step in (2, 3))
     assert not torch.equal(first.proj_in.weight, second.proj_in.weight)
+
+
+def test_policy_training_resumes_with_the_same_result(demonstrations, tmp_path, monkeypatch):
+    flags = ["--datasets", demonstrations, "--batch_size", 4, "--stages", 2, 4, "--num_episodes", 0]
+    run(train_policy, monkeypatch, *flags, "--output_dir", tmp_path / "whole")
+    original = train_policy.Training.update
+
+    def interrupted(training, *data):
+        if training.step == 3:
+            raise KeyboardInterrupt
+        return original(training, *data)
+
+    monkeypatch.setattr(train_policy.Training, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(train_policy, monkeypatch, *flags, "--output_dir", tmp_path / "parts")
+    monkeypatch.setattr(train_policy.Training, "update", original)
+    assert not (tmp_path / "parts" / "checkpoint-4").exists()
+    run(train_policy, monkeypatch, *flags, "--output_dir", tmp_path / "parts")
+    whole, parts = (DiffusionPolicy.from_pretrained(tmp_path / name / "checkpoint-4") for name in ("whole", "parts"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+    with pytest.raises(ValueError, match="contains a run with other settings"):
+        run(train_policy, monkeypatch, *flags, "--seed", 1, "--output_dir", tmp_path / "parts")
 
 
 def test_samples_are_repeatable_and_within_the_arena():
@@ -143,6 +167,8 @@ BAD = [
     (train_policy, ["--stages", "4", "4"], r"`stages` must be increasing positive numbers of steps, got \[4, 4\]"),
     (train_policy, ["--stages", "0"], "`stages` must be increasing positive"),
     (train_policy, ["--num_executed", "17"], "`num_executed` must be at most 16, got 17"),
+    (train_policy, ["--num_draws", "0"], "`num_draws` must be at least 1"),
+    (train_policy, ["--pose_weight", "nan"], "`pose_weight` must be finite"),
     (train_policy, ["--max_demonstrations", "0"], "`max_demonstrations` must be at least 1"),
 ]
 
