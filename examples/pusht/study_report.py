@@ -9,9 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from study_jobs import RESULT, read_json, write_json
 
+from irasim_diffusers.data import read_video
 from irasim_diffusers.evaluation import summarise_policies
 from irasim_diffusers.files import temporary_path
 from irasim_diffusers.metrics import bootstrap
+from irasim_diffusers.pictures import film_strip
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -134,11 +136,16 @@ def planning_section(result: Any, root: Path) -> tuple[str, Any]:
     }
     note = ", ".join(f"{cell} {gain:.0%}" for cell, gain in gains.items())
     plot(root / "planning.png", lambda axes: draw_planning(axes, figures))
+    folder = root / "planning" / "videos"
+    shown = ["policy", *(cell for cell in figures if cell.endswith(f"-K{most}"))]
+    strip = film_strip({cell: read_video(folder / f"{cell}.mp4") for cell in shown}, 1, columns=9)
+    with temporary_path(root / "planning_strip.png") as partial:
+        strip.quantize(64).save(partial, optimize=True)
     videos = ", ".join(f"[{cell}](planning/videos/{cell}.mp4)" for cell in figures)
     return (
         f"## Planning\n\n{count} starts, {result['excluded']} solved starts excluded.\n\n{markdown((header, rows))}\n\n"
         f"Gain of the score over the policy, as a fraction of the gain that the exact simulator gives: {note}.\n\n"
-        f"![IoU against K](planning.png)\n\nVideos: {videos}.",
+        f"![IoU against K](planning.png)\n\nVideos of the first start: {videos}.\n\n![the first start](planning_strip.png)",
         figures | {"gain": gains},
     )
 

@@ -99,7 +99,7 @@ def test_study_resumes_with_the_same_results(inputs, tmp_path, monkeypatch):
     text = (tmp_path / "report.md").read_text()
     for name in ("P0-K2", "P2-K2", "simulator-K2", "optimised", "guarded", "random", "evaluation.png", "planning.png"):
         assert name in text
-    for name in ("evaluation.png", "planning.png", "planning/videos/simulator-K2.mp4"):
+    for name in ("evaluation.png", "planning.png", "planning_strip.png", "planning/videos/simulator-K2.mp4"):
         assert (tmp_path / name).stat().st_size > 1000
     again = study_episodes.plan_episode(**calls[0])
     assert again | {"seconds": 0} == cells["policy"][0] | {"seconds": 0}
