@@ -20,7 +20,15 @@ import study_episodes as episodes
 import torch
 from simulator import Simulator
 from study_jobs import fingerprint, read_json, remove_stage, run_jobs, run_stage
-from study_models import SUCCESS, fine_tune, run_script, success_threshold, write_demonstrations, write_rollouts
+from study_models import (
+    SUCCESS,
+    fine_tune,
+    run_script,
+    success_threshold,
+    write_demonstrations,
+    write_random_pipeline,
+    write_rollouts,
+)
 from study_report import write_report
 from transformers import HfArgumentParser
 
@@ -95,6 +103,13 @@ class StudyArguments:
     quick: bool = field(default=False, metadata={"help": "small setting: about half an hour on two CPU cores"})
     base_model: Path | None = field(
         default=None, metadata={"help": "pipeline folder that is fine-tuned (default: the embedded model)"}
+    )
+    from_scratch: bool = field(
+        default=False,
+        metadata={
+            "help": "start all world models from the same random weights: only then has P0 never seen a failure, because the "
+            "base model has seen random play"
+        },
     )
     policies: Path | None = field(
         default=None, metadata={"help": "finished folder of train_policy.py (default: train policies)"}
@@ -203,7 +218,10 @@ class Study:
 
         def work() -> dict[str, str]:
             write_demonstrations(root / "demonstrations", self.arguments.datasets, size.max_demonstrations)
-            found = {}
+            start, found = self.base, {}
+            if self.arguments.from_scratch:
+                start = root / "random"
+                write_random_pipeline(start, self.base, self.arguments.seed)
             for number in size.num_rollouts:
                 datasets, name = [root / "demonstrations"], f"P{number}"
                 if number:
@@ -212,7 +230,7 @@ class Study:
                     datasets.append(root / f"rollouts-{number}")
                 if not (root / name / "proprioception").is_dir():
                     fine_tune(
-                        root / name, self.base, datasets, size.world_model_steps, root / "latents", self.arguments.seed
+                        root / name, start, datasets, size.world_model_steps, root / "latents", self.arguments.seed
                     )
                 found[name] = str(root / name)
             return found | ({CONVOLUTIONAL: str(other)} if other else {})
@@ -223,6 +241,7 @@ class Study:
             work,
             sizes,
             base=fingerprint(self.base),
+            from_scratch=self.arguments.from_scratch or None,
             policies=self.policies["paths"],
             convolutional=other and fingerprint(other),
         )

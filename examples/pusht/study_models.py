@@ -20,6 +20,7 @@ from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.data import Episode, LeRobotFolder, is_written, write_file, write_metadata
 from irasim_diffusers.devices import default_device
 from irasim_diffusers.envs import load_world_model
+from irasim_diffusers.files import temporary_folder
 from irasim_diffusers.rewards import FrameRegressor
 
 SUCCESS = 0.95  # coverage of the goal
@@ -202,6 +203,23 @@ def _write(root: Path, episodes: list[Episode], task: str) -> None:
     )
 
 
+def write_random_pipeline(root: Path, base: Path, seed: int) -> None:
+    """Write a pipeline of the same architecture as `base` with random weights, and copy its proprioception model."""
+    if (root / "proprioception").is_dir():
+        return
+    pipeline = IRASimPipeline.from_pretrained(base)
+    torch.manual_seed(seed)
+    pipeline.register_modules(transformer=type(pipeline.transformer).from_config(pipeline.transformer.config))
+    pipeline.save_pretrained(root)
+    copy_proprioception(base, root)
+
+
+def copy_proprioception(base: Path, root: Path) -> None:
+    """Copy the proprioception model of a pipeline; its folder marks a complete world model."""
+    with temporary_folder(root / "proprioception") as partial:
+        shutil.copytree(base / "proprioception", partial, dirs_exist_ok=True)
+
+
 def fine_tune(root: Path, base: Path, datasets: list[Path], max_train_steps: int, cache: Path, seed: int) -> None:
     """Fine-tune a world model from `base`, and copy its proprioception model; an interrupted training resumes."""
     if max_train_steps:
@@ -216,4 +234,4 @@ def fine_tune(root: Path, base: Path, datasets: list[Path], max_train_steps: int
     else:
         IRASimPipeline.from_pretrained(base).save_pretrained(root)
     if not (root / "proprioception").is_dir():
-        shutil.copytree(base / "proprioception", root / "proprioception")
+        copy_proprioception(base, root)

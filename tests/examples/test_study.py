@@ -136,6 +136,23 @@ def test_simulator_model_is_exact():
     assert differing.mean() < 1e-3
 
 
+def test_random_pipeline_has_the_same_architecture(tmp_path):
+    base = embedded_checkpoint()
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        study_models.write_random_pipeline(tmp_path / name, base, seed)
+    first, again, other, trained = (
+        study_models.IRASimPipeline.from_pretrained(root).transformer
+        for root in (tmp_path / "first", tmp_path / "again", tmp_path / "other", base)
+    )
+    assert {name: value.shape for name, value in first.state_dict().items()} == {
+        name: value.shape for name, value in trained.state_dict().items()
+    }
+    weights = [model.transformer_blocks[0].attn1.to_q.weight for model in (first, again, other, trained)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], weights[3])
+
+
 def test_episode_figures():
     figures = study_episodes.episode_figures(np.array([0.2, 0.5, 0.4]))
     assert figures == {"score": 0.5 / 0.95, "iou": 0.5 / 1.5, "iou_stopped": 0.5 / 1.5, "success": 0.0}
