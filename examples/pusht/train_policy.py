@@ -4,7 +4,7 @@
 
 Only the expert's episodes of the datasets are used. Checkpoints are saved at several stages of the training, so that policies of
 different quality can be compared: `checkpoint-250` and so on, each with weights averaged over steps (EMA). Each stage is evaluated
-on the same held-out starts. The block's pose supervises the encoder in training; the policy sees frames and the pusher only. The score of an episode is the largest IoU of block and goal, and the success rate is the fraction of
+on the same held-out starts. The score of an episode is the largest IoU of block and goal, and the success rate is the fraction of
 episodes whose coverage of the goal exceeds 95 %, as in gym-pusht. The same command resumes an interrupted training at its newest
 stage, with the same result.
 """
@@ -22,10 +22,10 @@ import torch
 from collect import TASKS
 from diffusers.training_utils import EMAModel
 from diffusion_policy import SCALE, DiffusionPolicy
-from simulator import ARENA, Simulator, State
+from simulator import Simulator, State
 from torch.nn import functional
 from tqdm import tqdm
-from train_reward import BLOCK, augment, ious
+from train_reward import augment, ious
 from transformers import HfArgumentParser
 
 from irasim_diffusers.data import LeRobotFolder
@@ -49,9 +49,6 @@ class PolicyArguments:
     batch_size: int = 64
     num_draws: int = field(default=4, metadata={"help": "noise levels per encoded frame: the encoder costs most"})
     learning_rate: float = 1e-3
-    pose_weight: float = field(
-        default=0.3, metadata={"help": "weight of the block's pose as an auxiliary target of the encoder; 0 for none"}
-    )
     ema_decay: float = 0.995
     num_executed: int = field(default=8, metadata={"help": "executed targets of a chunk"})
     num_episodes: int = field(default=20, metadata={"help": "evaluated episodes per stage; 0 skips the evaluation"})
@@ -70,9 +67,7 @@ class Training:
         self.arguments, self.path = arguments, arguments.output_dir / "training.pt"
         torch.manual_seed(arguments.seed)
         self.policy = DiffusionPolicy()
-        self.pose = torch.nn.Linear(self.policy.config.condition_dim, 4)  # only for training
-        parameters = [*self.policy.parameters(), *self.pose.parameters()]
-        self.optimizer = torch.optim.AdamW(parameters, lr=arguments.learning_rate, weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=arguments.learning_rate, weight_decay=1e-4)
         self.average = EMAModel(self.policy.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
         self.step, self.minutes = 0, 0.0
         self.report: dict[str, dict] = {}
@@ -102,7 +97,6 @@ class Training:
             "minutes": self.minutes,
             "report": self.report,
             "policy": self.policy.state_dict(),
-            "pose": self.pose.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
             "random": torch.get_rng_state(),
@@ -126,23 +120,19 @@ class Training:
             )
         self.step, self.minutes, self.report = state["step"], state["minutes"], state["report"]
         self.policy.load_state_dict(state["policy"])
-        self.pose.load_state_dict(state["pose"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["random"])
 
-    def update(
-        self, frames: torch.Tensor, positions: torch.Tensor, poses: torch.Tensor, chunks: torch.Tensor
-    ) -> float:
-        """Make one step on a random batch of the demonstrations; return the loss of the denoiser."""
+    def update(self, frames: torch.Tensor, positions: torch.Tensor, chunks: torch.Tensor) -> float:
+        """Make one step on a random batch of the demonstrations; return the loss."""
         arguments, policy = self.arguments, self.policy
         self.step += 1
         for group in self.optimizer.param_groups:  # cosine decay over the whole training, after a warm-up
             decay = 0.5 * (1 + math.cos(math.pi * self.step / arguments.stages[-1]))
             group["lr"] = arguments.learning_rate * min(1.0, self.step / 200) * (0.05 + 0.95 * decay)
-        rows = torch.randint(len(frames), (arguments.batch_size,))
+        rows = torch.multinomial(sampling_weights(chunks), arguments.batch_size, replacement=True)
         observation = policy.encode(augment(frames[rows].float() / 255), positions[rows])
-        pose_loss = functional.mse_loss(self.pose(observation), poses[rows])
         clean = (chunks[rows] - positions[rows, None]) / SCALE
         observation, clean = (part.repeat_interleave(arguments.num_draws, dim=0) for part in (observation, clean))
         timesteps = torch.randint(policy.config.num_train_timesteps, (len(clean),))
@@ -151,19 +141,15 @@ class Training:
         if not torch.isfinite(loss):
             raise FloatingPointError(f"The loss is {loss.item()} at step {self.step}: use a smaller `learning_rate`.")
         self.optimizer.zero_grad()
-        (loss + arguments.pose_weight * pose_loss).backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         self.optimizer.step()
         self.average.step(policy.parameters())
         return loss.item()
 
 
-def demonstrations(
-    arguments: PolicyArguments, horizon: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read frames (N, 3, H, W), uint8, pusher positions (N, 2), poses (N, 4) and the chunks of targets (N, n, 2) that follow.
-
-    A pose is the scaled position of the block, and cosine and sine of its angle.
+def demonstrations(arguments: PolicyArguments, horizon: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Read frames (N, 3, H, W), uint8, pusher positions (N, 2) and the chunks of targets (N, n, 2) that follow.
 
     The last target is repeated after the end of an episode, because the expert waits there.
 
@@ -172,7 +158,6 @@ def demonstrations(
     """
     frames: list[torch.Tensor] = []
     positions: list[torch.Tensor] = []
-    poses: list[torch.Tensor] = []
     chunks: list[torch.Tensor] = []
     for root in arguments.datasets:
         folder = LeRobotFolder(root)
@@ -183,13 +168,15 @@ def demonstrations(
             windows = np.lib.stride_tricks.sliding_window_view(targets, horizon, axis=0)  # (T, 2, n)
             frames.append(torch.from_numpy(episode.frames).movedim(-1, 1))
             positions.append(torch.from_numpy(episode.states["observation.state"]).float())
-            block = torch.from_numpy(episode.states[BLOCK]).float()
-            angle = block[:, 2:]
-            poses.append(torch.cat([block[:, :2] / (ARENA / 4) - 2, angle.cos(), angle.sin()], dim=1))
             chunks.append(torch.from_numpy(windows.copy()).float().transpose(1, 2))
     if not frames:
         raise ValueError("`datasets` must hold expert episodes: collect some with `collect.py --expert 1`.")
-    return torch.cat(frames), torch.cat(positions), torch.cat(poses), torch.cat(chunks)
+    return torch.cat(frames), torch.cat(positions), torch.cat(chunks)
+
+
+def sampling_weights(chunks: torch.Tensor) -> torch.Tensor:
+    """Weights (N,) of chunks (N, n, 2): 0.1 while the expert waits at the goal, which is half of the frames; 1 otherwise."""
+    return torch.where((chunks - chunks[:, :1]).abs().amax((1, 2)) > 1, 1.0, 0.1)
 
 
 def evaluate(policy: DiffusionPolicy, arguments: PolicyArguments) -> dict[str, dict[str, float]]:

@@ -80,15 +80,17 @@ def test_reward_script(demonstrations, tmp_path, monkeypatch):
 
 def test_chunks_follow_the_frames(demonstrations):
     arguments = train_policy.PolicyArguments([demonstrations], demonstrations)
-    frames, positions, poses, chunks = train_policy.demonstrations(arguments, 16)
+    frames, positions, chunks = train_policy.demonstrations(arguments, 16)
     experts = [row for row in collect.LeRobotFolder(demonstrations).rows if row["tasks"][0] == collect.TASKS["expert"]]
     assert 0 < len(experts) < 3
-    assert len(frames) == len(positions) == len(poses) == len(chunks) == 40 * len(experts)
-    torch.testing.assert_close(poses[:, 2:].norm(dim=1), torch.ones(len(poses)))
+    assert len(frames) == len(positions) == len(chunks) == 40 * len(experts)
     assert torch.equal(chunks[0, 1:], chunks[1, :-1])
     assert torch.equal(chunks[39], chunks[39, :1].expand(16, 2))
     moves = (chunks[:30, 0] - positions[:30]).norm(dim=1)
     assert moves.max() < 100  # the target of a frame is near the pusher in this frame
+    weights = train_policy.sampling_weights(chunks)
+    assert weights[0] == 1
+    assert weights[39] == pytest.approx(0.1)
 
 
 def test_policy_script(demonstrations, tmp_path, monkeypatch):
@@ -168,7 +170,7 @@ BAD = [
     (train_policy, ["--stages", "0"], "`stages` must be increasing positive"),
     (train_policy, ["--num_executed", "17"], "`num_executed` must be at most 16, got 17"),
     (train_policy, ["--num_draws", "0"], "`num_draws` must be at least 1"),
-    (train_policy, ["--pose_weight", "nan"], "`pose_weight` must be finite"),
+    (train_policy, ["--ema_decay", "nan"], "`ema_decay` must be finite"),
     (train_policy, ["--max_demonstrations", "0"], "`max_demonstrations` must be at least 1"),
 ]
 
