@@ -81,12 +81,12 @@ QUICK = Size(
     world_model_steps=60,
     evaluation_seeds=8,
     evaluation_steps=100,
-    candidates=(1, 5, 15),
+    candidates=(1, 5, 10),
     planning_seeds=5,
     planning_steps=80,
     image_seeds=10,
     image_candidates=12,
-    reaching_tasks=3,
+    reaching_tasks=2,
     reaching_candidates=8,
     reaching_iterations=2,
     implausible_seeds=4,
@@ -383,7 +383,7 @@ class Study:
         return self.run("implausible", work, ["implausible_seeds", "implausible_steps"], **self.inputs())
 
 
-STAGES = ("policies", "rewards", "world_models", "evaluation", "planning", "goal_images", "reaching", "implausible")
+STAGES = ("policies", "rewards", "world_models", "evaluation", "planning", "goal_images", "implausible", "reaching")
 USED_BY = {"policies": STAGES[2:], "rewards": STAGES[3:], "world_models": STAGES[3:]}  # stages to compute again
 
 
