@@ -5,6 +5,7 @@ python spaces/app.py --model push-t org/model runs/mine --port 7861
 """
 
 import argparse
+import ipaddress
 import math
 import os
 import socket
@@ -65,17 +66,28 @@ def build_app(worlds: Worlds, sessions: Sessions, study: tuple[Any, ...] | None 
     return app
 
 
+SHORTEST_PREFIX = 8
+"""Bits of the prefix of the largest network of proxies."""
+
+
 def trust_proxy() -> None:
     """Make uvicorn trust `X-Forwarded-For` only from the addresses in FORWARDED_ALLOW_IPS; none by default.
 
     Raises:
-        ValueError: If the variable is `*`: any visitor could then choose an address.
+        ValueError: If an entry is not an address or a network, or the network is so large, such as `*`, that visitors may be in it
+            and could choose an address.
     """
     trusted = os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # uvicorn's default trusts every local process
-    if "*" in trusted:
-        raise ValueError(
-            f"FORWARDED_ALLOW_IPS must be addresses or networks of proxies, such as 10.0.0.0/8, got {trusted!r}."
-        )
+    for entry in filter(None, map(str.strip, trusted.split(","))):
+        try:
+            prefix = ipaddress.ip_network(entry).prefixlen
+        except ValueError:
+            prefix = 0
+        if prefix < SHORTEST_PREFIX:
+            raise ValueError(
+                "FORWARDED_ALLOW_IPS must be addresses or networks of proxies, such as 192.0.2.7 or 10.1.0.0/16, "
+                f"separated by commas, got {entry!r}."
+            )
 
 
 def main() -> None:
@@ -136,8 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--visitor-sessions",
         type=_positive(int),
-        default=16,
-        help="concurrent sessions of one address (default: %(default)s)",
+        default=os.environ.get("IRASIM_VISITOR_SESSIONS", "16"),
+        help="concurrent sessions of one address (default: the environment variable IRASIM_VISITOR_SESSIONS, or 16)",
     )
     parser.add_argument(
         "--study",

@@ -602,6 +602,16 @@ ROWS += [
     ("evaluate", {"--i3d": "nowhere.pt"}, "`i3d` must be the file i3d_torchscript.pt"),
     ("evaluate", {"--i3d": "frame.png"}, "i3d"),
     ("evaluate", {"--lpips": "nowhere.pth"}, "lpips"),
+    ("evaluate", {"--inception": "nowhere.pth"}, "inception"),
+    ("evaluate", {"--inception": "a/b/c:d"}, "inception"),
+    ("evaluate", {"--inception": "a\0b"}, "inception"),
+    ("evaluate", {"--lpips": "a\0b"}, "lpips"),
+    ("evaluate", {"--i3d": "a\0b"}, "i3d"),
+    ("evaluate", {"--predictions": "empty"}, "`predictions` must contain"),
+    ("evaluate", {"--predictions": "loop"}, "--predictions must be a folder, got 'loop'"),
+    ("evaluate", {"--output": "full"}, "`output` must be a new folder or one of an earlier run, got 'full'"),
+    ("evaluate", {"--output": "model"}, "`output` must be a new folder or one of an earlier run, got 'model'"),
+    ("evaluate", {"--save-predictions": "a\0b"}, "--save-predictions must be a path without NUL"),
 ]
 
 

@@ -356,7 +356,10 @@ def test_registered_environments(tmp_path, model, starts):
     """Loads a pipeline and what is stored with it."""
     env = gymnasium.make("irasim_diffusers.envs:irasim/PushT-v0", render_mode="rgb_array")
     observation, _ = env.reset(seed=1)
-    env.step(env.action_space.sample())
+    observation, reward, *_ = env.step(env.action_space.sample())
+    frame = torch.from_numpy(observation["pixels"]).movedim(-1, 0) / 255
+    assert reward == pytest.approx(env.unwrapped._rows.reward(frame).item(), abs=0.01)
+    assert env.unwrapped._rows.success.__self__ is env.unwrapped._rows.reward
     assert sorted(observation) == ["agent_pos", "pixels"]
     assert (env.render().shape, env.metadata["render_fps"]) == ((96, 96, 3), 10)
     model.save_pretrained(tmp_path)

@@ -1,7 +1,9 @@
 import json
+import signal
 import textwrap
 
 import pytest
+from conftest import tiny_pipeline
 
 from irasim_diffusers.cli import main
 from irasim_diffusers.rewards import FrameRegressor
@@ -26,6 +28,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("policies")
     (path / "my_policies.py").write_text(textwrap.dedent(LOADER))
     FrameRegressor(channels=(4, 8), feature_dim=4).save_pretrained(path / "reward")
+    tiny_pipeline(num_inference_steps=1).save_pretrained(path / "tiny")
     return path
 
 
@@ -48,6 +51,8 @@ def command(folder, monkeypatch, tmp_path):
         } | changes
         argv = []
         for name, value in flags.items():
+            if value is None:
+                continue
             argv += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
         return main(["evaluate-policies", *argv])
 
@@ -68,6 +73,17 @@ def test_push_t_episodes_run_in_both_environments(command, capsys, tmp_path):
     assert command() == 0  # resumes: everything is there
     assert command(**{"success-threshold": 0.5}) == 2
     assert "success_threshold differ" in capsys.readouterr().err
+
+
+def test_the_default_reward_is_stored_with_the_model(command, capsys, tmp_path):
+    """Its threshold defines success unless a flag gives another one."""
+    few = {"reward": None, "num-episodes": 1, "batch-size": 1, "max-episode-steps": 1, "num-videos": 0}
+    for threshold, success in (({}, False), ({"success-threshold": -1}, True)):
+        output = tmp_path / str(success)
+        assert command(**few, **threshold, output=output) == 0
+        outcome = json.loads((output / "episodes" / "100" / "100000.json").read_text())["model"]
+        assert outcome["success"] == success
+        assert 0 <= outcome["score"] < 0.9
 
 
 def test_names_of_policies_tell_them_apart(command, tmp_path):
@@ -92,6 +108,7 @@ def test_names_of_policies_tell_them_apart(command, tmp_path):
         ({"env-kwargs": '{"wrong": 1}'}, "--env 'gym_pusht:gym_pusht/PushT-v0' with"),
         ({"model": "missing"}, "--model must be a pipeline folder or Hub id, got 'missing'"),
         ({"reward": "missing"}, "--reward must be a FrameRegressor, got 'missing'"),
+        ({"reward": None, "model": "tiny"}, "--reward is required: no reward is stored with the model 'tiny'"),
         ({"success-threshold": "nan"}, "--success-threshold must be finite, got nan"),
         ({"num-episodes": 0}, "--num-episodes must be at least 1, got 0"),
         ({"max-episode-steps": 0}, "--max-episode-steps must be at least 1, got 0"),
@@ -99,6 +116,14 @@ def test_names_of_policies_tell_them_apart(command, tmp_path):
         ({"steps": 0}, "--steps must be at least 1, got 0"),
         ({"first-seed": -1}, "--first-seed must not be negative, got -1"),
         ({"num-videos": -1}, "--num-videos must not be negative, got -1"),
+        ({"env": ""}, "--env"),
+        ({"env": "CartPole-v1\0"}, "--env"),
+        ({"policies": ["a\0b"]}, "a"),
+        ({"reward": "a\0b"}, "--reward"),
+        ({"model": "a\0b"}, "--model"),
+        ({"output": "a\0b"}, "--output must be a path without NUL"),
+        ({"output": "/proc/new"}, "--output must be writable"),
+        ({"device": "abacus"}, "--device must be"),
         ({"output": "my_policies.py"}, "--output must be a folder, got the file 'my_policies.py'"),
     ],
 )
@@ -108,3 +133,24 @@ def test_bad_input_ends_in_one_line(command, capsys, tmp_path, changes, message)
     assert error.startswith("irasim: error: ")
     assert message in error
     assert not list(tmp_path.rglob("report.*"))
+
+
+def test_signals_keep_finished_episodes(command, capsys, tmp_path, monkeypatch):
+    from irasim_diffusers.evaluation import policies
+
+    write, written = policies.write_video, []
+
+    def interrupt(*arguments):
+        write(*arguments)
+        written.append(arguments[0])
+        if len(written) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(policies, "write_video", interrupt)
+        assert command() == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "irasim: terminated"
+    assert not list(tmp_path.rglob("*.partial*"))
+    assert [path.name for path in tmp_path.rglob("1*.json")] == ["100000.json"]
+    assert command() == 0
+    assert len(list(tmp_path.rglob("1*.json"))) == 6

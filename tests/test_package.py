@@ -32,7 +32,7 @@ ALLOWED = {
     "rewards": {"rollout"},
     "planning": {"action_space", "rollout"},
     "policies": {"action_space", "planning", "rollout"},
-    "envs": {"actions", "devices", "embedded_checkpoint", "models", "pipelines", "rollout", "starts"},
+    "envs": {"actions", "devices", "embedded_checkpoint", "models", "pipelines", "rewards", "rollout", "starts"},
     "lerobot": {"data", "envs"},
     "starts": set(),
     "evaluation": {

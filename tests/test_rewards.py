@@ -89,6 +89,14 @@ def test_regressor_round_trip(tmp_path, clip, regressor):
     assert torch.equal(loaded(clip), regressor(clip))
 
 
+def test_success_is_a_score_above_the_threshold(clip, regressor):
+    scores = regressor(clip)
+    limit = scores.median().item()
+    other = FrameRegressor(HEIGHT, WIDTH, channels=(4, 6), feature_dim=7, success_threshold=limit).eval()
+    other.load_state_dict(regressor.state_dict())
+    assert torch.equal(other.success(clip), scores >= limit)
+
+
 def test_regressor_learns_a_position(clip):
     """The brightness of one corner, which depends on where a pixel is."""
     torch.manual_seed(0)
@@ -131,6 +139,10 @@ BAD = [
     (lambda clip: GoalImage(clip[0, 0])(clip[..., 1:]), r"`frames` must be \(B, n, 3, 16, 24\)"),
     (lambda clip: GoalImage(clip[0, 0], lambda frames: frames / 0), "`encoder` must return finite"),
     (lambda clip: LeRobotReward(object()), "`model` must have `compute_reward"),
+    (
+        lambda clip: FrameRegressor(16, 24).success(clip),
+        "`success_threshold` of this regressor must be a score, got None",
+    ),
     (lambda clip: FrameRegressor(8, 96), "`sample_height` and `sample_width` must be at least 16"),
     (lambda clip: FrameRegressor(16, 16)(clip), r"`frames` must be \(..., 3, 16, 16\)"),
 ]

@@ -4,8 +4,8 @@
 
 Weights are stored in bfloat16. The clip contains the history frames, 60 more frames and their 60 actions, as a lossless video. Its
 preview image is the output of `irasim generate`. `starts.png` contains the first frames of `--num_starts` episodes, from which
-environments start. The folder `proprioception` of `train_proprioception.py` is copied if the trained model has one, otherwise the
-embedded one is kept.
+environments start. The folders `proprioception` of `train_proprioception.py` and `reward` of `train_reward.py` are copied if the
+trained model has them, otherwise the embedded ones are kept.
 """
 
 import json
@@ -42,8 +42,9 @@ def main() -> None:
     dataset = LeRobotFolder(Path(arguments.dataset))
     shutil.rmtree(target / "vae", ignore_errors=True)  # remove the autoencoder of a previously embedded model
     pipeline.save_pretrained(target)
-    if (Path(arguments.model) / "proprioception").is_dir():
-        shutil.copytree(Path(arguments.model) / "proprioception", target / "proprioception", dirs_exist_ok=True)
+    for name in ("proprioception", "reward"):
+        if (Path(arguments.model) / name).is_dir():
+            shutil.copytree(Path(arguments.model) / name, target / name, dirs_exist_ok=True)
     # remove the local paths of the weights from the published configs
     for path in [target / "model_index.json", *target.glob("*/config.json")]:
         config = json.loads(path.read_text())

@@ -1,12 +1,15 @@
 """Train a small network that predicts, from one Push-T frame, how well the block covers the goal.
 
-    python examples/pusht/train_reward.py --dataset data/pusht-train --test_dataset data/pusht-test --output_dir runs/reward
+    python examples/pusht/train_reward.py --dataset data/pusht-train --test_dataset data/pusht-test --model runs/pusht
 
 The label is the intersection over union (IoU) of block and goal in the simulator (paper, section 4.3), or their closeness:
 1 minus the mean distance of the block's corners from their goal positions, in units of 256. The IoU is zero in most frames, so
 the closeness is the better guide for a planner that is far from the goal. Only the frame enters the network. Frames are blurred,
 shifted in colour and made noisy, so that the network also works on the frames of a world model. The report compares the error on
-held-out simulator frames with that on frames that a world model predicts for held-out actions.
+held-out simulator frames with that on frames that the world model predicts for held-out actions.
+
+The network is stored in the folder `reward` of the world model, where `irasim_diffusers.envs` finds it. `--max_train_steps 0` only
+repeats the report, as after a change of the world model.
 """
 
 import json
@@ -38,18 +41,24 @@ TARGETS = ("iou", "closeness")
 @dataclass
 class RewardArguments:
     dataset: str = field(metadata={"help": "LeRobotDataset folder made by collect.py"})
-    output_dir: Path = field(metadata={"help": "folder for the network and report.json"})
+    model: str = field(
+        default=str(embedded_checkpoint()), metadata={"help": "world model of the report, folder or Hub id"}
+    )
+    output_dir: Path | None = field(
+        default=None,
+        metadata={"help": "folder for the network and report.json (default: the folder reward of the model)"},
+    )
     test_dataset: str | None = field(
         default=None, metadata={"help": "held-out dataset; without it no error is reported"}
     )
     target: str = field(default="iou", metadata={"help": "iou or closeness"})
     max_episodes: int = field(default=1500, metadata={"help": "maximum number of training episodes"})
     frames_per_episode: int = field(default=24, metadata={"help": "frames read per episode"})
-    max_train_steps: int = 4000
+    max_train_steps: int = field(default=4000, metadata={"help": "0 evaluates the network that output_dir contains"})
     batch_size: int = 64
     learning_rate: float = 2e-3
-    model: str | None = field(
-        default=None, metadata={"help": "world model of the report: folder or Hub id (default: the embedded one)"}
+    success_threshold: float = field(
+        default=0.9, metadata={"help": "score from which a frame counts as success; IoU 0.905 is 95 % coverage"}
     )
     num_clips: int = field(default=100, metadata={"help": "held-out clips that the world model predicts"})
     num_predicted_frames: int = field(default=15, metadata={"help": "predicted frames of a clip"})
@@ -120,7 +129,8 @@ def predicted_clips(
     dataset: EpisodeSource, arguments: RewardArguments
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Frames (N, n, 3, H, W) that the world model predicts, those of the simulator, and their labels (N, n)."""
-    pipeline = IRASimPipeline.from_pretrained(arguments.model or embedded_checkpoint())
+    pipeline = IRASimPipeline.from_pretrained(arguments.model)
+    pipeline.set_progress_bar_config(disable=True)
     history, length = pipeline.transformer.config.num_history_frames, arguments.num_predicted_frames
     rng = np.random.default_rng(arguments.seed)
     predicted, true, values = [], [], []
@@ -139,7 +149,7 @@ def predicted_clips(
 
 @torch.no_grad()
 def evaluate(network: FrameRegressor, dataset: EpisodeSource, arguments: RewardArguments) -> dict[str, dict]:
-    """Mean absolute error with 95 % interval over clips, and correlation, for frames of the simulator and of the model."""
+    """Mean absolute error with 95 % interval over clips, correlation and successes, for frames of the simulator and of the model."""
     predicted, true, values = predicted_clips(dataset, arguments)
     rng = np.random.default_rng(arguments.seed)
     report = {}
@@ -150,6 +160,10 @@ def evaluate(network: FrameRegressor, dataset: EpisodeSource, arguments: RewardA
             report[f"{name}_{part}"] = bootstrap(errors.abs().mean(1).numpy(), rng) | {
                 "pearson": float(np.corrcoef(scores[:, taken].flatten(), values[:, taken].flatten())[0, 1]),
                 "bias": float(errors.mean()),
+                "successes": int((values[:, taken] >= arguments.success_threshold).sum()),
+                "wrong_successes": int(
+                    (network.success(frames[:, taken]) != (values[:, taken] >= arguments.success_threshold)).sum()
+                ),
             }
     return report
 
@@ -159,26 +173,35 @@ def main() -> None:
     require_finite(asdict(arguments))
     if arguments.target not in TARGETS:
         raise ValueError(f"`target` must be iou or closeness, got {arguments.target!r}.")
-    for name in ("max_episodes", "frames_per_episode", "max_train_steps", "batch_size", "num_clips"):
+    if arguments.max_train_steps < 0:
+        raise ValueError(f"`max_train_steps` must be at least 0, got {arguments.max_train_steps}.")
+    for name in ("max_episodes", "frames_per_episode", "batch_size", "num_clips"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"`{name}` must be at least 1, got {getattr(arguments, name)}.")
     torch.manual_seed(arguments.seed)
     started = time.perf_counter()
     test = open_dataset(arguments.test_dataset) if arguments.test_dataset else None
-    frames, values = read_frames(open_dataset(arguments.dataset), arguments)
-    network = FrameRegressor(*frames.shape[-2:], target=arguments.target)
-    train(network, frames, values, arguments)
-    network.eval().save_pretrained(arguments.output_dir)
+    output_dir = arguments.output_dir or Path(arguments.model) / "reward"
+    if arguments.max_train_steps:
+        frames, values = read_frames(open_dataset(arguments.dataset), arguments)
+        network = FrameRegressor(
+            *frames.shape[-2:], target=arguments.target, success_threshold=arguments.success_threshold
+        )
+        train(network, frames, values, arguments)
+        network.eval().save_pretrained(output_dir)
+    else:
+        network = FrameRegressor.from_pretrained(output_dir).eval()
     report = {} if test is None else evaluate(network, test, arguments)
     for name, figures in report.items():
         print(f"{name}: MAE {figures['mean']:.4f} [{figures['low']:.4f}, {figures['high']:.4f}]", end=", ")
-        print(f"Pearson {figures['pearson']:.3f}, bias {figures['bias']:+.4f}, n {figures['n']}")
+        print(f"Pearson {figures['pearson']:.3f}, bias {figures['bias']:+.4f}, n {figures['n']},", end=" ")
+        print(f"{figures['wrong_successes']} wrong successes, {figures['successes']} true ones")
     report["setting"] = asdict(arguments) | {
-        "output_dir": str(arguments.output_dir),
+        "output_dir": str(output_dir),
         "command": " ".join(["python", *sys.argv]),
         "minutes": (time.perf_counter() - started) / 60,
     }
-    with temporary_path(arguments.output_dir / "report.json") as partial:
+    with temporary_path(output_dir / "report.json") as partial:
         partial.write_text(json.dumps(report, indent=2), encoding="utf-8")
 
 

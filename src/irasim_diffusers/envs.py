@@ -17,6 +17,7 @@ from .actions import integrate_actions
 from .devices import default_device, fast_dtype
 from .models import ProprioceptionModel
 from .pipelines import IRASimPipeline
+from .rewards import FrameRegressor
 from .rollout import RolloutState, WorldModel
 from .starts import EpisodeStarts, Start
 
@@ -119,7 +120,7 @@ class WorldModelVectorEnv(VectorEnv):
 
     @classmethod
     def from_pretrained(cls, model: Any, num_envs: int = 1, device: Any = None, **options: Any) -> Self:
-        """Load a pipeline and what is stored with it: `proprioception/` and the frames of `starts.png`.
+        """Load a pipeline and what is stored with it, see `load_world_model`.
 
         Args:
             model: Folder or Hub id of a pipeline, or a world model.
@@ -445,14 +446,15 @@ class WorldModelEnv(gymnasium.Env):
 
 
 def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
-    """Load a pipeline with its proprioception model and starts, as arguments of the environments.
+    """Load a pipeline and what is stored with it, as arguments of the environments.
 
     Args:
         model: Folder or Hub id of a pipeline. A world model is returned as it is.
         device: Device of the model; None for CUDA if available, else the CPU.
 
     Returns:
-        `model` and, if stored with it, `proprioception` (folder `proprioception/`) and `starts` (`starts.png`, one column of frames).
+        `model` and, if stored with it, `proprioception` (folder `proprioception/`), `reward` and `success` (a `FrameRegressor` in
+        `reward/`), and `starts` (`starts.png`, one column of frames).
     """
     if not isinstance(model, str | Path):
         return {"model": model}
@@ -462,6 +464,11 @@ def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
     loaded: dict[str, Any] = {"model": pipe}
     if _stored_file(model, "proprioception/config.json"):
         loaded["proprioception"] = ProprioceptionModel.from_pretrained(model, subfolder="proprioception").to(device)
+    if _stored_file(model, "reward/config.json"):
+        reward = FrameRegressor.from_pretrained(model, subfolder="reward").to(device).eval()
+        loaded["reward"] = reward
+        if reward.config.success_threshold is not None:
+            loaded["success"] = reward.success
     picture = _stored_file(model, "starts.png")
     if picture:
         with PIL.Image.open(picture) as image:

@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,6 +58,25 @@ def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
         flush(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new_folder(folder: str | os.PathLike, own: Collection[str]) -> None:
+    """Check that an output folder holds nothing of someone else.
+
+    Args:
+        folder: The folder; it need not exist.
+        own: Names that an interrupted run may have left. Hidden files are ignored.
+
+    Raises:
+        ValueError: If it contains another name.
+    """
+    folder = Path(folder)
+    others = [path.name for path in folder.iterdir() if path.name not in own] if folder.is_dir() else []
+    foreign = sorted(name for name in others if not name.startswith("."))
+    if foreign:
+        raise ValueError(
+            f"`output` must be a new folder or one of an earlier run, got {str(folder)!r}, which contains {foreign[0]!r}."
+        )
 
 
 def remove_abandoned(folder: str | os.PathLike) -> None:

@@ -103,6 +103,7 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         channels: Channels of the stem, which divides the resolution by 4, and of the stages, which halve it.
         feature_dim: Number of features before the output layer.
         target: Name of the score, for information.
+        success_threshold: Score from which a frame counts as success; None if no success is defined.
     """
 
     needs_pixels = True
@@ -115,6 +116,7 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         channels: Sequence[int] = (32, 48, 64),
         feature_dim: int = 48,
         target: str = "iou",
+        success_threshold: float | None = None,
     ) -> None:
         super().__init__()
         shrink = 2 ** (len(channels) + 1)
@@ -154,7 +156,7 @@ class FrameRegressor(ModelMixin, ConfigMixin):
                 f"`frames` must be (..., 3, {self.frame_size[0]}, {self.frame_size[1]}) for this regressor, got "
                 f"{tuple(frames.shape)}."
             )
-        hidden = self.stem(frames.reshape(-1, *frames.shape[-3:]).to(self.dtype) * 2 - 1)
+        hidden = self.stem(frames.reshape(-1, *frames.shape[-3:]).to(self.device, self.dtype) * 2 - 1)
         for stage in self.stages:
             hidden = stage(hidden)
         return functional.silu(self.project(functional.silu(hidden).flatten(1))).reshape(*frames.shape[:-3], -1)
@@ -162,6 +164,16 @@ class FrameRegressor(ModelMixin, ConfigMixin):
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """Scores (...) in [0, 1] of frames (..., 3, H, W) in [0, 1]."""
         return torch.sigmoid(self.out(self.features(frames)).float()).squeeze(-1)
+
+    def success(self, frames: torch.Tensor) -> torch.Tensor:
+        """Successes (...), bool, of frames (..., 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: If the regressor has no `success_threshold`.
+        """
+        if self.config.success_threshold is None:
+            raise ValueError("`success_threshold` of this regressor must be a score, got None: pass it to the class.")
+        return self(frames) >= self.config.success_threshold
 
 
 class LeRobotReward:
@@ -225,7 +237,7 @@ def pretrained_encoder(
     network = AutoModel.from_pretrained(name_or_path).eval().requires_grad_(False)
 
     def encode(frames: torch.Tensor) -> torch.Tensor:
-        pixels = functional.interpolate(frames, size=(224, 224), mode="bilinear", antialias=True)
+        pixels = functional.interpolate(frames.to(network.device), size=(224, 224), mode="bilinear", antialias=True)
         centre, spread = (pixels.new_tensor(values)[:, None, None] for values in (mean, std))
         return network(pixel_values=(pixels - centre) / spread).pooler_output.flatten(1)
 

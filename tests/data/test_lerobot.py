@@ -173,7 +173,10 @@ def edit_vectors(key, value):
             edit_episode(f"videos/{CAMERA}/to_timestamp", 1.0),
             r"episode 1 of .* 9 frames announced, 5 found in .*000\.mp4",
         ),
-        (edit_episode(f"videos/{CAMERA}/file_index", float("nan")), r"episode 1 of .*cannot convert float NaN"),
+        (
+            edit_episode(f"videos/{CAMERA}/file_index", float("nan")),
+            r"episode 1 of .*file_index' in 'meta/episodes' must be an integer from 0, got nan",
+        ),
         (edit_episode("data/file_index", None), r"episode 1 of .*'data/file_index' is missing in 'meta/episodes'"),
         (edit_episode("length", None), r"episode 1 of .*'length' is missing"),
         (

@@ -3,15 +3,21 @@
 import json
 
 import closed_loop
+import collect
+import guard
+import improve_policy
 import numpy as np
 import pytest
 import torch
 import train_proprioception
 from conftest import tiny_pipeline
+from diffusion_policy import DiffusionPolicy
+from simulator import Simulator
+from train_reward import ious
 
-from irasim_diffusers import ProprioceptionModel
+from irasim_diffusers import ProprioceptionModel, embedded_checkpoint
 from irasim_diffusers.data import Episode
-from irasim_diffusers.envs import WorldModelVectorEnv
+from irasim_diffusers.envs import WorldModelVectorEnv, load_world_model
 
 
 class Dots:
@@ -72,6 +78,26 @@ def test_errors_are_distances():
     assert (report["median"], report["p95"], report["mean_px"]) == (5.0, 5.0, 2.5)
 
 
+def test_stored_reward_reads_the_iou_and_the_success():
+    """The reward of `irasim/PushT-v0`, on frames of the simulator around the goal."""
+    stored = load_world_model(embedded_checkpoint(), "cpu")
+    simulator, rng = Simulator(), np.random.default_rng(0)
+    frames, true = [], []
+    for spread in (0.0, 0.0, 0.3, 0.3, 1.0, 1.0, 4.0):
+        x, y, angle = np.array([256, 256, np.pi / 4]) + spread * rng.normal(size=3) * [15, 15, 0.2]
+        simulator.reset(0)
+        simulator.environment.block.angle = angle
+        simulator.environment.block.position = (x, y)
+        state = simulator.step([100, 400])
+        frames.append(simulator.frame())
+        true.append(ious(state.block[None])[0])
+    frames = torch.from_numpy(np.stack(frames)).movedim(-1, 1)[:, None] / 255
+    assert np.abs(stored["reward"](frames)[:, 0].detach().numpy() - true).max() < 0.06
+    assert stored["success"](frames)[:, 0].tolist() == [iou > 0.9 for iou in true]
+    assert true[0] > 0.95
+    assert true[-1] < 0.5
+
+
 def test_benchmark_of_environments(tmp_path, monkeypatch):
     flags = ["--num_envs", 1, 2, "--num_steps", 1, "--memory_steps", 5, "--output", tmp_path / "report.json"]
     monkeypatch.setattr("sys.argv", ["closed_loop.py", *map(str, flags)])
@@ -80,3 +106,91 @@ def test_benchmark_of_environments(tmp_path, monkeypatch):
     assert [row["rows"] for row in report["speed"]] == [1, 2]
     assert all(row["per_cpu_second"] > 0 for row in report["speed"])
     assert [reading["step"] for reading in report["memory"]] == [1, 2, 3, 4, 5]
+
+
+def improve(monkeypatch, output, *flags):
+    monkeypatch.setattr(improve_policy, "open_dataset", lambda path: Arena())
+    small = ["--num_iterations", 2, "--num_states", 2, "--group_size", 3, "--num_updates", 2, "--num_executed", 2]
+    small += ["--num_episodes", 1, "--max_episode_steps", 4, "--min_spread", 0, "--dataset", "recorded"]
+    command = ["improve_policy.py", "--policy", output.parent / "policy", *small, "--output_dir", output, *flags]
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    improve_policy.main()
+    return json.loads((output / "report.json").read_text())
+
+
+class Arena(Dots):
+    """Recorded episodes of noise in the size of Push-T."""
+
+    def window(self, number, start, length):
+        frames = np.random.default_rng(number).integers(0, 256, (length, 96, 96, 3), dtype=np.uint8)
+        return Episode(frames, np.zeros((length, 2), np.float32), {"observation.state": np.full((length, 2), 200.0)})
+
+
+def test_a_policy_is_improved_in_the_model_and_resumes(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    DiffusionPolicy(horizon=4, channels=(8, 8), width=16, num_blocks=1, condition_dim=16).save_pretrained(
+        tmp_path / "policy"
+    )
+    report = improve(monkeypatch, tmp_path / "whole")
+    assert len(report["rewards"]) == 2
+    assert report["before"]["max_iou"]["n"] == report["after"]["max_iou"]["n"] == 1
+    improve(monkeypatch, tmp_path / "parts", "--num_iterations", 1)
+    assert improve(monkeypatch, tmp_path / "parts")["rewards"] == report["rewards"]
+    whole, parts = (DiffusionPolicy.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(*pair) for pair in zip(whole.parameters(), parts.parameters(), strict=True))
+    with pytest.raises(ValueError, match="contains a run with other settings"):
+        improve(monkeypatch, tmp_path / "parts", "--seed", 1)
+    with pytest.raises(ValueError, match="`group_size` must be at least 2, got 1"):
+        improve(monkeypatch, tmp_path / "new", "--group_size", 1)
+
+
+def test_good_chunks_become_more_likely(tmp_path):
+    """The reward of a chunk is its distance to the right: the policy moves there."""
+    torch.manual_seed(0)
+    DiffusionPolicy(horizon=4, channels=(8, 8), width=16, num_blocks=1, condition_dim=16).save_pretrained(tmp_path)
+    arguments = improve_policy.ImproveArguments(str(tmp_path), "", tmp_path, learning_rate=3e-3, num_updates=40)
+    run, generator = improve_policy.Improvement(arguments), torch.Generator().manual_seed(0)
+    observation = {"pixels": np.zeros((2, 96, 96, 3), np.uint8), "agent_pos": np.full((2, 2), 250, np.float32)}
+    ends = []
+    for _ in range(3):
+        chunks = run.policy.sample(observation, 16, generator)
+        ends.append(chunks[..., -1, 0].mean().item())
+        scores = chunks[..., -1, 0]
+        weights = ((scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)).clamp(0, 3)
+        run.update(observation, chunks, weights, generator)
+    assert ends[0] + 20 < ends[1] < ends[2]
+
+
+def test_a_guard_is_measured_against_the_simulator(tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        flags = ["--episodes", 2, "--length", 25, "--first_seed", 3, "--num_workers", 1, "--aimless", 1]
+        flags += ["--expert", 0, "--noisy", 0, "--keys", 0, "--jumps", 0, "--output", tmp_path / "set"]
+        patch.setattr("sys.argv", list(map(str, ["collect.py", *flags])))
+        collect.main()
+    monkeypatch.setattr(guard, "COVERED", (-1.0, 1.0))
+    flags = ["--dataset", tmp_path / "set", "--others", embedded_checkpoint(), "--first_seed", 3, "--num_states", 2]
+    flags += ["--horizon", 2, "--num_candidates", 2, "--num_iterations", 1, "--output", tmp_path / "guard.json"]
+    monkeypatch.setattr("sys.argv", list(map(str, ["guard.py", *flags])))
+    guard.main()
+    content = json.loads((tmp_path / "guard.json").read_text())
+    rows = [row for rows in content["plans"].values() for row in rows]
+    assert [row["plan"] for row in rows] == ["recorded", "cem"] * 2
+    assert all(row["spread"]["pusht"] == pytest.approx(0, abs=1e-4) for row in rows)  # the same model
+    recorded = collect.LeRobotFolder(tmp_path / "set")
+    for number, row in enumerate(rows[::2]):
+        places = np.isclose(ious(recorded[number].states["observation.environment_state"]), row["true"], atol=1e-5)
+        assert places.any()  # the simulator repeats the recorded episode
+
+
+def test_recall_and_false_alarms_of_a_guard():
+    plans = [
+        {"plan": "recorded", "before": 0, "predicted": 0.1, "true": 0.1, "spread": {"a": 0.01 * i}} for i in range(21)
+    ]
+    for predicted, spread in ((0.9, 0.3), (0.9, 0.1), (0.1, 0.2), (0.1, 0.0), (0.1, 0.0)):
+        plans.append({"plan": "cem", "before": 0, "predicted": predicted, "true": 0.1, "spread": {"a": spread}})
+    report = guard.summarise(plans, margin=0.5, seed=0)
+    assert report["exploits"]["mean"] == pytest.approx(0.4)
+    found = report["guards"]["a"]
+    assert found["limit"] == pytest.approx(0.19)
+    assert (found["recall"]["mean"], found["false_alarms"]["mean"]) == (0.5, pytest.approx(1 / 3))
+    assert found["auc"] == pytest.approx(5 / 6)

@@ -76,6 +76,12 @@ def test_reward_script(demonstrations, tmp_path, monkeypatch):
     network = FrameRegressor.from_pretrained(tmp_path)
     assert network.config.target == "closeness"
     assert network(torch.rand(2, 4, 3, 96, 96)).shape == (2, 4)
+    weights = (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()
+    (tmp_path / "report.json").unlink()
+    flags[flags.index("--max_train_steps") + 1] = 0  # only the report
+    run(train_reward, monkeypatch, *flags, "--num_clips", 2, "--num_predicted_frames", 2)
+    assert json.loads((tmp_path / "report.json").read_text())["model_frames"]["mean"] == report["model_frames"]["mean"]
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes() == weights
 
 
 def test_chunks_follow_the_frames(demonstrations):
@@ -88,6 +94,9 @@ def test_chunks_follow_the_frames(demonstrations):
     assert torch.equal(chunks[39], chunks[39, :1].expand(16, 2))
     moves = (chunks[:30, 0] - positions[:30]).norm(dim=1)
     assert moves.max() < 100  # the target of a frame is near the pusher in this frame
+    weights = train_policy.sampling_weights(chunks)
+    assert weights[0] == 1
+    assert weights[39] == pytest.approx(0.1)
 
 
 def test_policy_script(demonstrations, tmp_path, monkeypatch):
@@ -97,6 +106,29 @@ def test_policy_script(demonstrations, tmp_path, monkeypatch):
     assert report["3"]["max_iou"]["n"] == 2
     first, second = (DiffusionPolicy.from_pretrained(tmp_path / f"checkpoint-{step}") for step in (2, 3))
     assert not torch.equal(first.proj_in.weight, second.proj_in.weight)
+
+
+def test_policy_training_resumes_with_the_same_result(demonstrations, tmp_path, monkeypatch):
+    flags = ["--datasets", demonstrations, "--batch_size", 4, "--stages", 2, 4, "--num_episodes", 0]
+    run(train_policy, monkeypatch, *flags, "--output_dir", tmp_path / "whole")
+    original = train_policy.Training.update
+
+    def interrupted(training, *data):
+        if training.step == 3:
+            raise KeyboardInterrupt
+        return original(training, *data)
+
+    monkeypatch.setattr(train_policy.Training, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(train_policy, monkeypatch, *flags, "--output_dir", tmp_path / "parts")
+    monkeypatch.setattr(train_policy.Training, "update", original)
+    assert not (tmp_path / "parts" / "checkpoint-4").exists()
+    run(train_policy, monkeypatch, *flags, "--output_dir", tmp_path / "parts")
+    whole, parts = (DiffusionPolicy.from_pretrained(tmp_path / name / "checkpoint-4") for name in ("whole", "parts"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+    with pytest.raises(ValueError, match="contains a run with other settings"):
+        run(train_policy, monkeypatch, *flags, "--seed", 1, "--output_dir", tmp_path / "parts")
 
 
 def test_samples_are_repeatable_and_within_the_arena():
@@ -139,10 +171,13 @@ def test_policy_learns_the_targets_of_a_frame():
 BAD = [
     (train_reward, ["--target", "speed"], "`target` must be iou or closeness, got 'speed'"),
     (train_reward, ["--batch_size", "0"], "`batch_size` must be at least 1, got 0"),
+    (train_reward, ["--max_train_steps", "-1"], "`max_train_steps` must be at least 0, got -1"),
     (train_reward, ["--learning_rate", "nan"], "`learning_rate` must be finite"),
     (train_policy, ["--stages", "4", "4"], r"`stages` must be increasing positive numbers of steps, got \[4, 4\]"),
     (train_policy, ["--stages", "0"], "`stages` must be increasing positive"),
     (train_policy, ["--num_executed", "17"], "`num_executed` must be at most 16, got 17"),
+    (train_policy, ["--num_draws", "0"], "`num_draws` must be at least 1"),
+    (train_policy, ["--ema_decay", "nan"], "`ema_decay` must be finite"),
     (train_policy, ["--max_demonstrations", "0"], "`max_demonstrations` must be at least 1"),
 ]
 

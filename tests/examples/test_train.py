@@ -584,6 +584,42 @@ def test_sigterm_saves_a_checkpoint(workspace):
     assert len(list(output.glob("checkpoint-*"))) == 1
 
 
+def test_sigterm_of_the_launcher_saves_a_checkpoint_of_two_processes(workspace):
+    """A preemption signals `accelerate launch`; the same command, with fewer total steps, resumes from the checkpoint."""
+    output = workspace / "preempted"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *TWO, EXAMPLES / "train.py"]
+    command += [
+        "--dataset",
+        workspace / "first",
+        "--vae",
+        workspace / "vae",
+        "--output_dir",
+        output,
+        "--cameras",
+        0,
+        1,
+    ]
+    command += [*MODEL, "--train_batch_size", 1, "--mixed_precision", "no", "--checkpointing_steps", 100_000]
+    command += ["--cache_dir", workspace / "preempted-latents", "--logging_steps", 1]
+    endless = list(map(str, [*command, "--max_train_steps", 100_000]))
+    with subprocess.Popen(endless, stderr=subprocess.PIPE, text=True) as process:
+        while "loss=" not in (line := process.stderr.readline()):
+            assert line or process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+    assert process.returncode
+    assert "stopped by SIGTERM at step" in rest
+    (checkpoint,) = output.glob("checkpoint-*")
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert not list(output.glob(".*.partial"))
+    resumed = subprocess.run(
+        list(map(str, [*command, "--max_train_steps", step + 1])), capture_output=True, text=True, check=False
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resumed from {checkpoint}" in resumed.stderr
+    assert (output / "model_index.json").is_file()
+
+
 def test_sample_prediction_trains_and_predicts(workspace):
     train_robot(workspace, "sample", "--prediction_type", "sample", "--snr_gamma", 5)
     pipeline = IRASimPipeline.from_pretrained(workspace / "sample")

@@ -316,10 +316,14 @@ def test_only_the_configured_proxy_names_the_visitor(app_url):
             post(app_url, "stop", json.dumps([session]))
 
 
-def test_proxies_are_addresses(monkeypatch):
-    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
-    with pytest.raises(ValueError, match="FORWARDED_ALLOW_IPS must be addresses"):
-        trust_proxy()
+@pytest.mark.parametrize("entry", ["*", "0.0.0.0/0", "128.0.0.0/1", "::/0", "10.0.0.1/8", "proxy", "10.0.0.300"])
+def test_proxies_are_addresses(monkeypatch, entry):
+    for trusted in (entry, f"192.0.2.7, {entry}"):
+        monkeypatch.setenv("FORWARDED_ALLOW_IPS", trusted)
+        with pytest.raises(ValueError, match="FORWARDED_ALLOW_IPS must be addresses"):
+            trust_proxy()
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "192.0.2.7, 10.1.0.0/16,::1")
+    trust_proxy()
     monkeypatch.delenv("FORWARDED_ALLOW_IPS")
     trust_proxy()
     assert os.environ["FORWARDED_ALLOW_IPS"] == ""
@@ -342,6 +346,12 @@ def test_invalid_settings_end_in_one_line(tmp_path, monkeypatch, capsys):
             (line,) = capsys.readouterr().err.splitlines()
             assert message in line
     check_port(None)
+    monkeypatch.setenv("IRASIM_VISITOR_SESSIONS", "many")
+    monkeypatch.setattr("sys.argv", ["app.py"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "argument --visitor-sessions: invalid" in capsys.readouterr().err
+    monkeypatch.delenv("IRASIM_VISITOR_SESSIONS")
     for flags in (["--idle-seconds", "nan"], ["--idle-seconds", "0"], ["--visitor-sessions", "-1"]):
         monkeypatch.setattr("sys.argv", ["app.py", *flags])
         with pytest.raises(SystemExit):

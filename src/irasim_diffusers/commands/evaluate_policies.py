@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import embedded_checkpoint
+from .files import check_name, check_output_folder
+from .sampling import check_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,8 +50,8 @@ def add_parser(subparsers: Any) -> None:
         help='JSON arguments of the environment, such as {"obs_type": "pixels_agent_pos"}',
     )
     add("--model", default=str(embedded_checkpoint()), help="pipeline folder or Hub id (default: the embedded Push-T)")
-    add("--reward", required=True, help="folder or Hub id of a FrameRegressor: the reward of a predicted frame")
-    add("--success-threshold", type=float, default=0.9, help="reward that counts as success (default: %(default)s)")
+    add("--reward", help="folder or Hub id of a FrameRegressor (default: the reward stored with the model)")
+    add("--success-threshold", type=float, help="reward that counts as success (default: that of the reward, or 0.9)")
     add("--steps", type=int, help="denoising steps per frame (default: the model's)")
     add("--device", help="cpu, cuda, ... (default: cuda if available)")
     add("--num-episodes", type=int, default=50, help="episodes of each policy (default: %(default)s)")
@@ -82,11 +84,9 @@ def run(arguments: argparse.Namespace) -> None:
         stored = load_world_model(arguments.model, arguments.device) | {"starts": None}
     except (OSError, RuntimeError) as error:
         raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {error}") from error
-    reward = _load_reward(arguments.reward, stored["model"].device)
+    stored |= _reward_and_success(arguments, stored)
     model = WorldModelVectorEnv(
         num_envs=arguments.batch_size,
-        reward=reward,
-        success=partial(_exceeds, reward, arguments.success_threshold),
         clip_actions=True,
         max_episode_steps=arguments.max_episode_steps,
         autoreset_mode="Disabled",
@@ -113,8 +113,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
     """Check the flags that need neither policies nor a model; return the policies' paths by name."""
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise ValueError(f"--output must be a folder, got the file {str(arguments.output)!r}.")
+    check_output_folder(arguments.output)
+    for flag in ("model", "reward"):
+        check_name(f"--{flag}", getattr(arguments, flag))
+    if arguments.device is not None:
+        check_device(arguments.device)
     for flag in ("num_episodes", "max_episode_steps", "batch_size", "steps"):
         value = getattr(arguments, flag)
         if value is not None and value < 1:
@@ -122,7 +125,7 @@ def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
     for flag in ("first_seed", "num_videos"):
         if getattr(arguments, flag) < 0:
             raise ValueError(f"--{flag.replace('_', '-')} must not be negative, got {getattr(arguments, flag)}.")
-    if not abs(arguments.success_threshold) < float("inf"):
+    if arguments.success_threshold is not None and not abs(arguments.success_threshold) < float("inf"):
         raise ValueError(f"--success-threshold must be finite, got {arguments.success_threshold}.")
     parts = [Path(path).parts for path in arguments.policies]
     for depth in range(1, max(map(len, parts)) + 1):  # the last parts of the paths that tell them apart
@@ -172,13 +175,22 @@ def _real_environment(arguments: argparse.Namespace) -> Any:
         raise ValueError(f"--env {arguments.env!r} with {options} cannot be created: {error}") from error
 
 
-def _load_reward(name: str, device: Any) -> Any:
+def _reward_and_success(arguments: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
+    """The reward of the flags, or the one that is stored with the model, and the success that its threshold defines."""
     from ..rewards import FrameRegressor
 
-    try:
-        return FrameRegressor.from_pretrained(name).eval().to(device)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--reward must be a FrameRegressor, got {name!r}: {error}") from error
+    reward = stored.get("reward")
+    if arguments.reward is not None:
+        try:
+            reward = FrameRegressor.from_pretrained(arguments.reward).eval().to(stored["model"].device)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--reward must be a FrameRegressor, got {arguments.reward!r}: {error}") from error
+    if reward is None:
+        raise ValueError(f"--reward is required: no reward is stored with the model {arguments.model!r}.")
+    threshold = arguments.success_threshold
+    if threshold is None:
+        threshold = reward.config.success_threshold
+    return {"reward": reward, "success": partial(_exceeds, reward, 0.9 if threshold is None else threshold)}
 
 
 def _exceeds(reward: Callable[[torch.Tensor], torch.Tensor], threshold: float, frames: torch.Tensor) -> torch.Tensor:

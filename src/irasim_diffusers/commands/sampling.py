@@ -75,21 +75,24 @@ def check_sampling_flags(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: If a number is out of range, the device does not exist, or a path contains NUL.
     """
-    import torch
-
     if arguments.steps is not None and arguments.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {arguments.steps}.")
     if not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed must be in [0, 2**63), got {arguments.seed}.")
     if arguments.device != "auto":
-        try:
-            torch.zeros(1, device=arguments.device).item()  # fails on "meta", too
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(
-                f"--device must be a device of this machine, got {arguments.device!r}: {error}"
-            ) from error
+        check_device(arguments.device)
     for flag in ("model", "lora"):
         check_name(f"--{flag}", getattr(arguments, flag) or "")
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError if tensors cannot be created on a device."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()  # fails on "meta", too
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device must be a device of this machine, got {name!r}: {error}") from error
 
 
 def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:

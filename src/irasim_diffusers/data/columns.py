@@ -83,9 +83,12 @@ def finite_vector(values: Any, key: str, place: str = "") -> np.ndarray:
     """
     where = f"{place!r}: " if place else ""
     try:
+        array = np.asarray(values)
+        if array.dtype.kind in "US":
+            raise ValueError("they are strings")
         with np.errstate(over="ignore"):
-            result = np.asarray(values).astype(np.float32)
-    except (ValueError, TypeError) as error:
+            result = array.astype(np.float32)
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{where}{key!r} must be numbers in rows of equal length: {error}.") from error
     finite = np.isfinite(result).reshape(len(result), -1).all(axis=1)
     if not finite.all():

@@ -222,7 +222,9 @@ def _media(annotation: dict[str, Any], kind: str) -> list[Any]:
     """Entries of the files `video` or `latent_video` of all cameras, one string or a list of records."""
     if f"{kind}_path" in annotation:
         return [annotation[f"{kind}_path"]]
-    records = annotation.get(f"{kind}s") or []
+    records = annotation.get(f"{kind}s")
+    if not isinstance(records, list):
+        return []
     return [record.get(f"{kind}_path") if isinstance(record, dict) else None for record in records]
 
 
@@ -261,14 +263,14 @@ def _vectors(annotation: dict[str, Any]) -> dict[str, np.ndarray]:
     """`action` and, if poses are recorded, `state` of an annotation."""
     if "actions" in annotation:
         between, vectors = _numbers(annotation, "actions"), {}
+        if between.ndim != 2:
+            raise ValueError(f"actions must be (n, A), got {between.shape}.")
         last = np.zeros_like(between[:1])
     else:
         states = _states(annotation)
         vectors = {"state": finite_vector(states, "state")}
         between = derive_actions(states, "relative_euler")
         last = np.concatenate([np.zeros((1, 6)), states[-1:, 6:]], axis=1)
-    if between.ndim != 2:
-        raise ValueError(f"actions must be (n, A), got {between.shape}.")
     return {"action": finite_vector(np.concatenate([between, last]), "action")} | vectors
 
 
@@ -289,6 +291,9 @@ def _states(annotation: dict[str, Any]) -> np.ndarray:
 
 def _numbers(annotation: dict[str, Any], key: str) -> np.ndarray:
     try:
-        return np.asarray(annotation[key], dtype=np.float64)
-    except (ValueError, TypeError) as error:
+        values = np.asarray(annotation[key])
+    except ValueError as error:
         raise ValueError(f"{key!r} must be numbers in rows of equal length: {error}") from error
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"{key!r} must be numbers in rows of equal length, got values of the type {values.dtype}.")
+    return values.astype(np.float64)

@@ -23,6 +23,7 @@ from .columns import choose_action_columns, component_names_of, finite_vector
 from .content_hash import content_hash
 from .episode import Episode, InOrder, camera_layout, first_task, tile, window_slice
 from .hub import HubFiles
+from .lerobot_metadata import NUMBERS, OWN_ENTRY, check_info, row_number, row_seconds
 from .pictures import read_picture
 from .record_files import parquet_columns, read_json_lines, read_json_object, read_parquet
 from .video import read_numbered_frames
@@ -36,8 +37,8 @@ INDEX_FEATURES = {
     "index": "int64",
     "task_index": "int64",
 }
-OWN_ENTRY = "irasim"
-"""Entry of the feature `action` in info.json for what LeRobot does not store: derivation, units and camera layout."""
+MAX_TOLERANCE = 0.25
+"""Limit of this rounding, in frames: float32 does not tell later frames apart."""
 GRID_TOLERANCE = 0.01
 """Largest distance of a timestamp from a multiple of 1 / fps, in frames, in addition to the rounding of float32."""
 
@@ -80,7 +81,8 @@ class LeRobotFolder(InOrder):
                 f"{self.name!r} is a LeRobotDataset {version}; {' and '.join(READABLE_VERSIONS)} are supported: convert it with "
                 "the scripts of LeRobot."
             )
-        self._check_info()
+        needed = ["fps", "features", "data_path"] + ([] if self._shares_files else ["chunks_size"])
+        check_info(self.info, self._info_path, needed)
         known = [key for key, feature in self._features.items() if feature["dtype"] in ("video", "image")]
         written = self._own_entry.get("cameras")
         if self.cameras is None and written is not None and {key for row in written for key in row} <= set(known):
@@ -116,21 +118,6 @@ class LeRobotFolder(InOrder):
         """`meta/info.json`."""
         return read_json_object(self._info_path)
 
-    def _check_info(self) -> None:
-        """Check the entries of `info.json` that are read later."""
-        texts = ["data_path"] if self._shares_files else ["data_path", "chunks_size"]
-        for key in ("fps", "features", *texts):
-            if self.info.get(key) is None:
-                raise ValueError(f"{str(self._info_path)!r} has no entry {key!r}.")
-        fps, features = self.fps, self.info["features"]
-        if not isinstance(fps, int | float) or not 0 < fps < float("inf"):
-            raise ValueError(f"{str(self._info_path)!r}: 'fps' must be a positive number, got {fps!r}.")
-        for key, feature in features.items() if isinstance(features, dict) else [("", None)]:
-            if not isinstance(feature, dict) or "dtype" not in feature:
-                raise ValueError(
-                    f"{str(self._info_path)!r}: feature {key!r} must be an object with a 'dtype', got {feature!r}."
-                )
-
     @property
     def _features(self) -> dict[str, Any]:
         return self.info["features"]
@@ -155,15 +142,24 @@ class LeRobotFolder(InOrder):
 
     @property
     def _flag_features(self) -> list[str]:
-        """Bool and integer features that are neither actions nor states."""
-        return [key for key in self._vector_features if key not in (*self.action_column, *self._states)]
+        """Bool, integer and string features that are neither actions nor states."""
+        others = [key for key in self._vector_features if key not in (*self.action_column, *self._states)]
+        texts = [key for key, feature in self._features.items() if feature["dtype"] == "string"]
+        return [*others, *(key for key in texts if self._features[key].get("shape") in (None, [], [1]))]
+
+    @property
+    def unread_features(self) -> list[str]:
+        """Features that no method reads, for example matrices; pictures and index features are not among them."""
+        read = {*INDEX_FEATURES, *self._vector_features, *self._flag_features}
+        return [
+            key for key, one in self._features.items() if key not in read and one["dtype"] not in ("video", "image")
+        ]
 
     def _width(self, key: str) -> int | None:
         """Number of components of a feature of numbers; None for another feature."""
         feature = self._features[key]
-        numeric = str(feature["dtype"]).rstrip("0123456789") in ("float", "int", "uint", "bool")
         shape = feature.get("shape") or [1]
-        return int(shape[0]) if numeric and len(shape) == 1 else None
+        return shape[0] if NUMBERS.fullmatch(feature["dtype"]) and len(shape) == 1 else None
 
     @property
     def fps(self) -> float:
@@ -234,7 +230,7 @@ class LeRobotFolder(InOrder):
         every = range(len(self._all_rows))
         named = {
             name: every[slice(*map(int, bounds.split(":")))]
-            for name, bounds in self.info.get("splits", {"train": f"0:{len(every)}"}).items()
+            for name, bounds in (self.info.get("splits") or {"train": f"0:{len(every)}"}).items()
         }
         try:
             parts = ReadInstruction.from_spec(split).to_absolute({name: len(part) for name, part in named.items()})
@@ -257,7 +253,7 @@ class LeRobotFolder(InOrder):
                 found = read_json_lines(file)
             for row in found:
                 number = row.get("episode_index")
-                if not isinstance(number, int) or number < 0:
+                if not isinstance(number, int) or isinstance(number, bool) or number < 0:
                     raise ValueError(
                         f"{str(file)!r}: 'episode_index' must be a number from 0 in every row, got {number!r}."
                     )
@@ -298,7 +294,7 @@ class LeRobotFolder(InOrder):
         row = self.rows[number]
         vectors = self.vectors(number)
         try:
-            part = window_slice(start, length, row["length"])
+            part = window_slice(start, length, row_number(row, "length"))
             views = {key: self._frames(row, key, part) for rows in self.cameras for key in rows}
             frames = tile(self.cameras, views)
             task = first_task(row.get("tasks"))
@@ -315,7 +311,7 @@ class LeRobotFolder(InOrder):
         """
         row = self.rows[number]
         try:
-            table, length = self._table(row), _entry(row, "length")
+            table, length = self._table(row), row_number(row, "length")
             if len(table) != length:
                 raise ValueError(f"{length} frames announced, {len(table)} rows found in {str(self._path(row))!r}.")
             vectors = {key: self._matrix(row, key, table[key]) for key in (*self.action_column, *self._states)}
@@ -325,11 +321,31 @@ class LeRobotFolder(InOrder):
             raise ValueError(f"episode {row['episode_index']} of {self.name!r}: {error}") from error
 
     def flags(self, number: int) -> dict[str, np.ndarray]:
-        """Read the bool and integer features (T, D) of one episode, for example `next.done`, in the recorded type."""
+        """Read the bool, integer and string features (T, D) of one episode, for example `next.done`, in the recorded type.
+
+        Raises:
+            ValueError: If a value is missing or has another type.
+        """
         row = self.rows[number]
-        table = self._table(row)
-        keys = [key for key in self._flag_features if key in table.column_names]
-        return {key: self._values(row, key, table[key]).astype(self._features[key]["dtype"]) for key in keys}
+        try:
+            table = self._table(row)
+            keys = [key for key in self._flag_features if key in table.column_names]
+            return {key: self._flag(row, key, table[key]) for key in keys}
+        except ValueError as error:
+            raise ValueError(f"episode {row['episode_index']} of {self.name!r}: {error}") from error
+
+    def _flag(self, row: dict[str, Any], key: str, column: pa.ChunkedArray) -> np.ndarray:
+        """Convert a column of bools, integers or strings to (T, D)."""
+        values, dtype = self._values(row, key, column), self._features[key]["dtype"]
+        kind: Any = str if dtype == "string" else (int, float, np.number, np.bool_)
+        checked = dtype == "string" or values.dtype == object
+        if checked and not all(isinstance(value, kind) for value in values.flat):
+            raise ValueError(f"{str(self._path(row))!r}: {key!r} must be of type {dtype} in every row.")
+        with np.errstate(invalid="ignore"):
+            result = values if dtype == "string" else values.astype(dtype)
+        if not (result == values).all():
+            raise ValueError(f"{str(self._path(row))!r}: {key!r} must be of type {dtype} in every row.")
+        return result
 
     def component_names(self, key: str) -> list[str] | None:
         """Names of the components of `action` or a state; None if unknown."""
@@ -342,31 +358,33 @@ class LeRobotFolder(InOrder):
             only = [("episode_index", "=", row["episode_index"])]
             pictures = read_parquet(self._file(row), [key], filters=only)[key].to_pylist()[part]
             return np.stack([self._picture(row, key, *numbered) for numbered in enumerate(pictures, part.start)])
-        table = self._table(row)
+        table, length = self._table(row), row_number(row, "length")
         path, timed, first = self._file(row, key), "timestamp" in table.column_names, 0
-        numbers = self._numbers(row, table["timestamp"]) if timed else np.arange(row["length"])
+        numbers = self._numbers(row, table["timestamp"]) if timed else np.arange(length)
         if self._shares_files:  # the frames of the next episode follow in the same file
-            begin, end = (_entry(row, f"videos/{key}/{name}_timestamp") for name in ("from", "to"))
+            begin, end = (row_seconds(row, f"videos/{key}/{name}_timestamp") for name in ("from", "to"))
             first, found = round(begin * self.fps), round((end - begin) * self.fps)
-            if found < row["length"]:
-                raise ValueError(f"{row['length']} frames announced, {found} found in {str(self._path(row, key))!r}.")
+            if found < length:
+                raise ValueError(f"{length} frames announced, {found} found in {str(self._path(row, key))!r}.")
             if found <= numbers[-1]:
                 raise ValueError(
                     f"the timestamp of the last frame in {str(self._path(row))!r} is {numbers[-1] / self.fps:g} s, but the episode "
                     f"has only {found / self.fps:g} s in {str(self._path(row, key))!r}."
                 )
-        ends = not self._shares_files and not timed and part.stop == row["length"]
+        ends = not self._shares_files and not timed and part.stop == length
         return read_numbered_frames(path, (first + numbers[part]).tolist(), self.fps, whole=ends)
 
     def _numbers(self, row: dict[str, Any], column: pa.ChunkedArray) -> np.ndarray:
         """Frame numbers (T,) of an episode's rows by their timestamps; rows of idle frames may have been removed."""
         path, key = str(self._path(row)), "timestamp"
-        times = np.asarray(column.combine_chunks().to_numpy(zero_copy_only=False), dtype=object).astype(np.float64)
-        if times.ndim != 1 or not np.isfinite(times).all():
+        _check_numbers(column.type, key, path)
+        times = column.combine_chunks().to_numpy(zero_copy_only=False).astype(np.float64)
+        if not np.isfinite(times).all():
             raise ValueError(f"{path!r}: {key!r} must be a finite number of seconds in every row.")
-        numbers = np.rint(times * self.fps)
-        tolerance = GRID_TOLERANCE + self.fps * np.spacing(np.abs(times).astype(np.float32))
-        off = np.abs(times * self.fps - numbers) > tolerance
+        with np.errstate(over="ignore", invalid="ignore"):
+            numbers = np.rint(times * self.fps)
+            tolerance = GRID_TOLERANCE + self.fps * np.spacing(np.abs(times).astype(np.float32))
+            off = ~(np.abs(times * self.fps - numbers) <= np.where(tolerance < MAX_TOLERANCE, tolerance, -1))
         if off.any() or numbers[0] < 0:
             frame = int(np.argmax(off))
             raise ValueError(
@@ -380,7 +398,7 @@ class LeRobotFolder(InOrder):
 
     def _picture(self, row: dict[str, Any], key: str, frame: int, picture: dict[str, Any] | None) -> np.ndarray:
         """Decode a picture that is in the table, or a file in the folder."""
-        if not (picture and (picture.get("bytes") or picture.get("path"))):
+        if not isinstance(picture, dict) or not (picture.get("bytes") or picture.get("path")):
             raise ValueError(f"{str(self._path(row))!r} has no picture {key!r} at frame {frame}.")
         source: Any = io.BytesIO(picture["bytes"]) if picture.get("bytes") else self.root / picture["path"]
         return read_picture(source, f"{key!r} at frame {frame} in {str(self._path(row))!r}")
@@ -391,12 +409,16 @@ class LeRobotFolder(InOrder):
 
     def _values(self, row: dict[str, Any], key: str, column: pa.ChunkedArray) -> np.ndarray:
         """Convert a column of numbers, or of lists as long as `info.json` says, to (T, D)."""
-        array, path = column.combine_chunks(), str(self._path(row))
-        if pa.types.is_nested(array.type):
-            width, widths = self._width(key), pc.unique(pc.list_value_length(array)).to_pylist()
-            if widths != [width]:
-                raise ValueError(f"{path!r}: {key!r} must be {width} numbers in every row, got {widths}.")
-            array = array.flatten()
+        array, path, width = column.combine_chunks(), str(self._path(row)), self._width(key)
+        lists = any(
+            check(array.type) for check in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        )
+        widths = pc.unique(pc.list_value_length(array)).to_pylist() if lists else [1]
+        if width is not None and widths != [width]:
+            raise ValueError(f"{path!r}: {key!r} must be {width} numbers in every row, got {widths}.")
+        array = array.flatten() if lists else array
+        if width is not None:
+            _check_numbers(array.type, key, path)
         return array.to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
     def _table(self, row: dict[str, Any]) -> pa.Table:
@@ -409,6 +431,9 @@ class LeRobotFolder(InOrder):
             columns = dict.fromkeys([*self.action_column, *self._states, "episode_index"])
             columns |= dict.fromkeys(key for key in (*self._flag_features, "timestamp") if key in present)
             kept = path, read_parquet(file, list(columns))
+            kind = kept[1]["episode_index"].type
+            if not pa.types.is_integer(kind):
+                raise ValueError(f"{str(path)!r}: 'episode_index' must hold integers, got {kind}.")
             self.__dict__["_kept"] = kept
         table = kept[1]
         return table.filter(pc.equal(table["episode_index"], row["episode_index"]))
@@ -417,15 +442,18 @@ class LeRobotFolder(InOrder):
         """Path of an episode's Parquet file, or of a camera's video."""
         if self._shares_files:
             folder = "data" if camera is None else f"videos/{camera}"
-            place = {name: int(_entry(row, f"{folder}/{name}")) for name in ("chunk_index", "file_index")}
+            place = {name: row_number(row, f"{folder}/{name}") for name in ("chunk_index", "file_index")}
         else:
             number = row["episode_index"]
             place = {"episode_chunk": number // self.info["chunks_size"], "episode_index": number}
         entry = "data_path" if camera is None else "video_path"
+        template = self.info.get(entry)
+        if not template:
+            raise ValueError(f"{str(self._info_path)!r} has no entry {entry!r}.")
         try:
-            return self.root / str(self.info[entry]).format(video_key=camera, **place)
-        except (KeyError, IndexError) as error:
-            raise ValueError(f"{str(self._info_path)!r}: {entry!r} has the unknown field {error}.") from error
+            return self.root / template.format(video_key=camera, **place)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{str(self._info_path)!r}: {entry!r} has a wrong field: {error}.") from error
 
     def _file(self, row: dict[str, Any], camera: str | None = None) -> Path:
         """Local path of the same file, downloaded if necessary."""
@@ -435,8 +463,8 @@ class LeRobotFolder(InOrder):
         return self.remote.fetch(path.relative_to(self.root).as_posix(), "data" if camera is None else camera)
 
 
-def _entry(row: dict[str, Any], name: str) -> Any:
-    """Entry of an episode in `meta/episodes`."""
-    if row.get(name) is None:
-        raise ValueError(f"{name!r} is missing in 'meta/episodes'.")
-    return row[name]
+def _check_numbers(kind: pa.DataType, key: str, path: str) -> None:
+    """Raise ValueError if a column of a Parquet file does not hold numbers; null counts as a missing number."""
+    checks = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+    if not any(check(kind) for check in checks):
+        raise ValueError(f"{path!r}: {key!r} must hold numbers, got {kind}.")

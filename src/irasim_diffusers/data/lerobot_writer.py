@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from ..actions import DERIVATIONS
 from ..files import temporary_path
 from .episode import CameraLayout, Episode
-from .lerobot import INDEX_FEATURES, OWN_ENTRY, VERSION
+from .lerobot import INDEX_FEATURES, VERSION
+from .lerobot_metadata import OWN_ENTRY
 from .lerobot_statistics import image_statistics, pool, vector_statistics
 from .video import video_writer
 
@@ -51,7 +52,7 @@ def write_file(
         root: The folder of the data set.
         file_index: Number of the file.
         episodes: Its episodes. Only one is held at a time if the iterable reads them on demand. States keep their type if
-            they are bool or integers, and become float32 otherwise.
+            they are bool, integers or strings, and become float32 otherwise.
         fps: Frames per second.
         camera: Feature key of the frames, for example `observation.image`; or the regions of several cameras in the frames,
             which are written as separate features.
@@ -79,7 +80,8 @@ def write_file(
             for key, values in vectors.items():
                 columns.setdefault(key, []).append(values)
             statistics = _write_frames(episode.frames, regions, append)
-            statistics |= {key: vector_statistics(values) for key, values in vectors.items()}
+            numeric = {key: values for key, values in vectors.items() if values.dtype != object}
+            statistics |= {key: vector_statistics(values) for key, values in numeric.items()}
             row = _row(episode, number, first_frame + length)
             rows.append(row | _places(regions, file_index, length / fps, (length + len(episode)) / fps))
             rows[-1] |= {f"stats/{key}/{name}": v for key, stat in statistics.items() for name, v in stat.items()}
@@ -232,7 +234,7 @@ def _vectors(
     for key, values in {"action": episode.actions, **episode.states}.items():
         if len(values) != length:
             raise ValueError(f"{key!r} must have {length} rows, one per frame, got {len(values)}.")
-        kept = values if values.dtype.kind in "biu" else values.astype(np.float32)
+        kept = values if values.dtype.kind in "biuO" else values.astype(np.float32)
         vectors[key] = kept.reshape(length, -1)
     frames = np.arange(length)
     index = {
@@ -303,7 +305,7 @@ def _vector_features(root: Path, names: Mapping[str, Sequence[str]]) -> dict[str
         is_list = pa.types.is_fixed_size_list(field.type)
         element, width = (field.type.value_type, field.type.list_size) if is_list else (field.type, 1)
         components = list(names[field.name]) if field.name in names else None
-        dtype = np.dtype(element.to_pandas_dtype()).name
+        dtype = "string" if pa.types.is_string(element) else np.dtype(element.to_pandas_dtype()).name
         features[field.name] = {"dtype": dtype, "shape": [width], "names": components}
     return features
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
@@ -22,6 +23,8 @@ from .episode import Episode, EpisodeSource, first_readable
 from .lerobot import INDEX_FEATURES, VERSION, LeRobotFolder
 from .lerobot_writer import EPISODES_PATH, Regions, is_written, tile_regions, write_file, write_metadata
 from .prepared import PreparedEpisodes
+
+logger = logging.getLogger(__name__)
 
 EPISODES_PER_FILE = 50
 SOURCE_FILE = ".irasim-source.json"
@@ -97,6 +100,7 @@ def write_lerobot(
         derivation = getattr(source, "action_derivation", "recorded")
         units = getattr(source, "action_units", None) or _units(derivation, first.actions.shape[1])
         del first  # only one episode is held at a time
+        _report_unread(source)
         tasks = _write_files(source, root, fps, regions, frame_size, skip_broken, on_episode)
     except BaseException:
         if not any(root.glob("meta/episodes/*/*.parquet")):  # the repaired source may be written here
@@ -180,7 +184,7 @@ def _write_files(
 
 
 def _read_episode(source: EpisodeSource, number: int, frame_size: tuple[int, int] | None = None) -> Episode:
-    """An episode with its bool and integer features; frames must have the size of the data set's."""
+    """An episode with its bool, integer and string features; frames must have the size of the data set's."""
     episode = source[number]
     if frame_size not in (None, episode.frames.shape[1:3]):
         raise ValueError(
@@ -189,6 +193,14 @@ def _read_episode(source: EpisodeSource, number: int, frame_size: tuple[int, int
         )
     flags = source.flags(number) if hasattr(source, "flags") else {}
     return dataclasses.replace(episode, states=episode.states | flags)
+
+
+def _report_unread(source: Any) -> None:
+    """Log a warning that names the features of a LeRobotDataset that are not written."""
+    unread = {key: source.info["features"][key] for key in getattr(source, "unread_features", ())}
+    if unread:
+        found = ", ".join(f"{key!r} ({one['dtype']}, shape {one.get('shape')})" for key, one in unread.items())
+        logger.warning(f"{source.name!r}: features that are not vectors, strings or pictures are left out: {found}.")
 
 
 def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, int]) -> str | Regions:

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data import write_video
-from ..files import temporary_path
+from ..files import check_new_folder, temporary_path
 from ..metrics import agreement, bootstrap
 from ..policies import Policy
 from ..starts import Start
@@ -259,6 +259,7 @@ def _claim(evaluation: PolicyEvaluation) -> None:
                 f"{found.get(first)!r} and is {setting[first]!r}: choose a new folder."
             )
         return
+    check_new_folder(evaluation.output, ("setting.json",))
     _write_text(path, json.dumps(setting, indent=2))
 
 

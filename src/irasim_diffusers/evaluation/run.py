@@ -17,7 +17,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data import EpisodeSource
-from ..files import temporary_path
+from ..files import check_new_folder, temporary_path
 from ..metrics import (
     Counterfactuals,
     counterfactual_actions,
@@ -152,6 +152,8 @@ def _check_clip(evaluation: Evaluation, data: ClipData) -> None:
     _check_size(evaluation.protocol, data.frames)
     if isinstance(evaluation.predictor, WorldModelPredictor):
         evaluation.predictor.check_clip(data)
+    else:
+        evaluation.predictor.path(data.clip)
 
 
 def _setting(evaluation: Evaluation, num_clips: int) -> dict[str, Any]:
@@ -184,6 +186,7 @@ def _claim(output: Path, setting: dict[str, Any], clips: Sequence[Clip]) -> None
                 f"{found.get(first)!r} and is {setting[first]!r}: choose a new folder."
             )
         return
+    check_new_folder(output, ("clips.json", "setting.json", "figures"))
     _write_json(output / "clips.json", [asdict(clip) for clip in clips])
     _write_json(path, setting)
 

@@ -35,7 +35,8 @@ class IRASimEnvConfig(EnvConfig):
         num_history_frames: History frames of a start from `dataset`.
         state_key: Key of the robot state in `dataset`, for action spaces of relative poses.
         episode_length: Steps after which an episode is truncated.
-        reward: Reward of the frames as `module:name`, a callable (B, n, 3, H, W) -> (B, n).
+        reward: Reward of the frames as `module:name`, a callable (B, n, 3, H, W) -> (B, n). None for the reward that is stored with
+            the model.
         success: Success of the frames as `module:name`, likewise.
         num_inference_steps: Denoising steps per frame; None takes the checkpoint's own number.
         device: Device of the world model; None takes CUDA if there is one.
@@ -61,9 +62,10 @@ class IRASimEnvConfig(EnvConfig):
             "device": self.device,
             "task": self.task or "",
             "max_episode_steps": self.episode_length,
-            "reward": _load("reward", self.reward),
-            "success": _load("success", self.success),
         }
+        for name in ("reward", "success"):
+            if getattr(self, name) is not None:
+                options[name] = _load(name, getattr(self, name))
         if self.num_inference_steps is not None:
             options["sampling"] = {"num_inference_steps": self.num_inference_steps}
         if self.dataset is not None:
@@ -91,10 +93,8 @@ class IRASimEnvConfig(EnvConfig):
         self.fps = environment.metadata["render_fps"]
 
 
-def _load(argument: str, path: str | None) -> Any:
+def _load(argument: str, path: str) -> Any:
     """The callable `module:name`; a class is called without arguments."""
-    if path is None:
-        return None
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)

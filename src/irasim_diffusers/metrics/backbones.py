@@ -75,6 +75,7 @@ def load_inception(weights: str, device: str | torch.device = "cpu") -> Callable
     Raises:
         ValueError: If the package or the weights are missing, or the weights do not match the network.
     """
+    path = find_weights(weights, "inception")
     try:
         from pytorch_fid import inception as parts
     except (ImportError, RuntimeError) as error:
@@ -93,7 +94,7 @@ def load_inception(weights: str, device: str | torch.device = "cpu") -> Callable
     }
     for name, block in replaced.items():
         setattr(network, name, block)
-    _load_strictly(network, _load_state(find_weights(weights, "inception"), "inception"), "inception")
+    _load_strictly(network, _load_state(path, "inception"), "inception")
     network.fc, network.transform_input = torch.nn.Identity(), False
     network.eval().to(device)
 

@@ -1,0 +1,164 @@
+"""Measure how well guards recognise plans that exploit the errors of a world model.
+
+    python examples/pusht/guard.py --dataset data/pusht-test --others runs/pusht-convolutional --output runs/guard.json
+
+From states in which the block covers a part of the goal, a planner searches for actions with the highest IoU that the frame regressor reads from the predicted frames, without a guard. The
+simulator replays the same actions. A plan exploits the model if its predicted IoU exceeds the true one by more than `--margin`.
+Each guard compares scores of members, see `Disagreement`. Its limit is the 95 % quantile of the spread over recorded action
+sequences, which no planner has optimised. The report contains the recall (exploiting plans above the limit), the false-alarm rate
+(other plans above the limit) and the area under the ROC curve (AUC). An interrupted run resumes.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import convolutional
+import numpy as np
+import torch
+from simulator import Simulator
+from tqdm import tqdm
+from train_reward import BLOCK, ious
+from transformers import HfArgumentParser
+
+from irasim_diffusers import WorldModel, embedded_checkpoint
+from irasim_diffusers.data import open_dataset
+from irasim_diffusers.envs import load_world_model
+from irasim_diffusers.files import temporary_path
+from irasim_diffusers.metrics import bootstrap
+from irasim_diffusers.planning import CEM, Disagreement, Scoring
+from irasim_diffusers.rewards import FrameRegressor
+from irasim_diffusers.training import require_finite, run_script
+
+SCORING = Scoring(batch_size=32)
+COVERED = (0.05, 0.8)  # IoU of block and goal in the states to plan from
+
+
+@dataclass
+class GuardArguments:
+    dataset: str = field(metadata={"help": "held-out LeRobotDataset folder made by collect.py"})
+    output: Path = field(metadata={"help": "JSON report to write"})
+    reward: str | None = field(
+        default=None, metadata={"help": "FrameRegressor of the IoU (default: the reward of the embedded model)"}
+    )
+    model: str = field(default=str(embedded_checkpoint()), metadata={"help": "model that the planner exploits"})
+    others: list[str] = field(default_factory=list, metadata={"help": "second models, folders or Hub ids"})
+    first_seed: int = field(default=1_000_000, metadata={"help": "seed of the first episode of the dataset"})
+    num_states: int = field(default=24, metadata={"help": "states to plan from, one per episode"})
+    horizon: int = field(default=10, metadata={"help": "actions of a plan"})
+    num_candidates: int = 24
+    num_iterations: int = field(default=4, metadata={"help": "iterations of the cross-entropy method"})
+    margin: float = field(default=0.1, metadata={"help": "excess of the predicted IoU that counts as exploitation"})
+    seed: int = 0
+
+
+def load(path: str) -> WorldModel:
+    """Load a pipeline, or the convolutional baseline."""
+    if (Path(path) / convolutional.WEIGHTS).is_file():
+        return convolutional.load(Path(path))
+    return load_world_model(path, "cpu")["model"]
+
+
+def true_iou(seed: int, actions: np.ndarray) -> float:
+    """IoU of block and goal in the simulator after all actions (n, 2) of the episode."""
+    simulator = Simulator()
+    state = simulator.reset(seed)
+    for action in actions:
+        state = simulator.step(action)
+    return float(ious(state.block[None])[0])
+
+
+def plans_of_episode(number: int, dataset: Any, model: WorldModel, guards: dict, reward: Any, arguments: Any) -> list:
+    """Recorded and optimised plans from one state of an episode, with predicted and true scores; [] if no state fits."""
+    episode = dataset[number]
+    overlap = ious(episode.states[BLOCK].astype(np.float64))[1 : -arguments.horizon]
+    places = np.nonzero((overlap > COVERED[0]) & (overlap < COVERED[1]))[0] + 1
+    if not len(places):
+        return []
+    place = int(np.random.default_rng([arguments.seed, number]).choice(places))
+    state = model.start(torch.from_numpy(episode.frames[place - 1 : place + 1]).movedim(-1, 1)[None] / 255, [number])
+    recorded = torch.from_numpy(episode.actions[place : place + arguments.horizon]).float()
+    search = CEM(
+        arguments.horizon,
+        arguments.num_candidates,
+        arguments.num_iterations,
+        num_elites=max(1, arguments.num_candidates // 6),
+        num_knots=min(4, arguments.horizon),
+        std=2.0,
+        scoring=SCORING,
+    )
+    plans = {"recorded": recorded, "cem": search(model, state, reward, recorded).actions}
+    batch = torch.stack(list(plans.values()))
+    predicted = SCORING(model, state, batch, reward)
+    members = {
+        name: torch.stack([SCORING(*member, batch, reward) for member in guard.members(model, state)])
+        for name, guard in guards.items()
+    }
+    rows = []
+    for index, (name, plan) in enumerate(plans.items()):
+        true = true_iou(arguments.first_seed + number, np.concatenate([episode.actions[:place], plan.numpy()]))
+        row = {"plan": name, "before": float(overlap[place - 1]), "predicted": float(predicted[index]), "true": true}
+        spread = {guard: float(scores[:, index].std(correction=0)) for guard, scores in members.items()}
+        rows.append(row | {"spread": spread})
+    return rows
+
+
+def summarise(plans: list[dict[str, Any]], margin: float, seed: int) -> dict[str, Any]:
+    """Scores of the plans, and for each guard its limit, recall, false-alarm rate and AUC, with intervals and counts."""
+    rng = np.random.default_rng(seed)
+    recorded, optimised = ([row for row in plans if (row["plan"] == "recorded") == kind] for kind in (True, False))
+    exploits = np.array([row["predicted"] - row["true"] > margin for row in optimised])
+    report: dict[str, Any] = {
+        name: bootstrap(np.array([row[name] for row in optimised]), rng) for name in ("before", "predicted", "true")
+    }
+    report["exploits"] = bootstrap(exploits.astype(float), rng)
+    report["guards"] = {}
+    for guard in plans[0]["spread"]:
+        limit = float(np.quantile([row["spread"][guard] for row in recorded], 0.95))
+        spread = np.array([row["spread"][guard] for row in optimised])
+        figures: dict[str, Any] = {"limit": limit}
+        for name, part in (("recall", spread[exploits]), ("false_alarms", spread[~exploits])):
+            figures[name] = bootstrap((part > limit).astype(float), rng) if len(part) else None
+        if 0 < exploits.sum() < len(exploits):
+            figures["auc"] = float((spread[exploits][:, None] > spread[~exploits]).mean())
+        report["guards"][guard] = figures
+    return report
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(GuardArguments).parse_args_into_dataclasses()
+    require_finite(asdict(arguments))
+    for name in ("num_states", "horizon", "num_candidates", "num_iterations"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(arguments, name)}.")
+    setting = {name: value for name, value in asdict(arguments).items() if name not in ("output", "num_states")}
+    done: dict[str, list] = {}
+    if arguments.output.is_file():
+        stored = json.loads(arguments.output.read_text(encoding="utf-8"))
+        if stored["setting"] != setting:
+            raise ValueError(f"`output` {str(arguments.output)!r} has other settings: choose a new file.")
+        done = stored["plans"]
+    dataset, model = open_dataset(arguments.dataset), load(arguments.model)
+    reward = FrameRegressor.from_pretrained(
+        arguments.reward or embedded_checkpoint(), subfolder=None if arguments.reward else "reward"
+    ).eval()
+    guards = {"seeds": Disagreement(num_seeds=4)}
+    guards |= {Path(path).name: Disagreement([load(path)]) for path in arguments.others}
+    report: dict[str, Any] = {}
+    for number in tqdm(range(len(dataset)), unit="episode"):
+        if sum(bool(rows) for rows in done.values()) >= arguments.num_states:
+            break
+        if str(number) in done:
+            continue
+        done[str(number)] = plans_of_episode(number, dataset, model, guards, reward, arguments)
+        plans = [row for rows in done.values() for row in rows]
+        report = summarise(plans, arguments.margin, arguments.seed) if plans else {}
+        with temporary_path(arguments.output) as partial:
+            content = {"report": report, "setting": setting, "plans": done}
+            partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    run_script(main)
