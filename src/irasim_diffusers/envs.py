@@ -465,12 +465,10 @@ def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
     if _stored_file(model, "proprioception/config.json"):
         loaded["proprioception"] = ProprioceptionModel.from_pretrained(model, subfolder="proprioception").to(device)
     if _stored_file(model, "reward/config.json"):
-        reward = FrameRegressor.from_pretrained(model, subfolder="reward").to(device).eval()
-        loaded["reward"] = reward
+        loaded["reward"] = reward = FrameRegressor.from_pretrained(model, subfolder="reward").to(device).eval()
         if reward.config.success_threshold is not None:
             loaded["success"] = reward.success
-    picture = _stored_file(model, "starts.png")
-    if picture:
+    if picture := _stored_file(model, "starts.png"):
         with PIL.Image.open(picture) as image:
             loaded["starts"] = np.asarray(image.convert("RGB")).reshape(-1, *pipe.frame_size, 3)
     return loaded
@@ -479,8 +477,7 @@ def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
 def _stored_file(model: str | Path, name: str) -> str | None:
     """Path of a file of a folder or a Hub repository, downloaded if needed; None if it does not exist."""
     if Path(model).is_dir():
-        path = Path(model) / name
-        return str(path) if path.is_file() else None
+        return str(Path(model) / name) if (Path(model) / name).is_file() else None
     try:
         return hf_hub_download(str(model), name)
     except EntryNotFoundError:  # also in offline mode, if the file is not in the cache
@@ -489,10 +486,8 @@ def _stored_file(model: str | Path, name: str) -> str | None:
 
 def _concatenate(states: list[RolloutState]) -> RolloutState:
     """One state with the rows of several."""
-    seeds = tuple(seed for state in states for seed in state.seeds)
-    return RolloutState(
-        torch.cat([state.latents for state in states]), seeds, torch.cat([state.step for state in states])
-    )
+    latents, steps = torch.cat([state.latents for state in states]), torch.cat([state.step for state in states])
+    return RolloutState(latents, tuple(seed for state in states for seed in state.seeds), steps)
 
 
 for _name, _model in (("irasim/PushT-v0", {"model": str(embedded_checkpoint())}), ("irasim/WorldModel-v0", {})):

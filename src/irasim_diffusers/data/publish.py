@@ -88,8 +88,7 @@ def write_lerobot(
         ValueError: If the source has no valid frame rate, the folder holds another data set, an episode is broken, or no
             episode can be read.
     """
-    fps = _frame_rate(source)
-    root = Path(root)
+    fps, root = _frame_rate(source), Path(root)
     is_new = not root.exists()
     _claim(root, json.loads(json.dumps(source.identity | {"fps": fps})))
     try:
