@@ -19,40 +19,32 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL
 from transformers import HfArgumentParser
 
 from irasim_diffusers import PRESETS, UNET_PRESETS, IRASimTransformer3DModel, UNetTrajectoryModel
-from irasim_diffusers.data import LatentClips, MixedClips, PreparedEpisodes, action_normalisation, infer_action_space
+from irasim_diffusers.data import PreparedEpisodes, action_normalisation, infer_action_space
 from irasim_diffusers.training import (
     RunArguments,
-    TrainingRun,
-    cache_sources,
-    cached_clips,
-    check_crop,
-    check_frames,
+    TrainingData,
     check_ranges,
     check_run_arguments,
-    clip_length,
+    encode_data,
     finished_pipeline,
     is_pipeline,
     load_transformer,
     load_vae,
-    log_size,
     open_sources,
-    prepare_output,
     run_script,
     save_finished,
     start_accelerator,
-    validate_run,
-    validation_clips,
+    train,
 )
 
 logger = get_logger(__name__, log_level="INFO")
 WINDOW = ("sample_frames", "num_history_frames")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainingArguments(RunArguments):
     model: str = field(
         default="transformer", metadata={"help": "transformer, or unet for the baselines VDM and LVDM of the paper"}
@@ -312,76 +304,89 @@ def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel:
 
 
 def build_transformer(
-    arguments: TrainingArguments,
-    source: PreparedEpisodes,
-    parts: list[LatentClips],
-    vae: AutoencoderKL | None,
-    pretrained: IRASimTransformer3DModel | None,
+    arguments: TrainingArguments, data: TrainingData, pretrained: IRASimTransformer3DModel | None
 ) -> IRASimTransformer3DModel | UNetTrajectoryModel:
     """Create the model, or complete the config of the pretrained one with that of the data.
 
     Raises:
         ValueError: If the actions of the data do not match the arguments or the pretrained model.
     """
-    actions = torch.cat([part.actions for part in parts])
-    offset, scale = action_normalisation(actions, arguments.action_normalisation)
-    height, width = parts[0].latent_size
-    derivation, action_space = source.action_derivation, arguments.action_space
-    if derivation != "recorded":
-        derived = "absolute" if derivation == "absolute" else "relative"
-        if action_space not in (None, derived):
-            raise ValueError(f"`action_space` must be {derived!r} for {derivation} actions, got {action_space!r}.")
-        action_space = derived
-    elif action_space is None and (pretrained is None or not is_trained_on_actions(pretrained)):
-        action_space = infer_action_space(source)
-        logger.info(
-            f"`action_space` is {action_space or 'relative'}: "
-            + (
-                "inferred from actions and states"
-                if action_space
-                else "set it, because no state shows what actions are"
-            )
-        )
+    action_space = find_action_space(arguments, data.sources[0], pretrained)
+    known, measured = data_settings(arguments, data, action_space)
     given = {
         name: values[0] if len(values) == 1 else values
         for name, values in (("action_scale", arguments.action_scale), ("action_offset", arguments.action_offset))
         if values
     }
-    known: dict[str, Any] = {
+    action_dim = len(measured["action_offset"])
+    if pretrained is None:
+        channels = 3 if data.vae is None else data.vae.config.latent_channels
+        settings = new_settings(arguments) | known | measured | given
+        return MODELS[arguments.model][0](**settings, in_channels=channels, action_dim=action_dim)
+    config = pretrained.config
+    if config.action_dim != action_dim:
+        raise ValueError(
+            f"the data must have {config.action_dim} action components as {arguments.pretrained_model_name_or_path!r}, got "
+            f"{action_dim}: pad them with `pad_actions_to`, or change the model with `irasim adapt --action-dim {action_dim}`."
+        )
+    if not is_trained_on_actions(pretrained):
+        known |= measured
+    else:
+        check_action_space(arguments, config, action_space, known["action_derivation"])
+        if known["action_derivation"] == "recorded":  # keep the derivation of the model
+            known.pop("action_derivation")
+    if known["fps"] is None:
+        known.pop("fps")
+    pretrained.register_to_config(**known | given)
+    return pretrained
+
+
+def data_settings(
+    arguments: TrainingArguments, data: TrainingData, action_space: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the config entries that the data determine: of every model, and of an untrained action encoder only."""
+    source, actions = data.sources[0], torch.cat([part.actions for part in data.parts])
+    height, width = data.parts[0].latent_size
+    offset, scale = action_normalisation(actions, arguments.action_normalisation)
+    known = {
         "sample_height": height,
         "sample_width": width,
         "fps": source.fps,
         "cameras": [list(row) for row in source.cameras],
         "action_names": source.component_names("action"),
-        "action_derivation": derivation,
+        "action_derivation": source.action_derivation,
     }
-    measured: dict[str, Any] = {
+    measured = {
         "action_scale": scale,
         "action_offset": offset,
         "action_space": action_space or "relative",
         "action_low": actions.amin(0).tolist(),
         "action_high": actions.amax(0).tolist(),
     }
-    if pretrained is None:
-        channels = 3 if vae is None else vae.config.latent_channels
-        settings = new_settings(arguments) | known | measured | given
-        return MODELS[arguments.model][0](**settings, in_channels=channels, action_dim=len(offset))
-    config = pretrained.config
-    if config.action_dim != len(offset):
-        raise ValueError(
-            f"the data must have {config.action_dim} action components as {arguments.pretrained_model_name_or_path!r}, got "
-            f"{len(offset)}: pad them with `pad_actions_to`, or change the model with `irasim adapt --action-dim {len(offset)}`."
-        )
-    if not is_trained_on_actions(pretrained):
-        known |= measured
-    else:
-        check_action_space(arguments, config, action_space, derivation)
-        if derivation == "recorded":  # keep the derivation of the model
-            known.pop("action_derivation")
-    if known["fps"] is None:
-        known.pop("fps")
-    pretrained.register_to_config(**known | given)
-    return pretrained
+    return known, measured
+
+
+def find_action_space(
+    arguments: TrainingArguments, source: PreparedEpisodes, pretrained: IRASimTransformer3DModel | None
+) -> str | None:
+    """Return the action space of the arguments or the data; None if neither shows it.
+
+    Raises:
+        ValueError: If the argument contradicts the derivation of the actions.
+    """
+    derivation, action_space = source.action_derivation, arguments.action_space
+    if derivation != "recorded":
+        derived = "absolute" if derivation == "absolute" else "relative"
+        if action_space not in (None, derived):
+            raise ValueError(f"`action_space` must be {derived!r} for {derivation} actions, got {action_space!r}.")
+        return derived
+    if action_space is None and (pretrained is None or not is_trained_on_actions(pretrained)):
+        action_space = infer_action_space(source)
+        reason = "inferred from actions and states"
+        if action_space is None:
+            reason = "set `action_space`, because no state shows what actions are"
+        logger.info(f"`action_space` is {action_space or 'relative'}: {reason}")
+    return action_space
 
 
 def is_trained_on_actions(model: IRASimTransformer3DModel) -> bool:
@@ -412,26 +417,10 @@ def main() -> None:
     vae = None if arguments.pixel_space else load_vae(arguments)
     pretrained = load_pretrained(arguments) if arguments.pretrained_model_name_or_path else None
     config = pretrained.config if pretrained else new_settings(arguments)
-    check_crop(arguments.crop_size, config)
-    if not arguments.recorded_latents:
-        for source in sources:
-            check_frames(source, vae, config.get("patch_size", 1))
-    prepare_output(accelerator, arguments)
-    if vae is not None:
-        vae.to(accelerator.device)
-    folders = cache_sources(sources, vae, arguments, accelerator)
-    parts = cached_clips(folders, sources, arguments, clip_length(config, arguments.rollout_chunks))
-    transformer = build_transformer(arguments, sources[0], parts, vae, pretrained)
-    clips = MixedClips(parts, arguments.dataset_weights or None, arguments.seed)
-    held_out = validation_clips(arguments, transformer.config) if accelerator.is_main_process else None
-    log_size(transformer, clips, sum(map(len, sources)), accelerator)
-
+    data = encode_data(sources, vae, config, arguments, accelerator)
+    transformer = build_transformer(arguments, data, pretrained)
     copy = functools.partial(type(transformer).from_config, transformer.config)
-    run = TrainingRun(accelerator, arguments, transformer, clips, vae, folders, copy)
-    for step in run.steps():
-        if arguments.validation_dataset and step % arguments.validation_steps == 0:
-            validate_run(run, held_out)
-
+    run = train(transformer, data, copy, arguments, accelerator)
     averaged = run.averaged()
     if accelerator.is_main_process:
         pipeline = finished_pipeline(vae, averaged, arguments.pretrained_model_name_or_path, arguments.revision)

@@ -21,35 +21,27 @@ from peft import LoraConfig, get_peft_model_state_dict
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel
-from irasim_diffusers.data import LatentClips, MixedClips, PreparedEpisodes
 from irasim_diffusers.models.transformer_irasim import ACTION_ENCODER
 from irasim_diffusers.training import (
     RunArguments,
-    TrainingRun,
-    cache_sources,
-    cached_clips,
-    check_crop,
-    check_frames,
+    TrainingData,
     check_ranges,
     check_run_arguments,
-    clip_length,
+    encode_data,
     is_pipeline,
     load_transformer,
     load_vae,
-    log_size,
     open_sources,
-    prepare_output,
     run_script,
     save_finished,
     start_accelerator,
-    validate_run,
-    validation_clips,
+    train,
 )
 
 logger = get_logger(__name__, log_level="INFO")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LoraArguments(RunArguments):
     lora_rank: int = field(default=16, metadata={"aliases": ["--rank"], "help": "rank of the adapters"})
     lora_alpha: int | None = field(default=None, metadata={"help": "LoRA alpha (default: the rank)"})
@@ -75,20 +67,17 @@ def check_arguments(arguments: LoraArguments) -> None:
         raise ValueError(f"`vae` must be given, because {name!r} is not a pipeline.")
 
 
-def check_config(transformer: IRASimTransformer3DModel, source: PreparedEpisodes, parts: list[LatentClips]) -> None:
+def check_config(transformer: IRASimTransformer3DModel, data: TrainingData) -> None:
     """Check that the data have the actions and the frame size of the pretrained model.
 
     Raises:
         ValueError: If they differ.
     """
-    height, width = parts[0].latent_size
-    found: dict[str, Any] = {
-        "action_dim": parts[0].actions.shape[1],
-        "sample_height": height,
-        "sample_width": width,
-    }
-    if source.action_derivation != "recorded":  # recorded actions have no known derivation
-        found["action_derivation"] = source.action_derivation
+    part, derivation = data.parts[0], data.sources[0].action_derivation
+    found: dict[str, Any] = dict(zip(("sample_height", "sample_width"), part.latent_size, strict=True))
+    found["action_dim"] = part.actions.shape[1]
+    if derivation != "recorded":  # recorded actions have no known derivation
+        found["action_derivation"] = derivation
     for name, value in found.items():
         if transformer.config[name] != value:
             raise ValueError(
@@ -156,28 +145,11 @@ def main() -> None:
     sources = open_sources(arguments)
     vae = load_vae(arguments)
     transformer = load_transformer(arguments)
-    config = transformer.config
-    copy = functools.partial(type(transformer).from_config, config)
-    check_crop(arguments.crop_size, config)
-    if not arguments.recorded_latents:
-        for source in sources:
-            check_frames(source, vae, config.patch_size)
-    prepare_output(accelerator, arguments)
-    if vae is not None:
-        vae.to(accelerator.device)
-    folders = cache_sources(sources, vae, arguments, accelerator)
-    parts = cached_clips(folders, sources, arguments, clip_length(config, arguments.rollout_chunks))
-    check_config(transformer, sources[0], parts)
+    copy = functools.partial(type(transformer).from_config, transformer.config)
+    data = encode_data(sources, vae, transformer.config, arguments, accelerator)
+    check_config(transformer, data)
     add_lora(transformer, arguments)
-    clips = MixedClips(parts, arguments.dataset_weights or None, arguments.seed)
-    held_out = validation_clips(arguments, config) if accelerator.is_main_process else None
-    log_size(transformer, clips, sum(map(len, sources)), accelerator)
-
-    run = TrainingRun(accelerator, arguments, transformer, clips, vae, folders, lambda: add_lora(copy(), arguments))
-    for step in run.steps():
-        if arguments.validation_dataset and step % arguments.validation_steps == 0:
-            validate_run(run, held_out)
-
+    run = train(transformer, data, lambda: add_lora(copy(), arguments), arguments, accelerator)
     averaged = run.averaged()
     if accelerator.is_main_process:
         save_finished(Path(arguments.output_dir), functools.partial(save_lora, averaged))

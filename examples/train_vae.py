@@ -26,7 +26,9 @@ from transformers import HfArgumentParser
 
 from irasim_diffusers.data import PreparedEpisodes, first_readable, open_dataset
 from irasim_diffusers.training import (
+    DataArguments,
     Interruption,
+    check_frame_size,
     check_launch,
     check_ranges,
     newest_checkpoint,
@@ -42,25 +44,12 @@ MAY_CHANGE = (
 )
 
 
-@dataclass
-class VAEArguments:
+@dataclass(kw_only=True)
+class VAEArguments(DataArguments):
     dataset: str = field(metadata={"help": "LeRobotDataset, IRASim-format or `datasets` folder, or Hub id"})
     output_dir: str = field(metadata={"help": "folder for checkpoints and the trained VAE"})
-    validation_dataset: str | None = field(default=None, metadata={"help": "data set of held-out frames"})
-    cameras: list[str] = field(
-        default_factory=list,
-        metadata={"help": "cameras to stack into one picture; left,right makes a row (default: the only camera)"},
-    )
-    split: str = field(default="train", metadata={"help": "split of the data, or a part such as train[:90%%]"})
-    validation_split: str = field(default="train", metadata={"help": "split of the validation data"})
     pretrained: str | None = field(default=None, metadata={"help": "autoencoder to start from: folder or Hub id"})
     freeze_encoder: bool = field(default=False, metadata={"help": "train only the decoder of --pretrained"})
-    action_column: list[str] = field(
-        default_factory=list, metadata={"help": "action columns, concatenated; by default action or actions"}
-    )
-    skip_broken: bool = field(default=False, metadata={"help": "skip episodes that cannot be read, and list them"})
-    height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
-    width: int | None = field(default=None, metadata={"help": "see --height"})
     frames_per_episode: int = field(default=24, metadata={"help": "evenly spaced frames of each episode to train on"})
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
     latent_channels: int = 4
@@ -105,8 +94,7 @@ def open_frames(arguments: VAEArguments, name: str, split: str, episodes: int | 
         max_episodes=episodes,
         action_column=arguments.action_column,
     )
-    size = (arguments.height, arguments.width) if arguments.height and arguments.width else None
-    return PreparedEpisodes(source, frame_size=size)
+    return PreparedEpisodes(source, frame_size=arguments.frame_size)
 
 
 def load_frames(dataset: PreparedEpisodes, per_episode: int, skip_broken: bool) -> torch.Tensor:
@@ -199,33 +187,31 @@ def check_arguments(arguments: VAEArguments) -> None:
         )
     if arguments.freeze_encoder and not arguments.pretrained:
         raise ValueError("`freeze_encoder` requires `pretrained`: a new encoder must be trained.")
-    if (arguments.height is None) != (arguments.width is None):
-        raise ValueError("`height` and `width` must be given together.")
+    check_frame_size(arguments)
 
 
-def main() -> None:
-    (arguments,) = HfArgumentParser(VAEArguments).parse_args_into_dataclasses()
-    check_arguments(arguments)
-    output = Path(arguments.output_dir)
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
-    check_launch(accelerator)
-    set_seed(arguments.seed)
-    settings = run_settings(arguments, accelerator.num_processes)
-    newest = newest_checkpoint(output, settings)
+@dataclass(frozen=True)
+class Frames:
+    """Frames to train on and to validate with."""
+
+    training: torch.Tensor  # (N, 3, H, W), uint8
+    held_out: torch.Tensor  # (M, 3, H, W), uint8
+    is_held_out: bool  # False if the validation frames are training frames
+
+
+def open_data(arguments: VAEArguments) -> tuple[PreparedEpisodes, PreparedEpisodes]:
+    """Open the training data and the validation data, which are the training data by default."""
     source = open_frames(arguments, arguments.dataset, arguments.split)
-    validation = arguments.validation_dataset or arguments.dataset
-    split = arguments.validation_split if arguments.validation_dataset else arguments.split
-    which = "held-out" if arguments.validation_dataset else "training"
-    held_out_source = open_frames(arguments, validation, split, episodes=64)
-    vae = build_vae(arguments, max(first_readable(source, source.__getitem__).frames.shape[1:3]))
-    frames = load_frames(source, arguments.frames_per_episode, arguments.skip_broken)
-    held_out = load_frames(held_out_source, 4, arguments.skip_broken)
-    output.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        remove_leftovers(output)
-    if arguments.compile:
-        vae.encoder.compile()
-        vae.decoder.compile()
+    if arguments.validation_dataset is None:
+        return source, open_frames(arguments, arguments.dataset, arguments.split, episodes=64)
+    return source, open_frames(arguments, arguments.validation_dataset, arguments.validation_split, episodes=64)
+
+
+def train(
+    accelerator: Accelerator, arguments: VAEArguments, vae: AutoencoderKL, frames: Frames, newest: Path | None
+) -> None:
+    """Train the autoencoder, from its newest checkpoint if there is one."""
+    output, settings = Path(arguments.output_dir), run_settings(arguments, accelerator.num_processes)
     trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=arguments.learning_rate, weight_decay=0.0)
     # accelerate steps a prepared schedule once for each process
@@ -245,16 +231,7 @@ def main() -> None:
     start = time.perf_counter()
     interruption = Interruption()
     while step < arguments.max_train_steps:
-        # the frames of a step depend on seed, step and process only: a resumed run uses the same frames
-        rng = np.random.default_rng([arguments.seed, step, accelerator.process_index])
-        chosen = torch.from_numpy(rng.integers(len(frames), size=arguments.train_batch_size))
-        pictures = to_model(frames[chosen], accelerator.device)
-        with accelerator.autocast():
-            reconstruction, kl = autoencoding(pictures)
-        difference = reconstruction.float() - pictures
-        loss = difference.square().mean() + 0.1 * difference.abs().mean() + arguments.kl_weight * kl.float().mean()
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}: use a lower `learning_rate`.")
+        loss = batch_loss(accelerator, autoencoding, frames.training, arguments, step)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(autoencoding.parameters(), 1.0)
         optimizer.step()
@@ -271,18 +248,64 @@ def main() -> None:
             accelerator.print(f"stopped by {name} at step {step}; run the same command to resume")
             accelerator.end_training()
             raise SystemExit(128 + stopped_by)
-        if accelerator.is_main_process and (step % arguments.validation_steps == 0):
+        if accelerator.is_main_process and step % arguments.validation_steps == 0:
             with accelerator.autocast():
-                psnr = reconstruction_psnr(vae, held_out, accelerator.device)
-            bar.write(f"step {step}: {which} PSNR {psnr:.2f} dB, {time.perf_counter() - start:.0f} s")
+                psnr = describe_psnr(vae, frames, accelerator.device)
+            bar.write(f"step {step}: {psnr}, {time.perf_counter() - start:.0f} s")
     accelerator.wait_for_everyone()
+
+
+def batch_loss(
+    accelerator: Accelerator, autoencoding: torch.nn.Module, frames: torch.Tensor, arguments: VAEArguments, step: int
+) -> torch.Tensor:
+    """Return the loss of a step. Its frames depend on seed, step and process only, so that a resumed run uses the same ones."""
+    rng = np.random.default_rng([arguments.seed, step, accelerator.process_index])
+    chosen = torch.from_numpy(rng.integers(len(frames), size=arguments.train_batch_size))
+    pictures = to_model(frames[chosen], accelerator.device)
+    with accelerator.autocast():
+        reconstruction, kl = autoencoding(pictures)
+    difference = reconstruction.float() - pictures
+    loss = difference.square().mean() + 0.1 * difference.abs().mean() + arguments.kl_weight * kl.float().mean()
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}: use a lower `learning_rate`.")
+    return loss
+
+
+def describe_psnr(vae: AutoencoderKL, frames: Frames, device: torch.device) -> str:
+    """Return the PSNR of the validation frames as text."""
+    which = "held-out" if frames.is_held_out else "training"
+    return f"{which} PSNR {reconstruction_psnr(vae, frames.held_out, device):.2f} dB"
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(VAEArguments).parse_args_into_dataclasses()
+    check_arguments(arguments)
+    output = Path(arguments.output_dir)
+    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    check_launch(accelerator)
+    set_seed(arguments.seed)
+    newest = newest_checkpoint(output, run_settings(arguments, accelerator.num_processes))
+    source, held_out_source = open_data(arguments)
+    vae = build_vae(arguments, max(first_readable(source, source.__getitem__).frames.shape[1:3]))
+    frames = Frames(
+        load_frames(source, arguments.frames_per_episode, arguments.skip_broken),
+        load_frames(held_out_source, 4, arguments.skip_broken),
+        arguments.validation_dataset is not None,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_leftovers(output)
+    if arguments.compile:
+        vae.encoder.compile()
+        vae.decoder.compile()
+    train(accelerator, arguments, vae, frames, newest)
     if accelerator.is_main_process:
         if not arguments.freeze_encoder:
-            deviation = latent_std(vae, held_out, accelerator.device)
+            deviation = latent_std(vae, frames.held_out, accelerator.device)
             vae.register_to_config(scaling_factor=arguments.latent_std / deviation)
         vae.save_pretrained(output)
-        psnr = reconstruction_psnr(vae, held_out, accelerator.device)
-        print(f"{which} PSNR {psnr:.2f} dB in float32; scaling_factor {vae.config.scaling_factor:.4f}; {output}")
+        psnr = describe_psnr(vae, frames, accelerator.device)
+        print(f"{psnr} in float32; scaling_factor {vae.config.scaling_factor:.4f}; {output}")
 
 
 if __name__ == "__main__":

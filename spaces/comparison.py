@@ -1,6 +1,5 @@
 """Predictions of one start and the same actions by different models, samplers or seeds, and their errors."""
 
-import copy
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,7 +36,7 @@ def scheduler_names(pipeline: IRASimPipeline) -> tuple[str, ...]:
     fitting = []
     for kind in pipeline.scheduler.compatibles:
         try:
-            _with_scheduler(pipeline, kind).check_scheduler()
+            pipeline.with_scheduler(kind)
         except (ValueError, ImportError):  # another noise process, or a package that is not installed
             continue
         fitting.append(kind.__name__)
@@ -55,23 +54,10 @@ def pipeline_of(setting: Setting) -> IRASimPipeline:
         raise ValueError(f"{setting.world.name} does not take the scheduler {setting.scheduler!r}.")
     if not 1 <= setting.steps <= MAX_STEPS:
         raise ValueError(f"Steps must be 1 to {MAX_STEPS}, got {setting.steps}.")
-    if setting.scheduler == type(pipeline.scheduler).__name__:
-        return _view(pipeline, copy.deepcopy(pipeline.scheduler))
-    kinds = {kind.__name__: kind for kind in pipeline.scheduler.compatibles}
-    return _with_scheduler(pipeline, kinds[setting.scheduler])
-
-
-def _with_scheduler(pipeline: IRASimPipeline, kind: Any) -> IRASimPipeline:
-    sample = pipeline.transformer.config.prediction_type == "sample"
-    changes = {"prediction_type": "v_prediction"} if sample else {}  # all of them support it
-    return _view(pipeline, kind.from_config(pipeline.scheduler.config, **changes))
-
-
-def _view(pipeline: IRASimPipeline, scheduler: Any) -> IRASimPipeline:
-    settings = {name: pipeline.config[name] for name in ("num_inference_steps", "window_length", "timesteps")}
-    view = IRASimPipeline(pipeline.vae, pipeline.transformer, scheduler, **settings)
-    view.set_progress_bar_config(disable=True)
-    return view
+    kinds = {kind.__name__: kind for kind in (type(pipeline.scheduler), *pipeline.scheduler.compatibles)}
+    other = pipeline.with_scheduler(kinds[setting.scheduler])
+    other.set_progress_bar_config(disable=True)
+    return other
 
 
 def name_settings(first: Setting, second: Setting | None) -> dict[str, Setting]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from study import Comparison, PreferenceStudy
+from preference_study import Comparison, PreferenceStudy
 from study_videos import TRUTH, Videos
 from viewer import videos as show
 from viewer import viewer

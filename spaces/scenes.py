@@ -62,7 +62,7 @@ def action_kinds(world: World, scene: Scene | None) -> list[str]:
 def choose_actions(
     kind: str, scene: Scene, world: World, drawn: Any, file: str | None, length: int, scale: float
 ) -> np.ndarray:
-    """Return the actions (n, A), raw units, that the visitor selected.
+    """Return the selected actions (n, A), raw units.
 
     Raises:
         ValueError: If actions are missing or invalid.

@@ -12,7 +12,7 @@ import anyio.to_thread
 import numpy as np
 import torch
 from comparison import Setting, pipeline_of, predict_whole
-from study import PreferenceStudy
+from preference_study import PreferenceStudy
 from worlds import World, Worlds
 
 from irasim_diffusers.data import iterate_video

@@ -66,7 +66,7 @@ def trajectory_page(worlds: Worlds) -> None:
 
 @dataclass
 class Task:
-    """What a visitor asked for, checked."""
+    """A checked request of a visitor."""
 
     settings: dict[str, Setting]  # by title
     pipelines: dict[str, Any]  # of the settings

@@ -81,7 +81,7 @@ def test_bad_configs(change, message):
 
 @pytest.mark.parametrize("value", [1e38, -1e38, 1e6, -1e5])
 @pytest.mark.parametrize("component", [0, 1, 2])
-def test_actions_far_outside_the_bounds_are_refused(value, component):
+def test_actions_far_outside_the_bounds_raise(value, component):
     actions = np.full((2, 4, 3), 0.5)
     assert SPACE.prepare(actions).shape == (2, 4, 3)
     actions[1, 2, component] = value
@@ -97,7 +97,7 @@ def test_actions_somewhat_outside_the_bounds_are_accepted():
             wide.prepare([[far]])
 
 
-def test_the_pipeline_refuses_far_actions_before_any_work(frames, actions):
+def test_pipeline_rejects_far_actions_before_any_work(frames, actions):
     pipeline = tiny_pipeline(action_low=-5.0, action_high=5.0)
     pipeline.vae.encoder.register_forward_pre_hook(lambda *_: pytest.fail("the history was encoded"))
     actions[1, 2] = 1e38
@@ -105,7 +105,7 @@ def test_the_pipeline_refuses_far_actions_before_any_work(frames, actions):
         pipeline(frames, actions)
 
 
-def test_a_session_stays_usable_after_a_far_action():
+def test_session_stays_usable_after_a_far_action():
     pipe = IRASimPipeline.from_pretrained(embedded_checkpoint())
     pipe.set_progress_bar_config(disable=True)
     history = np.zeros((2, 96, 96, 3), np.uint8)
@@ -124,7 +124,7 @@ def test_box():
     np.testing.assert_array_equal(box.high, np.float32([5, 1, np.inf]))
 
 
-def test_a_latent_model_without_an_autoencoder_is_refused(pipeline, frames, actions):
+def test_latent_model_without_autoencoder_raises(pipeline, frames, actions):
     alone = IRASimPipeline(None, pipeline.transformer, pipeline.scheduler)
     with pytest.raises(ValueError, match="`vae` must be the autoencoder of this model, whose latents have 4 channels"):
         alone(frames, actions)

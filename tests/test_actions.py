@@ -50,7 +50,7 @@ def test_relative_euler_is_the_papers_formula():
         assert action[6] == after[6]
 
 
-def test_standing_still_is_the_action_that_holds():
+def test_no_motion_gives_the_hold_action():
     states = np.repeat(next(trajectories())[:1], 3, axis=0)
     for derivation in ("relative_euler", "relative_6d", "relative_planar", "absolute"):
         still = derive_actions(states, derivation)[:1]

@@ -46,7 +46,7 @@ GOOD = {
 
 
 def command_line(command, change):
-    """Arguments of a command after a change of the good ones; None removes a flag, a list gives several values."""
+    """Arguments of a command with changes to the valid ones; None removes a flag, a list gives several values."""
     arguments = [command]
     for flag, value in (GOOD[command] | change).items():
         if value is not None:
@@ -304,8 +304,8 @@ MODEL_ROWS = [  # of every command that loads a model
     ({"--model": "empty-weights"}, "--model must be a pipeline folder"),
     ({"--model": "text-weights"}, "--model must be a pipeline folder"),
     ({"--model": "other-shape"}, "--model must be a pipeline folder"),
-    ({"--model": "missing-tensor"}, "the file of weights has no transformer."),
-    ({"--model": "other-size"}, "the config describes another model than the weights"),
+    ({"--model": "missing-tensor"}, "the weights file does not contain transformer."),
+    ({"--model": "other-size"}, "the config does not match the weights"),
     ({"--model": "word-size"}, "num_attention_heads"),
     ({"--model": "negative-size"}, "num_layers"),
     ({"--model": "nan-scale"}, "action_scale"),
@@ -388,8 +388,8 @@ FRAME_ROWS = [  # of every command that starts from frames
 
 ACTION_ROWS = [
     ("wide.npy", "`actions` must be (n, 3)"),
-    ("flat.npy", "--actions must be (n, A), a row a frame, got (3,)"),
-    ("deep.npy", "--actions must be (n, A), a row a frame, got (2, 4, 3)"),
+    ("flat.npy", "--actions must be (n, A), one row per frame, got (3,)"),
+    ("deep.npy", "--actions must be (n, A), one row per frame, got (2, 4, 3)"),
     ("none.npy", "nothing to predict"),
     ("nan.npy", "`actions` must be finite, got nan at index (2, 1)"),
     ("inf.npy", "`actions` must be finite, got inf"),
@@ -684,7 +684,7 @@ def lines_of(err):
 
 
 @pytest.mark.parametrize("command", GOOD)
-def test_the_commands_succeed_without_the_change(workspace, tmp_path, monkeypatch, command):
+def test_commands_succeed_without_the_change(workspace, tmp_path, monkeypatch, command):
     monkeypatch.chdir(workspace)
     suffix = Path(GOOD[command]["--output"]).suffix
     assert main(command_line(command, {"--output": str(tmp_path / f"new{suffix}")})) == 0
@@ -696,7 +696,7 @@ def identifier(row):
 
 
 @pytest.mark.parametrize(("command", "change", "message"), ROWS, ids=map(identifier, ROWS))
-def test_bad_input_is_one_line_and_changes_nothing(workspace, monkeypatch, capfd, command, change, message):
+def test_bad_input_prints_one_line_and_changes_nothing(workspace, monkeypatch, capfd, command, change, message):
     monkeypatch.chdir(workspace)
     before = listing(workspace)
     with warnings.catch_warnings(record=True) as shown:

@@ -57,7 +57,7 @@ def generate(*arguments):
     return main(["generate", *arguments])
 
 
-def test_video_and_actions_of_a_user(workspace, capsys):
+def test_generate_from_video_and_actions(workspace, capsys):
     assert generate("--model", "model", "--frames", "video.mp4", "--actions", "actions.npy", "--steps", "2") == 0
     out = capsys.readouterr().out
     frames = read_video("irasim.mp4")
@@ -106,7 +106,7 @@ def frame_rate(path):
         return container.streams.video[0].average_rate
 
 
-def test_frame_rate_is_that_of_the_video_or_the_model(workspace):
+def test_frame_rate_comes_from_the_video_or_the_model(workspace):
     tiny_pipeline(fps=3).save_pretrained("slow")
     arguments = ["--actions", "actions.npy", "--steps", "1", "--frames"]
     for model, frames, rate in (("slow", "frame.png", 3), ("slow", "video.mp4", 5), ("model", "frame.png", 10)):
@@ -114,7 +114,7 @@ def test_frame_rate_is_that_of_the_video_or_the_model(workspace):
         assert frame_rate("irasim.mp4") == rate
 
 
-def test_converted_scheduler_has_the_noise_process_of_the_config(workspace, capsys):
+def test_converted_scheduler_has_noise_process_of_config(workspace, capsys):
     latte_model(heads=2, head=6, depth=1, patch=2, channels=4, frames=4).save_pretrained("latte")
     arguments = ["--source", "latte", "--checkpoint", "latte", "--vae", "model:vae", "--output", "converted"]
     process = {"prediction_type": "v_prediction", "num_train_timesteps": 500, "beta_end": 0.01, "beta_start": 0.001}
@@ -211,7 +211,7 @@ def test_lora_from_a_folder_or_file_is_applied(workspace, capsys):
 @pytest.mark.parametrize(
     ("number", "status", "message"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
-def test_signals_end_a_command_with_one_line(workspace, monkeypatch, capfd, number, status, message):
+def test_signals_print_one_line(workspace, monkeypatch, capfd, number, status, message):
     before, handler, forward = sorted(workspace.rglob("*")), signal.getsignal(number), IRASimTransformer3DModel.forward
 
     def interrupt(*arguments, **options):
@@ -254,7 +254,7 @@ def test_recording_is_saved_when_sigterm_ends_a_script(workspace, monkeypatch, c
     assert len(read_video("drive.mp4")) == len(np.load("drive.npy")) + 1 > 1
 
 
-def test_sigterm_leaves_no_half_written_pipeline(workspace, monkeypatch, capsys):
+def test_sigterm_leaves_no_incomplete_pipeline(workspace, monkeypatch, capsys):
     latte_model(heads=2, head=6, depth=1, patch=2, channels=4, frames=4).save_pretrained("latte")
     before, save = sorted(workspace.rglob("*")), IRASimPipeline.save_pretrained
 
@@ -295,7 +295,7 @@ def test_resize(workspace):
 GOOD = {"--model": "model", "--frames": "frame.png", "--actions": "actions.npy", "--steps": "2"}
 BAD = [
     ({"--actions": "wide.npy"}, r"`actions` must be \(n, 3\) .* got \(4, 2\)"),
-    ({"--actions": "flat.npy"}, r"--actions must be \(n, A\), a row a frame, got \(3,\)"),
+    ({"--actions": "flat.npy"}, r"--actions must be \(n, A\), one row per frame, got \(3,\)"),
     ({"--actions": "empty.npy"}, "nothing to predict"),
     ({"--actions": "nan.npy"}, r"`actions` must be finite, got nan at index \(2, 1\)"),
     ({"--actions": "inf.npy"}, "`actions` must be finite, got inf"),
@@ -326,7 +326,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD)
-def test_bad_input_is_one_line_and_status_2(workspace, capsys, change, message):
+def test_bad_input_prints_one_line_and_exits_with_2(workspace, capsys, change, message):
     before = sorted(workspace.rglob("*"))
     arguments = [text for name, value in (GOOD | change).items() if value is not None for text in (name, value)]
     assert generate(*arguments) == 2
@@ -338,7 +338,7 @@ def test_bad_input_is_one_line_and_status_2(workspace, capsys, change, message):
     assert sorted(workspace.rglob("*")) == before
 
 
-def test_unknown_scheduler_is_refused_by_name(workspace, capsys):
+def test_unknown_scheduler_raises(workspace, capsys):
     with pytest.raises(SystemExit) as stop:
         generate("--scheduler", "runge")
     assert stop.value.code == 2

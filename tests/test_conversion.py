@@ -236,7 +236,7 @@ class Attack:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_code_in_a_file_is_never_run(legacy, tmp_path):
+def test_code_in_a_file_is_never_executed(legacy, tmp_path):
     _, overrides, state = case("rt1")
     content = {"ema": state, "args": Attack(tmp_path / "run")}
     torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
@@ -270,7 +270,7 @@ def test_bad_files(content, arguments, message, tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_damaged_files_are_refused(legacy, tmp_path):
+def test_damaged_files_raise(legacy, tmp_path):
     _, overrides, state = case("rt1")
     torch.save({"ema": state}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
     content, rng = (tmp_path / "a.pt").read_bytes(), np.random.default_rng(0)
@@ -288,7 +288,7 @@ def test_damaged_files_are_refused(legacy, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_weights_become_float32(dtype, tmp_path):
+def test_16_bit_weights_are_converted_to_float32(dtype, tmp_path):
     _, overrides, state = case("rt1")
     state = {key: value.to(dtype) for key, value in state.items()}
     model = load_released_irasim(write(tmp_path / "a.pt", state, ema=state), "rt1", **overrides)
@@ -306,7 +306,7 @@ def test_weights_of_another_data_set_are_listed(tmp_path):
         load_released_irasim(write(tmp_path / "a.pt", state, ema=state), "languagetable", **overrides)
 
 
-def test_an_unknown_width_needs_the_number_of_heads(tmp_path):
+def test_unknown_width_requires_number_of_heads(tmp_path):
     _, _, state = case("rt1")
     with pytest.raises(ValueError, match=r"width 24 is not one of the paper's .* give `num_attention_heads`"):
         load_released_irasim(write(tmp_path / "a.pt", state, ema=state), "rt1", sample_height=4, sample_width=14)
@@ -442,7 +442,7 @@ OPENSORA_CASES = [
 
 
 @pytest.mark.parametrize("values", OPENSORA_CASES)
-def test_opensora_starts_as_stdit3_without_text(values, tmp_path):
+def test_converted_opensora_matches_stdit3_without_text(values, tmp_path):
     dim, head, depth, patch, channels, frames, clean, rows, columns, action_dim = values
     state = opensora_state(dim=dim, head=head, depth=depth, patch=patch, channels=channels)
     save_file(state, tmp_path / "model.safetensors")
@@ -477,7 +477,7 @@ LATTE_CASES = [
 ]
 
 
-def test_sizes_within_a_case_are_different():
+def test_sizes_of_a_case_are_distinct():
     released = [(*values, RELEASED_DATASETS[dataset]["action_dim"]) for dataset, _, values in CASES.values()]
     for values in [*released, *OPENSORA_CASES, *LATTE_CASES]:
         assert len(set(values)) == len(values), values
@@ -500,7 +500,7 @@ def latte_model(heads, head, depth, patch, channels, frames):
 
 
 @pytest.mark.parametrize("values", LATTE_CASES)
-def test_latte_starts_as_latte_without_text(values, tmp_path):
+def test_converted_latte_matches_latte_without_text(values, tmp_path):
     heads, head, depth, patch, channels, frames, rows, columns, action_dim = values
     torch.manual_seed(7)
     latte = latte_model(heads, head, depth, patch, channels, frames)
@@ -676,7 +676,7 @@ def test_at_the_last_timestep_a_velocity_is_the_negated_sample():
         predict_samples(samples)
 
 
-def test_change_autoencoder_needs_the_same_grid_of_patches():
+def test_change_autoencoder_requires_the_same_grid_of_patches():
     latents = torch.randn(9, 4, 4, 6)
     for patch_size, after in ((2, torch.randn(9, 4, 8, 12)), (4, torch.randn(8, 4, 8, 12))):
         with pytest.raises(ValueError, match="`after` must have as many images and patches as `before`"):
@@ -709,7 +709,7 @@ def test_keys_of_other_blocks_are_unknown(key, tmp_path):
         )
 
 
-def test_a_torchscript_program_is_not_run(tmp_path):
+def test_torchscript_program_is_not_executed(tmp_path):
     class Program(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x
@@ -719,7 +719,7 @@ def test_a_torchscript_program_is_not_run(tmp_path):
         load_released_irasim(tmp_path / "program.pt", "rt1")
 
 
-def test_open_sora_needs_the_frame_rate(tmp_path, capsys):
+def test_open_sora_requires_the_frame_rate(tmp_path, capsys):
     arguments = ["convert", "--source", "opensora", "--checkpoint", str(tmp_path), "--vae", "vae"]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
     assert "--source opensora needs --config fps=<frames per second of your clips>" in capsys.readouterr().err
@@ -740,7 +740,7 @@ def test_open_sora_needs_the_frame_rate(tmp_path, capsys):
         (["--config", "num_attention_heads=3", "action_dim=0"], "`action_dim` must be an integer of at least 1"),
     ],
 )
-def test_errors_of_the_command_are_one_line(arguments, message, tmp_path, capsys):
+def test_command_errors_are_one_line(arguments, message, tmp_path, capsys):
     state = released_state("rt1", False, dim=24, depth=2, patch=2, frames=4, channels=4, rows=16, columns=20)
     write(tmp_path / "a.pt", state, ema=state)
     write(tmp_path / "alone.pt", state)

@@ -30,12 +30,12 @@ def session(pipe, clip):
 
 
 def drive(session, pressed, num_frames=1):
-    """Drive by keys, as a terminal or the Space does."""
+    """Drive with keys, like a terminal or the Space."""
     return session.drive(key_command(session.steering.action_space, pressed), num_frames)
 
 
 class Space(dict):
-    """A config with the action space alone, which is all that steering reads."""
+    """A config with the action space only, the part that steering reads."""
 
     __getattr__ = dict.__getitem__
 
@@ -53,7 +53,7 @@ def arm(**changes):
     return Space(known | changes)
 
 
-def test_keys_move_a_target_within_its_bounds(pipe):
+def test_keys_move_target_within_bounds(pipe):
     steering = Steering(pipe.transformer.config, speed=2.0, start=[300.0, 30.0])
     step = 2.0 * 32
     assert steering.action(key_command(steering.action_space, {"ArrowLeft"})).tolist() == [300 - step, 30]
@@ -69,7 +69,7 @@ def test_keys_move_a_target_within_its_bounds(pipe):
     assert steering.hold().tolist() == [300, 30]
 
 
-def test_an_arm_moves_while_keys_are_held_and_its_gripper_stays_where_it_was():
+def test_arm_moves_while_keys_are_held_and_gripper_stays():
     steering = Steering(arm(action_scale=[20.0] * 6 + [4.0]), speed=0.5)
     assert [control.key for control in key_controls(steering.action_space) if control.component == 0] == [
         "ArrowDown",
@@ -83,7 +83,7 @@ def test_an_arm_moves_while_keys_are_held_and_its_gripper_stays_where_it_was():
     assert steering.hold()[6] == 1
 
 
-def test_no_key_bends_a_rotation_matrix():
+def test_no_key_changes_a_rotation_matrix():
     steering = Steering(arm(action_dim=10, action_derivation="relative_6d", action_low=None, action_high=None))
     assert {control.component for control in key_controls(steering.action_space)} == {0, 1, 2, 9}
     moved = steering.action(key_command(steering.action_space, {"w", "r", "k", "g"}))
@@ -91,7 +91,7 @@ def test_no_key_bends_a_rotation_matrix():
 
 
 @pytest.mark.parametrize(("derivation", "size"), [("relative_euler", 7), ("relative_6d", 10), ("relative_planar", 2)])
-def test_the_command_zero_leaves_a_state_where_it_is(derivation, size):
+def test_zero_command_keeps_the_state(derivation, size):
     bounds = {"action_low": 0.01, "action_high": 0.01}  # of data in which everything moved alike
     config = arm(action_dim=size, action_derivation=derivation, **bounds)
     steering = Steering(config, start=np.zeros(size))
@@ -100,16 +100,16 @@ def test_the_command_zero_leaves_a_state_where_it_is(derivation, size):
     np.testing.assert_allclose(integrate_actions(np.array(state), held, derivation)[-1], state, atol=1e-9)
 
 
-def test_a_session_equals_the_stream_of_its_actions(session, pipe, clip):
+def test_session_matches_stream_of_its_actions(session, pipe, clip):
     actions = clip[1][:7]
     frames = [*session.step(actions[:3]), *session.step(actions[3:])]
     assert len(session) == 7
     np.testing.assert_allclose(session.actions, actions, atol=1e-4)
     others = list(pipe.stream(clip[0][:2], actions, chunk_length=3, generator=torch.Generator().manual_seed(0)))
-    assert np.abs(np.stack(frames).astype(int) - np.stack(others)).mean() < 1  # the noise alone differs
+    assert np.abs(np.stack(frames).astype(int) - np.stack(others)).mean() < 1  # only the noise differs
 
 
-def test_undo_goes_back_to_the_same_future(session):
+def test_undo_restores_the_same_future(session):
     drive(session, {"ArrowRight"}, 2)
     once = [np.asarray(frame) for frame in drive(session, {"ArrowUp"}, 3)]
     target = session.steering.hold()
@@ -121,7 +121,7 @@ def test_undo_goes_back_to_the_same_future(session):
     assert len(session) == 0
 
 
-def test_what_is_dropped_does_not_change_what_follows(pipe, clip, session):
+def test_dropped_frames_do_not_change_later_ones(pipe, clip, session):
     short = DrivingSession(
         pipe, clip[0][:2], Steering(pipe.transformer.config, start=clip[1][0]), seed=3, max_frames=1
     )
@@ -161,14 +161,14 @@ def test_sessions_of_one_pipeline_do_not_mix(pipe, clip, session):
     np.testing.assert_array_equal(alone, [np.asarray(frame) for frame in between + drive(session, set(), 2)])
 
 
-def test_a_recording_holds_the_first_frame_and_every_action(session, tmp_path):
+def test_recording_contains_first_frame_and_every_action(session, tmp_path):
     drive(session, {"ArrowRight"}, 4)
     video, actions = session.save(tmp_path / "drive.mp4")
     assert read_video(video).shape == (5, 96, 96, 3)
     np.testing.assert_allclose(np.load(actions), session.actions, atol=1e-4)
 
 
-def test_a_recording_whose_beginning_is_dropped_begins_with_the_frame_before_its_first_action(pipe, clip, tmp_path):
+def test_shortened_recording_starts_with_the_frame_before_its_first_action(pipe, clip, tmp_path):
     steering = Steering(pipe.transformer.config, start=clip[1][0])
     session = DrivingSession(pipe, clip[0][:2], steering, max_frames=2)
     *_, before = session.step([[450.0, 450.0]] * 8)
@@ -185,7 +185,7 @@ def test_frames_do_not_depend_on_the_actions_per_step(pipe, clip):
     np.testing.assert_array_equal(np.stack(singly), np.stack(three.step(clip[1][1:4])))
 
 
-def test_a_step_that_fails_leaves_the_target_where_it_was(session, monkeypatch):
+def test_failed_step_keeps_the_target(session, monkeypatch):
     drive(session, {"w"})
     target = session.steering.hold()
     monkeypatch.setattr(session.pipe, "predict_latents", lambda *_, **__: 1 / 0)
@@ -217,7 +217,7 @@ def test_a_step_that_fails_leaves_the_target_where_it_was(session, monkeypatch):
         ),
     ],
 )
-def test_bad_input_is_refused_and_changes_nothing(session, tmp_path, do, message):
+def test_bad_input_raises_and_changes_nothing(session, tmp_path, do, message):
     with pytest.raises(ValueError, match=message):
         do(session, tmp_path)
     assert len(session) == 0

@@ -62,7 +62,7 @@ def test_frames_are_those_of_the_pipeline(model, starts):
         assert (reward, terminated, truncated, info) == (0.0, False, False, {"is_success": False})
 
 
-def test_a_seed_gives_the_same_episode_alone_and_in_a_batch(model, starts):
+def test_seed_gives_the_same_episode_alone_and_in_a_batch(model, starts):
     rows, single = WorldModelVectorEnv(model, 3, starts, **STEPS), WorldModelEnv(model, starts, **STEPS)
     actions = actions_of(3, 3)
     together, _ = rows.reset(seed=[6, 9, 4])
@@ -216,7 +216,7 @@ def test_relative_poses_are_composed_from_the_first_state(derivation, starts):
 
 
 @pytest.mark.parametrize("kind", ["absolute", "relative"])
-def test_a_commanded_target_is_not_reported_as_the_state(kind):
+def test_commanded_target_is_not_reported_as_state(kind):
     """Without a proprioception model, recorded actions say nothing about the state."""
     starts = [Start(np.zeros((8, 12, 3), np.uint8), np.zeros(3))]
     model = tiny_pipeline(action_space=kind)
@@ -306,12 +306,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("do", "message"), BAD)
-def test_bad_input_is_named(do, message, model, starts):
+def test_bad_input_raises(do, message, model, starts):
     with pytest.raises(ValueError, match=message):
         do(model, starts)
 
 
-def test_an_error_changes_nothing(model, starts):
+def test_error_changes_nothing(model, starts):
     env, other = (WorldModelEnv(model, starts, max_episode_steps=2, **STEPS) for _ in range(2))
     for each in (env, other):
         each.reset(seed=2)
@@ -373,7 +373,7 @@ def test_registered_environments(tmp_path, model, starts):
     assert [env.step(ACTION[0])[3] for _ in range(2)] == [False, True]
 
 
-def test_gymnasium_finds_no_fault():
+def test_gymnasium_checker_passes():
     """Raw actions are far from [-1, 1], which Gymnasium advises against; rescaled ones give no warning."""
     for rescale, expected in ((False, ["we recommend using a symmetric and normalized space"]), (True, [])):
         with warnings.catch_warnings(record=True) as caught:
@@ -393,7 +393,7 @@ def test_stable_baselines3_trains():
     assert agent.num_timesteps == 32
 
 
-def test_the_state_stays_small(model, starts):
+def test_state_size_is_constant(model, starts):
     rows = WorldModelVectorEnv(model, 2, starts, max_episode_steps=10**6, **STEPS)
     rows.reset(seed=0)
 

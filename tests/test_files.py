@@ -14,7 +14,7 @@ from irasim_diffusers.files import remove_abandoned, temporary_folder, temporary
 WRITE_AND_WAIT = """
 import sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])  # this module alone, which starts faster than the package
+sys.path.insert(0, sys.argv[1])  # only this module, which is faster than importing the package
 from files import temporary_folder, temporary_path
 
 with temporary_path("out/clip.bin") as file, temporary_folder("out/model") as folder:
@@ -29,7 +29,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_files_of_killed_processes_are_removed_and_those_of_running_ones_kept(tmp_path):
+def test_files_of_killed_processes_are_removed_and_of_running_ones_kept(tmp_path):
     command = [sys.executable, "-c", WRITE_AND_WAIT, str(Path(files.__file__).parent)]
     killed, running = (subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2))
     try:

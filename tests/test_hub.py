@@ -151,7 +151,7 @@ def test_model_card_is_written_once(hub, published, tmp_path):
         "pipeline_tag: robotics",
         "| turn | rad | -1 | 1 |",
         "| x | m | 1 | 0.5 |",
-        "7 frames a second",
+        "7 frames per second",
         '"lab/robot"',
     ):
         assert line in card

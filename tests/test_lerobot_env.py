@@ -1,4 +1,4 @@
-"""The environments in LeRobot: the calls of its rollouts, and the real `lerobot-eval` where LeRobot is installed."""
+"""The environments in LeRobot: the calls of its rollouts, and the real `lerobot-eval` if LeRobot is installed."""
 
 import importlib.util
 import json
@@ -45,7 +45,9 @@ def test_rollout_with_the_calls_of_lerobot():
         assert observation["agent_pos"].dtype == np.float32
         np.testing.assert_array_equal(observation["agent_pos"], observation["observation.state"])
         assert [picture.shape for picture in env.call("render")] == [(96, 96, 3)] * 2
-        actions = np.float32([[600, 256], [100, 100]])  # the first is out of bounds by a little, as of a policy
+        actions = np.float32(
+            [[600, 256], [100, 100]]
+        )  # the first is slightly out of bounds, as those of a policy can be
         observation, reward, terminated, truncated, info = env.step(actions)
         assert "final_info" not in info
         rewards.append(reward)
@@ -53,7 +55,7 @@ def test_rollout_with_the_calls_of_lerobot():
         done |= terminated | truncated
     assert done.all()
     assert truncated.tolist() == [False, True]
-    np.testing.assert_array_equal(rewards, [[1, 1], [1, 1], [0, 1]])  # a finished row earns nothing
+    np.testing.assert_array_equal(rewards, [[1, 1], [1, 1], [0, 1]])  # a finished row gets no reward
     np.testing.assert_array_equal(np.any(successes, axis=0), [True, False])
     env.close()
     env.close()
@@ -71,7 +73,7 @@ def test_env_hub_form(tmp_path):
     assert list(environments[0].reset(seed=1)[0]) == ["pixels", "agent_pos", "observation.state"]
 
 
-def test_without_lerobot_the_message_names_the_remedy(monkeypatch):
+def test_missing_lerobot_error_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "lerobot", None)
     for name in [name for name in sys.modules if name.startswith("lerobot.")]:
         monkeypatch.delitem(sys.modules, name)

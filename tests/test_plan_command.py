@@ -128,7 +128,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD)
-def test_bad_input_is_one_line_and_status_2(change, message, folder, tmp_path, monkeypatch, capsys):
+def test_bad_input_prints_one_line_and_exits_with_2(change, message, folder, tmp_path, monkeypatch, capsys):
     assert plan(folder, monkeypatch, tmp_path / "out.mp4", **change) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -84,7 +84,7 @@ def test_a_plan_is_repeatable_and_does_not_depend_on_the_batch_size(name, sample
 
 
 @pytest.mark.parametrize("name", PLANNERS)
-def test_a_plan_is_never_worse_than_the_initial_ones(name, samples):
+def test_plan_is_at_least_as_good_as_initial_plans(name, samples):
     world = PointWorld(noise=0.3)
     state = world.start(image(0.25, 0.5), [7])
     for goal in (GOAL, GoalImage(image(0.9, 0.9))):
@@ -102,7 +102,7 @@ def test_candidates_are_compared_under_the_same_noise(samples):
     assert Rank()(world, world.start(image(0.25, 0.5), [8]), GOAL, init=twice).score != plan.score
 
 
-def test_rank_of_one_sample_is_the_plan_of_the_policy(world, state):
+def test_rank_of_one_sample_returns_the_policy_plan(world, state):
     sample = torch.tensor([[0.1, -0.2], [0.0, 0.1]])
     for spread in (1.0, 3.0):
         plan = Rank(spread=spread)(world, state, GOAL, init=sample)
@@ -118,7 +118,7 @@ def test_rank_chooses_the_best(world, state, samples):
     assert torch.equal(plan.top(3), SPACE.clip(samples)[errors.argsort()[:3]])
 
 
-def test_spread_moves_candidates_away_from_their_mean(world, state, samples):
+def test_spread_moves_candidates_from_their_mean(world, state, samples):
     samples = 0.2 * SPACE.clip(samples)
     plan = Rank(spread=2.0)(world, state, GOAL, init=samples)
     torch.testing.assert_close(plan.candidates.mean(0), samples.mean(0))
@@ -178,7 +178,7 @@ def nan_above(limit):
 
 
 @pytest.mark.parametrize("name", PLANNERS)
-def test_a_candidate_without_a_finite_score_is_never_chosen(name, world, state, samples):
+def test_non_finite_candidates_are_never_chosen(name, world, state, samples):
     limit = -0.01
     plan = PLANNERS[name](world, state, nan_above(limit), init=samples)
     assert -0.2 < plan.score <= limit
@@ -188,7 +188,7 @@ def test_a_candidate_without_a_finite_score_is_never_chosen(name, world, state, 
 
 
 @pytest.mark.parametrize("name", [*PLANNERS, "rank"])
-def test_no_finite_score_is_an_error(name, world, state, samples):
+def test_no_finite_score_raises(name, world, state, samples):
     def objective(frames):  # finite for the current frame only
         moved = (frames[:, :, 0, 0, 0] - 0.25).abs() + (frames[:, :, 1, 0, 0] - 0.5).abs() > 1e-6
         return frames.mean(dim=(2, 3, 4)).masked_fill(moved, torch.nan)
@@ -326,7 +326,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("call", "message"), BAD)
-def test_bad_input_is_refused_before_any_prediction(call, message, world, state):
+def test_bad_input_raises_before_any_prediction(call, message, world, state):
     with pytest.raises(ValueError, match=message):
         call(world, state)
     assert world.largest == 0 or "differentiable" in message

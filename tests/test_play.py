@@ -26,7 +26,7 @@ UP, RIGHT = b"\x1b[A", b"\x1bOC"  # plain, and in the keypad's application mode
 
 
 class Terminal:
-    """A pseudo-terminal, and a user at it who reads what is written and presses keys."""
+    """A pseudo-terminal with a simulated user, who reads the output and presses keys."""
 
     def __init__(self):
         self.user, self.program = pty.openpty()
@@ -47,7 +47,7 @@ class Terminal:
             self.look()
 
     def hold(self, key, until):
-        """Press as a held key repeats, until so many seconds are shown as driven."""
+        """Repeat a held key until the given number of seconds has been driven."""
         deadline = time.monotonic() + 120
         while self.seconds_driven() < until:
             assert time.monotonic() < deadline, self.written[-2000:]
@@ -66,7 +66,7 @@ def terminal():
     os.close(terminal.program)
 
 
-def test_the_pusher_goes_where_keys_of_a_terminal_send_it(terminal, tmp_path):
+def test_pusher_follows_the_keys_of_a_terminal(terminal, tmp_path):
     command = [sys.executable, "-m", "irasim_diffusers.cli", "play", "--output", str(tmp_path / "drive.mp4")]
     streams = {"stdin": terminal.program, "stdout": terminal.program, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **streams, start_new_session=True) as process:
@@ -85,7 +85,7 @@ def test_the_pusher_goes_where_keys_of_a_terminal_send_it(terminal, tmp_path):
     turn = np.argmax(np.diff(actions[:, 0]) > 0) + 1
     moves = []
     for phase in (pusher[: turn + 1], pusher[turn + 1 :]):
-        found = phase[np.isfinite(phase[:, 0])]  # not where block and pusher touch
+        found = phase[np.isfinite(phase[:, 0])]  # except where block and pusher touch
         moves.append(found[-1] - found[0])
     (sideways, up), (right, aside) = moves
     assert up < -10
@@ -109,7 +109,7 @@ def session(pipe):
 
 
 def drive_as(terminal, monkeypatch, session, user, **options):
-    """Play at the terminal while a thread is the user."""
+    """Run `play` in the terminal while a thread acts as the user."""
     failures = []
 
     def sit():
@@ -137,7 +137,7 @@ def drive_as(terminal, monkeypatch, session, user, **options):
             assert failures == []
 
 
-def test_undo_takes_back_what_was_seen_and_reset_all(terminal, monkeypatch, session):
+def test_undo_removes_the_last_second_and_reset_everything(terminal, monkeypatch, session):
     counts = []
 
     def user():
@@ -151,14 +151,14 @@ def test_undo_takes_back_what_was_seen_and_reset_all(terminal, monkeypatch, sess
         terminal.press(b"\x03")
 
     assert drive_as(terminal, monkeypatch, session, user) > 0
-    assert 0.4 <= counts[0] <= 1.5  # from at least 1.5 s one second was taken
+    assert 0.4 <= counts[0] <= 1.5  # undo removed one second of at least 1.5 s
     assert counts[1] == 0
     assert 0 < len(session) <= 6
     assert session.actions[0, 0] > session.steering.start[0]
     assert termios.tcgetattr(terminal.program) == terminal.before
 
 
-def test_sigterm_ends_like_a_key(terminal, monkeypatch, session):
+def test_sigterm_saves_the_recording_like_a_key(terminal, monkeypatch, session):
     def user():
         terminal.hold(b"w", until=0.2)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -170,14 +170,14 @@ def test_sigterm_ends_like_a_key(terminal, monkeypatch, session):
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
-def test_an_error_leaves_the_terminal_as_it_was(terminal, monkeypatch, session):
+def test_error_restores_the_terminal(terminal, monkeypatch, session):
     with pytest.raises(ValueError, match=r"`num_frames` must be in \[1, 16\], got 17"):
         drive_as(terminal, monkeypatch, session, lambda: terminal.press(b"w"), chunk_length=17)
     assert termios.tcgetattr(terminal.program) == terminal.before
     assert terminal.written.endswith(b"\x1b[?25h\x1b[?1049l")
 
 
-def test_a_press_counts_once_and_a_repeat_for_a_while(terminal):
+def test_key_presses_and_repeats(terminal):
     keys = Keys(terminal.program)
     attributes = termios.tcgetattr(terminal.program)
     attributes[3] &= ~(termios.ICANON | termios.ECHO)
@@ -213,7 +213,7 @@ def test_a_press_counts_once_and_a_repeat_for_a_while(terminal):
         (b"\xc3\xa4", ["\xe3", "\xa4"], b""),
     ],
 )
-def test_bytes_of_a_terminal_are_keys(read, keys, rest):
+def test_terminal_bytes_are_decoded_to_keys(read, keys, rest):
     found = decode_keys(read)
     assert ([key for key in found[0] if key != "\x1b"], found[1]) == (keys, rest)
     pieces, unread = [], b""
@@ -224,7 +224,7 @@ def test_bytes_of_a_terminal_are_keys(read, keys, rest):
 
 
 def pixels_of(rows):
-    """The picture that rows of half-block characters show."""
+    """Return the picture that rows of half-block characters show."""
     lines = []
     for row in rows:
         colours, upper, lower = {}, [], []
@@ -261,7 +261,7 @@ def test_a_script_gives_the_same_video_again(tmp_path, monkeypatch, capsys):
         assert main(["play", "--script", "up+right*5 hold*2 s", "--seed", "3", "--output", name]) == 0
     assert re.search(r"^8 frames, [\d.]+ frames/s; wrote b.mp4 and b.npy$", capsys.readouterr().out, re.MULTILINE)
     difference = read_video("a.mp4").astype(int) - read_video("b.mp4")
-    assert np.abs(difference).mean() < 0.5  # bfloat16 rounds by where in memory the weights lie
+    assert np.abs(difference).mean() < 0.5  # bfloat16 rounding depends on the memory alignment of the weights
     moved = np.diff(np.load("a.npy"), axis=0)
     np.testing.assert_allclose(moved, [[16, -16]] * 4 + [[0, 0]] * 2 + [[0, 16]], atol=1e-3)
 
@@ -297,7 +297,7 @@ def test_a_script_is_the_same_as_driving_with_its_keys(session):
         (["--script", "up", "--model", "nowhere"], "--model must be a pipeline folder"),
     ],
 )
-def test_bad_options_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_options_print_one_line_and_exit_with_2(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     PIL.Image.new("RGB", (96, 96)).save("frame.png")
     assert main(["play", *arguments]) == 2

@@ -19,7 +19,7 @@ def observation():
     return observe([(0.1, 0.2), (0.3, 0.4), (0.5, 0.6)])
 
 
-def test_a_callable_may_return_actions_or_chunks(observation):
+def test_callable_returns_actions_or_chunks(observation):
     calls = []
 
     def chunks(given):
@@ -102,7 +102,7 @@ def test_rows_do_not_depend_on_each_other():
     assert torch.equal(run(policies[0], starts, 6), together)
 
 
-def test_planning_starts_from_the_rest_of_the_last_plan():
+def test_planning_starts_from_the_remaining_plan():
     given = []
 
     def planner(model, state, objective, init):
@@ -157,12 +157,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("function", "message"), WRONG)
-def test_wrong_actions_are_refused(function, message, observation):
+def test_wrong_actions_raise(function, message, observation):
     with pytest.raises(ValueError, match=message):
         ChunkPolicy(function, SPACE, num_executed=2).select_action(observation)
 
 
-def test_wrong_actions_of_a_lerobot_policy_are_refused(observation):
+def test_wrong_actions_of_a_lerobot_policy_raise(observation):
     policy = LeRobotPolicy(Follower(), SPACE, postprocessor=lambda actions: actions * torch.nan, task="go")
     policy.camera = "observation.images.top"
     with pytest.raises(ValueError, match="invalid actions"):

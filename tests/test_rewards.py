@@ -31,7 +31,7 @@ def test_mse_to_the_goal(clip):
     torch.testing.assert_close(scores[0, 2], expected)
 
 
-def test_the_goal_may_be_a_tensor_an_array_or_an_image(clip):
+def test_goal_can_be_tensor_array_or_image(clip):
     pixels = (clip[0, 0] * 255).round().to(torch.uint8)
     array = pixels.permute(1, 2, 0).numpy()
     expected = GoalImage(pixels)(clip)
@@ -74,7 +74,7 @@ def test_latent_goal(pipeline):
     assert torch.equal(reward(torch.cat([other, latents], dim=2)), torch.tensor([[-4.0, 0.0]]))
 
 
-def test_regressor_scores_each_frame_by_itself(clip, regressor):
+def test_regressor_scores_frames_independently(clip, regressor):
     scores = regressor(clip)
     assert scores.shape == (2, 5)
     assert 0 < scores.min() < scores.max() < 1

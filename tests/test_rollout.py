@@ -37,7 +37,7 @@ def plans(actions):
     return torch.from_numpy(np.stack([actions, -actions, 0.5 * actions])).float()
 
 
-def test_repeat_select_and_put_are_round_trips():
+def test_repeat_select_and_put_round_trip():
     state = state_of(5, 3, 8)
     same(state.repeat(4).select([0, 4, 8]), state)
     assert state.repeat(2).seeds == (5, 5, 3, 3, 8, 8)
@@ -53,7 +53,7 @@ def test_repeat_select_and_put_are_round_trips():
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_row_is_the_same_alone_and_in_a_batch(name, frames, plans):
+def test_row_is_the_same_alone_and_in_a_batch(name, frames, plans):
     pipeline = pipeline_of(name)
     state = pipeline.start(frames, [5, 3, 5])
     together = latents_of(pipeline, state, plans)
@@ -90,7 +90,7 @@ def test_the_noise_of_a_frame_does_not_depend_on_the_chunks(chunk_length, pipeli
     assert not torch.allclose(chunked[:, :, 0], chunked[:, :, 1], atol=1e-2)
 
 
-def test_roll_is_repeated_advance_and_keeps_a_flat_state(pipeline, frames, plans):
+def test_roll_matches_repeated_advance(pipeline, frames, plans):
     state = pipeline.start(frames, [5, 3, 8])
     expected = state
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_roll_is_repeated_advance_and_keeps_a_flat_state(pipeline, frames, plans
     assert after.step.tolist() == [7, 7, 7]
 
 
-def test_decode_gives_frames_in_the_unit_range(pipeline):
+def test_decoded_frames_are_in_unit_range(pipeline):
     with torch.no_grad():
         decoded = pipeline.decode(30 * torch.randn(2, 4, 3, 4, 6))
     assert decoded.shape == (2, 3, 3, 8, 12)
@@ -165,7 +165,7 @@ def test_rows_in_parts_equal_rows_together(name, frames, plans, monkeypatch):
     assert set(sizes) == {1, 2}
 
 
-def test_given_latents_are_noise_of_whole_rollout(pipeline, frames, plans):
+def test_given_latents_are_the_noise_of_the_whole_rollout(pipeline, frames, plans):
     """A network that predicts nothing leaves the noise."""
     for parameter in pipeline.transformer.proj_out.parameters():
         torch.nn.init.zeros_(parameter)
@@ -176,7 +176,7 @@ def test_given_latents_are_noise_of_whole_rollout(pipeline, frames, plans):
     torch.testing.assert_close(ratio, ratio[:1, :1, :1, :1, :1].expand_as(ratio), rtol=1e-3, atol=1e-3)
 
 
-def test_predicted_latents_are_those_of_roll(pipeline, frames, plans):
+def test_predict_matches_roll(pipeline, frames, plans):
     state = pipeline.start(frames, [5, 3, 8])
     with torch.no_grad():
         torch.testing.assert_close(pipeline.predict_latents(state, plans, 2), latents_of(pipeline, state, plans))
@@ -204,7 +204,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("do", "message"), BAD)
-def test_bad_input_is_named(do, message, pipeline, frames, plans):
+def test_bad_input_raises(do, message, pipeline, frames, plans):
     assert isinstance(pipeline, IRASimPipeline)
     with pytest.raises(ValueError, match=message):
         do(pipeline, pipeline.start(frames, [1, 2, 3]), plans)

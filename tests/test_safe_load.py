@@ -1,4 +1,4 @@
-"""Hostile and damaged weight files: refused before memory is allocated, and without running code."""
+"""Hostile and damaged weight files are rejected before memory is allocated, without running code."""
 
 import builtins
 import collections
@@ -107,13 +107,13 @@ def padded(path, before=b"", after=b""):
 
 
 def two_directories(path):
-    """Two complete archives in one file: a reader from the start and one from the end see different records."""
+    """Two complete archives in one file; reading from the start and from the end gives different records."""
     other = saved(path.with_suffix(".other"), {"ema": {"w": torch.ones(1)}})
     return padded(saved(path, {"ema": case("rt1")[2]}), after=other.read_bytes())
 
 
 def shifted_directory(path):
-    """An archive whose end records point to another central directory than the one in front of them."""
+    """An archive whose end records point to another central directory than the one before them."""
     content = bytearray(saved(path, {"ema": {"w": torch.ones(1)}}).read_bytes())
     offset = struct.unpack("<Q", content[-50:-42])[0]
     content[-50:-42] = struct.pack("<Q", offset - 1)
@@ -205,7 +205,7 @@ FILES = {
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", FILES)
-def test_hostile_files_are_refused(name, tmp_path, capfd):
+def test_hostile_files_raise(name, tmp_path, capfd):
     make, message = FILES[name]
     path = tmp_path / "a.pt"
     make(path)
@@ -253,7 +253,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_absurd_weights_are_refused(name, tmp_path):
+def test_absurd_weights_raise(name, tmp_path):
     state, message = WEIGHTS[name]
     path = saved(tmp_path / "a.pt", {"ema": state})
     with pytest.raises(ValueError, match=message):
@@ -285,7 +285,7 @@ def test_absurd_weights_are_refused(name, tmp_path):
         ({"colour": 3}, "`colour` must be an entry of the config"),
     ],
 )
-def test_absurd_config_entries_are_refused(config, message, tmp_path):
+def test_absurd_config_entries_raise(config, message, tmp_path):
     _, overrides, state = case("rt1")
     path = saved(tmp_path / "a.pt", {"ema": state})
     with pytest.raises(ValueError, match=message):
@@ -311,7 +311,7 @@ def header(length, text=b""):
         ({"\n": torch.zeros(1)}, "invalid name"),
     ],
 )
-def test_absurd_safetensors_are_refused(content, message, tmp_path):
+def test_absurd_safetensors_raise(content, message, tmp_path):
     path = tmp_path / "model.safetensors"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -321,14 +321,14 @@ def test_absurd_safetensors_are_refused(content, message, tmp_path):
         load_opensora(path)
 
 
-def test_an_action_encoder_of_absurd_size_is_refused(tmp_path):
+def test_action_encoder_of_absurd_size_raises(tmp_path):
     save_file(opensora_state(dim=24, head=6, depth=1, patch=2, channels=4), tmp_path / "a.safetensors")
     absurd = {"conditioning": "video", "action_activation": None, "sample_frames": 4000}
     with pytest.raises(ValueError, match=r"asks for \d+ new elements"):
         load_opensora(tmp_path, **absurd)
 
 
-def test_hidden_files_are_no_shards(tmp_path):
+def test_hidden_files_are_not_read_as_shards(tmp_path):
     latte_model(3, 8, 1, 2, 4, 6).save_pretrained(tmp_path)
     expected = load_latte(tmp_path, num_attention_heads=3).proj_out.weight
     (tmp_path / "._diffusion_pytorch_model.safetensors").write_bytes(b"Mac OS X")
@@ -357,8 +357,8 @@ def test_settings_of_a_checkpoint_are_inert(tmp_path):
 
 
 @pytest.mark.parametrize("item", [b"}", b"]", b"(", b")\x85", b"ccollections\nOrderedDict\n)R"])
-def test_large_pickles_need_bounded_time_and_depth(item, tmp_path):
-    """Deep nesting and many small objects are refused without recursion."""
+def test_large_pickles_take_bounded_time_and_depth(item, tmp_path):
+    """Deep nesting and many small objects are rejected without recursion."""
     path = archive(tmp_path / "a.pt", b"\x80\x02" + item * (100_000 // len(item)) + b".")
     with pytest.raises(ValueError, match=r"safely|contains no weights"):
         load_released_irasim(path, "rt1")
@@ -378,8 +378,8 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process")
-def test_refusals_need_little_memory(tmp_path):
-    """Small files that declare a large model are refused within 400 MB."""
+def test_rejected_files_take_little_memory(tmp_path):
+    """Small files that declare a large model are rejected within 400 MB."""
     generator = torch.Generator().manual_seed(0)
 
     def zeros(*shape):
@@ -411,7 +411,7 @@ def test_refusals_need_little_memory(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["NaN", "shared memory", "invented blocks"])
-def test_the_command_refuses_with_one_line(name, tmp_path, capsys):
+def test_command_rejects_files_with_one_line(name, tmp_path, capsys):
     saved(tmp_path / "a.pt", {"ema": WEIGHTS[name][0]})
     tiny_vae().save_pretrained(tmp_path / "vae")
     before = sorted(tmp_path.iterdir())

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 from transformers import HfArgumentParser
@@ -64,25 +63,21 @@ def main() -> None:
     own = f"{type(pipeline.scheduler).__name__}:{pipeline.config.num_inference_steps}"
     evaluations = EvaluationCounter(pipeline.transformer)
     rows = []
-    print(
-        "| scheduler | steps | evaluations | "
-        + " | ".join(f"s for {size} x {arguments.num_actions} frames" for size in arguments.batch_sizes),
-        end="",
-    )
-    print(
-        f" | ms per chunk of {arguments.chunk_length}: median | maximum |\n"
-        + "|---" * (5 + len(arguments.batch_sizes))
-        + "|"
-    )
+    sizes = [f"s for {size} x {arguments.num_actions} frames" for size in arguments.batch_sizes]
+    latency = f"ms per chunk of {arguments.chunk_length}: median"
+    print("|", " | ".join(["scheduler", "steps", "evaluations", *sizes, latency, "maximum"]), "|")
+    print("|---" * (5 + len(sizes)) + "|")
     for name in arguments.schedulers or [own]:
         class_name, steps = name.split(":")
-        pipeline.scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config)
+        pipeline = pipeline.with_scheduler(class_name)
         row: dict[str, object] = {"scheduler": class_name, "steps": int(steps)}
         for size in arguments.batch_sizes:
             actions = np.zeros((size, arguments.num_actions, config.action_dim))
 
-            def window(actions: np.ndarray = actions, steps: int = int(steps)) -> None:
-                pipeline(history, actions, num_inference_steps=steps, output_type="np")
+            def window(
+                sampled: IRASimPipeline = pipeline, actions: np.ndarray = actions, steps: int = int(steps)
+            ) -> None:
+                sampled(history, actions, num_inference_steps=steps, output_type="np")
 
             evaluations.count = 0
             row[f"seconds_{size}"] = seconds(window, arguments.device, arguments.repeats)

@@ -27,6 +27,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers.action_space import ActionSpace
 from irasim_diffusers.data import LatentClips, PreparedEpisodes, cache_latents, open_dataset
 from irasim_diffusers.files import temporary_path
+from irasim_diffusers.pipelines.inputs import stack_frames
 from irasim_diffusers.rollout import RolloutState
 from irasim_diffusers.training import run_script
 
@@ -117,8 +118,8 @@ class ConvolutionalModel(nn.Module):
         )
 
     def start(self, frames: Any, seeds: Sequence[int]) -> RolloutState:
-        """Start one rollout per seed from histories (1 or B, h, 3, 96, 96) in [0, 1]; the model draws no noise."""
-        history = 2 * torch.as_tensor(frames).float().transpose(1, 2) - 1
+        """Start one rollout per seed from histories of any form that a pipeline accepts; the model draws no noise."""
+        history = 2 * stack_frames(frames).transpose(1, 2) - 1
         return RolloutState.first(last_two(history).expand(len(seeds), -1, -1, -1, -1), seeds)
 
     def advance(

@@ -4,7 +4,7 @@ A convolutional encoder reads the frame. A residual network denoises the chunk o
 scheduler. It is saved and loaded as any model of diffusers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -99,7 +99,7 @@ class DiffusionPolicy(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def sample(
         self,
-        observation: dict[str, Any],
+        observation: Mapping[str, Any],
         num_samples: int = 1,
         generator: torch.Generator | None = None,
         num_inference_steps: int = 10,

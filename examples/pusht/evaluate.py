@@ -330,7 +330,7 @@ def load_model(arguments: EvaluationArguments) -> tuple[IRASimPipeline | None, P
     pipeline.set_progress_bar_config(disable=True)
     if arguments.scheduler:
         changes = {"timestep_spacing": arguments.timestep_spacing} if arguments.timestep_spacing else {}
-        pipeline.scheduler = getattr(diffusers, arguments.scheduler).from_config(pipeline.scheduler.config, **changes)
+        pipeline = pipeline.with_scheduler(arguments.scheduler, **changes)
 
     def predict(frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
         return pipeline(
@@ -345,104 +345,126 @@ def load_model(arguments: EvaluationArguments) -> tuple[IRASimPipeline | None, P
     return pipeline, predict
 
 
-def main() -> None:
-    (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
+def check_arguments(arguments: EvaluationArguments) -> None:
+    """Check the arguments before anything is read.
+
+    Raises:
+        ValueError: If arguments do not go together.
+    """
     if arguments.timestep_spacing and not arguments.scheduler:
         raise ValueError("`timestep_spacing` requires `scheduler`: also pass --scheduler.")
-    history = arguments.num_history_frames if arguments.num_seen_frames is None else arguments.num_seen_frames
-    if history < arguments.num_history_frames:
+    seen = arguments.num_seen_frames
+    if seen is not None and seen < arguments.num_history_frames:
         raise ValueError(
-            f"`num_seen_frames` must be at least `num_history_frames` ({arguments.num_history_frames}), got {history}."
-        )
-    rng = np.random.default_rng(arguments.seed)
-    dataset = LeRobotFolder(Path(arguments.dataset))
-    length = history + PREDICTED
-    pipeline, predict = load_model(arguments)
-    evaluations = None if pipeline is None else EvaluationCounter(pipeline.transformer)
-
-    def predict_clips(clips: np.ndarray, clip_actions: np.ndarray) -> np.ndarray:
-        parts = [slice(first, first + arguments.batch_size) for first in range(0, len(clips), arguments.batch_size)]
-        bar = tqdm(parts, desc="clips", unit="batch")
-        return np.concatenate([predict(clips[part, :history], clip_actions[part]) for part in bar])
-
-    frames, actions, states = held_out_clips(dataset, arguments.num_clips, length, history, moving=True)
-    still_frames, still_actions, still_states = held_out_clips(
-        dataset, arguments.num_clips, length, history, moving=False
-    )
-    report: dict[str, Any] = {}
-    if pipeline is not None and pipeline.vae is not None:
-        report["vae_psnr"] = reconstruction(pipeline, frames[:, ::5])
-        print(f"VAE {report['vae_psnr']['mean']:.2f} dB", flush=True)
-
-    truth = frames[:, history:] / 255.0
-    start = time.perf_counter()
-    prediction = predict_clips(frames, actions)
-    shuffled = predict_clips(frames, np.roll(actions, 1, axis=0))
-    still = predict_clips(still_frames, still_actions)
-    seconds = time.perf_counter() - start
-    sampled = len(prediction) + len(shuffled) + len(still)
-    batches = sum(-(-len(part) // arguments.batch_size) for part in (prediction, shuffled, still))
-    last = psnr(np.broadcast_to(frames[:, history - 1 : history] / 255.0, truth.shape), truth)
-    own, other = psnr(prediction, truth), psnr(shuffled, truth)
-    report |= {
-        "clip_psnr": bootstrap(own, rng),
-        "clip_psnr_last_frame": bootstrap(last, rng),
-        "clip_psnr_shuffled_actions": bootstrap(other, rng),
-        "gain_over_last_frame": bootstrap(own - last, rng),
-        "gain_over_shuffled_actions": bootstrap(own - other, rng),
-        "frames_per_second": {"mean": sampled * truth.shape[1] / seconds, "n": sampled},
-        "network_evaluations_per_clip": {
-            "mean": evaluations.count / batches if evaluations else 0.0,
-            "n": batches,
-        },
-        "last_frame": {
-            "all": pose_figures(
-                np.concatenate([prediction[:, -1], still[:, -1]]),
-                np.concatenate([states, still_states]),
-                rng,
-                arguments.pusher_radius,
-            ),
-            "moving": pose_figures(prediction[:, -1], states, rng, arguments.pusher_radius),
-        },
-    }
-    for group, figures in report["last_frame"].items():
-        print_poses(f"last frame, {group}", figures)
-    for name in ("clip_psnr", "clip_psnr_last_frame", "clip_psnr_shuffled_actions", "gain_over_last_frame"):
-        print(
-            f"{name} {report[name]['mean']:.2f} dB [{report[name]['low']:.2f}, {report[name]['high']:.2f}]", flush=True
+            f"`num_seen_frames` must be at least `num_history_frames` ({arguments.num_history_frames}), got {seen}."
         )
 
-    expert = expert_episodes(dataset, arguments.num_rollouts, history)
-    if expert is not None:
-        histories, expert_actions, before, after = expert
+
+@dataclass
+class Evaluation:
+    """A model, the held-out data, and the figures of each group of clips; methods print their main figures."""
+
+    arguments: EvaluationArguments
+    dataset: LeRobotFolder
+    pipeline: IRASimPipeline | None
+    predict: Predict
+    history: int  # frames of a clip before the scored frames
+    rng: np.random.Generator
+
+    def predict_batches(self, frames: np.ndarray, actions: np.ndarray, name: str) -> np.ndarray:
+        """Predict from the first `history` frames of clips (N, F, 96, 96, 3)."""
+        size = self.arguments.batch_size
+        bar = tqdm([slice(first, first + size) for first in range(0, len(frames), size)], desc=name, unit="batch")
+        return np.concatenate([self.predict(frames[part, : self.history], actions[part]) for part in bar])
+
+    def clips(self) -> dict[str, Any]:
+        """Score clips in which the block moves, and the poses in the last frames of these and of clips in which it does not."""
+        arguments, history, rng = self.arguments, self.history, self.rng
+        evaluations = None if self.pipeline is None else EvaluationCounter(self.pipeline.transformer)
+        (frames, actions, states), (still_frames, still_actions, still_states) = (
+            held_out_clips(self.dataset, arguments.num_clips, history + PREDICTED, history, moving)
+            for moving in (True, False)
+        )
+        report: dict[str, Any] = {}
+        if self.pipeline is not None and self.pipeline.vae is not None:
+            report["vae_psnr"] = reconstruction(self.pipeline, frames[:, ::5])
+            print(f"VAE {report['vae_psnr']['mean']:.2f} dB", flush=True)
+        truth = frames[:, history:] / 255.0
+        start = time.perf_counter()
+        prediction = self.predict_batches(frames, actions, "clips")
+        shuffled = self.predict_batches(frames, np.roll(actions, 1, axis=0), "shuffled actions")
+        still = self.predict_batches(still_frames, still_actions, "still clips")
+        seconds = time.perf_counter() - start
+        sampled = len(prediction) + len(shuffled) + len(still)
+        batches = sum(-(-len(part) // arguments.batch_size) for part in (prediction, shuffled, still))
+        last = psnr(np.broadcast_to(frames[:, history - 1 : history] / 255.0, truth.shape), truth)
+        own, other = psnr(prediction, truth), psnr(shuffled, truth)
+        all_frames, all_states = np.concatenate([prediction, still]), np.concatenate([states, still_states])
+        report |= {
+            "clip_psnr": bootstrap(own, rng),
+            "clip_psnr_last_frame": bootstrap(last, rng),
+            "clip_psnr_shuffled_actions": bootstrap(other, rng),
+            "gain_over_last_frame": bootstrap(own - last, rng),
+            "gain_over_shuffled_actions": bootstrap(own - other, rng),
+            "frames_per_second": {"mean": sampled * truth.shape[1] / seconds, "n": sampled},
+            "network_evaluations_per_clip": {
+                "mean": evaluations.count / batches if evaluations else 0.0,
+                "n": batches,
+            },
+            "last_frame": {
+                "all": pose_figures(all_frames[:, -1], all_states, rng, arguments.pusher_radius),
+                "moving": pose_figures(prediction[:, -1], states, rng, arguments.pusher_radius),
+            },
+        }
+        for group, figures in report["last_frame"].items():
+            print_poses(f"last frame, {group}", figures)
+        for name in ("clip_psnr", "clip_psnr_last_frame", "clip_psnr_shuffled_actions", "gain_over_last_frame"):
+            mean, low, high = (report[name][key] for key in ("mean", "low", "high"))
+            print(f"{name} {mean:.2f} dB [{low:.2f}, {high:.2f}]", flush=True)
+        return report
+
+    def expert_rollouts(self) -> dict[str, Any]:
+        """Score the poses at the end of expert episodes, against those if nothing had moved; empty without such episodes."""
+        arguments, rng = self.arguments, self.rng
+        expert = expert_episodes(self.dataset, arguments.num_rollouts, self.history)
+        if expert is None:
+            return {}
+        histories, actions, before, after = expert
         ends = [
-            predict(histories[k : k + 1], expert_actions[k : k + 1])[0, -1]
-            for k in tqdm(range(len(after)), "rollouts")
+            self.predict(histories[k : k + 1], actions[k : k + 1])[0, -1] for k in tqdm(range(len(after)), "rollouts")
         ]
         stays = pose_errors(true_poses(before[:, :2], before[:, 2:]), true_poses(after[:, :2], after[:, 2:]))
-        report["expert_rollout"] = pose_figures(np.stack(ends), after, rng, arguments.pusher_radius) | {
+        figures = pose_figures(np.stack(ends), after, rng, arguments.pusher_radius) | {
             f"{name}_if_nothing_moved": bootstrap(values, rng, np.median) for name, values in stays.items()
         }
-        print_poses(f"end of {ROLLOUT} expert actions", report["expert_rollout"])
+        print_poses(f"end of {ROLLOUT} expert actions", figures)
+        return {"expert_rollout": figures}
 
-    for speed in SPEEDS if arguments.num_drives else ():
-        driven, true_frames, true_states = driven_episodes(arguments.num_drives, speed, arguments.pusher_radius)
-        parts = [slice(k, k + arguments.batch_size) for k in range(0, len(driven), arguments.batch_size)]
-        bar = tqdm(parts, desc=f"driving at {speed:g}", unit="batch")
-        drives = np.concatenate([predict(true_frames[part, :1], driven[part]) for part in bar])
-        figures = driving_figures(drives, true_frames[:, 1:], true_states[:, 1:], rng, arguments.pusher_radius)
-        report.setdefault("driving", {})[f"{speed:g}"] = figures
-        errors = ", ".join(f"{name} {values['median']:.2f}" for name, values in figures["last_5_frames"].items())
-        print(
-            f"driving at {speed:g}: exactly one pusher in {100 * figures['one_pusher']['mean']:.1f} % of frames; "
-            f"last 5 frames: {errors}",
-            flush=True,
-        )
+    def drives(self) -> dict[str, Any]:
+        """Score episodes driven by random keys at each speed."""
+        arguments, report = self.arguments, {}
+        for speed in SPEEDS if arguments.num_drives else ():
+            actions, frames, states = driven_episodes(arguments.num_drives, speed, arguments.pusher_radius)
+            parts = [slice(k, k + arguments.batch_size) for k in range(0, len(actions), arguments.batch_size)]
+            bar = tqdm(parts, desc=f"driving at {speed:g}", unit="batch")
+            predicted = np.concatenate([self.predict(frames[part, :1], actions[part]) for part in bar])
+            figures = driving_figures(predicted, frames[:, 1:], states[:, 1:], self.rng, arguments.pusher_radius)
+            report[f"{speed:g}"] = figures
+            errors = ", ".join(f"{name} {values['median']:.2f}" for name, values in figures["last_5_frames"].items())
+            print(
+                f"driving at {speed:g}: exactly one pusher in {100 * figures['one_pusher']['mean']:.1f} % of frames; "
+                f"last 5 frames: {errors}",
+                flush=True,
+            )
+        return {"driving": report} if report else {}
 
-    if arguments.num_histories:
-        tasks = identification_tasks(
-            dataset, arguments.num_histories, length, history, arguments.first_seed, arguments.pusher_radius
-        )
+    def identification(self) -> dict[str, Any]:
+        """Identify which of 8 simulated futures of a history a prediction shows; empty without histories."""
+        arguments, history = self.arguments, self.history
+        if not arguments.num_histories:
+            return {}
+        length, first_seed, radius = history + PREDICTED, arguments.first_seed, arguments.pusher_radius
+        tasks = identification_tasks(self.dataset, arguments.num_histories, length, history, first_seed, radius)
         right: list[np.ndarray] = []
         with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
             bar = tqdm(total=arguments.num_histories, desc="counterfactuals", unit="history")
@@ -450,7 +472,7 @@ def main() -> None:
                 if found is None:
                     continue
                 seen, sequences, futures = found
-                prediction = predict(seen, sequences)
+                prediction = self.predict(seen, sequences)
                 error = np.square(prediction[:, None] - futures[None] / 255.0).mean(axis=(2, 3, 4, 5))  # (8, 8)
                 right.append(identified(error, np.arange(WAYS)))
                 bar.update()
@@ -458,22 +480,35 @@ def main() -> None:
                     break
             pool.shutdown(cancel_futures=True)
         rates = np.stack(right).mean(1)  # per history, because its 8 predictions are not independent
-        report["identification"] = bootstrap(rates, rng) | {"ways": WAYS, "predictions": WAYS * len(rates)}
-        found_rate = report["identification"]
-        print(f"identification {found_rate['mean']:.3f} [{found_rate['low']:.3f}, {found_rate['high']:.3f}]")
+        figures = bootstrap(rates, self.rng)
+        print(f"identification {figures['mean']:.3f} [{figures['low']:.3f}, {figures['high']:.3f}]")
+        return {"identification": figures | {"ways": WAYS, "predictions": WAYS * len(rates)}}
 
-    report["setting"] = asdict(arguments) | {
-        "scheduler": None if pipeline is None else type(pipeline.scheduler).__name__,
-        "command": " ".join(["python", *sys.argv]),
-        "versions": {
-            "irasim_diffusers": irasim_diffusers.__version__,
-            "diffusers": diffusers.__version__,
-            "torch": torch.__version__,
-        },
-    }
+    def setting(self) -> dict[str, Any]:
+        """Describe the model, the sampler, the command and the versions."""
+        return asdict(self.arguments) | {
+            "scheduler": None if self.pipeline is None else type(self.pipeline.scheduler).__name__,
+            "command": " ".join(["python", *sys.argv]),
+            "versions": {
+                "irasim_diffusers": irasim_diffusers.__version__,
+                "diffusers": diffusers.__version__,
+                "torch": torch.__version__,
+            },
+        }
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
+    check_arguments(arguments)
+    history = arguments.num_history_frames if arguments.num_seen_frames is None else arguments.num_seen_frames
+    dataset = LeRobotFolder(Path(arguments.dataset))
+    rng = np.random.default_rng(arguments.seed)
+    evaluation = Evaluation(arguments, dataset, *load_model(arguments), history, rng)
+    report = evaluation.clips() | evaluation.expert_rollouts() | evaluation.drives() | evaluation.identification()
+    report["setting"] = evaluation.setting()
     if arguments.output:
         with temporary_path(arguments.output) as partial:
-            partial.write_text(json.dumps(report, indent=2))
+            partial.write_text(json.dumps(report, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

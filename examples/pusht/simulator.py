@@ -74,6 +74,27 @@ class Simulator:
         finally:
             self.environment.obs_type = "state"
 
+    @property
+    def coverage(self) -> float:
+        """Fraction of the goal that the block covers; above 0.95 the task is solved."""
+        return float(self.environment._get_coverage())
+
+    def physics(self) -> np.ndarray:
+        """Return the complete state of the bodies (10,): position and velocity of the pusher, pose and velocities of the block."""
+        agent, block = self.environment.agent, self.environment.block
+        values = [*agent.position, *agent.velocity, *block.position, block.angle, *block.velocity]
+        return np.array([*values, block.angular_velocity])
+
+    def restore(self, physics: np.ndarray) -> None:
+        """Set the state that `physics` has returned, after a `reset`."""
+        agent, block, space = self.environment.agent, self.environment.block, self.environment.space
+        values = [float(value) for value in physics]
+        agent.position, agent.velocity = tuple(values[:2]), tuple(values[2:4])
+        block.angle = values[6]  # set first: the rotation about the centre of mass moves the origin
+        block.position, block.velocity, block.angular_velocity = tuple(values[4:6]), tuple(values[7:9]), values[9]
+        for body in (agent, block):
+            space.reindex_shapes_for_body(body)
+
     def replay(self, seed: int, actions: np.ndarray, first_frame: int = 0) -> tuple[np.ndarray, list[State]]:
         """Run `actions` (n, 2) from the start of episode `seed`.
 

@@ -64,7 +64,7 @@ class ActionSpace:
                 return [default if value is None else value] * size
             if len(value) != size:
                 raise ValueError(
-                    f"`{name}` must have `action_dim` = {size} entries, one a component, got {len(value)}."
+                    f"`{name}` must have `action_dim` = {size} entries, one per component, got {len(value)}."
                 )
             return [default if entry is None else entry for entry in value]
 
@@ -103,7 +103,7 @@ class ActionSpace:
         return self.kind == "absolute" or self.derivation == "absolute"
 
     def hold(self, last_action: Actions) -> Actions:
-        """Return the action that asks for no motion after `last_action`.
+        """Return the action for no motion after `last_action`.
 
         Args:
             last_action: Actions (..., A), raw units.

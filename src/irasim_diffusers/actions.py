@@ -29,7 +29,7 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
             actions = torch.from_numpy(np.asarray(actions, dtype=np.float32))
         actions = actions.to(torch.float32)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{wanted}, all numbers and all sequences of one length: {error}.") from error
+        raise ValueError(f"{wanted}, all numbers and all sequences of equal length: {error}.") from error
     if actions.ndim not in (2, 3) or 0 in actions.shape[:-1] or actions.shape[-1] != action_dim:
         remedy = "there is nothing to predict" if 0 in actions.shape else "one row for each frame to predict"
         raise ValueError(f"{wanted}, got {tuple(actions.shape)}: {remedy}.")
@@ -42,7 +42,7 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
 
 
 def hold_action(last_action: torch.Tensor, action_space: str, derivation: str = "recorded") -> torch.Tensor:
-    """Return the action that asks for no motion after `last_action`.
+    """Return the action for no motion after `last_action`.
 
     Args:
         last_action: Actions (..., A), raw units.

@@ -20,7 +20,7 @@ def fast_dtype(device: str | torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        # older versions of torch lack `get_capabilities`
+        # older versions of torch do not have `get_capabilities`
         capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         native = any(has and name.endswith("bf16") for name, has in capabilities.items())
     else:

@@ -29,7 +29,7 @@ class Steering:
     Args:
         config: The transformer's config, which holds the action space.
         speed: Motion per step for a command of 1, in normalised actions: `speed / action_scale` in raw units.
-        start: Action (A,) that asks for the robot's current position; required for spaces with targets.
+        start: Action (A,) for the robot's current position; required for spaces with targets.
 
     Raises:
         ValueError: If `start` is missing for a space with targets, has another dimension, or is far outside the bounds.
@@ -75,7 +75,7 @@ class Steering:
         return self.last.copy()
 
     def hold(self) -> np.ndarray:
-        """Return the action (A,) that asks for no motion."""
+        """Return the hold action (A,), which means no motion."""
         return self.action_space.hold(self.last)
 
     def continue_from(self, action: np.ndarray | None) -> None:

@@ -50,7 +50,7 @@ class WorldModelVectorEnv(VectorEnv):
     Args:
         model: A world model, such as `IRASimPipeline`.
         num_envs: Number of rows.
-        starts: `Start`s or their frames, to draw from at random. None if every reset passes `options={"frames": ...}`.
+        starts: `Start`s or their frames, one of which is drawn for each episode. None if every reset passes `options={"frames": ...}`.
         reward: Reward of each frame, see `FrameFunction`. None for 0.
         success: Success of each frame, bool; it ends the episode. None for never.
         proprioception: Reads the robot state from a frame.
@@ -125,7 +125,7 @@ class WorldModelVectorEnv(VectorEnv):
         Args:
             model: Folder or Hub id of a pipeline, or a world model.
             num_envs: Number of rows.
-            device: Device of the model; None takes CUDA if there is one.
+            device: Device of the model; None for CUDA if available, else the CPU.
             options: Arguments of the class. They take precedence over what is stored with the pipeline.
         """
         return cls(num_envs=num_envs, **load_world_model(model, device) | options)
@@ -163,7 +163,7 @@ class WorldModelVectorEnv(VectorEnv):
         """Start new episodes.
 
         Args:
-            seed: One seed, row i takes `seed + i`, or one per row. A row with a seed repeats its start and its noise.
+            seed: One seed, row i gets `seed + i`, or one per row. A row with a seed repeats its start and its noise.
             options: `reset_mask`, bool (num_envs,), restarts only these rows. `frames` gives the start of each of these rows instead
                 of a drawn one: (rows, h, H, W, 3), or a list of `Start`s or frames.
 
@@ -450,7 +450,7 @@ def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
 
     Args:
         model: Folder or Hub id of a pipeline. A world model is returned as it is.
-        device: Device of the model; None takes CUDA if there is one.
+        device: Device of the model; None for CUDA if available, else the CPU.
 
     Returns:
         `model` and, if stored with it, `proprioception` (folder `proprioception/`), `reward` and `success` (a `FrameRegressor` in

@@ -33,9 +33,9 @@ def temporary_path(path: str | os.PathLike) -> Iterator[Path]:
     partial = path.with_name(f"{_temporary_name(path.stem)}{path.suffix}")
     try:
         yield partial
-        _flush(partial)
+        flush(partial)
         partial.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -53,9 +53,9 @@ def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield partial
         for written in [*partial.rglob("*"), partial]:
-            _flush(written)
+            flush(written)
         partial.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -117,7 +117,7 @@ def _is_abandoned(path: Path, pid: int, host: str | None) -> bool:
         return False
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Write a file or folder to disk, so that a rename never becomes durable before the content."""
     try:
         descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

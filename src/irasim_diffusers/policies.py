@@ -224,7 +224,7 @@ class PlannerPolicy:
         """Return the next action of each row (B, A), raw units; plans if the executed part of the last plan is over.
 
         Raises:
-            ValueError: If the number of rows changes within an episode, or the planner refuses its input.
+            ValueError: If the number of rows changes within an episode, or the input of the planner is invalid.
             NoPlanError: If the planner finds no plan.
         """
         rows = num_rows(observation)

@@ -47,7 +47,7 @@ def encode(vae, episode):
         return vae.encode(pixels).latent_dist.mode()
 
 
-def test_windows_hold_the_latents_and_the_actions_between_their_frames(dataset, tmp_path):
+def test_windows_contain_latents_and_the_actions_between_frames(dataset, tmp_path):
     folder, episodes = dataset
     vae = tiny_vae()
     clips = LatentClips(cache_latents(folder, vae, tmp_path / "cache"), sample_frames=6, skip_short=True)
@@ -59,7 +59,7 @@ def test_windows_hold_the_latents_and_the_actions_between_their_frames(dataset, 
     assert len(LatentClips(cache_latents(folder, vae, tmp_path / "cache"), sample_frames=4, stride=3)) == 1 + 2 + 2
 
 
-def test_windows_are_counted_and_not_kept(tmp_path):
+def test_windows_are_counted_but_not_stored(tmp_path):
     lengths = {0: 400_000, 7: 5, 3: 300_001}
     tensors = {f"latents.{number}": torch.zeros(length, 1, 1, 1).half() for number, length in lengths.items()}
     tensors |= {f"actions.{number}": torch.zeros(length, 1) for number, length in lengths.items()}
@@ -80,7 +80,7 @@ def test_windows_are_counted_and_not_kept(tmp_path):
 
 
 @pytest.mark.parametrize("latents", [(4, 2, 3), (4, 2, 4)])
-def test_episodes_of_other_sizes_are_named_at_once(latents, tmp_path):
+def test_episodes_of_other_sizes_raise_immediately(latents, tmp_path):
     tensors = {"latents.0": torch.zeros(5, 4, 2, 3), "actions.0": torch.zeros(5, 3)}
     tensors |= {"latents.1": torch.zeros(6, *latents), "actions.1": torch.zeros(6, 3 if latents[2] == 4 else 2)}
     save_file(tensors, tmp_path / "latents-00000.safetensors")
@@ -92,7 +92,7 @@ def test_episodes_of_other_sizes_are_named_at_once(latents, tmp_path):
 
 
 class Recorded(LeRobotFolder):
-    """Keeps which windows were read; the whole of an episode is one without a length."""
+    """Records which windows are read; a whole episode is a window without a length."""
 
     def window(self, number, start, length=None):
         self.__dict__.setdefault("read", []).append((number, start, length))
@@ -110,7 +110,7 @@ def test_long_episodes_are_encoded_in_parts(dataset, tmp_path, monkeypatch):
         assert torch.equal(parts[number][1], actions)
 
 
-def test_latents_are_encoded_once_for_a_data_set_and_autoencoder(dataset, tmp_path):
+def test_latents_are_encoded_once_per_data_set_and_autoencoder(dataset, tmp_path):
     folder, _ = dataset
     vae = tiny_vae()
     calls = []
@@ -125,7 +125,7 @@ def test_latents_are_encoded_once_for_a_data_set_and_autoencoder(dataset, tmp_pa
     assert len(calls) > count
 
 
-def test_other_files_and_precision_make_other_latents(dataset, tmp_path):
+def test_other_files_or_precision_change_the_cache(dataset, tmp_path):
     folder, episodes = dataset
     vae = tiny_vae()
     first = cache_latents(folder, vae, tmp_path / "cache")
@@ -135,7 +135,7 @@ def test_other_files_and_precision_make_other_latents(dataset, tmp_path):
     assert cache_latents(LeRobotFolder(tmp_path / "set"), vae, tmp_path / "cache") != first
 
 
-def test_the_manifest_names_autoencoder_and_dtype(dataset, tmp_path):
+def test_manifest_contains_autoencoder_and_dtype(dataset, tmp_path):
     folder, _ = dataset
     tiny_vae().save_pretrained(tmp_path / "vae")
     named = cache_latents(folder, AutoencoderKL.from_pretrained(tmp_path / "vae"), tmp_path / "named")
@@ -146,7 +146,7 @@ def test_the_manifest_names_autoencoder_and_dtype(dataset, tmp_path):
     assert unnamed.name == named.name, "the same weights by another name"
 
 
-def test_encoding_goes_on_where_it_was_killed(dataset, tmp_path):
+def test_killed_encoding_resumes(dataset, tmp_path):
     folder, episodes = dataset
     paths = filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
@@ -175,7 +175,7 @@ def test_encoding_goes_on_where_it_was_killed(dataset, tmp_path):
     assert list(finished[0].parent.glob("*.partial*")) == [alive]
 
 
-def test_incomplete_and_short_sets_are_refused(dataset, tmp_path):
+def test_incomplete_caches_and_short_episodes_raise(dataset, tmp_path):
     folder, _ = dataset
     cache = cache_latents(folder, tiny_vae(), tmp_path / "cache")
     with pytest.raises(ValueError, match=r"no episode .* as long as a window of 10 frames"):
@@ -188,11 +188,11 @@ def test_incomplete_and_short_sets_are_refused(dataset, tmp_path):
     assert (clips.short, list(clips.episodes)) == ([0, 2], [1])
     assert len(clips.actions) == 8, "actions are those of the episodes that are kept"
     (cache / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="no complete set of latents"):
+    with pytest.raises(ValueError, match="no complete latent cache"):
         LatentClips(cache)
 
 
-def test_states_go_with_their_windows(dataset, tmp_path):
+def test_windows_have_their_states(dataset, tmp_path):
     folder, episodes = dataset
     (states,) = standardised_states([folder], ["observation.state"], angles=["b"])
     pooled = torch.cat(list(states.values()))
@@ -206,7 +206,7 @@ def test_states_go_with_their_windows(dataset, tmp_path):
     assert torch.equal(clips[5]["states"], states[2][1:7])
 
 
-def test_states_that_never_change_become_zero(dataset, tmp_path):
+def test_constant_states_become_zero(dataset, tmp_path):
     for name in ("file-000", "file-001"):
         path = tmp_path / "set/data/chunk-000" / f"{name}.parquet"
         edit_table(path, lambda row: row["observation.state"].__setitem__(1, 1000.1))
@@ -217,7 +217,7 @@ def test_states_that_never_change_become_zero(dataset, tmp_path):
     torch.testing.assert_close(pooled[:, 0].std(correction=0), torch.tensor(1.0))
 
 
-def test_states_that_are_not_finite_are_named(dataset, tmp_path):
+def test_non_finite_states_raise(dataset, tmp_path):
     path = tmp_path / "set/data/chunk-000/file-000.parquet"
     edit_table(path, lambda row: row["observation.state"].__setitem__(0, [1.0, float("nan")][row["index"] == 13]))
     with pytest.raises(ValueError, match=r"episode 1 of .*'observation.state' at frame 8 is \[nan, "):
@@ -231,6 +231,6 @@ def test_states_that_are_not_finite_are_named(dataset, tmp_path):
         (["action"], ["yaw"], r"no components \['yaw'\]"),
     ],
 )
-def test_unknown_states_are_refused(dataset, keys, angles, message):
+def test_unknown_states_raise(dataset, keys, angles, message):
     with pytest.raises(ValueError, match=message):
         standardised_states([dataset[0]], keys, angles)

@@ -20,7 +20,7 @@ EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 
 
 def keep_rows(root, kept, times=None):
-    """Keep these rows of episode 1, which has 9, and give them other timestamps."""
+    """Keep these of the 9 rows of episode 1, with other timestamps."""
     table = pq.read_table(root / DATA)
     other = table.filter(pa.compute.equal(table["episode_index"], 0))
     mine = table.filter(pa.compute.equal(table["episode_index"], 1)).take(kept)
@@ -36,7 +36,7 @@ def keep_rows(root, kept, times=None):
 
 
 @pytest.mark.parametrize("kept", [[3, 4, 5, 6, 7, 8], [0, 1, 2, 6, 7, 8], [0, 1, 2, 3], [1, 3, 4, 8], [5]])
-def test_rows_of_version_3_get_the_frames_of_their_timestamps(kept, tmp_path):
+def test_rows_of_version_3_match_frames_by_timestamp(kept, tmp_path):
     written = write_folder(tmp_path)
     keep_rows(tmp_path, kept)
     source = LeRobotFolder(tmp_path)
@@ -48,7 +48,7 @@ def test_rows_of_version_3_get_the_frames_of_their_timestamps(kept, tmp_path):
     assert np.array_equal(source[2].frames, written[2].frames)
 
 
-def test_rows_of_version_2_1_get_the_frames_of_their_timestamps(tmp_path):
+def test_rows_of_version_2_1_match_frames_by_timestamp(tmp_path):
     episodes = [make_episode(0, 9)]
     write_v21(tmp_path, episodes, cameras=("left", "right"))
     path, kept = tmp_path / "data/chunk-000/episode_000000.parquet", [2, 3, 4, 7]
@@ -71,7 +71,7 @@ def test_rows_of_version_2_1_get_the_frames_of_their_timestamps(tmp_path):
         ([0, 1, 2], [0.7, 0.8, 0.9], r"timestamp of the last frame .* is 0\.9 s, but the episode has only 0\.9 s"),
     ],
 )
-def test_other_timestamps_are_refused(kept, times, message, tmp_path):
+def test_invalid_timestamps_raise(kept, times, message, tmp_path):
     write_folder(tmp_path)
     keep_rows(tmp_path, kept, times)
     source = LeRobotFolder(tmp_path)
@@ -90,14 +90,14 @@ def test_timestamps_late_in_a_long_recording_are_on_the_grid(tmp_path):
 
 
 def in_place(path, old, new):
-    """Replace bytes of a file by as many others."""
+    """Replace bytes of a file by the same number of other bytes."""
     content = path.read_bytes()
     assert len(old) == len(new)
     assert content.count(old) == 1
     path.write_bytes(content.replace(old, new))
 
 
-def test_actions_edited_in_place_make_another_set(tmp_path):
+def test_edited_actions_change_the_identity(tmp_path):
     written = write_folder(tmp_path / "video")
     write_folder(tmp_path / "image")
     names = [f"data/chunk-000/file-00{number}.parquet" for number in range(2)]
@@ -120,7 +120,7 @@ def test_actions_edited_in_place_make_another_set(tmp_path):
         assert after.identity != before, form
 
 
-def test_videos_edited_in_place_make_another_set(tmp_path):
+def test_edited_videos_change_the_identity(tmp_path):
     write_folder(tmp_path)
     path = tmp_path / "videos" / CAMERA / "chunk-000/file-000.mp4"
     before = LeRobotFolder(tmp_path).identity
@@ -136,7 +136,7 @@ def test_videos_edited_in_place_make_another_set(tmp_path):
     assert LeRobotFolder(tmp_path).identity != before
 
 
-def test_links_into_the_cache_of_the_hub_are_described_by_their_blobs(tmp_path):
+def test_links_into_the_hub_cache_are_identified_by_blob(tmp_path):
     write_folder(tmp_path / "snapshot")
     path = tmp_path / "snapshot/videos" / CAMERA / "chunk-000/file-000.mp4"
     (tmp_path / "blobs").mkdir()
@@ -151,7 +151,7 @@ def test_links_into_the_cache_of_the_hub_are_described_by_their_blobs(tmp_path):
     assert LeRobotFolder(tmp_path / "snapshot").identity != before
 
 
-def test_tables_edited_in_place_are_another_set(tmp_path):
+def test_edited_tables_change_the_identity(tmp_path):
     table = make_table(tmp_path, [make_episode(number, length) for number, length in enumerate((5, 6))])
     before = [TableEpisodes(table, camera).identity for camera in ("video", "pictures")]
     assert [TableEpisodes(table, camera).identity for camera in ("video", "pictures")] == before
@@ -272,14 +272,14 @@ def test_actions_have_many_names_and_types(names, asked, columns, tmp_path):
         ),
     ],
 )
-def test_ambiguous_and_missing_actions_name_the_flag(names, asked, message, tmp_path):
+def test_ambiguous_or_missing_actions_name_the_flag(names, asked, message, tmp_path):
     write_folder(tmp_path)
     rename_features(tmp_path, names)
     with pytest.raises(ValueError, match=message):
         open_dataset(tmp_path, action_column=asked)
 
 
-def test_states_are_chosen(tmp_path):
+def test_state_columns_are_selected(tmp_path):
     write_folder(tmp_path)
     rename_features(tmp_path, {"action": ([0, 1], "float32"), "next.done": ([2], "bool")})
     assert set(open_dataset(tmp_path)[0].states) == {"observation.state"}
@@ -292,7 +292,7 @@ def test_states_are_chosen(tmp_path):
 
 
 class Recorded:
-    """Episodes of a robot that moves smoothly, whose actions are computed from its states."""
+    """Episodes of a smoothly moving robot with actions computed from its states."""
 
     name = "recorded"
 
@@ -384,7 +384,7 @@ def test_a_damaged_table_is_named(tmp_path):
         open_dataset(tmp_path)
 
 
-def test_hidden_files_are_no_annotations(tmp_path):
+def test_hidden_files_are_not_read_as_annotations(tmp_path):
     write_release(tmp_path, "rt1")
     for path in list((tmp_path / "annotation/train").iterdir()):
         path.with_name(f"._{path.name}").write_bytes(bytes.fromhex("0005160700020000") + b"\xb0" * 30)
@@ -462,7 +462,7 @@ def test_unreadable_files_are_named_with_the_line(form, name, content, message, 
         list(open_dataset(tmp_path, "left" if form == "v2.1" else None))
 
 
-def test_files_are_utf_8_with_any_characters(tmp_path):
+def test_files_are_utf_8(tmp_path):
     task = "推到目标\u2028 und zurück"
     write_v21(tmp_path, [make_episode(0, 5)])
     row = json.dumps({"episode_index": 0, "tasks": [task], "length": 5}, ensure_ascii=False)
@@ -472,7 +472,7 @@ def test_files_are_utf_8_with_any_characters(tmp_path):
     assert open_dataset(tmp_path, "left")[0].task == task
 
 
-def test_surplus_last_frames_are_left_out_and_reported_once(tmp_path, caplog):
+def test_surplus_last_frame_is_ignored_and_reported_once(tmp_path, caplog):
     frames, *_ = write_release(tmp_path, "droid")
     longer = np.concatenate([frames, frames[:1]])
     write_video(tmp_path / "videos/train/0.mp4", longer, 5, lossless=True)
@@ -487,7 +487,7 @@ def test_surplus_last_frames_are_left_out_and_reported_once(tmp_path, caplog):
     assert len([record for record in caplog.records if "one frame more than the 6" in record.message]) == 1
     write_video(tmp_path / "videos/train/0.mp4", np.concatenate([longer, frames[:1]]), 5, lossless=True)
     with pytest.raises(
-        ValueError, match=r"10\.json': 8 frames want 7 actions .* got 5, in .*0\.mp4' \('video_length' is 7\)"
+        ValueError, match=r"10\.json': 8 frames must have 7 actions .* got 5, in .*0\.mp4' \('video_length' is 7\)"
     ):
         source[1]
 
@@ -534,16 +534,16 @@ def test_tasks_are_strings(task, result, tmp_path):
             assert read().task == result
 
 
-def test_an_episode_without_all_cameras_is_refused(tmp_path):
+def test_episode_without_all_cameras_raises(tmp_path):
     write_release(tmp_path, "droid")
     change(tmp_path, videos=[{"video_path": "videos/train/0.mp4"}])
     source = open_dataset(tmp_path, ["0", "1"])
     assert len(source[0]) == 6
-    with pytest.raises(ValueError, match=r"10\.json': it names no video_path of camera 1"):
+    with pytest.raises(ValueError, match=r"10\.json': there is no video_path of camera 1"):
         source[1]
 
 
-def test_pictures_of_depth_inside_data_sets_are_refused(tmp_path):
+def test_depth_pictures_in_data_sets_raise(tmp_path):
     datasets = pytest.importorskip("datasets")
     depth = PIL.Image.fromarray(np.full((10, 14), 700, np.uint16))
     features = datasets.Features(

@@ -74,7 +74,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_damaged_files_alone_are_encoded_again(dataset, tmp_path, capfd, complete):
+def test_only_damaged_files_are_encoded_again(dataset, tmp_path, capfd, complete):
     vae, encoded = counting_vae()
     folder = cache_latents(dataset, vae, tmp_path / "cache", episodes_per_file=1)
     files = sorted(folder.glob("*.safetensors"))
@@ -122,7 +122,7 @@ def test_a_damaged_manifest_is_written_again(dataset, tmp_path, content, capfd):
     assert (folder / "manifest.json").read_text() == original
 
 
-def test_damage_found_by_the_clips_names_file_and_remedy(dataset, tmp_path):
+def test_damaged_cache_error_names_file_and_remedy(dataset, tmp_path):
     folder = cache_latents(dataset, tiny_vae(), tmp_path / "cache")
     path = folder / "latents-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -130,8 +130,8 @@ def test_damage_found_by_the_clips_names_file_and_remedy(dataset, tmp_path):
         LatentClips(folder, 5)
 
 
-def test_two_processes_that_build_one_cache_and_a_kill(dataset, tmp_path):
-    """One of them is killed while both write; the other one completes the cache."""
+def test_two_processes_build_one_cache_after_a_kill(dataset, tmp_path):
+    """One process is killed while both write; the other one completes the cache."""
     processes = [start_encoder(tmp_path, seconds) for seconds in (0.3, 0.5)]
     try:
         while not list(tmp_path.glob("cache/*/latents-*.safetensors")):
@@ -168,7 +168,7 @@ def test_two_processes_that_build_one_cache_and_a_kill(dataset, tmp_path):
         ({"scaling_factor": None}, "`scaling_factor` of the autoencoder must be a positive number, got None"),
     ],
 )
-def test_arguments_out_of_range_are_refused_before_any_work(dataset, tmp_path, options, message):
+def test_out_of_range_arguments_raise_before_any_work(dataset, tmp_path, options, message):
     vae = tiny_vae()
     if "scaling_factor" in options:
         vae.register_to_config(scaling_factor=options.pop("scaling_factor"))
@@ -177,7 +177,7 @@ def test_arguments_out_of_range_are_refused_before_any_work(dataset, tmp_path, o
     assert not (tmp_path / "cache").exists()
 
 
-def test_latents_that_are_not_finite_are_refused(dataset, tmp_path):
+def test_non_finite_latents_raise(dataset, tmp_path):
     vae = tiny_vae()
     with torch.no_grad():
         vae.quant_conv.bias[0] = 1e6  # beyond float16
@@ -194,13 +194,13 @@ def test_latents_that_are_not_finite_are_refused(dataset, tmp_path):
         ({"frame_skip": 0}, "`frame_skip` must be at least 1, got 0"),
     ],
 )
-def test_windows_out_of_range_are_refused(tmp_path, options, message):
+def test_out_of_range_windows_raise(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         LatentClips(tmp_path, **options)
 
 
-def test_files_are_mapped_and_not_read(tmp_path):
-    """A window of a large cache is read without the rest of it."""
+def test_files_are_memory_mapped(tmp_path):
+    """A window of a large cache is read without the other latents."""
     latents = torch.zeros(4000, 4, 48, 48, dtype=torch.float16)
     save_file({"latents.0": latents, "actions.0": torch.zeros(4000, 2)}, tmp_path / "latents-00000.safetensors")
     (tmp_path / "manifest.json").write_text("{}")

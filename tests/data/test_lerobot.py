@@ -31,7 +31,7 @@ def write_folder(root, lengths=(5, 9, 7)):
     return episodes
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_data_set_reads_back(tmp_path):
     written = write_folder(tmp_path)
     folder = LeRobotFolder(tmp_path)
     assert (len(folder), folder.fps, folder.cameras) == (3, 10, ((CAMERA,),))
@@ -59,7 +59,7 @@ def test_splits_and_their_parts(tmp_path):
     assert lengths_of(LeRobotFolder(tmp_path)) == [5, 9, 7]
 
 
-def test_parts_of_one_size_are_different_data(tmp_path):
+def test_parts_of_equal_size_have_different_identities(tmp_path):
     write_folder(tmp_path)
     whole, train, first, second = (
         LeRobotFolder(tmp_path, split=split).identity for split in (None, "train", "train[:1]", "train[1:2]")
@@ -70,7 +70,7 @@ def test_parts_of_one_size_are_different_data(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["test", "train[", "train[90%]", ""])
-def test_unknown_splits_are_refused(tmp_path, split):
+def test_unknown_splits_raise(tmp_path, split):
     write_folder(tmp_path)
     with pytest.raises(
         ValueError, match=r"`split` must be one of \['train'\] in .*, or a part such as 'train\[:90%\]'"
@@ -78,7 +78,7 @@ def test_unknown_splits_are_refused(tmp_path, split):
         LeRobotFolder(tmp_path, split=split)
 
 
-def test_empty_parts_are_refused(tmp_path):
+def test_empty_parts_raise(tmp_path):
     write_folder(tmp_path)
     with pytest.raises(ValueError, match=r"`split` 'train\[3:\]' has no episodes"):
         LeRobotFolder(tmp_path, split="train[3:]")
@@ -113,7 +113,7 @@ def test_layout_of_the_format(tmp_path):
     assert np.array(statistics[CAMERA]["mean"]).shape == (3, 1, 1)
 
 
-def test_a_file_counts_as_written_when_it_is_complete(tmp_path):
+def test_file_is_written_when_complete(tmp_path):
     assert not is_written(tmp_path, 0)
     write_file(tmp_path, 0, [make_episode(0, 5)], fps=10, camera=CAMERA, tasks=TASKS)
     assert is_written(tmp_path, 0)
@@ -143,7 +143,7 @@ def edit_table(path, change):
 
 
 def edit_episode(name, value):
-    """Change what `meta/episodes` says of episode 1, which shares a file with episode 0."""
+    """Change the entry of episode 1, which shares a file with episode 0, in `meta/episodes`."""
 
     def change(row):
         row[name] = value if row["episode_index"] == 1 else row[name]
@@ -193,7 +193,7 @@ def edit_vectors(key, value):
         ),
     ],
 )
-def test_broken_folders_are_named(tmp_path, breakage, message):
+def test_broken_folders_raise(tmp_path, breakage, message):
     write_folder(tmp_path)
     breakage(tmp_path)
     with pytest.raises(ValueError, match=message):

@@ -36,7 +36,7 @@ def write_narrow(root, count=3):
     return episodes
 
 
-def test_features_of_width_one_are_numbers_and_types_are_kept(tmp_path):
+def test_features_of_width_one_are_scalars_and_keep_their_types(tmp_path):
     write_narrow(tmp_path)
     schema = pq.read_schema(tmp_path / "data/chunk-000/file-000.parquet")
     types = {name: str(schema.field(name).type) for name in schema.names}
@@ -110,7 +110,7 @@ def test_a_folder_written_twice_has_each_task_once(tmp_path):
     assert found == {0: 0, 1: 1, 2: 0, 3: 1}
 
 
-def test_tasks_that_repeat_or_are_missing_are_refused(tmp_path):
+def test_repeated_or_missing_tasks_raise(tmp_path):
     with pytest.raises(ValueError, match=r"`tasks` must contain the task .* without 'tidy up'"):
         write_file(tmp_path / "set", 0, [make_episode(0, 5)], fps=10, camera=CAMERA, tasks=["another"])
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -124,7 +124,7 @@ def test_tasks_that_repeat_or_are_missing_are_refused(tmp_path):
         write_metadata(tmp_path / "empty", tasks=TASKS, **settings)
 
 
-def test_a_damaged_file_does_not_count_as_written(tmp_path):
+def test_damaged_file_is_not_written(tmp_path):
     write_file(tmp_path, 0, [make_episode(0, 5)], fps=10, camera=CAMERA, tasks=TASKS)
     path = tmp_path / "meta/episodes/chunk-000/file-000.parquet"
     path.write_bytes(path.read_bytes()[:-1])
@@ -134,7 +134,7 @@ def test_a_damaged_file_does_not_count_as_written(tmp_path):
 @pytest.mark.parametrize(
     "layout", [(("a",), ("b",)), (("a", "b"),), (("a",), ("b", "c")), (("b", "c"), ("a",)), (("c", "b"), ("a",))]
 )
-def test_regions_are_the_pictures_that_were_tiled(layout):
+def test_regions_match_the_tiled_pictures(layout):
     sizes = {"a": (4, 10), "b": (3, 10) if len(layout[-1]) == 1 and len(layout[0]) == 1 else (3, 6), "c": (3, 4)}
     if layout == (("a", "b"),):
         sizes["b"] = (4, 5)
@@ -149,7 +149,7 @@ def test_regions_are_the_pictures_that_were_tiled(layout):
 
 @pytest.fixture(scope="module")
 def lerobot():
-    """LeRobot's data set class, where it is installed; it needs Python 3.12."""
+    """LeRobot's data set class, if LeRobot is installed; it requires Python 3.12."""
     pytest.importorskip("lerobot")
     pytest.MonkeyPatch().setenv("HF_HUB_OFFLINE", "1")
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -157,7 +157,7 @@ def lerobot():
     return LeRobotDataset
 
 
-def test_lerobot_reads_what_is_written(lerobot, tmp_path):
+def test_lerobot_reads_written_data_sets(lerobot, tmp_path):
     written = write_narrow(tmp_path / "set")
     write_lerobot(LeRobotFolder(tmp_path / "set"), tmp_path / "copy")
     write_lerobot(LeRobotFolder(tmp_path / "set"), tmp_path / "copy")

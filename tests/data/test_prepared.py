@@ -36,13 +36,13 @@ def source(tmp_path_factory):
         ({"derivation": "absolute", "state_key": "pose"}, r"`state_key` must be one of \['observation.state'\]"),
     ],
 )
-def test_arguments_out_of_range_are_refused(source, options, message):
+def test_out_of_range_arguments_raise(source, options, message):
     with pytest.raises(ValueError, match=message):
         PreparedEpisodes(source, **options)
 
 
 @pytest.mark.parametrize("fps", [0, -1.0, float("nan"), float("inf")])
-def test_frame_rates_out_of_range_are_refused(fps, tmp_path):
+def test_out_of_range_frame_rates_raise(fps, tmp_path):
     write_release(tmp_path, "rt1")
     with pytest.raises(ValueError, match=r"`fps` of .* must be a positive number, got"):
         PreparedEpisodes(replace(open_dataset(tmp_path, fps=5), fps=fps))
@@ -62,7 +62,7 @@ def test_frame_rates_out_of_range_are_refused(fps, tmp_path):
         (0, 5),
     ],
 )
-def test_frame_rates_that_do_not_divide_are_refused(source_fps, target_fps):
+def test_frame_rates_that_do_not_divide_raise(source_fps, target_fps):
     with pytest.raises(ValueError, match="`target_fps` must divide the"):
         frame_skip_for(source_fps, target_fps)
 
@@ -82,8 +82,8 @@ def test_a_known_derivation_is_the_composition(tmp_path):
         assert np.array_equal(known[0].actions, given[0].actions)
 
 
-def test_no_flag_is_lost_between_the_frames_that_are_kept(tmp_path):
-    episodes = write_narrow(tmp_path)  # of 4, 5 and 6 frames, of which the last one is done
+def test_flags_of_skipped_frames_are_kept(tmp_path):
+    episodes = write_narrow(tmp_path)  # 4, 5 and 6 frames; `next.done` is true in the last one
     source = LeRobotFolder(tmp_path)
     kept = PreparedEpisodes(source, frame_skip=3, composition="absolute")
     assert [kept.flags(number)["next.done"][:, 0].tolist() for number in range(3)] == [[False, True]] * 3

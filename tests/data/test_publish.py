@@ -19,7 +19,7 @@ from irasim_diffusers.data import (
 
 
 class Counted(LeRobotFolder):
-    """Keeps count of the episodes that are held at a time."""
+    """Counts the episodes that are in memory."""
 
     def __getitem__(self, number: int) -> Episode:
         held = self.__dict__.setdefault("held", [])
@@ -33,11 +33,11 @@ class Counted(LeRobotFolder):
 
 
 def files(root):
-    """What was written, less when."""
+    """Return the written content, except times."""
     return {path.relative_to(root): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
 
 
-def test_one_episode_is_held_at_a_time(tmp_path):
+def test_only_one_episode_is_in_memory(tmp_path):
     write_folder(tmp_path / "set")
     source = Counted(tmp_path / "set")
     copy = write_lerobot(source, tmp_path / "copy")
@@ -48,7 +48,7 @@ def test_one_episode_is_held_at_a_time(tmp_path):
         assert before.task == after.task
 
 
-def test_files_of_broken_episodes_are_left_out_and_a_stopped_run_goes_on(tmp_path, monkeypatch):
+def test_broken_episodes_are_skipped_and_stopped_run_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(publish, "EPISODES_PER_FILE", 1)
     write_folder(tmp_path / "set")
     break_action(tmp_path / "set", 1)
@@ -120,7 +120,7 @@ def test_single_cameras_are_kept(layout, tmp_path):
     assert "| `observation.images.1` | 10 x 14 |" in (copy.root / "README.md").read_text()
 
 
-def test_cameras_that_are_resized_together_stay_one_picture(tmp_path):
+def test_resized_cameras_stay_one_picture(tmp_path):
     write_release(tmp_path / "release", "droid")
     source = PreparedEpisodes(open_dataset(tmp_path / "release", ["0", "1"], fps=5), frame_size=(16, 16))
     copy = write_lerobot(source, tmp_path / "copy")
@@ -128,7 +128,7 @@ def test_cameras_that_are_resized_together_stay_one_picture(tmp_path):
     assert np.array_equal(copy[0].frames, source[0].frames)
 
 
-def test_a_repaired_set_is_written_after_a_failure(tmp_path):
+def test_repaired_data_set_is_written_after_a_failure(tmp_path):
     write_folder(tmp_path / "set")
     good = {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}
     break_action(tmp_path / "set", 0)
@@ -141,8 +141,8 @@ def test_a_repaired_set_is_written_after_a_failure(tmp_path):
     assert len(write_lerobot(LeRobotFolder(tmp_path / "set"), tmp_path / "copy")) == 3
 
 
-def test_a_folder_without_a_complete_file_is_taken_over(tmp_path):
-    """As a run leaves it that was killed before its first file was complete."""
+def test_folder_without_a_complete_file_is_reused(tmp_path):
+    """The folder of a run that was killed before its first file was complete."""
     write_folder(tmp_path / "set")
     write_folder(tmp_path / "other", lengths=(4, 4, 4))
     video = tmp_path / "copy/videos/wrist/chunk-000/file-000.mp4"
@@ -162,7 +162,7 @@ def test_a_folder_without_a_complete_file_is_taken_over(tmp_path):
 
 
 @pytest.mark.parametrize("fps", [None, 0, -5, float("nan"), float("inf")])
-def test_frame_rates_out_of_range_are_refused(fps, tmp_path):
+def test_out_of_range_frame_rates_raise(fps, tmp_path):
     write_release(tmp_path / "release", "rt1")
     source = replace(open_dataset(tmp_path / "release", fps=5), fps=fps)
     with pytest.raises(ValueError, match="must have a positive number of frames per second"):
@@ -170,7 +170,7 @@ def test_frame_rates_out_of_range_are_refused(fps, tmp_path):
     assert not (tmp_path / "copy").exists()
 
 
-def test_frames_of_another_size_are_broken(tmp_path, monkeypatch):
+def test_frames_of_another_size_raise(tmp_path, monkeypatch):
     monkeypatch.setattr(publish, "EPISODES_PER_FILE", 1)
     write_folder(tmp_path / "set")
     source = LeRobotFolder(tmp_path / "set")

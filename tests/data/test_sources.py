@@ -40,11 +40,11 @@ from irasim_diffusers.data import (
 )
 
 SHARED = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
-needs_clips = pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
+needs_clips = pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA is not a folder of robot clips")
 
 
 def write_v21(root, episodes, cameras=("left", "right")):
-    """A LeRobotDataset v2.1: every episode in files of its own; the second camera sees the first one's negative."""
+    """A LeRobotDataset v2.1 with separate files per episode; the second camera shows the negative of the first."""
     vector = {"dtype": "float32", "shape": [3], "names": {"motors": ["x", "y", "grip"]}}
     info = {
         "codebase_version": "v2.1",
@@ -89,7 +89,7 @@ def test_version_2_1_with_two_cameras(tmp_path):
         open_dataset(tmp_path)
 
 
-def test_videos_of_version_2_1_that_do_not_go_with_their_vectors(tmp_path):
+def test_videos_of_version_2_1_that_do_not_match_vectors_raise(tmp_path):
     episodes = [make_episode(number, length) for number, length in enumerate((5, 9, 7))]
     write_v21(tmp_path, episodes)
     video = tmp_path / "videos/chunk-000/left/episode_000001.mp4"
@@ -104,7 +104,7 @@ def test_videos_of_version_2_1_that_do_not_go_with_their_vectors(tmp_path):
 
 
 def put_pictures_into_parquet(root, camera, files):
-    """Move the frames of a camera from videos into parquet files, each given with its episodes."""
+    """Move the frames of a camera from videos into the given Parquet files."""
     info = json.loads((root / "meta" / "info.json").read_text())
     info["features"][camera]["dtype"] = "image"
     (root / "meta" / "info.json").write_text(json.dumps(info | {"video_path": None}))
@@ -150,7 +150,7 @@ def test_pictures_inside_parquet_of_version_2_1(tmp_path):
 
 
 @pytest.mark.parametrize("codec", ["libsvtav1", "libx264"])
-def test_a_part_of_a_video_is_that_part(codec, tmp_path):
+def test_part_of_a_video_matches_the_whole(codec, tmp_path):
     ramp = np.arange(40, dtype=np.uint8)[:, None, None, None] * 6 + np.zeros((40, 64, 64, 3), dtype=np.uint8)
     with av.open(str(tmp_path / "clip.mp4"), mode="w") as container:
         stream = container.add_stream(codec, rate=30, options={"g": "16", "crf": "20"})
@@ -161,12 +161,12 @@ def test_a_part_of_a_video_is_that_part(codec, tmp_path):
     for start, count in ((0, 3), (15, 2), (16, 5), (37, 3)):
         frames = read_frames(tmp_path / "clip.mp4", start, count, 30)
         assert np.abs(frames.astype(int) - ramp[start : start + count]).max() <= 4
-    with pytest.raises(ValueError, match=r"clip.mp4' ends early: 5 frames wanted from number 37, 3 found"):
+    with pytest.raises(ValueError, match=r"clip.mp4' ends early: 5 frames required from number 37, 3 found"):
         read_frames(tmp_path / "clip.mp4", 37, 5, 30)
 
 
 def write_release(root, flavour, length=6):
-    """Two episodes in IRASim's format; returns frames and what their annotations say."""
+    """Write two episodes in IRASim's format; return their frames and annotations."""
     generator = np.random.default_rng(3)
     poses = np.concatenate([generator.normal(size=(length, 3)), generator.uniform(-3, 3, (length, 3))], axis=1)
     gripper = generator.uniform(size=(length, 1))
@@ -194,7 +194,7 @@ def write_release(root, flavour, length=6):
 
 
 @pytest.mark.parametrize("flavour", ["planar", "rt1", "droid"])
-def test_the_release_format_in_all_flavours(flavour, tmp_path):
+def test_all_variants_of_the_release_format(flavour, tmp_path):
     frames, poses, gripper = write_release(tmp_path, flavour)
     data = open_dataset(tmp_path, "0" if flavour == "droid" else None, fps=5)
     assert isinstance(data, IRASimFolder)
@@ -216,7 +216,7 @@ def test_the_release_format_in_all_flavours(flavour, tmp_path):
 
 
 def change(root, **changes):
-    """Change the annotation of the last episode; None takes an entry away."""
+    """Change the annotation of the last episode; None removes an entry."""
     path = root / "annotation" / "train" / "10.json"
     annotation = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in annotation.items() if value is not None}))
@@ -230,15 +230,18 @@ def lose(root, key):
     ("breakage", "message"),
     [
         (lambda root: lose(root, "continuous_gripper_state"), r"10\.json': it has neither 'actions', nor 'states'"),
-        (lambda root: lose(root, "videos"), r"10\.json' names no video"),
-        (lambda root: change(root, videos=[{"path": "0.mp4"}]), r"10\.json': it names no video_path of camera 0"),
-        (lambda root: change(root, state=[[1, 2], [3]]), r"10\.json': 'state' must be numbers in rows of one length"),
-        (lambda root: change(root, state=[{"x": 1}]), r"10\.json': 'state' must be numbers in rows of one length"),
+        (lambda root: lose(root, "videos"), r"10\.json' must name a video"),
+        (lambda root: change(root, videos=[{"path": "0.mp4"}]), r"10\.json': there is no video_path of camera 0"),
+        (
+            lambda root: change(root, state=[[1, 2], [3]]),
+            r"10\.json': 'state' must be numbers in rows of equal length",
+        ),
+        (lambda root: change(root, state=[{"x": 1}]), r"10\.json': 'state' must be numbers in rows of equal length"),
         (
             lambda root: change(root, actions=[[1, 2], [3]]),
-            r"10\.json': 'actions' must be numbers in rows of one length",
+            r"10\.json': 'actions' must be numbers in rows of equal length",
         ),
-        (lambda root: (root / "annotation/train/10.json").write_text("[]"), r"10\.json' names no video"),
+        (lambda root: (root / "annotation/train/10.json").write_text("[]"), r"10\.json' must name a video"),
         (
             lambda root: (root / "annotation/train/10.json").write_bytes(b"\xff"),
             r"10\.json'.* (is not valid JSON|is not JSON in UTF-8)",
@@ -250,11 +253,11 @@ def lose(root, key):
         ),
         (
             lambda root: write_video(root / "videos/train/0.mp4", np.zeros((4, 10, 14, 3), np.uint8), 5),
-            "4 frames want 3",
+            "4 frames must have 3",
         ),
     ],
 )
-def test_broken_release_files_are_named(breakage, message, tmp_path):
+def test_broken_release_files_raise(breakage, message, tmp_path):
     write_release(tmp_path, "rt1")
     breakage(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -267,13 +270,13 @@ def test_broken_release_files_are_named(breakage, message, tmp_path):
         ([], torch.zeros(6, 4, 2, 3), None),
         ([{"latent_video_path": "10.pt"}], torch.zeros(6, 4, 2, 3), None),
         ([{"latent_video_path": "10.pt"}], {"obs": torch.zeros(6, 4, 2, 3)}, None),
-        ([{}], torch.zeros(6, 4, 2, 3), r"10\.json': it names no latent_video_path of camera 0"),
+        ([{}], torch.zeros(6, 4, 2, 3), r"10\.json': there is no latent_video_path of camera 0"),
         ([{"latent_video_path": "10.pt"}], {"latents": torch.zeros(6)}, r"10\.json'.*10\.pt' .* got no tensor"),
         ([{"latent_video_path": "10.pt"}], torch.zeros(5, 4, 2, 3), r"10\.pt' must contain latents \(6, C, h, w\)"),
         ([{"latent_video_path": "10.pt"}], torch.zeros(6), r"10\.pt' .* got \(6,\)"),
     ],
 )
-def test_latents_beside_videos(entry, content, message, tmp_path):
+def test_recorded_latents(entry, content, message, tmp_path):
     write_release(tmp_path, "rt1")
     change(tmp_path, latent_videos=entry)
     torch.save(content, tmp_path / "10.pt")
@@ -286,7 +289,7 @@ def test_latents_beside_videos(entry, content, message, tmp_path):
             data.latents(1)
 
 
-def test_files_changed_in_place_make_another_set(tmp_path):
+def test_changed_files_change_the_identity(tmp_path):
     frames, *_ = write_release(tmp_path, "droid")
     before = {camera: open_dataset(tmp_path, camera).identity for camera in ("0", "1")}
     assert open_dataset(tmp_path, "0").identity == before["0"]
@@ -317,7 +320,7 @@ def change_statistics(root):
         ("release", [lambda root: change(root, texts=["drop it"])]),
     ],
 )
-def test_a_moved_folder_is_the_same_set_until_its_data_change(form, changes, tmp_path):
+def test_moved_folder_keeps_its_identity(form, changes, tmp_path):
     source = sources_of_every_form(tmp_path / "here", form)
     for number, breakage in enumerate(changes):
         moved = dataclasses.replace(source, root=shutil.copytree(tmp_path / "here", tmp_path / f"{number}" / "there"))
@@ -326,7 +329,7 @@ def test_a_moved_folder_is_the_same_set_until_its_data_change(form, changes, tmp
         assert dataclasses.replace(moved).identity != source.identity
 
 
-def test_the_first_readable_episode_is_sought_among_the_first(tmp_path):
+def test_first_readable_episode_is_searched_among_the_first(tmp_path):
     write_release(tmp_path, "rt1")
     broken = [tmp_path / "annotation/train" / f"{number}.json" for number in (0, 1)]
     broken[0].write_text("{")
@@ -365,7 +368,7 @@ def make_table(folder, episodes):
 
 
 def sources_of_every_form(folder, form):
-    """A source of each form, of two or three short episodes."""
+    """One source of each format, with two or three short episodes."""
     episodes = [make_episode(number, length) for number, length in enumerate((5, 9, 7))]
     if form == "v3.0":
         write_folder(folder)
@@ -389,7 +392,7 @@ def sources_of_every_form(folder, form):
 
 
 @pytest.mark.parametrize("form", ["v3.0", "v2.1", "pictures", "release", "table video", "table pictures", "stream"])
-def test_windows_are_those_of_the_whole_episode(form, tmp_path):
+def test_windows_match_the_whole_episode(form, tmp_path):
     source = sources_of_every_form(tmp_path / "set", form)
     resized = PreparedEpisodes(source, frame_size=(20, 28))
     skipping = PreparedEpisodes(source, frame_skip=2, composition="absolute")
@@ -415,7 +418,7 @@ def test_windows_are_those_of_the_whole_episode(form, tmp_path):
             skipping.window(0, start, length)
 
 
-def test_streamed_tables_say_how_long_they_are(tmp_path):
+def test_streamed_tables_require_a_length(tmp_path):
     table = make_table(tmp_path, [make_episode(0, 5)]).to_iterable_dataset()
     with pytest.raises(ValueError, match="`length` and `origin` must be given"):
         TableEpisodes(table)
@@ -454,7 +457,7 @@ def test_tables_with_videos_and_with_pictures(tmp_path):
             TableEpisodes(ragged).vectors(number)
 
 
-def test_a_saved_table_is_read_where_it_lies(tmp_path):
+def test_saved_table_is_read_from_its_folder(tmp_path):
     episodes = [make_episode(number, length) for number, length in enumerate((5, 6))]
     folder = tmp_path / "table"
     make_table(tmp_path, episodes).save_to_disk(str(folder))
@@ -468,7 +471,7 @@ def test_a_saved_table_is_read_where_it_lies(tmp_path):
     assert sorted(folder.iterdir()) == files
 
 
-def test_a_saved_table_of_another_split_is_refused(tmp_path):
+def test_saved_table_of_another_split_raises(tmp_path):
     datasets = pytest.importorskip("datasets")
     table = make_table(tmp_path, [make_episode(0, 5)])
     datasets.DatasetDict(test=table, tail=table).save_to_disk(str(tmp_path / "dict"))
@@ -502,7 +505,7 @@ def test_skipping_frames_composes_actions(derivation, tmp_path):
     np.testing.assert_allclose(composed[0].actions[:-1], skipping[0].actions[:-1], atol=1e-5)
 
 
-def test_windows_of_skipped_frames_begin_at_any_frame(tmp_path):
+def test_windows_of_skipped_frames_start_at_any_frame(tmp_path):
     written = write_folder(tmp_path / "set", lengths=(5, 9, 7))
     source, vae = LeRobotFolder(tmp_path / "set"), tiny_vae()
     dense = PreparedEpisodes(source, frame_skip=3, composition="relative_planar", all_phases=True)
@@ -529,10 +532,10 @@ def test_windows_of_skipped_frames_begin_at_any_frame(tmp_path):
 
 
 @pytest.mark.parametrize("derivation", ["relative_euler", "relative_6d", "relative_planar", "absolute"])
-def test_the_last_action_of_an_episode_holds(derivation, tmp_path):
+def test_last_action_of_an_episode_is_hold(derivation, tmp_path):
     _, poses, gripper = write_release(tmp_path, "droid", length=4)
     last = np.concatenate([poses, gripper], axis=1)[-1]
-    for skip in (1, 2, 5):  # a single frame is left of five
+    for skip in (1, 2, 5):  # a single frame remains of five
         episode = PreparedEpisodes(open_dataset(tmp_path, "0"), derivation, frame_skip=skip)[0]
         start = episode.states["state"][-1]
         after = integrate_actions(start, episode.actions[-1:], derivation)[-1]
@@ -541,7 +544,7 @@ def test_the_last_action_of_an_episode_holds(derivation, tmp_path):
     assert np.isfinite(last).all()
 
 
-def test_narrow_actions_are_padded(tmp_path):
+def test_actions_are_padded(tmp_path):
     write_release(tmp_path, "planar")
     padded = PreparedEpisodes(open_dataset(tmp_path), action_dim=5)
     assert padded[0].actions.shape == (6, 5)
@@ -566,7 +569,7 @@ def test_bad_preparations(changes, message, tmp_path):
         PreparedEpisodes(LeRobotFolder(tmp_path), **changes)
 
 
-def test_recorded_actions_are_what_composition_says(tmp_path):
+def test_recorded_actions_use_the_given_composition(tmp_path):
     write_folder(tmp_path / "lerobot")
     source = LeRobotFolder(tmp_path / "lerobot")
     said = PreparedEpisodes(source, composition="absolute")
@@ -579,7 +582,7 @@ def test_recorded_actions_are_what_composition_says(tmp_path):
 
 
 @pytest.mark.parametrize(("source", "target", "skip"), [(30, 10, 3), (10, 10, 1), (29.97, 9.99, 3), (30.0002, 15, 2)])
-def test_frames_to_skip_for_a_rate(source, target, skip):
+def test_frame_skip_for_a_rate(source, target, skip):
     assert frame_skip_for(source, target) == skip
 
 
@@ -592,26 +595,26 @@ def test_frames_to_skip_for_a_rate(source, target, skip):
         (None, 5, "no frames per second to convert to 5"),
     ],
 )
-def test_rates_that_skipping_does_not_give(source, target, message):
+def test_rates_that_are_not_divisors_raise(source, target, message):
     with pytest.raises(ValueError, match=message):
         frame_skip_for(source, target)
 
 
 @pytest.fixture
 def mixture(tmp_path):
-    """Data sets of 10 frames a second and one camera: recorded actions of three names, and of two and padding."""
+    """Data sets with 10 frames per second and one camera: three named actions, and two with padding."""
     write_folder(tmp_path / "lerobot")
     write_release(tmp_path / "planar", "planar")
     padded = PreparedEpisodes(open_dataset(tmp_path / "planar", fps=10), action_dim=3)
     return LeRobotFolder(tmp_path / "lerobot"), padded
 
 
-def test_sets_that_agree_are_one_mixture(mixture):
+def test_matching_data_sets_can_be_mixed(mixture):
     check_mixture(mixture)
     check_mixture(mixture[:1])
 
 
-def test_sets_that_differ_are_no_mixture(mixture, tmp_path):
+def test_different_data_sets_cannot_be_mixed(mixture, tmp_path):
     lerobot, _ = mixture
     write_v21(tmp_path / "two", [make_episode(0, 5)])
     write_folder(tmp_path / "renamed")
@@ -658,7 +661,7 @@ def test_broken_episodes_are_skipped_and_listed(tmp_path):
         cache_latents(data, tiny_vae(), tmp_path / "cache")
 
 
-def test_everything_that_can_be_broken_is_named_or_skipped_and_listed(tmp_path):
+def test_every_kind_of_broken_episode_raises_or_is_skipped(tmp_path):
     root = tmp_path / "set"
     episodes = [make_episode(number, length) for number, length in enumerate((9, 8, 7, 9, 8, 3))]
     write_v21(root, episodes)
@@ -698,7 +701,7 @@ def test_everything_that_can_be_broken_is_named_or_skipped_and_listed(tmp_path):
     assert (list(clips.episodes), clips.short) == ([0], [5])
 
 
-def test_when_nothing_can_be_read(tmp_path):
+def test_no_readable_episode_raises(tmp_path):
     write_folder(tmp_path / "set")
     for episode in (0, 1):
         break_action(tmp_path / "set", episode)
@@ -708,7 +711,7 @@ def test_when_nothing_can_be_read(tmp_path):
         )
 
 
-def test_processes_encode_their_shares(tmp_path):
+def test_each_process_encodes_its_share(tmp_path):
     write_folder(tmp_path / "set")
     data, vae = LeRobotFolder(tmp_path / "set"), tiny_vae()
     encoded: list[int] = []
@@ -738,7 +741,7 @@ def test_processes_encode_their_shares(tmp_path):
 
 
 class Windows:
-    """Windows that say which they are."""
+    """Windows that contain their own index."""
 
     def __init__(self, first, size, width=2):
         self.first, self.size, self.width = first, size, width
@@ -750,7 +753,7 @@ class Windows:
         return {"actions": torch.full((self.width,), self.first + range(self.size)[index])}
 
 
-def test_sets_are_mixed_by_weight():
+def test_data_sets_are_mixed_by_weight():
     def drawn(mixed):
         return [int(mixed[index]["actions"][0]) for index in range(len(mixed))]
 
@@ -766,7 +769,7 @@ def test_sets_are_mixed_by_weight():
     assert sorted(drawn(MixedClips([Windows(0, 30), Windows(100, 10)]))) == [*range(30), *range(100, 110)]
     with pytest.raises(ValueError, match="`weights` must be 2 positive numbers"):
         MixedClips([Windows(0, 3), Windows(5, 1)], [1, 0])
-    with pytest.raises(ValueError, match="the sets do not fit together"):
+    with pytest.raises(ValueError, match="the data sets cannot be mixed: their windows"):
         MixedClips([Windows(0, 3), Windows(5, 1, width=7)])
 
 
@@ -791,7 +794,7 @@ def test_frames_are_resized(tmp_path):
     assert abs(resized.mean() - frames.mean()) < 2
 
 
-def test_frames_at_another_rate_are_refused(tmp_path):
+def test_frames_at_another_rate_raise(tmp_path):
     write_video(tmp_path / "clip.mp4", np.zeros((8, 16, 16, 3), np.uint8), 20)
     with pytest.raises(ValueError, match=r"has no frame number 2 at 10 frames/s"):
         read_frames(tmp_path / "clip.mp4", 0, 4, 10)

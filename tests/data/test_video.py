@@ -22,7 +22,7 @@ def test_lossless_video_keeps_every_value(frames, tmp_path):
 
 
 def encode(path, codec, options, frames=40):
-    """A picture that moves, as a codec keeps it."""
+    """A smooth moving picture, which a codec preserves well."""
     picture = np.random.default_rng(1).integers(0, 128, (48, 64, 3), dtype=np.uint8)
     with av.open(str(path), mode="w") as container:
         stream = container.add_stream(codec, rate=30, options=options)
@@ -51,7 +51,7 @@ def encode(path, codec, options, frames=40):
         ("clip.h264", "libx264", {"g": "12", "bf": "2"}),
     ],
 )
-def test_every_window_is_that_of_the_whole(name, codec, options, tmp_path):
+def test_every_window_matches_the_whole_video(name, codec, options, tmp_path):
     path = encode(tmp_path / name, codec, options)
     whole = read_video(path)
     assert count_frames(path) == len(whole) == 40
@@ -59,9 +59,9 @@ def test_every_window_is_that_of_the_whole(name, codec, options, tmp_path):
         length = min(3, 40 - start)
         for fps in (None,) if name == "clip.avi" else (None, 30):
             assert np.array_equal(read_frames(path, start, length, fps), whole[start : start + length]), (start, fps)
-    with pytest.raises(ValueError, match=r"ends early: 3 frames wanted from number 38, 2 found"):
+    with pytest.raises(ValueError, match=r"ends early: 3 frames required from number 38, 2 found"):
         read_frames(path, 38, 3)
-    with pytest.raises(ValueError, match=r"ends early: 3 frames wanted from number 50, 0 found"):
+    with pytest.raises(ValueError, match=r"ends early: 3 frames required from number 50, 0 found"):
         read_frames(path, 50, 3)
     with pytest.raises(ValueError, match=r"continues after the 3 frames"):
         read_frames(path, 36, 3, whole=True)
@@ -74,7 +74,7 @@ COLOURS = [(200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (200, 40
 @pytest.mark.parametrize("matrix", [1, 5, 6, 7, 9], ids=["BT.709", "BT.470BG", "BT.601", "SMPTE 240M", "BT.2020"])
 @pytest.mark.parametrize("colour_range", [1, 2], ids=["limited", "full"])
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv444p10le"])
-def test_colours_follow_the_matrix_and_range_of_the_stream(matrix, colour_range, pixel_format, tmp_path):
+def test_colours_use_the_matrix_and_range_of_the_stream(matrix, colour_range, pixel_format, tmp_path):
     luma = {1: (0.2126, 0.0722), 7: (0.212, 0.087), 9: (0.2627, 0.0593)}.get(matrix, (0.299, 0.114))
     red, blue = luma
     depth = 10 if pixel_format.endswith("10le") else 8
@@ -124,7 +124,7 @@ def test_videos_are_read_upright(turn, frames, tmp_path):
     assert np.array_equal(read_frames(path, 2, 3), upright[2:5])
 
 
-def test_videos_of_depth_are_refused(tmp_path):
+def test_depth_videos_raise(tmp_path):
     path = tmp_path / "clip.mkv"
     with av.open(str(path), mode="w") as container:
         stream = container.add_stream("ffv1", rate=10)
@@ -164,14 +164,14 @@ def test_pictures_are_read_upright(turn, frames, tmp_path):
         (np.full((4, 6), 700, np.int32), "tiff"),
     ],
 )
-def test_pictures_of_depth_are_refused(picture, suffix, tmp_path):
+def test_depth_pictures_raise(picture, suffix, tmp_path):
     path = tmp_path / f"depth.{suffix}"
     PIL.Image.fromarray(picture).save(path)
     with pytest.raises(ValueError, match=rf"depth\.{suffix}' has the mode '[IF].*8-bit RGB or grey is required"):
         read_picture(path)
 
 
-def test_pictures_of_8_bits_become_rgb(tmp_path):
+def test_8_bit_pictures_are_converted_to_rgb(tmp_path):
     grey = np.arange(24, dtype=np.uint8).reshape(4, 6)
     rgb = np.stack([grey, grey + 50, grey + 100], axis=-1)
     for name, array, wanted in (
@@ -201,11 +201,11 @@ def test_frames_at_uneven_times_are_numbered_in_their_order(frames, tmp_path):
         read_frames(tmp_path / "clip.mp4", 2, 3, 10)
 
 
-def test_damaged_and_cut_videos_are_refused(tmp_path):
+def test_damaged_and_truncated_videos_raise(tmp_path):
     path = encode(tmp_path / "clip.mp4", "libx264", {"g": "250", "crf": "30"})
     content = path.read_bytes()
     middle = content.index(b"mdat") + len(content) // 3
-    hole = bytes(255 - byte for byte in content[middle : middle + 400])  # a decoder paints over it
+    hole = bytes(255 - byte for byte in content[middle : middle + 400])  # a decoder conceals it
     path.write_bytes(content[:middle] + hole + content[middle + 400 :])
     with pytest.raises(ValueError, match=r"clip\.mp4' is damaged|cannot read .*clip\.mp4"):
         read_video(path)
@@ -217,7 +217,7 @@ def test_damaged_and_cut_videos_are_refused(tmp_path):
             read(path)
 
 
-def test_lossy_video_plays_anywhere(tmp_path):
+def test_lossy_video_is_playable_by_browsers(tmp_path):
     smooth = np.linspace(0, 200, 7 * 33 * 47 * 3).reshape(7, 33, 47, 3).astype(np.uint8)
     path = write_video(tmp_path / "clip.mp4", smooth, 12.5)
     with av.open(str(path)) as container:
@@ -229,13 +229,13 @@ def test_lossy_video_plays_anywhere(tmp_path):
     assert np.abs(decoded[:, :33, :47].astype(int) - smooth).mean() < 4
 
 
-def test_nothing_is_left_half_written(tmp_path):
+def test_failed_write_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="shape"):
         write_video(tmp_path / "clip.mp4", np.zeros((2, 10, 14, 5), dtype=np.uint8), 10)
     assert not list(tmp_path.iterdir())
 
 
-def test_frames_come_one_after_the_other_and_of_one_size(frames, tmp_path):
+def test_frames_are_written_one_by_one_and_must_have_one_size(frames, tmp_path):
     path = write_video(tmp_path / "clip.mp4", (frame for frame in frames), 10, lossless=True)
     assert np.array_equal(read_video(path), frames)
     for wrong, message in (([], "must contain at least one"), ([frames[0], frames[1, :8]], "must have one size")):
@@ -253,7 +253,7 @@ def test_unreadable_video_names_the_file(tmp_path):
         list(iterate_video(tmp_path / "missing.mp4"))
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA names no folder of robot clips")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA is not a folder of robot clips")
 def test_reads_real_robot_clips():
     frames = read_video(SHARED / "droid" / "videos" / "val" / "199" / "0.mp4")
     assert frames.shape[1:] == (192, 320, 3)

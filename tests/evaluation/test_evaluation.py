@@ -101,7 +101,7 @@ def test_report_contains_metrics_and_settings(workspace, evaluated):
 
 
 def test_metrics_match_pipeline_output(workspace, evaluated):
-    """The history is not scored, the seed of the noise is the number of the clip, latents are not decoded and encoded."""
+    """The history is not scored, the clip's number seeds the noise, and latents are not decoded and re-encoded."""
     pipeline = IRASimPipeline.from_pretrained(workspace / "model")
     pipeline.set_progress_bar_config(disable=True)
     episode = open_dataset(workspace / "data", split="test")[0]
@@ -447,7 +447,7 @@ BAD = [
     (["--protocol", "robonet"], r"must be \(256, 256\) .* for the protocol robonet, got \(8, 12\)"),
     (["--protocol", "irasim-short-release"], "sides divisible by 16"),
     (["--published", "robonet"], "`published` must be one of"),
-    (["--pad-actions-to", "4"], "action components of .* must be 3 as the model's, got 4: see --pad-actions-to"),
+    (["--pad-actions-to", "4"], "action components of .* must be 3 as for the model, got 4: see --pad-actions-to"),
     (["--split", "train"], "`split` must be one of"),
     (["--dataset", "nowhere"], "`dataset` must be a folder or a Hub id"),
     (["--predictions", "nowhere"], "--predictions must be a folder, got 'nowhere'"),

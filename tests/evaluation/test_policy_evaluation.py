@@ -191,7 +191,7 @@ class Broken(Proportional):
         ),
     ],
 )
-def test_bad_input_is_named(evaluation, tmp_path, changes, message):
+def test_bad_input_raises(evaluation, tmp_path, changes, message):
     given = evaluation(model=world_model(), **changes)
     with pytest.raises(ValueError, match=message):
         evaluate_policies(given)

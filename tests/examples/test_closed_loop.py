@@ -21,7 +21,7 @@ from irasim_diffusers.envs import WorldModelVectorEnv, load_world_model
 
 
 class Dots:
-    """A data source: a white dot on black frames of 8x12 pixels; the state is the place of the dot."""
+    """A data source: a white dot on black frames of 8x12 pixels; the state is the position of the dot."""
 
     def __len__(self):
         return 40

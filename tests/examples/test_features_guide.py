@@ -1,9 +1,11 @@
 """Run the code blocks of examples/features.md."""
 
 import re
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
+import torch
 
 TEXT = (Path(__file__).parents[2] / "examples" / "features.md").read_text()
 START, *BLOCKS = re.findall(r"```python ?(\w*)\n(.*?)```", TEXT, flags=re.DOTALL)
@@ -20,6 +22,8 @@ def test_block(needs, code, tmp_path, monkeypatch):
     if "torchao" in code:
         pytest.importorskip("torchao")
     monkeypatch.chdir(tmp_path)
+    # traces the whole graph without generating code, which tests/pipelines/test_features.py covers
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     namespace: dict = {}
     exec(START[1], namespace)
     exec(code, namespace)

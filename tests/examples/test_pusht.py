@@ -1,7 +1,12 @@
 """End-to-end tests of the Push-T example with the real simulator, `accelerate launch` and tiny networks."""
 
+import contextlib
+import importlib
+import io
 import json
+import logging
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +22,7 @@ import pytest
 import shapely
 import torch
 import train_vae as train_vae_script
+from accelerate.state import AcceleratorState, GradientState
 from collect import TASKS
 from expert import Lookahead, outline, push_to_goal
 from huggingface_hub import DatasetCard
@@ -41,6 +47,30 @@ def run(script, *arguments, launch=None):
     return result.stdout + result.stderr
 
 
+def call(script, *arguments):
+    """Run the main function of a training script in this process, and return what it prints and logs."""
+    output, root = io.StringIO(), logging.getLogger()
+    handler, level = logging.StreamHandler(output), root.level
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    root.addHandler(handler)
+    try:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
+            patch.setattr("sys.argv", [f"{script}.py", *map(str, arguments)])
+            importlib.import_module(script).main()
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        for number, previous in handlers.items():
+            signal.signal(number, previous)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    return output.getvalue()
+
+
 ONE = ["--cpu", "--num_processes", "1"]
 
 
@@ -60,11 +90,10 @@ def vae_flags(root, output, *arguments):
     ]
 
 
-def train(root, output, *arguments, launch=ONE):
-    return run(
-        *("train.py", "--dataset", root / "set", "--vae", root / "vae", "--output_dir", root / output, *SIZES, *SPACE),
+def train(root, output, *arguments):
+    return call(
+        *("train", "--dataset", root / "set", "--vae", root / "vae", "--output_dir", root / output, *SIZES, *SPACE),
         *("--cache_dir", root / "latents", "--prediction_type", "v_prediction", "--num_history_frames", 2, *arguments),
-        launch=launch,
     )
 
 
@@ -390,15 +419,15 @@ def test_recipe_of_embedded_model(workspace):
         96,
         3,
     )
-    run(
-        *("train_lora.py", *common, "--dataset", workspace / "set", "--output_dir", workspace / "targets-lora"),
+    call(
+        *("train_lora", *common, "--dataset", workspace / "set", "--output_dir", workspace / "targets-lora"),
         *("--pretrained", workspace / "targets", "--rank", 2, "--crop_size", 64),
     )
     pipeline.load_lora_weights(workspace / "targets-lora")
     adapt = ["--model", workspace / "targets", "--action-dim", 3, "--output", workspace / "adapted"]
     assert main(["adapt", *map(str, adapt)]) == 0
-    run(
-        *("train.py", *common, "--dataset", workspace / "set", "--output_dir", workspace / "states"),
+    call(
+        *("train", *common, "--dataset", workspace / "set", "--output_dir", workspace / "states"),
         *("--pretrained", workspace / "adapted", "--pad_actions_to", 3),
     )
     changed = IRASimPipeline.from_pretrained(workspace / "states").transformer.config
@@ -502,7 +531,7 @@ def test_convolutional_baseline_trains_resumes_and_is_evaluated(workspace):
     run(*flags)
     before = torch.load(folder / "checkpoint.pt")["step"]
     assert before > 1
-    run(*flags)  # the run is complete, so nothing is trained
+    call("convolutional", *flags[1:])  # the run is complete, so nothing is trained
     assert torch.load(folder / "checkpoint.pt")["step"] == before
     model = convolutional.load(folder)
     torch.manual_seed(0)
@@ -511,8 +540,8 @@ def test_convolutional_baseline_trains_resumes_and_is_evaluated(workspace):
     history, action = torch.zeros(1, 3, 2, 96, 96), torch.tensor([[200.0, 300.0]])
     moved = model(history, action + torch.tensor([512 / 24, 0.0]))
     torch.testing.assert_close(moved[..., 48:, 48:60], model(history, action)[..., 48:, 44:56], rtol=1e-3, atol=1e-3)
-    run(
-        *("pusht/evaluate.py", "--model", folder, "--dataset", workspace / "set", "--output", folder / "report.json"),
+    call(
+        *("evaluate", "--model", folder, "--dataset", workspace / "set", "--output", folder / "report.json"),
         *("--num_clips", 2, "--num_histories", 0, "--num_drives", 0, "--num_history_frames", 2),
     )
     assert json.loads((folder / "report.json").read_text())["clip_psnr"]["n"] == 2

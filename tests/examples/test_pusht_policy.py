@@ -94,6 +94,9 @@ def test_chunks_follow_the_frames(demonstrations):
     assert torch.equal(chunks[39], chunks[39, :1].expand(16, 2))
     moves = (chunks[:30, 0] - positions[:30]).norm(dim=1)
     assert moves.max() < 100  # the target of a frame is near the pusher in this frame
+    weights = train_policy.sampling_weights(chunks)
+    assert weights[0] == 1
+    assert weights[39] == pytest.approx(0.1)
 
 
 def test_policy_script(demonstrations, tmp_path, monkeypatch):
@@ -103,6 +106,29 @@ def test_policy_script(demonstrations, tmp_path, monkeypatch):
     assert report["3"]["max_iou"]["n"] == 2
     first, second = (DiffusionPolicy.from_pretrained(tmp_path / f"checkpoint-{step}") for step in (2, 3))
     assert not torch.equal(first.proj_in.weight, second.proj_in.weight)
+
+
+def test_policy_training_resumes_with_the_same_result(demonstrations, tmp_path, monkeypatch):
+    flags = ["--datasets", demonstrations, "--batch_size", 4, "--stages", 2, 4, "--num_episodes", 0]
+    run(train_policy, monkeypatch, *flags, "--output_dir", tmp_path / "whole")
+    original = train_policy.Training.update
+
+    def interrupted(training, *data):
+        if training.step == 3:
+            raise KeyboardInterrupt
+        return original(training, *data)
+
+    monkeypatch.setattr(train_policy.Training, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(train_policy, monkeypatch, *flags, "--output_dir", tmp_path / "parts")
+    monkeypatch.setattr(train_policy.Training, "update", original)
+    assert not (tmp_path / "parts" / "checkpoint-4").exists()
+    run(train_policy, monkeypatch, *flags, "--output_dir", tmp_path / "parts")
+    whole, parts = (DiffusionPolicy.from_pretrained(tmp_path / name / "checkpoint-4") for name in ("whole", "parts"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+    with pytest.raises(ValueError, match="contains a run with other settings"):
+        run(train_policy, monkeypatch, *flags, "--seed", 1, "--output_dir", tmp_path / "parts")
 
 
 def test_samples_are_repeatable_and_within_the_arena():
@@ -150,12 +176,14 @@ BAD = [
     (train_policy, ["--stages", "4", "4"], r"`stages` must be increasing positive numbers of steps, got \[4, 4\]"),
     (train_policy, ["--stages", "0"], "`stages` must be increasing positive"),
     (train_policy, ["--num_executed", "17"], "`num_executed` must be at most 16, got 17"),
+    (train_policy, ["--num_draws", "0"], "`num_draws` must be at least 1"),
+    (train_policy, ["--ema_decay", "nan"], "`ema_decay` must be finite"),
     (train_policy, ["--max_demonstrations", "0"], "`max_demonstrations` must be at least 1"),
 ]
 
 
 @pytest.mark.parametrize(("script", "change", "message"), BAD)
-def test_bad_arguments_are_refused_before_any_work(script, change, message, tmp_path, monkeypatch):
+def test_bad_arguments_raise_before_any_work(script, change, message, tmp_path, monkeypatch):
     name = "--dataset" if script is train_reward else "--datasets"
     with pytest.raises(ValueError, match=message):
         run(script, monkeypatch, name, "nowhere", "--output_dir", tmp_path / "out", *change)

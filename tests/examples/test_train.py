@@ -2,10 +2,8 @@
 
 import contextlib
 import dataclasses
-import importlib
-import io
+import functools
 import json
-import logging
 import os
 import re
 import shlex
@@ -22,14 +20,13 @@ import torch
 import train
 import train_lora
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_pipeline, tiny_transformer, tiny_vae
 from diffusers import AutoencoderKL, DDIMScheduler
 from hub_server import HubServer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_lerobot import write_folder
-from test_pusht import EXAMPLES, run
+from test_pusht import EXAMPLES, call, run
 from train import TrainingArguments, check_arguments
 from train_vae import VAEArguments
 from transformers import HfArgumentParser
@@ -76,30 +73,6 @@ def write_robot(root, seed, episodes=3, cameras=2, width=32):
             write_video(root / path, frames, 5, lossless=True)
         annotation = {"states": poses.tolist(), "videos": [{"video_path": path} for path in videos]}
         (root / "annotation" / "train" / f"{number}.json").write_text(json.dumps(annotation))
-
-
-def call(script, *arguments):
-    """Run the main function of a training script in this process, and return what it prints and logs."""
-    output, root = io.StringIO(), logging.getLogger()
-    handler, level = logging.StreamHandler(output), root.level
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    root.addHandler(handler)
-    try:
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            contextlib.redirect_stdout(output),
-            contextlib.redirect_stderr(output),
-        ):
-            patch.setattr("sys.argv", [f"{script}.py", *map(str, arguments)])
-            importlib.import_module(script).main()
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
-        for number, previous in handlers.items():
-            signal.signal(number, previous)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-    return output.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -482,7 +455,7 @@ def test_all_weights_have_gradients_after_bfloat16_rollout():
     """Autocast must not reuse weights that were cast without gradient during a rollout."""
     config = {"num_history_frames": 2, "sample_frames": 3, "conditioning": "frame", "relative_latents": True}
     model = tiny_transformer(**config, num_layers=1, prediction_type="sample").train()
-    settings = TrainingArguments(["set"], "out", rollout_chunks=2, action_dropout=0.0)
+    settings = TrainingArguments(dataset=["set"], output_dir="out", rollout_chunks=2, action_dropout=0.0)
     torch.manual_seed(0)
     clip = {"latents": torch.randn(2, 4, 5, 4, 6), "actions": torch.randn(2, 4, 3)}
     process = noise_process(model.config)
@@ -494,11 +467,26 @@ def test_all_weights_have_gradients_after_bfloat16_rollout():
         assert not missing
 
 
-def test_compiled_training_with_validation_and_push_to_hub(workspace):
+def test_compiled_training_matches_eager_training(workspace, monkeypatch):
+    # traces and differentiates the graph without generating code, which tests/models/test_model_features.py covers
+    compile_module = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    train_robot(workspace, "eager")
+    torch._dynamo.reset()
+    train_robot(workspace, "compiled", "--compile")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    eager, compiled = (
+        IRASimPipeline.from_pretrained(workspace / folder).transformer.state_dict() for folder in ("eager", "compiled")
+    )
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, msg=name)
+
+
+def test_training_with_validation_and_push_to_hub(workspace):
     with local_hub(workspace / "hf") as hub:
         run(
             *("train.py", *robot_flags(workspace, "logged")),
-            *("--compile", "--report_to", "tensorboard", "--logging_steps", 1, "--fps", 5),
+            *("--report_to", "tensorboard", "--logging_steps", 1, "--fps", 5),
             *("--validation_dataset", workspace / "held-out", "--validation_steps", 2, "--num_validation_clips", 2),
             *("--validation_inference_steps", 2, "--push_to_hub", "--hub_model_id", "lab/arm"),
         )
@@ -798,13 +786,21 @@ def test_streamed_dataset_matches_local_folder(workspace):
     root = workspace / "files"
     write_folder(root)
 
-    def train_files(dataset, output, *arguments):
-        return run(
-            *("train.py", "--dataset", dataset, "--vae", workspace / "vae", "--output_dir", workspace / output),
+    def train_files(dataset, output, *arguments, start=run):
+        return start(
+            *(
+                "train.py" if start is run else "train",
+                "--dataset",
+                dataset,
+                "--vae",
+                workspace / "vae",
+                "--output_dir",
+                workspace / output,
+            ),
             *("--patch_size", 1, *MODEL, *SHORT, "--max_train_steps", 4, *arguments),
         )
 
-    train_files(root, "from-disk")
+    train_files(root, "from-disk", start=call)
     with local_hub(workspace / "streaming") as hub:
         files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
         pinned = ["--streaming", "--dataset_revision", hub.commit("datasets/lab/files", files)]
@@ -856,7 +852,7 @@ def test_killed_and_resumed_run_matches_uninterrupted_run(workspace):
         reached.append(newest())
     assert reached == sorted(set(reached)), "every run makes progress"
     assert reached[-1] < STEPS, "the last run was killed before the end"
-    run(*arguments(output))
+    call(script.removesuffix(".py"), *arguments(output)[1:])
     expected, resumed = (
         IRASimPipeline.from_pretrained(folder).transformer for folder in (workspace / "steady", output)
     )

@@ -1,4 +1,4 @@
-"""One model over several processes, which divide the patches of every frame among them."""
+"""One model on several processes, which share the patches of every frame."""
 
 import os
 
@@ -24,7 +24,7 @@ def inputs(height=4, width=6):
 
 
 def enable_on_cpu(model, config):
-    """`enable_parallelism`, which counts accelerators, without that."""
+    """`enable_parallelism` without its check of the number of accelerators."""
     mesh = init_device_mesh("cpu", config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
     model._parallel_config = ParallelConfig(context_parallel_config=config)
     model._parallel_config.setup(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), mesh=mesh)
@@ -40,7 +40,7 @@ def video(pipeline):
 
 
 def work(rank, folder):
-    """One of two processes: predicts with its half of the patches, and saves what it got."""
+    """One of two processes: predicts with its half of the patches and saves the result."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -67,14 +67,14 @@ def work(rank, folder):
 
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory):
-    """What two processes got."""
+    """Results of two processes."""
     folder = tmp_path_factory.mktemp("parallel")
     torch.multiprocessing.start_processes(work, (str(folder),), nprocs=2, start_method="fork")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", DIVISIBLE)
-def test_two_processes_predict_what_one_does(name, parallel):
+def test_two_processes_match_one(name, parallel):
     expected = tiny_transformer(**ARCHITECTURES[name])(*inputs()).sample
     for results, lengths in parallel:
         torch.testing.assert_close(results[name], expected, rtol=1e-4, atol=1e-5)
@@ -82,12 +82,12 @@ def test_two_processes_predict_what_one_does(name, parallel):
         assert lengths[name] == [(15, 3, 24), (9, 5, 24)]
 
 
-def test_two_processes_generate_one_video(parallel):
+def test_two_processes_generate_the_same_video(parallel):
     for results, _ in parallel:
         torch.testing.assert_close(results["video"], video(tiny_pipeline()), rtol=1e-4, atol=1e-5)
 
 
-def test_processes_must_not_disagree_on_what_to_skip(parallel):
+def test_first_block_cache_raises(parallel):
     for results, _ in parallel:
         assert results["refusal"].startswith("`FirstBlockCacheConfig` does not support context parallelism")
 
@@ -116,7 +116,7 @@ def work_on_cuda(rank, folder):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_devices_predict_what_one_does(tmp_path):
+def test_two_devices_match_one(tmp_path):
     torch.multiprocessing.spawn(work_on_cuda, (str(tmp_path),), nprocs=2)
     for rank in range(2):
         results = torch.load(tmp_path / f"{rank}.pt")

@@ -1,4 +1,4 @@
-"""What diffusers gives its models, on every architecture the one class covers."""
+"""Features of diffusers models, for every supported architecture."""
 
 import inspect
 import json
@@ -13,6 +13,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from irasim_diffusers import IRASimTransformer3DModel
+from irasim_diffusers.models import public_config
 from irasim_diffusers.models.transformer_irasim import IRASimAttnProcessor
 
 
@@ -27,7 +28,7 @@ def inputs():
     return torch.randn(3, 4, 5, 4, 6), torch.tensor([7, 500, 999]), torch.randn(3, 3, 3)
 
 
-def test_a_config_is_json_and_makes_the_same_model(model):
+def test_config_round_trips_through_json(model):
     parameters = inspect.signature(IRASimTransformer3DModel.__init__).parameters
     assert all(value.default is not inspect.Parameter.empty for name, value in parameters.items() if name != "self")
     assert all(f"{name}:" in inspect.getdoc(IRASimTransformer3DModel) for name in parameters if name != "self")
@@ -42,7 +43,7 @@ def test_a_config_is_json_and_makes_the_same_model(model):
 
 
 def test_every_weight_is_trained(model, inputs):
-    """With clips that have actions and one that has none."""
+    """A batch of clips with actions, and one without."""
     mask = torch.tensor([[True] * 3, [False] * 3, [True] * 3])
     model(*inputs, action_mask=mask).sample.square().mean().backward()
     untrained = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
@@ -73,7 +74,7 @@ def test_attention_backends_agree(model, inputs, backend):
         torch.testing.assert_close(model(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_backend_may_be_set_for_good(model, inputs):
+def test_attention_backend_can_be_set(model, inputs):
     processor = model.transformer_blocks[0].attn1.processor
     expected = model(*inputs).sample
     with attention_backend("native"):  # brings the process-wide setting back, which `reset_attention_backend` leaves
@@ -101,7 +102,7 @@ def test_attention_backends_agree_on_cuda(model, backend):
         torch.testing.assert_close(model(*inputs).sample, expected, rtol=5e-2, atol=5e-2)
 
 
-def test_an_attention_processor_may_be_replaced(model, inputs):
+def test_attention_processor_can_be_replaced(model, inputs):
     shapes = []
 
     class Recording(IRASimAttnProcessor):
@@ -148,8 +149,8 @@ def test_compilation_of_the_whole_model_without_graph_breaks(model, inputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_model_of_few_frames_attends_by_sums(dtype, inputs):
-    """The path of `short_attention`, which eager models do not take."""
+def test_compiled_model_with_few_frames_uses_short_attention(dtype, inputs):
+    """The path of `short_attention`, which only compiled models use."""
     model = tiny_transformer(**ARCHITECTURES["Push-T"]).to(dtype)
     hidden_states, timestep, actions = inputs
     window = (hidden_states[:, :, 2:].to(dtype), timestep, actions[:, 2:])
@@ -172,7 +173,7 @@ class DoubleOperations(TorchDispatchMode):
         return output
 
 
-def test_tables_are_computed_once_for_every_size(model, inputs):
+def test_tables_are_cached_per_size(model, inputs):
     _, timestep, actions = inputs
     numbers = []
     for size in (6, 6, 8, 6):
@@ -187,7 +188,7 @@ def test_tables_are_computed_once_for_every_size(model, inputs):
     assert not torch.equal(model(*inputs).sample, expected)
 
 
-def test_tables_of_inference_mode_serve_training(model, inputs):
+def test_tables_cached_in_inference_mode_allow_training(model, inputs):
     with torch.inference_mode():
         model(*inputs)
     model.train()(*inputs).sample.mean().backward()
@@ -195,7 +196,7 @@ def test_tables_of_inference_mode_serve_training(model, inputs):
 
 
 @pytest.mark.parametrize("model", [{}, ARCHITECTURES["Open-Sora"]], ids=["sincos", "rope"], indirect=True)
-def test_regional_compilation_serves_every_size(model, inputs):
+def test_regional_compilation_supports_every_size(model, inputs):
     _, timestep, actions = inputs
     torch._dynamo.reset()
     sizes = [(4, 14), (6, 10), (8, 4)]
@@ -209,7 +210,7 @@ def test_regional_compilation_serves_every_size(model, inputs):
             torch.testing.assert_close(sample, expected[number], rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_whose_weights_wait_on_the_disk(model, inputs, tmp_path):
+def test_disk_offload(model, inputs, tmp_path):
     model.save_pretrained(tmp_path / "model")
     size = sum(parameter.nbytes for parameter in model.parameters())
     split = IRASimTransformer3DModel.from_pretrained(
@@ -221,7 +222,7 @@ def test_a_model_whose_weights_wait_on_the_disk(model, inputs, tmp_path):
     assert set(split.hf_device_map.values()) == {"cpu", "disk"}
     blocks = [name for name in split.hf_device_map if "blocks." in name]
     assert all(len(name.split(".")) == 2 for name in blocks), "no block is split"
-    for number in (3, None):  # with actions and with none
+    for number in (3, None):  # with and without actions
         arguments = (*inputs[:2], inputs[2] if number else None)
         torch.testing.assert_close(split(*arguments).sample, model(*arguments).sample, rtol=1e-4, atol=1e-5)
 
@@ -254,7 +255,7 @@ def test_int8_weights(model, inputs, tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_model_split_over_devices(model, inputs):
+def test_model_parallelism(model, inputs):
     expected = model(*inputs).sample
     last = [model.transformer_blocks[1], model.temporal_transformer_blocks[1], model.norm_out, model.proj_out]
     for part in [*last, *([model.ada_norm_out] if hasattr(model, "ada_norm_out") else [])]:
@@ -264,7 +265,7 @@ def test_a_model_split_over_devices(model, inputs):
     torch.testing.assert_close(sample.cpu(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_an_adapter_of_the_model_is_saved_loaded_and_swapped(model, inputs, tmp_path):
+def test_adapter_round_trip_and_hotswap(model, inputs, tmp_path):
     expected = []
     for number in range(2):
         adapted = IRASimTransformer3DModel.from_config(model.config)
@@ -322,11 +323,10 @@ def test_saving_and_loading_changes_nothing(model, inputs, tmp_path, max_shard_s
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     assert (tmp_path / "diffusion_pytorch_model.safetensors.index.json").is_file() == (max_shard_size == "50KB")
     loaded = IRASimTransformer3DModel.from_pretrained(tmp_path)
-    public = [{k: v for k, v in each.config.items() if not k.startswith("_")} for each in (loaded, model)]
-    assert public[0] == public[1]
+    assert public_config(loaded.config) == public_config(model.config)
     assert torch.equal(loaded(*inputs).sample, model(*inputs).sample)
 
 
-def test_a_tuple_where_asked(model, inputs):
+def test_return_dict_false_returns_a_tuple(model, inputs):
     (sample,) = model(*inputs, return_dict=False)
     assert torch.equal(sample, model(*inputs).sample)

@@ -17,18 +17,18 @@ def inputs():
     return torch.randn(3, 4, 5, 4, 6), torch.tensor([7, 500, 999]), torch.randn(3, 3, 3)
 
 
-# the paper's counts hold the fixed position tables: 336 rows of the width (RT-1 at 256x320, 16 frames)
+# the paper's counts include the fixed position tables: 336 rows of the width (RT-1 at 256x320, 16 frames)
 @pytest.mark.parametrize(
     ("preset", "count"), [("S", 33_206_416), ("B", 132_178_192), ("L", 461_372_432), ("XL", 679_397_776)]
 )
-def test_presets_have_the_papers_parameter_counts(preset, count):
+def test_presets_have_parameter_counts_of_the_paper(preset, count):
     with torch.device("meta"):
         model = IRASimTransformer3DModel(**PRESETS[preset])
     width = model.config.num_attention_heads * model.config.attention_head_dim
     assert sum(parameter.numel() for parameter in model.parameters()) + 336 * width == count
 
 
-def test_matches_a_plain_reference(transformer, inputs):
+def test_matches_reference_implementation(transformer, inputs):
     hidden_states, timestep, actions = inputs
     expected = plain_forward(transformer.state_dict(), hidden_states, timestep, actions)
     torch.testing.assert_close(transformer(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
@@ -94,9 +94,9 @@ def test_new_model_predicts_zero(inputs):
     assert not IRASimTransformer3DModel(**TINY)(*inputs).sample.any()
 
 
-def test_an_action_modulates_its_own_frame_alone(transformer, inputs):
+def test_action_modulates_only_its_own_frame(transformer, inputs):
     hidden_states, timestep, actions = inputs
-    for block in transformer.temporal_transformer_blocks:  # without the temporal blocks frames do not meet
+    for block in transformer.temporal_transformer_blocks:  # without temporal blocks, frames are independent
         torch.nn.init.zeros_(block.ada_norm[1].weight)
         torch.nn.init.zeros_(block.ada_norm[1].bias)
     changed = actions.clone()
@@ -106,7 +106,7 @@ def test_an_action_modulates_its_own_frame_alone(transformer, inputs):
     assert touched.tolist() == [False, False, False, True, False]
 
 
-def test_actions_reach_later_and_earlier_frames_through_time(transformer, inputs):
+def test_temporal_blocks_carry_actions_to_other_frames(transformer, inputs):
     hidden_states, timestep, actions = inputs
     changed = actions.clone()
     changed[:, 1] += 1
@@ -114,7 +114,7 @@ def test_actions_reach_later_and_earlier_frames_through_time(transformer, inputs
     assert (difference.abs().amax(dim=(0, 1, 3, 4)) > 1e-6).all()
 
 
-def test_no_actions_are_null_actions(transformer, inputs):
+def test_missing_actions_are_null_actions(transformer, inputs):
     hidden_states, timestep, actions = inputs
     nothing = transformer(hidden_states, timestep).sample
     dropped = transformer(hidden_states, timestep, actions, action_mask=torch.zeros(3, 3, dtype=torch.bool)).sample
@@ -125,7 +125,7 @@ def test_no_actions_are_null_actions(transformer, inputs):
     torch.testing.assert_close(mixed[0], transformer(*inputs).sample[0])
 
 
-def test_one_timestep_a_frame(transformer, inputs):
+def test_one_timestep_per_frame(transformer, inputs):
     hidden_states, timestep, actions = inputs
     by_frame = timestep[:, None].repeat(1, 5)
     torch.testing.assert_close(transformer(hidden_states, by_frame, actions).sample, transformer(*inputs).sample)
@@ -146,7 +146,7 @@ def test_one_timestep_for_the_batch(transformer, inputs, shape):
         ({"conditioning": "clip"}, "`conditioning` must be one of frame, video, got 'clip'"),
         ({"action_activation": "relu"}, "`action_activation` must be one of gelu_tanh, None, got 'relu'"),
         ({"action_space": "abs"}, "`action_space` must be one of relative, absolute, got 'abs'"),
-        ({"action_scale": [1.0, 2.0]}, "`action_scale` must have `action_dim` = 3 entries, one a component, got 2"),
+        ({"action_scale": [1.0, 2.0]}, "`action_scale` must have `action_dim` = 3 entries, one per component, got 2"),
         ({"action_offset": [0.0] * 4}, "`action_offset` must have .* got 4"),
         ({"action_names": ["x"]}, "`action_names` must have .* got 1"),
         ({"action_units": ["m"] * 2}, "`action_units` must have .* got 2"),
@@ -201,7 +201,7 @@ def test_raw_actions_survive_half_precision(transformer, inputs):
 def test_video_ada_modulates_every_frame_by_the_whole_trajectory(activation, inputs):
     hidden_states, timestep, actions = inputs
     model = tiny_transformer(conditioning="video", action_activation=activation)
-    for block in model.temporal_transformer_blocks:  # without the temporal blocks frames do not meet
+    for block in model.temporal_transformer_blocks:  # without temporal blocks, frames are independent
         torch.nn.init.zeros_(block.ada_norm[1].weight)
         torch.nn.init.zeros_(block.ada_norm[1].bias)
     changed = actions.clone()
@@ -221,19 +221,19 @@ def test_video_ada_drops_whole_trajectories(inputs):
     torch.testing.assert_close(model(hidden_states, by_frame, actions).sample, model(*inputs).sample)
 
 
-def test_video_ada_takes_one_number_of_actions(inputs):
+def test_video_ada_requires_a_fixed_number_of_actions(inputs):
     hidden_states, timestep, actions = inputs
     model = tiny_transformer(conditioning="video")
     with pytest.raises(ValueError, match=r"3 \(fixed for Video-Ada\), 3\), got \(3, 2, 3\)"):
         model(hidden_states, timestep, actions[:, :2])
 
 
-def test_the_final_layer_may_see_the_actions(inputs):
+def test_final_layer_with_actions(inputs):
     hidden_states, timestep, actions = inputs
     plain, seeing = tiny_transformer(), tiny_transformer(final_frame_ada=True)
     assert not torch.allclose(plain(*inputs).sample, seeing(*inputs).sample)
     nothing = torch.zeros_like(actions) + torch.tensor(TINY["action_offset"])
-    for model in (plain, seeing):  # with actions embedded as zero and no null action, there is nothing to see
+    for model in (plain, seeing):  # with zero action embeddings, only the targets remain
         torch.nn.init.zeros_(model.action_embed.linear_2.weight)
         torch.nn.init.zeros_(model.action_embed.linear_2.bias)
         torch.nn.init.zeros_(model.null_action)
@@ -241,7 +241,7 @@ def test_the_final_layer_may_see_the_actions(inputs):
     torch.testing.assert_close(*same)
 
 
-def test_action_frequencies_join_waves_to_the_scaled_actions(inputs):
+def test_action_frequencies_add_sines_and_cosines(inputs):
     _, _, actions = inputs
     model = tiny_transformer(action_frequencies=2)
     seen = (actions - torch.tensor(TINY["action_offset"])) * torch.tensor(TINY["action_scale"])
@@ -253,7 +253,7 @@ def test_action_frequencies_join_waves_to_the_scaled_actions(inputs):
 PUSHT = ARCHITECTURES["Push-T"]
 
 
-def test_a_patch_sees_its_offset_from_the_target(inputs):
+def test_patch_receives_its_offset_from_the_target(inputs):
     """Moving the target by one patch moves the embeddings by one patch; history frames and masked actions receive zero."""
     model = tiny_transformer(**PUSHT)
     actions = torch.tensor([[[0.3, 0.4, 1.0], [0.0, 2.0, -1.0]]])
@@ -268,7 +268,7 @@ def test_a_patch_sees_its_offset_from_the_target(inputs):
     assert not masked[:, 4].any()
 
 
-def test_rotary_attention_depends_on_differences_of_positions_alone():
+def test_rotary_attention_depends_only_on_position_differences():
     model = tiny_transformer(**PUSHT)
     cos, sin = model._spatial_rotary_positions(4, 5, torch.device("cpu"))
     assert cos.shape == sin.shape == (20, 12)
@@ -290,10 +290,10 @@ def test_rotary_attention_depends_on_differences_of_positions_alone():
     assert (score(0, 7) - score(0, 5)).abs() > 1e-3  # the column matters
 
 
-def test_the_convolution_mixes_neighbours_on_the_grid_of_patches():
+def test_convolution_mixes_neighbouring_patches():
     model = tiny_transformer(**PUSHT)
     block, temb = model.transformer_blocks[0], torch.randn(1, 1, 24)
-    torch.nn.init.zeros_(block.attn1.to_out[0].weight)  # without attention, patches meet in the convolution alone
+    torch.nn.init.zeros_(block.attn1.to_out[0].weight)  # without attention, only the convolution mixes patches
     tokens = torch.randn(1, 1, 20, 24)
     changed = tokens.clone()
     changed[:, :, 7] = torch.randn(24)  # row 1, column 2 of 4 rows and 5 columns
@@ -305,7 +305,7 @@ def test_the_convolution_mixes_neighbours_on_the_grid_of_patches():
     assert torch.equal(touched, expected)
 
 
-def test_pure_noise_is_nearly_nothing_to_a_model_that_scales_it(inputs):
+def test_scaled_pure_noise_is_almost_zero(inputs):
     hidden_states, _, actions = inputs
     model = tiny_transformer(**PUSHT)
     other = hidden_states.clone()
@@ -318,14 +318,14 @@ def test_pure_noise_is_nearly_nothing_to_a_model_that_scales_it(inputs):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-def test_share_of_signal_is_that_of_the_noise_process(schedule):
+def test_signal_share_matches_the_noise_process(schedule):
     model = tiny_transformer(**PUSHT, beta_schedule=schedule, num_train_timesteps=50)
     expected = noise_process(model.config).alphas_cumprod.sqrt()
     torch.testing.assert_close(model._signal_share(torch.device("cpu")), expected)
 
 
 @pytest.mark.parametrize("frames", [2, 3, 4])
-def test_attention_among_few_frames_equals_the_dispatched_one(frames):
+def test_short_attention_matches_dispatched_attention(frames):
     torch.manual_seed(1)
     query, key, value = torch.randn(3, 5, frames, 2, 12)
     expected = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value))).transpose(1, 2)
@@ -347,6 +347,6 @@ def test_attention_among_few_frames_equals_the_dispatched_one(frames):
         ({"prediction_type": "flow_prediction"}, "`scale_noisy_latents` must be False for a flow"),
     ],
 )
-def test_bad_settings_of_a_model_of_targets(changes, message):
+def test_bad_target_extents(changes, message):
     with pytest.raises(ValueError, match=message):
         IRASimTransformer3DModel(**TINY | PUSHT | changes)

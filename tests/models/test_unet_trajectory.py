@@ -21,7 +21,7 @@ def inputs():
 
 # the paper says 40M and 687M; see the class
 @pytest.mark.parametrize(("preset", "count"), [("VDM", 44_518_595), ("LVDM", 687_572_260)])
-def test_presets_have_the_papers_sizes(preset, count):
+def test_presets_have_sizes_of_the_paper(preset, count):
     with torch.device("meta"):
         model = UNetTrajectoryModel(**UNET_PRESETS[preset])
     assert model.num_parameters() == count
@@ -36,14 +36,14 @@ def test_any_size_and_number_of_frames(unet, shape):
     assert torch.isfinite(sample).all()
 
 
-def test_alone_as_in_a_batch(unet, inputs):
+def test_same_result_alone_and_in_a_batch(unet, inputs):
     together = unet(*inputs).sample
     for index in range(3):
         alone = unet(*(value[index : index + 1] for value in inputs)).sample
         torch.testing.assert_close(alone[0], together[index], rtol=1e-4, atol=1e-4)
 
 
-def test_action_frequencies_join_waves_to_the_scaled_actions(inputs):
+def test_action_frequencies_add_sines_and_cosines(inputs):
     model = tiny_unet(action_frequencies=2)
     actions = inputs[2]
     scale, offset = (torch.tensor(model.config[name]) for name in ("action_scale", "action_offset"))
@@ -53,13 +53,13 @@ def test_action_frequencies_join_waves_to_the_scaled_actions(inputs):
     torch.testing.assert_close(model.encode_actions(actions), model.action_embed(features.flatten(1)))
 
 
-def test_attention_in_parts_is_attention(unet, inputs, monkeypatch):
+def test_attention_in_parts_matches_full_attention(unet, inputs, monkeypatch):
     whole = unet(*inputs).sample
     monkeypatch.setattr("irasim_diffusers.models.unet_trajectory.MAX_SEQUENCES", 7)
     torch.testing.assert_close(unet(*inputs).sample, whole)
 
 
-def test_linear_attention_by_its_definition(unet):
+def test_linear_attention_matches_its_definition(unet):
     attn = unet.down_blocks[0].attention.attn
     tokens = torch.randn(2, 9, 8)
     query, key, value = (
@@ -71,7 +71,7 @@ def test_linear_attention_by_its_definition(unet):
     torch.testing.assert_close(attn(tokens), expected)
 
 
-def test_frames_meet_in_temporal_attention_alone_and_their_order_counts(unet, inputs):
+def test_only_temporal_attention_mixes_frames_and_depends_on_their_order(unet, inputs):
     hidden_states, timestep, _ = inputs
     order = [0, 2, 1, 3, 4]
     plain, swapped = unet(hidden_states, timestep).sample, unet(hidden_states[:, :, order], timestep).sample
@@ -87,7 +87,7 @@ def test_frames_meet_in_temporal_attention_alone_and_their_order_counts(unet, in
     assert touched.tolist() == [False, True, False, False, False]
 
 
-def test_one_timestep_a_frame(unet, inputs):
+def test_one_timestep_per_frame(unet, inputs):
     hidden_states, timestep, actions = inputs
     by_frame = timestep[:, None].repeat(1, 5)
     torch.testing.assert_close(unet(hidden_states, by_frame, actions).sample, unet(*inputs).sample)
@@ -95,7 +95,7 @@ def test_one_timestep_a_frame(unet, inputs):
     assert not torch.allclose(unet(hidden_states, by_frame, actions).sample, unet(*inputs).sample)
 
 
-def test_any_dropped_action_drops_the_trajectory(unet, inputs):
+def test_one_dropped_action_drops_the_trajectory(unet, inputs):
     hidden_states, timestep, actions = inputs
     keep = torch.tensor([[True] * 3, [True, False, True], [True] * 3])
     mixed = unet(hidden_states, timestep, actions, action_mask=keep).sample
@@ -144,7 +144,7 @@ def test_gradient_checkpointing_changes_no_gradient(unet, inputs):
     torch.testing.assert_close(*gradients)
 
 
-def test_fused_projections_and_another_backend_compute_the_same(unet, inputs):
+def test_fused_projections_and_other_backend_agree(unet, inputs):
     expected = unet(*inputs).sample
     with attention_backend("_native_math"):
         torch.testing.assert_close(unet(*inputs).sample, expected, rtol=1e-4, atol=1e-4)
@@ -152,7 +152,7 @@ def test_fused_projections_and_another_backend_compute_the_same(unet, inputs):
     torch.testing.assert_close(unet(*inputs).sample, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_saved_and_loaded(unet, inputs, tmp_path):
+def test_save_and_load_round_trip(unet, inputs, tmp_path):
     unet.save_pretrained(tmp_path)
     loaded = UNetTrajectoryModel.from_pretrained(tmp_path)
     assert torch.equal(loaded(*inputs).sample, unet(*inputs).sample)
@@ -180,6 +180,6 @@ def test_bad_configs(config, message):
 @pytest.mark.parametrize(
     ("frames", "actions"), [(5, (1, 2, 3)), (5, (1, 4, 3)), (5, (1, 3, 2)), (2, (1, 3, 3)), (5, (3, 3))]
 )
-def test_another_number_of_actions_is_refused(unet, frames, actions):
+def test_other_number_of_actions_raises(unet, frames, actions):
     with pytest.raises(ValueError, match=r"`actions` must be \(batch, 3, 3\) for a window of 3 frames or more, got"):
         unet(torch.randn(1, 4, frames, 4, 6), torch.ones(1), torch.randn(actions))

@@ -1,4 +1,4 @@
-"""What diffusers offers every pipeline.
+"""Features that diffusers offers for every pipeline.
 
 On the embedded model: that it works, what it saves and what it costs. On tiny models of every architecture: that it works.
 """
@@ -32,7 +32,7 @@ WINDOW = 1
 def load(**kwargs) -> IRASimPipeline:
     pipeline = IRASimPipeline.from_pretrained(embedded_checkpoint(), **kwargs)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.register_to_config(num_inference_steps=2)  # which schedulers take differently
+    pipeline.register_to_config(num_inference_steps=2)  # which schedulers handle differently
     return pipeline
 
 
@@ -46,7 +46,7 @@ def psnr(video: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
-    """Bytes of the tensors that a module's parameters really hold, those inside quantised ones too."""
+    """Bytes of the tensors in a module's parameters, including those inside quantised ones."""
 
     def size(tensor: torch.Tensor) -> int:
         names = getattr(tensor, "tensor_data_names", None)
@@ -76,7 +76,7 @@ def count_calls(module: torch.nn.Module) -> list[int]:
     return calls
 
 
-def test_bfloat16_costs_a_tenth_of_a_decibel_at_most(video, truth):
+def test_bfloat16_costs_at_most_a_tenth_of_a_decibel(video, truth):
     halved = load(dtype=torch.bfloat16)
     assert halved.transformer.dtype == torch.bfloat16
     assert abs(psnr(generate(halved), truth) - psnr(video, truth)) < 0.1
@@ -90,7 +90,7 @@ def test_float16_with_the_vae_in_float32(pipeline, frames, actions, tmp_path):
     assert psnr(predict(halved, frames, actions), expected) > 30
 
 
-def test_int8_weights_take_a_quarter_of_the_memory(plain, video, truth):
+def test_int8_weights_take_less_memory(plain, video, truth):
     quantization = pytest.importorskip("torchao.quantization")
     config = PipelineQuantizationConfig(
         quant_mapping={"transformer": TorchAoConfig(quantization.Int8WeightOnlyConfig())}
@@ -103,7 +103,7 @@ def test_int8_weights_take_a_quarter_of_the_memory(plain, video, truth):
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_a_vae_that_overflows_in_float16_is_named(part, pipeline, frames, actions):
+def test_float16_overflow_of_the_vae_raises(part, pipeline, frames, actions):
     pipeline.to(dtype=torch.float16)
     calls = count_calls(pipeline.transformer)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_group_offload_changes_no_video(kind, video):
     torch.testing.assert_close(generate(pipeline), video)
 
 
-def test_a_pipeline_from_another_shares_its_parts(plain, video):
+def test_from_pipe_shares_components(plain, video):
     pipeline = IRASimPipeline.from_pipe(plain, scheduler=diffusers.DDPMScheduler.from_config(plain.scheduler.config))
     assert pipeline.transformer is plain.transformer
     assert pipeline.config.num_inference_steps == plain.config.num_inference_steps
@@ -159,7 +159,7 @@ def test_a_pipeline_from_another_shares_its_parts(plain, video):
 
 
 @pytest.mark.gpu
-def test_a_stream_leaves_weights_on_the_cpu():
+def test_offloaded_stream_leaves_weights_on_the_cpu():
     pipeline = load()
     pipeline.enable_model_cpu_offload()
     stream = pipeline.stream(FRAMES[:2], ACTIONS[1:])
@@ -169,7 +169,7 @@ def test_a_stream_leaves_weights_on_the_cpu():
 
 
 @pytest.mark.gpu
-def test_given_noise_is_filled_up_by_a_generator_on_cuda():
+def test_given_noise_is_extended_by_a_generator_on_cuda():
     pipeline = load().to("cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     latents = torch.randn(1, 3, WINDOW + 3, 96, 96)
@@ -201,7 +201,7 @@ def test_device_map_of_a_pipeline(device_map, video):
     torch.testing.assert_close(generate(load(device_map=device_map)).cpu(), video, atol=1e-3, rtol=0)
 
 
-def test_device_map_of_the_model_alone(video):
+def test_device_map_of_the_transformer(video):
     transformer = IRASimTransformer3DModel.from_pretrained(
         embedded_checkpoint(), subfolder="transformer", device_map="auto"
     )
@@ -287,7 +287,7 @@ def test_other_caches_skip_attention_in_every_window(plain, make, computed):
 
 
 @pytest.mark.parametrize("kind", [PyramidAttentionBroadcastConfig, FasterCacheConfig])
-def test_caches_of_one_state_do_not_go_with_guidance(kind):
+def test_single_state_caches_with_guidance_raise(kind):
     pipeline = load()
     config = kind(temporal_attention_block_skip_range=2, current_timestep_callback=lambda: pipeline.current_timestep)
     pipeline.transformer.enable_cache(config)
@@ -298,7 +298,7 @@ def test_caches_of_one_state_do_not_go_with_guidance(kind):
             generate(pipeline)
 
 
-def test_guidance_has_a_cache_of_its_own(plain):
+def test_guidance_has_its_own_cache_state(plain):
     """Cached guidance evaluates two networks; with one cache for both, their difference would vanish."""
     expected = generate(plain, guidance_scale=3.0, num_inference_steps=16)
     pipeline = load()
@@ -325,7 +325,7 @@ def test_vae_slicing_and_tiling(pipeline, frames, actions):
     assert psnr(tiled, video) > 15
 
 
-def test_a_tiny_autoencoder_in_place_of_the_vae(pipeline, frames, actions):
+def test_tiny_autoencoder_replaces_the_vae(pipeline, frames, actions):
     torch.manual_seed(0)
     vae = diffusers.AutoencoderTiny(
         encoder_block_out_channels=(8,) * 2,
@@ -342,7 +342,7 @@ def test_a_tiny_autoencoder_in_place_of_the_vae(pipeline, frames, actions):
 
 @pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
 def tiny(request):
-    """A tiny pipeline of one architecture, whose sampler takes as many steps as it is told."""
+    """A tiny pipeline of one architecture, whose sampler makes exactly the requested number of steps."""
     pipeline = tiny_pipeline(**request.param)
     if pipeline.transformer.config.prediction_type != "flow_prediction":
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -354,7 +354,7 @@ def predict(pipeline, frames, actions, **kwargs) -> torch.Tensor:
     return pipeline(frames, actions, generator=torch.Generator().manual_seed(0), **kwargs).frames
 
 
-def test_a_saved_pipeline_is_the_same(tiny, frames, actions, tmp_path):
+def test_saved_pipeline_is_unchanged(tiny, frames, actions, tmp_path):
     expected = predict(tiny, frames, actions)
     tiny.save_pretrained(tmp_path)
     loaded = IRASimPipeline.from_pretrained(tmp_path)
@@ -362,7 +362,7 @@ def test_a_saved_pipeline_is_the_same(tiny, frames, actions, tmp_path):
     torch.testing.assert_close(predict(loaded, frames, actions), expected, rtol=0, atol=1e-6)
 
 
-def test_a_trajectory_is_the_same_alone_and_in_a_batch(tiny, frames, actions):
+def test_trajectory_is_the_same_alone_and_in_a_batch(tiny, frames, actions):
     batch = np.stack([actions, actions[::-1], actions * 2])
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
     kwargs = {"num_inference_steps": 2, "output_type": "pt"}
@@ -413,7 +413,7 @@ def test_caches_skip_attention_of_every_architecture(tiny, frames, actions, name
     torch.testing.assert_close(predict(tiny, frames, actions, num_inference_steps=8), expected)
 
 
-def test_a_cache_that_skips_nothing_changes_nothing(tiny, frames, actions):
+def test_cache_without_skips_changes_nothing(tiny, frames, actions):
     kwargs = {"guidance_scale": 2.0}
     expected = predict(tiny, frames, actions, **kwargs)
     tiny.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
@@ -469,7 +469,7 @@ def test_lora_of_every_architecture(tiny, frames, actions, tmp_path):
     assert not torch.allclose(applied, plain)
 
 
-def test_names_are_those_of_every_pipeline_of_diffusers():
+def test_standard_methods_of_diffusers_exist():
     given = inspect.signature(IRASimPipeline.__call__).parameters
     optional = {"num_inference_steps", "guidance_scale", "generator", "latents", "output_type", "return_dict", "eta"}
     optional |= {"timesteps", "sigmas", "attention_kwargs", "callback_on_step_end"}
@@ -480,7 +480,7 @@ def test_names_are_those_of_every_pipeline_of_diffusers():
     assert given["output_type"].default == "pil"
 
 
-def test_the_state_of_a_call(tiny, frames, actions):
+def test_properties_during_a_call(tiny, frames, actions):
     seen = []
 
     def callback(pipeline, step, timestep, tensors):

@@ -19,7 +19,7 @@ def predict(pipeline, frames, actions, **kwargs):
 
 @pytest.fixture
 def adapted(frames, actions, tmp_path):
-    """A folder of LoRA weights, what the pipeline predicts without them and with them."""
+    """A folder of LoRA weights, and the predictions without and with them."""
     pipeline = tiny_pipeline()
     plain = predict(pipeline, frames, actions)
     pipeline.transformer.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS))
@@ -43,7 +43,7 @@ def loaded(folder, **kwargs):
     return pipeline
 
 
-def test_what_is_saved_is_loaded_in_diffusers_format(adapted, frames, actions):
+def test_saved_lora_loads_in_diffusers_format(adapted, frames, actions):
     folder, _, changed = adapted
     keys = load_file(folder / "pytorch_lora_weights.safetensors")
     assert all(key.startswith("transformer.") for key in keys)
@@ -74,7 +74,7 @@ def test_files_with_another_key_prefix_have_the_same_effect(adapted, frames, act
         ("unet.", "the transformer has no modules for"),
     ],
 )
-def test_files_that_would_have_no_effect_are_refused(adapted, tmp_path, prefix, message):
+def test_files_without_effect_raise(adapted, tmp_path, prefix, message):
     weights = load_file(adapted[0] / "pytorch_lora_weights.safetensors")
     (tmp_path / "other").mkdir()
     renamed = {key.replace("transformer.", prefix, 1): value for key, value in weights.items()}
@@ -85,7 +85,7 @@ def test_files_that_would_have_no_effect_are_refused(adapted, tmp_path, prefix, 
     assert not getattr(pipeline.transformer, "peft_config", {})
 
 
-def test_adapters_are_scaled_and_switched(adapted, frames, actions):
+def test_adapters_can_be_scaled_and_switched(adapted, frames, actions):
     folder, plain, _ = adapted
     pipeline = loaded(folder, adapter_name="one")
     pipeline.load_lora_weights(folder, adapter_name="two")
@@ -99,7 +99,7 @@ def test_adapters_are_scaled_and_switched(adapted, frames, actions):
     torch.testing.assert_close(silent, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_fusing_changes_nothing_and_unloading_everything_back(adapted, frames, actions):
+def test_fusing_keeps_the_output_and_unloading_restores_it(adapted, frames, actions):
     folder, plain, _ = adapted
     pipeline = loaded(folder)
     applied = predict(pipeline, frames, actions)
@@ -111,7 +111,7 @@ def test_fusing_changes_nothing_and_unloading_everything_back(adapted, frames, a
     assert not any("lora_" in name for name, _ in pipeline.transformer.named_parameters())
 
 
-def test_pickles_are_read_only_where_named(adapted, frames, actions):
+def test_pickles_are_read_only_if_named(adapted, frames, actions):
     folder, _, _ = adapted
     torch.save(load_file(folder / "pytorch_lora_weights.safetensors"), folder / "pytorch_lora_weights.bin")
     (folder / "pytorch_lora_weights.safetensors").unlink()
@@ -140,12 +140,12 @@ def save_with_encoder(folder, shift=1.0, parts=("action_embed.", "null_action"),
     return folder
 
 
-def test_what_is_fused_stays_with_its_action_encoder(frames, actions, tmp_path):
+def test_fused_weights_keep_their_action_encoder(frames, actions, tmp_path):
     folder = save_with_encoder(tmp_path / "lora")
     pipeline = loaded(folder)
     applied = predict(pipeline, frames, actions)
     pipeline.fuse_lora()
-    with pytest.raises(ValueError, match="LoRA layers are fused with the present one"):
+    with pytest.raises(ValueError, match="LoRA layers are fused into the current one"):
         pipeline.load_lora_weights(folder, adapter_name="second")
     pipeline.unload_lora_weights()
     torch.testing.assert_close(predict(pipeline, frames, actions), applied, rtol=1e-4, atol=1e-5)
@@ -159,7 +159,7 @@ def test_what_is_fused_stays_with_its_action_encoder(frames, actions, tmp_path):
     torch.testing.assert_close(predict(pipeline, frames, actions), applied, rtol=1e-4, atol=1e-5)
 
 
-def test_unfusing_brings_the_action_encoder_back(frames, actions, tmp_path):
+def test_unfusing_restores_the_action_encoder(frames, actions, tmp_path):
     plain = predict(tiny_pipeline(), frames, actions)
     pipeline = loaded(save_with_encoder(tmp_path))
     applied = predict(pipeline, frames, actions)
@@ -170,7 +170,7 @@ def test_unfusing_brings_the_action_encoder_back(frames, actions, tmp_path):
     torch.testing.assert_close(predict(pipeline, frames, actions), plain, rtol=1e-4, atol=1e-5)
 
 
-def test_unloading_brings_back_what_any_file_replaced(frames, actions, tmp_path):
+def test_unloading_restores_everything_replaced(frames, actions, tmp_path):
     plain = predict(tiny_pipeline(), frames, actions)
     pipeline = loaded(save_with_encoder(tmp_path / "first", parts=("null_action",)))
     pipeline.load_lora_weights(save_with_encoder(tmp_path / "second", shift=2.0), adapter_name="second")
@@ -179,7 +179,7 @@ def test_unloading_brings_back_what_any_file_replaced(frames, actions, tmp_path)
     torch.testing.assert_close(predict(pipeline, frames, actions), plain, rtol=1e-4, atol=1e-5)
 
 
-def test_an_action_encoder_under_adapters_is_replaced(frames, actions, tmp_path):
+def test_action_encoder_with_adapters_is_replaced(frames, actions, tmp_path):
     file = save_with_encoder(tmp_path / "encoder")
     pipeline = loaded(save_with_encoder(tmp_path / "adapter", parts=("none",), targets=["action_embed.linear_2"]))
     pipeline.load_lora_weights(file, adapter_name="second")
@@ -190,34 +190,34 @@ def test_an_action_encoder_under_adapters_is_replaced(frames, actions, tmp_path)
     torch.testing.assert_close(predict(pipeline, frames, actions), plain, rtol=1e-4, atol=1e-5)
 
 
-def test_an_action_encoder_out_of_memory_is_not_silently_left(frames, actions, tmp_path):
+def test_offloaded_action_encoder_raises(frames, actions, tmp_path):
     pipeline = tiny_pipeline()
     plain = predict(pipeline, frames, actions)
     pipeline.enable_sequential_cpu_offload(device="cpu")  # parameters wait on the meta device
-    with pytest.raises(ValueError, match=r"must be in memory .* `remove_all_hooks\(\)` ends sequential offload"):
+    with pytest.raises(ValueError, match=r"only if it is in memory .* `remove_all_hooks\(\)` ends sequential offload"):
         pipeline.load_lora_weights(save_with_encoder(tmp_path))
     assert not pipeline.get_list_adapters()
     pipeline.remove_all_hooks()
     pipeline.load_lora_weights(tmp_path)
     pipeline.enable_sequential_cpu_offload(device="cpu")
-    with pytest.raises(ValueError, match="must be in memory"):
+    with pytest.raises(ValueError, match="only if it is in memory"):
         pipeline.unload_lora_weights()
     pipeline.remove_all_hooks()
     pipeline.unload_lora_weights()
     torch.testing.assert_close(predict(pipeline, frames, actions), plain, rtol=1e-4, atol=1e-5)
 
 
-def test_an_action_encoder_on_disk_is_not_silently_left(tmp_path):
+def test_action_encoder_on_disk_raises(tmp_path):
     pipeline = tiny_pipeline()
     pipeline.transformer.enable_group_offload(
         torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "offload")
     )
-    with pytest.raises(ValueError, match="LoRA is loaded before group offload to disk is enabled"):
+    with pytest.raises(ValueError, match="load LoRA before enabling group offload to disk"):
         pipeline.load_lora_weights(save_with_encoder(tmp_path / "lora"))
     assert not pipeline.get_list_adapters()
 
 
-def test_a_wrapped_model_is_adapted_and_brought_back(frames, actions, tmp_path):
+def test_wrapped_model_is_adapted_and_restored(frames, actions, tmp_path):
     file = save_with_encoder(tmp_path)
     plain, applied = predict(tiny_pipeline(), frames, actions), predict(loaded(file), frames, actions)
     pipeline = tiny_pipeline()
@@ -229,7 +229,7 @@ def test_a_wrapped_model_is_adapted_and_brought_back(frames, actions, tmp_path):
         torch.testing.assert_close(predict(pipeline, frames, actions), plain, rtol=1e-4, atol=1e-5)
 
 
-def test_an_adapter_may_bring_its_action_encoder(frames, actions, tmp_path):
+def test_adapter_with_action_encoder(frames, actions, tmp_path):
     pipeline = tiny_pipeline()
     plain = predict(pipeline, frames, actions)
     pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
@@ -252,7 +252,9 @@ def test_an_adapter_may_bring_its_action_encoder(frames, actions, tmp_path):
     torch.testing.assert_close(predict(fresh, frames, actions), plain)
 
     other = tiny_pipeline(action_dim=5, action_scale=1.0, action_offset=0.0)
-    with pytest.raises(ValueError, match=r"another action space: \['action_embed.linear_1.weight'\]"):
+    with pytest.raises(
+        ValueError, match=r"another action space: the shapes of \['action_embed.linear_1.weight'\] differ"
+    ):
         other.load_lora_weights(tmp_path)
     pipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers | {"proj_out.bias": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"other weights, \['proj_out.bias'\]"):

@@ -34,7 +34,7 @@ def run(pipeline, frames, actions, **kwargs):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_every_scheduler_keeps_the_history_and_only_steps_the_future(name, prediction_type, frames, actions):
+def test_every_scheduler_keeps_the_history_clean(name, prediction_type, frames, actions):
     pipeline = tiny_pipeline(prediction_type=prediction_type)
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
     windows = []
@@ -48,8 +48,8 @@ def test_every_scheduler_keeps_the_history_and_only_steps_the_future(name, predi
     assert not torch.equal(windows[0][:, :, 2:], windows[-1][:, :, 2:])
 
 
-def test_what_stands_still_is_zero_in_relative_latents(frames, actions):
-    """A network that finds no change repeats the last frame, window after window, in calls and streams."""
+def test_static_parts_are_zero_in_relative_latents(frames, actions):
+    """A network that predicts no change repeats the last frame in every window, in calls and streams."""
     pipeline = tiny_pipeline(prediction_type="sample", relative_latents=True)
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, set_alpha_to_one=True)
     for parameter in pipeline.transformer.proj_out.parameters():
@@ -62,8 +62,8 @@ def test_what_stands_still_is_zero_in_relative_latents(frames, actions):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_predicted_samples_serve_every_scheduler(name, frames, actions):
-    """A network that always predicts one sample ends there, under velocities too."""
+def test_every_scheduler_accepts_predicted_samples(name, frames, actions):
+    """A network that always predicts the same sample leads to that sample, also for velocities."""
     pipeline = tiny_pipeline(prediction_type="sample")
     sample = torch.randn(1, 4, 5, 4, 6, generator=torch.Generator().manual_seed(5))
     pipeline.transformer.register_forward_hook(lambda *_: (sample,))
@@ -71,7 +71,9 @@ def test_predicted_samples_serve_every_scheduler(name, frames, actions):
     scheduler_class = getattr(diffusers, name)
     pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **settings, prediction_type="sample")
     if name in WITHOUT_SAMPLE:
-        with pytest.raises(ValueError, match=f"which {name} does not: make it with .* prediction_type='v_prediction'"):
+        with pytest.raises(
+            ValueError, match=f"which {name} does not: create it with .* prediction_type='v_prediction'"
+        ):
             run(pipeline, frames, actions[:3])
     pipeline.scheduler = scheduler_class.from_config(
         pipeline.scheduler.config, **settings, prediction_type="v_prediction"
@@ -109,13 +111,13 @@ def test_a_perfect_network_is_sampled_exactly(name, pipeline, frames, actions):
     assert (future - sample).abs().mean() < 0.06
 
 
-def test_history_is_given_as_it_was(pipeline, frames, actions):
+def test_history_is_passed_unchanged(pipeline, frames, actions):
     before = frames.copy()
     run(pipeline, frames, actions)
     assert np.array_equal(frames, before)
 
 
-def test_exactly_one_frame_for_each_action(pipeline, frames, actions):
+def test_one_frame_per_action(pipeline, frames, actions):
     for count in (1, 2, 3, 4, 6, 7):
         assert run(pipeline, frames, actions[:count]).shape[1] == count
 
@@ -132,7 +134,7 @@ def test_a_video_is_the_same_alone_and_in_a_batch(name, pipeline, frames, action
     assert not torch.allclose(together[0], together[1])
 
 
-def test_candidates_of_one_history_are_separate_calls(pipeline, frames, actions):
+def test_candidates_match_separate_calls(pipeline, frames, actions):
     candidates = np.stack([actions, actions + 1, actions - 1])
     encoded = []
     pipeline.vae.encoder.register_forward_hook(lambda _, args, __: encoded.append(len(args[0])))
@@ -143,7 +145,7 @@ def test_candidates_of_one_history_are_separate_calls(pipeline, frames, actions)
         torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_several_videos_of_a_trajectory(pipeline, frames, actions):
+def test_several_videos_per_trajectory(pipeline, frames, actions):
     batch = np.stack([actions, actions + 1])
     video = run(pipeline, frames, batch, num_videos_per_trajectory=2, generator=seeded(1, 2, 3, 4))
     assert len(video) == 4
@@ -157,19 +159,19 @@ def test_same_seed_same_video(pipeline, frames, actions):
 
 
 def leading(pipeline, name):
-    """The pipeline with a scheduler whose initial noise depends on its timesteps, if it is one of sigmas."""
+    """The pipeline with a scheduler; the initial noise of sigma schedulers depends on the timesteps."""
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, timestep_spacing="leading")
     return pipeline
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler"])
-def test_a_rollout_is_chained_windows(name, pipeline, frames, actions):
+def test_rollout_matches_chained_windows(name, pipeline, frames, actions):
     leading(pipeline, name)
     rollout = run(pipeline, frames, actions[:6], generator=seeded(9)[0], output_type="latent")
     generator = seeded(9)[0]
     history = pipeline.encode_history(pipeline.preprocess_frames(frames)).detach()
     parts = []
-    leading(pipeline, name)  # a fresh one, whose timesteps are not yet set
+    leading(pipeline, name)  # a new scheduler without timesteps
     for start in (0, 3):
         window_actions = torch.from_numpy(actions[None, start : start + 3])
         noise = pipeline.prepare_latents((1, 4, 3, 4, 6), generator)
@@ -188,13 +190,13 @@ def test_one_history_frame_grows_to_two(pipeline, frames, actions):
     assert [*dict.fromkeys(histories)] == [1, 2]
 
 
-def test_given_noise_alone_fixes_the_video(pipeline, frames, actions):
+def test_given_noise_determines_the_video(pipeline, frames, actions):
     noise = torch.randn(1, 4, 1, 4, 6)  # the window has room for more frames
     first, again = (run(pipeline, frames, actions[:1], latents=noise) for _ in range(2))
     assert torch.equal(first, again)
 
 
-def test_a_remainder_is_padded_by_holding(frames, actions):
+def test_remainder_is_padded_with_hold_actions(frames, actions):
     given = []
     for space in ("absolute", "relative"):
         pipeline = tiny_pipeline(action_space=space)
@@ -211,12 +213,12 @@ def test_given_latents_replace_the_noise(pipeline, frames, actions):
     torch.testing.assert_close(given, run(pipeline, frames, actions[:3], generator=seeded(4)[0]))
 
 
-def test_given_latents_serve_every_window_and_are_filled_up(pipeline, frames, actions):
+def test_given_latents_are_used_by_every_window_and_extended(pipeline, frames, actions):
     noise = torch.randn(1, 4, 7, 4, 6, generator=seeded(4)[0])
     kwargs = {"latents": noise, "output_type": "latent"}
     whole = run(pipeline, frames, actions, generator=seeded(5)[0], **kwargs)
     assert torch.equal(run(pipeline, frames, actions, generator=seeded(5)[0], **kwargs), whole)
-    for count in (3, 6):  # whole windows, to which the generator adds nothing
+    for count in (3, 6):  # whole windows, so that the generator draws nothing
         part = run(pipeline, frames, actions[:count], **kwargs | {"latents": noise[:, :, :count]})
         torch.testing.assert_close(part, whole[:, :, :count])
     last = run(pipeline, frames, actions, generator=seeded(6)[0], **kwargs)
@@ -245,7 +247,7 @@ def test_options_of_samplers_take_effect(name, change, pipeline, frames, actions
     assert not torch.allclose(changed, plain, atol=1e-3)
 
 
-def test_guidance_moves_away_from_no_actions(pipeline, frames, actions):
+def test_guidance_moves_away_from_the_null_action(pipeline, frames, actions):
     calls = []
     pipeline.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append(kwargs["action_mask"] is not None and not kwargs["action_mask"].any()),
@@ -260,7 +262,7 @@ def test_guidance_moves_away_from_no_actions(pipeline, frames, actions):
     )
     assert sum(calls) == 3  # two steps and PNDM's extra one
     assert not torch.allclose(plain, guided)
-    for scale in (0.0, 0.5):  # as in diffusers, there is guidance above 1 alone
+    for scale in (0.0, 0.5):  # as in diffusers, guidance requires a scale above 1
         assert torch.equal(
             run(pipeline, frames, actions[:3], guidance_scale=scale, **kwargs | {"generator": seeded(1)}), plain
         )
@@ -271,7 +273,7 @@ def test_actions_change_the_video(pipeline, frames, actions):
     assert not torch.allclose(first, second, atol=1e-3)
 
 
-def test_chunks_of_the_autoencoder_change_nothing(pipeline, frames, actions):
+def test_autoencoder_chunk_size_changes_nothing(pipeline, frames, actions):
     sizes = []
     pipeline.vae.decoder.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     whole, chunked = (run(pipeline, frames, actions, generator=seeded(1), chunk_size=size) for size in (16, 2))
@@ -302,7 +304,7 @@ def run_tuple(pipeline, frames, actions):
     return video
 
 
-def test_every_form_of_frames_is_the_same(pipeline, frames):
+def test_every_form_of_frames_gives_the_same_video(pipeline, frames):
     images = [PIL.Image.fromarray(frame) for frame in frames]
     channels_first = torch.from_numpy(frames).permute(0, 3, 1, 2)
     forms = [
@@ -346,7 +348,7 @@ def test_saving_and_loading_changes_nothing(pipeline, frames, actions, tmp_path)
     torch.testing.assert_close(*videos, rtol=0, atol=1e-6)
 
 
-def test_callback_sees_and_replaces_latents_and_can_interrupt(pipeline, frames, actions):
+def test_callback_replaces_latents_and_interrupts(pipeline, frames, actions):
     steps = []
 
     def callback(pipe, step, timestep, tensors):
@@ -373,7 +375,7 @@ def test_callback_sees_and_replaces_latents_and_can_interrupt(pipeline, frames, 
         assert not torch.equal(pipeline.denoise_window(history, torch.zeros(1, 3, 3), noise.clone(), 1), noise)
 
 
-def test_an_interrupt_ends_with_its_call(pipeline, frames, actions):
+def test_interrupt_affects_one_call_only(pipeline, frames, actions):
     def fail(pipe, *_):
         pipe._interrupt = True
         raise RuntimeError("the callback failed")
@@ -381,11 +383,11 @@ def test_an_interrupt_ends_with_its_call(pipeline, frames, actions):
     with pytest.raises(RuntimeError, match="the callback failed"):
         run(pipeline, frames, actions[:3], callback_on_step_end=fail)
     assert not pipeline.interrupt
-    pipeline._interrupt = True  # as of a stream that was left
+    pipeline._interrupt = True  # as after an unfinished stream
     assert len(list(pipeline.stream(frames, actions[:3], 3, num_inference_steps=1))) == 3
 
 
-def test_an_interrupted_stream_ends(pipeline, frames, actions):
+def test_interrupted_stream_ends(pipeline, frames, actions):
     seen = []
 
     def policy():
@@ -413,7 +415,7 @@ class CutGuidance(PipelineCallback):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_callbacks_of_diffusers_may_end_guidance(several, pipeline, frames, actions):
+def test_callbacks_of_diffusers_can_disable_guidance(several, pipeline, frames, actions):
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     calls = []
     pipeline.transformer.register_forward_hook(lambda *_: calls.append(1))
@@ -432,7 +434,7 @@ def test_progress_bar_counts_every_step(pipeline, frames, actions, capsys):
     assert "12/12" in capsys.readouterr().err  # three windows of three steps, PNDM adds one each
 
 
-def test_gradients_flow_through_the_steps(pipeline, frames, actions):
+def test_gradients_flow_through_denoising_steps(pipeline, frames, actions):
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     history = pipeline.encode_history(pipeline.preprocess_frames(frames))
     differentiable = torch.from_numpy(actions[None, :3]).float().requires_grad_()
@@ -448,7 +450,7 @@ def test_predict_is_the_world_model_protocol(pipeline, frames, actions):
     assert pipeline.predict(frames, candidates, num_inference_steps=2, output_type="latent").shape == (2, 4, 7, 4, 6)
 
 
-def test_shorter_windows_are_what_a_stream_predicts(tmp_path, frames, actions):
+def test_shorter_windows_match_a_stream(tmp_path, frames, actions):
     """Windows of a call, by argument or by the checkpoint's own length, and chunks of a stream are the same windows."""
     pipeline = tiny_pipeline()
     chunks = pipeline.stream(
@@ -469,7 +471,7 @@ def test_shorter_windows_are_what_a_stream_predicts(tmp_path, frames, actions):
     )
 
 
-def test_a_chunk_longer_than_a_window_is_several_windows(pipeline, frames, actions):
+def test_long_chunk_is_several_windows(pipeline, frames, actions):
     def stream(chunk_length):
         generator = torch.Generator().manual_seed(1)
         return torch.stack(list(pipeline.stream(frames, actions[:6], chunk_length, 2, 1.0, generator, "latent")))
@@ -521,7 +523,7 @@ BAD_INPUTS = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_INPUTS)
-def test_bad_input_is_refused_before_any_work(pipeline, frames, actions, change, message):
+def test_bad_input_raises_before_any_work(pipeline, frames, actions, change, message):
     pipeline.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the network was evaluated"))
     pipeline.vae.encoder.register_forward_pre_hook(lambda *_: pytest.fail("the history was encoded"))
     with pytest.raises(ValueError, match=message):
@@ -540,7 +542,7 @@ def test_bad_input_is_refused_before_any_work(pipeline, frames, actions, change,
         (diffusers.DDIMScheduler(), "must not clip samples, got DDIMScheduler"),
         (
             diffusers.FlowMatchEulerDiscreteScheduler(),
-            "FlowMatchEulerDiscreteScheduler with a flow .* take a scheduler with betas",
+            "FlowMatchEulerDiscreteScheduler with a flow .* use a scheduler with betas",
         ),
         (
             diffusers.DPMSolverMultistepScheduler(
@@ -550,7 +552,7 @@ def test_bad_input_is_refused_before_any_work(pipeline, frames, actions, change,
         ),
     ],
 )
-def test_a_scheduler_of_another_process_is_refused(pipeline, frames, actions, scheduler, message):
+def test_scheduler_of_another_noise_process_raises(pipeline, frames, actions, scheduler, message):
     pipeline.scheduler = scheduler
     with pytest.raises(ValueError, match=message):
         run(pipeline, frames, actions)
@@ -569,7 +571,7 @@ def test_defaults_match_paper(pipeline):
     assert inspect.signature(IRASimPipeline.__call__).parameters["guidance_scale"].default == 1.0
 
 
-def test_steps_of_the_checkpoint_are_taken_where_a_call_names_none(frames, actions, tmp_path):
+def test_number_of_steps_of_the_checkpoint_is_the_default(frames, actions, tmp_path):
     pipeline = tiny_pipeline(num_inference_steps=2)
     pipeline.save_pretrained(tmp_path)
     pipeline = IRASimPipeline.from_pretrained(tmp_path)
@@ -642,14 +644,14 @@ def test_with_scheduler_keeps_prediction_type_of_its_own_class(pipeline):
         ("DDIMScheduler", {"clip_sample": True}, "must not clip samples"),
     ],
 )
-def test_with_scheduler_refuses(kind, changes, message, pipeline):
+def test_with_scheduler_raises(kind, changes, message, pipeline):
     with pytest.raises(ValueError, match=message):
         pipeline.with_scheduler(kind, **changes)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("part", ["vae", "transformer"])
-def test_weights_that_are_not_finite_are_refused(part, value, pipeline, tmp_path):
+def test_non_finite_weights_raise(part, value, pipeline, tmp_path):
     parameters = dict(getattr(pipeline, part).named_parameters())
     name = list(parameters)[3]
     with torch.no_grad():
@@ -665,7 +667,7 @@ def test_large_finite_weights_are_accepted(pipeline):
     IRASimPipeline(**pipeline.components)
 
 
-def test_timesteps_of_the_checkpoint_are_taken_where_its_number_of_steps_is(frames, actions, tmp_path):
+def test_timesteps_of_the_checkpoint_are_used_for_its_number_of_steps(frames, actions, tmp_path):
     parts = tiny_pipeline().components
     parts["scheduler"] = diffusers.EulerDiscreteScheduler.from_config(parts["scheduler"].config)
     pipeline = IRASimPipeline(**parts, num_inference_steps=3, timesteps=[999, 300, 40])
@@ -679,7 +681,7 @@ def test_timesteps_of_the_checkpoint_are_taken_where_its_number_of_steps_is(fram
     taken.clear()
     pipeline(frames, actions[:3], num_inference_steps=2)
     pipeline(frames, actions[:3], timesteps=[800, 20])
-    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)  # has its own alone
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)  # has only its own
     pipeline(frames, actions[:3])
     assert taken[2:4] == [800, 20]
     assert len(taken) == 7
@@ -690,7 +692,7 @@ def test_timesteps_of_the_checkpoint_are_taken_where_its_number_of_steps_is(fram
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
 @pytest.mark.parametrize("output_type", ["np", "pt", "latent"])
-def test_a_stream_of_whole_windows_is_the_rollout(name, pipeline, frames, actions, output_type):
+def test_stream_of_whole_windows_matches_the_rollout(name, pipeline, frames, actions, output_type):
     leading(pipeline, name)
     (generator,) = seeded(4)
     streamed = list(
@@ -703,7 +705,7 @@ def test_a_stream_of_whole_windows_is_the_rollout(name, pipeline, frames, action
         assert not getattr(frame, "requires_grad", False)
 
 
-def test_a_stream_is_the_same_beside_other_calls(pipeline, frames, actions):
+def test_stream_is_unaffected_by_other_calls(pipeline, frames, actions):
     leading(pipeline, "EulerDiscreteScheduler")
     kwargs = {"num_inference_steps": 3, "output_type": "pt"}
     alone = list(pipeline.stream(frames, actions[:6], 3, generator=seeded(4)[0], **kwargs))
@@ -717,7 +719,7 @@ def test_a_stream_is_the_same_beside_other_calls(pipeline, frames, actions):
 RATES = {"use_fps": True, "prediction_type": "flow_prediction", "norm_type": "ada_norm_single"}
 
 
-def test_frames_a_second_of_one_call(frames, actions):
+def test_fps_of_one_call(frames, actions):
     pipeline = tiny_pipeline(**RATES, fps=3.0)
     plain, slow, fast = (
         run(pipeline, frames, actions[:3], generator=seeded(1), **kwargs) for kwargs in ({}, {"fps": 3}, {"fps": 24.0})
@@ -743,7 +745,7 @@ def test_frames_a_second_of_one_call(frames, actions):
         (RATES, float("nan"), "`fps` must be the positive number .* got nan"),
     ],
 )
-def test_bad_frames_a_second(config, fps, message, frames, actions):
+def test_bad_fps(config, fps, message, frames, actions):
     pipeline = tiny_pipeline(**config)
     with pytest.raises(ValueError, match=message):
         run(pipeline, frames, actions, fps=fps)
@@ -752,8 +754,8 @@ def test_bad_frames_a_second(config, fps, message, frames, actions):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_actions_of_a_policy_are_tensors(pipeline, frames, actions, dtype):
-    """A policy returns tensors of its own type, with their graph unless told otherwise."""
+def test_actions_can_be_tensors(pipeline, frames, actions, dtype):
+    """A policy returns tensors of its own type, which require gradients by default."""
     tensors = [torch.tensor(action, dtype=dtype, requires_grad=True) for action in actions[:4]]
     rounded = torch.stack(tensors).detach().float().numpy()
     expected = list(pipeline.stream(frames, rounded, 2, 1, generator=seeded(4)[0], output_type="pt"))
@@ -764,18 +766,18 @@ def test_actions_of_a_policy_are_tensors(pipeline, frames, actions, dtype):
 
 
 @pytest.mark.gpu
-def test_actions_of_a_policy_on_cuda(pipeline, frames, actions):
+def test_actions_can_be_tensors_on_cuda(pipeline, frames, actions):
     pipeline.to("cuda")
     tensors = [torch.tensor(action).cuda() for action in actions[:4]]
     assert len(list(pipeline.stream(frames, iter(tensors), 2, 1))) == 4
 
 
-def test_a_stream_leaves_the_state_of_a_call(pipeline, frames, actions):
+def test_stream_keeps_properties_of_calls(pipeline, frames, actions):
     list(pipeline.stream(frames, actions[:2], 2, 1, guidance_scale=2.0, attention_kwargs={"scale": 0.5}))
     assert (pipeline.guidance_scale, pipeline.attention_kwargs) == (2.0, {"scale": 0.5})
 
 
-def test_a_stream_that_ends_or_is_closed_frees_its_hooks(pipeline, frames, actions):
+def test_finished_or_closed_stream_frees_hooks(pipeline, frames, actions):
     pipeline.enable_model_cpu_offload(device="cpu")
     for leave in (lambda stream: stream.close(), list):
         stream = pipeline.stream(frames, actions[:4], 2, num_inference_steps=1)
@@ -785,11 +787,11 @@ def test_a_stream_that_ends_or_is_closed_frees_its_hooks(pipeline, frames, actio
         assert pipeline.vae._hf_hook is not during, "hooks are set again for the next call"
 
 
-def test_a_stream_asks_for_actions_only_when_its_frames_are_taken(pipeline, frames, actions):
+def test_stream_requests_actions_lazily(pipeline, frames, actions):
     asked, seen = [], []
 
     def policy():
-        while True:  # never ends, and looks at the frames that its actions led to
+        while True:  # never ends; observes the frames after its actions
             asked.append(len(seen))
             yield actions[0] + (0 if not seen else seen[-1].mean())
 
@@ -820,12 +822,12 @@ def test_a_stream_ends_with_a_shorter_chunk(pipeline, frames, actions):
         ({"output_type": "mp4"}, "`output_type` must be pil, np, pt or latent"),
     ],
 )
-def test_a_bad_stream_is_refused_at_once(pipeline, frames, actions, change, message):
+def test_bad_stream_raises_immediately(pipeline, frames, actions, change, message):
     with pytest.raises(ValueError, match=message):
         pipeline.stream(**{"frames": frames, "actions": actions, "chunk_length": 2} | change)
 
 
-def test_a_bad_action_stops_a_stream_when_it_comes(pipeline, frames, actions):
+def test_bad_action_raises_when_it_arrives(pipeline, frames, actions):
     stream = pipeline.stream(frames, [actions[0], actions[0][:2]], 1, num_inference_steps=1)
     next(stream)
     with pytest.raises(ValueError, match=r"`actions` must be \(n, 3\)"):
@@ -860,14 +862,14 @@ def test_chunks_of_a_stream_fit_the_window(window, lengths, frames, actions):
     assert seen == lengths
 
 
-def test_a_flow_is_sampled_by_schedulers_of_flows_alone(frames, actions):
+def test_flow_requires_a_flow_scheduler(frames, actions):
     flow = diffusers.FlowMatchEulerDiscreteScheduler()
     pipeline = tiny_pipeline(prediction_type="flow_prediction")
     pipeline.scheduler = diffusers.PNDMScheduler()
-    with pytest.raises(ValueError, match=r"must be one of rectified flow in 1000 steps .* got PNDMScheduler"):
+    with pytest.raises(ValueError, match=r"must be for rectified flow with 1000 steps, .* got PNDMScheduler"):
         run(pipeline, frames, actions)
     pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
-    with pytest.raises(ValueError, match=r"and 500 steps: take .*noise_process\(pipe.transformer.config\)"):
+    with pytest.raises(ValueError, match=r"and 500 steps: use .*noise_process\(pipe.transformer.config\)"):
         run(pipeline, frames, actions)
     pipeline.scheduler = flow
     history = pipeline.encode_history(pipeline.preprocess_frames(frames)).detach()

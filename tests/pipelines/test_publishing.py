@@ -2,7 +2,7 @@ from hub_server import HubServer
 from test_hub import run
 
 
-def test_a_subfolder_of_the_hub_gets_neither_card_nor_code(tmp_path):
+def test_subfolder_of_the_hub_gets_no_card_or_code(tmp_path):
     hub = HubServer()
     try:
         run(hub, tmp_path, 'tiny_pipeline().push_to_hub("lab/robots", subfolder="arm")')

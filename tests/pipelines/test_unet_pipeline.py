@@ -1,4 +1,4 @@
-"""The pipeline with the U-Net of the baselines in the place of the transformer."""
+"""The pipeline with the baselines' U-Net instead of the transformer."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def generate(pipeline, frames, actions):
     return pipeline(frames, actions, generator=torch.Generator().manual_seed(0), output_type="pt").frames
 
 
-def test_saved_and_loaded_it_predicts_the_same(pipeline, frames, actions, tmp_path):
+def test_saved_pipeline_predicts_the_same(pipeline, frames, actions, tmp_path):
     video = generate(pipeline, frames, actions)
     assert video.shape == (1, 7, 3, 8, 12)  # three windows of three, the last one padded
     assert not torch.equal(generate(pipeline, frames, actions + 1), video)
@@ -46,7 +46,7 @@ def test_saved_and_loaded_it_predicts_the_same(pipeline, frames, actions, tmp_pa
     assert type(AutoModel.from_pretrained(str(tmp_path), subfolder="transformer")) is UNetTrajectoryModel
 
 
-def test_streamed_with_and_without_guidance(pipeline, frames, actions):
+def test_stream_with_and_without_guidance(pipeline, frames, actions):
     videos = []
     for guidance_scale in (1.0, 2.0):
         generator = torch.Generator().manual_seed(0)
@@ -56,7 +56,7 @@ def test_streamed_with_and_without_guidance(pipeline, frames, actions):
     assert not torch.allclose(*videos)
 
 
-def test_what_does_not_fit_is_refused(pipeline, frames, actions):
+def test_unsupported_arguments_raise(pipeline, frames, actions):
     with pytest.raises(ValueError, match="must hold 2 history frames for a model of whole trajectories, got 1"):
         pipeline(frames[:1], actions)
     with pytest.raises(ValueError, match="`chunk_length` must be 3 for a model of whole trajectories, got 2"):
@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_refused(pipeline, frames, actions):
         pipeline(frames[:, :, :10], actions)
 
 
-def test_pixels_are_their_own_latents(frames):
+def test_latents_of_pixel_space_are_pixels(frames):
     pipeline = make_pipeline(None, in_channels=3, sample_height=8, sample_width=12)
     latents = pipeline.encode_history(pipeline.preprocess_frames(frames))
     assert latents.shape == (1, 3, 2, 8, 12)
@@ -89,8 +89,8 @@ def test_every_objective(frames, actions, changes):
     assert not torch.allclose(*videos)
 
 
-def test_the_card_says_what_it_is(pipeline):
+def test_card_describes_the_model(pipeline):
     text = write_model_card(pipeline, "lab/baseline").text
-    assert "A U-Net after [Video Diffusion Models]" in text
+    assert "The U-Net of [Video Diffusion Models]" in text
     assert "U-Net of 8-16 channels, 2 heads; 0.0" in text
-    assert ("none, the network works on pixels" in text) == (pipeline.vae is None)
+    assert ("none; the model predicts pixels" in text) == (pipeline.vae is None)

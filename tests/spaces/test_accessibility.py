@@ -28,7 +28,7 @@ document.querySelector(".drive .message").textContent = "The server cannot be re
 """
 
 
-def test_axe_finds_nothing(space):
+def test_axe_finds_no_violation(space):
     assert violations(space) == []
     space.locator(".begin").click()
     space.wait_for_function("parseInt(document.querySelector('.count').textContent || '0') >= 2")

@@ -427,7 +427,7 @@ def test_invalid_starts_are_refused(trajectory, tmp_path):
 
 
 def assert_idle(page):
-    """Check that Predict can be pressed, and that nothing of an earlier prediction is left."""
+    """Check that Predict is enabled and that no earlier prediction is shown."""
     page.locator("#trajectory-run").wait_for()
     page.locator("#trajectory-stop").wait_for(state="hidden")
     for part in ("errors", "strip", "picture", "video", "table"):

@@ -130,7 +130,7 @@ def test_min_snr_with_flow_matching_raises(batch):
 
 
 def test_remove_leftovers_deletes_only_partial_files(tmp_path):
-    left = ["partial-12", ".finished", "..finished.abc.partial"]
+    left = ["partial-12", ".finished", "..finished.4194305.partial"]  # of a process that has ended
     kept = ["partial-demos", "finished", "unfinished", "finished-models", "checkpoint-3"]
     for name in left + kept:
         (tmp_path / name).mkdir()

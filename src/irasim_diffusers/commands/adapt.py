@@ -10,7 +10,7 @@ import numpy as np
 
 from .dataset import add_dataset_flags, open_dataset
 from .files import check_name, check_output_folder
-from .sampling import check_weights, quiet_loading
+from .sampling import check_weights, load_checked, quiet_loading
 
 if TYPE_CHECKING:
     import torch
@@ -60,12 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     from ..files import temporary_folder
     from ..training import finished_pipeline
 
-    try:
-        with quiet_loading() as messages:
-            pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=torch.float32)
-        check_weights(pipeline.components, messages)
-    except Exception as error:  # the loaders raise errors of many types for damaged files
-        raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {error}") from error
+    model, wanted = arguments.model, "a pipeline folder or Hub id"
+    pipeline = load_checked("--model", wanted, model, IRASimPipeline, dtype=torch.float32)
     transformer, vae = _adapted(arguments, pipeline)
     with temporary_folder(arguments.output) as partial:
         finished_pipeline(vae, transformer, arguments.model).save_pretrained(partial)

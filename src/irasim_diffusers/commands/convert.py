@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from .files import check_name, check_output_folder
-from .sampling import check_weights, quiet_loading
+from .sampling import load_checked
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -78,13 +78,8 @@ def _load_vae(name: str) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     path, _, subfolder = name.partition(":")
-    try:
-        with quiet_loading() as messages:
-            vae = AutoencoderKL.from_pretrained(path, subfolder=subfolder or None, use_safetensors=True)
-        check_weights({"vae": vae}, messages)
-        return vae
-    except Exception as error:  # the loaders raise errors of many types for damaged files
-        raise ValueError(f"--vae must be an AutoencoderKL, a folder or Hub id, got {name!r}: {error}") from error
+    wanted, options = "an AutoencoderKL, a folder or Hub id", {"subfolder": subfolder or None}
+    return load_checked("--vae", wanted, path, AutoencoderKL, use_safetensors=True, **options)
 
 
 def _load_transformer(
@@ -102,7 +97,7 @@ def _load_transformer(
     try:
         return loaders[arguments.source](arguments.checkpoint, report=report, **options, **config)
     except (TypeError, ZeroDivisionError, RuntimeError) as error:  # layers raise these for impossible values
-        raise ValueError(f"--config must make a model, got {' '.join(arguments.config)!r}: {error}") from error
+        raise ValueError(f"--config must define a model, got {' '.join(arguments.config)!r}: {error}") from error
 
 
 def _scheduler(transformer: IRASimTransformer3DModel) -> SchedulerMixin:

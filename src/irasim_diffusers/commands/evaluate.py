@@ -150,7 +150,7 @@ def _check_flags(arguments: argparse.Namespace) -> Any:
 
 
 def _open_prepared(arguments: argparse.Namespace) -> tuple[Any, str]:
-    """Open the episodes as the model takes them; also return the name of their split."""
+    """Open the episodes in the format of the model; also return the name of their split."""
     from ..data import PreparedEpisodes
 
     source = open_dataset(arguments)

@@ -136,7 +136,7 @@ def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _find_loader(path: str | None) -> Callable[..., Policy]:
-    """The function `module:function`, also from a module in the working folder; without one that of LeRobot policies."""
+    """Return the function `module:function`, also of a module in the working folder; by default the loader of LeRobot policies."""
     if path is None:
         from ..policies import LeRobotPolicy
 

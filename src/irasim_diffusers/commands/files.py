@@ -91,9 +91,11 @@ def read_actions(path: Path) -> np.ndarray:
     try:
         actions = reader(path)
     except (ValueError, TypeError, KeyError, EOFError, OverflowError, RecursionError, csv.Error) as error:
-        raise ValueError(f"--actions must be a table of numbers, a row a frame, in {str(path)!r}: {error}.") from error
+        raise ValueError(
+            f"--actions must be a table of numbers, one row per frame, in {str(path)!r}: {error}."
+        ) from error
     if actions.ndim != 2:
-        raise ValueError(f"--actions must be (n, A), a row a frame, got {actions.shape} in {str(path)!r}.")
+        raise ValueError(f"--actions must be (n, A), one row per frame, got {actions.shape} in {str(path)!r}.")
     return actions
 
 

@@ -11,16 +11,7 @@ import numpy as np
 
 from .. import embedded_checkpoint
 from .files import check_output, frame_rate, read_actions
-from .sampling import (
-    add_history_flags,
-    add_sampling_flags,
-    check_sampling_flags,
-    frame_files,
-    history_length,
-    load_pipeline,
-    read_views,
-    tile_views,
-)
+from .sampling import add_history_flags, add_sampling_flags, check_sampling_flags, frame_files, open_start
 
 if TYPE_CHECKING:
     from .. import IRASimPipeline
@@ -52,11 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_sampling_flags(arguments)
     if rows and arguments.actions is None:
         raise ValueError("--frames needs --actions: a .npy, .csv or .json file of actions, one row per frame.")
-    views = read_views(rows)
     actions = read_actions(arguments.actions or embedded_checkpoint() / "example_actions.csv")
-    pipeline = load_pipeline(arguments)
-    video = tile_views(views, pipeline.transformer.config.get("cameras"))
-    history = history_length(arguments, pipeline, len(video))
+    pipeline, video, history = open_start(arguments)
     # frames after the history are the truth of these actions only if frames and actions are of one recording
     truth = video[history:][: len(actions)] if bool(rows) == (arguments.actions is not None) else video[:0]
     prediction, figures = _predict(arguments, pipeline, video[:history], actions)

@@ -15,13 +15,9 @@ from .sampling import (
     add_history_flags,
     add_sampling_flags,
     check_sampling_flags,
-    check_weights,
     frame_files,
-    history_length,
-    load_pipeline,
-    quiet_loading,
-    read_views,
-    tile_views,
+    load_reward,
+    open_start,
 )
 
 if TYPE_CHECKING:
@@ -78,15 +74,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.encoder is not None and arguments.goal is None:
         raise ValueError("--encoder needs --goal: it compares features of the goal image.")
     planner = _planner(arguments)
-    views = read_views(rows)
     goal = None if arguments.goal is None else read_frames(arguments.goal, "--goal")[-1]
-    pipeline = load_pipeline(arguments)
-    video = tile_views(views, pipeline.transformer.config.get("cameras"))
-    history = video[: history_length(arguments, pipeline, len(video))]
+    pipeline, video, history = open_start(arguments)
     objective, goal = _objective(arguments, goal, pipeline)
     init = _initial(arguments, pipeline)
     loaded = time.perf_counter()
-    plan = planner(pipeline, pipeline.start(history, [arguments.seed], arguments.resize), objective, init)
+    plan = planner(pipeline, pipeline.start(video[:history], [arguments.seed], arguments.resize), objective, init)
     seconds = time.perf_counter() - loaded
     _write(arguments.output, plan, goal, pipeline)
     count = len(plan.candidates)
@@ -118,19 +111,13 @@ def _planner(arguments: argparse.Namespace) -> Any:
 def _objective(
     arguments: argparse.Namespace, goal: np.ndarray | None, pipeline: IRASimPipeline
 ) -> tuple[Any, np.ndarray | None]:
-    """The objective, and the goal image (H, W, 3) in the model's size."""
+    """Return the objective, and the goal image (H, W, 3) in the model's size."""
     import PIL.Image
 
-    from ..rewards import FrameRegressor, GoalImage, pretrained_encoder
+    from ..rewards import GoalImage, pretrained_encoder
 
     if goal is None:
-        try:
-            with quiet_loading() as messages:
-                reward = FrameRegressor.from_pretrained(arguments.reward).eval()
-            check_weights({"reward": reward}, messages)
-        except Exception as error:  # the loaders raise errors of many types for damaged files
-            raise ValueError(f"--reward must be a FrameRegressor, got {arguments.reward!r}: {error}") from error
-        return reward.to(pipeline.device), None
+        return load_reward(arguments.reward, pipeline.device), None
     height, width = pipeline.frame_size
     if arguments.resize and goal.shape[:2] != (height, width):
         goal = np.asarray(PIL.Image.fromarray(goal).resize((width, height), PIL.Image.Resampling.BILINEAR))
@@ -149,7 +136,7 @@ def _objective(
 
 
 def _initial(arguments: argparse.Namespace, pipeline: IRASimPipeline) -> torch.Tensor | None:
-    """The plans from which the planner starts; None for no motion."""
+    """Return the plans from which the planner starts; None for no motion."""
     import torch
 
     from ..planning import straight_lines

@@ -17,16 +17,7 @@ import PIL.Image
 from .. import embedded_checkpoint
 from .files import check_output, read_actions
 from .keys import SAME_KEYS, key_command, key_controls
-from .sampling import (
-    add_history_flags,
-    add_sampling_flags,
-    check_sampling_flags,
-    frame_files,
-    history_length,
-    load_pipeline,
-    read_views,
-    tile_views,
-)
+from .sampling import add_history_flags, add_sampling_flags, check_sampling_flags, frame_files, open_start
 from .terminal import ARROWS, Keys, check_terminal, draw, open_terminal, write
 
 if TYPE_CHECKING:
@@ -105,18 +96,17 @@ def run(arguments: argparse.Namespace) -> None:
 def _open_session(arguments: argparse.Namespace) -> DrivingSession:
     from .. import DrivingSession, Steering
 
-    views, start = read_views(frame_files(arguments)), arguments.start
+    start = arguments.start
     if arguments.frames is None and start is None:
         start = read_actions(embedded_checkpoint() / "example_actions.csv")[0]
-    pipeline = load_pipeline(arguments)
+    pipeline, video, history = open_start(arguments)
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.transformer.config
     if start is not None and len(start) != config.action_dim:
         raise ValueError(f"--start must have {config.action_dim} values, one per action component, got {len(start)}.")
-    video = tile_views(views, config.get("cameras"))
     return DrivingSession(
         pipeline,
-        video[: history_length(arguments, pipeline, len(video))],
+        video[:history],
         Steering(config, arguments.speed, start),
         arguments.seed,
         num_inference_steps=arguments.steps,
@@ -127,8 +117,8 @@ def _open_session(arguments: argparse.Namespace) -> DrivingSession:
 def play(session: DrivingSession, chunk_length: int = 2) -> float:
     """Drive in the terminal of standard input and output until `q`, Ctrl-C or SIGTERM.
 
-    A thread predicts the next frames while earlier ones are shown at the checkpoint's rate. Time stands still before the first
-    key, and after undo and reset.
+    A thread predicts the next frames while earlier ones are shown at the checkpoint's rate. Nothing is predicted before
+    the first key, and after undo and reset.
 
     Args:
         session: Session to drive; it keeps the recording.

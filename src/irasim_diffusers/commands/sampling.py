@@ -17,6 +17,7 @@ from .files import IMAGE_SUFFIXES, check_name, read_frames
 
 if TYPE_CHECKING:
     from .. import IRASimPipeline
+    from ..rewards import FrameRegressor
 
 SCHEDULERS = {
     "pndm": "PNDMScheduler",
@@ -111,12 +112,7 @@ def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
     dtype = fast_dtype(device) if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     if dtype == torch.float16:  # SDXL's autoencoder overflows in float16
         dtype = {"default": dtype, "vae": torch.float32}
-    try:
-        with quiet_loading() as messages:
-            pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=dtype)
-        check_weights(pipeline.components, messages)
-    except Exception as error:  # the loaders raise errors of many types for damaged files
-        raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {error}") from error
+    pipeline = load_checked("--model", "a pipeline folder or Hub id", arguments.model, IRASimPipeline, dtype=dtype)
     if arguments.lora:
         try:
             with quiet_loading() as messages:
@@ -135,6 +131,39 @@ def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
     if arguments.steps is not None:
         _check_steps(pipeline.scheduler, arguments.steps)
     return pipeline.to(device)
+
+
+def load_checked(flag: str, wanted: str, name: str, kind: Any, **options: Any) -> Any:
+    """Load a model or a pipeline without output, and check its weights.
+
+    Args:
+        flag: Flag that names it, for the message.
+        wanted: What the flag must name, for the message.
+        name: Folder or Hub id.
+        kind: Class with `from_pretrained`.
+        options: Options of `from_pretrained`.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    try:
+        with quiet_loading() as messages:
+            loaded = kind.from_pretrained(name, **options)
+        check_weights(getattr(loaded, "components", {flag.removeprefix("--"): loaded}), messages)
+    except Exception as error:  # the loaders raise errors of many types for damaged files
+        raise ValueError(f"{flag} must be {wanted}, got {name!r}: {error}") from error
+    return loaded
+
+
+def load_reward(name: str, device: Any) -> FrameRegressor:
+    """Load the reward model of `--reward`.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    from ..rewards import FrameRegressor
+
+    return load_checked("--reward", "a FrameRegressor", name, FrameRegressor).eval().to(device)
 
 
 @contextmanager
@@ -175,12 +204,12 @@ def check_weights(components: Mapping[str, Any], messages: list[str]) -> None:
 
     for message in messages:
         if "were not used" in message:
-            raise ValueError(f"the config describes another model than the weights: {message}")
+            raise ValueError(f"the config does not match the weights: {message}")
     for name, component in components.items():
         if isinstance(component, torch.nn.Module):
             for key, weight in component.state_dict().items():
                 if weight.is_meta:
-                    raise ValueError(f"the file of weights has no {name}.{key}.")
+                    raise ValueError(f"the weights file does not contain {name}.{key}.")
                 if not torch.isfinite(weight).all():
                     raise ValueError(
                         f"weights must be finite, got NaN or infinity in {name}.{key}: use an earlier checkpoint, or "
@@ -254,6 +283,21 @@ def tile_views(views: list[list[np.ndarray]], cameras: list[list[str]] | None) -
         return tile(layout, {str(number): view for number, view in enumerate(flat)})
     except ValueError as error:
         raise ValueError(f"--frames must form a rectangle when tiled: {error}") from error
+
+
+def open_start(arguments: argparse.Namespace) -> tuple[IRASimPipeline, np.ndarray, int]:
+    """Read the frames and load the pipeline that the flags describe. Call `check_sampling_flags` first.
+
+    Returns:
+        The pipeline, the video (T, H, W, 3), uint8, and the number of its history frames.
+
+    Raises:
+        ValueError: If a file cannot be read, or the flags do not fit the pipeline.
+    """
+    views = read_views(frame_files(arguments))  # before the model is loaded
+    pipeline = load_pipeline(arguments)
+    video = tile_views(views, pipeline.transformer.config.get("cameras"))
+    return pipeline, video, history_length(arguments, pipeline, len(video))
 
 
 def history_length(arguments: argparse.Namespace, pipeline: IRASimPipeline, num_frames: int) -> int:

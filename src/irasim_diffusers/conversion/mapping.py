@@ -45,7 +45,7 @@ MAX_PROBLEMS = 100
 
 @dataclass
 class ConversionReport:
-    """What a conversion did with each tensor of a file."""
+    """Result of a conversion for each tensor of a file."""
 
     mapped: dict[str, list[str]] = field(default_factory=dict)  # foreign key -> keys of the model
     dropped: dict[str, str] = field(default_factory=dict)  # foreign key -> reason
@@ -134,7 +134,7 @@ def computed(
 
     Args:
         tensor: Table of the file.
-        shape: Shape of the model's table. It is compared first, so that a large table is not computed in vain.
+        shape: Shape of the model's table. It is compared first, so that a large table is not computed unnecessarily.
         table: Returns the model's table.
         tolerance: Largest accepted absolute difference.
 

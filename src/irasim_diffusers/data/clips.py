@@ -183,7 +183,7 @@ def _read_episodes(folder: Path) -> dict[int, tuple[torch.Tensor, torch.Tensor]]
     try:
         known = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("files", {})
     except (FileNotFoundError, ValueError, AttributeError) as error:
-        raise ValueError(f"{str(folder)!r} holds no complete set of latents: {remedy}.") from error
+        raise ValueError(f"{str(folder)!r} contains no complete latent cache: {remedy}.") from error
     episodes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for path in sorted({*folder.glob("latents-*.safetensors"), *(folder / name for name in known)}):
         try:
@@ -202,7 +202,7 @@ def _check_shapes(episodes: Mapping[int, tuple[torch.Tensor, torch.Tensor]], fol
         if shape != shapes[first]:
             raise ValueError(
                 f"episode {number} of {folder!r} has latents {shape[0]} and {shape[1]} actions, episode "
-                f"{first} {shapes[first][0]} and {shapes[first][1]}: all must have the same."
+                f"{first} {shapes[first][0]} and {shapes[first][1]}: all must have the same shape."
             )
 
 
@@ -227,7 +227,7 @@ class MixedClips(Dataset):
                 raise ValueError(f"`weights` must be {len(clips)} positive numbers, got {list(weights)}.")
         shapes = [{name: value.shape for name, value in part[0].items()} for part in clips]
         if any(shape != shapes[0] for shape in shapes):
-            raise ValueError(f"the sets do not fit together: their windows are {shapes}.")
+            raise ValueError(f"the data sets cannot be mixed: their windows are {shapes}.")
         self.clips = clips
         self.seed = seed
         self.sizes = np.array([len(part) for part in clips])

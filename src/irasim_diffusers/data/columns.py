@@ -17,9 +17,9 @@ def choose_action_columns(asked: str | Sequence[str] | None, columns: Sequence[s
     """Choose the columns of actions, which are concatenated in this order.
 
     Args:
-        asked: The wanted columns; None or empty takes `action`, or the only column with a similar name.
+        asked: The wanted columns; None or empty selects `action`, or the only column with a similar name.
         columns: The columns of numbers that exist.
-        name: Name of the data set, for errors.
+        name: Name of the data set, for error messages.
 
     Raises:
         ValueError: If a column does not exist, or none or several have the name of actions.
@@ -75,7 +75,7 @@ def finite_vector(values: Any, key: str, place: str = "") -> np.ndarray:
 
     Args:
         values: The numbers; None counts as missing.
-        key: Name of the vector, for errors.
+        key: Name of the vector, for error messages.
         place: The file, for errors.
 
     Raises:
@@ -89,7 +89,7 @@ def finite_vector(values: Any, key: str, place: str = "") -> np.ndarray:
         with np.errstate(over="ignore"):
             result = array.astype(np.float32)
     except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{where}{key!r} must be numbers in rows of one length: {error}.") from error
+        raise ValueError(f"{where}{key!r} must be numbers in rows of equal length: {error}.") from error
     finite = np.isfinite(result).reshape(len(result), -1).all(axis=1)
     if not finite.all():
         frame = int(np.argmin(finite))

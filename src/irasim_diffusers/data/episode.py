@@ -167,7 +167,7 @@ def first_task(tasks: Any) -> str:
 
 
 def camera_layout(cameras: str | Sequence[str] | Sequence[Sequence[str]]) -> CameraLayout:
-    """Return the layout of one camera, several that are stacked, or rows of them; a row may be written `left,right`."""
+    """Return the layout of one camera, several stacked cameras, or rows of cameras; a row may be written `left,right`."""
     rows = [cameras] if isinstance(cameras, str) else cameras
     return tuple(tuple(row.split(",")) if isinstance(row, str) else tuple(row) for row in rows)
 

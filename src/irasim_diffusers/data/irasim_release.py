@@ -47,7 +47,7 @@ class IRASimFolder(InOrder):
     Args:
         root: The folder that contains `annotation`.
         split: Name of the split, for example `train`.
-        cameras: Numbers of the cameras as strings: one, several that are stacked, or rows of them; None takes the only one.
+        cameras: Numbers of the cameras as strings: one, several that are stacked, or rows of them; None selects the only one.
             After construction the layout, a tuple of rows.
         fps: Frames per second, which the format does not record.
         max_episodes: Use only this many episodes, from the first.
@@ -126,7 +126,7 @@ class IRASimFolder(InOrder):
         return self._read(number, None)
 
     def window(self, number: int, start: int, length: int) -> Episode:
-        """Read a part of an episode; other frames are not decoded without need.
+        """Read a part of an episode; other frames are not decoded unnecessarily.
 
         Args:
             number: Number of the episode.
@@ -161,13 +161,13 @@ class IRASimFolder(InOrder):
         if found == total + 1:
             if not self.__dict__.get("_reported"):
                 logger.warning(
-                    f"{str(path)!r} has one frame more than the {total} of its annotation: such frames are left out."
+                    f"{str(path)!r} has one frame more than the {total} of its annotation: the last frame is ignored."
                 )
                 self.__dict__["_reported"] = True
         elif found != total:
             announced = f" ('video_length' is {annotation['video_length']})" if "video_length" in annotation else ""
             raise ValueError(
-                f"{found} frames want {found - 1} actions between them, got {total - 1}, in {str(path)!r}{announced}."
+                f"{found} frames must have {found - 1} actions between them, got {total - 1}, in {str(path)!r}{announced}."
             )
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
@@ -214,7 +214,7 @@ class IRASimFolder(InOrder):
         path = self.files[number]
         annotation = read_json(path)
         if not isinstance(annotation, dict) or not _media(annotation, "video"):
-            raise ValueError(f"{str(path)!r} names no video, neither in 'video_path' nor in 'videos'.")
+            raise ValueError(f"{str(path)!r} must name a video in 'video_path' or 'videos'.")
         return annotation
 
 
@@ -242,7 +242,7 @@ def _media_path(annotation: dict[str, Any], kind: str, camera: str) -> str:
     """Path of the video or the latents of one camera."""
     paths = _media(annotation, kind)
     if int(camera) >= len(paths) or not isinstance(paths[int(camera)], str):
-        raise ValueError(f"it names no {kind}_path of camera {camera}.")
+        raise ValueError(f"there is no {kind}_path of camera {camera}.")
     return paths[int(camera)]
 
 
@@ -293,7 +293,7 @@ def _numbers(annotation: dict[str, Any], key: str) -> np.ndarray:
     try:
         values = np.asarray(annotation[key])
     except ValueError as error:
-        raise ValueError(f"{key!r} must be numbers in rows of one length: {error}") from error
+        raise ValueError(f"{key!r} must be numbers in rows of equal length: {error}") from error
     if values.dtype.kind not in "iuf":
-        raise ValueError(f"{key!r} must be numbers in rows of one length, got values of the type {values.dtype}.")
+        raise ValueError(f"{key!r} must be numbers in rows of equal length, got values of the type {values.dtype}.")
     return values.astype(np.float64)

@@ -77,14 +77,9 @@ def cache_latents(
         remove_abandoned(folder)
         if not manifest and (folder / "manifest.json").is_file():
             tqdm.write(f"{str(folder / 'manifest.json')!r} is damaged and is written again.")
-    episodes = range(len(dataset))
-    files = {
-        folder / f"latents-{index:05d}.safetensors": episodes[start : start + episodes_per_file]
-        for index, start in enumerate(episodes[::episodes_per_file])
-    }
-    encode = partial(_encode_recorded, dataset, vae)
-    if not recorded:
-        encode = partial(_encode_episode, dataset, vae, batch_size, mixed_precision)
+    files = _files(folder, len(dataset), episodes_per_file)
+    ours = partial(_encode_episode, dataset, vae, batch_size, mixed_precision)
+    encode = partial(_encode_recorded, dataset, vae) if recorded else ours
     share = [list(files)[index] for index in np.array_split(range(len(files)), num_processes)[process_index]]
     _encode_share({path: files[path] for path in share}, manifest, encode, skip_broken, process_index > 0)
     wait_for_everyone()
@@ -92,6 +87,15 @@ def cache_latents(
         _write_manifest(folder, files, identity, manifest, vae, len(dataset))
     wait_for_everyone()
     return _checked(folder, skip_broken)
+
+
+def _files(folder: Path, num_episodes: int, episodes_per_file: int) -> dict[Path, range]:
+    """The episodes of each file."""
+    episodes = range(num_episodes)
+    return {
+        folder / f"latents-{index:05d}.safetensors": episodes[start : start + episodes_per_file]
+        for index, start in enumerate(episodes[::episodes_per_file])
+    }
 
 
 def _encode_share(
@@ -145,7 +149,7 @@ def _identity(
     mixed_precision: bool,
     episodes_per_file: int,
 ) -> dict[str, Any]:
-    """Everything that determines the content of the cache, as it reads back from JSON."""
+    """Everything that determines the content of the cache, in the types that JSON restores."""
     identity = {
         "data": dataset.identity,
         "vae": None if vae is None else fingerprint(vae),
@@ -211,7 +215,7 @@ def _is_intact(path: Path, episodes: range, known: dict[str, Any]) -> bool:
 
 
 def _file_state(path: Path) -> dict[str, int]:
-    """Size and modification time, which tell whether a verified file has changed."""
+    """Size and modification time of a verified file, which change with the file."""
     status = path.stat()
     return {"size": status.st_size, "modified": status.st_mtime_ns}
 
@@ -238,7 +242,7 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def _checked(folder: Path, skip_broken: bool) -> Path:
-    """Return the folder of a complete cache, unless it has no episode or lacks some against `skip_broken`."""
+    """Return the folder of a complete cache, unless it has no episode, or misses some although `skip_broken` is False."""
     content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     broken = content["broken"]
     if len(broken) == content["episodes"]:

@@ -49,12 +49,12 @@ class LeRobotFolder(InOrder):
 
     Args:
         root: The folder that contains `meta`, `data` and, for video features, `videos`.
-        cameras: Feature key of the camera, several that are stacked, or rows of them; None takes the only one. After
+        cameras: Feature key of the camera, several that are stacked, or rows of them; None selects the only one. After
             construction the layout, a tuple of rows.
         max_episodes: Use only this many episodes, from the first.
         remote: The Hub repository of all files except `meta`, if they are not in the folder.
         split: A split that `info.json` names, or a part of one as in `datasets`, `"train[:90%]"`; None for all episodes.
-        action_column: Vector feature of the actions, or several that are concatenated; None takes `action`, or the only feature
+        action_column: Vector feature of the actions, or several that are concatenated; None selects `action`, or the only feature
             with a similar name. After construction a tuple.
         state_columns: Vector features of the states; empty for all.
 
@@ -182,7 +182,7 @@ class LeRobotFolder(InOrder):
 
     @property
     def _written_action(self) -> dict[str, Any]:
-        """The own entry if the actions are those of `write_lerobot`, not other features."""
+        """The entry of `write_lerobot`, if the actions are its feature `action`."""
         return self._own_entry if tuple(self.action_column) == ("action",) else {}
 
     @property
@@ -281,7 +281,7 @@ class LeRobotFolder(InOrder):
         return self.window(number, 0)
 
     def window(self, number: int, start: int, length: int | None = None) -> Episode:
-        """Read a part of an episode; other frames are not decoded without need.
+        """Read a part of an episode; other frames are not decoded unnecessarily.
 
         Args:
             number: Number of the episode.

@@ -19,7 +19,7 @@ def read_picture(source: str | os.PathLike | BinaryIO, name: str | None = None) 
 
     Args:
         source: The picture file, or an open one.
-        name: What to call it in errors; None takes the path.
+        name: Name of the picture in error messages; None for the path.
 
     Returns:
         Pixels (H, W, 3), uint8 RGB.

@@ -33,7 +33,7 @@ class PreparedEpisodes(InOrder):
             from frame t to frame t + `frame_skip`, and a clip takes every `frame_skip`-th frame; see `LatentClips`.
 
     Raises:
-        ValueError: If an argument is out of range, the source lacks the state, or the composition is unknown.
+        ValueError: If an argument is out of range, the source does not have the state, or the composition is unknown.
     """
 
     source: EpisodeSource
@@ -85,7 +85,7 @@ class PreparedEpisodes(InOrder):
 
     @property
     def name(self) -> str:
-        """Where the data are."""
+        """Path or name of the data, for messages."""
         return self.source.name
 
     @property
@@ -201,7 +201,7 @@ class PreparedEpisodes(InOrder):
         try:
             if self.derivation != "recorded":
                 states = kept[str(self.state_key)]
-                after = np.concatenate([states, states[-1:]])  # the last action asks for no motion
+                after = np.concatenate([states, states[-1:]])  # the last action is no motion
                 kept["action"] = derive_actions(after, self.derivation)
             elif self.frame_skip > 1:
                 kept["action"] = _compose(vectors["action"], self.frame_skip, str(self.composition))

@@ -88,13 +88,10 @@ def write_lerobot(
         ValueError: If the source has no valid frame rate, the folder holds another data set, an episode is broken, or no
             episode can be read.
     """
-    fps = source.fps
-    if fps is None or not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"{source.name!r} must have a positive number of frames per second, got {fps}: give `fps`.")
+    fps = _frame_rate(source)
     root = Path(root)
     is_new = not root.exists()
-    identity = json.loads(json.dumps(source.identity | {"fps": fps}))
-    _claim(root, identity)
+    _claim(root, json.loads(json.dumps(source.identity | {"fps": fps})))
     try:
         first = first_readable(source, lambda number: _read_episode(source, number))
         frame_size = first.frames.shape[1:3]
@@ -123,6 +120,13 @@ def write_lerobot(
         action_units=units,
     )
     return LeRobotFolder(root)
+
+
+def _frame_rate(source: EpisodeSource) -> float:
+    fps = source.fps
+    if fps is None or not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"{source.name!r} must have a positive number of frames per second, got {fps}: give `fps`.")
+    return fps
 
 
 def _component_names(source: EpisodeSource, episode: Episode) -> dict[str, list[str]]:

@@ -42,12 +42,12 @@ def open_dataset(
 
     Args:
         name: Folder or Hub id.
-        cameras: One camera, several that are stacked, or rows of them; None takes the only one.
+        cameras: One camera, several that are stacked, or rows of them; None selects the only one.
         split: Name of the split; for a LeRobotDataset and a table on the Hub or in Parquet files also a part of one,
             `"train[:90%]"`. None, for evaluation: `test`, or all episodes of a LeRobotDataset without it.
         max_episodes: Use only this many episodes, from the first.
         fps: Frames per second, for formats that do not record them.
-        action_column: Column or feature of the actions, or several that are concatenated; None takes `action` (LeRobotDataset) or
+        action_column: Column or feature of the actions, or several that are concatenated; None selects `action` (LeRobotDataset) or
             `actions` (table), or the only one with a similar name.
         state_columns: Columns or features of the states; empty for all of a LeRobotDataset and none of a table.
         revision: Branch, tag or commit on the Hub.
@@ -60,31 +60,55 @@ def open_dataset(
     """
     if max_episodes is not None and max_episodes < 1:
         raise ValueError(f"`max_episodes` (--max_train_episodes) must be at least 1, got {max_episodes}.")
-    folder, columns = Path(name), (action_column, state_columns)
-    if not folder.exists():
-        if Path(name).is_absolute() or str(name).count("/") != 1:
-            raise ValueError(
-                f"`dataset` must be a folder or a Hub id such as org/name, got {str(name)!r}, which is not a folder."
-            )
-        try:
-            hf_hub_download(str(name), "meta/info.json", repo_type="dataset", revision=revision)
-        except EntryNotFoundError:  # or, offline, not in the cache
-            if streaming:
-                revision = HfApi().dataset_info(str(name), revision=revision).sha
-            table = _load_table(str(name), split or "test", revision=revision, streaming=streaming)
-            origin = f"{name} at {revision}" if streaming else None
-            return _table(table, cameras, max_episodes, fps, *columns, origin)
+    columns = (action_column, state_columns)
+    if not Path(name).exists():
+        return _open_remote(str(name), cameras, split, max_episodes, fps, columns, revision, streaming)
+    return _open_folder(Path(name), cameras, split, max_episodes, fps, columns)
+
+
+def _open_remote(
+    name: str,
+    cameras: Any,
+    split: str | None,
+    max_episodes: int | None,
+    fps: float | None,
+    columns: tuple[str | Sequence[str] | None, Sequence[str]],
+    revision: str | None,
+    streaming: bool,
+) -> EpisodeSource:
+    """Open a data set of the Hub: a LeRobotDataset if it has `meta/info.json`, otherwise a table."""
+    if Path(name).is_absolute() or name.count("/") != 1:
+        raise ValueError(
+            f"`dataset` must be a folder or a Hub id such as org/name, got {name!r}, which is not a folder."
+        )
+    try:
+        hf_hub_download(name, "meta/info.json", repo_type="dataset", revision=revision)
+    except EntryNotFoundError:  # or, offline, not in the cache
         if streaming:
-            folder = Path(
-                snapshot_download(str(name), repo_type="dataset", revision=revision, allow_patterns="meta/*")
-            )
-            return _lerobot(folder, cameras, max_episodes, split, *columns, HubFiles(str(name), folder.name))
-        folder = _download_lerobot(str(name), cameras, max_episodes, revision, split, *columns)
+            revision = HfApi().dataset_info(name, revision=revision).sha
+        table = _load_table(name, split or "test", revision=revision, streaming=streaming)
+        return _table(table, cameras, max_episodes, fps, *columns, f"{name} at {revision}" if streaming else None)
+    if streaming:
+        folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns="meta/*"))
+        return _lerobot(folder, cameras, max_episodes, split, *columns, HubFiles(name, folder.name))
+    folder = _download_lerobot(name, cameras, max_episodes, revision, split, *columns)
+    return _lerobot(folder, cameras, max_episodes, split, *columns)
+
+
+def _open_folder(
+    folder: Path,
+    cameras: Any,
+    split: str | None,
+    max_episodes: int | None,
+    fps: float | None,
+    columns: tuple[str | Sequence[str] | None, Sequence[str]],
+) -> EpisodeSource:
+    """Open a folder in the format that its files show."""
     if (folder / "meta" / "info.json").is_file():
         return _lerobot(folder, cameras, max_episodes, split, *columns)
     split = split or "test"
     if (folder / "annotation").is_dir():
-        if action_column or state_columns:
+        if any(columns):
             raise ValueError(
                 f"`action_column` and `state_columns` (--action-column, --state-columns) must not be given for {str(folder)!r}, "
                 "whose IRASim format defines its actions and states."

@@ -32,7 +32,7 @@ class TableEpisodes(InOrder):
     Args:
         dataset: The table.
         cameras: Column of the camera, several that are stacked, or rows of them. After construction the layout.
-        action_column: Column of actions, (T, A) or (T - 1, A), or several that are concatenated; None takes `actions`, or the only
+        action_column: Column of actions, (T, A) or (T - 1, A), or several that are concatenated; None selects `actions`, or the only
             column with a similar name. After construction a tuple.
         state_columns: Columns of states, (T, S).
         fps: Frames per second.
@@ -139,7 +139,7 @@ class TableEpisodes(InOrder):
         return self._read(number, None)
 
     def window(self, number: int, start: int, length: int) -> Episode:
-        """Read a part of an episode; other frames are not decoded without need.
+        """Read a part of an episode; other frames are not decoded unnecessarily.
 
         Args:
             number: Number of the episode.
@@ -195,12 +195,16 @@ class TableEpisodes(InOrder):
             if len(part) == length - 1:
                 part = np.concatenate([part, part[-1:]])  # leads out of the episode: never used
             if len(part) != length:
-                raise ValueError(f"{length} frames want {length} actions, or one fewer, got {len(part)} in {key!r}.")
+                raise ValueError(
+                    f"{length} frames must have {length} actions, or one fewer, got {len(part)} in {key!r}."
+                )
             parts.append(part)
         states = {key: _matrix(row[key], key) for key in self.state_columns}
         for key, value in states.items():
             if len(value) != length:
-                raise ValueError(f"{length} frames want states ({length}, S), got {value.shape} in column {key!r}.")
+                raise ValueError(
+                    f"{length} frames must have states ({length}, S), got {value.shape} in column {key!r}."
+                )
         return {"action": np.concatenate(parts, axis=1)} | states
 
 

@@ -57,7 +57,7 @@ def read_frames(path: VideoFile, start: int, count: int, fps: float | None = Non
         path: The video file, or an open one.
         start: Number of the first frame.
         count: Number of frames.
-        fps: Frame rate that numbers the frames by their times. None numbers them in their order, whatever their times; the
+        fps: Frame rate that numbers the frames by their times. None numbers them in their order and ignores their times; the
             whole file is then read, but not decoded.
         whole: Whether the video must end after these frames.
 
@@ -73,7 +73,7 @@ def read_frames(path: VideoFile, start: int, count: int, fps: float | None = Non
 def read_numbered_frames(
     path: VideoFile, numbers: Sequence[int], fps: float | None = None, whole: bool = False
 ) -> np.ndarray:
-    """Decode the frames with these numbers, which increase; see `read_frames`.
+    """Decode the frames with these numbers, in increasing order; see `read_frames`.
 
     Raises:
         ValueError: As `read_frames`.
@@ -99,7 +99,7 @@ def read_numbered_frames(
                 break
     if len(frames) < len(wanted):
         raise ValueError(
-            f"{str(path)!r} ends early: {len(wanted)} frames wanted from number {wanted[0]}, {len(frames)} found."
+            f"{str(path)!r} ends early: {len(wanted)} frames required from number {wanted[0]}, {len(frames)} found."
         )
     return np.stack(frames)
 

@@ -18,6 +18,7 @@ import torch
 from ..data import EpisodeSource, first_readable, read_video
 from ..data.latent_cache import fingerprint
 from ..files import temporary_path
+from ..models import public_config
 from ..pictures import resize, resize_video
 from ..pipelines import IRASimPipeline
 from ..rollout import WorldModel, roll
@@ -63,7 +64,7 @@ class Predictor(Protocol):
 
 
 class ClipReader:
-    """Reads clips from a data set. Consecutive clips of one episode decode it once."""
+    """Reads clips from a data set. Consecutive clips of one episode decode it only once."""
 
     def __init__(self, dataset: EpisodeSource, clips: Sequence[Clip]) -> None:
         self.clips = clips
@@ -143,7 +144,7 @@ class WorldModelPredictor:
         ):
             if wanted != found:
                 raise ValueError(
-                    f"{name} of {dataset.name!r} must be {wanted} as the model's, got {found}: see {flags}."
+                    f"{name} of {dataset.name!r} must be {wanted} as for the model, got {found}: see {flags}."
                 )
 
     def check_clip(self, clip: ClipData) -> None:
@@ -155,7 +156,7 @@ class WorldModelPredictor:
         size, found = tuple(self.model.frame_size), clip.frames.shape[1:3]
         if found != size and not self.resize:
             raise ValueError(
-                f"frames must be {size[0]}x{size[1]} (height x width) as the model's, got {found[0]}x{found[1]}: pass "
+                f"frames must be {size[0]}x{size[1]} (height x width) as for the model, got {found[0]}x{found[1]}: pass "
                 "resize=True (--resize on the command line) to resize them."
             )
         self.model.action_space.prepare(clip.actions)
@@ -186,7 +187,7 @@ class WorldModelPredictor:
         return clip.history
 
     def hold(self, clip: ClipData) -> np.ndarray:
-        """Return the action (A,) that asks for no motion after the one before the clip."""
+        """Return the hold action (A,) after the action before the clip."""
         return self.model.action_space.hold(np.asarray(clip.action_before))
 
     def sampling(self, seeds: Sequence[int]) -> dict[str, Any]:
@@ -242,7 +243,7 @@ class PipelinePredictor(WorldModelPredictor):
     def setting(self) -> dict[str, Any]:
         """Everything that determines the metrics, JSON-serialisable; weights and configs as a hash."""
         pipeline = self.pipeline
-        settings = [_config(pipeline.scheduler), pipeline.config.timesteps]
+        settings = [public_config(pipeline.scheduler.config), pipeline.config.timesteps]
         return {
             "weights": _digest([pipeline.vae, pipeline.transformer], settings),
             "scheduler": type(pipeline.scheduler).__name__,
@@ -332,14 +333,9 @@ class FolderPredictor:
         return Prediction(frames, latents, autoencoder=autoencoder)
 
 
-def _config(part: Any) -> dict[str, Any]:
-    """Return the config of a component without private entries such as its path."""
-    return {name: value for name, value in part.config.items() if not name.startswith("_")}
-
-
 def _digest(modules: Sequence[torch.nn.Module | None], settings: Any = None) -> str:
     """Return a hash of the weights and configs of modules, and of other settings."""
-    parts = [[_config(module), fingerprint(module)] for module in modules if module is not None]
+    parts = [[public_config(module.config), fingerprint(module)] for module in modules if module is not None]
     return hashlib.sha256(json.dumps([settings, parts], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -4,6 +4,7 @@ from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, L
 
 from .noise_process import noise_process
 from .proprioception import ProprioceptionModel
+from .public_config import public_config
 from .transformer_irasim import PRESETS, IRASimTransformer3DModel
 from .unet_trajectory import UNET_PRESETS, UNetTrajectoryModel
 
@@ -25,4 +26,5 @@ __all__ = [
     "ProprioceptionModel",
     "UNetTrajectoryModel",
     "noise_process",
+    "public_config",
 ]

@@ -1,4 +1,4 @@
-"""The noise process a checkpoint was trained on."""
+"""The noise process of a checkpoint."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 
 def noise_process(config: Any) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
-    """The noise process that a network's config records, as a scheduler to train with and compare against.
+    """Return the noise process in a model's config as a scheduler.
 
-    A rectified flow of Open-Sora's layout is sampled with its shift towards noise, which grows with the pixels and frames of a
-    window (its RFLOW scheduler); training does not depend on it.
+    For rectified flow with the positions of Open-Sora, sampling shifts the timesteps towards noise by a factor that grows with
+    the number of pixels and frames of a window, as in Open-Sora's RFLOW scheduler. Training does not depend on the shift.
     """
     if config.prediction_type == "flow_prediction":
         shift = 1.0

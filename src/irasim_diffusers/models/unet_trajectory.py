@@ -4,7 +4,8 @@ References: "Video Diffusion Models" (https://arxiv.org/abs/2204.03458) and appe
 for Robot Manipulation" (https://arxiv.org/abs/2406.14540).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -190,7 +191,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
         cameras: Names of the cameras as tiled in a frame: rows from the top, each from the left.
         fps: Frames per second of the data, if known.
-        relative_latents: Whether the latents of predicted frames are those relative to the last history frame.
+        relative_latents: Whether the latents of predicted frames are relative to the last history frame.
         prediction_type: Output of the network, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which has
             no betas.
         num_train_timesteps: Number of timesteps of the noise process in training; this and the next three as in diffusers.
@@ -237,15 +238,8 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         beta_schedule: str = "linear",
     ) -> None:
         super().__init__()
-        if conditioning != "video":
-            raise ValueError(f"`conditioning` must be video, got {conditioning!r}: the U-Net sees whole trajectories.")
-        if any(channels % NORM_GROUPS for channels in block_out_channels):
-            raise ValueError(
-                f"`block_out_channels` must be multiples of {NORM_GROUPS}, the groups of a norm, got {block_out_channels}."
-            )
-        ActionSpace.from_config(self.config)  # refuses a bad one
-        base, deepest = block_out_channels[0], block_out_channels[-1]
-        temb_channels = 4 * base + condition_dim
+        _check_config(self.config)
+        base = block_out_channels[0]
         num_actions = sample_frames - num_history_frames
 
         self.time_proj = Timesteps(base, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -253,24 +247,16 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         features = action_dim * (1 + 2 * action_frequencies)
         self.action_embed = PixArtAlphaTextProjection(features * num_actions, 4 * condition_dim, condition_dim)
         self.null_action = nn.Parameter(torch.randn(condition_dim))
-
-        def block(in_channels: int, out_channels: int, middle: bool = False) -> UNetTrajectoryBlock:
-            return UNetTrajectoryBlock(
-                in_channels, out_channels, temb_channels, num_attention_heads, attention_head_dim, middle
-            )
+        block = partial(
+            UNetTrajectoryBlock,
+            temb_channels=4 * base + condition_dim,
+            num_heads=num_attention_heads,
+            head_dim=attention_head_dim,
+        )
 
         self.conv_in = nn.Conv2d(in_channels, base, kernel_size=7, padding=3)
         self.attention_in = UNetTrajectoryAttention(base, num_attention_heads, attention_head_dim, temporal=True)
-        widths = list(zip([base, *block_out_channels[:-1]], block_out_channels, strict=True))
-        self.down_blocks = nn.ModuleList([block(before, after) for before, after in widths])
-        self.downsamplers = nn.ModuleList(
-            [Downsample2D(width, use_conv=True, kernel_size=4, name="op") for width in block_out_channels[:-1]]
-        )
-        self.mid_block = block(deepest, deepest, middle=True)
-        self.up_blocks = nn.ModuleList([block(2 * after, before) for before, after in reversed(widths)])
-        self.upsamplers = nn.ModuleList(
-            [Upsample2D(before, use_conv_transpose=True) for before, _ in reversed(widths[1:])]
-        )
+        self._init_blocks(block)
         self.resnet_out = ResnetBlock2D(
             in_channels=2 * base, out_channels=base, temb_channels=None, groups=NORM_GROUPS
         )
@@ -279,6 +265,20 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
             nn.init.zeros_(parameter)
 
         self.gradient_checkpointing = False
+
+    def _init_blocks(self, block: Callable[..., UNetTrajectoryBlock]) -> None:
+        """Create the blocks and samplers of all resolutions, from the numbers of input and output channels."""
+        channels = self.config.block_out_channels
+        widths = list(zip([channels[0], *channels[:-1]], channels, strict=True))
+        self.down_blocks = nn.ModuleList([block(before, after) for before, after in widths])
+        self.downsamplers = nn.ModuleList(
+            [Downsample2D(width, use_conv=True, kernel_size=4, name="op") for width in channels[:-1]]
+        )
+        self.mid_block = block(channels[-1], channels[-1], middle=True)
+        self.up_blocks = nn.ModuleList([block(2 * after, before) for before, after in reversed(widths)])
+        self.upsamplers = nn.ModuleList(
+            [Upsample2D(before, use_conv_transpose=True) for before, _ in reversed(widths[1:])]
+        )
 
     @property
     def action_space(self) -> ActionSpace:
@@ -318,7 +318,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         if actions.shape[1:] != (number, self.config.action_dim) or number > num_frames:
             raise ValueError(
                 f"`actions` must be (batch, {number}, {self.config.action_dim}) for a window of {number} frames or more, got "
-                f"{tuple(actions.shape)} for {num_frames}: the U-Net takes no other number of actions."
+                f"{tuple(actions.shape)} for {num_frames}: the U-Net requires this number of actions."
             )
 
     @apply_lora_scale("attention_kwargs")
@@ -331,11 +331,11 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> UNet3DConditionOutput | tuple[torch.Tensor]:
-        """Predict what the scheduler asks for, noise, velocity or sample, for each frame of a window.
+        """Predict noise, velocity or sample, depending on the config, for each frame of a window.
 
         Args:
             hidden_states: Latents or pixels (B, C, F, H, W), the clean history first; any F, H and W.
-            timestep: Diffusion timesteps (B,), or one a frame (B, F).
+            timestep: Diffusion timesteps (B,), or one per frame (B, F).
             actions: Actions (B, n, A) in the units of the data set, as many as it was trained on. They lead to the last n
                 frames. None is the null action.
             action_mask: Booleans (B, n); where any is False, the null action replaces the trajectory (action dropout).
@@ -348,7 +348,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         batch_size, _, num_frames, height, width = hidden_states.shape
         if actions is not None:
             self._check_actions(actions, num_frames)
-        multiple = 2 ** len(self.downsamplers)  # of which the sides at every resolution are whole
+        multiple = 2 ** len(self.downsamplers)  # so that every resolution has whole sides
         hidden_states = F.pad(hidden_states, (0, -width % multiple, 0, -height % multiple, 0, 0), mode="replicate")
         hidden_states = self.conv_in(hidden_states.transpose(1, 2).flatten(0, 1))  # (B F, D, H, W)
         dtype = hidden_states.dtype
@@ -385,3 +385,16 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
+
+
+def _check_config(config: Any) -> None:
+    """Raise ValueError if an entry of the config is invalid."""
+    if config.conditioning != "video":
+        raise ValueError(
+            f"`conditioning` must be video, got {config.conditioning!r}: the U-Net sees whole trajectories."
+        )
+    if any(channels % NORM_GROUPS for channels in config.block_out_channels):
+        raise ValueError(
+            f"`block_out_channels` must be multiples of {NORM_GROUPS}, the groups of a norm, got {config.block_out_channels}."
+        )
+    ActionSpace.from_config(config)

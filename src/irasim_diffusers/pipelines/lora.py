@@ -1,4 +1,4 @@
-"""LoRA weights whose file may bring the action encoder whole."""
+"""Loading of LoRA weights, optionally together with a fully trained action encoder."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..models.transformer_irasim import ACTION_ENCODER
 
 
 class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
-    """LoRA as in any pipeline of diffusers; its CogVideoX mixin knows a transformer and nothing else."""
+    """LoRA methods of diffusers, from its mixin for pipelines with a transformer only (CogVideoX)."""
 
     def load_lora_weights(
         self,
@@ -29,7 +29,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         affect the LoRA layers only. A file that is not in the safetensors format is read only if it is named.
 
         Raises:
-            ValueError: If the file holds other weights, or an action encoder that does not fit or cannot be set now.
+            ValueError: If the file contains other weights, or its action encoder does not match the model or cannot be replaced now.
         """
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, dict) or not str(source).endswith(".bin"):
@@ -45,17 +45,17 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         unknown = [key for key in encoder if not key.startswith(ACTION_ENCODER)]
         if unknown or not layers:
             raise ValueError(
-                f"no LoRA file of an IRASim transformer: it has no LoRA layer, or other weights, {unknown}."
+                f"not a LoRA file of an IRASim transformer: it has no LoRA layers, or it has other weights, {unknown}."
             )
         if encoder and self._is_fused():
             raise ValueError(
-                "the file brings an action encoder, but LoRA layers are fused with the present one: call "
-                "`unfuse_lora()`, or `unload_lora_weights()`, which keeps what is fused."
+                "the file contains an action encoder, but LoRA layers are fused into the current one: call "
+                "`unfuse_lora()`, or `unload_lora_weights()`, which keeps the fused weights."
             )
         own = self._writable_weights() if encoder else {}
         misshapen = [key for key, value in encoder.items() if key not in own or own[key].shape != value.shape]
         if misshapen:
-            raise ValueError(f"the file's action encoder is of another action space: {misshapen} do not fit.")
+            raise ValueError(f"the file's action encoder has another action space: the shapes of {misshapen} differ.")
         self.load_lora_into_transformer(
             layers,
             transformer=self.transformer,
@@ -66,7 +66,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             hotswap=hotswap,
         )
         if encoder:
-            # kept with the transformer, which several pipelines may share
+            # stored on the transformer, which several pipelines may share
             transformer = unwrap_module(self.transformer)
             kept = {key: own[key].clone() for key in encoder} | getattr(transformer, "_own_action_encoder", {})
             transformer._own_action_encoder = kept
@@ -74,7 +74,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
     @staticmethod
     def _check_alpha(state_dict: dict[str, torch.Tensor], metadata: dict[str, Any] | None) -> None:
-        """Refuse a file of PEFT, whose scale is in another file."""
+        """Raise ValueError for a file of PEFT, which stores the scale in another file."""
         if metadata is None and any(key.startswith("base_model.model.") for key in state_dict):
             raise ValueError(
                 "a LoRA file with keys `base_model.model.` needs the `lora_alpha` of its adapter_config.json: load it with PEFT and "
@@ -82,7 +82,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             )
 
     def _check_layers(self, layers: dict[str, torch.Tensor]) -> None:
-        """Refuse LoRA layers of modules that the transformer does not have."""
+        """Raise ValueError for LoRA layers of modules that the transformer does not have."""
         modules = {
             name.replace(".base_layer", "") for name, _ in unwrap_module(self.transformer).named_modules() if name
         }
@@ -91,9 +91,9 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             raise ValueError(f"the LoRA file is for another model: the transformer has no modules for {unknown[:3]}.")
 
     def unload_lora_weights(self) -> None:
-        """Remove all LoRA layers and bring the model's own action encoder back, unless the layers are fused.
+        """Remove all LoRA layers and restore the model's own action encoder, unless the layers are fused.
 
-        What is fused stays, with the action encoder it was trained with: `fuse_lora()` and then this make one model.
+        Fused weights stay, together with the action encoder of their file: `fuse_lora()` followed by this method merges them.
         """
         transformer = unwrap_module(self.transformer)
         own = {} if self._is_fused() else getattr(transformer, "_own_action_encoder", {})
@@ -101,14 +101,14 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             self._set_weights(own)
         super().unload_lora_weights()
         if transformer is not self.transformer:
-            transformer.unload_lora()  # diffusers passes over what `torch.compile` wraps
+            transformer.unload_lora()  # diffusers skips modules that `torch.compile` has wrapped
         transformer._own_action_encoder = {}
 
     def _is_fused(self) -> bool:
         return any(isinstance(module, BaseTunerLayer) and module.merged for module in self.transformer.modules())
 
     def _writable_weights(self) -> dict[str, torch.Tensor]:
-        """The transformer's own weights, under their names without LoRA."""
+        """Return the transformer's own weights by their names without LoRA."""
         transformer = unwrap_module(self.transformer)
         own = {
             key.replace(".base_layer.", "."): value
@@ -120,9 +120,9 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         on_disk = offload is not None and offload.config.offload_to_disk_path is not None
         if not all(plain) or on_disk or any(value.is_meta for value in own.values()):
             raise ValueError(
-                "the action encoder must be in memory and not quantised to be replaced: `remove_all_hooks()` ends "
-                "sequential offload, to be enabled again afterwards; LoRA is loaded before group offload to disk is enabled; "
-                "a quantisation config takes `modules_to_not_convert=['action_embed', 'trajectory_embed']`."
+                "the action encoder can be replaced only if it is in memory and not quantised: `remove_all_hooks()` ends "
+                "sequential offload, which can be enabled again afterwards; load LoRA before enabling group offload to disk; "
+                "pass a quantisation config `modules_to_not_convert=['action_embed', 'trajectory_embed']`."
             )
         return own
 

@@ -8,15 +8,15 @@ PIPELINE_FILE = "from irasim_diffusers import IRASimPipeline  # noqa: F401\n"
 """`pipeline.py` of a published repository: with it `DiffusionPipeline.from_pretrained` finds the class."""
 
 HOLD = {
-    "relative_euler": "zero in position and angles, with the rest as before,",
-    "relative_6d": "zero in position and (1, 0, 0, 0, 1, 0) in rotation, with the rest as before,",
+    "relative_euler": "zero in position and angles, with the other components unchanged,",
+    "relative_6d": "zero in position and (1, 0, 0, 0, 1, 0) in rotation, with the other components unchanged,",
 }
 
 TEXT = """
 # {title}
 
-A world model of a robot: from {history} of {height}x{width} pixels and a sequence of actions it predicts the frames to
-come, one for each action. {method}, as a diffusers pipeline of
+A world model of a robot: from {history} of {height}x{width} pixels and a sequence of actions it predicts the next
+frames, one per action. {method}, as a diffusers pipeline of
 [irasim-diffusers](https://pypi.org/project/irasim-diffusers).
 
 ```python
@@ -50,17 +50,17 @@ video = pipe(frame, actions).frames[0]
 
 
 def describe_method(config: Any) -> str:
-    """What a model is after, and how its actions reach the frames."""
+    """Describe the method of a model, and how actions condition its frames."""
     if "block_out_channels" in config:
         paper = "[Video Diffusion Models](https://arxiv.org/abs/2204.03458)"
-        return f"A U-Net after {paper}, the baseline of IRASim, all frames modulated by the whole trajectory"
+        return f"The U-Net of {paper}, a baseline of IRASim, in which the whole trajectory modulates all frames"
     if config.conditioning == "frame":
-        return "[IRASim](https://arxiv.org/abs/2406.14540), every action modulating its own frame (Frame-Ada)"
-    return "[IRASim](https://arxiv.org/abs/2406.14540), all frames modulated by the whole trajectory (Video-Ada)"
+        return "[IRASim](https://arxiv.org/abs/2406.14540), in which each action modulates its own frame (Frame-Ada)"
+    return "[IRASim](https://arxiv.org/abs/2406.14540), in which the whole trajectory modulates all frames (Video-Ada)"
 
 
 def describe_network(config: Any) -> str:
-    """What a network is built of, in one line."""
+    """Describe the size of a network in one line."""
     heads = config.num_attention_heads
     if "block_out_channels" in config:
         return f"U-Net of {'-'.join(map(str, config.block_out_channels))} channels, {heads} heads"
@@ -69,7 +69,7 @@ def describe_network(config: Any) -> str:
 
 
 def write_model_card(pipeline: Any, repo_id: str) -> ModelCard:
-    """The card of a pipeline: what it predicts, its action space, how it is built and how it is called."""
+    """Return the card of a pipeline: its purpose, usage, action space and structure."""
     config, space = pipeline.transformer.config, pipeline.action_space
     height, width = pipeline.frame_size
     units = [unit or "as recorded" for unit in space.units]
@@ -86,16 +86,16 @@ def write_model_card(pipeline: Any, repo_id: str) -> ModelCard:
         num_actions=config.sample_frames - config.num_history_frames,
         space="Absolute: an action is a target position."
         if space.kind == "absolute"
-        else f"Relative: {HOLD.get(space.derivation, 'zero')} asks for no motion.",
+        else f"Relative: {HOLD.get(space.derivation, 'zero')} means no motion.",
         components="\n".join(f"| {name} | {unit} | {offset:g} | {scale:g} |" for name, unit, offset, scale in rows),
         network=describe_network(config),
         parameters=sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e6,
-        autoencoder="none, the network works on pixels"
+        autoencoder="none; the model predicts pixels"
         if pipeline.vae is None
         else f"{type(pipeline.vae).__name__}, {pipeline.vae_scale_factor} times smaller latents of {config.in_channels} channels",
         frames=config.sample_frames,
         num_history=config.num_history_frames,
-        fps="" if config.fps is None else f", {config.fps:g} frames a second",
+        fps="" if config.fps is None else f", {config.fps:g} frames per second",
         objective="rectified flow"
         if flow
         else f"{config.prediction_type}, {config.num_train_timesteps} steps, {config.beta_schedule} betas "

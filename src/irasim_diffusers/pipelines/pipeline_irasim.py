@@ -90,6 +90,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     ) -> None:
         super().__init__()
         given = (num_inference_steps, window_length, timesteps)
+        # Kept as an attribute of the transformer: `pipe.components` contains models only, and the scheduler may be exchanged.
         kept = getattr(transformer, "_pipeline_settings", (None, None, None))
         if num_inference_steps is None:
             num_inference_steps = 50 if kept[0] is None else kept[0]
@@ -131,12 +132,12 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     @property
     def current_timestep(self) -> torch.Tensor:
-        """The present timestep."""
+        """The current timestep."""
         return self._current_timestep
 
     @property
     def attention_kwargs(self) -> dict[str, Any] | None:
-        """The `attention_kwargs` of the present call."""
+        """The `attention_kwargs` of the current call."""
         return self._attention_kwargs
 
     @property
@@ -290,7 +291,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     def _check_overflow(self, values: torch.Tensor) -> None:
         if self.vae.dtype == torch.float16 and not torch.isfinite(values).all():
             raise ValueError(
-                "the autoencoder overflows in float16, as that of SDXL does: load with `dtype={'default': torch.float16, "
+                "the autoencoder overflows in float16, as SDXL's does: load with `dtype={'default': torch.float16, "
                 "'vae': torch.float32}`, or in bfloat16."
             )
 
@@ -342,7 +343,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             actions: Actions (B, n, A) in raw units.
             latents: Noise (B, C, n, H, W) of unit variance, from `prepare_latents`. It is scaled here as the scheduler requires.
             num_inference_steps: Number of denoising steps.
-            guidance_scale: Above 1 the network is evaluated twice per step, with and without actions. None keeps the present
+            guidance_scale: Above 1 the network is evaluated twice per step, with and without actions. None keeps the current
                 scale.
             generator: Source of the noise of stochastic schedulers.
             timesteps: Custom timesteps, for schedulers that accept them.
@@ -454,7 +455,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 those of the config.
             attention_kwargs: `{"scale": s}` scales LoRA layers.
             callback_on_step_end: Called as `callback(pipe, step, timestep, {name: tensor})` after each step; returns a
-                dict whose `latents`, if any, replace the present ones. Steps are counted over all windows. A
+                dict whose `latents`, if any, replace the current ones. Steps are counted over all windows. A
                 diffusers `PipelineCallback` or several are accepted, too.
             callback_on_step_end_tensor_inputs: Names of the tensors passed to the callback: `latents` (default) or none.
 
@@ -560,7 +561,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             The state of `len(seeds)` rollouts.
 
         Raises:
-            ValueError: If the frames do not suit the checkpoint, or their number does not match that of the seeds.
+            ValueError: If the frames do not match the checkpoint, or their number does not match that of the seeds.
         """
         seeds = [int(seed) for seed in seeds]
         if not seeds or min(seeds) < 0:
@@ -593,7 +594,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             state: The state of B rollouts.
             actions: Actions (B, n, A) in raw units, n in [1, `max_chunk`].
             num_inference_steps: Number of denoising steps. None for the pipeline's default.
-            guidance_scale: See `__call__`. None keeps the present scale.
+            guidance_scale: See `__call__`. None keeps the current scale.
             generator: Source of the noise instead of the seeds of the state.
             latents: Noise (B, C, m, H, W) of the whole rollout, frame 0 being the first predicted one; see `prepare_latents`.
             sampling: Other arguments of `denoise_window`.

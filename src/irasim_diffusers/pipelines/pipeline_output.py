@@ -1,4 +1,4 @@
-"""What the pipeline returns."""
+"""Output of the pipeline."""
 
 from dataclasses import dataclass
 

@@ -20,10 +20,10 @@ PROCESS = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "
 
 
 def exchange(scheduler: Any, kind: str | type[SchedulerMixin], config: Any, **changes: Any) -> Any:
-    """Build a scheduler of another class with the noise process of the present one.
+    """Build a scheduler of another class with the noise process of the current one.
 
     Args:
-        scheduler: The present scheduler.
+        scheduler: The current scheduler.
         kind: Class of the new scheduler, or its name in diffusers.
         config: The transformer's config.
         changes: Entries of the new scheduler's config.
@@ -70,17 +70,17 @@ def check_scheduler(scheduler: Any, config: Any) -> None:
         number = getattr(scheduler.config, "num_train_timesteps", None)
         if not is_flow or found not in (None, "flow_prediction") or number != config.num_train_timesteps:
             raise ValueError(
-                f"`scheduler` must be one of rectified flow in {config.num_train_timesteps} steps for this checkpoint, got "
-                f"{name} with {found!r} and {number} steps: take `irasim_diffusers.models.noise_process(pipe.transformer.config)`."
+                f"`scheduler` must be for rectified flow with {config.num_train_timesteps} steps, as the checkpoint, got "
+                f"{name} with {found!r} and {number} steps: use `irasim_diffusers.models.noise_process(pipe.transformer.config)`."
             )
         return
     settings = ", ".join(f"{key}={config[key]!r}" for key in PROCESS)
-    remedy = f"make it with `{name}.from_config(pipe.scheduler.config, {settings}, clip_sample=False)`."
+    remedy = f"create it with `{name}.from_config(pipe.scheduler.config, {settings}, clip_sample=False)`."
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if alphas_cumprod is None or is_flow:
         raise ValueError(
             f"`scheduler` must have the checkpoint's noise process ({settings}), got {name} with a flow or continuous "
-            "process: take a scheduler with betas."
+            "process: use a scheduler with betas."
         )
     if name == "DPMSolverSDEScheduler":
         raise ValueError(f"`scheduler` must draw its noise from the given generator, which {name} does not support.")
@@ -91,7 +91,7 @@ def check_scheduler(scheduler: Any, config: Any) -> None:
         )
     if found == "sample" and name in WITHOUT_SAMPLE:
         raise ValueError(
-            f"`scheduler` must support predicted samples, which {name} does not: make it with "
+            f"`scheduler` must support predicted samples, which {name} does not: create it with "
             f"`{name}.from_config(pipe.scheduler.config, prediction_type='v_prediction')`; the pipeline converts."
         )
     trained = noise_process(config).alphas_cumprod
@@ -163,7 +163,7 @@ def set_timesteps(
 
 
 def step_arguments(scheduler: Any, **arguments: Any) -> dict[str, Any]:
-    """The arguments that the scheduler's `step` accepts."""
+    """Return those of the arguments that the scheduler's `step` accepts."""
     accepted = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in arguments.items() if name in accepted}
 
@@ -174,6 +174,6 @@ def convert_sample(scheduler: Any, sample: torch.Tensor, noisy: torch.Tensor, ti
         return sample
     alphas_cumprod = scheduler.alphas_cumprod.double().cpu().numpy()
     sigmas = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
-    sigma = float(np.interp(timestep, np.arange(len(sigmas)), sigmas))  # the interpolation of schedulers of sigmas
+    sigma = float(np.interp(timestep, np.arange(len(sigmas)), sigmas))  # interpolated as in the sigma schedulers
     alpha = (1 + sigma**2) ** -0.5
     return (alpha * noisy - sample) / (alpha * sigma)

@@ -1,6 +1,14 @@
 """Training: arguments, data, objective, loop, checkpoints and validation of the training scripts."""
 
-from .arguments import MAY_CHANGE, RunArguments, check_crop, check_ranges, check_run_arguments
+from .arguments import (
+    MAY_CHANGE,
+    DataArguments,
+    RunArguments,
+    check_crop,
+    check_frame_size,
+    check_ranges,
+    check_run_arguments,
+)
 from .checkpoints import (
     averaged_state,
     checkpoints,
@@ -29,16 +37,19 @@ from .objective import NoiseProcess, StateReadout, add_noise, diffusion_loss, di
 from .optimizers import build_optimizers, build_schedules
 from .pretrained import is_pipeline, load_autoencoder, load_transformer, load_vae, same_latents
 from .rollouts import clip_length, crop, predict_chunk
+from .run import TrainingData, encode_data, train
 from .saving import finished_pipeline, make_pipeline
 from .scripts import Interruption, check_launch, require_finite, run_script
 from .validation import validate, validate_run
 
 __all__ = [
     "MAY_CHANGE",
+    "DataArguments",
     "Interruption",
     "NoiseProcess",
     "RunArguments",
     "StateReadout",
+    "TrainingData",
     "TrainingRun",
     "add_noise",
     "averaged_state",
@@ -48,6 +59,7 @@ __all__ = [
     "cached_clips",
     "check_crop",
     "check_data",
+    "check_frame_size",
     "check_frames",
     "check_launch",
     "check_ranges",
@@ -57,6 +69,7 @@ __all__ = [
     "crop",
     "diffusion_loss",
     "diffusion_target",
+    "encode_data",
     "finished_pipeline",
     "is_pipeline",
     "load_autoencoder",
@@ -82,6 +95,7 @@ __all__ = [
     "seconds_trained",
     "start_accelerator",
     "step_of",
+    "train",
     "training_loss",
     "validate",
     "validate_run",

@@ -15,8 +15,34 @@ from diffusers.utils import is_bitsandbytes_available
 from .scripts import require_finite
 
 
-@dataclass
-class RunArguments:
+@dataclass(kw_only=True)
+class DataArguments:
+    """Arguments of all training scripts that select the data; the help texts describe them."""
+
+    validation_dataset: str | None = field(
+        default=None, metadata={"help": "data set of held-out episodes, in the same formats"}
+    )
+    cameras: list[str] = field(
+        default_factory=list,
+        metadata={"help": "cameras to stack into one picture; left,right makes a row (default: the only camera)"},
+    )
+    split: str = field(default="train", metadata={"help": "split of the data, or a part such as train[:90%%]"})
+    validation_split: str = field(default="train", metadata={"help": "split of the validation data"})
+    skip_broken: bool = field(default=False, metadata={"help": "skip episodes that cannot be read, and list them"})
+    height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
+    width: int | None = field(default=None, metadata={"help": "see --height"})
+    action_column: list[str] = field(
+        default_factory=list, metadata={"help": "action columns, concatenated; by default action or actions"}
+    )
+
+    @property
+    def frame_size(self) -> tuple[int, int] | None:
+        """Height and width to which frames are resized; None keeps theirs."""
+        return (self.height, self.width) if self.height and self.width else None
+
+
+@dataclass(kw_only=True)
+class RunArguments(DataArguments):
     """Arguments of `train.py` and `train_lora.py`; the help texts describe them."""
 
     # data
@@ -31,21 +57,12 @@ class RunArguments:
             "pipeline)"
         },
     )
-    validation_dataset: str | None = field(
-        default=None, metadata={"help": "data set of held-out episodes, in the same formats"}
-    )
     dataset_revision: str | None = field(
         default=None, metadata={"help": "branch, tag or commit of the data sets on the Hub"}
     )
     dataset_weights: list[float] = field(
         default_factory=list, metadata={"help": "sampling weight of each data set (default: its number of windows)"}
     )
-    cameras: list[str] = field(
-        default_factory=list,
-        metadata={"help": "cameras to stack into one picture; left,right makes a row (default: the only camera)"},
-    )
-    split: str = field(default="train", metadata={"help": "split of the data, or a part such as train[:90%%]"})
-    validation_split: str = field(default="train", metadata={"help": "split of the validation data"})
     max_train_episodes: int | None = field(
         default=None, metadata={"help": "number of episodes of each data set to train on, from the first"}
     )
@@ -53,7 +70,6 @@ class RunArguments:
         default=False,
         metadata={"help": "download data sets from the Hub file by file, encode them, and keep only the latents"},
     )
-    skip_broken: bool = field(default=False, metadata={"help": "skip episodes that cannot be read, and list them"})
     recorded_latents: bool = field(
         default=False, metadata={"help": "use the latents that are stored with IRASim-format data"}
     )
@@ -61,11 +77,6 @@ class RunArguments:
     frame_skip: int = field(default=1, metadata={"help": "train on every n-th frame, with all offsets"})
     target_fps: float | None = field(
         default=None, metadata={"help": "frames per second after skipping, instead of --frame_skip"}
-    )
-    height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
-    width: int | None = field(default=None, metadata={"help": "see --height"})
-    action_column: list[str] = field(
-        default_factory=list, metadata={"help": "action columns, concatenated; by default action or actions"}
     )
     state_columns: list[str] = field(
         default_factory=list, metadata={"help": "state columns; by default all of a LeRobotDataset, none of a table"}
@@ -307,10 +318,19 @@ def _check_data_arguments(arguments: RunArguments) -> None:
             f"`validation_split` must differ from `split` for a data set that is also in `dataset`, got {arguments.split!r} for "
             f"both in {arguments.validation_dataset!r}."
         )
-    if (arguments.height is None) != (arguments.width is None):
-        raise ValueError("`height` and `width` must be given together.")
+    check_frame_size(arguments)
     if arguments.frame_skip > 1 and arguments.target_fps is not None:
         raise ValueError("`frame_skip` and `target_fps` exclude each other.")
+
+
+def check_frame_size(arguments: DataArguments) -> None:
+    """Check that `height` and `width` are given together.
+
+    Raises:
+        ValueError: If only one of them is given.
+    """
+    if (arguments.height is None) != (arguments.width is None):
+        raise ValueError("`height` and `width` must be given together.")
 
 
 def check_crop(crop_size: int | None, config: Mapping[str, Any]) -> None:

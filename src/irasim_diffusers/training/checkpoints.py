@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..files import temporary_folder
+from ..files import flush, remove_abandoned, temporary_folder
 
 logger = logging.getLogger(__name__)
 
@@ -138,10 +137,10 @@ def save_checkpoint(
     if accelerator.is_main_process:
         files = [path for path in partial.rglob("*") if path.is_file()]
         for path in files:
-            _flush(path)
+            flush(path)
         sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
         (partial / SETTINGS).write_text(json.dumps(settings | {"files": sizes}, indent=2), encoding="utf-8")
-        _flush(partial / SETTINGS)
+        flush(partial / SETTINGS)
         for stale in checkpoints(output):
             if step_of(stale) >= step:
                 shutil.rmtree(stale)
@@ -151,17 +150,11 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def _flush(path: Path) -> None:
-    """Write a file to disk, so that a rename cannot become visible before its content."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
 def remove_leftovers(output: Path) -> None:
     """Delete the temporary folders of interrupted runs in an output folder, and nothing else."""
+    remove_abandoned(output)
     for path in output.iterdir():
-        own = path.name == FINISHED or path.match(f".{FINISHED}.*.partial") or re.fullmatch(r"partial-\d+", path.name)
-        if own and path.is_dir():
+        if path.is_dir() and (path.name == FINISHED or re.fullmatch(r"partial-\d+", path.name)):
             shutil.rmtree(path)
 
 

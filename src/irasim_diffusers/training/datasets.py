@@ -55,7 +55,7 @@ def open_source(
         skip,
         arguments.action_composition,
         arguments.pad_actions_to,
-        (arguments.height, arguments.width) if arguments.height and arguments.width else None,
+        arguments.frame_size,
         all_phases,
     )
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..data import MixedClips
 from ..latents import scale_latents
-from ..models import IRASimTransformer3DModel, UNetTrajectoryModel, noise_process
+from ..models import IRASimTransformer3DModel, UNetTrajectoryModel, noise_process, public_config
 from .arguments import MAY_CHANGE, RunArguments
 from .checkpoints import (
     averaged_state,
@@ -49,7 +49,7 @@ def run_settings(
         "mixed_precision": accelerator.mixed_precision,
         "processes": accelerator.num_processes,
         "latents": [folder.name for folder in folders],
-        "config": {key: value for key, value in config.items() if not key.startswith("_")},
+        "config": public_config(config),
     }
 
 

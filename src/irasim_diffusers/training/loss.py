@@ -52,21 +52,7 @@ def training_loss(
     draw = _draws(arguments.seed, position, len(latents), latents.device)
     uniform = draw(0, 8)
     (timestep, terminal, deviation, drop, true_history), places = uniform[:, :5].unbind(1), uniform[:, 5:]
-    history = latents[:, :, most - num_history : most]
-    shape = (latents.shape[1], length, *latents.shape[3:])
-    for chunk in range(chunks):
-        first = most + chunk * length
-        future = predict_chunk(
-            model,
-            noise_scheduler,
-            history,
-            actions[:, first - 1 : first - 1 + length],
-            draw(2 + chunk, *shape, normal=True),
-            num_inference_steps=arguments.rollout_inference_steps,
-            relative_latents=config["relative_latents"],
-        )
-        history = torch.cat([history, future.to(history)], dim=2)[:, :, -most:]
-    torch.clear_autocast_cache()  # before torch 2.11 it keeps weights cast without gradient
+    history = _predict_history(model, noise_scheduler, clip, config, arguments, num_history, chunks, draw)
     first = most + chunks * length  # of the frames with the loss
     start, end = first - history.shape[2], first + length
     keep = (true_history < TRUE_HISTORY).view(-1, 1, 1, 1, 1)
@@ -93,6 +79,38 @@ def training_loss(
         snr_gamma=arguments.snr_gamma,
         huber_c=arguments.huber_c,
     )
+
+
+def _predict_history(
+    model: nn.Module,
+    noise_scheduler: NoiseProcess,
+    clip: dict[str, torch.Tensor],
+    config: Any,
+    arguments: RunArguments,
+    num_history: int,
+    chunks: int,
+    draw: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """Predict the first chunks of clips, and return the history frames of the next chunk (B, C, h, H, W)."""
+    latents, actions = clip["latents"], clip["actions"]
+    most = config["num_history_frames"]
+    length = config["sample_frames"] - most  # of a chunk
+    history = latents[:, :, most - num_history : most]
+    shape = (latents.shape[1], length, *latents.shape[3:])
+    for chunk in range(chunks):
+        first = most + chunk * length
+        future = predict_chunk(
+            model,
+            noise_scheduler,
+            history,
+            actions[:, first - 1 : first - 1 + length],
+            draw(2 + chunk, *shape, normal=True),
+            num_inference_steps=arguments.rollout_inference_steps,
+            relative_latents=config["relative_latents"],
+        )
+        history = torch.cat([history, future.to(history)], dim=2)[:, :, -most:]
+    torch.clear_autocast_cache()  # before torch 2.11 it keeps weights cast without gradient
+    return history
 
 
 def _draw_lengths(config: Any, arguments: RunArguments, step: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@ import json
 import multiprocessing
 
 import pytest
-from study import Comparison, PreferenceStudy
+from preference_study import Comparison, PreferenceStudy
 
 CLIPS = [f"clip-{number}" for number in range(40)]
 

@@ -1,0 +1,437 @@
+"""Reproduce the paper's Push-T study: policy evaluation and planning in a world model (sections 4.2, 4.3, 6.4 and 12).
+
+    python examples/pusht/study.py --datasets data/pusht-train data/pusht-expert --test_dataset data/pusht-test \
+        --output_dir runs/study --quick
+
+Stages: diffusion policies of different quality; reward networks; world models that are fine-tuned with P policy rollouts in their
+training set; then each world model is compared with the simulator in policy evaluation, planning with K candidates, goal-image
+planning, reaching goals 25 steps ahead, and implausible actions; last the report. The same command resumes an interrupted run
+with the same results. A stage with other settings raises an error; `--redo STAGE` computes it and the stages that use it again.
+"""
+
+import functools
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import study_episodes as episodes
+import torch
+from simulator import Simulator
+from study_jobs import fingerprint, read_json, remove_stage, run_jobs, run_stage
+from study_models import (
+    SUCCESS,
+    fine_tune,
+    run_script,
+    success_threshold,
+    write_demonstrations,
+    write_random_pipeline,
+    write_rollouts,
+)
+from study_report import write_report
+from transformers import HfArgumentParser
+
+from irasim_diffusers import embedded_checkpoint, training
+from irasim_diffusers.training import require_finite
+
+SCRIPTS = Path(__file__).parent
+EVALUATION_SEED = 5_000_000  # of the evaluated episodes; policies are compared on other seeds during their training
+PLANNING_SEED = 7_000_000
+IMAGE_SEED = 8_000_000
+CONVOLUTIONAL = "convolutional"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Amount of work: the full setting by default, which is meant for a GPU."""
+
+    policy_stages: tuple[int, ...] = (100, 250, 500, 1000, 1500, 2000, 3000, 4000, 6000, 8000)
+    max_demonstrations: int = 200
+    reward_steps: int = 6000
+    reward_episodes: int = 1500
+    reward_clips: int = 100  # held-out clips and episodes on which rewards are measured
+    num_rollouts: tuple[int, ...] = (0, 100, 1000)  # P
+    rollout_length: int = 120
+    world_model_steps: int = 5000
+    evaluation_seeds: int = 50
+    evaluation_steps: int = 300
+    candidates: tuple[int, ...] = (1, 5, 10, 50)  # K
+    planning_seeds: int = 100
+    planning_steps: int = 300
+    horizon: int = 8
+    optimise: bool = True
+    image_seeds: int = 60
+    image_candidates: int = 50
+    reaching_tasks: int = 50
+    reaching_ahead: int = 25  # steps from a start to its goal
+    reaching_budget: int = 50  # steps in which the goal must be reached
+    reaching_candidates: int = 100
+    reaching_iterations: int = 5
+    implausible_seeds: int = 50
+    implausible_steps: int = 24
+
+
+QUICK = Size(
+    policy_stages=(50, 100, 200, 300, 500, 700, 1000, 1500),
+    reward_steps=800,
+    reward_episodes=300,
+    reward_clips=20,
+    num_rollouts=(0, 100),
+    world_model_steps=60,
+    evaluation_seeds=8,
+    evaluation_steps=100,
+    candidates=(1, 5, 10),
+    planning_seeds=5,
+    planning_steps=80,
+    image_seeds=10,
+    image_candidates=12,
+    reaching_tasks=2,
+    reaching_candidates=8,
+    reaching_iterations=2,
+    implausible_seeds=4,
+)
+
+
+@dataclass
+class StudyArguments:
+    datasets: list[Path] = field(
+        metadata={"help": "training LeRobotDataset folders made by collect.py; they must contain expert episodes"}
+    )
+    test_dataset: Path = field(metadata={"help": "held-out LeRobotDataset folder made by collect.py"})
+    output_dir: Path = field(metadata={"help": "folder of all results"})
+    quick: bool = field(default=False, metadata={"help": "small setting: about half an hour on two CPU cores"})
+    base_model: Path | None = field(
+        default=None, metadata={"help": "pipeline folder that is fine-tuned (default: the embedded model)"}
+    )
+    from_scratch: bool = field(
+        default=False,
+        metadata={
+            "help": "start all world models from the same random weights: only then has P0 never seen a failure, because the "
+            "base model has seen random play"
+        },
+    )
+    policies: Path | None = field(
+        default=None, metadata={"help": "finished folder of train_policy.py (default: train policies)"}
+    )
+    rewards: Path | None = field(
+        default=None, metadata={"help": "folder with `iou` and `closeness` of train_reward.py (default: train both)"}
+    )
+    convolutional: Path | None = field(
+        default=None, metadata={"help": "folder of convolutional.py, to compare with (default: no comparison)"}
+    )
+    encoder: str | None = field(
+        default=None,
+        metadata={
+            "help": "vision model of transformers for goal images, such as microsoft/resnet-50 (default: the reward network)"
+        },
+    )
+    stages: list[str] = field(default_factory=list, metadata={"help": "stages to run (default: all)"})
+    redo: list[str] = field(
+        default_factory=list, metadata={"help": "stages to compute again, with those that use their results"}
+    )
+    num_workers: int = field(
+        default_factory=lambda: 1 if torch.cuda.is_available() else multiprocessing.cpu_count(),
+        metadata={"help": "number of processes (default: one per CPU core, or one with a GPU)"},
+    )
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Study:
+    """The study: what its stages share."""
+
+    arguments: StudyArguments
+    size: Size
+
+    @property
+    def base(self) -> Path:
+        """Folder of the pretrained pipeline."""
+        return self.arguments.base_model or embedded_checkpoint()
+
+    def folder(self, stage: str) -> Path:
+        """Folder of a stage."""
+        return self.arguments.output_dir / stage
+
+    def run(self, stage: str, work: Callable[[], Any], sizes: list[str], **inputs: Any) -> Any:
+        """Return the result of a stage, which is determined by entries of `Size` and by `inputs`."""
+        setting = {name: value for name, value in asdict(self.size).items() if name in sizes}
+        return run_stage(self.folder(stage), setting | {"seed": self.arguments.seed} | inputs, work)
+
+    def jobs(self, stage: str, function: Callable[..., Any], jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Run the jobs of a stage, see `run_jobs`."""
+        return run_jobs(self.folder(stage), function, jobs, self.arguments.num_workers)
+
+    @functools.cached_property
+    def policies(self) -> dict[str, Any]:
+        """Stage: policies of several qualities, by name, and the one that planners improve."""
+        trained = self.arguments.policies
+        root = trained or self.folder("policies") / "training"
+
+        def work() -> dict[str, Any]:
+            if trained is None:
+                run_script(
+                    *(SCRIPTS / "train_policy.py", "--datasets", *self.arguments.datasets, "--output_dir", root),
+                    *("--stages", *self.size.policy_stages, "--max_demonstrations", self.size.max_demonstrations),
+                    *("--num_episodes", 20, "--seed", self.arguments.seed),
+                )
+            report = read_json(root / "report.json")
+            ious = {name: figures["max_iou"]["mean"] for name, figures in report.items() if name != "setting"}
+            if len(ious) < 2:
+                raise ValueError("`policies` must hold at least two evaluated stages of train_policy.py.")
+            planned = min(ious, key=lambda name: abs(ious[name] - 0.6))  # the paper's policy has an IoU of 0.637
+            paths = {name: str(root / f"checkpoint-{name}") for name in ious}
+            return {"paths": paths, "ious": ious, "planned": planned}
+
+        sizes = ["policy_stages", "max_demonstrations"] if trained is None else []
+        return self.run("policies", work, sizes, trained=trained and fingerprint_all(trained))
+
+    @functools.cached_property
+    def rewards(self) -> dict[str, Any]:
+        """Stage: networks that read IoU and closeness from a frame, and the IoU that counts as success."""
+        arguments = self.arguments
+        root = arguments.rewards or self.folder("rewards")
+
+        def work() -> dict[str, Any]:
+            found: dict[str, Any] = {"folder": str(root)}
+            for target in ("iou", "closeness"):
+                if not (root / target / "report.json").is_file():
+                    run_script(
+                        *(SCRIPTS / "train_reward.py", "--dataset", arguments.datasets[0], "--target", target),
+                        *("--test_dataset", arguments.test_dataset, "--output_dir", root / target),
+                        *("--model", self.base, "--max_train_steps", self.size.reward_steps),
+                        *("--max_episodes", self.size.reward_episodes, "--seed", arguments.seed),
+                        *("--num_clips", self.size.reward_clips),
+                    )
+                found[target] = read_json(root / target / "report.json")
+            found["success"] = success_threshold(root / "iou", arguments.test_dataset, self.size.reward_clips)
+            return found
+
+        sizes = ["reward_clips", *([] if arguments.rewards else ["reward_steps", "reward_episodes"])]
+        trained = arguments.rewards and fingerprint(arguments.rewards)
+        return self.run("rewards", work, sizes, base=fingerprint(self.base), trained=trained)
+
+    @functools.cached_property
+    def world_models(self) -> dict[str, str]:
+        """Stage: folders of the world models, by name: `P0`, `P100` and so on, and the convolutional baseline."""
+        root, size, other = self.folder("world_models"), self.size, self.arguments.convolutional
+
+        def work() -> dict[str, str]:
+            write_demonstrations(root / "demonstrations", self.arguments.datasets, size.max_demonstrations)
+            start, found = self.base, {}
+            if self.arguments.from_scratch:
+                start = root / "random"
+                write_random_pipeline(start, self.base, self.arguments.seed)
+            for number in size.num_rollouts:
+                datasets, name = [root / "demonstrations"], f"P{number}"
+                if number:
+                    paths = list(self.policies["paths"].values())
+                    write_rollouts(root / f"rollouts-{number}", paths, number, size.rollout_length, size.horizon)
+                    datasets.append(root / f"rollouts-{number}")
+                if not (root / name / "proprioception").is_dir():
+                    fine_tune(
+                        root / name, start, datasets, size.world_model_steps, root / "latents", self.arguments.seed
+                    )
+                found[name] = str(root / name)
+            return found | ({CONVOLUTIONAL: str(other)} if other else {})
+
+        sizes = ["num_rollouts", "rollout_length", "world_model_steps", "max_demonstrations", "horizon"]
+        return self.run(
+            "world_models",
+            work,
+            sizes,
+            base=fingerprint(self.base),
+            from_scratch=self.arguments.from_scratch or None,
+            policies=self.policies["paths"],
+            convolutional=other and fingerprint(other),
+        )
+
+    def starts(self, first: int, number: int) -> tuple[list[int], int]:
+        """Seeds of episodes whose start is not already solved, and how many were excluded."""
+        simulator, seed = Simulator(), first
+        seeds: list[int] = []
+        while len(seeds) < number:
+            simulator.reset(seed)
+            if simulator.coverage <= SUCCESS:
+                seeds.append(seed)
+            seed += 1
+        return seeds, seed - first - number
+
+    def common(self, model: str) -> dict[str, Any]:
+        """Arguments of every job."""
+        return {"model": self.world_models.get(model, model), "base": str(self.base)}
+
+    def inputs(self) -> dict[str, Any]:
+        """What determines the results of the comparisons, besides sizes."""
+        weights = {name: fingerprint(Path(path)) for name, path in self.world_models.items()}
+        return {"world_models": weights, "base": fingerprint(self.base), "planned": self.policies["planned"]} | {
+            "rewards": fingerprint(Path(self.rewards["folder"])),
+            "policies": {name: fingerprint(Path(path)) for name, path in self.policies["paths"].items()},
+        }
+
+    def evaluation(self) -> Any:
+        """Stage: each policy from the same starts in the simulator and in each world model."""
+        rewards, folder = self.rewards, self.folder("evaluation")
+        seeds, excluded = self.starts(EVALUATION_SEED, self.size.evaluation_seeds)
+
+        def work() -> Any:
+            shared = {"rewards": self.rewards["folder"], "threshold": rewards["success"]["threshold"]}
+            shared |= {"seeds": seeds, "steps": self.size.evaluation_steps}
+            jobs = {
+                f"{model}-{name}": self.common(model)
+                | shared
+                | {"policy": path, "output": str(folder / "episodes" / model / name)}
+                for model in self.world_models
+                for name, path in self.policies["paths"].items()
+            }
+            found = self.jobs("evaluation", episodes.evaluate_policy, jobs)
+            return {"excluded": excluded, "episodes": found, "models": list(self.world_models)}
+
+        return self.run("evaluation", work, ["evaluation_seeds", "evaluation_steps"], **self.inputs())
+
+    def planning(self) -> Any:
+        """Stage: choose among K samples of a policy; upper bound, baselines, optimisation and guard."""
+        size, folder, models = self.size, self.folder("planning"), list(self.world_models)
+        seeds, excluded = self.starts(PLANNING_SEED, size.planning_seeds)
+        planned, most = self.policies["paths"][self.policies["planned"]], max(size.candidates)
+        cells: dict[str, dict[str, Any]] = {"policy": {"method": "policy", "model": episodes.SIMULATOR}}
+        cells["random"] = {"method": "random", "model": episodes.SIMULATOR, "num_candidates": most}
+        for number in (number for number in size.candidates if number > 1):
+            for model in [*models, episodes.SIMULATOR]:
+                cells[f"{model}-K{number}"] = {"method": "rank", "model": model, "num_candidates": number}
+        small = min(number for number in size.candidates if number > 1)
+        if size.optimise:
+            cells["optimised"] = {"method": "optimise", "model": f"P{size.num_rollouts[-1]}", "num_candidates": small}
+        if len(models) > 1:  # the member of the guard is the other kind of network if there is one
+            cells["guarded"] = {"method": "rank", "model": models[0], "num_candidates": most, "guard": models[-1]}
+
+        def work() -> Any:
+            shared = {"policy": planned, "rewards": self.rewards["folder"], "horizon": size.horizon}
+            jobs = {}
+            for cell, options in cells.items():
+                changes = self.common(options["model"])
+                if "guard" in options:
+                    changes["guard"] = self.world_models[options["guard"]]
+                for seed in seeds:
+                    video = str(folder / "videos" / f"{cell}.mp4") if seed == seeds[0] else None
+                    jobs[f"{cell}-{seed}"] = (
+                        {"num_candidates": 1} | options | shared | changes | {"seed": seed, "video": video}
+                    ) | {"steps": size.planning_steps}
+            found = self.jobs("planning", episodes.plan_episode, jobs)
+            results = {cell: [found[f"{cell}-{seed}"] for seed in seeds] for cell in cells}
+            return {"excluded": excluded, "cells": cells, "results": results}
+
+        sizes = ["candidates", "planning_seeds", "planning_steps", "horizon", "optimise"]
+        return self.run("planning", work, sizes, **self.inputs())
+
+    def goal_images(self) -> Any:
+        """Stage: choose among straight lines by a goal image."""
+        size, encoder = self.size, self.arguments.encoder
+        models = [*self.world_models, episodes.SIMULATOR]
+
+        def work() -> Any:
+            shared: dict[str, Any] = {"rewards": self.rewards["folder"], "encoder": encoder}
+            shared["num_candidates"] = size.image_candidates
+            jobs = {
+                f"{model}-{seed}": self.common(model) | shared | {"seed": seed}
+                for model in models
+                for seed in range(IMAGE_SEED, IMAGE_SEED + size.image_seeds)
+            }
+            return {"results": group(self.jobs("goal_images", episodes.push_to_image, jobs))}
+
+        return self.run("goal_images", work, ["image_seeds", "image_candidates"], encoder=encoder, **self.inputs())
+
+    def reaching(self) -> Any:
+        """Stage: reach a frame 25 steps ahead in a held-out trajectory, of the expert and of a random pusher."""
+        size, dataset = self.size, self.arguments.test_dataset
+        marker = read_json(dataset / ".irasim-source.json")
+        kinds = {"expert": ["expert", "noisy"], "random": ["aimless", "keys", "jumps"]}
+        models = [*self.world_models, episodes.SIMULATOR]
+
+        def work() -> Any:
+            shared: dict[str, Any] = {
+                "dataset": str(dataset),
+                "first_seed": marker["first_seed"],
+                "ahead": size.reaching_ahead,
+                "budget": size.reaching_budget,
+            }
+            shared |= {"num_candidates": size.reaching_candidates, "num_iterations": size.reaching_iterations}
+            jobs = {}
+            for kind, tasks in kinds.items():
+                starts = episodes.reaching_tasks(dataset, tasks, size.reaching_tasks, size.reaching_ahead)
+                for place, start in enumerate(starts):
+                    for model in models:
+                        jobs[f"{kind}-{model}-{place}"] = self.common(model) | shared | start
+            return {"results": group(self.jobs("reaching", episodes.reach_goal, jobs))}
+
+        sizes = [f"reaching_{name}" for name in ("tasks", "ahead", "budget", "candidates", "iterations")]
+        return self.run("reaching", work, sizes, test_dataset=marker, **self.inputs())
+
+    def implausible(self) -> Any:
+        """Stage: targets beyond walls and through the block."""
+
+        def work() -> Any:
+            jobs = {
+                f"{kind}-{model}-{seed}": self.common(model)
+                | {"kind": kind, "steps": self.size.implausible_steps, "seed": seed}
+                for kind in ("wall", "block")
+                for model in self.world_models
+                for seed in range(self.size.implausible_seeds)
+            }
+            return {"results": group(self.jobs("implausible", episodes.push_implausibly, jobs))}
+
+        return self.run("implausible", work, ["implausible_seeds", "implausible_steps"], **self.inputs())
+
+
+STAGES = ("policies", "rewards", "world_models", "evaluation", "planning", "goal_images", "implausible", "reaching")
+USED_BY = {"policies": STAGES[2:], "rewards": STAGES[3:], "world_models": STAGES[3:]}  # stages to compute again
+
+
+def group(results: dict[str, Any]) -> dict[str, list[Any]]:
+    """Collect the results of jobs `<cell>-<number>` by cell."""
+    cells: dict[str, list[Any]] = {}
+    for name, result in results.items():
+        cells.setdefault(name.rsplit("-", 1)[0], []).append(result)
+    return cells
+
+
+def fingerprint_all(folder: Path) -> dict[str, str]:
+    """Fingerprint of every policy in a folder of train_policy.py."""
+    return {path.name: fingerprint(path) for path in sorted(folder.glob("checkpoint-*"))}
+
+
+def run_study(arguments: StudyArguments, size: Size) -> None:
+    """Run the stages, skip complete ones, and write the report of all that are complete.
+
+    Raises:
+        ValueError: If a name of a stage is unknown, an input does not exist, or a stage has other settings.
+    """
+    require_finite(asdict(arguments))
+    for name in ("stages", "redo"):
+        unknown = sorted(set(getattr(arguments, name)) - set(STAGES))
+        if unknown:
+            raise ValueError(f"`{name}` must be among {', '.join(STAGES)}, got {', '.join(unknown)}.")
+    if arguments.num_workers < 1:
+        raise ValueError(f"`num_workers` must be at least 1, got {arguments.num_workers}.")
+    for path in [*arguments.datasets, arguments.test_dataset]:
+        if not (path / "meta" / "info.json").is_file():
+            raise ValueError(f"{str(path)!r} must be a complete LeRobotDataset folder: create it with collect.py.")
+    if arguments.policies and not (arguments.policies / "report.json").is_file():
+        raise ValueError(f"`policies` must be a folder of train_policy.py, got {str(arguments.policies)!r}.")
+    study = Study(arguments, size)
+    for name in {later for stage in arguments.redo for later in (stage, *USED_BY.get(stage, ()))}:
+        remove_stage(study.folder(name))
+    for name in arguments.stages or STAGES:
+        stage = getattr(study, name)
+        if callable(stage):
+            stage()
+    write_report(arguments.output_dir, STAGES)
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(StudyArguments).parse_args_into_dataclasses()
+    run_study(arguments, QUICK if arguments.quick else Size())
+
+
+if __name__ == "__main__":
+    training.run_script(main)

@@ -1,0 +1,8 @@
+"""The entries of a config that define a component."""
+
+from typing import Any
+
+
+def public_config(config: Any) -> dict[str, Any]:
+    """Return the entries of a diffusers config without private ones, such as `_name_or_path` and `_diffusers_version`."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}

@@ -1,0 +1,95 @@
+"""A whole training run: data, model, loop and validation, as `train.py` and `train_lora.py` share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+
+from ..data import LatentClips, MixedClips, PreparedEpisodes
+from ..models import IRASimTransformer3DModel, UNetTrajectoryModel
+from .arguments import RunArguments, check_crop
+from .datasets import cache_sources, cached_clips, check_frames, validation_clips
+from .launch import prepare_output
+from .loop import TrainingRun, log_size
+from .rollouts import clip_length
+from .validation import validate_run
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The encoded data sets of a run."""
+
+    sources: list[PreparedEpisodes]
+    vae: AutoencoderKL | None
+    folders: list[Path]
+    """Folders of the cached latents."""
+    parts: list[LatentClips]
+    """Clips of each data set."""
+
+
+def encode_data(
+    sources: list[PreparedEpisodes],
+    vae: AutoencoderKL | None,
+    config: Mapping[str, Any],
+    arguments: RunArguments,
+    accelerator: Accelerator,
+) -> TrainingData:
+    """Check the data against the model, create the output folder, and encode the data.
+
+    Args:
+        sources: Data sets of `open_sources`.
+        vae: The frozen autoencoder; None for pixel space.
+        config: Config of the model, or the entries of a new one.
+        arguments: Arguments of the run.
+        accelerator: Accelerator of the run. Every process must call this function.
+
+    Raises:
+        ValueError: If the data or `crop_size` do not fit the model.
+    """
+    check_crop(arguments.crop_size, config)
+    if not arguments.recorded_latents:
+        for source in sources:
+            check_frames(source, vae, config.get("patch_size", 1))
+    prepare_output(accelerator, arguments)
+    if vae is not None:
+        vae.to(accelerator.device)
+    folders = cache_sources(sources, vae, arguments, accelerator)
+    parts = cached_clips(folders, sources, arguments, clip_length(config, arguments.rollout_chunks))
+    return TrainingData(sources, vae, folders, parts)
+
+
+def train(
+    transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
+    data: TrainingData,
+    copy: Callable[[], IRASimTransformer3DModel | UNetTrajectoryModel],
+    arguments: RunArguments,
+    accelerator: Accelerator,
+) -> TrainingRun:
+    """Train a model to the end, from its newest checkpoint, and validate it on the way.
+
+    Args:
+        transformer: The model; parameters that require a gradient are trained and averaged.
+        data: Data of `encode_data`.
+        copy: Function that builds a model of the same structure, on the CPU.
+        arguments: Arguments of the run.
+        accelerator: Accelerator of the run. Every process must call this function.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ValueError: If the validation data do not fit the model, or a checkpoint belongs to a run with other settings.
+    """
+    clips = MixedClips(data.parts, arguments.dataset_weights or None, arguments.seed)
+    held_out = validation_clips(arguments, transformer.config) if accelerator.is_main_process else None
+    log_size(transformer, clips, sum(map(len, data.sources)), accelerator)
+    run = TrainingRun(accelerator, arguments, transformer, clips, data.vae, data.folders, copy)
+    for step in run.steps():
+        if arguments.validation_dataset and step % arguments.validation_steps == 0:
+            validate_run(run, held_out)
+    return run
