@@ -92,7 +92,7 @@ def plans_of_episode(number: int, dataset: Any, model: WorldModel, guards: dict,
     batch = torch.stack(list(plans.values()))
     predicted = SCORING(model, state, batch, reward)
     members = {
-        name: torch.stack([SCORING(*member, batch, reward) for member in guard.members(model, state)])
+        name: torch.stack([SCORING(member, own, batch, reward) for member, own in guard.members(model, state)])
         for name, guard in guards.items()
     }
     rows = []

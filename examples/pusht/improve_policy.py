@@ -183,7 +183,7 @@ def main() -> None:
             run.save()
             bar.set_postfix(reward=f"{run.rewards[-1]:.4f}")
     run.policy.save_pretrained(arguments.output_dir)
-    report = {"before": run.before, "after": evaluate(run.policy, arguments), "rewards": run.rewards}
+    report: dict[str, Any] = {"before": run.before, "after": evaluate(run.policy, arguments), "rewards": run.rewards}
     report["setting"] = run.setting() | {"command": " ".join(["python", *sys.argv])}
     report["setting"]["minutes"] = (time.perf_counter() - started) / 60
     with temporary_path(arguments.output_dir / "report.json") as partial:
