@@ -100,7 +100,9 @@ class StudyArguments:
     )
     test_dataset: Path = field(metadata={"help": "held-out LeRobotDataset folder made by collect.py"})
     output_dir: Path = field(metadata={"help": "folder of all results"})
-    quick: bool = field(default=False, metadata={"help": "small setting: about half an hour on two CPU cores"})
+    quick: bool = field(
+        default=False, metadata={"help": "small setting, for two idle CPU cores and about half an hour (estimated)"}
+    )
     base_model: Path | None = field(
         default=None, metadata={"help": "pipeline folder that is fine-tuned (default: the embedded model)"}
     )

@@ -53,7 +53,7 @@ def load_model(path: str, base: str) -> dict[str, Any]:
         loaded["model"] = load_convolutional(Path(path)).to(default_device())
     elif path != base:
         loaded["model"] = load_world_model(path)["model"]
-    return loaded | {"starts": None}
+    return {"model": loaded["model"], "proprioception": loaded["proprioception"]}
 
 
 @functools.cache
