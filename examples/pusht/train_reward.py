@@ -58,7 +58,7 @@ class RewardArguments:
     batch_size: int = 64
     learning_rate: float = 2e-3
     success_threshold: float = field(
-        default=0.9, metadata={"help": "score from which a frame counts as success; IoU 0.905 is 95 % coverage"}
+        default=0.9, metadata={"help": "score from which a frame counts as success; IoU 0.905 is 95 %% coverage"}
     )
     num_clips: int = field(default=100, metadata={"help": "held-out clips that the world model predicts"})
     num_predicted_frames: int = field(default=15, metadata={"help": "predicted frames of a clip"})

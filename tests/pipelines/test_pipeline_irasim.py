@@ -486,7 +486,7 @@ BAD_INPUTS = [
     ({"actions": np.zeros((3, 2))}, r"`actions` must be \(n, 3\) or .* got \(3, 2\)"),
     ({"actions": np.zeros(3)}, r"`actions` must be .* got \(3,\)"),
     ({"actions": np.zeros((0, 3))}, "nothing to predict"),
-    ({"actions": [[0, 0, 0], [0, 0]]}, "`actions` must be .* of one length"),
+    ({"actions": [[0, 0, 0], [0, 0]]}, "`actions` must be .* of equal length"),
     ({"actions": np.array([[0, np.nan, 0]])}, r"`actions` must be finite, got nan at index \(0, 1\)"),
     ({"actions": np.array([[0, 0, np.inf]])}, "`actions` must be finite, got inf"),
     ({"actions": np.zeros((2, 3, 3)), "frames": np.zeros((3, 1, 8, 12, 3))}, "3 histories and 2 action sequences"),
