@@ -419,7 +419,12 @@ def test_training_on_own_rollouts(length):
     """The history consists of predicted frames with the matching actions, and some clips keep their true history."""
     config = {"num_history_frames": 2, "sample_frames": 2 + length, "conditioning": "frame", "relative_latents": True}
     settings = TrainingArguments(
-        ["set"], "out", rollout_chunks=3, rollout_start_step=1, terminal_share=1.0, action_dropout=0.0
+        dataset=["set"],
+        output_dir="out",
+        rollout_chunks=3,
+        rollout_start_step=1,
+        terminal_share=1.0,
+        action_dropout=0.0,
     )
     frames = clip_length(config, 3)
     assert frames == 2 + 4 * length
