@@ -262,7 +262,10 @@ def test_invalid_arguments_raise(changes, message):
     [
         ({"action_scale": [1.0, 2.0]}, r"`action_scale` must be one number, or 7, got \[1.0, 2.0\]"),
         ({"state_keys": ["joints"]}, "has no vector feature 'joints'; it has"),
-        ({"validation_dataset": "other"}, r"`validation_dataset` must have pictures of \(16, 32\).*, got \(16, 24\)"),
+        (
+            {"validation_dataset": "other"},
+            r"`validation_dataset` must have frames of size \(16, 32\).*, got \(16, 24\)",
+        ),
     ],
 )
 def test_incompatible_data_raise_before_encoding(workspace, changes, message):

@@ -158,7 +158,7 @@ def _real_environment(arguments: argparse.Namespace) -> Any:
         import gymnasium
     except ImportError as error:
         raise ValueError(
-            "`irasim evaluate-policies` requires Gymnasium: pip install 'irasim-diffusers[envs]'."
+            f"`irasim evaluate-policies` requires Gymnasium: {INSTALL.format('envs')}."
         ) from error
     try:
         options = json.loads(arguments.env_kwargs)

@@ -144,7 +144,7 @@ class WorldModelPredictor:
         ):
             if wanted != found:
                 raise ValueError(
-                    f"{name} of {dataset.name!r} must be {wanted} as for the model, got {found}: see {flags}."
+                    f"{name} of {dataset.name!r} must be {wanted} like the model's, got {found}: use {flags}."
                 )
 
     def check_clip(self, clip: ClipData) -> None:

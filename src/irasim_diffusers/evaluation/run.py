@@ -136,7 +136,7 @@ def _check(evaluation: Evaluation) -> None:
     """Check arguments and packages before any work."""
     for package, name in (("skimage", "scikit-image"), ("matplotlib", "matplotlib")):
         if find_spec(package) is None:
-            raise ValueError(f"an evaluation requires {name}: pip install irasim-diffusers[evaluation].")
+            raise ValueError(f"an evaluation requires {name}: {INSTALL.format('evaluation')}.")
     if evaluation.ways < 2:
         raise ValueError(f"`ways` must be at least 2, got {evaluation.ways}.")
     if evaluation.published is not None:
