@@ -62,13 +62,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     from .. import IRASimPipeline
     from ..files import temporary_folder
-    from ..training import finished_pipeline
+    from ..training import finished_pipeline, load_sampler
 
     model, wanted = arguments.model, "a pipeline folder or Hub id"
     pipeline = load_checked("--model", wanted, model, IRASimPipeline, dtype=torch.float32)
     transformer, vae = _adapted(arguments, pipeline)
     with temporary_folder(arguments.output) as partial:
-        finished_pipeline(vae, transformer, arguments.model).save_pretrained(partial)
+        finished_pipeline(vae, transformer, load_sampler(arguments.model)).save_pretrained(partial)
     config = transformer.config
     print(
         f"patches of {config.patch_size} latent pixels, {config.in_channels} channels, {config.action_dim} action components; "

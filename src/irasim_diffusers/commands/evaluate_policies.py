@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import embedded_checkpoint
+from ..extras import INSTALL
 from .files import check_name, check_output_folder
 from .sampling import check_device
 
@@ -157,9 +158,7 @@ def _real_environment(arguments: argparse.Namespace) -> Any:
     try:
         import gymnasium
     except ImportError as error:
-        raise ValueError(
-            f"`irasim evaluate-policies` requires Gymnasium: {INSTALL.format('envs')}."
-        ) from error
+        raise ValueError(f"`irasim evaluate-policies` requires Gymnasium: {INSTALL.format('envs')}.") from error
     try:
         options = json.loads(arguments.env_kwargs)
         if not isinstance(options, dict):

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data import EpisodeSource
+from ..extras import INSTALL
 from ..files import check_new_folder, temporary_path
 from ..metrics import (
     Counterfactuals,

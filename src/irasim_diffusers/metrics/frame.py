@@ -5,6 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ..extras import INSTALL
+
 
 def psnr(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """PSNR of the mean error of each clip, in dB.
