@@ -867,3 +867,8 @@ def test_killed_and_resumed_run_matches_uninterrupted_run(workspace):
     for name, value in expected.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
     assert not list(output.glob("partial-*"))
+
+
+def test_last_step_has_a_checkpoint(workspace):
+    train_robot(workspace, "last", "--max_train_steps", 2, "--checkpointing_steps", 100)
+    assert [path.name for path in (workspace / "last").glob("checkpoint-*")] == ["checkpoint-2"]
