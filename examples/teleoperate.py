@@ -338,7 +338,7 @@ def main() -> None:
     (arguments,) = HfArgumentParser(TeleoperateArguments).parse_args_into_dataclasses()
     check_arguments(arguments)
     written = teleoperate(arguments)
-    print(f"wrote {' and '.join(map(str, written))}" if written else "nothing was driven, nothing was written")
+    print(f"wrote {' and '.join(map(str, written))}" if written else "no frames were predicted; nothing was written")
 
 
 if __name__ == "__main__":

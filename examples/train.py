@@ -31,6 +31,7 @@ from irasim_diffusers.training import (
     encode_data,
     finished_pipeline,
     is_pipeline,
+    load_sampler,
     load_transformer,
     load_vae,
     open_sources,
@@ -416,6 +417,8 @@ def main() -> None:
     sources = open_sources(arguments)
     vae = None if arguments.pixel_space else load_vae(arguments)
     pretrained = load_pretrained(arguments) if arguments.pretrained_model_name_or_path else None
+    # before the training, so that a run on an offline node cannot fail when it saves its result
+    sampler = load_sampler(arguments.pretrained_model_name_or_path, arguments.revision)
     config = pretrained.config if pretrained else new_settings(arguments)
     data = encode_data(sources, vae, config, arguments, accelerator)
     transformer = build_transformer(arguments, data, pretrained)
@@ -423,7 +426,7 @@ def main() -> None:
     run = train(transformer, data, copy, arguments, accelerator)
     averaged = run.averaged()
     if accelerator.is_main_process:
-        pipeline = finished_pipeline(vae, averaged, arguments.pretrained_model_name_or_path, arguments.revision)
+        pipeline = finished_pipeline(vae, averaged, sampler)
         save_finished(Path(arguments.output_dir), pipeline.save_pretrained)
         logger.info(f"saved to {arguments.output_dir} after {run.step} steps in {run.seconds / 60:.1f} min")
         if arguments.push_to_hub:

@@ -35,6 +35,7 @@ from irasim_diffusers.training import (
     remove_leftovers,
     run_script,
     save_checkpoint,
+    save_finished,
     step_of,
 )
 
@@ -303,7 +304,7 @@ def main() -> None:
         if not arguments.freeze_encoder:
             deviation = latent_std(vae, frames.held_out, accelerator.device)
             vae.register_to_config(scaling_factor=arguments.latent_std / deviation)
-        vae.save_pretrained(output)
+        save_finished(output, vae.save_pretrained)
         psnr = describe_psnr(vae, frames, accelerator.device)
         print(f"{psnr} in float32; scaling_factor {vae.config.scaling_factor:.4f}; {output}")
 

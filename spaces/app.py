@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def check_port(port: int | None) -> None:
-    """Check that a server can listen on a port; None takes the first free one.
+    """Check that a server can listen on a port; None for the first free port.
 
     Raises:
         ValueError: If the port is not in [1, 65535], or is in use.

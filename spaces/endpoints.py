@@ -106,7 +106,7 @@ def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
         """Return the recording: an mp4 of the first and all predicted frames, a `.npy` of the actions (n, A), raw units."""
         with sessions.use(session) as driven:
             folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
-            # outside the model's thread, so that others can drive; this request reserves the session
+            # runs in another thread so that other sessions are not blocked; the session is reserved for this request
             video, actions = await asyncio.to_thread(driven.session.save, folder / "drive.mp4")
             return gr.FileData(path=str(video)), gr.FileData(path=str(actions))
 

@@ -67,7 +67,9 @@ class PreferencePage:
                     "right": gr.Button("Right is better", size="md", min_width=80, elem_id="preference-right"),
                 }
         self.thanks = gr.Markdown(
-            "## Thank you, that was all.\n\nYour answers are stored.", visible=False, elem_id="preference-thanks"
+            "## Thank you! You have compared all videos.\n\nYour answers are stored.",
+            visible=False,
+            elem_id="preference-thanks",
         )
         self.back = gr.Button(
             "← Previous comparison", size="sm", variant="secondary", visible=False, elem_id="preference-back"
@@ -89,7 +91,7 @@ class PreferencePage:
         gr.on(None, self.greet, self.rater, [self.bar, self.begin], queue=False, show_progress="hidden", **private)
         step: Any = {"outputs": shown, "show_progress_on": [self.bar]} | private
         started = self.begin.click(self.show_next, self.rater, **step)
-        # Begin disappears, and the focus with it
+        # the focused button is hidden, so move the focus
         started.then(None, js="() => document.querySelector('#preference-left')?.focus()", **private)
         self.back.click(self.show_previous, [self.rater, self.current], **step)
         for choice, button in self.choices.items():

@@ -90,7 +90,7 @@ class Sessions:
                 "start a new one."
             )
         if drive.busy:
-            raise ValueError("`session` is still at its last request: wait for the answer, then ask again.")
+            raise ValueError("the session is busy: wait for the previous response.")
         drive.busy = True
         try:
             yield drive
@@ -120,7 +120,7 @@ class Sessions:
         visitors = [*self._opening, *(drive.visitor for drive in self._drives.values())]
         if visitors.count(visitor) >= self.most_each:
             raise ValueError(
-                f"all {self.most_each} places of a visitor are taken: end one of your sessions, or wait until one has been "
+                f"this address already has {self.most_each} sessions (the maximum): end one of them, or wait until one has been "
                 f"idle for {self.idle_seconds:g} seconds."
             )
         if len(visitors) >= self.most:

@@ -212,7 +212,7 @@ class TrajectoryPage:
         stopped = self.stop.click(self.interrupt, cancels=[drawn, pressed], **quiet)
         # in a second event, because the last output of the cancelled prediction may arrive after the first
         stopped = stopped.then(lambda: self._idle("Stopped."), outputs=made, **quiet)
-        # Stop disappears, and the focus with it
+        # the focused button is hidden, so move the focus
         stopped.then(None, js="() => document.querySelector('#trajectory-run').focus()", **private)
         start, model = [self.scene, self.pad, self.path, self.kind], [self.first[0], self.kind]
         self.pad.picked(self.choose_example, model, start, **quiet)

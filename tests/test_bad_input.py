@@ -508,7 +508,7 @@ ROWS = [
     ("convert", RELEASED | {"--checkpoint": "list.pt"}, "list.pt"),
     ("convert", RELEASED | {"--checkpoint": "nan.pt"}, "NaN or infinite values"),
     ("convert", RELEASED | {"--checkpoint": "no-ema.pt"}, "contains no 'ema' weights"),
-    ("convert", RELEASED | {"--dataset": "languagetable"}, "tensors do not fit"),
+    ("convert", RELEASED | {"--dataset": "languagetable"}, "tensors cannot be mapped"),
     ("convert", {"--source": "opensora"}, "--source opensora needs --config fps"),
 ]
 

@@ -6,6 +6,7 @@ import pytest
 from conftest import tiny_pipeline
 
 from irasim_diffusers.cli import main
+from irasim_diffusers.commands.evaluate_policies import _files_hash
 from irasim_diffusers.rewards import FrameRegressor
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -154,3 +155,13 @@ def test_signals_keep_finished_episodes(command, capsys, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("1*.json")] == ["100000.json"]
     assert command() == 0
     assert len(list(tmp_path.rglob("1*.json"))) == 6
+
+
+def test_hash_of_a_policy_follows_its_files(tmp_path):
+    assert _files_hash(str(tmp_path / "absent")) is None
+    (tmp_path / "model.safetensors").write_bytes(b"first")
+    first = _files_hash(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"other")
+    assert _files_hash(str(tmp_path)) != first
+    (tmp_path / "model.safetensors").write_bytes(b"first")
+    assert _files_hash(str(tmp_path)) == first

@@ -237,8 +237,10 @@ def main() -> None:
                 save()
                 saved = time.perf_counter()
     save()
-    save_file(average.module.state_dict(), output / WEIGHTS)
-    (output / "config.json").write_text(json.dumps(settings | {"steps": step}, indent=2), encoding="utf-8")
+    with temporary_path(output / "config.json") as partial:
+        partial.write_text(json.dumps(settings | {"steps": step}, indent=2), encoding="utf-8")
+    with temporary_path(output / WEIGHTS) as partial:
+        save_file(average.module.state_dict(), partial)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from irasim_diffusers import IRASimPipeline, ProprioceptionModel, embedded_check
 from irasim_diffusers.data import EpisodeSource, open_dataset
 from irasim_diffusers.devices import fast_dtype
 from irasim_diffusers.files import temporary_path
-from irasim_diffusers.training import run_script
+from irasim_diffusers.training import run_script, save_finished
 
 
 @dataclass
@@ -148,7 +148,7 @@ def main() -> None:
     model = train(data, names, arguments)
 
     output = arguments.output_dir or Path(arguments.model) / "proprioception"
-    model.save_pretrained(output)
+    save_finished(Path(output), model.save_pretrained)
     unit = pipeline.frame_size[1] / (arguments.state_high[0] - arguments.state_low[0])
     report: dict[str, Any] = {name: errors(model, *part, unit) for name, part in held_out.items()}
     report["parameters"] = model.num_parameters()

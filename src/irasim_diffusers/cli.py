@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments; None for those of the process.
 
     Returns:
-        Exit status: 0; 2 after bad input; 130 after Ctrl-C; 143 after SIGTERM. If not 0, with one line on stderr.
+        Exit status: 0; 2 after bad input; 130 after Ctrl-C; 143 after SIGTERM. An error is reported in one line on stderr.
     """
     arguments = _parser().parse_args(argv)
     arguments.argv = sys.argv[1:] if argv is None else argv

@@ -79,7 +79,7 @@ class Steering:
         return self.action_space.hold(self.last)
 
     def continue_from(self, action: np.ndarray | None) -> None:
-        """Move targets from those of `action` (A,) instead of the last action; None for the start."""
+        """Continue from `action` (A,), raw units; None restarts from `start`."""
         self.last = self.start if action is None else np.asarray(action, dtype=np.float64)
 
 
@@ -156,7 +156,7 @@ class DrivingSession:
         self._before = self._history  # latents before the frames in memory
         self._last_dropped: _Predicted | None = None
         self._num_dropped = 0
-        self._steer_on()
+        self._sync_steering()
 
     def undo(self, num_frames: int = 1) -> PIL.Image.Image:
         """Remove the last frames, at most those in memory.
@@ -171,7 +171,7 @@ class DrivingSession:
             raise ValueError(f"`num_frames` must not be negative, got {num_frames}.")
         for _ in range(min(num_frames, len(self._kept))):
             self._kept.pop()
-        self._steer_on()
+        self._sync_steering()
         return self.last_frame
 
     @property
@@ -205,7 +205,7 @@ class DrivingSession:
         try:
             return self._predict(actions)
         finally:
-            self._steer_on()  # also after an error, since commands have moved the targets
+            self._sync_steering()  # also after an error, since commands have moved the targets
 
     def _predict(self, actions: Any) -> list[PIL.Image.Image]:
         checked = self.pipe.action_space.prepare(actions)
@@ -247,7 +247,7 @@ class DrivingSession:
         images = [frame.convert("RGB") for frame in frames]
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
         self._keep(images, checked[0], self.pipe.encode_history(pixels[None] / 127.5 - 1))
-        self._steer_on()
+        self._sync_steering()
 
     def _keep(self, frames: Sequence[PIL.Image.Image], actions: torch.Tensor, latents: torch.Tensor) -> None:
         for frame, action, latent in zip(frames, actions, latents.split(1, dim=2), strict=True):
@@ -257,7 +257,7 @@ class DrivingSession:
                 self._num_dropped += 1
             self._kept.append(_Predicted(_png(frame), action.double().numpy(), latent.clone()))
 
-    def _steer_on(self) -> None:
+    def _sync_steering(self) -> None:
         self.steering.continue_from(self._last.action if self._last else None)
 
     @property

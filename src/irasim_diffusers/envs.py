@@ -262,8 +262,8 @@ class WorldModelVectorEnv(VectorEnv):
             Observations, rewards (num_envs,), terminated, truncated, and `{"is_success": ...}`.
 
         Raises:
-            ValueError: If actions have another shape, are not finite or are out of bounds, or a row has not been reset; nothing
-                has changed then. Also if a prediction, reward or success is not finite.
+            ValueError: If actions have another shape, are not finite or are out of bounds, or a row has not been reset; the
+                state is then unchanged. Also if a prediction, reward or success is not finite.
         """
         finished = self._terminated | self._truncated
         if any(state is None for state in self._states):

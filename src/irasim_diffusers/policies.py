@@ -221,7 +221,7 @@ class PlannerPolicy:
         self._num_plans = 0
 
     def select_action(self, observation: Observation) -> torch.Tensor:
-        """Return the next action of each row (B, A), raw units; plans if the executed part of the last plan is over.
+        """Return the next action of each row (B, A), raw units; plans again when no actions of the current plan remain.
 
         Raises:
             ValueError: If the number of rows changes within an episode, or the input of the planner is invalid.

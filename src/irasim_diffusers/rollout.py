@@ -42,7 +42,7 @@ class RolloutState:
 
     @classmethod
     def first(cls, latents: torch.Tensor, seeds: Sequence[int]) -> RolloutState:
-        """The state of rollouts without predicted frames, from their histories (B, C, h, H, W)."""
+        """Return the state of rollouts without predicted frames, from their histories (B, C, h, H, W)."""
         return cls(latents, tuple(int(seed) for seed in seeds), torch.zeros(len(latents), dtype=torch.int64))
 
     def __len__(self) -> int:
@@ -67,14 +67,14 @@ class RolloutState:
             other: As many rows, with the same shape of latents.
 
         Raises:
-            ValueError: If rows repeat or are out of range, or the states do not fit together.
+            ValueError: If rows repeat or are out of range, or the shapes of the states differ.
         """
         rows = self._check_rows(rows)
         if len(set(rows)) != len(rows) or len(rows) != len(other):
             raise ValueError(f"`rows` must be {len(other)} distinct rows, as many as `other` has, got {rows}.")
         if self.latents.shape[1:] != other.latents.shape[1:]:
             raise ValueError(
-                f"`other` must have latents of shape {tuple(self.latents.shape[1:])} a row, got "
+                f"`other` must have latents of shape {tuple(self.latents.shape[1:])} per row, got "
                 f"{tuple(other.latents.shape[1:])}: start it from as many history frames."
             )
         latents, step, seeds = self.latents.clone(), self.step.clone(), list(self.seeds)
@@ -84,12 +84,12 @@ class RolloutState:
         return RolloutState(latents, tuple(seeds), step)
 
     def append(self, future: torch.Tensor, num_history_frames: int) -> RolloutState:
-        """The state after predicted latents (B, C, n, H, W), with the last `num_history_frames` frames as history."""
+        """Return the state after predicted latents (B, C, n, H, W), with the last `num_history_frames` frames as history."""
         latents = torch.cat([self.latents.to(future), future], dim=2)[:, :, -num_history_frames:]
         return RolloutState(latents, self.seeds, self.step + future.shape[2])
 
     def to(self, device: torch.device | str) -> RolloutState:
-        """The state with its latents on a device."""
+        """Return the state with its latents on a device."""
         return RolloutState(self.latents.to(device), self.seeds, self.step)
 
     def generators(self, offset: int = 0) -> list[torch.Generator]:

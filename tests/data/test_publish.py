@@ -98,7 +98,7 @@ def test_recorded_actions_have_no_entry(tmp_path):
     assert copy.info["features"]["action"] == {"dtype": "float32", "shape": [3], "names": ["x", "y", "grip"]}
     write_dataset_card(copy, "org/arm")
     assert (
-        "Actions (`recorded`): as recorded; how they follow from states is not known"
+        "Actions (`recorded`): as recorded; their relation to the states is unknown"
         in (copy.root / "README.md").read_text()
     )
 

@@ -262,7 +262,10 @@ def test_invalid_arguments_raise(changes, message):
     [
         ({"action_scale": [1.0, 2.0]}, r"`action_scale` must be one number, or 7, got \[1.0, 2.0\]"),
         ({"state_keys": ["joints"]}, "has no vector feature 'joints'; it has"),
-        ({"validation_dataset": "other"}, r"`validation_dataset` must have pictures of \(16, 32\).*, got \(16, 24\)"),
+        (
+            {"validation_dataset": "other"},
+            r"`validation_dataset` must have frames of size \(16, 32\).*, got \(16, 24\)",
+        ),
     ],
 )
 def test_incompatible_data_raise_before_encoding(workspace, changes, message):
@@ -864,3 +867,8 @@ def test_killed_and_resumed_run_matches_uninterrupted_run(workspace):
     for name, value in expected.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
     assert not list(output.glob("partial-*"))
+
+
+def test_last_step_has_a_checkpoint(workspace):
+    train_robot(workspace, "last", "--max_train_steps", 2, "--checkpointing_steps", 100)
+    assert [path.name for path in (workspace / "last").glob("checkpoint-*")] == ["checkpoint-2"]

@@ -35,11 +35,11 @@ def test_i3d_is_not_downloaded(tmp_path):
 @pytest.mark.parametrize(
     ("load", "package", "message"),
     [
-        (load_lpips, "lpips", r"LPIPS requires the package lpips: pip install irasim-diffusers\[backbones\]"),
+        (load_lpips, "lpips", r"LPIPS requires the package lpips: pip install '.\[backbones\]' in a clone"),
         (
             load_inception,
             "pytorch_fid",
-            r"FID requires the package pytorch-fid: pip install irasim-diffusers\[backbones\]",
+            r"FID requires the package pytorch-fid: pip install '.\[backbones\]' in a clone",
         ),
     ],
 )

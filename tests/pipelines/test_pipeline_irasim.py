@@ -592,7 +592,7 @@ def settings_of(pipeline):
 def test_settings_of_checkpoint_survive_new_pipelines(saved, tmp_path):
     parts = tiny_pipeline(num_inference_steps=None).components
     settings = {"num_inference_steps": 3, "window_length": 4, "timesteps": [999, 300, 40]}
-    pipeline = IRASimPipeline(**parts, **settings)
+    pipeline = IRASimPipeline(**parts | settings)
     if saved:
         pipeline.save_pretrained(tmp_path)
         pipeline = IRASimPipeline.from_pretrained(tmp_path)
@@ -601,16 +601,20 @@ def test_settings_of_checkpoint_survive_new_pipelines(saved, tmp_path):
     for again in (
         IRASimPipeline(**pipeline.components),
         IRASimPipeline(**pipeline.components | {"scheduler": other}),
-        IRASimPipeline(vae=None, transformer=pipeline.transformer, scheduler=other),
         IRASimPipeline.from_pipe(pipeline),
         pipeline.with_scheduler("DDIMScheduler"),
     ):
         assert settings_of(again) == expected
-    assert settings_of(IRASimPipeline(**pipeline.components, num_inference_steps=2)) == [2, 4, None]
+    changed = {"num_inference_steps": 2, "timesteps": None}
+    assert settings_of(IRASimPipeline(**pipeline.components | changed)) == [2, 4, None]
+    assert settings_of(IRASimPipeline(None, pipeline.transformer, other)) == [50, None, None]  # nothing leaks
     pipeline.register_to_config(num_inference_steps=7, timesteps=None)  # a setting of this pipeline only
-    for again in (IRASimPipeline.from_pipe(pipeline), pipeline.with_scheduler("DDIMScheduler")):
+    for again in (
+        IRASimPipeline(**pipeline.components),
+        IRASimPipeline.from_pipe(pipeline),
+        pipeline.with_scheduler("DDIMScheduler"),
+    ):
         assert settings_of(again) == [7, 4, None]
-    assert settings_of(IRASimPipeline(**pipeline.components)) == expected
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -661,16 +665,17 @@ def test_non_finite_weights_raise(part, value, pipeline, tmp_path):
         IRASimPipeline.from_pretrained(tmp_path)
 
 
-def test_large_finite_weights_are_accepted(pipeline):
+def test_large_finite_weights_are_accepted(pipeline, tmp_path):
     with torch.no_grad():
         pipeline.transformer.proj_out.weight.fill_(3e38)  # their sum overflows
-    IRASimPipeline(**pipeline.components)
+    pipeline.save_pretrained(tmp_path)
+    IRASimPipeline.from_pretrained(tmp_path)
 
 
 def test_timesteps_of_the_checkpoint_are_used_for_its_number_of_steps(frames, actions, tmp_path):
     parts = tiny_pipeline().components
     parts["scheduler"] = diffusers.EulerDiscreteScheduler.from_config(parts["scheduler"].config)
-    pipeline = IRASimPipeline(**parts, num_inference_steps=3, timesteps=[999, 300, 40])
+    pipeline = IRASimPipeline(**parts | {"num_inference_steps": 3, "timesteps": [999, 300, 40]})
     pipeline.save_pretrained(tmp_path)
     pipeline = IRASimPipeline.from_pretrained(tmp_path)
     taken = []
@@ -687,7 +692,7 @@ def test_timesteps_of_the_checkpoint_are_used_for_its_number_of_steps(frames, ac
     assert len(taken) == 7
     assert not {300, 40} & set(taken)
     with pytest.raises(ValueError, match="`timesteps` must be `num_inference_steps` = 50 numbers, got 2"):
-        IRASimPipeline(**parts, timesteps=[999, 300])
+        IRASimPipeline(**parts | {"num_inference_steps": 50, "timesteps": [999, 300]})
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])

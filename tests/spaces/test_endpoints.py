@@ -244,7 +244,7 @@ def test_sessions_are_limited_and_deleted_when_idle(worlds):
             await sessions.open(world, lambda: new_session(world))
             with pytest.raises(ValueError, match="all 2 places are taken"):
                 await sessions.open(world, lambda: new_session(world))
-            with pytest.raises(ValueError, match="still at its last request"), sessions.use(first):
+            with pytest.raises(ValueError, match="session is busy"), sessions.use(first):
                 pass
             await asyncio.sleep(1)
             assert len(sessions) == 1  # only the other one was idle
@@ -308,9 +308,9 @@ def test_only_the_configured_proxy_names_the_visitor(app_url):
         for number in range(33):
             if refusal := start(f"203.0.113.{number}"):
                 break
-        assert "places of a visitor are taken" in refusal
+        assert "sessions (the maximum)" in refusal
         assert "all 32 places are taken" in start("203.0.113.7", "127.0.0.2")
-        assert "places of a visitor are taken" in start("203.0.113.7, 127.0.0.1", "127.0.0.2")
+        assert "sessions (the maximum)" in start("203.0.113.7, 127.0.0.1", "127.0.0.2")
     finally:
         for session in sessions:
             post(app_url, "stop", json.dumps([session]))

@@ -91,10 +91,10 @@ def test_answers_are_kept_and_exported_as_csv(page, app_url):
     for number in (2, 3, 4):
         page.locator("#preference-similar").click()
         page.get_by_text(f"{number} of 4 compared").wait_for()
-    page.get_by_text("Thank you, that was all.").wait_for()
+    page.get_by_text("Thank you! You have compared all videos.").wait_for()
     page.locator("#preference-back").click()
     page.locator("#preference-right").click()
-    page.get_by_text("Thank you, that was all.").wait_for()
+    page.get_by_text("Thank you! You have compared all videos.").wait_for()
 
     page.locator("#preference-results .label-wrap, #preference-results > button").first.click()
     page.locator("#preference-show").click()

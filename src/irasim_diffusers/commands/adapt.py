@@ -43,10 +43,14 @@ def add_parser(subparsers: Any) -> None:
         help="new autoencoder, fitted to frames of --dataset: folder or Hub id, optionally with ':<subfolder>'",
     )
     add("--action-dim", type=int, help="number of action components; the action encoder is initialised again")
-    add("--action-frequencies", type=int, help="octaves of sine and cosine features of the actions, at least as many")
+    add(
+        "--action-frequencies",
+        type=int,
+        help="octaves of sine and cosine features of the actions; at least the model's number",
+    )
     add("--prediction-type", choices=("sample",), help="predict samples instead of velocities")
     add("--height", type=int, help="with --width: resize the frames of --dataset, as in training")
-    add("--width", type=int, help="see --height")
+    add("--width", type=int, help="width in pixels; requires --height")
     add_dataset_flags(parser, "train", required=False)
 
 
@@ -58,13 +62,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     from .. import IRASimPipeline
     from ..files import temporary_folder
-    from ..training import finished_pipeline
+    from ..training import finished_pipeline, load_sampler
 
     model, wanted = arguments.model, "a pipeline folder or Hub id"
     pipeline = load_checked("--model", wanted, model, IRASimPipeline, dtype=torch.float32)
     transformer, vae = _adapted(arguments, pipeline)
     with temporary_folder(arguments.output) as partial:
-        finished_pipeline(vae, transformer, arguments.model).save_pretrained(partial)
+        finished_pipeline(vae, transformer, load_sampler(arguments.model)).save_pretrained(partial)
     config = transformer.config
     print(
         f"patches of {config.patch_size} latent pixels, {config.in_channels} channels, {config.action_dim} action components; "
@@ -109,7 +113,7 @@ def _adapted(
         transformer = predict_samples(transformer)
     if arguments.vae:
         if vae is None:
-            raise ValueError(f"--vae must be left out: {arguments.model!r} is a pixel-space model.")
+            raise ValueError(f"--vae must not be given: {arguments.model!r} is a pixel-space model.")
         try:
             with quiet_loading() as messages:
                 other = load_autoencoder(arguments.vae)

@@ -33,7 +33,12 @@ def add_parser(subparsers: Any) -> None:
     add("--source", choices=("irasim", "opensora", "latte"), default="irasim", help="default: %(default)s")
     add("--checkpoint", type=Path, required=True, help=".pt file of the release; safetensors file or folder")
     add("--dataset", choices=("rt1", "bridge", "languagetable"), help="data set of a released IRASim checkpoint")
-    add("--weights", choices=("ema", "model"), default="ema", help="of a released checkpoint (default: %(default)s)")
+    add(
+        "--weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="which weights of a released checkpoint to use (default: %(default)s)",
+    )
     add("--final-frame-ada", action="store_true", help="a released checkpoint with actions in the final layer")
     add("--vae", required=True, help="SDXL autoencoder: folder or Hub id, with ':<subfolder>' if it is in a subfolder")
     add("--config", nargs="*", default=[], metavar="KEY=VALUE", help="config entries, values in JSON: action_dim=7")

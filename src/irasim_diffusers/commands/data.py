@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
     add_dataset_flags(parser, "train")
     add = parser.add_argument
-    add("--skip-broken", action="store_true", help="leave out episodes that cannot be read, and name them")
+    add("--skip-broken", action="store_true", help="skip episodes that cannot be read, and list them")
     add("--robot-type", default="unknown", help="name of the robot")
     add("--output", type=Path, required=True, help="folder to write")
     add("--push-to-hub", metavar="ORG/NAME", help="publish the folder as this data set")

@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
         default=200,
         help="clips with changed actions; 0 for none (default: %(default)s)",
     )
-    add("--ways", type=int, default=4, help="futures to choose from in identification (default: %(default)s)")
+    add("--ways", type=int, default=4, help="number of alternatives in the identification test (default: %(default)s)")
     add("--lpips", nargs="?", const="", metavar="ALEXNET", help="LPIPS; a file or org/name:file, else downloaded")
     add("--inception", metavar="WEIGHTS", help="FID; pytorch-fid's weights, a file or org/name:file")
     add("--i3d", metavar="FILE", help="FVD; StyleGAN-V's i3d_torchscript.pt. Loading it runs code of the file")
@@ -62,7 +62,7 @@ def add_parser(subparsers: Any) -> None:
 def _add_data_preparation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--height", type=int, help="with --width: resize the data, as the paper resizes Bridge to 256x320")
-    add("--width", type=int, help="see --height")
+    add("--width", type=int, help="width in pixels; requires --height")
     add(
         "--action-derivation",
         default="recorded",
@@ -183,7 +183,9 @@ def _load_predictor(arguments: argparse.Namespace, dataset: Any) -> tuple[Any, A
     dtype = str(pipeline.transformer.dtype).removeprefix("torch.")
     if predictions is not None:
         if encode is None:
-            raise ValueError(f"--model is for its autoencoder here, and {name!r} has none: leave it out.")
+            raise ValueError(
+                f"--model provides the autoencoder for --predictions, but {name!r} has none: omit --model."
+            )
         folder.autoencoder = predictor.autoencoder
         setting = {"autoencoder": name, "weights": predictor.autoencoder, "dtype": dtype}
         return folder, encode, setting | {"predictions": str(predictions)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import embedded_checkpoint
+from ..extras import INSTALL
 from .files import check_name, check_output_folder
 from .sampling import check_device
 
@@ -103,7 +105,8 @@ def run(arguments: argparse.Namespace) -> None:
             range(arguments.first_seed, arguments.first_seed + arguments.num_episodes),
             arguments.max_episode_steps,
             arguments.num_videos,
-            setting={"paths": names} | {name: getattr(arguments, name) for name in recorded},
+            setting={"paths": names, "files": {name: _files_hash(path) for name, path in names.items()}}
+            | {name: getattr(arguments, name) for name in recorded},
         )
     )
     if state.is_main_process:
@@ -153,13 +156,26 @@ def _find_loader(path: str | None) -> Callable[..., Policy]:
     return found
 
 
+def _files_hash(path: str) -> str | None:
+    """Hash the names and contents of a policy's files; None if the path is not a local file or folder."""
+    root = Path(path)
+    if not root.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        if file.is_file():
+            with file.open("rb") as content:
+                digest.update(
+                    f"{file.relative_to(root)}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode()
+                )
+    return digest.hexdigest()
+
+
 def _real_environment(arguments: argparse.Namespace) -> Any:
     try:
         import gymnasium
     except ImportError as error:
-        raise ValueError(
-            "`irasim evaluate-policies` requires Gymnasium: pip install 'irasim-diffusers[envs]'."
-        ) from error
+        raise ValueError(f"`irasim evaluate-policies` requires Gymnasium: {INSTALL.format('envs')}.") from error
     try:
         options = json.loads(arguments.env_kwargs)
         if not isinstance(options, dict):

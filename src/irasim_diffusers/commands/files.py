@@ -19,7 +19,7 @@ IMAGE_MODES = ("RGB", "RGBA", "P")  # not grey and depth pictures, which usually
 def read_frames(path: Path, flag: str = "--frames") -> np.ndarray:
     """Read the frames of a video, or an image as one frame.
 
-    Images are turned upright by their EXIF orientation; an alpha channel is dropped.
+    The EXIF orientation of an image is applied; an alpha channel is dropped.
 
     Args:
         path: The file.

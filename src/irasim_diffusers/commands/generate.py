@@ -67,16 +67,16 @@ def _predict(
 
     from ..evaluation import EvaluationCounter
 
-    evaluations = EvaluationCounter(pipeline.transformer)
     start = time.perf_counter()
-    frames = pipeline(
-        history,
-        actions,
-        num_inference_steps=arguments.steps,
-        generator=torch.Generator().manual_seed(arguments.seed),
-        resize=arguments.resize,
-        output_type="np",
-    ).frames[0]
+    with EvaluationCounter(pipeline.transformer) as evaluations:
+        frames = pipeline(
+            history,
+            actions,
+            num_inference_steps=arguments.steps,
+            generator=torch.Generator().manual_seed(arguments.seed),
+            resize=arguments.resize,
+            output_type="np",
+        ).frames[0]
     seconds = time.perf_counter() - start
     figures = (
         f"{len(frames)} frames in {seconds:.1f} s, {len(frames) / seconds:.1f} frames/s, {evaluations.count} network "

@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
         "--speed",
         type=float,
         default=0.5,
-        help="of a held key, in normalised actions per frame (default: %(default)s)",
+        help="speed while a key is held, in normalised actions per frame (default: %(default)s)",
     )
     add(
         "--chunk",
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
     if len(session):
         print(f"{len(session)} frames, {rate:.1f} frames/s; wrote {' and '.join(map(str, wrote))}")
     else:
-        print("nothing was driven, nothing was written")
+        print("no frames were predicted; nothing was written")
 
 
 def _open_session(arguments: argparse.Namespace) -> DrivingSession:
@@ -135,20 +135,20 @@ def play(session: DrivingSession, chunk_length: int = 2) -> float:
     screen = _Screen(session)
     with suppress(KeyboardInterrupt), ThreadPoolExecutor(1) as worker, open_terminal() as keys:
         ahead = _Ahead(session, chunk_length, worker)
-        standing = True
-        screen.show(session.first_frame, standing)
+        paused = True
+        screen.show(session.first_frame, paused)
         while not END & (pressed := keys.read(0.01)):
             if pressed & {screen.undo, *RESET}:
                 ahead.stop()
                 keys.release()
                 session.reset() if RESET & pressed else session.undo(round(screen.fps))
-                standing = True
-                screen.show(session.last_frame, standing)
-            standing = standing and not steering & pressed
-            if not standing:
+                paused = True
+                screen.show(session.last_frame, paused)
+            paused = paused and not steering & pressed
+            if not paused:
                 ahead.predict(keys)
             if (picture := ahead.due()) is not None:
-                screen.show(picture, standing)
+                screen.show(picture, paused)
     return screen.rate
 
 
@@ -243,19 +243,19 @@ class _Screen:
         ]
         self._help = "   ".join([*pairs, f"{self.undo} undo 1 s", "0 reset", "q end"])
 
-    def show(self, picture: PIL.Image.Image, standing: bool) -> None:
+    def show(self, picture: PIL.Image.Image, paused: bool) -> None:
         """Draw a frame and the lines below it."""
         columns, lines = shutil.get_terminal_size()
-        self._count(standing)
+        self._count(paused)
         steering = self._session.steering
         action = "  ".join(f"{name} {value:.4g}" for name, value in zip(steering.names, steering.last, strict=True))
-        pace = "press a key to drive" if standing else f"{self.rate:4.1f} frames/s"
+        pace = "press a key to drive" if paused else f"{self.rate:4.1f} frames/s"
         status = f"{len(self._session) / self.fps:5.1f} s   {pace}   {action}"
         rows = [*draw(picture, columns, lines - 2), status[: columns - 1], self._help[: columns - 1]]
         write("\x1b[H" + "".join(f"{row}\x1b[K\r\n" for row in rows[:-1]) + f"{rows[-1]}\x1b[J")
 
-    def _count(self, standing: bool) -> None:
-        if standing:
+    def _count(self, paused: bool) -> None:
+        if paused:
             self._times.clear()
             return
         self._times.append(time.monotonic())

@@ -21,8 +21,8 @@ HELD = 0.25
 """Seconds for which a key counts as held after its last press or repeat.
 
 Terminals do not report when a key is released. A held key repeats every 30 to 50 ms, and in bursts over a slow connection; HELD
-must be longer than these gaps, or the robot stutters. A tap drives for HELD seconds and so does a released key, so HELD is no
-longer than necessary. The delay before the first repeat (0.25 to 0.7 s) is longer: a key that is held down pauses once.
+must be longer than these gaps, or the motion is interrupted. Motion continues for HELD seconds after a key is released, so it should be
+as short as possible. The delay before the first repeat (0.25 to 0.7 s) is longer: a key that is held down pauses once.
 """
 
 ARROWS = ("ArrowUp", "ArrowDown", "ArrowRight", "ArrowLeft")  # in the order of their escape codes A to D

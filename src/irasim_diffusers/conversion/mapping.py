@@ -199,7 +199,9 @@ def build(
     report = ConversionReport() if report is None else report
     converted, problems = _convert(state, expected, lambda key, tensor: convert(key, tensor, outline), report)
     problems += [
-        f"nothing for {key} {tuple(shape)}" for key, shape in expected.items() if key not in converted and not new(key)
+        f"missing tensor {key} {tuple(shape)}"
+        for key, shape in expected.items()
+        if key not in converted and not new(key)
     ]
     problems = problems or [
         f"{key}: NaN or infinite values in float32"
@@ -211,7 +213,7 @@ def build(
     if problems:
         more = len(problems) - MAX_PROBLEMS
         shown = problems[:MAX_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
-        raise ValueError(f"{len(problems)} tensors do not fit:\n" + "\n".join(shown))
+        raise ValueError(f"{len(problems)} tensors cannot be mapped:\n" + "\n".join(shown))
     model = IRASimTransformer3DModel(**config)
     model.load_state_dict(converted, strict=False)
     return model

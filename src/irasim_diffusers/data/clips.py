@@ -227,7 +227,7 @@ class MixedClips(Dataset):
                 raise ValueError(f"`weights` must be {len(clips)} positive numbers, got {list(weights)}.")
         shapes = [{name: value.shape for name, value in part[0].items()} for part in clips]
         if any(shape != shapes[0] for shape in shapes):
-            raise ValueError(f"the data sets cannot be mixed: their windows are {shapes}.")
+            raise ValueError(f"`clips` must have windows of the same shapes, got {shapes}.")
         self.clips = clips
         self.seed = seed
         self.sizes = np.array([len(part) for part in clips])

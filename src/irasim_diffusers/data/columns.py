@@ -37,10 +37,10 @@ def choose_action_columns(asked: str | Sequence[str] | None, columns: Sequence[s
         return ("action",)
     if len(candidates) == 1:
         return (candidates[0],)
-    found = f"the candidates are {candidates}" if candidates else f"no column of {list(columns)} is named so"
+    found = f"the candidates are {candidates}" if candidates else f"no column in {list(columns)} looks like actions"
     raise ValueError(
-        f"{name!r} has no column 'action', and {found}: name one or more, which are concatenated, with `action_column` "
-        "(--action-column)."
+        f"{name!r} has no column 'action', and {found}: select one or more with `action_column` (--action-column); "
+        "they are concatenated."
     )
 
 

@@ -21,14 +21,14 @@ def content_hash(root: Path, files: Iterable[Path]) -> str:
 
     Args:
         root: The folder to which names are relative, so that a moved data set keeps its hash.
-        files: The files; missing ones count as such.
+        files: The files; missing files are hashed as None.
     """
     entries = [(os.path.relpath(path, root), _file_hash(path)) for path in sorted(set(files))]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def media_stamp(path: str | os.PathLike, modified: bool = True) -> list[Any] | None:
-    """Describe a large file by its size, modification time and a hash of its ends; None if it cannot be read.
+    """Describe a large file by its size, modification time and hash of its first and last 64 KiB; None if it cannot be read.
 
     A file in the cache of the Hub is described by its blob, which is named by its content.
 

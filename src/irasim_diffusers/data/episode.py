@@ -85,7 +85,7 @@ def first_readable(source: EpisodeSource, read: Callable[[int], Value], attempts
         attempts: Largest number of episodes to try.
 
     Raises:
-        ValueError: If none of them can be read; gives the reason for the first.
+        ValueError: If none of them can be read; the message contains the first error.
     """
     errors: list[ValueError] = []
     for number in range(min(len(source), attempts)):
@@ -115,7 +115,7 @@ def window_slice(start: int, length: int | None, frames: int) -> slice:
 
 
 def check_mixture(sources: Sequence[EpisodeSource]) -> None:
-    """Check that data sets can be mixed, as far as the shapes of their arrays do not show it.
+    """Check that datasets can be mixed, apart from array shapes, which are checked later.
 
     Single cameras may have different names. Padding components of actions match any component.
 

@@ -23,6 +23,9 @@ from ..files import remove_abandoned, temporary_path
 from ..latents import unscale_latents
 from .episode import Episode, EpisodeSource
 
+FORMAT = 1
+"""Version of the cached values; raise it with every change of decoding, tiling or resizing, so that all caches are encoded again."""
+
 FRAMES_AT_ONCE = 256
 """Number of frames of an episode that are decoded before they are encoded. More frames need more memory."""
 
@@ -151,6 +154,7 @@ def _identity(
 ) -> dict[str, Any]:
     """Everything that determines the content of the cache, in the types that JSON restores."""
     identity = {
+        "format": FORMAT,
         "data": dataset.identity,
         "vae": None if vae is None else fingerprint(vae),
         "recorded": vae.config.scaling_factor if vae is not None and recorded else None,

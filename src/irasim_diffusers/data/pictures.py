@@ -15,11 +15,11 @@ MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
 
 
 def read_picture(source: str | os.PathLike | BinaryIO, name: str | None = None) -> np.ndarray:
-    """Decode a picture, turned upright by its EXIF orientation. An alpha channel is dropped.
+    """Decode a picture with its EXIF orientation applied. An alpha channel is dropped.
 
     Args:
         source: The picture file, or an open one.
-        name: Name of the picture in error messages; None for the path.
+        name: Name in error messages (default: the path).
 
     Returns:
         Pixels (H, W, 3), uint8 RGB.

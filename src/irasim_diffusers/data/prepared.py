@@ -16,7 +16,7 @@ from .episode import CameraLayout, Episode, EpisodeSource, InOrder, first_readab
 
 @dataclass(frozen=True)
 class PreparedEpisodes(InOrder):
-    """A data source with other actions, fewer frames per second, or frames of another size.
+    """A data source with derived actions, fewer frames per second, or frames of another size.
 
     Args:
         source: Any data source.

@@ -30,7 +30,7 @@ EPISODES_PER_FILE = 50
 SOURCE_FILE = ".irasim-source.json"
 """File that identifies the data source from which `write_lerobot` writes a folder."""
 DERIVATION_TEXTS = {
-    "recorded": "as recorded; how they follow from states is not known",
+    "recorded": "as recorded; their relation to the states is unknown",
     "relative_euler": "motions in the frame of the previous pose: translation, and extrinsic xyz Euler angles of the rotation",
     "relative_6d": "motions in the frame of the previous pose: translation, and two columns of the rotation matrix",
     "relative_planar": "differences of successive states",
@@ -51,7 +51,7 @@ lossless H.264{layout}.
 {features}
 
 Actions (`{derivation}`): {derivation_text}. Row k of `action` is the command at frame k; it drives the step that ends in
-frame k + 1. The data set was written by `irasim data` of irasim-diffusers, which trains world models on it:
+frame k + 1. The dataset was written by `irasim data` (irasim-diffusers). To train a world model on it:
 
 ```bash
 accelerate launch examples/train.py --dataset {repo_id} --vae stabilityai/sdxl-vae --output_dir runs/model

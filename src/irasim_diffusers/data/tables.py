@@ -196,14 +196,14 @@ class TableEpisodes(InOrder):
                 part = np.concatenate([part, part[-1:]])  # leads out of the episode: never used
             if len(part) != length:
                 raise ValueError(
-                    f"{length} frames must have {length} actions, or one fewer, got {len(part)} in {key!r}."
+                    f"{length} frames require {length} actions, or one fewer, got {len(part)} in {key!r}."
                 )
             parts.append(part)
         states = {key: _matrix(row[key], key) for key in self.state_columns}
         for key, value in states.items():
             if len(value) != length:
                 raise ValueError(
-                    f"{length} frames must have states ({length}, S), got {value.shape} in column {key!r}."
+                    f"states of {length} frames must be ({length}, S), got {value.shape} in column {key!r}."
                 )
         return {"action": np.concatenate(parts, axis=1)} | states
 

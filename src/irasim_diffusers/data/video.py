@@ -22,7 +22,7 @@ ITU601, ITU709, MPEG_RANGE, JPEG_RANGE = 5, 1, 1, 2
 
 
 def read_video(path: VideoFile) -> np.ndarray:
-    """Decode every frame of a video file, turned upright.
+    """Decode every frame of a video file, with the rotation metadata applied.
 
     Args:
         path: The video file, or an open one, in any format of FFmpeg.

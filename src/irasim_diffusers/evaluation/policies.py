@@ -40,7 +40,8 @@ class PolicyEvaluation:
         output: Folder of the report and of the episodes.
         seeds: Seeds of the episodes, held out from the training data.
         max_episode_steps: Steps after which an episode ends in both environments.
-        num_videos: Number of episodes of each policy that are saved as side-by-side videos, disagreements first.
+        num_videos: Number of side-by-side videos of each policy that the report links, disagreements first. The episodes of all
+            seeds are recorded, since the outcomes are not known before; 0 records none.
         setting: Further JSON-serialisable entries of the report. An output folder with other settings is not accepted.
     """
 

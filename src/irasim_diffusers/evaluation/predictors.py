@@ -81,7 +81,7 @@ class ClipReader:
 
 
 class EvaluationCounter:
-    """Counts the network evaluations of a model, from the moment it is created.
+    """Counts the network evaluations of a model, from its creation to the end of an optional `with` statement.
 
     Args:
         model: The denoising network.
@@ -92,7 +92,13 @@ class EvaluationCounter:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.count = 0
-        model.register_forward_hook(self._add)
+        self._hook = model.register_forward_hook(self._add)
+
+    def __enter__(self) -> EvaluationCounter:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._hook.remove()
 
     def _add(self, *_: Any) -> None:
         self.count += 1
@@ -144,7 +150,7 @@ class WorldModelPredictor:
         ):
             if wanted != found:
                 raise ValueError(
-                    f"{name} of {dataset.name!r} must be {wanted} as for the model, got {found}: see {flags}."
+                    f"{name} of {dataset.name!r} must be {wanted} like the model's, got {found}: use {flags}."
                 )
 
     def check_clip(self, clip: ClipData) -> None:
@@ -237,7 +243,6 @@ class PipelinePredictor(WorldModelPredictor):
         super().__init__(pipeline, seed, resize, batch_size, pipeline.window_length - config.num_history_frames)
         self.pipeline, self.config, self.num_inference_steps = pipeline, config, num_inference_steps
         self.autoencoder = None if pipeline.vae is None else _digest([pipeline.vae])
-        self.evaluations = EvaluationCounter(pipeline.transformer)
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -254,10 +259,10 @@ class PipelinePredictor(WorldModelPredictor):
 
     def predict(self, clips: Sequence[ClipData]) -> list[Prediction]:
         """Predict the future frames of clips of equal length, and count the network evaluations per window."""
-        before = self.evaluations.count
-        predictions = super().predict(clips)
+        with EvaluationCounter(self.pipeline.transformer) as counter:
+            predictions = super().predict(clips)
         chunks = -(-len(clips[0].actions) // self.chunk_length)
-        evaluations = (self.evaluations.count - before) / chunks
+        evaluations = counter.count / chunks
         return [replace(prediction, network_evaluations=evaluations) for prediction in predictions]
 
     def history(self, clip: ClipData) -> np.ndarray:

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data import EpisodeSource
+from ..extras import INSTALL
 from ..files import check_new_folder, temporary_path
 from ..metrics import (
     Counterfactuals,
@@ -136,7 +137,7 @@ def _check(evaluation: Evaluation) -> None:
     """Check arguments and packages before any work."""
     for package, name in (("skimage", "scikit-image"), ("matplotlib", "matplotlib")):
         if find_spec(package) is None:
-            raise ValueError(f"an evaluation requires {name}: pip install irasim-diffusers[evaluation].")
+            raise ValueError(f"an evaluation requires {name}: {INSTALL.format('evaluation')}.")
     if evaluation.ways < 2:
         raise ValueError(f"`ways` must be at least 2, got {evaluation.ways}.")
     if evaluation.published is not None:

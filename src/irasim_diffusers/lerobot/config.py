@@ -38,8 +38,8 @@ class IRASimEnvConfig(EnvConfig):
         reward: Reward of the frames as `module:name`, a callable (B, n, 3, H, W) -> (B, n). None for the reward that is stored with
             the model.
         success: Success of the frames as `module:name`, likewise.
-        num_inference_steps: Denoising steps per frame; None takes the checkpoint's own number.
-        device: Device of the world model; None takes CUDA if there is one.
+        num_inference_steps: Denoising steps per frame; None for the checkpoint's setting.
+        device: Device of the world model; None for CUDA if available.
     """
 
     task: str | None = ""

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 
-EXTRA = "pip install irasim-diffusers[backbones], with a torchvision version that matches torch"
+from ..extras import INSTALL
+
+EXTRA = f"{INSTALL.format('backbones')}, with a torchvision version that matches torch"
 
 
 def find_weights(name: str, argument: str) -> Path:

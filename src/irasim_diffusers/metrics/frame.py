@@ -5,6 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ..extras import INSTALL
+
 
 def psnr(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """PSNR of the mean error of each clip, in dB.
@@ -48,7 +50,7 @@ def frame_ssim(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     try:
         from skimage.metrics import structural_similarity
     except ImportError as error:
-        raise ImportError("SSIM requires scikit-image: pip install irasim-diffusers[evaluation].") from error
+        raise ImportError(f"SSIM requires scikit-image: {INSTALL.format('evaluation')}.") from error
     _check_shapes(prediction, truth)
     size = prediction.shape[-3:]
     pairs = zip(prediction.reshape(-1, *size), truth.reshape(-1, *size), strict=True)

@@ -336,8 +336,8 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         Args:
             hidden_states: Latents or pixels (B, C, F, H, W), the clean history first; any F, H and W.
             timestep: Diffusion timesteps (B,), or one per frame (B, F).
-            actions: Actions (B, n, A) in the units of the data set, as many as it was trained on. They lead to the last n
-                frames. None is the null action.
+            actions: Actions (B, n, A) in raw units; n must be `sample_frames - num_history_frames`. They lead to the last n
+                frames. None selects the null action.
             action_mask: Booleans (B, n); where any is False, the null action replaces the trajectory (action dropout).
             attention_kwargs: `{"scale": s}` scales the LoRA layers.
             return_dict: Return a `UNet3DConditionOutput` instead of a tuple.
@@ -348,7 +348,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         batch_size, _, num_frames, height, width = hidden_states.shape
         if actions is not None:
             self._check_actions(actions, num_frames)
-        multiple = 2 ** len(self.downsamplers)  # so that every resolution has whole sides
+        multiple = 2 ** len(self.downsamplers)  # the sides must be divisible by this
         hidden_states = F.pad(hidden_states, (0, -width % multiple, 0, -height % multiple, 0, 0), mode="replicate")
         hidden_states = self.conv_in(hidden_states.transpose(1, 2).flatten(0, 1))  # (B F, D, H, W)
         dtype = hidden_states.dtype

@@ -45,7 +45,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         unknown = [key for key in encoder if not key.startswith(ACTION_ENCODER)]
         if unknown or not layers:
             raise ValueError(
-                f"not a LoRA file of an IRASim transformer: it has no LoRA layers, or it has other weights, {unknown}."
+                f"the file must contain LoRA layers of an IRASim transformer and may contain its action encoder, got other keys {unknown[:3]} and {len(layers)} LoRA tensors."
             )
         if encoder and self._is_fused():
             raise ValueError(
@@ -55,7 +55,9 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         own = self._writable_weights() if encoder else {}
         misshapen = [key for key, value in encoder.items() if key not in own or own[key].shape != value.shape]
         if misshapen:
-            raise ValueError(f"the file's action encoder has another action space: the shapes of {misshapen} differ.")
+            raise ValueError(
+                f"the action encoder in the file must have the shapes of this model's, got other shapes for {misshapen}."
+            )
         self.load_lora_into_transformer(
             layers,
             transformer=self.transformer,

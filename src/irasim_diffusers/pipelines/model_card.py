@@ -17,7 +17,7 @@ TEXT = """
 
 A world model of a robot: from {history} of {height}x{width} pixels and a sequence of actions it predicts the next
 frames, one per action. {method}, as a diffusers pipeline of
-[irasim-diffusers](https://pypi.org/project/irasim-diffusers).
+irasim-diffusers. Install the package with `pip install .` in a clone of its repository.
 
 ```python
 from diffusers.utils import load_image

@@ -29,6 +29,9 @@ from .lora import IRASimLoraLoaderMixin
 from .model_card import PIPELINE_FILE, write_model_card
 from .pipeline_output import IRASimPipelineOutput
 
+SETTINGS = ("num_inference_steps", "window_length", "timesteps")
+"""Arguments of the constructor that are saved with a checkpoint."""
+
 CPU_ROWS = 8
 """Rollouts that a CPU predicts together: the activations of more do not fit its caches, which takes longer per rollout."""
 
@@ -56,10 +59,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     The pipeline is a `WorldModel`: `start`, `advance` and `decode` predict rollouts in latent space.
 
-    The last three arguments are settings of the checkpoint and are saved with it. They are also kept with the transformer, so
-    that `IRASimPipeline(**pipe.components)` has the settings of the checkpoint; `IRASimPipeline.from_pipe(pipe)` copies those
-    of the pipeline. A scheduler has a state: use one pipeline per thread, such as
-    `pipe.with_scheduler(type(pipe.scheduler))`, which shares all weights.
+    The last three arguments are settings of the checkpoint and are saved with it. `components` contains them, so that
+    `IRASimPipeline(**pipe.components)` and `IRASimPipeline.from_pipe(pipe)` have the settings of `pipe`. A scheduler has a
+    state: use one pipeline per thread, such as `pipe.with_scheduler(type(pipe.scheduler))`, which shares all weights.
 
     Args:
         vae: Per-frame autoencoder; None for a model in pixel space, whose latents are the frames in [-1, 1].
@@ -67,11 +69,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             and the noise process.
         scheduler: Any diffusers scheduler with the checkpoint's prediction type and noise process; for checkpoints that
             predict samples, also one with prediction type `v_prediction`.
-        num_inference_steps: Default number of denoising steps. None for the checkpoint's setting, or 50.
-        window_length: Default number of frames per window of a rollout, history and predicted. None for the checkpoint's
-            setting, or the model's `sample_frames`.
+        num_inference_steps: Default number of denoising steps. None for 50.
+        window_length: Default number of frames per window of a rollout, history and predicted. None for the model's
+            `sample_frames`.
         timesteps: `num_inference_steps` timesteps that replace the scheduler's own spacing in calls with as many steps, if
-            the scheduler accepts custom timesteps. None for the checkpoint's setting, or the scheduler's spacing.
+            the scheduler accepts custom timesteps. None for the scheduler's spacing.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -89,31 +91,37 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         timesteps: list[int] | None = None,
     ) -> None:
         super().__init__()
-        given = (num_inference_steps, window_length, timesteps)
-        # Kept as an attribute of the transformer: `pipe.components` contains models only, and the scheduler may be exchanged.
-        kept = getattr(transformer, "_pipeline_settings", (None, None, None))
         if num_inference_steps is None:
-            num_inference_steps = 50 if kept[0] is None else kept[0]
-        if window_length is None:
-            window_length = kept[1]
-        if timesteps is None and num_inference_steps == kept[0]:
-            timesteps = kept[2]
+            num_inference_steps = 50
         if timesteps is not None and len(timesteps) != num_inference_steps:
             raise ValueError(
                 f"`timesteps` must be `num_inference_steps` = {num_inference_steps} numbers, got {len(timesteps)}."
             )
-        inputs.check_finite_weights(vae, "vae")
-        inputs.check_finite_weights(transformer, "transformer")
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
         self.register_to_config(
             num_inference_steps=num_inference_steps, window_length=window_length, timesteps=timesteps
         )
-        if kept == (None, None, None) != given:
-            transformer._pipeline_settings = (num_inference_steps, window_length, timesteps)
         config = self.vae.config if getattr(self, "vae", None) else {}
         levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (None,)
         self.vae_scale_factor = 2 ** (len(levels) - 1)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "IRASimPipeline":
+        """Load a pipeline as `DiffusionPipeline.from_pretrained` does, and check that its weights are finite.
+
+        Raises:
+            ValueError: If a weight of the autoencoder or the transformer is NaN or infinite.
+        """
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        for name in ("vae", "transformer"):
+            inputs.check_finite_weights(getattr(pipeline, name), name)
+        return pipeline
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The arguments of the constructor: the modules of the pipeline and its settings."""
+        return super().components | {name: self.config[name] for name in SETTINGS}
 
     @property
     def guidance_scale(self) -> float:
@@ -188,9 +196,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             ValueError: If the class is unknown, or the scheduler does not fit the checkpoint.
         """
         new = schedulers.exchange(self.scheduler, scheduler, self.transformer.config, **changes)
-        pipeline = type(self)(self.vae, self.transformer, new)
-        settings = ("num_inference_steps", "window_length", "timesteps")
-        pipeline.register_to_config(**{name: self.config[name] for name in settings})
+        pipeline = type(self)(**self.components | {"scheduler": new})
         pipeline.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         return pipeline
 

@@ -1,4 +1,4 @@
-"""Planners: choose actions by predicting their futures in a world model and scoring these.
+"""Planners: choose actions by scoring the futures that a world model predicts.
 
     state = model.start(frames, seeds=[0])
     plan = CEM(horizon=15)(model, state, GoalImage(goal), init=hold_actions)

@@ -31,7 +31,12 @@ class Rank:
         require(math.isfinite(self.spread) and self.spread >= 0, "spread", "finite and at least 0", self.spread)
 
     def __call__(self, model: WorldModel, state: RolloutState, objective: Objective, init: Any = None) -> Plan:
-        """Rank the sequences `init` (K, n, A), raw units; see `CEM.__call__` for what is raised."""
+        """Rank the sequences `init` (K, n, A), raw units.
+
+        Raises:
+            ValueError: Before any prediction, if the state, the sequences or the objective are invalid.
+            NoPlanError: If no sequence has a finite score.
+        """
         if init is None:
             raise ValueError("`init` must be the candidates (K, n, A) that are ranked, got None.")
         candidates = _prepare(model.action_space, init)

@@ -20,7 +20,7 @@ SEED_STRIDE = 1_000_003  # between the seeds of the members of a guard
 
 
 class NoPlanError(ValueError):
-    """No candidate has a finite score: the objective is NaN everywhere, or the guard refuses every candidate."""
+    """No candidate has a finite score: the objective is NaN everywhere, or the guard rejects every candidate."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Plan:
     actions: torch.Tensor  # (n, A), the best sequence
     score: float
     candidates: torch.Tensor  # (K, n, A), every sequence that was scored
-    scores: torch.Tensor  # (K,), not finite where a candidate was refused
+    scores: torch.Tensor  # (K,), not finite where a candidate was rejected
     model: WorldModel = field(repr=False)
     state: RolloutState = field(repr=False)
     scoring: Scoring = field(repr=False)
@@ -165,7 +165,7 @@ def best_plan(
     if not scores.isfinite().any():
         raise NoPlanError(
             f"None of the {len(scores)} candidates has a finite score: the objective or the prediction is NaN, or the guard's "
-            "`limit` refuses every candidate."
+            "`limit` rejects every candidate."
         )
     index = int(torch.where(scores.isfinite(), scores, -math.inf).argmax())
     return Plan(candidates[index], float(scores[index]), candidates, scores, model, state, scoring)

@@ -38,7 +38,7 @@ from .optimizers import build_optimizers, build_schedules
 from .pretrained import is_pipeline, load_autoencoder, load_transformer, load_vae, same_latents
 from .rollouts import clip_length, crop, predict_chunk
 from .run import TrainingData, encode_data, train
-from .saving import finished_pipeline, make_pipeline
+from .saving import finished_pipeline, load_sampler, make_pipeline
 from .scripts import Interruption, check_launch, require_finite, run_script
 from .validation import validate, validate_run
 
@@ -74,6 +74,7 @@ __all__ = [
     "is_pipeline",
     "load_autoencoder",
     "load_average",
+    "load_sampler",
     "load_transformer",
     "load_vae",
     "log_size",

@@ -30,7 +30,7 @@ class DataArguments:
     validation_split: str = field(default="train", metadata={"help": "split of the validation data"})
     skip_broken: bool = field(default=False, metadata={"help": "skip episodes that cannot be read, and list them"})
     height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
-    width: int | None = field(default=None, metadata={"help": "see --height"})
+    width: int | None = field(default=None, metadata={"help": "width in pixels; requires --height"})
     action_column: list[str] = field(
         default_factory=list, metadata={"help": "action columns, concatenated; by default action or actions"}
     )
@@ -130,7 +130,7 @@ class RunArguments(DataArguments):
         default=0.0,
         metadata={"help": "maximum standard deviation of the noise on history latents, against drift in rollouts"},
     )
-    snr_gamma: float | None = field(default=None, metadata={"help": "gamma of min-SNR loss weights; 5 in its paper"})
+    snr_gamma: float | None = field(default=None, metadata={"help": "gamma of min-SNR loss weights; the paper uses 5"})
     huber_c: float | None = field(
         default=None, metadata={"help": "scale of the pseudo-Huber loss; by default the loss is the squared error"}
     )
@@ -178,11 +178,9 @@ class RunArguments(DataArguments):
     ema_warmup: bool = field(default=True, metadata={"help": "increase the EMA decay with the steps, for short runs"})
     mixed_precision: str | None = field(
         default=None,
-        metadata={"help": "no, fp16 or bf16 (default: that of accelerate's config, or bf16)"},
+        metadata={"help": "no, fp16 or bf16 (default: that of `accelerate launch`, else bf16)"},
     )
-    allow_tf32: bool = field(
-        default=False, metadata={"help": "faster float32 matrix products on Ampere GPUs and later"}
-    )
+    allow_tf32: bool = field(default=False, metadata={"help": "allow TF32 matrix products"})
     gradient_checkpointing: bool = False
     compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile"})
     attention_backend: str | None = field(

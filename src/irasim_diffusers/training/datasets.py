@@ -96,14 +96,16 @@ def check_data(sources: list[PreparedEpisodes], arguments: RunArguments) -> None
     check_mixture([sources[0], held_out])
     found = first_readable(held_out, held_out.vectors)["action"].shape[1]
     if found != action_dim:
-        raise ValueError(f"`validation_dataset` must have {action_dim} action components as the data, got {found}.")
+        raise ValueError(
+            f"`validation_dataset` must have {action_dim} action components like the training data, got {found}."
+        )
     if arguments.recorded_latents or arguments.streaming:  # frames may be absent or must be downloaded
         return
     sizes = [
         first_readable(source, functools.partial(_first_frame, source)).shape[:2] for source in (sources[0], held_out)
     ]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"`validation_dataset` must have pictures of {sizes[0]} (height, width), got {sizes[1]}.")
+        raise ValueError(f"`validation_dataset` must have frames of size {sizes[0]} (height, width), got {sizes[1]}.")
 
 
 def _first_frame(source: PreparedEpisodes, number: int) -> np.ndarray:

@@ -143,12 +143,13 @@ class TrainingRun:
                     continue
                 self._finish_step(limit)
                 stopped_by = interruption.requested(self.accelerator)
-                if self.step % arguments.checkpointing_steps == 0 or self.seconds >= limit or stopped_by:
+                last = self.step == arguments.max_train_steps or self.seconds >= limit
+                if self.step % arguments.checkpointing_steps == 0 or last or stopped_by:
                     self._save_checkpoint()
                 if stopped_by:
                     self._stop(stopped_by)
                 yield self.step
-                if self.step == arguments.max_train_steps or self.seconds >= limit:
+                if last:
                     break
             epoch, done = epoch + 1, 0
 
@@ -211,12 +212,14 @@ class TrainingRun:
         self.total += loss.detach() / accelerator.gradient_accumulation_steps
 
     def _check_finite(self, name: str, value: torch.Tensor) -> None:
-        """Raise FloatingPointError if a value is NaN or infinite, before the weights change."""
-        if not math.isfinite(value.item()):
+        """Raise FloatingPointError in every process if a value is NaN or infinite in any, before the weights change."""
+        bad = (~torch.isfinite(value.detach())).float()
+        if self.accelerator.reduce(bad, "sum").item():  # a process that raised alone would leave the others waiting
             found = checkpoints(self.output)
+            where = "" if bad.item() else ", and not finite in another process"
             last = f"the last checkpoint is {str(found[-1])!r}" if found else "there is no checkpoint"
             raise FloatingPointError(
-                f"the {name} is {value.item()} at step {self.step + 1}; {last}. Use a lower `learning_rate`, or check the data."
+                f"the {name} is {value.item()} at step {self.step + 1}{where}; {last}. Use a lower `learning_rate`, or check the data."
             )
 
     def _finish_step(self, limit: float) -> None:

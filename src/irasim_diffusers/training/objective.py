@@ -129,7 +129,7 @@ def diffusion_loss(
         relative_latents: Value of the model's config; predict latents relative to the last history frame.
         states: True states (B, F, S) with unit variance, for the readout.
         state_loss_weight: Weight of the mean squared error of the readout.
-        snr_gamma: Gamma of min-SNR weighting (5 in its paper); None for equal weights.
+        snr_gamma: Gamma of min-SNR weighting (the paper uses 5); None for equal weights.
         huber_c: Scale c of the pseudo-Huber loss `2 c (sqrt(error^2 + c^2) - c)`, which is linear for errors much larger than c
             (https://arxiv.org/abs/2310.14189, section 3.3, and the training scripts of diffusers); None for the squared error.
 

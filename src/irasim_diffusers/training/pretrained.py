@@ -43,10 +43,10 @@ def load_vae(arguments: RunArguments) -> AutoencoderKL | None:
     vae = load_autoencoder(arguments.vae)
     if name is not None and is_pipeline(name, revision):
         if own is None:
-            raise ValueError(f"`vae` must be left out: {name!r} is a pixel-space model.")
+            raise ValueError(f"`vae` must not be given: {name!r} is a pixel-space model.")
         if not same_latents(own, vae):
             raise ValueError(
-                f"`vae` must have the same latents as the autoencoder of {name!r}: leave it out, or change the model with "
+                f"`vae` must have the same latents as the autoencoder of {name!r}: omit it, or convert the model with "
                 f"`irasim adapt --model {name} --vae {arguments.vae} --dataset <data>`."
             )
     return vae

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
 from ..models import IRASimTransformer3DModel, UNetTrajectoryModel, noise_process
 from ..pipelines import IRASimPipeline
+from ..pipelines.pipeline_irasim import SETTINGS
 from .pretrained import is_pipeline
+
+Sampler: TypeAlias = tuple[Any, dict[str, Any]]
+"""A scheduler, and the arguments of `IRASimPipeline` that belong to it."""
 
 
 def make_pipeline(
@@ -40,30 +44,44 @@ def make_pipeline(
     return IRASimPipeline(vae, transformer, scheduler)
 
 
+def load_sampler(pretrained: str | None, revision: str | None = None) -> Sampler | None:
+    """Load the scheduler and the settings of a pretrained pipeline; None for a new model or a bare transformer.
+
+    Args:
+        pretrained: Folder or Hub id of the pretrained pipeline or transformer; None for a new model.
+        revision: Revision of the pretrained pipeline.
+
+    Raises:
+        ValueError: If the scheduler is not a class of diffusers.
+    """
+    if pretrained is None or not is_pipeline(pretrained, revision):
+        return None
+    known = IRASimPipeline.load_config(pretrained, revision=revision)
+    name = known["scheduler"][1]
+    if not hasattr(diffusers, name):
+        raise ValueError(f"the scheduler of {pretrained!r} must be a class of diffusers, got {name!r}.")
+    scheduler = getattr(diffusers, name).from_pretrained(pretrained, subfolder="scheduler", revision=revision)
+    return scheduler, {key: known[key] for key in SETTINGS if key in known}
+
+
 def finished_pipeline(
     vae: AutoencoderKL | None,
     transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
-    pretrained: str | None = None,
-    revision: str | None = None,
+    sampler: Sampler | None = None,
 ) -> IRASimPipeline:
     """Build the pipeline of a trained model, with the sampler of the pretrained pipeline if it still fits the model.
 
     Args:
         vae: Autoencoder; None for pixel space.
         transformer: The trained model.
-        pretrained: Folder or Hub id of the pretrained pipeline or transformer; None for a new model.
-        revision: Revision of the pretrained pipeline.
+        sampler: Scheduler and settings of the pretrained pipeline, from `load_sampler`; None for the default ones.
     """
     pipeline = make_pipeline(vae, transformer)
-    if pretrained is None or not is_pipeline(pretrained, revision):
+    if sampler is None:
         return pipeline
-    known = IRASimPipeline.load_config(pretrained, revision=revision)
-    scheduler = getattr(diffusers, known["scheduler"][1]).from_pretrained(
-        pretrained, subfolder="scheduler", revision=revision
-    )
-    settings = {key: known[key] for key in ("num_inference_steps", "window_length", "timesteps") if key in known}
+    scheduler, settings = sampler
     if (settings.get("window_length") or 0) > transformer.config.sample_frames:
-        settings["window_length"] = None
+        settings = settings | {"window_length": None}
     sampled = IRASimPipeline(pipeline.vae, transformer, scheduler, **settings)
     try:
         sampled.check_scheduler()
