@@ -178,7 +178,7 @@ class RunArguments(DataArguments):
     ema_warmup: bool = field(default=True, metadata={"help": "increase the EMA decay with the steps, for short runs"})
     mixed_precision: str | None = field(
         default=None,
-        metadata={"help": "no, fp16 or bf16 (default: that of `accelerate launch`, else bf16)"},
+        metadata={"help": "no, fp16 or bf16 (default: fp16 or bf16 of accelerate, else bf16)"},
     )
     allow_tf32: bool = field(default=False, metadata={"help": "allow TF32 matrix products"})
     gradient_checkpointing: bool = False

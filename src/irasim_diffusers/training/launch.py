@@ -23,12 +23,12 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
     Raises:
         ValueError: If the launcher or the distributed type does not match the arguments.
     """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     output = Path(arguments.output_dir)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        # accelerate sets the variable if a config file or `accelerate launch` was used, also for "no"
-        mixed_precision=arguments.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16"),
+        mixed_precision=arguments.mixed_precision or (launched if launched != "no" else "bf16"),
         log_with=arguments.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
