@@ -140,7 +140,7 @@ BAD = [
         "--model must be .* got 'nowhere': there is neither such a folder nor such a model .{,50}$",
     ),
     ({"model": "runs/nothing"}, "--model must be .*: there is neither such a folder nor such a model .{,50}$"),
-    ({"model": "a/b/c"}, "--model must be .*: there is neither such a folder nor such a model .{,50}$"),
+    ({"model": "a/b/c"}, "--model must be .* is neither a valid local path nor a valid repo id"),
 ]
 
 

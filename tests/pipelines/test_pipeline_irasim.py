@@ -912,5 +912,5 @@ def test_bad_latent_scaling_raises(entry, value, pipeline):
 
 
 def test_offset_beyond_the_last_timestep_raises(pipeline, frames, actions):
-    with pytest.raises(ValueError, match="timesteps of PNDMScheduler must be less than 1000, got 1479"):
+    with pytest.raises(ValueError, match="timesteps of PNDMScheduler must be less than 1000, got 1499"):
         pipeline.with_scheduler("PNDMScheduler", steps_offset=999)(frames, actions, num_inference_steps=2)
