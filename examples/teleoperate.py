@@ -47,7 +47,7 @@ STICKS = {
     7: ("i", "k"),
 }
 BUTTONS = {0: "g", 1: "h"}
-DERIVATIONS = {2: "relative_planar", 3: "relative_planar", 7: "relative_euler", 10: "relative_6d"}
+MOTIONS = ("relative_planar", "relative_euler", "relative_6d")  # derivations that poses can follow
 
 
 @dataclass
@@ -201,17 +201,20 @@ def actions_of_poses(states: np.ndarray, last: np.ndarray, space: dict[str, Any]
         space: Description of the action space from `/start`.
 
     Raises:
-        ValueError: If the space has a number of components that motions cannot have.
+        ValueError: If the actions of the space are neither motions of a hand nor target positions in a plane.
     """
-    size = len(space["names"])
-    if size not in DERIVATIONS:
+    size, derivation = len(space["names"]), space.get("derivation", "recorded")
+    if derivation == "recorded" and space.get("space") == "absolute" and size == 2:
+        derivation = "relative_planar"  # two targets are a position in a plane, as in Push-T
+    if derivation not in MOTIONS:
         raise ValueError(
-            f"poses become actions of {sorted(DERIVATIONS)} components, got {size}: send actions from a file."
+            f"poses become {', '.join(MOTIONS)} actions or planar targets of 2 components, got {size} of derivation "
+            f"{derivation!r}: send actions from a file."
         )
     states = states[:, :size] if size < 7 else states
-    actions = derive_actions(states, DERIVATIONS[size])
+    actions = derive_actions(states, derivation)
     if space["space"] == "absolute":
-        actions = integrate_actions(last, actions, DERIVATIONS[size])[1:]
+        actions = integrate_actions(last, actions, derivation)[1:]
     low = [-np.inf if bound is None else bound for bound in space["low"]]
     high = [np.inf if bound is None else bound for bound in space["high"]]
     return np.clip(actions, low, high)

@@ -230,29 +230,29 @@ def train(
         step = step_of(newest)
     bar = tqdm(total=arguments.max_train_steps, initial=step, disable=not accelerator.is_main_process, unit="step")
     start = time.perf_counter()
-    interruption = Interruption()
-    while step < arguments.max_train_steps:
-        loss = batch_loss(accelerator, autoencoding, frames.training, arguments, step)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(autoencoding.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        step += 1
-        bar.update()
-        bar.set_postfix(loss=f"{loss.item():.5f}")
-        stopped_by = interruption.requested(accelerator)
-        if stopped_by or (step % arguments.checkpointing_steps == 0 and step < arguments.max_train_steps):
-            save_checkpoint(accelerator, output, step, limit=2, settings=settings)
-        if stopped_by:
-            name = signal.Signals(stopped_by).name
-            accelerator.print(f"stopped by {name} at step {step}; run the same command to resume")
-            accelerator.end_training()
-            raise SystemExit(128 + stopped_by)
-        if accelerator.is_main_process and step % arguments.validation_steps == 0:
-            with accelerator.autocast():
-                psnr = describe_psnr(vae, frames, accelerator.device)
-            bar.write(f"step {step}: {psnr}, {time.perf_counter() - start:.0f} s")
+    with Interruption() as interruption:
+        while step < arguments.max_train_steps:
+            loss = batch_loss(accelerator, autoencoding, frames.training, arguments, step)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(autoencoding.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            step += 1
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.5f}")
+            stopped_by = interruption.requested(accelerator)
+            if stopped_by or (step % arguments.checkpointing_steps == 0 and step < arguments.max_train_steps):
+                save_checkpoint(accelerator, output, step, limit=2, settings=settings)
+            if stopped_by:
+                name = signal.Signals(stopped_by).name
+                accelerator.print(f"stopped by {name} at step {step}; run the same command to resume")
+                accelerator.end_training()
+                raise SystemExit(128 + stopped_by)
+            if accelerator.is_main_process and step % arguments.validation_steps == 0:
+                with accelerator.autocast():
+                    psnr = describe_psnr(vae, frames, accelerator.device)
+                bar.write(f"step {step}: {psnr}, {time.perf_counter() - start:.0f} s")
     accelerator.wait_for_everyone()
 
 

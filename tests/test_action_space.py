@@ -128,3 +128,9 @@ def test_latent_model_without_autoencoder_raises(pipeline, frames, actions):
     alone = IRASimPipeline(None, pipeline.transformer, pipeline.scheduler)
     with pytest.raises(ValueError, match="`vae` must be the autoencoder of this model, whose latents have 4 channels"):
         alone(frames, actions)
+
+
+def test_message_shows_the_limits_of_unbounded_components():
+    space = ActionSpace.from_config({"action_dim": 1, "action_scale": 0.5, "action_offset": 3.0})
+    with pytest.raises(ValueError, match=r"\[-19997, 20003\] for 'action 0', got 1e\+38"):
+        space.prepare([[1e38]])

@@ -435,3 +435,16 @@ def test_any_world_model_works(starts):
     expected = (first["pixels"] / 255 + 0.2).clip(0, 1)
     np.testing.assert_allclose(observation["pixels"] / 255, expected, atol=0.003)
     assert env.metadata["render_fps"] == 10
+
+
+def test_registered_environments_can_be_described_as_json():
+    for name in ("irasim/PushT-v0", "irasim/WorldModel-v0"):
+        spec = gymnasium.spec(name)
+        restored = gymnasium.envs.registration.EnvSpec.from_json(spec.to_json())
+        assert (restored.id, restored.entry_point) == (name, spec.entry_point)
+
+
+def test_call_of_a_method_without_result(model, starts):
+    envs = WorldModelVectorEnv(model, 2, starts)
+    envs.nothing = lambda: None
+    assert envs.call("nothing") == (None, None)

@@ -40,6 +40,7 @@ from transformers import HfArgumentParser
 import irasim_diffusers
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.commands.keys import key_command
+from irasim_diffusers.commands.sampling import load_checked
 from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.driving import Steering
 from irasim_diffusers.evaluation import EvaluationCounter
@@ -325,7 +326,13 @@ def load_model(arguments: EvaluationArguments) -> tuple[IRASimPipeline | None, P
     if (Path(arguments.model) / WEIGHTS).is_file():
         baseline = load(Path(arguments.model))
         return None, lambda frames, actions: baseline.predict(last_frames(frames, number), actions)
-    pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    pipeline = load_checked(
+        "--model",
+        "a pipeline folder or Hub id",
+        arguments.model,
+        IRASimPipeline,
+        dtype=getattr(torch, arguments.dtype),
+    )
     pipeline.to(arguments.device)
     pipeline.set_progress_bar_config(disable=True)
     if arguments.scheduler:

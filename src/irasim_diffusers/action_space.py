@@ -146,14 +146,18 @@ class ActionSpace:
             ValueError: If actions are empty, ragged, of another dimension, not finite, or far outside the bounds.
         """
         checked = prepare_actions(actions, len(self))
-        low, high = (_as(bounds, checked) for bounds in self._limits())
+        limits = self._limits()
+        low, high = (_as(bounds, checked) for bounds in limits)
         outside = (checked < low) | (checked > high)
         if outside.any():
             place = tuple(torch.nonzero(outside)[0].tolist())
             component = place[-1]
+            least, most = (
+                bounds[component] if math.isfinite(bounds[component]) else limit[component]
+                for bounds, limit in zip((self.low, self.high), limits, strict=True)
+            )
             raise ValueError(
-                f"`actions` must be near the bounds of this checkpoint, [{self.low[component]:g}, "
-                f"{self.high[component]:g}] for {self.names[component]!r}, got {checked[place].item():g} at index {place}: "
+                f"`actions` must be near the bounds of this checkpoint, [{least:g}, {most:g}] for {self.names[component]!r}, got {checked[place].item():g} at index {place}: "
                 "check the units, or call `action_space.clip(actions)`."
             )
         return checked

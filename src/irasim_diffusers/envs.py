@@ -388,7 +388,11 @@ class WorldModelVectorEnv(VectorEnv):
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Return an attribute, or the result of a method, once per row, as `SyncVectorEnv` does."""
         value = getattr(self, name)
-        return tuple(value(*args, **kwargs)) if callable(value) else (value,) * self.num_envs
+        if callable(value):
+            value = value(*args, **kwargs)
+            if value is not None:
+                return tuple(value)
+        return (value,) * self.num_envs
 
     get_attr = call
 
@@ -490,11 +494,14 @@ def _concatenate(states: list[RolloutState]) -> RolloutState:
     return RolloutState(latents, tuple(seed for state in states for seed in state.seeds), steps)
 
 
+make_env = WorldModelEnv.from_pretrained
+make_vector_env = WorldModelVectorEnv.from_pretrained
+
 for _name, _model in (("irasim/PushT-v0", {"model": str(embedded_checkpoint())}), ("irasim/WorldModel-v0", {})):
     if _name not in gymnasium.registry:
         gymnasium.register(
             _name,
-            entry_point=WorldModelEnv.from_pretrained,  # type: ignore[arg-type]
-            vector_entry_point=WorldModelVectorEnv.from_pretrained,  # type: ignore[arg-type]
+            entry_point=f"{__name__}:make_env",
+            vector_entry_point=f"{__name__}:make_vector_env",
             kwargs=_model,
         )

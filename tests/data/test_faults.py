@@ -561,3 +561,19 @@ def test_numbers_of_episodes_must_be_positive(tmp_path):
             ValueError, match=rf"`max_episodes` \(--max_train_episodes\) must be at least 1, got {number}"
         ):
             open_dataset(tmp_path, max_episodes=number)
+
+
+@pytest.mark.parametrize("value", [5, None, [[10**400] * 7] * 3, {"a": 1}])
+@pytest.mark.parametrize("key", ["actions", "states", "videos"])
+def test_wrong_entries_of_annotations_name_the_file(key, value, tmp_path):
+    write_release(tmp_path, "planar")
+    first = sorted((tmp_path / "annotation/train").glob("*.json"))[0]
+    annotation = json.loads(first.read_text())
+    dropped = {"actions": (), "states": ("actions",), "videos": ("video_path", "videos")}[key]
+    first.write_text(
+        json.dumps({name: each for name, each in annotation.items() if name not in dropped} | {key: value})
+    )
+    source = open_dataset(tmp_path, cameras="0", split="train", fps=5)
+    number = [file.name for file in source.files].index(first.name)
+    with pytest.raises(ValueError, match=first.name):
+        source[number]

@@ -49,6 +49,7 @@ def space(derivation="relative_euler", kind="relative", low=None, high=None):
     return {
         "names": steering.names,
         "space": kind,
+        "derivation": derivation,
         "low": [low] * size,
         "high": [high] * size,
         "hold": steering.hold().tolist(),
@@ -191,6 +192,10 @@ POSE = {"time": 1, "position": [1, 2, 3], "rotation": [0, 0, 0, 1]}
         (lambda: axes_matrix("x,y,up"), "`axes` must be .*; got 'x,y,up'"),
         (lambda: list(at_rate([(1, np.zeros(7)), (1, np.zeros(7))], 5)), "times of poses must increase"),
         (lambda: actions_of_poses(np.zeros((2, 7)), np.zeros(5), {"names": list("abcde")}), "components, got 5"),
+        (
+            lambda: actions_of_poses(np.zeros((2, 7)), np.zeros(7), space() | {"derivation": "recorded"}),
+            "planar targets of 2 components, got 7 of derivation 'recorded'",  # joints
+        ),
         (lambda: check_arguments(TeleoperateArguments("file")), "--actions must be a file, got 'actions.csv'"),
         (lambda: check_arguments(TeleoperateArguments("gamepad", gamepad=Path("no"))), "plug"),
         (lambda: check_arguments(TeleoperateArguments("poses", dead_zone=1)), r"`dead_zone` must be in \[0, 1\)"),

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import tiny_transformer, tiny_unet
 from diffusers.models.attention_dispatch import attention_backend
 
 from irasim_diffusers import UNET_PRESETS, UNetTrajectoryModel
@@ -183,3 +183,22 @@ def test_bad_configs(config, message):
 def test_other_number_of_actions_raises(unet, frames, actions):
     with pytest.raises(ValueError, match=r"`actions` must be \(batch, 3, 3\) for a window of 3 frames or more, got"):
         unet(torch.randn(1, 4, frames, 4, 6), torch.ones(1), torch.randn(actions))
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("prediction_type", "zzz"),
+        ("beta_schedule", "zzz"),
+        ("num_history_frames", 5),
+        ("sample_frames", 0),
+        ("fps", 10**400),
+        ("fps", "x"),
+        ("num_layers", 10**7),
+        ("num_layers", "2"),
+    ],
+)
+def test_bad_config_raises(entry, value):
+    build = tiny_transformer if entry == "num_layers" else tiny_unet
+    with pytest.raises(ValueError, match=f"`{entry}` must be"):
+        build(**{entry: value})

@@ -646,6 +646,13 @@ def test_with_scheduler_keeps_prediction_type_of_its_own_class(pipeline):
         ("FlowMatchEulerDiscreteScheduler", {}, "with a flow or continuous process"),
         ("DDIMScheduler", {"beta_end": 0.5}, "with other betas"),
         ("DDIMScheduler", {"clip_sample": True}, "must not clip samples"),
+        (
+            "DDIMScheduler",
+            {"timestep_spacng": "trailing"},
+            r"no entries \['timestep_spacng'\]; it has .*'timestep_spacing'",
+        ),
+        ("DDIMScheduler", {"steps_offset": "a"}, r"`steps_offset` .* in \[0, 1000\), got 'a'"),
+        ("PNDMScheduler", {"steps_offset": 10**9}, r"`steps_offset` .* in \[0, 1000\), got 1000000000"),
     ],
 )
 def test_with_scheduler_raises(kind, changes, message, pipeline):
@@ -896,3 +903,19 @@ def test_flow_requires_a_flow_scheduler(frames, actions):
     pipeline.scheduler = flow
     with pytest.raises(ValueError, match="with a flow or continuous process"):
         run(pipeline, frames, actions)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("scaling_factor", value) for value in (0, -1, float("nan"), 1e39, 10**400, "x", None)]
+    + [("shift_factor", value) for value in (float("nan"), float("inf"), "x")],
+)
+def test_bad_latent_scaling_raises(entry, value, pipeline):
+    pipeline.vae.register_to_config(**{entry: value})
+    with pytest.raises(ValueError, match=f"`{entry}` of the autoencoder must be a"):
+        IRASimPipeline(**pipeline.components)
+
+
+def test_offset_beyond_the_last_timestep_raises(pipeline, frames, actions):
+    with pytest.raises(ValueError, match="timesteps of PNDMScheduler must be less than 1000, got 1499"):
+        pipeline.with_scheduler("PNDMScheduler", steps_offset=999)(frames, actions, num_inference_steps=2)

@@ -8,10 +8,8 @@ from irasim_diffusers.training import Interruption, scripts
 
 @pytest.fixture
 def interruption():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield Interruption()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with Interruption() as interruption:
+        yield interruption
 
 
 def test_repeated_sigterm_does_not_prevent_checkpoint(interruption, monkeypatch):
@@ -28,3 +26,11 @@ def test_second_ctrl_c_interrupts_after_delay(interruption, monkeypatch):
     monkeypatch.setattr(scripts, "REPEATED_SIGNAL_DELAY", -1.0)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_restored_after_training():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert interruption.number == signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

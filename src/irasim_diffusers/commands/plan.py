@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     from .. import IRASimPipeline
     from ..planning import Plan
 
-PLANNERS = ("cem", "mppi", "gradient", "lines")
+SEARCH = {"candidates": 50, "iterations": 5, "std": 1.0, "knots": None}
+PLANNERS: dict[str, dict[str, Any]] = {
+    "cem": SEARCH,
+    "mppi": SEARCH,
+    "gradient": {"iterations": 5},
+    "lines": {"candidates": 50, "radius": None},
+}
+"""Flags of each planner with their defaults."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,9 +54,9 @@ def add_parser(subparsers: Any) -> None:
     add("--planner", choices=PLANNERS, default="cem", help="lines: the paper's (default: %(default)s)")
     add("--position", help="action that holds the current position, such as 256,400; needed for absolute targets")
     add("--horizon", type=int, default=15, help="number of actions (default: %(default)s)")
-    add("--candidates", type=int, default=50, help="action sequences per iteration (default: %(default)s)")
-    add("--iterations", type=int, default=5, help="iterations of cem, mppi and gradient (default: %(default)s)")
-    add("--std", type=float, default=1.0, help="spread of cem and mppi in normalised units (default: %(default)s)")
+    add("--candidates", type=int, help="action sequences of cem, mppi and lines, per iteration (default: 50)")
+    add("--iterations", type=int, help="iterations of cem, mppi and gradient (default: 5)")
+    add("--std", type=float, help="spread of cem and mppi in normalised units (default: 1)")
     add("--knots", type=int, help="time points between which offsets of cem and mppi are interpolated (default: all)")
     add("--radius", type=float, help="length of lines, in the units of the actions")
     add("--batch-size", type=int, default=64, help="candidates that are predicted together (default: %(default)s)")
@@ -73,6 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("Pass either --goal or --reward: what the plan should reach.")
     if arguments.encoder is not None and arguments.goal is None:
         raise ValueError("--encoder needs --goal: it compares features of the goal image.")
+    _check_planner_flags(arguments)
     planner = _planner(arguments)
     goal = None if arguments.goal is None else read_frames(arguments.goal, "--goal")[-1]
     pipeline, video, history = open_start(arguments)
@@ -88,13 +96,32 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{time.perf_counter() - start:.1f} s with loading")
 
 
+def _check_planner_flags(arguments: argparse.Namespace) -> None:
+    """Set the defaults of the planner's flags.
+
+    Raises:
+        ValueError: If a flag is given that the planner does not use.
+    """
+    used = PLANNERS[arguments.planner]
+    for flag in {flag: None for flags in PLANNERS.values() for flag in flags}:
+        if getattr(arguments, flag) is None:
+            setattr(arguments, flag, used.get(flag))
+        elif flag not in used:
+            others = ", ".join(name for name, flags in PLANNERS.items() if flag in flags)
+            raise ValueError(f"--{flag} must be left out with --planner {arguments.planner}: it belongs to {others}.")
+
+
 def _planner(arguments: argparse.Namespace) -> Any:
     from ..planning import CEM, MPPI, Gradient, Rank, Scoring
 
     sampling = {} if arguments.steps is None else {"num_inference_steps": arguments.steps}
     scoring = Scoring(batch_size=arguments.batch_size, sampling=sampling)
-    common = {"horizon": arguments.horizon, "num_iterations": arguments.iterations, "scoring": scoring}
-    search = {"num_candidates": arguments.candidates, "std": arguments.std, "num_knots": arguments.knots}
+    common: dict[str, Any] = {"horizon": arguments.horizon, "num_iterations": arguments.iterations, "scoring": scoring}
+    search: dict[str, Any] = {
+        "num_candidates": arguments.candidates,
+        "std": arguments.std,
+        "num_knots": arguments.knots,
+    }
     search |= {"seed": arguments.seed}
     if arguments.planner == "cem":
         elites = max(1, arguments.candidates // 8)

@@ -128,6 +128,7 @@ def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
                 pipeline = pipeline.with_scheduler(SCHEDULERS[arguments.scheduler])
         except ValueError as error:
             raise ValueError(f"--scheduler {arguments.scheduler} does not fit the model: {error}") from error
+    pipeline.check_scheduler()
     if arguments.steps is not None:
         _check_steps(pipeline.scheduler, arguments.steps)
     return pipeline.to(device)
@@ -151,8 +152,24 @@ def load_checked(flag: str, wanted: str, name: str, kind: Any, **options: Any) -
             loaded = kind.from_pretrained(name, **options)
         check_weights(getattr(loaded, "components", {flag.removeprefix("--"): loaded}), messages)
     except Exception as error:  # the loaders raise errors of many types for damaged files
-        raise ValueError(f"{flag} must be {wanted}, got {name!r}: {error}") from error
+        reason = _missing_reason(name, error) or error
+        raise ValueError(f"{flag} must be {wanted}, got {name!r}: {reason}") from error
     return loaded
+
+
+def _missing_reason(name: str, error: BaseException | None) -> str | None:
+    """Describe a name that is neither a folder nor a repository; None if an error has another cause."""
+    from huggingface_hub import constants, errors
+
+    if Path(name).exists():
+        return None
+    missing = (errors.HFValidationError, errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError)
+    while error is not None:
+        if isinstance(error, (*missing, errors.OfflineModeIsEnabled)):
+            place = "in the cache of the Hub (offline)" if constants.HF_HUB_OFFLINE else "on the Hub or in its cache"
+            return f"there is neither such a folder nor such a model {place}."
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def load_reward(name: str, device: Any) -> FrameRegressor:

@@ -86,6 +86,8 @@ def finite_vector(values: Any, key: str, place: str = "") -> np.ndarray:
         array = np.asarray(values)
         if array.dtype.kind in "US":
             raise ValueError("they are strings")
+        if array.ndim == 0:
+            raise ValueError(f"got a single value {array.item()!r}")
         with np.errstate(over="ignore"):
             result = array.astype(np.float32)
     except (ValueError, TypeError, OverflowError) as error:

@@ -296,4 +296,6 @@ def _numbers(annotation: dict[str, Any], key: str) -> np.ndarray:
         raise ValueError(f"{key!r} must be numbers in rows of equal length: {error}") from error
     if values.dtype.kind not in "iuf":
         raise ValueError(f"{key!r} must be numbers in rows of equal length, got values of the type {values.dtype}.")
+    if values.ndim == 0:
+        raise ValueError(f"{key!r} must be numbers in rows of equal length, got {values.item()!r}.")
     return values.astype(np.float64)

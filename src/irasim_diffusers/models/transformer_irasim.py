@@ -65,6 +65,11 @@ COUNTS = (
 )
 """Config entries that are positive integers."""
 
+MAX_LAYERS = 1000
+"""Limit of `num_layers`: building a model takes time in proportion to it."""
+
+MAX_FPS = 100_000
+
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "conditioning": ("frame", "video"),
     "norm_type": ("ada_norm_zero", "ada_norm_single"),
@@ -783,19 +788,9 @@ def _check_config(config: Any) -> None:
     Raises:
         ValueError: If an entry is invalid, or entries do not match.
     """
-    for name in COUNTS:
-        if not isinstance(config[name], int) or config[name] < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {config[name]!r}.")
-    if config.num_history_frames >= config.sample_frames:
-        raise ValueError(
-            f"`num_history_frames` must be less than `sample_frames` = {config.sample_frames}, which includes the predicted "
-            f"frames, got {config.num_history_frames}."
-        )
-    if config.fps is not None and not 0 < config.fps < INF:
-        raise ValueError(f"`fps` must be a positive number of frames per second, or None, got {config.fps}.")
-    for name, choices in CHOICES.items():
-        if config[name] not in choices:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {config[name]!r}.")
+    check_shared_config(config)
+    if config.num_layers > MAX_LAYERS:
+        raise ValueError(f"`num_layers` must be at most {MAX_LAYERS}, got {config.num_layers}.")
     if config.scale_noisy_latents and config.prediction_type == "flow_prediction":
         raise ValueError("`scale_noisy_latents` must be False for a flow, which has no alphas.")
     if config.target_extent is not None:
@@ -804,6 +799,30 @@ def _check_config(config: Any) -> None:
         raise ValueError(
             f"`attention_head_dim` must be divisible by 4 with `spatial_position='rope'`, got {config.attention_head_dim}."
         )
+
+
+def check_shared_config(config: Any) -> None:
+    """Check the entries that the transformer and the U-Net share, as far as a config has them.
+
+    Raises:
+        ValueError: If an entry is invalid.
+    """
+    for name in COUNTS:
+        value = config.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+    if config.num_history_frames >= config.sample_frames:
+        raise ValueError(
+            f"`num_history_frames` must be less than `sample_frames` = {config.sample_frames}, which includes the predicted "
+            f"frames, got {config.num_history_frames}."
+        )
+    fps = config.fps
+    if fps is not None and not (isinstance(fps, int | float) and 0 < fps <= MAX_FPS):
+        found = fps if isinstance(fps, float) else repr(fps)[:60]
+        raise ValueError(f"`fps` must be a positive number of frames per second, or None, got {found}.")
+    for name, choices in CHOICES.items():
+        if name in config and config[name] not in choices:
+            raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {config[name]!r}.")
     ActionSpace.from_config(config)
 
 

@@ -31,7 +31,7 @@ from torch import nn
 
 from ..action_space import ActionSpace
 from .action_features import action_features
-from .transformer_irasim import IRASimAttention, IRASimAttnProcessor
+from .transformer_irasim import IRASimAttention, IRASimAttnProcessor, check_shared_config
 
 UNET_PRESETS: dict[str, dict[str, Any]] = {
     "VDM": {"block_out_channels": [64, 128, 256, 512], "in_channels": 3, "sample_height": 256, "sample_width": 320},
@@ -397,4 +397,4 @@ def _check_config(config: Any) -> None:
         raise ValueError(
             f"`block_out_channels` must be multiples of {NORM_GROUPS}, the groups of a norm, got {config.block_out_channels}."
         )
-    ActionSpace.from_config(config)
+    check_shared_config(config)

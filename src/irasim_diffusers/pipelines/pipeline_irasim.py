@@ -21,7 +21,7 @@ from diffusers.video_processor import VideoProcessor
 from huggingface_hub import file_exists
 
 from ..action_space import ActionSpace
-from ..latents import scale_latents, unscale_latents
+from ..latents import check_latent_scaling, scale_latents, unscale_latents
 from ..models import IRASimTransformer3DModel, UNetTrajectoryModel
 from ..rollout import RolloutState, roll
 from . import inputs, schedulers
@@ -97,6 +97,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             raise ValueError(
                 f"`timesteps` must be `num_inference_steps` = {num_inference_steps} numbers, got {len(timesteps)}."
             )
+        if vae is not None:
+            check_latent_scaling(vae)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
         self.register_to_config(
             num_inference_steps=num_inference_steps, window_length=window_length, timesteps=timesteps
@@ -193,7 +195,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             A new pipeline with the settings of this one.
 
         Raises:
-            ValueError: If the class is unknown, or the scheduler does not fit the checkpoint.
+            ValueError: If the class or an entry is unknown, or the scheduler does not fit the checkpoint.
         """
         new = schedulers.exchange(self.scheduler, scheduler, self.transformer.config, **changes)
         pipeline = type(self)(**self.components | {"scheduler": new})

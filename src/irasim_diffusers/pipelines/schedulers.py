@@ -32,7 +32,7 @@ def exchange(scheduler: Any, kind: str | type[SchedulerMixin], config: Any, **ch
         The new scheduler.
 
     Raises:
-        ValueError: If the class is unknown, or the scheduler does not fit the checkpoint.
+        ValueError: If the class or an entry is unknown, or the scheduler does not fit the checkpoint.
     """
     found = getattr(diffusers, kind, None) if isinstance(kind, str) else kind
     if not isinstance(found, type) or not issubclass(found, SchedulerMixin):
@@ -40,13 +40,14 @@ def exchange(scheduler: Any, kind: str | type[SchedulerMixin], config: Any, **ch
             f"`scheduler` must be a scheduler class of diffusers or its name, such as 'DDIMScheduler', got {kind!r}."
         )
     scheduler_class: Any = found
+    known = list(inspect.signature(scheduler_class.__init__).parameters)[1:]
+    if unknown := sorted(changes.keys() - set(known)):
+        raise ValueError(f"{found.__name__} has no entries {unknown}; it has {sorted(known)}.")
     settings: dict[str, Any] = {}
     is_other = not isinstance(scheduler, found)
     if config.prediction_type == "sample" and (is_other or found.__name__ in WITHOUT_SAMPLE):
         settings["prediction_type"] = "v_prediction"  # supported by all schedulers; the pipeline converts samples
-    if (
-        is_other and "clip_sample" in inspect.signature(scheduler_class.__init__).parameters
-    ):  # absent from the config of PNDM
+    if is_other and "clip_sample" in known:  # absent from the config of PNDM
         settings["clip_sample"] = False
     new = scheduler_class.from_config(scheduler.config, **settings | changes)
     check_scheduler(new, config)
@@ -93,6 +94,11 @@ def check_scheduler(scheduler: Any, config: Any) -> None:
         raise ValueError(
             f"`scheduler` must support predicted samples, which {name} does not: create it with "
             f"`{name}.from_config(pipe.scheduler.config, prediction_type='v_prediction')`; the pipeline converts."
+        )
+    offset = getattr(scheduler.config, "steps_offset", 0)
+    if not isinstance(offset, int) or not 0 <= offset < config.num_train_timesteps:
+        raise ValueError(
+            f"`steps_offset` of the scheduler must be an integer in [0, {config.num_train_timesteps}), got {offset!r}."
         )
     trained = noise_process(config).alphas_cumprod
     alphas_cumprod = alphas_cumprod.cpu().float()
@@ -159,6 +165,12 @@ def set_timesteps(
     elif not custom and "sigmas" in accepted and is_flow:
         custom = {"sigmas": np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)}
     scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
+    most = scheduler.config.num_train_timesteps
+    if hasattr(scheduler, "alphas_cumprod") and scheduler.timesteps.max() >= most:
+        raise ValueError(
+            f"the timesteps of {type(scheduler).__name__} must be less than {most}, got {scheduler.timesteps.max().item()}: use "
+            "fewer steps or a smaller `steps_offset`."
+        )
     return scheduler.timesteps
 
 

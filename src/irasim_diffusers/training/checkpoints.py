@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -27,7 +28,7 @@ FINISHED = ".finished"
 """Temporary folder of the result in the output folder."""
 
 SETTINGS = "settings.json"
-"""File with the settings of the run, the training time and the size of every file of the checkpoint."""
+"""File with the settings of the run, the training time, and the size and SHA-256 hash of every file of the checkpoint."""
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -68,9 +69,10 @@ def newest_checkpoint(output: Path, settings: dict[str, Any]) -> Path | None:
 
 
 def _problem(checkpoint: Path) -> str | None:
-    """Describe what is missing from a checkpoint; None if it is complete."""
+    """Describe the first missing or damaged file of a checkpoint; None if all files are intact."""
     try:
-        sizes = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8")).get("files", {})
+        stored = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
+        sizes, hashes = stored.get("files", {}), stored.get("hashes", {})  # earlier versions stored no hashes
     except (OSError, ValueError, AttributeError):
         return f"{SETTINGS} cannot be read"
     for name, size in sizes.items():
@@ -79,7 +81,18 @@ def _problem(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if name in hashes and _hash(path) != hashes[name]:
+            return f"the content of {name} has changed since it was written"
     return None
+
+
+def _hash(path: Path) -> str:
+    """Return the SHA-256 hash of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _check_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
@@ -138,8 +151,12 @@ def save_checkpoint(
         files = [path for path in partial.rglob("*") if path.is_file()]
         for path in files:
             flush(path)
-        sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
-        (partial / SETTINGS).write_text(json.dumps(settings | {"files": sizes}, indent=2), encoding="utf-8")
+        names = [path.relative_to(partial).as_posix() for path in files]
+        content = {
+            "files": {name: path.stat().st_size for name, path in zip(names, files, strict=True)},
+            "hashes": {name: _hash(path) for name, path in zip(names, files, strict=True)},
+        }
+        (partial / SETTINGS).write_text(json.dumps(settings | content, indent=2), encoding="utf-8")
         flush(partial / SETTINGS)
         for stale in checkpoints(output):
             if step_of(stale) >= step:

@@ -135,23 +135,23 @@ class TrainingRun:
         )
         self.start = time.perf_counter() - self.seconds
         self.total = torch.zeros((), device=self.accelerator.device)  # loss over the batches of a step
-        interruption = Interruption()
-        while self.step < arguments.max_train_steps and self.seconds < limit:
-            for batch in self._epoch(epoch, done * accumulation):
-                self._train_batch(batch)
-                if not self.accelerator.sync_gradients:
-                    continue
-                self._finish_step(limit)
-                stopped_by = interruption.requested(self.accelerator)
-                last = self.step == arguments.max_train_steps or self.seconds >= limit
-                if self.step % arguments.checkpointing_steps == 0 or last or stopped_by:
-                    self._save_checkpoint()
-                if stopped_by:
-                    self._stop(stopped_by)
-                yield self.step
-                if last:
-                    break
-            epoch, done = epoch + 1, 0
+        with Interruption() as interruption:
+            while self.step < arguments.max_train_steps and self.seconds < limit:
+                for batch in self._epoch(epoch, done * accumulation):
+                    self._train_batch(batch)
+                    if not self.accelerator.sync_gradients:
+                        continue
+                    self._finish_step(limit)
+                    stopped_by = interruption.requested(self.accelerator)
+                    last = self.step == arguments.max_train_steps or self.seconds >= limit
+                    if self.step % arguments.checkpointing_steps == 0 or last or stopped_by:
+                        self._save_checkpoint()
+                    if stopped_by:
+                        self._stop(stopped_by)
+                    yield self.step
+                    if last:
+                        break
+                epoch, done = epoch + 1, 0
 
     def averaged(self) -> Any:
         """Return a model with the averaged weights on the CPU, in evaluation mode; every process must call this method."""

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -42,17 +42,26 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 class Interruption:
-    """Turns Ctrl-C and SIGTERM into a request to stop after the current step.
+    """Context in which Ctrl-C and SIGTERM request a stop after the current step.
 
     A second Ctrl-C interrupts at once, if it comes later than `REPEATED_SIGNAL_DELAY` seconds after the first. A repeated SIGTERM
-    is ignored: a preemption sends it to the launcher and to its processes, and the launcher sends it again.
+    is ignored: a preemption sends it to the launcher and to its processes, and the launcher sends it again. After the context,
+    both signals have their previous effect.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self._time = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._request)
+            self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
