@@ -1,6 +1,6 @@
 """Scaling of an autoencoder's latents."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -24,7 +24,7 @@ def check_latent_scaling(vae: Any) -> None:
         raise ValueError(f"`shift_factor` of the autoencoder must be a finite number or None, got {shift!r}.")
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_FACTOR
 
 
