@@ -18,7 +18,7 @@ from .devices import default_device, fast_dtype
 from .models import ProprioceptionModel
 from .pipelines import IRASimPipeline
 from .rewards import FrameRegressor
-from .rollout import RolloutState, WorldModel
+from .rollout import RolloutState, WorldModel, concatenate
 from .starts import EpisodeStarts, Start
 
 try:
@@ -329,7 +329,7 @@ class WorldModelVectorEnv(VectorEnv):
         frames = torch.empty(len(rows), 1, 3, *self.model.frame_size)
         after: dict[int, RolloutState] = {}
         for group in by_length.values():
-            state = _concatenate([self._states[rows[index]] for index in group])  # type: ignore[misc]
+            state = concatenate([self._states[rows[index]] for index in group])  # type: ignore[misc]
             state, latents = self.model.advance(state, commands[group], **self.sampling)
             frames[group] = self.model.decode(latents)[:, :1].float().cpu()
             after |= {rows[index]: state.select([position]) for position, index in enumerate(group)}
@@ -488,20 +488,11 @@ def _stored_file(model: str | Path, name: str) -> str | None:
         return None
 
 
-def _concatenate(states: list[RolloutState]) -> RolloutState:
-    """One state with the rows of several."""
-    latents, steps = torch.cat([state.latents for state in states]), torch.cat([state.step for state in states])
-    return RolloutState(latents, tuple(seed for state in states for seed in state.seeds), steps)
-
-
 make_env = WorldModelEnv.from_pretrained
 make_vector_env = WorldModelVectorEnv.from_pretrained
 
 for _name, _model in (("irasim/PushT-v0", {"model": str(embedded_checkpoint())}), ("irasim/WorldModel-v0", {})):
     if _name not in gymnasium.registry:
         gymnasium.register(
-            _name,
-            entry_point=f"{__name__}:make_env",
-            vector_entry_point=f"{__name__}:make_vector_env",
-            kwargs=_model,
+            _name, f"{__name__}:make_env", vector_entry_point=f"{__name__}:make_vector_env", kwargs=_model
         )

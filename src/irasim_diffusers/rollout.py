@@ -176,3 +176,9 @@ def roll(
             yield state, latents
 
     return chunks(state)
+
+
+def concatenate(states: list[RolloutState]) -> RolloutState:
+    """Return one state with the rows of several."""
+    latents, steps = torch.cat([state.latents for state in states]), torch.cat([state.step for state in states])
+    return RolloutState(latents, tuple(seed for state in states for seed in state.seeds), steps)

@@ -258,12 +258,12 @@ def test_actions_have_many_names_and_types(names, asked, columns, tmp_path):
         (
             {"action.pose": ([0, 1], "float32"), "action.grip": ([2], "bool")},
             None,
-            r"no column 'action', and the candidates are \['action.pose', 'action.grip'\]: name .*--action-column",
+            r"no column 'action', and the candidates are \['action.pose', 'action.grip'\]: select .*--action-column",
         ),
         (
             {"command": ([0, 1], "float32")},
             None,
-            r"no column 'action', and no column of \['observation.state', 'command'",
+            r"no column 'action', and no column in \['observation.state', 'command'",
         ),
         (
             {"actions": ([0, 1], "float32")},

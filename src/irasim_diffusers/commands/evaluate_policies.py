@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import embedded_checkpoint
-from ..extras import INSTALL
+from ..version import INSTALL
 from .files import check_name, check_output_folder
 from .sampling import check_device
 

@@ -17,7 +17,6 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data import EpisodeSource
-from ..extras import INSTALL
 from ..files import check_new_folder, temporary_path
 from ..metrics import (
     Counterfactuals,
@@ -29,6 +28,7 @@ from ..metrics import (
     sensitivity_maps,
     summarise_faithfulness,
 )
+from ..version import INSTALL
 from .predictors import ClipData, ClipReader, FolderPredictor, Prediction, WorldModelPredictor, save_prediction
 from .protocols import Clip, EvaluationProtocol, find_clips, published_figures
 from .report import summarise, write_report

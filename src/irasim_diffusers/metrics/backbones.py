@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 
-from ..extras import INSTALL
+from ..version import INSTALL
 
 EXTRA = f"{INSTALL.format('backbones')}, with a torchvision version that matches torch"
 

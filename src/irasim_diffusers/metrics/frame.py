@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..extras import INSTALL
+from ..version import INSTALL
 
 
 def psnr(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
