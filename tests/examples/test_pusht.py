@@ -53,6 +53,7 @@ def call(script, *arguments):
     handler, level = logging.StreamHandler(output), root.level
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     root.addHandler(handler)
+    _reset_accelerate()  # an earlier test may have left its state
     try:
         with (
             pytest.MonkeyPatch.context() as patch,
@@ -66,9 +67,13 @@ def call(script, *arguments):
         root.setLevel(level)
         for number, previous in handlers.items():
             signal.signal(number, previous)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        _reset_accelerate()
     return output.getvalue()
+
+
+def _reset_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 ONE = ["--cpu", "--num_processes", "1"]

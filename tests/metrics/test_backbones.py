@@ -43,10 +43,11 @@ def test_i3d_is_not_downloaded(tmp_path):
         ),
     ],
 )
-def test_missing_package_raises(monkeypatch, load, package, message):
+def test_missing_package_raises(monkeypatch, tmp_path, load, package, message):
     monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "weights.pth").touch()
     with pytest.raises(ValueError, match=message):
-        load("weights.pth")
+        load(str(tmp_path / "weights.pth"))
 
 
 def backbones():

@@ -266,7 +266,7 @@ def test_starting_and_stopping_sessions_count(worlds):
     async def visitors():
         answers = await asyncio.gather(*(open_for(visitor) for visitor in "aaabb"), return_exceptions=True)
         assert [str(answer)[:24] for answer in answers if isinstance(answer, ValueError)] == [
-            "all 2 places of a visito",
+            "this address already has",
             "all 3 places are taken: ",
         ]
         with sessions.use(answers[0]):
