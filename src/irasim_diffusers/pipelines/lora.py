@@ -45,7 +45,8 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         unknown = [key for key in encoder if not key.startswith(ACTION_ENCODER)]
         if unknown or not layers:
             raise ValueError(
-                f"the file must contain LoRA layers of an IRASim transformer and may contain its action encoder, got other keys {unknown[:3]} and {len(layers)} LoRA tensors."
+                "the file must contain LoRA layers of an IRASim transformer and may contain its action encoder, got other keys "
+                f"{unknown[:3]} and {len(layers)} LoRA tensors."
             )
         if encoder and self._is_fused():
             raise ValueError(
