@@ -2,11 +2,12 @@
 
     python examples/pusht/guard.py --dataset data/pusht-test --others runs/pusht-convolutional --output runs/guard.json
 
-From states in which the block covers a part of the goal, a planner searches for actions with the highest IoU that the frame regressor reads from the predicted frames, without a guard. The
-simulator replays the same actions. A plan exploits the model if its predicted IoU exceeds the true one by more than `--margin`.
-Each guard compares scores of members, see `Disagreement`. Its limit is the 95 % quantile of the spread over recorded action
-sequences, which no planner has optimised. The report contains the recall (exploiting plans above the limit), the false-alarm rate
-(other plans above the limit) and the area under the ROC curve (AUC). An interrupted run resumes.
+From states in which the block covers a part of the goal, a planner without a guard searches for actions with the highest IoU that
+the frame regressor reads from the predicted frames. The simulator replays the same actions. A plan exploits the model if its
+predicted IoU exceeds the true one by more than `--margin`. Each guard compares scores of members, see `Disagreement`. Its limit is
+the 95 % quantile of the spread over recorded action sequences, which no planner has optimised. The report contains the recall
+(exploiting plans above the limit), the false-alarm rate (other plans above the limit) and the area under the ROC curve (AUC). An
+interrupted run resumes.
 """
 
 import json

@@ -157,8 +157,8 @@ class ActionSpace:
                 for bounds, limit in zip((self.low, self.high), limits, strict=True)
             )
             raise ValueError(
-                f"`actions` must be near the bounds of this checkpoint, [{least:g}, {most:g}] for {self.names[component]!r}, got {checked[place].item():g} at index {place}: "
-                "check the units, or call `action_space.clip(actions)`."
+                f"`actions` must be near the bounds of this checkpoint, [{least:g}, {most:g}] for {self.names[component]!r}, got "
+                f"{checked[place].item():g} at index {place}: check the units, or call `action_space.clip(actions)`."
             )
         return checked
 

@@ -158,6 +158,10 @@ def test_one_timestep_for_the_batch(transformer, inputs, shape):
         ({"patch_size": 1.5}, "`patch_size` must be an integer of at least 1, got 1.5"),
         ({"num_history_frames": 5}, "`num_history_frames` must be less than `sample_frames` = 5, .* got 5"),
         ({"fps": -3.0}, "`fps` must be a positive number of frames per second, or None, got -3.0"),
+        ({"cameras": 5}, "`cameras` must be rows of camera names, or None, got 5"),
+        ({"cameras": "ab"}, "`cameras` must be rows of camera names, or None, got 'ab'"),
+        ({"cameras": [[5]]}, "`cameras` must be rows of camera names"),
+        ({"cameras": [[]]}, "`cameras` must be rows of camera names"),
     ],
 )
 def test_bad_configs(config, message):

@@ -820,10 +820,21 @@ def check_shared_config(config: Any) -> None:
     if fps is not None and not (isinstance(fps, int | float) and 0 < fps <= MAX_FPS):
         found = fps if isinstance(fps, float) else repr(fps)[:60]
         raise ValueError(f"`fps` must be a positive number of frames per second, or None, got {found}.")
+    if config.cameras is not None and not _are_rows_of_names(config.cameras):
+        raise ValueError(f"`cameras` must be rows of camera names, or None, got {config.cameras!r}.")
     for name, choices in CHOICES.items():
         if name in config and config[name] not in choices:
             raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {config[name]!r}.")
     ActionSpace.from_config(config)
+
+
+def _are_rows_of_names(rows: Any) -> bool:
+    return (
+        isinstance(rows, list | tuple)
+        and len(rows) > 0
+        and all(isinstance(row, list | tuple) and len(row) > 0 for row in rows)
+        and all(isinstance(name, str) for row in rows for name in row)
+    )
 
 
 def _check_target_extent(config: Any) -> None:
