@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from diffusion_policy import SCALE, DiffusionPolicy
 from tqdm import tqdm
-from train_policy import evaluate
+from train_policy import evaluate, load_state
 from transformers import HfArgumentParser
 
 from irasim_diffusers import embedded_checkpoint
@@ -89,14 +89,9 @@ class Improvement:
         Raises:
             ValueError: If the folder contains a run with other settings.
         """
-        if not self.path.is_file():
+        state = load_state(self.path, self.setting())
+        if state is None:
             return
-        state = torch.load(self.path, weights_only=True)
-        if state["setting"] != self.setting():
-            raise ValueError(
-                f"`output_dir` {str(self.arguments.output_dir)!r} contains a run with other settings, {state['setting']}: use "
-                "these, or choose a new folder."
-            )
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rewards, self.before = state["rewards"], state["before"]

@@ -56,6 +56,23 @@ class PolicyArguments:
     seed: int = 0
 
 
+def load_state(path: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
+    """Load the state from which a run resumes; None if there is none.
+
+    Raises:
+        ValueError: If the state is of a run with other settings.
+    """
+    if not path.is_file():
+        return None
+    state = torch.load(path, weights_only=True)
+    if state["setting"] != setting:
+        raise ValueError(
+            f"`output_dir` {str(path.parent)!r} contains a run with other settings, {state['setting']}: use these, or choose a "
+            "new folder."
+        )
+    return state
+
+
 class Training:
     """A policy with its optimizer, averaged weights and progress; `save` and `resume` keep all of it.
 
@@ -110,14 +127,9 @@ class Training:
         Raises:
             ValueError: If the folder contains a run with other settings.
         """
-        if not self.path.is_file():
+        state = load_state(self.path, self.setting())
+        if state is None:
             return
-        state = torch.load(self.path, weights_only=True)
-        if state["setting"] != self.setting():
-            raise ValueError(
-                f"`output_dir` {str(self.arguments.output_dir)!r} contains a run with other settings, {state['setting']}: use "
-                "these, or choose a new folder."
-            )
         self.step, self.minutes, self.report = state["step"], state["minutes"], state["report"]
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])

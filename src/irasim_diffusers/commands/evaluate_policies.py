@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import embedded_checkpoint
+from ..files import file_hash
 from ..version import INSTALL
 from .files import check_name, check_output_folder
-from .sampling import check_device
+from .sampling import check_device, load_reward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,10 +165,7 @@ def _files_hash(path: str) -> str | None:
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
         if file.is_file():
-            with file.open("rb") as content:
-                digest.update(
-                    f"{file.relative_to(root)}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode()
-                )
+            digest.update(f"{file.relative_to(root)}\0{file_hash(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -193,14 +191,9 @@ def _real_environment(arguments: argparse.Namespace) -> Any:
 
 def _reward_and_success(arguments: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
     """The reward of the flags, or the one that is stored with the model, and the success that its threshold defines."""
-    from ..rewards import FrameRegressor
-
     reward = stored.get("reward")
     if arguments.reward is not None:
-        try:
-            reward = FrameRegressor.from_pretrained(arguments.reward).eval().to(stored["model"].device)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--reward must be a FrameRegressor, got {arguments.reward!r}: {error}") from error
+        reward = load_reward(arguments.reward, stored["model"].device)
     if reward is None:
         raise ValueError(f"--reward is required: no reward is stored with the model {arguments.model!r}.")
     threshold = arguments.success_threshold

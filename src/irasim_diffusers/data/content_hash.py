@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..files import file_hash
+
 ENDS = 1 << 16
 """Bytes that are hashed at the start and at the end of a video."""
 
@@ -76,8 +78,7 @@ def _file_hash(path: Path) -> Any:
 
 def _whole_hash(path: Path) -> str | None:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(path)
     except OSError:  # a missing file is reported when it is read
         return None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..files import remove_abandoned, temporary_path
-from ..latents import unscale_latents
+from ..latents import check_latent_scaling, unscale_latents
 from .episode import Episode, EpisodeSource
 
 FORMAT = 1
@@ -137,12 +136,8 @@ def _check_arguments(
             raise ValueError(f"`{name}` must be at least 1, got {count}.")
     if not 0 <= process_index < num_processes:
         raise ValueError(f"`process_index` must be from 0 to {num_processes - 1}, got {process_index}.")
-    factor = 1.0 if vae is None else vae.config.scaling_factor
-    if not (isinstance(factor, int | float) and math.isfinite(factor) and factor > 0):
-        raise ValueError(
-            f"`scaling_factor` of the autoencoder must be a positive number, got {factor!r}: set it to 1 / the standard "
-            "deviation of the latents."
-        )
+    if vae is not None:
+        check_latent_scaling(vae)
 
 
 def _identity(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -20,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..files import flush, remove_abandoned, temporary_folder
+from ..files import file_hash, flush, remove_abandoned, temporary_folder
 
 logger = logging.getLogger(__name__)
 
@@ -81,18 +80,9 @@ def _problem(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if name in hashes and _hash(path) != hashes[name]:
+        if name in hashes and file_hash(path) != hashes[name]:
             return f"the content of {name} has changed since it was written"
     return None
-
-
-def _hash(path: Path) -> str:
-    """Return the SHA-256 hash of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
@@ -154,7 +144,7 @@ def save_checkpoint(
         names = [path.relative_to(partial).as_posix() for path in files]
         content = {
             "files": {name: path.stat().st_size for name, path in zip(names, files, strict=True)},
-            "hashes": {name: _hash(path) for name, path in zip(names, files, strict=True)},
+            "hashes": {name: file_hash(path) for name, path in zip(names, files, strict=True)},
         }
         (partial / SETTINGS).write_text(json.dumps(settings | content, indent=2), encoding="utf-8")
         flush(partial / SETTINGS)
