@@ -166,6 +166,7 @@ def write_actions(root, rng):
         ("nan", np.where(np.arange(12).reshape(4, 3) == 7, np.nan, actions)),
         ("inf", np.where(np.arange(12).reshape(4, 3) == 7, np.inf, actions)),
         ("huge", np.where(np.arange(12).reshape(4, 3) == 7, 1e38, actions)),
+        ("beyond", np.where(np.arange(12).reshape(4, 3) == 7, 1e39, actions)),  # not a float32
         ("words", np.array([["1", "2", "3"]])),
         ("complex", np.ones((4, 3), dtype=complex)),
     ):
@@ -394,6 +395,7 @@ ACTION_ROWS = [
     ("nan.npy", "`actions` must be finite, got nan at index (2, 1)"),
     ("inf.npy", "`actions` must be finite, got inf"),
     ("huge.npy", "`actions` must be near the bounds of this checkpoint"),
+    ("beyond.npy", "`actions` must be finite, got inf at index (2, 1)"),
     ("words.npy", "its values have the type <U1"),
     ("complex.npy", "its values have the type complex128"),
     ("objects.npy", "--actions must be a table of numbers"),

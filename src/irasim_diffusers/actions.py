@@ -26,7 +26,8 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
         if isinstance(actions, list | tuple) and actions and all(torch.is_tensor(action) for action in actions):
             actions = torch.stack(tuple(actions))
         if not torch.is_tensor(actions):
-            actions = torch.from_numpy(np.asarray(actions, dtype=np.float32))
+            with np.errstate(over="ignore"):  # numbers beyond float32 become infinite and are refused below
+                actions = torch.from_numpy(np.asarray(actions, dtype=np.float32))
         actions = actions.to(torch.float32)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{wanted}, all numbers and all sequences of equal length: {error}.") from error

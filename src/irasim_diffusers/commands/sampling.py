@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import socket
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -164,9 +165,11 @@ def _missing_reason(name: str, error: BaseException | None) -> str | None:
     if Path(name).exists():
         return None
     missing = (errors.HFValidationError, errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError)
+    unreachable = (errors.OfflineModeIsEnabled, socket.gaierror, ConnectionError, TimeoutError)
     while error is not None:
-        if isinstance(error, (*missing, errors.OfflineModeIsEnabled)):
-            place = "in the cache of the Hub (offline)" if constants.HF_HUB_OFFLINE else "on the Hub or in its cache"
+        if isinstance(error, (*missing, *unreachable)):
+            offline = constants.HF_HUB_OFFLINE or isinstance(error, unreachable)
+            place = "in the cache of the Hub, which cannot be reached" if offline else "on the Hub or in its cache"
             return f"there is neither such a folder nor such a model {place}."
         error = error.__cause__ or error.__context__
     return None
