@@ -539,7 +539,7 @@ def test_episode_without_all_cameras_raises(tmp_path):
     change(tmp_path, videos=[{"video_path": "videos/train/0.mp4"}])
     source = open_dataset(tmp_path, ["0", "1"])
     assert len(source[0]) == 6
-    with pytest.raises(ValueError, match=r"10\.json': there is no video_path of camera 1"):
+    with pytest.raises(ValueError, match=r"10\.json': camera 1 has no video_path"):
         source[1]
 
 

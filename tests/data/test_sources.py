@@ -231,7 +231,7 @@ def lose(root, key):
     [
         (lambda root: lose(root, "continuous_gripper_state"), r"10\.json': it has neither 'actions', nor 'states'"),
         (lambda root: lose(root, "videos"), r"10\.json' must name a video"),
-        (lambda root: change(root, videos=[{"path": "0.mp4"}]), r"10\.json': there is no video_path of camera 0"),
+        (lambda root: change(root, videos=[{"path": "0.mp4"}]), r"10\.json': camera 0 has no video_path"),
         (
             lambda root: change(root, state=[[1, 2], [3]]),
             r"10\.json': 'state' must be numbers in rows of equal length",
@@ -270,7 +270,7 @@ def test_broken_release_files_raise(breakage, message, tmp_path):
         ([], torch.zeros(6, 4, 2, 3), None),
         ([{"latent_video_path": "10.pt"}], torch.zeros(6, 4, 2, 3), None),
         ([{"latent_video_path": "10.pt"}], {"obs": torch.zeros(6, 4, 2, 3)}, None),
-        ([{}], torch.zeros(6, 4, 2, 3), r"10\.json': there is no latent_video_path of camera 0"),
+        ([{}], torch.zeros(6, 4, 2, 3), r"10\.json': camera 0 has no latent_video_path"),
         ([{"latent_video_path": "10.pt"}], {"latents": torch.zeros(6)}, r"10\.json'.*10\.pt' .* got no tensor"),
         ([{"latent_video_path": "10.pt"}], torch.zeros(5, 4, 2, 3), r"10\.pt' must contain latents \(6, C, h, w\)"),
         ([{"latent_video_path": "10.pt"}], torch.zeros(6), r"10\.pt' .* got \(6,\)"),

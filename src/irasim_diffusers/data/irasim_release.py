@@ -242,7 +242,7 @@ def _media_path(annotation: dict[str, Any], kind: str, camera: str) -> str:
     """Path of the video or the latents of one camera."""
     paths = _media(annotation, kind)
     if int(camera) >= len(paths) or not isinstance(paths[int(camera)], str):
-        raise ValueError(f"there is no {kind}_path of camera {camera}.")
+        raise ValueError(f"camera {camera} has no {kind}_path.")
     return paths[int(camera)]
 
 

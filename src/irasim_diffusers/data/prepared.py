@@ -201,7 +201,7 @@ class PreparedEpisodes(InOrder):
         try:
             if self.derivation != "recorded":
                 states = kept[str(self.state_key)]
-                after = np.concatenate([states, states[-1:]])  # the last action is no motion
+                after = np.concatenate([states, states[-1:]])  # the last action holds the pose
                 kept["action"] = derive_actions(after, self.derivation)
             elif self.frame_skip > 1:
                 kept["action"] = _compose(vectors["action"], self.frame_skip, str(self.composition))
