@@ -1,3 +1,4 @@
+import functools
 import json
 import re
 import signal
@@ -211,7 +212,10 @@ def test_lora_from_a_folder_or_file_is_applied(workspace, capsys):
 @pytest.mark.parametrize(
     ("number", "status", "message"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
-def test_signals_print_one_line(workspace, monkeypatch, capfd, number, status, message):
+def test_signals_print_one_line(workspace, monkeypatch, capfd, request, number, status, message):
+    if number == signal.SIGINT:  # background jobs of a shell ignore it
+        request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
+        signal.signal(number, signal.default_int_handler)
     before, handler, forward = sorted(workspace.rglob("*")), signal.getsignal(number), IRASimTransformer3DModel.forward
 
     def interrupt(*arguments, **options):
