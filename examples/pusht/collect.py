@@ -239,7 +239,8 @@ def main() -> None:
     if arguments.push_to_hub:  # fails early if the repository cannot be created
         HfApi().create_repo(arguments.push_to_hub, repo_type="dataset", exist_ok=True)
     files = range(-(-arguments.episodes // EPISODES_PER_FILE))
-    with multiprocessing.Pool(arguments.num_workers) as pool, tqdm(total=arguments.episodes, unit="episode") as bar:
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads can block
+    with context.Pool(arguments.num_workers) as pool, tqdm(total=arguments.episodes, unit="episode") as bar:
         for count in pool.imap_unordered(functools.partial(collect_file, arguments=arguments), files):
             bar.update(count)
     write_metadata(

@@ -69,7 +69,7 @@ def work(rank, folder):
 def parallel(tmp_path_factory):
     """Results of two processes."""
     folder = tmp_path_factory.mktemp("parallel")
-    torch.multiprocessing.start_processes(work, (str(folder),), nprocs=2, start_method="fork")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)  # a fork can block: OpenMP and other threads run
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -54,7 +54,7 @@ def _answer_all(folder, rater):
 
 def test_several_processes_serve_one_study(tmp_path):
     workers = [
-        multiprocessing.get_context("fork").Process(target=_answer_all, args=(tmp_path, name)) for name in "xyz"
+        multiprocessing.get_context("spawn").Process(target=_answer_all, args=(tmp_path, name)) for name in "xyz"
     ]
     for worker in workers:
         worker.start()
