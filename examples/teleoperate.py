@@ -63,7 +63,7 @@ class TeleoperateArguments:
     output: Path = field(
         default=Path("drive.mp4"), metadata={"help": "mp4 to write, with a .npy of the actions next to it"}
     )
-    chunk: int = field(default=2, metadata={"help": "frames per request"})
+    chunk_length: int = field(default=2, metadata={"help": "frames per request"})
     gamepad: Path = field(default=Path("/dev/input/js0"), metadata={"help": "Linux joystick device"})
     dead_zone: float = field(default=0.15, metadata={"help": "deflection of a stick, in [0, 1), that is ignored"})
     speed: float = field(default=0.5, metadata={"help": "speed at full deflection, in normalised actions per frame"})
@@ -227,7 +227,7 @@ def pose_actions(lines: Iterable[str], arguments: TeleoperateArguments, space: d
     states: list[np.ndarray] = []
     for state in at_rate(poses, space["fps"]):
         states.append(state)
-        if len(states) > arguments.chunk:
+        if len(states) > arguments.chunk_length:
             yield (actions := actions_of_poses(np.stack(states), last, space))
             states, last = states[-1:], actions[-1]
     if len(states) > 1:
@@ -246,15 +246,15 @@ def requests(arguments: TeleoperateArguments, space: dict[str, Any]) -> Iterator
     """Yield the requests to the Space: an endpoint, and its arguments after the session."""
     if arguments.device == "gamepad":
         for command in gamepad_commands(arguments.gamepad, space, arguments.dead_zone):
-            yield "/drive", [command, arguments.chunk, arguments.speed]
+            yield "/drive", [command, arguments.chunk_length, arguments.speed]
     elif arguments.device == "poses":
         lines = sys.stdin if arguments.udp is None else received_lines(arguments.udp)
         for actions in pose_actions(lines, arguments, space):
             yield "/step", [actions.tolist()]
     else:
         actions = read_actions(arguments.actions)
-        for first in range(0, len(actions), arguments.chunk):
-            yield "/step", [actions[first : first + arguments.chunk].tolist()]
+        for first in range(0, len(actions), arguments.chunk_length):
+            yield "/step", [actions[first : first + arguments.chunk_length].tolist()]
 
 
 def show(frame: str) -> None:
@@ -324,8 +324,8 @@ def save(client: Client, session: str, output: Path) -> tuple[Path, Path]:
 
 def check_arguments(arguments: TeleoperateArguments) -> None:
     """Raise ValueError for arguments that cannot work, before the first request to the Space."""
-    if arguments.chunk < 1:
-        raise ValueError(f"`chunk` must be at least 1, got {arguments.chunk}.")
+    if arguments.chunk_length < 1:
+        raise ValueError(f"`chunk_length` must be at least 1, got {arguments.chunk_length}.")
     if not 0 <= arguments.dead_zone < 1:
         raise ValueError(f"`dead_zone` must be in [0, 1), got {arguments.dead_zone:g}.")
     if arguments.device == "file":

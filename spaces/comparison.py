@@ -87,7 +87,7 @@ def name_settings(first: Setting, second: Setting | None) -> dict[str, Setting]:
 async def predict(
     pipeline: IRASimPipeline, setting: Setting, history: np.ndarray, actions: np.ndarray
 ) -> AsyncIterator[np.ndarray]:
-    """Predict window by window; requests of driving visitors are served meanwhile.
+    """Predict chunk by chunk; requests of driving visitors are served meanwhile.
 
     Args:
         pipeline: Pipeline of the setting; another thread may set its `_interrupt`.
@@ -96,9 +96,9 @@ async def predict(
         actions: Actions (n, A).
 
     Yields:
-        The predicted frames of a window (m, H, W, 3), uint8.
+        The predicted frames of a chunk (m, H, W, 3), uint8.
     """
-    window = pipeline.window_length - pipeline.transformer.config.num_history_frames
+    chunk_length = pipeline.chunk_length
     generator = torch.Generator().manual_seed(setting.seed)
     if ZERO_GPU:  # another process has the GPU, and an iterator cannot be sent to it
         yield (await setting.world.run_long(predict_whole, pipeline, setting, history, actions, generator))[0]
@@ -106,17 +106,17 @@ async def predict(
     frames: Any = pipeline.stream(
         history,
         actions,
-        chunk_length=window,
+        chunk_length=chunk_length,
         num_inference_steps=setting.steps,
         generator=generator,
         output_type="np",
         resize=True,
     )
 
-    def next_window() -> list[np.ndarray]:
-        return [(frame * 255).round().astype(np.uint8) for frame in islice(frames, window)]
+    def next_chunk() -> list[np.ndarray]:
+        return [(frame * 255).round().astype(np.uint8) for frame in islice(frames, chunk_length)]
 
-    while predicted := await setting.world.run_long(next_window):
+    while predicted := await setting.world.run_long(next_chunk):
         yield np.stack(predicted)
 
 

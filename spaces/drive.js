@@ -229,7 +229,7 @@ async function loop(mine) {
   let due = performance.now(); // when the next frame is to be shown
   let quiet_since = null;
   while (session && mine === epoch && visible()) {
-    const number = Math.min(Math.max(1, Math.ceil((trip - 5) / interval)), MOST_FRAMES, space.longest_step);
+    const number = Math.min(Math.max(1, Math.ceil((trip - 5) / interval)), MOST_FRAMES, space.max_chunk);
     const wanted = command(number);
     if (wanted.some((value) => value !== 0)) {
       if (locating) say(); // the visitor drives without telling the robot's position

@@ -55,7 +55,7 @@ def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
     async def step(session: str, actions: Any) -> list[str]:
         """Predict one frame, as a lossless WebP data URL, for each of the next actions (n, A) in raw units."""
         with sessions.use(session) as driven:
-            _check_lengths(actions, driven.session.longest_step)
+            _check_lengths(actions, driven.session.max_chunk)
             return await driven.world.run(lambda: [data_url(frame) for frame in driven.session.step(actions)])
 
     async def drive(
@@ -67,7 +67,7 @@ def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
             A data URL for each frame, and the resulting actions (n, A).
         """
         with sessions.use(session) as driven:
-            number = _whole_number("frames", frames, 1, driven.session.longest_step)
+            number = _whole_number("frames", frames, 1, driven.session.max_chunk)
             if isinstance(speed, bool) or not isinstance(speed, int | float) or not 0 < speed <= 10:
                 raise ValueError(f"`speed` must be in (0, 10], got {speed!r}.")
             return await driven.world.run(_drive, driven.session, command, number, speed)
@@ -132,7 +132,7 @@ def describe_space(config: Any, steering: Steering | None = None) -> dict[str, A
         "fps": config.fps or 10,
         "hold": _numbers(steering.hold()),  # in an absolute space, the last action
         "step": _numbers(steering.step),  # of a command of 1 at speed 1
-        "longest_step": DrivingSession.longest_step,
+        "max_chunk": DrivingSession.max_chunk,
         "controls": [vars(control) for control in key_controls(steering.action_space)],
         "same_keys": SAME_KEYS,
     }

@@ -21,7 +21,6 @@ except ImportError:
 ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 COMPUTING = (
     "__call__",
-    "predict",
     "encode_history",
     "predict_latents",
     "decode_latents",

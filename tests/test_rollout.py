@@ -179,7 +179,9 @@ def test_given_latents_are_the_noise_of_the_whole_rollout(pipeline, frames, plan
 def test_predict_matches_roll(pipeline, frames, plans):
     state = pipeline.start(frames, [5, 3, 8])
     with torch.no_grad():
-        torch.testing.assert_close(pipeline.predict_latents(state, plans, 2), latents_of(pipeline, state, plans))
+        torch.testing.assert_close(
+            pipeline.predict_latents(state, plans, num_inference_steps=2), latents_of(pipeline, state, plans)
+        )
 
 
 BAD = [

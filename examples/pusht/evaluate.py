@@ -79,7 +79,7 @@ class EvaluationArguments:
         default=None, metadata={"help": "timestep spacing of `scheduler`; use trailing for few steps"}
     )
     num_inference_steps: int | None = field(default=None, metadata={"help": "denoising steps (default: the model's)"})
-    window_length: int | None = field(default=None, metadata={"help": "frames per window (default: the model's)"})
+    chunk_length: int | None = field(default=None, metadata={"help": "actions per chunk (default: the model's)"})
     num_history_frames: int = field(default=1, metadata={"help": "history frames given to the model"})
     num_seen_frames: int | None = field(
         default=None,
@@ -344,7 +344,7 @@ def load_model(arguments: EvaluationArguments) -> tuple[IRASimPipeline | None, P
             last_frames(frames, number),
             actions,
             num_inference_steps=arguments.num_inference_steps,
-            window_length=arguments.window_length,
+            chunk_length=arguments.chunk_length,
             generator=[torch.Generator().manual_seed(arguments.seed + k) for k in range(len(actions))],
             output_type="np",
         ).frames

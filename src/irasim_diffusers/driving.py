@@ -109,7 +109,7 @@ class DrivingSession:
         ValueError: If the history does not fit the checkpoint, or is a batch of several.
     """
 
-    longest_step = 16
+    max_chunk = 16
     """Maximum number of actions per call of `step`."""
 
     def __init__(
@@ -185,8 +185,8 @@ class DrivingSession:
 
     def drive(self, command: Any, num_frames: int = 1) -> list[PIL.Image.Image]:
         """Predict the next frames under a constant command; see `Steering.action` and `step`."""
-        if not 1 <= num_frames <= self.longest_step:
-            raise ValueError(f"`num_frames` must be in [1, {self.longest_step}], got {num_frames}.")
+        if not 1 <= num_frames <= self.max_chunk:
+            raise ValueError(f"`num_frames` must be in [1, {self.max_chunk}], got {num_frames}.")
         return self.step([self.steering.action(command) for _ in range(num_frames)])
 
     @torch.no_grad()
@@ -194,7 +194,7 @@ class DrivingSession:
         """Predict the frames of the next actions.
 
         Args:
-            actions: Actions (n, A) in raw units, n at most `longest_step`.
+            actions: Actions (n, A) in raw units, n at most `max_chunk`.
 
         Returns:
             n frames.
@@ -209,16 +209,16 @@ class DrivingSession:
 
     def _predict(self, actions: Any) -> list[PIL.Image.Image]:
         checked = self.pipe.action_space.prepare(actions)
-        if len(checked) != 1 or checked.shape[1] > self.longest_step:
+        if len(checked) != 1 or checked.shape[1] > self.max_chunk:
             raise ValueError(
-                f"`actions` must be one sequence of at most {self.longest_step}, got {tuple(checked.shape[:2])}: pass "
+                f"`actions` must be one sequence of at most {self.max_chunk}, got {tuple(checked.shape[:2])}: pass "
                 "the rest in another call."
             )
         recent = [each.latents for each in list(self._kept)[-self._history_length :]]
         history = torch.cat([self._before, *recent], dim=2)[:, :, -self._history_length :]
         step = torch.tensor([self._num_dropped + len(self._kept)])  # the same noise again after undo
         state = RolloutState(history, (self.seed,), step)
-        future = self.pipe.predict_latents(state, checked, self.num_inference_steps)
+        future = self.pipe.predict_latents(state, checked, num_inference_steps=self.num_inference_steps)
         if not torch.isfinite(future).all():
             raise ValueError("the predicted frames must be finite: check the weights of the checkpoint and its dtype.")
         pictures = self.pipe.video_processor.postprocess_video(self.pipe.decode_latents(future), "pil")[0]

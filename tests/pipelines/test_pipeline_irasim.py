@@ -273,10 +273,10 @@ def test_actions_change_the_video(pipeline, frames, actions):
     assert not torch.allclose(first, second, atol=1e-3)
 
 
-def test_autoencoder_chunk_size_changes_nothing(pipeline, frames, actions):
+def test_decode_chunk_size_changes_nothing(pipeline, frames, actions):
     sizes = []
     pipeline.vae.decoder.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
-    whole, chunked = (run(pipeline, frames, actions, generator=seeded(1), chunk_size=size) for size in (16, 2))
+    whole, chunked = (run(pipeline, frames, actions, generator=seeded(1), decode_chunk_size=size) for size in (16, 2))
     assert sizes == [7, 2, 2, 2, 1]
     torch.testing.assert_close(whole, chunked, rtol=1e-4, atol=1e-5)
 
@@ -445,9 +445,9 @@ def test_gradients_flow_through_denoising_steps(pipeline, frames, actions):
 
 def test_predict_is_the_world_model_protocol(pipeline, frames, actions):
     candidates = np.stack([actions, actions + 1])
-    video = pipeline.predict(frames, candidates, num_inference_steps=2)
+    video = pipeline(frames, candidates, num_inference_steps=2, output_type="pt").frames
     assert video.shape == (2, 7, 3, 8, 12)
-    assert pipeline.predict(frames, candidates, num_inference_steps=2, output_type="latent").shape == (2, 4, 7, 4, 6)
+    assert pipeline(frames, candidates, num_inference_steps=2, output_type="latent").frames.shape == (2, 4, 7, 4, 6)
 
 
 def test_shorter_windows_match_a_stream(tmp_path, frames, actions):
@@ -458,12 +458,12 @@ def test_shorter_windows_match_a_stream(tmp_path, frames, actions):
     )
     expected = torch.stack(list(chunks)[:6], dim=1)[None]
     kwargs = {"num_inference_steps": 2, "output_type": "latent"}
-    video = run(pipeline, frames, actions[:6], window_length=4, generator=torch.Generator().manual_seed(1), **kwargs)
+    video = run(pipeline, frames, actions[:6], chunk_length=2, generator=torch.Generator().manual_seed(1), **kwargs)
     torch.testing.assert_close(video, expected)
     assert not torch.allclose(
         run(pipeline, frames, actions[:6], generator=torch.Generator().manual_seed(1), **kwargs), expected
     )
-    pipeline.register_to_config(window_length=4)
+    pipeline.register_to_config(chunk_length=2)
     pipeline.save_pretrained(tmp_path)
     again = IRASimPipeline.from_pretrained(tmp_path)
     torch.testing.assert_close(
@@ -506,7 +506,7 @@ BAD_INPUTS = [
     ({"num_inference_steps": 0}, "`num_inference_steps` and .* at least 1, got 0"),
     ({"num_videos_per_trajectory": 0}, "at least 1"),
     ({"num_inference_steps": 2.5}, "must be integers of at least 1, got 2.5"),
-    ({"chunk_size": 0}, "`chunk_size` must be an integer of at least 1, got 0"),
+    ({"decode_chunk_size": 0}, "`decode_chunk_size` must be an integer of at least 1, got 0"),
     ({"guidance_scale": float("nan")}, "`guidance_scale` must be finite, got nan"),
     ({"eta": -0.5}, r"`eta` must be in \[0, 1\], got -0.5"),
     ({"generator": 3}, r"`generator` must be a torch.Generator or a list of them, got 3"),
@@ -516,8 +516,8 @@ BAD_INPUTS = [
     ({"latents": torch.zeros(1, 4, 2, 4, 6)}, "`latents` must be"),
     ({"output_type": "latents"}, "pil, np, pt or latent, got 'latents'"),
     ({"callback_on_step_end_tensor_inputs": ["actions"]}, r"among \['latents'\], got \['actions'\]"),
-    ({"window_length": 2}, r"`window_length` must be in \[3, 5\] for this checkpoint, got 2"),
-    ({"window_length": 6}, r"must be in \[3, 5\]"),
+    ({"chunk_length": 0}, r"`chunk_length` must be an integer in \[1, 3\] for this checkpoint, got 0"),
+    ({"chunk_length": 4}, r"must be an integer in \[1, 3\]"),
     ({"timesteps": [10, 5]}, "known to the scheduler"),
 ]
 
@@ -585,13 +585,13 @@ def test_number_of_steps_of_the_checkpoint_is_the_default(frames, actions, tmp_p
 
 
 def settings_of(pipeline):
-    return [pipeline.config[name] for name in ("num_inference_steps", "window_length", "timesteps")]
+    return [pipeline.config[name] for name in ("num_inference_steps", "chunk_length", "timesteps")]
 
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_settings_of_checkpoint_survive_new_pipelines(saved, tmp_path):
     parts = tiny_pipeline(num_inference_steps=None).components
-    settings = {"num_inference_steps": 3, "window_length": 4, "timesteps": [999, 300, 40]}
+    settings = {"num_inference_steps": 3, "chunk_length": 2, "timesteps": [999, 300, 40]}
     pipeline = IRASimPipeline(**parts | settings)
     if saved:
         pipeline.save_pretrained(tmp_path)
@@ -606,7 +606,7 @@ def test_settings_of_checkpoint_survive_new_pipelines(saved, tmp_path):
     ):
         assert settings_of(again) == expected
     changed = {"num_inference_steps": 2, "timesteps": None}
-    assert settings_of(IRASimPipeline(**pipeline.components | changed)) == [2, 4, None]
+    assert settings_of(IRASimPipeline(**pipeline.components | changed)) == [2, 2, None]
     assert settings_of(IRASimPipeline(None, pipeline.transformer, other)) == [50, None, None]  # nothing leaks
     pipeline.register_to_config(num_inference_steps=7, timesteps=None)  # a setting of this pipeline only
     for again in (
@@ -614,7 +614,7 @@ def test_settings_of_checkpoint_survive_new_pipelines(saved, tmp_path):
         IRASimPipeline.from_pipe(pipeline),
         pipeline.with_scheduler("DDIMScheduler"),
     ):
-        assert settings_of(again) == [7, 4, None]
+        assert settings_of(again) == [7, 2, None]
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -739,7 +739,8 @@ def test_fps_of_one_call(frames, actions):
     torch.testing.assert_close(plain, slow)
     assert not torch.allclose(plain, fast, atol=1e-3)
     torch.testing.assert_close(
-        pipeline.predict(frames, actions[:3], num_inference_steps=3, generator=seeded(1), fps=24.0), fast
+        pipeline(frames, actions[:3], num_inference_steps=3, generator=seeded(1), fps=24.0, output_type="pt").frames,
+        fast,
     )
     kwargs = {"num_inference_steps": 3, "output_type": "pt", "fps": 24.0}
     streamed = list(pipeline.stream(frames, actions[:3], 3, generator=seeded(1)[0], **kwargs))
@@ -827,7 +828,7 @@ def test_a_stream_ends_with_a_shorter_chunk(pipeline, frames, actions):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chunk_length": 0}, "`chunk_length` must be at least 1, got 0"),
+        ({"chunk_length": 0}, "`chunk_length` must be an integer of at least 1, got 0"),
         ({"frames": np.zeros((2, 1, 8, 12, 3))}, "`frames` must be one history, got 2"),
         ({"frames": np.zeros((3, 8, 12, 3))}, "1 to 2 history frames for this checkpoint, got 3"),
         ({"num_inference_steps": 0}, "at least 1"),
@@ -852,7 +853,7 @@ def test_video_ada_rolls_out_with_full_windows(frames, actions):
     assert video.shape[1] == len(actions)
     with pytest.raises(ValueError, match="must hold 2 history frames for a model of whole trajectories, got 1"):
         run(pipeline, frames[:1], actions)
-    with pytest.raises(ValueError, match="`chunk_length` must be 3 for a model of whole trajectories, got 2"):
+    with pytest.raises(ValueError, match=r"`chunk_length` must be an integer in \[3, 3\] for this checkpoint, got 2"):
         pipeline.stream(frames, actions, chunk_length=2)
 
 

@@ -24,7 +24,7 @@ def test_saved_pipeline_keeps_its_settings():
     pipeline = IRASimPipeline.from_pretrained(SAVED)
     assert pipeline.config.num_inference_steps == 3
     assert pipeline.config.timesteps == [999, 600, 200]
-    assert pipeline.window_length == 4
+    assert pipeline.chunk_length == 4 - pipeline.transformer.config.num_history_frames
     assert pipeline.transformer.config.cameras == [["top"]]
     assert pipeline.action_space.names == ("x", "y", "grip")
     assert pipeline.transformer.config.fps == 5.0

@@ -425,9 +425,8 @@ def test_drivers_are_served_between_network_evaluations(worlds):
 
     def predict():
         generator = torch.Generator().manual_seed(0)
-        return pipeline.predict(
-            world.starts["frame 1"].frames, [[100.0, 300.0]], num_inference_steps=12, generator=generator
-        )
+        sampling = {"num_inference_steps": 12, "generator": generator, "output_type": "pt"}
+        return pipeline(world.starts["frame 1"].frames, [[100.0, 300.0]], **sampling).frames
 
     alone = predict()
 
@@ -457,7 +456,7 @@ def test_a_failing_request_does_not_stop_a_long_prediction(worlds):
 
     async def visitors():
         def long():
-            return world.pipeline.predict(world.starts["frame 1"].frames, [[100.0, 300.0]]).shape
+            return world.pipeline(world.starts["frame 1"].frames, [[100.0, 300.0]], output_type="pt").frames.shape
 
         return await asyncio.gather(world.run_long(long), world.run(lambda: 1 / 0), return_exceptions=True)
 

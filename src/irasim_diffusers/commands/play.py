@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
         help="speed while a key is held, in normalised actions per frame (default: %(default)s)",
     )
     add(
-        "--chunk",
+        "--chunk-length",
         type=int,
         default=2,
         help="frames predicted together: more are faster but respond later (default: %(default)s)",
@@ -76,14 +76,14 @@ def run(arguments: argparse.Namespace) -> None:
     check_sampling_flags(arguments)
     if not 0 < arguments.speed <= MAX_SPEED:
         raise ValueError(f"--speed must be positive and at most {MAX_SPEED}, got {arguments.speed}.")
-    if not 1 <= arguments.chunk <= DrivingSession.longest_step:
-        raise ValueError(f"--chunk must be in [1, {DrivingSession.longest_step}], got {arguments.chunk}.")
+    if not 1 <= arguments.chunk_length <= DrivingSession.max_chunk:
+        raise ValueError(f"--chunk-length must be in [1, {DrivingSession.max_chunk}], got {arguments.chunk_length}.")
     session = _open_session(arguments)
     try:
         if arguments.script is None:
-            rate = play(session, arguments.chunk)
+            rate = play(session, arguments.chunk_length)
         else:
-            rate = follow(session, arguments.script, arguments.chunk)
+            rate = follow(session, arguments.script, arguments.chunk_length)
     finally:
         if len(session):
             wrote = session.save(arguments.output)

@@ -224,7 +224,7 @@ class PipelinePredictor(WorldModelPredictor):
     """Predictions of a pipeline, with the noise of a generator seeded for each clip.
 
     Args:
-        pipeline: The pipeline. Its `window_length` sets the length of the chunks.
+        pipeline: The pipeline. Its `chunk_length` is used.
         num_inference_steps: Denoising steps of each chunk; None for the number of the pipeline.
         seed: See `WorldModelPredictor`.
         resize: See `WorldModelPredictor`.
@@ -240,7 +240,7 @@ class PipelinePredictor(WorldModelPredictor):
         batch_size: int = 8,
     ) -> None:
         config = pipeline.transformer.config
-        super().__init__(pipeline, seed, resize, batch_size, pipeline.window_length - config.num_history_frames)
+        super().__init__(pipeline, seed, resize, batch_size, pipeline.chunk_length)
         self.pipeline, self.config, self.num_inference_steps = pipeline, config, num_inference_steps
         self.autoencoder = None if pipeline.vae is None else _digest([pipeline.vae])
 
@@ -253,7 +253,7 @@ class PipelinePredictor(WorldModelPredictor):
             "weights": _digest([pipeline.vae, pipeline.transformer], settings),
             "scheduler": type(pipeline.scheduler).__name__,
             "num_inference_steps": self.num_inference_steps or pipeline.config.num_inference_steps,
-            "window_length": pipeline.window_length,
+            "chunk_length": pipeline.chunk_length,
             "resize": self.resize,
         }
 

@@ -136,7 +136,7 @@ def check_batch(num_histories: int, num_sequences: int, num_videos: int, generat
 
 
 def check_numbers(
-    num_inference_steps: int, num_videos_per_trajectory: int, chunk_size: int, guidance_scale: float, eta: float
+    num_inference_steps: int, num_videos_per_trajectory: int, decode_chunk_size: int, guidance_scale: float, eta: float
 ) -> None:
     """Check the numeric arguments of a call.
 
@@ -149,8 +149,8 @@ def check_numbers(
             "`num_inference_steps` and `num_videos_per_trajectory` must be integers of at least 1, got "
             f"{num_inference_steps} and {num_videos_per_trajectory}."
         )
-    if not isinstance(chunk_size, int | np.integer) or chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be an integer of at least 1, got {chunk_size}.")
+    if not isinstance(decode_chunk_size, int | np.integer) or decode_chunk_size < 1:
+        raise ValueError(f"`decode_chunk_size` must be an integer of at least 1, got {decode_chunk_size}.")
     if not math.isfinite(guidance_scale):
         raise ValueError(f"`guidance_scale` must be finite, got {guidance_scale}.")
     if not 0 <= eta <= 1:
@@ -185,33 +185,24 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
         raise ValueError("`latents` must be finite, got NaN or infinite values: draw them with `torch.randn`.")
 
 
-def check_window(window_length: int, config: Any) -> None:
-    """Check the number of frames of a window, history included.
+def check_chunk(chunk_length: Any, config: Any, longest: float | None = None) -> int:
+    """Return the number of actions per chunk.
+
+    Args:
+        chunk_length: The number.
+        config: Config of the transformer.
+        longest: Largest number; None for the predicted frames of a window. Ignored for models of whole trajectories.
 
     Raises:
-        ValueError: If a window does not have room for the history and a predicted frame, exceeds the checkpoint's window, or
-            differs from it for a model of whole trajectories.
+        ValueError: If the number is less than 1 or too large, or differs from the predicted frames of a window for a model of
+            whole trajectories.
     """
-    shortest = config.sample_frames if config.conditioning == "video" else config.num_history_frames + 1
-    if not isinstance(window_length, int | np.integer) or not shortest <= window_length <= config.sample_frames:
-        raise ValueError(
-            f"`window_length` must be in [{shortest}, {config.sample_frames}] for this checkpoint, got {window_length}."
-        )
-
-
-def check_chunk(chunk_length: int | None, max_chunk: int, config: Any) -> int:
-    """Return the number of actions per chunk of a stream; None selects at most 4.
-
-    Raises:
-        ValueError: If the number is less than 1, or differs from `max_chunk` for a model of whole trajectories.
-    """
+    window = config.sample_frames - config.num_history_frames
     fixed = config.conditioning == "video"
-    if chunk_length is None:
-        return max_chunk if fixed else min(4, max_chunk)
-    if not isinstance(chunk_length, int | np.integer) or chunk_length < 1:
-        raise ValueError(f"`chunk_length` must be at least 1, got {chunk_length}.")
-    if fixed and chunk_length != max_chunk:
-        raise ValueError(f"`chunk_length` must be {max_chunk} for a model of whole trajectories, got {chunk_length}.")
+    shortest, longest = (window, window) if fixed else (1, window if longest is None else longest)
+    if not isinstance(chunk_length, int | np.integer) or not shortest <= chunk_length <= longest:
+        limits = "of at least 1" if longest == math.inf else f"in [{shortest}, {longest}] for this checkpoint"
+        raise ValueError(f"`chunk_length` must be an integer {limits}, got {chunk_length}.")
     return int(chunk_length)
 
 

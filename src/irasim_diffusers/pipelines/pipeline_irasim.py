@@ -4,6 +4,7 @@ The file exceeds 500 lines because diffusers keeps a pipeline, with the document
 arguments are in `inputs`, the adaptation to schedulers in `schedulers`, and the chaining of chunks in `rollout.roll`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -29,7 +30,7 @@ from .lora import IRASimLoraLoaderMixin
 from .model_card import PIPELINE_FILE, write_model_card
 from .pipeline_output import IRASimPipelineOutput
 
-SETTINGS = ("num_inference_steps", "window_length", "timesteps")
+SETTINGS = ("num_inference_steps", "chunk_length", "timesteps")
 """Arguments of the constructor that are saved with a checkpoint."""
 
 CPU_ROWS = 8
@@ -70,10 +71,10 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         scheduler: Any diffusers scheduler with the checkpoint's prediction type and noise process; for checkpoints that
             predict samples, also one with prediction type `v_prediction`.
         num_inference_steps: Default number of denoising steps. None for 50.
-        window_length: Default number of frames per window of a rollout, history and predicted. None for the model's
-            `sample_frames`.
+        chunk_length: Default number of actions per chunk of a rollout. None for all that the model's window holds.
         timesteps: `num_inference_steps` timesteps that replace the scheduler's own spacing in calls with as many steps, if
             the scheduler accepts custom timesteps. None for the scheduler's spacing.
+        window_length: Deprecated, in checkpoints of earlier versions: `chunk_length` plus the history frames of the model.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -87,10 +88,13 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
         scheduler: SchedulerMixin,
         num_inference_steps: int | None = None,
-        window_length: int | None = None,
+        chunk_length: int | None = None,
         timesteps: list[int] | None = None,
+        window_length: int | None = None,
     ) -> None:
         super().__init__()
+        if window_length is not None:
+            chunk_length = window_length - transformer.config.num_history_frames
         if num_inference_steps is None:
             num_inference_steps = 50
         if timesteps is not None and len(timesteps) != num_inference_steps:
@@ -101,7 +105,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             check_latent_scaling(vae)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
         self.register_to_config(
-            num_inference_steps=num_inference_steps, window_length=window_length, timesteps=timesteps
+            num_inference_steps=num_inference_steps, chunk_length=chunk_length, timesteps=timesteps
         )
         config = self.vae.config if getattr(self, "vae", None) else {}
         levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (None,)
@@ -156,9 +160,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         return self._interrupt
 
     @property
-    def window_length(self) -> int:
-        """Default number of frames per window of a rollout, history and predicted."""
-        return self.config.window_length or self.transformer.config.sample_frames
+    def chunk_length(self) -> int:
+        """Default number of actions per chunk of a rollout."""
+        return self.config.chunk_length or self.max_chunk
 
     @property
     def action_space(self) -> ActionSpace:
@@ -178,7 +182,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     @property
     def max_chunk(self) -> int:
-        """Maximum number of actions per call of `advance`."""
+        """Maximum number of actions per chunk: the predicted frames of the model's window."""
         return self.transformer.config.sample_frames - self.transformer.config.num_history_frames
 
     def with_scheduler(self, scheduler: str | type[SchedulerMixin], **changes: Any) -> "IRASimPipeline":
@@ -214,7 +218,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
         fps: float | None = None,
-        chunk_size: int = 16,
+        decode_chunk_size: int = 16,
         eta: float = 0.0,
     ) -> int:
         """Check the arguments of a call before any computation, and return its number of videos.
@@ -223,7 +227,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             ValueError: If an argument is invalid. The message names it, what is required and what was given.
         """
         config = self.transformer.config
-        inputs.check_numbers(num_inference_steps, num_videos_per_trajectory, chunk_size, guidance_scale, eta)
+        inputs.check_numbers(num_inference_steps, num_videos_per_trajectory, decode_chunk_size, guidance_scale, eta)
         batch_size = inputs.check_batch(len(histories), len(actions), num_videos_per_trajectory, generator)
         size = [side // self.vae_scale_factor for side in histories.shape[-2:]]
         inputs.check_latents(latents, (batch_size, config.in_channels, actions.shape[1], *size))
@@ -233,15 +237,6 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         self.check_scheduler()
         schedulers.check_warmup(self.scheduler, num_inference_steps)
         return batch_size
-
-    def check_window(self, window_length: int) -> None:
-        """Check the number of frames of a window.
-
-        Raises:
-            ValueError: If a window does not have room for the history and a predicted frame, exceeds the checkpoint's window,
-                or differs from it for a model of whole trajectories.
-        """
-        inputs.check_window(window_length, self.transformer.config)
 
     def check_scheduler(self) -> None:
         """Check that the scheduler fits the checkpoint.
@@ -271,13 +266,13 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         inputs.check_history(pixels, config)
         return self.video_processor.normalize(inputs.fit_frames(pixels, self.frame_size, resize))
 
-    def encode_history(self, pixels: torch.Tensor, chunk_size: int = 16) -> torch.Tensor:
+    def encode_history(self, pixels: torch.Tensor, decode_chunk_size: int = 16) -> torch.Tensor:
         """Encode histories (B, h, 3, H, W) in [-1, 1] to scaled latents (B, C, h, H / f, W / f), float32."""
         if self.vae is None:
             return pixels.to(self._execution_device).float().transpose(1, 2)
         pixels = pixels.to(self._execution_device, self.vae.dtype)
         flat = pixels.flatten(0, 1).to(memory_format=torch.channels_last)  # convolutions are faster in this layout
-        latents = torch.cat([self._encode(chunk) for chunk in flat.split(chunk_size)])
+        latents = torch.cat([self._encode(chunk) for chunk in flat.split(decode_chunk_size)])
         latents = latents.to(self._execution_device, torch.float32)  # the autoencoder may be on another device
         self._check_overflow(latents)
         return scale_latents(self.vae, latents).unflatten(0, pixels.shape[:2]).transpose(1, 2)
@@ -286,13 +281,13 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         encoded = self.vae.encode(pixels)
         return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
 
-    def decode_latents(self, latents: torch.Tensor, chunk_size: int = 16) -> torch.Tensor:
-        """Decode scaled latents (B, C, F, h, w) to pixels (B, 3, F, H, W) in [-1, 1], `chunk_size` frames at a time."""
+    def decode_latents(self, latents: torch.Tensor, decode_chunk_size: int = 16) -> torch.Tensor:
+        """Decode scaled latents (B, C, F, h, w) to pixels (B, 3, F, H, W) in [-1, 1], `decode_chunk_size` frames at a time."""
         if self.vae is None:
             return latents
         flat = unscale_latents(self.vae, latents).transpose(1, 2).flatten(0, 1)
         flat = flat.to(self.vae.dtype, memory_format=torch.channels_last)
-        pixels = torch.cat([self.vae.decode(chunk).sample.float() for chunk in flat.split(chunk_size)])
+        pixels = torch.cat([self.vae.decode(chunk).sample.float() for chunk in flat.split(decode_chunk_size)])
         self._check_overflow(pixels)
         return pixels.unflatten(0, (latents.shape[0], latents.shape[2])).transpose(1, 2)
 
@@ -428,8 +423,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
         eta: float = 0.0,
-        chunk_size: int = 16,
-        window_length: int | None = None,
+        decode_chunk_size: int = 16,
+        chunk_length: int | None = None,
         fps: float | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable[["IRASimPipeline", int, torch.Tensor, dict], dict] | None = None,
@@ -456,9 +451,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             timesteps: Custom timesteps, for schedulers that accept them.
             sigmas: Custom sigmas, for schedulers that accept them.
             eta: Eta of DDIM, in [0, 1].
-            chunk_size: Number of frames that the autoencoder encodes or decodes at a time; bounds its memory.
-            window_length: Number of frames per window, history and predicted. With fewer than the model's
-                `sample_frames` there are more and shorter windows. None for the pipeline's default.
+            decode_chunk_size: Number of frames that the autoencoder encodes or decodes at a time; bounds its memory.
+            chunk_length: Number of actions per chunk, at most `max_chunk`. With fewer, there are more chunks with shorter
+                windows. None for the pipeline's default.
             fps: Frames per second of history and actions, for checkpoints that embed them (Open-Sora). None for
                 those of the config.
             attention_kwargs: `{"scale": s}` scales LoRA layers.
@@ -482,11 +477,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         tensor_inputs = ["latents"] if tensor_inputs is None else tensor_inputs
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
-        if window_length is None:
-            window_length = self.window_length
         actions = self.action_space.prepare(actions)
         histories = self.preprocess_frames(frames, resize)
-        self.check_window(window_length)
+        chunk_length = inputs.check_chunk(self.chunk_length if chunk_length is None else chunk_length, config)
         batch_size = self.check_inputs(
             actions,
             histories,
@@ -498,11 +491,10 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             output_type,
             tensor_inputs,
             fps,
-            chunk_size,
+            decode_chunk_size,
             eta,
         )
         steps_per_window = len(self._set_timesteps(num_inference_steps, timesteps, sigmas))
-        chunk_length = window_length - config.num_history_frames  # also for a shorter history, as in training
         num_actions, num_chunks = actions.shape[1], -(-actions.shape[1] // chunk_length)
         self._num_timesteps = num_chunks * steps_per_window
         self._guidance_scale = guidance_scale
@@ -511,7 +503,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
         actions = self._pad_actions(inputs.repeat_rows(actions, batch_size), num_chunks * chunk_length)
         is_seeded = generator is not None or latents is not None
-        state = self._start(histories, [0] * batch_size if is_seeded else _random_seeds(batch_size), chunk_size)
+        state = self._start(histories, [0] * batch_size if is_seeded else _random_seeds(batch_size), decode_chunk_size)
         step = 0  # over all windows
         futures = []
         with self.progress_bar(total=self.num_timesteps) as progress_bar:
@@ -550,7 +542,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         if output_type == "latent":
             video = future
         else:
-            video = self.video_processor.postprocess_video(self.decode_latents(future, chunk_size), output_type)
+            video = self.video_processor.postprocess_video(self.decode_latents(future, decode_chunk_size), output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (video,)
@@ -581,8 +573,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             )
         return self._start(pixels, seeds)
 
-    def _start(self, histories: torch.Tensor, seeds: Sequence[int], chunk_size: int = 16) -> RolloutState:
-        return RolloutState.first(inputs.repeat_rows(self.encode_history(histories, chunk_size), len(seeds)), seeds)
+    def _start(self, histories: torch.Tensor, seeds: Sequence[int], decode_chunk_size: int = 16) -> RolloutState:
+        latents = self.encode_history(histories, decode_chunk_size)
+        return RolloutState.first(inputs.repeat_rows(latents, len(seeds)), seeds)
 
     def advance(
         self,
@@ -667,47 +660,23 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         return self.video_processor.postprocess_video(self.decode_latents(latents), "pt")
 
     def predict_latents(
-        self,
-        history: torch.Tensor | RolloutState,
-        actions: torch.Tensor,
-        num_inference_steps: int | None = None,
-        guidance_scale: float = 1.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        attention_kwargs: dict[str, Any] | None = None,
-        fps: float | None = None,
+        self, state: RolloutState, actions: torch.Tensor, chunk_length: int | None = None, **sampling: Any
     ) -> torch.Tensor:
-        """Predict the latents of any number of actions in one call; see `roll`.
+        """Predict the latents of any number of actions.
 
         Args:
-            history: The state of a rollout, or a clean history (B, C, h, H, W), for which random seeds are drawn.
+            state: The state of B rollouts.
             actions: Actions (B, n, A) in raw units.
-            num_inference_steps: Number of denoising steps. None for the pipeline's default.
-            guidance_scale: See `__call__`.
-            generator: Source of the noise instead of the seeds: one, or one per row.
-            attention_kwargs: See `__call__`.
-            fps: See `__call__`.
+            chunk_length: Number of actions per chunk. None for `max_chunk`.
+            sampling: Other arguments of `advance`.
 
         Returns:
-            The future (B, C, n, H, W), scaled latents, float32.
-        """
-        state = history
-        if not isinstance(state, RolloutState):
-            state = RolloutState.first(state, _random_seeds(len(state)))
-        chunks = roll(
-            self,
-            state,
-            actions,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=generator,
-            attention_kwargs=attention_kwargs,
-            fps=fps,
-        )
-        return torch.cat([latents for _, latents in chunks], dim=2)
+            The future (B, C, n, h, w), scaled latents, float32.
 
-    def predict(self, frames: Any, actions: Any, **kwargs: Any) -> torch.Tensor:
-        """Call the pipeline with `output_type="pt"` by default: returns frames (B, n, 3, H, W) in [0, 1]."""
-        return self(frames, actions, **{"output_type": "pt"} | kwargs).frames
+        Raises:
+            ValueError: See `roll`.
+        """
+        return torch.cat([latents for _, latents in roll(self, state, actions, chunk_length, **sampling)], dim=2)
 
     def stream(
         self,
@@ -732,7 +701,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             frames: The history; see `__call__`.
             actions: Any iterable of actions (A,) in the units of the action space, finite or infinite.
             chunk_length: Number of actions that are predicted together; the last chunk may be shorter. None for 4, or fewer
-                if the window is shorter; Video-Ada and the U-Net require the whole window.
+                if the chunks of the pipeline are shorter; Video-Ada and the U-Net require `max_chunk`.
             num_inference_steps: Number of denoising steps per chunk. None for the pipeline's default.
             guidance_scale: See `__call__`.
             generator: Seeded generator.
@@ -755,7 +724,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         """
         config, steps = self.transformer.config, num_inference_steps
         steps = self.config.num_inference_steps if steps is None else steps
-        length = inputs.check_chunk(chunk_length, self.max_chunk, config)
+        if chunk_length is None:
+            chunk_length = self.max_chunk if config.conditioning == "video" else min(4, self.chunk_length)
+        length = inputs.check_chunk(chunk_length, config, longest=math.inf)  # `roll` splits longer ones
         histories = self.preprocess_frames(frames, resize)
         hold = torch.zeros(1, length, config.action_dim)
         self.check_inputs(hold, histories, steps, guidance_scale, 1, generator, None, output_type, [], fps)

@@ -80,9 +80,9 @@ def finished_pipeline(
     if sampler is None:
         return pipeline
     scheduler, settings = sampler
-    if (settings.get("window_length") or 0) > transformer.config.sample_frames:
-        settings = settings | {"window_length": None}
     sampled = IRASimPipeline(pipeline.vae, transformer, scheduler, **settings)
+    if sampled.chunk_length > sampled.max_chunk:
+        sampled.register_to_config(chunk_length=None)
     try:
         sampled.check_scheduler()
     except ValueError:  # the prediction type or the noise process has changed
