@@ -396,6 +396,23 @@ class WorldModelVectorEnv(VectorEnv):
 
     get_attr = call
 
+    def set_attr(self, name: str, values: Any) -> None:
+        """Set an attribute, which all rows share.
+
+        Args:
+            name: Name of the attribute.
+            values: The value, or a list with the same value for each row.
+
+        Raises:
+            ValueError: If the values of the rows differ.
+        """
+        rows = values if isinstance(values, list | tuple) else [values] * self.num_envs
+        if len(rows) != self.num_envs or any(each != rows[0] for each in rows):
+            raise ValueError(
+                f"`values` must be one value for all {self.num_envs} rows, which share {name!r}, got {values}."
+            )
+        setattr(self, name, rows[0])
+
 
 class WorldModelEnv(gymnasium.Env):
     """One environment whose next frames a world model predicts.

@@ -22,7 +22,7 @@ from teleoperate import (
     requests,
 )
 
-from irasim_diffusers import Steering
+from irasim_diffusers import ActionSpace, Steering
 from irasim_diffusers.actions import integrate_actions
 from irasim_diffusers.commands.keys import key_controls
 
@@ -45,9 +45,9 @@ def space(derivation="relative_euler", kind="relative", low=None, high=None):
         action_low=low,
         action_high=high,
     )
-    steering = Steering(config, start=[100.0, 40.0] if size == 2 else None)
+    steering = Steering(ActionSpace.from_config(config), start=[100.0, 40.0] if size == 2 else None)
     return {
-        "names": steering.names,
+        "names": list(steering.action_space.names),
         "space": kind,
         "derivation": derivation,
         "low": [low] * size,

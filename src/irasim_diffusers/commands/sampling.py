@@ -153,12 +153,12 @@ def load_checked(flag: str, wanted: str, name: str, kind: Any, **options: Any) -
             loaded = kind.from_pretrained(name, **options)
         check_weights(getattr(loaded, "components", {flag.removeprefix("--"): loaded}), messages)
     except Exception as error:  # the loaders raise errors of many types for damaged files
-        reason = _missing_reason(name, error) or error
+        reason = missing_reason(name, error) or error
         raise ValueError(f"{flag} must be {wanted}, got {name!r}: {reason}") from error
     return loaded
 
 
-def _missing_reason(name: str, error: BaseException | None) -> str | None:
+def missing_reason(name: str, error: BaseException | None) -> str | None:
     """Describe a name that is neither a folder nor a repository; None if an error has another cause."""
     from huggingface_hub import constants, errors
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -23,6 +25,14 @@ from ..pictures import resize, resize_video
 from ..pipelines import IRASimPipeline
 from ..rollout import WorldModel, roll
 from .protocols import Clip
+
+MAX_SIDE = 4096
+"""Maximum side of saved predictions in pixels."""
+UNREADABLE: tuple[type[Exception], ...] = (
+    *(ValueError, OSError, KeyError, EOFError, TypeError, SyntaxError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
+"""Errors that zipfile and NumPy raise for damaged files."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class ClipReader:
 
 
 class EvaluationCounter:
-    """Counts the network evaluations of a model, from its creation to the end of an optional `with` statement.
+    """Context manager that counts the forward calls of a model.
 
     Args:
         model: The denoising network.
@@ -91,10 +101,10 @@ class EvaluationCounter:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.count = 0
-        self._hook = model.register_forward_hook(self._add)
+        self.count, self._model = 0, model
 
     def __enter__(self) -> EvaluationCounter:
+        self._hook = self._model.register_forward_hook(self._add)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -242,15 +252,14 @@ class PipelinePredictor(WorldModelPredictor):
         config = pipeline.transformer.config
         super().__init__(pipeline, seed, resize, batch_size, pipeline.chunk_length)
         self.pipeline, self.config, self.num_inference_steps = pipeline, config, num_inference_steps
-        self.autoencoder = None if pipeline.vae is None else _digest([pipeline.vae])
+        self.autoencoder = None if pipeline.vae is None else weights_hash([pipeline.vae])
 
     @property
     def setting(self) -> dict[str, Any]:
         """Everything that determines the metrics, JSON-serialisable; weights and configs as a hash."""
         pipeline = self.pipeline
-        settings = [public_config(pipeline.scheduler.config), pipeline.config.timesteps]
         return {
-            "weights": _digest([pipeline.vae, pipeline.transformer], settings),
+            "weights": pipeline_hash(pipeline),
             "scheduler": type(pipeline.scheduler).__name__,
             "num_inference_steps": self.num_inference_steps or pipeline.config.num_inference_steps,
             "chunk_length": pipeline.chunk_length,
@@ -318,28 +327,45 @@ class FolderPredictor:
         return [self._read(clip) for clip in clips]
 
     def _read(self, data: ClipData) -> Prediction:
-        path = self.path(data.clip)
-        frames, latents, autoencoder = (read_video(path), None, None) if path.suffix == ".mp4" else _read_npz(path)
-        if autoencoder is not None and autoencoder != self.autoencoder:
-            latents = None
-        wanted = data.truth.shape
-        if len(frames) != wanted[0] or frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        path, wanted = self.path(data.clip), data.truth.shape
+        shape, kind = _npz_header(path, data) if path.suffix == ".npz" else (None, np.dtype(np.uint8))
+        frames, latents, autoencoder = None, None, None
+        if shape is None:
+            frames = read_video(path)
+            shape = frames.shape
+        if (
+            len(shape) != 4
+            or shape[0] != wanted[0]
+            or shape[-1] != 3
+            or kind != np.uint8
+            or not 0 < max(shape) <= MAX_SIDE
+        ):
             raise ValueError(
                 f"{str(path)!r} must contain the {wanted[0]} predicted frames (n, H, W, 3), uint8, without the history, got "
-                f"{frames.shape}, {frames.dtype}."
+                f"{shape}, {kind}."
             )
-        if frames.shape != wanted and not self.resize:
+        if shape != wanted and not self.resize:
             raise ValueError(
-                f"frames of {str(path)!r} must be {wanted[1]}x{wanted[2]} (height x width) as the true frames, got "
-                f"{frames.shape[1]}x{frames.shape[2]}: pass --resize to resize them."
+                f"frames of {str(path)!r} must be {wanted[1]}x{wanted[2]} (height x width) like the true frames, got "
+                f"{shape[1]}x{shape[2]}: pass --resize to resize them."
             )
-        if frames.shape != wanted:
+        if frames is None:
+            frames, latents, autoencoder = _read_npz(path)
+        if autoencoder is not None and autoencoder != self.autoencoder:
+            latents = None
+        if shape != wanted:
             frames = resize_video(frames, wanted[1:3])
         return Prediction(frames, latents, autoencoder=autoencoder)
 
 
-def _digest(modules: Sequence[torch.nn.Module | None], settings: Any = None) -> str:
-    """Return a hash of the weights and configs of modules, and of other settings."""
+def pipeline_hash(pipeline: IRASimPipeline) -> str:
+    """Return a hash of the weights and configs of a pipeline, and of its sampler."""
+    settings = [public_config(pipeline.scheduler.config), pipeline.config.timesteps]
+    return weights_hash([pipeline.vae, pipeline.transformer], settings)
+
+
+def weights_hash(modules: Sequence[Any], settings: Any = None) -> str:
+    """Return a hash of the weights and configs of models, and of other settings; None entries are skipped."""
     parts = [[public_config(module.config), fingerprint(module)] for module in modules if module is not None]
     return hashlib.sha256(json.dumps([settings, parts], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -354,12 +380,43 @@ def save_prediction(folder: Path, clip: Clip, prediction: Prediction) -> None:
         np.savez_compressed(partial, **arrays)
 
 
+def _npz_header(path: Path, data: ClipData) -> tuple[tuple[int, ...], np.dtype]:
+    """Return shape and type of `frames`, and check the sizes of the other arrays, before anything is decompressed."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            found = {name: _array_header(file, name) for name in file.namelist()}
+    except UNREADABLE as error:
+        raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`: {error}") from error
+    if "frames.npy" not in found:
+        raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`, got {sorted(found)}.")
+    for name, (shape, kind) in found.items():
+        # latents have fewer values than the frames, and a hash at most 64 characters
+        limit, kinds = (256, "U") if name == "autoencoder.npy" else (8 * data.truth.size, "f")
+        size = math.prod(shape) * kind.itemsize
+        if name in ("latents.npy", "autoencoder.npy") and (kind.kind not in kinds or size > limit):
+            raise ValueError(
+                f"`{name.removesuffix('.npy')}` in {str(path)!r} must have kind {kinds!r} and at most {limit} bytes, got {shape}, {kind}."
+            )
+    return found["frames.npy"]
+
+
+def _array_header(file: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    with file.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, kind = read(member)
+    return shape, kind
+
+
 def _read_npz(path: Path) -> tuple[np.ndarray, torch.Tensor | None, str | None]:
     """Read frames, latents and the hash of their autoencoder."""
     try:
         with np.load(path, allow_pickle=False) as file:
             latents = torch.from_numpy(file["latents"]) if "latents" in file else None
             autoencoder = str(file["autoencoder"]) if "autoencoder" in file else None
-            return file["frames"], latents, autoencoder or None
-    except (ValueError, OSError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            frames = file["frames"]
+    except UNREADABLE as error:
         raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`: {error}") from error
+    if latents is not None and not torch.isfinite(latents).all():
+        raise ValueError(f"`latents` in {str(path)!r} must be finite, got NaN or infinity.")
+    return frames, latents, autoencoder or None
