@@ -122,7 +122,7 @@ class DrivingSession:
     ) -> None:
         if max_frames < 1:
             raise ValueError(f"`max_frames` must be at least 1, got {max_frames}.")
-        pixels = fit_frames(stack_frames(frames), tuple(model.frame_size), resize)  # (1, h, 3, H, W) in [0, 1]
+        pixels = fit_frames(stack_frames(frames), model.frame_size, resize)  # (1, h, 3, H, W) in [0, 1]
         if len(pixels) != 1:
             raise ValueError(f"`frames` must be one history, got {len(pixels)}.")
         self.model, self.steering = model, steering

@@ -26,7 +26,7 @@ try:
     from gymnasium.vector import AutoresetMode, VectorEnv
     from gymnasium.vector.utils import batch_space
 except ImportError as error:
-    raise ImportError("`irasim_diffusers.envs` needs Gymnasium: pip install gymnasium") from error
+    raise ImportError("`irasim_diffusers.envs` requires Gymnasium: pip install gymnasium") from error
 
 __all__ = ["EpisodeStarts", "Start", "WorldModelEnv", "WorldModelVectorEnv", "load_world_model"]
 
@@ -38,11 +38,11 @@ COMPOSED = ("relative_planar", "relative_euler", "relative_6d")
 
 
 class WorldModelVectorEnv(VectorEnv):
-    """Environments whose next frames a world model predicts; one call of the model per step for all of them.
+    """Vectorized environment backed by a world model; each step is one batched model call.
 
     Row i with seed s shows the same episode as `WorldModelEnv` with seed s. The observation is a dict: `pixels` (H, W, 3), uint8,
-    the last frame, and `agent_pos` (S,), float32, the robot state if it can be known: read from the frame by `proprioception`,
-    or composed from the state of the start where actions are relative poses. A commanded target is never reported as a state.
+    the last frame, and `agent_pos` (S,), float32, the robot state if available: predicted from the frame by `proprioception`,
+    or composed from the state of the start if actions are relative poses. A commanded target is never reported as a state.
 
     With the autoreset mode `DISABLED`, a finished row keeps its last observation and flags, with reward 0, until it is reset by
     `reset(options={"reset_mask": mask})`. A step after all rows have finished raises an error.
@@ -51,11 +51,11 @@ class WorldModelVectorEnv(VectorEnv):
         model: A world model, such as `IRASimPipeline`.
         num_envs: Number of rows.
         starts: `Start`s or their frames, one of which is drawn for each episode. None if every reset passes `options={"frames": ...}`.
-        reward: Reward of each frame, see `FrameFunction`. None for 0.
-        success: Success of each frame, bool; it ends the episode. None for never.
-        proprioception: Reads the robot state from a frame.
+        reward: Reward of each frame, see `FrameFunction`. If None, the reward is 0.
+        success: Success of each frame, bool; it terminates the episode. If None, episodes never terminate.
+        proprioception: Model that predicts the robot state from a frame.
         max_episode_steps: Steps after which an episode is truncated.
-        rescale_actions: Take actions in [-1, 1] and map them linearly to the bounds; 1 is one normalised unit for a component
+        rescale_actions: Take actions in [-1, 1] and map them linearly to the bounds; 1 is one normalized unit for a component
             without bounds.
         clip_actions: Limit actions to the bounds instead of raising an error.
         autoreset_mode: Gymnasium's `NextStep`, `SameStep` or `Disabled`.
@@ -89,7 +89,7 @@ class WorldModelVectorEnv(VectorEnv):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"`render_mode` must be 'rgb_array' or None, got {render_mode!r}.")
         if starts is not None and not len(starts):
-            raise ValueError("`starts` must hold at least one start, got none.")
+            raise ValueError("`starts` must contain at least one start, got none.")
         self.model, self.num_envs, self.starts = model, num_envs, starts
         self.reward, self.success, self.proprioception = reward, success, proprioception
         self.max_episode_steps, self.rescale_actions, self.clip_actions = (
@@ -120,19 +120,19 @@ class WorldModelVectorEnv(VectorEnv):
 
     @classmethod
     def from_pretrained(cls, model: Any, num_envs: int = 1, device: Any = None, **options: Any) -> Self:
-        """Load a pipeline and what is stored with it, see `load_world_model`.
+        """Load a pipeline and the models stored with it; see `load_world_model`.
 
         Args:
             model: Folder or Hub id of a pipeline, or a world model.
             num_envs: Number of rows.
             device: Device of the model; None for CUDA if available, else the CPU.
-            options: Arguments of the class. They take precedence over what is stored with the pipeline.
+            options: Arguments of the class. They take precedence over the models stored with the pipeline.
         """
         return cls(num_envs=num_envs, **load_world_model(model, device) | options)
 
     @property
     def _max_episode_steps(self) -> int:
-        """The name under which LeRobot reads the limit."""
+        """Alias that LeRobot reads."""
         return self.max_episode_steps
 
     def _observation_spaces(self) -> dict[str, gymnasium.Space]:
@@ -191,7 +191,7 @@ class WorldModelVectorEnv(VectorEnv):
             self._check_start(each)
         if starts is None and self.starts is None:
             raise ValueError(
-                "`reset` needs frames to start from, got none: pass `starts` to the environment or "
+                "`reset` requires frames to start from, got None: pass `starts` to the environment or "
                 '`options={"frames": ...}` to `reset`.'
             )
         if isinstance(seed, int | np.integer):
@@ -370,7 +370,7 @@ class WorldModelVectorEnv(VectorEnv):
         return {"is_success": self._succeeded.copy(), "_is_success": np.ones(self.num_envs, bool)}
 
     def _final_info(self, rows: list[int]) -> dict[str, Any]:
-        """Last observations and infos of episodes that end in this step, in Gymnasium's form."""
+        """Return the last observations and infos of episodes that end in this step, in Gymnasium's form."""
         observation = self._observation()
         info: dict[str, Any] = {}
         for row in rows:
@@ -380,7 +380,11 @@ class WorldModelVectorEnv(VectorEnv):
         return info
 
     def render(self) -> tuple[np.ndarray, ...]:
-        """Return the last frame (H, W, 3) of each row, uint8."""
+        """Return the last frame (H, W, 3) of each row, uint8.
+
+        Raises:
+            ValueError: If `render_mode` is None.
+        """
         if self.render_mode is None:
             raise ValueError("`render_mode` must be 'rgb_array' to render, got None.")
         return tuple(self._pixels.copy())
@@ -415,7 +419,7 @@ class WorldModelVectorEnv(VectorEnv):
 
 
 class WorldModelEnv(gymnasium.Env):
-    """One environment whose next frames a world model predicts.
+    """Single environment backed by a world model.
 
     `reset(options={"frames": ...})` starts from the given history, (H, W, 3) or (h, H, W, 3), or `Start`. A step after the end of
     the episode raises an error.
@@ -437,7 +441,7 @@ class WorldModelEnv(gymnasium.Env):
 
     @classmethod
     def from_pretrained(cls, model: Any, device: Any = None, **options: Any) -> Self:
-        """Load a pipeline and what is stored with it; see `WorldModelVectorEnv.from_pretrained`."""
+        """Load a pipeline and the models stored with it; see `WorldModelVectorEnv.from_pretrained`."""
         return cls(**load_world_model(model, device) | options)
 
     def reset(
@@ -467,7 +471,7 @@ class WorldModelEnv(gymnasium.Env):
 
 
 def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
-    """Load a pipeline and what is stored with it, as arguments of the environments.
+    """Load a pipeline with its stored proprioception model, reward and start frames, as keyword arguments.
 
     Args:
         model: Folder or Hub id of a pipeline. A world model is returned as it is.
@@ -489,14 +493,14 @@ def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
         loaded["reward"] = reward = FrameRegressor.from_pretrained(model, subfolder="reward").to(device).eval()
         if reward.config.success_threshold is not None:
             loaded["success"] = reward.success
-    if picture := _stored_file(model, "starts.png"):
-        with PIL.Image.open(picture) as image:
+    if path := _stored_file(model, "starts.png"):
+        with PIL.Image.open(path) as image:
             loaded["starts"] = np.asarray(image.convert("RGB")).reshape(-1, *pipe.frame_size, 3)
     return loaded
 
 
 def _stored_file(model: str | Path, name: str) -> str | None:
-    """Path of a file of a folder or a Hub repository, downloaded if needed; None if it does not exist."""
+    """Return the path of a file of a folder or a Hub repository, downloaded if needed; None if it does not exist."""
     if Path(model).is_dir():
         return str(Path(model) / name) if (Path(model) / name).is_file() else None
     try:

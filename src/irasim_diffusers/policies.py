@@ -240,7 +240,7 @@ def check_processor(path: Path, steps: Mapping[str, type]) -> None:
 
 
 class PlannerPolicy:
-    """Plans in closed loop: executes the first actions of a plan, then plans again from the observed frames.
+    """Policy that plans in closed loop: it executes the first actions of a plan, then plans again from the observed frames.
 
     Rows are planned one after another, with the same seeds, so that a row does not depend on the others.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CHANGES = ("prediction_type", "vae", "patch_size", "action_frequencies", "action_dim")
 EPISODES = 32
-"""Maximum number of episodes for the fit of a new autoencoder."""
+"""Maximum number of episodes to which a new autoencoder is fitted."""
 FRAMES = 16
 """Frames per episode."""
 
@@ -42,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
         "--vae",
         help="new autoencoder, fitted to frames of --dataset: folder or Hub id, optionally with ':<subfolder>'",
     )
-    add("--action-dim", type=int, help="number of action components; the action encoder is initialised again")
+    add("--action-dim", type=int, help="number of action components; the action encoder is initialized again")
     add(
         "--action-frequencies",
         type=int,
@@ -84,15 +84,17 @@ def check_flags(arguments: argparse.Namespace) -> None:
     """
     if not any(getattr(arguments, name) is not None for name in CHANGES):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in CHANGES)
-        raise ValueError(f"at least one change must be given: {flags}.")
+        raise ValueError(f"at least one change is required: {flags}.")
     for name, least in (("patch_size", 1), ("action_dim", 1), ("action_frequencies", 0), ("height", 1), ("width", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
     if (arguments.height is None) != (arguments.width is None):
-        raise ValueError("--height and --width must be given together.")
+        raise ValueError("--height and --width must be passed together.")
     if (arguments.vae is None) != (arguments.dataset is None):
-        raise ValueError("--vae and --dataset must be given together: the model is fitted to the frames of the data.")
+        raise ValueError(
+            "--vae requires --dataset, and --dataset requires --vae: the patch layers are fitted to its frames."
+        )
     check_output_folder(arguments.output, empty=True)
     for name in ("model", "vae"):
         check_name(f"--{name}", getattr(arguments, name) or "")
@@ -113,7 +115,7 @@ def _adapted(
         transformer = predict_samples(transformer)
     if arguments.vae:
         if vae is None:
-            raise ValueError(f"--vae must not be given: {arguments.model!r} is a pixel-space model.")
+            raise ValueError(f"--vae must be omitted: {arguments.model!r} is a pixel-space model.")
         try:
             with quiet_loading() as messages:
                 other = load_autoencoder(arguments.vae)

@@ -276,7 +276,7 @@ def _check_policy(evaluation: PolicyEvaluation, name: str, policies: _LoadedPoli
     if not hasattr(policy, "select_action") or not hasattr(policy, "reset"):
         raise ValueError(f"policy {name!r} must have `select_action` and `reset`, got {type(policy).__name__}.")
     rows = evaluation.real.num_envs
-    observation, _ = evaluation.real.reset(seed=[int(evaluation.seeds[0])] * rows)
+    observation, _ = evaluation.real.reset(seed=[int(evaluation.seeds[0])] * rows)  # type: ignore[arg-type]
     try:
         policy.reset()
         actions = np.asarray(policy.select_action(observation), dtype=np.float32)

@@ -37,7 +37,7 @@ UNREADABLE: tuple[type[Exception], ...] = (
 
 @dataclass(frozen=True)
 class ClipData:
-    """A clip with its frames and actions."""
+    """Clip with its frames and actions."""
 
     clip: Clip
     number: int  # index of the clip, which seeds the noise
@@ -58,10 +58,10 @@ class ClipData:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted future of one clip."""
+    """Predicted future of one clip."""
 
     frames: np.ndarray  # (n, H, W, 3), uint8
-    latents: torch.Tensor | None = None  # (C, n, h, w), scaled; None for models without comparable latents
+    latents: torch.Tensor | None = None  # (C, n, h, w), scaled; None if the latents are not comparable
     network_evaluations: float | None = None  # per window, if known
     autoencoder: str | None = None  # hash of the autoencoder of the latents, if known
 
@@ -74,7 +74,7 @@ class Predictor(Protocol):
 
 
 class ClipReader:
-    """Reads clips from a data set. Consecutive clips of one episode decode it only once."""
+    """Reader of clips from a dataset. Consecutive clips of one episode decode it only once."""
 
     def __init__(self, dataset: EpisodeSource, clips: Sequence[Clip]) -> None:
         self.clips = clips
@@ -115,7 +115,7 @@ class EvaluationCounter:
 
 
 class WorldModelPredictor:
-    """Predictions of a world model. The noise of a clip depends only on the seed and the number of the clip.
+    """Predictions of a world model. The noise of a clip depends only on the seed and the index of the clip.
 
     Args:
         model: The world model: a pipeline, or any other object with the methods of `rollout.WorldModel`.
@@ -140,11 +140,11 @@ class WorldModelPredictor:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """Everything that determines the metrics, JSON-serialisable."""
+        """Everything that determines the metrics, JSON-serializable."""
         return {"chunk_length": self.chunk_length, "resize": self.resize}
 
     def check_dataset(self, dataset: EpisodeSource) -> None:
-        """Check that a data set matches the data that the model was trained on.
+        """Check that a dataset matches the data that the model was trained on.
 
         Raises:
             ValueError: If the number of action components, their derivation or the frame rate differ.
@@ -172,7 +172,7 @@ class WorldModelPredictor:
         size, found = tuple(self.model.frame_size), clip.frames.shape[1:3]
         if found != size and not self.resize:
             raise ValueError(
-                f"frames must be {size[0]}x{size[1]} (height x width) as for the model, got {found[0]}x{found[1]}: pass "
+                f"frames must be {size[0]}x{size[1]} (height x width) like the model's, got {found[0]}x{found[1]}: pass "
                 "resize=True (--resize on the command line) to resize them."
             )
         self.model.action_space.prepare(clip.actions)
@@ -256,7 +256,7 @@ class PipelinePredictor(WorldModelPredictor):
 
     @property
     def setting(self) -> dict[str, Any]:
-        """Everything that determines the metrics, JSON-serialisable; weights and configs as a hash."""
+        """Everything that determines the metrics, JSON-serializable; weights and configs as a hash."""
         pipeline = self.pipeline
         return {
             "weights": pipeline_hash(pipeline),

@@ -46,7 +46,7 @@ class Evaluation:
     """Arguments of an evaluation.
 
     Args:
-        dataset: The data set.
+        dataset: The dataset.
         protocol: Defines which clips are predicted, and how they are compared.
         predictor: Source of the predictions.
         output: Folder of the report and of the metrics of each clip.
@@ -61,8 +61,8 @@ class Evaluation:
         skip_broken: Skip episodes that cannot be read and list them in the report, instead of raising an error.
         save_predictions: Folder for the predictions, in the format of `FolderPredictor`.
         save_truth: Folder for the true frames in the same format, for a preference study.
-        published: Data set whose results in the paper are shown for comparison.
-        setting: Further JSON-serialisable entries of the report. An output folder with other settings is not accepted.
+        published: Dataset whose results in the paper are shown for comparison.
+        setting: Further JSON-serializable entries of the report. An output folder with other settings is not accepted.
         unchecked: Further entries that may differ when an evaluation is resumed, such as the command and versions.
     """
 
@@ -88,7 +88,7 @@ class Evaluation:
 def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     """Run an evaluation and write its report; see `examples/evaluation.md`.
 
-    Under `accelerate launch`, the processes share the batches, and the first process summarises the metrics. Running the same
+    Under `accelerate launch`, the processes share the batches, and the first process summarizes the metrics. Running the same
     command again resumes the evaluation.
 
     Returns:
@@ -148,7 +148,7 @@ def _check(evaluation: Evaluation) -> None:
         published_figures(evaluation.protocol, evaluation.published)
     if (evaluation.backbones.inception or evaluation.backbones.i3d) and evaluation.protocol.predicted is None:
         raise ValueError(
-            f"FID and FVD require clips of equal length, which {evaluation.protocol.name} does not have: leave them out."
+            f"FID and FVD require clips of equal length, and {evaluation.protocol.name} has variable length: omit --inception and --i3d."
         )
 
 
@@ -245,7 +245,7 @@ def _is_finished(evaluation: Evaluation, clip: Clip) -> bool:
     if not all(path.is_file() for path in saved):
         return False
     kinds: dict[str, type] = {"psnr": list, "ssim": list, "clip_psnr": float}
-    optional = {"latent_l2": float} if evaluation.encode is not None else {}
+    optional: dict[str, type] = {"latent_l2": float} if evaluation.encode is not None else {}
     optional |= {"lpips": list} if evaluation.backbones.lpips is not None else {}
     found = read_result(_figures(evaluation.output, clip), {"name": str, "last_frame": dict} | kinds | optional)
     if found is None or found["name"] != clip.name or not has_kinds(found["last_frame"], kinds):
@@ -255,7 +255,7 @@ def _is_finished(evaluation: Evaluation, clip: Clip) -> bool:
 
 
 def _own_files(evaluation: Evaluation) -> set[str]:
-    """Names in the output folder that an interrupted run may have left."""
+    """Return the names in the output folder that an interrupted run may have left."""
     saved = [each for each in (evaluation.save_predictions, evaluation.save_truth) if each is not None]
     inside = [
         each.absolute().relative_to(evaluation.output.absolute()) for each in saved if _is_inside(each, evaluation)
@@ -342,7 +342,7 @@ def _summarise_faithfulness(evaluation: Evaluation, clips: Sequence[Clip], chose
 
 
 def _is_array(path: Path) -> bool:
-    """Whether a file is a complete array, which an earlier run wrote."""
+    """Check whether a file is a complete array, which an earlier run wrote."""
     try:
         return bool(np.isfinite(np.load(path, mmap_mode="r", allow_pickle=False)).all())
     except (OSError, ValueError, EOFError, TypeError):
