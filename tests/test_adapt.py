@@ -25,6 +25,8 @@ def model(tmp_path_factory):
         (["--patch-size", "3"], "--patch-size must divide the sides of the latents, 4x6, got 3"),
         (["--action-dim", "-1"], "--action-dim must be at least 1, got -1"),
         (["--action-frequencies", "-1"], "--action-frequencies must be at least 0, got -1"),
+        (["--action-dim", "1000000000"], "--action-dim must be at most 1024, got 1000000000"),
+        (["--action-frequencies", "1000000"], "--action-frequencies must be at most 32, got 1000000"),
         (["--vae", "vae"], "--vae requires --dataset"),
         (["--action-dim", "2", "--height", "8"], "--height and --width must be passed together"),
         (["--action-dim", "2", "--model", "nowhere"], "--model must be a pipeline folder or Hub id, got 'nowhere'"),

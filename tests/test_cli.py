@@ -11,11 +11,13 @@ import torch
 from conftest import tiny_pipeline
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
 from test_conversion import latte_model
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, embedded_checkpoint
 from irasim_diffusers.cli import main
 from irasim_diffusers.commands.files import read_actions, read_frames
+from irasim_diffusers.commands.sampling import DTYPE_REMEDY, check_weights
 from irasim_diffusers.data import read_video, write_video
 from irasim_diffusers.metrics import psnr
 
@@ -342,6 +344,35 @@ def test_bad_input_prints_one_line_and_exits_with_2(workspace, capsys, change, m
     assert sorted(workspace.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["out.mp4", "out.png"])
+def test_folder_in_the_place_of_an_output_is_named(workspace, tmp_path, capsys, name):
+    """The strip is written next to the video, so that the message must name the file that the user did not pass."""
+    (tmp_path / name).mkdir()
+    assert generate("--output", str(tmp_path / "out.mp4")) == 2
+    suffix = name[-4:]
+    assert f"writes the {suffix} file '{tmp_path / name}', which is a folder: use another" in capsys.readouterr().err
+
+
+def test_full_disk_is_one_line(monkeypatch, capsys):
+    """The writer of safetensors raises an error of its own class."""
+
+    def fail(_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("irasim_diffusers.commands.generate.run", fail)
+    assert main(["generate"]) == 2
+    assert capsys.readouterr().err == "irasim: error: I/O error: No space left on device (os error 28)\n"
+
+
+def test_only_commands_with_the_flag_advise_dtype():
+    weights = torch.nn.Linear(2, 2)
+    weights.bias.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="use an earlier checkpoint.$"):
+        check_weights({"model": weights}, [])
+    with pytest.raises(ValueError, match="use an earlier checkpoint, or --dtype float32 if .* float16.$"):
+        check_weights({"model": weights}, [], DTYPE_REMEDY)
+
+
 def test_unknown_scheduler_raises(workspace, capsys):
     with pytest.raises(SystemExit) as stop:
         generate("--scheduler", "runge")
@@ -353,7 +384,7 @@ def test_the_embedded_model_predicts_its_held_out_clip(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     assert generate() == 0
     out = capsys.readouterr().out
-    found = re.search(r"PSNR ([\d.]+) dB over 60 frames .* last seen frame: ([\d.]+) dB", out)
+    found = re.search(r"PSNR ([\d.]+) dB over 60 frames .* last-frame baseline: ([\d.]+) dB", out)
     assert float(found[1]) > float(found[2]) + 2
     frames = read_video("irasim.mp4")
     assert len(frames) >= 61

@@ -725,6 +725,24 @@ def test_open_sora_requires_the_frame_rate(tmp_path, capsys):
     assert "--source opensora requires --config fps=<frames per second>" in capsys.readouterr().err
 
 
+def test_loader_failure_without_config_names_the_checkpoint(tmp_path, monkeypatch, capsys):
+    tiny_vae().save_pretrained(tmp_path / "a:vae")  # also a colon in the name of a folder
+    monkeypatch.setattr("irasim_diffusers.conversion.load_latte", raising(RuntimeError("out of memory")))
+    flags = ["--checkpoint", str(tmp_path), "--vae", str(tmp_path / "a:vae"), "--output", str(tmp_path / "out")]
+    assert main(["convert", "--source", "latte", *flags]) == 2
+    expected = f"irasim: error: --checkpoint '{tmp_path}' cannot be loaded: out of memory\n"
+    assert capsys.readouterr().err == expected
+    assert main(["convert", "--source", "latte", *flags, "--config", "action_dim=2"]) == 2
+    assert "--config must define a model, got 'action_dim=2': out of memory" in capsys.readouterr().err
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -98,6 +98,8 @@ def test_plan_of_the_embedded_model_is_executed_by_generate(tmp_path, monkeypatc
 BAD = [
     ({"frames": None}, "--frames is required"),
     ({"frames": "missing.png"}, "--frames must be an image or video file, got 'missing.png'"),
+    ({"horizon": "1000000000"}, "--horizon must be at most 1000, got 1000000000"),
+    ({"candidates": "1000000000"}, "--candidates must be at most 10000, got 1000000000"),
     ({"goal": None}, "pass exactly one of --goal and --reward"),
     ({"reward": "reward"}, "pass exactly one of --goal and --reward"),
     ({"goal": "missing.png"}, "--goal must be an image or video file, got 'missing.png'"),

@@ -488,15 +488,38 @@ def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
     loaded: dict[str, Any] = {"model": pipe}
     if _stored_file(model, "proprioception/config.json"):
-        loaded["proprioception"] = ProprioceptionModel.from_pretrained(model, subfolder="proprioception").to(device)
+        loaded["proprioception"] = _load_proprioception(model).to(device)
     if _stored_file(model, "reward/config.json"):
         loaded["reward"] = reward = FrameRegressor.from_pretrained(model, subfolder="reward").to(device).eval()
         if reward.config.success_threshold is not None:
             loaded["success"] = reward.success
     if path := _stored_file(model, "starts.png"):
-        with PIL.Image.open(path) as image:
-            loaded["starts"] = np.asarray(image.convert("RGB")).reshape(-1, *pipe.frame_size, 3)
+        loaded["starts"] = _read_starts(path, pipe.frame_size)
     return loaded
+
+
+def _load_proprioception(model: str | Path) -> ProprioceptionModel:
+    loaded = ProprioceptionModel.from_pretrained(model, subfolder="proprioception")
+    scale = np.asarray(loaded.config.state_scale, dtype=np.float64)
+    if not (np.isfinite(scale) & (scale != 0)).all():
+        raise ValueError(
+            f"`state_scale` of the proprioception model must be finite and not zero, got {scale.tolist()}."
+        )
+    return loaded
+
+
+def _read_starts(path: str, size: tuple[int, int]) -> np.ndarray:
+    """Read start frames (N, H, W, 3) from an image that contains them in one column."""
+    try:
+        with PIL.Image.open(path) as image:
+            width, height = image.size
+            if width != size[1] or height % size[0]:
+                raise ValueError(
+                    f"it must be one column of frames of {size[1]}x{size[0]} pixels, got {width}x{height}"
+                )
+            return np.asarray(image.convert("RGB")).reshape(-1, *size, 3)
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"the start frames {path!r} cannot be read: {error}.") from error
 
 
 def _stored_file(model: str | Path, name: str) -> str | None:

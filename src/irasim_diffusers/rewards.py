@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from .rollout import WorldModel
 
+MAX_SIZE = 8192
+"""Maximum size in a config, which bounds the memory that a file can request."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -119,6 +121,16 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         success_threshold: float | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(channels, list | tuple) or not all(_is_count(each) for each in channels):
+            raise ValueError(f"`channels` must be a list of positive integers, got {channels!r}.")
+        if not (_is_count(feature_dim) and _is_count(sample_height) and _is_count(sample_width)):
+            raise ValueError(
+                "`feature_dim`, `sample_height` and `sample_width` must be positive integers, got "
+                f"{feature_dim!r}, {sample_height!r} and {sample_width!r}."
+            )
+        threshold = success_threshold
+        if threshold is not None and not (type(threshold) in (int, float) and math.isfinite(threshold)):
+            raise ValueError(f"`success_threshold` must be a finite number or None, got {threshold!r}.")
         shrink = 2 ** (len(channels) + 1)
         if not channels or min(sample_height, sample_width) < shrink:
             raise ValueError(
@@ -242,6 +254,10 @@ def pretrained_encoder(
         return network(pixel_values=(pixels - center) / spread).pooler_output.flatten(1)
 
     return encode
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MAX_SIZE
 
 
 def _image(goal: Any) -> torch.Tensor:

@@ -536,7 +536,7 @@ def test_headers_of_predictions_are_checked_before_the_values(tmp_path, members,
 def test_latents_must_be_finite(tmp_path):
     data = clip_data((8, 12))
     np.savez(tmp_path / "a.npz", frames=data.truth, latents=np.full((4, 15, 4, 6), np.nan, np.float32))
-    with pytest.raises(ValueError, match="`latents` in .*a.npz' must be finite, got NaN"):
+    with pytest.raises(ValueError, match=r"`latents` in .*a.npz' must be finite, got NaN"):
         FolderPredictor(tmp_path).predict([data])
 
 

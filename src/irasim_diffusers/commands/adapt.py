@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from .. import IRASimPipeline, IRASimTransformer3DModel
 
 CHANGES = ("prediction_type", "vae", "patch_size", "action_frequencies", "action_dim")
+LIMITS = {
+    "patch_size": (1, 64),
+    "action_dim": (1, 1024),
+    "action_frequencies": (0, 32),
+    "height": (1, 8192),
+    "width": (1, 8192),
+}
+"""Lowest and highest values, which bound the memory that a flag can request."""
 EPISODES = 32
 """Maximum number of episodes to which a new autoencoder is fitted."""
 FRAMES = 16
@@ -85,10 +93,11 @@ def check_flags(arguments: argparse.Namespace) -> None:
     if not any(getattr(arguments, name) is not None for name in CHANGES):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in CHANGES)
         raise ValueError(f"at least one change is required: {flags}.")
-    for name, least in (("patch_size", 1), ("action_dim", 1), ("action_frequencies", 0), ("height", 1), ("width", 1)):
+    for name, (least, most) in LIMITS.items():
         value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+        if value is not None and not least <= value <= most:
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {limit}, got {value}.")
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("--height and --width must be passed together.")
     if (arguments.vae is None) != (arguments.dataset is None):

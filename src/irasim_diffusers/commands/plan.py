@@ -36,6 +36,10 @@ PLANNERS: dict[str, dict[str, Any]] = {
 """Flags of each planner with their defaults."""
 
 
+LIMITS = {"horizon": 1000, "candidates": 10_000}
+"""Highest values, which bound the memory that a flag can request."""
+
+
 def add_parser(subparsers: Any) -> None:
     """Add `plan` to the subparsers of `irasim`."""
     parser = subparsers.add_parser(
@@ -81,6 +85,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--frames is required: an image, or a video of the history frames.")
     if (arguments.goal is None) == (arguments.reward is None):
         raise ValueError("pass exactly one of --goal and --reward.")
+    for flag in ("horizon", "candidates"):
+        value = getattr(arguments, flag)
+        if value is not None and value > LIMITS[flag]:
+            raise ValueError(f"--{flag} must be at most {LIMITS[flag]}, got {value}.")
     if arguments.encoder is not None and arguments.goal is None:
         raise ValueError("--encoder requires --goal: it compares features of the goal image.")
     _check_planner_flags(arguments)
