@@ -367,9 +367,9 @@ def test_full_disk_is_one_line(monkeypatch, capsys):
 def test_only_commands_with_the_flag_advise_dtype():
     weights = torch.nn.Linear(2, 2)
     weights.bias.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match="use an earlier checkpoint.$"):
+    with pytest.raises(ValueError, match=r"use an earlier checkpoint.$"):
         check_weights({"model": weights}, [])
-    with pytest.raises(ValueError, match="use an earlier checkpoint, or --dtype float32 if .* float16.$"):
+    with pytest.raises(ValueError, match=r"use an earlier checkpoint, or --dtype float32 if .* float16.$"):
         check_weights({"model": weights}, [], DTYPE_REMEDY)
 
 
