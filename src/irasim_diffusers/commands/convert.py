@@ -86,8 +86,8 @@ def _load_vae(name: str) -> AutoencoderKL:
 
     split = ":" in name and not Path(name).is_dir()
     path, _, subfolder = name.rpartition(":") if split else (name, "", "")
-    wanted, options = "an AutoencoderKL, a folder or Hub id", {"subfolder": subfolder or None}
-    return load_checked("--vae", wanted, path, AutoencoderKL, use_safetensors=True, **options)
+    wanted = "an AutoencoderKL, a folder or Hub id"
+    return load_checked("--vae", wanted, path, AutoencoderKL, use_safetensors=True, subfolder=subfolder or None)
 
 
 def _load_transformer(
