@@ -317,7 +317,7 @@ BAD = [
     ({"--frames": "broken.png"}, "--frames must be a readable image, got 'broken.png'"),
     ({"--frames": "broken.mp4"}, "--frames must be a readable image or video: .*broken.mp4"),
     ({"--frames": "missing.mp4"}, "--frames must be an image or video file, got 'missing.mp4'"),
-    ({"--frames": "short.mp4"}, "--frames must contain at least 2 frames (the history), got 1"),
+    ({"--frames": "short.mp4"}, r"--frames must contain at least 2 frames \(the history\), got 1"),
     ({"--frames": "video.mp4", "--history": "0"}, "--history must be at least 1, got 0"),
     ({"--frames": "frame.png", "--history": "-1"}, "--history must be at least 1, got -1"),
     ({"--output": "folder.mp4"}, "--output must be a file, got the directory 'folder.mp4'"),

@@ -209,7 +209,7 @@ def test_policies_run_on_the_device_of_the_model(command, tmp_path, folder):
         ({"reward": "a\0b"}, "--reward"),
         ({"model": "a\0b"}, "--model"),
         ({"output": "a\0b"}, "--output must be a path without NUL"),
-        ({"output": "/proc/new"}, "--output must be writable"),
+        ({"output": "/proc/new"}, "--output must be writable, got '/proc/new': "),
         ({"device": "abacus"}, "--device must be"),
         ({"output": "my_policies.py"}, "--output must be a folder, got the file 'my_policies.py'"),
     ],

@@ -194,7 +194,7 @@ def check_output(path: Path, suffix: str, inputs: Sequence[Path | None] = ()) ->
         raise ValueError(f"--output must end in {suffix}, got {str(path)!r}.")
     if any(given is not None and given.exists() and path.exists() and given.samefile(path) for given in inputs):
         raise ValueError(f"--output must not overwrite an input, got {str(path)!r}: choose another name.")
-    check_writable("--output", path)
+    check_writable("--output", path, path.parent)
 
 
 def check_output_folder(path: Path, flag: str = "--output", empty: bool = False) -> None:
@@ -212,7 +212,7 @@ def check_output_folder(path: Path, flag: str = "--output", empty: bool = False)
     wanted = "a new or empty folder" if empty else "a folder"
     if path.exists() and (not path.is_dir() or (empty and any(path.iterdir()))):
         raise ValueError(f"{flag} must be {wanted}, got {'' if path.is_dir() else 'the file '}{str(path)!r}.")
-    check_writable(flag, path / "file")
+    check_writable(flag, path, path)
 
 
 def check_name(flag: str, path: Path | str) -> None:
@@ -221,9 +221,9 @@ def check_name(flag: str, path: Path | str) -> None:
         raise ValueError(f"{flag} must be a path without NUL characters, got {str(path)!r}.")
 
 
-def check_writable(flag: str, path: Path) -> None:
-    """Raise ValueError if no file can be written in the folder of `path` or its nearest parent."""
-    folder = path.absolute().parent
+def check_writable(flag: str, path: Path, folder: Path) -> None:
+    """Raise ValueError, which names `path`, if no file can be written in a folder or its nearest existing parent."""
+    folder = folder.absolute()
     while not folder.exists() and not folder.is_symlink():
         folder = folder.parent
     try:
