@@ -651,7 +651,7 @@ ROWS += [
     ("plan", {"--position": "1,2,nan"}, "--position must be 3 numbers"),
     ("plan", {"--position": "1,2,1e38"}, "--position must be 3 numbers"),
     *(("adapt", change, message) for change, message in MODEL_ROWS[:23]),
-    ("adapt", {"--action-dim": None}, "at least one change must be given"),
+    ("adapt", {"--action-dim": None}, "at least one change is required"),
     ("adapt", {"--action-dim": "0"}, "--action-dim must be at least 1, got 0"),
     ("adapt", {"--action-dim": "two"}, "argument --action-dim: invalid int value: 'two'"),
     ("adapt", {"--patch-size": "0"}, "--patch-size must be at least 1, got 0"),

@@ -156,13 +156,14 @@ def _images(arguments: argparse.Namespace) -> torch.Tensor:
 
     size = (arguments.height, arguments.width) if arguments.height else None
     source = PreparedEpisodes(open_dataset(arguments), frame_size=size)
-    parts = []
-    for number in range(min(len(source), EPISODES)):
+    parts, reason = [], "it has no episodes"
+    for index in range(min(len(source), EPISODES)):
         try:
-            frames = source[number].frames
-        except ValueError:  # training reports or skips broken episodes
+            frames = source[index].frames
+        except ValueError as error:  # training reports or skips broken episodes
+            reason = str(error)
             continue
         parts.append(frames[np.linspace(0, len(frames) - 1, FRAMES).astype(int)])
     if not parts:
-        raise ValueError(f"none of the first episodes of {arguments.dataset!r} can be read.")
+        raise ValueError(f"none of the first {EPISODES} episodes of {arguments.dataset!r} can be read: {reason}")
     return torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2) / 127.5 - 1

@@ -188,7 +188,8 @@ def check_output(path: Path, suffix: str, inputs: Sequence[Path | None] = ()) ->
     check_name("--output", path)
     if path.is_dir():
         raise ValueError(
-            f"--output: the command writes the {suffix} file {str(path)!r}, which is a folder: use another file name."
+            f"--output must be a file, got the directory {str(path)!r}: the command writes a {suffix} file there, use another "
+            "file name."
         )
     if path.suffix.lower() != suffix:
         raise ValueError(f"--output must end in {suffix}, got {str(path)!r}.")
