@@ -1,7 +1,7 @@
 """A compact diffusion policy for Push-T: from one frame and the pusher's position to a chunk of targets.
 
-A convolutional encoder reads the frame. A residual network denoises the chunk of targets, relative to the pusher, with a diffusers
-scheduler. It is saved and loaded as any model of diffusers.
+A convolutional encoder finds keypoints of the block in the frame (spatial softmax). A residual network denoises the chunk of
+targets, relative to the pusher, with a diffusers scheduler. It is saved and loaded as any model of diffusers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,13 @@ import torch
 from diffusers import ConfigMixin, DDIMScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from simulator import ARENA, SIZE
+from simulator import ARENA
 from torch import nn
 from torch.nn import functional
 
 SCALE = 100.0  # arena units of a relative target of 1
+NUM_KEYPOINTS = 4
+NUM_FREQUENCIES = 6  # of the sines and cosines of a coordinate
 
 
 class ResidualBlock(nn.Module):
@@ -36,6 +38,28 @@ class ResidualBlock(nn.Module):
         return hidden + self.second(functional.silu(self.first(self.norm(hidden) * (1 + scale) + shift)))
 
 
+class KeypointEncoder(nn.Module):
+    """A convolutional network that reads keypoints from a frame, as the means of heat maps."""
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 6, stride=4, padding=1)]
+        for before, after in pairwise(channels):
+            layers += [nn.SiLU(), nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after)]
+        for dilation in (1, 2, 1):
+            layers += [nn.SiLU(), nn.Conv2d(channels[-1], channels[-1], 3, padding=dilation, dilation=dilation)]
+            layers += [nn.GroupNorm(8, channels[-1])]
+        layers += [nn.SiLU(), nn.Conv2d(channels[-1], 4 * NUM_KEYPOINTS, 3, padding=1), nn.PixelShuffle(2)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        """Read keypoints (B, K, 2) in arena units from frames (B, 3, 96, 96) in [0, 1]."""
+        maps = self.layers(frames * 2 - 1)
+        weights = maps.flatten(2).softmax(-1).unflatten(2, maps.shape[2:])
+        centres = (torch.arange(maps.shape[-1], device=maps.device) + 0.5) * (ARENA / maps.shape[-1])
+        return torch.stack([weights.sum(2) @ centres, weights.sum(3) @ centres], dim=-1)
+
+
 class DiffusionPolicy(ModelMixin, ConfigMixin):
     """Denoiser of chunks of targets.
 
@@ -52,22 +76,17 @@ class DiffusionPolicy(ModelMixin, ConfigMixin):
     def __init__(
         self,
         horizon: int = 16,
-        channels: Sequence[int] = (32, 64, 64),
+        channels: Sequence[int] = (32, 64),
         width: int = 256,
         num_blocks: int = 4,
         condition_dim: int = 256,
         num_train_timesteps: int = 100,
     ) -> None:
         super().__init__()
-        stages: list[nn.Module] = [nn.Conv2d(3, channels[0], 6, stride=4, padding=1)]
-        for before, after in pairwise(channels):
-            stages += [nn.SiLU(), nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after)]
-            stages += [nn.SiLU(), nn.Conv2d(after, after, 3, padding=1)]
-        side = SIZE // 2 ** (len(channels) + 1)
-        self.encoder = nn.Sequential(
-            *stages, nn.SiLU(), nn.Flatten(), nn.Linear(channels[-1] * side**2, condition_dim)
-        )
-        self.position = nn.Linear(2, condition_dim)
+        self.encoder = KeypointEncoder(channels)
+        num_features = 2 * NUM_FREQUENCIES * 2 * (1 + 2 * NUM_KEYPOINTS)
+        layers = nn.Linear(num_features, condition_dim), nn.SiLU(), nn.Linear(condition_dim, condition_dim)
+        self.observation = nn.Sequential(*layers)
         self.time_proj = Timesteps(64, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(64, condition_dim)
         self.proj_in = nn.Linear(2 * horizon, width)
@@ -76,7 +95,14 @@ class DiffusionPolicy(ModelMixin, ConfigMixin):
 
     def encode(self, frames: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Encode frames (B, 3, 96, 96) in [0, 1] and pusher positions (B, 2) in arena units: returns (B, condition_dim)."""
-        return self.encoder(frames * 2 - 1) + self.position(positions / (ARENA / 2) - 1)
+        return self.embed(self.encoder(frames), positions)
+
+    def embed(self, keypoints: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Embed keypoints (B, K, 2) and pusher positions (B, 2) in arena units: returns (B, condition_dim)."""
+        centred = torch.cat([positions[:, None], keypoints], dim=1) - ARENA / 2
+        points = torch.cat([centred, keypoints - positions[:, None]], dim=1) / ARENA  # (B, 1 + 2 K, 2)
+        angles = points[..., None] * torch.pi * 2.0 ** torch.arange(NUM_FREQUENCIES, device=points.device)
+        return self.observation(torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1))
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, observation: torch.Tensor) -> torch.Tensor:
         """Predict clean chunks (B, n, 2) from noisy ones, timesteps (B,) and encoded observations (B, condition_dim)."""

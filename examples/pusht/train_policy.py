@@ -2,11 +2,11 @@
 
     python examples/pusht/train_policy.py --datasets data/pusht-expert --output_dir runs/policy
 
-Only the expert's episodes of the datasets are used. Checkpoints are saved at several stages of the training, so that policies of
-different quality can be compared: `checkpoint-250` and so on, each with weights averaged over steps (EMA). Each stage is evaluated
-on the same held-out starts. The score of an episode is the largest IoU of block and goal, and the success rate is the fraction of
-episodes whose coverage of the goal exceeds 95 %, as in gym-pusht. The same command resumes an interrupted training at its newest
-stage, with the same result.
+First, the encoder learns to find keypoints of the block in frames of all kinds of episodes. Their labels come from the recorded
+states, which the policy never reads. Then the denoiser learns from the expert's episodes and their mirror images, with a frozen
+encoder. Checkpoints are saved at several stages, so that policies of different quality can be compared: `checkpoint-250` and so on,
+each with weights averaged over steps (EMA). Each stage is evaluated on the same held-out starts: the largest IoU of block and goal,
+and the fraction of episodes in which the coverage of the goal exceeds 95 %. The same command resumes, with the same result.
 """
 
 import json
@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from collect import TASKS
 from diffusers.training_utils import EMAModel
-from diffusion_policy import SCALE, DiffusionPolicy
-from simulator import Simulator, State
+from diffusion_policy import NUM_KEYPOINTS, SCALE, DiffusionPolicy
+from expert import outline
+from simulator import ARENA, Simulator
 from torch.nn import functional
-from tqdm import tqdm
-from train_reward import augment, ious
+from tqdm import tqdm, trange
+from train_reward import BLOCK, augment, ious
 from transformers import HfArgumentParser
 
 from irasim_diffusers.data import LeRobotFolder
@@ -35,6 +36,9 @@ from irasim_diffusers.training import require_finite, run_script
 
 SUCCESS = 0.95  # coverage of the goal
 FIRST_SEED = 4_000_000  # of the evaluated episodes, far from the seeds of the datasets
+CORNERS = [0, 1, 4, 5]  # of the block's outline, the keypoints: two at the bar, two at the stem
+MIRRORED = [1, 0, 3, 2]  # keypoints in the order in which a mirror image shows them
+ENCODER_BATCH, ENCODER_FRAMES = 64, 48  # frames of a step, and of an episode
 
 
 @dataclass
@@ -43,13 +47,14 @@ class PolicyArguments:
     output_dir: Path = field(metadata={"help": "folder for the checkpoints and report.json"})
     max_demonstrations: int = field(default=200, metadata={"help": "maximum number of expert episodes"})
     stages: list[int] = field(
-        default_factory=lambda: [100, 250, 500, 1000, 1500, 2000, 3000, 4000, 6000, 8000],
+        default_factory=lambda: [100, 250, 500, 750, 1000, 1500, 2500, 4000],
         metadata={"help": "increasing numbers of steps after which a checkpoint is saved; the last ends the training"},
     )
-    batch_size: int = 64
-    num_draws: int = field(default=4, metadata={"help": "noise levels per encoded frame: the encoder costs most"})
+    encoder_steps: int = field(default=1500, metadata={"help": "steps of the encoder, on batches of 64 frames"})
+    encoder_episodes: int = field(default=400, metadata={"help": "maximum number of episodes for the encoder"})
+    batch_size: int = 256
     learning_rate: float = 1e-3
-    ema_decay: float = 0.995
+    ema_decay: float = 0.999
     num_executed: int = field(default=8, metadata={"help": "executed targets of a chunk"})
     num_episodes: int = field(default=20, metadata={"help": "evaluated episodes per stage; 0 skips the evaluation"})
     max_episode_steps: int = 300
@@ -57,11 +62,7 @@ class PolicyArguments:
 
 
 def load_state(path: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
-    """Load the state from which a run resumes; None if there is none.
-
-    Raises:
-        ValueError: If the state is of a run with other settings.
-    """
+    """Load the state from which a run resumes, None if there is none; raise ValueError if its settings differ."""
     if not path.is_file():
         return None
     state = torch.load(path, weights_only=True)
@@ -74,19 +75,16 @@ def load_state(path: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class Training:
-    """A policy with its optimizer, averaged weights and progress; `save` and `resume` keep all of it.
-
-    Args:
-        arguments: Arguments of the script.
-    """
+    """A policy with its optimizer, averaged weights and progress; `save` and `resume` keep all of it."""
 
     def __init__(self, arguments: PolicyArguments) -> None:
         self.arguments, self.path = arguments, arguments.output_dir / "training.pt"
         torch.manual_seed(arguments.seed)
         self.policy = DiffusionPolicy()
+        self.policy.encoder.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=arguments.learning_rate, weight_decay=1e-4)
         self.average = EMAModel(self.policy.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
-        self.step, self.minutes = 0, 0.0
+        self.step, self.minutes, self.encoder_error = 0, 0.0, math.nan
         self.report: dict[str, dict] = {}
 
     def setting(self) -> dict[str, Any]:
@@ -95,7 +93,7 @@ class Training:
         del values["output_dir"]
         return values | {"datasets": [str(path) for path in self.arguments.datasets]}
 
-    def save(self) -> None:
+    def save_stage(self) -> None:
         """Write the averaged weights of this stage, the report, and last the state from which a training resumes."""
         arguments = self.arguments
         self.average.store(self.policy.parameters())
@@ -105,38 +103,60 @@ class Training:
             self.report[str(self.step)] = evaluate(self.policy, arguments)
         self.average.restore(self.policy.parameters())
         self.policy.train()
-        setting = self.setting() | {"command": " ".join(["python", *sys.argv]), "minutes": self.minutes}
+        figures = {"minutes": self.minutes, "encoder_error": self.encoder_error}  # the error is in arena units
+        setting = self.setting() | figures | {"command": " ".join(["python", *sys.argv])}
         with temporary_path(arguments.output_dir / "report.json") as partial:
             partial.write_text(json.dumps(self.report | {"setting": setting}, indent=2), encoding="utf-8")
-        state = {
-            "setting": self.setting(),
-            "step": self.step,
-            "minutes": self.minutes,
-            "report": self.report,
-            "policy": self.policy.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.state_dict(),
-            "random": torch.get_rng_state(),
-        }
+        self.save()
+
+    def save(self) -> None:
+        """Write the state from which a training resumes."""
+        state = {name: getattr(self, name) for name in ("step", "minutes", "encoder_error", "report")}
+        state |= {name: getattr(self, name).state_dict() for name in ("policy", "optimizer", "average")}
         with temporary_path(self.path) as partial:
-            torch.save(state, partial)
+            torch.save(state | {"setting": self.setting(), "random": torch.get_rng_state()}, partial)
 
     def resume(self) -> None:
-        """Restore the newest stage of an earlier run with the same settings.
-
-        Raises:
-            ValueError: If the folder contains a run with other settings.
-        """
-        state = load_state(self.path, self.setting())
-        if state is None:
+        """Restore the encoder or the newest stage of an earlier run; raise ValueError if its settings differ."""
+        if (state := load_state(self.path, self.setting())) is None:
             return
-        self.step, self.minutes, self.report = state["step"], state["minutes"], state["report"]
-        self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average.load_state_dict(state["average"])
+        for name in ("step", "minutes", "encoder_error", "report"):
+            setattr(self, name, state[name])
+        for name in ("policy", "optimizer", "average"):
+            getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["random"])
 
-    def update(self, frames: torch.Tensor, positions: torch.Tensor, chunks: torch.Tensor) -> float:
+    def fit_encoder(self, frames: torch.Tensor, keypoints: torch.Tensor) -> None:
+        """Train the encoder on frames (N, 3, H, W), uint8, with keypoints (N, K, 2)."""
+        encoder, steps = self.policy.encoder.requires_grad_(True), self.arguments.encoder_steps
+        optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-3, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+        errors: list[float] = []
+        for step in tqdm(range(steps), desc="encoder", unit="step"):
+            rows = torch.randint(len(frames), (ENCODER_BATCH,))
+            images, labels = frames[rows].float() / 255, keypoints[rows]
+            if step % 2:
+                images, labels = mirror_frames(images), mirror(labels)[:, MIRRORED]
+            distances = (encoder(augment(images)) - labels).square().sum(-1)
+            optimizer.zero_grad()
+            (distances + 1).sqrt().mean().backward()
+            torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0, error_if_nonfinite=True)
+            optimizer.step()
+            schedule.step()
+            errors.append(distances.detach().sqrt().mean().item())
+        encoder.requires_grad_(False)
+        self.encoder_error = float(np.mean(errors[-100:]))
+
+    @torch.no_grad()
+    def find_keypoints(self, frames: torch.Tensor) -> torch.Tensor:
+        """Find the keypoints (2 N, K, 2) of frames (N, 3, H, W), uint8, and of their mirror images."""
+        with torch.random.fork_rng():  # the same noise in a resumed run
+            torch.manual_seed(self.arguments.seed)
+            views = ((part, mirror_frames(part)) for part in frames.split(256))
+            found = [[self.policy.encoder(augment(view.float() / 255)) for view in pair] for pair in views]
+        return torch.cat([torch.cat(parts) for parts in zip(*found, strict=True)])
+
+    def update(self, keypoints: torch.Tensor, positions: torch.Tensor, chunks: torch.Tensor) -> float:
         """Make one step on a random batch of the demonstrations; return the loss."""
         arguments, policy = self.arguments, self.policy
         self.step += 1
@@ -144,9 +164,9 @@ class Training:
             decay = 0.5 * (1 + math.cos(math.pi * self.step / arguments.stages[-1]))
             group["lr"] = arguments.learning_rate * min(1.0, self.step / 200) * (0.05 + 0.95 * decay)
         rows = torch.multinomial(sampling_weights(chunks), arguments.batch_size, replacement=True)
-        observation = policy.encode(augment(frames[rows].float() / 255), positions[rows])
+        found = keypoints[rows] + torch.randn(arguments.batch_size, NUM_KEYPOINTS, 2)  # noise of one arena unit
+        observation = policy.embed(found, positions[rows])
         clean = (chunks[rows] - positions[rows, None]) / SCALE
-        observation, clean = (part.repeat_interleave(arguments.num_draws, dim=0) for part in (observation, clean))
         timesteps = torch.randint(policy.config.num_train_timesteps, (len(clean),))
         noisy = policy.scheduler().add_noise(clean, torch.randn_like(clean), timesteps)
         loss = functional.mse_loss(policy(noisy, timesteps, observation), clean)
@@ -160,34 +180,56 @@ class Training:
         return loss.item()
 
 
+def mirror(points: torch.Tensor) -> torch.Tensor:
+    """Mirror points (..., 2) at the symmetry axis of the goal, a diagonal of the arena."""
+    return ARENA - points.flip(-1)
+
+
+def mirror_frames(frames: torch.Tensor) -> torch.Tensor:
+    """Mirror frames (..., H, W) at the symmetry axis of the goal."""
+    return frames.transpose(-1, -2).flip(-1, -2)
+
+
+def labelled_frames(arguments: PolicyArguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read frames (N, 3, H, W), uint8, evenly spaced in episodes of all kinds, and keypoints (N, K, 2) of the block."""
+    folders = [LeRobotFolder(root) for root in arguments.datasets]
+    numbers = [(folder, number) for folder in folders for number in range(len(folder))]
+    chosen = np.unique(np.linspace(0, len(numbers) - 1, arguments.encoder_episodes).round().astype(int))
+    frames, blocks = [], []
+    for folder, number in tqdm([numbers[index] for index in chosen], desc="reading", unit="episode"):
+        episode = folder[number]
+        taken = np.linspace(0, len(episode) - 1, ENCODER_FRAMES).round().astype(int)
+        frames.append(torch.from_numpy(episode.frames[taken]).movedim(-1, 1))
+        blocks.append(episode.states[BLOCK][taken])
+    return torch.cat(frames), torch.from_numpy(outline(np.concatenate(blocks))[:, CORNERS]).float()
+
+
 def demonstrations(arguments: PolicyArguments, horizon: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Read frames (N, 3, H, W), uint8, pusher positions (N, 2) and the chunks of targets (N, n, 2) that follow.
 
-    The last target is repeated after the end of an episode, because the expert waits there.
-
-    Raises:
-        ValueError: If there are no expert episodes.
+    The last target is repeated after the end of an episode. Raises ValueError if there are no expert episodes.
     """
-    frames: list[torch.Tensor] = []
-    positions: list[torch.Tensor] = []
-    chunks: list[torch.Tensor] = []
+    episodes: list[tuple[torch.Tensor, ...]] = []
     for root in arguments.datasets:
         folder = LeRobotFolder(root)
         experts = [number for number, row in enumerate(folder.rows) if row["tasks"][0] == TASKS["expert"]]
-        for number in tqdm(experts[: arguments.max_demonstrations - len(frames)], desc=str(root), unit="episode"):
+        for number in tqdm(experts[: arguments.max_demonstrations - len(episodes)], desc=str(root), unit="episode"):
             episode = folder[number]
             targets = np.concatenate([episode.actions, np.repeat(episode.actions[-1:], horizon - 1, axis=0)])
             windows = np.lib.stride_tricks.sliding_window_view(targets, horizon, axis=0)  # (T, 2, n)
-            frames.append(torch.from_numpy(episode.frames).movedim(-1, 1))
-            positions.append(torch.from_numpy(episode.states["observation.state"]).float())
-            chunks.append(torch.from_numpy(windows.copy()).float().transpose(1, 2))
-    if not frames:
+            frames, positions = (
+                torch.from_numpy(part) for part in (episode.frames, episode.states["observation.state"])
+            )
+            chunks = torch.from_numpy(windows.copy()).float().transpose(1, 2)
+            episodes.append((frames.movedim(-1, 1), positions.float(), chunks))
+    if not episodes:
         raise ValueError("`datasets` must hold expert episodes: collect some with `collect.py --expert 1`.")
-    return torch.cat(frames), torch.cat(positions), torch.cat(chunks)
+    frames, positions, chunks = (torch.cat(parts) for parts in zip(*episodes, strict=True))
+    return frames, positions, chunks
 
 
 def sampling_weights(chunks: torch.Tensor) -> torch.Tensor:
-    """Weights (N,) of chunks (N, n, 2): 0.1 while the expert waits at the goal, which is half of the frames; 1 otherwise."""
+    """Weights (N,) of chunks (N, n, 2): 0.1 while the expert waits at the goal, 1 otherwise."""
     return torch.where((chunks - chunks[:, :1]).abs().amax((1, 2)) > 1, 1.0, 0.1)
 
 
@@ -196,7 +238,7 @@ def evaluate(policy: DiffusionPolicy, arguments: PolicyArguments) -> dict[str, d
     simulators = [Simulator() for _ in range(arguments.num_episodes)]
     states = [simulator.reset(FIRST_SEED + number) for number, simulator in enumerate(simulators)]
     generator = torch.Generator().manual_seed(arguments.seed)
-    values = [block_ious(states)]
+    values = [ious(np.stack([state.block for state in states]))]
     while len(values) <= arguments.max_episode_steps:
         observation = {
             "pixels": np.stack([simulator.frame() for simulator in simulators]),
@@ -204,11 +246,9 @@ def evaluate(policy: DiffusionPolicy, arguments: PolicyArguments) -> dict[str, d
         }
         chunks = policy.sample(observation, generator=generator)[:, 0].numpy()
         for step in range(arguments.num_executed):
-            actions = zip(simulators, chunks[:, step], strict=True)
-            states = [simulator.step(action) for simulator, action in actions]
-            values.append(block_ious(states))
-    values = values[: arguments.max_episode_steps + 1]
-    found = np.stack(values, axis=1)  # (N, T)
+            states = [simulator.step(chunk[step]) for simulator, chunk in zip(simulators, chunks, strict=True)]
+            values.append(ious(np.stack([state.block for state in states])))
+    found = np.stack(values[: arguments.max_episode_steps + 1], axis=1)  # (N, T)
     best = found.max(1)
     solved = 2 * best / (1 + best) > SUCCESS  # coverage of the goal, because block and goal have the same area
     rng = np.random.default_rng(arguments.seed)
@@ -216,18 +256,13 @@ def evaluate(policy: DiffusionPolicy, arguments: PolicyArguments) -> dict[str, d
     return {name: bootstrap(figure, rng) for name, figure in figures.items()}
 
 
-def block_ious(states: list[State]) -> np.ndarray:
-    """IoU (N,) of the blocks with the goal."""
-    return ious(np.stack([state.block for state in states]))
-
-
 def check(arguments: PolicyArguments, horizon: int) -> None:
     """Raise ValueError if an argument is invalid."""
     require_finite(asdict(arguments))
-    stages = arguments.stages
-    if not stages or stages[0] < 1 or sorted(set(stages)) != stages:
+    if not (stages := arguments.stages) or stages[0] < 1 or sorted(set(stages)) != stages:
         raise ValueError(f"`stages` must be increasing positive numbers of steps, got {stages}.")
-    for name in ("max_demonstrations", "batch_size", "num_draws", "num_executed", "max_episode_steps"):
+    names = ("max_demonstrations", "encoder_steps", "encoder_episodes", "batch_size", "num_executed")
+    for name in (*names, "max_episode_steps"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"`{name}` must be at least 1, got {getattr(arguments, name)}.")
     if arguments.num_executed > horizon:
@@ -240,20 +275,21 @@ def main() -> None:
     check(arguments, training.policy.config.horizon)
     training.resume()
     earlier, started = training.minutes, time.perf_counter()
-    bar = tqdm(total=arguments.stages[-1], initial=training.step, desc="training", unit="step")
-    if training.step < arguments.stages[-1]:
-        data = demonstrations(arguments, training.policy.config.horizon)
-    while training.step < arguments.stages[-1]:
+    if training.step == arguments.stages[-1]:
+        return
+    if math.isnan(training.encoder_error):
+        training.fit_encoder(*labelled_frames(arguments))
+        training.minutes = (time.perf_counter() - started) / 60
+        training.save()
+    frames, *others = demonstrations(arguments, training.policy.config.horizon)
+    data = training.find_keypoints(frames), *(torch.cat([part, mirror(part)]) for part in others)
+    for step in trange(training.step + 1, arguments.stages[-1] + 1, desc="training", unit="step"):
         loss = training.update(*data)
-        bar.update()
-        if training.step % 20 == 0:
-            bar.set_postfix(loss=f"{loss:.4f}")
-        if training.step in arguments.stages:
+        if step in arguments.stages:
             training.minutes = earlier + (time.perf_counter() - started) / 60
-            training.save()
-            figures = training.report.get(str(training.step), {})
-            line = ", ".join(f"{name} {figure['mean']:.3f}" for name, figure in figures.items())
-            bar.write(f"step {training.step}: {line}")
+            training.save_stage()
+            means = {name: round(value["mean"], 3) for name, value in training.report.get(str(step), {}).items()}
+            tqdm.write(f"step {step}: loss {loss:.4f}, {means}")
 
 
 if __name__ == "__main__":

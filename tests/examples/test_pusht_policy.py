@@ -99,8 +99,41 @@ def test_chunks_follow_the_frames(demonstrations):
     assert weights[39] == pytest.approx(0.1)
 
 
+def test_mirror_images_show_mirrored_states():
+    simulator = Simulator()
+    state = simulator.reset(3)
+    pusher, block = (torch.from_numpy(part) for part in (state.agent, state.block))
+    mirrored_block = torch.cat([train_policy.mirror(block[:2]), np.pi / 2 - block[2:]]).numpy()
+    frame = torch.from_numpy(simulator.frame()).movedim(-1, 0)
+    physics = [*train_policy.mirror(pusher), 0, 0, *mirrored_block[:2], mirrored_block[2], 0, 0, 0]
+    simulator.restore(np.array(physics))
+    expected = torch.from_numpy(simulator.frame()).movedim(-1, 0)
+    mirrored = train_policy.mirror_frames(frame)
+    assert (mirrored.float() - expected.float()).abs().mean() < 2  # of 255; edges are drawn to the pixel
+    assert (frame.float() - expected.float()).abs().mean() > 5
+    corners, expected_corners = (
+        torch.from_numpy(train_policy.outline(pose)[train_policy.CORNERS]) for pose in (state.block, mirrored_block)
+    )
+    torch.testing.assert_close(train_policy.mirror(corners)[train_policy.MIRRORED], expected_corners)
+
+
+def test_encoder_learns_keypoints_and_ignores_the_mirror(demonstrations, tmp_path):
+    """The error falls below that of the mean position of each keypoint."""
+    arguments = train_policy.PolicyArguments([demonstrations], tmp_path, encoder_steps=40, encoder_episodes=2)
+    training = train_policy.Training(arguments)
+    frames, keypoints = train_policy.labelled_frames(arguments)
+    assert frames.shape == (96, 3, 96, 96)
+    training.fit_encoder(frames, keypoints)
+    found = training.find_keypoints(frames)
+    assert found.shape == (192, 4, 2)
+    truth = torch.cat([keypoints, train_policy.mirror(keypoints)[:, train_policy.MIRRORED]])
+    error, spread = ((part - truth).norm(dim=-1).mean() for part in (found, truth.mean(0)))
+    assert error < 0.8 * spread
+
+
 def test_policy_script(demonstrations, tmp_path, monkeypatch):
     flags = ["--datasets", demonstrations, "--output_dir", tmp_path, "--batch_size", 8, "--stages", 2, 3]
+    flags += ["--encoder_steps", 2]
     run(train_policy, monkeypatch, *flags, "--num_episodes", 2, "--max_episode_steps", 10)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["3"]["max_iou"]["n"] == 2
@@ -110,6 +143,7 @@ def test_policy_script(demonstrations, tmp_path, monkeypatch):
 
 def test_policy_training_resumes_with_the_same_result(demonstrations, tmp_path, monkeypatch):
     flags = ["--datasets", demonstrations, "--batch_size", 4, "--stages", 2, 4, "--num_episodes", 0]
+    flags += ["--encoder_steps", 2]
     run(train_policy, monkeypatch, *flags, "--output_dir", tmp_path / "whole")
     original = train_policy.Training.update
 
@@ -176,7 +210,7 @@ BAD = [
     (train_policy, ["--stages", "4", "4"], r"`stages` must be increasing positive numbers of steps, got \[4, 4\]"),
     (train_policy, ["--stages", "0"], "`stages` must be increasing positive"),
     (train_policy, ["--num_executed", "17"], "`num_executed` must be at most 16, got 17"),
-    (train_policy, ["--num_draws", "0"], "`num_draws` must be at least 1"),
+    (train_policy, ["--encoder_steps", "0"], "`encoder_steps` must be at least 1"),
     (train_policy, ["--ema_decay", "nan"], "`ema_decay` must be finite"),
     (train_policy, ["--max_demonstrations", "0"], "`max_demonstrations` must be at least 1"),
 ]

@@ -56,7 +56,7 @@ def inputs(tmp_path_factory):
     flags = ["--episodes", 3, "--length", 32, "--first_seed", 3, "--num_workers", 1]
     run(collect, "--output", root / "data", *flags, *shares)
     flags = ["--output_dir", root / "policies", "--stages", 1, 2, "--num_episodes", 1, "--max_episode_steps", 2]
-    run(train_policy, "--datasets", root / "data", *flags, "--batch_size", 4)
+    run(train_policy, "--datasets", root / "data", *flags, "--batch_size", 4, "--encoder_steps", 1)
     for target in ("iou", "closeness"):
         flags = ["--output_dir", root / "rewards" / target, "--target", target, "--max_train_steps", 2]
         flags += ["--num_clips", 2, "--num_predicted_frames", 2, "--frames_per_episode", 4, "--batch_size", 4]
