@@ -20,7 +20,7 @@ from test_conversion import case, latte_model, opensora_state, write
 
 from irasim_diffusers.cli import main
 from irasim_diffusers.conversion import load_latte, load_opensora, load_released_irasim
-from irasim_diffusers.conversion.safe_load import MAX_HEADER, Settings, read_checkpoint
+from irasim_diffusers.safe_load import MAX_HEADER, Settings, read_checkpoint
 
 
 def archive(path, pickled, **records):
@@ -158,6 +158,10 @@ FILES = {
     "torch.load": (lambda path: with_call(path, torch.load, "other.pt"), "refers to 'torch.serialization.load'"),
     "stack global": (lambda path: archive(path, b"\x80\x04\x8c\x02os\x8c\x06system\x93."), "pickle instruction"),
     "TorchScript": (torchscript, "is a TorchScript program"),
+    "TorchScript, capitals": (
+        lambda path: torchscript(path.with_name("Upper.pt")).replace(path),
+        "is a TorchScript program",
+    ),
     "TorchScript, suffix": (lambda path: padded(torchscript(path), after=b"\0" * 68_000), FORM),
     "TorchScript, prefix": (lambda path: padded(torchscript(path), before=b"\x80\x02N."), FORM),
     # two readers

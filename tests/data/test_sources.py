@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -274,6 +275,11 @@ def test_broken_release_files_raise(breakage, message, tmp_path):
         ([{"latent_video_path": "10.pt"}], {"latents": torch.zeros(6)}, r"10\.json'.*10\.pt' .* got no tensor"),
         ([{"latent_video_path": "10.pt"}], torch.zeros(5, 4, 2, 3), r"10\.pt' must contain latents \(6, C, h, w\)"),
         ([{"latent_video_path": "10.pt"}], torch.zeros(6), r"10\.pt' .* got \(6,\)"),
+        ([{"latent_video_path": "10.pt"}], torch.zeros(6, 4, 2, 3, dtype=torch.int64), "floating-point latents .* int64"),
+        ([{"latent_video_path": "10.pt"}], torch.zeros(6, 4, 2, 3, dtype=torch.complex64), "got torch.complex64"),
+        ([{"latent_video_path": "10.pt"}], torch.full((6, 4, 2, 3), torch.nan), "must contain finite latents, got NaN"),
+        ([{"latent_video_path": "10.pt"}], torch.full((6, 4, 2, 3), 1e300).double() * 1e300, "must contain finite"),
+        ([{"latent_video_path": "10.pt"}], torch.zeros(1).expand(6, 4, 2, 3), "declares a tensor"),
     ],
 )
 def test_recorded_latents(entry, content, message, tmp_path):
@@ -287,6 +293,21 @@ def test_recorded_latents(entry, content, message, tmp_path):
     else:
         with pytest.raises(ValueError, match=message):
             data.latents(1)
+
+
+def test_compressed_latents_raise(tmp_path):
+    """A small archive of deflated records could fill the memory."""
+    write_release(tmp_path, "rt1")
+    change(tmp_path, latent_videos=[{"latent_video_path": "10.pt"}])
+    torch.save(torch.zeros(6, 4, 2, 3), tmp_path / "stored.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pt") as source,
+        zipfile.ZipFile(tmp_path / "10.pt", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(ValueError, match=r"10\.json'.*10\.pt' is not a checkpoint that can be read safely"):
+        open_dataset(tmp_path).latents(1)
 
 
 def test_changed_files_change_the_identity(tmp_path):

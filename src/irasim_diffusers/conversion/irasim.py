@@ -11,7 +11,7 @@ import torch
 
 from ..models import PRESETS, IRASimTransformer3DModel
 from .mapping import Conversion, ConversionReport, build, computed, count, head_dim, require
-from .safe_load import check_weights, read_checkpoint
+from ..safe_load import check_weights, read_checkpoint
 
 ARM = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
 ARM_UNITS = ["m", "m", "m", "rad", "rad", "rad", "opening 0 to 1"]

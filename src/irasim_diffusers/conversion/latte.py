@@ -20,7 +20,7 @@ from .mapping import (
     without_sigma,
     zero_actions,
 )
-from .safe_load import read_safetensors
+from ..safe_load import read_safetensors
 
 PREFIXES = {
     "pos_embed.proj.": "patch_embed.proj.",

@@ -21,7 +21,7 @@ from .mapping import (
     without_sigma,
     zero_actions,
 )
-from .safe_load import read_safetensors
+from ..safe_load import read_safetensors
 
 PARTS = {
     "t_embedder.mlp.0": "time_embed.linear_1",

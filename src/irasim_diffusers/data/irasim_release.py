@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from ..actions import derive_actions
+from ..safe_load import FLOATS, read_torch_file
 from .columns import finite_vector
 from .content_hash import media_stamp
 from .episode import Episode, InOrder, camera_layout, first_readable, first_task, tile, window_slice
@@ -248,15 +248,17 @@ def _media_path(annotation: dict[str, Any], kind: str, camera: str) -> str:
 
 def _read_latents(path: Path, length: int) -> torch.Tensor:
     """Read the latents of this many frames, or one more, from a file that contains only them, or them as `obs`."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"cannot read latents from {str(path)!r}: {error}") from error
+    content = read_torch_file(path)
     latents = content.get("obs") if isinstance(content, dict) else content
     if not torch.is_tensor(latents) or latents.ndim != 4 or len(latents) not in (length, length + 1):
         found = tuple(latents.shape) if torch.is_tensor(latents) else "no tensor"
         raise ValueError(f"{str(path)!r} must contain latents ({length}, C, h, w), alone or as 'obs', got {found}.")
-    return latents[:length].float()
+    if latents.dtype not in FLOATS or latents.layout != torch.strided:
+        raise ValueError(f"{str(path)!r} must contain floating-point latents of 16 to 64 bits, got {latents.dtype}.")
+    latents = latents[:length].to(torch.float32, copy=True)  # the file may be replaced
+    if not torch.isfinite(latents).all():
+        raise ValueError(f"{str(path)!r} must contain finite latents, got NaN or infinity: encode the video again.")
+    return latents
 
 
 def _vectors(annotation: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -105,7 +105,8 @@ def write_lerobot(
         if not any(root.glob("meta/episodes/*/*.parquet")):  # the repaired source may be written here
             _clear(root)
             if is_new:
-                root.rmdir()
+                with suppress(OSError):  # other files keep the folder; the first error counts
+                    root.rmdir()
         raise
     write_metadata(
         root,

@@ -753,7 +753,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         """Yield the frames of a stream; its arguments have been checked."""
         self._interrupt = False
         try:
-            state = self._start(histories, _random_seeds(1))
+            seeds = _random_seeds(1) if sampling["generator"] is None else [0]  # unused with a generator
+            state = self._start(histories, seeds)
             while not self.interrupt and (taken := list(islice(actions, length))):
                 futures = []
                 for after, chunk in roll(self, state, self.action_space.prepare(taken), **sampling):
