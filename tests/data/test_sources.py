@@ -6,8 +6,8 @@ import json
 import os
 import re
 import shutil
-import zipfile
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -275,9 +275,17 @@ def test_broken_release_files_raise(breakage, message, tmp_path):
         ([{"latent_video_path": "10.pt"}], {"latents": torch.zeros(6)}, r"10\.json'.*10\.pt' .* got no tensor"),
         ([{"latent_video_path": "10.pt"}], torch.zeros(5, 4, 2, 3), r"10\.pt' must contain latents \(6, C, h, w\)"),
         ([{"latent_video_path": "10.pt"}], torch.zeros(6), r"10\.pt' .* got \(6,\)"),
-        ([{"latent_video_path": "10.pt"}], torch.zeros(6, 4, 2, 3, dtype=torch.int64), "floating-point latents .* int64"),
+        (
+            [{"latent_video_path": "10.pt"}],
+            torch.zeros(6, 4, 2, 3, dtype=torch.int64),
+            "floating-point latents .* int64",
+        ),
         ([{"latent_video_path": "10.pt"}], torch.zeros(6, 4, 2, 3, dtype=torch.complex64), "got torch.complex64"),
-        ([{"latent_video_path": "10.pt"}], torch.full((6, 4, 2, 3), torch.nan), "must contain finite latents, got NaN"),
+        (
+            [{"latent_video_path": "10.pt"}],
+            torch.full((6, 4, 2, 3), torch.nan),
+            "must contain finite latents, got NaN",
+        ),
         ([{"latent_video_path": "10.pt"}], torch.full((6, 4, 2, 3), 1e300).double() * 1e300, "must contain finite"),
         ([{"latent_video_path": "10.pt"}], torch.zeros(1).expand(6, 4, 2, 3), "declares a tensor"),
     ],

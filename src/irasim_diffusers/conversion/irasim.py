@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..models import PRESETS, IRASimTransformer3DModel
-from .mapping import Conversion, ConversionReport, build, computed, count, head_dim, require
 from ..safe_load import check_weights, read_checkpoint
+from .mapping import Conversion, ConversionReport, build, computed, count, head_dim, require
 
 ARM = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
 ARM_UNITS = ["m", "m", "m", "rad", "rad", "rad", "opening 0 to 1"]

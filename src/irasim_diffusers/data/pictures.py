@@ -59,9 +59,7 @@ def _problem(image: PIL.Image.Image, max_pixels: int) -> str | None:
         size = f"{image.width}x{image.height}"
         return f"must have at most {max_pixels // 10**6} million pixels, got {size}: resize it."
     if image.mode not in MODES:
-        return (
-            f"has mode {image.mode!r}; 8-bit RGB or grayscale is required: convert depth to 8 bits, or select another camera."
-        )
+        return f"has mode {image.mode!r}; 8-bit RGB or grayscale is required: convert depth to 8 bits, or select another camera."
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # photos of phones have a preview as their second image
         return f"is animated ({frames} frames): convert it to a video, or save one frame."
