@@ -785,6 +785,12 @@ def test_actions_can_be_tensors_on_cuda(pipeline, frames, actions):
     assert len(list(pipeline.stream(frames, iter(tensors), 2, 1))) == 4
 
 
+def test_seeded_stream_leaves_the_global_generator_alone(pipeline, frames, actions):
+    before = torch.get_rng_state()
+    list(pipeline.stream(frames, actions, generator=torch.Generator().manual_seed(3), output_type="latent"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_stream_keeps_properties_of_calls(pipeline, frames, actions):
     list(pipeline.stream(frames, actions[:2], 2, 1, guidance_scale=2.0, attention_kwargs={"scale": 0.5}))
     assert (pipeline.guidance_scale, pipeline.attention_kwargs) == (2.0, {"scale": 0.5})

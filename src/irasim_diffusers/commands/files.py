@@ -40,10 +40,12 @@ def read_frames(path: Path, flag: str = "--frames") -> np.ndarray:
         raise ValueError(f"{flag} must be an image or video file, got {str(path)!r}, which does not exist.")
     from ..data import read_picture, read_video
 
+    is_image = path.suffix.lower() in IMAGE_SUFFIXES
     try:
-        return read_picture(path)[None] if path.suffix.lower() in IMAGE_SUFFIXES else read_video(path)
+        return read_picture(path)[None] if is_image else read_video(path)
     except ValueError as error:
-        raise ValueError(f"{flag} must be a readable image or video: {error}") from error
+        wanted = "image" if is_image else "image or video"
+        raise ValueError(f"{flag} must be a readable {wanted}: {error}") from error
 
 
 def frame_rate(path: Path) -> float | None:
