@@ -451,7 +451,7 @@ def test_streamed_tables_require_a_length(tmp_path):
     table = make_table(tmp_path, [make_episode(0, 5)]).to_iterable_dataset()
     with pytest.raises(ValueError, match="`length` and `origin` must be given"):
         TableEpisodes(table)
-    with pytest.raises(ValueError, match="the data end after 1 rows"):
+    with pytest.raises(ValueError, match="the dataset has only 1 rows"):
         list(TableEpisodes(table, length=2, origin="here"))
 
 
@@ -477,7 +477,7 @@ def test_tables_with_videos_and_with_pictures(tmp_path):
             np.testing.assert_allclose(after.actions[:-1], before.actions[:-1])
     with pytest.raises(ValueError, match="column 'wrist' does not exist"):
         open_dataset(tmp_path / "table", "wrist")
-    with pytest.raises(ValueError, match="must hold a video or a list of images"):
+    with pytest.raises(ValueError, match="must contain a video or a list of images"):
         open_dataset(tmp_path / "table", "actions")
     feature, ragged = table.features["actions"], [[[1.0], [2.0, 3.0]], None]
     ragged = table.remove_columns("actions").add_column("actions", ragged, feature=feature)
