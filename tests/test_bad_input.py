@@ -316,7 +316,7 @@ MODEL_ROWS = [  # of every command that loads a model
     ({"--lora": "lora/empty"}, "--lora must be"),
     ({"--lora": "lora/cut.safetensors"}, "--lora must be"),
     ({"--lora": "lora/nan"}, "weights must be finite"),
-    ({"--lora": "lora/other-model"}, "the LoRA file is for another model"),
+    ({"--lora": "lora/other-model"}, "the LoRA weights do not match this model: no modules named"),
     ({"--lora": "lora/other-size"}, "--lora must be"),
     ({"--lora": "lora/no-layer"}, "--lora must be"),
     ({"--lora": "frame.png"}, "--lora must be"),

@@ -247,7 +247,7 @@ WEIGHTS = {
     "channels": (replaced(x_embedder__proj__weight=torch.zeros(24, 10**4, 2, 2)), "`in_channels` must be"),
     "no patch": (replaced(x_embedder__proj__weight=torch.zeros(24, 1, 0, 0)), "`patch_size` must be"),
     "no width": (replaced(x_embedder__proj__weight=torch.zeros(0, 1, 2, 2)), "`attention_head_dim` must be"),
-    "a block twice": (replaced(blocks__00__attn__proj__bias=torch.zeros(24)), "has two sources"),
+    "a block twice": (replaced(blocks__00__attn__proj__bias=torch.zeros(24)), "is mapped twice"),
     "prefix": (replaced(module__temp_embed=torch.zeros(1, 5, 24)), "with and without the prefix"),
     "control characters": (replaced(**{"\x1b[2J": torch.zeros(1)}), "invalid name"),
     "long name": (replaced(a=torch.zeros(1)) | {"a" * 10**5: torch.zeros(1)}, "invalid name"),
