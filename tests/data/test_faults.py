@@ -410,7 +410,7 @@ def truncate(path, size):
         ),
         ("v3.0", DATA, -600, r"episode 0 of .*cannot read .*data/chunk-000/file-000\.parquet': .*stopped before"),
         ("v3.0", "meta/info.json", "{\n  'fps': 3", r"info\.json', line 2, is not valid JSON"),
-        ("v3.0", "meta/info.json", "[]", r"info\.json' must hold a JSON object, got list"),
+        ("v3.0", "meta/info.json", "[]", r"info\.json' must contain a JSON object, got list"),
         ("v3.0", "meta/info.json", '{"codebase_version": "v3.0"}', r"info\.json' has no entry 'fps'"),
         (
             "v3.0",
@@ -431,7 +431,7 @@ def truncate(path, size):
             r"episodes\.jsonl', line 3, is not valid JSON",
         ),
         ("v2.1", "meta/episodes.jsonl", "[1]", r"episodes\.jsonl', line 1: must be a JSON object, got list"),
-        ("v2.1", "meta/episodes.jsonl", "{}", r"episodes\.jsonl': 'episode_index' must be a number from 0"),
+        ("v2.1", "meta/episodes.jsonl", "{}", r"episodes\.jsonl': 'episode_index' must be a non-negative integer"),
         (
             "v2.1",
             "meta/episodes.jsonl",

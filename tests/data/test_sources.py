@@ -459,7 +459,7 @@ def test_unknown_split_and_folder(tmp_path):
     write_release(tmp_path, "rt1")
     with pytest.raises(ValueError, match=r"`split` must be one of \['train'\] in .* got 'test'"):
         open_dataset(tmp_path, split="test")
-    with pytest.raises(ValueError, match="contains no supported data set"):
+    with pytest.raises(ValueError, match="contains no supported dataset"):
         open_dataset(tmp_path / "videos")
     with pytest.raises(ValueError, match="which is not a folder"):
         open_dataset(tmp_path / "nowhere")
@@ -707,7 +707,7 @@ def test_every_kind_of_broken_episode_raises_or_is_skipped(tmp_path):
     messages = {
         1: r"episode 1 of .*right/episode_000001\.mp4",
         2: r"episode 2 of .*cannot read .*left/episode_000002\.mp4",
-        3: r"episode 3 of .* 9 frames announced, 8 rows found in .*episode_000003\.parquet",
+        3: r"episode 3 of .* expected 9 frames, found 8 rows in .*episode_000003\.parquet",
         4: r"episode 4 of .* 'action' at frame 0 is \[1\.0, nan, 2\.0\]",
     }
     data = LeRobotFolder(root, ["left", "right"])
@@ -825,7 +825,7 @@ def test_frames_are_resized(tmp_path):
 
 def test_frames_at_another_rate_raise(tmp_path):
     write_video(tmp_path / "clip.mp4", np.zeros((8, 16, 16, 3), np.uint8), 20)
-    with pytest.raises(ValueError, match=r"has no frame number 2 at 10 frames/s"):
+    with pytest.raises(ValueError, match=r"has no frame 2 at 10 frames/s"):
         read_frames(tmp_path / "clip.mp4", 0, 4, 10)
 
 

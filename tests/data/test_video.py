@@ -217,7 +217,7 @@ def test_frames_at_uneven_times_are_numbered_in_their_order(frames, tmp_path):
         container.mux(stream.encode(None))
     for start in range(6):
         assert np.array_equal(read_frames(tmp_path / "clip.mp4", start, 2), frames[start : start + 2])
-    with pytest.raises(ValueError, match=r"has no frame number 4 at 10 frames/s"):
+    with pytest.raises(ValueError, match=r"has no frame 4 at 10 frames/s"):
         read_frames(tmp_path / "clip.mp4", 2, 3, 10)
 
 

@@ -505,7 +505,9 @@ BAD_INPUTS = [
     ({"frames": [np.zeros((8, 12, 3)), np.zeros((8, 14, 3))]}, "all of one size"),
     ({"num_inference_steps": 0}, "`num_inference_steps` must be an integer of at least 1 and at most 1000, .* got 0"),
     ({"num_videos_per_trajectory": 0}, "at least 1"),
-    ({"num_inference_steps": 2.5}, "must be integers of at least 1, got 2.5"),
+    ({"num_inference_steps": 2.5}, "`num_inference_steps` must be an integer of at least 1 .* got 2.5"),
+    ({"num_inference_steps": 1001}, "at most 1000, the timesteps in training, got 1001"),
+    ({"num_inference_steps": True}, "`num_inference_steps` must be an integer .* got True"),
     ({"decode_chunk_size": 0}, "`decode_chunk_size` must be an integer of at least 1, got 0"),
     ({"guidance_scale": float("nan")}, "`guidance_scale` must be finite, got nan"),
     ({"eta": -0.5}, r"`eta` must be in \[0, 1\], got -0.5"),
@@ -754,8 +756,8 @@ def test_fps_of_one_call(frames, actions):
     [
         ({}, 10.0, "`fps` must be None for this checkpoint, which does not embed frames per second, got 10.0"),
         (RATES, None, "`fps` must be positive, got None: .* Pass `fps`"),
-        (RATES, 0.0, "`fps` must be the positive number .* got 0.0"),
-        (RATES, float("nan"), "`fps` must be the positive number .* got nan"),
+        (RATES, 0.0, "`fps` must be positive, got 0.0"),
+        (RATES, float("nan"), "`fps` must be positive .* got nan"),
     ],
 )
 def test_bad_fps(config, fps, message, frames, actions):

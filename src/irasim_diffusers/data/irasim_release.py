@@ -1,7 +1,7 @@
 """Read data in the format of the IRASim release and its variants.
 
 A folder contains `annotation/<split>/<id>.json`, mp4 files and possibly SDXL latents. Annotations have `actions` (Language-Table),
-`state` and `continuous_gripper_state` (RT-1, Bridge), or `states` (DROID as cut by Ctrl-World). Reference:
+`state` and `continuous_gripper_state` (RT-1, Bridge), or `states` (DROID as preprocessed by Ctrl-World). Reference:
 https://github.com/bytedance/IRASim.
 """
 
@@ -38,16 +38,16 @@ MEDIA_ENTRY = re.compile(rb'"(video|latent_video)_path"\s*:\s*("(?:[^"\\]|\\.)*"
 
 @dataclass(frozen=True)
 class IRASimFolder(InOrder):
-    """A data set in the format of the IRASim release.
+    """A dataset in the format of the IRASim release.
 
     Actions that are derived from poses are the motion in the frame of the previous pose and the next gripper state; see
-    `actions.derive_actions`. The last action, which leads out of the episode, is no motion. A video may have one frame more than
-    its annotation; this frame is left out, and a warning is logged once.
+    `actions.derive_actions`. The last action has no next frame and is set to no motion. A video may have one frame more than
+    its annotation; this frame is ignored, and a warning is logged once.
 
     Args:
         root: The folder that contains `annotation`.
         split: Name of the split, for example `train`.
-        cameras: Numbers of the cameras as strings: one, several that are stacked, or rows of them; None selects the only one.
+        cameras: Indices of the cameras as strings: one, several that are stacked, or rows of them; None selects the only one.
             After construction the layout, a tuple of rows.
         fps: Frames per second, which the format does not record.
         max_episodes: Use only this many episodes, from the first.
@@ -65,7 +65,7 @@ class IRASimFolder(InOrder):
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
         if not self.files:
-            splits = sorted(path.name for path in (self.root / "annotation").glob("*") if path.is_dir())
+            splits = sorted({path.parent.name for path in (self.root / "annotation").glob("*/[!.]*.json")})
             raise ValueError(
                 f"`split` must be one of {splits} in {str(self.root)!r}, got {self.split!r} (--split, --validation_split)."
             )
@@ -129,12 +129,12 @@ class IRASimFolder(InOrder):
         """Read a part of an episode; other frames are not decoded unnecessarily.
 
         Args:
-            number: Number of the episode.
+            number: Index of the episode.
             start: First frame.
             length: Number of frames.
 
         Raises:
-            ValueError: As `__getitem__`, or if the window exceeds the episode.
+            ValueError: Like `__getitem__`, or if the window exceeds the episode.
         """
         return self._read(number, (start, length))
 
@@ -167,7 +167,8 @@ class IRASimFolder(InOrder):
         elif found != total:
             announced = f" ('video_length' is {annotation['video_length']})" if "video_length" in annotation else ""
             raise ValueError(
-                f"{found} frames must have {found - 1} actions between them, got {total - 1}, in {str(path)!r}{announced}."
+                f"{found} frames must have {found - 1} actions between them, got {total - 1}, in {str(path)!r}{announced}: fix the "
+                "annotation, or remove the episode."
             )
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
@@ -233,7 +234,7 @@ def _media_files(content: bytes, cameras: Sequence[int]) -> list[str]:
     found: dict[bytes, list[bytes]] = {b"video": [], b"latent_video": []}
     for kind, path in MEDIA_ENTRY.findall(content):
         found[kind].append(path)
-    with suppress(ValueError):  # a broken episode is reported when it is read
+    with suppress(ValueError):  # errors are reported when the episode is read
         return [json.loads(paths[camera]) for paths in found.values() for camera in cameras if camera < len(paths)]
     return []
 

@@ -1,4 +1,4 @@
-"""Open data sets of every format by folder or Hub id."""
+"""Open datasets of every format by folder or Hub id."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def open_dataset(
     revision: str | None = None,
     streaming: bool = False,
 ) -> EpisodeSource:
-    """Open a data set of any supported format, from a folder or the Hub.
+    """Open a dataset of any supported format, from a folder or the Hub.
 
     A folder with `meta/info.json` is a LeRobotDataset, and one with `annotation` has the format of the IRASim release. A folder of
     `Dataset.save_to_disk`, one of Parquet files such as the download of a Hub repository, and any other Hub repository is a table
@@ -55,11 +55,13 @@ def open_dataset(
             is then fast.
 
     Raises:
-        ValueError: If the folder contains no data set, a camera, split or column does not exist, columns are given for the IRASim
-            format, or a table that is streamed does not announce its number of rows.
+        ValueError: If the folder contains no dataset, a camera, split or column does not exist, columns are given for the IRASim
+            format, or a streamed table does not declare its number of rows.
     """
     if max_episodes is not None and max_episodes < 1:
         raise ValueError(f"`max_episodes` (--max_train_episodes) must be at least 1, got {max_episodes}.")
+    if not os.fspath(name):
+        raise ValueError("`dataset` must be a folder or a Hub id such as org/name, got an empty name.")
     columns = (action_column, state_columns)
     if not Path(name).exists():
         return _open_remote(str(name), cameras, split, max_episodes, fps, columns, revision, streaming)
@@ -76,7 +78,7 @@ def _open_remote(
     revision: str | None,
     streaming: bool,
 ) -> EpisodeSource:
-    """Open a data set of the Hub: a LeRobotDataset if it has `meta/info.json`, otherwise a table."""
+    """Open a dataset of the Hub: a LeRobotDataset if it has `meta/info.json`, otherwise a table."""
     if Path(name).is_absolute() or name.count("/") != 1:
         raise ValueError(
             f"`dataset` must be a folder or a Hub id such as org/name, got {name!r}, which is not a folder."
@@ -103,15 +105,15 @@ def _open_folder(
     fps: float | None,
     columns: tuple[str | Sequence[str] | None, Sequence[str]],
 ) -> EpisodeSource:
-    """Open a folder in the format that its files show."""
+    """Detect the format of a folder and open it."""
     if (folder / "meta" / "info.json").is_file():
         return _lerobot(folder, cameras, max_episodes, split, *columns)
     split = split or "test"
     if (folder / "annotation").is_dir():
         if any(columns):
             raise ValueError(
-                f"`action_column` and `state_columns` (--action-column, --state-columns) must not be given for {str(folder)!r}, "
-                "whose IRASim format defines its actions and states."
+                f"`action_column` and `state_columns` (--action-column, --state-columns) must be omitted for {str(folder)!r}: "
+                "the IRASim format defines its actions and states."
             )
         return IRASimFolder(folder, split, cameras, fps, max_episodes)
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
@@ -119,7 +121,7 @@ def _open_folder(
     if any(path.suffix in TABLE_FILES and not path.name.startswith(".") for path in folder.rglob("*")):
         return _table(_load_table(str(folder), split), cameras, max_episodes, fps, *columns)
     raise ValueError(
-        f"{str(folder)!r} contains no supported data set: 'meta/info.json' (LeRobotDataset), 'annotation' (IRASim), "
+        f"{str(folder)!r} contains no supported dataset: 'meta/info.json' (LeRobotDataset), 'annotation' (IRASim), "
         f"'dataset_info.json' (datasets) and files {', '.join(TABLE_FILES)} are missing."
     )
 
@@ -138,7 +140,7 @@ def _load_table(name: str, split: str, **options: Any) -> Any:
 
 
 def _saved_table(folder: Path, split: str) -> Any:
-    """A split of what `save_to_disk` has written."""
+    """Return a split of a folder of `save_to_disk`."""
     import datasets
 
     try:
@@ -171,13 +173,13 @@ def _table(
 
 
 def _announced_rows(table: Any, max_episodes: int | None) -> int:
-    """Number of rows to read from a stream."""
+    """Return the number of rows to read from a stream."""
     known = (table.info.splits or {}).get(str(table.split))
     counts = [count for count in (known.num_examples if known else None, max_episodes) if count is not None]
     if not counts:
         raise ValueError(
             f"`max_episodes` (--max_train_episodes) must be given for {table.info.dataset_name!r}, because its card does "
-            "not announce its number of rows."
+            "not declare its number of rows."
         )
     return min(counts)
 
