@@ -43,7 +43,7 @@ def copy(saved, tmp_path):
         (
             TRANSFORMER,
             {"sample_frames": 4096, "sample_height": 4096},
-            "must be at most 536870912, got .*: a window must",
+            "must be at most 268435456, got .*: a window must",
         ),
         (TRANSFORMER, {"num_layers": 10**6}, "`num_layers` must be at most 256, got 1000000"),
         (TRANSFORMER, {"num_train_timesteps": 10**9}, "`num_train_timesteps` must be at most 100000"),

@@ -11,7 +11,7 @@ import numpy as np
 
 Value = TypeVar("Value")
 CameraLayout: TypeAlias = tuple[tuple[str, ...], ...]
-"""Names of the cameras whose pictures are tiled: rows from top to bottom, each from left to right."""
+"""Names of the cameras whose images are tiled: rows from top to bottom, each from left to right."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Episode:
 
 
 class EpisodeSource(Protocol):
-    """Interface of data sources: numbered episodes, and their properties that are known without decoding pictures."""
+    """Interface of data sources: numbered episodes, and their properties that are known without decoding images."""
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ class EpisodeSource(Protocol):
 
     @property
     def cameras(self) -> CameraLayout:
-        """The cameras whose pictures are tiled into a frame."""
+        """The cameras whose images are tiled into a frame."""
 
     @property
     def identity(self) -> dict[str, Any]:

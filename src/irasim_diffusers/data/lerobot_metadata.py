@@ -44,7 +44,8 @@ def check_info(info: Mapping[str, Any], path: Path, needed: Sequence[str]) -> No
             raise ValueError(f"{str(path)!r}: {name} must be {wanted}, got {_short(found)}.")
 
     fps, features, splits = info["fps"], info["features"], info.get("splits")
-    require(_is_number(fps) and fps >= MIN_FPS, "'fps'", f"a positive number of at least {MIN_FPS:g}", fps)
+    require(_is_number(fps) and fps > 0, "'fps'", "a positive number", fps)
+    require(fps >= MIN_FPS, "'fps'", f"at least {MIN_FPS:g}", fps)
     require(fps <= MAX_FPS, "'fps'", f"at most {MAX_FPS}", fps)
     if "chunks_size" in needed:
         size = info["chunks_size"]

@@ -1,4 +1,4 @@
-"""Statistics of LeRobot data sets, as LeRobot computes them.
+"""Statistics of LeRobot datasets, as LeRobot computes them.
 
 Means and standard deviations are computed in float64. LeRobot computes them in float32, which loses digits.
 """

@@ -28,7 +28,7 @@ DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 Regions: TypeAlias = Mapping[str, tuple[slice, slice]]
-"""Rows and columns of each camera's picture in a tiled frame, by feature key."""
+"""Rows and columns of each camera's image in a tiled frame, by feature key."""
 
 
 def write_file(
@@ -154,11 +154,11 @@ def write_metadata(
 
 
 def tile_regions(layout: CameraLayout, sizes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[slice, slice]]:
-    """Rows and columns of each camera's picture in the frames that `tile` returns.
+    """Rows and columns of each camera's image in the frames that `tile` returns.
 
     Args:
         layout: The cameras as they are tiled.
-        sizes: Height and width of each camera's pictures.
+        sizes: Height and width of each camera's images.
     """
     regions: dict[str, tuple[slice, slice]] = {}
     top = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +21,7 @@ def read_picture(
     source: str | os.PathLike | BinaryIO,
     name: str | None = None,
     *,
-    formats: Sequence[str] | None = None,
+    formats: tuple[str, ...] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Decode an image with its EXIF orientation applied. An alpha channel is dropped.

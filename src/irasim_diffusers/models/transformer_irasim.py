@@ -69,7 +69,7 @@ LIMITS = {
 RANGES = {"action_frequencies": (0, 32), "fps": (1e-3, 1e5), "beta_start": (0, 1), "beta_end": (0, 1)}
 """Ranges of other numbers in a config."""
 
-MAX_WINDOW = 1 << 29
+MAX_WINDOW = 1 << 28
 """Maximum number of values of a window: channels x frames x height x width."""
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -738,7 +738,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         """Sines and cosines of the grid (1, rows columns, D); those of the columns come first."""
         config, exact = self.config, maybe_adjust_dtype_for_device(torch.float64, device)
         down, across = (torch.arange(number, dtype=exact, device=device) for number in (rows, columns))
-        if config.base_patch_size is not None:  # centres of the patches in units of the pretrained grid
+        if config.base_patch_size is not None:  # centers of the patches in units of the pretrained grid
             ratio = config.patch_size / config.base_patch_size
             down, across = (down + 0.5) * ratio - 0.5, (across + 0.5) * ratio - 0.5
         if config.spatial_position == "area":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ def check_numbers(
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1
 
 
 def check_prediction(latents: torch.Tensor) -> torch.Tensor:
@@ -210,7 +211,7 @@ def check_prediction(latents: torch.Tensor) -> torch.Tensor:
     return latents
 
 
-def check_outputs(output_type: str, requested: list[str], available: list[str]) -> None:
+def check_outputs(output_type: str, requested: Sequence[str], available: Sequence[str]) -> None:
     """Check the output type and the names of the tensors that a callback receives.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Loading of LoRA weights, optionally together with a fully trained action encoder."""
+"""Load LoRA weights, optionally together with a fully trained action encoder."""
 
 import re
 from typing import Any
