@@ -155,8 +155,18 @@ COLUMNS = [  # file, column, value of all rows, message
         pa.scalar(2**62),
         "'data/file_index' in 'meta/episodes' must be a non-negative integer",
     ),
-    (EPISODES, "data/chunk_index", pa.scalar({"a": 1}), "'data/chunk_index' in 'meta/episodes' must be an integer"),
-    (EPISODES, f"{FILM}/file_index", pa.scalar(-1), f"'{FILM}/file_index' in 'meta/episodes' must be an integer from"),
+    (
+        EPISODES,
+        "data/chunk_index",
+        pa.scalar({"a": 1}),
+        "'data/chunk_index' in 'meta/episodes' must be a non-negative integer",
+    ),
+    (
+        EPISODES,
+        f"{FILM}/file_index",
+        pa.scalar(-1),
+        f"'{FILM}/file_index' in 'meta/episodes' must be a non-negative integer",
+    ),
     (EPISODES, f"{FILM}/from_timestamp", pa.scalar("0"), "must be a non-negative number of seconds, got '0'"),
     (EPISODES, f"{FILM}/from_timestamp", pa.scalar(1e300), "must be a non-negative number of seconds, got 1e+300"),
     (EPISODES, f"{FILM}/to_timestamp", pa.scalar(float("nan")), "must be a non-negative number of seconds, got nan"),
@@ -270,7 +280,6 @@ def test_contents_of_files(originals, tmp_path, capfd, form, file, content):
         (EPISODES, lambda path: path.write_bytes(b"PAR1"), "file-000.parquet': Parquet"),
         (EPISODES, lambda path: set_column(path, "length", pa.scalar("5")), "must be a non-negative integer, got '5'"),
         (DATA, lambda path: set_column(path, "action", pa.scalar([1e39, 0.0, 0.0])), "but must be finite in float32"),
-        (DATA, lambda path: set_column(path, "timestamp", pa.scalar("0")), "'timestamp' must contain numbers"),
     ],
 )
 @pytest.mark.parametrize("command", ["evaluate", "adapt"])
@@ -283,7 +292,9 @@ def test_other_commands(originals, tmp_path, tmp_path_factory, capfd, command, f
     flags = ["--vae", f"{model}:vae"] if command == "adapt" else ["--num-clips", "1"]
     flags = [command, "--model", str(model), "--dataset", str(root), "--split", "train", *flags]
     assert main([*flags, "--output", str(tmp_path / "out")]) == 2
-    refused(root, capfd.readouterr(), message)
+    captured = capfd.readouterr()
+    unread = command == "adapt" and "can be read" in captured.err
+    refused(root, captured, "none of the first episodes of" if unread else message)
 
 
 def test_broken_rows_can_be_skipped(originals, tmp_path, capfd):
@@ -327,7 +338,7 @@ def test_strings_are_kept_and_other_features_are_named(tmp_path, caplog):
         folder = write_lerobot(LeRobotFolder(source), tmp_path / "out")
     warned = [record.message for record in caplog.records]
     assert len(warned) == 1
-    assert "left out: 'map' (float32, shape [1, 2]), 'events' (language, shape [1])." in warned[0]
+    assert "omitted: 'map' (float32, shape [1, 2]), 'events' (language, shape [1])." in warned[0]
     written = pq.read_table(tmp_path / "out" / DATA)
     assert written["subtask"].to_pylist() == subtasks[:, 0].tolist()
     assert written["next.done"].to_pylist() == [False] * 4 + [True]

@@ -71,7 +71,9 @@ class IRASimFolder(InOrder):
             )
         known = [str(number) for number in range(len(_media(self._first, "video")))]
         if self.cameras is None and len(known) != 1:
-            raise ValueError(f"`cameras` must name one or more of {known} in {self.name!r}.")
+            raise ValueError(
+                f"`cameras` must name one or more of {known} in {self.name!r}: pass `cameras` (--cameras)."
+            )
         layout = camera_layout(known[0] if self.cameras is None else self.cameras)
         for camera in [camera for row in layout for camera in row]:
             if camera not in known:

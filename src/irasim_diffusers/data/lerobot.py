@@ -93,7 +93,9 @@ class LeRobotFolder(InOrder):
         if self.cameras is None and written is not None and {key for row in written for key in row} <= set(known):
             object.__setattr__(self, "cameras", written)
         if self.cameras is None and len(known) != 1:
-            raise ValueError(f"`cameras` must name one or more of {known} in {self.name!r}.")
+            raise ValueError(
+                f"`cameras` must name one or more of {known} in {self.name!r}: pass `cameras` (--cameras)."
+            )
         layout = camera_layout(known[0] if self.cameras is None else self.cameras)
         for key in [key for row in layout for key in row]:
             if key not in known:

@@ -46,7 +46,7 @@ def read_picture(
             with PIL.Image.open(source, formats=formats) as image:
                 problem = _problem(image, max_pixels)
                 if problem is None:
-                    return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+                    return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # Pillow raises errors of many types for damaged files
         raise ValueError(f"cannot read image {name}: {str(error) or type(error).__name__}") from error
     raise ValueError(f"image {name} {problem}")
