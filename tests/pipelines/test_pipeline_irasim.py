@@ -520,7 +520,7 @@ BAD_INPUTS = [
     ({"callback_on_step_end_tensor_inputs": ["actions"]}, r"among \['latents'\], got \['actions'\]"),
     ({"chunk_length": 0}, r"`chunk_length` must be an integer in \[1, 3\] for this checkpoint, got 0"),
     ({"chunk_length": 4}, r"must be an integer in \[1, 3\]"),
-    ({"timesteps": [10, 5]}, "known to the scheduler"),
+    ({"timesteps": [10, 5]}, "must be supported by `set_timesteps` of the scheduler"),
 ]
 
 
