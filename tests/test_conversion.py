@@ -573,7 +573,7 @@ def test_a_folder_of_shards_is_read(tmp_path):
     expected = load_opensora(whole).state_dict()
     for key, value in load_opensora(shards).state_dict().items():
         assert torch.equal(value, expected[key]) or key.startswith("action_embed.")
-    with pytest.raises(ValueError, match=r"for shards, give the folder instead of the index"):
+    with pytest.raises(ValueError, match=r"for shards, pass the folder instead of the index"):
         load_opensora(index)
     whole.rename(shards / "model.fp16.safetensors")
     with pytest.raises(ValueError, match=f"contains {len(state)} tensors more than once"):

@@ -830,8 +830,8 @@ def check_shared_config(config: Any) -> None:
         if value is None and (name == "fps" or name not in config):
             continue
         if not (number and low <= value <= high):
-            wanted = "a positive number of frames per second, or None," if name == "fps" else "a number"
-            raise ValueError(f"`{name}` must be {wanted} in [{low:g}, {high:g}], got {repr(value)[:60]}.")
+            wanted = "a positive number of frames per second, or None" if name == "fps" else f"in [{low:g}, {high:g}]"
+            raise ValueError(f"`{name}` must be {wanted}, got {repr(value)[:60]}.")
     if config.cameras is not None and not _are_rows_of_names(config.cameras):
         raise ValueError(f"`cameras` must be rows of camera names, or None, got {config.cameras!r}.")
     for name, choices in CHOICES.items():
