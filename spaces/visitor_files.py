@@ -8,9 +8,8 @@ from pathlib import Path
 
 import av
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 
+from irasim_diffusers import data
 from irasim_diffusers.commands.files import IMAGE_SUFFIXES, read_actions
 from irasim_diffusers.data import iterate_video
 from irasim_diffusers.pictures import resize_video as resize
@@ -73,23 +72,17 @@ def read_picture(path: str | Path, size: tuple[int, int]) -> np.ndarray:
         The image (H, W, 3), uint8.
 
     Raises:
-        ValueError: If the file is too large, damaged, or of another format.
+        ValueError: If the file is too large, damaged, animated, or of another format, such as 16-bit depth.
     """
     path = Path(path)
     if (large := path.stat().st_size) > MAX_PICTURE_BYTES:
         raise ValueError(f"the picture must have at most {MAX_PICTURE_BYTES // 10**6} MB, got {large / 1e6:.0f} MB.")
-    pixels = f"the picture must have at most {MAX_PICTURE_PIXELS // 10**6} million pixels"
     try:
-        with PIL.Image.open(path, formats=PICTURE_FORMATS) as image:
-            if image.width * image.height > MAX_PICTURE_PIXELS:  # before it is decoded
-                raise ValueError(f"{pixels}, got {image.width}x{image.height}.")
-            upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
-    except PIL.Image.DecompressionBombError as error:
-        raise ValueError(f"{pixels}: {error}") from error
-    except (OSError, SyntaxError) as error:
-        reason = str(error).replace(str(path), "it")
+        pixels = data.read_picture(path, "in the file", formats=PICTURE_FORMATS, max_pixels=MAX_PICTURE_PIXELS)
+    except ValueError as error:
+        reason = str(error).replace(repr(str(path)), "it").replace(str(path), "it").rstrip(".")
         raise ValueError(f"the file must be a whole picture, {', '.join(PICTURE_FORMATS)}: {reason}.") from error
-    return fit(np.asarray(upright)[None], size)[0]
+    return fit(pixels[None], size)[0]
 
 
 def read_clip(path: str | Path, size: tuple[int, int], length: int) -> np.ndarray:

@@ -93,7 +93,7 @@ def test_actions_somewhat_outside_the_bounds_are_accepted():
     wide = ActionSpace.from_config({"action_dim": 1, "action_low": -100.0, "action_high": 300.0})
     assert wide.prepare([[-1099.0], [1299.0]]).shape == (1, 2, 1)
     for far in (-1101.0, 1301.0):
-        with pytest.raises(ValueError, match=r"\[-100, 300\] for 'action 0'"):
+        with pytest.raises(ValueError, match=r"\[-100, 300\] for 'action 0', .* -1100 to 1300 are accepted"):
             wide.prepare([[far]])
 
 
@@ -134,3 +134,34 @@ def test_message_shows_the_limits_of_unbounded_components():
     space = ActionSpace.from_config({"action_dim": 1, "action_scale": 0.5, "action_offset": 3.0})
     with pytest.raises(ValueError, match=r"\[-19997, 20003\] for 'action 0', got 1e\+38"):
         space.prepare([[1e38]])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_integer_actions_become_floats(dtype):
+    space = ActionSpace.from_config(
+        {"action_dim": 2, "action_scale": 0.05, "action_offset": 0.5, "action_low": 0.25, "action_high": [15.5, None]}
+    )
+    actions = torch.tensor([[10, 20]], dtype=dtype)
+    torch.testing.assert_close(space.normalise(actions), torch.tensor([[0.475, 0.975]]))
+    torch.testing.assert_close(space.denormalise(actions), torch.tensor([[200.5, 400.5]]))
+    torch.testing.assert_close(space.clip(actions * 0 + 17), torch.tensor([[15.5, 17.0]]))
+    np.testing.assert_allclose(space.normalise(actions.numpy()), [[0.475, 0.975]])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "`action_dim` must be an integer of at least 1, got None"),
+        ({"action_dim": True}, "`action_dim` must be an integer of at least 1, got True"),
+        ({"action_dim": 2, "action_scale": "ab"}, "`action_scale` must contain numbers, got 'ab'"),
+        ({"action_dim": 2, "action_scale": [1.0, True]}, "`action_scale` must contain numbers, got True"),
+        ({"action_dim": 1, "action_low": [[0.0]]}, r"`action_low` must contain numbers, got \[0.0\]"),
+        ({"action_dim": 1, "action_high": 10**400}, "`action_high` must contain numbers in the range of a float"),
+        ({"action_dim": 2, "action_names": [1, 2]}, "`action_names` must be a list of strings or None, got 1"),
+        ({"action_dim": 2, "action_names": "xy"}, "`action_names` must be a list of strings or None, got 'xy'"),
+        ({"action_dim": 1, "action_units": [3]}, "`action_units` must be a list of strings or None, got 3"),
+    ],
+)
+def test_bad_entries_raise(config, message):
+    with pytest.raises(ValueError, match=message):
+        ActionSpace.from_config(config)

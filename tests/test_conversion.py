@@ -308,7 +308,9 @@ def test_weights_of_another_data_set_are_listed(tmp_path):
 
 def test_unknown_width_requires_number_of_heads(tmp_path):
     _, _, state = case("rt1")
-    with pytest.raises(ValueError, match=r"width 24 is not one of the paper's .* give `num_attention_heads`"):
+    with pytest.raises(
+        ValueError, match=r"`num_attention_heads` is required for width 24, which is not a preset of the paper"
+    ):
         load_released_irasim(write(tmp_path / "a.pt", state, ema=state), "rt1", sample_height=4, sample_width=14)
 
 
@@ -571,7 +573,7 @@ def test_a_folder_of_shards_is_read(tmp_path):
     expected = load_opensora(whole).state_dict()
     for key, value in load_opensora(shards).state_dict().items():
         assert torch.equal(value, expected[key]) or key.startswith("action_embed.")
-    with pytest.raises(ValueError, match=r"for shards, give the folder instead of the index"):
+    with pytest.raises(ValueError, match=r"for shards, pass the folder instead of the index"):
         load_opensora(index)
     whole.rename(shards / "model.fp16.safetensors")
     with pytest.raises(ValueError, match=f"contains {len(state)} tensors more than once"):

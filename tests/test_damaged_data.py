@@ -99,17 +99,17 @@ ENTRIES = [  # format, file, entry, value, message
     ("v2.1", INFO, "chunks_size", 0, "'chunks_size' must be a positive integer, got 0"),
     ("v2.1", INFO, "chunks_size", "x", "'chunks_size' must be a positive integer, got 'x'"),
     ("v2.1", INFO, "video_path", "{video_key:d}", "'video_path' must be a path with fields"),
-    ("v2.1", ROW, "episode_index", True, "'episode_index' must be a number from 0 in every row, got True"),
-    ("v2.1", ROW, "episode_index", "0", "'episode_index' must be a number from 0 in every row, got '0'"),
+    ("v2.1", ROW, "episode_index", True, "'episode_index' must be a non-negative integer in every row, got True"),
+    ("v2.1", ROW, "episode_index", "0", "'episode_index' must be a non-negative integer in every row, got '0'"),
     ("v2.1", ROW, "episode_index", 7, "episode_000007.parquet"),
     ("v2.1", ROW, "length", None, "'length' is missing in 'meta/episodes'"),
-    ("v2.1", ROW, "length", "5", "'length' in 'meta/episodes' must be an integer from 0, got '5'"),
-    ("v2.1", ROW, "length", 5.5, "'length' in 'meta/episodes' must be an integer from 0, got 5.5"),
-    ("v2.1", ROW, "length", -1, "'length' in 'meta/episodes' must be an integer from 0, got -1"),
-    ("v2.1", ROW, "length", [5], "'length' in 'meta/episodes' must be an integer from 0"),
-    ("v2.1", ROW, "length", HUGE, "'length' in 'meta/episodes' must be an integer from 0"),
-    ("v2.1", ROW, "length", float("inf"), "'length' in 'meta/episodes' must be an integer from 0"),
-    ("v2.1", ROW, "length", 0, "0 frames announced, 5 rows found"),
+    ("v2.1", ROW, "length", "5", "'length' in 'meta/episodes' must be a non-negative integer, got '5'"),
+    ("v2.1", ROW, "length", 5.5, "'length' in 'meta/episodes' must be a non-negative integer, got 5.5"),
+    ("v2.1", ROW, "length", -1, "'length' in 'meta/episodes' must be a non-negative integer, got -1"),
+    ("v2.1", ROW, "length", [5], "'length' in 'meta/episodes' must be a non-negative integer"),
+    ("v2.1", ROW, "length", HUGE, "'length' in 'meta/episodes' must be a non-negative integer"),
+    ("v2.1", ROW, "length", float("inf"), "'length' in 'meta/episodes' must be a non-negative integer"),
+    ("v2.1", ROW, "length", 0, "expected 0 frames, found 5 rows"),
     ("v2.1", ROW, "tasks", 3, "the task must be a string, got 3"),
     ("v2.1", ROW, "tasks", {"a": 1}, "the task must be a string, got {'a': 1}"),
     ("release", ANNOTATION, "videos", 3, "must name a video"),
@@ -132,27 +132,52 @@ ENTRIES = [  # format, file, entry, value, message
 
 FILM = f"videos/{CAMERA}"
 COLUMNS = [  # file, column, value of all rows, message
-    (EPISODES, "episode_index", None, "'episode_index' must be a number from 0"),
-    (EPISODES, "episode_index", pa.scalar("0"), "'episode_index' must be a number from 0 in every row, got '0'"),
-    (EPISODES, "episode_index", pa.scalar(1.0), "'episode_index' must be a number from 0 in every row, got 1.0"),
+    (EPISODES, "episode_index", None, "'episode_index' must be a non-negative integer"),
+    (
+        EPISODES,
+        "episode_index",
+        pa.scalar("0"),
+        "'episode_index' must be a non-negative integer in every row, got '0'",
+    ),
+    (
+        EPISODES,
+        "episode_index",
+        pa.scalar(1.0),
+        "'episode_index' must be a non-negative integer in every row, got 1.0",
+    ),
     (EPISODES, "length", None, "'length' is missing in 'meta/episodes'"),
-    (EPISODES, "length", pa.scalar("5"), "'length' in 'meta/episodes' must be an integer from 0, got '5'"),
-    (EPISODES, "length", pa.scalar([5]), "'length' in 'meta/episodes' must be an integer from 0, got [5]"),
+    (EPISODES, "length", pa.scalar("5"), "'length' in 'meta/episodes' must be a non-negative integer, got '5'"),
+    (EPISODES, "length", pa.scalar([5]), "'length' in 'meta/episodes' must be a non-negative integer, got [5]"),
     (EPISODES, "data/file_index", None, "'data/file_index' is missing in 'meta/episodes'"),
-    (EPISODES, "data/file_index", pa.scalar(2**62), "'data/file_index' in 'meta/episodes' must be an integer from 0"),
-    (EPISODES, "data/chunk_index", pa.scalar({"a": 1}), "'data/chunk_index' in 'meta/episodes' must be an integer"),
-    (EPISODES, f"{FILM}/file_index", pa.scalar(-1), f"'{FILM}/file_index' in 'meta/episodes' must be an integer from"),
-    (EPISODES, f"{FILM}/from_timestamp", pa.scalar("0"), "must be a number of seconds from 0, got '0'"),
-    (EPISODES, f"{FILM}/from_timestamp", pa.scalar(1e300), "must be a number of seconds from 0, got 1e+300"),
-    (EPISODES, f"{FILM}/to_timestamp", pa.scalar(float("nan")), "must be a number of seconds from 0, got nan"),
-    (EPISODES, f"{FILM}/to_timestamp", pa.scalar(-1.0), "must be a number of seconds from 0, got -1.0"),
+    (
+        EPISODES,
+        "data/file_index",
+        pa.scalar(2**62),
+        "'data/file_index' in 'meta/episodes' must be a non-negative integer",
+    ),
+    (
+        EPISODES,
+        "data/chunk_index",
+        pa.scalar({"a": 1}),
+        "'data/chunk_index' in 'meta/episodes' must be a non-negative integer",
+    ),
+    (
+        EPISODES,
+        f"{FILM}/file_index",
+        pa.scalar(-1),
+        f"'{FILM}/file_index' in 'meta/episodes' must be a non-negative integer",
+    ),
+    (EPISODES, f"{FILM}/from_timestamp", pa.scalar("0"), "must be a non-negative number of seconds, got '0'"),
+    (EPISODES, f"{FILM}/from_timestamp", pa.scalar(1e300), "must be a non-negative number of seconds, got 1e+300"),
+    (EPISODES, f"{FILM}/to_timestamp", pa.scalar(float("nan")), "must be a non-negative number of seconds, got nan"),
+    (EPISODES, f"{FILM}/to_timestamp", pa.scalar(-1.0), "must be a non-negative number of seconds, got -1.0"),
     (EPISODES, "tasks", pa.scalar(3), "the task must be a string, got 3"),
     (EPISODES, "tasks", pa.scalar([[1]]), "the task must be a string, got [1]"),
     (DATA, "action", None, "file-000.parquet"),
     (DATA, "action", pa.scalar([1e39, 0.0, 0.0]), "'action' at frame 0 is [1e+39, 0.0, 0.0], but must be finite"),
     (DATA, "action", pa.scalar([None, 0.0, 0.0]), "'action' at frame 0 is [nan, 0.0, 0.0], but must be finite"),
-    (DATA, "action", pa.scalar(["1", "2", "3"]), "'action' must hold numbers, got string"),
-    (DATA, "action", pa.scalar([[1.0], [2.0], [3.0]]), "'action' must hold numbers, got list<"),
+    (DATA, "action", pa.scalar(["1", "2", "3"]), "'action' must contain numbers, got string"),
+    (DATA, "action", pa.scalar([[1.0], [2.0], [3.0]]), "'action' must contain numbers, got list<"),
     (DATA, "action", pa.scalar(0.5), "'action' must be 3 numbers in every row, got [1]"),
     (DATA, "action", pa.scalar([], pa.list_(pa.float32())), "'action' must be 3 numbers in every row, got [0]"),
     (DATA, "action", pa.scalar(None, pa.list_(pa.float32())), "'action' must be 3 numbers in every row, got [None]"),
@@ -160,11 +185,11 @@ COLUMNS = [  # file, column, value of all rows, message
     (DATA, "observation.state", pa.scalar("ab"), "'observation.state' must be 2 numbers in every row"),
     (DATA, "observation.state", pa.scalar([1e39, 0.0]), "'observation.state' at frame 0 is"),
     (DATA, "episode_index", None, "file-000.parquet"),
-    (DATA, "episode_index", pa.scalar("0"), "'episode_index' must hold integers, got string"),
-    (DATA, "episode_index", pa.scalar(True), "'episode_index' must hold integers, got bool"),
-    (DATA, "episode_index", pa.scalar(None, pa.int64()), "5 frames announced, 0 rows found"),
-    (DATA, "timestamp", pa.scalar("0.0"), "'timestamp' must hold numbers, got string"),
-    (DATA, "timestamp", pa.scalar([0.0]), "'timestamp' must hold numbers, got list<"),
+    (DATA, "episode_index", pa.scalar("0"), "'episode_index' must contain integers, got string"),
+    (DATA, "episode_index", pa.scalar(True), "'episode_index' must contain integers, got bool"),
+    (DATA, "episode_index", pa.scalar(None, pa.int64()), "expected 5 frames, found 0 rows"),
+    (DATA, "timestamp", pa.scalar("0.0"), "'timestamp' must contain numbers, got string"),
+    (DATA, "timestamp", pa.scalar([0.0]), "'timestamp' must contain numbers, got list<"),
     (DATA, "timestamp", pa.scalar(None, pa.float32()), "'timestamp' must be a finite number of seconds"),
     (DATA, "timestamp", pa.scalar(-0.1), "'timestamp' of row 0 is -0.1 s"),
     (DATA, "timestamp", pa.scalar(1e300), "'timestamp' of row 0 is 1e+300 s, which is not a frame"),
@@ -178,6 +203,18 @@ CONTENTS = [
     for file in files
     for content in (b"", b"{", b"null", b"3", b'"text"', b"\xff\xfe", b"[" * 100_000, b"\0" * 20, b'{"a": ')
 ] + [("v3.0", file, content) for file in (EPISODES, DATA) for content in (b"", b"PAR1", b"\0" * 500, b"PAR1" * 9)]
+
+
+PROBLEMS = (  # every reason why a whole file cannot be read
+    "is not valid JSON",
+    "the file is not JSON in UTF-8",
+    "must contain a JSON object",
+    "must be a JSON object",
+    "must name a video",
+    "Parquet",
+    "Invalid",
+    "has no episode in its 'meta' folder",
+)
 
 
 def refused(root, captured, message, name=None):
@@ -229,23 +266,24 @@ def test_contents_of_files(originals, tmp_path, capfd, form, file, content):
             if other.name != "10.json":
                 other.unlink()
     assert convert(root, *flags_of(form)) == 2
-    refused(root, capfd.readouterr(), "", "set" if file == ROW else file.rsplit("/", 1)[-1].split(".")[0])
+    captured = capfd.readouterr()
+    assert any(problem in captured.err for problem in PROBLEMS), captured.err
+    refused(root, captured, "'meta'" if file == ROW and "has no episode" in captured.err else file.rsplit("/", 1)[-1])
 
 
 @pytest.mark.parametrize(
-    ("file", "change"),
+    ("file", "change", "message"),
     [
-        (INFO, lambda path: path.write_bytes(b"{")),
-        (INFO, lambda path: set_entry(path, "splits", [])),
-        (INFO, lambda path: set_entry(path, "features/action/shape", {})),
-        (EPISODES, lambda path: path.write_bytes(b"PAR1")),
-        (EPISODES, lambda path: set_column(path, "length", pa.scalar("5"))),
-        (DATA, lambda path: set_column(path, "action", pa.scalar([1e39, 0.0, 0.0]))),
-        (DATA, lambda path: set_column(path, "timestamp", pa.scalar("0"))),
+        (INFO, lambda path: path.write_bytes(b"{"), "info.json', line 1, is not valid JSON"),
+        (INFO, lambda path: set_entry(path, "splits", []), "'splits' must be an object, got []"),
+        (INFO, lambda path: set_entry(path, "features/action/shape", {}), "must be a list of integers, got {}"),
+        (EPISODES, lambda path: path.write_bytes(b"PAR1"), "file-000.parquet': Parquet"),
+        (EPISODES, lambda path: set_column(path, "length", pa.scalar("5")), "must be a non-negative integer, got '5'"),
+        (DATA, lambda path: set_column(path, "action", pa.scalar([1e39, 0.0, 0.0])), "but must be finite in float32"),
     ],
 )
 @pytest.mark.parametrize("command", ["evaluate", "adapt"])
-def test_other_commands(originals, tmp_path, tmp_path_factory, capfd, command, file, change):
+def test_other_commands(originals, tmp_path, tmp_path_factory, capfd, command, file, change, message):
     root, model = copy(originals, "v3.0", tmp_path), tmp_path_factory.mktemp("model")
     if file != INFO:  # the first episodes that can be read count
         (root / file.replace("000.parquet", "001.parquet")).unlink()
@@ -254,7 +292,9 @@ def test_other_commands(originals, tmp_path, tmp_path_factory, capfd, command, f
     flags = ["--vae", f"{model}:vae"] if command == "adapt" else ["--num-clips", "1"]
     flags = [command, "--model", str(model), "--dataset", str(root), "--split", "train", *flags]
     assert main([*flags, "--output", str(tmp_path / "out")]) == 2
-    refused(root, capfd.readouterr(), "")
+    captured = capfd.readouterr()
+    unread = command == "adapt" and "can be read" in captured.err
+    refused(root, captured, "none of the first episodes of" if unread else message)
 
 
 def test_broken_rows_can_be_skipped(originals, tmp_path, capfd):
@@ -265,7 +305,7 @@ def test_broken_rows_can_be_skipped(originals, tmp_path, capfd):
     assert convert(root, "--skip-broken") == 0
     captured = capfd.readouterr()
     assert "2 episodes written" in captured.out
-    assert "'length' in 'meta/episodes' must be an integer from 0, got -5" in captured.out
+    assert "'length' in 'meta/episodes' must be a non-negative integer, got -5" in captured.out
 
 
 def test_integral_floats_are_integers(originals, tmp_path):
@@ -298,7 +338,7 @@ def test_strings_are_kept_and_other_features_are_named(tmp_path, caplog):
         folder = write_lerobot(LeRobotFolder(source), tmp_path / "out")
     warned = [record.message for record in caplog.records]
     assert len(warned) == 1
-    assert "left out: 'map' (float32, shape [1, 2]), 'events' (language, shape [1])." in warned[0]
+    assert "omitted: 'map' (float32, shape [1, 2]), 'events' (language, shape [1])." in warned[0]
     written = pq.read_table(tmp_path / "out" / DATA)
     assert written["subtask"].to_pylist() == subtasks[:, 0].tolist()
     assert written["next.done"].to_pylist() == [False] * 4 + [True]

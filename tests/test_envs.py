@@ -333,7 +333,10 @@ BAD = [
     (bad_reset(seed=[1, 2, 3]), "`seed` must be one integer or 2"),
     (bad_reset(options={"frames": np.zeros((3, 8, 12, 3), np.uint8)}), "`frames` must be 2 histories, .* got 3"),
     (bad_reset(options={"frames": np.zeros((2, 8, 9, 3), np.uint8)}), "`frames` must be 8x12 .* got 8x9"),
-    (bad_reset(options={"frames": np.zeros((2, 3, 8, 12, 3), np.uint8)}), "`frames` must hold 1 to 2 history frames"),
+    (
+        bad_reset(options={"frames": np.zeros((2, 3, 8, 12, 3), np.uint8)}),
+        "`frames` must contain 1 to 2 history frames",
+    ),
     (bad_reset(options={"reset_mask": np.zeros(2, bool)}), "`reset_mask` must be bool .* at least one True"),
     (bad_reset(options={"reset_mask": np.ones(3, bool)}), "`reset_mask` must be bool"),
     (bad_reset(options={"reset_mask": np.ones(2)}), "`reset_mask` must be bool"),

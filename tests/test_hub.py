@@ -402,6 +402,6 @@ def test_streaming_other_formats_keeps_disk_usage_small(hub, tmp_path):
         assert "`max_episodes` (--max_train_episodes) must be given" in error_of(lambda: open_dataset("lab/uncounted", streaming=True))
         assert len(open_dataset("lab/uncounted", streaming=True, max_episodes=6)[5]) == 10
         beyond = open_dataset("lab/uncounted", streaming=True, max_episodes=7)
-        assert "the data end after 6 rows" in error_of(lambda: beyond[6])
+        assert "the dataset has only 6 rows" in error_of(lambda: beyond[6])
         """,
     )

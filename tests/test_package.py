@@ -12,7 +12,7 @@ from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, UNetTraje
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "irasim_diffusers"
-FREE = {"files", "latents", "version"}  # modules that every part may import
+FREE = {"files", "latents", "safe_load", "version"}  # modules that every part may import
 ALLOWED = {
     "actions": set(),
     "action_space": {"actions"},
@@ -21,6 +21,7 @@ ALLOWED = {
     "rollout": {"action_space"},
     "files": set(),
     "latents": set(),
+    "safe_load": set(),
     "devices": set(),
     "version": set(),
     "data": {"actions", "pictures"},

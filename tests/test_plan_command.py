@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     PIL.Image.fromarray(video[0]).save(root / "frame.png")
     PIL.Image.fromarray(video[1]).save(root / "goal.png")
     PIL.Image.fromarray(video[1]).resize((24, 20)).save(root / "large.png")
-    PIL.Image.fromarray(video[1]).convert("L").save(root / "gray.png")
+    PIL.Image.fromarray(video[1, ..., 0].astype(np.uint16)).save(root / "depth.png")
     write_video(root / "video.mp4", video, 5, lossless=True)
     torch.manual_seed(0)
     FrameRegressor(8, 12, channels=(4,), feature_dim=3).save_pretrained(root / "reward")
@@ -103,7 +103,7 @@ BAD = [
     ({"goal": None}, "pass exactly one of --goal and --reward"),
     ({"reward": "reward"}, "pass exactly one of --goal and --reward"),
     ({"goal": "missing.png"}, "--goal must be an image or video file, got 'missing.png'"),
-    ({"goal": "gray.png"}, "--goal must be an RGB image, got mode L"),
+    ({"goal": "depth.png"}, "--goal must be a readable image: image 'depth.png' has mode 'I;16'"),
     ({"goal": "large.png"}, "--goal must be 8x12 .* got 20x24: pass --resize"),
     ({"goal": None, "reward": "nowhere"}, "--reward must be a FrameRegressor, got 'nowhere'"),
     ({"goal": None, "reward": "model"}, "--reward must be a FrameRegressor, got 'model'"),

@@ -20,7 +20,7 @@ from test_conversion import case, latte_model, opensora_state, write
 
 from irasim_diffusers.cli import main
 from irasim_diffusers.conversion import load_latte, load_opensora, load_released_irasim
-from irasim_diffusers.conversion.safe_load import MAX_HEADER, Settings, read_checkpoint
+from irasim_diffusers.safe_load import MAX_HEADER, Settings, read_checkpoint
 
 
 def archive(path, pickled, **records):
@@ -158,6 +158,10 @@ FILES = {
     "torch.load": (lambda path: with_call(path, torch.load, "other.pt"), "refers to 'torch.serialization.load'"),
     "stack global": (lambda path: archive(path, b"\x80\x04\x8c\x02os\x8c\x06system\x93."), "pickle instruction"),
     "TorchScript": (torchscript, "is a TorchScript program"),
+    "TorchScript, capitals": (
+        lambda path: torchscript(path.with_name("Upper.pt")).replace(path),
+        "is a TorchScript program",
+    ),
     "TorchScript, suffix": (lambda path: padded(torchscript(path), after=b"\0" * 68_000), FORM),
     "TorchScript, prefix": (lambda path: padded(torchscript(path), before=b"\x80\x02N."), FORM),
     # two readers
@@ -243,7 +247,7 @@ WEIGHTS = {
     "channels": (replaced(x_embedder__proj__weight=torch.zeros(24, 10**4, 2, 2)), "`in_channels` must be"),
     "no patch": (replaced(x_embedder__proj__weight=torch.zeros(24, 1, 0, 0)), "`patch_size` must be"),
     "no width": (replaced(x_embedder__proj__weight=torch.zeros(0, 1, 2, 2)), "`attention_head_dim` must be"),
-    "a block twice": (replaced(blocks__00__attn__proj__bias=torch.zeros(24)), "has two sources"),
+    "a block twice": (replaced(blocks__00__attn__proj__bias=torch.zeros(24)), "is mapped twice"),
     "prefix": (replaced(module__temp_embed=torch.zeros(1, 5, 24)), "with and without the prefix"),
     "control characters": (replaced(**{"\x1b[2J": torch.zeros(1)}), "invalid name"),
     "long name": (replaced(a=torch.zeros(1)) | {"a" * 10**5: torch.zeros(1)}, "invalid name"),
@@ -269,7 +273,7 @@ def test_absurd_weights_raise(name, tmp_path):
         ({"action_scale": float("nan")}, "`action_scale` must be .* with finite numbers, got nan"),
         ({"action_scale": [20.0] * 6 + [float("inf")]}, "`action_scale` must be .* with finite numbers"),
         ({"action_low": [1e300] * 7}, "`action_low` must be"),
-        ({"fps": 0}, r"`fps` must be in \[0.001, 10000.0\], got 0"),
+        ({"fps": 0}, r"`fps` must be in \[0.001, 100000.0\], got 0"),
         ({"fps": True}, "`fps` must be"),
         ({"final_frame_ada": "yes"}, "`final_frame_ada` must be bool"),
         ({"use_fps": "yes"}, "`use_fps` must be bool"),

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 KINDS = ("relative", "absolute")
 MARGIN = 1000.0
-"""Normalised units by which an action may always exceed its bounds."""
+"""Minimum margin, in normalized units, by which an action may exceed its bounds."""
 UNBOUNDED_LIMIT = 1e4
-"""Largest normalised action of a component without a bound."""
+"""Maximum absolute normalized action of an unbounded component."""
 
 Actions = TypeVar("Actions", np.ndarray, torch.Tensor)
 
@@ -35,7 +35,7 @@ class ActionSpace:
     units: tuple[str | None, ...]  # None: the units of the recording
     low: tuple[float, ...]  # raw units; -inf where unknown
     high: tuple[float, ...]  # raw units; inf where unknown
-    scale: tuple[float, ...]  # normalised = (raw - offset) * scale
+    scale: tuple[float, ...]  # normalized = (raw - offset) * scale
     offset: tuple[float, ...]
     kind: str = "relative"  # "relative": zero is no motion; "absolute": actions are target positions
     derivation: str = "recorded"  # "recorded", or how actions are computed from states, see `actions.DERIVATIONS`
@@ -48,28 +48,21 @@ class ActionSpace:
             config: Config of a model: a mapping or an object with the attributes `action_dim`, `action_scale` and so on.
 
         Raises:
-            ValueError: If the kind is unknown, an entry does not have `action_dim` values, or a value is invalid.
+            ValueError: If `action_dim` is missing, the kind is unknown, an entry does not have `action_dim` values, or a value is
+                invalid.
         """
 
         def read(name: str, default: Any = None) -> Any:
             return config.get(name, default) if isinstance(config, Mapping) else getattr(config, name, default)
 
         size, kind = read("action_dim"), read("action_space", "relative")
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"`action_dim` must be an integer of at least 1, got {size!r}.")
         if kind not in KINDS:
             raise ValueError(f"`action_space` must be one of {', '.join(KINDS)}, got {kind!r}.")
 
-        def entries(name: str, default: Any) -> list[Any]:
-            value = read(name)
-            if not isinstance(value, list | tuple):
-                return [default if value is None else value] * size
-            if len(value) != size:
-                raise ValueError(
-                    f"`{name}` must have `action_dim` = {size} entries, one per component, got {len(value)}."
-                )
-            return [default if entry is None else entry for entry in value]
-
         def numbers(name: str, default: float) -> tuple[float, ...]:
-            return tuple(float(value) for value in entries(name, default))
+            return _numbers(name, read(name), size, default)
 
         scale, offset = numbers("action_scale", 1.0), numbers("action_offset", 0.0)
         if not all(math.isfinite(value) and value for value in scale):
@@ -82,10 +75,10 @@ class ActionSpace:
                 raise ValueError(
                     f"`action_low` must not exceed `action_high`, got {least} and {most} for component {index}."
                 )
-        names = entries("action_names", None)
+        names, units = (_texts(name, read(name), size) for name in ("action_names", "action_units"))
         return cls(
-            names=tuple(f"action {index}" if name is None else str(name) for index, name in enumerate(names)),
-            units=tuple(entries("action_units", None)),
+            names=tuple(f"action {index}" if name is None else name for index, name in enumerate(names)),
+            units=tuple(units),
             low=low,
             high=high,
             scale=scale,
@@ -116,15 +109,18 @@ class ActionSpace:
         return held if torch.is_tensor(last_action) else held.numpy()
 
     def normalise(self, actions: Actions) -> Actions:
-        """Convert raw actions (..., A) to normalised ones, the network's input: `(actions - offset) * scale`."""
+        """Normalize raw actions (..., A) as the network does: `(actions - offset) * scale`. Integers become floats."""
+        actions = _floating(actions)
         return (actions - _as(self.offset, actions)) * _as(self.scale, actions)
 
     def denormalise(self, actions: Actions) -> Actions:
-        """Convert normalised actions (..., A) to raw ones, the inverse of `normalise`."""
+        """Convert normalized actions (..., A) to raw ones, the inverse of `normalise`."""
+        actions = _floating(actions)
         return actions / _as(self.scale, actions) + _as(self.offset, actions)
 
     def clip(self, actions: Actions) -> Actions:
-        """Limit raw actions (..., A) to the bounds."""
+        """Limit raw actions (..., A) to the bounds. Integers become floats."""
+        actions = _floating(actions)
         low, high = _as(self.low, actions), _as(self.high, actions)
         if torch.is_tensor(actions):
             return actions.clamp(low, high)
@@ -134,7 +130,7 @@ class ActionSpace:
         """Check raw actions and convert them to a batch.
 
         Actions somewhat outside the bounds, which usually are those of the training data, are accepted. The limit is the width
-        of the bounds, but at least 1,000 normalised units. It is 10,000 normalised units for a component without bounds.
+        of the bounds, but at least 1,000 normalized units. It is 10,000 normalized units for a component without bounds.
 
         Args:
             actions: Actions (n, A) or (B, n, A): arrays, tensors or nested lists, raw units.
@@ -152,13 +148,13 @@ class ActionSpace:
         if outside.any():
             place = tuple(torch.nonzero(outside)[0].tolist())
             component = place[-1]
-            least, most = (
-                bounds[component] if math.isfinite(bounds[component]) else limit[component]
-                for bounds, limit in zip((self.low, self.high), limits, strict=True)
-            )
+            lowest, highest = (limit[component] for limit in limits)
+            least, most = self.low[component], self.high[component]
+            least, most = (least if math.isfinite(least) else lowest), (most if math.isfinite(most) else highest)
             raise ValueError(
                 f"`actions` must be near the bounds of this checkpoint, [{least:g}, {most:g}] for {self.names[component]!r}, got "
-                f"{checked[place].item():g} at index {place}: check the units, or call `action_space.clip(actions)`."
+                f"{checked[place].item():g} at index {place}; {lowest:g} to {highest:g} are accepted: check the units, or call "
+                "`action_space.clip(actions)`."
             )
         return checked
 
@@ -176,7 +172,7 @@ class ActionSpace:
         return Box(low, high, dtype=np.float32)
 
     def _limits(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Lowest and highest raw actions that are accepted."""
+        """Return the lowest and the highest raw actions that are accepted."""
         lowest, highest = [], []
         for low, high, scale, offset in zip(self.low, self.high, self.scale, self.offset, strict=True):
             unit = 1 / abs(scale)
@@ -187,8 +183,42 @@ class ActionSpace:
         return tuple(lowest), tuple(highest)
 
 
+def _entries(name: str, value: Any, size: int, default: Any) -> list[Any]:
+    """Return one entry of the config per component."""
+    if not isinstance(value, list | tuple):
+        return [default if value is None else value] * size
+    if len(value) != size:
+        raise ValueError(f"`{name}` must have `action_dim` = {size} entries, one per component, got {len(value)}.")
+    return [default if entry is None else entry for entry in value]
+
+
+def _numbers(name: str, value: Any, size: int, default: float) -> tuple[float, ...]:
+    entries = _entries(name, value, size, default)
+    for entry in entries:
+        if not isinstance(entry, int | float | np.number) or isinstance(entry, bool):
+            raise ValueError(f"`{name}` must contain numbers, got {entry!r}.")
+    try:
+        return tuple(float(entry) for entry in entries)
+    except OverflowError as error:
+        raise ValueError(f"`{name}` must contain numbers in the range of a float.") from error
+
+
+def _texts(name: str, value: Any, size: int) -> list[str | None]:
+    entries = _entries(name, value, size, None)
+    valid = value is None or isinstance(value, list | tuple)
+    for entry in entries if valid else [value]:
+        if not valid or not isinstance(entry, str | None):
+            raise ValueError(f"`{name}` must be a list of strings or None, got {entry!r}.")
+    return entries
+
+
+def _floating(actions: Any) -> Any:
+    """Convert a tensor of integers to float32; arrays are converted by arithmetic."""
+    return actions.float() if torch.is_tensor(actions) and not actions.is_floating_point() else actions
+
+
 def _as(values: tuple[float, ...], like: Any) -> Any:
-    """Values (A,) as an array, or as a tensor of the type and on the device of another."""
+    """Return values (A,) as an array, or as a tensor of the dtype and on the device of `like`."""
     if torch.is_tensor(like):
         return torch.tensor(values, dtype=like.dtype, device=like.device)
     return np.array(values)

@@ -12,7 +12,7 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
     """Check raw actions and convert them to a batch.
 
     Args:
-        actions: Actions (n, A) or (B, n, A): numpy, torch or nested lists, in the units of the data set.
+        actions: Actions (n, A) or (B, n, A): numpy, torch or nested lists, in the units of the dataset.
         action_dim: Components A of the model's action space.
 
     Returns:
@@ -26,7 +26,7 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
         if isinstance(actions, list | tuple) and actions and all(torch.is_tensor(action) for action in actions):
             actions = torch.stack(tuple(actions))
         if not torch.is_tensor(actions):
-            with np.errstate(over="ignore"):  # numbers beyond float32 become infinite and are refused below
+            with np.errstate(over="ignore"):  # values outside the range of float32 become inf and raise an error below
                 actions = torch.from_numpy(np.asarray(actions, dtype=np.float32))
         actions = actions.to(torch.float32)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -37,7 +37,7 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
     if not torch.isfinite(actions).all():
         place = tuple(torch.nonzero(~torch.isfinite(actions))[0].tolist())
         raise ValueError(
-            f"`actions` must be finite, got {actions[place].item()} at index {place}: repair or cut the recording."
+            f"`actions` must be finite, got {actions[place].item()} at index {place}: fix the recording, or remove these rows."
         )
     return actions if actions.ndim == 3 else actions.unsqueeze(0)
 

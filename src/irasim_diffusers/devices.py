@@ -1,4 +1,4 @@
-"""The device and data type with which a model runs fastest on this machine."""
+"""Select the default device and the fastest dtype."""
 
 from collections.abc import Mapping
 from typing import Any

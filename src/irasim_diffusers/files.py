@@ -30,6 +30,20 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object, as `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        ValueError: If a key occurs twice; JSON parsers disagree on which value counts.
+    """
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key {key!r} occurs more than once in an object")
+        content[key] = value
+    return content
+
+
 @contextmanager
 def temporary_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; flush and rename it to `path` on success, delete it on an error.
@@ -70,7 +84,7 @@ def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_new_folder(folder: str | os.PathLike, own: Collection[str]) -> None:
-    """Check that an output folder contains no files of other programs.
+    """Check that an output folder contains only files of an earlier run.
 
     Args:
         folder: The folder; it need not exist.
@@ -199,7 +213,7 @@ def _temporary_name(stem: str) -> str:
 
 
 def _host() -> str:
-    """Short hash of the machine's name, because a process id means something on one machine only."""
+    """Return a short hash of the name of this machine; process ids are unique per machine only."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
@@ -208,7 +222,7 @@ def _is_abandoned(path: Path, pid: int, host: str | None) -> bool:
         changed = path.stat().st_mtime
         if host not in (None, _host()):
             return time.time() - changed > ABANDONED_AFTER
-        return psutil.Process(pid).create_time() > changed + 60  # a later process with the same id
+        return psutil.Process(pid).create_time() > changed + 60  # the process id was reused
     except psutil.NoSuchProcess:
         return True
     except FileNotFoundError:  # just renamed by its process

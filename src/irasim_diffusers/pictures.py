@@ -1,4 +1,4 @@
-"""Resized frames, and still images of videos."""
+"""Resize frames and draw film strips."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import PIL.ImageDraw
 import torch
 
 FRAMES_AT_ONCE = 64
-"""Number of frames that are resized together, because float32 pixels need four times the memory."""
+"""Maximum number of frames that are resized at a time; float32 pixels need four times the memory of uint8."""
 
 
 def resize(frames: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
@@ -19,7 +19,7 @@ def resize(frames: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
         size: Height and width.
 
     Returns:
-        Frames (..., C, *size) of the same type. Frames that have the size already are returned as they are.
+        Frames (..., C, *size) of the same type. Frames of this size are returned unchanged.
     """
     if tuple(frames.shape[-2:]) == tuple(size):
         return frames
@@ -42,7 +42,7 @@ def film_strip(rows: dict[str, np.ndarray], num_seen: int, columns: int = 10) ->
 
     Args:
         rows: Videos (T, H, W, 3), uint8, by name. All must have the same shape.
-        num_seen: Number of history frames at the start of each video; they are labelled "seen".
+        num_seen: Number of history frames at the start of each video; they are labelled "history".
         columns: Maximum number of frames per row.
     """
     length = len(next(iter(rows.values())))
@@ -57,6 +57,6 @@ def film_strip(rows: dict[str, np.ndarray], num_seen: int, columns: int = 10) ->
         draw.text((2, top - margin + 1), name, fill="black")
         strip.paste(PIL.Image.fromarray(pictures[height * row : height * (row + 1)]), (0, top))
     for column, frame in enumerate(chosen):
-        label = "seen" if frame < num_seen else f"+{frame - num_seen + 1}"
+        label = "history" if frame < num_seen else f"+{frame - num_seen + 1}"
         draw.text((column * width + 2, strip.height - margin + 1), label, fill="black")
     return strip

@@ -86,7 +86,8 @@ def test_episodes_of_other_sizes_raise_immediately(latents, tmp_path):
     save_file(tensors, tmp_path / "latents-00000.safetensors")
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(
-        ValueError, match=r"episode 1 of .* has latents \(4, 2, .\) and . actions, episode 0 \(4, 2, 3\)"
+        ValueError,
+        match=r"episodes 0 and 1 of .* have different shapes: latents \(4, 2, 3\) and \(4, 2, .\), 3 and . action",
     ):
         LatentClips(tmp_path, sample_frames=4)
 

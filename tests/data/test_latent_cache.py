@@ -98,7 +98,9 @@ def test_a_missing_file_is_encoded_again(dataset, tmp_path, capfd):
     vae, encoded = counting_vae()
     folder = cache_latents(dataset, vae, tmp_path / "cache", episodes_per_file=1)
     (folder / "latents-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"cannot read .*latents-00002\.safetensors.*`cache_latents` again"):
+    with pytest.raises(
+        ValueError, match=r"cannot read .*latents-00002\.safetensors.*re-run the training, or `cache_latents`"
+    ):
         LatentClips(folder, 5)
     encoded.clear()
     cache_latents(dataset, vae, tmp_path / "cache", episodes_per_file=1)
@@ -126,7 +128,9 @@ def test_damaged_cache_error_names_file_and_remedy(dataset, tmp_path):
     folder = cache_latents(dataset, tiny_vae(), tmp_path / "cache")
     path = folder / "latents-00000.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"cannot read .*latents-00000\.safetensors.*`cache_latents` again"):
+    with pytest.raises(
+        ValueError, match=r"cannot read .*latents-00000\.safetensors.*re-run the training, or `cache_latents`"
+    ):
         LatentClips(folder, 5)
 
 

@@ -32,7 +32,7 @@ def source(tmp_path_factory):
         ({"frame_size": (16, 16, 3)}, "`frame_size` must be height and width"),
         ({"derivation": "none"}, "`derivation` .* must be one of"),
         ({"composition": "recorded"}, "`composition` .* got 'recorded' and 'recorded'|`composition`"),
-        ({"frame_skip": 2}, "`composition` .* must say how recorded actions compose"),
+        ({"frame_skip": 2}, "`composition` .* is required with frame_skip=2"),
         ({"derivation": "absolute", "state_key": "pose"}, r"`state_key` must be one of \['observation.state'\]"),
     ],
 )

@@ -32,6 +32,14 @@ class Counted(LeRobotFolder):
         return episode
 
 
+class Noted(LeRobotFolder):
+    """Its user puts a file in the output folder while an episode is read."""
+
+    def __getitem__(self, number: int) -> Episode:
+        (self.root.parent / "out" / "notes.txt").write_text("mine")
+        return super().__getitem__(number)
+
+
 def files(root):
     """Return the written content, except times."""
     return {path.relative_to(root): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
@@ -61,6 +69,21 @@ def test_broken_episodes_are_skipped_and_stopped_run_resumes(tmp_path, monkeypat
     assert not list(tmp_path.rglob("*.partial*"))
     write_lerobot(source, tmp_path / "stopped", skip_broken=True)
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+
+
+def test_failed_run_keeps_other_files_and_its_error(tmp_path):
+    """The folder is removed only if it is empty; the first error is reported."""
+    write_folder(tmp_path / "set")
+    break_action(tmp_path / "set", 0)
+    root = tmp_path / "out"
+
+    with pytest.raises(ValueError, match="episode 0 of"):
+        write_lerobot(LeRobotFolder(tmp_path / "set"), root)
+    assert not root.exists()
+    source = Noted(tmp_path / "set", cameras=CAMERA)
+    with pytest.raises(ValueError, match="episode 0 of"):
+        write_lerobot(source, root)
+    assert [path.name for path in root.iterdir()] == ["notes.txt"]
 
 
 def test_derivation_units_and_names_are_kept(tmp_path):
@@ -152,11 +175,11 @@ def test_folder_without_a_complete_file_is_reused(tmp_path):
     copy = write_lerobot(LeRobotFolder(tmp_path / "set"), tmp_path / "copy")
     assert len(copy) == 3
     assert not video.exists()
-    with pytest.raises(ValueError, match="holds another data set, or the same one with other content"):
+    with pytest.raises(ValueError, match="already contains another dataset, or the same one with other content"):
         write_lerobot(LeRobotFolder(tmp_path / "other"), tmp_path / "copy")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="holds another data set"):
+    with pytest.raises(ValueError, match="already contains another dataset"):
         write_lerobot(LeRobotFolder(tmp_path / "set"), tmp_path / "mine")
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
 
@@ -179,7 +202,7 @@ def test_frames_of_another_size_raise(tmp_path, monkeypatch):
     change = lambda self, number: replace(read(self, number), **({"frames": wider} if number == 1 else {}))  # noqa: E731
     monkeypatch.setattr(LeRobotFolder, "__getitem__", change)
     with pytest.raises(
-        ValueError, match=r"episode 1 of .* has frames of height and width \(10, 16\), others of \(10, 14\)"
+        ValueError, match=r"episode 1 of .* has frames of height and width \(10, 16\), the first episode of \(10, 14\)"
     ):
         write_lerobot(source, tmp_path / "copy")
     assert len(write_lerobot(source, tmp_path / "copy", skip_broken=True)) == 2

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def test_pictures_inside_parquet(tmp_path):
 
     edit_table(tmp_path / names[0], lose_picture)
     assert len(open_dataset(tmp_path)[0]) == 5
-    with pytest.raises(ValueError, match=rf"episode 1 of .*file-000\.parquet' has no picture '{CAMERA}' at frame 4"):
+    with pytest.raises(ValueError, match=rf"episode 1 of .*file-000\.parquet' has no image '{CAMERA}' at frame 4"):
         open_dataset(tmp_path)[1]
     pq.write_table(pq.read_table(tmp_path / names[1]).drop_columns([CAMERA]), tmp_path / names[1])
     with pytest.raises(ValueError, match=r"episode 2 of .*file-001\.parquet': No match for .*image"):
@@ -274,6 +275,19 @@ def test_broken_release_files_raise(breakage, message, tmp_path):
         ([{"latent_video_path": "10.pt"}], {"latents": torch.zeros(6)}, r"10\.json'.*10\.pt' .* got no tensor"),
         ([{"latent_video_path": "10.pt"}], torch.zeros(5, 4, 2, 3), r"10\.pt' must contain latents \(6, C, h, w\)"),
         ([{"latent_video_path": "10.pt"}], torch.zeros(6), r"10\.pt' .* got \(6,\)"),
+        (
+            [{"latent_video_path": "10.pt"}],
+            torch.zeros(6, 4, 2, 3, dtype=torch.int64),
+            r"floating-point latents .* torch\.int64",
+        ),
+        ([{"latent_video_path": "10.pt"}], torch.zeros(6, 4, 2, 3, dtype=torch.complex64), "got torch.complex64"),
+        (
+            [{"latent_video_path": "10.pt"}],
+            torch.full((6, 4, 2, 3), torch.nan),
+            "must contain finite latents, got NaN",
+        ),
+        ([{"latent_video_path": "10.pt"}], torch.full((6, 4, 2, 3), 1e39, dtype=torch.float64), "must contain finite"),
+        ([{"latent_video_path": "10.pt"}], torch.zeros(1).expand(6, 4, 2, 3), "declares a tensor"),
     ],
 )
 def test_recorded_latents(entry, content, message, tmp_path):
@@ -287,6 +301,21 @@ def test_recorded_latents(entry, content, message, tmp_path):
     else:
         with pytest.raises(ValueError, match=message):
             data.latents(1)
+
+
+def test_compressed_latents_raise(tmp_path):
+    """A small archive of deflated records could fill the memory."""
+    write_release(tmp_path, "rt1")
+    change(tmp_path, latent_videos=[{"latent_video_path": "10.pt"}])
+    torch.save(torch.zeros(6, 4, 2, 3), tmp_path / "stored.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pt") as source,
+        zipfile.ZipFile(tmp_path / "10.pt", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(ValueError, match=r"10\.json'.*10\.pt' is not a checkpoint that can be read safely"):
+        open_dataset(tmp_path).latents(1)
 
 
 def test_changed_files_change_the_identity(tmp_path):
@@ -420,9 +449,9 @@ def test_windows_match_the_whole_episode(form, tmp_path):
 
 def test_streamed_tables_require_a_length(tmp_path):
     table = make_table(tmp_path, [make_episode(0, 5)]).to_iterable_dataset()
-    with pytest.raises(ValueError, match="`length` and `origin` must be given"):
+    with pytest.raises(ValueError, match="`length` and `origin` are required"):
         TableEpisodes(table)
-    with pytest.raises(ValueError, match="the data end after 1 rows"):
+    with pytest.raises(ValueError, match="the dataset has only 1 rows"):
         list(TableEpisodes(table, length=2, origin="here"))
 
 
@@ -430,7 +459,7 @@ def test_unknown_split_and_folder(tmp_path):
     write_release(tmp_path, "rt1")
     with pytest.raises(ValueError, match=r"`split` must be one of \['train'\] in .* got 'test'"):
         open_dataset(tmp_path, split="test")
-    with pytest.raises(ValueError, match="contains no supported data set"):
+    with pytest.raises(ValueError, match="contains no supported dataset"):
         open_dataset(tmp_path / "videos")
     with pytest.raises(ValueError, match="which is not a folder"):
         open_dataset(tmp_path / "nowhere")
@@ -448,7 +477,7 @@ def test_tables_with_videos_and_with_pictures(tmp_path):
             np.testing.assert_allclose(after.actions[:-1], before.actions[:-1])
     with pytest.raises(ValueError, match="column 'wrist' does not exist"):
         open_dataset(tmp_path / "table", "wrist")
-    with pytest.raises(ValueError, match="must hold a video or a list of images"):
+    with pytest.raises(ValueError, match="must contain a video or a list of images"):
         open_dataset(tmp_path / "table", "actions")
     feature, ragged = table.features["actions"], [[[1.0], [2.0, 3.0]], None]
     ragged = table.remove_columns("actions").add_column("actions", ragged, feature=feature)
@@ -558,7 +587,7 @@ def test_actions_are_padded(tmp_path):
     ("changes", "message"),
     [
         ({"derivation": "guess"}, r"`derivation` \(--action_derivation\) must be one of"),
-        ({"frame_skip": 2}, r"`composition` \(--action_composition\) must say how recorded actions compose"),
+        ({"frame_skip": 2}, r"`composition` \(--action_composition\) is required with frame_skip=2"),
         ({"frame_skip": 0}, "`frame_skip` must be at least 1"),
         ({"derivation": "absolute", "state_key": "pose"}, r"`state_key` must be one of \['observation.state'\]"),
     ],
@@ -678,7 +707,7 @@ def test_every_kind_of_broken_episode_raises_or_is_skipped(tmp_path):
     messages = {
         1: r"episode 1 of .*right/episode_000001\.mp4",
         2: r"episode 2 of .*cannot read .*left/episode_000002\.mp4",
-        3: r"episode 3 of .* 9 frames announced, 8 rows found in .*episode_000003\.parquet",
+        3: r"episode 3 of .* expected 9 frames, found 8 rows in .*episode_000003\.parquet",
         4: r"episode 4 of .* 'action' at frame 0 is \[1\.0, nan, 2\.0\]",
     }
     data = LeRobotFolder(root, ["left", "right"])
@@ -796,7 +825,7 @@ def test_frames_are_resized(tmp_path):
 
 def test_frames_at_another_rate_raise(tmp_path):
     write_video(tmp_path / "clip.mp4", np.zeros((8, 16, 16, 3), np.uint8), 20)
-    with pytest.raises(ValueError, match=r"has no frame number 2 at 10 frames/s"):
+    with pytest.raises(ValueError, match=r"has no frame 2 at 10 frames/s"):
         read_frames(tmp_path / "clip.mp4", 0, 4, 10)
 
 

@@ -167,7 +167,7 @@ def test_pictures_are_read_upright(turn, frames, tmp_path):
 def test_depth_pictures_raise(picture, suffix, tmp_path):
     path = tmp_path / f"depth.{suffix}"
     PIL.Image.fromarray(picture).save(path)
-    with pytest.raises(ValueError, match=rf"depth\.{suffix}' has the mode '[IF].*8-bit RGB or grey is required"):
+    with pytest.raises(ValueError, match=rf"depth\.{suffix}' has mode '[IF].*8-bit RGB or grayscale is required"):
         read_picture(path)
 
 
@@ -182,8 +182,28 @@ def test_8_bit_pictures_are_converted_to_rgb(tmp_path):
         PIL.Image.fromarray(array).save(tmp_path / f"{name}.png")
         assert np.array_equal(read_picture(tmp_path / f"{name}.png"), wanted), name
     (tmp_path / "broken.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"cannot read picture .*broken\.png"):
+    with pytest.raises(ValueError, match=r"cannot read image .*broken\.png"):
         read_picture(tmp_path / "broken.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "gif", "tiff"])
+def test_animated_pictures_raise(suffix, frames, tmp_path):
+    first, *others = [PIL.Image.fromarray(frame) for frame in frames[:3]]
+    first.save(tmp_path / f"moving.{suffix}", save_all=True, append_images=others)
+    with pytest.raises(ValueError, match=rf"moving\.{suffix}' is animated \(3 frames\): convert it to a video"):
+        read_picture(tmp_path / f"moving.{suffix}")
+
+
+def test_photos_with_a_preview_are_read(tmp_path):
+    first, second = (PIL.Image.new("RGB", (24, 16), color) for color in ("red", "blue"))
+    first.save(tmp_path / "photo.jpg", format="MPO", save_all=True, append_images=[second])
+    assert np.abs(read_picture(tmp_path / "photo.jpg").astype(int) - np.asarray(first)).max() < 3
+
+
+def test_large_pictures_raise_before_they_are_decoded(tmp_path):
+    PIL.Image.new("1", (10_000, 6_401)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match=r"at most 64 million pixels, got 10000x6401: resize it"):
+        read_picture(tmp_path / "large.png")
 
 
 def test_frames_at_uneven_times_are_numbered_in_their_order(frames, tmp_path):
@@ -197,7 +217,7 @@ def test_frames_at_uneven_times_are_numbered_in_their_order(frames, tmp_path):
         container.mux(stream.encode(None))
     for start in range(6):
         assert np.array_equal(read_frames(tmp_path / "clip.mp4", start, 2), frames[start : start + 2])
-    with pytest.raises(ValueError, match=r"has no frame number 4 at 10 frames/s"):
+    with pytest.raises(ValueError, match=r"has no frame 4 at 10 frames/s"):
         read_frames(tmp_path / "clip.mp4", 2, 3, 10)
 
 

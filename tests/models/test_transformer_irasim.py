@@ -348,7 +348,7 @@ def test_short_attention_matches_dispatched_attention(frames):
         ({"conditioning": "video"}, "`target_extent` must be .* `conditioning` 'video'"),
         ({"target_extent": [0, 0, float("inf"), 1]}, "`target_extent` must be the finite"),
         ({"attention_head_dim": 6}, "`attention_head_dim` must be divisible by 4"),
-        ({"prediction_type": "flow_prediction"}, "`scale_noisy_latents` must be False for a flow"),
+        ({"prediction_type": "flow_prediction"}, "`scale_noisy_latents` must be False with flow_prediction"),
     ],
 )
 def test_bad_target_extents(changes, message):

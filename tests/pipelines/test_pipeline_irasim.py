@@ -490,7 +490,7 @@ BAD_INPUTS = [
     ({"actions": np.array([[0, np.nan, 0]])}, r"`actions` must be finite, got nan at index \(0, 1\)"),
     ({"actions": np.array([[0, 0, np.inf]])}, "`actions` must be finite, got inf"),
     ({"actions": np.zeros((2, 3, 3)), "frames": np.zeros((3, 1, 8, 12, 3))}, "3 histories and 2 action sequences"),
-    ({"frames": []}, "`frames` must hold at least one frame"),
+    ({"frames": []}, "`frames` must contain at least one frame"),
     ({"frames": np.zeros((0, 8, 12, 3))}, "`frames` must be RGB images"),
     ({"frames": np.zeros((3, 8, 12, 3))}, "1 to 2 history frames for this checkpoint, got 3"),
     ({"frames": np.zeros((1, 16, 12, 3))}, r"must be 8x12 .* got 16x12: pass resize=True \(--resize"),
@@ -503,9 +503,11 @@ BAD_INPUTS = [
     ({"frames": np.zeros((8, 12, 3), dtype=np.int64)}, "must be uint8, or floats"),
     ({"frames": "picture.png"}, "PIL images, arrays or tensors, got str"),
     ({"frames": [np.zeros((8, 12, 3)), np.zeros((8, 14, 3))]}, "all of one size"),
-    ({"num_inference_steps": 0}, "`num_inference_steps` and .* at least 1, got 0"),
+    ({"num_inference_steps": 0}, "`num_inference_steps` must be an integer of at least 1 and at most 1000, .* got 0"),
     ({"num_videos_per_trajectory": 0}, "at least 1"),
-    ({"num_inference_steps": 2.5}, "must be integers of at least 1, got 2.5"),
+    ({"num_inference_steps": 2.5}, "`num_inference_steps` must be an integer of at least 1 .* got 2.5"),
+    ({"num_inference_steps": 1001}, "at most 1000, the timesteps in training, got 1001"),
+    ({"num_inference_steps": True}, "`num_inference_steps` must be an integer .* got True"),
     ({"decode_chunk_size": 0}, "`decode_chunk_size` must be an integer of at least 1, got 0"),
     ({"guidance_scale": float("nan")}, "`guidance_scale` must be finite, got nan"),
     ({"eta": -0.5}, r"`eta` must be in \[0, 1\], got -0.5"),
@@ -518,7 +520,7 @@ BAD_INPUTS = [
     ({"callback_on_step_end_tensor_inputs": ["actions"]}, r"among \['latents'\], got \['actions'\]"),
     ({"chunk_length": 0}, r"`chunk_length` must be an integer in \[1, 3\] for this checkpoint, got 0"),
     ({"chunk_length": 4}, r"must be an integer in \[1, 3\]"),
-    ({"timesteps": [10, 5]}, "known to the scheduler"),
+    ({"timesteps": [10, 5]}, "must be supported by `set_timesteps` of the scheduler"),
 ]
 
 
@@ -753,9 +755,9 @@ def test_fps_of_one_call(frames, actions):
     ("config", "fps", "message"),
     [
         ({}, 10.0, "`fps` must be None for this checkpoint, which does not embed frames per second, got 10.0"),
-        (RATES, None, "`fps` must be the positive number of frames per second, .* got None: pass it"),
-        (RATES, 0.0, "`fps` must be the positive number .* got 0.0"),
-        (RATES, float("nan"), "`fps` must be the positive number .* got nan"),
+        (RATES, None, "`fps` must be positive, got None: .* Pass `fps`"),
+        (RATES, 0.0, "`fps` must be positive, got 0.0"),
+        (RATES, float("nan"), "`fps` must be positive, got nan"),
     ],
 )
 def test_bad_fps(config, fps, message, frames, actions):
@@ -783,6 +785,12 @@ def test_actions_can_be_tensors_on_cuda(pipeline, frames, actions):
     pipeline.to("cuda")
     tensors = [torch.tensor(action).cuda() for action in actions[:4]]
     assert len(list(pipeline.stream(frames, iter(tensors), 2, 1))) == 4
+
+
+def test_seeded_stream_leaves_the_global_generator_alone(pipeline, frames, actions):
+    before = torch.get_rng_state()
+    list(pipeline.stream(frames, actions, generator=torch.Generator().manual_seed(3), output_type="latent"))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_stream_keeps_properties_of_calls(pipeline, frames, actions):
@@ -851,7 +859,7 @@ def test_video_ada_rolls_out_with_full_windows(frames, actions):
     pipeline = tiny_pipeline(conditioning="video")
     video = run(pipeline, frames, actions)
     assert video.shape[1] == len(actions)
-    with pytest.raises(ValueError, match="must hold 2 history frames for a model of whole trajectories, got 1"):
+    with pytest.raises(ValueError, match="must contain 2 history frames for Video-Ada and the U-Net, got 1"):
         run(pipeline, frames[:1], actions)
     with pytest.raises(ValueError, match=r"`chunk_length` must be an integer in \[3, 3\] for this checkpoint, got 2"):
         pipeline.stream(frames, actions, chunk_length=2)

@@ -57,7 +57,7 @@ def test_stream_with_and_without_guidance(pipeline, frames, actions):
 
 
 def test_unsupported_arguments_raise(pipeline, frames, actions):
-    with pytest.raises(ValueError, match="must hold 2 history frames for a model of whole trajectories, got 1"):
+    with pytest.raises(ValueError, match="must contain 2 history frames for Video-Ada and the U-Net, got 1"):
         pipeline(frames[:1], actions)
     with pytest.raises(ValueError, match="`chunk_length` must be 3 for a model of whole trajectories, got 2"):
         pipeline.stream(frames, actions, chunk_length=2)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import tempfile
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..files import unique_keys
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-IMAGE_MODES = ("RGB", "RGBA", "P")  # excludes grayscale and depth images
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|infinity|nan)", re.ASCII | re.IGNORECASE)
+"""A number in a CSV file; `float` also accepts digits of other scripts and underscores."""
 
 
 def read_frames(path: Path, flag: str = "--frames") -> np.ndarray:
@@ -29,35 +34,18 @@ def read_frames(path: Path, flag: str = "--frames") -> np.ndarray:
         Frames (T, H, W, 3), uint8, RGB.
 
     Raises:
-        ValueError: If the file is missing, unreadable, or not in color.
+        ValueError: If the file is missing or unreadable, or is an animated image or one of more than 8 bits per channel.
     """
     if not path.is_file():
         raise ValueError(f"{flag} must be an image or video file, got {str(path)!r}, which does not exist.")
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        return _read_image(path, flag)[None]
-    from ..data import read_video
+    from ..data import read_picture, read_video
 
+    is_image = path.suffix.lower() in IMAGE_SUFFIXES
     try:
-        return read_video(path)
+        return read_picture(path)[None] if is_image else read_video(path)
     except ValueError as error:
-        raise ValueError(f"{flag} must be a readable image or video: {error}") from error
-
-
-def _read_image(path: Path, flag: str) -> np.ndarray:
-    import PIL.Image
-    import PIL.ImageOps
-
-    try:
-        with PIL.Image.open(path) as image:
-            if image.mode in IMAGE_MODES:
-                return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
-            mode = image.mode
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"{flag} must be a readable image, got {str(path)!r}: {error}.") from error
-    raise ValueError(
-        f"{flag} must be an RGB image, got mode {mode} in {str(path)!r}: convert it, "
-        "`Image.open(path).convert('RGB').save(path)`."
-    )
+        wanted = "image" if is_image else "image or video"
+        raise ValueError(f"{flag} must be a readable {wanted}: {error}") from error
 
 
 def frame_rate(path: Path) -> float | None:
@@ -90,7 +78,7 @@ def read_actions(path: Path) -> np.ndarray:
         raise ValueError(f"--actions must be a file, got {str(path)!r}, which does not exist.")
     try:
         actions = reader(path)
-    except (ValueError, TypeError, KeyError, EOFError, OverflowError, RecursionError, csv.Error) as error:
+    except (ValueError, TypeError, KeyError, OSError, EOFError, OverflowError, RecursionError, csv.Error) as error:
         raise ValueError(
             f"--actions must be a table of numbers, one row per frame, in {str(path)!r}: {error}."
         ) from error
@@ -100,12 +88,13 @@ def read_actions(path: Path) -> np.ndarray:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    actions = np.load(
-        path, mmap_mode="r", allow_pickle=False
-    )  # a memory map never allocates more than the size of the file
+    try:
+        actions = np.load(path, mmap_mode="r", allow_pickle=False)  # never allocates more than the file contains
+    except (SyntaxError, tokenize.TokenError, MemoryError, RecursionError) as error:  # numpy parses headers as Python
+        raise ValueError("the header of the file is damaged") from error
     if not isinstance(actions, np.ndarray):
         raise ValueError("the file is an archive of several arrays")
-    if actions.dtype.kind not in "biuf":
+    if actions.dtype.kind not in "iuf":
         raise ValueError(f"its values have the type {actions.dtype}")
     return np.array(actions, dtype=np.float64)
 
@@ -136,15 +125,11 @@ def _is_numbered_header(rows: list[list[str]]) -> bool:
 
 
 def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return NUMBER.fullmatch(text.strip()) is not None
 
 
 def _read_json(path: Path) -> np.ndarray:
-    content = json.loads(_read_text(path))
+    content = json.loads(_read_text(path), object_pairs_hook=unique_keys)
     if isinstance(content, dict):
         if "actions" not in content:
             raise ValueError("the object has no entry `actions`")
@@ -153,7 +138,7 @@ def _read_json(path: Path) -> np.ndarray:
         raise ValueError("a list of lists is required")
     for number, row in enumerate(content, 1):
         for value in row:
-            if not isinstance(value, int | float):
+            if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"row {number}: {_shorten(value)} is not a number")
         if len(row) != len(content[0]):
             raise ValueError(f"row {number} has {len(row)} values, row 1 has {len(content[0])}")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..models import PRESETS, IRASimTransformer3DModel
+from ..safe_load import check_weights, read_checkpoint
 from .mapping import Conversion, ConversionReport, build, computed, count, head_dim, require
-from .safe_load import check_weights, read_checkpoint
 
 ARM = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
 ARM_UNITS = ["m", "m", "m", "rad", "rad", "rad", "opening 0 to 1"]
@@ -41,7 +41,7 @@ RELEASED_DATASETS: dict[str, dict[str, Any]] = {
         "fps": 10.0,
     }
 }
-"""Latent size and action space of the data sets of the released checkpoints, as in the released data classes."""
+"""Latent size and action space of the datasets of the released checkpoints, as in the released data classes."""
 
 EMA_DRIFT = 1e-3
 """Tolerance for position tables. The release also averages its fixed tables, which changes them by about 2e-4."""
@@ -79,7 +79,7 @@ def load_released_irasim(
     """Load a checkpoint of the IRASim release.
 
     Width, depth, patch size and conditioning (Frame-Ada or Video-Ada) are derived from the weights, the action space from the
-    data set. No code in the file is executed.
+    dataset. No code in the file is executed.
 
     Args:
         path: `.pt` file with `model` and `ema`, or with the weights only.
@@ -135,7 +135,9 @@ def _derive_config(state: dict[str, torch.Tensor], known: dict[str, Any], final_
         for size in PRESETS.values()
     }
     if width not in heads and "num_attention_heads" not in known:
-        raise ValueError(f"width {width} is not one of the paper's ({sorted(heads)}): give `num_attention_heads`.")
+        raise ValueError(
+            f"`num_attention_heads` is required for width {width}, which is not a preset of the paper ({sorted(heads)})."
+        )
     derived = {
         "num_attention_heads": heads.get(width),
         "num_layers": count(state, "blocks.") // 2,

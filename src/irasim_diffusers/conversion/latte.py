@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..models import IRASimTransformer3DModel
+from ..safe_load import read_safetensors
 from .mapping import (
     Conversion,
     ConversionReport,
@@ -20,7 +21,6 @@ from .mapping import (
     without_sigma,
     zero_actions,
 )
-from .safe_load import read_safetensors
 
 PREFIXES = {
     "pos_embed.proj.": "patch_embed.proj.",

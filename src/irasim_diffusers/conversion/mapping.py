@@ -1,4 +1,4 @@
-"""Strict mapping of foreign tensors to a model: every tensor is mapped or dropped for a reason, or nothing is loaded."""
+"""Strict mapping of foreign tensors: every tensor must be mapped or explicitly dropped; otherwise an error is raised."""
 
 from __future__ import annotations
 
@@ -11,33 +11,12 @@ from typing import Any, TypeAlias, Union, get_args, get_origin
 import torch
 
 from ..models import IRASimTransformer3DModel
-from ..models.transformer_irasim import ACTION_ENCODER
+from ..models.transformer_irasim import ACTION_ENCODER, LIMITS, RANGES
 
 # The mapped tensors of a foreign tensor, the reason why it is dropped, or None if it is unknown.
 Conversion: TypeAlias = dict[str, torch.Tensor] | str | None
 Converter: TypeAlias = Callable[[str, torch.Tensor, IRASimTransformer3DModel], Conversion]
 
-LIMITS = {
-    "num_attention_heads": 256,
-    "attention_head_dim": 1024,
-    "num_layers": 256,
-    "in_channels": 1024,
-    "patch_size": 64,
-    "sample_height": 4096,
-    "sample_width": 4096,
-    "sample_frames": 4096,
-    "num_history_frames": 4096,
-    "action_dim": 1024,
-    "num_train_timesteps": 100_000,
-}
-"""Upper limits of the sizes in a config. They bound the memory that a file or an option can request."""
-RANGES = {
-    "action_frequencies": (0, 32),
-    "base_patch_size": (1e-3, 64),
-    "fps": (1e-3, 1e4),
-    "beta_start": (0, 1),
-    "beta_end": (0, 1),
-}
 MAX_NEW_ELEMENTS = 1 << 29
 """Upper limit for the parameters that a file does not have. The largest action encoder of the paper has 3e8."""
 MAX_PROBLEMS = 100
@@ -76,12 +55,12 @@ def require(state: dict[str, torch.Tensor], family: str, dimensions: dict[str, i
 
 
 def count(state: dict[str, torch.Tensor], prefix: str) -> int:
-    """Number of blocks whose tensor names start with `prefix`."""
+    """Return the number of blocks with tensor names that start with `prefix`."""
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
 
 
 def head_dim(width: int, heads: Any) -> int:
-    """Channels of an attention head.
+    """Return the number of channels of an attention head.
 
     Raises:
         ValueError: If `heads` is not a number of heads that divides `width`.
@@ -98,7 +77,7 @@ def check_config(config: dict[str, Any]) -> None:
     """Check types and ranges of config entries against the signature of the model and `LIMITS`.
 
     Raises:
-        ValueError: Names the entry, the expected type or range, and the value.
+        ValueError: If an entry is unknown, has a wrong type or is out of range.
     """
     parameters = inspect.signature(IRASimTransformer3DModel.__init__, eval_str=True).parameters
     for name, value in config.items():
@@ -110,7 +89,7 @@ def check_config(config: dict[str, Any]) -> None:
         if not _matches(value, kind):
             wanted = kind.__name__ if isinstance(kind, type) else kind
             raise ValueError(f"`{name}` must be {wanted} with finite numbers, got {value!r}.")
-    for name, (low, high) in RANGES.items():
+    for name, (low, high) in (RANGES | {"base_patch_size": (1e-3, 64)}).items():
         value = config.get(name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"`{name}` must be in [{low}, {high}], got {value!r}.")
@@ -130,7 +109,7 @@ def _matches(value: Any, kind: Any) -> bool:
 def computed(
     tensor: torch.Tensor, shape: tuple[int, ...], table: Callable[[], torch.Tensor], tolerance: float = 1e-4
 ) -> str | None:
-    """The reason to drop a fixed table, if it equals the table that the model computes.
+    """Return why a fixed table can be dropped, or None if it differs from the computed one.
 
     Args:
         tensor: Table of the file.
@@ -161,7 +140,7 @@ def zero_actions(model: IRASimTransformer3DModel) -> None:
 
 
 def without_sigma(tensor: torch.Tensor, model: IRASimTransformer3DModel) -> torch.Tensor:
-    """The rows that predict the mean, of a layer that predicts mean and variance with the channels last."""
+    """Return the rows that predict the mean, of a layer that predicts mean and variance with the channels last."""
     channels = model.config.in_channels
     if tensor.shape[0] != 2 * channels * model.config.patch_size**2:
         return tensor  # `build` reports the shape
@@ -225,7 +204,7 @@ def _convert(
     convert: Callable[[str, torch.Tensor], Conversion],
     report: ConversionReport,
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Converted tensors, and a line for each tensor that is unknown, ambiguous or of another shape."""
+    """Convert tensors; return them and a line for each tensor that is unknown, ambiguous or of another shape."""
     converted: dict[str, torch.Tensor] = {}
     problems = []
     for key, tensor in state.items():
@@ -236,7 +215,7 @@ def _convert(
         if result is None or not result.keys() <= expected.keys():
             problems.append(f"{key} {tuple(tensor.shape)}: unknown, or different from what the model computes")
             continue
-        problems += [f"{key}: {target} has two sources" for target in result if target in converted]
+        problems += [f"{key}: {target} is mapped twice" for target in result if target in converted]
         problems += [
             f"{key}: {tuple(value.shape)} where {target} is {tuple(expected[target])}"
             for target, value in result.items()

@@ -26,7 +26,7 @@ def change_patch_size(
 ) -> IRASimTransformer3DModel:
     """Change the patch size of a trained model. Large patches are cheap to train, small patches give sharp images.
 
-    Patches keep their position in the image. The layers that read and write patches are interpolated about the centre of a
+    Patches keep their position in the image. The layers that read and write patches are interpolated about the center of a
     patch. (FlexiViT, https://arxiv.org/abs/2212.08013, changes the scale of the patches instead.) The model needs a short
     training afterwards.
 
@@ -70,7 +70,7 @@ def change_patch_size(
 
 
 def _add_octaves(weight: torch.Tensor, action_dim: int, before: int, after: int) -> torch.Tensor:
-    """Columns (D, A (1 + 2 after)) of `weight` (D, A (1 + 2 before)), with zeros for the added octaves."""
+    """Return columns (D, A (1 + 2 after)) of `weight` (D, A (1 + 2 before)), with zeros for the added octaves."""
     raw, waves = weight.split([action_dim, 2 * action_dim * before], dim=1)
     octaves = waves.unflatten(1, (2, action_dim, before)) if before else waves.new_zeros(len(weight), 2, action_dim, 0)
     added = octaves.new_zeros(*octaves.shape[:-1], after - before)
@@ -104,7 +104,7 @@ def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel
 def change_autoencoder(
     model: IRASimTransformer3DModel, patch_size: int, before: torch.Tensor, after: torch.Tensor
 ) -> IRASimTransformer3DModel:
-    """Change a trained model to the latents of another autoencoder.
+    """Adapt a trained model to the latents of another autoencoder.
 
     The layers that read and write patches are composed with linear maps between the patches of the two autoencoders. The maps
     are fitted to images by least squares. The model needs a short training afterwards.
@@ -148,7 +148,7 @@ def change_autoencoder(
 def fit_autoencoder(
     model: IRASimTransformer3DModel, own: AutoencoderKL, other: AutoencoderKL, images: torch.Tensor
 ) -> IRASimTransformer3DModel:
-    """Change a trained model to another autoencoder, with latents of some images; see `change_autoencoder`.
+    """Adapt a trained model to another autoencoder, with latents of some images; see `change_autoencoder`.
 
     Args:
         model: The trained model.
@@ -201,14 +201,14 @@ def _patches(latents: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _least_squares(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Return the matrix that maps rows of `given` closest to rows of `wanted`, with damping against noise."""
+    """Solve the ridge regression from rows of `given` to rows of `wanted`."""
     gram = given.T @ given
     damping = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve(gram + damping, given.T @ wanted)
 
 
 def change_action_dim(model: IRASimTransformer3DModel, action_dim: int) -> IRASimTransformer3DModel:
-    """Change a trained model to a robot with other actions.
+    """Adapt a trained model to a robot with other actions.
 
     The action encoder is new. Before training, it maps every action to the null action.
 
@@ -230,7 +230,7 @@ def change_action_dim(model: IRASimTransformer3DModel, action_dim: int) -> IRASi
 
 
 def _crop(kernel: torch.Tensor, size: int) -> torch.Tensor:
-    """Kernels (..., old, old) in a window of `size` pixels about their centre, at the same scale."""
+    """Kernels (..., old, old) in a window of `size` pixels about their center, at the same scale."""
     places = (torch.arange(size, device=kernel.device) - (size - 1) / 2) * 2 / max(kernel.shape[-1] - 1, 1)
     grid = torch.stack(torch.meshgrid(places, places, indexing="xy"), dim=-1).to(kernel)
     sampled = torch.nn.functional.grid_sample(

@@ -30,7 +30,7 @@ def infer_action_space(source: EpisodeSource) -> str | None:
     for number in range(min(len(source), EPISODES)):
         try:
             episodes.append(source.vectors(number))
-        except ValueError:  # a broken episode is reported when it is read
+        except ValueError:  # errors are reported when the episode is read
             continue
     keys = {key for vectors in episodes for key in vectors if key != "action" and not key.startswith("next.")}
     verdicts = {_compare(source, key, [vectors for vectors in episodes if key in vectors]) for key in keys} - {None}

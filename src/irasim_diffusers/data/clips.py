@@ -22,16 +22,16 @@ def standardised_states(
     angles: Sequence[str] = (),
     numbers: Sequence[Iterable[int]] | None = None,
 ) -> list[dict[int, torch.Tensor]]:
-    """Compute states whose components have zero mean and unit variance over all data sets.
+    """Compute states whose components have zero mean and unit variance over all datasets.
 
     Args:
-        datasets: The data sets.
+        datasets: The datasets.
         keys: Vector features that are concatenated to the state.
         angles: Names of components in radians. Their cosines and sines replace them, at the end of the state.
-        numbers: Numbers of the episodes of each data set; None for all.
+        numbers: Numbers of the episodes of each dataset; None for all.
 
     Returns:
-        For each data set, states (T, S), float32, by episode number. A constant component is zero.
+        For each dataset, states (T, S), float32, by episode number. A constant component is zero.
 
     Raises:
         ValueError: If a feature or component does not exist, or a state is not finite.
@@ -179,7 +179,7 @@ class LatentClips(Dataset):
 
 def _read_episodes(folder: Path) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """Latents (T, C, h, w) and actions (T, A) of all episodes of a complete cache, by number."""
-    remedy = "call `cache_latents` again, which encodes missing and damaged files (restart the training)"
+    remedy = "re-run the training, or `cache_latents`, which encodes missing and damaged files"
     try:
         known = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("files", {})
     except (FileNotFoundError, ValueError, AttributeError) as error:
@@ -201,8 +201,8 @@ def _check_shapes(episodes: Mapping[int, tuple[torch.Tensor, torch.Tensor]], fol
     for number, shape in shapes.items():
         if shape != shapes[first]:
             raise ValueError(
-                f"episode {number} of {folder!r} has latents {shape[0]} and {shape[1]} actions, episode "
-                f"{first} {shapes[first][0]} and {shapes[first][1]}: all must have the same shape."
+                f"episodes {first} and {number} of {folder!r} have different shapes: latents {shapes[first][0]} and {shape[0]}, "
+                f"{shapes[first][1]} and {shape[1]} action components; train on episodes of one size."
             )
 
 

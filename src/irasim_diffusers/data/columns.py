@@ -13,19 +13,21 @@ ACTION_NAME = re.compile(r"actions?([._/].+)?")
 PADDING_NAME = re.compile(r".*(is_pad|pad_mask|mask)")
 
 
-def choose_action_columns(asked: str | Sequence[str] | None, columns: Sequence[str], name: str) -> tuple[str, ...]:
+def choose_action_columns(
+    action_column: str | Sequence[str] | None, columns: Sequence[str], name: str
+) -> tuple[str, ...]:
     """Choose the columns of actions, which are concatenated in this order.
 
     Args:
-        asked: The wanted columns; None or empty selects `action`, or the only column with a similar name.
+        action_column: Requested columns; None or empty selects `action`, or the only column with a similar name.
         columns: The columns of numbers that exist.
-        name: Name of the data set, for error messages.
+        name: Name of the dataset, for error messages.
 
     Raises:
         ValueError: If a column does not exist, or none or several have the name of actions.
     """
-    if asked:
-        chosen = (asked,) if isinstance(asked, str) else tuple(asked)
+    if action_column:
+        chosen = (action_column,) if isinstance(action_column, str) else tuple(action_column)
         for column in chosen:
             if column not in columns:
                 raise ValueError(
@@ -37,7 +39,7 @@ def choose_action_columns(asked: str | Sequence[str] | None, columns: Sequence[s
         return ("action",)
     if len(candidates) == 1:
         return (candidates[0],)
-    found = f"the candidates are {candidates}" if candidates else f"no column in {list(columns)} looks like actions"
+    found = f"the candidates are {candidates}" if candidates else f"no action column was found in {list(columns)}"
     raise ValueError(
         f"{name!r} has no column 'action', and {found}: select one or more with `action_column` (--action-column); "
         "they are concatenated."
@@ -61,7 +63,7 @@ def component_names_of(columns: Mapping[str, tuple[Any, int]]) -> list[str] | No
 
 
 def _flat_names(names: Any, width: int) -> list[str] | None:
-    """Names of the components from a list, a list under a heading, or indices by name."""
+    """Return the names of the components from a list, a list under a heading, or indices by name."""
     if isinstance(names, Mapping):
         values = list(names.values())
         names = list(names) if all(isinstance(value, int) for value in values) else values[0]
@@ -96,7 +98,7 @@ def finite_vector(values: Any, key: str, place: str = "") -> np.ndarray:
     if not finite.all():
         frame = int(np.argmin(finite))
         raise ValueError(
-            f"{where}{key!r} at frame {frame} is {np.asarray(values)[frame].tolist()}, but must be finite in float32: repair "
-            "the recording, or leave out the episode or the column."
+            f"{where}{key!r} at frame {frame} is {np.asarray(values)[frame].tolist()}, but must be finite in float32: fix the "
+            "recording, or omit the episode or the column."
         )
     return result

@@ -1,4 +1,4 @@
-"""Hashes that change when the files of a data set change, without reading whole videos."""
+"""Hashes that change when the files of a dataset change, without reading whole videos."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ ENDS = 1 << 16
 
 
 def content_hash(root: Path, files: Iterable[Path]) -> str:
-    """Hash the names and the content of files: all of a small table, the stamp of a video.
+    """Hash the names and the content of files: all of a small table, the fingerprint of a video (`media_stamp`).
 
     Args:
-        root: The folder to which names are relative, so that a moved data set keeps its hash.
+        root: The folder to which names are relative, so that a moved dataset keeps its hash.
         files: The files; missing files are hashed as None.
     """
     entries = [(os.path.relpath(path, root), _file_hash(path)) for path in sorted(set(files))]
@@ -30,9 +30,9 @@ def content_hash(root: Path, files: Iterable[Path]) -> str:
 
 
 def media_stamp(path: str | os.PathLike, modified: bool = True) -> list[Any] | None:
-    """Describe a large file by its size, modification time and hash of its first and last 64 KiB; None if it cannot be read.
+    """Return size, mtime and a hash of the first and last 64 KiB of a file, or None if it cannot be read.
 
-    A file in the cache of the Hub is described by its blob, which is named by its content.
+    For a file in the cache of the Hub, return the name of its blob, which is a hash of its content.
 
     Args:
         path: The file.
@@ -42,13 +42,15 @@ def media_stamp(path: str | os.PathLike, modified: bool = True) -> list[Any] | N
         blob = _hub_blob(Path(path))
         if blob is not None:
             return [blob]
+        if not os.path.isfile(path):  # a pipe would block, a device has no end
+            return None
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
             ends = hashlib.sha256(file.read(ENDS))
             if status.st_size > ENDS:
                 file.seek(max(status.st_size - ENDS, ENDS))
                 ends.update(file.read(ENDS))
-    except (OSError, ValueError):  # a broken episode is reported when it is read
+    except (OSError, ValueError):  # errors are reported when the episode is read
         return None
     return [status.st_size, *([status.st_mtime_ns] if modified else []), ends.hexdigest()]
 
@@ -62,7 +64,7 @@ def table_hash(table: pa.Table) -> str:
 
 
 def _hub_blob(path: Path) -> str | None:
-    """Name of the blob that a link in the Hub's cache points to."""
+    """Return the name of the blob that a link in the Hub's cache points to."""
     real = path.resolve()
     return real.name if real.parent.name == "blobs" and path.is_symlink() else None
 
@@ -79,17 +81,17 @@ def _file_hash(path: Path) -> Any:
 def _whole_hash(path: Path) -> str | None:
     try:
         return file_hash(path)
-    except OSError:  # a missing file is reported when it is read
+    except OSError:  # errors are reported when the file is read
         return None
 
 
 def _parquet_hash(path: Path) -> Any:
-    """Hash a whole file, or all columns but embedded pictures, which are as large as videos, and the file's stamp."""
+    """Hash a whole file, or its fingerprint and all columns except embedded images, which are as large as videos."""
     try:
         schema = pq.read_schema(path)
         columns = [field.name for field in schema if "binary" not in str(field.type)]
         if len(columns) == len(schema):
             return _whole_hash(path)
         return [table_hash(pq.read_table(path, columns=columns)), media_stamp(path)]
-    except (OSError, pa.ArrowException):  # a broken episode is reported when it is read
+    except (OSError, pa.ArrowException):  # errors are reported when the episode is read
         return _whole_hash(path)

@@ -11,7 +11,7 @@ import numpy as np
 
 Value = TypeVar("Value")
 CameraLayout: TypeAlias = tuple[tuple[str, ...], ...]
-"""Names of the cameras whose pictures are tiled: rows from top to bottom, each from left to right."""
+"""Names of the cameras whose images are tiled: rows from top to bottom, each from left to right."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Episode:
     """
 
     frames: np.ndarray  # (T, H, W, 3), uint8 RGB
-    actions: np.ndarray  # (T, A), float32, units of the data set
+    actions: np.ndarray  # (T, A), float32, units of the dataset
     states: dict[str, np.ndarray] = field(default_factory=dict)  # key -> (T, S), float32
     task: str = ""
 
@@ -31,7 +31,7 @@ class Episode:
 
 
 class EpisodeSource(Protocol):
-    """Interface of data sources: numbered episodes, and their properties that are known without decoding pictures."""
+    """Interface of data sources: numbered episodes, and their properties that are known without decoding images."""
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ class EpisodeSource(Protocol):
 
     @property
     def cameras(self) -> CameraLayout:
-        """The cameras whose pictures are tiled into a frame."""
+        """The cameras whose images are tiled into a frame."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def first_readable(source: EpisodeSource, read: Callable[[int], Value], attempts
             return read(number)
         except ValueError as error:
             errors.append(error)
-    reason = errors[0] if errors else "the data set is empty."
+    reason = errors[0] if errors else "the dataset is empty."
     raise ValueError(f"none of the first {len(errors)} episodes of {source.name!r} can be read: {reason}")
 
 
@@ -120,7 +120,7 @@ def check_mixture(sources: Sequence[EpisodeSource]) -> None:
     Single cameras may have different names. Padding components of actions match any component.
 
     Raises:
-        ValueError: If frame rates, cameras, names of the action components or action derivations differ; names two data sets and
+        ValueError: If frame rates, cameras, names of the action components or action derivations differ; names two datasets and
             the difference.
     """
     for first, second in combinations(sources, 2):
@@ -134,7 +134,7 @@ def check_mixture(sources: Sequence[EpisodeSource]) -> None:
 
 
 def _traits(source: EpisodeSource) -> dict[str, Any]:
-    """Properties that all data sets of a mixture must share."""
+    """Properties that all datasets of a mixture must share."""
     return {
         "frames per second": source.fps,
         "cameras": source.cameras if sum(len(row) for row in source.cameras) > 1 else "single",
@@ -152,7 +152,7 @@ def _fit(ours: list[str] | None, theirs: list[str] | None) -> bool:
 
 
 def first_task(tasks: Any) -> str:
-    """The first task of an episode, or an empty one if none is recorded.
+    """Return the first task of an episode, or "".
 
     Args:
         tasks: A string, a list of strings, or None.
@@ -162,7 +162,7 @@ def first_task(tasks: Any) -> str:
     """
     task = "" if not tasks else tasks if isinstance(tasks, str) else tasks[0] if isinstance(tasks, list) else tasks
     if not isinstance(task, str):
-        raise ValueError(f"the task must be a string, got {task!r}: correct it, or use an empty string.")
+        raise ValueError(f"the task must be a string, got {task!r}: fix the metadata, or set it to an empty string.")
     return task
 
 
@@ -180,13 +180,16 @@ def tile(layout: CameraLayout, views: Mapping[str, np.ndarray]) -> np.ndarray:
     """
     sizes = {name: views[name].shape for row in layout for name in row}
     if len({shape[0] for shape in sizes.values()}) > 1:
-        raise ValueError(f"cameras disagree on the number of frames: { ({k: v[0] for k, v in sizes.items()}) }.")
+        lengths = {name: shape[0] for name, shape in sizes.items()}
+        raise ValueError(
+            f"cameras have different numbers of frames, {lengths}: remove the episode, or select one camera."
+        )
     rows = [[views[name] for name in row] for row in layout]
     heights = [{view.shape[1] for view in row} for row in rows]
     widths = {sum(view.shape[2] for view in row) for row in rows}
     if any(len(height) > 1 for height in heights) or len(widths) > 1:
         shapes = {name: f"{shape[1]}x{shape[2]}" for name, shape in sizes.items()}
         raise ValueError(
-            f"the pictures of cameras {shapes} (height x width) do not form a rectangle in the layout {layout}."
+            f"the images of cameras {shapes} (height x width) do not form a rectangle in the layout {layout}: change `cameras`."
         )
     return np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)

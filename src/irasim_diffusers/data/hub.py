@@ -1,4 +1,4 @@
-"""Temporary download of the files of a data set on the Hub."""
+"""Download files of a Hub dataset temporarily."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import weakref
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -18,19 +17,20 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 @dataclass(eq=False)
 class HubFiles:
-    """Files of a data set on the Hub that are downloaded on request, one of each kind at a time.
+    """Files of a Hub dataset, downloaded on demand; at most one file per kind is kept.
 
     Every process downloads separately, because processes need a file at different times. The files are stored in the assets cache
-    of the Hub and deleted with the process; those of killed processes are deleted by the next one.
+    of the Hub and deleted with the process; leftovers of killed processes are removed at the next start.
 
     Args:
-        repo_id: Name of the data set on the Hub.
+        repo_id: Name of the dataset on the Hub.
         revision: Commit.
     """
 
     repo_id: str
     revision: str
-    _held: dict[str, str] = field(default_factory=dict, init=False)
+    _held: dict[tuple[Path, str], str] = field(default_factory=dict, init=False)
+    _folders: dict[int, Path] = field(default_factory=dict, init=False)  # by process: a fork copies the object
 
     def fetch(self, name: str, kind: str) -> Path:
         """Download a file, after deleting the previous one of its kind.
@@ -45,24 +45,33 @@ class HubFiles:
         Raises:
             ValueError: If the file does not exist.
         """
-        place = self._folder / kind
-        if self._held.get(kind) != name:
-            self._held.pop(kind, None)
+        folder = self._folder()
+        place, held = folder / kind, (folder, kind)
+        if self._held.get(held) != name:
+            self._held.pop(held, None)
             shutil.rmtree(place, ignore_errors=True)
             try:
                 hf_hub_download(self.repo_id, name, repo_type="dataset", revision=self.revision, local_dir=place)
             except RemoteEntryNotFoundError as error:
                 raise ValueError(f"{name!r} does not exist on the Hub at commit {self.revision}.") from error
-            self._held[kind] = name
+            self._held[held] = name
         return place / name
 
-    @cached_property
     def _folder(self) -> Path:
+        """Return the folder of this process, which is deleted with the object or by a later process."""
+        if os.getpid() in self._folders:
+            return self._folders[os.getpid()]
         parent = cached_assets_path("irasim_diffusers", namespace=self.repo_id, subfolder=platform.node())
         for folder in parent.iterdir():
             process = folder.name.split("-")[0]
             if process.isdigit() and not psutil.pid_exists(int(process)):
                 shutil.rmtree(folder, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        weakref.finalize(self, _remove, folder, os.getpid())
+        self._folders[os.getpid()] = folder
         return folder
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # a fork inherits the finalizer
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Read data in the format of the IRASim release and its variants.
 
 A folder contains `annotation/<split>/<id>.json`, mp4 files and possibly SDXL latents. Annotations have `actions` (Language-Table),
-`state` and `continuous_gripper_state` (RT-1, Bridge), or `states` (DROID as cut by Ctrl-World). Reference:
+`state` and `continuous_gripper_state` (RT-1, Bridge), or `states` (DROID as preprocessed by Ctrl-World). Reference:
 https://github.com/bytedance/IRASim.
 """
 
@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from ..actions import derive_actions
+from ..safe_load import FLOATS, read_torch_file
 from .columns import finite_vector
 from .content_hash import media_stamp
 from .episode import Episode, InOrder, camera_layout, first_readable, first_task, tile, window_slice
@@ -38,16 +38,16 @@ MEDIA_ENTRY = re.compile(rb'"(video|latent_video)_path"\s*:\s*("(?:[^"\\]|\\.)*"
 
 @dataclass(frozen=True)
 class IRASimFolder(InOrder):
-    """A data set in the format of the IRASim release.
+    """A dataset in the format of the IRASim release.
 
     Actions that are derived from poses are the motion in the frame of the previous pose and the next gripper state; see
-    `actions.derive_actions`. The last action, which leads out of the episode, is no motion. A video may have one frame more than
-    its annotation; this frame is left out, and a warning is logged once.
+    `actions.derive_actions`. The last action has no next frame and is set to no motion. A video may have one frame more than
+    its annotation; this frame is ignored, and a warning is logged once.
 
     Args:
         root: The folder that contains `annotation`.
         split: Name of the split, for example `train`.
-        cameras: Numbers of the cameras as strings: one, several that are stacked, or rows of them; None selects the only one.
+        cameras: Indices of the cameras as strings: one, several that are stacked, or rows of them; None selects the only one.
             After construction the layout, a tuple of rows.
         fps: Frames per second, which the format does not record.
         max_episodes: Use only this many episodes, from the first.
@@ -65,13 +65,15 @@ class IRASimFolder(InOrder):
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
         if not self.files:
-            splits = sorted(path.name for path in (self.root / "annotation").glob("*") if path.is_dir())
+            splits = sorted({path.parent.name for path in (self.root / "annotation").glob("*/[!.]*.json")})
             raise ValueError(
                 f"`split` must be one of {splits} in {str(self.root)!r}, got {self.split!r} (--split, --validation_split)."
             )
         known = [str(number) for number in range(len(_media(self._first, "video")))]
         if self.cameras is None and len(known) != 1:
-            raise ValueError(f"`cameras` must name one or more of {known} in {self.name!r}.")
+            raise ValueError(
+                f"`cameras` must name one or more of {known} in {self.name!r}: pass `cameras` (--cameras)."
+            )
         layout = camera_layout(known[0] if self.cameras is None else self.cameras)
         for camera in [camera for row in layout for camera in row]:
             if camera not in known:
@@ -129,12 +131,12 @@ class IRASimFolder(InOrder):
         """Read a part of an episode; other frames are not decoded unnecessarily.
 
         Args:
-            number: Number of the episode.
+            number: Index of the episode.
             start: First frame.
             length: Number of frames.
 
         Raises:
-            ValueError: As `__getitem__`, or if the window exceeds the episode.
+            ValueError: Like `__getitem__`, or if the window exceeds the episode.
         """
         return self._read(number, (start, length))
 
@@ -167,7 +169,8 @@ class IRASimFolder(InOrder):
         elif found != total:
             announced = f" ('video_length' is {annotation['video_length']})" if "video_length" in annotation else ""
             raise ValueError(
-                f"{found} frames must have {found - 1} actions between them, got {total - 1}, in {str(path)!r}{announced}."
+                f"{found} frames must have {found - 1} actions between them, got {total - 1}, in {str(path)!r}{announced}: fix the "
+                "annotation, or remove the episode."
             )
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
@@ -233,7 +236,7 @@ def _media_files(content: bytes, cameras: Sequence[int]) -> list[str]:
     found: dict[bytes, list[bytes]] = {b"video": [], b"latent_video": []}
     for kind, path in MEDIA_ENTRY.findall(content):
         found[kind].append(path)
-    with suppress(ValueError):  # a broken episode is reported when it is read
+    with suppress(ValueError):  # errors are reported when the episode is read
         return [json.loads(paths[camera]) for paths in found.values() for camera in cameras if camera < len(paths)]
     return []
 
@@ -248,15 +251,17 @@ def _media_path(annotation: dict[str, Any], kind: str, camera: str) -> str:
 
 def _read_latents(path: Path, length: int) -> torch.Tensor:
     """Read the latents of this many frames, or one more, from a file that contains only them, or them as `obs`."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"cannot read latents from {str(path)!r}: {error}") from error
+    content = read_torch_file(path)
     latents = content.get("obs") if isinstance(content, dict) else content
     if not torch.is_tensor(latents) or latents.ndim != 4 or len(latents) not in (length, length + 1):
         found = tuple(latents.shape) if torch.is_tensor(latents) else "no tensor"
         raise ValueError(f"{str(path)!r} must contain latents ({length}, C, h, w), alone or as 'obs', got {found}.")
-    return latents[:length].float()
+    if latents.dtype not in FLOATS or latents.layout != torch.strided:
+        raise ValueError(f"{str(path)!r} must contain floating-point latents of 16 to 64 bits, got {latents.dtype}.")
+    latents = latents[:length].to(torch.float32, copy=True)  # the file may be replaced
+    if not torch.isfinite(latents).all():
+        raise ValueError(f"{str(path)!r} must contain finite latents, got NaN or infinity: encode the video again.")
+    return latents
 
 
 def _vectors(annotation: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The latent cache: every frame of a data set is encoded once."""
+"""Latent cache: encode every frame of a dataset once."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from ..latents import check_latent_scaling, unscale_latents
 from .episode import Episode, EpisodeSource
 
 FORMAT = 1
-"""Version of the cached values; raise it with every change of decoding, tiling or resizing, so that all caches are encoded again."""
+"""Version of the cached values; increment it whenever decoding, tiling or resizing changes."""
 
 FRAMES_AT_ONCE = 256
-"""Number of frames of an episode that are decoded before they are encoded. More frames need more memory."""
+"""Maximum number of frames decoded at a time."""
 
 
 def cache_latents(
@@ -43,15 +43,15 @@ def cache_latents(
     num_processes: int = 1,
     wait_for_everyone: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Encode every frame of a data set once; an interrupted run resumes at the first missing file.
+    """Encode every frame of a dataset once; an interrupted run resumes at the first missing file.
 
     Files that exist are verified, and damaged ones are encoded again. A file that has not changed since the cache was
     completed is verified by its size and modification time alone, any other file by its checksum.
 
     Args:
-        dataset: The data set.
+        dataset: The dataset.
         vae: The frozen autoencoder, on the device that encodes. None caches the frames as uint8, for pixel-space models.
-        cache_dir: Parent folder of the cache. The name of the cache depends on the data set and the autoencoder.
+        cache_dir: Parent folder of the cache. The name of the cache depends on the dataset and the autoencoder.
         batch_size: Number of frames per call of the autoencoder.
         mixed_precision: Encode under bfloat16 autocast.
         skip_broken: Skip episodes that cannot be read and list them in the manifest, instead of raising an error.

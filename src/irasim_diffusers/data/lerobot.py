@@ -8,6 +8,7 @@ episode has separate files.
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,10 +38,14 @@ INDEX_FEATURES = {
     "index": "int64",
     "task_index": "int64",
 }
-MAX_TOLERANCE = 0.25
-"""Limit of this rounding, in frames: float32 does not tell later frames apart."""
 GRID_TOLERANCE = 0.01
-"""Largest distance of a timestamp from a multiple of 1 / fps, in frames, in addition to the rounding of float32."""
+"""Maximum distance of a timestamp from a multiple of 1 / fps, in frames, in addition to the rounding of float32."""
+MAX_TOLERANCE = 0.25
+"""Maximum total tolerance, in frames; beyond it, float32 timestamps cannot resolve frames."""
+MIN_STRIDE_ROWS = 4
+"""Number of rows above which a constant distance of several frames is an error of the frame rate."""
+MAX_ROWS = 1_000_000
+"""Maximum number of rows of a Parquet file, in addition to ten times the frames of its episodes in `meta/episodes`."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,13 @@ class LeRobotFolder(InOrder):
             construction the layout, a tuple of rows.
         max_episodes: Use only this many episodes, from the first.
         remote: The Hub repository of all files except `meta`, if they are not in the folder.
-        split: A split that `info.json` names, or a part of one as in `datasets`, `"train[:90%]"`; None for all episodes.
+        split: A split in `info.json`, or a part of one as in `datasets`, `"train[:90%]"`; None for all episodes.
         action_column: Vector feature of the actions, or several that are concatenated; None selects `action`, or the only feature
             with a similar name. After construction a tuple.
         state_columns: Vector features of the states; empty for all.
 
     Raises:
-        ValueError: If the folder is not a LeRobotDataset of these versions, its metadata are broken, a camera or the action
+        ValueError: If the folder is not a LeRobotDataset of these versions, its metadata are invalid, a camera or the action
             feature is missing or ambiguous, or the split does not exist.
     """
 
@@ -88,7 +93,9 @@ class LeRobotFolder(InOrder):
         if self.cameras is None and written is not None and {key for row in written for key in row} <= set(known):
             object.__setattr__(self, "cameras", written)
         if self.cameras is None and len(known) != 1:
-            raise ValueError(f"`cameras` must name one or more of {known} in {self.name!r}.")
+            raise ValueError(
+                f"`cameras` must name one or more of {known} in {self.name!r}: pass `cameras` (--cameras)."
+            )
         layout = camera_layout(known[0] if self.cameras is None else self.cameras)
         for key in [key for row in layout for key in row]:
             if key not in known:
@@ -149,14 +156,14 @@ class LeRobotFolder(InOrder):
 
     @property
     def unread_features(self) -> list[str]:
-        """Features that no method reads, for example matrices; pictures and index features are not among them."""
+        """Features that no method reads, for example matrices; images and index features are not among them."""
         read = {*INDEX_FEATURES, *self._vector_features, *self._flag_features}
         return [
             key for key, one in self._features.items() if key not in read and one["dtype"] not in ("video", "image")
         ]
 
     def _width(self, key: str) -> int | None:
-        """Number of components of a feature of numbers; None for another feature."""
+        """Return the number of components of a numeric feature; None for another feature."""
         feature = self._features[key]
         shape = feature.get("shape") or [1]
         return shape[0] if NUMBERS.fullmatch(feature["dtype"]) and len(shape) == 1 else None
@@ -172,7 +179,7 @@ class LeRobotFolder(InOrder):
 
     @property
     def action_derivation(self) -> str:
-        """How the actions follow from states, as `write_lerobot` stored it; see `actions.DERIVATIONS`."""
+        """How actions are computed from states, as stored by `write_lerobot`; see `actions.DERIVATIONS`."""
         return self._written_action.get("action_derivation", "recorded")
 
     @property
@@ -182,7 +189,7 @@ class LeRobotFolder(InOrder):
 
     @property
     def _written_action(self) -> dict[str, Any]:
-        """The entry of `write_lerobot`, if the actions are its feature `action`."""
+        """Entry of `write_lerobot`, if the actions are its feature `action`."""
         return self._own_entry if tuple(self.action_column) == ("action",) else {}
 
     @property
@@ -200,11 +207,11 @@ class LeRobotFolder(InOrder):
 
     @property
     def files(self) -> list[Path]:
-        """The files that are read for these episodes and cameras, except `info.json`."""
+        """Files that are read for these episodes and cameras, except `info.json`."""
         keys = [key for row in self.cameras for key in row if self._features[key]["dtype"] == "video"]
         files = set(self._episode_files)
         for row in self.rows:
-            with suppress(ValueError):  # a broken episode is reported when it is read
+            with suppress(ValueError):  # errors are reported when the episode is read
                 files.add(self._path(row))
                 files |= {self._path(row, key) for key in keys}
         return sorted(files)
@@ -217,14 +224,14 @@ class LeRobotFolder(InOrder):
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """One row per episode, in order, without its statistics: number, length, tasks, and position in the files."""
+        """One row per episode, in order, without its statistics: index, length, tasks, and position in the files."""
         rows = self._all_rows
         if self.split is not None:
             rows = [rows[number] for part in self._parts(self.split) for number in part]
         return rows[: self.max_episodes]
 
     def _parts(self, split: str) -> list[range]:
-        """Positions of a split's episodes among all episodes."""
+        """Return the positions of a split's episodes among all episodes."""
         from datasets import ReadInstruction
 
         every = range(len(self._all_rows))
@@ -243,19 +250,19 @@ class LeRobotFolder(InOrder):
 
     @cached_property
     def _all_rows(self) -> list[dict[str, Any]]:
-        """The rows of all splits, in the order of their numbers; a repeated row counts once."""
+        """Rows of all splits in the order of their indices; a repeated row counts once."""
         rows: dict[int, dict[str, Any]] = {}
         for file in self._episode_files:
             if file.suffix == ".parquet":
                 names = [name for name in parquet_columns(file) if not name.startswith(("stats/", "meta/episodes/"))]
-                found = read_parquet(file, names).to_pylist()
+                found = read_parquet(file, names, max_rows=MAX_ROWS).to_pylist()
             else:
                 found = read_json_lines(file)
             for row in found:
                 number = row.get("episode_index")
                 if not isinstance(number, int) or isinstance(number, bool) or number < 0:
                     raise ValueError(
-                        f"{str(file)!r}: 'episode_index' must be a number from 0 in every row, got {number!r}."
+                        f"{str(file)!r}: 'episode_index' must be a non-negative integer in every row, got {number!r}."
                     )
                 if rows.setdefault(number, row) != row:
                     changed = sorted(key for key in row if rows[number].get(key) != row[key])
@@ -284,12 +291,12 @@ class LeRobotFolder(InOrder):
         """Read a part of an episode; other frames are not decoded unnecessarily.
 
         Args:
-            number: Number of the episode.
+            number: Index of the episode.
             start: First frame.
             length: Number of frames; None for all that follow.
 
         Raises:
-            ValueError: As `__getitem__`, or if the window exceeds the episode.
+            ValueError: Like `__getitem__`, or if the window exceeds the episode.
         """
         row = self.rows[number]
         vectors = self.vectors(number)
@@ -313,7 +320,10 @@ class LeRobotFolder(InOrder):
         try:
             table, length = self._table(row), row_number(row, "length")
             if len(table) != length:
-                raise ValueError(f"{length} frames announced, {len(table)} rows found in {str(self._path(row))!r}.")
+                raise ValueError(
+                    f"expected {length} frames, found {len(table)} rows in {str(self._path(row))!r}: remove the episode, or record it "
+                    "again."
+                )
             vectors = {key: self._matrix(row, key, table[key]) for key in (*self.action_column, *self._states)}
             action = np.concatenate([vectors[key] for key in self.action_column], axis=1)
             return {"action": action} | {key: vectors[key] for key in self._states}
@@ -353,7 +363,7 @@ class LeRobotFolder(InOrder):
         return component_names_of({key: (self._features[key].get("names"), self._width(key) or 1) for key in keys})
 
     def _frames(self, row: dict[str, Any], key: str, part: slice) -> np.ndarray:
-        """Frames of one camera in a part of an episode."""
+        """Decode the frames of one camera in a part of an episode."""
         if self._features[key]["dtype"] == "image":
             only = [("episode_index", "=", row["episode_index"])]
             pictures = read_parquet(self._file(row), [key], filters=only)[key].to_pylist()[part]
@@ -365,7 +375,9 @@ class LeRobotFolder(InOrder):
             begin, end = (row_seconds(row, f"videos/{key}/{name}_timestamp") for name in ("from", "to"))
             first, found = round(begin * self.fps), round((end - begin) * self.fps)
             if found < length:
-                raise ValueError(f"{length} frames announced, {found} found in {str(self._path(row, key))!r}.")
+                raise ValueError(
+                    f"expected {length} frames, found {found} in {str(self._path(row, key))!r}: remove the episode, or record it again."
+                )
             if found <= numbers[-1]:
                 raise ValueError(
                     f"the timestamp of the last frame in {str(self._path(row))!r} is {numbers[-1] / self.fps:g} s, but the episode "
@@ -375,7 +387,7 @@ class LeRobotFolder(InOrder):
         return read_numbered_frames(path, (first + numbers[part]).tolist(), self.fps, whole=ends)
 
     def _numbers(self, row: dict[str, Any], column: pa.ChunkedArray) -> np.ndarray:
-        """Frame numbers (T,) of an episode's rows by their timestamps; rows of idle frames may have been removed."""
+        """Return the frame indices (T,) of an episode's rows by their timestamps; rows of idle frames may be missing."""
         path, key = str(self._path(row)), "timestamp"
         _check_numbers(column.type, key, path)
         times = column.combine_chunks().to_numpy(zero_copy_only=False).astype(np.float64)
@@ -388,18 +400,24 @@ class LeRobotFolder(InOrder):
         if off.any() or numbers[0] < 0:
             frame = int(np.argmax(off))
             raise ValueError(
-                f"{path!r}: {key!r} of row {frame} is {times[frame]:g} s, which is not a frame of {self.fps:g} frames/s: correct "
+                f"{path!r}: {key!r} of row {frame} is {times[frame]:g} s, which is not a frame of {self.fps:g} frames/s: fix "
                 "'fps' in 'meta/info.json', or resample the recording."
             )
         if (np.diff(numbers) <= 0).any():
             frame = int(np.argmax(np.diff(numbers) <= 0)) + 1
             raise ValueError(f"{path!r}: {key!r} must increase, got {times[frame]:g} s after {times[frame - 1]:g} s.")
+        step = int(np.diff(numbers).min()) if len(numbers) > MIN_STRIDE_ROWS else 1
+        if step > 1 and (np.diff(numbers) == step).all():
+            raise ValueError(
+                f"{path!r}: {key!r} advances by {step} frames in every row: 'fps' in 'meta/info.json' must be "
+                f"{self.fps / step:g} instead of {self.fps:g}."
+            )
         return numbers.astype(np.int64)
 
     def _picture(self, row: dict[str, Any], key: str, frame: int, picture: dict[str, Any] | None) -> np.ndarray:
-        """Decode a picture that is in the table, or a file in the folder."""
+        """Decode an image in the table, or an image file in the folder."""
         if not isinstance(picture, dict) or not (picture.get("bytes") or picture.get("path")):
-            raise ValueError(f"{str(self._path(row))!r} has no picture {key!r} at frame {frame}.")
+            raise ValueError(f"{str(self._path(row))!r} has no image {key!r} at frame {frame}: remove the episode.")
         source: Any = io.BytesIO(picture["bytes"]) if picture.get("bytes") else self.root / picture["path"]
         return read_picture(source, f"{key!r} at frame {frame} in {str(self._path(row))!r}")
 
@@ -422,7 +440,7 @@ class LeRobotFolder(InOrder):
         return array.to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
     def _table(self, row: dict[str, Any]) -> pa.Table:
-        """Vectors, flags and timestamps of one episode; the last table is kept for the next episode in its file."""
+        """Read the vectors, flags and timestamps of one episode; the table of the file is kept for the next episode."""
         path = self._path(row)
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] != path:
@@ -430,16 +448,26 @@ class LeRobotFolder(InOrder):
             present = parquet_columns(file)
             columns = dict.fromkeys([*self.action_column, *self._states, "episode_index"])
             columns |= dict.fromkeys(key for key in (*self._flag_features, "timestamp") if key in present)
-            kept = path, read_parquet(file, list(columns))
+            most = 10 * self._file_lengths[path] + MAX_ROWS
+            kept = path, read_parquet(file, list(columns), max_rows=most)
             kind = kept[1]["episode_index"].type
             if not pa.types.is_integer(kind):
-                raise ValueError(f"{str(path)!r}: 'episode_index' must hold integers, got {kind}.")
+                raise ValueError(f"{str(path)!r}: 'episode_index' must contain integers, got {kind}.")
             self.__dict__["_kept"] = kept
         table = kept[1]
         return table.filter(pc.equal(table["episode_index"], row["episode_index"]))
 
+    @cached_property
+    def _file_lengths(self) -> Counter[Path]:
+        """Frames in each Parquet file according to `meta/episodes`."""
+        lengths: Counter[Path] = Counter()
+        for row in self._all_rows:
+            with suppress(ValueError):  # errors are reported when the episode is read
+                lengths[self._path(row)] += row_number(row, "length")
+        return lengths
+
     def _path(self, row: dict[str, Any], camera: str | None = None) -> Path:
-        """Path of an episode's Parquet file, or of a camera's video."""
+        """Return the path of an episode's Parquet file, or of a camera's video."""
         if self._shares_files:
             folder = "data" if camera is None else f"videos/{camera}"
             place = {name: row_number(row, f"{folder}/{name}") for name in ("chunk_index", "file_index")}
@@ -449,14 +477,14 @@ class LeRobotFolder(InOrder):
         entry = "data_path" if camera is None else "video_path"
         template = self.info.get(entry)
         if not template:
-            raise ValueError(f"{str(self._info_path)!r} has no entry {entry!r}.")
+            raise ValueError(f"{str(self._info_path)!r} has no entry {entry!r}: add the path of the files.")
         try:
             return self.root / template.format(video_key=camera, **place)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{str(self._info_path)!r}: {entry!r} has a wrong field: {error}.") from error
 
     def _file(self, row: dict[str, Any], camera: str | None = None) -> Path:
-        """Local path of the same file, downloaded if necessary."""
+        """Return the local path of the same file; download it if necessary."""
         path = self._path(row, camera)
         if self.remote is None:
             return path
@@ -464,7 +492,7 @@ class LeRobotFolder(InOrder):
 
 
 def _check_numbers(kind: pa.DataType, key: str, path: str) -> None:
-    """Raise ValueError if a column of a Parquet file does not hold numbers; null counts as a missing number."""
+    """Raise ValueError if a column of a Parquet file does not contain numbers; null counts as a missing number."""
     checks = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
     if not any(check(kind) for check in checks):
-        raise ValueError(f"{path!r}: {key!r} must hold numbers, got {kind}.")
+        raise ValueError(f"{path!r}: {key!r} must contain numbers, got {kind}.")

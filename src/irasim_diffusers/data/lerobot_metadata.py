@@ -1,4 +1,4 @@
-"""Check the metadata of LeRobotDataset folders; errors name the entry, what is wanted, and what it holds."""
+"""Check the metadata of LeRobotDataset folders; errors contain the entry, the expected and the actual value."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NUMBERS = re.compile(r"(float|int|uint)(8|16|32|64)|bool")
 """Types of the features whose components are numbers."""
 OWN_ENTRY = "irasim"
 """Entry of the feature `action` in info.json for what LeRobot does not store: derivation, units and camera layout."""
-MAX_FPS = 100_000
+MIN_FPS, MAX_FPS = 1e-3, 100_000
 MAX_SECONDS = 1e7
-"""Largest time in a video file: four months."""
+"""Maximum time in a video file: four months."""
 PATH_FIELD = re.compile(r"\{(\w+)(?::\d{1,2}d?)?\}")
 """A field of a path in info.json, for example `{file_index:03d}`."""
 PATH_FIELDS = {"chunk_index", "file_index", "video_key", "episode_chunk", "episode_index"}
@@ -35,7 +35,9 @@ def check_info(info: Mapping[str, Any], path: Path, needed: Sequence[str]) -> No
     """
     for key in needed:
         if info.get(key) is None:
-            raise ValueError(f"{str(path)!r} has no entry {key!r}.")
+            raise ValueError(
+                f"{str(path)!r} has no entry {key!r}: add it, or convert the dataset with the scripts of LeRobot."
+            )
 
     def require(valid: bool, name: str, wanted: str, found: Any) -> None:
         if not valid:
@@ -43,6 +45,7 @@ def check_info(info: Mapping[str, Any], path: Path, needed: Sequence[str]) -> No
 
     fps, features, splits = info["fps"], info["features"], info.get("splits")
     require(_is_number(fps) and fps > 0, "'fps'", "a positive number", fps)
+    require(fps >= MIN_FPS, "'fps'", f"at least {MIN_FPS:g}", fps)
     require(fps <= MAX_FPS, "'fps'", f"at most {MAX_FPS}", fps)
     if "chunks_size" in needed:
         size = info["chunks_size"]
@@ -86,26 +89,26 @@ def _check_own_entry(own: Any, require: Any) -> None:
 
 
 def row_number(row: Mapping[str, Any], name: str) -> int:
-    """An integer from 0 in a row of `meta/episodes`, for example a length or the number of a file.
+    """Return a non-negative integer in a row of `meta/episodes`, for example a length or the index of a file.
 
     Raises:
-        ValueError: If it is missing or something else.
+        ValueError: If the entry is missing or invalid.
     """
     value = _entry(row, name)
     if not _is_number(value) or value != int(value) or not 0 <= value < 2**53:
-        raise ValueError(f"{name!r} in 'meta/episodes' must be an integer from 0, got {_short(value)}.")
+        raise ValueError(f"{name!r} in 'meta/episodes' must be a non-negative integer, got {_short(value)}.")
     return int(value)
 
 
 def row_seconds(row: Mapping[str, Any], name: str) -> float:
-    """A time in a row of `meta/episodes`.
+    """Return a time in a row of `meta/episodes`, in seconds.
 
     Raises:
-        ValueError: If it is missing or something else.
+        ValueError: If the entry is missing or invalid.
     """
     value = _entry(row, name)
     if not _is_number(value) or not 0 <= value <= MAX_SECONDS:
-        raise ValueError(f"{name!r} in 'meta/episodes' must be a number of seconds from 0, got {_short(value)}.")
+        raise ValueError(f"{name!r} in 'meta/episodes' must be a non-negative number of seconds, got {_short(value)}.")
     return float(value)
 
 

@@ -1,4 +1,4 @@
-"""Statistics of LeRobot data sets, as LeRobot computes them.
+"""Statistics of LeRobot datasets, as LeRobot computes them.
 
 Means and standard deviations are computed in float64. LeRobot computes them in float32, which loses digits.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 HISTOGRAM_BINS = 5000
-LARGE_PICTURE = 300  # pixels of a side from which LeRobot subsamples pictures
+LARGE_PICTURE = 300  # side length from which LeRobot subsamples images
 SUBSAMPLED_SIDE = 150
 
 

@@ -28,7 +28,7 @@ DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 Regions: TypeAlias = Mapping[str, tuple[slice, slice]]
-"""Rows and columns of each camera's picture in a tiled frame, by feature key."""
+"""Rows and columns of each camera's image in a tiled frame, by feature key."""
 
 
 def write_file(
@@ -49,17 +49,17 @@ def write_file(
     `write_metadata` completes the folder.
 
     Args:
-        root: The folder of the data set.
+        root: The folder of the dataset.
         file_index: Number of the file.
         episodes: Its episodes. Only one is held at a time if the iterable reads them on demand. States keep their type if
             they are bool, integers or strings, and become float32 otherwise.
         fps: Frames per second.
         camera: Feature key of the frames, for example `observation.image`; or the regions of several cameras in the frames,
             which are written as separate features.
-        tasks: Tasks of the data set, as given to `write_metadata`. The iterable may append the task of an episode before
+        tasks: Tasks of the dataset, as given to `write_metadata`. The iterable may append the task of an episode before
             it returns the episode.
-        first_episode: Number of the first episode in the data set.
-        first_frame: Number of the first frame in the data set.
+        first_episode: Number of the first episode in the dataset.
+        first_frame: Number of the first frame in the dataset.
 
     Raises:
         ValueError: If the task of an episode is not among `tasks`, or frames differ in size.
@@ -116,12 +116,12 @@ def write_metadata(
     """Complete a folder of files written by `write_file`: info.json, stats.json and tasks.parquet.
 
     Args:
-        root: The folder of the data set.
+        root: The folder of the dataset.
         fps: Frames per second.
         camera: Feature key of the frames, or the regions of several cameras, as given to `write_file`.
         frame_size: Height and width of the frames.
         names: Component names of vector features, for example `{"action": ["x", "y"]}`; other features have none.
-        tasks: Tasks of the data set, in the order of their indices.
+        tasks: Tasks of the dataset, in the order of their indices.
         robot_type: Name of the robot.
         action_derivation: How the actions follow from states, one of `actions.DERIVATIONS`.
         action_units: Units of the action components, None where they are unknown.
@@ -131,7 +131,7 @@ def write_metadata(
     """
     root, regions = Path(root), _regions(camera)
     if len(set(tasks)) < len(tasks):
-        raise ValueError(f"`tasks` must differ from each other, got {list(tasks)}.")
+        raise ValueError(f"`tasks` must be unique, got {list(tasks)}.")
     if action_derivation not in DERIVATIONS:
         raise ValueError(f"`action_derivation` must be one of {DERIVATIONS}, got {action_derivation!r}.")
     files = sorted(root.glob("meta/episodes/chunk-*/file-*.parquet"))
@@ -154,11 +154,11 @@ def write_metadata(
 
 
 def tile_regions(layout: CameraLayout, sizes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[slice, slice]]:
-    """Rows and columns of each camera's picture in the frames that `tile` returns.
+    """Rows and columns of each camera's image in the frames that `tile` returns.
 
     Args:
         layout: The cameras as they are tiled.
-        sizes: Height and width of each camera's pictures.
+        sizes: Height and width of each camera's images.
     """
     regions: dict[str, tuple[slice, slice]] = {}
     top = 0
@@ -261,7 +261,7 @@ def _write_frames(
 
 
 def _row(episode: Episode, number: int, first_frame: int) -> dict[str, Any]:
-    """What `meta/episodes` says about an episode, except its statistics and its position in the files."""
+    """Return the row of `meta/episodes` without statistics and location."""
     return {
         "episode_index": number,
         "tasks": [episode.task],
@@ -272,7 +272,7 @@ def _row(episode: Episode, number: int, first_frame: int) -> dict[str, Any]:
 
 
 def _places(regions: Regions, file_index: int, begin: float, end: float) -> dict[str, Any]:
-    """Where `meta/episodes` says that the parts of an episode are; times in seconds."""
+    """Return the location columns of `meta/episodes`; times in seconds."""
     places: dict[str, Any] = {"data/chunk_index": 0, "data/file_index": file_index}
     for key in regions:
         places[f"videos/{key}/chunk_index"] = 0

@@ -1,8 +1,9 @@
-"""Decode pictures to upright 8-bit RGB."""
+"""Decode images to 8-bit RGB with the EXIF orientation applied."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,32 +12,54 @@ import PIL.Image
 import PIL.ImageOps
 
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
-"""Pillow's modes of pictures with at most 8 bits per channel."""
+"""Pillow's modes of images with at most 8 bits per channel."""
+MAX_PIXELS = 64_000_000
+"""Largest image that is decoded. Pillow needs several times this many bytes."""
 
 
-def read_picture(source: str | os.PathLike | BinaryIO, name: str | None = None) -> np.ndarray:
-    """Decode a picture with its EXIF orientation applied. An alpha channel is dropped.
+def read_picture(
+    source: str | os.PathLike | BinaryIO,
+    name: str | None = None,
+    *,
+    formats: tuple[str, ...] | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """Decode an image with its EXIF orientation applied. An alpha channel is dropped.
 
     Args:
-        source: The picture file, or an open one.
+        source: The image file, or an open one.
         name: Name in error messages (default: the path).
+        formats: Accepted formats of Pillow; None for all.
+        max_pixels: Maximum number of pixels, checked before decoding.
 
     Returns:
         Pixels (H, W, 3), uint8 RGB.
 
     Raises:
-        ValueError: If the file is missing, is not a picture, is damaged, or has more than 8 bits per channel, such as depth.
+        ValueError: If the file is missing, is not an image, is damaged, is too large, is animated, or has more than 8 bits per
+            channel, such as depth.
     """
     name = repr(os.fspath(source) if isinstance(source, str | Path) else "") if name is None else name
     try:
-        with PIL.Image.open(source) as image:
-            image.load()
-            mode = image.mode
-            if mode not in MODES:
-                raise ValueError(
-                    f"picture {name} has the mode {mode!r}, for example depth: 8-bit RGB or grey is required. Scale it to 8 bits "
-                    "by a range of your choice, or choose another camera."
-                )
-            return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read picture {name}: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # `_problem` has a lower limit
+            with PIL.Image.open(source, formats=formats) as image:
+                problem = _problem(image, max_pixels)
+                if problem is None:
+                    return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # Pillow raises errors of many types for damaged files
+        raise ValueError(f"cannot read image {name}: {str(error) or type(error).__name__}") from error
+    raise ValueError(f"image {name} {problem}")
+
+
+def _problem(image: PIL.Image.Image, max_pixels: int) -> str | None:
+    """Return why an open image cannot be used, or None."""
+    if image.width * image.height > max_pixels:
+        size = f"{image.width}x{image.height}"
+        return f"must have at most {max_pixels // 10**6} million pixels, got {size}: resize it."
+    if image.mode not in MODES:
+        return f"has mode {image.mode!r}; 8-bit RGB or grayscale is required: convert depth to 8 bits, or select another camera."
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # photos of phones have a preview as their second image
+        return f"is animated ({frames} frames): convert it to a video, or save one frame."
+    return None

@@ -72,12 +72,16 @@ class PreparedEpisodes(InOrder):
             object.__setattr__(self, "composition", known)
         elif self.frame_skip > 1 and self.composition is None:
             raise ValueError(
-                "`composition` (--action_composition) must say how recorded actions compose over skipped frames: absolute, "
-                "relative_planar, relative_euler or relative_6d."
+                f"`composition` (--action_composition) is required with frame_skip={self.frame_skip}: absolute, relative_planar, "
+                "relative_euler or relative_6d."
             )
 
     def _select_state(self) -> None:
         states = sorted(set(first_readable(self.source, self.source.vectors)) - {"action"})
+        if not states:
+            raise ValueError(
+                f"`derivation` {self.derivation!r} requires states, which {self.source.name!r} does not have."
+            )
         key = self.state_key or (states[0] if len(states) == 1 else None)
         if key not in states:
             raise ValueError(f"`state_key` must be one of {states} in {self.source.name!r}, got {self.state_key!r}.")
@@ -137,7 +141,7 @@ class PreparedEpisodes(InOrder):
         """`length` of the frames that are kept, from number `start`, with their actions and states.
 
         Raises:
-            ValueError: As for the episode, or if the window exceeds it.
+            ValueError: Like the episode, or if the window exceeds it.
         """
         vectors = self.vectors(number)
         try:
@@ -210,7 +214,7 @@ class PreparedEpisodes(InOrder):
         missing = (self.action_dim or 0) - kept["action"].shape[1]
         if missing < 0 < (self.action_dim or 0):
             raise ValueError(
-                f"`action_dim` (--pad_actions_to) must be at least {kept['action'].shape[1]} for {self.name!r}."
+                f"`action_dim` (--pad_actions_to) must be at least {kept['action'].shape[1]} for {self.name!r}, got {self.action_dim}."
             )
         padding = ((0, 0), (0, max(missing, 0)))
         return kept | {"action": np.pad(kept["action"], padding).astype(np.float32)}
@@ -227,7 +231,7 @@ def frame_skip_for(source_fps: float | None, target_fps: float) -> int:
         ValueError: If the rate of the data is unknown, or not a multiple of the other one.
     """
     if source_fps is None:
-        raise ValueError(f"the data record no frames per second to convert to {target_fps:g}: give `fps`.")
+        raise ValueError(f"the data record no frames per second to convert to {target_fps:g}: pass `fps`.")
     ratio = source_fps / target_fps if target_fps > 0 else 0.0
     skip = round(ratio) if math.isfinite(ratio) else 0
     if skip < 1 or abs(ratio - skip) > 1e-3:

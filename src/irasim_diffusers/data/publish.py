@@ -1,4 +1,4 @@
-"""Write any data source as a LeRobotDataset v3.0 with a data set card, and publish it."""
+"""Write any data source as a LeRobotDataset v3.0 with a dataset card, and publish it."""
 
 from __future__ import annotations
 
@@ -77,15 +77,15 @@ def write_lerobot(
         source: The data source.
         root: The folder to write.
         robot_type: Name of the robot.
-        camera: Feature key of the pictures of a single camera, or of tiled pictures that have been resized.
+        camera: Feature key of the images of a single camera, or of tiled images that have been resized.
         skip_broken: Skip episodes that cannot be read.
-        on_episode: Called with the number of each episode, and the reason if it is skipped.
+        on_episode: Called with the index of each episode, and the reason if it is skipped.
 
     Returns:
         The folder, with the camera layout of the source.
 
     Raises:
-        ValueError: If the source has no valid frame rate, the folder holds another data set, an episode is broken, or no
+        ValueError: If the source has no valid frame rate, the folder contains another dataset, an episode is broken, or no
             episode can be read.
     """
     fps, root = _frame_rate(source), Path(root)
@@ -103,9 +103,7 @@ def write_lerobot(
         tasks = _write_files(source, root, fps, regions, frame_size, skip_broken, on_episode)
     except BaseException:
         if not any(root.glob("meta/episodes/*/*.parquet")):  # the repaired source may be written here
-            _clear(root)
-            if is_new:
-                root.rmdir()
+            _clear(root, remove=is_new)
         raise
     write_metadata(
         root,
@@ -124,12 +122,12 @@ def write_lerobot(
 def _frame_rate(source: EpisodeSource) -> float:
     fps = source.fps
     if fps is None or not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"{source.name!r} must have a positive number of frames per second, got {fps}: give `fps`.")
+        raise ValueError(f"{source.name!r} must have a positive number of frames per second, got {fps}: pass `fps`.")
     return fps
 
 
 def _component_names(source: EpisodeSource, episode: Episode) -> dict[str, list[str]]:
-    """Component names of all features of floats."""
+    """Return the component names of all features of floats."""
     return {
         key: source.component_names(key) or [f"{key}.{index}" for index in range(values.shape[1])]
         for key, values in {"action": episode.actions, **episode.states}.items()
@@ -183,12 +181,12 @@ def _write_files(
 
 
 def _read_episode(source: EpisodeSource, number: int, frame_size: tuple[int, int] | None = None) -> Episode:
-    """An episode with its bool, integer and string features; frames must have the size of the data set's."""
+    """Read an episode with its bool, integer and string features; its frames must have the size of the dataset."""
     episode = source[number]
     if frame_size not in (None, episode.frames.shape[1:3]):
         raise ValueError(
-            f"episode {number} of {source.name!r} has frames of height and width {episode.frames.shape[1:3]}, others of "
-            f"{frame_size}: a LeRobotDataset has one size."
+            f"episode {number} of {source.name!r} has frames of height and width {episode.frames.shape[1:3]}, the first episode of "
+            f"{frame_size}; a LeRobotDataset has one size: resize the videos, or skip the episode with `skip_broken`."
         )
     flags = source.flags(number) if hasattr(source, "flags") else {}
     return dataclasses.replace(episode, states=episode.states | flags)
@@ -199,11 +197,11 @@ def _report_unread(source: Any) -> None:
     unread = {key: source.info["features"][key] for key in getattr(source, "unread_features", ())}
     if unread:
         found = ", ".join(f"{key!r} ({one['dtype']}, shape {one.get('shape')})" for key, one in unread.items())
-        logger.warning(f"{source.name!r}: features that are not vectors, strings or pictures are left out: {found}.")
+        logger.warning(f"{source.name!r}: features that are not vectors, strings or images are omitted: {found}.")
 
 
 def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, int]) -> str | Regions:
-    """The feature keys of the single cameras and where their pictures are in the frames of a source."""
+    """Return the feature keys of the single cameras and the regions of their images in the frames of a source."""
     names = [name for row in source.cameras for name in row]
     single: Any = _untiled(source)
     if len(names) == 1 or single is None:
@@ -215,7 +213,7 @@ def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, i
     regions = tile_regions(source.cameras, sizes)
     if frame_size != tuple(max(region[axis].stop for region in regions.values()) for axis in (0, 1)):
         raise ValueError(
-            f"pictures of the cameras of {source.name!r} must have one size in all episodes, got {sizes}."
+            f"images of the cameras of {source.name!r} must have one size in all episodes, got {sizes}: resize the videos."
         )
     return {
         name if name.startswith("observation.") else f"observation.images.{name.replace('/', '_')}": region
@@ -224,7 +222,7 @@ def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, i
 
 
 def _untiled(source: Any) -> Any:
-    """The source that opens its cameras one by one; None if frames are resized after they are tiled."""
+    """Return the source that opens its cameras one by one; None if frames are resized after they are tiled."""
     if isinstance(source, PreparedEpisodes):
         return None if source.frame_size is not None else _untiled(source.source)
     names: list[str] = [entry.name for entry in dataclasses.fields(source)] if dataclasses.is_dataclass(source) else []
@@ -232,13 +230,13 @@ def _untiled(source: Any) -> Any:
 
 
 def _units(derivation: str, width: int) -> list[str | None] | None:
-    """Units of derived actions, which `actions.derive_actions` defines for motions of poses."""
+    """Return the units of derived actions, which `actions.derive_actions` defines for motions of poses."""
     known = {"relative_euler": ["m"] * 3 + ["rad"] * 3, "relative_6d": ["m"] * 3 + ["1"] * 6}.get(derivation)
     return None if known is None else (known + [None] * width)[:width]
 
 
 def _claim(root: Path, identity: dict) -> None:
-    """Mark a folder as written from a source, unless it holds something else."""
+    """Mark a folder as written from a source, unless it contains something else."""
     marker = root / SOURCE_FILE
     for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
         remove_abandoned(folder)
@@ -251,28 +249,31 @@ def _claim(root: Path, identity: dict) -> None:
             not marker.is_file() and root.is_dir() and any(root.iterdir())
         ):
             raise ValueError(
-                f"{str(root)!r} holds another data set, or the same one with other content or settings: give a new folder, or "
-                "delete this one."
+                f"{str(root)!r} already contains another dataset, or the same one with other content or settings: pass a new "
+                "folder, or delete this one."
             )
         _clear(root)
         with temporary_path(marker) as temporary:
             temporary.write_text(json.dumps(identity), encoding="utf-8")
 
 
-def _clear(root: Path) -> None:
-    """Delete what an unsuccessful run has left in its folder."""
+def _clear(root: Path, remove: bool = False) -> None:
+    """Delete the files of an unsuccessful run and, if `remove` is set and nothing else is in it, the folder."""
     if (root / SOURCE_FILE).is_file():
         for name in ("data", "meta", "videos"):
             shutil.rmtree(root / name, ignore_errors=True)
         (root / SOURCE_FILE).unlink()
+    if remove:
+        with suppress(OSError):  # the folder contains other files
+            root.rmdir()
 
 
 def write_dataset_card(folder: LeRobotFolder, repo_id: str) -> None:
     """Write README.md of a LeRobotDataset from its metadata.
 
     Args:
-        folder: The data set.
-        repo_id: Name of the data set on the Hub, or of the folder.
+        folder: The dataset.
+        repo_id: Name of the dataset on the Hub, or of the folder.
     """
     features = folder.info["features"]
     units = folder.action_units or []

@@ -1,4 +1,4 @@
-"""Read JSON, JSON Lines and Parquet files of data sets; errors name the file and the line."""
+"""Read JSON, JSON Lines and Parquet files of datasets; errors contain the file and the line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from ..files import unique_keys
 
 
 def read_json(path: Path) -> Any:
@@ -20,14 +22,14 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON file that holds an object.
+    """Parse a JSON file that contains an object.
 
     Raises:
-        ValueError: As `read_json`, or if the file holds something else.
+        ValueError: Like `read_json`, or if the content is not an object.
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(content).__name__}.")
+        raise ValueError(f"{str(path)!r} must contain a JSON object, got {type(content).__name__}.")
     return content
 
 
@@ -47,28 +49,34 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_parquet(path: Path, columns: list[str] | None = None, **options: Any) -> pa.Table:
+def read_parquet(
+    path: Path, columns: list[str] | None = None, max_rows: int | None = None, **options: Any
+) -> pa.Table:
     """Read a Parquet file.
 
     Args:
         path: The file.
         columns: Names of the columns; None reads all.
+        max_rows: Maximum number of rows, checked before they are read: a small file can contain many equal rows.
         options: Further arguments of `pyarrow.parquet.read_table`.
 
     Raises:
-        ValueError: If the file or a column is missing, or the file is damaged; names the file.
+        ValueError: If the file or a column is missing, or the file is damaged or has too many rows.
     """
     try:
+        rows = 0 if max_rows is None else pq.read_metadata(path).num_rows
+        if max_rows is not None and rows > max_rows:
+            raise ValueError(f"{str(path)!r} must have at most {max_rows} rows for its episodes, got {rows}.")
         return pq.read_table(path, columns=columns, **options)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
 
 
 def parquet_columns(path: Path) -> list[str]:
-    """Names of the columns of a Parquet file.
+    """Return the names of the columns of a Parquet file.
 
     Raises:
-        ValueError: As `read_parquet`.
+        ValueError: Like `read_parquet`.
     """
     try:
         return pq.read_schema(path).names
@@ -100,11 +108,13 @@ def _read_text(path: Path) -> str:
 def _parse(text: str, path: Path, line: int) -> Any:
     """Parse JSON text that starts at a line of a file."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         raise ValueError(
             f"{str(path)!r}, line {line}, is not valid JSON: {error.msg} (column {error.colno})."
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}, line {line}, is not valid JSON: {error}.") from error
     except RecursionError as error:
         raise ValueError(f"{str(path)!r}, line {line}, is not valid JSON: nested too deeply.") from error

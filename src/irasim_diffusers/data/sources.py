@@ -1,4 +1,4 @@
-"""Open data sets of every format by folder or Hub id."""
+"""Open datasets of every format by folder or Hub id."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def open_dataset(
     revision: str | None = None,
     streaming: bool = False,
 ) -> EpisodeSource:
-    """Open a data set of any supported format, from a folder or the Hub.
+    """Open a dataset of any supported format, from a folder or the Hub.
 
     A folder with `meta/info.json` is a LeRobotDataset, and one with `annotation` has the format of the IRASim release. A folder of
     `Dataset.save_to_disk`, one of Parquet files such as the download of a Hub repository, and any other Hub repository is a table
@@ -55,28 +55,24 @@ def open_dataset(
             is then fast.
 
     Raises:
-        ValueError: If the folder contains no data set, a camera, split or column does not exist, columns are given for the IRASim
-            format, or a table that is streamed does not announce its number of rows.
+        ValueError: If the folder contains no dataset, a camera, split or column does not exist, columns are given for the IRASim
+            format, or a streamed table does not declare its number of rows.
     """
     if max_episodes is not None and max_episodes < 1:
         raise ValueError(f"`max_episodes` (--max_train_episodes) must be at least 1, got {max_episodes}.")
-    columns = (action_column, state_columns)
+    if not os.fspath(name):
+        raise ValueError("`dataset` must be a folder or a Hub id such as org/name, got an empty name.")
+    selection = {"action_column": action_column, "state_columns": state_columns}
+    options = {"cameras": cameras, "max_episodes": max_episodes, **selection}
     if not Path(name).exists():
-        return _open_remote(str(name), cameras, split, max_episodes, fps, columns, revision, streaming)
-    return _open_folder(Path(name), cameras, split, max_episodes, fps, columns)
+        return _open_remote(str(name), split=split, fps=fps, revision=revision, streaming=streaming, **options)
+    return _open_folder(Path(name), split=split, fps=fps, **options)
 
 
 def _open_remote(
-    name: str,
-    cameras: Any,
-    split: str | None,
-    max_episodes: int | None,
-    fps: float | None,
-    columns: tuple[str | Sequence[str] | None, Sequence[str]],
-    revision: str | None,
-    streaming: bool,
+    name: str, *, split: str | None, fps: float | None, revision: str | None, streaming: bool, **options: Any
 ) -> EpisodeSource:
-    """Open a data set of the Hub: a LeRobotDataset if it has `meta/info.json`, otherwise a table."""
+    """Open a dataset of the Hub: a LeRobotDataset if it has `meta/info.json`, otherwise a table."""
     if Path(name).is_absolute() or name.count("/") != 1:
         raise ValueError(
             f"`dataset` must be a folder or a Hub id such as org/name, got {name!r}, which is not a folder."
@@ -87,39 +83,32 @@ def _open_remote(
         if streaming:
             revision = HfApi().dataset_info(name, revision=revision).sha
         table = _load_table(name, split or "test", revision=revision, streaming=streaming)
-        return _table(table, cameras, max_episodes, fps, *columns, f"{name} at {revision}" if streaming else None)
+        return _table(table, fps=fps, origin=f"{name} at {revision}" if streaming else None, **options)
     if streaming:
         folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns="meta/*"))
-        return _lerobot(folder, cameras, max_episodes, split, *columns, HubFiles(name, folder.name))
-    folder = _download_lerobot(name, cameras, max_episodes, revision, split, *columns)
-    return _lerobot(folder, cameras, max_episodes, split, *columns)
+        return _lerobot(folder, split=split, remote=HubFiles(name, folder.name), **options)
+    folder = _download_lerobot(name, revision=revision, split=split, **options)
+    return _lerobot(folder, split=split, **options)
 
 
-def _open_folder(
-    folder: Path,
-    cameras: Any,
-    split: str | None,
-    max_episodes: int | None,
-    fps: float | None,
-    columns: tuple[str | Sequence[str] | None, Sequence[str]],
-) -> EpisodeSource:
-    """Open a folder in the format that its files show."""
+def _open_folder(folder: Path, *, split: str | None, fps: float | None, **options: Any) -> EpisodeSource:
+    """Detect the format of a folder and open it."""
     if (folder / "meta" / "info.json").is_file():
-        return _lerobot(folder, cameras, max_episodes, split, *columns)
+        return _lerobot(folder, split=split, **options)
     split = split or "test"
     if (folder / "annotation").is_dir():
-        if any(columns):
+        if options["action_column"] or options["state_columns"]:
             raise ValueError(
-                f"`action_column` and `state_columns` (--action-column, --state-columns) must not be given for {str(folder)!r}, "
-                "whose IRASim format defines its actions and states."
+                f"`action_column` and `state_columns` (--action-column, --state-columns) must be omitted for {str(folder)!r}: "
+                "the IRASim format defines its actions and states."
             )
-        return IRASimFolder(folder, split, cameras, fps, max_episodes)
+        return IRASimFolder(folder, split, options["cameras"], fps, options["max_episodes"])
     if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return _table(_saved_table(folder, split), cameras, max_episodes, fps, *columns)
+        return _table(_saved_table(folder, split), fps=fps, **options)
     if any(path.suffix in TABLE_FILES and not path.name.startswith(".") for path in folder.rglob("*")):
-        return _table(_load_table(str(folder), split), cameras, max_episodes, fps, *columns)
+        return _table(_load_table(str(folder), split), fps=fps, **options)
     raise ValueError(
-        f"{str(folder)!r} contains no supported data set: 'meta/info.json' (LeRobotDataset), 'annotation' (IRASim), "
+        f"{str(folder)!r} contains no supported dataset: 'meta/info.json' (LeRobotDataset), 'annotation' (IRASim), "
         f"'dataset_info.json' (datasets) and files {', '.join(TABLE_FILES)} are missing."
     )
 
@@ -138,7 +127,7 @@ def _load_table(name: str, split: str, **options: Any) -> Any:
 
 
 def _saved_table(folder: Path, split: str) -> Any:
-    """A split of what `save_to_disk` has written."""
+    """Return a split of a folder of `save_to_disk`."""
     import datasets
 
     try:
@@ -155,63 +144,47 @@ def _saved_table(folder: Path, split: str) -> Any:
 
 def _table(
     table: Any,
+    *,
     cameras: Any,
     max_episodes: int | None,
     fps: float | None,
-    action_column: str | Sequence[str] | None,
-    state_columns: Sequence[str],
     origin: str | None = None,
+    **selection: Any,
 ) -> TableEpisodes:
     """Open a table, or a stream of a table with its `origin`."""
-    length = None if origin is None else _announced_rows(table, max_episodes)
+    length = None if origin is None else _declared_rows(table, max_episodes)
     if origin is None and max_episodes is not None:
         table = table.select(range(min(max_episodes, len(table))))
     cameras = "video" if cameras is None else cameras
-    return TableEpisodes(table, cameras, action_column, state_columns, fps, length, origin)
+    return TableEpisodes(table, cameras, fps=fps, length=length, origin=origin, **selection)
 
 
-def _announced_rows(table: Any, max_episodes: int | None) -> int:
-    """Number of rows to read from a stream."""
+def _declared_rows(table: Any, max_episodes: int | None) -> int:
+    """Return the number of rows to read from a stream."""
     known = (table.info.splits or {}).get(str(table.split))
     counts = [count for count in (known.num_examples if known else None, max_episodes) if count is not None]
     if not counts:
         raise ValueError(
             f"`max_episodes` (--max_train_episodes) must be given for {table.info.dataset_name!r}, because its card does "
-            "not announce its number of rows."
+            "not declare its number of rows."
         )
     return min(counts)
 
 
-def _lerobot(
-    folder: Path,
-    cameras: Any,
-    max_episodes: int | None,
-    split: str | None,
-    action_column: str | Sequence[str] | None,
-    state_columns: Sequence[str],
-    remote: HubFiles | None = None,
-) -> LeRobotFolder:
+def _lerobot(folder: Path, *, split: str | None, remote: HubFiles | None = None, **options: Any) -> LeRobotFolder:
     """Open a LeRobotDataset; without a split `test`, or all of it if it has no such split."""
     if split is None and "test" in (read_json_object(folder / "meta" / "info.json").get("splits") or {}):
         split = "test"
-    return LeRobotFolder(folder, cameras, max_episodes, remote, split, action_column, state_columns)
+    return LeRobotFolder(folder, split=split, remote=remote, **options)
 
 
-def _download_lerobot(
-    name: str,
-    cameras: Any,
-    max_episodes: int | None,
-    revision: str | None,
-    split: str | None,
-    action_column: str | Sequence[str] | None,
-    state_columns: Sequence[str],
-) -> Path:
+def _download_lerobot(name: str, *, revision: str | None, split: str | None, **options: Any) -> Path:
     """Download the vectors and videos of the requested episodes and cameras of a LeRobotDataset."""
     folder = Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns="meta/*"))
-    requested = _lerobot(folder, cameras, max_episodes, split, action_column, state_columns)
+    requested = _lerobot(folder, split=split, **options)
     wanted = [camera for row in requested.cameras for camera in row]
     videos = [pattern.format(key) for key in wanted for pattern in ("videos/{}/*", "videos/*/{}/*")]
     patterns = ["data/*", *videos]
-    if len(requested) < len(LeRobotFolder(folder, cameras, None, None, None, action_column, state_columns)):
+    if len(requested) < len(LeRobotFolder(folder, **options | {"max_episodes": None})):
         patterns = [path.relative_to(folder).as_posix() for path in requested.files]
     return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=["meta/*", *patterns]))

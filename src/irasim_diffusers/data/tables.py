@@ -1,10 +1,12 @@
-"""Read tables of the `datasets` library: one row per episode, with videos or pictures, actions and states."""
+"""Read tables of the `datasets` library: one row per episode, with videos or images, actions and states."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import os
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -21,13 +23,17 @@ from .episode import Episode, InOrder, camera_layout, tile, window_slice
 from .pictures import read_picture
 from .video import count_frames, read_frames, read_video
 
+MAX_DOWNLOAD = 1 << 30
+"""Maximum bytes of a remote video or image, which is read into memory."""
+TIMEOUT = 60.0  # seconds
+
 
 @dataclass(frozen=True)
 class TableEpisodes(InOrder):
     """A `datasets.Dataset` or `datasets.IterableDataset` of episodes.
 
-    A camera is a column of type Video, or a list of pictures. Videos are decoded without torchcodec. There are as many actions as
-    frames, or one fewer.
+    A camera is a column of type Video, or a list of images. Videos are decoded without torchcodec. There are as many actions as
+    frames, or one fewer. Videos and images are in the table, local files, or files on the web (http, https, hf).
 
     Args:
         dataset: The table.
@@ -54,7 +60,7 @@ class TableEpisodes(InOrder):
     def __post_init__(self) -> None:
         dataset, layout = self.dataset, camera_layout(self.cameras)
         if self._streams and (self.length is None or self.origin is None):
-            raise ValueError(f"`length` and `origin` must be given for {self.name!r}, whose rows are streamed.")
+            raise ValueError(f"`length` and `origin` are required for the streamed table {self.name!r}.")
         if dataset.column_names is None:  # a stream without a description
             dataset = dataset._resolve_features()
         names, known = [name for row in layout for name in row], dataset.column_names
@@ -75,26 +81,28 @@ class TableEpisodes(InOrder):
         object.__setattr__(self, "cameras", layout)
 
     def _undecoded(self, dataset: Any, name: str) -> Any:
-        """The table with a column of videos or pictures that are not decoded when a row is read."""
+        """Return the table with a column of videos or images that are not decoded when a row is read."""
         import datasets
 
         feature = dataset.features[name]
         if isinstance(feature, datasets.Video):
             return dataset.cast_column(name, datasets.Video(decode=False))
         if not isinstance(getattr(feature, "feature", None), datasets.Image):
-            raise ValueError(f"column {name!r} of {self.name!r} must hold a video or a list of images, got {feature}.")
-        if self._streams:  # in other tables the cast would rewrite all pictures
+            raise ValueError(
+                f"column {name!r} of {self.name!r} must contain a video or a list of images, got {feature}."
+            )
+        if self._streams:  # in other tables the cast would rewrite all images
             return dataset.cast_column(name, datasets.List(datasets.Image(decode=False)))
         return dataset
 
     @property
     def name(self) -> str:
-        """The name of the table, or its fingerprint."""
+        """Name of the table, or its fingerprint."""
         return self.dataset.info.dataset_name or self._fingerprint
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The columns with a hash of the actions and states and of the stamps of videos and pictures, or the origin."""
+        """Columns with a hash of the actions, the states and the fingerprints of videos and images, or the origin."""
         columns = {"cameras": self.cameras, "action": self.action_column, "states": list(self.state_columns)}
         content = {} if self._streams else {"content": self._content_hash()}
         return {"fingerprint": self._fingerprint, **columns, **content}
@@ -107,7 +115,7 @@ class TableEpisodes(InOrder):
         for batch in self._rows.select_columns(names).iter(1000):
             paths = [path for name in names for path in _outside_files(batch[name])]
             digest.update(json.dumps([media_stamp(path) or path for path in paths]).encode())
-        for file in self.dataset.cache_files:  # pictures inside the table
+        for file in self.dataset.cache_files:  # images inside the table
             digest.update(json.dumps(media_stamp(file["filename"], modified=False)).encode())
         return digest.hexdigest()
 
@@ -123,7 +131,7 @@ class TableEpisodes(InOrder):
 
     @cached_property
     def _rows(self) -> Any:
-        """Rows whose pictures are not decoded."""
+        """Rows with images that are not decoded."""
         return _StreamedRows(self.dataset) if self._streams else self.dataset.with_format("arrow")
 
     def __len__(self) -> int:
@@ -142,12 +150,12 @@ class TableEpisodes(InOrder):
         """Read a part of an episode; other frames are not decoded unnecessarily.
 
         Args:
-            number: Number of the episode.
+            number: Index of the episode.
             start: First frame.
             length: Number of frames.
 
         Raises:
-            ValueError: As `__getitem__`, or if the window exceeds the episode.
+            ValueError: Like `__getitem__`, or if the window exceeds the episode.
         """
         return self._read(number, (start, length))
 
@@ -209,17 +217,17 @@ class TableEpisodes(InOrder):
 
 
 def _matrix(values: Any, key: str) -> np.ndarray:
-    """Numbers (T, D), or (T,) as (T, 1), float32."""
+    """Convert numbers (T, D), or (T,) to (T, 1), to float32."""
     if values is None:
         raise ValueError(f"column {key!r} is empty.")
     matrix = finite_vector(values, key)
     if matrix.ndim not in (1, 2):
-        raise ValueError(f"column {key!r} must hold one vector per frame, got shape {matrix.shape}.")
+        raise ValueError(f"column {key!r} must contain one vector per frame, got shape {matrix.shape}.")
     return matrix.reshape(len(matrix), -1) if len(matrix) else np.zeros((0, 1), np.float32)
 
 
 class _StreamedRows:
-    """Numbered rows of a `datasets.IterableDataset`: continues reading, or restarts to read an earlier row."""
+    """Rows of a `datasets.IterableDataset` by index; reading an earlier row restarts the iteration."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -233,41 +241,56 @@ class _StreamedRows:
         while self.number < number:
             row = next(self.following, None)
             if row is None:
-                raise EOFError(
-                    f"the data end after {self.number + 1} rows: give that as `max_episodes` (--max_train_episodes)."
-                )
+                raise EOFError(f"the dataset has only {self.number + 1} rows: pass `max_episodes={self.number + 1}`.")
             self.row, self.number = row, self.number + 1
         return self.row
 
 
 def _content(value: dict[str, Any]) -> BinaryIO | str:
-    """File of a video or a picture: in the table, local or remote."""
+    """Return the file of a video or an image: in the table, local or remote.
+
+    A table may come from anyone: its paths must not open devices or the other protocols of `fsspec`.
+    """
+    path = value.get("path")
     if value.get("bytes"):
         return io.BytesIO(value["bytes"])
-    if "://" not in value["path"]:
-        return value["path"]
-    return io.BytesIO(_download(value["path"]))
+    if not isinstance(path, str) or not path:
+        raise ValueError("a video or an image has neither content nor a path.")
+    if "://" in path or "::" in path:
+        return io.BytesIO(_download(path))
+    if "\0" in path or not os.path.isfile(path):
+        raise ValueError(f"{path[:200]!r} is not a file: download it, or correct the path in the table.")
+    return path
 
 
 @lru_cache(maxsize=4)  # the cameras of an episode are read more than once
-def _download(path: str) -> bytes:
+def _download(url: str) -> bytes:
+    """Read a file of at most `MAX_DOWNLOAD` bytes."""
+    name, scheme = repr(url[:200]), url.partition("://")[0]
+    if "::" in url or scheme not in ("http", "https", "hf"):
+        raise ValueError(f"{name} must be a local path, or a URL of http, https or hf: download the file.")
     try:
-        with fsspec.open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError as error:
-        raise ValueError(f"{path!r} does not exist.") from error
+        opened = fsspec.open(url, "rb") if scheme == "hf" else urllib.request.urlopen(url, timeout=TIMEOUT)
+        with opened as file:
+            content = file.read(MAX_DOWNLOAD + 1)
+    except Exception as error:  # the protocols raise errors of many types
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot read {name}: {reason}.") from error
+    if len(content) > MAX_DOWNLOAD:
+        raise ValueError(f"{name} must have at most {MAX_DOWNLOAD} bytes: download the file.")
+    return content
 
 
 def _length(value: Any) -> int:
-    """Number of frames of a video or a list of pictures."""
+    """Return the number of frames of a video or a list of images."""
     return count_frames(_content(value)) if isinstance(value, dict) else len(value or ())
 
 
 def _frames(value: Any, part: slice, total: int | None) -> np.ndarray:
-    """Decode a part of a video or a list of pictures.
+    """Decode a part of a video or a list of images.
 
     Args:
-        value: The video or the pictures.
+        value: The video or the images.
         part: The frames to decode.
         total: Number of all frames; None to decode all.
     """
@@ -276,12 +299,12 @@ def _frames(value: Any, part: slice, total: int | None) -> np.ndarray:
             return read_video(_content(value))
         return read_frames(_content(value), part.start, part.stop - part.start, whole=part.stop == total)
     if not value or not all(isinstance(picture, dict) for picture in value):
-        raise ValueError("a picture is missing, or there are none.")
+        raise ValueError("an image is missing: fill the gap, or remove the episode.")
     return np.stack([read_picture(_content(picture), repr(picture.get("path"))) for picture in value[part]])
 
 
 def _outside_files(column: pa.ChunkedArray) -> list[str]:
-    """Paths of the videos or pictures of a column that are not inside the table."""
+    """Return the paths of the videos or images of a column that are not inside the table."""
     array = column.combine_chunks()
     while pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
         array = array.flatten()

@@ -18,7 +18,7 @@ from ..files import temporary_path
 
 VideoFile: TypeAlias = str | os.PathLike | BinaryIO
 ITU601, ITU709, MPEG_RANGE, JPEG_RANGE = 5, 1, 1, 2
-"""FFmpeg's numbers of colour matrices and of ranges of YUV values."""
+"""FFmpeg enum values: color matrices and YUV ranges."""
 
 
 def read_video(path: VideoFile) -> np.ndarray:
@@ -31,11 +31,11 @@ def read_video(path: VideoFile) -> np.ndarray:
         Frames (T, H, W, 3), uint8 RGB.
 
     Raises:
-        ValueError: If the file is missing, is not a video, is damaged, contains no frame, or has 16-bit grey frames.
+        ValueError: If the file is missing, is not a video, is damaged, contains no frame, or has 16-bit gray frames.
     """
     frames = list(iterate_video(path))
     if not frames:
-        raise ValueError(f"{str(path)!r} contains no video frame: give a readable video file.")
+        raise ValueError(f"{str(path)!r} contains no video frame: pass a readable video file.")
     return np.stack(frames)
 
 
@@ -55,10 +55,10 @@ def read_frames(path: VideoFile, start: int, count: int, fps: float | None = Non
 
     Args:
         path: The video file, or an open one.
-        start: Number of the first frame.
+        start: Index of the first frame.
         count: Number of frames.
-        fps: Frame rate that numbers the frames by their times. None numbers them in their order and ignores their times; the
-            whole file is then read, but not decoded.
+        fps: Frame rate that determines the index of a frame from its time. None counts frames in their order; the whole file
+            is then read, but not decoded.
         whole: Whether the video must end after these frames.
 
     Returns:
@@ -76,7 +76,7 @@ def read_numbered_frames(
     """Decode the frames with these numbers, in increasing order; see `read_frames`.
 
     Raises:
-        ValueError: As `read_frames`.
+        ValueError: Like `read_frames`.
     """
     wanted = [int(number) for number in numbers]
     frames: list[np.ndarray] = []
@@ -92,7 +92,8 @@ def read_numbered_frames(
             if not abs(number - following) <= 0.5:
                 rate = "" if fps is None else f" at {fps:g} frames/s"
                 raise ValueError(
-                    f"{str(path)!r} has no frame number {following}{rate}: frames are missing, or the frame rate differs."
+                    f"{str(path)!r} has no frame {following}{rate}: frames are missing, or the frame rate differs; encode the video "
+                    "again at a constant rate."
                 )
             frames.append(_pixels(_undamaged(frame, path), path))
             if len(frames) == len(wanted) and not whole:
@@ -125,7 +126,7 @@ def _open(path: VideoFile) -> Iterator[tuple[Any, Any]]:
     try:
         with av.open(source) as container:
             if not container.streams.video:
-                raise ValueError(f"{str(source)!r} has no video stream: give a video or image file.")
+                raise ValueError(f"{str(source)!r} has no video stream: pass a video or image file.")
             yield container, container.streams.video[0]
     except (av.error.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -133,18 +134,18 @@ def _open(path: VideoFile) -> Iterator[tuple[Any, Any]]:
 
 
 def _undamaged(frame: Any, path: VideoFile) -> Any:
-    if frame.is_corrupt:  # the decoder filled the missing parts by guessing
+    if frame.is_corrupt:  # the decoder concealed errors
         raise ValueError(f"{str(path)!r} is damaged: a frame cannot be decoded completely.")
     return frame
 
 
 def _pixels(frame: Any, path: VideoFile) -> np.ndarray:
-    """Convert a decoded frame to RGB (H, W, 3), uint8, by its own colour matrix and range, and turn it upright."""
+    """Convert a decoded frame to RGB (H, W, 3), uint8, with its color matrix and range, and apply its rotation."""
     name = frame.format.name
     if name.startswith("gray") and name not in ("gray", "gray8"):
         raise ValueError(
-            f"{str(path)!r} has frames of the format {name!r}, for example depth: 8-bit frames are required. Scale them to 8 "
-            "bits by a range of your choice, or choose another camera."
+            f"{str(path)!r} has frames of the format {name!r}, for example depth: 8-bit frames are required. convert them "
+            "to 8 bits, or select another camera."
         )
     if not name.startswith(("yuv", "nv", "p0")):
         return _upright(frame, frame.to_ndarray(format="rgb24"))
@@ -230,7 +231,7 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
         path: The file to write; its suffix selects the container.
         frames: Frames (T, H, W, 3), uint8 RGB, or an iterable of frames.
         fps: Frames per second.
-        lossless: Keep every RGB value, without chroma subsampling and quantisation. Browsers play only lossy videos, which are
+        lossless: Keep every RGB value, without chroma subsampling and quantization. Browsers play only lossy videos, which are
             padded to an even height and width.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Networks."""
+"""Models: the IRASim transformer, the U-Net baseline and the proprioception model."""
 
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 

@@ -1,4 +1,4 @@
-"""Features of actions that the networks receive."""
+"""Action features of the networks."""
 
 import torch
 

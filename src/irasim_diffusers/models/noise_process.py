@@ -1,4 +1,4 @@
-"""The noise process of a checkpoint."""
+"""Build the noise scheduler of a checkpoint."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 
 def noise_process(config: Any) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
-    """Return the noise process in a model's config as a scheduler.
+    """Build the training noise scheduler from a model config.
 
     For rectified flow with the positions of Open-Sora, sampling shifts the timesteps towards noise by a factor that grows with
     the number of pixels and frames of a window, as in Open-Sora's RFLOW scheduler. Training does not depend on the shift.

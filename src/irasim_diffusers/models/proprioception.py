@@ -17,10 +17,10 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
 
     Args:
         state_names: Names of the S state components.
-        state_low: Lowest value of each component; a reading never falls below it.
+        state_low: Lowest value of each component; predictions of `read` are clamped to it.
         state_high: Highest value of each component.
-        state_offset: Subtracted from a state before scaling, as `action_offset` is.
-        state_scale: `normalised = (state - offset) * scale`.
+        state_offset: Subtracted from a state before scaling, like `action_offset`.
+        state_scale: `normalized = (state - offset) * scale`.
         block_out_channels: Channels of the convolutions; each of the first two halves the resolution.
         num_keypoints: Number of keypoints.
         hidden_dim: Width of the perceptron.

@@ -1,4 +1,4 @@
-"""The entries of a config that define a component."""
+"""Public entries of a diffusers config."""
 
 from typing import Any
 

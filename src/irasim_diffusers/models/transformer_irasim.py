@@ -51,24 +51,26 @@ ACTION_ENCODER = ("action_embed.", "trajectory_embed.", "null_action")
 TARGET_OCTAVES = 6
 """Octaves of the Fourier features of a patch's offset from the target. The longest wavelength is four frame sizes."""
 
-COUNTS = (
-    "num_attention_heads",
-    "attention_head_dim",
-    "num_layers",
-    "in_channels",
-    "patch_size",
-    "sample_height",
-    "sample_width",
-    "sample_frames",
-    "num_history_frames",
-    "action_dim",
-)
-"""Config entries that are positive integers."""
+LIMITS = {
+    "num_attention_heads": 256,
+    "attention_head_dim": 1024,
+    "num_layers": 256,
+    "in_channels": 1024,
+    "patch_size": 64,
+    "sample_height": 4096,
+    "sample_width": 4096,
+    "sample_frames": 4096,
+    "num_history_frames": 4096,
+    "action_dim": 1024,
+    "num_train_timesteps": 100_000,
+}
+"""Config entries that are positive integers, with upper limits. They bound the memory that a config can request."""
 
-MAX_LAYERS = 1000
-"""Limit of `num_layers`: building a model takes time in proportion to it."""
+RANGES = {"action_frequencies": (0, 32), "fps": (1e-3, 1e5), "beta_start": (0, 1), "beta_end": (0, 1)}
+"""Ranges of other numbers in a config."""
 
-MAX_FPS = 100_000
+MAX_WINDOW = 1 << 28
+"""Maximum number of values of a window: channels x frames x height x width."""
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "conditioning": ("frame", "video"),
@@ -90,9 +92,9 @@ INF = float("inf")
 
 
 def short_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention over a few tokens (B, S, heads, head_dim) as sums, which a compiler fuses.
+    """Attention for short sequences written as elementwise operations, which `torch.compile` fuses.
 
-    On a CPU it takes a quarter of the time of matrix product kernels.
+    Query, key and value are (B, S, heads, head_dim). On a CPU it takes a quarter of the time of matrix product kernels.
     """
     scores = (query.unsqueeze(2) * key.unsqueeze(1)).sum(-1, dtype=torch.float32)  # (B, S queries, S keys, heads)
     weights = (scores * query.shape[-1] ** -0.5).softmax(2).to(value.dtype)
@@ -137,7 +139,7 @@ class IRASimAttnProcessor:
 
     @staticmethod
     def project(attn: "IRASimAttention", hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Query, key and value (B, S, heads, head_dim) of tokens (B, S, D)."""
+        """Return query, key and value (B, S, heads, head_dim) of tokens (B, S, D)."""
         if attn.fused_projections:
             projections = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
@@ -427,7 +429,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Initialise as DiT: every block is the identity, and the output is zero."""
+        """Initialize like DiT: every block is the identity, and the output is zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -736,7 +738,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         """Sines and cosines of the grid (1, rows columns, D); those of the columns come first."""
         config, exact = self.config, maybe_adjust_dtype_for_device(torch.float64, device)
         down, across = (torch.arange(number, dtype=exact, device=device) for number in (rows, columns))
-        if config.base_patch_size is not None:  # centres of the patches in units of the pretrained grid
+        if config.base_patch_size is not None:  # centers of the patches in units of the pretrained grid
             ratio = config.patch_size / config.base_patch_size
             down, across = (down + 0.5) * ratio - 0.5, (across + 0.5) * ratio - 0.5
         if config.spatial_position == "area":
@@ -789,10 +791,8 @@ def _check_config(config: Any) -> None:
         ValueError: If an entry is invalid, or entries do not match.
     """
     check_shared_config(config)
-    if config.num_layers > MAX_LAYERS:
-        raise ValueError(f"`num_layers` must be at most {MAX_LAYERS}, got {config.num_layers}.")
     if config.scale_noisy_latents and config.prediction_type == "flow_prediction":
-        raise ValueError("`scale_noisy_latents` must be False for a flow, which has no alphas.")
+        raise ValueError("`scale_noisy_latents` must be False with flow_prediction, which has no alphas.")
     if config.target_extent is not None:
         _check_target_extent(config)
     if config.spatial_position == "rope" and config.attention_head_dim % 4:
@@ -802,24 +802,36 @@ def _check_config(config: Any) -> None:
 
 
 def check_shared_config(config: Any) -> None:
-    """Check the entries that the transformer and the U-Net share, as far as a config has them.
+    """Check the config entries that the transformer and the U-Net share.
 
     Raises:
         ValueError: If an entry is invalid.
     """
-    for name in COUNTS:
+    for name, most in LIMITS.items():
         value = config.get(name, 1)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if value > most:
+            raise ValueError(f"`{name}` must be at most {most}, got {value}.")
+    window = config.in_channels * config.sample_frames * config.sample_height * config.sample_width
+    if window > MAX_WINDOW:
+        raise ValueError(
+            f"`in_channels` x `sample_frames` x `sample_height` x `sample_width` must be at most {MAX_WINDOW}, got {window}: a "
+            "window must fit into memory."
+        )
     if config.num_history_frames >= config.sample_frames:
         raise ValueError(
             f"`num_history_frames` must be less than `sample_frames` = {config.sample_frames}, which includes the predicted "
             f"frames, got {config.num_history_frames}."
         )
-    fps = config.fps
-    if fps is not None and not (isinstance(fps, int | float) and 0 < fps <= MAX_FPS):
-        found = fps if isinstance(fps, float) else repr(fps)[:60]
-        raise ValueError(f"`fps` must be a positive number of frames per second, or None, got {found}.")
+    for name, (low, high) in RANGES.items():
+        value = config.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is None and (name == "fps" or name not in config):
+            continue
+        if not (number and low <= value <= high):
+            wanted = "a positive number of frames per second, or None" if name == "fps" else f"in [{low:g}, {high:g}]"
+            raise ValueError(f"`{name}` must be {wanted}, got {repr(value)[:60]}.")
     if config.cameras is not None and not _are_rows_of_names(config.cameras):
         raise ValueError(f"`cameras` must be rows of camera names, or None, got {config.cameras!r}.")
     for name, choices in CHOICES.items():

@@ -40,7 +40,8 @@ UNET_PRESETS: dict[str, dict[str, Any]] = {
 """The paper's baselines (Tables 8 and 9) on RT-1; VDM on Language-Table has frames of 144x256."""
 
 NORM_GROUPS = 8
-MAX_SEQUENCES = 2**15  # attention kernels count sequences in 16 bits, and every pixel is one sequence
+MAX_RESOLUTIONS, MAX_WIDTH = 12, 16384
+MAX_SEQUENCES = 2**15  # CUDA limits the grid dimension to 16 bits; every pixel is one sequence
 
 
 class UNetLinearAttnProcessor(IRASimAttnProcessor):
@@ -158,12 +159,12 @@ class UNetTrajectoryBlock(nn.Module):
 class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """The U-Net of VDM and LVDM: predicts the noise of future frames from the clean history and a whole trajectory.
 
-    Space and time are factorised: convolutions and attention within frames, attention between the frames of a pixel. An MLP
+    Space and time are factorized: convolutions and attention within frames, attention between the frames of a pixel. An MLP
     embeds the trajectory, which has a fixed number of actions. The embedding is concatenated with that of the timestep; together
     they scale and shift the features of every residual block. All frames thus receive all actions, as in Video-Ada.
 
     Residual blocks and samplers are those of diffusers. Differences from the released code of the baselines: residual blocks
-    normalise before they convolve, and each frame separately; positions in time are rotations only, without a learned bias. With
+    normalize before they convolve, and each frame separately; positions in time are rotations only, without a learned bias. With
     the paper's settings on RT-1 (15 actions of 7 components) VDM has 44,518,595 parameters and LVDM 687,572,260. The paper reports
     40M and 687M; the layers of the released code add up to 44.50M and 687.52M.
 
@@ -391,7 +392,16 @@ def _check_config(config: Any) -> None:
     """Raise ValueError if an entry of the config is invalid."""
     if config.conditioning != "video":
         raise ValueError(
-            f"`conditioning` must be video, got {config.conditioning!r}: the U-Net sees whole trajectories."
+            f"`conditioning` must be video, got {config.conditioning!r}: the U-Net is conditioned on the whole trajectory."
+        )
+    widths = config.block_out_channels
+    sizes = [*widths, config.condition_dim] if isinstance(widths, list | tuple) else []
+    if not (
+        sizes and len(widths) <= MAX_RESOLUTIONS and all(type(size) is int and 0 < size <= MAX_WIDTH for size in sizes)
+    ):
+        raise ValueError(
+            f"`block_out_channels` must be 1 to {MAX_RESOLUTIONS} integers and `condition_dim` one, all in [1, {MAX_WIDTH}], got "
+            f"{widths!r:.60} and {config.condition_dim!r:.60}."
         )
     if any(channels % NORM_GROUPS for channels in config.block_out_channels):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Pipelines."""
+"""The IRASim pipeline."""
 
 from .pipeline_irasim import IRASimPipeline
 from .pipeline_output import IRASimPipelineOutput

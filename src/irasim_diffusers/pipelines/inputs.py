@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..pictures import resize as resize_frames
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+AUTOENCODER_LIMITS = {
+    "layers_per_block": 64,
+    "num_encoder_blocks": 64,
+    "num_decoder_blocks": 64,
+    "block_out_channels": 16384,
+    "encoder_block_out_channels": 16384,
+    "decoder_block_out_channels": 16384,
+}
+"""Upper limits of sizes in the config of an autoencoder."""
+MAX_BLOCKS = 16
+FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""Types of weights in safetensors files."""
 
 
 def stack_frames(frames: Any) -> torch.Tensor:
@@ -53,7 +71,7 @@ def _to_tensor(frames: Any) -> torch.Tensor:
         parts = [_to_tensor(frame) for frame in frames]
         if len({part.shape for part in parts}) != 1:
             shapes = sorted({tuple(part.shape) for part in parts})
-            raise ValueError(f"`frames` must hold at least one frame, all of one size, got shapes {shapes}.")
+            raise ValueError(f"`frames` must contain at least one frame, all of one size, got shapes {shapes}.")
         return torch.stack(parts)
     if isinstance(frames, np.ndarray):
         if frames.ndim < 3:
@@ -76,18 +94,16 @@ def check_history(pixels: torch.Tensor, config: Any) -> None:
         config: The transformer's config.
 
     Raises:
-        ValueError: If there are more frames than the checkpoint supports, or fewer for a model of whole trajectories.
+        ValueError: If there are more frames than the checkpoint supports, or fewer for Video-Ada and the U-Net.
     """
     longest, given = config.num_history_frames, pixels.shape[1]
     if given > longest:
         raise ValueError(
-            f"`frames` must hold 1 to {longest} history frames for this checkpoint, got {given}: pass the last {longest} (a "
+            f"`frames` must contain 1 to {longest} history frames for this checkpoint, got {given}: pass the last {longest} (a "
             "list of lists is a batch)."
         )
     if config.conditioning == "video" and given != longest:
-        raise ValueError(
-            f"`frames` must hold {longest} history frames for a model of whole trajectories, got {given}."
-        )
+        raise ValueError(f"`frames` must contain {longest} history frames for Video-Ada and the U-Net, got {given}.")
 
 
 def fit_frames(pixels: torch.Tensor, size: tuple[int, int], resize: bool) -> torch.Tensor:
@@ -135,29 +151,67 @@ def check_batch(num_histories: int, num_sequences: int, num_videos: int, generat
     return batch_size
 
 
+def check_steps(num_inference_steps: Any, config: Any) -> None:
+    """Check the number of denoising steps.
+
+    Args:
+        num_inference_steps: The number.
+        config: The transformer's config.
+
+    Raises:
+        ValueError: If it is not an integer in [1, `num_train_timesteps`].
+    """
+    most = config.num_train_timesteps
+    if not _is_count(num_inference_steps) or num_inference_steps > most:
+        raise ValueError(
+            f"`num_inference_steps` must be an integer of at least 1 and at most {most}, the timesteps in training, got "
+            f"{num_inference_steps!r}."
+        )
+
+
 def check_numbers(
-    num_inference_steps: int, num_videos_per_trajectory: int, decode_chunk_size: int, guidance_scale: float, eta: float
+    *, num_videos_per_trajectory: int, decode_chunk_size: int, guidance_scale: float, eta: float
 ) -> None:
     """Check the numeric arguments of a call.
+
+    Args:
+        num_videos_per_trajectory: Number of videos per trajectory.
+        decode_chunk_size: Number of frames that are decoded at a time.
+        guidance_scale: Any finite number.
+        eta: A number in [0, 1].
 
     Raises:
         ValueError: If a count is not a positive integer, the guidance scale is not finite, or eta is not in [0, 1].
     """
-    counts = (num_inference_steps, num_videos_per_trajectory)
-    if not all(isinstance(count, int | np.integer) and count >= 1 for count in counts):
-        raise ValueError(
-            "`num_inference_steps` and `num_videos_per_trajectory` must be integers of at least 1, got "
-            f"{num_inference_steps} and {num_videos_per_trajectory}."
-        )
-    if not isinstance(decode_chunk_size, int | np.integer) or decode_chunk_size < 1:
-        raise ValueError(f"`decode_chunk_size` must be an integer of at least 1, got {decode_chunk_size}.")
+    counts = {"num_videos_per_trajectory": num_videos_per_trajectory, "decode_chunk_size": decode_chunk_size}
+    for name, count in counts.items():
+        if not _is_count(count):
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {count}.")
     if not math.isfinite(guidance_scale):
         raise ValueError(f"`guidance_scale` must be finite, got {guidance_scale}.")
     if not 0 <= eta <= 1:
         raise ValueError(f"`eta` must be in [0, 1], got {eta}.")
 
 
-def check_outputs(output_type: str, requested: list[str], available: list[str]) -> None:
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1
+
+
+def check_prediction(latents: torch.Tensor) -> torch.Tensor:
+    """Return predicted latents if all are finite.
+
+    Raises:
+        ValueError: If some are NaN or infinite, which would become arbitrary pixels.
+    """
+    if not torch.isfinite(latents).all():
+        raise ValueError(
+            "the prediction contains NaN or infinite values: check the LoRA weights and their `lora_alpha`, or load the model "
+            "in float32."
+        )
+    return latents
+
+
+def check_outputs(output_type: str, requested: Sequence[str], available: Sequence[str]) -> None:
     """Check the output type and the names of the tensors that a callback receives.
 
     Raises:
@@ -191,11 +245,11 @@ def check_chunk(chunk_length: Any, config: Any, longest: float | None = None) ->
     Args:
         chunk_length: The number.
         config: Config of the transformer.
-        longest: Largest number; None for the predicted frames of a window. Ignored for models of whole trajectories.
+        longest: Largest number; None for the predicted frames of a window. Ignored for Video-Ada and the U-Net.
 
     Raises:
-        ValueError: If the number is less than 1 or too large, or differs from the predicted frames of a window for a model of
-            whole trajectories.
+        ValueError: If the number is less than 1 or too large, or differs from the predicted frames of a window for Video-Ada
+            and the U-Net.
     """
     window = config.sample_frames - config.num_history_frames
     fixed = config.conditioning == "video"
@@ -218,8 +272,8 @@ def check_fps(fps: float | None, config: Any) -> None:
     rate = config.fps if fps is None else fps
     if embedded and (rate is None or not 0 < rate < float("inf")):
         raise ValueError(
-            f"`fps` must be the positive number of frames per second, which this model embeds, got {rate}: pass it, or set "
-            "it in the config."
+            f"`fps` must be positive, got {rate}: this model is conditioned on the frame rate. Pass `fps`, or set it in the "
+            "config."
         )
 
 
@@ -263,7 +317,7 @@ def check_autoencoder(vae: Any, in_channels: int) -> None:
 def check_finite_weights(module: Any, name: str) -> None:
     """Check that all weights of a module are finite. The cost is one sum per tensor.
 
-    Weights on the meta device, of less than 16 bits and of quantised types are not checked.
+    Weights on the meta device, of less than 16 bits and of quantized types are not checked.
 
     Args:
         module: The module; anything else is accepted without a check.
@@ -283,3 +337,50 @@ def check_finite_weights(module: Any, name: str) -> None:
                 f"`{name}` must have finite weights, got NaN or infinite values in {key!r}: the training diverged or the file "
                 "is damaged; load an earlier checkpoint."
             )
+
+
+def check_model_files(folder: Path) -> None:
+    """Check the files of the models in a pipeline folder, before models are built and weights are converted.
+
+    Args:
+        folder: The folder; nothing is checked in a path that is not one.
+
+    Raises:
+        ValueError: If the autoencoder has too many layers, or the weights of a model that is not quantized are not
+            floating-point.
+    """
+    for name in ("vae", "transformer"):
+        path = folder / name / "config.json"
+        config: Any = {}
+        if path.is_file():
+            with suppress(ValueError):  # diffusers reports a damaged file
+                config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            continue
+        if name == "vae":
+            _check_layers(config)
+        if "quantization_config" not in config:
+            for file in sorted((folder / name).glob("[!.]*.safetensors")):
+                _check_types(file)
+
+
+def _check_layers(config: dict[str, Any]) -> None:
+    """Check the sizes that determine how long it takes to build an autoencoder."""
+    for key, most in AUTOENCODER_LIMITS.items():
+        sizes = config.get(key, [])
+        sizes = sizes if isinstance(sizes, list) else [sizes]
+        if len(sizes) > MAX_BLOCKS or not all(type(size) is int and 0 <= size <= most for size in sizes):
+            raise ValueError(
+                f"`{key}` of the autoencoder must be at most {MAX_BLOCKS} integers of at most {most}, got {config[key]!r:.60}."
+            )
+
+
+def _check_types(file: Path) -> None:
+    """Check the types in the header of a safetensors file."""
+    with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:  # diffusers reports these
+        for key in tensors.keys():  # noqa: SIM118 (not a dictionary)
+            kind = tensors.get_slice(key).get_dtype()
+            if kind not in FLOATING and not key.endswith("num_batches_tracked"):
+                raise ValueError(
+                    f"{str(file)!r} must contain floating-point weights, got {kind} for {key!r}: convert the model again."
+                )

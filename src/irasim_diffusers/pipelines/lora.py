@@ -1,5 +1,6 @@
-"""Loading of LoRA weights, optionally together with a fully trained action encoder."""
+"""Load LoRA weights, optionally together with a fully trained action encoder."""
 
+import re
 from typing import Any
 
 import torch
@@ -9,6 +10,11 @@ from diffusers.utils.torch_utils import unwrap_module
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..models.transformer_irasim import ACTION_ENCODER
+
+PATTERNS = ("exclude_modules", "layers_pattern", "layers_to_transform")
+"""Entries of a PEFT config that select modules, in addition to `target_modules`."""
+MODULE_NAME = re.compile(r"\^?[\w.]+\$?")
+MAX_RANK, MAX_ALPHA = 1 << 16, 1e6
 
 
 class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
@@ -37,10 +43,10 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         state_dict, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
         self._check_alpha(state_dict, metadata)
         state_dict = {_standard_key(key): value for key, value in state_dict.items()}
-        if metadata is not None:
-            metadata = {_standard_key(key): value for key, value in metadata.items()}
         layers = {key: value for key, value in state_dict.items() if "lora" in key}
         self._check_layers(layers)
+        if metadata is not None:
+            metadata = _checked_metadata({_standard_key(key): value for key, value in metadata.items()}, layers)
         encoder = {key.removeprefix("transformer."): value for key, value in state_dict.items() if key not in layers}
         unknown = [key for key in encoder if not key.startswith(ACTION_ENCODER)]
         if unknown or not layers:
@@ -85,13 +91,16 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             )
 
     def _check_layers(self, layers: dict[str, torch.Tensor]) -> None:
-        """Raise ValueError for LoRA layers of modules that the transformer does not have."""
+        """Raise ValueError for LoRA layers of modules that the transformer does not have, or of other types than floats."""
         modules = {
             name.replace(".base_layer", "") for name, _ in unwrap_module(self.transformer).named_modules() if name
         }
         unknown = [key for key in layers if key.removeprefix("transformer.").split(".lora")[0] not in modules]
         if unknown:
-            raise ValueError(f"the LoRA file is for another model: the transformer has no modules for {unknown[:3]}.")
+            raise ValueError(f"the LoRA weights do not match this model: no modules named {unknown[:3]}.")
+        for key, value in layers.items():
+            if not value.is_floating_point():
+                raise ValueError(f"LoRA weights must be floating-point, got {value.dtype} for {key!r}.")
 
     def unload_lora_weights(self) -> None:
         """Remove all LoRA layers and restore the model's own action encoder, unless the layers are fused.
@@ -123,9 +132,9 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         on_disk = offload is not None and offload.config.offload_to_disk_path is not None
         if not all(plain) or on_disk or any(value.is_meta for value in own.values()):
             raise ValueError(
-                "the action encoder can be replaced only if it is in memory and not quantised: `remove_all_hooks()` ends "
+                "the action encoder can be replaced only if it is in memory and not quantized: `remove_all_hooks()` ends "
                 "sequential offload, which can be enabled again afterwards; load LoRA before enabling group offload to disk; "
-                "pass a quantisation config `modules_to_not_convert=['action_embed', 'trajectory_embed']`."
+                "pass a quantization config `modules_to_not_convert=['action_embed', 'trajectory_embed']`."
             )
         return own
 
@@ -134,6 +143,32 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         with torch.no_grad():
             for key, value in values.items():
                 own[key].copy_(value)
+
+
+def _checked_metadata(metadata: dict[str, Any], layers: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Check the stored PEFT config, and replace its patterns by the modules in the file.
+
+    PEFT matches `target_modules` and other strings as regular expressions, which can take unlimited time.
+
+    Raises:
+        ValueError: If a rank or scale is out of range, or the key of a pattern is not a module name.
+    """
+    prefix = "transformer."
+    safe = metadata | {
+        f"{prefix}target_modules": sorted({key.removeprefix(prefix).split(".lora")[0] for key in layers}),
+        **{f"{prefix}{name}": None for name in PATTERNS if f"{prefix}{name}" in metadata},
+    }
+    for name, kind, most in (("r", int, MAX_RANK), ("lora_alpha", int | float, MAX_ALPHA)):
+        pattern = f"{'rank' if name == 'r' else 'alpha'}_pattern"
+        patterns = safe.get(f"{prefix}{pattern}") or {}
+        if not isinstance(patterns, dict) or not all(MODULE_NAME.fullmatch(key) for key in patterns):
+            raise ValueError(f"`{pattern}` of the LoRA file must have module names as keys, got {patterns!r:.100}.")
+        for value in [safe.get(f"{prefix}{name}", 1), *patterns.values()]:
+            if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= most:
+                raise ValueError(
+                    f"`{name}` of the LoRA file must be a positive number of at most {most:g}, got {value!r:.60}."
+                )
+    return safe
 
 
 def _standard_key(key: str) -> str:

@@ -50,7 +50,7 @@ video = pipe(frame, actions).frames[0]
 
 
 def describe_method(config: Any) -> str:
-    """Describe the method of a model, and how actions condition its frames."""
+    """Return one sentence on the architecture and the action conditioning."""
     if "block_out_channels" in config:
         paper = "[Video Diffusion Models](https://arxiv.org/abs/2204.03458)"
         return f"The U-Net of {paper}, a baseline of IRASim, in which the whole trajectory modulates all frames"

@@ -61,17 +61,17 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     The pipeline is a `WorldModel`: `start`, `advance` and `decode` predict rollouts in latent space.
 
     The last three arguments are settings of the checkpoint and are saved with it. `components` contains them, so that
-    `IRASimPipeline(**pipe.components)` and `IRASimPipeline.from_pipe(pipe)` have the settings of `pipe`. A scheduler has a
-    state: use one pipeline per thread, such as `pipe.with_scheduler(type(pipe.scheduler))`, which shares all weights.
+    `IRASimPipeline(**pipe.components)` and `IRASimPipeline.from_pipe(pipe)` have the settings of `pipe`. Schedulers
+    are stateful: use one pipeline per thread, such as `pipe.with_scheduler(type(pipe.scheduler))`, which shares all weights.
 
     Args:
         vae: Per-frame autoencoder; None for a model in pixel space, whose latents are the frames in [-1, 1].
-        transformer: The denoiser, a transformer or the U-Net of the baselines. Its config holds the action space, the window
-            and the noise process.
+        transformer: The denoiser, a transformer or the U-Net of the baselines. Its config contains the action space, the
+            window and the noise process.
         scheduler: Any diffusers scheduler with the checkpoint's prediction type and noise process; for checkpoints that
             predict samples, also one with prediction type `v_prediction`.
         num_inference_steps: Default number of denoising steps. None for 50.
-        chunk_length: Default number of actions per chunk of a rollout. None for all that the model's window holds.
+        chunk_length: Default number of actions per chunk of a rollout. None for all that fit the model's window.
         timesteps: `num_inference_steps` timesteps that replace the scheduler's own spacing in calls with as many steps, if
             the scheduler accepts custom timesteps. None for the scheduler's spacing.
         window_length: Deprecated, in checkpoints of earlier versions: `chunk_length` plus the history frames of the model.
@@ -97,6 +97,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             chunk_length = window_length - transformer.config.num_history_frames
         if num_inference_steps is None:
             num_inference_steps = 50
+        inputs.check_steps(num_inference_steps, transformer.config)
         if timesteps is not None and len(timesteps) != num_inference_steps:
             raise ValueError(
                 f"`timesteps` must be `num_inference_steps` = {num_inference_steps} numbers, got {len(timesteps)}."
@@ -114,15 +115,21 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> "IRASimPipeline":
-        """Load a pipeline as `DiffusionPipeline.from_pretrained` does, and check that its weights are finite.
+        """Load a pipeline like `DiffusionPipeline.from_pretrained`, and check its files and weights.
 
         Raises:
-            ValueError: If a weight of the autoencoder or the transformer is NaN or infinite.
+            ValueError: If the autoencoder has too many layers, or weights are not floating-point, NaN or infinite.
         """
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for name in ("vae", "transformer"):
             inputs.check_finite_weights(getattr(pipeline, name), name)
         return pipeline
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load the config of a pipeline. The files of its models are checked first if they are local or downloaded."""
+        inputs.check_model_files(Path(pretrained_model_name_or_path))
+        return super().load_config(pretrained_model_name_or_path, **kwargs)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -215,24 +222,45 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         self,
         actions: torch.Tensor,
         histories: torch.Tensor,
+        *,
         num_inference_steps: int,
-        guidance_scale: float,
-        num_videos_per_trajectory: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
+        guidance_scale: float = 1.0,
+        num_videos_per_trajectory: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end_tensor_inputs: Sequence[str] = (),
         fps: float | None = None,
         decode_chunk_size: int = 16,
         eta: float = 0.0,
     ) -> int:
         """Check the arguments of a call before any computation, and return its number of videos.
 
+        Args:
+            actions: Actions (B, n, A) in raw units.
+            histories: Histories (B, h, 3, H, W) in [-1, 1].
+            num_inference_steps: See `__call__`, like all further arguments.
+            guidance_scale: See `__call__`.
+            num_videos_per_trajectory: See `__call__`.
+            generator: See `__call__`.
+            latents: See `__call__`.
+            output_type: See `__call__`.
+            callback_on_step_end_tensor_inputs: See `__call__`.
+            fps: See `__call__`.
+            decode_chunk_size: See `__call__`.
+            eta: See `__call__`.
+
         Raises:
-            ValueError: If an argument is invalid. The message names it, what is required and what was given.
+            ValueError: If an argument is invalid. The message contains its name, what is required and what was passed.
         """
         config = self.transformer.config
-        inputs.check_numbers(num_inference_steps, num_videos_per_trajectory, decode_chunk_size, guidance_scale, eta)
+        inputs.check_steps(num_inference_steps, config)
+        inputs.check_numbers(
+            num_videos_per_trajectory=num_videos_per_trajectory,
+            decode_chunk_size=decode_chunk_size,
+            guidance_scale=guidance_scale,
+            eta=eta,
+        )
         batch_size = inputs.check_batch(len(histories), len(actions), num_videos_per_trajectory, generator)
         size = [side // self.vae_scale_factor for side in histories.shape[-2:]]
         inputs.check_latents(latents, (batch_size, config.in_channels, actions.shape[1], *size))
@@ -315,7 +343,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             shape: Shape (B, C, n, h, w).
             generator: Source of the drawn noise.
             latents: Noise of the first frames (B, C, m, h, w), m <= n. The other n - m frames, which pad a window, are drawn;
-                without a generator always in the same way.
+                if `generator` is None, they are drawn from seed 0.
 
         Returns:
             Noise of this shape, float32.
@@ -395,7 +423,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         actions: torch.Tensor,
         conditions: dict[str, Any],
     ) -> torch.Tensor:
-        """The network's prediction for the future (B, C, n, H, W), with guidance, float32."""
+        """Return the network's prediction for the future (B, C, n, H, W), with guidance, float32."""
         window = torch.cat([history, noisy], dim=2).to(self.transformer.dtype)
         timestep = t.expand(len(noisy)).to(noisy.device)
 
@@ -488,16 +516,16 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         batch_size = self.check_inputs(
             actions,
             histories,
-            num_inference_steps,
-            guidance_scale,
-            num_videos_per_trajectory,
-            generator,
-            latents,
-            output_type,
-            tensor_inputs,
-            fps,
-            decode_chunk_size,
-            eta,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_videos_per_trajectory=num_videos_per_trajectory,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=tensor_inputs,
+            fps=fps,
+            decode_chunk_size=decode_chunk_size,
+            eta=eta,
         )
         steps_per_window = len(self._set_timesteps(num_inference_steps, timesteps, sigmas))
         num_actions, num_chunks = actions.shape[1], -(-actions.shape[1] // chunk_length)
@@ -540,10 +568,10 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                     if self.interrupt:
                         break
             finally:
-                self._interrupt = False  # it ends with this call
+                self._interrupt = False  # reset for the next call
         self._current_timestep = None
 
-        future = torch.cat(futures, dim=2)[:, :, :num_actions]
+        future = inputs.check_prediction(torch.cat(futures, dim=2)[:, :, :num_actions])
         if output_type == "latent":
             video = future
         else:
@@ -734,7 +762,15 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         length = inputs.check_chunk(chunk_length, config, longest=math.inf)  # `roll` splits longer ones
         histories = self.preprocess_frames(frames, resize)
         hold = torch.zeros(1, length, config.action_dim)
-        self.check_inputs(hold, histories, steps, guidance_scale, 1, generator, None, output_type, [], fps)
+        self.check_inputs(
+            hold,
+            histories,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            output_type=output_type,
+            fps=fps,
+        )
         if len(histories) != 1:
             raise ValueError(f"`frames` must be one history, got {len(histories)}: use one stream per trajectory.")
         sampling = {
@@ -758,7 +794,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         """Yield the frames of a stream; its arguments have been checked."""
         self._interrupt = False
         try:
-            state = self._start(histories, _random_seeds(1))
+            seeds = _random_seeds(1) if sampling["generator"] is None else [0]  # unused with a generator
+            state = self._start(histories, seeds)
             while not self.interrupt and (taken := list(islice(actions, length))):
                 futures = []
                 for after, chunk in roll(self, state, self.action_space.prepare(taken), **sampling):
@@ -766,7 +803,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                     futures.append(chunk)
                 if self.interrupt:
                     break
-                future = torch.cat(futures, dim=2)
+                future = inputs.check_prediction(torch.cat(futures, dim=2))
                 if output_type == "latent":
                     yield from future[0].unbind(1)
                 else:

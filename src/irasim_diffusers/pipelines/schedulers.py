@@ -1,4 +1,4 @@
-"""Use of any diffusers scheduler with a checkpoint: checks, exchange, timesteps and prediction types."""
+"""Use any diffusers scheduler with a checkpoint: checks, exchange, timesteps and prediction types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from ..models import noise_process
 
 WITHOUT_SAMPLE = ("PNDMScheduler", "HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler")
-"""Schedulers that do not support predicted samples; with prediction type v_prediction the pipeline converts samples for them."""
+"""Schedulers that do not support predicted samples; with `v_prediction` the pipeline converts samples for them."""
 
 PROCESS = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 
@@ -71,7 +71,7 @@ def check_scheduler(scheduler: Any, config: Any) -> None:
         number = getattr(scheduler.config, "num_train_timesteps", None)
         if not is_flow or found not in (None, "flow_prediction") or number != config.num_train_timesteps:
             raise ValueError(
-                f"`scheduler` must be for rectified flow with {config.num_train_timesteps} steps, as the checkpoint, got "
+                f"`scheduler` must use rectified flow with {config.num_train_timesteps} steps like the checkpoint, got "
                 f"{name} with {found!r} and {number} steps: use `irasim_diffusers.models.noise_process(pipe.transformer.config)`."
             )
         return
@@ -93,7 +93,8 @@ def check_scheduler(scheduler: Any, config: Any) -> None:
     if found == "sample" and name in WITHOUT_SAMPLE:
         raise ValueError(
             f"`scheduler` must support predicted samples, which {name} does not: create it with "
-            f"`{name}.from_config(pipe.scheduler.config, prediction_type='v_prediction')`; the pipeline converts."
+            f"`{name}.from_config(pipe.scheduler.config, prediction_type='v_prediction')`; the pipeline then converts the "
+            "predicted samples."
         )
     offset = getattr(scheduler.config, "steps_offset", 0)
     if not isinstance(offset, int) or not 0 <= offset < config.num_train_timesteps:
@@ -157,8 +158,8 @@ def set_timesteps(
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     if len(custom) > 1 or not custom.keys() <= accepted.keys():
         raise ValueError(
-            f"`timesteps` and `sigmas` exclude each other and must be known to the scheduler, got {sorted(custom)} for "
-            f"{type(scheduler).__name__}."
+            f"`timesteps` and `sigmas` are mutually exclusive and must be supported by `set_timesteps` of the scheduler, got "
+            f"{sorted(custom)} for {type(scheduler).__name__}."
         )
     if not custom and preferred and len(preferred) == num_inference_steps and "timesteps" in accepted:
         custom = {"timesteps": preferred}

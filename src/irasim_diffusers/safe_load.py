@@ -1,4 +1,4 @@
-"""Reading of weight files from untrusted sources: no code is executed, and memory is bounded by the size of the file.
+"""Read weight files from untrusted sources: no code is executed, and memory is bounded by the size of the file.
 
 A `.pt` file is first read as inert data: the zip archive must have the exact form that `torch.save` writes, so that every
 reader sees the same records, and the pickle may only describe containers, tensors and settings. Only then is it loaded, by
@@ -88,7 +88,7 @@ class Storage:
 
 @dataclass
 class PickleOutline:
-    """Evaluation of a pickle without imports and calls. It refuses everything but containers, tensors and settings.
+    """Symbolic pickle evaluation without imports or calls; only containers, tensors and settings are accepted.
 
     Args:
         records: Size in bytes of each record of the archive.
@@ -104,7 +104,7 @@ class PickleOutline:
         """Evaluate a pickle.
 
         Raises:
-            ValueError: If the pickle contains anything else, or a tensor that does not match the size of its record.
+            ValueError: If the pickle contains other objects, or a tensor that does not match the size of its record.
         """
         instructions: Iterator[tuple[Any, Any, Any]] = pickletools.genops(pickled)
         for opcode, argument, _ in instructions:
@@ -133,7 +133,7 @@ class PickleOutline:
                 raise ValueError(f"it contains the pickle instruction {name}")
 
     def _items(self, number: str) -> list[Any]:
-        """The last `number` values of the stack, or those after the last mark if `number` is empty."""
+        """Pop the last `number` values of the stack, or those after the last mark if `number` is empty."""
         if number:
             items = self.stack[-int(number) :]
             del self.stack[-int(number) :]
@@ -202,7 +202,7 @@ class PickleOutline:
 def _tensor(
     storage: Storage, offset: int, shape: tuple, stride: tuple, requires_grad: bool, hooks: dict
 ) -> tuple[int, ...]:
-    """Shape of a tensor, after a check that it fits into its storage and repeats no element."""
+    """Return the shape of a tensor, after a check that it fits into its storage and repeats no element."""
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, Storage) or len(shape) != len(stride) or {*map(type, numbers)} != {int}:
         raise ValueError("it contains a tensor without a storage, shape or stride")
@@ -240,16 +240,31 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint that `torch.save` wrote. No code in it is executed.
+    """Read a checkpoint that `torch.save` wrote; see `read_torch_file`.
+
+    Returns:
+        The top-level dictionary.
+
+    Raises:
+        ValueError: As `read_torch_file`, or if the content is not a dictionary with string keys.
+    """
+    content = read_torch_file(path)
+    if not isinstance(content, dict) or not all(type(key) is str for key in content):
+        raise ValueError(f"{str(path)!r} contains no weights: it must have a dictionary of tensors.")
+    return content
+
+
+def read_torch_file(path: Path) -> Any:
+    """Read a file that `torch.save` wrote. No code in it is executed.
 
     Args:
         path: A zip archive of PyTorch 1.6 or newer.
 
     Returns:
-        The top-level dictionary. Its tensors are mapped from the file; settings objects are inert.
+        The content. Its tensors are mapped from the file; settings objects are inert.
 
     Raises:
-        ValueError: If the file is anything else, is damaged, refers to code, or declares more than it contains.
+        ValueError: If the file is not such an archive, is damaged, references code, or has inconsistent sizes.
     """
     if not path.is_file():
         found = "a folder" if path.is_dir() else "which is not a file" if path.exists() else "which does not exist"
@@ -266,22 +281,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged file raises almost any exception
         reason = str(error) if type(error) is ValueError else f"it is damaged ({type(error).__name__}: {error})"
         raise ValueError(f"{str(path)!r} is not a checkpoint that can be read safely: {reason[:500]}") from error
-    if not isinstance(content, dict) or not all(type(key) is str for key in content):
-        raise ValueError(f"{str(path)!r} contains no weights: it must have a dictionary of tensors.")
     return content
 
 
 def _read_archive(path: Path) -> tuple[dict[str, int], bytes]:
-    """Sizes of the records without their top folder, and the pickle, of an archive as `torch.save` writes it."""
+    """Return the sizes of the records without their top folder, and the pickle, of an archive of `torch.save`."""
     size = path.stat().st_size
     directory = _directory_start(path, size)
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         top = entries[0].filename.split("/")[0] + "/"
-        names = {entry.filename.casefold() for entry in entries}
-        if len(names) < len(entries) or not all(name.startswith(top.casefold()) for name in names):
+        names, folder = {entry.filename.casefold() for entry in entries}, top.casefold()
+        if len(names) < len(entries) or not all(name.startswith(folder) for name in names):
             raise ValueError("it has records of the same name, or more than one top folder")
-        if f"{top}constants.pkl" in names or any(name.startswith(f"{top}code/") for name in names):
+        if f"{folder}constants.pkl" in names or any(name.startswith(f"{folder}code/") for name in names):
             raise ValueError("it is a TorchScript program, not a checkpoint: loading it would run its code")
         stored = all(
             entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size for entry in entries
@@ -296,12 +309,12 @@ def _read_archive(path: Path) -> tuple[dict[str, int], bytes]:
 
 
 def _directory_start(path: Path, size: int) -> int:
-    """Offset of the central directory, if the file is one zip archive without bytes before, after or between its parts.
+    """Return the offset of the central directory of a zip archive without bytes before, after or between its parts.
 
     `torch.save` ends an archive with the zip64 end record (56 bytes), its locator (20) and the end record (22).
     """
     message = (
-        "it is not one zip archive as torch.save writes it (PyTorch 1.6 or newer), without other bytes before or after; "
+        "it is not one zip archive of torch.save (PyTorch 1.6 or newer), without other bytes before or after; "
         "save an older file again with torch.save"
     )
     with path.open("rb") as file:
@@ -360,13 +373,13 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
             part = load_file(file)
         except (SafetensorError, ValueError, KeyError) as error:
             raise ValueError(
-                f"{str(file)!r} is not a safetensors file (for shards, give the folder instead of the index): {error}"
+                f"{str(file)!r} is not a safetensors file (for shards, pass the folder instead of the index): {error}"
             ) from error
         check_weights(part, file)
         if duplicates := sorted(state.keys() & part.keys()):
             raise ValueError(
-                f"{str(path)!r} contains {len(duplicates)} tensors more than once, first {duplicates[0]}: give one file, or "
-                "leave one set of shards in the folder."
+                f"{str(path)!r} contains {len(duplicates)} tensors more than once, first {duplicates[0]}: pass one file, or "
+                "keep one set of shards in the folder."
             )
         state |= part
     return state
