@@ -355,9 +355,17 @@ def test_train_vae_rejects_folder_of_another_run(workspace, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(workspace):
+    shutil.copytree(workspace / "set", workspace / "held-out")
     train(
         *(workspace, "whole", "--max_train_steps", 6, "--checkpointing_steps", 2, "--validation_steps", 6),
-        *("--validation_dataset", workspace / "set", "--num_validation_clips", 2, "--validation_inference_steps", 2),
+        *(
+            "--validation_dataset",
+            workspace / "held-out",
+            "--num_validation_clips",
+            2,
+            "--validation_inference_steps",
+            2,
+        ),
         *("--validation_split", "train[:2]"),
     )
     return workspace / "whole"

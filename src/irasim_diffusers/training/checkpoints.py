@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.training_utils import EMAModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -24,7 +24,7 @@ from ..files import file_hash, flush, remove_abandoned, temporary_folder
 logger = logging.getLogger(__name__)
 
 FINISHED = ".finished"
-"""Temporary folder of the result in the output folder."""
+"""Temporary subfolder in which the final model is saved."""
 
 SETTINGS = "settings.json"
 """File with the settings of the run, the training time, and the size and SHA-256 hash of every file of the checkpoint."""
@@ -122,7 +122,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint under a temporary name, flush it, rename it, and delete the oldest ones beyond `limit`.
 
-    Checkpoints of this step and of later ones are replaced. They exist only if they are damaged.
+    Checkpoints of this step and of later ones are replaced. They only exist if they are damaged.
 
     Args:
         accelerator: Accelerator whose state is saved. Every process must call this function.
@@ -133,9 +133,13 @@ def save_checkpoint(
         add: Function that writes further files into the checkpoint folder.
     """
     partial = output / f"partial-{step}"
-    accelerator.save_state(str(partial))
-    if add is not None:
-        add(partial)
+    try:
+        accelerator.save_state(str(partial))
+        if add is not None:
+            add(partial)
+    except (OSError, SafetensorError):  # a full disk: the incomplete files would take the last space
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     accelerator.wait_for_everyone()  # every process writes its own random state
     if accelerator.is_main_process:
         files = [path for path in partial.rglob("*") if path.is_file()]
@@ -166,11 +170,11 @@ def remove_leftovers(output: Path) -> None:
 
 
 def save_finished(output: Path, save: Callable[[Path], None]) -> None:
-    """Write the result of a run into its output folder; `model_index.json`, which marks it as complete, comes last.
+    """Save the final model to the output folder; `model_index.json`, which marks it as complete, is written last.
 
     Args:
         output: Output folder, which also contains the checkpoints.
-        save: Function that writes the result into a given folder, for example `pipeline.save_pretrained`.
+        save: Function that writes the model to a given folder, for example `pipeline.save_pretrained`.
     """
     finished = output / FINISHED
     with temporary_folder(finished) as partial:
@@ -219,5 +223,5 @@ def load_average(ema: EMAModel, model: nn.Module, folder: Path) -> None:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a sharded tensor."""
+    """Return the full tensor of a sharded one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""The accelerator of a training script, and checks of how it was launched."""
+"""Create the accelerator of a training script, and check how it was launched."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _check_accelerator(accelerator: Accelerator, arguments: RunArguments) -> Non
     if accelerator.gradient_accumulation_steps != arguments.gradient_accumulation_steps:
         raise ValueError(
             f"`gradient_accumulation_steps` is {arguments.gradient_accumulation_steps}, and accelerate was launched with "
-            f"{accelerator.gradient_accumulation_steps}: pass it to `accelerate launch`, too, or remove it from its config."
+            f"{accelerator.gradient_accumulation_steps}: also pass it to `accelerate launch`, or remove it from the accelerate config."
         )
     kind = accelerator.distributed_type
     if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -75,6 +75,6 @@ def prepare_output(accelerator: Accelerator, arguments: RunArguments) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         remove_leftovers(output)
-        if arguments.push_to_hub:  # an error now rather than after the training
+        if arguments.push_to_hub:  # fail before training
             create_repo(arguments.hub_model_id or output.name, exist_ok=True)
     accelerator.wait_for_everyone()

@@ -113,8 +113,16 @@ class TrainingRun:
             }
             accelerator.init_trackers("irasim-diffusers", config=flags)
         self.settings = run_settings(arguments, accelerator, folders, self.config)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.batch_number = 0, 0.0, 0
+        self.total = torch.zeros((), device=accelerator.device)  # loss over the batches of a step
         self._resume()
+        self.start = time.perf_counter() - self.seconds
+        self.bar = tqdm(
+            total=arguments.max_train_steps,
+            initial=self.step,
+            disable=not accelerator.is_main_process,
+            unit="step",
+        )
 
     def steps(self) -> Iterator[int]:
         """Train, and yield the number of completed steps after each step and its checkpoint.
@@ -127,14 +135,6 @@ class TrainingRun:
         limit = math.inf if arguments.max_train_minutes is None else 60 * arguments.max_train_minutes
         epoch, done = divmod(self.step, -(-len(self.loader) // accumulation))
         self.batch_number = epoch * len(self.loader) + done * accumulation
-        self.bar = tqdm(
-            total=arguments.max_train_steps,
-            initial=self.step,
-            disable=not self.accelerator.is_main_process,
-            unit="step",
-        )
-        self.start = time.perf_counter() - self.seconds
-        self.total = torch.zeros((), device=self.accelerator.device)  # loss over the batches of a step
         with Interruption() as interruption:
             while self.step < arguments.max_train_steps and self.seconds < limit:
                 for batch in self._epoch(epoch, done * accumulation):
@@ -229,12 +229,12 @@ class TrainingRun:
         self.step += 1
         self.bar.update()
         if self.step % self.arguments.logging_steps == 0:
-            figures = {
+            metrics = {
                 "loss": accelerator.reduce(self.total, "mean").item(),
                 "learning_rate": self.schedules[0].get_last_lr()[0],
             }
-            self.bar.set_postfix(loss=f"{figures['loss']:.4f}", lr=f"{figures['learning_rate']:.2e}")
-            accelerator.log(figures, step=self.step)
+            self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", lr=f"{metrics['learning_rate']:.2e}")
+            accelerator.log(metrics, step=self.step)
         self.total.zero_()
         self.seconds = time.perf_counter() - self.start
         if limit < math.inf:  # all processes must stop at the same step
@@ -283,6 +283,6 @@ def log_size(
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     used = sum(len({number for number, _ in part.windows}) for part in clips.clips)
     logger.info(
-        f"{parameters / 1e6:.2f} M parameters, {len(clips)} windows of {used} episodes, {num_episodes - used} left out, "
+        f"{parameters / 1e6:.2f} M parameters, {len(clips)} windows of {used} episodes, {num_episodes - used} episodes skipped, "
         f"{accelerator.num_processes} processes ({accelerator.distributed_type.value})"
     )
