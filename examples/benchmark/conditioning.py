@@ -29,7 +29,7 @@ from scipy import stats
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline
-from irasim_diffusers.training import checkpoints
+from irasim_diffusers.training import checkpoints, run_script
 
 MODELS = {
     "Frame-Ada": ["--conditioning", "frame"],
@@ -281,4 +281,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.data import open_dataset
 from irasim_diffusers.metrics import psnr
+from irasim_diffusers.training import run_script
 
 
 @dataclass
@@ -129,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -5,8 +5,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import pymunk
-from gym_pusht.envs.pusht import PushTEnv
+
+from irasim_diffusers.training import exit_without_extra
+
+try:
+    import pymunk
+    from gym_pusht.envs.pusht import PushTEnv
+except ModuleNotFoundError as error:
+    exit_without_extra(error, "pusht")
 
 ARENA = 512  # side of the arena, in the units of actions and states
 SIZE = 96  # side of an observed frame, in pixels

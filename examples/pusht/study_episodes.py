@@ -9,9 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
-import shapely
 import torch
 from collect import TASKS
 from expert import outline
@@ -28,6 +26,13 @@ from irasim_diffusers.planning import CEM, Disagreement, Gradient, Plan, Rank, S
 from irasim_diffusers.policies import ChunkPolicy, PlannerPolicy, Policy
 from irasim_diffusers.rewards import GoalImage, pretrained_encoder
 from irasim_diffusers.rollout import roll
+from irasim_diffusers.training import exit_without_extra
+
+try:
+    import gymnasium
+    import shapely
+except ModuleNotFoundError as error:
+    exit_without_extra(error, "pusht")
 
 HISTORY = 2  # frames from which world models start
 SIMULATOR = "simulator"  # instead of the folder of a world model: the upper bound

@@ -13,8 +13,9 @@ from collect import CAMERA, NAMES, TASKS
 from convolutional import WEIGHTS
 from convolutional import load as load_convolutional
 from diffusion_policy import DiffusionPolicy
+from expert import ious
 from simulator import FPS, SIZE, Simulator
-from train_reward import BLOCK, ious
+from train_reward import BLOCK
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.data import Episode, LeRobotFolder, is_written, write_file, write_metadata

@@ -19,9 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import shapely
 import torch
-from expert import GOAL, distance_to_goal, outline
+from expert import distance_to_goal, ious
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -63,14 +62,6 @@ class RewardArguments:
     num_clips: int = field(default=100, metadata={"help": "held-out clips that the world model predicts"})
     num_predicted_frames: int = field(default=15, metadata={"help": "predicted frames of a clip"})
     seed: int = 0
-
-
-def ious(blocks: np.ndarray) -> np.ndarray:
-    """Intersection over union (N,) of blocks at poses (N, 3) with the goal."""
-    goal = shapely.Polygon(outline(GOAL))
-    blocks = shapely.polygons(outline(blocks))
-    overlap = shapely.area(shapely.intersection(blocks, goal))
-    return overlap / (2 * goal.area - overlap)
 
 
 def labels(blocks: np.ndarray, target: str) -> np.ndarray:

@@ -39,6 +39,7 @@ from irasim_diffusers.commands.adapt import check_flags
 from irasim_diffusers.data import (
     IRASimFolder,
     LatentClips,
+    LeRobotFolder,
     PreparedEpisodes,
     cache_latents,
     open_dataset,
@@ -163,7 +164,7 @@ def test_pretrained_model_with_other_autoencoder_and_patch_size(workspace, train
     flags += SHORT
     with pytest.raises(ValueError, match=r"`vae` must have the same latents .*`irasim adapt --model .*sampled --vae"):
         call(*flags, "--pretrained", workspace / "sampled", "--output_dir", "none", "--vae", workspace / "flat")
-    with pytest.raises(ValueError, match=r"`patch_size` is 2 in .* cannot become 1: .* with `irasim adapt`"):
+    with pytest.raises(ValueError, match=r"`patch_size` is 2 in .* cannot be changed to 1: .* with `irasim adapt`"):
         call(*flags, "--pretrained", workspace / "sampled", "--output_dir", "none", "--patch_size", 1)
     adapt = ["--model", workspace / "sampled", "--vae", workspace / "flat", "--dataset", workspace / "first"]
     adapt += ["--cameras", 0, 1, "--split", "train", "--patch-size", 2, "--output", workspace / "adapted"]
@@ -206,19 +207,19 @@ def test_pixel_cache_is_lossless(workspace):
     ("changes", "message"),
     [
         ({"optimizer": "sgd"}, "`optimizer` must be one of adamw, adamw8bit, muon, got 'sgd'"),
-        ({"vae": None}, "`vae` must be given, except with `pixel_space` or a pretrained pipeline"),
+        ({"vae": None}, "`vae` is required, except with `pixel_space` or a pretrained pipeline"),
         ({"preset": "M"}, "`preset` must be one of S, B, L, XL, got 'M'"),
         ({"model": "gan"}, "`model` must be one of transformer, unet, got 'gan'"),
         ({"model": "unet", "preset": "S"}, "`preset` must be one of VDM, LVDM, got 'S'"),
         ({"model": "unet", "conditioning": "frame"}, "`conditioning` does not apply to `model` unet"),
         (
             {"model": "unet", "optimizer": "muon", "num_layers": 2},
-            "does not apply to `model` unet: leave out num_layers, optimizer",
+            "does not apply to `model` unet: omit num_layers, optimizer",
         ),
         ({"block_out_channels": [8, 16]}, "`block_out_channels` does not apply to `model` transformer"),
-        ({"pixel_space": True}, "`pixel_space` is for a new model: leave out `vae`"),
+        ({"pixel_space": True}, "`pixel_space` is for a new model: omit `vae`"),
         ({"max_train_minutes": 1, "lr_scheduler": "cosine"}, "`lr_scheduler` must be constant or .* got 'cosine'"),
-        ({"snr_gamma": 5, "prediction_type": "flow_prediction"}, "`snr_gamma` must be left out for flow matching"),
+        ({"snr_gamma": 5, "prediction_type": "flow_prediction"}, "`snr_gamma` must be omitted for flow matching"),
         ({"dataset_weights": [1, 2]}, r"`dataset_weights` must be 1 numbers, got \[1, 2\]"),
         ({"height": 32}, "`height` and `width` must be given together"),
         ({"preset": "S", "pretrained_model_name_or_path": "model"}, "`preset` is for a new model"),
@@ -712,6 +713,31 @@ def test_sigterm_of_the_launcher_saves_a_checkpoint_of_two_processes(workspace):
     assert (output / "model_index.json").is_file()
 
 
+def test_units_of_converted_data_reach_the_model(workspace):
+    source = ["--dataset", workspace / "first", "--cameras", "0", "--split", "train", "--fps", 5]
+    flags = [*source, "--output", workspace / "converted"]
+    assert main(["data", *map(str, flags)]) == 0
+    call(
+        *("train", "--dataset", workspace / "converted", "--pixel_space", "--patch_size", 8, *MODEL, *SHORT),
+        *("--output_dir", workspace / "with-units", "--max_train_steps", 1),
+    )
+    config = IRASimPipeline.from_pretrained(workspace / "with-units").transformer.config
+    units = LeRobotFolder(workspace / "converted").action_units
+    assert config.action_units == units
+    assert units[:3] == ["m", "m", "m"]
+
+
+def test_zero_does_not_count_as_an_omitted_argument(workspace):
+    """0 equals False, but `--action_frequencies 0` is a request that a pretrained model with other frequencies contradicts."""
+    tiny_transformer(action_frequencies=2).save_pretrained(workspace / "octaves")
+    flags = {"dataset": ["set"], "output_dir": "out", "pretrained_model_name_or_path": str(workspace / "octaves")}
+    with pytest.raises(
+        ValueError, match=r"`action_frequencies` is 2 in .* cannot be changed to 0: omit it, or change it"
+    ):
+        train.load_pretrained(TrainingArguments(**flags, action_frequencies=0))
+    assert train.load_pretrained(TrainingArguments(**flags)).config.action_frequencies == 2
+
+
 def test_sample_prediction_trains_and_predicts(workspace):
     train_robot(workspace, "sample", "--prediction_type", "sample", "--snr_gamma", 5)
     pipeline = IRASimPipeline.from_pretrained(workspace / "sample")
@@ -736,7 +762,7 @@ def test_other_number_of_action_components(workspace):
         workspace / "five"
     )
     with pytest.raises(
-        ValueError, match=r"must have 5 action components as .*, got 7: .*`irasim adapt --action-dim 7`"
+        ValueError, match=r"must have 5 action components like .*, got 7: .*`irasim adapt --action-dim 7`"
     ):
         call(
             "train",
@@ -767,7 +793,7 @@ def test_other_number_of_action_components(workspace):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "`pretrained_model_name_or_path` must be given: adapters belong to a trained model"),
+        ({}, "`pretrained_model_name_or_path` is required: adapters belong to a trained model"),
         ({"pretrained_model_name_or_path": "model", "lora_rank": 0}, "`lora_rank` must be at least 1, got 0"),
         (
             {"pretrained_model_name_or_path": "model", "lora_dropout": 2.0},
@@ -779,7 +805,7 @@ def test_other_number_of_action_components(workspace):
         ),
         (
             {"pretrained_model_name_or_path": str(Path(__file__).parent)},
-            "`vae` must be given, because .* not a pipeline",
+            "`vae` is required, because .* not a pipeline",
         ),
     ],
 )
@@ -902,7 +928,7 @@ def test_streamed_dataset_matches_local_folder(workspace):
         files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
         pinned = ["--streaming", "--dataset_revision", hub.commit("datasets/lab/files", files)]
         output = train_files("lab/files", "streamed", *pinned, "--max_train_steps", 2)
-        assert "12 windows of 3 episodes, 0 left out" in output
+        assert "12 windows of 3 episodes, 0 episodes skipped" in output
         hub.commit("datasets/lab/files", {"README.md": b"edited"})
         assert "resumed from" in train_files("lab/files", "streamed", *pinned)
     fetched = [request.split("/")[-1] for request in hub.requests if request.startswith("GET") and ".mp4" in request]

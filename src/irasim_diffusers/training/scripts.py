@@ -113,7 +113,8 @@ def exit_without_extra(error: ModuleNotFoundError, extra: str) -> NoReturn:
     Raises:
         SystemExit: Always, with status 2.
     """
-    sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {error.name} is missing: {INSTALL.format(extra)}.\n")
+    script, package = os.path.basename(sys.argv[0]), str(error.name).split(".")[0]
+    sys.stderr.write(f"{script}: error: {package} is missing: {INSTALL.format(extra)}.\n")
     raise SystemExit(2) from None
 
 
