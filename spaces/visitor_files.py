@@ -9,10 +9,10 @@ from pathlib import Path
 import av
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
 from irasim_diffusers.commands.files import IMAGE_SUFFIXES, read_actions
 from irasim_diffusers.data import iterate_video
+from irasim_diffusers.data import read_picture as read_image
 from irasim_diffusers.pictures import resize_video as resize
 
 ACTION_SUFFIXES = (".npy", ".csv", ".json")
@@ -32,7 +32,7 @@ def read_action_file(path: str | Path, action_dim: int) -> np.ndarray:
     """
     path = Path(path)
     if path.suffix.lower() not in ACTION_SUFFIXES:
-        raise ValueError(f"Actions must be a .npy, .csv or .json file, got {path.name!r}.")
+        raise ValueError(f"actions must be a .npy, .csv or .json file, got {path.name!r}.")
     if path.stat().st_size > MAX_ACTION_BYTES:
         raise ValueError(f"{path.name} is too large: an action file has at most {MAX_ACTION_BYTES >> 20} MB.")
     try:
@@ -73,23 +73,22 @@ def read_picture(path: str | Path, size: tuple[int, int]) -> np.ndarray:
         The image (H, W, 3), uint8.
 
     Raises:
-        ValueError: If the file is too large, damaged, or of another format.
+        ValueError: If the file is too large, damaged, of another format, or has more than 8 bits per channel, such as depth.
     """
     path = Path(path)
     if (large := path.stat().st_size) > MAX_PICTURE_BYTES:
-        raise ValueError(f"the picture must have at most {MAX_PICTURE_BYTES // 10**6} MB, got {large / 1e6:.0f} MB.")
-    pixels = f"the picture must have at most {MAX_PICTURE_PIXELS // 10**6} million pixels"
+        raise ValueError(f"the image must have at most {MAX_PICTURE_BYTES // 10**6} MB, got {large / 1e6:.0f} MB.")
+    pixels = f"the image must have at most {MAX_PICTURE_PIXELS // 10**6} million pixels"
     try:
         with PIL.Image.open(path, formats=PICTURE_FORMATS) as image:
             if image.width * image.height > MAX_PICTURE_PIXELS:  # before it is decoded
                 raise ValueError(f"{pixels}, got {image.width}x{image.height}.")
-            upright = PIL.ImageOps.exif_transpose(image).convert("RGB")
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(f"{pixels}: {error}") from error
     except (OSError, SyntaxError) as error:
         reason = str(error).replace(str(path), "it")
-        raise ValueError(f"the file must be a whole picture, {', '.join(PICTURE_FORMATS)}: {reason}.") from error
-    return fit(np.asarray(upright)[None], size)[0]
+        raise ValueError(f"the file must be a complete image, {', '.join(PICTURE_FORMATS)}: {reason}.") from error
+    return fit(read_image(path, repr(path.name))[None], size)[0]
 
 
 def read_clip(path: str | Path, size: tuple[int, int], length: int) -> np.ndarray:
@@ -144,7 +143,7 @@ def _check_pixels(height: int, width: int, path: Path) -> None:
 
 
 def fit(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Crop the centre of frames (T, H, W, 3), uint8, to the aspect ratio of a height and width, and resize it to them."""
+    """Crop the center of frames (T, H, W, 3), uint8, to the aspect ratio of a height and width, and resize it to them."""
     height, width = frames.shape[1:3]
     scale = min(height / size[0], width / size[1])
     rows, columns = (max(1, round(scale * side)) for side in size)

@@ -20,6 +20,8 @@ from irasim_diffusers import embedded_checkpoint
 from irasim_diffusers.training import exit_without_extra, run_script
 
 try:
+    import gymnasium  # noqa: F401
+
     from irasim_diffusers.envs import WorldModelVectorEnv
 except ModuleNotFoundError as error:
     exit_without_extra(error, "envs")
