@@ -49,7 +49,9 @@ def open_study(folder: str | Path) -> tuple[PreferenceStudy, Videos]:
         )
     clips = sorted(set.intersection(*(set(files[name]) for name in (TRUTH, *models))))
     if not clips:
-        raise ValueError(f"`study` must have at least one clip name common to {', '.join((TRUTH, *models))}, got none.")
+        raise ValueError(
+            f"`study` must have at least one clip name common to {', '.join((TRUTH, *models))}, got none."
+        )
 
     async def videos(model: str, clip: str) -> np.ndarray:
         return await anyio.to_thread.run_sync(_read, files[model][clip])

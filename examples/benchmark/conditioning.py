@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from runs import run_once, train_once, write_report
+from example_runs import run_once, train_once, write_report
 from scipy import stats
 from transformers import HfArgumentParser
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from runs import train_once, write_report
+from example_runs import train_once, write_report
 from transformers import HfArgumentParser
 
 from irasim_diffusers import PRESETS, UNET_PRESETS, IRASimPipeline

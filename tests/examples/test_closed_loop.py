@@ -23,6 +23,8 @@ from irasim_diffusers.envs import WorldModelVectorEnv, load_world_model
 class Dots:
     """A data source: a white dot on black frames of 8x12 pixels; the state is the position of the dot."""
 
+    name = "dots"
+
     def __len__(self):
         return 40
 
