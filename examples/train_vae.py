@@ -32,6 +32,7 @@ from irasim_diffusers.training import (
     check_held_out,
     check_launch,
     check_ranges,
+    lock_output,
     newest_checkpoint,
     remove_leftovers,
     run_script,
@@ -302,6 +303,7 @@ def main() -> None:
     )
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
+        lock_output(output)
         remove_leftovers(output)
     if arguments.compile:
         vae.encoder.compile()

@@ -3,7 +3,7 @@
 from .arguments import DataArguments, RunArguments, check_frame_size, check_ranges, check_run_arguments
 from .checkpoints import checkpoints, newest_checkpoint, remove_leftovers, save_checkpoint, save_finished, step_of
 from .datasets import check_held_out, open_sources
-from .launch import start_accelerator
+from .launch import lock_output, start_accelerator
 from .objective import diffusion_loss
 from .pretrained import is_pipeline, load_transformer, load_vae
 from .run import TrainingData, encode_data, train
@@ -29,6 +29,7 @@ __all__ = [
     "load_sampler",
     "load_transformer",
     "load_vae",
+    "lock_output",
     "newest_checkpoint",
     "open_sources",
     "remove_leftovers",

@@ -71,9 +71,15 @@ def _problem(checkpoint: Path) -> str | None:
     """Describe the first missing or damaged file of a checkpoint; None if all files are intact."""
     try:
         stored = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
-        sizes, hashes = stored.get("files", {}), stored.get("hashes", {})  # earlier versions stored no hashes
-    except (OSError, ValueError, AttributeError):
-        return f"{SETTINGS} cannot be read"
+        sizes, hashes = stored["files"], stored.get("hashes", {})  # earlier versions stored no hashes
+        valid = all(isinstance(each, dict) for each in (sizes, hashes)) and sizes
+        valid = valid and isinstance(stored.get("seconds", 0.0), int | float)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        return f"{SETTINGS} cannot be read or is not that of a checkpoint"
+    if stored.get("step", step_of(checkpoint)) != step_of(checkpoint):
+        return f"{SETTINGS} is that of step {stored['step']}"
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():
@@ -147,6 +153,7 @@ def save_checkpoint(
             flush(path)
         names = [path.relative_to(partial).as_posix() for path in files]
         content = {
+            "step": step,
             "files": {name: path.stat().st_size for name, path in zip(names, files, strict=True)},
             "hashes": {name: file_hash(path) for name, path in zip(names, files, strict=True)},
         }
@@ -211,10 +218,17 @@ def save_average(accelerator: Accelerator, ema: EMAModel, model: nn.Module, fold
 
 
 def load_average(ema: EMAModel, model: nn.Module, folder: Path) -> None:
-    """Load averages written by `save_average`, sharded like the model."""
+    """Load averages written by `save_average`, sharded like the model.
+
+    Raises:
+        ValueError: If the file does not store the number of steps.
+    """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     with safe_open(folder / "ema.safetensors", "pt") as file:
-        ema.optimization_step = int(file.metadata()["optimization_step"])
+        steps = (file.metadata() or {}).get("optimization_step", "")
+        if not steps.isdigit():
+            raise ValueError(f"`optimization_step` is missing in the metadata of ema.safetensors, got {steps!r}.")
+        ema.optimization_step = int(steps)
         for name, shadow in zip(names, ema.shadow_params, strict=True):
             value = file.get_tensor(name).to(shadow.device)
             if isinstance(shadow, DTensor):

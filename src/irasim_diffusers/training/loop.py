@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -38,6 +41,17 @@ from .optimizers import build_optimizers, build_schedules
 from .scripts import Interruption
 
 logger = get_logger(__name__, log_level="INFO")
+UNREADABLE = (
+    ValueError,
+    KeyError,
+    IndexError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    UnpicklingError,
+    SafetensorError,
+)
+"""Errors of loaders for a checkpoint whose files are intact but belong to something else."""
 
 
 def run_settings(
@@ -84,6 +98,7 @@ class TrainingRun:
         self.accelerator, self.arguments, self.vae, self.clips = accelerator, arguments, vae, clips
         self.transformer, self.config, self.copy = transformer, transformer.config, copy
         self.output = Path(arguments.output_dir)
+        self.settings = run_settings(arguments, accelerator, folders, self.config) | frozen_weights(transformer)
         _configure(transformer, arguments)
         trained = StateReadout(transformer, clips[0]["states"].shape[1]) if arguments.state_keys else transformer
         optimizers = build_optimizers(trained, arguments)
@@ -112,7 +127,6 @@ class TrainingRun:
                 for name, value in vars(arguments).items()
             }
             accelerator.init_trackers("irasim-diffusers", config=flags)
-        self.settings = run_settings(arguments, accelerator, folders, self.config)
         self.step, self.seconds, self.batch_number = 0, 0.0, 0
         self.total = torch.zeros((), device=accelerator.device)  # loss over the batches of a step
         self._resume()
@@ -167,8 +181,13 @@ class TrainingRun:
         if newest is None:
             return
         self.seconds, self.step = seconds_trained(newest), step_of(newest)
-        self.accelerator.load_state(str(newest))
-        load_average(self.ema, self.transformer, newest)
+        try:
+            self.accelerator.load_state(str(newest))
+            load_average(self.ema, self.transformer, newest)
+        except UNREADABLE as error:
+            raise ValueError(
+                f"{str(newest)!r} cannot be loaded: {type(error).__name__}: {error} Delete it to resume from an earlier checkpoint."
+            ) from error
         logger.info(f"resumed from {newest}")
 
     def _epoch(self, epoch: int, skipped: int) -> Any:
@@ -255,6 +274,18 @@ class TrainingRun:
         logger.info(f"stopped by {name} at step {self.step}; run the same command to resume")
         self.accelerator.end_training()
         raise SystemExit(128 + number)
+
+
+def frozen_weights(transformer: torch.nn.Module) -> dict[str, str]:
+    """Return the hash of the weights that are not trained, which adapters belong to; empty if all are trained."""
+    frozen = {name: each for name, each in transformer.named_parameters() if not each.requires_grad}
+    if not frozen:
+        return {}
+    digest = hashlib.sha256()
+    for name in sorted(frozen):
+        digest.update(name.encode())
+        digest.update(frozen[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return {"frozen_weights": digest.hexdigest()}
 
 
 def _check_batch_size(arguments: RunArguments, clips: MixedClips, accelerator: Accelerator) -> None:
