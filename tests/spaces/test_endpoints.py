@@ -267,7 +267,7 @@ def test_starting_and_stopping_sessions_count(worlds):
         answers = await asyncio.gather(*(open_for(visitor) for visitor in "aaabb"), return_exceptions=True)
         assert [str(answer)[:24] for answer in answers if isinstance(answer, ValueError)] == [
             "this address already has",
-            "all 3 sessions are in use: ",
+            "all 3 sessions are in us",
         ]
         with sessions.use(answers[0]):
             assert sessions.close(answers[0])

@@ -284,7 +284,7 @@ def frozen_weights(transformer: torch.nn.Module) -> dict[str, str]:
     digest = hashlib.sha256()
     for name in sorted(frozen):
         digest.update(name.encode())
-        digest.update(frozen[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(frozen[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return {"frozen_weights": digest.hexdigest()}
 
 
