@@ -206,7 +206,7 @@ def push_to_image(
 
 
 def contact(real: Simulator, rng: np.random.Generator, seed: int) -> tuple[list[np.ndarray], State]:
-    """Push the block about at random until the pusher touches it after 20 steps or more: returns the last frames and the state."""
+    """Push the block randomly until the pusher touches it after 20 steps or more: returns the last frames and the state."""
     state = real.reset(seed)
     pusher = push_about(rng, state)
     action, frames = next(pusher), [real.frame()]
@@ -220,7 +220,7 @@ def contact(real: Simulator, rng: np.random.Generator, seed: int) -> tuple[list[
 
 
 def pushed_to(poses: np.ndarray, goal: np.ndarray) -> np.ndarray:
-    """Whether blocks at poses (K, 3) are as close to a goal pose (3,) as a push to a goal image must come."""
+    """Return whether blocks at poses (K, 3) are within the tolerances of a goal pose (3,)."""
     turn = (poses[:, 2] - goal[2] + np.pi) % (2 * np.pi) - np.pi
     near = np.linalg.norm(poses[:, :2] - goal[:2], axis=1) < PUSHED
     return near & (np.abs(turn) < TURNED)

@@ -120,7 +120,7 @@ class Solved:
 
 @torch.no_grad()
 def success_threshold(folder: Path, dataset: Path, max_episodes: int) -> dict[str, float]:
-    """Choose the largest predicted IoU of an episode that tells success in the simulator best.
+    """Choose the threshold on the largest predicted IoU that best classifies success in the simulator.
 
     Only episodes of the expert and the noisy expert are used. Of equally good thresholds the middle one is returned.
 
