@@ -5,7 +5,7 @@ Endpoints bypass Gradio's queue: a session has one request at a time, and a mode
 
 import asyncio
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from uploads import data_url, read_data_url, uploaded_path
 from visitor_files import read_picture
 from worlds import World, Worlds
 
-from irasim_diffusers import DrivingSession, Steering
+from irasim_diffusers import ActionSpace, DrivingSession, Steering
 from irasim_diffusers.commands.keys import SAME_KEYS, key_controls
 
 MAX_RESTORED = 64  # frames per request
@@ -121,24 +121,25 @@ def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
 def describe_space(config: Any, steering: Steering | None = None) -> dict[str, Any]:
     """Describe a checkpoint's action space and its controls, for JSON."""
     if steering is None:
-        steering = Steering(config, start=_middle(config) or np.zeros(config.action_dim))
+        steering = Steering(ActionSpace.from_config(config), start=_middle(config) or np.zeros(config.action_dim))
+    space = steering.action_space
     return {
-        "names": steering.names,
+        "names": list(space.names),
         "units": config.action_units,
-        "low": _numbers(steering.low),
-        "high": _numbers(steering.high),
-        "space": steering.space,
-        "derivation": steering.derivation,
+        "low": _numbers(space.low),
+        "high": _numbers(space.high),
+        "space": space.kind,
+        "derivation": space.derivation,
         "fps": config.fps or 10,
         "hold": _numbers(steering.hold()),  # in an absolute space, the last action
         "step": _numbers(steering.step),  # of a command of 1 at speed 1
         "max_chunk": DrivingSession.max_chunk,
-        "controls": [vars(control) for control in key_controls(steering.action_space)],
+        "controls": [vars(control) for control in key_controls(space)],
         "same_keys": SAME_KEYS,
     }
 
 
-def _numbers(values: np.ndarray) -> list[float | None]:
+def _numbers(values: Iterable[float]) -> list[float | None]:
     """Convert to numbers for JSON, which has no infinity."""
     return [float(value) if np.isfinite(value) else None for value in values]
 
@@ -169,7 +170,7 @@ def _new_session(world: World, frames: Any, start: Any, seed: int, max_frames: i
         start = world.starts[frames].action if start is None else start
     else:
         history = read_picture(uploaded_path(frames), world.pipeline.frame_size)[None]
-    steering = Steering(config, start=_middle(config) if start is None else start)
+    steering = Steering(world.pipeline.action_space, start=_middle(config) if start is None else start)
     return DrivingSession(world.pipeline, history, steering, seed, max_frames)
 
 
@@ -190,7 +191,7 @@ def _drive(session: DrivingSession, command: Any, number: int, speed: float) -> 
 
 
 def _restore(session: DrivingSession, frames: list[Any], actions: Any) -> None:
-    session.append([read_data_url(frame, session.pipe.frame_size) for frame in frames], actions)
+    session.append([read_data_url(frame, session.model.frame_size) for frame in frames], actions)
 
 
 def _whole_number(name: str, value: Any, low: int, high: int) -> int:

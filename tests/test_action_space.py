@@ -109,7 +109,7 @@ def test_session_stays_usable_after_a_far_action():
     pipe = IRASimPipeline.from_pretrained(embedded_checkpoint())
     pipe.set_progress_bar_config(disable=True)
     history = np.zeros((2, 96, 96, 3), np.uint8)
-    first, second = (DrivingSession(pipe, history, Steering(pipe.transformer.config, start=[9, 9])) for _ in range(2))
+    first, second = (DrivingSession(pipe, history, Steering(pipe.action_space, start=[9, 9])) for _ in range(2))
     with pytest.raises(ValueError, match="near the bounds"):
         first.step([[1e38, 0.0]])
     assert len(first) == 0

@@ -20,13 +20,15 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "at least one change must be given: --prediction-type, --vae, --patch-size"),
+        ([], "at least one change is required: --prediction-type, --vae, --patch-size"),
         (["--patch-size", "0"], "--patch-size must be at least 1, got 0"),
         (["--patch-size", "3"], "--patch-size must divide the sides of the latents, 4x6, got 3"),
         (["--action-dim", "-1"], "--action-dim must be at least 1, got -1"),
         (["--action-frequencies", "-1"], "--action-frequencies must be at least 0, got -1"),
-        (["--vae", "vae"], "--vae and --dataset must be given together"),
-        (["--action-dim", "2", "--height", "8"], "--height and --width must be given together"),
+        (["--action-dim", "1000000000"], "--action-dim must be at most 1024, got 1000000000"),
+        (["--action-frequencies", "1000000"], "--action-frequencies must be at most 32, got 1000000"),
+        (["--vae", "vae"], "--vae requires --dataset"),
+        (["--action-dim", "2", "--height", "8"], "--height and --width must be passed together"),
         (["--action-dim", "2", "--model", "nowhere"], "--model must be a pipeline folder or Hub id, got 'nowhere'"),
         (
             ["--vae", "nowhere", "--dataset", "nowhere"],

@@ -11,11 +11,13 @@ import torch
 from conftest import tiny_pipeline
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
 from test_conversion import latte_model
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, embedded_checkpoint
 from irasim_diffusers.cli import main
 from irasim_diffusers.commands.files import read_actions, read_frames
+from irasim_diffusers.commands.sampling import DTYPE_REMEDY, check_weights
 from irasim_diffusers.data import read_video, write_video
 from irasim_diffusers.metrics import psnr
 
@@ -308,14 +310,14 @@ BAD = [
     ({"--actions": "broken.json"}, "--actions must be a table of numbers"),
     ({"--actions": "actions.txt"}, "--actions must be a .npy, .csv or .json file, got 'actions.txt'"),
     ({"--actions": "missing.npy"}, "--actions must be a file, got 'missing.npy', which does not exist"),
-    ({"--actions": None}, "--frames needs --actions"),
+    ({"--actions": None}, "--frames requires --actions"),
     ({"--frames": "large.png"}, r"must be 8x12 .* got 20x24: .*--resize"),
     ({"--frames": "gray16.png"}, "--frames must be an RGB image, got mode I;16"),
     ({"--frames": "gray.png"}, "--frames must be an RGB image, got mode L"),
     ({"--frames": "broken.png"}, "--frames must be a readable image, got 'broken.png'"),
     ({"--frames": "broken.mp4"}, "--frames must be a readable image or video: .*broken.mp4"),
     ({"--frames": "missing.mp4"}, "--frames must be an image or video file, got 'missing.mp4'"),
-    ({"--frames": "short.mp4"}, "--frames must hold at least the history of 2 frames, got 1"),
+    ({"--frames": "short.mp4"}, r"--frames must contain at least 2 frames \(the history\), got 1"),
     ({"--frames": "video.mp4", "--history": "0"}, "--history must be at least 1, got 0"),
     ({"--frames": "frame.png", "--history": "-1"}, "--history must be at least 1, got -1"),
     ({"--output": "folder.mp4"}, "--output must be a file, got the directory 'folder.mp4'"),
@@ -342,6 +344,35 @@ def test_bad_input_prints_one_line_and_exits_with_2(workspace, capsys, change, m
     assert sorted(workspace.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["out.mp4", "out.png"])
+def test_folder_in_the_place_of_an_output_is_named(workspace, tmp_path, capsys, name):
+    """The strip is written next to the video, so that the message must name the file that the user did not pass."""
+    (tmp_path / name).mkdir()
+    assert generate("--output", str(tmp_path / "out.mp4")) == 2
+    expected = f"must be a file, got the directory '{tmp_path / name}': the command writes a {name[-4:]} file there"
+    assert expected in capsys.readouterr().err
+
+
+def test_full_disk_is_one_line(monkeypatch, capsys):
+    """The writer of safetensors raises an error of its own class."""
+
+    def fail(_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("irasim_diffusers.commands.generate.run", fail)
+    assert main(["generate"]) == 2
+    assert capsys.readouterr().err == "irasim: error: I/O error: No space left on device (os error 28)\n"
+
+
+def test_only_commands_with_the_flag_advise_dtype():
+    weights = torch.nn.Linear(2, 2)
+    weights.bias.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"use an earlier checkpoint.$"):
+        check_weights({"model": weights}, [])
+    with pytest.raises(ValueError, match=r"use an earlier checkpoint, or --dtype float32 if .* float16.$"):
+        check_weights({"model": weights}, [], DTYPE_REMEDY)
+
+
 def test_unknown_scheduler_raises(workspace, capsys):
     with pytest.raises(SystemExit) as stop:
         generate("--scheduler", "runge")
@@ -353,7 +384,7 @@ def test_the_embedded_model_predicts_its_held_out_clip(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     assert generate() == 0
     out = capsys.readouterr().out
-    found = re.search(r"PSNR ([\d.]+) dB over 60 frames .* last seen frame: ([\d.]+) dB", out)
+    found = re.search(r"PSNR ([\d.]+) dB over 60 frames .*last-frame baseline: ([\d.]+) dB", out)
     assert float(found[1]) > float(found[2]) + 2
     frames = read_video("irasim.mp4")
     assert len(frames) >= 61

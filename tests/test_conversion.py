@@ -616,7 +616,7 @@ def test_the_command_converts_opensora(tmp_path, capsys):
         assert main([*command[:7], "--output", f"{tmp_path}/second", "--config", "fps=5", wrong]) == 2
         assert "--config must be KEY=VALUE" in capsys.readouterr().err
     assert main([*command[:1], *command[3:7], "--output", f"{tmp_path}/second"]) == 2
-    assert "--source irasim needs --dataset" in capsys.readouterr().err
+    assert "--source irasim requires --dataset" in capsys.readouterr().err
 
 
 def test_the_same_patch_size_does_not_change_the_output():
@@ -722,7 +722,25 @@ def test_torchscript_program_is_not_executed(tmp_path):
 def test_open_sora_requires_the_frame_rate(tmp_path, capsys):
     arguments = ["convert", "--source", "opensora", "--checkpoint", str(tmp_path), "--vae", "vae"]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
-    assert "--source opensora needs --config fps=<frames per second of your clips>" in capsys.readouterr().err
+    assert "--source opensora requires --config fps=<frames per second>" in capsys.readouterr().err
+
+
+def test_loader_failure_without_config_names_the_checkpoint(tmp_path, monkeypatch, capsys):
+    tiny_vae().save_pretrained(tmp_path / "a:vae")  # also a colon in the name of a folder
+    monkeypatch.setattr("irasim_diffusers.conversion.load_latte", raising(RuntimeError("out of memory")))
+    flags = ["--checkpoint", str(tmp_path), "--vae", str(tmp_path / "a:vae"), "--output", str(tmp_path / "out")]
+    assert main(["convert", "--source", "latte", *flags]) == 2
+    expected = f"irasim: error: --checkpoint '{tmp_path}' cannot be loaded: out of memory\n"
+    assert capsys.readouterr().err == expected
+    assert main(["convert", "--source", "latte", *flags, "--config", "action_dim=2"]) == 2
+    assert "--config must define a model, got 'action_dim=2': out of memory" in capsys.readouterr().err
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 @pytest.mark.parametrize(
@@ -733,7 +751,7 @@ def test_open_sora_requires_the_frame_rate(tmp_path, capsys):
         (["--checkpoint", "{folder}/cut.pt"], "is not a checkpoint that can be read safely"),
         (["--checkpoint", "{folder}/alone.pt", "--weights", "ema"], "contains no 'ema' weights"),
         (["--dataset", "languagetable"], r"\d+ tensors cannot be mapped"),
-        (["--vae", "{folder}/eight"], "--vae must have 4 latent channels, as the weights, got .* with 8"),
+        (["--vae", "{folder}/eight"], "--vae must have 4 latent channels to match the weights, got .* with 8"),
         (["--config", "num_attention_heads=x"], "--config num_attention_heads must be int in JSON, got 'x'"),
         (["--config", "action_scale=[1,2"], r"--config action_scale must be float \| list\[float\] in JSON, got"),
         (["--config", "num_attention_heads=0"], "`num_attention_heads` must be an integer of at least 1"),

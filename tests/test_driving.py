@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from irasim_diffusers import DrivingSession, IRASimPipeline, Steering, embedded_checkpoint
+from irasim_diffusers import ActionSpace, DrivingSession, IRASimPipeline, Steering, embedded_checkpoint
 from irasim_diffusers.actions import integrate_actions
 from irasim_diffusers.commands.keys import key_command, key_controls
 from irasim_diffusers.data import read_video
@@ -26,18 +26,12 @@ def clip():
 
 @pytest.fixture
 def session(pipe, clip):
-    return DrivingSession(pipe, clip[0][:2], Steering(pipe.transformer.config, start=clip[1][0]), seed=3)
+    return DrivingSession(pipe, clip[0][:2], Steering(pipe.action_space, start=clip[1][0]), seed=3)
 
 
 def drive(session, pressed, num_frames=1):
     """Drive with keys, like a terminal or the Space."""
     return session.drive(key_command(session.steering.action_space, pressed), num_frames)
-
-
-class Space(dict):
-    """A config with the action space only, the part that steering reads."""
-
-    __getattr__ = dict.__getitem__
 
 
 def arm(**changes):
@@ -50,11 +44,11 @@ def arm(**changes):
         "action_low": [None] * 6 + [0.0],
         "action_high": [None] * 6 + [1.0],
     }
-    return Space(known | changes)
+    return ActionSpace.from_config(known | changes)
 
 
 def test_keys_move_target_within_bounds(pipe):
-    steering = Steering(pipe.transformer.config, speed=2.0, start=[300.0, 30.0])
+    steering = Steering(pipe.action_space, speed=2.0, start=[300.0, 30.0])
     step = 2.0 * 32
     assert steering.action(key_command(steering.action_space, {"ArrowLeft"})).tolist() == [300 - step, 30]
     assert steering.action(key_command(steering.action_space, {"D", "s"})).tolist() == [300, 30 + step]
@@ -122,9 +116,7 @@ def test_undo_restores_the_same_future(session):
 
 
 def test_dropped_frames_do_not_change_later_ones(pipe, clip, session):
-    short = DrivingSession(
-        pipe, clip[0][:2], Steering(pipe.transformer.config, start=clip[1][0]), seed=3, max_frames=1
-    )
+    short = DrivingSession(pipe, clip[0][:2], Steering(pipe.action_space, start=clip[1][0]), seed=3, max_frames=1)
     for keys in ({"ArrowLeft"}, {"ArrowDown"}, {"ArrowDown"}, set()):
         np.testing.assert_array_equal(drive(short, keys)[0], drive(session, keys)[0])
     assert len(short) == 1
@@ -135,9 +127,7 @@ def test_dropped_frames_do_not_change_later_ones(pipe, clip, session):
 
 def test_appended_frames_continue_an_earlier_session(pipe, clip, session):
     drive(session, {"ArrowUp"}, 4)
-    later = DrivingSession(
-        pipe, clip[0][:2], Steering(pipe.transformer.config, start=clip[1][0]), seed=3, max_frames=3
-    )
+    later = DrivingSession(pipe, clip[0][:2], Steering(pipe.action_space, start=clip[1][0]), seed=3, max_frames=3)
     later.append(session.frames, session.actions)
     assert len(later) == 3  # the oldest is dropped, and the history reaches back to it
     np.testing.assert_array_equal(later.steering.hold(), session.steering.hold())
@@ -155,7 +145,7 @@ def test_appended_frames_continue_an_earlier_session(pipe, clip, session):
 def test_sessions_of_one_pipeline_do_not_mix(pipe, clip, session):
     alone = [np.asarray(frame) for frame in drive(session, {"ArrowRight"}, 2) + drive(session, set(), 2)]
     session.reset()
-    other = DrivingSession(pipe, clip[0][20:22], Steering(pipe.transformer.config, start=clip[1][20]))
+    other = DrivingSession(pipe, clip[0][20:22], Steering(pipe.action_space, start=clip[1][20]))
     between = drive(session, {"ArrowRight"}, 2)
     drive(other, {"ArrowLeft"}, 4)
     np.testing.assert_array_equal(alone, [np.asarray(frame) for frame in between + drive(session, set(), 2)])
@@ -169,7 +159,7 @@ def test_recording_contains_first_frame_and_every_action(session, tmp_path):
 
 
 def test_shortened_recording_starts_with_the_frame_before_its_first_action(pipe, clip, tmp_path):
-    steering = Steering(pipe.transformer.config, start=clip[1][0])
+    steering = Steering(pipe.action_space, start=clip[1][0])
     session = DrivingSession(pipe, clip[0][:2], steering, max_frames=2)
     *_, before = session.step([[450.0, 450.0]] * 8)
     session.step([[450.0, 450.0]] * 2)
@@ -180,7 +170,7 @@ def test_shortened_recording_starts_with_the_frame_before_its_first_action(pipe,
 
 def test_frames_do_not_depend_on_the_actions_per_step(pipe, clip):
     """The embedded model predicts one frame per chunk, so that steps of one and of three actions agree."""
-    one, three = (DrivingSession(pipe, clip[0][:2], Steering(pipe.transformer.config, start=clip[1][0])) for _ in "12")
+    one, three = (DrivingSession(pipe, clip[0][:2], Steering(pipe.action_space, start=clip[1][0])) for _ in "12")
     singly = [one.step([action])[0] for action in clip[1][1:4]]
     np.testing.assert_array_equal(np.stack(singly), np.stack(three.step(clip[1][1:4])))
 
@@ -188,7 +178,7 @@ def test_frames_do_not_depend_on_the_actions_per_step(pipe, clip):
 def test_failed_step_keeps_the_target(session, monkeypatch):
     drive(session, {"w"})
     target = session.steering.hold()
-    monkeypatch.setattr(session.pipe, "predict_latents", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(session.model, "advance", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         drive(session, {"w"})
     np.testing.assert_array_equal(session.steering.hold(), target)
@@ -202,17 +192,17 @@ def test_failed_step_keeps_the_target(session, monkeypatch):
         (lambda session, _: session.step(np.zeros((17, 2))), "at most 16, got"),
         (lambda session, _: session.drive([0.0, 0.0], 0), r"`num_frames` must be in \[1, 16\], got 0"),
         (lambda session, _: session.undo(-1), "`num_frames` must not be negative"),
-        (lambda session, folder: session.save(folder / "a.mp4"), "nothing has been predicted"),
+        (lambda session, folder: session.save(folder / "a.mp4"), "no frames to save: call `drive` or `step` first"),
         (lambda session, _: session.steering.action([0.0, 1.5]), r"`command` must be in \[-1, 1\]"),
         (lambda session, _: session.steering.action([0.0]), "`actions` must be"),
-        (lambda session, _: Steering(session.pipe.transformer.config), "`start` must be the robot's current"),
-        (lambda session, _: DrivingSession(session.pipe, np.zeros((9, 9, 3)), session.steering), "`frames` must be"),
+        (lambda session, _: Steering(session.model.action_space), "`start` must be the current position"),
+        (lambda session, _: DrivingSession(session.model, np.zeros((9, 9, 3)), session.steering), "`frames` must be"),
         (
-            lambda session, _: DrivingSession(session.pipe, np.zeros((2, 2, 96, 96, 3)), session.steering),
+            lambda session, _: DrivingSession(session.model, np.zeros((2, 2, 96, 96, 3)), session.steering),
             "one history, got 2",
         ),
         (
-            lambda session, _: DrivingSession(session.pipe, session.first_frame, session.steering, max_frames=0),
+            lambda session, _: DrivingSession(session.model, session.first_frame, session.steering, max_frames=0),
             "at least 1",
         ),
     ],

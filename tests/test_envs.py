@@ -1,8 +1,11 @@
 import dataclasses
+import struct
 import warnings
+import zlib
 
 import gymnasium
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from conftest import tiny_pipeline
@@ -12,7 +15,7 @@ from gymnasium.vector import AutoresetMode
 from irasim_diffusers import ProprioceptionModel
 from irasim_diffusers.actions import derive_actions
 from irasim_diffusers.data import Episode
-from irasim_diffusers.envs import EpisodeStarts, Start, WorldModelEnv, WorldModelVectorEnv
+from irasim_diffusers.envs import EpisodeStarts, Start, WorldModelEnv, WorldModelVectorEnv, load_world_model
 
 STEPS = {"sampling": {"num_inference_steps": 2}}
 BOUNDS = {"action_low": [-2.0, -1.0, 0.0], "action_high": [2.0, 3.0, 5.0]}
@@ -249,6 +252,39 @@ def test_proprioception_model_round_trip(tmp_path):
         ProprioceptionModel(["x"], [0.0, 1.0], [1.0], [0.0], [1.0])
 
 
+def test_damaged_files_of_a_model_are_named(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    for size in ((13, 8), (12, 9)):
+        PIL.Image.new("RGB", size).save(tmp_path / "starts.png")
+        with pytest.raises(
+            ValueError, match=rf"start frames '.*starts.png' .* of 12x8 pixels, got {size[0]}x{size[1]}"
+        ):
+            load_world_model(tmp_path, "cpu")
+    bomb = zlib.compress(bytes(30_000))
+    header = struct.pack(">2I5B", 12, 10**8 * 8, 8, 2, 0, 0, 0)
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", header), (b"IDAT", bomb), (b"IEND", b""))
+    ]
+    (tmp_path / "starts.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    with pytest.raises(ValueError, match=r"start frames '.*starts.png' cannot be read: Image size .* exceeds limit"):
+        load_world_model(tmp_path, "cpu")
+    (tmp_path / "starts.png").unlink()
+    ProprioceptionModel(["x"], [0.0], [1.0], [0.0], [0.0]).save_pretrained(tmp_path / "proprioception")
+    with pytest.raises(
+        ValueError, match=r"`state_scale` of the proprioception model must be .* not zero, got \[0.0\]"
+    ):
+        load_world_model(tmp_path, "cpu")
+
+
+def test_set_attr_sets_the_attribute_of_all_rows(model, starts):
+    rows = WorldModelVectorEnv(model, 2, starts, **STEPS)
+    rows.set_attr("max_episode_steps", [7, 7])
+    assert rows.get_attr("max_episode_steps") == (7, 7)
+    with pytest.raises(ValueError, match="`values` must be one value for all 2 rows"):
+        rows.set_attr("max_episode_steps", [7, 8])
+
+
 def test_rescaled_actions_map_to_the_bounds(starts):
     model = tiny_pipeline(action_low=[-2.0, None, 0.0], action_high=[2.0, 3.0, 5.0])
     env = WorldModelEnv(model, starts, rescale_actions=True, **STEPS)
@@ -284,10 +320,10 @@ BAD = [
     (bad_step([0, 0, 1], reward=lambda frames: brightness(frames) / 0 * 0), "`reward` must return finite values"),
     (bad_step([0, 0, 1], reward=lambda frames: frames), r"`reward` must return \(1, 1\), got \(1, 1, 3, 8, 12\)"),
     (lambda model, starts: WorldModelEnv(model, starts).step([0, 0, 1]), "`reset` must be called before `step`"),
-    (lambda model, starts: WorldModelEnv(model).reset(), "`reset` needs frames to start from, got none"),
+    (lambda model, starts: WorldModelEnv(model).reset(), "`reset` requires frames to start from, got None"),
     (lambda model, starts: WorldModelEnv(model, starts[:, :, :6]).reset(), "`frames` must be 8x12 .* got 6x12"),
     (lambda model, starts: WorldModelEnv(model, starts / 255).reset(), r"`frames` must be uint8 .* got float64"),
-    (lambda model, starts: WorldModelEnv(model, []), "`starts` must hold at least one start"),
+    (lambda model, starts: WorldModelEnv(model, []), "`starts` must contain at least one start"),
     (lambda model, starts: WorldModelEnv(model, starts, max_episode_steps=0), "`max_episode_steps` must be at least"),
     (lambda model, starts: WorldModelEnv(model, starts, render_mode="human"), "`render_mode` must be 'rgb_array'"),
     (lambda model, starts: WorldModelEnv(model, starts).render(), "`render_mode` must be 'rgb_array' to render"),

@@ -1,12 +1,17 @@
+import importlib
 import json
+import shutil
 import signal
 import textwrap
 
 import pytest
 from conftest import tiny_pipeline
+from safetensors.torch import load_file, save_file
 
+from irasim_diffusers import embedded_checkpoint
 from irasim_diffusers.cli import main
 from irasim_diffusers.commands.evaluate_policies import _files_hash
+from irasim_diffusers.evaluation import policies
 from irasim_diffusers.rewards import FrameRegressor
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -20,7 +25,24 @@ LOADER = """
             raise ValueError("no such policy")
         target = float(path)
         return ChunkPolicy(lambda observation: torch.full((len(observation["pixels"]), 2), target), action_space)
+
+    def load_last(path, action_space):
+        return load(path[-1], action_space)
+
+    def load_none(path, action_space):
+        return None
+
+    def load_wide(path, action_space):
+        return ChunkPolicy(lambda observation: torch.zeros(len(observation["pixels"]), 3), action_space)
+
+    def load_bad(path, action_space):
+        return ChunkPolicy(lambda observation: observation["wrist"], action_space)
+
+    def load_on(path, action_space, device=None):
+        open("device.txt", "w").write(device)
+        return load(path, action_space)
 """
+SHORT = {"num-episodes": 1, "batch-size": 1, "max-episode-steps": 1, "num-videos": 0}
 PUSHT = {"obs_type": "pixels_agent_pos"}
 
 
@@ -88,16 +110,80 @@ def test_the_default_reward_is_stored_with_the_model(command, capsys, tmp_path):
 
 
 def test_names_of_policies_tell_them_apart(command, tmp_path):
-    assert command(policies=["1/broken", "2/broken"]) == 2  # the names are found before a policy is loaded
+    assert command(policies=["a/1", "b/1"], **SHORT, loader="my_policies:load_last") == 0
     setting = json.loads((tmp_path / "out" / "setting.json").read_text())
-    assert setting["policies"] == ["1-broken", "2-broken"]
+    assert setting["policies"] == ["a-1", "b-1"]
+
+
+def test_failed_command_leaves_the_folder_to_the_corrected_one(command, capsys, tmp_path):
+    """All policies are loaded before the first episode of the first one."""
+    assert command(policies=["100", "broken"], **SHORT) == 2
+    assert capsys.readouterr().err == "irasim: error: --policies 'broken' cannot be loaded: no such policy\n"
+    assert list(tmp_path.iterdir()) == []
+    assert command(policies=["100", "200"], **SHORT) == 0
+
+
+def test_another_folder_with_setting_but_without_episodes_is_used(command, tmp_path):
+    """Earlier versions left the settings of a run that failed before its first episode."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "setting.json").write_text('{"policies": ["x"]}')
+    assert command(**SHORT) == 0
+    assert json.loads((tmp_path / "out" / "setting.json").read_text())["policies"] == ["100", "400.5"]
+
+
+def test_comparison_without_matplotlib_is_an_error_before_the_episodes(command, capsys, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(policies, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    assert command(**SHORT) == 2
+    assert "requires matplotlib: pip install '.[evaluation]'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_retrained_model_or_reward_requires_new_folder(command, capsys, tmp_path, folder):
+    """The identity of model and reward is the content of their weights, not their names."""
+    for name in ("model", "reward"):
+        shutil.copytree(embedded_checkpoint(), tmp_path / name / "model")
+        shutil.copytree(folder / "reward", tmp_path / name / "reward")
+    names = {"model": "model/transformer", "reward": "reward"}
+    for name, changed in names.items():
+        root = tmp_path / name
+        flags = {"model": root / "model", "reward": root / "reward", "output": root / "out"} | SHORT
+        assert command(**flags) == 0
+        (weights,) = (root / changed).glob("*.safetensors")
+        tensors = load_file(weights)
+        key = next(key for key in tensors if key.endswith("bias"))
+        save_file(tensors | {key: tensors[key] + 0.5}, weights, metadata={"format": "pt"})
+        assert command(**flags) == 2
+        assert "contains another evaluation: weights differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"seed": 100000}', '{"real": {}, "model": {}}'])
+def test_damaged_episodes_run_again(command, tmp_path, content):
+    assert command(**SHORT) == 0
+    path = tmp_path / "out" / "episodes" / "100" / "100000.json"
+    first = path.read_text()
+    path.write_text(content)
+    assert command(**SHORT) == 0
+    assert path.read_text() == first
+
+
+def test_policies_run_on_the_device_of_the_model(command, tmp_path, folder):
+    """A loader with the argument `device` receives it; the loader of LeRobot policies is one."""
+    assert command(policies=["100"], loader="my_policies:load_on", **SHORT) == 0
+    assert (folder / "device.txt").read_text() == "cpu"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"policies": ["100", "100"]}, "--policies must be different"),
-        ({"policies": ["broken"]}, "no such policy"),
+        ({"policies": ["100", "100"]}, "--policies must be unique"),
+        ({"policies": ["broken"]}, "--policies 'broken' cannot be loaded: no such policy"),
+        ({"policies": ["100", "bug"]}, "--policies 'bug' cannot be loaded: could not convert string to float"),
+        ({"loader": "builtins:len"}, "--policies '100' cannot be loaded: len() takes exactly one argument"),
+        ({"loader": "my_policies:load_none"}, "policy '100' must have `select_action` and `reset`, got NoneType"),
+        ({"loader": "my_policies:load_wide"}, "policy '100' fails on the first observation: ValueError: the policy"),
+        ({"loader": "my_policies:load_bad"}, "policy '100' fails on the first observation: KeyError: 'wrist'"),
+        ({"loader": None, "policies": ["missing"]}, "--policies 'missing' cannot be loaded: "),
         ({"loader": "my_policies"}, "--loader must be MODULE:FUNCTION, got 'my_policies'"),
         ({"loader": "missing:load"}, "--loader must be MODULE:FUNCTION, got 'missing:load': No module named"),
         ({"loader": "my_policies:LOADER"}, "--loader must be MODULE:FUNCTION, got 'my_policies:LOADER'"),
@@ -119,21 +205,20 @@ def test_names_of_policies_tell_them_apart(command, tmp_path):
         ({"num-videos": -1}, "--num-videos must not be negative, got -1"),
         ({"env": ""}, "--env"),
         ({"env": "CartPole-v1\0"}, "--env"),
-        ({"policies": ["a\0b"]}, "a"),
+        ({"policies": ["a\0b"]}, "--policies must be a path without NUL"),
         ({"reward": "a\0b"}, "--reward"),
         ({"model": "a\0b"}, "--model"),
         ({"output": "a\0b"}, "--output must be a path without NUL"),
-        ({"output": "/proc/new"}, "--output must be writable"),
+        ({"output": "/proc/new"}, "--output must be writable, got '/proc/new': "),
         ({"device": "abacus"}, "--device must be"),
         ({"output": "my_policies.py"}, "--output must be a folder, got the file 'my_policies.py'"),
     ],
 )
 def test_bad_input_ends_in_one_line(command, capsys, tmp_path, changes, message):
     assert command(**changes) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("irasim: error: ")
-    assert message in error
-    assert not list(tmp_path.rglob("report.*"))
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"irasim: error: {message}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_signals_keep_finished_episodes(command, capsys, tmp_path, monkeypatch):
@@ -158,10 +243,10 @@ def test_signals_keep_finished_episodes(command, capsys, tmp_path, monkeypatch):
 
 
 def test_hash_of_a_policy_follows_its_files(tmp_path):
-    assert _files_hash(str(tmp_path / "absent")) is None
+    assert _files_hash(tmp_path / "absent") is None
     (tmp_path / "model.safetensors").write_bytes(b"first")
-    first = _files_hash(str(tmp_path))
+    first = _files_hash(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"other")
-    assert _files_hash(str(tmp_path)) != first
+    assert _files_hash(tmp_path) != first
     (tmp_path / "model.safetensors").write_bytes(b"first")
-    assert _files_hash(str(tmp_path)) == first
+    assert _files_hash(tmp_path) == first

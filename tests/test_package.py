@@ -31,8 +31,9 @@ ALLOWED = {
     "driving": {"action_space", "actions", "data", "pipelines", "rollout"},
     "rewards": {"rollout"},
     "planning": {"action_space", "rollout"},
-    "policies": {"action_space", "planning", "rollout"},
-    "envs": {"actions", "devices", "embedded_checkpoint", "models", "pipelines", "rewards", "rollout", "starts"},
+    "policies": {"action_space", "devices", "planning", "rollout"},
+    "pretrained": {"devices", "models", "pipelines", "rewards"},
+    "envs": {"actions", "embedded_checkpoint", "models", "pretrained", "rollout", "starts"},
     "lerobot": {"data", "envs"},
     "starts": set(),
     "evaluation": {

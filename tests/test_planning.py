@@ -194,7 +194,7 @@ def test_no_finite_score_raises(name, world, state, samples):
         return frames.mean(dim=(2, 3, 4)).masked_fill(moved, torch.nan)
 
     planner = {"rank": Rank()} | PLANNERS
-    with pytest.raises(NoPlanError, match=r"None of the \d+ candidates has a finite score"):
+    with pytest.raises(NoPlanError, match=r"none of the \d+ candidates has a finite score"):
         planner[name](world, state, objective, init=samples)
 
 
@@ -293,12 +293,12 @@ BAD = [
     (lambda *_: Rank(spread=-1.0), "`spread` must be finite and at least 0"),
     (lambda *_: Scoring(batch_size=0), "`batch_size` must be at least 1"),
     (lambda *_: Scoring(reduction="sum"), "`reduction` must be one of last, mean, max, got 'sum'"),
-    (lambda *_: Disagreement(), "`models` or `num_seeds` must give at least two members"),
+    (lambda *_: Disagreement(), "the guard needs at least two members"),
     (lambda *_: Disagreement(num_seeds=2, weight=-1.0), "`weight` must be finite and at least 0"),
     (lambda *_: Disagreement(num_seeds=2, limit=-1.0), "`limit` must be None or at least 0"),
     (lambda world, state: Rank()(world, state, GOAL), "`init` must be the candidates"),
-    (lambda world, state: Rank()(world, state, GOAL, init=[]), "`init` must hold at least one action sequence"),
-    (lambda world, state: Rank()(world, state, GOAL, init=CONSTANT[:0]), "`init` must hold at least one"),
+    (lambda world, state: Rank()(world, state, GOAL, init=[]), "`init` must contain at least one action sequence"),
+    (lambda world, state: Rank()(world, state, GOAL, init=CONSTANT[:0]), "`init` must contain at least one"),
     (lambda world, state: Rank()(world, state, GOAL, init=CONSTANT[:, :0]), "`init` is invalid"),
     (lambda world, state: Rank()(world, state, GOAL, init=CONSTANT[..., :1]), "`init` is invalid: .*2"),
     (lambda world, state: Rank()(world, state, GOAL, init=CONSTANT / 0), "`init` is invalid"),

@@ -105,7 +105,7 @@ def pipe():
 def session(pipe):
     folder = embedded_checkpoint()
     start = read_actions(folder / "example_actions.csv")[0]
-    return DrivingSession(pipe, read_video(folder / "example.mp4")[:2], Steering(pipe.transformer.config, 0.5, start))
+    return DrivingSession(pipe, read_video(folder / "example.mp4")[:2], Steering(pipe.action_space, 0.5, start))
 
 
 def drive_as(terminal, monkeypatch, session, user, **options):
@@ -277,8 +277,8 @@ def test_a_script_is_the_same_as_driving_with_its_keys(session):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "standard input must be a terminal, got a pipe or a file: run in a terminal, or give --script"),
-        (["--script", ""], "`script` must have at least one part"),
+        ([], "standard input must be a terminal, got a pipe or a file: run in a terminal, or pass --script"),
+        (["--script", ""], "`script` must not be empty; example: right"),
         (
             ["--script", "jump*3"],
             r"`script` must consist of parts .* out of hold, up, down, right, left, w, .*got 'jump\*3'",
@@ -291,7 +291,7 @@ def test_a_script_is_the_same_as_driving_with_its_keys(session):
         (["--script", "up", "--speed", "nan"], "--speed must be positive and at most 1000, got nan"),
         (["--script", "up", "--start", "1", "2", "3"], "--start must have 2 values, one per action component, got 3"),
         (["--script", "up", "--start", "1", "nan"], "`start` must be finite"),
-        (["--script", "up", "--frames", "frame.png"], "`start` must be the robot's current .*target_x, target_y"),
+        (["--script", "up", "--frames", "frame.png"], "`start` must be the current position .*target_x, target_y"),
         (["--script", "up", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["--script", "up", "--output", "clip.png"], "--output must end in .mp4, got 'clip.png'"),
         (["--script", "up", "--model", "nowhere"], "--model must be a pipeline folder"),

@@ -1,10 +1,13 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from point_world import SPACE, PointWorld, image
 
 from irasim_diffusers.planning import CEM, MPPI, Gradient, Rank
-from irasim_diffusers.policies import ChunkPolicy, LeRobotPolicy, PlannerPolicy
+from irasim_diffusers.policies import ChunkPolicy, LeRobotPolicy, PlannerPolicy, check_processor
 from irasim_diffusers.rewards import GoalImage
 
 
@@ -169,6 +172,109 @@ def test_wrong_actions_of_a_lerobot_policy_raise(observation):
         policy.select_action(observation)
 
 
+class Step:
+    """A processor step of LeRobot."""
+
+
+Step.__module__ = "lerobot.processor.normalize_processor"
+STEPS = {"normalizer_processor": Step, "action_tokenizer_processor": Step, "groot_pack": Step, "mine": Follower}
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (
+            [{"class": "subprocess.Popen", "config": {"args": ["touch", "x"]}}],
+            "got 'subprocess.Popen', which could execute",
+        ),
+        ([{"class": "lerobot.processor.Anything"}], "got 'lerobot.processor.Anything', which could execute"),
+        ([{"registry_name": "normalizer_processor"}, {"registry_name": "mine"}], "got 'mine', which could execute"),
+        ([{"registry_name": None, "class": "subprocess.Popen"}], "only registered steps of LeRobot, got None"),
+        ([{"registry_name": ["normalizer_processor"]}], "only registered steps of LeRobot"),
+        ([{"registry_name": "absent"}], "only registered steps of LeRobot, got 'absent'"),
+        ([{"registry_name": "action_tokenizer_processor"}], "executes code of the repository that it names"),
+        ([{"registry_name": "groot_pack"}], "executes code of the repository that it names"),
+        ([{}], "only registered steps of LeRobot, got None"),
+        (["normalizer_processor"], "must contain a list `steps` of objects"),
+        ({"registry_name": "normalizer_processor"}, "must contain a list `steps` of objects"),
+    ],
+)
+def test_processors_that_could_execute_code_are_rejected(tmp_path, steps, message):
+    """The check needs the config only: no step has been constructed."""
+    path = tmp_path / "policy_preprocessor.json"
+    path.write_text(json.dumps({"steps": steps}))
+    with pytest.raises(ValueError, match=message):
+        check_processor(path, STEPS)
+    path.write_text(json.dumps({"steps": [{"registry_name": "normalizer_processor"}]}))
+    check_processor(path, STEPS)
+
+
+@pytest.fixture(scope="module")
+def act_policy(tmp_path_factory):
+    """A tiny saved policy of the real LeRobot."""
+    pytest.importorskip("lerobot", reason="LeRobot 0.6 needs Python 3.12")
+    from lerobot.configs.types import FeatureType, PolicyFeature
+    from lerobot.policies.act.configuration_act import ACTConfig
+    from lerobot.policies.act.modeling_act import ACTPolicy
+    from lerobot.policies.factory import make_pre_post_processors
+
+    sizes = {"observation.image": (3, 32, 32), "observation.state": (2,), "action": (2,)}
+    kinds = dict(zip(sizes, (FeatureType.VISUAL, FeatureType.STATE, FeatureType.ACTION), strict=True))
+    features = {key: PolicyFeature(kinds[key], size) for key, size in sizes.items()}
+    config = ACTConfig(
+        input_features={key: features[key] for key in list(sizes)[:2]},
+        output_features={"action": features["action"]},
+        dim_model=16,
+        n_heads=2,
+        dim_feedforward=16,
+        n_encoder_layers=1,
+        n_vae_encoder_layers=1,
+        chunk_size=4,
+        n_action_steps=4,
+        latent_dim=4,
+        pretrained_backbone_weights=None,
+        device="cpu",
+        push_to_hub=False,
+    )
+    folder = tmp_path_factory.mktemp("act")
+    ACTPolicy(config).save_pretrained(folder)
+    shapes = {key: (3, 1, 1) if len(size) == 3 else size for key, size in sizes.items()}
+    stats = {key: {"mean": torch.zeros(shape), "std": torch.ones(shape)} for key, shape in shapes.items()}
+    for processor in make_pre_post_processors(config, dataset_stats=stats):
+        processor.save_pretrained(folder)
+    return folder
+
+
+def test_saved_lerobot_policy_returns_actions(act_policy):
+    policy = LeRobotPolicy.from_pretrained(str(act_policy), SPACE, device="cpu")
+    policy.postprocessor = None
+    policy.policy.model.action_head.weight.data.zero_()
+    policy.policy.model.action_head.bias.data = torch.tensor([0.1, -0.1])
+    policy.reset()
+    given = {"pixels": np.zeros((3, 32, 32, 3), np.uint8), "agent_pos": np.zeros((3, 2), np.float32)}
+    torch.testing.assert_close(policy.select_action(given), torch.tensor([[0.1, -0.1]] * 3))
+
+
+@pytest.mark.parametrize("file", ["policy_preprocessor.json", "policy_postprocessor.json"])
+def test_no_code_named_by_a_lerobot_policy_is_executed(act_policy, tmp_path, file):
+    folder = shutil.copytree(act_policy, tmp_path / "policy")
+    content = json.loads((folder / file).read_text())
+    step = {"class": "subprocess.Popen", "config": {"args": ["touch", str(tmp_path / "executed")]}}
+    (folder / file).write_text(json.dumps(content | {"steps": [step, *content["steps"]]}))
+    with pytest.raises(
+        ValueError, match=r"must be a policy of LeRobot: .* got 'subprocess.Popen', which could execute"
+    ):
+        LeRobotPolicy.from_pretrained(str(folder), SPACE)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_policy_types_that_trust_remote_code_are_rejected(act_policy, tmp_path):
+    folder = shutil.copytree(act_policy, tmp_path / "policy")
+    (folder / "config.json").write_text(json.dumps({"type": "pi0_fast", "device": "cpu"}))
+    with pytest.raises(ValueError, match="policies of type pi0_fast execute code of the repositories"):
+        LeRobotPolicy.from_pretrained(str(folder), SPACE)
+
+
 def test_bad_input(observation):
     world, planner = PointWorld(), CEM(4)
     for name, value in {"num_executed": 0, "num_history_frames": 0, "seed": -1}.items():
@@ -183,5 +289,5 @@ def test_bad_input(observation):
         policy.select_action({"pixels": observation["pixels"][0]})
     with pytest.raises(ValueError, match="at least `num_executed` = 8 actions, got 4"):
         policy.select_action(observation)
-    with pytest.raises(ValueError, match="must have 3 rows as before"):
+    with pytest.raises(ValueError, match="must have 3 rows as in the previous steps"):
         policy.select_action(observe([(0.1, 0.2)]))

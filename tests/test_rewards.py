@@ -143,6 +143,22 @@ BAD = [
         lambda clip: FrameRegressor(16, 24).success(clip),
         "`success_threshold` of this regressor must be a score, got None",
     ),
+    (lambda clip: FrameRegressor(channels="x"), "`channels` must be a list of positive integers, got 'x'"),
+    (lambda clip: FrameRegressor(channels=[8, 0]), "`channels` must be a list of positive integers"),
+    (lambda clip: FrameRegressor(channels=[10**9]), "`channels` must be a list of positive integers"),
+    (lambda clip: FrameRegressor(feature_dim=True), "`feature_dim`, .* must be positive integers, got True"),
+    (
+        lambda clip: FrameRegressor(success_threshold=float("nan")),
+        "`success_threshold` must be a finite number or None",
+    ),
+    (
+        lambda clip: FrameRegressor(success_threshold=True),
+        "`success_threshold` must be a finite number or None, got True",
+    ),
+    (
+        lambda clip: FrameRegressor(success_threshold="x"),
+        "`success_threshold` must be a finite number or None, got 'x'",
+    ),
     (lambda clip: FrameRegressor(8, 96), "`sample_height` and `sample_width` must be at least 16"),
     (lambda clip: FrameRegressor(16, 16)(clip), r"`frames` must be \(..., 3, 16, 16\)"),
 ]

@@ -4,15 +4,19 @@ import json
 import signal
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import tiny_pipeline, tiny_vae
+from conftest import tiny_pipeline
+from gymnasium.envs.registration import EnvSpec
 from test_conversion import latte_model
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel
 from irasim_diffusers.cli import main
-from irasim_diffusers.data import LeRobotFolder, lerobot_writer, write_video
+from irasim_diffusers.data import LeRobotFolder, lerobot_writer, read_video, write_video
+from irasim_diffusers.policies import ChunkPolicy
+from irasim_diffusers.rewards import FrameRegressor
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -41,6 +45,28 @@ COMMANDS = {  # arguments, object and method that the signal interrupts, number 
         "forward",
         3,
     ),
+    "generate": (
+        ["--model", "model", "--frames", "frame.png", "--actions", "actions.npy"],
+        IRASimTransformer3DModel,
+        "forward",
+        1,
+    ),
+    "play": (
+        ["--model", "model", "--frames", "frame.png", "--script", "w*4", "--chunk-length", "1"],
+        IRASimTransformer3DModel,
+        "forward",
+        3,
+    ),
+    "evaluate-policies": (
+        [
+            *("--model", "model", "--reward", "reward", "--env", "Noise-v0", "--device", "cpu"),
+            *("--policies", "none", "--loader", "test_signals:load_policy", "--max-episode-steps", "2"),
+            *("--num-episodes", "2", "--batch-size", "1"),
+        ],
+        IRASimTransformer3DModel,
+        "forward",
+        1,
+    ),
     "adapt": (["--model", "model", "--action-dim", "2"], IRASimPipeline, "save_pretrained", 1),
     "convert": (
         ["--source", "latte", "--checkpoint", "latte", "--vae", "model:vae", "--config", *SIZES],
@@ -49,16 +75,35 @@ COMMANDS = {  # arguments, object and method that the signal interrupts, number 
         1,
     ),
 }
-OUTPUTS = {"plan": "out.mp4"}
-RESUMED = ("evaluate",)
+OUTPUTS = dict.fromkeys(("plan", "generate", "play"), "out.mp4")
+RESUMED = ("evaluate", "play")
 """Commands that keep what they have finished."""
+
+
+class Noise(gymnasium.Env):
+    """Real environment with random frames."""
+
+    observation_space = gymnasium.spaces.Dict({"pixels": gymnasium.spaces.Box(0, 255, (8, 12, 3), np.uint8)})
+    action_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {"is_success": False}
+
+
+def load_policy(path, action_space):
+    return ChunkPolicy(lambda observation: np.zeros((len(observation["pixels"]), 3)), action_space)
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("signals"), np.random.default_rng(0)
     tiny_pipeline(num_inference_steps=1).save_pretrained(root / "model")
-    tiny_vae().save_pretrained(root / "vae")
+    FrameRegressor(8, 12, channels=(4,), feature_dim=4).save_pretrained(root / "reward")
+    np.save(root / "actions.npy", np.zeros((15, 3)))
     latte_model(heads=2, head=6, depth=1, patch=2, channels=4, frames=4).save_pretrained(root / "latte")
     PIL.Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)).save(root / "frame.png")
     (root / "data/annotation/train").mkdir(parents=True)
@@ -95,6 +140,7 @@ def ctrl_c():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_signals_leave_nothing_half_written(workspace, monkeypatch, tmp_path, capfd, command):
     monkeypatch.chdir(workspace)
+    monkeypatch.setitem(gymnasium.registry, "Noise-v0", EnvSpec("Noise-v0", Noise))
     arguments, owner, name, number = COMMANDS[command]
     argv = [command, *arguments, "--output", str(tmp_path / OUTPUTS.get(command, "out"))]
     before = sorted(workspace.rglob("*"))
@@ -109,6 +155,9 @@ def test_signals_leave_nothing_half_written(workspace, monkeypatch, tmp_path, ca
         assert not [path for path in tmp_path.rglob("*") if ".partial" in path.name]
         if command not in RESUMED:
             assert list(tmp_path.iterdir()) == []
+        if command == "play":
+            assert captured.out.startswith("2 frames; wrote ")
+            assert len(read_video(tmp_path / "out.mp4")) == len(np.load(tmp_path / "out.npy")) + 1 == 3
     assert main(argv) == 0
     assert sorted(workspace.rglob("*")) == before
     if command == "data":

@@ -62,7 +62,6 @@ def main() -> None:
     config = pipeline.transformer.config
     history = np.zeros((config.num_history_frames, *pipeline.frame_size, 3), dtype=np.uint8)
     own = f"{type(pipeline.scheduler).__name__}:{pipeline.config.num_inference_steps}"
-    evaluations = EvaluationCounter(pipeline.transformer)
     rows = []
     sizes = [f"s for {size} x {arguments.num_actions} frames" for size in arguments.batch_sizes]
     latency = f"ms per chunk of {arguments.chunk_length}: median"
@@ -80,8 +79,8 @@ def main() -> None:
             ) -> None:
                 sampled(history, actions, num_inference_steps=steps, output_type="np")
 
-            evaluations.count = 0
-            row[f"seconds_{size}"] = seconds(window, arguments.device, arguments.repeats)
+            with EvaluationCounter(pipeline.transformer) as evaluations:
+                row[f"seconds_{size}"] = seconds(window, arguments.device, arguments.repeats)
             row["evaluations"] = evaluations.count // (arguments.repeats + 1)
         actions = np.zeros((arguments.chunk_length * (5 * arguments.repeats + 1), config.action_dim))
         stream = pipeline.stream(

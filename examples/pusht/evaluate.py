@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -31,14 +32,13 @@ import numpy as np
 import torch
 from collect import TASKS
 from convolutional import WEIGHTS, load
-from diffusers.configuration_utils import FrozenDict
 from poses import one_pusher, pose_errors, read_poses, true_poses
 from simulator import ARENA, PUSHER_RADIUS, Simulator, State, push_about, push_at
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import irasim_diffusers
-from irasim_diffusers import IRASimPipeline
+from irasim_diffusers import ActionSpace, IRASimPipeline
 from irasim_diffusers.commands.keys import key_command
 from irasim_diffusers.commands.sampling import load_checked
 from irasim_diffusers.data import LeRobotFolder
@@ -53,14 +53,14 @@ WAYS = 8
 PREDICTED = 15  # predicted frames of a clip, as in the paper
 ROLLOUT = 60  # actions of an expert rollout and of a driven episode
 SPEEDS = (0.25, 0.5, 1.0)  # of the slider in the Space
-SPACE = FrozenDict(  # action space of the embedded model, so that all models are driven by the same actions
-    action_dim=2,
-    action_names=["target_x", "target_y"],
-    action_space="absolute",
-    action_derivation="recorded",
-    action_scale=1 / 32,
-    action_low=0.0,
-    action_high=float(ARENA),
+SPACE = ActionSpace(  # action space of the embedded model, so that all models are driven by the same actions
+    names=("target_x", "target_y"),
+    units=(None, None),
+    low=(0.0, 0.0),
+    high=(float(ARENA), float(ARENA)),
+    scale=(1 / 32, 1 / 32),
+    offset=(0.0, 0.0),
+    kind="absolute",
 )
 DRIVING_SEED = 3_000_000  # first seed of the driven episodes, far from the seeds of the datasets
 STATES = ("observation.state", "observation.environment_state")
@@ -412,10 +412,10 @@ class Evaluation:
             report["vae_psnr"] = reconstruction(self.pipeline, frames[:, ::5])
             print(f"VAE {report['vae_psnr']['mean']:.2f} dB", flush=True)
         truth = frames[:, history:] / 255.0
-        start = time.perf_counter()
-        with EvaluationCounter(
-            torch.nn.Identity() if self.pipeline is None else self.pipeline.transformer
-        ) as evaluations:
+        start, evaluations = time.perf_counter(), None
+        with ExitStack() as stack:
+            if self.pipeline is not None:
+                evaluations = stack.enter_context(EvaluationCounter(self.pipeline.transformer))
             prediction = self.predict_batches(frames, actions, "clips")
             shuffled = self.predict_batches(frames, np.roll(actions, 1, axis=0), "shuffled actions")
             still = self.predict_batches(still_frames, still_actions, "still clips")
@@ -433,7 +433,7 @@ class Evaluation:
             "gain_over_shuffled_actions": bootstrap(own - other, rng),
             "frames_per_second": {"mean": sampled * truth.shape[1] / seconds, "n": sampled},
             "network_evaluations_per_clip": {
-                "mean": evaluations.count / batches,
+                "mean": evaluations.count / batches if evaluations else 0.0,
                 "n": batches,
             },
             "last_frame": {

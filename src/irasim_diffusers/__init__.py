@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .action_space import ActionSpace
     from .driving import DrivingSession, Steering
     from .models import PRESETS, UNET_PRESETS, IRASimTransformer3DModel, ProprioceptionModel, UNetTrajectoryModel
     from .pipelines import IRASimPipeline, IRASimPipelineOutput
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 # modules of the public names: they are imported on first use, so that `irasim --help` does not wait for torch
 _MODULES = {
+    "ActionSpace": "action_space",
     "DrivingSession": "driving",
     "IRASimPipeline": "pipelines",
     "IRASimPipelineOutput": "pipelines",
@@ -43,6 +45,7 @@ def embedded_checkpoint() -> Path:
 __all__ = [
     "PRESETS",
     "UNET_PRESETS",
+    "ActionSpace",
     "DrivingSession",
     "IRASimPipeline",
     "IRASimPipelineOutput",

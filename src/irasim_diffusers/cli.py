@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from safetensors import SafetensorError
+
 from . import __version__
 from .commands import adapt, convert, data, evaluate, evaluate_policies, generate, plan, play
 from .commands.files import read_actions, read_frames
@@ -31,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _sigterm_as_exception():
             arguments.run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last one if the disk is full
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"irasim: error: {message}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Driving a robot in a world model: commands become actions, which steer a rollout."""
+"""Interactive rollouts: convert driving commands to actions and predict the next frames."""
 
 from __future__ import annotations
 
@@ -16,39 +16,35 @@ import torch
 from .action_space import ActionSpace
 from .actions import prepare_actions
 from .files import temporary_path
-from .pipelines import IRASimPipeline
-from .rollout import RolloutState
+from .pipelines.inputs import fit_frames, stack_frames
+from .rollout import RolloutState, WorldModel, roll
 
 
 class Steering:
-    """Turns commands in [-1, 1] into actions of a checkpoint's action space.
+    """Converts commands in [-1, 1] to actions of an action space.
 
     A relative component becomes a motion proportional to the command. A target (absolute spaces, an arm's gripper) moves from its
     last value and stays within the bounds of the space. The command 0 holds: no motion, and the same target.
 
     Args:
-        config: The transformer's config, which holds the action space.
-        speed: Motion per step for a command of 1, in normalised actions: `speed / action_scale` in raw units.
+        action_space: The action space of the world model, `model.action_space`.
+        speed: Motion per step for a command of 1, in normalized actions: `speed / action_scale` in raw units.
         start: Action (A,) for the robot's current position; required for spaces with targets.
 
     Raises:
         ValueError: If `start` is missing for a space with targets, has another dimension, or is far outside the bounds.
     """
 
-    def __init__(self, config: Any, speed: float = 1.0, start: Any = None) -> None:
-        self.action_space = space = ActionSpace.from_config(config)
-        self.space, self.derivation, self.names = space.kind, space.derivation, list(space.names)
-        self.speed = speed
-        self.low, self.high = np.array(space.low), np.array(space.high)
+    def __init__(self, action_space: ActionSpace, speed: float = 1.0, start: Any = None) -> None:
+        self.action_space, self.speed = action_space, speed
         if start is None:
-            if space.has_targets:
+            if action_space.has_targets:
                 raise ValueError(
-                    f"`start` must be the robot's current ({', '.join(self.names)}) for absolute actions, got none: targets "
-                    "move from there."
+                    f"`start` must be the current position ({', '.join(action_space.names)}) for absolute actions, got None."
                 )
-            start = space.clip(np.zeros(len(space)))
+            start = action_space.clip(np.zeros(len(action_space)))
         try:
-            self.start = space.prepare([start])[0, 0].double().numpy()
+            self.start = action_space.prepare([start])[0, 0].double().numpy()
         except ValueError as error:
             raise ValueError(str(error).replace("`actions`", "`start`")) from error
         self.last = self.start
@@ -70,12 +66,13 @@ class Steering:
         command = prepare_actions([command], len(self.start))[0, 0].double().numpy()
         if np.abs(command).max() > 1:
             raise ValueError(f"`command` must be in [-1, 1], got {command.tolist()}.")
-        hold = self.hold()  # may be outside the bounds if the data were
-        self.last = np.clip(hold + self.step * command, np.minimum(self.low, hold), np.maximum(self.high, hold))
+        hold = self.hold()  # the data can exceed the bounds
+        low, high = np.minimum(self.action_space.low, hold), np.maximum(self.action_space.high, hold)
+        self.last = np.clip(hold + self.step * command, low, high)
         return self.last.copy()
 
     def hold(self) -> np.ndarray:
-        """Return the hold action (A,), which means no motion."""
+        """Return the hold action (A,)."""
         return self.action_space.hold(self.last)
 
     def continue_from(self, action: np.ndarray | None) -> None:
@@ -91,22 +88,23 @@ class _Predicted:
 
 
 class DrivingSession:
-    """A rollout that is steered while it is predicted, frame after frame, with undo and a recording.
+    """Rollout that is steered while it is predicted, frame by frame, with undo and a recording.
 
     The history is kept in latents and the frames as PNG, so that `max_frames` bounds the memory of a session. A session serves one
-    user: neither it nor its pipeline may be used by two threads at once.
+    user: neither it nor its model may be used by two threads at once.
 
     Args:
-        pipe: The world model.
-        frames: History frames in any format that the pipeline accepts.
-        steering: Turns commands into actions.
+        model: The world model, such as `IRASimPipeline`. The history has as many frames as its `num_history_frames`; without
+            this attribute, as many as `frames`.
+        frames: History frames: one frame or a history of PIL images, arrays (..., H, W, 3) or tensors (..., 3, H, W).
+        steering: Converts commands to actions.
         seed: Seed of the noise; the same actions with the same seed give the same frames.
-        max_frames: Maximum number of predicted frames to keep; older ones are dropped from the recording and from undo.
-        num_inference_steps: Denoising steps per call; None for the checkpoint's default.
-        resize: Resize the history to the checkpoint's frame size.
+        max_frames: Maximum number of predicted frames to keep; older frames are removed from the recording and cannot be undone.
+        num_inference_steps: Denoising steps per chunk; None for the model's default.
+        resize: Resize the history to the model's frame size.
 
     Raises:
-        ValueError: If the history does not fit the checkpoint, or is a batch of several.
+        ValueError: If the history does not fit the model, or is a batch of several.
     """
 
     max_chunk = 16
@@ -114,7 +112,7 @@ class DrivingSession:
 
     def __init__(
         self,
-        pipe: IRASimPipeline,
+        model: WorldModel,
         frames: Any,
         steering: Steering,
         seed: int = 0,
@@ -124,16 +122,14 @@ class DrivingSession:
     ) -> None:
         if max_frames < 1:
             raise ValueError(f"`max_frames` must be at least 1, got {max_frames}.")
-        pixels = pipe.preprocess_frames(frames, resize)
+        pixels = fit_frames(stack_frames(frames), model.frame_size, resize)  # (1, h, 3, H, W) in [0, 1]
         if len(pixels) != 1:
             raise ValueError(f"`frames` must be one history, got {len(pixels)}.")
-        self.pipe = pipe
-        self.steering = steering
-        self.seed = seed
-        self.num_inference_steps = num_inference_steps
-        with torch.no_grad():
-            self._history = pipe.encode_history(pixels)  # (1, C, h, H, W)
-        self.first_frame: PIL.Image.Image = pipe.video_processor.postprocess(pixels[0, -1:])[0]
+        self.model, self.steering = model, steering
+        self._sampling = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+        self._first = model.start(pixels, [seed])
+        self._history_length: int = getattr(model, "num_history_frames", self._first.latents.shape[2])
+        self.first_frame: PIL.Image.Image = _images(pixels[0, -1:])[0]
         self._kept: deque[_Predicted] = deque(maxlen=max_frames)
         self.reset()
 
@@ -145,17 +141,16 @@ class DrivingSession:
     @property
     def actions(self) -> np.ndarray:
         """Actions (n, A) of `frames`, raw units."""
-        return np.array([each.action for each in self._kept]).reshape(-1, self.pipe.transformer.config.action_dim)
+        return np.array([each.action for each in self._kept]).reshape(-1, len(self.model.action_space))
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def reset(self) -> None:
-        """Restart from the first history."""
+        """Reset to the initial history."""
         self._kept.clear()
-        self._before = self._history  # latents before the frames in memory
+        self._before = self._first  # state before the frames in memory
         self._last_dropped: _Predicted | None = None
-        self._num_dropped = 0
         self._sync_steering()
 
     def undo(self, num_frames: int = 1) -> PIL.Image.Image:
@@ -184,7 +179,11 @@ class DrivingSession:
         return self._kept[-1] if self._kept else self._last_dropped
 
     def drive(self, command: Any, num_frames: int = 1) -> list[PIL.Image.Image]:
-        """Predict the next frames under a constant command; see `Steering.action` and `step`."""
+        """Predict the next frames under a constant command; see `Steering.action` and `step`.
+
+        Raises:
+            ValueError: If the command is invalid, or `num_frames` is out of range.
+        """
         if not 1 <= num_frames <= self.max_chunk:
             raise ValueError(f"`num_frames` must be in [1, {self.max_chunk}], got {num_frames}.")
         return self.step([self.steering.action(command) for _ in range(num_frames)])
@@ -200,7 +199,7 @@ class DrivingSession:
             n frames.
 
         Raises:
-            ValueError: If the actions do not fit the checkpoint or are too many; the session is unchanged.
+            ValueError: If the actions do not fit the model or are too many; the session is unchanged.
         """
         try:
             return self._predict(actions)
@@ -208,61 +207,62 @@ class DrivingSession:
             self._sync_steering()  # also after an error, since commands have moved the targets
 
     def _predict(self, actions: Any) -> list[PIL.Image.Image]:
-        checked = self.pipe.action_space.prepare(actions)
+        checked = self.model.action_space.prepare(actions)
         if len(checked) != 1 or checked.shape[1] > self.max_chunk:
             raise ValueError(
                 f"`actions` must be one sequence of at most {self.max_chunk}, got {tuple(checked.shape[:2])}: pass "
                 "the rest in another call."
             )
-        recent = [each.latents for each in list(self._kept)[-self._history_length :]]
-        history = torch.cat([self._before, *recent], dim=2)[:, :, -self._history_length :]
-        step = torch.tensor([self._num_dropped + len(self._kept)])  # the same noise again after undo
-        state = RolloutState(history, (self.seed,), step)
-        future = self.pipe.predict_latents(state, checked, num_inference_steps=self.num_inference_steps)
+        state = self._state()
+        chunks = [latents for _, latents in roll(self.model, state, checked, **self._sampling)]
+        future = torch.cat(chunks, dim=2)  # (1, C, n, h, w)
         if not torch.isfinite(future).all():
             raise ValueError("the predicted frames must be finite: check the weights of the checkpoint and its dtype.")
-        pictures = self.pipe.video_processor.postprocess_video(self.pipe.decode_latents(future), "pil")[0]
-        self._keep(pictures, checked[0], future)
-        return pictures
+        images = _images(self.model.decode(future)[0])
+        self._keep(images, checked[0], future)
+        return images
+
+    def _state(self) -> RolloutState:
+        """Return the state after the frames in memory; its step gives the same noise again after undo."""
+        state = self._before
+        for each in self._kept:
+            state = state.append(each.latents, self._history_length)
+        return state
 
     @torch.no_grad()
     def append(self, frames: Sequence[PIL.Image.Image], actions: Any) -> None:
         """Append frames that an earlier session predicted, to continue its rollout here.
 
         Args:
-            frames: The n frames, RGB, of the checkpoint's frame size.
+            frames: The n frames, RGB, of the model's frame size.
             actions: The actions (n, A) in raw units that led to them.
 
         Raises:
             ValueError: If there are no frames, their number differs from that of the actions, or one has another size; nothing
                 is appended then.
         """
-        checked = self.pipe.action_space.prepare(actions)
-        size = self.pipe.frame_size[::-1]
+        checked = self.model.action_space.prepare(actions)
+        size = self.model.frame_size[::-1]
         if checked.shape[:2] != (1, len(frames)) or any(frame.size != size for frame in frames):
             raise ValueError(
                 f"`frames` must be one image of {size[0]}x{size[1]} pixels for each action, got {len(frames)} of "
                 f"{sorted({'x'.join(map(str, frame.size)) for frame in frames})} for actions {tuple(checked.shape)}."
             )
         images = [frame.convert("RGB") for frame in frames]
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-        self._keep(images, checked[0], self.pipe.encode_history(pixels[None] / 127.5 - 1))
+        pixels = np.stack([np.asarray(image) for image in images])[:, None]  # n histories of one frame
+        latents = self.model.start(pixels, self._first.seeds * len(images)).latents  # (n, C, 1, h, w)
+        self._keep(images, checked[0], latents.transpose(0, 2))
         self._sync_steering()
 
     def _keep(self, frames: Sequence[PIL.Image.Image], actions: torch.Tensor, latents: torch.Tensor) -> None:
         for frame, action, latent in zip(frames, actions, latents.split(1, dim=2), strict=True):
             if len(self._kept) == self._kept.maxlen:
                 self._last_dropped = self._kept[0]
-                self._before = torch.cat([self._before, self._kept[0].latents], dim=2)[:, :, -self._history_length :]
-                self._num_dropped += 1
+                self._before = self._before.append(self._kept[0].latents, self._history_length)
             self._kept.append(_Predicted(_png(frame), action.double().numpy(), latent.clone()))
 
     def _sync_steering(self) -> None:
         self.steering.continue_from(self._last.action if self._last else None)
-
-    @property
-    def _history_length(self) -> int:
-        return self.pipe.transformer.config.num_history_frames
 
     def save(self, path: str | Path) -> tuple[Path, Path]:
         """Write the recording: an mp4 of n + 1 frames, and a `.npy` of the actions (n, A) next to it.
@@ -276,18 +276,24 @@ class DrivingSession:
         from .data import write_video  # its libraries take seconds to import
 
         if not self._kept:
-            raise ValueError("nothing has been predicted yet, so there is nothing to save.")
+            raise ValueError("no frames to save: call `drive` or `step` first.")
         path = Path(path).with_suffix(".mp4")
         before = self._last_dropped
         first = PIL.Image.open(BytesIO(before.png)) if before else self.first_frame
         frames = np.stack([np.asarray(frame.convert("RGB")) for frame in (first, *self.frames)])
-        write_video(path, frames, self.pipe.transformer.config.fps or 10)
+        write_video(path, frames, self.model.fps or 10)
         with temporary_path(path.with_suffix(".npy")) as partial:
             np.save(partial, self.actions.astype(np.float32))
         return path, path.with_suffix(".npy")
 
 
-def _png(picture: PIL.Image.Image) -> bytes:
+def _images(frames: torch.Tensor) -> list[PIL.Image.Image]:
+    """Convert frames (n, 3, H, W) in [0, 1] to images."""
+    pixels = (frames.float() * 255).round().byte().movedim(1, -1).cpu().numpy()
+    return [PIL.Image.fromarray(each) for each in pixels]
+
+
+def _png(image: PIL.Image.Image) -> bytes:
     buffer = BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
+    image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import PIL.Image
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 
 from . import embedded_checkpoint
 from .actions import integrate_actions
-from .devices import default_device, fast_dtype
 from .models import ProprioceptionModel
-from .pipelines import IRASimPipeline
-from .rewards import FrameRegressor
+from .pretrained import load_world_model
 from .rollout import RolloutState, WorldModel, concatenate
 from .starts import EpisodeStarts, Start
 
@@ -26,7 +20,7 @@ try:
     from gymnasium.vector import AutoresetMode, VectorEnv
     from gymnasium.vector.utils import batch_space
 except ImportError as error:
-    raise ImportError("`irasim_diffusers.envs` needs Gymnasium: pip install gymnasium") from error
+    raise ImportError("`irasim_diffusers.envs` requires Gymnasium: pip install gymnasium") from error
 
 __all__ = ["EpisodeStarts", "Start", "WorldModelEnv", "WorldModelVectorEnv", "load_world_model"]
 
@@ -38,11 +32,11 @@ COMPOSED = ("relative_planar", "relative_euler", "relative_6d")
 
 
 class WorldModelVectorEnv(VectorEnv):
-    """Environments whose next frames a world model predicts; one call of the model per step for all of them.
+    """Vectorized environment backed by a world model; each step is one batched model call.
 
     Row i with seed s shows the same episode as `WorldModelEnv` with seed s. The observation is a dict: `pixels` (H, W, 3), uint8,
-    the last frame, and `agent_pos` (S,), float32, the robot state if it can be known: read from the frame by `proprioception`,
-    or composed from the state of the start where actions are relative poses. A commanded target is never reported as a state.
+    the last frame, and `agent_pos` (S,), float32, the robot state if available: predicted from the frame by `proprioception`,
+    or composed from the state of the start if actions are relative poses. A commanded target is never reported as a state.
 
     With the autoreset mode `DISABLED`, a finished row keeps its last observation and flags, with reward 0, until it is reset by
     `reset(options={"reset_mask": mask})`. A step after all rows have finished raises an error.
@@ -51,11 +45,11 @@ class WorldModelVectorEnv(VectorEnv):
         model: A world model, such as `IRASimPipeline`.
         num_envs: Number of rows.
         starts: `Start`s or their frames, one of which is drawn for each episode. None if every reset passes `options={"frames": ...}`.
-        reward: Reward of each frame, see `FrameFunction`. None for 0.
-        success: Success of each frame, bool; it ends the episode. None for never.
-        proprioception: Reads the robot state from a frame.
+        reward: Reward of each frame, see `FrameFunction`. If None, the reward is 0.
+        success: Success of each frame, bool; it terminates the episode. If None, episodes never terminate.
+        proprioception: Model that predicts the robot state from a frame.
         max_episode_steps: Steps after which an episode is truncated.
-        rescale_actions: Take actions in [-1, 1] and map them linearly to the bounds; 1 is one normalised unit for a component
+        rescale_actions: Take actions in [-1, 1] and map them linearly to the bounds; 1 is one normalized unit for a component
             without bounds.
         clip_actions: Limit actions to the bounds instead of raising an error.
         autoreset_mode: Gymnasium's `NextStep`, `SameStep` or `Disabled`.
@@ -89,7 +83,7 @@ class WorldModelVectorEnv(VectorEnv):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"`render_mode` must be 'rgb_array' or None, got {render_mode!r}.")
         if starts is not None and not len(starts):
-            raise ValueError("`starts` must hold at least one start, got none.")
+            raise ValueError("`starts` must contain at least one start, got none.")
         self.model, self.num_envs, self.starts = model, num_envs, starts
         self.reward, self.success, self.proprioception = reward, success, proprioception
         self.max_episode_steps, self.rescale_actions, self.clip_actions = (
@@ -120,19 +114,19 @@ class WorldModelVectorEnv(VectorEnv):
 
     @classmethod
     def from_pretrained(cls, model: Any, num_envs: int = 1, device: Any = None, **options: Any) -> Self:
-        """Load a pipeline and what is stored with it, see `load_world_model`.
+        """Load a pipeline and the models stored with it; see `load_world_model`.
 
         Args:
             model: Folder or Hub id of a pipeline, or a world model.
             num_envs: Number of rows.
             device: Device of the model; None for CUDA if available, else the CPU.
-            options: Arguments of the class. They take precedence over what is stored with the pipeline.
+            options: Arguments of the class. They take precedence over the models stored with the pipeline.
         """
         return cls(num_envs=num_envs, **load_world_model(model, device) | options)
 
     @property
     def _max_episode_steps(self) -> int:
-        """The name under which LeRobot reads the limit."""
+        """Alias that LeRobot reads."""
         return self.max_episode_steps
 
     def _observation_spaces(self) -> dict[str, gymnasium.Space]:
@@ -191,7 +185,7 @@ class WorldModelVectorEnv(VectorEnv):
             self._check_start(each)
         if starts is None and self.starts is None:
             raise ValueError(
-                "`reset` needs frames to start from, got none: pass `starts` to the environment or "
+                "`reset` requires frames to start from, got None: pass `starts` to the environment or "
                 '`options={"frames": ...}` to `reset`.'
             )
         if isinstance(seed, int | np.integer):
@@ -370,7 +364,7 @@ class WorldModelVectorEnv(VectorEnv):
         return {"is_success": self._succeeded.copy(), "_is_success": np.ones(self.num_envs, bool)}
 
     def _final_info(self, rows: list[int]) -> dict[str, Any]:
-        """Last observations and infos of episodes that end in this step, in Gymnasium's form."""
+        """Return the last observations and infos of episodes that end in this step, in Gymnasium's form."""
         observation = self._observation()
         info: dict[str, Any] = {}
         for row in rows:
@@ -380,7 +374,11 @@ class WorldModelVectorEnv(VectorEnv):
         return info
 
     def render(self) -> tuple[np.ndarray, ...]:
-        """Return the last frame (H, W, 3) of each row, uint8."""
+        """Return the last frame (H, W, 3) of each row, uint8.
+
+        Raises:
+            ValueError: If `render_mode` is None.
+        """
         if self.render_mode is None:
             raise ValueError("`render_mode` must be 'rgb_array' to render, got None.")
         return tuple(self._pixels.copy())
@@ -396,9 +394,26 @@ class WorldModelVectorEnv(VectorEnv):
 
     get_attr = call
 
+    def set_attr(self, name: str, values: Any) -> None:
+        """Set an attribute, which all rows share.
+
+        Args:
+            name: Name of the attribute.
+            values: The value, or a list with the same value for each row.
+
+        Raises:
+            ValueError: If the values of the rows differ.
+        """
+        rows = values if isinstance(values, list | tuple) else [values] * self.num_envs
+        if len(rows) != self.num_envs or any(each != rows[0] for each in rows):
+            raise ValueError(
+                f"`values` must be one value for all {self.num_envs} rows, which share {name!r}, got {values}."
+            )
+        setattr(self, name, rows[0])
+
 
 class WorldModelEnv(gymnasium.Env):
-    """One environment whose next frames a world model predicts.
+    """Single environment backed by a world model.
 
     `reset(options={"frames": ...})` starts from the given history, (H, W, 3) or (h, H, W, 3), or `Start`. A step after the end of
     the episode raises an error.
@@ -420,7 +435,7 @@ class WorldModelEnv(gymnasium.Env):
 
     @classmethod
     def from_pretrained(cls, model: Any, device: Any = None, **options: Any) -> Self:
-        """Load a pipeline and what is stored with it; see `WorldModelVectorEnv.from_pretrained`."""
+        """Load a pipeline and the models stored with it; see `WorldModelVectorEnv.from_pretrained`."""
         return cls(**load_world_model(model, device) | options)
 
     def reset(
@@ -447,45 +462,6 @@ class WorldModelEnv(gymnasium.Env):
 
     def _only(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {key: value[0] for key, value in observation.items()}
-
-
-def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
-    """Load a pipeline and what is stored with it, as arguments of the environments.
-
-    Args:
-        model: Folder or Hub id of a pipeline. A world model is returned as it is.
-        device: Device of the model; None for CUDA if available, else the CPU.
-
-    Returns:
-        `model` and, if stored with it, `proprioception` (folder `proprioception/`), `reward` and `success` (a `FrameRegressor` in
-        `reward/`), and `starts` (`starts.png`, one column of frames).
-    """
-    if not isinstance(model, str | Path):
-        return {"model": model}
-    device = default_device() if device is None else device
-    pipe = IRASimPipeline.from_pretrained(model, dtype=fast_dtype(device)).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    loaded: dict[str, Any] = {"model": pipe}
-    if _stored_file(model, "proprioception/config.json"):
-        loaded["proprioception"] = ProprioceptionModel.from_pretrained(model, subfolder="proprioception").to(device)
-    if _stored_file(model, "reward/config.json"):
-        loaded["reward"] = reward = FrameRegressor.from_pretrained(model, subfolder="reward").to(device).eval()
-        if reward.config.success_threshold is not None:
-            loaded["success"] = reward.success
-    if picture := _stored_file(model, "starts.png"):
-        with PIL.Image.open(picture) as image:
-            loaded["starts"] = np.asarray(image.convert("RGB")).reshape(-1, *pipe.frame_size, 3)
-    return loaded
-
-
-def _stored_file(model: str | Path, name: str) -> str | None:
-    """Path of a file of a folder or a Hub repository, downloaded if needed; None if it does not exist."""
-    if Path(model).is_dir():
-        return str(Path(model) / name) if (Path(model) / name).is_file() else None
-    try:
-        return hf_hub_download(str(model), name)
-    except EntryNotFoundError:  # also in offline mode, if the file is not in the cache
-        return None
 
 
 make_env = WorldModelEnv.from_pretrained

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import platform
 import re
@@ -12,6 +14,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -67,7 +70,7 @@ def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_new_folder(folder: str | os.PathLike, own: Collection[str]) -> None:
-    """Check that an output folder holds nothing of someone else.
+    """Check that an output folder contains no files of other programs.
 
     Args:
         folder: The folder; it need not exist.
@@ -83,6 +86,97 @@ def check_new_folder(folder: str | os.PathLike, own: Collection[str]) -> None:
         raise ValueError(
             f"`output` must be a new folder or one of an earlier run, got {str(folder)!r}, which contains {foreign[0]!r}."
         )
+
+
+def claim_folder(
+    folder: str | os.PathLike, setting: dict[str, Any], results: str, own: Collection[str] = (), write: bool = False
+) -> None:
+    """Check that an output folder is new or contains results of the same settings.
+
+    Args:
+        folder: The folder; it need not exist.
+        setting: Everything that determines the results, JSON-serializable.
+        results: Name of the subfolder with the results. Without it, the settings of an earlier run are ignored.
+        own: Names of other files that a run may have left.
+        write: Write the settings to `setting.json`, immediately before the first result. A run that fails earlier then leaves
+            nothing behind.
+
+    Raises:
+        ValueError: If the folder contains results of other settings, or files of other programs.
+    """
+    folder, setting = Path(folder), json.loads(json.dumps(setting))
+    path = folder / "setting.json"
+    if path.is_file() and (folder / results).is_dir():
+        try:
+            found = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"`output` {str(folder)!r} cannot be resumed: {error}; choose a new folder.") from error
+        differing = [name for name in setting if found.get(name) != setting[name]]
+        if differing:
+            first = differing[0]
+            raise ValueError(
+                f"`output` {str(folder)!r} contains another evaluation: {', '.join(differing)} differ, {first} was "
+                f"{found.get(first)!r} and is {setting[first]!r}: choose a new folder."
+            )
+        return
+    if write:
+        write_text(path, json.dumps(setting, indent=2))
+    else:
+        check_new_folder(folder, {"setting.json", results, *own})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that contains finite numbers only.
+
+    Raises:
+        ValueError: If the file is not such an object; the message names it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} must be a JSON file with finite numbers: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} must contain a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_result(path: Path, kinds: dict[str, type]) -> dict[str, Any] | None:
+    """Read a result of an earlier run; None if it is missing or damaged, so that it is computed again.
+
+    Args:
+        path: JSON file.
+        kinds: Type of each required entry; `float` stands for any number, and `list` for a list of numbers or of lists.
+    """
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return found if has_kinds(found, kinds) else None
+
+
+def has_kinds(found: dict[str, Any], kinds: dict[str, type]) -> bool:
+    """Check that a dictionary contains entries of some types; see `read_result`."""
+    return all(name in found and _is_kind(found[name], kind) for name, kind in kinds.items())
+
+
+def _is_kind(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is list and isinstance(value, list):
+        return len(value) > 0 and all(_is_kind(each, list if isinstance(each, list) else float) for each in value)
+    return isinstance(value, kind)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"got {text}")
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file under a temporary name, then rename it."""
+    with temporary_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def remove_abandoned(folder: str | os.PathLike) -> None:

@@ -1,4 +1,4 @@
-"""Policies: LeRobot's interface, adapters of plain callables and of LeRobot policies, and planning in closed loop.
+"""Policies: LeRobot's interface, adapters of plain callables and of LeRobot policies, and closed-loop planning.
 
 An observation is a dictionary of arrays or tensors with B rows: `pixels` (B, H, W, 3), uint8, and usually `agent_pos` (B, S), as
 in Gymnasium environments of LeRobot.
@@ -6,18 +6,29 @@ in Gymnasium environments of LeRobot.
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import snapshot_download
 
 from .action_space import ActionSpace
+from .devices import default_device
 from .planning import Plan
 from .rollout import RolloutState, WorldModel
 
 Observation = Mapping[str, Any]
 """`pixels` (B, H, W, 3), uint8, and other arrays with B rows."""
+
+PROCESSORS = ("policy_preprocessor.json", "policy_postprocessor.json")
+"""Files of LeRobot's processors in the folder of a policy."""
+REMOTE_CODE_POLICIES = ("gaussian_actor", "groot", "pi0_fast", "wall_x")
+"""Policy types of LeRobot whose loaders set `trust_remote_code=True`."""
+REMOTE_CODE_STEPS = ("action_tokenizer_", "groot_", "reward_classifier_", "robometer_", "topreward_")
+"""Prefixes of the processor steps of LeRobot that load models with `trust_remote_code=True`."""
 
 
 class Policy(Protocol):
@@ -41,7 +52,7 @@ class Planner(Protocol):
 
 
 class ChunkPolicy:
-    """A policy from a callable that returns actions (B, A), or chunks of actions (B, n, A).
+    """Policy from a callable that returns actions (B, A), or chunks of actions (B, n, A).
 
     Args:
         function: Maps an observation to actions or a chunk, raw units.
@@ -81,20 +92,20 @@ class ChunkPolicy:
             number = chunk.shape[1] if self.num_executed is None else self.num_executed
             if number > chunk.shape[1]:
                 raise ValueError(
-                    f"The policy must return at least `num_executed` = {number} actions per chunk, got {chunk.shape[1]}."
+                    f"the policy must return at least `num_executed` = {number} actions per chunk, got {chunk.shape[1]}."
                 )
             self._queue.extend(chunk[:, :number].unbind(1))
         return self._queue.popleft()
 
 
 class LeRobotPolicy:
-    """A policy of LeRobot with its processors, for observations of this package's environments.
+    """Policy of LeRobot with its processors, for observations of this package's environments.
 
     Args:
         policy: The policy, such as `lerobot.policies.diffusion.DiffusionPolicy`.
         action_space: The action space, against which actions are checked.
-        preprocessor: Processor of the batch, from `make_pre_post_processors`; None for none.
-        postprocessor: Processor of the actions; None for none.
+        preprocessor: Preprocessor from `make_pre_post_processors`, optional.
+        postprocessor: Postprocessor of the actions, optional.
         camera: Key of the image in the policy's batch.
         task: Description of the task, for policies that take one.
     """
@@ -113,31 +124,45 @@ class LeRobotPolicy:
 
     @classmethod
     def from_pretrained(
-        cls, name: str, action_space: ActionSpace, device: str = "cpu", task: str | None = None
+        cls, name: str, action_space: ActionSpace, device: Any = None, task: str | None = None
     ) -> LeRobotPolicy:
-        """Load a policy and its processors.
+        """Load a policy and its processors. No code of the policy's repository is executed.
 
         Args:
             name: Folder or Hub id of the policy.
             action_space: The action space of the world model.
-            device: Device of the policy.
+            device: Device of the policy; None for CUDA if available, else the CPU.
             task: Description of the task, for policies that take one.
 
         Raises:
-            ValueError: If LeRobot is not installed, or the policy cannot be loaded or does not take exactly one camera.
+            ValueError: If LeRobot is not installed, the policy cannot be loaded or does not take exactly one camera, or loading
+                it could execute code of its repository.
         """
         try:
             from lerobot.configs.policies import PreTrainedConfig
             from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+            from lerobot.processor import ProcessorStepRegistry
         except ImportError as error:
-            raise ValueError(f"LeRobot is needed to load the policy {name!r}: pip install 'lerobot>=0.6'.") from error
+            raise ValueError(
+                f"loading the LeRobot policy {name!r} requires lerobot: pip install 'lerobot>=0.6'."
+            ) from error
+        device = str(default_device() if device is None else device)
+        folder = policy_folder(name)  # one snapshot, so that the files that are checked are the files that are loaded
         try:
-            config = PreTrainedConfig.from_pretrained(name)
+            config = PreTrainedConfig.from_pretrained(folder)
             config.device = device
-            policy = get_policy_class(config.type).from_pretrained(name, config=config)
+            if config.type in REMOTE_CODE_POLICIES:
+                raise ValueError(
+                    f"policies of type {config.type} execute code of the repositories that their config names: load it "
+                    "yourself and pass it to `LeRobotPolicy`."
+                )
+            policy_class = get_policy_class(config.type)  # registers its processor steps
+            for file in PROCESSORS:
+                check_processor(folder / file, ProcessorStepRegistry._registry)
+            policy = policy_class.from_pretrained(folder, config=config)
             overrides = {"device_processor": {"device": device}}
-            before, after = make_pre_post_processors(config, name, preprocessor_overrides=overrides)
-        except (OSError, KeyError, ValueError, TypeError) as error:
+            before, after = make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
+        except Exception as error:  # the loaders raise errors of many types for damaged files
             raise ValueError(f"{name!r} must be a policy of LeRobot: {error}") from error
         cameras = [key for key, feature in config.input_features.items() if feature.type.name == "VISUAL"]
         if len(cameras) != 1:
@@ -170,8 +195,52 @@ class LeRobotPolicy:
         return batch if self.preprocessor is None else self.preprocessor(batch)
 
 
+def policy_folder(name: str) -> Path:
+    """Return the folder of a policy; files of a Hub repository are downloaded.
+
+    Raises:
+        ValueError: If there is no such folder or repository.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:  # of the network, or of an invalid name
+        raise ValueError(f"{name!r} must be the folder or Hub id of a policy: {error}") from error
+
+
+def check_processor(path: Path, steps: Mapping[str, type]) -> None:
+    """Check that the config of a processor cannot execute code: LeRobot imports any class that it names.
+
+    Args:
+        path: JSON file with the list `steps`.
+        steps: LeRobot's registered processor steps by name.
+
+    Raises:
+        ValueError: If a step is not one of LeRobot's own registered steps, or loads code of another repository.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    entries = content.get("steps") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path.name} must contain a list `steps` of objects.")
+    for entry in entries:
+        name = entry.get("registry_name")
+        step = steps.get(name) if isinstance(name, str) else None
+        if step is None or step.__module__.partition(".")[0] != "lerobot":
+            found = name if "registry_name" in entry else entry.get("class")
+            raise ValueError(
+                f"{path.name} must contain only registered steps of LeRobot, got {found!r}, which could execute any code: load "
+                "the policy yourself and pass it to `LeRobotPolicy`."
+            )
+        if str(name).startswith(REMOTE_CODE_STEPS):
+            raise ValueError(
+                f"{path.name} contains the step {name!r}, which executes code of the repository that it names: load the policy "
+                "yourself and pass it to `LeRobotPolicy`."
+            )
+
+
 class PlannerPolicy:
-    """Plans in closed loop: executes the first actions of a plan, then plans again from the observed frames.
+    """Policy that plans in closed loop: it executes the first actions of a plan, then plans again from the observed frames.
 
     Rows are planned one after another, with the same seeds, so that a row does not depend on the others.
 
@@ -230,7 +299,7 @@ class PlannerPolicy:
         rows = num_rows(observation)
         if self._frames and len(self._frames[0]) != rows:
             raise ValueError(
-                f"`observation` must have {len(self._frames[0])} rows as before in this episode, got {rows}: call `reset`."
+                f"`observation` must have {len(self._frames[0])} rows as in the previous steps of this episode, got {rows}: call `reset`."
             )
         self._frames.append(torch.as_tensor(observation["pixels"]).movedim(-1, -3))  # (B, 3, H, W)
         if not self._queue:
@@ -280,10 +349,10 @@ def check_chunk(chunk: torch.Tensor, space: ActionSpace, rows: int) -> torch.Ten
     """
     if chunk.ndim != 3 or len(chunk) != rows or chunk.shape[2] != len(space):
         raise ValueError(
-            f"The policy must return actions ({rows}, {len(space)}) or a chunk ({rows}, n, {len(space)}), got "
+            f"the policy must return actions ({rows}, {len(space)}) or a chunk ({rows}, n, {len(space)}), got "
             f"{tuple(chunk.shape)}."
         )
     try:
         return space.prepare(chunk)
     except ValueError as error:
-        raise ValueError(f"The policy returned invalid actions: {error}") from error
+        raise ValueError(f"the policy returned invalid actions: {error}") from error

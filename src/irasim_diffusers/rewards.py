@@ -16,12 +16,14 @@ from torch.nn import functional
 
 from .rollout import WorldModel
 
+MAX_SIZE = 8192
+"""Maximum size in a config, which bounds the memory that a file can request."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Reward(Protocol):
-    """Scores each frame; higher is better. Any callable with this signature is a reward.
+    """Protocol of functions that score each frame; higher is better. Any callable with this signature is a reward.
 
     A reward that scores latents (B, C, n, h, w) instead of frames has the attribute `needs_pixels = False`. A reward that
     works only for frames of one size has the attribute `frame_size`.
@@ -95,14 +97,14 @@ class GoalLatents:
 class FrameRegressor(ModelMixin, ConfigMixin):
     """Convolutional network that predicts a score in [0, 1], such as an IoU, from one frame.
 
-    It is a reward, is differentiable, and is saved with `save_pretrained` as any model of diffusers.
+    It is a reward, is differentiable, and is saved with `save_pretrained` like any model of diffusers.
 
     Args:
         sample_height: Height of the frames in pixels.
         sample_width: Width of the frames in pixels.
         channels: Channels of the stem, which divides the resolution by 4, and of the stages, which halve it.
         feature_dim: Number of features before the output layer.
-        target: Name of the score, for information.
+        target: Name of the score (metadata only).
         success_threshold: Score from which a frame counts as success; None if no success is defined.
     """
 
@@ -119,6 +121,16 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         success_threshold: float | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(channels, list | tuple) or not all(_is_count(each) for each in channels):
+            raise ValueError(f"`channels` must be a list of positive integers, got {channels!r}.")
+        if not (_is_count(feature_dim) and _is_count(sample_height) and _is_count(sample_width)):
+            raise ValueError(
+                "`feature_dim`, `sample_height` and `sample_width` must be positive integers, got "
+                f"{feature_dim!r}, {sample_height!r} and {sample_width!r}."
+            )
+        threshold = success_threshold
+        if threshold is not None and not (type(threshold) in (int, float) and math.isfinite(threshold)):
+            raise ValueError(f"`success_threshold` must be a finite number or None, got {threshold!r}.")
         shrink = 2 ** (len(channels) + 1)
         if not channels or min(sample_height, sample_width) < shrink:
             raise ValueError(
@@ -146,7 +158,7 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         return self.config.sample_height, self.config.sample_width
 
     def features(self, frames: torch.Tensor) -> torch.Tensor:
-        """Features (..., feature_dim) of frames (..., 3, H, W) in [0, 1].
+        """Return the features (..., feature_dim) of frames (..., 3, H, W) in [0, 1].
 
         Raises:
             ValueError: If the frames have another size than those of the training.
@@ -162,11 +174,11 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         return functional.silu(self.project(functional.silu(hidden).flatten(1))).reshape(*frames.shape[:-3], -1)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """Scores (...) in [0, 1] of frames (..., 3, H, W) in [0, 1]."""
+        """Return the scores (...) in [0, 1] of frames (..., 3, H, W) in [0, 1]."""
         return torch.sigmoid(self.out(self.features(frames)).float()).squeeze(-1)
 
     def success(self, frames: torch.Tensor) -> torch.Tensor:
-        """Successes (...), bool, of frames (..., 3, H, W) in [0, 1].
+        """Return the successes (...), bool, of frames (..., 3, H, W) in [0, 1].
 
         Raises:
             ValueError: If the regressor has no `success_threshold`.
@@ -182,7 +194,7 @@ class LeRobotReward:
     Args:
         model: A `lerobot.rewards` model with `compute_reward(batch) -> (B,)`, or `predict_reward` in older versions.
         camera: Key of the image in the batch.
-        preprocessor: Processor of the reward model, which normalises the batch; None for none.
+        preprocessor: Processor of the reward model, which normalizes the batch; optional.
         extra: Other entries of the batch, the same for every frame, such as `{"task": "push the block"}`. Tensors are
             expanded to the batch; strings are repeated.
 
@@ -202,7 +214,7 @@ class LeRobotReward:
         method = getattr(model, "compute_reward", None) or getattr(model, "predict_reward", None)
         if method is None:
             raise ValueError(
-                f"`model` must have `compute_reward(batch)`, as reward models of LeRobot have, got {type(model).__name__}."
+                f"`model` must have `compute_reward(batch)`, like reward models of LeRobot, got {type(model).__name__}."
             )
         self.compute, self.camera, self.preprocessor, self.extra = method, camera, preprocessor, extra or {}
 
@@ -222,7 +234,7 @@ def pretrained_encoder(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Load a vision model of transformers, such as `microsoft/resnet-50`, as the encoder of a `GoalImage`.
 
-    Frames are resized to 224x224 and normalised. Gradients flow to the frames.
+    Frames are resized to 224x224 and normalized. Gradients flow to the frames.
 
     Args:
         name_or_path: Hub id or folder.
@@ -238,14 +250,18 @@ def pretrained_encoder(
 
     def encode(frames: torch.Tensor) -> torch.Tensor:
         pixels = functional.interpolate(frames.to(network.device), size=(224, 224), mode="bilinear", antialias=True)
-        centre, spread = (pixels.new_tensor(values)[:, None, None] for values in (mean, std))
-        return network(pixel_values=(pixels - centre) / spread).pooler_output.flatten(1)
+        center, spread = (pixels.new_tensor(values)[:, None, None] for values in (mean, std))
+        return network(pixel_values=(pixels - center) / spread).pooler_output.flatten(1)
 
     return encode
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MAX_SIZE
+
+
 def _image(goal: Any) -> torch.Tensor:
-    """One RGB image of any accepted form as (3, H, W), float32 in [0, 1]."""
+    """Convert one RGB image of any accepted form to (3, H, W), float32 in [0, 1]."""
     if torch.is_tensor(goal):
         pixels = goal.detach().clone()
     else:

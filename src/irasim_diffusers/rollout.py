@@ -14,7 +14,7 @@ from .action_space import ActionSpace
 
 @dataclass(frozen=True)
 class RolloutState:
-    """The state of B rollouts that are predicted together; every operation returns a new state.
+    """State of B rollouts that are predicted together; every operation returns a new state.
 
     The noise of row b at step t depends on `(seeds[b], t)` only, so that a row is the same alone and in a batch.
 
@@ -24,7 +24,7 @@ class RolloutState:
         step: Frames predicted so far (B,), int64, on the CPU.
 
     Raises:
-        ValueError: If the three disagree on B, or a seed is negative.
+        ValueError: If the batch sizes differ, or a seed is negative.
     """
 
     latents: torch.Tensor
@@ -93,7 +93,7 @@ class RolloutState:
         return RolloutState(self.latents.to(device), self.seeds, self.step)
 
     def generators(self, offset: int = 0) -> list[torch.Generator]:
-        """One seeded CPU generator per row, for the frame `offset` steps after the next one."""
+        """Return one seeded CPU generator per row, for the frame `offset` steps after the next one."""
         places = zip(self.seeds, (self.step + offset).tolist(), strict=True)
         states = [np.random.SeedSequence([seed, step]).generate_state(1)[0] for seed, step in places]
         return [torch.Generator().manual_seed(int(state)) for state in states]
@@ -106,11 +106,11 @@ class RolloutState:
 
 
 class WorldModel(Protocol):
-    """Anything that predicts the futures of action sequences: a pipeline, a distilled student, a simulator."""
+    """Protocol of models that predict frames from action sequences, such as a pipeline or a simulator."""
 
     @property
     def action_space(self) -> ActionSpace:
-        """The space of the actions."""
+        """Space of the actions."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""The frames that episodes of an environment start from."""
+"""Initial frames of environment episodes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import PIL.Image
 
 @dataclass(frozen=True)
 class Start:
-    """The frames that an episode starts from.
+    """Initial frames of one episode.
 
     Args:
         frames: History in time order: one frame (H, W, 3) or h frames (h, H, W, 3), uint8, or PIL images.
@@ -51,12 +51,12 @@ class Start:
 
 @dataclass(frozen=True)
 class EpisodeStarts(Sequence[Start]):
-    """The starts of the episodes of a data set, decoded when they are needed.
+    """Starts of the episodes of a dataset, decoded on access.
 
     Args:
         episodes: A data source of `irasim_diffusers.data`, such as `open_dataset(path)`.
         num_frames: History frames of a start.
-        first_frame: Number of the first history frame in its episode.
+        first_frame: Index of the first history frame in its episode.
         state_key: Key of the robot state, such as `observation.state`. None for starts without states.
     """
 

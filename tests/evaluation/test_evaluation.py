@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,9 @@ from irasim_diffusers.evaluation import (
     ClipData,
     ClipReader,
     Evaluation,
+    EvaluationCounter,
     EvaluationProtocol,
+    FolderPredictor,
     PipelinePredictor,
     Prediction,
     WorldModelPredictor,
@@ -442,7 +445,9 @@ def test_published_figures():
 BAD = [
     (["--num-clips", "0"], "--num-clips must be at least 1, got 0"),
     (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-    (["--height", "8"], "--height and --width must be given together"),
+    (["--pad-actions-to", "1000000000"], "--pad-actions-to must be at most 1024, got 1000000000"),
+    (["--frame-skip", "0"], "--frame-skip must be at least 1, got 0"),
+    (["--height", "8"], "--height and --width must be passed together"),
     (["--height", "16", "--width", "24"], "must be 8x12 .* got 16x24: .*--resize"),
     (["--protocol", "robonet"], r"must be \(256, 256\) .* for the protocol robonet, got \(8, 12\)"),
     (["--protocol", "irasim-short-release"], "sides divisible by 16"),
@@ -490,6 +495,105 @@ def test_truncated_prediction_raises(workspace, evaluated, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-200])
     assert run(workspace, tmp_path / "out", "--predictions", tmp_path / "predictions") == 2
     assert "000000-000016.npz' must be an npz file" in capsys.readouterr().err
+
+
+def write_npz(path, **members):
+    """Write an npz file from headers (shape, type) with zeros in place of the values."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, (shape, kind, size) in members.items():
+            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                header = {"descr": kind, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                member.write(bytes(size))
+
+
+FRAMES = ((15, 8, 12, 3), "|u1", 15 * 8 * 12 * 3)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (
+            {"frames": ((10**12, 8, 12, 3), "|u1", 0)},
+            r"must contain the 15 predicted frames .* got \(1000000000000, 8",
+        ),
+        ({"frames": ((15, 10**6, 10**6, 3), "|u1", 0)}, r"must contain the 15 predicted frames .* got \(15, 1000000"),
+        ({"frames": ((15, 8, 12, 3), "|O", 9)}, "must contain the 15 predicted frames .* got .*object"),
+        ({"frames": ((15, 8, 12, 3), "|u1", 9)}, "must be an npz file with an array `frames`"),
+        ({"frames": FRAMES, "latents": ((4, 15, 10**6, 10**6), "<f4", 0)}, "`latents` in .* must have kind 'f'"),
+        ({"frames": FRAMES, "latents": ((4, 15, 4, 6), "<c8", 8)}, "`latents` in .* must have kind 'f'"),
+        ({"frames": FRAMES, "autoencoder": ((10**9,), "<U16", 0)}, "`autoencoder` in .* must have kind 'U'"),
+    ],
+)
+def test_headers_of_predictions_are_checked_before_the_values(tmp_path, members, message):
+    """A file of a few kilobytes must not allocate terabytes."""
+    write_npz(tmp_path / "a.npz", **members)
+    data = clip_data((8, 12))
+    with pytest.raises(ValueError, match=message):
+        FolderPredictor(tmp_path, resize=True).predict([data])
+
+
+def test_latents_must_be_finite(tmp_path):
+    data = clip_data((8, 12))
+    np.savez(tmp_path / "a.npz", frames=data.truth, latents=np.full((4, 15, 4, 6), np.nan, np.float32))
+    with pytest.raises(ValueError, match=r"`latents` in .*a.npz' must be finite, got NaN"):
+        FolderPredictor(tmp_path).predict([data])
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"name": "000000-000016", "error": 1', "nan"])
+def test_damaged_metrics_are_computed_again(workspace, evaluated, tmp_path, content):
+    """An interrupted disk or an editor may leave any file; the report stays the same."""
+    shutil.copytree(workspace / "report", tmp_path / "out")
+    figures = tmp_path / "out" / "figures" / "000000-000016.json"
+    errors = tmp_path / "out" / "faithfulness" / "000000-000016.json"
+    damaged = (
+        json.dumps(json.loads(figures.read_text()) | {"clip_psnr": float("nan")}) if content == "nan" else content
+    )
+    for path in (figures, errors):
+        path.write_text(damaged)
+    arguments = ["--model", workspace / "model", "--ways", 3, "--published", "rt1"]
+    assert run(workspace, tmp_path / "out", *arguments) == 0
+    again = load(tmp_path / "out")
+    assert {name: again[name] for name in again if name != "setting"} == {
+        name: evaluated[name] for name in evaluated if name != "setting"
+    }
+
+
+def test_failed_evaluation_leaves_its_folder_to_the_corrected_one(workspace, evaluated, tmp_path, capsys):
+    """The first clip that is scored claims the folder."""
+    shutil.copytree(workspace / "predictions", tmp_path / "predictions")
+    broken = tmp_path / "predictions" / "000000-000000.npz"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"broken")
+    arguments = ["--predictions", tmp_path / "predictions"]
+    assert run(workspace, tmp_path / "out", *arguments) == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["clips.json"]
+    broken.write_bytes(whole)
+    assert run(workspace, tmp_path / "out", *arguments, "--seed", 5) == 0
+
+
+def test_batches_are_predicted_whole_after_an_interruption(workspace, evaluated, tmp_path):
+    """The results of a GPU depend on the composition of a batch."""
+    pipeline = IRASimPipeline.from_pretrained(workspace / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    dataset = open_dataset(workspace / "data", split="test")
+    for names in (["000000-000000", "000000-000016", "000001-000000"],) * 2:
+        predictor = Stopping(pipeline, 99)
+        options = {"batch_size": 3, "faithfulness_clips": 0}
+        evaluate(Evaluation(dataset, PROTOCOLS["irasim-short"], predictor, tmp_path, **options))
+        assert predictor.predicted[:3] == names
+        (tmp_path / "figures" / "000000-000016.json").unlink()
+
+
+def test_counter_removes_its_hook():
+    model = torch.nn.Linear(2, 2)
+    counter = EvaluationCounter(model)
+    model(torch.zeros(2))
+    assert counter.count == 0
+    with counter:
+        model(torch.zeros(2))
+    model(torch.zeros(2))
+    assert counter.count == 1
 
 
 def test_replaced_predictions_are_scored_again(workspace, evaluated, tmp_path):

@@ -22,7 +22,7 @@ from teleoperate import (
     requests,
 )
 
-from irasim_diffusers import Steering
+from irasim_diffusers import ActionSpace, Steering
 from irasim_diffusers.actions import integrate_actions
 from irasim_diffusers.commands.keys import key_controls
 
@@ -45,9 +45,9 @@ def space(derivation="relative_euler", kind="relative", low=None, high=None):
         action_low=low,
         action_high=high,
     )
-    steering = Steering(config, start=[100.0, 40.0] if size == 2 else None)
+    steering = Steering(ActionSpace.from_config(config), start=[100.0, 40.0] if size == 2 else None)
     return {
-        "names": steering.names,
+        "names": list(steering.action_space.names),
         "space": kind,
         "derivation": derivation,
         "low": [low] * size,
@@ -111,7 +111,7 @@ def lines_of(states, fps, quaternions=True):
 
 
 def arguments(**changes):
-    return TeleoperateArguments(device="poses", chunk=3, **changes)
+    return TeleoperateArguments(device="poses", chunk_length=3, **changes)
 
 
 @pytest.mark.parametrize("derivation", ["relative_euler", "relative_6d"])
@@ -168,7 +168,7 @@ def test_streams_are_resampled_to_model_rate(rate):
 def test_file_is_sent_in_chunks(tmp_path):
     table = np.arange(14.0).reshape(7, 2)
     np.save(tmp_path / "actions.npy", table)
-    sent = list(requests(TeleoperateArguments("file", actions=tmp_path / "actions.npy", chunk=3), space()))
+    sent = list(requests(TeleoperateArguments("file", actions=tmp_path / "actions.npy", chunk_length=3), space()))
     assert [endpoint for endpoint, _ in sent] == ["/step"] * 3
     assert list(itertools.chain.from_iterable(rows for _, (rows,) in sent)) == table.tolist()
 
@@ -199,7 +199,7 @@ POSE = {"time": 1, "position": [1, 2, 3], "rotation": [0, 0, 0, 1]}
         (lambda: check_arguments(TeleoperateArguments("file")), "--actions must be a file, got 'actions.csv'"),
         (lambda: check_arguments(TeleoperateArguments("gamepad", gamepad=Path("no"))), "plug"),
         (lambda: check_arguments(TeleoperateArguments("poses", dead_zone=1)), r"`dead_zone` must be in \[0, 1\)"),
-        (lambda: check_arguments(TeleoperateArguments("poses", chunk=0)), "`chunk` must be at least 1"),
+        (lambda: check_arguments(TeleoperateArguments("poses", chunk_length=0)), "`chunk_length` must be at least 1"),
     ],
 )
 def test_invalid_input_raises(do, message):

@@ -143,7 +143,7 @@ BAD = [
     ("/restore", (None, [FRAME], [[1, 2], [3, 4]]), "`frames` must be one image of 96x96 pixels for each action"),
     ("/restore", (None, [FRAME], [[1, 1e30]]), "`actions` must be near the bounds"),
     ("/undo", (None, -1), "`frames` must be a whole number"),
-    ("/record", (None,), "nothing has been predicted yet"),
+    ("/record", (None,), "no frames to save: call `drive` or `step` first"),
 ]
 
 
@@ -230,7 +230,7 @@ def test_pictures_outside_uploads_are_refused(tmp_path, monkeypatch):
 
 def new_session(world):
     start = world.starts["frame 1"]
-    steering = Steering(world.pipeline.transformer.config, start=start.action)
+    steering = Steering(world.pipeline.action_space, start=start.action)
     return DrivingSession(world.pipeline, start.frames, steering, max_frames=5)
 
 
@@ -475,7 +475,7 @@ def test_lent_pipeline_predicts_same_frames(worlds):
     lent = LentPipeline("push-t", world.pipeline)
     start = world.starts["frame 1"]
     frames = [
-        DrivingSession(pipe, start.frames, Steering(pipe.transformer.config, start=start.action)).drive([1.0, 0.0], 2)
+        DrivingSession(pipe, start.frames, Steering(pipe.action_space, start=start.action)).drive([1.0, 0.0], 2)
         for pipe in (world.pipeline, lent)
     ]
     np.testing.assert_array_equal(np.stack(frames[0]), np.stack(frames[1]))

@@ -19,8 +19,16 @@ if TYPE_CHECKING:
     from .. import IRASimPipeline, IRASimTransformer3DModel
 
 CHANGES = ("prediction_type", "vae", "patch_size", "action_frequencies", "action_dim")
+LIMITS = {
+    "patch_size": (1, 64),
+    "action_dim": (1, 1024),
+    "action_frequencies": (0, 32),
+    "height": (1, 8192),
+    "width": (1, 8192),
+}
+"""Lowest and highest values, which bound the memory that a flag can request."""
 EPISODES = 32
-"""Maximum number of episodes for the fit of a new autoencoder."""
+"""Maximum number of episodes to which a new autoencoder is fitted."""
 FRAMES = 16
 """Frames per episode."""
 
@@ -42,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
         "--vae",
         help="new autoencoder, fitted to frames of --dataset: folder or Hub id, optionally with ':<subfolder>'",
     )
-    add("--action-dim", type=int, help="number of action components; the action encoder is initialised again")
+    add("--action-dim", type=int, help="number of action components; the action encoder is initialized again")
     add(
         "--action-frequencies",
         type=int,
@@ -84,15 +92,18 @@ def check_flags(arguments: argparse.Namespace) -> None:
     """
     if not any(getattr(arguments, name) is not None for name in CHANGES):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in CHANGES)
-        raise ValueError(f"at least one change must be given: {flags}.")
-    for name, least in (("patch_size", 1), ("action_dim", 1), ("action_frequencies", 0), ("height", 1), ("width", 1)):
+        raise ValueError(f"at least one change is required: {flags}.")
+    for name, (least, most) in LIMITS.items():
         value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+        if value is not None and not least <= value <= most:
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {limit}, got {value}.")
     if (arguments.height is None) != (arguments.width is None):
-        raise ValueError("--height and --width must be given together.")
+        raise ValueError("--height and --width must be passed together.")
     if (arguments.vae is None) != (arguments.dataset is None):
-        raise ValueError("--vae and --dataset must be given together: the model is fitted to the frames of the data.")
+        raise ValueError(
+            "--vae requires --dataset, and --dataset requires --vae: the patch layers are fitted to its frames."
+        )
     check_output_folder(arguments.output, empty=True)
     for name in ("model", "vae"):
         check_name(f"--{name}", getattr(arguments, name) or "")
@@ -113,7 +124,7 @@ def _adapted(
         transformer = predict_samples(transformer)
     if arguments.vae:
         if vae is None:
-            raise ValueError(f"--vae must not be given: {arguments.model!r} is a pixel-space model.")
+            raise ValueError(f"--vae must be omitted: {arguments.model!r} is a pixel-space model.")
         try:
             with quiet_loading() as messages:
                 other = load_autoencoder(arguments.vae)
@@ -145,13 +156,14 @@ def _images(arguments: argparse.Namespace) -> torch.Tensor:
 
     size = (arguments.height, arguments.width) if arguments.height else None
     source = PreparedEpisodes(open_dataset(arguments), frame_size=size)
-    parts = []
-    for number in range(min(len(source), EPISODES)):
+    parts, reason = [], "it has no episodes"
+    for index in range(min(len(source), EPISODES)):
         try:
-            frames = source[number].frames
-        except ValueError:  # training reports or skips broken episodes
+            frames = source[index].frames
+        except ValueError as error:  # training reports or skips broken episodes
+            reason = str(error)
             continue
         parts.append(frames[np.linspace(0, len(frames) - 1, FRAMES).astype(int)])
     if not parts:
-        raise ValueError(f"none of the first episodes of {arguments.dataset!r} can be read.")
+        raise ValueError(f"none of the first {EPISODES} episodes of {arguments.dataset!r} can be read: {reason}")
     return torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2) / 127.5 - 1

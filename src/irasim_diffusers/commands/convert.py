@@ -1,4 +1,4 @@
-"""`irasim convert`: turn pretrained weights into a pipeline folder."""
+"""`irasim convert`: convert pretrained weights to a pipeline."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def add_parser(subparsers: Any) -> None:
     """Add `convert` to the subparsers of `irasim`."""
     parser = subparsers.add_parser(
         "convert",
-        help="turn pretrained weights into a pipeline folder",
-        description="Turn pretrained weights into a pipeline folder: released IRASim checkpoints without change, Open-Sora "
-        "(STDiT3) and Latte as the start of a training. No code in a file is run.",
+        help="convert pretrained weights to a pipeline",
+        description="Convert pretrained weights to a pipeline folder: released IRASim checkpoints without change, Open-Sora "
+        "(STDiT3) and Latte as the initialization of a training. No code in a file is executed.",
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("--source", choices=("irasim", "opensora", "latte"), default="irasim", help="default: %(default)s")
     add("--checkpoint", type=Path, required=True, help=".pt file of the release; safetensors file or folder")
-    add("--dataset", choices=("rt1", "bridge", "languagetable"), help="data set of a released IRASim checkpoint")
+    add("--dataset", choices=("rt1", "bridge", "languagetable"), help="dataset of a released IRASim checkpoint")
     add(
         "--weights",
         choices=("ema", "model"),
@@ -53,9 +53,11 @@ def run(arguments: argparse.Namespace) -> None:
     check_name("--vae", arguments.vae)
     config = dict(_read_setting(text) for text in arguments.config)
     if arguments.source == "opensora" and "fps" not in config:
-        raise ValueError("--source opensora needs --config fps=<frames per second of your clips>, which it embeds.")
+        raise ValueError(
+            "--source opensora requires --config fps=<frames per second>: the model is conditioned on the frame rate."
+        )
     if arguments.source == "irasim" and arguments.dataset is None:
-        raise ValueError("--source irasim needs --dataset: rt1, bridge or languagetable.")
+        raise ValueError("--source irasim requires --dataset: rt1, bridge or languagetable.")
 
     from .. import IRASimPipeline
     from ..conversion import ConversionReport
@@ -65,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     transformer = _load_transformer(arguments, config, report)
     if vae.config.latent_channels != transformer.config.in_channels:
         raise ValueError(
-            f"--vae must have {transformer.config.in_channels} latent channels, as the weights, got {arguments.vae!r} with "
+            f"--vae must have {transformer.config.in_channels} latent channels to match the weights, got {arguments.vae!r} with "
             f"{vae.config.latent_channels}."
         )
     size, patch = (transformer.config.sample_height, transformer.config.sample_width), transformer.config.patch_size
@@ -82,14 +84,17 @@ def run(arguments: argparse.Namespace) -> None:
 def _load_vae(name: str) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
-    path, _, subfolder = name.partition(":")
-    wanted, options = "an AutoencoderKL, a folder or Hub id", {"subfolder": subfolder or None}
-    return load_checked("--vae", wanted, path, AutoencoderKL, use_safetensors=True, **options)
+    split = ":" in name and not Path(name).is_dir()
+    path, _, subfolder = name.rpartition(":") if split else (name, "", "")
+    wanted = "an AutoencoderKL, a folder or Hub id"
+    return load_checked("--vae", wanted, path, AutoencoderKL, use_safetensors=True, subfolder=subfolder or None)
 
 
 def _load_transformer(
     arguments: argparse.Namespace, config: dict[str, Any], report: ConversionReport
 ) -> IRASimTransformer3DModel:
+    import torch
+
     from ..conversion import load_latte, load_opensora, load_released_irasim
 
     loaders: dict[str, Callable[..., IRASimTransformer3DModel]] = {
@@ -101,8 +106,10 @@ def _load_transformer(
     options = released if arguments.source == "irasim" else {}
     try:
         return loaders[arguments.source](arguments.checkpoint, report=report, **options, **config)
-    except (TypeError, ZeroDivisionError, RuntimeError) as error:  # layers raise these for impossible values
-        raise ValueError(f"--config must define a model, got {' '.join(arguments.config)!r}: {error}") from error
+    except (TypeError, ZeroDivisionError, RuntimeError) as error:  # raised by layers for invalid sizes
+        if config and not isinstance(error, torch.OutOfMemoryError):
+            raise ValueError(f"--config must define a model, got {' '.join(arguments.config)!r}: {error}") from error
+        raise ValueError(f"--checkpoint {str(arguments.checkpoint)!r} cannot be loaded: {error}") from error
 
 
 def _scheduler(transformer: IRASimTransformer3DModel) -> SchedulerMixin:

@@ -17,7 +17,7 @@ def add_parser(subparsers: Any) -> None:
         "data",
         help="write clips as a LeRobotDataset, or publish them",
         description="Write clips of any format that train.py reads as a LeRobotDataset v3.0 with a card, and publish it with "
-        "--push-to-hub. The same command again resumes.",
+        "--push-to-hub. Run the same command again to resume.",
     )
     parser.set_defaults(run=run)
     add_dataset_flags(parser, "train")
@@ -25,11 +25,11 @@ def add_parser(subparsers: Any) -> None:
     add("--skip-broken", action="store_true", help="skip episodes that cannot be read, and list them")
     add("--robot-type", default="unknown", help="name of the robot")
     add("--output", type=Path, required=True, help="folder to write")
-    add("--push-to-hub", metavar="ORG/NAME", help="publish the folder as this data set")
+    add("--push-to-hub", metavar="ORG/NAME", help="Hub repository to which the dataset is pushed")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Read the episodes, write a LeRobotDataset with a card, and publish it if asked to."""
+    """Write a LeRobotDataset with a card, and push it with --push-to-hub."""
     from ..data import publish_lerobot, write_dataset_card, write_lerobot
 
     output: Path = arguments.output
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
             skip_broken=arguments.skip_broken,
             on_episode=progress.on_episode,
         )
-    write_dataset_card(folder, arguments.push_to_hub or output.name)
+    write_dataset_card(folder, arguments.push_to_hub or str(output))
     print(f"{len(folder)} episodes written to {output}, {progress.num_skipped} skipped")
     if arguments.push_to_hub:
         publish_lerobot(folder, arguments.push_to_hub)

@@ -20,9 +20,9 @@ def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None, requir
     add = parser.add_argument
     add("--dataset", required=required, help="LeRobotDataset, IRASim-format or `datasets` folder, or Hub id")
     add("--cameras", nargs="*", default=[], help="cameras, stacked vertically; left,right joins two horizontally")
-    default = split or "test, or all episodes of a LeRobotDataset without one"
+    default = split or "test, or all episodes if a LeRobotDataset has no test split"
     add("--split", default=split, help=f"split, or a part of one such as train[90%%:] (default: {default})")
-    add("--fps", type=float, help="frames per second, if the data do not record them")
+    add("--fps", type=float, help="frame rate, if the dataset does not store it")
     add("--action-column", nargs="*", default=[], help="action columns, concatenated (default: action, actions)")
     add(
         "--state-columns",

@@ -16,7 +16,7 @@ from .files import check_name, check_output_folder
 from .sampling import add_sampling_flags, check_sampling_flags, load_pipeline
 
 NETWORKS = ("lpips", "inception", "i3d")
-MAX_SIDE = 8192  # pixels
+LIMITS = {"height": 8192, "width": 8192, "pad_actions_to": 1024}  # pixels, and components of an action
 
 
 def add_parser(subparsers: Any) -> None:
@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
         "evaluate",
         help="score predictions of recorded clips, and how well the model follows its actions",
         description="Score a model, or predictions in a folder, on recorded clips by a named protocol: the paper's metrics, "
-        "action faithfulness, plots. The same command again resumes; under `accelerate launch -m irasim_diffusers.cli "
+        "action faithfulness, plots. Run the same command again to resume; under `accelerate launch -m irasim_diffusers.cli "
         "evaluate` several processes share the clips.",
     )
     parser.set_defaults(run=run)
@@ -53,7 +53,11 @@ def add_parser(subparsers: Any) -> None:
     add("--ways", type=int, default=4, help="number of alternatives in the identification test (default: %(default)s)")
     add("--lpips", nargs="?", const="", metavar="ALEXNET", help="LPIPS; a file or org/name:file, else downloaded")
     add("--inception", metavar="WEIGHTS", help="FID; pytorch-fid's weights, a file or org/name:file")
-    add("--i3d", metavar="FILE", help="FVD; StyleGAN-V's i3d_torchscript.pt. Loading it runs code of the file")
+    add(
+        "--i3d",
+        metavar="FILE",
+        help="FVD; StyleGAN-V's i3d_torchscript.pt. TorchScript: loading executes code in the file",
+    )
     add("--batch-size", type=int, default=8, help="windows predicted together (default: %(default)s)")
     add("--resize", action="store_true", help="resize frames to the model's size, and predictions to the truth's")
     add("--skip-broken", action="store_true", help="skip episodes that cannot be read, and list them in the report")
@@ -84,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from ..evaluation import Evaluation, evaluate
 
-    kwargs = InitProcessGroupKwargs(timeout=timedelta(days=1))  # one process may predict for long
+    kwargs = InitProcessGroupKwargs(timeout=timedelta(days=1))  # one process may take hours
     accelerator = Accelerator(cpu=arguments.device == "cpu", kwargs_handlers=[kwargs])
     if arguments.device == "auto":
         arguments.device = str(accelerator.device)
@@ -140,12 +144,12 @@ def _check_flags(arguments: argparse.Namespace) -> Any:
             raise ValueError(f"--{flag.replace('_', '-')} must be one of {names}, got {value!r}.")
     least = dict.fromkeys(("batch_size", "num_clips", "frame_skip", "pad_actions_to", "height", "width"), 1)
     for flag, low in (least | {"faithfulness_clips": 0}).items():
-        value, high = getattr(arguments, flag), MAX_SIDE if flag in ("height", "width") else math.inf
+        value, high = getattr(arguments, flag), LIMITS.get(flag, math.inf)
         if value is not None and not low <= value <= high:
             limit = f"at least {low}" if value < low else f"at most {high}"
             raise ValueError(f"--{flag.replace('_', '-')} must be {limit}, got {value}.")
     if (arguments.height is None) != (arguments.width is None):
-        raise ValueError("--height and --width must be given together.")
+        raise ValueError("--height and --width must be passed together.")
     return PROTOCOLS[arguments.protocol]
 
 
@@ -218,7 +222,7 @@ def _print_report(report: dict[str, Any]) -> None:
     psnr, last, gain = report["metrics"]["psnr"], report["last_frame"]["psnr"], report["gain_over_last_frame"]
     print(
         f"{report['protocol']['name']}, {report['n']} clips: PSNR {psnr['mean']:.2f} dB [{psnr['low']:.2f}, {psnr['high']:.2f}] "
-        f"(repeating the last seen frame: {last['mean']:.2f} dB; mean gain over it {gain['mean']:.2f} dB), SSIM "
+        f"(last-frame baseline: {last['mean']:.2f} dB; mean gain {gain['mean']:.2f} dB), SSIM "
         f"{report['metrics']['ssim']['mean']:.3f}"
     )
     if "faithfulness" in report:

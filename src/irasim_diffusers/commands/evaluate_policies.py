@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -18,7 +20,7 @@ from .. import embedded_checkpoint
 from ..files import file_hash
 from ..version import INSTALL
 from .files import check_name, check_output_folder
-from .sampling import check_device, load_reward
+from .sampling import check_device, check_weights, load_reward, missing_reason, quiet_loading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
         "evaluate-policies",
         help="compare the success rates of policies in the model and in a real environment",
         description="Run policies from the same starts in a Gymnasium environment and in the world model, and report success rates "
-        "and how well they agree. The same command again resumes; under `accelerate launch -m irasim_diffusers.cli "
+        "and how well they agree. Run the same command again to resume; under `accelerate launch -m irasim_diffusers.cli "
         "evaluate-policies` several processes share the episodes.",
     )
     parser.set_defaults(run=run)
@@ -65,7 +67,7 @@ def add_parser(subparsers: Any) -> None:
         "--num-videos",
         type=int,
         default=2,
-        help="linked videos per policy, disagreements first (default: %(default)s)",
+        help="videos per policy in the report, disagreements first (default: %(default)s)",
     )
     add("--output", type=Path, default=Path("irasim-policies"), help="folder to write (default: %(default)s)")
 
@@ -75,41 +77,38 @@ def run(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     names = _check_flags(arguments)
     load = _find_loader(arguments.loader)
-    real = _real_environment(arguments)
+    with closing(_real_environment(arguments)) as real:
+        from accelerate import PartialState
 
-    from accelerate import PartialState
+        from ..envs import WorldModelVectorEnv
+        from ..evaluation import PolicyEvaluation, evaluate_policies
 
-    from ..envs import WorldModelVectorEnv, load_world_model
-    from ..evaluation import PolicyEvaluation, evaluate_policies
-
-    state = PartialState()
-    try:
-        stored = load_world_model(arguments.model, arguments.device) | {"starts": None}
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {error}") from error
-    stored |= _reward_and_success(arguments, stored)
-    model = WorldModelVectorEnv(
-        num_envs=arguments.batch_size,
-        clip_actions=True,
-        max_episode_steps=arguments.max_episode_steps,
-        autoreset_mode="Disabled",
-        sampling={} if arguments.steps is None else {"num_inference_steps": arguments.steps},
-        **stored,
-    )
-    recorded = ("model", "env", "env_kwargs", "loader", "reward", "success_threshold", "steps")
-    report = evaluate_policies(
-        PolicyEvaluation(
-            {name: partial(load, path, stored["model"].action_space) for name, path in names.items()},
-            real,
-            model,
-            arguments.output,
-            range(arguments.first_seed, arguments.first_seed + arguments.num_episodes),
-            arguments.max_episode_steps,
-            arguments.num_videos,
-            setting={"paths": names, "files": {name: _files_hash(path) for name, path in names.items()}}
-            | {name: getattr(arguments, name) for name in recorded},
+        state = PartialState()
+        stored = _load_world_model(arguments)
+        model = WorldModelVectorEnv(
+            num_envs=arguments.batch_size,
+            clip_actions=True,
+            max_episode_steps=arguments.max_episode_steps,
+            autoreset_mode="Disabled",
+            sampling={} if arguments.steps is None else {"num_inference_steps": arguments.steps},
+            **stored,
         )
-    )
+        folders = {name: _policy_files(path, arguments.loader) for name, path in names.items()}
+        recorded = ("model", "env", "env_kwargs", "loader", "reward", "success_threshold", "steps")
+        report = evaluate_policies(
+            PolicyEvaluation(
+                {name: partial(_load_policy, load, path, stored["model"]) for name, path in names.items()},
+                real,
+                model,
+                arguments.output,
+                range(arguments.first_seed, arguments.first_seed + arguments.num_episodes),
+                arguments.max_episode_steps,
+                arguments.num_videos,
+                setting={"paths": names, "files": {name: _files_hash(folder) for name, folder in folders.items()}}
+                | {name: getattr(arguments, name) for name in recorded}
+                | {"weights": _weights(stored)},
+            )
+        )
     if state.is_main_process:
         _print_report(report)
         print(f"{time.perf_counter() - start:.0f} s; wrote {arguments.output / 'report.md'}")
@@ -120,6 +119,8 @@ def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
     check_output_folder(arguments.output)
     for flag in ("model", "reward"):
         check_name(f"--{flag}", getattr(arguments, flag))
+    for path in arguments.policies:
+        check_name("--policies", path)
     if arguments.device is not None:
         check_device(arguments.device)
     for flag in ("num_episodes", "max_episode_steps", "batch_size", "steps"):
@@ -136,7 +137,7 @@ def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
         names = ["-".join(part.strip("/.") or "root" for part in each[-depth:]) for each in parts]
         if len(set(names)) == len(names):
             return dict(zip(names, arguments.policies, strict=True))
-    raise ValueError(f"--policies must be different, got {arguments.policies}.")
+    raise ValueError(f"--policies must be unique, got {arguments.policies}.")
 
 
 def _find_loader(path: str | None) -> Callable[..., Policy]:
@@ -157,10 +158,54 @@ def _find_loader(path: str | None) -> Callable[..., Policy]:
     return found
 
 
-def _files_hash(path: str) -> str | None:
-    """Hash the names and contents of a policy's files; None if the path is not a local file or folder."""
-    root = Path(path)
-    if not root.exists():
+def _policy_files(path: str, loader: str | None) -> Path | None:
+    """Return the file or folder of a policy, downloaded from the Hub if necessary; None if only its loader knows it."""
+    from ..policies import policy_folder
+
+    if Path(path).exists() or loader is not None:
+        return Path(path) if Path(path).exists() else None
+    try:
+        return policy_folder(path)
+    except ValueError as error:
+        raise ValueError(f"--policies {path!r} cannot be loaded: {missing_reason(path, error) or error}") from error
+
+
+def _load_policy(load: Callable[..., Policy], path: str, model: Any) -> Policy:
+    """Load a policy on the device of the model, if its loader has such an argument."""
+    try:
+        options = {"device": str(model.device)} if "device" in inspect.signature(load).parameters else {}
+        with quiet_loading():
+            return load(path, model.action_space, **options)
+    except Exception as error:  # of the user's loader
+        raise ValueError(f"--policies {path!r} cannot be loaded: {error}") from error
+
+
+def _load_world_model(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Load the world model with its reward and success function."""
+    from ..envs import load_world_model
+
+    try:
+        with quiet_loading() as messages:
+            stored = load_world_model(arguments.model, arguments.device) | {"starts": None}
+        components = stored["model"].components | {name: stored.get(name) for name in ("proprioception", "reward")}
+        check_weights(components, messages)
+    except Exception as error:  # the loaders raise errors of many types for damaged files
+        reason = missing_reason(arguments.model, error) or error
+        raise ValueError(f"--model must be a pipeline folder or Hub id, got {arguments.model!r}: {reason}") from error
+    return stored | _reward_and_success(arguments, stored)
+
+
+def _weights(stored: dict[str, Any]) -> dict[str, str]:
+    """Return hashes of all weights that determine the results."""
+    from ..evaluation.predictors import pipeline_hash, weights_hash
+
+    others = {name: weights_hash([stored.get(name)]) for name in ("proprioception", "reward")}
+    return {"model": pipeline_hash(stored["model"])} | others
+
+
+def _files_hash(root: Path | None) -> str | None:
+    """Hash the names and contents of a policy's files; None without files."""
+    if root is None or not root.exists():
         return None
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
@@ -185,12 +230,12 @@ def _real_environment(arguments: argparse.Namespace) -> Any:
         return gymnasium.make_vec(
             arguments.env, arguments.batch_size, vectorization_mode="sync", vector_kwargs=None, **options
         )
-    except (gymnasium.error.Error, ImportError, TypeError) as error:
+    except Exception as error:  # of the user's environment
         raise ValueError(f"--env {arguments.env!r} with {options} cannot be created: {error}") from error
 
 
 def _reward_and_success(arguments: argparse.Namespace, stored: dict[str, Any]) -> dict[str, Any]:
-    """The reward of the flags, or the one that is stored with the model, and the success that its threshold defines."""
+    """Return the reward and the success function: from the flags, or stored with the model."""
     reward = stored.get("reward")
     if arguments.reward is not None:
         reward = load_reward(arguments.reward, stored["model"].device)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-IMAGE_MODES = ("RGB", "RGBA", "P")  # not grey and depth pictures, which usually are not frames of the camera
+IMAGE_MODES = ("RGB", "RGBA", "P")  # excludes grayscale and depth images
 
 
 def read_frames(path: Path, flag: str = "--frames") -> np.ndarray:
@@ -29,7 +29,7 @@ def read_frames(path: Path, flag: str = "--frames") -> np.ndarray:
         Frames (T, H, W, 3), uint8, RGB.
 
     Raises:
-        ValueError: If the file is missing, unreadable, or not in colour.
+        ValueError: If the file is missing, unreadable, or not in color.
     """
     if not path.is_file():
         raise ValueError(f"{flag} must be an image or video file, got {str(path)!r}, which does not exist.")
@@ -100,7 +100,9 @@ def read_actions(path: Path) -> np.ndarray:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    actions = np.load(path, mmap_mode="r", allow_pickle=False)  # a memory map never allocates more than the file holds
+    actions = np.load(
+        path, mmap_mode="r", allow_pickle=False
+    )  # a memory map never allocates more than the size of the file
     if not isinstance(actions, np.ndarray):
         raise ValueError("the file is an archive of several arrays")
     if actions.dtype.kind not in "biuf":
@@ -124,7 +126,7 @@ def _read_csv(path: Path) -> np.ndarray:
 
 
 def _is_numbered_header(rows: list[list[str]]) -> bool:
-    """Whether the first row is 0, 1, ..., A - 1, the header that pandas writes for columns without names.
+    """Check whether the first row is 0, 1, ..., A - 1, the header that pandas writes for columns without names.
 
     A single column counts only if no other row is an integer, since its first action may be 0.
     """
@@ -185,12 +187,15 @@ def check_output(path: Path, suffix: str, inputs: Sequence[Path | None] = ()) ->
     """
     check_name("--output", path)
     if path.is_dir():
-        raise ValueError(f"--output must be a file, got the directory {str(path)!r}: add a file name ending in .mp4.")
+        raise ValueError(
+            f"--output must be a file, got the directory {str(path)!r}: the command writes a {suffix} file there, use another "
+            "file name."
+        )
     if path.suffix.lower() != suffix:
-        raise ValueError(f"--output must end in .mp4, got {str(path)!r}.")
+        raise ValueError(f"--output must end in {suffix}, got {str(path)!r}.")
     if any(given is not None and given.exists() and path.exists() and given.samefile(path) for given in inputs):
         raise ValueError(f"--output must not overwrite an input, got {str(path)!r}: choose another name.")
-    check_writable("--output", path)
+    check_writable("--output", path, path.parent)
 
 
 def check_output_folder(path: Path, flag: str = "--output", empty: bool = False) -> None:
@@ -208,7 +213,7 @@ def check_output_folder(path: Path, flag: str = "--output", empty: bool = False)
     wanted = "a new or empty folder" if empty else "a folder"
     if path.exists() and (not path.is_dir() or (empty and any(path.iterdir()))):
         raise ValueError(f"{flag} must be {wanted}, got {'' if path.is_dir() else 'the file '}{str(path)!r}.")
-    check_writable(flag, path / "file")
+    check_writable(flag, path, path)
 
 
 def check_name(flag: str, path: Path | str) -> None:
@@ -217,13 +222,13 @@ def check_name(flag: str, path: Path | str) -> None:
         raise ValueError(f"{flag} must be a path without NUL characters, got {str(path)!r}.")
 
 
-def check_writable(flag: str, path: Path) -> None:
-    """Raise ValueError if no file can be written in the folder of `path` or its nearest parent."""
-    folder = path.absolute().parent
+def check_writable(flag: str, path: Path, folder: Path) -> None:
+    """Raise ValueError, which names `path`, if no file can be written in a folder or its nearest existing parent."""
+    folder = folder.absolute()
     while not folder.exists() and not folder.is_symlink():
         folder = folder.parent
     try:
-        tempfile.TemporaryFile(dir=folder).close()  # some file systems refuse root although the permissions allow it
+        tempfile.TemporaryFile(dir=folder).close()  # permission bits are not sufficient, for example on /proc
     except OSError as error:
         raise ValueError(
             f"{flag} must be writable, got {str(path)!r}: {error.strerror} in {str(folder)!r}; choose another folder."

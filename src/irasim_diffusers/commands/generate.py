@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Check the input, predict, write the video and the strip, and print the figures."""
+    """Check the input, predict, write the video and the strip, and print the timing."""
     start = time.perf_counter()
     strip_path = arguments.output.with_suffix(".png")
     rows = frame_files(arguments)
@@ -42,10 +42,10 @@ def run(arguments: argparse.Namespace) -> None:
     check_output(strip_path, ".png", inputs)
     check_sampling_flags(arguments)
     if rows and arguments.actions is None:
-        raise ValueError("--frames needs --actions: a .npy, .csv or .json file of actions, one row per frame.")
+        raise ValueError("--frames requires --actions: a .npy, .csv or .json file of actions, one row per frame.")
     actions = read_actions(arguments.actions or embedded_checkpoint() / "example_actions.csv")
     pipeline, video, history = open_start(arguments)
-    # frames after the history are the truth of these actions only if frames and actions are of one recording
+    # later frames are ground truth only if frames and actions come from the same recording
     truth = video[history:][: len(actions)] if bool(rows) == (arguments.actions is not None) else video[:0]
     prediction, figures = _predict(arguments, pipeline, video[:history], actions)
     seen = video[:history]
@@ -91,7 +91,7 @@ def _print_psnr(prediction: np.ndarray, seen: np.ndarray, truth: np.ndarray) -> 
     last = np.broadcast_to(seen[-1:], truth.shape)
     print(
         f"PSNR {psnr(prediction / 255.0, truth / 255.0):.2f} dB over {len(truth)} frames against the raw true frames "
-        f"(repeating the last seen frame: {psnr(last / 255.0, truth / 255.0):.2f} dB)"
+        f"(last-frame baseline: {psnr(last / 255.0, truth / 255.0):.2f} dB)"
     )
 
 

@@ -11,11 +11,11 @@ import numpy as np
 if TYPE_CHECKING:
     from ..action_space import ActionSpace
 
-PICTURE_KEYS = (("ArrowLeft", "ArrowRight"), ("ArrowUp", "ArrowDown"))
-"""Keys for the negative and the positive direction of each component, for the axes of a picture: right and down."""
+IMAGE_KEYS = (("ArrowLeft", "ArrowRight"), ("ArrowUp", "ArrowDown"))
+"""(negative, positive) key pair of each component, in image axes: x right, y down."""
 
-TABLE_KEYS = PICTURE_KEYS[::-1]
-"""For planar motions seen from opposite the robot, as in Language-Table: x points away from the base, y to the left."""
+TABLE_KEYS = IMAGE_KEYS[::-1]
+"""For planar motions with the camera facing the robot, as in Language-Table: x points away from the base, y to the left."""
 
 ARM_KEYS = (
     ("ArrowDown", "ArrowUp"),
@@ -48,7 +48,7 @@ def key_controls(space: ActionSpace) -> list[Control]:
     Components without keys are not steered, for example the rotation of `relative_6d`, which consists of columns of a matrix.
     """
     if len(space) == 2:
-        keys = dict(enumerate(PICTURE_KEYS if space.kind == "absolute" else TABLE_KEYS))
+        keys = dict(enumerate(IMAGE_KEYS if space.kind == "absolute" else TABLE_KEYS))
     elif space.derivation == "relative_6d":
         keys = dict(enumerate(ARM_KEYS[:3])) | {9: ARM_KEYS[-1]}
     else:

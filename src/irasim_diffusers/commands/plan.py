@@ -1,4 +1,4 @@
-"""`irasim plan`: choose actions that lead to a goal, by predicting their futures."""
+"""`irasim plan`: plan actions that reach a goal."""
 
 from __future__ import annotations
 
@@ -36,12 +36,16 @@ PLANNERS: dict[str, dict[str, Any]] = {
 """Flags of each planner with their defaults."""
 
 
+LIMITS = {"horizon": 1000, "candidates": 10_000}
+"""Highest values, which bound the memory that a flag can request."""
+
+
 def add_parser(subparsers: Any) -> None:
     """Add `plan` to the subparsers of `irasim`."""
     parser = subparsers.add_parser(
         "plan",
         help="choose actions that lead to a goal image",
-        description="Choose actions by predicting their futures: the last predicted frame must be similar to the goal image, or "
+        description="Plan actions with the world model: the last predicted frame must be similar to the goal image, or "
         "have a high reward. Writes the actions, and a video and a strip of the predicted frames.",
     )
     parser.set_defaults(run=run)
@@ -51,12 +55,17 @@ def add_parser(subparsers: Any) -> None:
     add("--goal", type=Path, help="goal image, or video whose last frame is the goal")
     add("--encoder", help="vision model of transformers, folder or Hub id: compare its features instead of pixels")
     add("--reward", help="folder or Hub id of a FrameRegressor, instead of --goal")
-    add("--planner", choices=PLANNERS, default="cem", help="lines: the paper's (default: %(default)s)")
-    add("--position", help="action that holds the current position, such as 256,400; needed for absolute targets")
+    add(
+        "--planner",
+        choices=PLANNERS,
+        default="cem",
+        help="lines ranks straight lines, like the paper (default: %(default)s)",
+    )
+    add("--position", help="current position as an action, such as 256,400; required for absolute targets")
     add("--horizon", type=int, default=15, help="number of actions (default: %(default)s)")
     add("--candidates", type=int, help="action sequences of cem, mppi and lines, per iteration (default: 50)")
     add("--iterations", type=int, help="iterations of cem, mppi and gradient (default: 5)")
-    add("--std", type=float, help="spread of cem and mppi in normalised units (default: 1)")
+    add("--std", type=float, help="spread of cem and mppi in normalized units (default: 1)")
     add("--knots", type=int, help="time points between which offsets of cem and mppi are interpolated (default: all)")
     add("--radius", type=float, help="length of lines, in the units of the actions")
     add("--batch-size", type=int, default=64, help="candidates that are predicted together (default: %(default)s)")
@@ -73,13 +82,15 @@ def run(arguments: argparse.Namespace) -> None:
         check_output(arguments.output.with_suffix(suffix), suffix, inputs)
     check_sampling_flags(arguments)
     if not rows:
-        raise ValueError(
-            "--frames is required: the image, or a video of the history frames, from which the plan starts."
-        )
+        raise ValueError("--frames is required: an image, or a video of the history frames.")
     if (arguments.goal is None) == (arguments.reward is None):
-        raise ValueError("Pass either --goal or --reward: what the plan should reach.")
+        raise ValueError("pass exactly one of --goal and --reward.")
+    for flag in ("horizon", "candidates"):
+        value = getattr(arguments, flag)
+        if value is not None and value > LIMITS[flag]:
+            raise ValueError(f"--{flag} must be at most {LIMITS[flag]}, got {value}.")
     if arguments.encoder is not None and arguments.goal is None:
-        raise ValueError("--encoder needs --goal: it compares features of the goal image.")
+        raise ValueError("--encoder requires --goal: it compares features of the goal image.")
     _check_planner_flags(arguments)
     planner = _planner(arguments)
     goal = None if arguments.goal is None else read_frames(arguments.goal, "--goal")[-1]
@@ -108,7 +119,9 @@ def _check_planner_flags(arguments: argparse.Namespace) -> None:
             setattr(arguments, flag, used.get(flag))
         elif flag not in used:
             others = ", ".join(name for name, flags in PLANNERS.items() if flag in flags)
-            raise ValueError(f"--{flag} must be left out with --planner {arguments.planner}: it belongs to {others}.")
+            raise ValueError(
+                f"--{flag} is not supported by --planner {arguments.planner} (only by {others}): omit it."
+            )
 
 
 def _planner(arguments: argparse.Namespace) -> Any:
@@ -131,7 +144,7 @@ def _planner(arguments: argparse.Namespace) -> Any:
     if arguments.planner == "gradient":
         return Gradient(**common)
     if arguments.radius is None:
-        raise ValueError("--planner lines needs --radius: the length of the lines, in the units of the actions.")
+        raise ValueError("--planner lines requires --radius: the length of the lines, in the units of the actions.")
     return Rank(scoring=scoring)
 
 
@@ -202,8 +215,8 @@ def _write(path: Path, plan: Plan, goal: np.ndarray | None, pipeline: IRASimPipe
     scale = max(1, 288 // goal.shape[0]) if goal is not None else max(1, 288 // predicted.shape[-2])
     large = [video.repeat(scale, axis=1).repeat(scale, axis=2) for video in rows.values()]
     strip = film_strip(rows, len(frames[0]))
-    with temporary_path(path.with_suffix(".csv")) as table, temporary_path(path.with_suffix(".png")) as picture:
+    with temporary_path(path.with_suffix(".csv")) as table, temporary_path(path.with_suffix(".png")) as image:
         with table.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([pipeline.action_space.names, *plan.actions.tolist()])
-        strip.save(picture)
+        strip.save(image)
         write_video(path, np.concatenate(large, axis=2), pipeline.fps or 10.0)

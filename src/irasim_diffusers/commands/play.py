@@ -8,7 +8,6 @@ import shutil
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +23,11 @@ if TYPE_CHECKING:
     from .. import DrivingSession
 
 SYMBOLS = dict(zip(ARROWS, "↑↓→←", strict=True))
-END = {"q", "\x03"}  # \x03: Ctrl-C
+INTERRUPT = "\x03"  # Ctrl-C
+END = {"q", INTERRUPT}
 RESET = {"0", "Backspace"}
-MAX_SPEED = 1000  # normalised actions per frame
-UNDO = ("u", "z")  # the first that does not steer: u turns an arm
+MAX_SPEED = 1000  # normalized actions per frame
+UNDO = ("u", "z")  # candidates; u controls arm rotation
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,13 +47,13 @@ def add_parser(subparsers: Any) -> None:
         "--speed",
         type=float,
         default=0.5,
-        help="speed while a key is held, in normalised actions per frame (default: %(default)s)",
+        help="speed while a key is held, in normalized actions per frame (default: %(default)s)",
     )
     add(
         "--chunk-length",
         type=int,
         default=2,
-        help="frames predicted together: more are faster but respond later (default: %(default)s)",
+        help="frames per chunk; larger chunks increase throughput and latency (default: %(default)s)",
     )
     add("--script", help="drive by a script instead of keys, without a terminal: 'right*10 hold*5 up+right*10'")
     add(
@@ -79,18 +79,21 @@ def run(arguments: argparse.Namespace) -> None:
     if not 1 <= arguments.chunk_length <= DrivingSession.max_chunk:
         raise ValueError(f"--chunk-length must be in [1, {DrivingSession.max_chunk}], got {arguments.chunk_length}.")
     session = _open_session(arguments)
+    pace, interrupted = "", False
     try:
         if arguments.script is None:
-            rate = play(session, arguments.chunk_length)
+            rate, interrupted = _play(session, arguments.chunk_length)
         else:
             rate = follow(session, arguments.script, arguments.chunk_length)
-    finally:
+        pace = f", {rate:.1f} frames/s"
+    finally:  # also after a signal
         if len(session):
             wrote = session.save(arguments.output)
-    if len(session):
-        print(f"{len(session)} frames, {rate:.1f} frames/s; wrote {' and '.join(map(str, wrote))}")
-    else:
+            print(f"{len(session)} frames{pace}; wrote {' and '.join(map(str, wrote))}")
+    if not len(session):
         print("no frames were predicted; nothing was written")
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _open_session(arguments: argparse.Namespace) -> DrivingSession:
@@ -107,7 +110,7 @@ def _open_session(arguments: argparse.Namespace) -> DrivingSession:
     return DrivingSession(
         pipeline,
         video[:history],
-        Steering(config, arguments.speed, start),
+        Steering(pipeline.action_space, arguments.speed, start),
         arguments.seed,
         num_inference_steps=arguments.steps,
         resize=arguments.resize,
@@ -121,8 +124,8 @@ def play(session: DrivingSession, chunk_length: int = 2) -> float:
     the first key, and after undo and reset.
 
     Args:
-        session: Session to drive; it keeps the recording.
-        chunk_length: Frames predicted together: more are faster, but respond later.
+        session: The driving session, which also records the frames.
+        chunk_length: Frames per chunk. Larger chunks increase throughput and latency.
 
     Returns:
         Frames shown per second, over the last frames.
@@ -130,35 +133,48 @@ def play(session: DrivingSession, chunk_length: int = 2) -> float:
     Raises:
         ValueError: If there is no terminal.
     """
+    return _play(session, chunk_length)[0]
+
+
+def _play(session: DrivingSession, chunk_length: int) -> tuple[float, bool]:
+    """Drive in the terminal; return the frames shown per second, and whether Ctrl-C or SIGTERM ended the session."""
     check_terminal()
-    steering = {control.key for control in key_controls(session.steering.action_space)} | set(SAME_KEYS)
     screen = _Screen(session)
-    with suppress(KeyboardInterrupt), ThreadPoolExecutor(1) as worker, open_terminal() as keys:
-        ahead = _Ahead(session, chunk_length, worker)
-        paused = True
-        screen.show(session.first_frame, paused)
-        while not END & (pressed := keys.read(0.01)):
-            if pressed & {screen.undo, *RESET}:
-                ahead.stop()
-                keys.release()
-                session.reset() if RESET & pressed else session.undo(round(screen.fps))
-                paused = True
-                screen.show(session.last_frame, paused)
-            paused = paused and not steering & pressed
-            if not paused:
-                ahead.predict(keys)
-            if (picture := ahead.due()) is not None:
-                screen.show(picture, paused)
-    return screen.rate
+    try:
+        with ThreadPoolExecutor(1) as worker, open_terminal() as keys:
+            pressed = _drive_by_keys(session, screen, keys, _Ahead(session, chunk_length, worker))
+    except KeyboardInterrupt:
+        return screen.rate, True
+    return screen.rate, INTERRUPT in pressed
+
+
+def _drive_by_keys(session: DrivingSession, screen: _Screen, keys: Keys, ahead: _Ahead) -> set[str]:
+    """Drive until a key ends the session; return the last pressed keys."""
+    steering = {control.key for control in key_controls(session.steering.action_space)} | set(SAME_KEYS)
+    paused = True
+    screen.show(session.first_frame, paused)
+    while not END & (pressed := keys.read(0.01)):
+        if pressed & {screen.undo, *RESET}:
+            ahead.stop()
+            keys.release()
+            session.reset() if RESET & pressed else session.undo(round(screen.fps))
+            paused = True
+            screen.show(session.last_frame, paused)
+        paused = paused and not steering & pressed
+        if not paused:
+            ahead.predict(keys)
+        if (frame := ahead.due()) is not None:
+            screen.show(frame, paused)
+    return pressed
 
 
 def follow(session: DrivingSession, script: str, chunk_length: int = 2) -> float:
     """Drive by a script, without a terminal.
 
     Args:
-        session: Session to drive; it keeps the recording.
+        session: The driving session, which also records the frames.
         script: Parts of keys joined by +, or `hold`, each with a number of frames: `"right*10 hold*5 up+right*10"`.
-        chunk_length: Frames predicted together.
+        chunk_length: Frames per chunk.
 
     Returns:
         Frames predicted per second.
@@ -168,7 +184,7 @@ def follow(session: DrivingSession, script: str, chunk_length: int = 2) -> float
     """
     parts = [_read_part(text, session) for text in script.split()]
     if not parts:
-        raise ValueError("`script` must have at least one part, such as right*10, got none.")
+        raise ValueError("`script` must not be empty; example: right*10.")
     space, start = session.steering.action_space, time.perf_counter()
     for pressed, count in parts:
         for done in range(0, count, chunk_length):
@@ -198,7 +214,7 @@ class _Ahead:
         self._session, self._chunk_length, self._worker = session, chunk_length, worker
         self._prediction: Future[list[PIL.Image.Image]] | None = None
         self._ready: deque[PIL.Image.Image] = deque()
-        self._interval = 1 / (session.pipe.transformer.config.fps or 10)
+        self._interval = 1 / (session.model.fps or 10)
         self._next = 0.0
 
     def predict(self, keys: Keys) -> None:
@@ -227,12 +243,12 @@ class _Ahead:
 
 
 class _Screen:
-    """The frame as large as fits, a line of figures, and a line that explains the keys."""
+    """Terminal view: the frame, a status line and a key legend."""
 
     def __init__(self, session: DrivingSession) -> None:
         controls = key_controls(session.steering.action_space)
         keys = {control.key for control in controls}
-        self.fps: float = session.pipe.transformer.config.fps or 10
+        self.fps: float = session.model.fps or 10
         self.undo = next(key for key in UNDO if key not in keys)
         self.rate = 0.0
         self._session = session
@@ -243,15 +259,17 @@ class _Screen:
         ]
         self._help = "   ".join([*pairs, f"{self.undo} undo 1 s", "0 reset", "q end"])
 
-    def show(self, picture: PIL.Image.Image, paused: bool) -> None:
+    def show(self, frame: PIL.Image.Image, paused: bool) -> None:
         """Draw a frame and the lines below it."""
         columns, lines = shutil.get_terminal_size()
         self._count(paused)
         steering = self._session.steering
-        action = "  ".join(f"{name} {value:.4g}" for name, value in zip(steering.names, steering.last, strict=True))
+        action = "  ".join(
+            f"{name} {value:.4g}" for name, value in zip(steering.action_space.names, steering.last, strict=True)
+        )
         pace = "press a key to drive" if paused else f"{self.rate:4.1f} frames/s"
         status = f"{len(self._session) / self.fps:5.1f} s   {pace}   {action}"
-        rows = [*draw(picture, columns, lines - 2), status[: columns - 1], self._help[: columns - 1]]
+        rows = [*draw(frame, columns, lines - 2), status[: columns - 1], self._help[: columns - 1]]
         write("\x1b[H" + "".join(f"{row}\x1b[K\r\n" for row in rows[:-1]) + f"{rows[-1]}\x1b[J")
 
     def _count(self, paused: bool) -> None:

@@ -1,4 +1,4 @@
-"""Flags of the commands that predict, and the pipeline and the history that they describe."""
+"""Flags of the commands that predict, and functions that load the pipeline and the history from them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .. import IRASimPipeline
     from ..rewards import FrameRegressor
 
+DTYPE_REMEDY = ", or --dtype float32 if the weights exceed the range of float16"
 SCHEDULERS = {
     "pndm": "PNDMScheduler",
     "ddim": "DDIMScheduler",
@@ -113,12 +114,14 @@ def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
     dtype = fast_dtype(device) if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     if dtype == torch.float16:  # SDXL's autoencoder overflows in float16
         dtype = {"default": dtype, "vae": torch.float32}
-    pipeline = load_checked("--model", "a pipeline folder or Hub id", arguments.model, IRASimPipeline, dtype=dtype)
+    pipeline = load_checked(
+        "--model", "a pipeline folder or Hub id", arguments.model, IRASimPipeline, DTYPE_REMEDY, dtype=dtype
+    )
     if arguments.lora:
         try:
             with quiet_loading() as messages:
                 pipeline.load_lora_weights(arguments.lora)
-            check_weights(pipeline.components, messages)
+            check_weights(pipeline.components, messages, DTYPE_REMEDY)
         except Exception as error:
             raise ValueError(
                 f"--lora must be a folder, file or Hub id of LoRA weights for this model, got {arguments.lora!r}: {error}"
@@ -135,14 +138,15 @@ def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
     return pipeline.to(device)
 
 
-def load_checked(flag: str, wanted: str, name: str, kind: Any, **options: Any) -> Any:
+def load_checked(flag: str, wanted: str, name: str, kind: Any, remedy: str = "", **options: Any) -> Any:
     """Load a model or a pipeline without output, and check its weights.
 
     Args:
         flag: Flag that names it, for the message.
-        wanted: What the flag must name, for the message.
+        wanted: Expected value, for the error message.
         name: Folder or Hub id.
         kind: Class with `from_pretrained`.
+        remedy: See `check_weights`.
         options: Options of `from_pretrained`.
 
     Raises:
@@ -151,14 +155,14 @@ def load_checked(flag: str, wanted: str, name: str, kind: Any, **options: Any) -
     try:
         with quiet_loading() as messages:
             loaded = kind.from_pretrained(name, **options)
-        check_weights(getattr(loaded, "components", {flag.removeprefix("--"): loaded}), messages)
+        check_weights(getattr(loaded, "components", {flag.removeprefix("--"): loaded}), messages, remedy)
     except Exception as error:  # the loaders raise errors of many types for damaged files
-        reason = _missing_reason(name, error) or error
+        reason = missing_reason(name, error) or error
         raise ValueError(f"{flag} must be {wanted}, got {name!r}: {reason}") from error
     return loaded
 
 
-def _missing_reason(name: str, error: BaseException | None) -> str | None:
+def missing_reason(name: str, error: BaseException | None) -> str | None:
     """Describe a name that is neither a folder nor a repository; None if an error has another cause."""
     from huggingface_hub import constants, errors
 
@@ -170,7 +174,7 @@ def _missing_reason(name: str, error: BaseException | None) -> str | None:
         if isinstance(error, (*missing, *unreachable)):
             offline = constants.HF_HUB_OFFLINE or isinstance(error, unreachable)
             place = "in the cache of the Hub, which cannot be reached" if offline else "on the Hub or in its cache"
-            return f"there is neither such a folder nor such a model {place}."
+            return f"the folder does not exist, and the model is not {place}."
         error = error.__cause__ or error.__context__
     return None
 
@@ -190,7 +194,7 @@ def load_reward(name: str, device: Any) -> FrameRegressor:
 def quiet_loading() -> Iterator[list[str]]:
     """Collect the log messages of diffusers; disable its output, warnings and progress bar.
 
-    Bars start after the checks, some of which need the model.
+    This keeps the output clean until all checks have passed.
     """
     from diffusers.utils import logging as diffusers_logging
 
@@ -210,12 +214,13 @@ def quiet_loading() -> Iterator[list[str]]:
             diffusers_logging.enable_progress_bar()
 
 
-def check_weights(components: Mapping[str, Any], messages: list[str]) -> None:
+def check_weights(components: Mapping[str, Any], messages: list[str], remedy: str = "") -> None:
     """Check the weights of loaded models.
 
     Args:
         components: Components of a pipeline by name.
         messages: Messages of `quiet_loading`.
+        remedy: Further remedy for weights that are not finite.
 
     Raises:
         ValueError: If weights are missing, unknown to the model, NaN (after a training that diverged) or infinite.
@@ -232,8 +237,7 @@ def check_weights(components: Mapping[str, Any], messages: list[str]) -> None:
                     raise ValueError(f"the weights file does not contain {name}.{key}.")
                 if not torch.isfinite(weight).all():
                     raise ValueError(
-                        f"weights must be finite, got NaN or infinity in {name}.{key}: use an earlier checkpoint, or "
-                        "--dtype float32 if the weights exceed the range of float16."
+                        f"weights must be finite, got NaN or infinity in {name}.{key}: use an earlier checkpoint{remedy}."
                     )
 
 
@@ -337,7 +341,7 @@ def history_length(arguments: argparse.Namespace, pipeline: IRASimPipeline, num_
         return 1
     if num_frames < wanted:
         raise ValueError(
-            f"--frames must hold at least the history of {wanted} frames, got {num_frames}: give a longer video, or "
+            f"--frames must contain at least {wanted} frames (the history), got {num_frames}: use a longer video, or "
             f"--history {num_frames}."
         )
     return wanted

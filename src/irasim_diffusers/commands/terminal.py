@@ -1,4 +1,4 @@
-"""Keys and pictures of a terminal: keys read while they are pressed, frames drawn with half-block characters."""
+"""Terminal input and display: keys read while they are pressed, frames drawn with half-block characters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,15 +41,15 @@ def check_terminal() -> None:
     for name, stream in (("input", sys.stdin), ("output", sys.stdout)):
         if not stream.isatty():
             raise ValueError(
-                f"standard {name} must be a terminal, got a pipe or a file: run in a terminal, or give --script."
+                f"standard {name} must be a terminal, got a pipe or a file: run in a terminal, or pass --script."
             )
 
 
 @contextmanager
 def open_terminal() -> Iterator[Keys]:
-    """Switch to an empty screen and unbuffered keys without echo; restore the terminal at the end.
+    """Switch to the alternate screen in raw mode; restore the terminal on exit.
 
-    SIGTERM raises KeyboardInterrupt meanwhile, so that the recording is saved.
+    SIGTERM raises KeyboardInterrupt inside the context unless the program handles it, so that the recording is saved.
     """
     import termios
 
@@ -56,8 +57,11 @@ def open_terminal() -> Iterator[Keys]:
     before = termios.tcgetattr(descriptor)
     changed = termios.tcgetattr(descriptor)
     changed[3] &= ~(termios.ECHO | termios.ICANON | termios.ISIG)  # Ctrl-C and Ctrl-Z arrive as keys
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    handler = signal.getsignal(signal.SIGTERM)
+    own = handler == signal.SIG_DFL and threading.current_thread() is threading.main_thread()
     try:
+        if own:  # only the main thread may set handlers
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         termios.tcsetattr(descriptor, termios.TCSAFLUSH, changed)
         write("\x1b[?1049h\x1b[?25l")  # alternate screen, no cursor
         yield Keys(descriptor)
@@ -65,10 +69,9 @@ def open_terminal() -> Iterator[Keys]:
         try:
             write("\x1b[0m\x1b[?25h\x1b[?1049l")
         finally:
-            termios.tcsetattr(
-                descriptor, termios.TCSAFLUSH, before
-            )  # discards unread repeats, which the shell would get
-            signal.signal(signal.SIGTERM, handler)
+            termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)  # discard pending key repeats
+            if own:
+                signal.signal(signal.SIGTERM, handler)
 
 
 class Keys:
@@ -100,7 +103,7 @@ class Keys:
         return set(pressed)
 
     def held(self) -> set[str]:
-        """Return the keys held now and those pressed since the last call: slow predictions lose no tap."""
+        """Return the keys held now and those pressed since the last call, so that slow predictions miss no short press."""
         now = time.monotonic()
         since, self._asked = min(self._asked, now - HELD), now
         return {key for key, last in self._last.items() if last >= since}
@@ -128,22 +131,22 @@ def decode_keys(read: bytes) -> tuple[list[str], bytes]:
     return keys, read[end:]
 
 
-def draw(picture: PIL.Image.Image, columns: int, lines: int) -> list[str]:
-    """Draw a picture as rows of text in 24-bit colour, as large as fits.
+def draw(image: PIL.Image.Image, columns: int, lines: int) -> list[str]:
+    """Draw an image as rows of text in 24-bit color, as large as fits.
 
     A character shows two pixels, one above the other.
     """
     size = (columns, 2 * max(lines, 1))
-    pixels = np.asarray(PIL.ImageOps.contain(picture.convert("RGB"), size)).tolist()
+    pixels = np.asarray(PIL.ImageOps.contain(image.convert("RGB"), size)).tolist()
     rows = []
     for upper, lower in zip(pixels[::2], [*pixels[1::2], pixels[-1]], strict=False):
-        runs = itertools.groupby(zip(upper, lower, strict=True))  # one code per run of equal colours, to save bytes
-        cells = [f"{_colour(38, above)}{_colour(48, below)}{'▀' * len(list(run))}" for (above, below), run in runs]
+        runs = itertools.groupby(zip(upper, lower, strict=True))  # one code per run of equal colors, to save bytes
+        cells = [f"{_color(38, above)}{_color(48, below)}{'▀' * len(list(run))}" for (above, below), run in runs]
         rows.append("".join(cells) + "\x1b[0m")
     return rows
 
 
-def _colour(ground: int, pixel: list[int]) -> str:
+def _color(ground: int, pixel: list[int]) -> str:
     red, green, blue = pixel
     return f"\x1b[{ground};2;{red};{green};{blue}m"
 

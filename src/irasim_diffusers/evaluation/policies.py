@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,11 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data import write_video
-from ..files import check_new_folder, temporary_path
+from ..files import claim_folder, has_kinds, read_json, read_result, temporary_path, write_text
 from ..metrics import agreement, bootstrap
 from ..policies import Policy
 from ..starts import Start
+from ..version import INSTALL
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from ..envs import WorldModelVectorEnv
 
 ENVIRONMENTS = ("real", "model")
+EPISODES = "episodes"
+"""Folder of the episodes in the output folder."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class PolicyEvaluation:
     """Arguments of a policy evaluation.
 
     Args:
-        policies: Policies by name. A value may also be a function without arguments that loads the policy when its turn comes.
+        policies: Policies by name. A value may also be a function without arguments that loads the policy lazily. All policies
+            are loaded and called once before the first episode.
         real: The real environment: Gymnasium vector environments with observations `pixels` (B, H, W, 3), uint8, and
             usually `agent_pos`, and with `is_success` in `info`.
         model: Environments of the world model with as many rows. An episode starts from the first real frame of the same seed.
@@ -41,8 +46,8 @@ class PolicyEvaluation:
         seeds: Seeds of the episodes, held out from the training data.
         max_episode_steps: Steps after which an episode ends in both environments.
         num_videos: Number of side-by-side videos of each policy that the report links, disagreements first. The episodes of all
-            seeds are recorded, since the outcomes are not known before; 0 records none.
-        setting: Further JSON-serialisable entries of the report. An output folder with other settings is not accepted.
+            seeds are recorded, because the outcomes are not known in advance; 0 records none.
+        setting: Further JSON-serializable entries of the report. An output folder with other settings is not accepted.
     """
 
     policies: Mapping[str, Policy | Callable[[], Policy]]
@@ -85,25 +90,26 @@ def evaluate_policies(evaluation: PolicyEvaluation) -> dict[str, Any]:
     """
     state, output = PartialState(), Path(evaluation.output)
     _check(evaluation)
-    if state.is_main_process:
-        _claim(evaluation)
-    state.wait_for_everyone()
+    claim_folder(output, _setting(evaluation), EPISODES)
     size = evaluation.real.num_envs
     batches = [evaluation.seeds[first : first + size] for first in range(0, len(evaluation.seeds), size)]
     jobs = [(name, batch) for name in evaluation.policies for batch in batches]
-    own = jobs[state.process_index :: state.num_processes]
+    missing = [
+        (name, batch) for name, batch in jobs if any(_read_outcome(output, name, seed) is None for seed in batch)
+    ]
+    policies = _LoadedPolicies(evaluation.policies)
+    for name in dict(missing):
+        _check_policy(evaluation, name, policies)
+    state.wait_for_everyone()  # all processes have found the same missing episodes
+    own = missing[state.process_index :: state.num_processes]
     with tqdm(own, desc="policies", unit="batch", disable=not state.is_main_process) as bar:
         for name, batch in bar:
-            if not all(_path(output, name, seed).is_file() for seed in batch):
-                _run_batch(evaluation, name, batch)
+            _run_batch(evaluation, name, policies[name], batch)
     state.wait_for_everyone()
     report: dict[str, Any] = {}
     if state.is_main_process:
         report = summarise_policies(
-            {
-                name: [json.loads(_path(output, name, seed).read_text(encoding="utf-8")) for seed in evaluation.seeds]
-                for name in evaluation.policies
-            }
+            {name: [read_json(_path(output, name, seed)) for seed in evaluation.seeds] for name in evaluation.policies}
         )
         report["setting"] = _setting(evaluation)
         _write_report(report, evaluation)
@@ -134,7 +140,7 @@ def run_episodes(
     """
     rows = environment.num_envs
     if len(seeds) != rows:
-        raise ValueError(f"`seeds` must be {rows} numbers, one per row of the environment, got {len(seeds)}.")
+        raise ValueError(f"`seeds` must be {rows} integers, one per row of the environment, got {len(seeds)}.")
     torch.manual_seed(seeds[0])
     np.random.seed(seeds[0] % 2**32)  # noqa: NPY002 - policies may use the global generator
     policy.reset()
@@ -206,7 +212,9 @@ def summarise_policies(episodes: Mapping[str, Sequence[Mapping[str, Any]]], seed
 
 def _check(evaluation: PolicyEvaluation) -> None:
     if not evaluation.policies:
-        raise ValueError("`policies` must hold at least one policy, got none.")
+        raise ValueError("`policies` must contain at least one policy, got none.")
+    if len(evaluation.policies) >= 2 and find_spec("matplotlib") is None:
+        raise ValueError(f"the comparison of policies requires matplotlib: {INSTALL.format('evaluation')}.")
     for name in evaluation.policies:
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
             raise ValueError(f"the name of a policy must consist of letters, digits, '.', '-' and '_', got {name!r}.")
@@ -247,28 +255,41 @@ def _setting(evaluation: PolicyEvaluation) -> dict[str, Any]:
     }
 
 
-def _claim(evaluation: PolicyEvaluation) -> None:
-    """Write the settings into a new output folder, or compare them with those of an earlier run."""
-    path, setting = Path(evaluation.output) / "setting.json", _setting(evaluation)
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in setting if found.get(name) != setting[name]]
-        if differing:
-            first = differing[0]
-            raise ValueError(
-                f"`output` {str(evaluation.output)!r} contains another evaluation: {', '.join(differing)} differ, {first} was "
-                f"{found.get(first)!r} and is {setting[first]!r}: choose a new folder."
-            )
-        return
-    check_new_folder(evaluation.output, ("setting.json",))
-    _write_text(path, json.dumps(setting, indent=2))
+class _LoadedPolicies:
+    """Policies by name. A lazy one is loaded on access and replaces the previous one in memory."""
+
+    def __init__(self, policies: Mapping[str, Any]) -> None:
+        self._policies, self._name, self._loaded = policies, "", None
+
+    def __getitem__(self, name: str) -> Policy:
+        if hasattr(self._policies[name], "select_action"):
+            return self._policies[name]
+        if name != self._name:
+            self._loaded = None  # frees its memory before the next one is loaded
+            self._loaded, self._name = self._policies[name](), name
+        return self._loaded  # type: ignore[return-value]
 
 
-def _run_batch(evaluation: PolicyEvaluation, name: str, batch: Sequence[int]) -> None:
+def _check_policy(evaluation: PolicyEvaluation, name: str, policies: _LoadedPolicies) -> None:
+    """Load a policy and call it once, so that all policies are known to work before the first episode."""
+    policy = policies[name]
+    if not hasattr(policy, "select_action") or not hasattr(policy, "reset"):
+        raise ValueError(f"policy {name!r} must have `select_action` and `reset`, got {type(policy).__name__}.")
+    rows = evaluation.real.num_envs
+    observation, _ = evaluation.real.reset(seed=[int(evaluation.seeds[0])] * rows)  # type: ignore[arg-type]
+    try:
+        policy.reset()
+        actions = np.asarray(policy.select_action(observation), dtype=np.float32)
+    except Exception as error:  # of the user's code
+        raise ValueError(f"policy {name!r} fails on the first observation: {type(error).__name__}: {error}") from error
+    if actions.shape != evaluation.real.action_space.shape:
+        raise ValueError(
+            f"policy {name!r} must return actions {evaluation.real.action_space.shape}, got {actions.shape}."
+        )
+
+
+def _run_batch(evaluation: PolicyEvaluation, name: str, policy: Policy, batch: Sequence[int]) -> None:
     """Run a policy from the seeds of one batch in both environments, and write the outcomes."""
-    policy: Any = evaluation.policies[name]
-    if not hasattr(policy, "select_action"):
-        policy = policy()
     rows = evaluation.real.num_envs
     seeds = [*batch, *[batch[-1]] * (rows - len(batch))]  # the repeated rows are discarded
     record = evaluation.num_videos > 0
@@ -283,8 +304,8 @@ def _run_batch(evaluation: PolicyEvaluation, name: str, batch: Sequence[int]) ->
     fps = evaluation.model.metadata["render_fps"]
     for row, seed in enumerate(batch):
         path = _path(Path(evaluation.output), name, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
         if record:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_video(path.with_suffix(".mp4"), side_by_side(real.frames[row], model.frames[row]), fps)
         outcome: dict[str, Any] = {"seed": int(seed)}
         for place, episodes in (("real", real), ("model", model)):
@@ -293,11 +314,12 @@ def _run_batch(evaluation: PolicyEvaluation, name: str, batch: Sequence[int]) ->
                 "score": float(episodes.score[row]),
                 "length": int(episodes.length[row]),
             }
-        _write_text(path, json.dumps(outcome))  # written last: it marks the episode as finished
+        claim_folder(evaluation.output, _setting(evaluation), EPISODES, write=True)
+        write_text(path, json.dumps(outcome))  # written last: it marks the episode as finished
 
 
 def _successes(info: Mapping[str, Any], terminated: np.ndarray) -> np.ndarray:
-    """Successes of the rows in a step; an environment that does not report them terminates at success."""
+    """Return the successes of the rows in a step; an environment that does not report them terminates at success."""
     if "is_success" in info:
         return np.asarray(info["is_success"], bool)
     final = info.get("final_info", {})
@@ -312,23 +334,24 @@ def side_by_side(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _path(output: Path, name: str, seed: int) -> Path:
-    return output / "episodes" / name / f"{seed}.json"
+    return output / EPISODES / name / f"{seed}.json"
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_path(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+def _read_outcome(output: Path, name: str, seed: int) -> dict[str, Any] | None:
+    """Read the outcome of a finished episode; None if it is missing or damaged."""
+    found = read_result(_path(output, name, seed), dict.fromkeys(("real", "model"), dict))
+    kinds = {"success": bool, "score": float, "length": int}
+    return found if found and all(has_kinds(found[place], kinds) for place in ENVIRONMENTS) else None
 
 
 def _write_report(report: dict[str, Any], evaluation: PolicyEvaluation) -> None:
-    """Write `report.json`, `report.md`, the plot, and the pictures of chosen episodes."""
+    """Write `report.json`, `report.md` and the plot."""
     output = Path(evaluation.output)
     report["videos"] = _choose_videos(evaluation)
+    write_text(output / "report.json", json.dumps(report, indent=2))
     if len(report["policies"]) >= 2:
         _plot(report, output / "success.png")
-    _write_text(output / "report.md", policies_markdown(report))
-    _write_text(output / "report.json", json.dumps(report, indent=2))
+    write_text(output / "report.md", policies_markdown(report))
 
 
 def _choose_videos(evaluation: PolicyEvaluation) -> dict[str, list[dict[str, Any]]]:
@@ -338,7 +361,7 @@ def _choose_videos(evaluation: PolicyEvaluation) -> dict[str, list[dict[str, Any
         found = []
         for seed in evaluation.seeds:
             path = _path(Path(evaluation.output), name, seed)
-            outcome = json.loads(path.read_text(encoding="utf-8"))
+            outcome = read_json(path)
             successes = {place: outcome[place]["success"] for place in ENVIRONMENTS}
             video = path.with_suffix(".mp4").relative_to(evaluation.output)
             found.append({"seed": int(seed), "video": video.as_posix()} | successes)
@@ -392,7 +415,7 @@ def policies_markdown(report: dict[str, Any]) -> str:
 
 def _agreement_cell(found: Mapping[str, Any]) -> str:
     if found["value"] is None:
-        return "undefined: all scores are equal"
+        return "undefined (constant scores)"
     interval = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
     return f"{found['value']:.3f}{interval}"
 
@@ -417,6 +440,5 @@ def _plot(report: dict[str, Any], path: Path) -> None:
         xlim=(-0.05, 1.05),
         ylim=(-0.05, 1.05),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_path(path) as partial:
         figure.savefig(partial, dpi=120, bbox_inches="tight")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -24,10 +26,18 @@ from ..pipelines import IRASimPipeline
 from ..rollout import WorldModel, roll
 from .protocols import Clip
 
+MAX_SIDE = 4096
+"""Maximum side of saved predictions in pixels."""
+UNREADABLE: tuple[type[Exception], ...] = (
+    *(ValueError, OSError, KeyError, EOFError, TypeError, SyntaxError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
+"""Errors that zipfile and NumPy raise for damaged files."""
+
 
 @dataclass(frozen=True)
 class ClipData:
-    """A clip with its frames and actions."""
+    """Clip with its frames and actions."""
 
     clip: Clip
     number: int  # index of the clip, which seeds the noise
@@ -48,10 +58,10 @@ class ClipData:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted future of one clip."""
+    """Predicted future of one clip."""
 
     frames: np.ndarray  # (n, H, W, 3), uint8
-    latents: torch.Tensor | None = None  # (C, n, h, w), scaled; None for models without comparable latents
+    latents: torch.Tensor | None = None  # (C, n, h, w), scaled; None if the latents are not comparable
     network_evaluations: float | None = None  # per window, if known
     autoencoder: str | None = None  # hash of the autoencoder of the latents, if known
 
@@ -64,7 +74,7 @@ class Predictor(Protocol):
 
 
 class ClipReader:
-    """Reads clips from a data set. Consecutive clips of one episode decode it only once."""
+    """Reader of clips from a dataset. Consecutive clips of one episode decode it only once."""
 
     def __init__(self, dataset: EpisodeSource, clips: Sequence[Clip]) -> None:
         self.clips = clips
@@ -81,7 +91,7 @@ class ClipReader:
 
 
 class EvaluationCounter:
-    """Counts the network evaluations of a model, from its creation to the end of an optional `with` statement.
+    """Context manager that counts the forward calls of a model.
 
     Args:
         model: The denoising network.
@@ -91,10 +101,10 @@ class EvaluationCounter:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.count = 0
-        self._hook = model.register_forward_hook(self._add)
+        self.count, self._model = 0, model
 
     def __enter__(self) -> EvaluationCounter:
+        self._hook = self._model.register_forward_hook(self._add)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -105,7 +115,7 @@ class EvaluationCounter:
 
 
 class WorldModelPredictor:
-    """Predictions of a world model. The noise of a clip depends only on the seed and the number of the clip.
+    """Predictions of a world model. The noise of a clip depends only on the seed and the index of the clip.
 
     Args:
         model: The world model: a pipeline, or any other object with the methods of `rollout.WorldModel`.
@@ -130,11 +140,11 @@ class WorldModelPredictor:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """Everything that determines the metrics, JSON-serialisable."""
+        """Everything that determines the metrics, JSON-serializable."""
         return {"chunk_length": self.chunk_length, "resize": self.resize}
 
     def check_dataset(self, dataset: EpisodeSource) -> None:
-        """Check that a data set matches the data that the model was trained on.
+        """Check that a dataset matches the data that the model was trained on.
 
         Raises:
             ValueError: If the number of action components, their derivation or the frame rate differ.
@@ -162,7 +172,7 @@ class WorldModelPredictor:
         size, found = tuple(self.model.frame_size), clip.frames.shape[1:3]
         if found != size and not self.resize:
             raise ValueError(
-                f"frames must be {size[0]}x{size[1]} (height x width) as for the model, got {found[0]}x{found[1]}: pass "
+                f"frames must be {size[0]}x{size[1]} (height x width) like the model's, got {found[0]}x{found[1]}: pass "
                 "resize=True (--resize on the command line) to resize them."
             )
         self.model.action_space.prepare(clip.actions)
@@ -242,15 +252,14 @@ class PipelinePredictor(WorldModelPredictor):
         config = pipeline.transformer.config
         super().__init__(pipeline, seed, resize, batch_size, pipeline.chunk_length)
         self.pipeline, self.config, self.num_inference_steps = pipeline, config, num_inference_steps
-        self.autoencoder = None if pipeline.vae is None else _digest([pipeline.vae])
+        self.autoencoder = None if pipeline.vae is None else weights_hash([pipeline.vae])
 
     @property
     def setting(self) -> dict[str, Any]:
-        """Everything that determines the metrics, JSON-serialisable; weights and configs as a hash."""
+        """Everything that determines the metrics, JSON-serializable; weights and configs as a hash."""
         pipeline = self.pipeline
-        settings = [public_config(pipeline.scheduler.config), pipeline.config.timesteps]
         return {
-            "weights": _digest([pipeline.vae, pipeline.transformer], settings),
+            "weights": pipeline_hash(pipeline),
             "scheduler": type(pipeline.scheduler).__name__,
             "num_inference_steps": self.num_inference_steps or pipeline.config.num_inference_steps,
             "chunk_length": pipeline.chunk_length,
@@ -318,28 +327,45 @@ class FolderPredictor:
         return [self._read(clip) for clip in clips]
 
     def _read(self, data: ClipData) -> Prediction:
-        path = self.path(data.clip)
-        frames, latents, autoencoder = (read_video(path), None, None) if path.suffix == ".mp4" else _read_npz(path)
-        if autoencoder is not None and autoencoder != self.autoencoder:
-            latents = None
-        wanted = data.truth.shape
-        if len(frames) != wanted[0] or frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        path, wanted = self.path(data.clip), data.truth.shape
+        shape, kind = _npz_header(path, data) if path.suffix == ".npz" else (None, np.dtype(np.uint8))
+        frames, latents, autoencoder = None, None, None
+        if shape is None:
+            frames = read_video(path)
+            shape = frames.shape
+        if (
+            len(shape) != 4
+            or shape[0] != wanted[0]
+            or shape[-1] != 3
+            or kind != np.uint8
+            or not 0 < max(shape) <= MAX_SIDE
+        ):
             raise ValueError(
                 f"{str(path)!r} must contain the {wanted[0]} predicted frames (n, H, W, 3), uint8, without the history, got "
-                f"{frames.shape}, {frames.dtype}."
+                f"{shape}, {kind}."
             )
-        if frames.shape != wanted and not self.resize:
+        if shape != wanted and not self.resize:
             raise ValueError(
-                f"frames of {str(path)!r} must be {wanted[1]}x{wanted[2]} (height x width) as the true frames, got "
-                f"{frames.shape[1]}x{frames.shape[2]}: pass --resize to resize them."
+                f"frames of {str(path)!r} must be {wanted[1]}x{wanted[2]} (height x width) like the true frames, got "
+                f"{shape[1]}x{shape[2]}: pass --resize to resize them."
             )
-        if frames.shape != wanted:
+        if frames is None:
+            frames, latents, autoencoder = _read_npz(path)
+        if autoencoder is not None and autoencoder != self.autoencoder:
+            latents = None
+        if shape != wanted:
             frames = resize_video(frames, wanted[1:3])
         return Prediction(frames, latents, autoencoder=autoencoder)
 
 
-def _digest(modules: Sequence[torch.nn.Module | None], settings: Any = None) -> str:
-    """Return a hash of the weights and configs of modules, and of other settings."""
+def pipeline_hash(pipeline: IRASimPipeline) -> str:
+    """Return a hash of the weights and configs of a pipeline, and of its sampler."""
+    settings = [public_config(pipeline.scheduler.config), pipeline.config.timesteps]
+    return weights_hash([pipeline.vae, pipeline.transformer], settings)
+
+
+def weights_hash(modules: Sequence[Any], settings: Any = None) -> str:
+    """Return a hash of the weights and configs of models, and of other settings; None entries are skipped."""
     parts = [[public_config(module.config), fingerprint(module)] for module in modules if module is not None]
     return hashlib.sha256(json.dumps([settings, parts], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -354,12 +380,43 @@ def save_prediction(folder: Path, clip: Clip, prediction: Prediction) -> None:
         np.savez_compressed(partial, **arrays)
 
 
+def _npz_header(path: Path, data: ClipData) -> tuple[tuple[int, ...], np.dtype]:
+    """Return shape and type of `frames`, and check the sizes of the other arrays, before anything is decompressed."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            found = {name: _array_header(file, name) for name in file.namelist()}
+    except UNREADABLE as error:
+        raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`: {error}") from error
+    if "frames.npy" not in found:
+        raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`, got {sorted(found)}.")
+    for name, (shape, kind) in found.items():
+        # latents have fewer values than the frames, and a hash at most 64 characters
+        limit, kinds = (256, "U") if name == "autoencoder.npy" else (8 * data.truth.size, "f")
+        size = math.prod(shape) * kind.itemsize
+        if name in ("latents.npy", "autoencoder.npy") and (kind.kind not in kinds or size > limit):
+            raise ValueError(
+                f"`{name.removesuffix('.npy')}` in {str(path)!r} must have kind {kinds!r} and at most {limit} bytes, got {shape}, {kind}."
+            )
+    return found["frames.npy"]
+
+
+def _array_header(file: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    with file.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, kind = read(member)
+    return shape, kind
+
+
 def _read_npz(path: Path) -> tuple[np.ndarray, torch.Tensor | None, str | None]:
     """Read frames, latents and the hash of their autoencoder."""
     try:
         with np.load(path, allow_pickle=False) as file:
             latents = torch.from_numpy(file["latents"]) if "latents" in file else None
             autoencoder = str(file["autoencoder"]) if "autoencoder" in file else None
-            return file["frames"], latents, autoencoder or None
-    except (ValueError, OSError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            frames = file["frames"]
+    except UNREADABLE as error:
         raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`: {error}") from error
+    if latents is not None and not torch.isfinite(latents).all():
+        raise ValueError(f"`latents` in {str(path)!r} must be finite, got NaN or infinity.")
+    return frames, latents, autoencoder or None

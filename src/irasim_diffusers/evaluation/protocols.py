@@ -12,7 +12,7 @@ from ..data import EpisodeSource
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """Defines which frames of a data set are history, and which are predicted and scored.
+    """Defines which frames of a dataset are history, and which are predicted and scored.
 
     Results of different protocols are not comparable.
 
@@ -23,7 +23,7 @@ class EvaluationProtocol:
         predicted: Number of predicted frames; None for the rest of the episode, predicted chunk by chunk.
         stride: Distance between the starts of clips in an episode; None for one clip per episode.
         frame_size: Height and width of the frames; None for any size.
-        as_released: Compute PSNR and SSIM as the script of the IRASim release: on grey frames after a lossy mp4 compression
+        as_released: Compute PSNR and SSIM like the script of the IRASim release: on gray frames after a lossy mp4 compression
             of both videos. FVD then includes each true video twice, the second time mirrored.
     """
 
@@ -42,7 +42,7 @@ PROTOCOLS = {
         EvaluationProtocol("irasim-short", "1 history frame, 15 predicted, clips every 16 frames"),
         EvaluationProtocol(
             "irasim-short-release",
-            "1 history frame, 15 predicted, clips every 16 frames; PSNR and SSIM on grey frames after mp4 compression, as in the "
+            "1 history frame, 15 predicted, clips every 16 frames; PSNR and SSIM on gray frames after mp4 compression, as in the "
             "script of the release",
             as_released=True,
         ),
@@ -61,7 +61,7 @@ PROTOCOLS = {
 }
 
 Table: TypeAlias = dict[str, dict[str, tuple[float, ...]]]
-"""Values by data set and model."""
+"""Values by dataset and model."""
 
 _SHORT = ("psnr", "ssim", "latent_l2", "fid", "fvd")
 _LONG = ("latent_l2", "psnr")
@@ -118,7 +118,7 @@ def published_figures(protocol: EvaluationProtocol, dataset: str) -> dict[str, d
     """Return the paper's results as model -> metric -> value.
 
     Raises:
-        ValueError: If the paper reports no results for this protocol and data set.
+        ValueError: If the paper reports no results for this protocol and dataset.
     """
     metrics, table = _TABLES[protocol.name]
     if dataset not in table:
@@ -146,13 +146,13 @@ def find_clips(
     num_clips: int | None = None,
     broken: dict[int, str] | None = None,
 ) -> list[Clip]:
-    """Find the clips of a protocol, in the order of the data set.
+    """Find the clips of a protocol, in the order of the dataset.
 
     Args:
-        dataset: The data set; frames are not decoded.
+        dataset: The dataset; frames are not decoded.
         protocol: Start and length of the clips.
         num_clips: Maximum number of clips, evenly spaced; None for all.
-        broken: If given, episodes that cannot be read are skipped, and their errors are added by number.
+        broken: If given, episodes that cannot be read are skipped, and their errors are added by index.
 
     Raises:
         ValueError: If no episode is long enough, `num_clips` is not positive, or an episode cannot be read.

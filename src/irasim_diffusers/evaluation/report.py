@@ -1,4 +1,4 @@
-"""The report of an evaluation: JSON, Markdown and images."""
+"""Write the report of an evaluation: JSON, Markdown and images."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ COMPARED = ("psnr", "ssim", "clip_psnr")
 def summarise(
     figures: Sequence[dict[str, Any]], protocol: EvaluationProtocol, seed: int, published: str | None = None
 ) -> dict[str, Any]:
-    """Summarise the metrics of all clips.
+    """Summarize the metrics of all clips.
 
     Args:
         figures: Metrics of each clip from `score_clip`, with its `name`.
         protocol: Protocol of the clips.
         seed: Seed of the bootstrap.
-        published: Data set whose results in the paper are shown for comparison.
+        published: Dataset whose results in the paper are shown for comparison.
 
     Returns:
         `metrics`: mean of each metric with its interval over clips; `last_frame`: the same for repeating the last history frame;
@@ -199,13 +199,13 @@ def _faithfulness_text(found: dict[str, Any]) -> str:
         )
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     explanation = (
-        "The clips are divided into thirds by the motion in the true frames. Identified: the prediction with the true actions is "
-        "closer to the truth than the predictions with the actions of clips with a similar history. Loss: decrease of the PSNR "
-        "with altered actions."
+        "The clips are divided into thirds by the motion in the true frames. Identification: fraction of clips for which the "
+        "prediction with the true actions is closer to the ground truth than predictions with the actions of similar clips. "
+        "Loss: decrease of the PSNR with altered actions."
     )
     maps = (
-        "![sensitivity](sensitivity.png)\n\nSensitivity: mean change of each pixel, in levels of 255, if one component of all "
-        "actions changes by its standard deviation."
+        "![sensitivity](sensitivity.png)\n\nSensitivity: mean absolute pixel change (0 to 255) per standard deviation of one action "
+        "component."
     )
     return "\n\n".join([f"**{found['verdict']['text']}**", table, explanation, maps])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,7 +18,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data import EpisodeSource
-from ..files import check_new_folder, temporary_path
+from ..files import claim_folder, has_kinds, read_json, read_result, temporary_path, write_text
 from ..metrics import (
     Counterfactuals,
     counterfactual_actions,
@@ -36,6 +37,8 @@ from .scores import Backbones, features_of_clip, score_clip
 
 MAPS = 8
 """Number of clips over which the sensitivity is averaged."""
+ERRORS = {"errors": list, "motion": float}
+"""Entries of a file with the errors of a clip under other actions."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Evaluation:
     """Arguments of an evaluation.
 
     Args:
-        dataset: The data set.
+        dataset: The dataset.
         protocol: Defines which clips are predicted, and how they are compared.
         predictor: Source of the predictions.
         output: Folder of the report and of the metrics of each clip.
@@ -58,8 +61,8 @@ class Evaluation:
         skip_broken: Skip episodes that cannot be read and list them in the report, instead of raising an error.
         save_predictions: Folder for the predictions, in the format of `FolderPredictor`.
         save_truth: Folder for the true frames in the same format, for a preference study.
-        published: Data set whose results in the paper are shown for comparison.
-        setting: Further JSON-serialisable entries of the report. An output folder with other settings is not accepted.
+        published: Dataset whose results in the paper are shown for comparison.
+        setting: Further JSON-serializable entries of the report. An output folder with other settings is not accepted.
         unchecked: Further entries that may differ when an evaluation is resumed, such as the command and versions.
     """
 
@@ -85,7 +88,7 @@ class Evaluation:
 def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     """Run an evaluation and write its report; see `examples/evaluation.md`.
 
-    Under `accelerate launch`, the processes share the batches, and the first process summarises the metrics. Running the same
+    Under `accelerate launch`, the processes share the batches, and the first process summarizes the metrics. Running the same
     command again resumes the evaluation.
 
     Returns:
@@ -105,11 +108,12 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     if not evaluation.skip_broken:
         _check_clip(evaluation, reader(0))
     if state.is_main_process:
-        _claim(output, setting, clips)
+        claim_folder(output, setting, "figures", _own_files(evaluation))
+        write_text(output / "clips.json", json.dumps([asdict(clip) for clip in clips]))
     state.wait_for_everyone()
-    _score(evaluation, reader)
+    _score(evaluation, reader, setting)
     state.wait_for_everyone()
-    figures = [_read_json(_figures(output, clip)) for clip in clips]
+    figures = [read_json(_figures(output, clip)) for clip in clips]
     broken |= {clip.episode: one["error"] for clip, one in zip(clips, figures, strict=True) if "error" in one}
     scored = [number for number, one in enumerate(figures) if "error" not in one]
     if not scored:
@@ -144,7 +148,7 @@ def _check(evaluation: Evaluation) -> None:
         published_figures(evaluation.protocol, evaluation.published)
     if (evaluation.backbones.inception or evaluation.backbones.i3d) and evaluation.protocol.predicted is None:
         raise ValueError(
-            f"FID and FVD require clips of equal length, which {evaluation.protocol.name} does not have: leave them out."
+            f"FID and FVD require clips of equal length, and {evaluation.protocol.name} has variable length: omit --inception and --i3d."
         )
 
 
@@ -174,55 +178,46 @@ def _setting(evaluation: Evaluation, num_clips: int) -> dict[str, Any]:
     }
 
 
-def _claim(output: Path, setting: dict[str, Any], clips: Sequence[Clip]) -> None:
-    """Write the settings into a new output folder, or compare them with those of an earlier run."""
-    path = output / "setting.json"
-    if path.is_file() and (output / "figures").is_dir():
-        found = _read_json(path)
-        differing = [name for name in setting if found.get(name) != setting[name]]
-        if differing:
-            first = differing[0]
-            raise ValueError(
-                f"`output` {str(output)!r} contains another evaluation: {', '.join(differing)} differ, {first} was "
-                f"{found.get(first)!r} and is {setting[first]!r}: choose a new folder."
-            )
-        return
-    check_new_folder(output, ("clips.json", "setting.json", "figures"))
-    _write_json(output / "clips.json", [asdict(clip) for clip in clips])
-    _write_json(path, setting)
+def _score(evaluation: Evaluation, reader: ClipReader, setting: dict[str, Any]) -> None:
+    """Predict and score the clips of this process.
 
-
-def _score(evaluation: Evaluation, reader: ClipReader) -> None:
-    """Predict and score the clips of this process."""
+    Finished clips are predicted again with the missing ones of their batch, because the results of a GPU depend on the batch.
+    """
     size = evaluation.batch_size if evaluation.protocol.predicted is not None else 1
-    numbers = range(len(reader.clips))
-    batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+    indices = range(len(reader.clips))
+    batches = [indices[first : first + size] for first in range(0, len(indices), size)]
     for batch in _share(batches, "clips", "clip"):
-        missing = [number for number in batch if not _is_finished(evaluation, reader.clips[number])]
-        data = _read_clips(evaluation, reader, missing)
+        missing = [index for index in batch if not _is_finished(evaluation, reader.clips[index])]
+        if not (readable := _read_clips(evaluation, reader, missing, setting)):
+            continue
+        finished = _read_clips(evaluation, reader, [index for index in batch if index not in missing], setting)
+        data = [one for _, one in sorted((readable | finished).items())]
         for one in data:
             _check_size(evaluation.protocol, one.frames)
-        predictions = evaluation.predictor.predict(data) if data else []
+        predictions = evaluation.predictor.predict(data)
         for one, prediction in zip(data, predictions, strict=True):
-            _score_clip(evaluation, one, prediction)
+            if one.number in readable:
+                _score_clip(evaluation, one, prediction, setting)
 
 
-def _read_clips(evaluation: Evaluation, reader: ClipReader, numbers: Sequence[int]) -> list[ClipData]:
-    """Read clips. With `skip_broken`, the error of a broken clip is written in place of its metrics."""
-    data = []
-    for number in numbers:
+def _read_clips(
+    evaluation: Evaluation, reader: ClipReader, indices: Sequence[int], setting: dict[str, Any]
+) -> dict[int, ClipData]:
+    """Read clips by index. With `skip_broken`, the error of a broken clip is written in place of its metrics."""
+    data = {}
+    for index in indices:
         try:
-            data.append(reader(number))
+            data[index] = reader(index)
         except ValueError as error:
             if not evaluation.skip_broken:
                 raise
-            clip = reader.clips[number]
+            clip = reader.clips[index]
             tqdm.write(f"skipped clip {clip.name}: {error}")
-            _write_json(_figures(evaluation.output, clip), {"name": clip.name, "error": str(error)})
+            _write_figures(evaluation, clip, {"name": clip.name, "error": str(error)}, setting)
     return data
 
 
-def _score_clip(evaluation: Evaluation, data: ClipData, prediction: Prediction) -> None:
+def _score_clip(evaluation: Evaluation, data: ClipData, prediction: Prediction, setting: dict[str, Any]) -> None:
     """Write prediction, features and metrics of one clip."""
     clip, output = data.clip, evaluation.output
     if evaluation.save_predictions is not None:
@@ -234,20 +229,42 @@ def _score_clip(evaluation: Evaluation, data: ClipData, prediction: Prediction) 
         with temporary_path(_features(output, clip)) as partial_path:
             np.savez(partial_path, **features)  # type: ignore[arg-type]
     figures = score_clip(data, prediction, evaluation.protocol, evaluation.encode, evaluation.backbones)
-    _write_json(_figures(output, clip), {"name": clip.name, "file": _file_stamp(evaluation, clip)} | figures)
+    entry = {"name": clip.name, "file": _file_stamp(evaluation, clip)} | figures
+    _write_figures(evaluation, clip, entry, setting)
+
+
+def _write_figures(evaluation: Evaluation, clip: Clip, entry: dict[str, Any], setting: dict[str, Any]) -> None:
+    """Write the metrics of a clip; the first one claims the output folder."""
+    claim_folder(evaluation.output, setting, "figures", write=True)
+    write_text(_figures(evaluation.output, clip), json.dumps(entry))
 
 
 def _is_finished(evaluation: Evaluation, clip: Clip) -> bool:
     """Check whether the metrics of a clip are complete and up to date with its prediction file."""
-    figures = _figures(evaluation.output, clip)
     saved = [each / f"{clip.name}.npz" for each in (evaluation.save_predictions, evaluation.save_truth) if each]
-    if not all(path.is_file() for path in (figures, *saved)):
+    if not all(path.is_file() for path in saved):
         return False
-    found = _read_json(figures)
-    if "error" in found:
+    kinds: dict[str, type] = {"psnr": list, "ssim": list, "clip_psnr": float}
+    optional: dict[str, type] = {"latent_l2": float} if evaluation.encode is not None else {}
+    optional |= {"lpips": list} if evaluation.backbones.lpips is not None else {}
+    found = read_result(_figures(evaluation.output, clip), {"name": str, "last_frame": dict} | kinds | optional)
+    if found is None or found["name"] != clip.name or not has_kinds(found["last_frame"], kinds):
         return False
     stamp = _file_stamp(evaluation, clip)
-    return stamp is None or found["file"] == stamp
+    return stamp is None or found.get("file") == stamp
+
+
+def _own_files(evaluation: Evaluation) -> set[str]:
+    """Return the names in the output folder that an interrupted run may have left."""
+    saved = [each for each in (evaluation.save_predictions, evaluation.save_truth) if each is not None]
+    inside = [
+        each.absolute().relative_to(evaluation.output.absolute()) for each in saved if _is_inside(each, evaluation)
+    ]
+    return {"clips.json", "features", *(each.parts[0] for each in inside if each.parts)}
+
+
+def _is_inside(folder: Path, evaluation: Evaluation) -> bool:
+    return folder.absolute().is_relative_to(evaluation.output.absolute())
 
 
 def _file_stamp(evaluation: Evaluation, clip: Clip) -> list[Any] | None:
@@ -295,7 +312,7 @@ def _measure_faithfulness(evaluation: Evaluation, reader: ClipReader, chosen: Se
     for (place,) in _share([[place] for place in range(len(chosen))], "other actions", "clip"):
         clip = reader.clips[chosen[place]]
         errors, maps = _errors(evaluation.output, clip), _map(evaluation.output, clip)
-        if errors.is_file():  # written last
+        if read_result(errors, ERRORS) is not None and (place >= MAPS or _is_array(maps)):
             continue
         data = reader(chosen[place])
         predict = partial(_futures, predictor, data)
@@ -303,7 +320,7 @@ def _measure_faithfulness(evaluation: Evaluation, reader: ClipReader, chosen: Se
             with temporary_path(maps) as partial_map:
                 np.save(partial_map, sensitivity_maps(predict, data.history, data.actions, steps))
         found = future_errors(predict, data.history, others.of_clip(place), data.truth)
-        _write_json(errors, {"errors": found.tolist(), "motion": motion(data.history[-1], data.truth)})
+        write_text(errors, json.dumps({"errors": found.tolist(), "motion": motion(data.history[-1], data.truth)}))
     return others
 
 
@@ -313,7 +330,7 @@ def _futures(predictor: WorldModelPredictor, data: ClipData, _: np.ndarray, sequ
 
 
 def _summarise_faithfulness(evaluation: Evaluation, clips: Sequence[Clip], chosen: Sequence[int]) -> dict[str, Any]:
-    found = [_read_json(_errors(evaluation.output, clips[number])) for number in chosen]
+    found = [read_json(_errors(evaluation.output, clips[number])) for number in chosen]
     errors, motions = (np.array([one[name] for one in found]) for name in ("errors", "motion"))
     summary = summarise_faithfulness(errors, motions, min(evaluation.ways, len(chosen)), evaluation.seed)
     maps = np.mean([np.load(_map(evaluation.output, clips[number])) for number in chosen[:MAPS]], axis=0)
@@ -322,6 +339,14 @@ def _summarise_faithfulness(evaluation: Evaluation, clips: Sequence[Clip], chose
     names = evaluation.dataset.component_names("action") or [f"action {index}" for index in range(len(maps))]
     means = {name: float(values.mean() * 255) for name, values in zip(names, maps, strict=True)}
     return summary | {"sensitivity": {"grey_levels_per_deviation": means, "n": len(chosen[:MAPS])}}
+
+
+def _is_array(path: Path) -> bool:
+    """Check whether a file is a complete array, which an earlier run wrote."""
+    try:
+        return bool(np.isfinite(np.load(path, mmap_mode="r", allow_pickle=False)).all())
+    except (OSError, ValueError, EOFError, TypeError):
+        return False
 
 
 def _distances(output: Path, clips: Sequence[Clip], backbones: Backbones) -> dict[str, dict[str, float]]:
@@ -337,8 +362,13 @@ def _distances(output: Path, clips: Sequence[Clip], backbones: Backbones) -> dic
 
 def _read_features(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Read predicted and true features of one clip, and close the file: there may be thousands."""
-    with np.load(path) as file:
-        return file[f"{name}_prediction"], file[f"{name}_truth"]
+    try:
+        with np.load(path) as file:
+            return file[f"{name}_prediction"], file[f"{name}_truth"]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{str(path)!r} must contain the features of a clip: {error}; choose a new folder."
+        ) from error
 
 
 def _check_size(protocol: EvaluationProtocol, frames: np.ndarray) -> None:
@@ -363,12 +393,3 @@ def _errors(output: Path, clip: Clip) -> Path:
 
 def _map(output: Path, clip: Clip) -> Path:
     return output / "faithfulness" / f"{clip.name}.npy"
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with temporary_path(path) as partial_path:
-        partial_path.write_text(json.dumps(content), encoding="utf-8")

@@ -90,14 +90,14 @@ def _compare(data: ClipData, frames: np.ndarray, protocol: EvaluationProtocol) -
 
 
 def _finite(decibels: np.ndarray, size: int) -> np.ndarray:
-    """Limit the PSNR of equal pictures to that of a difference of one level in one of their `size` values."""
+    """Cap the PSNR of identical images at the value for a single 1/255 error in one of their `size` values."""
     return np.minimum(decibels, 10 * np.log10(255.0**2 * size))
 
 
 def through_mp4(history: np.ndarray, frames: np.ndarray) -> np.ndarray:
     """Compress frames (n, H, W, 3), uint8, like the mp4 files that the script of the IRASim release scores.
 
-    The release writes history and prediction with the defaults of imageio: H.264 with rate factor 25, half the colour
+    The release writes history and prediction with the defaults of imageio: H.264 with rate factor 25, half the color
     resolution and 4 frames per second.
 
     Raises:

@@ -2,5 +2,5 @@
 
     lerobot-eval --policy.path=POLICY --env.discover_packages_path=irasim_diffusers.lerobot --env.type=irasim
 
-`config` needs LeRobot 0.6 or newer. `env` does not; as `env.py` of a Hub repository it is an environment of LeRobot's EnvHub.
+`config` requires LeRobot 0.6 or newer. `env` does not; as `env.py` of a Hub repository it is an environment of LeRobot's EnvHub.
 """

@@ -13,7 +13,7 @@ try:
     from lerobot.envs.configs import EnvConfig
 except ImportError as error:
     raise ImportError(
-        "`irasim_diffusers.lerobot.config` needs LeRobot: pip install 'lerobot[evaluation]>=0.6'"
+        "`irasim_diffusers.lerobot.config` requires LeRobot: pip install 'lerobot[evaluation]>=0.6'"
     ) from error
 
 from irasim_diffusers import embedded_checkpoint
@@ -26,7 +26,7 @@ from .env import STATE, LeRobotVectorEnv, make_env
 @EnvConfig.register_subclass("irasim")
 @dataclass
 class IRASimEnvConfig(EnvConfig):
-    """A world model as an environment. The features are read from the model when the environments are created.
+    """World model as an environment. The features are read from the model when the environments are created.
 
     Args:
         model: Folder or Hub id of a pipeline; the embedded Push-T model by default.
@@ -37,7 +37,8 @@ class IRASimEnvConfig(EnvConfig):
         episode_length: Steps after which an episode is truncated.
         reward: Reward of the frames as `module:name`, a callable (B, n, 3, H, W) -> (B, n). None for the reward that is stored with
             the model.
-        success: Success of the frames as `module:name`, likewise.
+        success: Success function as `module:name`, a callable (B, n, 3, H, W) -> bool (B, n). None for the success that is stored
+            with the model.
         num_inference_steps: Denoising steps per frame; None for the checkpoint's setting.
         device: Device of the world model; None for CUDA if available.
     """
@@ -94,7 +95,7 @@ class IRASimEnvConfig(EnvConfig):
 
 
 def _load(argument: str, path: str) -> Any:
-    """The callable `module:name`; a class is called without arguments."""
+    """Return the callable `module:name`; a class is called without arguments."""
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)

@@ -17,10 +17,10 @@ STATE = "observation.state"
 
 
 class LeRobotVectorEnv(WorldModelVectorEnv):
-    """Environments of a world model as LeRobot's rollouts expect them.
+    """Environments of a world model in the form that LeRobot's rollouts expect.
 
-    Finished rows are frozen, because LeRobot adds up the rewards of the steps after the end of an episode. Actions are limited
-    to the bounds. Observations contain the robot state also as `observation.state`, the name under which recordings store it.
+    Finished rows are frozen, because LeRobot also sums rewards after the end of an episode. Actions are limited
+    to the bounds. Observations also contain the robot state as `observation.state`, its name in recordings.
 
     Args:
         model: A world model.

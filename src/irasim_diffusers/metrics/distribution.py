@@ -6,14 +6,14 @@ import numpy as np
 def frechet_distance(first: np.ndarray, second: np.ndarray, ddof: int = 1) -> float:
     """Compute the Frechet distance of two sets of features.
 
-    The features are modelled as normal distributions. For centred features A and B, the trace of the square root of the product
+    The features are modeled as normal distributions. For centered features A and B, the trace of the square root of the product
     of their covariances is the sum of the singular values of A B^T. No matrix square root is computed, so the result is also
     exact for few samples and singular covariances.
 
     Args:
         first: Features (N, D).
         second: Features (M, D).
-        ddof: 1 to divide covariances by N - 1 as pytorch-fid, 0 to divide by N as StyleGAN-V.
+        ddof: 1 divides covariances by N - 1 (pytorch-fid), 0 by N (StyleGAN-V).
 
     Returns:
         The squared distance, at least 0, computed in float64.
@@ -29,7 +29,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray, ddof: int = 1) -> fl
             f"`first` and `second` must have at least {ddof + 1} samples each, got {len(first)} and {len(second)}."
         )
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise ValueError("`first` and `second` must be finite: the feature network overflows.")
+        raise ValueError("`first` and `second` must be finite, got NaN or inf: run the feature network in float32.")
     difference = first.mean(axis=0) - second.mean(axis=0)
     one, other = _covariance_root(first, ddof), _covariance_root(second, ddof)
     shared = np.linalg.svd(one @ other.T, compute_uv=False).sum()
@@ -48,5 +48,5 @@ def fvd(prediction: np.ndarray, truth: np.ndarray) -> float:
 
 def _covariance_root(features: np.ndarray, ddof: int) -> np.ndarray:
     """Return a matrix R with at most D rows such that R^T R is the covariance."""
-    centred = (features - features.mean(axis=0)) / np.sqrt(len(features) - ddof)
-    return np.asarray(np.linalg.qr(centred, mode="r")) if len(centred) > centred.shape[1] else centred
+    centered = (features - features.mean(axis=0)) / np.sqrt(len(features) - ddof)
+    return np.asarray(np.linalg.qr(centered, mode="r")) if len(centered) > centered.shape[1] else centered

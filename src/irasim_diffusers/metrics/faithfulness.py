@@ -125,7 +125,7 @@ def identified(errors: np.ndarray, own: np.ndarray) -> np.ndarray:
 
 
 def summarise_faithfulness(errors: np.ndarray, motions: np.ndarray, ways: int, seed: int = 0) -> dict[str, Any]:
-    """Summarise the errors of all clips.
+    """Summarize the errors of all clips.
 
     Args:
         errors: Errors (N, K) of the sequences of `Counterfactuals.of_clip`, from `future_errors`.

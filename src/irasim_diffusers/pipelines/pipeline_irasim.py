@@ -181,6 +181,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         return self.transformer.config.fps
 
     @property
+    def num_history_frames(self) -> int:
+        """Maximum number of history frames."""
+        return self.transformer.config.num_history_frames
+
+    @property
     def max_chunk(self) -> int:
         """Maximum number of actions per chunk: the predicted frames of the model's window."""
         return self.transformer.config.sample_frames - self.transformer.config.num_history_frames

@@ -20,7 +20,7 @@ class Rank:
     """Choose the best of given action sequences, such as K samples of a policy (paper, section 4.3).
 
     Args:
-        spread: Factor by which the candidates are moved away from their mean, in normalised units.
+        spread: Factor by which the candidates are moved away from their mean, in normalized units.
         scoring: How candidates are scored.
     """
 
@@ -44,8 +44,8 @@ class Rank:
         if self.spread != 1:
             space = model.action_space
             normalised = space.normalise(candidates)
-            centre = normalised.mean(0)
-            candidates = _raw(space, centre + self.spread * (normalised - centre))
+            center = normalised.mean(0)
+            candidates = _raw(space, center + self.spread * (normalised - center))
         return best_plan(model, state, self.scoring, candidates, self.scoring(model, state, candidates, objective))
 
 
@@ -58,8 +58,8 @@ class CEM:
         num_candidates: Candidates per iteration, including the current mean.
         num_iterations: Number of iterations.
         num_elites: Candidates that define the next distribution.
-        std: Initial standard deviation in normalised units.
-        min_std: Smallest standard deviation in normalised units.
+        std: Initial standard deviation in normalized units.
+        min_std: Smallest standard deviation in normalized units.
         num_knots: Number of time points at which offsets are sampled, with linear interpolation between them; None for every
             action.
         seed: Seed of the candidates.
@@ -120,7 +120,7 @@ class MPPI:
         num_candidates: Candidates per iteration, including the current mean.
         num_iterations: Number of iterations.
         temperature: Temperature of the softmax over scores, in units of their standard deviation.
-        std: Standard deviation in normalised units.
+        std: Standard deviation in normalized units.
         num_knots: See `CEM`.
         seed: Seed of the candidates.
         scoring: How candidates are scored.
@@ -152,12 +152,12 @@ class MPPI:
 
 @dataclass(frozen=True)
 class Gradient:
-    """Gradient ascent on the actions through the model, with Adam (GPC-RANK+OPT when `init` holds samples of a policy).
+    """Gradient ascent on the actions through the model, with Adam (GPC-RANK+OPT when `init` contains samples of a policy).
 
     Args:
         horizon: Number of actions of a plan.
         num_iterations: Number of steps.
-        learning_rate: Step size in normalised units.
+        learning_rate: Step size in normalized units.
         scoring: How candidates are scored. Memory grows with the horizon, because gradients need every step.
     """
 
@@ -278,30 +278,30 @@ def _search(
     plans = _initial(space, init, planner.horizon)
     check_objective(model, state, objective)
     scored = [(plans, scoring(model, state, plans, objective))]
-    centre = space.normalise(best_plan(model, state, scoring, *scored[0]).actions if len(plans) > 1 else plans[0])
+    center = space.normalise(best_plan(model, state, scoring, *scored[0]).actions if len(plans) > 1 else plans[0])
     weights, places = _knots(planner.horizon, planner.num_knots or planner.horizon)
-    low, high = _bounds(space, centre)
+    low, high = _bounds(space, center)
     generator = torch.Generator().manual_seed(planner.seed)
     mean = torch.zeros(len(places), len(space))
     std = torch.full_like(mean, planner.std)
     for _ in range(planner.num_iterations):
         noise = torch.randn(planner.num_candidates, *mean.shape, generator=generator)
         noise[0] = 0
-        offsets = torch.clamp(centre[places] + mean + std * noise, low, high) - centre[places]
-        candidates = _raw(space, centre + torch.einsum("nm,kma->kna", weights, offsets))
+        offsets = torch.clamp(center[places] + mean + std * noise, low, high) - center[places]
+        candidates = _raw(space, center + torch.einsum("nm,kma->kna", weights, offsets))
         scores = scoring(model, state, candidates, objective)
         scored.append((candidates, scores))
         usable = scores.isfinite()
         if usable.any():
             mean, std = update(offsets[usable], scores[usable])
-    final = _raw(space, centre + weights @ mean)[None]
+    final = _raw(space, center + weights @ mean)[None]
     scored.append((final, scoring(model, state, final, objective)))
     candidates, scores = (torch.cat(values) for values in zip(*scored, strict=True))
     return best_plan(model, state, scoring, candidates, scores)
 
 
 def _initial(space: ActionSpace, init: Any, horizon: int) -> torch.Tensor:
-    """Initial plans (K, n, A), raw units, within the bounds."""
+    """Return initial plans (K, n, A), raw units, within the bounds."""
     if init is not None:
         plans = _prepare(space, init)
         if plans.shape[1] != horizon:
@@ -318,7 +318,7 @@ def _initial(space: ActionSpace, init: Any, horizon: int) -> torch.Tensor:
 def _prepare(space: ActionSpace, init: Any) -> torch.Tensor:
     """Check given plans (n, A) or (K, n, A): returns (K, n, A) within the bounds."""
     if hasattr(init, "__len__") and not len(init):
-        raise ValueError("`init` must hold at least one action sequence, got none.")
+        raise ValueError("`init` must contain at least one action sequence, got none.")
     try:
         return space.clip(space.prepare(init))
     except ValueError as error:
@@ -330,7 +330,7 @@ def _raw(space: ActionSpace, normalised: torch.Tensor) -> torch.Tensor:
 
 
 def _bounds(space: ActionSpace, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bounds (A,) in normalised units; a negative scale exchanges them."""
+    """Return the bounds (A,) in normalized units; a negative scale exchanges them."""
     ends = torch.stack([space.normalise(like.new_tensor(bound)) for bound in (space.low, space.high)])
     return ends.amin(0), ends.amax(0)
 

@@ -1,4 +1,4 @@
-"""Scores of candidates under a world model, the guard against its errors, and the plan that results."""
+"""Candidate scoring, the ensemble guard, and the resulting plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from ..rollout import RolloutState, WorldModel, roll
 
 Objective = Callable[[torch.Tensor], torch.Tensor]
-"""Scores frames (B, n, 3, H, W) as (B, n), or latents (B, C, n, h, w) if its attribute `needs_pixels` is False."""
+"""Maps frames (B, n, 3, H, W) to scores (B, n), or latents (B, C, n, h, w) if its attribute `needs_pixels` is False."""
 
 REDUCTIONS = ("last", "mean", "max")
 SEED_STRIDE = 1_000_003  # between the seeds of the members of a guard
@@ -50,9 +50,7 @@ class Disagreement:
         require(math.isfinite(self.weight) and self.weight >= 0, "weight", "finite and at least 0", self.weight)
         require(self.limit is None or self.limit >= 0, "limit", "None or at least 0", self.limit)
         if not self.models and self.num_seeds == 1:
-            raise ValueError(
-                "`models` or `num_seeds` must give at least two members: pass another model, or more seeds."
-            )
+            raise ValueError("the guard needs at least two members: pass `models`, or `num_seeds` > 1.")
 
     @torch.no_grad()
     def members(self, model: WorldModel, state: RolloutState) -> list[tuple[WorldModel, RolloutState]]:
@@ -131,7 +129,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Plan:
-    """The result of a planner. Tensors are on the CPU, actions in raw units."""
+    """Result of a planner. Tensors are on the CPU, actions in raw units."""
 
     actions: torch.Tensor  # (n, A), the best sequence
     score: float
@@ -142,7 +140,7 @@ class Plan:
     scoring: Scoring = field(repr=False)
 
     def top(self, k: int) -> torch.Tensor:
-        """The best k candidates (k, n, A), or all that have finite scores, best first."""
+        """Return the best k candidates (k, n, A), or all that have finite scores, best first."""
         order = torch.where(self.scores.isfinite(), self.scores, -math.inf).argsort(descending=True, stable=True)
         return self.candidates[order[: min(k, int(self.scores.isfinite().sum()))]]
 
@@ -161,10 +159,14 @@ class Plan:
 def best_plan(
     model: WorldModel, state: RolloutState, scoring: Scoring, candidates: torch.Tensor, scores: torch.Tensor
 ) -> Plan:
-    """The best candidate with a finite score, the first of equals."""
+    """Return the highest-scoring candidate with a finite score; ties resolve to the first.
+
+    Raises:
+        NoPlanError: If no score is finite.
+    """
     if not scores.isfinite().any():
         raise NoPlanError(
-            f"None of the {len(scores)} candidates has a finite score: the objective or the prediction is NaN, or the guard's "
+            f"none of the {len(scores)} candidates has a finite score: the objective or the prediction is NaN, or the guard's "
             "`limit` rejects every candidate."
         )
     index = int(torch.where(scores.isfinite(), scores, -math.inf).argmax())

@@ -1,0 +1,78 @@
+"""Load a world model with the models and start frames that are stored with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from .devices import default_device, fast_dtype
+from .models import ProprioceptionModel
+from .pipelines import IRASimPipeline
+from .rewards import FrameRegressor
+
+
+def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
+    """Load a pipeline with its stored proprioception model, reward and start frames, as keyword arguments.
+
+    Args:
+        model: Folder or Hub id of a pipeline. A world model is returned as it is.
+        device: Device of the model; None for CUDA if available, else the CPU.
+
+    Returns:
+        `model` and, if stored with it, `proprioception` (folder `proprioception/`), `reward` and `success` (a `FrameRegressor` in
+        `reward/`), and `starts` (`starts.png`, one column of frames).
+    """
+    if not isinstance(model, str | Path):
+        return {"model": model}
+    device = default_device() if device is None else device
+    pipe = IRASimPipeline.from_pretrained(model, dtype=fast_dtype(device)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    loaded: dict[str, Any] = {"model": pipe}
+    if _stored_file(model, "proprioception/config.json"):
+        loaded["proprioception"] = _load_proprioception(model).to(device)
+    if _stored_file(model, "reward/config.json"):
+        loaded["reward"] = reward = FrameRegressor.from_pretrained(model, subfolder="reward").to(device).eval()
+        if reward.config.success_threshold is not None:
+            loaded["success"] = reward.success
+    if path := _stored_file(model, "starts.png"):
+        loaded["starts"] = _read_starts(path, pipe.frame_size)
+    return loaded
+
+
+def _load_proprioception(model: str | Path) -> ProprioceptionModel:
+    loaded = ProprioceptionModel.from_pretrained(model, subfolder="proprioception")
+    scale = np.asarray(loaded.config.state_scale, dtype=np.float64)
+    if not (np.isfinite(scale) & (scale != 0)).all():
+        raise ValueError(
+            f"`state_scale` of the proprioception model must be finite and not zero, got {scale.tolist()}."
+        )
+    return loaded
+
+
+def _read_starts(path: str, size: tuple[int, int]) -> np.ndarray:
+    """Read start frames (N, H, W, 3) from an image that contains them in one column."""
+    try:
+        with PIL.Image.open(path) as image:
+            width, height = image.size
+            if width != size[1] or height % size[0]:
+                raise ValueError(
+                    f"it must be one column of frames of {size[1]}x{size[0]} pixels, got {width}x{height}"
+                )
+            return np.asarray(image.convert("RGB")).reshape(-1, *size, 3)
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"the start frames {path!r} cannot be read: {error}.") from error
+
+
+def _stored_file(model: str | Path, name: str) -> str | None:
+    """Return the path of a file of a folder or a Hub repository, downloaded if needed; None if it does not exist."""
+    if Path(model).is_dir():
+        return str(Path(model) / name) if (Path(model) / name).is_file() else None
+    try:
+        return hf_hub_download(str(model), name)
+    except EntryNotFoundError:  # also in offline mode, if the file is not in the cache
+        return None
