@@ -25,14 +25,18 @@ from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
-from gradio_client import Client, handle_file
 from scipy.spatial.transform import Rotation, Slerp
 from transformers import HfArgumentParser
 
 from irasim_diffusers.actions import derive_actions, integrate_actions
 from irasim_diffusers.commands.files import read_actions
 from irasim_diffusers.commands.terminal import draw
-from irasim_diffusers.training import run_script
+from irasim_diffusers.training import exit_without_extra, run_script
+
+try:
+    from gradio_client import Client, handle_file
+except ModuleNotFoundError as error:
+    exit_without_extra(error, "space")
 
 JOYSTICK_EVENT = struct.Struct("=IhBB")  # Linux' js_event: milliseconds, value, type, number
 BUTTON, AXIS, INITIAL = 1, 2, 0x80

@@ -100,7 +100,7 @@ class TrainingArguments(RunArguments):
     action_space: str | None = field(
         default=None,
         metadata={
-            "help": "relative, or absolute for recorded target positions; by default inferred from actions and states, else relative"
+            "help": "relative, or absolute for recorded target positions (default: inferred from actions and states; relative if that fails)"
         },
     )
     action_frequencies: int | None = field(
@@ -133,7 +133,7 @@ class TrainingArguments(RunArguments):
     prediction_type: str | None = field(
         default=None,
         metadata={
-            "help": "epsilon (default), v_prediction, sample or flow_prediction; a pretrained v_prediction model can change to sample"
+            "help": "epsilon, v_prediction, sample or flow_prediction (default: epsilon, or that of the pretrained model)"
         },
     )
 
@@ -168,7 +168,7 @@ NEW_UNET: dict[str, Any] = {
     "prediction_type": "epsilon",
     "action_frequencies": 0,
 }
-"""Default config of a new U-Net, with about as many parameters."""
+"""Default config of a new U-Net, about the size of the default transformer."""
 MODELS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "transformer": (IRASimTransformer3DModel, NEW_MODEL, PRESETS),
     "unet": (UNetTrajectoryModel, NEW_UNET, UNET_PRESETS),
@@ -230,11 +230,9 @@ def check_model_arguments(arguments: TrainingArguments) -> None:
         foreign += ["conditioning"] if arguments.conditioning == "frame" else []
         foreign += ["optimizer"] if arguments.optimizer == "muon" else []
     if foreign:
-        raise ValueError(
-            f"`{foreign[0]}` does not apply to `model` {arguments.model}: leave out {', '.join(foreign)}."
-        )
+        raise ValueError(f"`{foreign[0]}` does not apply to `model` {arguments.model}: omit {', '.join(foreign)}.")
     if arguments.snr_gamma is not None and arguments.prediction_type == "flow_prediction":
-        raise ValueError("`snr_gamma` must be left out for flow matching, which has no min-SNR weights.")
+        raise ValueError("`snr_gamma` must be omitted for flow matching, which has no min-SNR weights.")
     if arguments.scale_noisy_latents and arguments.prediction_type != "sample":
         raise ValueError(
             f"`scale_noisy_latents` must be used with `prediction_type` sample, got {arguments.prediction_type!r}."
@@ -253,20 +251,19 @@ def check_pretrained_arguments(arguments: TrainingArguments) -> None:
     """Check which arguments pretrained and new models allow.
 
     Raises:
-        ValueError: If an argument is missing or must be left out.
+        ValueError: If an argument is missing or must be omitted.
     """
     pretrained = arguments.pretrained_model_name_or_path
     if arguments.pixel_space and (arguments.vae or arguments.recorded_latents or pretrained):
         raise ValueError(
-            "`pixel_space` is for a new model: leave out `vae`, `recorded_latents` and "
-            "`pretrained_model_name_or_path`."
+            "`pixel_space` is for a new model: omit `vae`, `recorded_latents` and `pretrained_model_name_or_path`."
         )
     if not (arguments.pixel_space or arguments.vae) and not (
         pretrained and is_pipeline(pretrained, arguments.revision)
     ):
-        raise ValueError("`vae` must be given, except with `pixel_space` or a pretrained pipeline.")
+        raise ValueError("`vae` is required, except with `pixel_space` or a pretrained pipeline.")
     if pretrained is not None and arguments.preset:
-        raise ValueError("`preset` is for a new model: leave it out with `pretrained_model_name_or_path`.")
+        raise ValueError("`preset` is for a new model: omit it with `pretrained_model_name_or_path`.")
     frames, history = (getattr(arguments, name) or NEW_MODEL[name] for name in WINDOW)
     if pretrained is None and frames <= history:
         raise ValueError(
@@ -295,10 +292,13 @@ def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel:
     may_change = {"action_space", "relative_latents", *(WINDOW if model.config.conditioning == "frame" else ())}
     may_change |= {"target_extent"} if model.config.target_extent else set()
     for flag in sorted(NEW_MODEL.keys() - may_change):
-        asked, has = getattr(arguments, flag), model.config[flag]
-        if asked not in (None, False, [], has):
-            remedy = " or change it with `irasim adapt`" if flag in ADAPTABLE else ""
-            raise ValueError(f"`{flag}` is {has!r} in {name!r} and cannot become {asked!r}: leave it out{remedy}.")
+        value, stored = getattr(arguments, flag), model.config[flag]
+        omitted = value is None or value is False or value == []
+        if not omitted and value != stored:
+            remedy = ", or change it with `irasim adapt`" if flag in ADAPTABLE else ""
+            raise ValueError(
+                f"`{flag}` is {stored!r} in {name!r} and cannot be changed to {value!r}: omit it{remedy}."
+            )
     changed = {flag: getattr(arguments, flag) for flag in (*WINDOW, "relative_latents", "target_extent")}
     model.register_to_config(**{flag: value for flag, value in changed.items() if value})
     return model
@@ -327,7 +327,7 @@ def build_transformer(
     config = pretrained.config
     if config.action_dim != action_dim:
         raise ValueError(
-            f"the data must have {config.action_dim} action components as {arguments.pretrained_model_name_or_path!r}, got "
+            f"the data must have {config.action_dim} action components like {arguments.pretrained_model_name_or_path!r}, got "
             f"{action_dim}: pad them with `pad_actions_to`, or change the model with `irasim adapt --action-dim {action_dim}`."
         )
     if not is_trained_on_actions(pretrained):
@@ -336,8 +336,9 @@ def build_transformer(
         check_action_space(arguments, config, action_space, known["action_derivation"])
         if known["action_derivation"] == "recorded":  # keep the derivation of the model
             known.pop("action_derivation")
-    if known["fps"] is None:
-        known.pop("fps")
+    for entry in ("fps", "action_units"):  # keep what the model stores and the data do not
+        if known[entry] is None:
+            known.pop(entry)
     pretrained.register_to_config(**known | given)
     return pretrained
 
@@ -345,7 +346,7 @@ def build_transformer(
 def data_settings(
     arguments: TrainingArguments, data: TrainingData, action_space: str | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the config entries that the data determine: of every model, and of an untrained action encoder only."""
+    """Return the config entries from the data: those of every model, and those of an untrained action encoder."""
     source, actions = data.sources[0], torch.cat([part.actions for part in data.parts])
     height, width = data.parts[0].latent_size
     offset, scale = action_normalisation(actions, arguments.action_normalisation)
@@ -356,6 +357,7 @@ def data_settings(
         "cameras": [list(row) for row in source.cameras],
         "action_names": source.component_names("action"),
         "action_derivation": source.action_derivation,
+        "action_units": source.action_units,
     }
     measured = {
         "action_scale": scale,
@@ -370,7 +372,7 @@ def data_settings(
 def find_action_space(
     arguments: TrainingArguments, source: PreparedEpisodes, pretrained: IRASimTransformer3DModel | None
 ) -> str | None:
-    """Return the action space of the arguments or the data; None if neither shows it.
+    """Return the action space of the arguments or the data; None if it cannot be determined.
 
     Raises:
         ValueError: If the argument contradicts the derivation of the actions.
@@ -385,13 +387,13 @@ def find_action_space(
         action_space = infer_action_space(source)
         reason = "inferred from actions and states"
         if action_space is None:
-            reason = "set `action_space`, because no state shows what actions are"
+            reason = "could not be inferred from the states; set `action_space` to override"
         logger.info(f"`action_space` is {action_space or 'relative'}: {reason}")
     return action_space
 
 
 def is_trained_on_actions(model: IRASimTransformer3DModel) -> bool:
-    """Whether the action encoder of a model, which is initialised with zeros, has been trained."""
+    """Whether the action encoder of a model, which is initialized with zeros, has been trained."""
     return bool(getattr(model, "trajectory_embed", model.action_embed).linear_2.weight.any())
 
 
@@ -406,7 +408,8 @@ def check_action_space(
     for name, wanted in (("action_space", action_space), ("action_derivation", derivation)):
         if wanted not in (None, "recorded", config[name]) and config[name] != "recorded":
             raise ValueError(
-                f"`{name}` is {config[name]!r} in {arguments.pretrained_model_name_or_path!r} and cannot become {wanted!r}."
+                f"`{name}` is {config[name]!r} in {arguments.pretrained_model_name_or_path!r} and cannot be changed to "
+                f"{wanted!r}: use data with the same kind of actions."
             )
 
 

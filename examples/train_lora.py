@@ -62,9 +62,9 @@ def check_arguments(arguments: LoraArguments) -> None:
     check_ranges(arguments, at_least_1=("lora_rank", "lora_alpha"), fractions=("lora_dropout",))
     name = arguments.pretrained_model_name_or_path
     if name is None:
-        raise ValueError("`pretrained_model_name_or_path` must be given: adapters belong to a trained model.")
+        raise ValueError("`pretrained_model_name_or_path` is required: adapters belong to a trained model.")
     if not arguments.vae and not is_pipeline(name, arguments.revision):
-        raise ValueError(f"`vae` must be given, because {name!r} is not a pipeline.")
+        raise ValueError(f"`vae` is required, because {name!r} is not a pipeline.")
 
 
 def check_config(transformer: IRASimTransformer3DModel, data: TrainingData) -> None:

@@ -2,7 +2,7 @@
 
     accelerate launch examples/train_vae.py --dataset data/pusht-train --output_dir runs/pusht-vae
 
-Large models use the frozen SDXL VAE, as in the paper. For simple pictures a small VAE is much faster. The loss is MSE + 0.1 L1 +
+Large models use the frozen SDXL VAE, as in the paper. For simple images a small VAE is much faster. The loss is MSE + 0.1 L1 +
 `--kl_weight` KL. `scaling_factor` is computed from the data so that scaled latents have the standard deviation `--latent_std`.
 The same command resumes from the newest complete checkpoint, also after Ctrl-C or SIGTERM. With `--pretrained` and
 `--freeze_encoder` only the decoder is trained: latents, and world models trained on them, stay valid.
@@ -29,8 +29,10 @@ from irasim_diffusers.training import (
     DataArguments,
     Interruption,
     check_frame_size,
+    check_held_out,
     check_launch,
     check_ranges,
+    lock_output,
     newest_checkpoint,
     remove_leftovers,
     run_script,
@@ -59,7 +61,7 @@ class VAEArguments(DataArguments):
     )
     latent_std: float = field(
         default=1.0,
-        metadata={"help": "standard deviation of scaled latents; use 0.25 if most of each picture is empty"},
+        metadata={"help": "standard deviation of scaled latents; use 0.25 if most of each image is empty"},
     )
     train_batch_size: int = field(default=16, metadata={"help": "frames per step and process"})
     max_train_steps: int = 2800
@@ -87,7 +89,7 @@ class Autoencoding(torch.nn.Module):
 
 
 def open_frames(arguments: VAEArguments, name: str, split: str, episodes: int | None = None) -> PreparedEpisodes:
-    """Open a data set with the requested cameras and frame size."""
+    """Open a dataset with the requested cameras and frame size."""
     source = open_dataset(
         name,
         arguments.cameras or None,
@@ -201,17 +203,23 @@ class Frames:
 
 
 def open_data(arguments: VAEArguments) -> tuple[PreparedEpisodes, PreparedEpisodes]:
-    """Open the training data and the validation data, which are the training data by default."""
+    """Open the training data and the validation data, which are the training data by default.
+
+    Raises:
+        ValueError: If the data cannot be opened, or training and validation share episodes.
+    """
     source = open_frames(arguments, arguments.dataset, arguments.split)
     if arguments.validation_dataset is None:
         return source, open_frames(arguments, arguments.dataset, arguments.split, episodes=64)
-    return source, open_frames(arguments, arguments.validation_dataset, arguments.validation_split, episodes=64)
+    held_out = open_frames(arguments, arguments.validation_dataset, arguments.validation_split, episodes=64)
+    check_held_out([source], [arguments.dataset], held_out, arguments)
+    return source, held_out
 
 
 def train(
     accelerator: Accelerator, arguments: VAEArguments, vae: AutoencoderKL, frames: Frames, newest: Path | None
 ) -> None:
-    """Train the autoencoder, from its newest checkpoint if there is one."""
+    """Train the autoencoder, starting from the newest checkpoint if one exists."""
     output, settings = Path(arguments.output_dir), run_settings(arguments, accelerator.num_processes)
     trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=arguments.learning_rate, weight_decay=0.0)
@@ -295,6 +303,7 @@ def main() -> None:
     )
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
+        lock_output(output)
         remove_leftovers(output)
     if arguments.compile:
         vae.encoder.compile()

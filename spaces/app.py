@@ -9,9 +9,16 @@ import ipaddress
 import math
 import os
 import socket
+import sys
 from typing import Any
 
-import gradio as gr
+from irasim_diffusers.version import INSTALL
+
+try:
+    import gradio as gr
+except ModuleNotFoundError as error:
+    sys.stderr.write(f"app.py: error: {error.name} is missing: {INSTALL.format('space')}.\n")
+    raise SystemExit(2) from None
 from body_limit import BodyLimit
 from drive import drive_page
 from endpoints import add_endpoints

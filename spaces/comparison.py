@@ -87,7 +87,7 @@ def name_settings(first: Setting, second: Setting | None) -> dict[str, Setting]:
 async def predict(
     pipeline: IRASimPipeline, setting: Setting, history: np.ndarray, actions: np.ndarray
 ) -> AsyncIterator[np.ndarray]:
-    """Predict chunk by chunk; requests of driving visitors are served meanwhile.
+    """Predict chunk by chunk; driving requests are served between the windows.
 
     Args:
         pipeline: Pipeline of the setting; another thread may set its `_interrupt`.

@@ -78,7 +78,7 @@ def read_path(path: Any) -> np.ndarray:
         ValueError: If nothing was drawn, or if the value is not a path.
     """
     if not path:
-        raise ValueError("nothing is drawn yet: draw a path on the picture.")
+        raise ValueError("nothing is drawn yet: draw a path on the image.")
     if not isinstance(path, list) or len(path) > MAX_POINTS:
         raise ValueError(f"the path must be a list of at most {MAX_POINTS} points.")
     try:
@@ -88,7 +88,7 @@ def read_path(path: Any) -> np.ndarray:
     if points.ndim != 2 or points.shape[1] != 3 or not np.isfinite(points).all():
         raise ValueError(f"the path must be a list of (x, y, time), all finite, got shape {points.shape}.")
     if points[:, :2].min() < 0 or points[:, :2].max() > 1:
-        raise ValueError("the path must lie on the picture: x and y in [0, 1].")
+        raise ValueError("the path must be inside the image: x and y in [0, 1].")
     points[:, 2] = np.maximum.accumulate(points[:, 2])  # the browser's clock may have a low resolution
     return points
 

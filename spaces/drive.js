@@ -18,9 +18,9 @@ let space = models[model]?.space; // the action space
 let frames = []; // data URLs: the frame before the recording, and the recorded frames
 let actions = []; // the action that led to each of the frames; the hold action for the first
 let demo = []; // actions of the example clip, until the visitor takes over
-let goal = null; // point on the picture that the robot moves to, raw units
+let goal = null; // point on the image that the robot moves to, raw units
 let dragging = false; // whether the pointer moves the goal
-let locating = false; // whether the next press on the picture tells the robot's position
+let locating = false; // whether the next click on the image selects the robot's position
 let running = null; // promise of the loop
 let starting = null; // promise of the last start; a later one waits for it
 let replaying = false;
@@ -238,7 +238,7 @@ async function loop(mine) {
     if (!demo.length && quiet_since && performance.now() - quiet_since > SETTLE_MS) break;
     const [asked, press] = [performance.now(), pressed_at];
     pressed_at = null;
-    const waiting = setTimeout(() => (find(".state").textContent = "Waiting for a turn\u2026"), 1000);
+    const waiting = setTimeout(() => (find(".state").textContent = "Waiting in the queue\u2026"), 1000);
     try {
       const rows = demo.splice(0, number);
       const [pictures, taken] = rows.length ? [(await ask("step", [rows]))[0], rows] : await ask("drive", [wanted, number, Number(slider.value)]);
@@ -406,7 +406,7 @@ file.addEventListener("change", async () => {
   if (!picture) return;
   await halt();
   const sent = await during("Uploading\u2026", async () => {
-    if (picture.size > 1e7) throw new Error(`The picture must have at most 10 MB, got ${(picture.size / 1e6).toFixed(0)} MB.`);
+    if (picture.size > 1e7) throw new Error(`The image must have at most 10 MB, got ${(picture.size / 1e6).toFixed(0)} MB.`);
     return upload(picture);
   });
   if (!sent) return;
@@ -418,7 +418,7 @@ file.addEventListener("change", async () => {
   }
   if (planar()) {
     locating = true;
-    say("Where is the robot? Select it in the picture, then drive.");
+    say("Click on the robot in the image, then drive.");
   }
 });
 
@@ -481,7 +481,7 @@ function open(name) {
   build_pictures();
   update();
   if (start) draw(models[name].starts[start].picture);
-  else say("This model has no start pictures: upload one.");
+  else say("This model has no start images. Upload one.");
 }
 
 const select = find(".model");

@@ -35,7 +35,7 @@ def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
         Args:
             request: The visitor's request.
             model: Name of a model.
-            frames: Name of an example, or an uploaded picture (`gradio_client.handle_file`).
+            frames: Name of an example, or an uploaded image (`gradio_client.handle_file`).
             start: Action at the robot's position, in raw units; None for the example's, or the middle of a bounded space.
             seed: Seed of the noise.
 
@@ -150,7 +150,7 @@ def address(request: gr.Request) -> str:
 
 
 def _check_lengths(actions: Any, most: int) -> None:
-    """Refuse long lists before they are converted to numbers.
+    """Check the number of actions before conversion.
 
     Raises:
         ValueError: If there are more than `most` actions.

@@ -154,7 +154,7 @@ class PreferencePage:
     def results(self, password: str) -> Iterator[tuple[Any, ...]]:
         """Show the rates, and the answers as a file, to users with the key."""
         if self.key is not None and not hmac.compare_digest(str(password).encode(), self.key.encode()):
-            yield '<p role="alert">This is not the owner\'s key.</p>', gr.DownloadButton(visible=False)
+            yield '<p role="alert">Wrong key.</p>', gr.DownloadButton(visible=False)
             return
         with tempfile.TemporaryDirectory() as folder:  # Gradio copies the files that it serves
             path = Path(folder) / "answers.csv"

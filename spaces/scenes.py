@@ -92,7 +92,7 @@ def start_canvas(scene: Scene | None, world: World, scenes: list[Scene], chosen:
     starts = [each.history[-1] for each in scenes]
     if scene is None:
         blank = np.full((*world.pipeline.frame_size, 3), 128, dtype=np.uint8)
-        return canvas(blank, "Upload a picture or video to start from.", False, starts, None)
+        return canvas(blank, "Upload an image or video to start from.", False, starts, None)
     drawable = can_draw(world.pipeline.transformer.config) is None
     hint = "Draw a path here. The robot follows it." if drawable else ""
     return canvas(scene.history[-1], hint, drawable, starts, chosen)

@@ -30,7 +30,7 @@ class Sessions:
     """All driving sessions.
 
     Args:
-        most: Maximum number of sessions; further ones are refused.
+        most: Maximum number of sessions; `start` raises an error beyond it.
         idle_seconds: A session without requests for this long is deleted.
         bytes_each: Maximum memory of the frames of a session.
         most_each: Maximum number of sessions of one visitor.
@@ -90,7 +90,7 @@ class Sessions:
                 "start a new one."
             )
         if drive.busy:
-            raise ValueError("the session is busy: wait for the previous response.")
+            raise ValueError("another request of this session is running: wait for its response.")
         drive.busy = True
         try:
             yield drive
@@ -125,7 +125,7 @@ class Sessions:
             )
         if len(visitors) >= self.most:
             raise ValueError(
-                f"all {self.most} places are taken: try again in a minute, or run the Space yourself, "
+                f"all {self.most} sessions are in use: try again in a minute, or run the Space yourself, "
                 "`python spaces/app.py`."
             )
 

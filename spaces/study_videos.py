@@ -49,7 +49,9 @@ def open_study(folder: str | Path) -> tuple[PreferenceStudy, Videos]:
         )
     clips = sorted(set.intersection(*(set(files[name]) for name in (TRUTH, *models))))
     if not clips:
-        raise ValueError(f"`study` must have clips of one name in all of {', '.join((TRUTH, *models))}, got none.")
+        raise ValueError(
+            f"`study` must have at least one clip name common to {', '.join((TRUTH, *models))}, got none."
+        )
 
     async def videos(model: str, clip: str) -> np.ndarray:
         return await anyio.to_thread.run_sync(_read, files[model][clip])
@@ -81,9 +83,9 @@ def owner_key(folder: str | None) -> str | None:
 
 def find_demonstration(worlds: Worlds) -> tuple[PreferenceStudy, Videos] | None:
     """Create the demonstration of the first model that supports it; None if no model does."""
-    for name, world in worlds.items():
+    for _, world in worlds.items():
         try:
-            return demonstration(world, Path(tempfile.gettempdir()) / f"irasim-demonstration-{Path(name).name}")
+            return demonstration(world, tempfile.mkdtemp(prefix="irasim-demonstration-"))
         except ValueError:
             continue
     return None

@@ -48,7 +48,7 @@ from irasim_diffusers.data import write_video
 from irasim_diffusers.pictures import film_strip
 
 COLOURS = ("#6366f1", "#f59e0b")
-BASELINE, BASELINE_COLOUR = "last seen frame, repeated", "#6b7280"
+BASELINE, BASELINE_COLOUR = "last-frame baseline", "#6b7280"
 INTRODUCTION = (
     "Draw a path for the robot, replay recorded actions, or upload your own: the model predicts the video. Compare two models, "
     "samplers or seeds side by side."
@@ -131,7 +131,7 @@ class TrajectoryPage:
         )
         self.length = gr.Slider(1, LONGEST_DRAWING, 24, step=1, label="Frames to predict", elem_id="trajectory-length")
         self.scale = gr.Number(
-            default_scale(world), label="Width of the picture in action units", visible=_is_scaled(world)
+            default_scale(world), label="Width of the image in action units", visible=_is_scaled(world)
         )
 
     def _build_settings(self, world: World) -> None:
@@ -162,7 +162,7 @@ class TrajectoryPage:
         return [model, scheduler, steps, number]
 
     def _build_results(self) -> None:
-        self.view = viewer("Draw on the picture or press Predict. The video appears here.", elem_id="trajectory-view")
+        self.view = viewer("Draw on the image or press Predict. The video appears here.", elem_id="trajectory-view")
         with gr.Column(visible=False) as self.results:
             self.error_plot = gr.LinePlot(
                 x="frame",
@@ -280,7 +280,7 @@ class TrajectoryPage:
         world = next(iter(settings.values())).world
         scene, kind = asked[self.scene], asked[self.kind]
         if scene is None:
-            raise ValueError("Upload a picture or video to start from.")
+            raise ValueError("Upload an image or video to start from.")
         given = (asked[each] for each in (self.path, self.file, self.length, self.scale))
         actions = choose_actions(kind, scene, world, *given)
         pipelines = {name: pipeline_of(setting) for name, setting in settings.items()}

@@ -23,9 +23,9 @@ def uploaded_path(upload: Any) -> Path:
     path = upload.get("path") if isinstance(upload, dict) else None
     folder = Path(get_upload_folder()).resolve()
     if not isinstance(path, str) or "\0" in path or not (found := Path(path).resolve()).is_relative_to(folder):
-        raise ValueError(f"`frames` must be the name of an example or an uploaded picture, got {upload!r:.200}.")
+        raise ValueError(f"`frames` must be the name of an example or an uploaded image, got {upload!r:.200}.")
     if not found.is_file():
-        raise ValueError("`frames` must be an uploaded picture, got one that was deleted: upload it again.")
+        raise ValueError("`frames`: the uploaded image was deleted: upload it again.")
     return found
 
 

@@ -31,7 +31,7 @@ def read_action_file(path: str | Path, action_dim: int) -> np.ndarray:
     """
     path = Path(path)
     if path.suffix.lower() not in ACTION_SUFFIXES:
-        raise ValueError(f"Actions must be a .npy, .csv or .json file, got {path.name!r}.")
+        raise ValueError(f"actions must be a .npy, .csv or .json file, got {path.name!r}.")
     if path.stat().st_size > MAX_ACTION_BYTES:
         raise ValueError(f"{path.name} is too large: an action file has at most {MAX_ACTION_BYTES >> 20} MB.")
     try:
@@ -76,12 +76,12 @@ def read_picture(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     """
     path = Path(path)
     if (large := path.stat().st_size) > MAX_PICTURE_BYTES:
-        raise ValueError(f"the picture must have at most {MAX_PICTURE_BYTES // 10**6} MB, got {large / 1e6:.0f} MB.")
+        raise ValueError(f"the image must have at most {MAX_PICTURE_BYTES // 10**6} MB, got {large / 1e6:.0f} MB.")
     try:
         pixels = data.read_picture(path, "in the file", formats=PICTURE_FORMATS, max_pixels=MAX_PICTURE_PIXELS)
     except ValueError as error:
         reason = str(error).replace(repr(str(path)), "it").replace(str(path), "it").rstrip(".")
-        raise ValueError(f"the file must be a whole picture, {', '.join(PICTURE_FORMATS)}: {reason}.") from error
+        raise ValueError(f"the file must be a complete image, {', '.join(PICTURE_FORMATS)}: {reason}.") from error
     return fit(pixels[None], size)[0]
 
 
@@ -137,7 +137,7 @@ def _check_pixels(height: int, width: int, path: Path) -> None:
 
 
 def fit(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Crop the centre of frames (T, H, W, 3), uint8, to the aspect ratio of a height and width, and resize it to them."""
+    """Crop the center of frames (T, H, W, 3), uint8, to the aspect ratio of a height and width, and resize it to them."""
     height, width = frames.shape[1:3]
     scale = min(height / size[0], width / size[1])
     rows, columns = (max(1, round(scale * side)) for side in size)

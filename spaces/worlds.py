@@ -113,7 +113,7 @@ class World:
     def _trim_memory(self) -> None:
         self._turns += 1
         if self._turns % TURNS_BETWEEN_TRIMS == 0 and sys.platform == "linux":
-            # small frames that are kept fragment the memory of large tensors that are freed: megabytes per request
+            # return freed heap pages to the OS: fragmentation grows by megabytes per request
             getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 

@@ -10,7 +10,7 @@ import torch
 from irasim_diffusers import IRASimPipeline, RolloutState
 
 try:
-    from spaces import GPU  # type: ignore[attr-defined]  # must be imported before CUDA is initialised
+    from spaces import GPU  # type: ignore[attr-defined]  # must be imported before CUDA is initialized
 except ImportError:
 
     def GPU(function: Any) -> Any:

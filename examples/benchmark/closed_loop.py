@@ -17,7 +17,14 @@ import torch
 from transformers import HfArgumentParser
 
 from irasim_diffusers import embedded_checkpoint
-from irasim_diffusers.envs import WorldModelVectorEnv
+from irasim_diffusers.training import exit_without_extra, run_script
+
+try:
+    import gymnasium  # noqa: F401
+
+    from irasim_diffusers.envs import WorldModelVectorEnv
+except ModuleNotFoundError as error:
+    exit_without_extra(error, "envs")
 
 
 @dataclass
@@ -80,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from runs import run_once, train_once, write_report
+from example_runs import run_once, train_once, write_report
 from scipy import stats
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline
-from irasim_diffusers.training import checkpoints
+from irasim_diffusers.training import checkpoints, run_script
 
 MODELS = {
     "Frame-Ada": ["--conditioning", "frame"],
@@ -106,7 +106,7 @@ def over_seeds(values: list[float]) -> dict[str, float]:
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Summarise the runs of one model as means over seeds."""
+    """Summarize the runs of one model as means over seeds."""
     numbers = ("parameters", "steps", "evaluations")
     row: dict[str, Any] = {name: float(np.mean([run[name] for run in runs])) for name in numbers}
     if len(runs) == 1:
@@ -121,7 +121,7 @@ def gains(first: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str,
 
 
 def compare(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Summarise each model and number of history frames, and compute paired differences.
+    """Summarize each model and number of history frames, and compute paired differences.
 
     Differences are between the first model and each other model with the same history, and between each further number of
     history frames and the first one for the same model.
@@ -281,4 +281,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.data import EpisodeSource, LatentClips, cache_latents, open_dataset
 from irasim_diffusers.models import noise_process
-from irasim_diffusers.training import diffusion_loss
+from irasim_diffusers.training import diffusion_loss, run_script
 
 
 @dataclass
@@ -122,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

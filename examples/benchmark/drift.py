@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.data import open_dataset
+from irasim_diffusers.training import run_script
 
 
 @dataclass
@@ -87,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,4 +1,4 @@
-"""Compare precision, quantisation and caching methods of examples/features.md.
+"""Compare precision, quantization and caching methods of examples/features.md.
 
     python examples/benchmark/features.py --dataset data/pusht-test
 
@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.data import open_dataset
 from irasim_diffusers.metrics import psnr
+from irasim_diffusers.training import run_script
 
 
 @dataclass
@@ -74,7 +75,7 @@ def broadcast(model: str) -> IRASimPipeline:
 
 
 def weight_megabytes(module: torch.nn.Module) -> float:
-    """Return the memory of the parameters in megabytes, including the data of quantised tensors."""
+    """Return the memory of the parameters in megabytes, including the data of quantized tensors."""
 
     def size(tensor: torch.Tensor) -> int:
         names = getattr(tensor, "tensor_data_names", None)
@@ -129,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

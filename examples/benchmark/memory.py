@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 from irasim_diffusers import PRESETS, IRASimTransformer3DModel
 from irasim_diffusers.models import noise_process
-from irasim_diffusers.training import diffusion_loss
+from irasim_diffusers.training import diffusion_loss, run_script
 
 
 @dataclass
@@ -135,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

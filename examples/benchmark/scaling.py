@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from runs import train_once, write_report
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from example_runs import train_once, write_report
 from transformers import HfArgumentParser
 
 from irasim_diffusers import PRESETS, UNET_PRESETS, IRASimPipeline
 from irasim_diffusers.files import temporary_path
+from irasim_diffusers.training import exit_without_extra, run_script
+
+try:
+    from matplotlib.figure import Figure
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+except ModuleNotFoundError as error:
+    exit_without_extra(error, "benchmark")
 
 
 @dataclass
@@ -116,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,6 +24,13 @@ import numpy as np
 import psutil
 from transformers import HfArgumentParser
 
+from irasim_diffusers.training import exit_without_extra, run_script
+
+try:
+    from gradio_client import Client
+except ModuleNotFoundError as error:
+    exit_without_extra(error, "space")
+
 SPACE = Path(__file__).parents[2] / "spaces" / "app.py"
 KEYS = ("ArrowRight", "ArrowLeft", "ArrowDown", "ArrowUp")
 
@@ -128,8 +135,6 @@ class User(threading.Thread):
 
     def run(self) -> None:
         """Drive until `until` is set."""
-        from gradio_client import Client
-
         try:
             client = Client(self.url, verbose=False)
             session, _, space = client.predict(self.arguments.model, "frame 1", None, 0, api_name="/start")
@@ -216,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.evaluation import EvaluationCounter
+from irasim_diffusers.training import run_script
 
 
 @dataclass
@@ -108,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

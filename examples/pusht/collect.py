@@ -35,7 +35,7 @@ from irasim_diffusers.data import (
 from irasim_diffusers.data.lerobot_writer import EPISODES_PATH
 from irasim_diffusers.data.publish import SOURCE_FILE
 from irasim_diffusers.files import temporary_path
-from irasim_diffusers.training import run_script
+from irasim_diffusers.training import check_ranges, run_script
 
 CAMERA = "observation.image"
 NAMES = {
@@ -58,7 +58,7 @@ v3.0. Frames are the simulator's observations, which do not show the action. An 
 pusher in the arena, 0 to 512 from the top left. The pusher's radius is {pusher_radius:g} arena units
 ({default_radius:g} in gym-pusht).
 
-| policy | episodes | behaviour |
+| policy | episodes | behavior |
 |---|---|---|
 {rows}
 
@@ -67,7 +67,7 @@ block; the origin of its frame is the middle of the bar's upper edge. Videos are
 
 Created with `{command}` from irasim-diffusers. Episode k uses seed {first_seed} + k.
 """
-BEHAVIOURS = {
+BEHAVIORS = {
     "aimless": "pushes the block at random, slides off, misses, wanders or waits",
     "expert": "pushes the block to the goal and waits",
     "noisy": "the expert with noise on every target (standard deviation 5 to 40 units)",
@@ -208,7 +208,7 @@ def write_card(arguments: CollectArguments) -> None:
         size=SIZE,
         pusher_radius=arguments.pusher_radius,
         default_radius=PUSHER_RADIUS,
-        rows="\n".join(f"| {kind} | {counts[task]} | {BEHAVIOURS[kind]} |" for kind, task in TASKS.items()),
+        rows="\n".join(f"| {kind} | {counts[task]} | {BEHAVIORS[kind]} |" for kind, task in TASKS.items()),
         command=" ".join(["python", *sys.argv]),
         first_seed=arguments.first_seed,
     )
@@ -223,6 +223,7 @@ def write_card(arguments: CollectArguments) -> None:
 
 def main() -> None:
     (arguments,) = HfArgumentParser(CollectArguments).parse_args_into_dataclasses()
+    check_ranges(arguments, not_negative=("first_seed",), at_least_1=("episodes", "length", "num_workers"))
     shares = [getattr(arguments, kind) for kind in TASKS]
     if min(shares) < 0 or sum(shares) == 0:
         raise ValueError(

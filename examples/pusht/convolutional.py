@@ -29,7 +29,7 @@ from irasim_diffusers.data import LatentClips, PreparedEpisodes, cache_latents, 
 from irasim_diffusers.files import temporary_path
 from irasim_diffusers.pipelines.inputs import stack_frames
 from irasim_diffusers.rollout import RolloutState
-from irasim_diffusers.training import run_script
+from irasim_diffusers.training import check_ranges, run_script
 
 HISTORY = 2
 OCTAVES = 6
@@ -183,6 +183,13 @@ def loss_of(model: ConvolutionalModel, clip: dict[str, torch.Tensor], rng: np.ra
 
 def main() -> None:
     (arguments,) = HfArgumentParser(BaselineArguments).parse_args_into_dataclasses()
+    check_ranges(
+        arguments,
+        not_negative=("rollout_chunks", "seed"),
+        at_least_1=("batch_size", "width"),
+        positive=("max_minutes", "learning_rate"),
+        fractions=("rollout_start",),
+    )
     output = arguments.output_dir
     output.mkdir(parents=True, exist_ok=True)
     episodes = PreparedEpisodes(open_dataset(arguments.dataset))  # as in train.py, to share its cache

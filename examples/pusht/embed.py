@@ -2,10 +2,10 @@
 
     python examples/pusht/embed.py --model runs/pusht --dataset data/pusht-test --episode 3 --start 20
 
-Weights are stored in bfloat16. The clip contains the history frames, 60 more frames and their 60 actions, as a lossless video. Its
-preview image is the output of `irasim generate`. `starts.png` contains the first frames of `--num_starts` episodes, from which
-environments start. The folders `proprioception` of `train_proprioception.py` and `reward` of `train_reward.py` are copied if the
-trained model has them, otherwise the embedded ones are kept.
+Weights are stored in bfloat16. The clip contains the history frames, 60 more frames and their 60 actions, as a lossless video, with
+a strip of its prediction. `starts.png` contains the first frames of `--num_starts` episodes, from which environments start. The
+folders `proprioception` of `train_proprioception.py` and `reward` of `train_reward.py` are copied if the trained model has them,
+otherwise the embedded ones are kept. The package is changed only after all files have been written.
 """
 
 import json
@@ -20,9 +20,9 @@ import torch
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
-from irasim_diffusers.cli import main as generate
 from irasim_diffusers.data import LeRobotFolder, write_video
-from irasim_diffusers.training import run_script
+from irasim_diffusers.pictures import film_strip
+from irasim_diffusers.training import check_ranges, run_script
 
 
 @dataclass
@@ -35,36 +35,68 @@ class EmbedArguments:
     num_starts: int = field(default=64, metadata={"help": "first frames of episodes in starts.png"})
 
 
-def main() -> None:
-    (arguments,) = HfArgumentParser(EmbedArguments).parse_args_into_dataclasses()
-    target = embedded_checkpoint()
-    pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=torch.bfloat16)
-    dataset = LeRobotFolder(Path(arguments.dataset))
-    shutil.rmtree(target / "vae", ignore_errors=True)  # remove the autoencoder of a previously embedded model
+def check_arguments(arguments: EmbedArguments, dataset: LeRobotFolder, num_history_frames: int) -> None:
+    """Check the arguments against the dataset before anything is written.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+    check_ranges(arguments, not_negative=("start",), at_least_1=("num_actions", "num_starts"))
+    if not 0 <= arguments.episode < len(dataset):
+        raise ValueError(f"`episode` must be in 0..{len(dataset) - 1}, got {arguments.episode}.")
+    length, needed = len(dataset.vectors(arguments.episode)["action"]), num_history_frames + arguments.num_actions
+    if arguments.start + needed > length:
+        raise ValueError(
+            f"`start` must be at most {length - needed} for {needed} of the {length} frames of episode {arguments.episode}, got "
+            f"{arguments.start}: use an earlier start or fewer `num_actions`."
+        )
+
+
+def save_model(arguments: EmbedArguments, pipeline: IRASimPipeline, target: Path) -> None:
+    """Replace the model in a copy of the embedded checkpoint."""
+    shutil.rmtree(target / "vae", ignore_errors=True)  # of a previously embedded model
     pipeline.save_pretrained(target)
     for name in ("proprioception", "reward"):
         if (Path(arguments.model) / name).is_dir():
             shutil.copytree(Path(arguments.model) / name, target / name, dirs_exist_ok=True)
     # remove the local paths of the weights from the published configs
     for path in [target / "model_index.json", *target.glob("*/config.json")]:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
+
+def save_clip(arguments: EmbedArguments, dataset: LeRobotFolder, target: Path) -> None:
+    """Write the starts, the held-out clip with its actions, and a strip of its prediction by the stored model."""
     starts = [dataset.window(number, 0, 1).frames[0] for number in range(min(arguments.num_starts, len(dataset)))]
     PIL.Image.fromarray(np.concatenate(starts)).save(target / "starts.png", optimize=True)
-
-    episode = dataset[arguments.episode]
-    history = pipeline.transformer.config.num_history_frames
-    first = arguments.start + history - 1  # this action leads to the first predicted frame
-    frames = episode.frames[arguments.start : arguments.start + history + arguments.num_actions]
-    actions = episode.actions[first : first + arguments.num_actions]
-    write_video(target / "example.mp4", frames, dataset.fps, lossless=True)
-    names = ",".join(pipeline.transformer.config.action_names)
+    pipeline = IRASimPipeline.from_pretrained(target)
+    config = pipeline.transformer.config
+    history = config.num_history_frames
+    clip = dataset.window(arguments.episode, arguments.start, history + arguments.num_actions)
+    actions = clip.actions[history - 1 : -1]  # the first one leads to the first predicted frame
+    write_video(target / "example.mp4", clip.frames, dataset.fps, lossless=True)
+    names = ",".join(config.action_names)
     np.savetxt(target / "example_actions.csv", actions, delimiter=",", header=names, comments="", fmt="%.3f")
-    with tempfile.TemporaryDirectory() as folder:
-        generate(["generate", "--output", f"{folder}/example.mp4"])
-        shutil.copy(f"{folder}/example.png", target / "example.png")
+    generator = torch.Generator().manual_seed(0)
+    predicted = pipeline(clip.frames[:history], actions, generator=generator, output_type="np").frames[0]
+    prediction = np.concatenate([clip.frames[:history], (predicted * 255).round().astype(np.uint8)])
+    film_strip({"truth": clip.frames, "prediction": prediction}, history).save(target / "example.png")
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(EmbedArguments).parse_args_into_dataclasses()
+    target = embedded_checkpoint()
+    dataset = LeRobotFolder(Path(arguments.dataset))
+    pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    check_arguments(arguments, dataset, pipeline.transformer.config.num_history_frames)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # on the same disk, so that a rename is enough
+        new = Path(folder) / "new"
+        shutil.copytree(target, new)
+        save_model(arguments, pipeline, new)
+        save_clip(arguments, dataset, new)
+        target.rename(Path(folder) / "old")
+        new.rename(target)
     for path in sorted(target.rglob("*")):
         if path.is_file():
             print(f"{path.stat().st_size / 1e6:8.3f} MB  {path.relative_to(target)}")

@@ -46,7 +46,7 @@ from irasim_diffusers.driving import Steering
 from irasim_diffusers.evaluation import EvaluationCounter
 from irasim_diffusers.files import temporary_path
 from irasim_diffusers.metrics import bootstrap, identified, psnr
-from irasim_diffusers.training import run_script
+from irasim_diffusers.training import check_ranges, run_script
 
 Predict: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (histories, actions) to frames, all (N, ...)
 WAYS = 8
@@ -137,7 +137,7 @@ def held_out_clips(
         block = episode.states["observation.environment_state"]
         starts = [
             start
-            for start in range(0, len(episode) - length, length)
+            for start in range(0, len(episode) - length + 1, length)
             if moved(block[start + history - 1], block[start + length - 1]) == moving
         ]
         for start in starts[:per_episode]:
@@ -225,9 +225,14 @@ def driving_figures(
 
     A frame counts only if the pusher (or block) is found in the simulator's frame, because at the edges of the arena only a
     part of the pusher is visible. If it is not found in the predicted frame, the error is `WORST`.
+
+    Returns:
+        The metrics; empty if no frame of the simulator shows exactly one pusher.
     """
     shape = truth.shape[:2]
     visible = one_pusher(truth.reshape(-1, *truth.shape[2:]), pusher_radius).reshape(shape)
+    if not visible.any():
+        return {}
     shown = one_pusher(frames.reshape(-1, *frames.shape[2:]), pusher_radius).reshape(shape)
     shares = [(shown & visible)[k].sum() / visible[k].sum() for k in range(len(visible)) if visible[k].any()]
     late = slice(-5, None)
@@ -303,9 +308,10 @@ def identification_tasks(
     for number in range(len(dataset)):
         vectors = dataset.vectors(number)
         block = vectors["observation.environment_state"]
-        starts = [k for k in range(20, len(block) - length, 5) if moved(block[k], block[k + 5])]
+        num_actions = length - history
+        starts = [k for k in range(max(20, history - 1), len(block) - num_actions, 5) if moved(block[k], block[k + 5])]
         if starts:
-            actions, num_actions = vectors["action"], length - history
+            actions = vectors["action"]
             tasks.append(Task(first_seed + number, pusher_radius, actions, block, starts[0], num_actions, history))
     return tasks[: 2 * num_histories]  # spare histories, because some have fewer than 8 different futures
 
@@ -356,8 +362,18 @@ def check_arguments(arguments: EvaluationArguments) -> None:
     """Check the arguments before anything is read.
 
     Raises:
-        ValueError: If arguments do not go together.
+        ValueError: If a value is out of range, or arguments are inconsistent.
     """
+    check_ranges(
+        arguments,
+        not_negative=("num_rollouts", "num_drives", "num_histories", "first_seed", "seed"),
+        at_least_1=(
+            *("num_clips", "batch_size", "num_history_frames", "num_seen_frames", "num_inference_steps"),
+            "chunk_length",
+        ),
+        positive=("pusher_radius",),
+        choices={"dtype": ("float32", "bfloat16")},
+    )
     if arguments.timestep_spacing and not arguments.scheduler:
         raise ValueError("`timestep_spacing` requires `scheduler`: also pass --scheduler.")
     seen = arguments.num_seen_frames
@@ -369,7 +385,7 @@ def check_arguments(arguments: EvaluationArguments) -> None:
 
 @dataclass
 class Evaluation:
-    """A model, the held-out data, and the figures of each group of clips; methods print their main figures."""
+    """A model, the held-out data, and the metrics of each group of clips; methods also print their main metrics."""
 
     arguments: EvaluationArguments
     dataset: LeRobotFolder
@@ -433,7 +449,7 @@ class Evaluation:
         return report
 
     def expert_rollouts(self) -> dict[str, Any]:
-        """Score the poses at the end of expert episodes, against those if nothing had moved; empty without such episodes."""
+        """Score the poses at the end of expert episodes, compared with a static baseline; empty if there are no such episodes."""
         arguments, rng = self.arguments, self.rng
         expert = expert_episodes(self.dataset, arguments.num_rollouts, self.history)
         if expert is None:
@@ -458,6 +474,12 @@ class Evaluation:
             bar = tqdm(parts, desc=f"driving at {speed:g}", unit="batch")
             predicted = np.concatenate([self.predict(frames[part, :1], actions[part]) for part in bar])
             figures = driving_figures(predicted, frames[:, 1:], states[:, 1:], self.rng, arguments.pusher_radius)
+            if not figures:
+                print(
+                    f"driving at {speed:g}: omitted, because no frame of the simulator shows exactly one pusher",
+                    flush=True,
+                )
+                continue
             report[f"{speed:g}"] = figures
             errors = ", ".join(f"{name} {values['median']:.2f}" for name, values in figures["last_5_frames"].items())
             print(
@@ -468,7 +490,7 @@ class Evaluation:
         return {"driving": report} if report else {}
 
     def identification(self) -> dict[str, Any]:
-        """Identify which of 8 simulated futures of a history a prediction shows; empty without histories."""
+        """Identify which of 8 simulated futures of a history a prediction shows; empty if no history has 8 futures."""
         arguments, history = self.arguments, self.history
         if not arguments.num_histories:
             return {}
@@ -488,6 +510,9 @@ class Evaluation:
                 if len(right) == arguments.num_histories:
                     break
             pool.shutdown(cancel_futures=True)
+        if not right:
+            print(f"identification: omitted, because no history has {WAYS} different futures", flush=True)
+            return {}
         rates = np.stack(right).mean(1)  # per history, because its 8 predictions are not independent
         figures = bootstrap(rates, self.rng)
         print(f"identification {figures['mean']:.3f} [{figures['low']:.3f}, {figures['high']:.3f}]")
@@ -513,11 +538,12 @@ def main() -> None:
     dataset = LeRobotFolder(Path(arguments.dataset))
     rng = np.random.default_rng(arguments.seed)
     evaluation = Evaluation(arguments, dataset, *load_model(arguments), history, rng)
-    report = evaluation.clips() | evaluation.expert_rollouts() | evaluation.drives() | evaluation.identification()
-    report["setting"] = evaluation.setting()
-    if arguments.output:
-        with temporary_path(arguments.output) as partial:
-            partial.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    report: dict[str, Any] = {}
+    for part in (evaluation.clips, evaluation.expert_rollouts, evaluation.drives, evaluation.identification):
+        report |= part()
+        if arguments.output:  # after every part, because the next one can take hours
+            with temporary_path(arguments.output) as partial:
+                partial.write_text(json.dumps(report | {"setting": evaluation.setting()}, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,16 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
-import pymunk
-import shapely
-from gym_pusht.envs.pusht import PushTEnv
 from simulator import ARENA, Pusher, State
+
+from irasim_diffusers.training import exit_without_extra
+
+try:
+    import pymunk
+    import shapely
+    from gym_pusht.envs.pusht import PushTEnv
+except ModuleNotFoundError as error:
+    exit_without_extra(error, "pusht")
 
 GOAL = np.array([256.0, 256.0, np.pi / 4])
 REACH = 18.0  # distance of the pusher's centre from the block's surface before a push, in arena units
@@ -64,6 +70,14 @@ def outline(poses: np.ndarray) -> np.ndarray:
 def distance_to_goal(poses: np.ndarray) -> np.ndarray:
     """Return the mean distance of the corners of blocks (..., 3) from their goal positions, in arena units."""
     return np.linalg.norm(outline(poses) - outline(GOAL), axis=-1).mean(-1)
+
+
+def ious(blocks: np.ndarray) -> np.ndarray:
+    """Intersection over union (N,) of blocks at poses (N, 3) with the goal."""
+    goal = shapely.Polygon(outline(GOAL))
+    shapes = shapely.polygons(outline(blocks))
+    overlap = shapely.area(shapely.intersection(shapes, goal))
+    return overlap / (2 * goal.area - overlap)
 
 
 def push_to_goal(rng: np.random.Generator, state: State, noise: float = 0.0) -> Pusher:

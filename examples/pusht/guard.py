@@ -5,7 +5,7 @@
 From states in which the block covers a part of the goal, a planner without a guard searches for actions with the highest IoU that
 the frame regressor reads from the predicted frames. The simulator replays the same actions. A plan exploits the model if its
 predicted IoU exceeds the true one by more than `--margin`. Each guard compares scores of members, see `Disagreement`. Its limit is
-the 95 % quantile of the spread over recorded action sequences, which no planner has optimised. The report contains the recall
+the 95 % quantile of the spread over recorded action sequences, which no planner has optimized. The report contains the recall
 (exploiting plans above the limit), the false-alarm rate (other plans above the limit) and the area under the ROC curve (AUC). An
 interrupted run resumes.
 """
@@ -71,7 +71,7 @@ def true_iou(seed: int, actions: np.ndarray) -> float:
 
 
 def plans_of_episode(number: int, dataset: Any, model: WorldModel, guards: dict, reward: Any, arguments: Any) -> list:
-    """Recorded and optimised plans from one state of an episode, with predicted and true scores; [] if no state fits."""
+    """Recorded and optimized plans from one state of an episode, with predicted and true scores; [] if no state qualifies."""
     episode = dataset[number]
     overlap = ious(episode.states[BLOCK].astype(np.float64))[1 : -arguments.horizon]
     places = np.nonzero((overlap > COVERED[0]) & (overlap < COVERED[1]))[0] + 1
@@ -108,16 +108,16 @@ def plans_of_episode(number: int, dataset: Any, model: WorldModel, guards: dict,
 def summarise(plans: list[dict[str, Any]], margin: float, seed: int) -> dict[str, Any]:
     """Scores of the plans, and for each guard its limit, recall, false-alarm rate and AUC, with intervals and counts."""
     rng = np.random.default_rng(seed)
-    recorded, optimised = ([row for row in plans if (row["plan"] == "recorded") == kind] for kind in (True, False))
-    exploits = np.array([row["predicted"] - row["true"] > margin for row in optimised])
+    recorded, optimized = ([row for row in plans if (row["plan"] == "recorded") == kind] for kind in (True, False))
+    exploits = np.array([row["predicted"] - row["true"] > margin for row in optimized])
     report: dict[str, Any] = {
-        name: bootstrap(np.array([row[name] for row in optimised]), rng) for name in ("before", "predicted", "true")
+        name: bootstrap(np.array([row[name] for row in optimized]), rng) for name in ("before", "predicted", "true")
     }
     report["exploits"] = bootstrap(exploits.astype(float), rng)
     report["guards"] = {}
     for guard in plans[0]["spread"]:
         limit = float(np.quantile([row["spread"][guard] for row in recorded], 0.95))
-        spread = np.array([row["spread"][guard] for row in optimised])
+        spread = np.array([row["spread"][guard] for row in optimized])
         figures: dict[str, Any] = {"limit": limit}
         for name, part in (("recall", spread[exploits]), ("false_alarms", spread[~exploits])):
             figures[name] = bootstrap((part > limit).astype(float), rng) if len(part) else None

@@ -122,7 +122,7 @@ class Improvement:
     def update(
         self, observation: dict[str, Any], chunks: torch.Tensor, weights: torch.Tensor, generator: torch.Generator
     ) -> None:
-        """Minimise the denoising loss of chunks (N, K, n, 2), weighted by (N, K)."""
+        """Minimize the denoising loss of chunks (N, K, n, 2), weighted by (N, K)."""
         scheduler, group = self.policy.scheduler(), chunks.shape[1]
         positions = torch.as_tensor(observation["agent_pos"])
         frames = torch.as_tensor(observation["pixels"]).movedim(-1, 1).float() / 255

@@ -5,8 +5,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import pymunk
-from gym_pusht.envs.pusht import PushTEnv
+
+from irasim_diffusers.training import exit_without_extra
+
+try:
+    import pymunk
+    from gym_pusht.envs.pusht import PushTEnv
+except ModuleNotFoundError as error:
+    exit_without_extra(error, "pusht")
 
 ARENA = 512  # side of the arena, in the units of actions and states
 SIZE = 96  # side of an observed frame, in pixels
@@ -111,7 +117,7 @@ class Simulator:
 
 
 def push_about(rng: np.random.Generator, state: State) -> Pusher:
-    """Targets of a pusher that explores contact with the block; send each new `State` back.
+    """Generator of targets that explore block contact; send the resulting `State` to it.
 
     Each stroke moves along a line that passes the block's centre at a random offset: small offsets push the block, medium
     offsets rotate it or slide off, large ones miss. Strokes push the block towards the inner arena, so that it rarely gets

@@ -264,7 +264,7 @@ class Study:
         return {"model": self.world_models.get(model, model), "base": str(self.base)}
 
     def inputs(self) -> dict[str, Any]:
-        """What determines the results of the comparisons, besides sizes."""
+        """Return the fingerprints of all inputs of the comparisons."""
         weights = {name: fingerprint(Path(path)) for name, path in self.world_models.items()}
         return {"world_models": weights, "base": fingerprint(self.base), "planned": self.policies["planned"]} | {
             "rewards": fingerprint(Path(self.rewards["folder"])),

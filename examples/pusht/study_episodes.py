@@ -9,9 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
-import shapely
 import torch
 from collect import TASKS
 from expert import outline
@@ -28,6 +26,13 @@ from irasim_diffusers.planning import CEM, Disagreement, Gradient, Plan, Rank, S
 from irasim_diffusers.policies import ChunkPolicy, PlannerPolicy, Policy
 from irasim_diffusers.rewards import GoalImage, pretrained_encoder
 from irasim_diffusers.rollout import roll
+from irasim_diffusers.training import exit_without_extra
+
+try:
+    import gymnasium
+    import shapely
+except ModuleNotFoundError as error:
+    exit_without_extra(error, "pusht")
 
 HISTORY = 2  # frames from which world models start
 SIMULATOR = "simulator"  # instead of the folder of a world model: the upper bound
@@ -201,7 +206,7 @@ def push_to_image(
 
 
 def contact(real: Simulator, rng: np.random.Generator, seed: int) -> tuple[list[np.ndarray], State]:
-    """Push the block about at random until the pusher touches it after 20 steps or more: returns the last frames and the state."""
+    """Push the block randomly until the pusher touches it after 20 steps or more: returns the last frames and the state."""
     state = real.reset(seed)
     pusher = push_about(rng, state)
     action, frames = next(pusher), [real.frame()]
@@ -215,7 +220,7 @@ def contact(real: Simulator, rng: np.random.Generator, seed: int) -> tuple[list[
 
 
 def pushed_to(poses: np.ndarray, goal: np.ndarray) -> np.ndarray:
-    """Whether blocks at poses (K, 3) are as close to a goal pose (3,) as a push to a goal image must come."""
+    """Return whether blocks at poses (K, 3) are within the tolerances of a goal pose (3,)."""
     turn = (poses[:, 2] - goal[2] + np.pi) % (2 * np.pi) - np.pi
     near = np.linalg.norm(poses[:, :2] - goal[:2], axis=1) < PUSHED
     return near & (np.abs(turn) < TURNED)

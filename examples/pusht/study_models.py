@@ -13,8 +13,9 @@ from collect import CAMERA, NAMES, TASKS
 from convolutional import WEIGHTS
 from convolutional import load as load_convolutional
 from diffusion_policy import DiffusionPolicy
+from expert import ious
 from simulator import FPS, SIZE, Simulator
-from train_reward import BLOCK, ious
+from train_reward import BLOCK
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.data import Episode, LeRobotFolder, is_written, write_file, write_metadata
@@ -119,7 +120,7 @@ class Solved:
 
 @torch.no_grad()
 def success_threshold(folder: Path, dataset: Path, max_episodes: int) -> dict[str, float]:
-    """Choose the largest predicted IoU of an episode that tells success in the simulator best.
+    """Choose the threshold on the largest predicted IoU that best classifies success in the simulator.
 
     Only episodes of the expert and the noisy expert are used. Of equally good thresholds the middle one is returned.
 

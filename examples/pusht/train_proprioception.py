@@ -24,15 +24,17 @@ from irasim_diffusers import IRASimPipeline, ProprioceptionModel, embedded_check
 from irasim_diffusers.data import EpisodeSource, open_dataset
 from irasim_diffusers.devices import fast_dtype
 from irasim_diffusers.files import temporary_path
-from irasim_diffusers.training import run_script, save_finished
+from irasim_diffusers.training import check_ranges, run_script, save_finished
 
 
 @dataclass
 class ProprioceptionArguments:
     dataset: str = field(metadata={"help": "LeRobotDataset folder with states"})
     validation_dataset: str = field(metadata={"help": "held-out LeRobotDataset folder"})
-    model: str = field(default=str(embedded_checkpoint()), metadata={"help": "pipeline that predicts frames"})
-    output_dir: Path | None = field(default=None, metadata={"help": "default: the folder proprioception of the model"})
+    model: str | None = field(
+        default=None, metadata={"help": "pipeline that predicts frames (default: the embedded model)"}
+    )
+    output_dir: Path | None = field(default=None, metadata={"help": "default: the folder proprioception of --model"})
     state_key: str = field(default="observation.state", metadata={"help": "key of the robot state"})
     state_low: list[float] = field(default_factory=lambda: [0.0, 0.0], metadata={"help": "lowest states"})
     state_high: list[float] = field(default_factory=lambda: [512.0, 512.0], metadata={"help": "highest states"})
@@ -64,7 +66,12 @@ def read_frames(
     drawn = []
     for _ in tqdm(range(windows), desc="windows"):
         number = int(rng.integers(len(source)))
-        start = int(rng.integers(len(source.vectors(number)["action"]) - history - length + 1))
+        num_starts = len(source.vectors(number)["action"]) - history - length + 1
+        if num_starts < 1:
+            raise ValueError(
+                f"`num_predicted` must be at most {length + num_starts - 1} for episode {number} of {source.name!r}, got {length}."
+            )
+        start = int(rng.integers(num_starts))
         drawn.append(source.window(number, start, history + length))
     predicted = []
     for first in tqdm(range(0, rollouts, 16), desc="rollouts"):
@@ -95,7 +102,11 @@ def augment(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def train(
     data: dict[str, tuple[torch.Tensor, torch.Tensor]], names: list[str], arguments: ProprioceptionArguments
 ) -> ProprioceptionModel:
-    """Fit a model to `recorded` and `predicted` frames."""
+    """Fit a model to `recorded` and `predicted` frames.
+
+    Raises:
+        FloatingPointError: If the loss is not finite.
+    """
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     offset, scale = data["recorded"][1].mean(0), 1 / data["recorded"][1].std(0)
@@ -107,7 +118,7 @@ def train(
         optimizer, arguments.learning_rate, arguments.max_train_steps, pct_start=0.1
     )
     progress = tqdm(range(arguments.max_train_steps), desc="steps")
-    for _ in progress:
+    for step in progress:
         frames, states = [], []
         for part, targets in data.values():
             chosen = torch.randint(len(part), (arguments.batch_size // 2,), generator=generator)
@@ -116,6 +127,8 @@ def train(
         with torch.autocast("cpu", torch.bfloat16):
             prediction = model(augment(torch.cat(frames).float() / 255, generator))
         loss = functional.smooth_l1_loss(prediction * scale, torch.cat(states) * scale, beta=0.02)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: use a lower `learning_rate`.")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -129,15 +142,40 @@ def errors(model: ProprioceptionModel, frames: torch.Tensor, states: torch.Tenso
     """Distances between readings and states (N, S), in units of the state and in pixels."""
     readings = torch.cat([model.read(part.float() / 255) for part in frames.split(256)])
     distances = torch.linalg.vector_norm(readings - states, dim=-1).numpy()
-    figures = {"median": np.median(distances), "mean": distances.mean(), "p95": np.quantile(distances, 0.95)}
-    report = {"frames": len(frames), **figures, **{f"{name}_px": value * unit for name, value in figures.items()}}
+    metrics = {"median": np.median(distances), "mean": distances.mean(), "p95": np.quantile(distances, 0.95)}
+    report = {"frames": len(frames), **metrics, **{f"{name}_px": value * unit for name, value in metrics.items()}}
     return {name: round(float(value), 3) for name, value in report.items()}
+
+
+def check_arguments(arguments: ProprioceptionArguments) -> None:
+    """Check the arguments before anything is read.
+
+    Raises:
+        ValueError: If a value is out of range, or no folder for the result is given.
+    """
+    check_ranges(
+        arguments,
+        not_negative=("seed",),
+        at_least_1=("num_windows", "num_rollouts", "num_validation_windows", "num_predicted", "max_train_steps"),
+        positive=("learning_rate",),
+    )
+    if arguments.batch_size < 2:
+        raise ValueError(f"`batch_size` must be at least 2, half of each kind of frame, got {arguments.batch_size}.")
+    if arguments.num_rollouts > arguments.num_windows:
+        raise ValueError(
+            f"`num_rollouts` must be at most `num_windows` ({arguments.num_windows}), got {arguments.num_rollouts}."
+        )
+    if arguments.model is None and arguments.output_dir is None:
+        raise ValueError(
+            "`output_dir` or `model` is required: pass --output_dir to keep the proprioception of the embedded model."
+        )
 
 
 def main() -> None:
     (arguments,) = HfArgumentParser(ProprioceptionArguments).parse_args_into_dataclasses()
+    check_arguments(arguments)
     began = time.perf_counter()
-    pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=fast_dtype("cpu"))
+    pipeline = IRASimPipeline.from_pretrained(arguments.model or embedded_checkpoint(), dtype=fast_dtype("cpu"))
     pipeline.set_progress_bar_config(disable=True)
     training, validation = open_dataset(arguments.dataset), open_dataset(arguments.validation_dataset)
     count = arguments.num_validation_windows
@@ -147,11 +185,11 @@ def main() -> None:
     names = training.component_names(arguments.state_key) or [f"state {index}" for index in range(size)]
     model = train(data, names, arguments)
 
-    output = arguments.output_dir or Path(arguments.model) / "proprioception"
-    save_finished(Path(output), model.save_pretrained)
     unit = pipeline.frame_size[1] / (arguments.state_high[0] - arguments.state_low[0])
     report: dict[str, Any] = {name: errors(model, *part, unit) for name, part in held_out.items()}
     report["parameters"] = model.num_parameters()
+    output = arguments.output_dir or Path(arguments.model or "") / "proprioception"
+    save_finished(output, model.save_pretrained)
     with temporary_path(output / "metrics.json") as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))

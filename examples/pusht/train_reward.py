@@ -4,8 +4,8 @@
 
 The label is the intersection over union (IoU) of block and goal in the simulator (paper, section 4.3), or their closeness:
 1 minus the mean distance of the block's corners from their goal positions, in units of 256. The IoU is zero in most frames, so
-the closeness is the better guide for a planner that is far from the goal. Only the frame enters the network. Frames are blurred,
-shifted in colour and made noisy, so that the network also works on the frames of a world model. The report compares the error on
+the closeness is the better guide for a planner that is far from the goal. The network receives only the frame. Frames are augmented
+with blur, color shifts and noise, so that the network also works on the frames of a world model. The report compares the error on
 held-out simulator frames with that on frames that the world model predicts for held-out actions.
 
 The network is stored in the folder `reward` of the world model, where `irasim_diffusers.envs` finds it. `--max_train_steps 0` only
@@ -19,9 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import shapely
 import torch
-from expert import GOAL, distance_to_goal, outline
+from expert import distance_to_goal, ious
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -31,7 +30,7 @@ from irasim_diffusers.data import EpisodeSource, open_dataset
 from irasim_diffusers.files import temporary_path
 from irasim_diffusers.metrics import bootstrap
 from irasim_diffusers.rewards import FrameRegressor
-from irasim_diffusers.training import require_finite, run_script
+from irasim_diffusers.training import check_ranges, run_script
 
 BLOCK = "observation.environment_state"
 SCALE = 256.0  # distance of closeness 0, arena units
@@ -41,12 +40,12 @@ TARGETS = ("iou", "closeness")
 @dataclass
 class RewardArguments:
     dataset: str = field(metadata={"help": "LeRobotDataset folder made by collect.py"})
-    model: str = field(
-        default=str(embedded_checkpoint()), metadata={"help": "world model of the report, folder or Hub id"}
+    model: str | None = field(
+        default=None, metadata={"help": "world model of the report, folder or Hub id (default: the embedded model)"}
     )
     output_dir: Path | None = field(
         default=None,
-        metadata={"help": "folder for the network and report.json (default: the folder reward of the model)"},
+        metadata={"help": "folder for the network and report.json (default: the folder reward of --model)"},
     )
     test_dataset: str | None = field(
         default=None, metadata={"help": "held-out dataset; without it no error is reported"}
@@ -63,14 +62,6 @@ class RewardArguments:
     num_clips: int = field(default=100, metadata={"help": "held-out clips that the world model predicts"})
     num_predicted_frames: int = field(default=15, metadata={"help": "predicted frames of a clip"})
     seed: int = 0
-
-
-def ious(blocks: np.ndarray) -> np.ndarray:
-    """Intersection over union (N,) of blocks at poses (N, 3) with the goal."""
-    goal = shapely.Polygon(outline(GOAL))
-    blocks = shapely.polygons(outline(blocks))
-    overlap = shapely.area(shapely.intersection(blocks, goal))
-    return overlap / (2 * goal.area - overlap)
 
 
 def labels(blocks: np.ndarray, target: str) -> np.ndarray:
@@ -91,7 +82,7 @@ def read_frames(dataset: EpisodeSource, arguments: RewardArguments) -> tuple[tor
 
 
 def augment(frames: torch.Tensor) -> torch.Tensor:
-    """Blur half of the frames (B, 3, H, W) and add noise of pixels, of 4x4 patches and of the colours to all."""
+    """Blur half of the frames (B, 3, H, W) and add noise of pixels, of 4x4 patches and of the colors to all."""
     size = len(frames)
     blurred = functional.avg_pool2d(functional.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     share = torch.rand(size, 1, 1, 1) * (torch.rand(size, 1, 1, 1) < 0.5)
@@ -99,12 +90,12 @@ def augment(frames: torch.Tensor) -> torch.Tensor:
     strength = 0.05 * torch.rand(size, 1, 1, 1)
     patches = torch.randn(*frames.shape[:2], frames.shape[2] // 4, frames.shape[3] // 4)
     patches = functional.interpolate(patches, frames.shape[2:], mode="bilinear")
-    colours = 0.02 * torch.randn(size, 3, 1, 1)
-    return (frames + strength * (torch.randn_like(frames) + patches) + colours).clamp(0, 1)
+    colors = 0.02 * torch.randn(size, 3, 1, 1)
+    return (frames + strength * (torch.randn_like(frames) + patches) + colors).clamp(0, 1)
 
 
 def train(network: FrameRegressor, frames: torch.Tensor, values: torch.Tensor, arguments: RewardArguments) -> None:
-    """Minimise the squared error; frames with high labels, which are rare, are drawn as often as others."""
+    """Minimize the squared error; frames with high labels, which are rare, are drawn as often as others."""
     bins = (values * 10).long().clamp(max=9)
     weights = 1 / bins.bincount(minlength=10).clamp(min=1)[bins].sqrt()
     optimizer = torch.optim.AdamW(network.parameters(), lr=arguments.learning_rate, weight_decay=1e-3)
@@ -115,7 +106,7 @@ def train(network: FrameRegressor, frames: torch.Tensor, values: torch.Tensor, a
         error = network(augment(frames[rows].float() / 255)) - values[rows]
         loss = error.square().mean()
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"The loss is {loss.item()} at step {step}: use a smaller `learning_rate`.")
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: use a smaller `learning_rate`.")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -129,7 +120,7 @@ def predicted_clips(
     dataset: EpisodeSource, arguments: RewardArguments
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Frames (N, n, 3, H, W) that the world model predicts, those of the simulator, and their labels (N, n)."""
-    pipeline = IRASimPipeline.from_pretrained(arguments.model)
+    pipeline = IRASimPipeline.from_pretrained(arguments.model or embedded_checkpoint())
     pipeline.set_progress_bar_config(disable=True)
     history, length = pipeline.transformer.config.num_history_frames, arguments.num_predicted_frames
     rng = np.random.default_rng(arguments.seed)
@@ -170,18 +161,21 @@ def evaluate(network: FrameRegressor, dataset: EpisodeSource, arguments: RewardA
 
 def main() -> None:
     (arguments,) = HfArgumentParser(RewardArguments).parse_args_into_dataclasses()
-    require_finite(asdict(arguments))
-    if arguments.target not in TARGETS:
-        raise ValueError(f"`target` must be iou or closeness, got {arguments.target!r}.")
-    if arguments.max_train_steps < 0:
-        raise ValueError(f"`max_train_steps` must be at least 0, got {arguments.max_train_steps}.")
-    for name in ("max_episodes", "frames_per_episode", "batch_size", "num_clips"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(arguments, name)}.")
+    check_ranges(
+        arguments,
+        not_negative=("max_train_steps", "seed"),
+        at_least_1=("max_episodes", "frames_per_episode", "batch_size", "num_clips", "num_predicted_frames"),
+        positive=("learning_rate",),
+        choices={"target": TARGETS},
+    )
+    if arguments.model is None and arguments.output_dir is None:
+        raise ValueError(
+            "`output_dir` or `model` is required: pass --output_dir to keep the reward of the embedded model."
+        )
     torch.manual_seed(arguments.seed)
     started = time.perf_counter()
     test = open_dataset(arguments.test_dataset) if arguments.test_dataset else None
-    output_dir = arguments.output_dir or Path(arguments.model) / "reward"
+    output_dir = arguments.output_dir or Path(arguments.model or "") / "reward"
     if arguments.max_train_steps:
         frames, values = read_frames(open_dataset(arguments.dataset), arguments)
         network = FrameRegressor(
@@ -192,10 +186,10 @@ def main() -> None:
     else:
         network = FrameRegressor.from_pretrained(output_dir).eval()
     report = {} if test is None else evaluate(network, test, arguments)
-    for name, figures in report.items():
-        print(f"{name}: MAE {figures['mean']:.4f} [{figures['low']:.4f}, {figures['high']:.4f}]", end=", ")
-        print(f"Pearson {figures['pearson']:.3f}, bias {figures['bias']:+.4f}, n {figures['n']},", end=" ")
-        print(f"{figures['wrong_successes']} wrong successes, {figures['successes']} true ones")
+    for name, metrics in report.items():
+        print(f"{name}: MAE {metrics['mean']:.4f} [{metrics['low']:.4f}, {metrics['high']:.4f}]", end=", ")
+        print(f"Pearson {metrics['pearson']:.3f}, bias {metrics['bias']:+.4f}, n {metrics['n']},", end=" ")
+        print(f"{metrics['wrong_successes']} wrong successes, {metrics['successes']} true ones")
     report["setting"] = asdict(arguments) | {
         "output_dir": str(output_dir),
         "command": " ".join(["python", *sys.argv]),

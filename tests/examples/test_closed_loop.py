@@ -23,6 +23,8 @@ from irasim_diffusers.envs import WorldModelVectorEnv, load_world_model
 class Dots:
     """A data source: a white dot on black frames of 8x12 pixels; the state is the position of the dot."""
 
+    name = "dots"
+
     def __len__(self):
         return 40
 
@@ -66,6 +68,29 @@ def test_proprioception_is_trained_measured_and_found(stored, monkeypatch):
     )  # 12 pixels for 12 units
     environment = WorldModelVectorEnv.from_pretrained(stored, 1, "cpu")
     assert environment.single_observation_space["agent_pos"].high.tolist() == [12, 12]
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        (["--output_dir", ""], ValueError, "`output_dir` or `model` is required: pass --output_dir"),
+        (["--batch_size", 1], ValueError, "`batch_size` must be at least 2"),
+        (["--num_rollouts", 300], ValueError, r"`num_rollouts` must be at most `num_windows` \(250\), got 300"),
+        (["--learning_rate", "nan"], ValueError, "`learning_rate` must be finite, got nan"),
+        (["--num_predicted", 1000], ValueError, "`num_predicted` must be at most .* for episode .*, got 1000"),
+        (["--learning_rate", 1e30], FloatingPointError, r"the loss is (nan|inf) at step \d+: use a lower"),
+    ],
+)
+def test_failed_proprioception_training_writes_nothing(stored, monkeypatch, flags, error, message):
+    monkeypatch.setattr(train_proprioception, "open_dataset", lambda path: Dots())
+    model = [] if flags[0] == "--output_dir" else ["--model", stored]
+    sizes = [] if "at most `num_windows`" in message else ["--num_windows", 4, "--num_rollouts", 1]
+    command = ["train_proprioception.py", "--dataset", "a", "--validation_dataset", "b", *model, *sizes]
+    command += ["--num_validation_windows", 2, "--num_predicted", 3, "--max_train_steps", 30, "--state_high", 12, 12]
+    monkeypatch.setattr("sys.argv", [*map(str, command), *(str(flag) for flag in flags if flags[0] != "--output_dir")])
+    with pytest.raises(error, match=message):
+        train_proprioception.main()
+    assert not (stored / "proprioception").exists()
 
 
 def test_errors_are_distances():

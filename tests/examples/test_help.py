@@ -1,3 +1,4 @@
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -16,3 +17,29 @@ def test_help(script, monkeypatch, capsys):
         runpy.run_path(str(script), run_name="__main__")
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith("usage:")
+
+
+OPTIONAL = ("gradio", "gradio_client", "gym_pusht", "gymnasium", "matplotlib", "pymunk", "shapely", "tensorboard")
+APP = EXAMPLES.parent / "spaces" / "app.py"
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, APP], ids=lambda path: str(path.relative_to(EXAMPLES.parent)))
+def test_missing_extra_ends_in_one_line(script, monkeypatch, capsys):
+    """Without optional packages, a script prints its help or names the extra, before any work and without a traceback."""
+    for name, module in list(sys.modules.items()):
+        own = str(getattr(module, "__file__", None) or "").startswith((str(EXAMPLES), str(APP.parent)))
+        if own or name == "irasim_diffusers.envs" or name.split(".")[0] in OPTIONAL:
+            monkeypatch.delitem(sys.modules, name)
+    for name in OPTIONAL:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.syspath_prepend(str(script.parent))
+    monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    if stop.value.code:
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert re.fullmatch(rf"{script.name}: error: \w+ is missing: pip install .*\[\w+\].*\n", error)
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None) or "").startswith((str(EXAMPLES), str(APP.parent))):
+            del sys.modules[name]  # imported without the optional packages

@@ -15,6 +15,7 @@ from pathlib import Path
 import collect
 import conditioning
 import convolutional
+import embed
 import evaluate
 import gymnasium
 import numpy as np
@@ -31,7 +32,7 @@ from simulator import Simulator, hold_keys, jump_to_targets, push_about, push_at
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.cli import main
-from irasim_diffusers.data import LeRobotFolder, read_video
+from irasim_diffusers.data import Episode, LeRobotFolder, read_video
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = ["--num_layers", "1", "--num_attention_heads", "2", "--attention_head_dim", "12", "--train_batch_size", "4"]
@@ -159,6 +160,9 @@ def test_card_counts_policies(workspace):
         (["--pusher_radius", "30"], "`expert` and `noisy` must be 0, got 0.25 and 0.25"),
         (["--pusher_radius", "0"], "must be positive, got 0"),
         (["--aimless", "-1"], "must be non-negative fractions"),
+        (["--length", "0"], "`length` must be at least 1, got 0"),
+        (["--num_workers", "0"], "`num_workers` must be at least 1, got 0"),
+        (["--keys", "nan"], "`keys` must be finite, got nan"),
     ],
 )
 def test_collect_rejects_changed_or_invalid_settings(workspace, monkeypatch, changes, message):
@@ -173,6 +177,13 @@ def test_collect_rejects_folder_without_settings_file(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["collect.py", "--output", str(tmp_path)])
     with pytest.raises(ValueError, match="no settings file"):
         collect.main()
+
+
+def test_collect_leaves_no_settings_file_after_invalid_arguments(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["collect.py", "--output", str(tmp_path / "set"), "--episodes", "-5"])
+    with pytest.raises(ValueError, match="`episodes` must be at least 1, got -5"):
+        collect.main()
+    assert not (tmp_path / "set").exists()
 
 
 def test_simulator_matches_gym_pusht():
@@ -355,9 +366,17 @@ def test_train_vae_rejects_folder_of_another_run(workspace, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(workspace):
+    shutil.copytree(workspace / "set", workspace / "held-out")
     train(
         *(workspace, "whole", "--max_train_steps", 6, "--checkpointing_steps", 2, "--validation_steps", 6),
-        *("--validation_dataset", workspace / "set", "--num_validation_clips", 2, "--validation_inference_steps", 2),
+        *(
+            "--validation_dataset",
+            workspace / "held-out",
+            "--num_validation_clips",
+            2,
+            "--validation_inference_steps",
+            2,
+        ),
         *("--validation_split", "train[:2]"),
     )
     return workspace / "whole"
@@ -550,6 +569,98 @@ def test_convolutional_baseline_trains_resumes_and_is_evaluated(workspace):
         *("--num_clips", 2, "--num_histories", 0, "--num_drives", 0, "--num_history_frames", 2),
     )
     assert json.loads((folder / "report.json").read_text())["clip_psnr"]["n"] == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (convolutional, ["--batch_size", 0], "`batch_size` must be at least 1, got 0"),
+        (convolutional, ["--max_minutes", "nan"], "`max_minutes` must be finite, got nan"),
+        (convolutional, ["--rollout_start", 2], r"`rollout_start` must be in \[0, 1\], got 2"),
+        (evaluate, ["--batch_size", 0], "`batch_size` must be at least 1, got 0"),
+        (evaluate, ["--num_clips", 0], "`num_clips` must be at least 1, got 0"),
+        (evaluate, ["--dtype", "int8"], "`dtype` must be one of float32, bfloat16, got 'int8'"),
+    ],
+)
+def test_invalid_arguments_raise_before_any_work(tmp_path, monkeypatch, script, flags, message):
+    output = {convolutional: ["--output_dir", tmp_path / "out"], evaluate: ["--model", "none", "--output", "none"]}
+    command = [script.__name__, "--dataset", "none", *output[script], *flags]
+    monkeypatch.setattr("sys.argv", [*map(str, command)])
+    with pytest.raises(ValueError, match=message):
+        script.main()
+    assert not (tmp_path / "out").exists()
+
+
+class Recording(list):
+    """Episodes of frames and states, with the interface of a dataset that `evaluate` uses."""
+
+    name = "recording"
+
+    def vectors(self, number):
+        return {"action": self[number].actions, **self[number].states}
+
+
+def recording(length):
+    """One episode in which the block moves by 10 units per frame."""
+    states = {"observation.state": np.zeros((length, 2)), "observation.environment_state": np.zeros((length, 3))}
+    states["observation.environment_state"][:, 0] = 10 * np.arange(length)
+    frames = np.arange(length, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    return Recording([Episode(frames, np.arange(2.0 * length).reshape(-1, 2), states)])
+
+
+def test_clip_that_fits_exactly_is_scored():
+    frames, actions, states = evaluate.held_out_clips(recording(6), 5, 3, 1, moving=True)
+    assert frames[:, :, 0, 0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert actions[:, :, 0].tolist() == [[0, 2], [6, 8]]
+    assert states[:, 2].tolist() == [20, 50]
+
+
+def test_history_before_the_last_possible_future_is_used():
+    (task,) = evaluate.identification_tasks(recording(36), 1, 17, 2, 0, 15.0)
+    assert (task.start, task.start + task.num_actions) == (20, 35)
+    assert evaluate.identification_tasks(recording(35), 1, 17, 2, 0, 15.0) == []
+
+
+def test_metrics_without_data_are_omitted(capsys):
+    white = np.full((1, 60, 96, 96, 3), 255, np.uint8)
+    assert evaluate.driving_figures(white / 255, white, np.zeros((1, 60, 5)), np.random.default_rng(0), 15.0) == {}
+    arguments = evaluate.EvaluationArguments(model="none", dataset="none", num_histories=1)
+    still = Recording([])
+    evaluation = evaluate.Evaluation(arguments, still, None, None, 1, np.random.default_rng(0))
+    assert evaluation.identification() == {}
+    assert "identification: omitted, because no history has 8 different futures" in capsys.readouterr().out
+
+
+def test_embedding_changes_the_package_only_at_the_end(workspace, trained, tmp_path, monkeypatch):
+    target = tmp_path / "package" / "pusht"
+    shutil.copytree(embedded_checkpoint(), target)
+    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    monkeypatch.setattr("embed.embedded_checkpoint", lambda: target)
+
+    def run_embed(*flags):
+        command = ["embed.py", "--model", trained, "--dataset", workspace / "set", *flags]
+        monkeypatch.setattr("sys.argv", [*map(str, command)])
+        embed.main()
+
+    for flags, message in (
+        (["--episode", 3], r"`episode` must be in 0\.\.2, got 3"),
+        (["--start", 60, "--num_actions", 5], "`start` must be at most 53 for 7 of the 60 frames .*, got 60"),
+        (["--num_actions", 0], "`num_actions` must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_embed(*flags)
+    monkeypatch.setattr(embed, "film_strip", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_embed("--num_actions", 5)
+    assert before == {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    monkeypatch.undo()
+    monkeypatch.setattr("embed.embedded_checkpoint", lambda: target)
+    run_embed("--episode", 1, "--start", 53, "--num_actions", 5)
+    assert np.array_equal(read_video(target / "example.mp4"), LeRobotFolder(workspace / "set")[1].frames[53:60])
+    assert len((target / "example_actions.csv").read_text().splitlines()) == 6
+    assert IRASimPipeline.from_pretrained(target).vae is not None
+    assert (target / "README.md").read_bytes() == before[target / "README.md"]
+    assert [path.name for path in target.parent.iterdir()] == ["pusht"]
 
 
 def test_last_frames():

@@ -203,7 +203,8 @@ def test_policy_learns_the_targets_of_a_frame():
 
 
 BAD = [
-    (train_reward, ["--target", "speed"], "`target` must be iou or closeness, got 'speed'"),
+    (train_reward, ["--target", "speed"], "`target` must be one of iou, closeness, got 'speed'"),
+    (train_reward, ["--num_predicted_frames", "0"], "`num_predicted_frames` must be at least 1, got 0"),
     (train_reward, ["--batch_size", "0"], "`batch_size` must be at least 1, got 0"),
     (train_reward, ["--max_train_steps", "-1"], "`max_train_steps` must be at least 0, got -1"),
     (train_reward, ["--learning_rate", "nan"], "`learning_rate` must be finite"),
@@ -214,6 +215,11 @@ BAD = [
     (train_policy, ["--ema_decay", "nan"], "`ema_decay` must be finite"),
     (train_policy, ["--max_demonstrations", "0"], "`max_demonstrations` must be at least 1"),
 ]
+
+
+def test_reward_of_the_package_is_not_replaced_by_default(monkeypatch):
+    with pytest.raises(ValueError, match="`output_dir` or `model` is required: pass --output_dir"):
+        run(train_reward, monkeypatch, "--dataset", "nowhere")
 
 
 @pytest.mark.parametrize(("script", "change", "message"), BAD)

@@ -14,12 +14,14 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import train
 import train_lora
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.tracking import get_available_trackers
 from conftest import tiny_pipeline, tiny_transformer, tiny_vae
 from diffusers import AutoencoderKL, DDIMScheduler
 from hub_server import HubServer
@@ -28,26 +30,35 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_lerobot import write_folder
 from test_pusht import EXAMPLES, call, run
 from train import TrainingArguments, check_arguments
-from train_vae import VAEArguments
+from train_vae import VAEArguments, open_data
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.cli import _parser, main
 from irasim_diffusers.commands.adapt import check_flags
-from irasim_diffusers.data import IRASimFolder, LatentClips, cache_latents, read_video, write_video
+from irasim_diffusers.data import (
+    IRASimFolder,
+    LatentClips,
+    LeRobotFolder,
+    PreparedEpisodes,
+    cache_latents,
+    open_dataset,
+    read_video,
+    write_video,
+)
 from irasim_diffusers.models import noise_process
 from irasim_diffusers.training import (
-    MAY_CHANGE,
-    check_data,
+    check_held_out,
     check_run_arguments,
-    clip_length,
-    crop,
     load_vae,
     newest_checkpoint,
-    open_source,
+    open_sources,
     run_script,
-    training_loss,
 )
+from irasim_diffusers.training.arguments import MAY_CHANGE
+from irasim_diffusers.training.datasets import check_data, open_source
+from irasim_diffusers.training.loss import training_loss
+from irasim_diffusers.training.rollouts import clip_length, crop
 
 CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
 needs_clips = pytest.mark.skipif(not CLIPS.is_dir(), reason="IRASIM_TEST_DATA is not a folder of robot clips")
@@ -153,7 +164,7 @@ def test_pretrained_model_with_other_autoencoder_and_patch_size(workspace, train
     flags += SHORT
     with pytest.raises(ValueError, match=r"`vae` must have the same latents .*`irasim adapt --model .*sampled --vae"):
         call(*flags, "--pretrained", workspace / "sampled", "--output_dir", "none", "--vae", workspace / "flat")
-    with pytest.raises(ValueError, match=r"`patch_size` is 2 in .* cannot become 1: .* with `irasim adapt`"):
+    with pytest.raises(ValueError, match=r"`patch_size` is 2 in .* cannot be changed to 1: .* with `irasim adapt`"):
         call(*flags, "--pretrained", workspace / "sampled", "--output_dir", "none", "--patch_size", 1)
     adapt = ["--model", workspace / "sampled", "--vae", workspace / "flat", "--dataset", workspace / "first"]
     adapt += ["--cameras", 0, 1, "--split", "train", "--patch-size", 2, "--output", workspace / "adapted"]
@@ -196,31 +207,31 @@ def test_pixel_cache_is_lossless(workspace):
     ("changes", "message"),
     [
         ({"optimizer": "sgd"}, "`optimizer` must be one of adamw, adamw8bit, muon, got 'sgd'"),
-        ({"vae": None}, "`vae` must be given, except with `pixel_space` or a pretrained pipeline"),
+        ({"vae": None}, "`vae` is required, except with `pixel_space` or a pretrained pipeline"),
         ({"preset": "M"}, "`preset` must be one of S, B, L, XL, got 'M'"),
         ({"model": "gan"}, "`model` must be one of transformer, unet, got 'gan'"),
         ({"model": "unet", "preset": "S"}, "`preset` must be one of VDM, LVDM, got 'S'"),
         ({"model": "unet", "conditioning": "frame"}, "`conditioning` does not apply to `model` unet"),
         (
             {"model": "unet", "optimizer": "muon", "num_layers": 2},
-            "does not apply to `model` unet: leave out num_layers, optimizer",
+            "does not apply to `model` unet: omit num_layers, optimizer",
         ),
         ({"block_out_channels": [8, 16]}, "`block_out_channels` does not apply to `model` transformer"),
-        ({"pixel_space": True}, "`pixel_space` is for a new model: leave out `vae`"),
+        ({"pixel_space": True}, "`pixel_space` is for a new model: omit `vae`"),
         ({"max_train_minutes": 1, "lr_scheduler": "cosine"}, "`lr_scheduler` must be constant or .* got 'cosine'"),
-        ({"snr_gamma": 5, "prediction_type": "flow_prediction"}, "`snr_gamma` must be left out for flow matching"),
+        ({"snr_gamma": 5, "prediction_type": "flow_prediction"}, "`snr_gamma` must be omitted for flow matching"),
         ({"dataset_weights": [1, 2]}, r"`dataset_weights` must be 1 numbers, got \[1, 2\]"),
         ({"height": 32}, "`height` and `width` must be given together"),
         ({"preset": "S", "pretrained_model_name_or_path": "model"}, "`preset` is for a new model"),
-        ({"frame_skip": 2, "target_fps": 5}, "`frame_skip` and `target_fps` exclude each other"),
+        ({"frame_skip": 2, "target_fps": 5}, "`frame_skip` and `target_fps` are mutually exclusive"),
         ({"terminal_share": 1.5}, r"`terminal_share` must be in \[0, 1\], got 1.5"),
         ({"rollout_chunks": -1}, "`rollout_chunks` must be at least 0, got -1"),
         ({"rollout_inference_steps": 0}, "`rollout_inference_steps` must be at least 1, got 0"),
-        ({"crop_size": 8, "state_keys": ["joints"]}, "`crop_size` and `state_keys` exclude each other"),
+        ({"crop_size": 8, "state_keys": ["joints"]}, "`crop_size` and `state_keys` are mutually exclusive"),
         ({"scale_noisy_latents": True}, "`scale_noisy_latents` must be used with `prediction_type` sample, got None"),
         ({"spatial_position": "area"}, "`spatial_position` must be one of grid, rope, got 'area'"),
         ({"target_extent": [0, 0, 1, 1]}, "`target_extent` must be used with `action_space` absolute, got None"),
-        ({"rollout_start_step": 5}, "must be used with `rollout_chunks`, got 0"),
+        ({"rollout_start_step": 5}, "require `rollout_chunks` > 0, got 0"),
         ({"model": "unet", "crop_size": 8}, "`crop_size` does not apply to `model` unet"),
         ({"target_extent": [0, 1], "action_space": "absolute"}, r"`target_extent` must be 4 numbers, .* got \[0, 1\]"),
         ({"action_normalisation": "max"}, "`action_normalisation` must be one of std, quantile, got 'max'"),
@@ -246,6 +257,11 @@ def test_pixel_cache_is_lossless(workspace):
             {"validation_dataset": "set/"},
             "`validation_split` must differ from `split` .* got 'train' for both in 'set/'",
         ),
+        (
+            {"dataset": [os.path.abspath("set")], "validation_dataset": "./set"},
+            "`validation_split` must differ from `split` .* got 'train' for both in './set'",
+        ),
+        ({"report_to": "paper"}, "`report_to` must be one of all, .*tensorboard.*, got 'paper'"),
         ({"lr_scheduler": "sine"}, "`lr_scheduler` must be one of linear, .*, got 'sine'"),
         ({"attention_backend": "fast"}, "`attention_backend` must be one of .*, got 'fast'"),
         ({"prediction_type": "noise"}, "`prediction_type` must be one of epsilon, .*, got 'noise'"),
@@ -278,6 +294,80 @@ def test_incompatible_data_raise_before_encoding(workspace, changes, message):
     source = open_source(arguments.dataset[0], arguments, "train", None, all_phases=True)
     with pytest.raises(ValueError, match=message):
         check_data([source], arguments)
+
+
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory):
+    """Ten episodes as a LeRobotDataset and as a table, and ten in the format of the IRASim release."""
+    root = tmp_path_factory.mktemp("episodes")
+    write_folder(root / "lerobot", (4,) * 10)
+    frames = [[np.full((8, 8, 3), number, np.uint8)] * 3 for number in range(10)]
+    features = {
+        "video": datasets.List(datasets.Image()),
+        "actions": datasets.List(datasets.List(datasets.Value("float32"))),
+    }
+    rows = {"video": frames, "actions": [[[0.0, 1.0]] * 3] * 10}
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).to_parquet(root / "table" / "train.parquet")
+    write_robot(root / "release", 5, episodes=1, cameras=1)
+    (root / "link").symlink_to(root / "lerobot")
+    return root
+
+
+@pytest.mark.parametrize("name", ["lerobot", "table"])
+@pytest.mark.parametrize(
+    ("split", "validation_split", "max_episodes", "shared"),
+    [
+        ("train", "train[90%:]", None, 1),
+        ("train[:90%]", "train[80%:]", None, 1),
+        ("train[90%:]", "train", None, 1),
+        ("train", "train[:50%]", 3, 3),
+        ("train[:90%]", "train[90%:]", None, 0),
+        ("train", "train[50%:]", 5, 0),
+        ("train[:20%]+train[80%:]", "train[20%:80%]", None, 0),
+    ],
+)
+def test_training_and_validation_must_not_share_episodes(
+    episodes, name, split, validation_split, max_episodes, shared
+):
+    arguments = TrainingArguments(
+        dataset=[str(episodes / name)],
+        output_dir="out",
+        split=split,
+        validation_dataset=os.path.relpath(episodes / name),
+        validation_split=validation_split,
+        max_train_episodes=max_episodes,
+        fps=10,
+    )
+    expected = contextlib.nullcontext()
+    if shared:
+        expected = pytest.raises(
+            ValueError, match=f"`split` and `validation_split` must not .*, which share {shared}: "
+        )
+    with expected:
+        open_sources(arguments)
+
+
+@pytest.mark.parametrize(("name", "other"), [("lerobot", "link"), ("release", "release/../release")])
+def test_shared_episodes_are_found_for_other_spellings_of_a_folder(episodes, name, other):
+    source = PreparedEpisodes(open_dataset(episodes / name, fps=5))
+    arguments = TrainingArguments(dataset=["set"], output_dir="out", validation_dataset=str(episodes / other))
+    held_out = PreparedEpisodes(open_dataset(episodes / other, fps=5))
+    with pytest.raises(ValueError, match=f"which share {len(source)}: "):
+        check_held_out([source], [str(episodes / name)], held_out, arguments)
+    check_held_out([source], ["another"], held_out, arguments)
+
+
+def test_autoencoder_is_not_validated_on_training_episodes(episodes):
+    flags = {"dataset": str(episodes / "lerobot"), "output_dir": "out", "validation_dataset": str(episodes / "link")}
+    with pytest.raises(ValueError, match="must not share episodes of the same dataset, got 'train' and 'train'"):
+        open_data(VAEArguments(**flags))
+    open_data(VAEArguments(**flags, split="train[:5]", validation_split="train[5:]"))
+
+
+@pytest.mark.skipif("aim" in get_available_trackers(), reason="aim is installed")
+def test_missing_tracker_raises():
+    with pytest.raises(ValueError, match="`report_to` aim is not installed: run `pip install aim`"):
+        check_arguments(TrainingArguments(dataset=["set"], output_dir="out", vae="vae", report_to="aim"))
 
 
 def test_gradient_accumulation_must_match_accelerate(workspace, monkeypatch):
@@ -623,6 +713,31 @@ def test_sigterm_of_the_launcher_saves_a_checkpoint_of_two_processes(workspace):
     assert (output / "model_index.json").is_file()
 
 
+def test_units_of_converted_data_reach_the_model(workspace):
+    source = ["--dataset", workspace / "first", "--cameras", "0", "--split", "train", "--fps", 5]
+    flags = [*source, "--output", workspace / "converted"]
+    assert main(["data", *map(str, flags)]) == 0
+    call(
+        *("train", "--dataset", workspace / "converted", "--pixel_space", "--patch_size", 8, *MODEL, *SHORT),
+        *("--output_dir", workspace / "with-units", "--max_train_steps", 1),
+    )
+    config = IRASimPipeline.from_pretrained(workspace / "with-units").transformer.config
+    units = LeRobotFolder(workspace / "converted").action_units
+    assert config.action_units == units
+    assert units[:3] == ["m", "m", "m"]
+
+
+def test_zero_does_not_count_as_an_omitted_argument(workspace):
+    """0 equals False, but `--action_frequencies 0` is a request that a pretrained model with other frequencies contradicts."""
+    tiny_transformer(action_frequencies=2).save_pretrained(workspace / "octaves")
+    flags = {"dataset": ["set"], "output_dir": "out", "pretrained_model_name_or_path": str(workspace / "octaves")}
+    with pytest.raises(
+        ValueError, match=r"`action_frequencies` is 2 in .* cannot be changed to 0: omit it, or change it"
+    ):
+        train.load_pretrained(TrainingArguments(**flags, action_frequencies=0))
+    assert train.load_pretrained(TrainingArguments(**flags)).config.action_frequencies == 2
+
+
 def test_sample_prediction_trains_and_predicts(workspace):
     train_robot(workspace, "sample", "--prediction_type", "sample", "--snr_gamma", 5)
     pipeline = IRASimPipeline.from_pretrained(workspace / "sample")
@@ -647,7 +762,7 @@ def test_other_number_of_action_components(workspace):
         workspace / "five"
     )
     with pytest.raises(
-        ValueError, match=r"must have 5 action components as .*, got 7: .*`irasim adapt --action-dim 7`"
+        ValueError, match=r"must have 5 action components like .*, got 7: .*`irasim adapt --action-dim 7`"
     ):
         call(
             "train",
@@ -678,7 +793,7 @@ def test_other_number_of_action_components(workspace):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "`pretrained_model_name_or_path` must be given: adapters belong to a trained model"),
+        ({}, "`pretrained_model_name_or_path` is required: adapters belong to a trained model"),
         ({"pretrained_model_name_or_path": "model", "lora_rank": 0}, "`lora_rank` must be at least 1, got 0"),
         (
             {"pretrained_model_name_or_path": "model", "lora_dropout": 2.0},
@@ -690,7 +805,7 @@ def test_other_number_of_action_components(workspace):
         ),
         (
             {"pretrained_model_name_or_path": str(Path(__file__).parent)},
-            "`vae` must be given, because .* not a pipeline",
+            "`vae` is required, because .* not a pipeline",
         ),
     ],
 )
@@ -813,7 +928,7 @@ def test_streamed_dataset_matches_local_folder(workspace):
         files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
         pinned = ["--streaming", "--dataset_revision", hub.commit("datasets/lab/files", files)]
         output = train_files("lab/files", "streamed", *pinned, "--max_train_steps", 2)
-        assert "12 windows of 3 episodes, 0 left out" in output
+        assert "12 windows of 3 episodes, 0 episodes skipped" in output
         hub.commit("datasets/lab/files", {"README.md": b"edited"})
         assert "resumed from" in train_files("lab/files", "streamed", *pinned)
     fetched = [request.split("/")[-1] for request in hub.requests if request.startswith("GET") and ".mp4" in request]

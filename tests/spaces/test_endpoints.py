@@ -206,9 +206,9 @@ def save(path, name):
     [
         ("huge", "at most 25 million pixels, got 5100x5000"),
         ("heavy", "at most 10 MB"),
-        ("cut", "must be a whole picture"),
-        ("text", "must be a whole picture"),
-        ("animation", "must be a whole picture"),
+        ("cut", "cannot read"),
+        ("text", "must be a complete image"),
+        ("animation", "must be a complete image"),
     ],
 )
 def test_invalid_pictures_are_refused(tmp_path, name, message):
@@ -224,7 +224,7 @@ def test_pictures_outside_uploads_are_refused(tmp_path, monkeypatch):
     (tmp_path / "uploads" / "link.png").symlink_to(tmp_path / "secret.png")
     assert get_upload_folder() == str(tmp_path / "uploads")
     for path in ("secret.png", "uploads/../secret.png", "uploads/link.png"):
-        with pytest.raises(ValueError, match="uploaded picture"):
+        with pytest.raises(ValueError, match="uploaded image"):
             uploaded_path({"path": str(tmp_path / path)})
 
 
@@ -242,9 +242,9 @@ def test_sessions_are_limited_and_deleted_when_idle(worlds):
         first = await sessions.open(world, lambda: new_session(world))
         with sessions.use(first):
             await sessions.open(world, lambda: new_session(world))
-            with pytest.raises(ValueError, match="all 2 places are taken"):
+            with pytest.raises(ValueError, match="all 2 sessions are in use"):
                 await sessions.open(world, lambda: new_session(world))
-            with pytest.raises(ValueError, match="session is busy"), sessions.use(first):
+            with pytest.raises(ValueError, match="another request of this session is running"), sessions.use(first):
                 pass
             await asyncio.sleep(1)
             assert len(sessions) == 1  # only the other one was idle
@@ -267,12 +267,12 @@ def test_starting_and_stopping_sessions_count(worlds):
         answers = await asyncio.gather(*(open_for(visitor) for visitor in "aaabb"), return_exceptions=True)
         assert [str(answer)[:24] for answer in answers if isinstance(answer, ValueError)] == [
             "this address already has",
-            "all 3 places are taken: ",
+            "all 3 sessions are in us",
         ]
         with sessions.use(answers[0]):
             assert sessions.close(answers[0])
             assert not sessions.close(answers[0])
-            with pytest.raises(ValueError, match="all 3 places are taken"):
+            with pytest.raises(ValueError, match="all 3 sessions are in use"):
                 await open_for("b")
             with pytest.raises(ValueError, match="has ended"), sessions.use(answers[0]):
                 pass
@@ -309,7 +309,7 @@ def test_only_the_configured_proxy_names_the_visitor(app_url):
             if refusal := start(f"203.0.113.{number}"):
                 break
         assert "sessions (the maximum)" in refusal
-        assert "all 32 places are taken" in start("203.0.113.7", "127.0.0.2")
+        assert "all 32 sessions are in use" in start("203.0.113.7", "127.0.0.2")
         assert "sessions (the maximum)" in start("203.0.113.7, 127.0.0.1", "127.0.0.2")
     finally:
         for session in sessions:

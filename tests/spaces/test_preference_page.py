@@ -42,7 +42,7 @@ def test_study_of_folder(tmp_path):
         ({}, "with no folders"),
         ({"a": ["1.mp4"], "truth": ["1.mp4"]}, "two or more models"),
         ({"a": ["1.mp4"], "b": ["1.mp4"]}, "videos in truth/"),
-        ({"a": ["1.mp4"], "b": ["2.mp4"], "truth": ["1.mp4"]}, "clips of one name"),
+        ({"a": ["1.mp4"], "b": ["2.mp4"], "truth": ["1.mp4"]}, "at least one clip name common to"),
     ],
 )
 def test_invalid_study_folders_are_refused(tmp_path, clips, message):

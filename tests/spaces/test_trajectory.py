@@ -82,7 +82,7 @@ class TestPaths:
             ([[0, 0]], "got shape"),
             ([[0, "x", 1]], "all numbers"),
             ([[0, None, 1]], "finite"),
-            ([[0, 1.5, 1]], "lie on the picture"),
+            ([[0, 1.5, 1]], "inside the image"),
         ],
     )
     def test_invalid_paths_are_refused(self, path, message):
@@ -160,14 +160,20 @@ class TestFiles:
             ("a.mp4", b"no video", "cannot be read"),
             ("a.mp4", b"\0\0\0\x20ftypisom" + b"\0" * 400, "cannot be read"),
             ("a.mp4", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "cannot be read"),
-            ("a.png", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "must be a whole picture"),
-            ("a.png", b"", "must be a whole picture"),
+            ("a.png", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "must be a complete image"),
+            ("a.png", b"", "must be a complete image"),
         ],
     )
     def test_invalid_clips_are_refused(self, tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_clip(tmp_path / name, (8, 12), 5)
+
+    def test_depth_images_raise(self, tmp_path):
+        depth = np.linspace(0, 3000, 32 * 24).reshape(32, 24).astype(np.uint16)
+        PIL.Image.fromarray(depth).save(tmp_path / "depth.png")
+        with pytest.raises(ValueError, match=r"'depth\.png' has the mode 'I;16', for example depth"):
+            read_clip(tmp_path / "depth.png", (96, 96), 2)
 
     def test_huge_pictures_are_not_decoded(self, tmp_path):
         PIL.Image.new("1", (5100, 5000)).save(tmp_path / "a.png")

@@ -1,11 +1,16 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
 
-from irasim_diffusers.training import newest_checkpoint
-from irasim_diffusers.training.checkpoints import SETTINGS, save_checkpoint
+from irasim_diffusers.training import lock_output, newest_checkpoint
+from irasim_diffusers.training.checkpoints import SETTINGS, load_average, save_checkpoint
+from irasim_diffusers.training.loop import frozen_weights
 
 
 @pytest.fixture
@@ -29,6 +34,49 @@ def test_changed_content_is_damage(output, caplog):
         assert f"the content of {name} has changed" in caplog.text
         (newest / name).write_bytes(content)
     assert newest_checkpoint(output, {}) == newest
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", "[]", "null", '{"files": []}', '{"files": {}}', '{"files": {"optimizer.bin": 1}, "seconds": "x"}', "\\x00"],
+)
+def test_settings_of_something_else_are_damage(output, content, caplog):
+    (output / "checkpoint-4" / SETTINGS).write_text(content)
+    assert newest_checkpoint(output, {}) == output / "checkpoint-2"
+    assert "skipped damaged checkpoint" in caplog.text
+
+
+def test_renamed_checkpoint_is_damage(output, caplog):
+    (output / "checkpoint-4").rename(output / "checkpoint-1000")
+    assert newest_checkpoint(output, {}) == output / "checkpoint-2"
+    assert "settings.json is that of step 4" in caplog.text
+
+
+def test_second_run_in_the_same_folder_raises(tmp_path):
+    code = f"from pathlib import Path; from irasim_diffusers.training import lock_output; lock_output(Path({str(tmp_path)!r}))"
+    lock_output(tmp_path)
+    lock_output(tmp_path)  # a second run of this process
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "is in use by another training run: wait for it, or use another folder" in result.stderr
+
+
+def test_frozen_weights_define_a_run():
+    model = torch.nn.Linear(3, 2)
+    assert frozen_weights(model) == {}
+    model.weight.requires_grad_(False)
+    before = frozen_weights(model)
+    with torch.no_grad():
+        model.bias.add_(1)  # is trained
+        assert frozen_weights(model) == before
+        model.weight[0, 0] += 1
+    assert frozen_weights(model) != before
+
+
+def test_average_without_steps_raises(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    save_file(dict(model.state_dict()), tmp_path / "ema.safetensors")
+    with pytest.raises(ValueError, match=r"`optimization_step` is missing in the metadata of ema\.safetensors"):
+        load_average(EMAModel(model.parameters()), model, tmp_path)
 
 
 def test_checkpoint_without_hashes_is_accepted(output):

@@ -4,7 +4,9 @@ from conftest import tiny_pipeline, tiny_transformer, tiny_unet
 from diffusers import DDIMScheduler
 
 from irasim_diffusers.models import noise_process
-from irasim_diffusers.training import StateReadout, diffusion_loss, predict_chunk, remove_leftovers
+from irasim_diffusers.training import diffusion_loss, remove_leftovers
+from irasim_diffusers.training.objective import StateReadout
+from irasim_diffusers.training.rollouts import predict_chunk
 
 
 @pytest.fixture

@@ -1,15 +1,48 @@
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from safetensors import SafetensorError
 
-from irasim_diffusers.training import Interruption, scripts
+from irasim_diffusers.training import Interruption, run_script, scripts
 
 
 @pytest.fixture
 def interruption():
     with Interruption() as interruption:
         yield interruption
+
+
+def test_ctrl_c_prints_what_happens_next(interruption, capfd):
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert (
+        capfd.readouterr().err == "\nSIGINT: finishing the step and saving a checkpoint; Ctrl-C again stops at once\n"
+    )
+
+
+def test_training_in_another_thread_keeps_the_handlers():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def train():
+        with Interruption() as interruption:
+            return interruption.number, signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train).result() == (0, before)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("error", [SafetensorError("Error while serializing: I/O error"), OSError("No space left")])
+def test_failed_write_ends_in_one_line(error, monkeypatch, capsys):
+    def main():
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["folder/train.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert (stop.value.code, capsys.readouterr().err) == (2, f"train.py: error: {error}\n")
 
 
 def test_repeated_sigterm_does_not_prevent_checkpoint(interruption, monkeypatch):

@@ -115,7 +115,7 @@ def _adapted(
     """Apply the changes in the order of `CHANGES`; return the new transformer and its autoencoder."""
     from .. import IRASimTransformer3DModel
     from ..conversion import change_action_dim, change_patch_size, fit_autoencoder, predict_samples
-    from ..training import load_autoencoder
+    from ..training.pretrained import load_autoencoder
 
     transformer, vae = pipeline.transformer, pipeline.vae
     if not isinstance(transformer, IRASimTransformer3DModel):

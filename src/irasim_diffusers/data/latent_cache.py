@@ -109,7 +109,7 @@ def _encode_share(
 ) -> None:
     """Encode the files of one process that are missing or damaged."""
     total = sum(map(len, files.values()))
-    with tqdm(total=total, desc="encoding latents", unit="episode", disable=quiet) as bar:
+    with tqdm(total=total, desc="caching episodes", unit="episode", disable=quiet) as bar:
         for path in files:
             if _is_intact(path, files[path], manifest.get("files", {})):
                 bar.update(len(files[path]))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType
 from diffusers.utils import is_bitsandbytes_available
@@ -20,14 +21,16 @@ class DataArguments:
     """Arguments of all training scripts that select the data; the help texts describe them."""
 
     validation_dataset: str | None = field(
-        default=None, metadata={"help": "data set of held-out episodes, in the same formats"}
+        default=None, metadata={"help": "dataset of held-out episodes, in the same formats"}
     )
     cameras: list[str] = field(
         default_factory=list,
-        metadata={"help": "cameras to stack into one picture; left,right makes a row (default: the only camera)"},
+        metadata={"help": "cameras to stack into one image; left,right makes a row (default: the only camera)"},
     )
-    split: str = field(default="train", metadata={"help": "split of the data, or a part such as train[:90%%]"})
-    validation_split: str = field(default="train", metadata={"help": "split of the validation data"})
+    split: str = field(default="train", metadata={"help": "split of the dataset, or a part such as train[:90%%]"})
+    validation_split: str = field(
+        default="train", metadata={"help": "split of the validation dataset, or a part such as train[90%%:]"}
+    )
     skip_broken: bool = field(default=False, metadata={"help": "skip episodes that cannot be read, and list them"})
     height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
     width: int | None = field(default=None, metadata={"help": "width in pixels; requires --height"})
@@ -47,7 +50,7 @@ class RunArguments(DataArguments):
 
     # data
     dataset: list[str] = field(
-        metadata={"help": "LeRobotDataset, IRASim-format or `datasets` folder, or Hub id; several data sets are mixed"}
+        metadata={"help": "LeRobotDataset, IRASim-format or `datasets` folder, or Hub id; several datasets are mixed"}
     )
     output_dir: str = field(metadata={"help": "folder for checkpoints and the finished pipeline"})
     vae: str | None = field(
@@ -58,25 +61,25 @@ class RunArguments(DataArguments):
         },
     )
     dataset_revision: str | None = field(
-        default=None, metadata={"help": "branch, tag or commit of the data sets on the Hub"}
+        default=None, metadata={"help": "branch, tag or commit of the datasets on the Hub"}
     )
     dataset_weights: list[float] = field(
-        default_factory=list, metadata={"help": "sampling weight of each data set (default: its number of windows)"}
+        default_factory=list, metadata={"help": "sampling weight of each dataset (default: its number of windows)"}
     )
     max_train_episodes: int | None = field(
-        default=None, metadata={"help": "number of episodes of each data set to train on, from the first"}
+        default=None, metadata={"help": "train on this number of episodes of each dataset, from the first"}
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "download data sets from the Hub file by file, encode them, and keep only the latents"},
+        metadata={"help": "download datasets from the Hub file by file, encode them, and keep only the latents"},
     )
     recorded_latents: bool = field(
         default=False, metadata={"help": "use the latents that are stored with IRASim-format data"}
     )
-    fps: float | None = field(default=None, metadata={"help": "frames per second, if the data do not record it"})
+    fps: float | None = field(default=None, metadata={"help": "frame rate, if the dataset does not store it"})
     frame_skip: int = field(default=1, metadata={"help": "train on every n-th frame, with all offsets"})
     target_fps: float | None = field(
-        default=None, metadata={"help": "frames per second after skipping, instead of --frame_skip"}
+        default=None, metadata={"help": "frame rate after skipping, instead of --frame_skip"}
     )
     state_columns: list[str] = field(
         default_factory=list, metadata={"help": "state columns; by default all of a LeRobotDataset, none of a table"}
@@ -149,7 +152,7 @@ class RunArguments(DataArguments):
         default_factory=list, metadata={"help": "components of --state_keys that are angles in radians"}
     )
     state_loss_weight: float = 1.0
-    # optimisation
+    # optimization
     train_batch_size: int = field(default=16, metadata={"help": "windows per process and batch"})
     gradient_accumulation_steps: int = 1
     max_train_steps: int = 300_000
@@ -230,6 +233,7 @@ CHOICES = {
     "mixed_precision": ("no", "fp16", "bf16"),
     "lr_scheduler": tuple(each.value for each in SchedulerType),
     "attention_backend": tuple(each.value for each in AttentionBackendName),
+    "report_to": ("all", *LOGGER_TYPE_TO_CLASS),
 }
 
 
@@ -289,19 +293,21 @@ def check_run_arguments(arguments: RunArguments) -> None:
         raise ValueError(f"`optimizer` muon requires torch 2.9 or later, found {torch.__version__}.")
     if arguments.optimizer == "adamw8bit" and not is_bitsandbytes_available():
         raise ValueError("`optimizer` adamw8bit requires `pip install bitsandbytes`.")
+    if arguments.report_to not in (None, "all", *map(str, get_available_trackers())):
+        raise ValueError(
+            f"`report_to` {arguments.report_to} is not installed: run `pip install {arguments.report_to}`, or omit the argument."
+        )
     if arguments.crop_size and arguments.state_keys:
         raise ValueError(
-            "`crop_size` and `state_keys` exclude each other: the states are positions in the whole frame."
+            "`crop_size` and `state_keys` are mutually exclusive: the states are positions in the whole frame."
         )
     if arguments.max_train_minutes is not None and not arguments.lr_scheduler.startswith("constant"):
         raise ValueError(
             f"`lr_scheduler` must be constant or constant_with_warmup with `max_train_minutes`, got "
-            f"{arguments.lr_scheduler!r}: the others need to know the number of steps."
+            f"{arguments.lr_scheduler!r}: the other schedules require a known number of steps."
         )
     if arguments.rollout_chunks == 0 and (arguments.rollout_start_step or arguments.rollout_inference_steps > 1):
-        raise ValueError(
-            "`rollout_start_step` and `rollout_inference_steps` must be used with `rollout_chunks`, got 0."
-        )
+        raise ValueError("`rollout_start_step` and `rollout_inference_steps` require `rollout_chunks` > 0, got 0.")
     _check_data_arguments(arguments)
 
 
@@ -310,15 +316,15 @@ def _check_data_arguments(arguments: RunArguments) -> None:
         raise ValueError(
             f"`dataset_weights` must be {len(arguments.dataset)} numbers, got {arguments.dataset_weights}."
         )
-    held_out = os.path.normpath(arguments.validation_dataset or "")
-    if held_out in map(os.path.normpath, arguments.dataset) and arguments.validation_split == arguments.split:
+    held_out = os.path.realpath(arguments.validation_dataset or "")
+    if held_out in map(os.path.realpath, arguments.dataset) and arguments.validation_split == arguments.split:
         raise ValueError(
-            f"`validation_split` must differ from `split` for a data set that is also in `dataset`, got {arguments.split!r} for "
-            f"both in {arguments.validation_dataset!r}."
+            f"`validation_split` must differ from `split` for a dataset that is also in `dataset`, got {arguments.split!r} for "
+            f"both in {arguments.validation_dataset!r}: for example, use 'train[:90%]' and 'train[90%:]'."
         )
     check_frame_size(arguments)
     if arguments.frame_skip > 1 and arguments.target_fps is not None:
-        raise ValueError("`frame_skip` and `target_fps` exclude each other.")
+        raise ValueError("`frame_skip` and `target_fps` are mutually exclusive: pass one of them.")
 
 
 def check_frame_size(arguments: DataArguments) -> None:
@@ -345,8 +351,8 @@ def check_crop(crop_size: int | None, config: Mapping[str, Any]) -> None:
         return
     if config["spatial_position"] != "rope":
         raise ValueError(
-            f"`crop_size` requires `spatial_position='rope'`, got {config['spatial_position']!r}: other positions depend on the "
-            "place in the frame."
+            f"`crop_size` requires `spatial_position='rope'`, got {config['spatial_position']!r}: other position "
+            "embeddings depend on the absolute location."
         )
     if crop_size % config["patch_size"]:
         raise ValueError(f"`crop_size` must be a multiple of the patch size {config['patch_size']}, got {crop_size}.")

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.training_utils import EMAModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -24,7 +24,7 @@ from ..files import file_hash, flush, remove_abandoned, temporary_folder
 logger = logging.getLogger(__name__)
 
 FINISHED = ".finished"
-"""Temporary folder of the result in the output folder."""
+"""Temporary subfolder in which the final model is saved."""
 
 SETTINGS = "settings.json"
 """File with the settings of the run, the training time, and the size and SHA-256 hash of every file of the checkpoint."""
@@ -71,9 +71,15 @@ def _problem(checkpoint: Path) -> str | None:
     """Describe the first missing or damaged file of a checkpoint; None if all files are intact."""
     try:
         stored = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
-        sizes, hashes = stored.get("files", {}), stored.get("hashes", {})  # earlier versions stored no hashes
-    except (OSError, ValueError, AttributeError):
-        return f"{SETTINGS} cannot be read"
+        sizes, hashes = stored["files"], stored.get("hashes", {})  # earlier versions stored no hashes
+        valid = all(isinstance(each, dict) for each in (sizes, hashes)) and sizes
+        valid = valid and isinstance(stored.get("seconds", 0.0), int | float)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        return f"{SETTINGS} cannot be read or is not that of a checkpoint"
+    if stored.get("step", step_of(checkpoint)) != step_of(checkpoint):
+        return f"{SETTINGS} is that of step {stored['step']}"
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():
@@ -122,7 +128,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint under a temporary name, flush it, rename it, and delete the oldest ones beyond `limit`.
 
-    Checkpoints of this step and of later ones are replaced. They exist only if they are damaged.
+    Checkpoints of this step and of later ones are replaced. They only exist if they are damaged.
 
     Args:
         accelerator: Accelerator whose state is saved. Every process must call this function.
@@ -133,9 +139,13 @@ def save_checkpoint(
         add: Function that writes further files into the checkpoint folder.
     """
     partial = output / f"partial-{step}"
-    accelerator.save_state(str(partial))
-    if add is not None:
-        add(partial)
+    try:
+        accelerator.save_state(str(partial))
+        if add is not None:
+            add(partial)
+    except (OSError, SafetensorError):  # a full disk: the incomplete files would take the last space
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     accelerator.wait_for_everyone()  # every process writes its own random state
     if accelerator.is_main_process:
         files = [path for path in partial.rglob("*") if path.is_file()]
@@ -143,6 +153,7 @@ def save_checkpoint(
             flush(path)
         names = [path.relative_to(partial).as_posix() for path in files]
         content = {
+            "step": step,
             "files": {name: path.stat().st_size for name, path in zip(names, files, strict=True)},
             "hashes": {name: file_hash(path) for name, path in zip(names, files, strict=True)},
         }
@@ -166,11 +177,11 @@ def remove_leftovers(output: Path) -> None:
 
 
 def save_finished(output: Path, save: Callable[[Path], None]) -> None:
-    """Write the result of a run into its output folder; `model_index.json`, which marks it as complete, comes last.
+    """Save the final model to the output folder; `model_index.json`, which marks it as complete, is written last.
 
     Args:
         output: Output folder, which also contains the checkpoints.
-        save: Function that writes the result into a given folder, for example `pipeline.save_pretrained`.
+        save: Function that writes the model to a given folder, for example `pipeline.save_pretrained`.
     """
     finished = output / FINISHED
     with temporary_folder(finished) as partial:
@@ -207,10 +218,17 @@ def save_average(accelerator: Accelerator, ema: EMAModel, model: nn.Module, fold
 
 
 def load_average(ema: EMAModel, model: nn.Module, folder: Path) -> None:
-    """Load averages written by `save_average`, sharded like the model."""
+    """Load averages written by `save_average`, sharded like the model.
+
+    Raises:
+        ValueError: If the file does not store the number of steps.
+    """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     with safe_open(folder / "ema.safetensors", "pt") as file:
-        ema.optimization_step = int(file.metadata()["optimization_step"])
+        steps = (file.metadata() or {}).get("optimization_step", "")
+        if not steps.isdigit():
+            raise ValueError(f"`optimization_step` is missing in the metadata of ema.safetensors, got {steps!r}.")
+        ema.optimization_step = int(steps)
         for name, shadow in zip(names, ema.shadow_params, strict=True):
             value = file.get_tensor(name).to(shadow.device)
             if isinstance(shadow, DTensor):
@@ -219,5 +237,5 @@ def load_average(ema: EMAModel, model: nn.Module, folder: Path) -> None:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a sharded tensor."""
+    """Return the full tensor of a sharded one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

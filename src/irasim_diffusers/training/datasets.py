@@ -1,18 +1,23 @@
-"""Data of a training run: checks before encoding, cached latents, and held-out clips."""
+"""Datasets of a training run: checks before encoding, cached latents and held-out clips."""
 
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from datasets import ReadInstruction
 from diffusers import AutoencoderKL
 
 from ..data import (
+    IRASimFolder,
     LatentClips,
+    LeRobotFolder,
     PreparedEpisodes,
+    TableEpisodes,
     cache_latents,
     check_mixture,
     first_readable,
@@ -20,19 +25,19 @@ from ..data import (
     open_dataset,
     standardised_states,
 )
-from .arguments import RunArguments
+from .arguments import DataArguments, RunArguments
 from .rollouts import clip_length
 
 
 def open_source(
     name: str, arguments: RunArguments, split: str, max_episodes: int | None, all_phases: bool
 ) -> PreparedEpisodes:
-    """Open a data set with the requested cameras, frame size and actions.
+    """Open a dataset with the requested cameras, frame size and actions.
 
     Args:
         name: Folder or Hub id.
         arguments: Arguments of the run.
-        split: Split of the data set, or a part of one.
+        split: Split of the dataset, or a part of one.
         max_episodes: Maximum number of episodes; None for all.
         all_phases: Keep all frames, so that windows of skipped frames can start at any frame.
     """
@@ -61,10 +66,10 @@ def open_source(
 
 
 def open_sources(arguments: RunArguments) -> list[PreparedEpisodes]:
-    """Open the training data sets, and check them against the arguments and the validation data before any work.
+    """Open the training datasets, and check them against the arguments and the validation data before any work.
 
     Raises:
-        ValueError: If the data sets cannot be mixed, or the arguments do not match them.
+        ValueError: If the datasets cannot be mixed, or do not match the arguments or the validation data.
     """
     sources = [
         open_source(name, arguments, arguments.split, arguments.max_train_episodes, all_phases=True)
@@ -79,7 +84,7 @@ def check_data(sources: list[PreparedEpisodes], arguments: RunArguments) -> None
     """Check the arguments and the validation data against the data, before they are encoded.
 
     Raises:
-        ValueError: If the action components, state features or frame sizes do not match.
+        ValueError: If the action components, state features or frame sizes do not match, or if training and validation share episodes.
     """
     vectors = first_readable(sources[0], sources[0].vectors)
     action_dim = vectors["action"].shape[1]
@@ -93,6 +98,7 @@ def check_data(sources: list[PreparedEpisodes], arguments: RunArguments) -> None
     if arguments.validation_dataset is None:
         return
     held_out = open_source(arguments.validation_dataset, arguments, arguments.validation_split, None, all_phases=False)
+    check_held_out(sources, arguments.dataset, held_out, arguments)
     check_mixture([sources[0], held_out])
     found = first_readable(held_out, held_out.vectors)["action"].shape[1]
     if found != action_dim:
@@ -108,6 +114,50 @@ def check_data(sources: list[PreparedEpisodes], arguments: RunArguments) -> None
         raise ValueError(f"`validation_dataset` must have frames of size {sizes[0]} (height, width), got {sizes[1]}.")
 
 
+def check_held_out(
+    sources: list[PreparedEpisodes], names: list[str], held_out: PreparedEpisodes, arguments: DataArguments
+) -> None:
+    """Check that no training episode is also a validation episode.
+
+    Args:
+        sources: The training datasets.
+        names: Their folders or Hub ids.
+        held_out: The validation dataset.
+        arguments: Name and split of the validation dataset, and the split of the training datasets.
+
+    Raises:
+        ValueError: If the splits of the same folder or Hub id share episodes.
+    """
+    for source, name in zip(sources, names, strict=True):
+        if os.path.realpath(name) != os.path.realpath(arguments.validation_dataset or ""):
+            continue
+        shared = _episodes(source, arguments.split) & _episodes(held_out, arguments.validation_split)
+        if shared:
+            raise ValueError(
+                f"`split` and `validation_split` must not share episodes of the same dataset, got {arguments.split!r} and "
+                f"{arguments.validation_split!r} of {name!r}, which share {len(shared)}: for example, use 'train[:90%]' and "
+                "'train[90%:]'."
+            )
+
+
+def _episodes(prepared: PreparedEpisodes, split: str) -> set[Any]:
+    """Return keys that identify the episodes of a source within its folder or repository."""
+    source = prepared.source
+    if isinstance(source, LeRobotFolder):
+        return {row["episode_index"] for row in source.rows}
+    if isinstance(source, IRASimFolder):
+        return {path.resolve() for path in source.files}
+    assert isinstance(source, TableEpisodes)
+    sizes = {name: each.num_examples for name, each in (source.dataset.info.splits or {}).items()}
+    if split.split("[")[0].split("+")[0] not in sizes:
+        return {(split, row) for row in range(len(source))}
+    parts = ReadInstruction.from_spec(split).to_absolute(sizes)
+    rows = [
+        (part.splitname, row) for part in parts for row in range(part.from_ or 0, part.to or sizes[part.splitname])
+    ]
+    return set(rows[: len(source)])
+
+
 def _first_frame(source: PreparedEpisodes, number: int) -> np.ndarray:
     return source.window(number, 0, 1).frames[0]
 
@@ -116,7 +166,7 @@ def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | None, patch_size
     """Check that frames can be divided into patches, before they are encoded.
 
     Args:
-        source: The data set.
+        source: The dataset.
         vae: Autoencoder of the latents; None for pixel space.
         patch_size: Side of the patches in latent pixels.
 
@@ -136,7 +186,7 @@ def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | None, patch_size
 def cache_sources(
     sources: list[PreparedEpisodes], vae: AutoencoderKL | None, arguments: RunArguments, accelerator: Accelerator
 ) -> list[Path]:
-    """Encode the data sets, shared by the processes, and return the folders of their latents."""
+    """Encode the datasets, shared by the processes, and return the folders of their latents."""
     return [
         cache_latents(
             source,
@@ -156,7 +206,7 @@ def cache_sources(
 def cached_clips(
     folders: list[Path], sources: list[PreparedEpisodes], arguments: RunArguments, length: int
 ) -> list[LatentClips]:
-    """Open the cached latents of each data set as clips of `length` frames, with the states of `state_keys`."""
+    """Open the cached latents of each dataset as clips of `length` frames, with the states of `state_keys`."""
     parts = [
         LatentClips(folder, length, skip_short=arguments.skip_broken, frame_skip=source.frame_skip)
         for folder, source in zip(folders, sources, strict=True)
@@ -181,7 +231,7 @@ def validation_clips(arguments: RunArguments, config: Any) -> tuple[np.ndarray, 
         config: Config of the model.
 
     Returns:
-        Frames (N, F, H, W, 3), uint8, and actions (N, F - h, A); None without a validation data set.
+        Frames (N, F, H, W, 3), uint8, and actions (N, F - h, A); None without a validation dataset.
 
     Raises:
         ValueError: If an episode cannot be read or is too short, unless `skip_broken` is set, or if no episode is left.

@@ -1,4 +1,4 @@
-"""The accelerator of a training script, and checks of how it was launched."""
+"""Create the accelerator of a training script, and check how it was launched."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -15,6 +16,15 @@ from huggingface_hub import create_repo
 from .arguments import RunArguments
 from .checkpoints import remove_leftovers
 from .scripts import check_launch
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+_LOCKED: list[IO[str]] = []
+"""Lock files, which stay open until the process ends."""
 
 
 def start_accelerator(arguments: RunArguments) -> Accelerator:
@@ -49,7 +59,7 @@ def _check_accelerator(accelerator: Accelerator, arguments: RunArguments) -> Non
     if accelerator.gradient_accumulation_steps != arguments.gradient_accumulation_steps:
         raise ValueError(
             f"`gradient_accumulation_steps` is {arguments.gradient_accumulation_steps}, and accelerate was launched with "
-            f"{accelerator.gradient_accumulation_steps}: pass it to `accelerate launch`, too, or remove it from its config."
+            f"{accelerator.gradient_accumulation_steps}: also pass it to `accelerate launch`, or remove it from the accelerate config."
         )
     kind = accelerator.distributed_type
     if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -69,12 +79,33 @@ def _check_accelerator(accelerator: Accelerator, arguments: RunArguments) -> Non
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = arguments.max_grad_norm
 
 
+def lock_output(output: Path) -> None:
+    """Lock an output folder until this process ends, so that two runs do not write the same checkpoints.
+
+    Raises:
+        ValueError: If another process trains in the folder.
+    """
+    if fcntl is None:
+        return
+    file = (output / ".lock").open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(
+            f"`output_dir` {str(output)!r} is in use by another training run: wait for it, or use another folder."
+        ) from error
+    except OSError:  # a file system without locks
+        return
+    _LOCKED.append(file)
+
+
 def prepare_output(accelerator: Accelerator, arguments: RunArguments) -> None:
-    """Create the output folder, remove temporary files of interrupted runs, and create the Hub repository if requested."""
+    """Create and lock the output folder, remove temporary files of interrupted runs, and create a requested Hub repository."""
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
+        lock_output(output)
         remove_leftovers(output)
-        if arguments.push_to_hub:  # an error now rather than after the training
+        if arguments.push_to_hub:  # fail before training
             create_repo(arguments.hub_model_id or output.name, exist_ok=True)
     accelerator.wait_for_everyone()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -38,6 +41,17 @@ from .optimizers import build_optimizers, build_schedules
 from .scripts import Interruption
 
 logger = get_logger(__name__, log_level="INFO")
+UNREADABLE = (
+    ValueError,
+    KeyError,
+    IndexError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    UnpicklingError,
+    SafetensorError,
+)
+"""Errors of loaders for a checkpoint whose files are intact but belong to something else."""
 
 
 def run_settings(
@@ -84,6 +98,7 @@ class TrainingRun:
         self.accelerator, self.arguments, self.vae, self.clips = accelerator, arguments, vae, clips
         self.transformer, self.config, self.copy = transformer, transformer.config, copy
         self.output = Path(arguments.output_dir)
+        self.settings = run_settings(arguments, accelerator, folders, self.config) | frozen_weights(transformer)
         _configure(transformer, arguments)
         trained = StateReadout(transformer, clips[0]["states"].shape[1]) if arguments.state_keys else transformer
         optimizers = build_optimizers(trained, arguments)
@@ -112,9 +127,16 @@ class TrainingRun:
                 for name, value in vars(arguments).items()
             }
             accelerator.init_trackers("irasim-diffusers", config=flags)
-        self.settings = run_settings(arguments, accelerator, folders, self.config)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.batch_number = 0, 0.0, 0
+        self.total = torch.zeros((), device=accelerator.device)  # loss over the batches of a step
         self._resume()
+        self.start = time.perf_counter() - self.seconds
+        self.bar = tqdm(
+            total=arguments.max_train_steps,
+            initial=self.step,
+            disable=not accelerator.is_main_process,
+            unit="step",
+        )
 
     def steps(self) -> Iterator[int]:
         """Train, and yield the number of completed steps after each step and its checkpoint.
@@ -127,14 +149,6 @@ class TrainingRun:
         limit = math.inf if arguments.max_train_minutes is None else 60 * arguments.max_train_minutes
         epoch, done = divmod(self.step, -(-len(self.loader) // accumulation))
         self.batch_number = epoch * len(self.loader) + done * accumulation
-        self.bar = tqdm(
-            total=arguments.max_train_steps,
-            initial=self.step,
-            disable=not self.accelerator.is_main_process,
-            unit="step",
-        )
-        self.start = time.perf_counter() - self.seconds
-        self.total = torch.zeros((), device=self.accelerator.device)  # loss over the batches of a step
         with Interruption() as interruption:
             while self.step < arguments.max_train_steps and self.seconds < limit:
                 for batch in self._epoch(epoch, done * accumulation):
@@ -167,8 +181,13 @@ class TrainingRun:
         if newest is None:
             return
         self.seconds, self.step = seconds_trained(newest), step_of(newest)
-        self.accelerator.load_state(str(newest))
-        load_average(self.ema, self.transformer, newest)
+        try:
+            self.accelerator.load_state(str(newest))
+            load_average(self.ema, self.transformer, newest)
+        except UNREADABLE as error:
+            raise ValueError(
+                f"{str(newest)!r} cannot be loaded: {type(error).__name__}: {error} Delete it to resume from an earlier checkpoint."
+            ) from error
         logger.info(f"resumed from {newest}")
 
     def _epoch(self, epoch: int, skipped: int) -> Any:
@@ -229,12 +248,12 @@ class TrainingRun:
         self.step += 1
         self.bar.update()
         if self.step % self.arguments.logging_steps == 0:
-            figures = {
+            metrics = {
                 "loss": accelerator.reduce(self.total, "mean").item(),
                 "learning_rate": self.schedules[0].get_last_lr()[0],
             }
-            self.bar.set_postfix(loss=f"{figures['loss']:.4f}", lr=f"{figures['learning_rate']:.2e}")
-            accelerator.log(figures, step=self.step)
+            self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", lr=f"{metrics['learning_rate']:.2e}")
+            accelerator.log(metrics, step=self.step)
         self.total.zero_()
         self.seconds = time.perf_counter() - self.start
         if limit < math.inf:  # all processes must stop at the same step
@@ -255,6 +274,18 @@ class TrainingRun:
         logger.info(f"stopped by {name} at step {self.step}; run the same command to resume")
         self.accelerator.end_training()
         raise SystemExit(128 + number)
+
+
+def frozen_weights(transformer: torch.nn.Module) -> dict[str, str]:
+    """Return the hash of the weights that are not trained, which adapters belong to; empty if all are trained."""
+    frozen = {name: each for name, each in transformer.named_parameters() if not each.requires_grad}
+    if not frozen:
+        return {}
+    digest = hashlib.sha256()
+    for name in sorted(frozen):
+        digest.update(name.encode())
+        digest.update(frozen[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return {"frozen_weights": digest.hexdigest()}
 
 
 def _check_batch_size(arguments: RunArguments, clips: MixedClips, accelerator: Accelerator) -> None:
@@ -283,6 +314,6 @@ def log_size(
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     used = sum(len({number for number, _ in part.windows}) for part in clips.clips)
     logger.info(
-        f"{parameters / 1e6:.2f} M parameters, {len(clips)} windows of {used} episodes, {num_episodes - used} left out, "
+        f"{parameters / 1e6:.2f} M parameters, {len(clips)} windows of {used} episodes, {num_episodes - used} episodes skipped, "
         f"{accelerator.num_processes} processes ({accelerator.distributed_type.value})"
     )

@@ -43,7 +43,7 @@ def load_vae(arguments: RunArguments) -> AutoencoderKL | None:
     vae = load_autoencoder(arguments.vae)
     if name is not None and is_pipeline(name, revision):
         if own is None:
-            raise ValueError(f"`vae` must not be given: {name!r} is a pixel-space model.")
+            raise ValueError(f"`vae` must be omitted: {name!r} is a pixel-space model.")
         if not same_latents(own, vae):
             raise ValueError(
                 f"`vae` must have the same latents as the autoencoder of {name!r}: omit it, or convert the model with "

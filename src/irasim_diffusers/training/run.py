@@ -1,4 +1,4 @@
-"""A whole training run: data, model, loop and validation, as `train.py` and `train_lora.py` share them."""
+"""Data, training loop and validation of a run, shared by `train.py` and `train_lora.py`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .validation import validate_run
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The encoded data sets of a run."""
+    """The encoded datasets of a run."""
 
     sources: list[PreparedEpisodes]
     vae: AutoencoderKL | None
     folders: list[Path]
     """Folders of the cached latents."""
     parts: list[LatentClips]
-    """Clips of each data set."""
+    """Clips of each dataset."""
 
 
 def encode_data(
@@ -42,7 +42,7 @@ def encode_data(
     """Check the data against the model, create the output folder, and encode the data.
 
     Args:
-        sources: Data sets of `open_sources`.
+        sources: Datasets from `open_sources`.
         vae: The frozen autoencoder; None for pixel space.
         config: Config of the model, or the entries of a new one.
         arguments: Arguments of the run.
@@ -70,11 +70,11 @@ def train(
     arguments: RunArguments,
     accelerator: Accelerator,
 ) -> TrainingRun:
-    """Train a model to the end, from its newest checkpoint, and validate it on the way.
+    """Train a model from its newest checkpoint to the end, with validation in between.
 
     Args:
         transformer: The model; parameters that require a gradient are trained and averaged.
-        data: Data of `encode_data`.
+        data: Data from `encode_data`.
         copy: Function that builds a model of the same structure, on the CPU.
         arguments: Arguments of the run.
         accelerator: Accelerator of the run. Every process must call this function.

@@ -1,4 +1,4 @@
-"""The pipeline of a trained model."""
+"""Build the pipeline of a trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Behaviour that all training scripts share: errors, interruptions, and checks before any work."""
+"""Errors, interruptions and checks that the example scripts share."""
 
 from __future__ import annotations
 
@@ -6,31 +6,38 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from ..version import INSTALL
 
 OTHER_RANK_DELAY = 5.0
 """Seconds that other processes wait before they print an error that the main process has probably printed."""
 REPEATED_SIGNAL_DELAY = 5.0
-"""Seconds in which a repeated Ctrl-C is the same one: a terminal and the launcher both send it to every process."""
+"""Seconds in which a repeated Ctrl-C counts as the same one: the terminal and the launcher both forward it."""
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run the main function of a script; report invalid input in one line with exit status 2.
+    """Run the main function of a script, and report invalid input in one line.
 
     Under `accelerate launch`, an error that occurs in every process is printed once.
 
     Args:
         main: Function without arguments.
+
+    Raises:
+        SystemExit: With status 2 after a ValueError, OSError, FloatingPointError or SafetensorError, 130 after Ctrl-C.
     """
     try:
         main()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         if int(os.environ.get("RANK", "0")):
             time.sleep(OTHER_RANK_DELAY)  # the launcher stops this process if the main process failed, too
         message = " ".join(str(error).split()) or type(error).__name__
@@ -46,7 +53,7 @@ class Interruption:
 
     A second Ctrl-C interrupts at once, if it comes later than `REPEATED_SIGNAL_DELAY` seconds after the first. A repeated SIGTERM
     is ignored: a preemption sends it to the launcher and to its processes, and the launcher sends it again. After the context,
-    both signals have their previous effect.
+    both signals have their previous effect. Outside the main thread, where Python does not allow signal handlers, nothing changes.
     """
 
     def __init__(self) -> None:
@@ -55,8 +62,9 @@ class Interruption:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._request)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -66,6 +74,10 @@ class Interruption:
     def _request(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
             self.number, self._time = number, time.monotonic()
+            if not int(os.environ.get("RANK", "0")):
+                again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+                message = f"\n{signal.Signals(number).name}: finishing the step and saving a checkpoint{again}\n"
+                os.write(2, message.encode())  # `sys.stderr.write` must not be called again while it is running
         elif number == signal.SIGINT and time.monotonic() - self._time > REPEATED_SIGNAL_DELAY:
             raise KeyboardInterrupt
 
@@ -87,8 +99,23 @@ def check_launch(accelerator: Accelerator) -> None:
     if several and "WORLD_SIZE" not in os.environ and accelerator.num_processes == 1:
         raise ValueError(
             "`accelerate launch --cpu --num_processes N` starts one process only. Start several with `--config_file "
-            "examples/accelerate_configs/cpu.yaml`, or leave out --num_processes."
+            "examples/accelerate_configs/cpu.yaml`, or omit --num_processes."
         )
+
+
+def exit_without_extra(error: ModuleNotFoundError, extra: str) -> NoReturn:
+    """End a script in one line because an optional package cannot be imported.
+
+    Args:
+        error: The error of the import.
+        extra: Extra of irasim-diffusers that installs the package.
+
+    Raises:
+        SystemExit: Always, with status 2.
+    """
+    script, package = os.path.basename(sys.argv[0]), str(error.name).split(".")[0]
+    sys.stderr.write(f"{script}: error: {package} is missing: {INSTALL.format(extra)}.\n")
+    raise SystemExit(2) from None
 
 
 def require_finite(arguments: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ def validate_run(run: TrainingRun, held_out: tuple[np.ndarray, np.ndarray] | Non
 
     Args:
         run: The run.
-        held_out: Clips of `validation_clips` in the main process; None in the others.
+        held_out: Clips from `validation_clips` in the main process; None in the others.
     """
     averaged = run.averaged()
     if held_out is None:
@@ -32,11 +32,11 @@ def validate_run(run: TrainingRun, held_out: tuple[np.ndarray, np.ndarray] | Non
     pipeline = make_pipeline(run.vae, averaged.to(accelerator.device), DDIMScheduler)
     pipeline.set_progress_bar_config(disable=True)
     with accelerator.autocast():
-        figures, video = validate(pipeline, held_out, arguments.validation_inference_steps)
-    accelerator.log(figures, step=run.step)
+        metrics, video = validate(pipeline, held_out, arguments.validation_inference_steps)
+    accelerator.log(metrics, step=run.step)
     path = Path(arguments.output_dir) / f"validation/step-{run.step}.mp4"
     log_video(accelerator, video, path, run.config.fps or 10, run.step)
-    text = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+    text = ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
     run.bar.write(f"step {run.step}, {time.perf_counter() - run.start:.0f} s: {text}")
 
 
@@ -62,13 +62,13 @@ def validate(
         return pipeline(history, given, num_inference_steps=steps, generator=generators, output_type="np").frames
 
     own = predict(actions)
-    figures = {
+    metrics = {
         "psnr": psnr(own, truth).mean(),
         "psnr_shuffled_actions": psnr(predict(np.roll(actions, 1, axis=0)), truth).mean(),
         "psnr_last_frame": psnr(np.broadcast_to(history[:, -1:] / 255.0, truth.shape), truth).mean(),
     }
     rows = [np.concatenate(list(clips[:4]), axis=2) for clips in (truth, own)]  # (n, H, 4 W, 3) each
-    return figures, (np.concatenate(rows, axis=1) * 255).round().astype(np.uint8)
+    return metrics, (np.concatenate(rows, axis=1) * 255).round().astype(np.uint8)
 
 
 def log_video(accelerator: Accelerator, video: np.ndarray, path: Path, fps: float, step: int) -> None:
