@@ -478,7 +478,7 @@ ROWS = [
     ("generate", {"--output": "frame.mp4"}, "--output must not overwrite an input, got 'frame.png'"),
     *(("play", change, message) for change, message in FILE_ROWS + CAMERA_ROWS + OUTPUT_ROWS + SAMPLING_ROWS),
     ("play", {"--model": "nowhere"}, "--model must be a pipeline folder or Hub id, got 'nowhere'"),
-    ("play", {"--script": ""}, "`script` must have at least one part"),
+    ("play", {"--script": ""}, "`script` must not be empty; example: right*10"),
     ("play", {"--script": "jump*3"}, "`script` must consist of parts"),
     ("play", {"--script": "up*0"}, "`script` must consist of parts"),
     ("play", {"--script": "up*-1"}, "`script` must consist of parts"),
