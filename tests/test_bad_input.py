@@ -685,7 +685,7 @@ ROWS += [
 ROWS += [
     *(("plan", change, message) for change, message in FILE_ROWS + HISTORY_ROWS + OUTPUT_ROWS + SAMPLING_ROWS),
     ("plan", {"--frames": None}, "--frames is required"),
-    ("plan", {"--goal": None}, "either --goal or --reward"),
+    ("plan", {"--goal": None}, "pass exactly one of --goal and --reward"),
     ("plan", {"--goal": "missing.png"}, "--goal must be an image or video file, got 'missing.png'"),
     ("plan", {"--goal": "depth.png"}, "--goal must be a readable image: image 'depth.png' has mode 'I;16'"),
     ("plan", {"--goal": "moving.png"}, "--goal must be a readable image: image 'moving.png' is animated"),
