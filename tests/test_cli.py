@@ -379,6 +379,15 @@ def test_unknown_scheduler_raises(workspace, capsys):
     assert "argument --scheduler: invalid choice: 'runge'" in capsys.readouterr().err
 
 
+def test_unknown_flag_prints_the_usage_of_the_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--model", "model", "--dataset", "data", "--num_clips", "4"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("usage: irasim evaluate ")
+    assert message.endswith("irasim evaluate: error: unrecognized arguments: --num_clips 4\n")
+
+
 def test_the_embedded_model_predicts_its_held_out_clip(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert generate() == 0

@@ -14,9 +14,8 @@ from safetensors import SafetensorError
 
 from . import __version__
 from .commands import adapt, convert, data, evaluate, evaluate_policies, generate, plan, play
-from .commands.files import read_actions, read_frames
 
-__all__ = ["main", "read_actions", "read_frames"]
+__all__ = ["main"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit status: 0; 2 after bad input; 130 after Ctrl-C; 143 after SIGTERM. An error is reported in one line on stderr.
     """
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:  # with the usage of the command; argparse would print that of `irasim`
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     arguments.argv = sys.argv[1:] if argv is None else argv
     try:
         with _sigterm_as_exception():
@@ -73,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for command in (generate, plan, play, convert, adapt, data, evaluate, evaluate_policies):
         command.add_parser(subparsers)
+    for subparser in subparsers.choices.values():
+        subparser.set_defaults(parser=subparser)
     return parser
 
 

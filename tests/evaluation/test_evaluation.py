@@ -442,6 +442,16 @@ def test_published_figures():
         published_figures(PROTOCOLS["robonet"], "rt1")
 
 
+@pytest.mark.parametrize(
+    ("cameras", "warned"), [([["0"]], False), ([["1"]], True), ([["0", "1"]], True), (None, False)]
+)
+def test_other_cameras_cause_a_warning(workspace, caplog, cameras, warned):
+    dataset = open_dataset(workspace / "data", split="test")
+    assert dataset.cameras == (("0",),)
+    PipelinePredictor(tiny_pipeline(cameras=cameras)).check_dataset(dataset)
+    assert ("was trained on the cameras" in caplog.text) == warned
+
+
 BAD = [
     (["--num-clips", "0"], "--num-clips must be at least 1, got 0"),
     (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),

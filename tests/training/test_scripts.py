@@ -1,11 +1,14 @@
+import argparse
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from irasim_diffusers.training import Interruption, run_script, scripts
+from irasim_diffusers.training.launch import prepare_output
 
 
 @pytest.fixture
@@ -67,3 +70,12 @@ def test_handlers_are_restored_after_training():
         os.kill(os.getpid(), signal.SIGTERM)
     assert interruption.number == signal.SIGTERM
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_output_folder_that_cannot_be_created_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = argparse.Namespace(output_dir=str(tmp_path / "file" / "run"))
+    with pytest.raises(
+        ValueError, match=r"`output_dir` must be a folder that can be created, got '.*run': Not a directory"
+    ):
+        prepare_output(Accelerator(cpu=True), arguments)

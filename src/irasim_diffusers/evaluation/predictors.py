@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import tokenize
 import zipfile
@@ -25,6 +26,8 @@ from ..pictures import resize, resize_video
 from ..pipelines import IRASimPipeline
 from ..rollout import WorldModel, roll
 from .protocols import Clip
+
+logger = logging.getLogger(__name__)
 
 MAX_SIDE = 4096
 """Maximum side of saved predictions in pixels."""
@@ -144,7 +147,7 @@ class WorldModelPredictor:
         return {"chunk_length": self.chunk_length, "resize": self.resize}
 
     def check_dataset(self, dataset: EpisodeSource) -> None:
-        """Check that a dataset matches the data that the model was trained on.
+        """Check that a dataset matches the data that the model was trained on. Other cameras cause a warning.
 
         Raises:
             ValueError: If the number of action components, their derivation or the frame rate differ.
@@ -162,6 +165,11 @@ class WorldModelPredictor:
                 raise ValueError(
                     f"{name} of {dataset.name!r} must be {wanted} like the model's, got {found}: use {flags}."
                 )
+        trained = getattr(self.model, "cameras", None)
+        if trained and [list(row) for row in trained] != [list(row) for row in dataset.cameras]:
+            logger.warning(  # no error, since the names of one camera differ between dataset formats
+                f"The model was trained on the cameras {trained}, and the evaluation uses {[*dataset.cameras]} of {dataset.name!r}."
+            )
 
     def check_clip(self, clip: ClipData) -> None:
         """Check that the model can predict a clip.

@@ -193,6 +193,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         return self.transformer.config.num_history_frames
 
     @property
+    def cameras(self) -> list[list[str]] | None:
+        """Names of the cameras of the training data, as they are tiled into a frame, if known."""
+        return self.transformer.config.cameras
+
+    @property
     def max_chunk(self) -> int:
         """Maximum number of actions per chunk: the predicted frames of the model's window."""
         return self.transformer.config.sample_frames - self.transformer.config.num_history_frames

@@ -102,7 +102,12 @@ def lock_output(output: Path) -> None:
 def prepare_output(accelerator: Accelerator, arguments: RunArguments) -> None:
     """Create and lock the output folder, remove temporary files of interrupted runs, and create a requested Hub repository."""
     output = Path(arguments.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`output_dir` must be a folder that can be created, got {str(output)!r}: {error.strerror}."
+        ) from error
     if accelerator.is_main_process:
         lock_output(output)
         remove_leftovers(output)
