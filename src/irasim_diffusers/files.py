@@ -24,6 +24,19 @@ ABANDONED_AFTER = 24 * 3600
 """Seconds without a change after which the temporary file of another machine counts as abandoned."""
 
 
+def path_inside(root: Path, path: str) -> Path:
+    """Return the path of a file that metadata names, relative to the folder of the metadata.
+
+    Symbolic links in the folder are followed: the Hub's cache consists of them.
+
+    Raises:
+        ValueError: If the path is absolute or leaves the folder.
+    """
+    if os.path.isabs(path) or os.path.normpath(path).split(os.sep)[0] == os.pardir:
+        raise ValueError(f"{path!r} must be a path inside the dataset {str(root)!r}: copy the file into it.")
+    return root / path
+
+
 def file_hash(path: Path) -> str:
     """Return the SHA-256 hash of a file."""
     with path.open("rb") as file:

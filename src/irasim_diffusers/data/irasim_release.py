@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from ..actions import derive_actions
+from ..files import path_inside
 from ..safe_load import FLOATS, read_torch_file
 from .columns import finite_vector
 from .content_hash import media_stamp
@@ -146,7 +147,11 @@ class IRASimFolder(InOrder):
         total = len(vectors["action"])
         try:
             part = window_slice(*(window or (0, total)), total)
-            paths = {name: self.root / _media_path(annotation, "video", name) for row in self.cameras for name in row}
+            paths = {
+                name: path_inside(self.root, _media_path(annotation, "video", name))
+                for row in self.cameras
+                for name in row
+            }
             for path in paths.values():
                 self._check_length(path, total, annotation)
             count = part.stop - part.start
@@ -208,7 +213,7 @@ class IRASimFolder(InOrder):
             return None
         length = len(self.vectors(number)["action"])
         try:
-            path = self.root / _media_path(annotation, "latent_video", camera)
+            path = path_inside(self.root, _media_path(annotation, "latent_video", camera))
             return _read_latents(path, length) if path.is_file() else None
         except ValueError as error:
             raise ValueError(f"{str(self.files[number])!r}: {error}") from error

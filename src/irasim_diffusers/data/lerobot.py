@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..files import path_inside
 from .columns import choose_action_columns, component_names_of, finite_vector
 from .content_hash import content_hash
 from .episode import Episode, InOrder, camera_layout, first_task, tile, window_slice
@@ -418,7 +419,7 @@ class LeRobotFolder(InOrder):
         """Decode an image in the table, or an image file in the folder."""
         if not isinstance(picture, dict) or not (picture.get("bytes") or picture.get("path")):
             raise ValueError(f"{str(self._path(row))!r} has no image {key!r} at frame {frame}: remove the episode.")
-        source: Any = io.BytesIO(picture["bytes"]) if picture.get("bytes") else self.root / picture["path"]
+        source: Any = io.BytesIO(picture["bytes"]) if picture.get("bytes") else path_inside(self.root, picture["path"])
         return read_picture(source, f"{key!r} at frame {frame} in {str(self._path(row))!r}")
 
     def _matrix(self, row: dict[str, Any], key: str, column: pa.ChunkedArray) -> np.ndarray:
@@ -479,9 +480,9 @@ class LeRobotFolder(InOrder):
         if not template:
             raise ValueError(f"{str(self._info_path)!r} has no entry {entry!r}: add the path of the files.")
         try:
-            return self.root / template.format(video_key=camera, **place)
+            return path_inside(self.root, template.format(video_key=camera, **place))
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{str(self._info_path)!r}: {entry!r} has a wrong field: {error}.") from error
+            raise ValueError(f"{str(self._info_path)!r}: {entry!r} has a wrong field or place: {error}.") from error
 
     def _file(self, row: dict[str, Any], camera: str | None = None) -> Path:
         """Return the local path of the same file; download it if necessary."""

@@ -17,6 +17,8 @@ import numpy as np
 from ..files import temporary_path
 
 VideoFile: TypeAlias = str | os.PathLike | BinaryIO
+PLAYLISTS = ("concat", "dash", "hls", "imf")
+"""Formats of FFmpeg that read other files."""
 ITU601, ITU709, MPEG_RANGE, JPEG_RANGE = 5, 1, 1, 2
 """FFmpeg enum values: color matrices and YUV ranges."""
 
@@ -125,6 +127,10 @@ def _open(path: VideoFile) -> Iterator[tuple[Any, Any]]:
         source.seek(0)
     try:
         with av.open(source) as container:
+            if container.format.name in PLAYLISTS:
+                raise ValueError(
+                    f"{str(source)!r} must be a video, got a list of other files ({container.format.name})."
+                )
             if not container.streams.video:
                 raise ValueError(f"{str(source)!r} has no video stream: pass a video or image file.")
             yield container, container.streams.video[0]
