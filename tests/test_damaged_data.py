@@ -305,7 +305,7 @@ def test_other_commands(originals, tmp_path, tmp_path_factory, capfd, command, f
     assert main([*flags, "--output", str(tmp_path / "out")]) == 2
     captured = capfd.readouterr()
     unread = command == "adapt" and "can be read" in captured.err
-    refused(root, captured, "none of the first episodes of" if unread else message)
+    refused(root, captured, "none of the first 32 episodes of" if unread else message)
 
 
 def test_broken_rows_can_be_skipped(originals, tmp_path, capfd):

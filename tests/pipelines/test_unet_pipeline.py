@@ -59,7 +59,7 @@ def test_stream_with_and_without_guidance(pipeline, frames, actions):
 def test_unsupported_arguments_raise(pipeline, frames, actions):
     with pytest.raises(ValueError, match="must contain 2 history frames for Video-Ada and the U-Net, got 1"):
         pipeline(frames[:1], actions)
-    with pytest.raises(ValueError, match="`chunk_length` must be 3 for a model of whole trajectories, got 2"):
+    with pytest.raises(ValueError, match=r"`chunk_length` must be an integer in \[3, 3\] for this checkpoint, got 2"):
         pipeline.stream(frames, actions, chunk_length=2)
     with pytest.raises(ValueError, match="`frames` must be 8x12"):
         pipeline(frames[:, :, :10], actions)

@@ -235,7 +235,7 @@ def test_valid_and_invalid_uploads(drive, tmp_path):
     robot = pusher(drive)
     drive.get_by_role("slider", name="Speed").fill("0.2")
     field.set_input_files(good)
-    drive.get_by_text("Where is the robot?").wait_for()
+    drive.get_by_text("Click on the robot in the image, then drive.").wait_for()
     box = drive.locator(".stage canvas").bounding_box()
     drive.mouse.click(*(np.array([box["x"], box["y"]]) + (robot + 0.5) / 96 * [box["width"], box["height"]]))
     drive.locator(".message").wait_for(state="hidden")
