@@ -280,6 +280,8 @@ def test_damaged_files_of_a_model_are_named(model, tmp_path):
 def test_set_attr_sets_the_attribute_of_all_rows(model, starts):
     rows = WorldModelVectorEnv(model, 2, starts, **STEPS)
     rows.set_attr("max_episode_steps", [7, 7])
+    rows.set_attr("limits", [np.arange(2)] * 2)
+    assert rows.limits.tolist() == [0, 1]
     assert rows.get_attr("max_episode_steps") == (7, 7)
     with pytest.raises(ValueError, match="`values` must be one value for all 2 rows"):
         rows.set_attr("max_episode_steps", [7, 8])

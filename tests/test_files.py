@@ -135,9 +135,7 @@ def test_folder_belongs_to_the_settings_of_its_first_result(tmp_path):
     claim_folder(folder, {"model": "b"}, "results")  # without a result, the settings are not binding
     (folder / "results").mkdir()
     claim_folder(folder, setting, "results")
-    with pytest.raises(
-        ValueError, match="contains another evaluation: model differ, model was 'a' and is 'b': choose"
-    ):
+    with pytest.raises(ValueError, match="contains an evaluation with other settings: model was 'a', now 'b': choose"):
         claim_folder(folder, setting | {"model": "b"}, "results", write=True)
     for content in ("", "[]", '{"model": NaN}'):
         (folder / "setting.json").write_text(content)

@@ -95,8 +95,12 @@ def main() -> None:
         shutil.copytree(target, new)
         save_model(arguments, pipeline, new)
         save_clip(arguments, dataset, new)
-        target.rename(Path(folder) / "old")
-        new.rename(target)
+        old = target.rename(Path(folder) / "old")
+        try:
+            new.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
     for path in sorted(target.rglob("*")):
         if path.is_file():
             print(f"{path.stat().st_size / 1e6:8.3f} MB  {path.relative_to(target)}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -225,9 +226,9 @@ class DrivingSession:
     def _state(self) -> RolloutState:
         """Return the state after the frames in memory; its step gives the same noise again after undo."""
         state = self._before
-        for each in self._kept:
+        for each in reversed(list(islice(reversed(self._kept), self._history_length))):
             state = state.append(each.latents, self._history_length)
-        return state
+        return replace(state, step=self._before.step + len(self._kept))
 
     @torch.no_grad()
     def append(self, frames: Sequence[PIL.Image.Image], actions: Any) -> None:

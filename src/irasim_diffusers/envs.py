@@ -405,7 +405,7 @@ class WorldModelVectorEnv(VectorEnv):
             ValueError: If the values of the rows differ.
         """
         rows = values if isinstance(values, list | tuple) else [values] * self.num_envs
-        if len(rows) != self.num_envs or any(each != rows[0] for each in rows):
+        if len(rows) != self.num_envs or any(not np.array_equal(each, rows[0]) for each in rows):
             raise ValueError(
                 f"`values` must be one value for all {self.num_envs} rows, which share {name!r}, got {values}."
             )

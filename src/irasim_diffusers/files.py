@@ -140,10 +140,9 @@ def claim_folder(
             raise ValueError(f"`output` {str(folder)!r} cannot be resumed: {error}; choose a new folder.") from error
         differing = [name for name in setting if found.get(name) != setting[name]]
         if differing:
-            first = differing[0]
+            changes = ", ".join(f"{name} was {found.get(name)!r}, now {setting[name]!r}" for name in differing)
             raise ValueError(
-                f"`output` {str(folder)!r} contains another evaluation: {', '.join(differing)} differ, {first} was "
-                f"{found.get(first)!r} and is {setting[first]!r}: choose a new folder."
+                f"`output` {str(folder)!r} contains an evaluation with other settings: {changes:.300}: choose a new folder."
             )
         return
     if write:

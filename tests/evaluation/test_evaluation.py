@@ -238,13 +238,13 @@ def test_interrupted_evaluation_resumes(workspace, tmp_path):
 def test_other_setting_requires_new_folder(workspace, evaluated, capsys):
     arguments = ["--model", workspace / "model", "--ways", 3]
     assert run(workspace, workspace / "report", *arguments, "--seed", 1) == 2
-    assert "contains another evaluation: seed differ, seed was 0 and is 1" in capsys.readouterr().err
+    assert "contains an evaluation with other settings: seed was 0, now 1: choose" in capsys.readouterr().err
     shutil.copytree(workspace / "model", workspace / "trained")
     pipeline = IRASimPipeline.from_pretrained(workspace / "trained")
     pipeline.transformer.null_action.data += 1
     pipeline.save_pretrained(workspace / "trained")
     assert run(workspace, workspace / "report", "--model", workspace / "trained", "--ways", 3) == 2
-    assert "contains another evaluation: model, weights differ" in capsys.readouterr().err
+    assert "contains an evaluation with other settings: model was" in capsys.readouterr().err
 
 
 def test_broken_episodes_are_skipped(workspace, evaluated, tmp_path, capsys):
@@ -640,7 +640,7 @@ def test_changed_config_requires_new_folder(workspace, evaluated, tmp_path, caps
     path = tmp_path / "model" / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"action_scale": 9.0}))
     assert run(workspace, tmp_path / "out", "--model", tmp_path / "model", "--faithfulness-clips", 0) == 2
-    assert "contains another evaluation: weights differ" in capsys.readouterr().err
+    assert "contains an evaluation with other settings: weights was" in capsys.readouterr().err
 
 
 def test_resize(workspace, evaluated, tmp_path):

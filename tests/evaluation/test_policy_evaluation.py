@@ -136,7 +136,7 @@ def test_the_same_command_resumes(evaluation, tmp_path):
     assert policies["good"].calls == policies["wrong-way"].calls == 0
     assert 1 < policies["slow"].calls <= 1 + 2 * LENGTH  # one call checks the policy
     with pytest.raises(
-        ValueError, match=r"contains another evaluation: seeds differ, seeds was .* and is .1, 2.: choose a new"
+        ValueError, match=r"contains an evaluation with other settings: seeds was .*, now .1, 2.: choose a new"
     ):
         evaluate_policies(evaluation(model=world_model(), seeds=[1, 2]))
 

@@ -150,7 +150,7 @@ def _pixels(frame: Any, path: VideoFile) -> np.ndarray:
     name = frame.format.name
     if name.startswith("gray") and name not in ("gray", "gray8"):
         raise ValueError(
-            f"{str(path)!r} has frames of the format {name!r}, for example depth: 8-bit frames are required. convert them "
+            f"{str(path)!r} has frames of the format {name!r}, for example depth: 8-bit frames are required. Convert them "
             "to 8 bits, or select another camera."
         )
     if not name.startswith(("yuv", "nv", "p0")):

@@ -302,6 +302,7 @@ def _run_batch(evaluation: PolicyEvaluation, name: str, policy: Policy, batch: S
     except ValueError as error:
         raise ValueError(f"policy {name!r}, seeds {batch[0]} to {batch[-1]}: {error}") from error
     fps = evaluation.model.metadata["render_fps"]
+    claim_folder(evaluation.output, _setting(evaluation), EPISODES, write=True)
     for row, seed in enumerate(batch):
         path = _path(Path(evaluation.output), name, seed)
         if record:
@@ -314,7 +315,6 @@ def _run_batch(evaluation: PolicyEvaluation, name: str, policy: Policy, batch: S
                 "score": float(episodes.score[row]),
                 "length": int(episodes.length[row]),
             }
-        claim_folder(evaluation.output, _setting(evaluation), EPISODES, write=True)
         write_text(path, json.dumps(outcome))  # written last: it marks the episode as finished
 
 

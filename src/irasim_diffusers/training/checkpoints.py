@@ -143,8 +143,14 @@ def save_checkpoint(
         accelerator.save_state(str(partial))
         if add is not None:
             add(partial)
-    except (OSError, SafetensorError):  # a full disk: the incomplete files would take the last space
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+    ) as error:  # a full disk: the incomplete files would take the last space
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):  # torch.save hides the OSError
+            raise OSError(f"cannot write {str(partial)!r}: {str(error).splitlines()[0]}") from error
         raise
     accelerator.wait_for_everyone()  # every process writes its own random state
     if accelerator.is_main_process:

@@ -184,9 +184,12 @@ class TrainingRun:
         try:
             self.accelerator.load_state(str(newest))
             load_average(self.ema, self.transformer, newest)
+        except torch.OutOfMemoryError:
+            raise  # the checkpoint is intact
         except UNREADABLE as error:
             raise ValueError(
-                f"{str(newest)!r} cannot be loaded: {type(error).__name__}: {error} Delete it to resume from an earlier checkpoint."
+                f"{str(newest)!r} cannot be loaded: {type(error).__name__}: {error} If it is not a checkpoint of this run, delete it "
+                "to resume from an earlier one."
             ) from error
         logger.info(f"resumed from {newest}")
 
