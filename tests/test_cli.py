@@ -1,6 +1,7 @@
 import functools
 import json
 import re
+import shutil
 import signal
 
 import av
@@ -288,7 +289,8 @@ def test_no_repository_is_created_for_bad_data(workspace, monkeypatch):
     (folder / "0.json").write_text(json.dumps({"actions": [[0.0] * 3] * 5, "video_path": "missing.mp4"}))
     assert main(arguments) == 2
     assert created == []
-    (folder / "0.json").write_text(json.dumps({"actions": [[0.0] * 3] * 5, "video_path": "../video.mp4"}))
+    shutil.copy(workspace / "video.mp4", workspace / "data")
+    (folder / "0.json").write_text(json.dumps({"actions": [[0.0] * 3] * 5, "video_path": "video.mp4"}))
     assert main(arguments) == 0
     assert set(created) == {"lab/robot"}
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_pipeline
 
 from irasim_diffusers import ActionSpace, DrivingSession, IRASimPipeline, Steering, embedded_checkpoint
 from irasim_diffusers.actions import integrate_actions
@@ -140,6 +141,16 @@ def test_appended_frames_continue_an_earlier_session(pipe, clip, session):
         with pytest.raises(ValueError, match="`frames` must be one image of 96x96 pixels for each action"):
             later.append(frames, actions)
     assert len(later) == size
+
+
+def test_appended_frames_of_a_model_of_whole_trajectories():
+    """Video-Ada requires all history frames."""
+    pipe, frames = tiny_pipeline(conditioning="video", num_inference_steps=1), np.zeros((2, 8, 12, 3), np.uint8)
+    session, later = (DrivingSession(pipe, frames, Steering(pipe.action_space)) for _ in range(2))
+    session.step(np.ones((2, 3)))
+    later.append(session.frames, session.actions)
+    expected, actual = (np.asarray(each.step(np.ones((1, 3)))[0], float) for each in (session, later))
+    assert np.abs(actual - expected).mean() < 3
 
 
 def test_sessions_of_one_pipeline_do_not_mix(pipe, clip, session):

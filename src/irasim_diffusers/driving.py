@@ -250,8 +250,9 @@ class DrivingSession:
                 f"{sorted({'x'.join(map(str, frame.size)) for frame in frames})} for actions {tuple(checked.shape)}."
             )
         images = [frame.convert("RGB") for frame in frames]
-        pixels = np.stack([np.asarray(image) for image in images])[:, None]  # n histories of one frame
-        latents = self.model.start(pixels, self._first.seeds * len(images)).latents  # (n, C, 1, h, w)
+        pixels = np.stack([np.asarray(image) for image in images])[:, None]
+        pixels = pixels.repeat(self._first.latents.shape[2], axis=1)  # histories of a length that the model accepts
+        latents = self.model.start(pixels, self._first.seeds * len(images)).latents[:, :, -1:]  # (n, C, 1, h, w)
         self._keep(images, checked[0], latents.transpose(0, 2))
         self._sync_steering()
 

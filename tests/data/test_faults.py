@@ -81,13 +81,14 @@ def test_invalid_timestamps_raise(kept, times, message, tmp_path):
         source[1]
 
 
-def test_frame_rate_that_is_too_high_raises(tmp_path):
-    """Rows at every second frame of the video are not filtered rows, but have another frame rate."""
-    write_folder(tmp_path)
+def test_rows_at_every_second_frame_cause_a_warning(tmp_path):
+    """Their frames and actions are correct, and the frame rate of the metadata is not that of the rows."""
+    before = write_folder(tmp_path)[1]
     keep_rows(tmp_path, [0, 2, 4, 6, 8])
-    with pytest.raises(ValueError, match=r"advances by 2 frames in every row: 'fps' .* must be 5 instead of 10"):
-        LeRobotFolder(tmp_path)[1]
-    assert len(LeRobotFolder(tmp_path)[0].frames) == 5
+    with pytest.warns(UserWarning, match="rows are 2 frames apart: they have 5 frames per second, not 10"):
+        episode = LeRobotFolder(tmp_path)[1]
+    assert np.array_equal(episode.frames, before.frames[::2])
+    assert np.array_equal(episode.actions, before.actions[::2])
 
 
 @pytest.mark.parametrize("part", [DATA, EPISODES])

@@ -8,6 +8,7 @@ episode has separate files.
 from __future__ import annotations
 
 import io
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -407,11 +408,11 @@ class LeRobotFolder(InOrder):
         if (np.diff(numbers) <= 0).any():
             frame = int(np.argmax(np.diff(numbers) <= 0)) + 1
             raise ValueError(f"{path!r}: {key!r} must increase, got {times[frame]:g} s after {times[frame - 1]:g} s.")
-        step = int(np.diff(numbers).min()) if len(numbers) > MIN_STRIDE_ROWS else 1
-        if step > 1 and (np.diff(numbers) == step).all():
-            raise ValueError(
-                f"{path!r}: {key!r} advances by {step} frames in every row: 'fps' in 'meta/info.json' must be "
-                f"{self.fps / step:g} instead of {self.fps:g}."
+        steps = set(np.diff(numbers)) if len(numbers) > MIN_STRIDE_ROWS else {1}
+        if len(steps) == 1 and (step := steps.pop()) > 1:
+            warnings.warn(
+                f"{self.name!r}: rows are {step:g} frames apart: they have {self.fps / step:g} frames per second, not {self.fps:g}.",
+                stacklevel=2,
             )
         return numbers.astype(np.int64)
 
