@@ -649,7 +649,7 @@ ROWS += [
     ("evaluate", {"--frame-skip": "-2"}, "--frame-skip must be at least 1, got -2"),
     ("evaluate", {"--frame-skip": "1000"}, "`composition` (--action_composition) is required with frame_skip=1000"),
     ("evaluate", {"--pad-actions-to": "2"}, "`action_dim` (--pad_actions_to) must be at least 3 for"),
-    ("evaluate", {"--pad-actions-to": "4"}, "--pad-actions-to"),
+    ("evaluate", {"--pad-actions-to": "4"}, "must be 3 like the model's, got 4: use a dataset or model"),
     ("evaluate", {"--pad-actions-to": "0"}, "--pad-actions-to must be at least 1, got 0"),
     ("evaluate", {"--action-derivation": "absolut"}, "--action-derivation must be one of recorded"),
     ("evaluate", {"--action-derivation": "relative_euler"}, "`derivation` 'relative_euler' requires states"),

@@ -462,7 +462,7 @@ BAD = [
     (["--protocol", "robonet"], r"must be \(256, 256\) .* for the protocol robonet, got \(8, 12\)"),
     (["--protocol", "irasim-short-release"], "sides divisible by 16"),
     (["--published", "robonet"], "`published` must be one of"),
-    (["--pad-actions-to", "4"], "action components of .* must be 3 like the model's, got 4: use --pad-actions-to"),
+    (["--pad-actions-to", "4"], "action components of .* must be 3 like the model's, got 4: use a dataset or model"),
     (["--split", "train"], "`split` must be one of"),
     (["--dataset", "nowhere"], "`dataset` must be a folder or a Hub id"),
     (["--predictions", "nowhere"], "--predictions must be a folder, got 'nowhere'"),

@@ -222,7 +222,7 @@ def _print_report(report: dict[str, Any]) -> None:
     psnr, last, gain = report["metrics"]["psnr"], report["last_frame"]["psnr"], report["gain_over_last_frame"]
     print(
         f"{report['protocol']['name']}, {report['n']} clips: PSNR {psnr['mean']:.2f} dB [{psnr['low']:.2f}, {psnr['high']:.2f}] "
-        f"(last-frame baseline: {last['mean']:.2f} dB; mean gain {gain['mean']:.2f} dB), SSIM "
+        f"(last-frame baseline: {last['mean']:.2f} dB; gain of the clip PSNR: {gain['mean']:.2f} dB), SSIM "
         f"{report['metrics']['ssim']['mean']:.3f}"
     )
     if "faithfulness" in report:

@@ -61,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
         default="cem",
         help="lines ranks straight lines, like the paper (default: %(default)s)",
     )
-    add("--position", help="current position as an action, such as 256,400; required for absolute targets")
+    add("--position", help="current position as an action, such as 84,384; required for absolute targets")
     add("--horizon", type=int, default=15, help="number of actions (default: %(default)s)")
     add("--candidates", type=int, help="action sequences of cem, mppi and lines, per iteration (default: 50)")
     add("--iterations", type=int, help="iterations of cem, mppi and gradient (default: 5)")
@@ -186,12 +186,15 @@ def _initial(arguments: argparse.Namespace, pipeline: IRASimPipeline) -> torch.T
         try:
             position = torch.tensor([float(value) for value in arguments.position.split(",")])
             position = space.prepare(position[None])[0, 0]
+            if space.has_targets and not torch.equal(space.clip(position), position):
+                bounds = ", ".join(f"{low:g}..{high:g}" for low, high in zip(space.low, space.high, strict=True))
+                raise ValueError(f"it must be inside the bounds {bounds}")
         except ValueError as error:
             raise ValueError(
                 f"--position must be {len(space)} numbers separated by commas, got {arguments.position!r}: {error}"
             ) from error
     elif space.has_targets:
-        raise ValueError("--position is required for absolute targets: the current position, such as 256,400.")
+        raise ValueError("--position is required for absolute targets: the current position, such as 84,384.")
     if arguments.planner == "lines":
         candidates = arguments.candidates
         return straight_lines(

@@ -232,9 +232,14 @@ def _check(evaluation: PolicyEvaluation) -> None:
         )
     spaces: list[Any] = [each.single_observation_space for each in (evaluation.real, evaluation.model)]
     keys = [set(getattr(space, "spaces", {})) for space in spaces]
-    if not {"pixels"} <= keys[0] <= keys[1]:
+    if "pixels" not in keys[0]:
         raise ValueError(
-            f"the observations of `model` must contain those of `real`, with `pixels`, got {sorted(keys[1])} and "
+            f"the observations of `real` must contain `pixels`, got {sorted(keys[0]) or spaces[0]}: create the environment with images, "
+            "for example with `obs_type` pixels_agent_pos."
+        )
+    if not keys[0] <= keys[1]:
+        raise ValueError(
+            f"the observations of `model` must contain those of `real`, got {sorted(keys[1])} and "
             f"{sorted(keys[0])}: `agent_pos` needs a proprioception model."
         )
     if spaces[0]["pixels"].shape != spaces[1]["pixels"].shape:

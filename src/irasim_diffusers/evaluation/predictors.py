@@ -156,8 +156,9 @@ class WorldModelPredictor:
         derivation = getattr(dataset, "action_derivation", "recorded")
         space = self.model.action_space
         fps = self.model.fps or dataset.fps
+        padding = "--pad-actions-to" if dim < len(space) else "a dataset or model with the same actions"
         for name, wanted, found, flags in (
-            ("action components", len(space), dim, "--pad-actions-to"),
+            ("action components", len(space), dim, padding),
             ("action derivation", space.derivation, derivation, "--action-derivation, --action-composition"),
             ("frames per second", fps, dataset.fps or fps, "--frame-skip"),
         ):
