@@ -293,18 +293,18 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     check_launch(accelerator)
     set_seed(arguments.seed)
-    newest = newest_checkpoint(output, run_settings(arguments, accelerator.num_processes))
     source, held_out_source = open_data(arguments)
     vae = build_vae(arguments, max(first_readable(source, source.__getitem__).frames.shape[1:3]))
+    output.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        lock_output(output)
+        remove_leftovers(output)
+    newest = newest_checkpoint(output, run_settings(arguments, accelerator.num_processes))
     frames = Frames(
         load_frames(source, arguments.frames_per_episode, arguments.skip_broken),
         load_frames(held_out_source, 4, arguments.skip_broken),
         arguments.validation_dataset is not None,
     )
-    output.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        lock_output(output)
-        remove_leftovers(output)
     if arguments.compile:
         vae.encoder.compile()
         vae.decoder.compile()

@@ -22,7 +22,6 @@ ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 COMPUTING = (
     "__call__",
     "encode_history",
-    "predict_latents",
     "decode_latents",
     "start",
     "advance",

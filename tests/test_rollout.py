@@ -176,14 +176,6 @@ def test_given_latents_are_the_noise_of_the_whole_rollout(pipeline, frames, plan
     torch.testing.assert_close(ratio, ratio[:1, :1, :1, :1, :1].expand_as(ratio), rtol=1e-3, atol=1e-3)
 
 
-def test_predict_matches_roll(pipeline, frames, plans):
-    state = pipeline.start(frames, [5, 3, 8])
-    with torch.no_grad():
-        torch.testing.assert_close(
-            pipeline.predict_latents(state, plans, num_inference_steps=2), latents_of(pipeline, state, plans)
-        )
-
-
 BAD = [
     (lambda pipe, state, plans: roll(pipe, state, plans, 0), r"`chunk_length` must be in \[1, 3\] .* got 0"),
     (lambda pipe, state, plans: roll(pipe, state, plans, 4), r"`chunk_length` must be in \[1, 3\] .* got 4"),

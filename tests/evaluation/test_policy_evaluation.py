@@ -141,7 +141,7 @@ def test_the_same_command_resumes(evaluation, tmp_path):
         evaluate_policies(evaluation(model=world_model(), seeds=[1, 2]))
 
 
-def test_policies_are_loaded_when_their_turn_comes(evaluation, tmp_path):
+def test_policies_are_loaded_before_the_episodes(evaluation, tmp_path):
     loaded = []
 
     def load():

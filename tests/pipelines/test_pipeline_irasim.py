@@ -443,7 +443,7 @@ def test_gradients_flow_through_denoising_steps(pipeline, frames, actions):
     assert differentiable.grad.abs().sum() > 0
 
 
-def test_predict_is_the_world_model_protocol(pipeline, frames, actions):
+def test_one_history_with_several_action_sequences(pipeline, frames, actions):
     candidates = np.stack([actions, actions + 1])
     video = pipeline(frames, candidates, num_inference_steps=2, output_type="pt").frames
     assert video.shape == (2, 7, 3, 8, 12)

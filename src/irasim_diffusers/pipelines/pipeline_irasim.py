@@ -697,25 +697,6 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         """Decode scaled latents (B, C, n, h, w) to frames (B, n, 3, H, W) in [0, 1]."""
         return self.video_processor.postprocess_video(self.decode_latents(latents), "pt")
 
-    def predict_latents(
-        self, state: RolloutState, actions: torch.Tensor, chunk_length: int | None = None, **sampling: Any
-    ) -> torch.Tensor:
-        """Predict the latents of any number of actions.
-
-        Args:
-            state: The state of B rollouts.
-            actions: Actions (B, n, A) in raw units.
-            chunk_length: Number of actions per chunk. None for `max_chunk`.
-            sampling: Other arguments of `advance`.
-
-        Returns:
-            The future (B, C, n, h, w), scaled latents, float32.
-
-        Raises:
-            ValueError: See `roll`.
-        """
-        return torch.cat([latents for _, latents in roll(self, state, actions, chunk_length, **sampling)], dim=2)
-
     def stream(
         self,
         frames: Any,
