@@ -1,15 +1,20 @@
-"""Limit on the size of request bodies: parsing a large JSON body would block the event loop for all visitors."""
+"""Limits of request bodies: parsing a large JSON body would block the event loop, and slow bodies would fill the memory."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import Any
 
 MAX_BODY_BYTES = 10**6
+MAX_BODY_SECONDS = 30.0
 UPLOAD_PATH = "/gradio_api/upload"  # streamed to disk by Gradio, which enforces `max_file_size`
 
 
 class BodyLimit:
-    """ASGI middleware that answers 413 if the body has more than `MAX_BODY_BYTES`, except for file uploads.
+    """ASGI middleware that answers 413 to bodies of more than `MAX_BODY_BYTES`, and 408 to those that take too long to arrive.
+
+    File uploads are exempt.
 
     The body is read here, chunk by chunk, before the app sees the request; a missing or wrong `Content-Length` changes nothing.
 
@@ -22,20 +27,23 @@ class BodyLimit:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer a request, or pass it to the app with its body."""
-        if scope["type"] != "http" or scope["path"] == UPLOAD_PATH:
+        if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) == UPLOAD_PATH:
             await self.app(scope, receive, send)
             return
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > MAX_BODY_BYTES:
-                await _refuse(send)
-                return
-        whole = [{"type": "http.request", "body": bytes(body)}]
+        try:
+            async with asyncio.timeout(MAX_BODY_SECONDS):
+                body = await _read_body(receive)
+        except TimeoutError:
+            await _refuse(send, 408, f"the request body must arrive within {MAX_BODY_SECONDS:g} seconds.")
+            return
+        if body is None:
+            return
+        if len(body) > MAX_BODY_BYTES:
+            await _refuse(
+                send, 413, f"the request body must have at most {MAX_BODY_BYTES} bytes: send files through uploads."
+            )
+            return
+        whole = [{"type": "http.request", "body": body}]
 
         async def replay() -> Any:
             return whole.pop() if whole else await receive()
@@ -43,8 +51,20 @@ class BodyLimit:
         await self.app(scope, replay, send)
 
 
-async def _refuse(send: Any) -> None:
-    body = f'{{"error": "the request body must have at most {MAX_BODY_BYTES} bytes: send files through uploads."}}'.encode()
+async def _read_body(receive: Any) -> bytes | None:
+    """Read a body until it exceeds the limit; None if the client disconnects."""
+    body, more = bytearray(), True
+    while more and len(body) <= MAX_BODY_BYTES:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return bytes(body)
+
+
+async def _refuse(send: Any, status: int, reason: str) -> None:
+    body = json.dumps({"error": reason}).encode()
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": 413, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

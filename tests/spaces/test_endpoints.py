@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
 
+import body_limit
 import gradio
 import gradio_client
 import numpy as np
@@ -367,6 +368,29 @@ def chunked(app_url, path, size):
     status = connection.getresponse().status
     connection.close()
     return status
+
+
+@pytest.mark.parametrize(("pause", "status"), [(0.0, 200), (5.0, 408)])
+def test_slow_bodies_are_ended(monkeypatch, pause, status):
+    monkeypatch.setattr(body_limit, "MAX_BODY_SECONDS", 0.2)
+    parts, sent = (
+        [{"type": "http.request", "body": b"a", "more_body": True}, {"type": "http.request", "body": b"b"}],
+        [],
+    )
+
+    async def receive():
+        await asyncio.sleep(pause if len(parts) == 1 else 0)
+        return parts.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    async def app(scope, receive, send):
+        assert (await receive())["body"] == b"ab"
+        await send({"status": 200})
+
+    asyncio.run(body_limit.BodyLimit(app)({"type": "http", "path": "/gradio_api/run/step"}, receive, send))
+    assert sent[0]["status"] == status
 
 
 def test_bodies_are_limited_except_for_uploads(app_url, client, tmp_path):
