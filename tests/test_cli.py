@@ -413,3 +413,22 @@ def test_the_embedded_model_follows_actions():
     frames = pipeline(video[:history], candidates, num_inference_steps=20, output_type="np").frames
     errors = [psnr(candidate, truth) for candidate in frames]
     assert np.argmax(errors) == 0
+
+
+def test_quantized_weights_are_accepted():
+    class Quantized(torch.Tensor):
+        """A tensor that supports no operation, like those of torchao."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.isfinite:
+                raise NotImplementedError
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    model = torch.nn.Module()
+    model.register_buffer("weight", torch.ones(2).as_subclass(Quantized))
+    model.register_buffer("number", torch.ones(2, dtype=torch.int8))
+    check_weights({"transformer": model}, [])
+    model.register_buffer("other", torch.tensor([1.0, float("nan")]))
+    with pytest.raises(ValueError, match=r"got NaN or infinity in transformer\.other"):
+        check_weights({"transformer": model}, [])

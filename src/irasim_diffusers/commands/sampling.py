@@ -235,7 +235,8 @@ def check_weights(components: Mapping[str, Any], messages: list[str], remedy: st
             for key, weight in component.state_dict().items():
                 if weight.is_meta:
                     raise ValueError(f"the weights file does not contain {name}.{key}.")
-                if not torch.isfinite(weight).all():
+                plain = type(weight) is torch.Tensor and weight.is_floating_point() and weight.itemsize > 1
+                if plain and not torch.isfinite(weight).all():  # others are quantized
                     raise ValueError(
                         f"weights must be finite, got NaN or infinity in {name}.{key}: use an earlier checkpoint{remedy}."
                     )
