@@ -580,7 +580,7 @@ DATA_ROWS = [  # of every command that reads episodes
     ({"--dataset": "nan-actions"}, "'action' at frame 0 is [nan, 0.0, 0.0], but must be finite"),
     ({"--dataset": "word-actions"}, "'actions' must be numbers in rows of equal length, got values of the type <U32"),
     ({"--dataset": "ragged-actions"}, "'actions' must be numbers in rows of equal length: "),
-    ({"--dataset": "outside"}, "passwd' as a video: No such file or directory"),
+    ({"--dataset": "outside"}, "passwd' must be a path inside the dataset"),
     ({"--dataset": "no-data", "--split": "train"}, "file-000.parquet': [Errno 2]"),
     ({"--dataset": "no-videos", "--split": "train"}, "file-000.mp4' as a video: No such file or directory"),
     ({"--dataset": "no-meta-episodes", "--split": "train"}, "has no episode in its 'meta' folder"),

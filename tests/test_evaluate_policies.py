@@ -190,7 +190,7 @@ def test_policies_run_on_the_device_of_the_model(command, tmp_path, folder):
         ({"loader": "my_policies:LOADER"}, "--loader must be MODULE:FUNCTION, got 'my_policies:LOADER'"),
         ({"loader": "math:pi"}, "--loader must be a function, got 'math:pi', which is float"),
         ({"env": "Missing-v0"}, "--env 'Missing-v0' with"),
-        ({"env": "CartPole-v1", "env-kwargs": "{}"}, "the observations of `model` must contain those of `real`"),
+        ({"env": "CartPole-v1", "env-kwargs": "{}"}, "the observations of `real` must contain `pixels`"),
         ({"env-kwargs": "[1]"}, "--env-kwargs must be a JSON object, got '[1]'"),
         ({"env-kwargs": "{"}, "--env-kwargs must be a JSON object, got '{'"),
         ({"env-kwargs": '{"wrong": 1}'}, "--env 'gym_pusht:gym_pusht/PushT-v0' with"),

@@ -187,7 +187,7 @@ class Broken(Proportional):
         ({"real": real_environment(2)}, "`real` and `model` must have the same number of rows, got 2 and 3"),
         (
             {"real": gymnasium.make_vec("CartPole-v1", 3)},
-            "the observations of `model` must contain those of `real`, with `pixels`",
+            "the observations of `real` must contain `pixels`",
         ),
     ],
 )
