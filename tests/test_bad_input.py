@@ -760,7 +760,7 @@ def test_commands_succeed_without_the_change(workspace, tmp_path, monkeypatch, c
 
 
 def test_messages_state_a_reason():
-    """No message is part of its own arguments, which errors repeat."""
+    """An expected message must not be part of the arguments, because errors repeat them."""
     for command, change, message in ROWS:
         values = [value for entry in change.values() for value in (entry if isinstance(entry, list) else [entry])]
         assert not any(message in (value or "") for value in values), (command, change)

@@ -355,7 +355,7 @@ def test_folder_in_the_place_of_an_output_is_named(workspace, tmp_path, capsys, 
 
 
 def test_full_disk_is_one_line(monkeypatch, capsys):
-    """The writer of safetensors raises an error of its own class."""
+    """A full disk raises `SafetensorError`, which is not an OSError."""
 
     def fail(_):
         raise SafetensorError("I/O error: No space left on device (os error 28)")

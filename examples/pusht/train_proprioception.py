@@ -42,7 +42,7 @@ class ProprioceptionArguments:
     num_rollouts: int = field(default=48, metadata={"help": "windows that are also predicted by the model"})
     num_validation_windows: int = field(default=32, metadata={"help": "windows of the validation set, all predicted"})
     num_predicted: int = field(default=15, metadata={"help": "frames per window after the history"})
-    max_train_steps: int = 500
+    max_train_steps: int = field(default=500, metadata={"help": "0 only measures the network that is stored"})
     batch_size: int = field(default=32, metadata={"help": "half recorded, half predicted frames"})
     learning_rate: float = 4e-3
     seed: int = 0
@@ -155,8 +155,8 @@ def check_arguments(arguments: ProprioceptionArguments) -> None:
     """
     check_ranges(
         arguments,
-        not_negative=("seed",),
-        at_least_1=("num_windows", "num_rollouts", "num_validation_windows", "num_predicted", "max_train_steps"),
+        not_negative=("seed", "max_train_steps"),
+        at_least_1=("num_windows", "num_rollouts", "num_validation_windows", "num_predicted"),
         positive=("learning_rate",),
     )
     if arguments.batch_size < 2:
@@ -180,20 +180,24 @@ def main() -> None:
     training, validation = open_dataset(arguments.dataset), open_dataset(arguments.validation_dataset)
     count = arguments.num_validation_windows
     held_out = read_frames(validation, pipeline, arguments, count, count, seed=1)
-    data = read_frames(training, pipeline, arguments, arguments.num_windows, arguments.num_rollouts, seed=0)
-    size = data["recorded"][1].shape[-1]
-    names = training.component_names(arguments.state_key) or [f"state {index}" for index in range(size)]
-    model = train(data, names, arguments)
+    output = arguments.output_dir or Path(arguments.model or "") / "proprioception"
+    if arguments.max_train_steps:
+        data = read_frames(training, pipeline, arguments, arguments.num_windows, arguments.num_rollouts, seed=0)
+        size = data["recorded"][1].shape[-1]
+        names = training.component_names(arguments.state_key) or [f"state {index}" for index in range(size)]
+        model = train(data, names, arguments)
+    else:
+        model = ProprioceptionModel.from_pretrained(output).eval()
 
     unit = pipeline.frame_size[1] / (arguments.state_high[0] - arguments.state_low[0])
     report: dict[str, Any] = {name: errors(model, *part, unit) for name, part in held_out.items()}
     report["parameters"] = model.num_parameters()
-    output = arguments.output_dir or Path(arguments.model or "") / "proprioception"
-    save_finished(output, model.save_pretrained)
+    if arguments.max_train_steps:
+        save_finished(output, model.save_pretrained)
     with temporary_path(output / "metrics.json") as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))
-    print(f"trained in {(time.perf_counter() - began) / 60:.1f} min: {output}")
+    print(f"finished in {(time.perf_counter() - began) / 60:.1f} min: {output}")
 
 
 if __name__ == "__main__":

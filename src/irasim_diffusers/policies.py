@@ -199,7 +199,7 @@ def policy_folder(name: str) -> Path:
     """Return the folder of a policy; files of a Hub repository are downloaded.
 
     Raises:
-        ValueError: If there is no such folder or repository.
+        ValueError: If the folder or repository does not exist or cannot be downloaded.
     """
     if Path(name).is_dir():
         return Path(name)

@@ -66,6 +66,12 @@ def test_proprioception_is_trained_measured_and_found(stored, monkeypatch):
     assert report["recorded"]["median_px"] == pytest.approx(
         report["recorded"]["median"], abs=1e-3
     )  # 12 pixels for 12 units
+    weights = stored / "proprioception" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    monkeypatch.setattr("sys.argv", ["train_proprioception.py", *map(str, flags), "--max_train_steps", "0"])
+    train_proprioception.main()  # measures only
+    assert json.loads((stored / "proprioception" / "metrics.json").read_text()) == report
+    assert weights.read_bytes() == before
     environment = WorldModelVectorEnv.from_pretrained(stored, 1, "cpu")
     assert environment.single_observation_space["agent_pos"].high.tolist() == [12, 12]
 

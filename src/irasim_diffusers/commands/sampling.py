@@ -227,6 +227,8 @@ def check_weights(components: Mapping[str, Any], messages: list[str], remedy: st
     """
     import torch
 
+    from ..pipelines.inputs import find_nonfinite_weight
+
     for message in messages:
         if "were not used" in message:
             raise ValueError(f"the config does not match the weights: {message}")
@@ -235,11 +237,10 @@ def check_weights(components: Mapping[str, Any], messages: list[str], remedy: st
             for key, weight in component.state_dict().items():
                 if weight.is_meta:
                     raise ValueError(f"the weights file does not contain {name}.{key}.")
-                plain = type(weight) is torch.Tensor and weight.is_floating_point() and weight.itemsize > 1
-                if plain and not torch.isfinite(weight).all():  # others are quantized
-                    raise ValueError(
-                        f"weights must be finite, got NaN or infinity in {name}.{key}: use an earlier checkpoint{remedy}."
-                    )
+            if (found := find_nonfinite_weight(component)) is not None:
+                raise ValueError(
+                    f"weights must be finite, got NaN or infinity in {name}.{found}: use an earlier checkpoint{remedy}."
+                )
 
 
 def _check_steps(scheduler: Any, steps: int) -> None:

@@ -314,10 +314,22 @@ def check_autoencoder(vae: Any, in_channels: int) -> None:
         )
 
 
-def check_finite_weights(module: Any, name: str) -> None:
-    """Check that all weights of a module are finite. The cost is one sum per tensor.
+def find_nonfinite_weight(module: nn.Module) -> str | None:
+    """Return the name of a weight that is NaN or infinite, or None. The cost is one sum per tensor.
 
     Weights on the meta device, of less than 16 bits and of quantized types are not checked.
+    """
+    for key, value in module.state_dict(keep_vars=True).items():
+        plain = type(value) in (torch.Tensor, nn.Parameter) and value.is_floating_point() and value.itemsize > 1
+        if not plain or value.is_meta or torch.isfinite(value.detach().sum(dtype=torch.float32)):
+            continue
+        if not torch.isfinite(value).all():  # the sum of large finite values may overflow
+            return key
+    return None
+
+
+def check_finite_weights(module: Any, name: str) -> None:
+    """Check that all weights of a module are finite; see `find_nonfinite_weight`.
 
     Args:
         module: The module; anything else is accepted without a check.
@@ -326,17 +338,12 @@ def check_finite_weights(module: Any, name: str) -> None:
     Raises:
         ValueError: If a weight is NaN or infinite.
     """
-    if not isinstance(module, nn.Module):
-        return
-    for key, value in module.state_dict(keep_vars=True).items():
-        plain = type(value) in (torch.Tensor, nn.Parameter) and value.is_floating_point() and value.itemsize > 1
-        if not plain or value.is_meta or torch.isfinite(value.detach().sum(dtype=torch.float32)):
-            continue
-        if not torch.isfinite(value).all():  # the sum of large finite values may overflow
-            raise ValueError(
-                f"`{name}` must have finite weights, got NaN or infinite values in {key!r}: the training diverged or the file "
-                "is damaged; load an earlier checkpoint."
-            )
+    key = find_nonfinite_weight(module) if isinstance(module, nn.Module) else None
+    if key is not None:
+        raise ValueError(
+            f"`{name}` must have finite weights, got NaN or infinite values in {key!r}: the training diverged or the file "
+            "is damaged; load an earlier checkpoint."
+        )
 
 
 def check_model_files(folder: Path) -> None:
