@@ -57,6 +57,17 @@ ARCHITECTURES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def ordinary_scheduling():
+    """Undo what SVT-AV1 does when run as root: its encoder gives the calling thread real-time priority (SCHED_FIFO).
+
+    Child processes inherit the priority. Two of them that wait in a loop occupy both cores of a small machine indefinitely.
+    """
+    yield
+    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
