@@ -13,9 +13,10 @@ def check_latent_scaling(vae: Any) -> None:
     """Check the scaling of an autoencoder's latents.
 
     Raises:
-        ValueError: If the factor or the shift is not a number, or is out of range. The shift may be None.
+        ValueError: If the factor, the shift, or the mean and standard deviation of the channels are not numbers or are out of
+            range. The shift, and mean and standard deviation together, may be None.
     """
-    shift, factor = getattr(vae.config, "shift_factor", None), getattr(vae.config, "scaling_factor", None)
+    shift, factor, mean, std = latent_scaling(vae)
     if not _is_number(factor) or not MIN_FACTOR <= factor <= MAX_FACTOR:
         raise ValueError(
             f"`scaling_factor` of the autoencoder must be a positive number, got {factor!r}: set it to 1 / the standard deviation "
@@ -25,24 +26,55 @@ def check_latent_scaling(vae: Any) -> None:
         raise ValueError(
             f"`shift_factor` of the autoencoder must be a number in [{-MAX_SHIFT:g}, {MAX_SHIFT:g}] or None, got {shift!r}."
         )
+    if mean is None and std is None:
+        return
+    channels = vae.config.latent_channels
+    for name, values, low in (("latents_mean", mean, -MAX_SHIFT), ("latents_std", std, MIN_FACTOR)):
+        valid = isinstance(values, list | tuple) and len(values) == channels
+        if not valid or not all(_is_number(value) and low <= value <= MAX_SHIFT for value in values):
+            raise ValueError(
+                f"`{name}` of the autoencoder must be a list of {channels} numbers in [{low:g}, {MAX_SHIFT:g}], one for each "
+                f"channel of the latents, got {values!r}."
+            )
+    if shift:
+        raise ValueError("the autoencoder must have `shift_factor` or `latents_mean`, not both.")
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def latent_scaling(vae: Any) -> tuple[float, float]:
-    """Return the shift and the factor of scaled latents, `(latents - shift) * factor`."""
-    return getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+def latent_scaling(vae: Any) -> tuple[Any, Any, Any, Any]:
+    """Return shift, factor, and mean and standard deviation of the channels, as in the configuration; None if absent."""
+    names = ("shift_factor", "scaling_factor", "latents_mean", "latents_std")
+    shift, factor, mean, std = (getattr(vae.config, name, None) for name in names)
+    return shift, factor, mean, std
 
 
 def scale_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Scale latents of the autoencoder for the transformer."""
-    shift, factor = latent_scaling(vae)
+    """Scale latents (N, C, ...) of the autoencoder for the transformer, as the pipelines of diffusers do.
+
+    Returns:
+        `(latents - shift) * factor`, or `(latents - mean) * factor / std` with the mean and the standard deviation of each
+        channel if the autoencoder has them.
+    """
+    shift, factor = _affine(vae, latents)
     return (latents - shift) * factor
 
 
 def unscale_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Convert scaled latents to latents of the autoencoder, the inverse of `scale_latents`."""
-    shift, factor = latent_scaling(vae)
+    shift, factor = _affine(vae, latents)
     return latents / factor + shift
+
+
+def _affine(vae: Any, latents: torch.Tensor) -> tuple[Any, Any]:
+    """Return the shift and the factor of scaled latents, numbers or tensors (C, 1, ...)."""
+    shift, factor, mean, std = latent_scaling(vae)
+    if mean is None:
+        return shift or 0.0, factor
+    shape = (-1,) + (1,) * (latents.ndim - 2)
+    mean, std = (
+        torch.tensor(values, device=latents.device, dtype=torch.float32).view(shape) for values in (mean, std)
+    )
+    return mean, factor / std

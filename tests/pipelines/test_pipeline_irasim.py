@@ -919,12 +919,34 @@ def test_flow_requires_a_flow_scheduler(frames, actions):
 @pytest.mark.parametrize(
     ("entry", "value"),
     [("scaling_factor", value) for value in (0, -1, float("nan"), 1e39, 10**400, "x", None)]
-    + [("shift_factor", value) for value in (float("nan"), float("inf"), "x")],
+    + [("shift_factor", value) for value in (float("nan"), float("inf"), "x")]
+    + [("latents_mean", value) for value in (0.1, [0.1], [0.1, float("nan"), 0, 0])],
 )
 def test_bad_latent_scaling_raises(entry, value, pipeline):
     pipeline.vae.register_to_config(**{entry: value})
     with pytest.raises(ValueError, match=f"`{entry}` of the autoencoder must be a"):
         IRASimPipeline(**pipeline.components)
+
+
+@pytest.mark.parametrize("std", [None, [1.0, 0.0, 2.0, 2.0], [1, 2, 3]])
+def test_bad_deviation_of_latents_raises(std, pipeline):
+    pipeline.vae.register_to_config(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=std)
+    with pytest.raises(ValueError, match="`latents_std` of the autoencoder must be a list of 4 numbers"):
+        IRASimPipeline(**pipeline.components)
+
+
+def test_latents_are_scaled_by_mean_and_deviation_of_each_channel(pipeline, frames):
+    plain = pipeline.encode_history(pipeline.preprocess_frames(frames)).detach() / 0.7 + 0.2
+    mean, std = [0.1, -0.2, 0.3, 0.4], [0.5, 1.0, 2.0, 4.0]
+    pipeline.vae.register_to_config(latents_mean=mean, latents_std=std, shift_factor=None)
+    scaled = IRASimPipeline(**pipeline.components).encode_history(pipeline.preprocess_frames(frames)).detach()
+    for channel in range(4):
+        expected = (plain[:, channel] - mean[channel]) * 0.7 / std[channel]
+        assert torch.allclose(scaled[:, channel], expected, atol=1e-5)
+    pipeline.vae.register_to_config(latents_mean=None, latents_std=None, shift_factor=0.2)
+    pixels = pipeline.decode_latents((plain - 0.2) * 0.7)
+    pipeline.vae.register_to_config(latents_mean=mean, latents_std=std, shift_factor=None)
+    assert torch.allclose(pipeline.decode_latents(scaled), pixels, atol=1e-4)
 
 
 def test_offset_beyond_the_last_timestep_raises(pipeline, frames, actions):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..files import remove_abandoned, temporary_path
-from ..latents import check_latent_scaling, unscale_latents
+from ..latents import check_latent_scaling, latent_scaling, unscale_latents
 from .episode import Episode, EpisodeSource
 
 FORMAT = 1
@@ -152,7 +152,7 @@ def _identity(
         "format": FORMAT,
         "data": dataset.identity,
         "vae": None if vae is None else fingerprint(vae),
-        "recorded": vae.config.scaling_factor if vae is not None and recorded else None,
+        "recorded": latent_scaling(vae) if vae is not None and recorded else None,
         "mixed_precision": mixed_precision and not recorded and vae is not None,
         "episodes_per_file": episodes_per_file,
     }
