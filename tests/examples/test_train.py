@@ -599,7 +599,9 @@ def test_training_with_validation_and_push_to_hub(workspace):
 def test_resuming_with_other_settings_raises(workspace):
     train_robot(workspace, "settled")
     with pytest.raises(ValueError, match=r"run with other settings: learning_rate was 0\.0001 and is 1e-05"):
-        train_robot(workspace, "settled", "--learning_rate", 1e-5, "--max_train_steps", 4)
+        train_robot(
+            workspace, "settled", "--learning_rate", 1e-5, "--dataset", "missing"
+        )  # before the data are opened
     train_robot(workspace, "settled", "--logging_steps", 1, "--max_train_steps", 4)
     settings = json.loads((workspace / "settled" / "checkpoint-4" / "settings.json").read_text())
     flags = {each.name for each in dataclasses.fields(TrainingArguments)}

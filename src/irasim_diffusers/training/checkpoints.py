@@ -91,6 +91,20 @@ def _problem(checkpoint: Path) -> str | None:
     return None
 
 
+def check_resume(output: Path, settings: dict[str, Any]) -> None:
+    """Compare settings with those of the newest checkpoint, before the data are read; nothing is checked without a checkpoint.
+
+    Raises:
+        ValueError: If a setting differs.
+    """
+    for path in reversed(checkpoints(output)):
+        try:
+            json.loads((path / SETTINGS).read_text(encoding="utf-8")).items()
+        except (OSError, ValueError, AttributeError):
+            continue  # `newest_checkpoint` reports a damaged checkpoint
+        return _check_settings(path, settings)
+
+
 def _check_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
     before = _flat(json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8")))
     now = _flat(json.loads(json.dumps(settings)))  # tuples become lists

@@ -6,15 +6,15 @@ import logging
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from huggingface_hub import create_repo
 
-from .arguments import RunArguments
-from .checkpoints import remove_leftovers
+from .arguments import MAY_CHANGE, RunArguments
+from .checkpoints import check_resume, remove_leftovers
 from .scripts import check_launch
 
 try:
@@ -31,7 +31,8 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
     """Create the accelerator of a training run, and set the seed.
 
     Raises:
-        ValueError: If the launcher or the distributed type does not match the arguments.
+        ValueError: If the launcher or the distributed type does not match the arguments, or if the output folder contains a run
+            with other arguments.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     output = Path(arguments.output_dir)
@@ -48,8 +49,15 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
     check_launch(accelerator)
     _check_accelerator(accelerator, arguments)
     torch.backends.cuda.matmul.allow_tf32 = arguments.allow_tf32
+    check_resume(output, fixed_settings(arguments, accelerator))
     set_seed(arguments.seed)
     return accelerator
+
+
+def fixed_settings(arguments: RunArguments, accelerator: Accelerator) -> dict[str, Any]:
+    """Return the arguments, precision and number of processes, which must not change when a run is resumed."""
+    flags = {name: value for name, value in vars(arguments).items() if name not in MAY_CHANGE}
+    return flags | {"mixed_precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
 
 
 def _check_accelerator(accelerator: Accelerator, arguments: RunArguments) -> None:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..data import MixedClips
 from ..latents import scale_latents
 from ..models import IRASimTransformer3DModel, UNetTrajectoryModel, noise_process, public_config
-from .arguments import MAY_CHANGE, RunArguments
+from .arguments import RunArguments
 from .checkpoints import (
     averaged_state,
     checkpoints,
@@ -35,6 +35,7 @@ from .checkpoints import (
     seconds_trained,
     step_of,
 )
+from .launch import fixed_settings
 from .loss import training_loss
 from .objective import StateReadout
 from .optimizers import build_optimizers, build_schedules
@@ -52,19 +53,6 @@ UNREADABLE = (
     SafetensorError,
 )
 """Errors of loaders for a checkpoint whose files are intact but belong to something else."""
-
-
-def run_settings(
-    arguments: RunArguments, accelerator: Accelerator, folders: list[Path], config: Any
-) -> dict[str, Any]:
-    """Return the settings that must not change when a run is resumed."""
-    flags = {name: value for name, value in vars(arguments).items() if name not in MAY_CHANGE}
-    return flags | {
-        "mixed_precision": accelerator.mixed_precision,
-        "processes": accelerator.num_processes,
-        "latents": [folder.name for folder in folders],
-        "config": public_config(config),
-    }
 
 
 class TrainingRun:
@@ -98,7 +86,11 @@ class TrainingRun:
         self.accelerator, self.arguments, self.vae, self.clips = accelerator, arguments, vae, clips
         self.transformer, self.config, self.copy = transformer, transformer.config, copy
         self.output = Path(arguments.output_dir)
-        self.settings = run_settings(arguments, accelerator, folders, self.config) | frozen_weights(transformer)
+        self.settings = fixed_settings(arguments, accelerator) | {
+            "latents": [folder.name for folder in folders],
+            "config": public_config(self.config),
+            **frozen_weights(transformer),
+        }
         _configure(transformer, arguments)
         trained = StateReadout(transformer, clips[0]["states"].shape[1]) if arguments.state_keys else transformer
         optimizers = build_optimizers(trained, arguments)
