@@ -455,6 +455,17 @@ def test_streamed_tables_require_a_length(tmp_path):
         list(TableEpisodes(table, length=2, origin="here"))
 
 
+def test_a_mistyped_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "data" / "pusht-train").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"which is not a folder \(did you mean '.*data/pusht-train'\?\)"):
+        open_dataset(tmp_path / "data" / "pusht-trian")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"which is not a folder \(did you mean 'data/pusht-train'\?\), on the Hub"):
+        open_dataset("data/pusht-trian")
+
+
 def test_unknown_split_and_folder(tmp_path):
     write_release(tmp_path, "rt1")
     with pytest.raises(ValueError, match=r"`split` must be one of \['train'\] in .* got 'test'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,8 +75,9 @@ def _open_remote(
 ) -> EpisodeSource:
     """Open a dataset of the Hub: a LeRobotDataset if it has `meta/info.json`, otherwise a table."""
     if Path(name).is_absolute() or name.count("/") != 1:
+        similar = _similar_folders(Path(name))
         raise ValueError(
-            f"`dataset` must be a folder or a Hub id such as org/name, got {name!r}, which is not a folder."
+            f"`dataset` must be a folder or a Hub id such as org/name, got {name!r}, which is not a folder{similar}."
         )
     try:
         hf_hub_download(name, "meta/info.json", repo_type="dataset", revision=revision)
@@ -121,9 +123,18 @@ def _load_table(name: str, split: str, **options: Any) -> Any:
         return datasets.load_dataset(name, split=split, **options)
     except (ValueError, AssertionError, OSError, datasets.exceptions.DatasetsError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
+        place = "" if Path(name).is_dir() else f", which is not a folder{_similar_folders(Path(name))}, on the Hub"
         raise ValueError(
-            f"cannot read the split {split!r} (--split, --validation_split) of the table {name!r}: {error}{cause}"
+            f"cannot read the split {split!r} (--split, --validation_split) of the table {name!r}{place}: {error}{cause}"
         ) from error
+
+
+def _similar_folders(path: Path) -> str:
+    """Return a hint at folders with a similar name, for a mistyped path."""
+    if not path.parent.is_dir():
+        return ""
+    similar = difflib.get_close_matches(path.name, [each.name for each in path.parent.iterdir()], n=1)
+    return "".join(f" (did you mean {str(path.parent / name)!r}?)" for name in similar)
 
 
 def _saved_table(folder: Path, split: str) -> Any:
