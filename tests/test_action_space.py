@@ -163,7 +163,6 @@ def test_integer_actions_become_floats(dtype):
         ({"action_dim": 2, "action_derivation": "foo"}, "`action_derivation` must be one of recorded, .*, got 'foo'"),
         ({"action_dim": 2, "action_derivation": [1]}, r"`action_derivation` must be one of .*, got \[1\]"),
         ({"action_dim": 8, "action_derivation": "relative_6d"}, "`action_dim` must be at least 9 for .*, got 8"),
-        ({"action_dim": 5, "action_derivation": "relative_euler"}, "`action_dim` must be at least 6 for .*, got 5"),
     ],
 )
 def test_bad_entries_raise(config, message):

@@ -648,7 +648,7 @@ def test_finer_patches_keep_their_position_and_scale():
 
 @pytest.mark.parametrize("changes", [{"conditioning": "video"}, {"spatial_position": "fixed"}])
 def test_unsupported_models_cannot_change_their_patch_size(changes):
-    with pytest.raises(ValueError, match="`model` must be Frame-Ada with grid positions"):
+    with pytest.raises(ValueError, match="the patch size of this model cannot be changed: its `"):
         change_patch_size(tiny_transformer(**changes), 1)
 
 

@@ -64,7 +64,7 @@ def imported_parts(path):
             yield node.module.split(".")[1]
 
 
-LONG_FILES = {"models/transformer_irasim.py", "pipelines/pipeline_irasim.py"}  # their first comments give the reason
+LONG_FILES = {"models/transformer_irasim.py", "pipelines/pipeline_irasim.py"}  # their docstrings give the reasons
 
 
 def test_package_has_exactly_the_parts_of_the_layout():
@@ -75,14 +75,13 @@ def test_package_has_exactly_the_parts_of_the_layout():
 
 def test_files_and_functions_are_short():
     for path in sorted(PACKAGE.rglob("*.py")):
-        if path.relative_to(PACKAGE).as_posix() in LONG_FILES:
-            continue
         text = path.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 500, path
+        reasons = ast.get_docstring(ast.parse(text)) if path.relative_to(PACKAGE).as_posix() in LONG_FILES else ""
+        assert len(text.splitlines()) <= 500 or "exceeds 500 lines because" in reasons, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-                assert node.end_lineno - first < 60, f"{path}: {node.name}"
+                assert node.end_lineno - first < 60 or f"{node.name}`" in reasons, f"{path}: {node.name}"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))

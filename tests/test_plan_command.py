@@ -133,9 +133,9 @@ BAD = [
     ({"radius": "-1"}, "--radius is not supported by --planner cem .only by lines"),
     ({"knots": "-3"}, r"`num_knots` must be None or in \[1, 5\], got -3"),
     ({"model": "absolute"}, "--position is required for absolute targets"),
-    ({"position": "1,2"}, "--position must be 3 numbers separated by commas, got '1,2'"),
-    ({"position": "1,2,x"}, "--position must be 3 numbers"),
-    ({"position": "1,2,nan"}, "--position must be 3 numbers"),
+    ({"position": "1,2"}, "--position must be 3 finite numbers separated by commas, got '1,2'"),
+    ({"position": "1,2,x"}, "--position must be 3 finite numbers"),
+    ({"position": "1,2,nan"}, "--position must be 3 finite numbers"),
     ({"steps": "0"}, "--steps must be at least 1, got 0"),
     (
         {"model": "nowhere"},

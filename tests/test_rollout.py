@@ -202,3 +202,10 @@ def test_bad_input_raises(do, message, pipeline, frames, plans):
     assert isinstance(pipeline, IRASimPipeline)
     with pytest.raises(ValueError, match=message):
         do(pipeline, pipeline.start(frames, [1, 2, 3]), plans)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, 1001])
+def test_number_of_steps_is_checked(pipeline, frames, plans, steps):
+    state = pipeline.start(frames, [0] * len(plans))
+    with pytest.raises(ValueError, match="`num_inference_steps` must be an integer of at least 1 and at most 1000"):
+        pipeline.advance(state, plans[:, :2], num_inference_steps=steps)

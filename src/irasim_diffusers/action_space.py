@@ -64,10 +64,8 @@ class ActionSpace:
         derivation = read("action_derivation", "recorded")
         if derivation not in DERIVATIONS:
             raise ValueError(f"`action_derivation` must be one of {', '.join(DERIVATIONS)}, got {derivation!r}.")
-        if size < (minimum := LEAST_COMPONENTS.get(derivation, 1)):
-            raise ValueError(
-                f"`action_dim` must be at least {minimum} for `action_derivation` {derivation!r}, got {size}."
-            )
+        if derivation == "relative_6d" and size < LEAST_COMPONENTS[derivation]:
+            raise ValueError(f"`action_dim` must be at least 9 for `action_derivation` {derivation!r}, got {size}.")
 
         def numbers(name: str, default: float) -> tuple[float, ...]:
             return _numbers(name, read(name), size, default)

@@ -142,9 +142,12 @@ def claim_folder(
             raise ValueError(f"`output` {str(folder)!r} cannot be resumed: {error}; choose a new folder.") from error
         differing = [name for name in setting if found.get(name) != setting[name]]
         if differing:
-            changes = ", ".join(f"{name} was {found.get(name)!r}, now {setting[name]!r}" for name in differing)
+            changes = ", ".join(
+                f"{name} was {found.get(name)!r:.80}, now {setting[name]!r:.80}" for name in differing[:3]
+            )
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise ValueError(
-                f"`output` {str(folder)!r} contains an evaluation with other settings: {changes:.300}: choose a new folder."
+                f"`output` {str(folder)!r} contains an evaluation with other settings: {changes}{more}: choose a new folder."
             )
         return
     if write:

@@ -700,7 +700,7 @@ def test_timesteps_of_the_checkpoint_are_used_for_its_number_of_steps(frames, ac
     assert taken[2:4] == [800, 20]
     assert len(taken) == 7
     assert not {300, 40} & set(taken)
-    with pytest.raises(ValueError, match="`timesteps` must be `num_inference_steps` = 50 numbers, got 2"):
+    with pytest.raises(ValueError, match="`timesteps` must be `num_inference_steps` = 50 numbers, got"):
         IRASimPipeline(**parts | {"num_inference_steps": 50, "timesteps": [999, 300]})
 
 

@@ -5,12 +5,15 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import tiny_pipeline, tiny_transformer
+from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 
 from irasim_diffusers.training import lock_output, newest_checkpoint
 from irasim_diffusers.training.checkpoints import SETTINGS, load_average, save_checkpoint
 from irasim_diffusers.training.loop import frozen_weights
+from irasim_diffusers.training.saving import finished_pipeline
 
 
 @pytest.fixture
@@ -85,3 +88,13 @@ def test_checkpoint_without_hashes_is_accepted(output):
     del settings["hashes"]
     path.write_text(json.dumps(settings))
     assert newest_checkpoint(output, {}) == output / "checkpoint-4"
+
+
+def test_a_chunk_longer_than_the_window_is_dropped():
+    transformer = tiny_transformer(sample_frames=4)  # 2 predicted frames
+    sampler = (
+        DDIMScheduler.from_config(tiny_pipeline().scheduler.config),
+        {"chunk_length": 10, "num_inference_steps": 3},
+    )
+    pipeline = finished_pipeline(None, transformer, sampler)
+    assert (pipeline.chunk_length, pipeline.config.num_inference_steps) == (2, 3)

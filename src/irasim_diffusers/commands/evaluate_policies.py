@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     from ..policies import Policy
 
+MOST = {"num_episodes": 100_000, "max_episode_steps": 100_000, "batch_size": 1024, "steps": 1000}
+"""Largest values of flags; the episodes of a batch are in memory together."""
+
 
 def add_parser(subparsers: Any) -> None:
     """Add `evaluate-policies` to the subparsers of `irasim`."""
@@ -123,10 +126,10 @@ def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
         check_name("--policies", path)
     if arguments.device is not None:
         check_device(arguments.device)
-    for flag in ("num_episodes", "max_episode_steps", "batch_size", "steps"):
+    for flag, most in MOST.items():
         value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {value}.")
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"--{flag.replace('_', '-')} must be in [1, {most}], got {value}.")
     for flag in ("first_seed", "num_videos"):
         if getattr(arguments, flag) < 0:
             raise ValueError(f"--{flag.replace('_', '-')} must not be negative, got {getattr(arguments, flag)}.")

@@ -37,7 +37,8 @@ def read_frames(path: Path, flag: str = "--frames") -> np.ndarray:
         ValueError: If the file is missing or unreadable, or is an animated image or one of more than 8 bits per channel.
     """
     if not path.is_file():
-        raise ValueError(f"{flag} must be an image or video file, got {str(path)!r}, which does not exist.")
+        reason = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"{flag} must be an image or video file, got {str(path)!r}, which {reason}.")
     from ..data import read_picture, read_video
 
     is_image = path.suffix.lower() in IMAGE_SUFFIXES
@@ -75,7 +76,8 @@ def read_actions(path: Path) -> np.ndarray:
     if reader is None:
         raise ValueError(f"--actions must be a .npy, .csv or .json file, got {str(path)!r}.")
     if not path.is_file():
-        raise ValueError(f"--actions must be a file, got {str(path)!r}, which does not exist.")
+        reason = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"--actions must be a file, got {str(path)!r}, which {reason}.")
     try:
         actions = reader(path)
     except (ValueError, TypeError, KeyError, OSError, EOFError, OverflowError, RecursionError, csv.Error) as error:

@@ -185,14 +185,19 @@ def _initial(arguments: argparse.Namespace, pipeline: IRASimPipeline) -> torch.T
     if arguments.position is not None:
         try:
             position = torch.tensor([float(value) for value in arguments.position.split(",")])
-            position = space.prepare(position[None])[0, 0]
-            if space.has_targets and not torch.equal(space.clip(position), position):
-                bounds = ", ".join(f"{low:g}..{high:g}" for low, high in zip(space.low, space.high, strict=True))
-                raise ValueError(f"it must be inside the bounds {bounds}")
-        except ValueError as error:
+        except ValueError:
+            position = torch.tensor([])
+        if len(position) != len(space) or not position.isfinite().all():
             raise ValueError(
-                f"--position must be {len(space)} numbers separated by commas, got {arguments.position!r}: {error}"
-            ) from error
+                f"--position must be {len(space)} finite numbers separated by commas, got {arguments.position!r}."
+            )
+        try:
+            position = space.prepare(position[None])[0, 0]
+        except ValueError as error:
+            raise ValueError(f"--position is invalid: {error}") from error
+        if space.has_targets and not torch.equal(space.clip(position), position):
+            bounds = " and ".join(f"[{low:g}, {high:g}]" for low, high in zip(space.low, space.high, strict=True))
+            raise ValueError(f"--position must be inside the bounds {bounds}, got {arguments.position!r}.")
     elif space.has_targets:
         raise ValueError("--position is required for absolute targets: the current position, such as 84,384.")
     if arguments.planner == "lines":

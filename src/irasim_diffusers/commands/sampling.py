@@ -123,7 +123,8 @@ def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
                 pipeline.load_lora_weights(arguments.lora)
             check_weights(pipeline.components, messages, DTYPE_REMEDY)
         except Exception as error:
-            reason = error if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+            known = isinstance(error, ValueError | OSError)
+            reason = missing_reason(arguments.lora, error) or f"{'' if known else f'{type(error).__name__}: '}{error}"
             raise ValueError(
                 f"--lora must be a folder, file or Hub id of LoRA weights for this model, got {arguments.lora!r}: {reason}"
             ) from error

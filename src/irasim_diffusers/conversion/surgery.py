@@ -47,11 +47,13 @@ def change_patch_size(
     config = model.config
     before = config["action_frequencies"]
     after = before if action_frequencies is None else action_frequencies
-    if config["spatial_position"] != "grid" or after < before or config["conditioning"] != "frame":
-        raise ValueError(
-            "`model` must be Frame-Ada with grid positions, and `action_frequencies` at least the number of the model, got "
-            f"{config['conditioning']!r}, {config['spatial_position']!r} and {after} after {before}."
-        )
+    for name, wanted in (("conditioning", "frame"), ("spatial_position", "grid")):
+        if config[name] != wanted:
+            raise ValueError(
+                f"the patch size of this model cannot be changed: its `{name}` must be {wanted!r}, got {config[name]!r}."
+            )
+    if after < before:
+        raise ValueError(f"`action_frequencies` must be at least {before}, as in the model, got {after}.")
     old = config["patch_size"]
     new = IRASimTransformer3DModel.from_config(
         config,

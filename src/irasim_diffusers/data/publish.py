@@ -250,7 +250,7 @@ def _claim(root: Path, identity: dict) -> None:
         ):
             raise ValueError(
                 f"{str(root)!r} already contains another dataset, or the same one with other content or settings: pass a new "
-                "folder, or delete this one."
+                "folder."
             )
         _clear(root)
         with temporary_path(marker) as temporary:

@@ -175,7 +175,8 @@ def _table(report: dict[str, Any]) -> str:
 
 def _interval(value: dict[str, float], name: str) -> str:
     digits = 2 if "psnr" in name else 4
-    return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+    mean, low, high = (round(value[each], digits) + 0.0 for each in ("mean", "low", "high"))  # no negative zero
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _faithfulness_text(found: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ Reference: "IRASim: A Fine-Grained World Model for Robot Manipulation" (https://
 appendix 8. Where the paper and its released code differ, this file follows the code, to which the released weights belong.
 
 The file exceeds 500 lines because diffusers keeps a model in one file. `IRASimTransformer3DModel.__init__` exceeds 60 lines
-because its signature is the flat config.
+because its signature is the flat config, and `forward` because of its documentation.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """The pipeline: predicts the video of a robot from history frames and actions.
 
-The file exceeds 500 lines because diffusers keeps a pipeline, with the documentation of its arguments, in one file. Checks of
-arguments are in `inputs`, the adaptation to schedulers in `schedulers`, and the chaining of chunks in `rollout.roll`.
+The file exceeds 500 lines because diffusers keeps a pipeline, with the documentation of its arguments, in one file. The same
+documentation makes `__call__` and `stream` longer than 60 lines. Checks of arguments are in `inputs`, the adaptation to
+schedulers in `schedulers`, and the chaining of chunks in `rollout.roll`.
 """
 
 import math
@@ -95,17 +96,19 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     ) -> None:
         super().__init__()
         if window_length is not None:
-            if chunk_length is not None:
-                raise ValueError("`window_length` is deprecated: omit it with `chunk_length`.")
+            if chunk_length is not None or not isinstance(window_length, int):
+                raise ValueError("`window_length` is deprecated: omit it, and pass the integer `chunk_length`.")
             chunk_length = window_length - transformer.config.num_history_frames
         if chunk_length is not None:
             chunk_length = inputs.check_chunk(chunk_length, transformer.config)
         if num_inference_steps is None:
             num_inference_steps = 50
         inputs.check_steps(num_inference_steps, transformer.config)
-        if timesteps is not None and len(timesteps) != num_inference_steps:
+        if timesteps is not None and (
+            not isinstance(timesteps, list | tuple) or len(timesteps) != num_inference_steps
+        ):
             raise ValueError(
-                f"`timesteps` must be `num_inference_steps` = {num_inference_steps} numbers, got {len(timesteps)}."
+                f"`timesteps` must be `num_inference_steps` = {num_inference_steps} numbers, got {timesteps!r:.100}."
             )
         if vae is not None:
             check_latent_scaling(vae)
@@ -647,9 +650,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             The state after the chunk, and its scaled latents (B, C, n, H, W), float32.
 
         Raises:
-            ValueError: If there are too many actions, or not one sequence per row.
+            ValueError: If there are too many actions, or not one sequence per row, or if the number of steps is invalid.
         """
-        config = self.transformer.config
+        config, steps = self.transformer.config, num_inference_steps
+        steps = self.config.num_inference_steps if steps is None else steps
+        inputs.check_steps(steps, config)
         if actions.ndim != 3 or len(actions) != len(state) or not 1 <= actions.shape[1] <= self.max_chunk:
             raise ValueError(
                 f"`actions` must be ({len(state)}, n, {config.action_dim}) with n in [1, {self.max_chunk}], got "
@@ -658,12 +663,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         length = actions.shape[1]
         if config.conditioning == "video":  # the number of actions is fixed
             actions = self._pad_actions(actions, self.max_chunk)
-        sampling |= {
-            "num_inference_steps": self.config.num_inference_steps
-            if num_inference_steps is None
-            else num_inference_steps,
-            "guidance_scale": guidance_scale,
-        }
+        sampling |= {"num_inference_steps": steps, "guidance_scale": guidance_scale}
         independent = generator is None and latents is None and "on_step_end" not in sampling
         rows = CPU_ROWS if independent and self._execution_device.type == "cpu" else len(state)
         parts = torch.arange(len(state)).split(rows)

@@ -80,9 +80,10 @@ def finished_pipeline(
     if sampler is None:
         return pipeline
     scheduler, settings = sampler
+    longest = transformer.config.sample_frames - transformer.config.num_history_frames
+    if (settings.get("chunk_length") or 0) > longest:  # the window has become shorter
+        settings = settings | {"chunk_length": None}
     sampled = IRASimPipeline(pipeline.vae, transformer, scheduler, **settings)
-    if sampled.chunk_length > sampled.max_chunk:
-        sampled.register_to_config(chunk_length=None)
     try:
         sampled.check_scheduler()
     except ValueError:  # the prediction type or the noise process has changed
