@@ -1,4 +1,7 @@
-"""Check the metadata of LeRobotDataset folders; errors contain the entry, the expected and the actual value."""
+"""Check the metadata of LeRobotDataset folders.
+
+Errors contain the entry, the expected and the actual value.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +92,7 @@ def _check_own_entry(own: Any, require: Any) -> None:
 
 
 def row_number(row: Mapping[str, Any], name: str) -> int:
-    """Return a non-negative integer in a row of `meta/episodes`, for example a length or the index of a file.
+    """Return a non-negative integer in a row of `meta/episodes`, such as a length or a file index.
 
     Raises:
         ValueError: If the entry is missing or invalid.

@@ -146,7 +146,7 @@ def _undamaged(frame: Any, path: VideoFile) -> Any:
 
 
 def _pixels(frame: Any, path: VideoFile) -> np.ndarray:
-    """Convert a decoded frame to RGB (H, W, 3), uint8, with its color matrix and range, and apply its rotation."""
+    """Convert a decoded frame to RGB (H, W, 3), uint8, with its color matrix and range, and rotate it."""
     name = frame.format.name
     if name.startswith("gray") and name not in ("gray", "gray8"):
         raise ValueError(

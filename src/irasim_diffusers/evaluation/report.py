@@ -149,7 +149,10 @@ def _skipped_text(skipped: Sequence[dict[str, Any]]) -> str:
 
 
 def _table(report: dict[str, Any]) -> str:
-    """Format the metrics as rows; the columns are this evaluation, repeating the last frame, and reported results."""
+    """Format the metrics as rows.
+
+    The columns are this evaluation, repeating the last frame, and reported results.
+    """
     reported = {name: values for name, values in report["published"].items() if name != "dataset"}
     header = [
         "metric",

@@ -113,7 +113,7 @@ class IRASimAttnProcessor:
         hidden_states: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Attend among the tokens of (B, S, D), with rotary positions if cosines and sines (S, head_dim) are given."""
+        """Attend among tokens (B, S, D), rotated if cosines and sines (S, head_dim) are given."""
         query, key, value = self.project(attn, hidden_states)  # (B, S, heads, head_dim)
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
@@ -182,7 +182,7 @@ class IRASimAttention(nn.Module, AttentionModuleMixin):
 
 @maybe_allow_in_graph
 class IRASimTransformerBlock(nn.Module):
-    """A DiT block over the patches of a frame or over the frames of a patch, with adaLN-zero or adaLN-single."""
+    """A DiT block over the patches of a frame or the frames of a patch, with adaLN-zero or -single."""
 
     def __init__(
         self,
@@ -524,7 +524,10 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         return torch.cat([history, embeddings], dim=1)
 
     def _patch_centres(self, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Centres (S, 2) of the patches, x and y in the units of the target, and scale (2,) by which a frame measures 4."""
+        """Centers (S, 2) of the patches, x and y in the units of the target, and scale (2,).
+
+        Multiplied by the scale, each side of the frame has length 4.
+        """
         config = self.config
         left, top, right, bottom = config.target_extent
         wide = (right - left) * config.patch_size / config.sample_width  # of a patch
@@ -634,7 +637,10 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     def _scale_noisy_latents(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor, actions: torch.Tensor | None
     ) -> torch.Tensor:
-        """Multiply the predicted frames of latents (B, C, F, H, W) by the signal share of their timesteps (B, F or 1)."""
+        """Multiply the predicted frames of latents (B, C, F, H, W) by their signal share.
+
+        The signal share follows from the timesteps (B, F or 1).
+        """
         share = self._cached(self._signal_share, hidden_states.device)[timestep.long()]  # (B, F or 1)
         if actions is not None:
             num_frames = hidden_states.shape[2]
@@ -652,9 +658,10 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         fps: float | torch.Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Conditions of the spatial blocks, the temporal blocks and the final layer, from timesteps (B, F or 1).
+        """Conditions of the spatial blocks, the temporal blocks and the final layer.
 
-        Each is (B, F or 1, D); with adaLN-single, the first two are (B, F or 1, 6 D).
+        The timesteps are (B, F or 1). Each condition is (B, F or 1, D); with adaLN-single, the first two are
+        (B, F or 1, 6 D).
         """
         if self.config.history_timestep == "zero" and actions is not None:
             predicted = torch.arange(num_frames, device=timestep.device) >= num_frames - actions.shape[1]
@@ -700,7 +707,10 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         return block(*inputs)
 
     def _cached(self, build: Callable[..., Any], *arguments: Any) -> Any:
-        """Return `build(*arguments)`, cached until the config changes; compiled graphs have their own constants."""
+        """Return `build(*arguments)`, cached until the config changes.
+
+        Compiled graphs have their own constants.
+        """
         if torch.compiler.is_compiling():
             return build(*arguments)
         if self._tables_config is not self.config:

@@ -28,11 +28,12 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Load LoRA weights as diffusers does; see `~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`.
+        """Load LoRA weights as diffusers does.
 
-        If the file contains the action encoder and the null action, they replace those of the model until
-        `unload_lora_weights`; the last loaded file takes precedence. `disable_lora`, `set_adapters` and `delete_adapters`
-        affect the LoRA layers only. A file that is not in the safetensors format is read only if it is named.
+        See `~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`. If the file contains the action encoder and
+        the null action, they replace those of the model until `unload_lora_weights`; the last loaded file takes
+        precedence. `disable_lora`, `set_adapters` and `delete_adapters` affect the LoRA layers only. A file that is
+        not in the safetensors format is read only if it is named.
 
         Raises:
             ValueError: If the file contains other weights, or its action encoder does not match the model or cannot be replaced now.
@@ -91,7 +92,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             )
 
     def _check_layers(self, layers: dict[str, torch.Tensor]) -> None:
-        """Raise ValueError for LoRA layers of modules that the transformer does not have, or of other types than floats."""
+        """Raise ValueError for LoRA layers of unknown modules, or of other types than floats."""
         modules = {
             name.replace(".base_layer", "") for name, _ in unwrap_module(self.transformer).named_modules() if name
         }
