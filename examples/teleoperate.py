@@ -1,4 +1,4 @@
-"""Drive the robot of a Space with a gamepad, with the poses of a VR headset or a phone, or with recorded actions.
+"""Drive the robot of a Space with a gamepad, a VR headset or phone, or recorded actions.
 
     python examples/teleoperate.py --space http://127.0.0.1:7860 --device gamepad
     python tracker.py | python examples/teleoperate.py --device poses --axes=-z,-x,y --scale 1.5
@@ -155,7 +155,9 @@ def read_pose(line: str, axes: np.ndarray, scale: float) -> tuple[float, np.ndar
 
 
 def axes_matrix(axes: str) -> np.ndarray:
-    """Return the matrix (3, 3) from tracker axes to robot axes; `"-z,-x,y"` for WebXR, with y up and -z ahead.
+    """Return the matrix (3, 3) from tracker axes to robot axes.
+
+    `"-z,-x,y"` is for WebXR, with y up and -z ahead.
 
     Raises:
         ValueError: If `axes` is not x, y and z with signs, or two of them, or the result is left-handed.
@@ -197,7 +199,9 @@ def _between(before: tuple[float, np.ndarray], after: tuple[float, np.ndarray], 
 
 
 def actions_of_poses(states: np.ndarray, last: np.ndarray, space: dict[str, Any]) -> np.ndarray:
-    """Compute actions (n, A) from the states (n + 1, 7) of a hand: motions, each in the frame of the previous pose.
+    """Compute actions (n, A) from the states (n + 1, 7) of a hand.
+
+    Each motion is in the frame of the previous pose.
 
     Args:
         states: States from `at_rate`, in the units of the space.
@@ -269,7 +273,10 @@ def show(frame: str) -> None:
 
 
 def teleoperate(arguments: TeleoperateArguments) -> tuple[Path, Path] | None:
-    """Drive until the input ends or Ctrl-C; return the paths of the video and its actions, None if nothing was driven."""
+    """Drive until the input ends or Ctrl-C; return the paths of the video and its actions.
+
+    The result is None if nothing was driven.
+    """
     try:
         client = Client(arguments.space, verbose=False)
     except Exception as error:  # the client raises errors of many types

@@ -1,4 +1,4 @@
-"""A compact diffusion policy for Push-T: from one frame and the pusher's position to a chunk of targets.
+"""A compact diffusion policy for Push-T: from a frame and the pusher's position to target chunks.
 
 A convolutional encoder finds keypoints of the block in the frame (spatial softmax). A residual network denoises the chunk of
 targets, relative to the pusher, with a diffusers scheduler. It is saved and loaded as any model of diffusers.
@@ -94,7 +94,10 @@ class DiffusionPolicy(ModelMixin, ConfigMixin):
         self.proj_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * horizon))
 
     def encode(self, frames: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Encode frames (B, 3, 96, 96) in [0, 1] and pusher positions (B, 2) in arena units: returns (B, condition_dim)."""
+        """Encode frames (B, 3, 96, 96) in [0, 1] and pusher positions (B, 2) in arena units.
+
+        Returns (B, condition_dim).
+        """
         return self.embed(self.encoder(frames), positions)
 
     def embed(self, keypoints: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -105,7 +108,10 @@ class DiffusionPolicy(ModelMixin, ConfigMixin):
         return self.observation(torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1))
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, observation: torch.Tensor) -> torch.Tensor:
-        """Predict clean chunks (B, n, 2) from noisy ones, timesteps (B,) and encoded observations (B, condition_dim)."""
+        """Predict clean chunks (B, n, 2) from noisy ones, timesteps (B,) and encoded observations.
+
+        Encoded observations are (B, condition_dim).
+        """
         condition = functional.silu(observation + self.time_embedding(self.time_proj(timestep)))
         hidden = self.proj_in(sample.flatten(1))
         for block in self.blocks:

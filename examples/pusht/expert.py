@@ -40,7 +40,10 @@ class Lookahead:
         self.block, _ = PushTEnv.add_tee(self.space, (256, 300), 0)
 
     def run(self, start: np.ndarray, block: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """Return the block poses (n, 3) after each of the targets (n, 2), with the pusher initially at rest at `start` (2,)."""
+        """Return the block poses (n, 3) after each of the targets (n, 2).
+
+        The pusher is initially at rest at `start` (2,).
+        """
         self.agent.position, self.agent.velocity = tuple(start), (0, 0)
         self.block.angle = block[2]  # set first: the rotation about the centre of mass moves the origin
         self.block.position = tuple(block[:2])
@@ -68,7 +71,7 @@ def outline(poses: np.ndarray) -> np.ndarray:
 
 
 def distance_to_goal(poses: np.ndarray) -> np.ndarray:
-    """Return the mean distance of the corners of blocks (..., 3) from their goal positions, in arena units."""
+    """Return the mean distance of the corners of blocks (..., 3) from their goals, in arena units."""
     return np.linalg.norm(outline(poses) - outline(GOAL), axis=-1).mean(-1)
 
 
@@ -143,7 +146,10 @@ def _pushes(
 
 
 def _way(here: np.ndarray, there: np.ndarray, obstacle: shapely.Polygon) -> list[np.ndarray] | None:
-    """Return the waypoints of the shortest path around the obstacle, ending at `there`; None if there is no path."""
+    """Return the waypoints of the shortest path around the obstacle, ending at `there`.
+
+    The result is None if there is no path.
+    """
     corners = np.array(obstacle.buffer(3, join_style="mitre").exterior.coords[:-1])
     nodes = [here, there, *(corner for corner in corners if np.all((corner > 20) & (corner < ARENA - 20)))]
     shapely.prepare(obstacle)

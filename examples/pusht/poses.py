@@ -57,11 +57,11 @@ def read_poses(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> Pose
 
 
 def one_pusher(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> np.ndarray:
-    """Return whether exactly one pusher is visible (N,) in frames (N, 96, 96, 3), uint8 or floats in [0, 1].
+    """Return whether exactly one pusher is visible (N,) in frames (N, 96, 96, 3).
 
-    A pusher is a connected region of at least 4 pixels that are each more than half blue. There must be exactly one such
-    region, with at most 1.6 times the pusher's area. There is no lower bound on the area because at the edges of the arena
-    only a part of the pusher is visible.
+    Frames are uint8, or floats in [0, 1]. A pusher is a connected region of at least 4 pixels that are each more than
+    half blue. There must be exactly one such region, with at most 1.6 times the pusher's area. There is no lower bound
+    on the area because at the edges of the arena only a part of the pusher is visible.
     """
     area = np.pi * (pusher_radius * UNIT) ** 2
     found = []
@@ -74,14 +74,14 @@ def one_pusher(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> np.n
 
 
 def true_poses(agent: np.ndarray, block: np.ndarray) -> Poses:
-    """Convert simulator states, agent (N, 2) and block (N, 3) in arena units and radians, to poses in pixels."""
+    """Convert states, agent (N, 2) and block (N, 3) in arena units and radians, to poses in pixels."""
     cos, sin = np.cos(block[:, 2]), np.sin(block[:, 2])
     centre = block[:, :2] * UNIT + np.stack([-sin, cos], axis=1) * CENTRE[1]
     return Poses(agent * UNIT - 0.5, np.concatenate([centre - 0.5, block[:, 2:]], axis=1))
 
 
 def pose_errors(read: Poses, true: Poses) -> dict[str, np.ndarray]:
-    """Errors (N,) of `pusher` and `block_centre` in pixels and of `block_angle` in degrees; NaN if not found."""
+    """Errors (N,) of `pusher` and `block_centre` in pixels and `block_angle` in degrees; NaN if not found."""
     turn = (read.block[:, 2] - true.block[:, 2] + np.pi) % (2 * np.pi) - np.pi
     return {
         "pusher": np.linalg.norm(read.pusher - true.pusher, axis=1),

@@ -86,7 +86,7 @@ class Simulator:
         return float(self.environment._get_coverage())
 
     def physics(self) -> np.ndarray:
-        """Return the complete state of the bodies (10,): position and velocity of the pusher, pose and velocities of the block."""
+        """Return the complete state (10,): pusher position and velocity, block pose and velocities."""
         agent, block = self.environment.agent, self.environment.block
         values = [*agent.position, *agent.velocity, *block.position, block.angle, *block.velocity]
         return np.array([*values, block.angular_velocity])
@@ -145,11 +145,12 @@ def push_about(rng: np.random.Generator, state: State) -> Pusher:
 
 
 def hold_keys(rng: np.random.Generator, state: State) -> Pusher:
-    """Targets of simulated arrow keys: each key moves the target in one of 8 directions, or not, for several steps.
+    """Targets of simulated arrow keys.
 
-    As in the Space, the target starts at the pusher, moves relative to its last position, and stays within the arena. Half of the
-    directions point towards the block. The speed changes with every second key on average; 32 units per step correspond to
-    speed 1 in the Space.
+    Each key moves the target in one of 8 directions, or not, for several steps. As in the Space, the target starts at
+    the pusher, moves relative to its last position, and stays within the arena. Half of the directions point towards
+    the block. The speed changes with every second key on average; 32 units per step correspond to speed 1 in the
+    Space.
     """
     target, speed = state.agent.astype(np.float64), rng.uniform(4, 64)
     while True:

@@ -1,4 +1,6 @@
-"""Reproduce the paper's Push-T study: policy evaluation and planning in a world model (sections 4.2, 4.3, 6.4 and 12).
+"""Reproduce the paper's Push-T study: policy evaluation and planning in a world model.
+
+The study is in sections 4.2, 4.3, 6.4 and 12 of the paper.
 
     python examples/pusht/study.py --datasets data/pusht-train data/pusht-expert --test_dataset data/pusht-test \
         --output_dir runs/study --quick

@@ -77,7 +77,9 @@ def remove_stage(folder: Path) -> None:
 def run_jobs(
     folder: Path, function: Callable[..., Any], jobs: Mapping[str, Mapping[str, Any]], num_workers: int
 ) -> dict[str, Any]:
-    """Call a function for each job and write each result to `<folder>/jobs/<name>.json`; finished jobs are skipped.
+    """Call a function for each job; finished jobs are skipped.
+
+    Each result is written to `<folder>/jobs/<name>.json`.
 
     Args:
         folder: Folder of the stage.
