@@ -78,7 +78,7 @@ def released_state(dataset, video, *, dim, depth, patch, frames, channels, rows,
 
 
 def released_forward(state, x, t, actions, *, heads, dataset, video, final_frame_ada=False):
-    """Reference implementation of the released network: x (B, F, C, H, W), actions scaled by its data classes."""
+    """Reference of the released network: x (B, F, C, H, W), actions scaled by its data classes."""
     batch, frames, channels, height, width = x.shape
     dim, _, patch, _ = state["x_embedder.proj.weight"].shape
     rows, columns = height // patch, width // patch

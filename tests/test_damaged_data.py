@@ -1,4 +1,4 @@
-"""Damaged metadata and tables of data sets: exit status 2, one line that names the place, and no file written."""
+"""Damaged metadata and tables: exit status 2, one line that names the place, and no file written."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ def convert(root, *flags):
 
 
 def set_entry(path, place, value):
-    """Change an entry of a JSON file, such as `features/action/shape`; the first line of a JSON Lines file."""
+    """Change an entry, such as `features/action/shape`, of a JSON file or of the first JSON line."""
     first, *rest = path.read_text().split("\n") if path.suffix == ".jsonl" else [path.read_text()]
     content = inner = json.loads(first)
     *parents, last = place.split("/")

@@ -45,7 +45,7 @@ needs_clips = pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA i
 
 
 def write_v21(root, episodes, cameras=("left", "right")):
-    """A LeRobotDataset v2.1 with separate files per episode; the second camera shows the negative of the first."""
+    """Write a LeRobotDataset v2.1 with a file per episode; camera 2 shows the negative of camera 1."""
     vector = {"dtype": "float32", "shape": [3], "names": {"motors": ["x", "y", "grip"]}}
     info = {
         "codebase_version": "v2.1",
