@@ -29,7 +29,7 @@ def change_patch_size(
     Large patches are cheap to train; small patches give sharp images. Patches keep their position in the image. The
     layers that read and write patches are interpolated about the center of a patch. (FlexiViT,
     https://arxiv.org/abs/2212.08013, changes the scale of the patches instead.) The model needs a short training
-    afterwards.
+    afterward.
 
     Args:
         model: The trained model, with `spatial_position="grid"`.
@@ -85,7 +85,7 @@ def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel
     """Change a model that predicts velocities to one that predicts samples.
 
     A sample prediction does not have to pass the noise of high-resolution latents through the width of the model. At the last
-    timestep a velocity is the negated sample, so the output layer is negated. The model needs a short training afterwards.
+    timestep a velocity is the negated sample, so the output layer is negated. The model needs a short training afterward.
 
     Args:
         model: The trained model, with `prediction_type="v_prediction"`.
@@ -111,7 +111,7 @@ def change_autoencoder(
     """Adapt a trained model to the latents of another autoencoder.
 
     The layers that read and write patches are composed with linear maps between the patches of the two autoencoders. The maps
-    are fitted to images by least squares. The model needs a short training afterwards.
+    are fitted to images by least squares. The model needs a short training afterward.
 
     Args:
         model: The trained model.

@@ -81,7 +81,7 @@ def first_readable(source: EpisodeSource, read: Callable[[int], Value], attempts
 
     Args:
         source: The data source.
-        read: Function of the episode's number, such as `source.vectors` or `source.__getitem__`.
+        read: Function of the episode's index, such as `source.vectors` or `source.__getitem__`.
         attempts: Largest number of episodes to try.
 
     Raises:

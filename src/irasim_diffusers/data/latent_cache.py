@@ -230,7 +230,7 @@ def _write_file(path: Path, tensors: dict[str, torch.Tensor], broken: dict[int, 
 
 
 def _metadata(path: Path) -> tuple[int, dict[str, str]]:
-    """Checksum of a file's tensors, and error messages of its broken episodes by number."""
+    """Checksum of a file's tensors, and error messages of its broken episodes by index."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     return int(metadata["checksum"]), json.loads(metadata["broken"])

@@ -72,7 +72,7 @@ def check_info(info: Mapping[str, Any], path: Path, needed: Sequence[str]) -> No
     require(splits is None or isinstance(splits, dict), "'splits'", "an object", splits)
     for name, part in (splits or {}).items():
         bounds = isinstance(part, str) and re.fullmatch(r"\d{1,12}:\d{1,12}", part) is not None
-        require(bounds, f"the split {name!r}", "two episode numbers such as '0:10'", part)
+        require(bounds, f"the split {name!r}", "two episode indices such as '0:10'", part)
     _check_own_entry(features.get("action", {}).get(OWN_ENTRY, {}), require)
 
 

@@ -138,7 +138,7 @@ class PreparedEpisodes(InOrder):
         return self._episode(episode.frames, vectors, episode.task)
 
     def window(self, number: int, start: int, length: int) -> Episode:
-        """`length` of the frames that are kept, from number `start`, with their actions and states.
+        """`length` of the frames that are kept, from index `start`, with their actions and states.
 
         Raises:
             ValueError: Like the episode, or if the window exceeds it.

@@ -41,7 +41,7 @@ def summarise(
 
     Returns:
         `metrics`: mean of each metric with its interval over clips; `last_frame`: the same for repeating the last history frame;
-        `gain_over_last_frame`; `horizon`: PSNR by number of the predicted frame; `clips`: the best, median and worst clip;
+        `gain_over_last_frame`; `horizon`: PSNR by index of the predicted frame; `clips`: the best, median and worst clip;
         `published`: results of the paper; `protocol` and `network_evaluations_per_window`.
     """
 

@@ -514,8 +514,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         Returns:
             Embeddings (B, F, S, D).
         """
-        centres, scale = self._cached(self._patch_centres, *grid, actions.device)  # (S, 2) and (2,)
-        offsets = centres - actions[:, :, None, :2].float()  # (B, n, S, 2)
+        centers, scale = self._cached(self._patch_centres, *grid, actions.device)  # (S, 2) and (2,)
+        offsets = centers - actions[:, :, None, :2].float()  # (B, n, S, 2)
         features = action_features(offsets, scale, torch.zeros_like(scale), TARGET_OCTAVES)
         embeddings = self.target_embed(features.to(dtype))
         if action_mask is not None:
@@ -534,8 +534,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         high = (bottom - top) * config.patch_size / config.sample_height
         x = left + wide * (torch.arange(columns, device=device) + 0.5)
         y = top + high * (torch.arange(rows, device=device) + 0.5)
-        centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
-        return centres, torch.tensor([4 / (right - left), 4 / (bottom - top)], device=device)
+        centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
+        return centers, torch.tensor([4 / (right - left), 4 / (bottom - top)], device=device)
 
     def _check_actions(self, actions: torch.Tensor, num_frames: int) -> None:
         config = self.config
@@ -783,7 +783,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     def _temporal_positions(
         self, num_frames: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """Sines and cosines of the frame number (F, 1, D)."""
+        """Sines and cosines of the frame index (F, 1, D)."""
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         frames = torch.arange(num_frames, device=device)
         return get_1d_sincos_pos_embed_from_grid(dim, frames).float().to(dtype).unsqueeze(1)

@@ -134,7 +134,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         if not all(plain) or on_disk or any(value.is_meta for value in own.values()):
             raise ValueError(
                 "the action encoder can be replaced only if it is in memory and not quantized: `remove_all_hooks()` ends "
-                "sequential offload, which can be enabled again afterwards; load LoRA before enabling group offload to disk; "
+                "sequential offload, which can be enabled again afterward; load LoRA before enabling group offload to disk; "
                 "pass a quantization config `modules_to_not_convert=['action_embed', 'trajectory_embed']`."
             )
         return own

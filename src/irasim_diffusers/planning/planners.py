@@ -43,9 +43,9 @@ class Rank:
         check_objective(model, state, objective)
         if self.spread != 1:
             space = model.action_space
-            normalised = space.normalise(candidates)
-            center = normalised.mean(0)
-            candidates = _raw(space, center + self.spread * (normalised - center))
+            normalized = space.normalise(candidates)
+            center = normalized.mean(0)
+            candidates = _raw(space, center + self.spread * (normalized - center))
         return best_plan(model, state, self.scoring, candidates, self.scoring(model, state, candidates, objective))
 
 
@@ -330,8 +330,8 @@ def _prepare(space: ActionSpace, init: Any) -> torch.Tensor:
         raise ValueError(f"`init` is invalid: {error}") from error
 
 
-def _raw(space: ActionSpace, normalised: torch.Tensor) -> torch.Tensor:
-    return space.clip(space.denormalise(normalised))
+def _raw(space: ActionSpace, normalized: torch.Tensor) -> torch.Tensor:
+    return space.clip(space.denormalise(normalized))
 
 
 def _bounds(space: ActionSpace, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
