@@ -70,13 +70,13 @@ class TeleoperateArguments:
     chunk_length: int = field(default=2, metadata={"help": "frames per request"})
     gamepad: Path = field(default=Path("/dev/input/js0"), metadata={"help": "Linux joystick device"})
     dead_zone: float = field(default=0.15, metadata={"help": "deflection of a stick, in [0, 1), that is ignored"})
-    speed: float = field(default=0.5, metadata={"help": "speed at full deflection, in normalised actions per frame"})
+    speed: float = field(default=0.5, metadata={"help": "speed at full deflection, in normalized actions per frame"})
     udp: int | None = field(default=None, metadata={"help": "UDP port for poses; None for standard input"})
     axes: str = field(
         default="x,y,z",
         metadata={"help": "tracker axes for the robot's x, y, z, such as --axes=-z,-x,y; two for planar spaces"},
     )
-    scale: float = field(default=1.0, metadata={"help": "units of the action space per metre"})
+    scale: float = field(default=1.0, metadata={"help": "units of the action space per meter"})
     actions: Path = field(default=Path("actions.csv"), metadata={"help": ".npy, .csv or .json of recorded actions"})
 
 
@@ -130,10 +130,10 @@ def read_pose(line: str, axes: np.ndarray, scale: float) -> tuple[float, np.ndar
     """Read the time and the state (x, y, z, roll, pitch, yaw, gripper) of a pose in JSON.
 
     Args:
-        line: `{"time": seconds, "position": [x, y, z], "rotation": [x, y, z, w], "gripper": 0..1}`, metres. A rotation of three
+        line: `{"time": seconds, "position": [x, y, z], "rotation": [x, y, z, w], "gripper": 0..1}`, meters. A rotation of three
             numbers is roll, pitch and yaw in radians. Rotation and gripper are optional; the default is 0.
         axes: Matrix (3, 3) from tracker axes to robot axes, see `axes_matrix`.
-        scale: Units of the action space per metre.
+        scale: Units of the action space per meter.
 
     Raises:
         ValueError: If the line is not a pose.

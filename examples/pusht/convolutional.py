@@ -101,8 +101,8 @@ class ConvolutionalModel(nn.Module):
         rows, columns = frames.shape[-2:]
         features = self.stem(self.patch(frames)).unflatten(0, (-1, HISTORY)).flatten(1, 2)  # (B, 2 width, h, w)
         across, down = ((torch.arange(size, device=action.device) + 0.5) / size for size in (columns, rows))
-        centres = torch.stack(torch.meshgrid(across, down, indexing="xy"))  # (2, h, w)
-        offset = 4 * (centres - (action / ARENA)[:, :, None, None])  # (B, 2, h, w)
+        centers = torch.stack(torch.meshgrid(across, down, indexing="xy"))  # (2, h, w)
+        offset = 4 * (centers - (action / ARENA)[:, :, None, None])  # (B, 2, h, w)
         waves = [
             wave(offset * 2**octave * math.pi / 4) for octave in range(OCTAVES) for wave in (torch.sin, torch.cos)
         ]

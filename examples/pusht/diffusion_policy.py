@@ -56,8 +56,8 @@ class KeypointEncoder(nn.Module):
         """Read keypoints (B, K, 2) in arena units from frames (B, 3, 96, 96) in [0, 1]."""
         maps = self.layers(frames * 2 - 1)
         weights = maps.flatten(2).softmax(-1).unflatten(2, maps.shape[2:])
-        centres = (torch.arange(maps.shape[-1], device=maps.device) + 0.5) * (ARENA / maps.shape[-1])
-        return torch.stack([weights.sum(2) @ centres, weights.sum(3) @ centres], dim=-1)
+        centers = (torch.arange(maps.shape[-1], device=maps.device) + 0.5) * (ARENA / maps.shape[-1])
+        return torch.stack([weights.sum(2) @ centers, weights.sum(3) @ centers], dim=-1)
 
 
 class DiffusionPolicy(ModelMixin, ConfigMixin):
@@ -102,8 +102,8 @@ class DiffusionPolicy(ModelMixin, ConfigMixin):
 
     def embed(self, keypoints: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Embed keypoints (B, K, 2) and pusher positions (B, 2) in arena units: returns (B, condition_dim)."""
-        centred = torch.cat([positions[:, None], keypoints], dim=1) - ARENA / 2
-        points = torch.cat([centred, keypoints - positions[:, None]], dim=1) / ARENA  # (B, 1 + 2 K, 2)
+        centered = torch.cat([positions[:, None], keypoints], dim=1) - ARENA / 2
+        points = torch.cat([centered, keypoints - positions[:, None]], dim=1) / ARENA  # (B, 1 + 2 K, 2)
         angles = points[..., None] * torch.pi * 2.0 ** torch.arange(NUM_FREQUENCIES, device=points.device)
         return self.observation(torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1))
 

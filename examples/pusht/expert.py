@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
     exit_without_extra(error, "pusht")
 
 GOAL = np.array([256.0, 256.0, np.pi / 4])
-REACH = 18.0  # distance of the pusher's centre from the block's surface before a push, in arena units
+REACH = 18.0  # distance of the pusher's center from the block's surface before a push, in arena units
 OUTLINE = np.array([[-60, 0], [60, 0], [60, 30], [15, 30], [15, 120], [-15, 120], [-15, 30], [-60, 30]], dtype=float)
 SPEEDS = {"far": (6.0, 14.0), "near": (2.5, 7.0)}  # advance of the target per step
 SPACING = {"far": 15.0, "near": 9.0}  # distance between the start points of pushes
@@ -45,7 +45,7 @@ class Lookahead:
         The pusher is initially at rest at `start` (2,).
         """
         self.agent.position, self.agent.velocity = tuple(start), (0, 0)
-        self.block.angle = block[2]  # set first: the rotation about the centre of mass moves the origin
+        self.block.angle = block[2]  # set first: the rotation about the center of mass moves the origin
         self.block.position = tuple(block[:2])
         self.block.velocity, self.block.angular_velocity = (0, 0), 0
         self.space.reindex_shapes_for_body(self.block)

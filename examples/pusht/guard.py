@@ -1,4 +1,4 @@
-"""Measure how well guards recognise plans that exploit the errors of a world model.
+"""Measure how well guards recognize plans that exploit the errors of a world model.
 
     python examples/pusht/guard.py --dataset data/pusht-test --others runs/pusht-convolutional --output runs/guard.json
 

@@ -294,7 +294,7 @@ class Study:
         return self.run("evaluation", work, ["evaluation_seeds", "evaluation_steps"], **self.inputs())
 
     def planning(self) -> Any:
-        """Stage: choose among K samples of a policy; upper bound, baselines, optimisation and guard."""
+        """Stage: choose among K samples of a policy; upper bound, baselines, optimization and guard."""
         size, folder, models = self.size, self.folder("planning"), list(self.world_models)
         seeds, excluded = self.starts(PLANNING_SEED, size.planning_seeds)
         planned, most = self.policies["paths"][self.policies["planned"]], max(size.candidates)

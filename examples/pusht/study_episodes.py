@@ -38,7 +38,7 @@ HISTORY = 2  # frames from which world models start
 SIMULATOR = "simulator"  # instead of the folder of a world model: the upper bound
 POSITION, ANGLE = 20.0, np.pi / 9  # tolerances of DINO-WM's protocol, arena units and radians
 PUSHED, TURNED = 10.0, np.pi / 18  # tolerances of a push to a goal image
-MOVED = 20.0  # least movement of the block towards a goal image, arena units
+MOVED = 20.0  # least movement of the block toward a goal image, arena units
 OUTSIDE = 8.0  # arena units beyond a wall, or of the pusher within the block, that count as implausible; 1.5 pixels
 
 
@@ -312,14 +312,14 @@ def push_implausibly(*, model: str, base: str, kind: str, steps: int, seed: int)
     real.reset(seed)
     direction = np.array([(1, 0), (-1, 0), (0, 1), (0, -1)][rng.integers(4)], float)
     across = direction[::-1] * rng.uniform(-60, 60)
-    centre = ARENA / 2 + across + (direction * 110 if kind == "wall" else 0)
-    agent = centre - direction * 130
+    center = ARENA / 2 + across + (direction * 110 if kind == "wall" else 0)
+    agent = center - direction * 130
     if kind == "wall":  # the target advances to the edge of the arena
         targets = agent + direction * np.minimum(25.0 * np.arange(1, steps + 1), 400)[:, None]
     else:  # the target jumps to the other side
-        targets = np.repeat((centre + direction * 130)[None], steps, axis=0)
+        targets = np.repeat((center + direction * 130)[None], steps, axis=0)
     angle = rng.uniform(0, 2 * np.pi)
-    origin = centre - 45 * np.array([-np.sin(angle), np.cos(angle)])  # of the block's frame
+    origin = center - 45 * np.array([-np.sin(angle), np.cos(angle)])  # of the block's frame
     real.restore(np.array([*agent, 0, 0, *origin, angle, 0, 0, 0]))
     world = world_of(model, base, real)
     actions = torch.from_numpy(np.clip(targets, 0, ARENA)).float()[None]

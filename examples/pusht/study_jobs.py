@@ -44,7 +44,7 @@ def run_stage(folder: Path, setting: Mapping[str, Any], work: Callable[[], Any])
 
     Args:
         folder: Folder of the stage.
-        setting: Everything that determines the result, JSON-serialisable.
+        setting: Everything that determines the result, JSON-serializable.
         work: Computes the result. It may resume from files in the folder that an interrupted run has left.
 
     Raises:
@@ -83,7 +83,7 @@ def run_jobs(
 
     Args:
         folder: Folder of the stage.
-        function: Function of a module, called with the arguments of a job; returns a JSON-serialisable value.
+        function: Function of a module, called with the arguments of a job; returns a JSON-serializable value.
         jobs: Arguments by name. A result must depend on the arguments only, not on other jobs.
         num_workers: Number of processes; 1 runs the jobs in this process.
 
