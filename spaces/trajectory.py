@@ -210,7 +210,7 @@ class TrajectoryPage:
         )
         pressed = self.run.click(self.interrupt, **quiet).then(trigger_mode="multiple", **predict)
         stopped = self.stop.click(self.interrupt, cancels=[drawn, pressed], **quiet)
-        # in a second event, because the last output of the cancelled prediction may arrive after the first
+        # in a second event, because the last output of the canceled prediction may arrive after the first
         stopped = stopped.then(lambda: self._idle("Stopped."), outputs=made, **quiet)
         # the focused button is hidden, so move the focus
         stopped.then(None, js="() => document.querySelector('#trajectory-run').focus()", **private)
@@ -414,8 +414,8 @@ def _summary(frames: int, seconds: float, figures: dict[str, np.ndarray]) -> str
 def _error_plot(figures: dict[str, np.ndarray]) -> gr.LinePlot:
     if not figures:
         return gr.LinePlot(visible=False)
-    colours = dict(zip(figures, COLOURS, strict=False)) | {BASELINE: BASELINE_COLOUR}
-    return gr.LinePlot(error_table(figures), color_map=colours, visible=True)
+    colors = dict(zip(figures, COLOURS, strict=False)) | {BASELINE: BASELINE_COLOUR}
+    return gr.LinePlot(error_table(figures), color_map=colors, visible=True)
 
 
 def _write_actions(path: Path, actions: np.ndarray, names: list[str] | None) -> Path:
