@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(items):
 
 
 def tiny_transformer(**changes) -> IRASimTransformer3DModel:
-    """Create a tiny transformer with random weights, including those that are zero-initialised."""
+    """Create a tiny transformer with random weights, including those that are zero-initialized."""
     torch.manual_seed(0)
     model = IRASimTransformer3DModel(**TINY | changes)
     for parameter in model.parameters():

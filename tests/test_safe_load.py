@@ -289,7 +289,7 @@ def test_absurd_weights_raise(name, tmp_path):
         ({"action_frequencies": 10**6}, "`action_frequencies` must be in"),
         ({"beta_end": 7.0}, "`beta_end` must be in"),
         ({"base_patch_size": 0.0}, "`base_patch_size` must be in"),
-        ({"colour": 3}, "`colour` must be an entry of the config"),
+        ({"color": 3}, "`color` must be an entry of the config"),
     ],
 )
 def test_absurd_config_entries_raise(config, message, tmp_path):

@@ -446,7 +446,7 @@ def test_crop_contains_motion_and_target():
     places = torch.stack([torch.randint(0, size, (50,), generator=generator) for size in (10, 12)], dim=1)
     for clip, (row, column) in zip(latents, places.tolist(), strict=True):
         clip[0, :, row, column] = torch.tensor([1.0, 2.0, 3.0])
-    targets = places.flip(1) + torch.tensor([-0.5, 10.5])  # the target is the centre of the pixel; a pixel is one unit
+    targets = places.flip(1) + torch.tensor([-0.5, 10.5])  # the target is the center of the pixel; a pixel is one unit
     actions = torch.cat([targets, torch.full((50, 1), 7.0)], dim=1)[:, None]
     cropped, moved = crop(latents, actions, config, 4, torch.rand(50, 3, generator=generator))
     assert cropped.shape == (50, 1, 3, 4, 4)
