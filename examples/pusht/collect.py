@@ -8,6 +8,7 @@ content. Episodes are written in files of 50. The same command resumes at the fi
 episodes, and other settings raise an error. `--pusher_radius` changes the simulated world.
 """
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -240,10 +241,13 @@ def main() -> None:
     if arguments.push_to_hub:  # fails early if the repository cannot be created
         HfApi().create_repo(arguments.push_to_hub, repo_type="dataset", exist_ok=True)
     files = range(-(-arguments.episodes // EPISODES_PER_FILE))
+    work, num_workers = functools.partial(collect_file, arguments=arguments), min(arguments.num_workers, len(files))
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads can block
-    with context.Pool(arguments.num_workers) as pool, tqdm(total=arguments.episodes, unit="episode") as bar:
-        for count in pool.imap_unordered(functools.partial(collect_file, arguments=arguments), files):
-            bar.update(count)
+    with context.Pool(num_workers) if num_workers > 1 else contextlib.nullcontext() as pool:
+        counts = pool.imap_unordered(work, files) if pool else map(work, files)
+        with tqdm(total=arguments.episodes, unit="episode") as bar:
+            for count in counts:
+                bar.update(count)
     write_metadata(
         arguments.output,
         fps=FPS,

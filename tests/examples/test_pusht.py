@@ -83,7 +83,7 @@ ONE = ["--cpu", "--num_processes", "1"]
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     root = tmp_path_factory.mktemp("pusht")
-    run("pusht/collect.py", "--output", root / "set", "--episodes", 3, "--length", 60, "--first_seed", 5, *SHARES)
+    call("collect", "--output", root / "set", "--episodes", 3, "--length", 60, "--first_seed", 5, *SHARES)
     run("train_vae.py", *vae_flags(root, "vae"), launch=ONE)
     return root
 
@@ -121,13 +121,13 @@ def test_collected_episodes_match_simulator(workspace):
 def test_collect_skips_existing_files(workspace):
     video = workspace / "set" / "videos" / "observation.image" / "chunk-000" / "file-000.mp4"
     before = video.stat().st_mtime_ns
-    run("pusht/collect.py", "--output", workspace / "set", "--episodes", 3, "--length", 60, "--first_seed", 5, *SHARES)
+    call("collect", "--output", workspace / "set", "--episodes", 3, "--length", 60, "--first_seed", 5, *SHARES)
     assert video.stat().st_mtime_ns == before
 
 
 def test_collect_adds_episodes(workspace, tmp_path):
     shutil.copytree(workspace / "set", tmp_path / "set")
-    run("pusht/collect.py", "--output", tmp_path / "set", "--episodes", 4, "--length", 60, "--first_seed", 5, *SHARES)
+    call("collect", "--output", tmp_path / "set", "--episodes", 4, "--length", 60, "--first_seed", 5, *SHARES)
     before, after = LeRobotFolder(workspace / "set"), LeRobotFolder(tmp_path / "set")
     assert (len(after), after.info["total_episodes"], after.info["total_frames"]) == (4, 4, 240)
     for number in range(3):
@@ -136,6 +136,15 @@ def test_collect_adds_episodes(workspace, tmp_path):
     frames, _ = Simulator().replay(8, after[3].actions[:-1])
     assert np.array_equal(frames, after[3].frames)
     assert "4 episodes" in (tmp_path / "set" / "README.md").read_text()
+
+
+def test_two_processes_collect_two_files(tmp_path):
+    shares = ["--aimless", 1, "--expert", 0, "--noisy", 0, "--keys", 0, "--jumps", 0, "--episodes", 51, "--length", 4]
+    run("pusht/collect.py", "--output", tmp_path / "two", "--num_workers", 2, *shares)
+    call("collect", "--output", tmp_path / "one", "--num_workers", 1, *shares)
+    for one, two in zip(LeRobotFolder(tmp_path / "one"), LeRobotFolder(tmp_path / "two"), strict=True):
+        assert np.array_equal(one.frames, two.frames)
+        assert np.array_equal(one.actions, two.actions)
 
 
 def test_card_counts_policies(workspace):
