@@ -333,9 +333,7 @@ class LeRobotFolder(InOrder):
             raise ValueError(f"episode {row['episode_index']} of {self.name!r}: {error}") from error
 
     def flags(self, number: int) -> dict[str, np.ndarray]:
-        """Read the bool, integer and string features (T, D) of one episode, in the recorded type.
-
-        An example is `next.done`.
+        """Read bool, integer and string features (T, D), such as `next.done`, in the recorded type.
 
         Raises:
             ValueError: If a value is missing or has another type.
@@ -391,10 +389,7 @@ class LeRobotFolder(InOrder):
         return read_numbered_frames(path, (first + numbers[part]).tolist(), self.fps, whole=ends)
 
     def _numbers(self, row: dict[str, Any], column: pa.ChunkedArray) -> np.ndarray:
-        """Return the frame indices (T,) of an episode's rows by their timestamps.
-
-        Rows of idle frames may be missing.
-        """
+        """Return the frame indices (T,) of an episode's rows by timestamp; idle frames may be missing."""
         path, key = str(self._path(row)), "timestamp"
         _check_numbers(column.type, key, path)
         times = column.combine_chunks().to_numpy(zero_copy_only=False).astype(np.float64)
@@ -447,10 +442,7 @@ class LeRobotFolder(InOrder):
         return array.to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
     def _table(self, row: dict[str, Any]) -> pa.Table:
-        """Read the vectors, flags and timestamps of one episode.
-
-        The table of the file is kept for the next episode.
-        """
+        """Read an episode's vectors, flags and timestamps; the file's table is kept for the next episode."""
         path = self._path(row)
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] != path:

@@ -28,12 +28,11 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Load LoRA weights as diffusers does.
+        """Load LoRA weights like `~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights` of diffusers.
 
-        See `~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`. If the file contains the action encoder and
-        the null action, they replace those of the model until `unload_lora_weights`; the last loaded file takes
-        precedence. `disable_lora`, `set_adapters` and `delete_adapters` affect the LoRA layers only. A file that is
-        not in the safetensors format is read only if it is named.
+        If the file contains the action encoder and the null action, they replace those of the model until
+        `unload_lora_weights`; the last loaded file takes precedence. `disable_lora`, `set_adapters` and `delete_adapters`
+        affect the LoRA layers only. A file that is not in the safetensors format is read only if it is named.
 
         Raises:
             ValueError: If the file contains other weights, or its action encoder does not match the model or cannot be replaced now.
