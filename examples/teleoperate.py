@@ -31,7 +31,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers.actions import derive_actions, integrate_actions
 from irasim_diffusers.commands.files import read_actions
 from irasim_diffusers.commands.terminal import draw
-from irasim_diffusers.training import exit_without_extra, run_script
+from irasim_diffusers.training import check_ranges, exit_without_extra, run_script
 
 try:
     from gradio_client import Client, handle_file
@@ -335,8 +335,9 @@ def save(client: Client, session: str, output: Path) -> tuple[Path, Path]:
 
 def check_arguments(arguments: TeleoperateArguments) -> None:
     """Raise ValueError for arguments that cannot work, before the first request to the Space."""
-    if arguments.chunk_length < 1:
-        raise ValueError(f"`chunk_length` must be at least 1, got {arguments.chunk_length}.")
+    check_ranges(arguments, not_negative=("seed",), at_least_1=("chunk_length",), positive=("speed", "scale"))
+    if arguments.udp is not None and not 1 <= arguments.udp <= 65535:
+        raise ValueError(f"`udp` must be a port in [1, 65535], got {arguments.udp}.")
     if not 0 <= arguments.dead_zone < 1:
         raise ValueError(f"`dead_zone` must be in [0, 1), got {arguments.dead_zone:g}.")
     if arguments.device == "file":

@@ -146,8 +146,8 @@ def build_vae(arguments: VAEArguments, sample_size: int) -> AutoencoderKL:
     if arguments.pretrained:
         vae = AutoencoderKL.from_pretrained(arguments.pretrained)
         if arguments.freeze_encoder:
-            vae.encoder.requires_grad_(False)
-            vae.quant_conv.requires_grad_(False)
+            for module in filter(None, (vae.encoder, vae.quant_conv)):
+                module.requires_grad_(False)
         return vae
     return AutoencoderKL(
         block_out_channels=tuple(arguments.block_out_channels),
@@ -293,7 +293,7 @@ def main() -> None:
     (arguments,) = HfArgumentParser(VAEArguments).parse_args_into_dataclasses()
     check_arguments(arguments)
     output = Path(arguments.output_dir)
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=arguments.mixed_precision)
     check_launch(accelerator)
     set_seed(arguments.seed)
     source, held_out_source = open_data(arguments)
@@ -302,6 +302,7 @@ def main() -> None:
     if accelerator.is_main_process:
         lock_output(output)
         remove_leftovers(output)
+    accelerator.wait_for_everyone()
     newest = newest_checkpoint(output, run_settings(arguments, accelerator.num_processes))
     frames = Frames(
         load_frames(source, arguments.frames_per_episode, arguments.skip_broken),
@@ -315,7 +316,9 @@ def main() -> None:
     if accelerator.is_main_process:
         if not arguments.freeze_encoder:
             deviation = latent_std(vae, frames.held_out, accelerator.device)
-            vae.register_to_config(scaling_factor=arguments.latent_std / deviation)
+            vae.register_to_config(
+                scaling_factor=arguments.latent_std / deviation, shift_factor=None, latents_mean=None, latents_std=None
+            )
         save_finished(output, vae.save_pretrained)
         psnr = describe_psnr(vae, frames, accelerator.device)
         print(f"{psnr} in float32; scaling_factor {vae.config.scaling_factor:.4f}; {output}")

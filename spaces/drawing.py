@@ -7,6 +7,8 @@ import gradio as gr
 import numpy as np
 from viewer import picture_url
 
+from irasim_diffusers import ActionSpace
+
 MAX_POINTS = 20_000
 HERE = Path(__file__).parent
 TEMPLATE = """
@@ -108,16 +110,16 @@ def resample(points: np.ndarray, count: int) -> np.ndarray:
     return np.stack([np.interp(wanted, times, points[:, axis]) for axis in (0, 1)], axis=1)
 
 
-def can_draw(config: Any) -> str | None:
-    """Return why a path cannot be drawn for the action space of a model's config; None if it can."""
-    if config.action_dim != 2:
-        return f"its actions have {config.action_dim} components, and a drawing two"
-    if config.action_space == "absolute" and (config.get("action_low") is None or config.get("action_high") is None):
+def can_draw(space: ActionSpace) -> str | None:
+    """Return why a path cannot be drawn for an action space; None if it can."""
+    if len(space) != 2:
+        return f"its actions have {len(space)} components, and a drawing two"
+    if space.kind == "absolute" and not np.isfinite([space.low, space.high]).all():
         return "its config does not record the bounds of its targets (`action_low`, `action_high`)"
     return None
 
 
-def path_actions(places: np.ndarray, config: Any, scale: float = 1.0) -> np.ndarray:
+def path_actions(places: np.ndarray, space: ActionSpace, scale: float = 1.0) -> np.ndarray:
     """Convert a path to actions.
 
     In an absolute space they are targets: the left and upper edges of the image correspond to `action_low`, the right and lower
@@ -125,7 +127,7 @@ def path_actions(places: np.ndarray, config: Any, scale: float = 1.0) -> np.ndar
 
     Args:
         places: Positions (n + 1, 2), fractions of width and height.
-        config: The model's config.
+        space: The model's action space.
         scale: Width and height of the image in units of the action space, for relative spaces.
 
     Returns:
@@ -134,10 +136,10 @@ def path_actions(places: np.ndarray, config: Any, scale: float = 1.0) -> np.ndar
     Raises:
         ValueError: If a path cannot be drawn for this action space.
     """
-    reason = can_draw(config)
+    reason = can_draw(space)
     if reason is not None:
         raise ValueError(f"a path cannot be drawn for this model: {reason}; give the actions in a file.")
-    if config.action_space == "relative":
+    if space.kind == "relative":
         return np.diff(places, axis=0) * scale
-    low, high = (np.broadcast_to(np.float64(config[name]), 2) for name in ("action_low", "action_high"))
+    low, high = np.array(space.low), np.array(space.high)
     return low + places[1:] * (high - low)

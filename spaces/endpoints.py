@@ -121,7 +121,8 @@ def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
 def describe_space(config: Any, steering: Steering | None = None) -> dict[str, Any]:
     """Describe a checkpoint's action space and its controls, for JSON."""
     if steering is None:
-        steering = Steering(ActionSpace.from_config(config), start=_middle(config) or np.zeros(config.action_dim))
+        space = ActionSpace.from_config(config)
+        steering = Steering(space, start=_middle(space) or np.zeros(len(space)))
     space = steering.action_space
     return {
         "names": list(space.names),
@@ -165,7 +166,6 @@ def _check_lengths(actions: Any, most: int) -> None:
 
 
 def _new_session(world: World, frames: Any, start: Any, seed: int, max_frames: int) -> DrivingSession:
-    config = world.pipeline.transformer.config
     if isinstance(frames, str):
         if frames not in world.starts:
             raise ValueError(f"`frames` must be an upload or one of {', '.join(world.starts)}, got {frames!r}.")
@@ -173,19 +173,18 @@ def _new_session(world: World, frames: Any, start: Any, seed: int, max_frames: i
         start = world.starts[frames].action if start is None else start
     else:
         history = read_picture(uploaded_path(frames), world.pipeline.frame_size)[None]
-    steering = Steering(world.pipeline.action_space, start=_middle(config) if start is None else start)
+    steering = Steering(
+        world.pipeline.action_space, start=_middle(world.pipeline.action_space) if start is None else start
+    )
     return DrivingSession(world.pipeline, history, steering, seed, max_frames)
 
 
-def _middle(config: Any) -> list[float] | None:
+def _middle(space: ActionSpace) -> list[float] | None:
     """Return the middle of a bounded absolute space; None for other spaces.
 
     A robot whose position is unknown is assumed to start there.
     """
-    if config.action_space != "absolute" or config.action_low is None or config.action_high is None:
-        return None
-    bounds = np.array([config.action_low, config.action_high], dtype=np.float64).reshape(2, -1)
-    middle = np.broadcast_to(bounds.mean(axis=0), config.action_dim)
+    middle = np.mean([space.low, space.high], axis=0) if space.kind == "absolute" else np.array(np.nan)
     return middle.tolist() if np.isfinite(middle).all() else None
 
 

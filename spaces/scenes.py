@@ -55,7 +55,7 @@ def action_kinds(world: World, scene: Scene | None) -> list[str]:
     """List the possible sources of the actions, the default first."""
     kinds = {
         RECORDED: scene is not None and scene.recorded is not None,  # the default, because it needs one click only
-        DRAWN: can_draw(world.pipeline.transformer.config) is None,
+        DRAWN: can_draw(world.pipeline.action_space) is None,
         FILE: True,
     }
     return [kind for kind, possible in kinds.items() if possible]
@@ -69,18 +69,17 @@ def choose_actions(
     Raises:
         ValueError: If actions are missing or invalid.
     """
-    config = world.pipeline.transformer.config
     if kind == FILE:
         if not file:
             raise ValueError("Upload a file of actions first.")
-        return read_action_file(file, config.action_dim)
+        return read_action_file(file, len(world.pipeline.action_space))
     if not 1 <= length <= LONGEST_DRAWING:
         raise ValueError(f"The length must be 1 to {LONGEST_DRAWING} frames, got {length}.")
     if kind == RECORDED:
         if scene.recorded is None:
             raise ValueError("Nothing is recorded after an uploaded start: draw a path, or upload a file of actions.")
         return scene.recorded[:length]
-    return path_actions(resample(read_path(drawn), length), config, scale)
+    return path_actions(resample(read_path(drawn), length), world.pipeline.action_space, scale)
 
 
 def known_truth(kind: str, scene: Scene) -> np.ndarray:
@@ -98,7 +97,7 @@ def start_canvas(scene: Scene | None, world: World, scenes: list[Scene], chosen:
     if scene is None:
         blank = np.full((*world.pipeline.frame_size, 3), 128, dtype=np.uint8)
         return canvas(blank, "Upload an image or video to start from.", False, starts, None)
-    drawable = can_draw(world.pipeline.transformer.config) is None
+    drawable = can_draw(world.pipeline.action_space) is None
     hint = "Draw a path here. The robot follows it." if drawable else ""
     return canvas(scene.history[-1], hint, drawable, starts, chosen)
 

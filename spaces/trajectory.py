@@ -401,8 +401,8 @@ def _interrupt(pipelines: Iterable[Any]) -> None:
 
 def _is_scaled(world: World) -> bool:
     """Return whether a drawn path needs a scale."""
-    config = world.pipeline.transformer.config
-    return config.action_space == "relative" and can_draw(config) is None
+    space = world.pipeline.action_space
+    return space.kind == "relative" and can_draw(space) is None
 
 
 def _summary(frames: int, seconds: float, figures: dict[str, np.ndarray]) -> str:

@@ -160,8 +160,23 @@ def test_integer_actions_become_floats(dtype):
         ({"action_dim": 2, "action_names": [1, 2]}, "`action_names` must be a list of strings or None, got 1"),
         ({"action_dim": 2, "action_names": "xy"}, "`action_names` must be a list of strings or None, got 'xy'"),
         ({"action_dim": 1, "action_units": [3]}, "`action_units` must be a list of strings or None, got 3"),
+        ({"action_dim": 2, "action_derivation": "foo"}, "`action_derivation` must be one of recorded, .*, got 'foo'"),
+        ({"action_dim": 2, "action_derivation": [1]}, r"`action_derivation` must be one of .*, got \[1\]"),
+        ({"action_dim": 8, "action_derivation": "relative_6d"}, "`action_dim` must be at least 9 for .*, got 8"),
+        ({"action_dim": 5, "action_derivation": "relative_euler"}, "`action_dim` must be at least 6 for .*, got 5"),
     ],
 )
 def test_bad_entries_raise(config, message):
     with pytest.raises(ValueError, match=message):
         ActionSpace.from_config(config)
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [[["1", "2"]], [[b"1", 2]], [[1j, 2]], torch.ones(1, 2) * 1j, [[10**400, 1]], np.array([["1", 2]], dtype=object)],
+)
+def test_values_that_are_no_numbers_raise(actions):
+    space = ActionSpace.from_config({"action_dim": 2})
+    with pytest.raises(ValueError, match=r"`actions` must be \(n, 2\) or \(batch, n, 2\), all numbers"):
+        space.prepare(actions)
+    assert space.prepare([[True, 2]]).tolist() == [[[1.0, 2.0]]]

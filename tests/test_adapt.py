@@ -1,10 +1,12 @@
 """Invalid input of `irasim adapt`; tests/examples/test_train.py trains adapted models."""
 
+import numpy as np
 import pytest
-from conftest import tiny_pipeline, tiny_unet
+from conftest import tiny_pipeline, tiny_transformer, tiny_unet
 
-from irasim_diffusers import IRASimPipeline
+from irasim_diffusers import ActionSpace, IRASimPipeline
 from irasim_diffusers.cli import main
+from irasim_diffusers.conversion.surgery import change_action_dim
 from irasim_diffusers.models import noise_process
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -59,3 +61,12 @@ def test_prediction_type_and_frequencies(model, tmp_path):
     config = pipeline.transformer.config
     assert (config.prediction_type, config.action_frequencies) == ("sample", 2)
     pipeline.check_scheduler()
+
+
+def test_the_actions_of_another_robot_are_recorded():
+    """The derivation and the action space belong to the actions that the model was trained on."""
+    model = tiny_transformer(action_dim=10, action_derivation="relative_6d", action_scale=1.0, action_offset=0.0)
+    adapted = change_action_dim(model, 2)
+    assert (adapted.config.action_derivation, adapted.config.action_space) == ("recorded", "relative")
+    space = ActionSpace.from_config(adapted.config)
+    assert space.hold(np.ones((1, 2))).tolist() == [[0.0, 0.0]]

@@ -141,6 +141,11 @@ def test_folder_belongs_to_the_settings_of_its_first_result(tmp_path):
         (folder / "setting.json").write_text(content)
         with pytest.raises(ValueError, match=r"cannot be resumed: .*setting.json.* must .*; choose a new folder"):
             claim_folder(folder, setting, "results")
+    (folder / "setting.json").unlink()
+    claim_folder(folder, setting, "results")
+    (folder / "results" / "0.json").touch()
+    with pytest.raises(ValueError, match=r"contains results but no setting.json: choose a new folder"):
+        claim_folder(folder, setting, "results", write=True)
 
 
 def test_folder_with_other_files_is_not_claimed(tmp_path):

@@ -179,7 +179,7 @@ def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]], runs: 
 def seconds_trained(folder: Path) -> float:
     """Return the training time of the newest checkpoint in seconds, 0 without a checkpoint."""
     found = checkpoints(folder)
-    return json.loads((found[-1] / "settings.json").read_text())["seconds"] if found else 0.0
+    return json.loads((found[-1] / "settings.json").read_text(encoding="utf-8"))["seconds"] if found else 0.0
 
 
 def model_flags(arguments: ConditioningArguments, common: list[str]) -> dict[str, list[str]]:
@@ -241,7 +241,7 @@ def evaluate(arguments: ConditioningArguments, folder: Path, model: str, history
         *("--num_history_frames", history, "--num_rollouts", 0, "--num_drives", 0),
         *(part for name, value in given.items() for part in (f"--{name}", value)),
     )
-    found = json.loads(report.read_text())
+    found = json.loads(report.read_text(encoding="utf-8"))
     return {
         "model": model,
         "num_history_frames": history,

@@ -20,12 +20,12 @@ def run_once(marker: Path, script: str, *arguments: object, config_file: str | N
         config_file: Config file of `accelerate launch`. None runs the script in one process.
     """
     given = [script, *map(str, arguments)]
-    if marker.is_file() and json.loads(marker.read_text()) == given:
+    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == given:
         return
     launcher = ["-m", "accelerate.commands.launch", "--config_file", config_file] if config_file else []
     subprocess.run([sys.executable, *launcher, str(EXAMPLES / script), *given[1:]], check=True)
     with temporary_path(marker) as partial:
-        partial.write_text(json.dumps(given))
+        partial.write_text(json.dumps(given), encoding="utf-8")
 
 
 def train_once(output: Path, *arguments: object, config_file: str | None = None) -> None:
@@ -40,5 +40,5 @@ def write_report(folder: Path, name: str, content: dict, table: str) -> None:
     """Write `<name>.json` and `<name>.md`, and print the table."""
     for suffix, text in ((".json", json.dumps(content, indent=2)), (".md", table)):
         with temporary_path((folder / name).with_suffix(suffix)) as partial:
-            partial.write_text(text)
+            partial.write_text(text, encoding="utf-8")
     print(table)

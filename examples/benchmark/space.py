@@ -64,7 +64,7 @@ def serve(log: Path, *flags: str, **environment: str) -> tuple[subprocess.Popen,
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}/"
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             [sys.executable, str(SPACE), "--port", str(port), *flags],
             env=os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"} | environment,
@@ -80,7 +80,7 @@ def serve(log: Path, *flags: str, **environment: str) -> tuple[subprocess.Popen,
         else:
             return process, url
     process.kill()
-    raise RuntimeError(f"the Space did not start:\n{log.read_text()}")
+    raise RuntimeError(f"the Space did not start:\n{log.read_text(encoding='utf-8')}")
 
 
 def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> dict[str, float]:
@@ -217,7 +217,7 @@ def main() -> None:
         process.wait(20)
         folder.cleanup()
     if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=2))
+        arguments.output.write_text(json.dumps(report, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

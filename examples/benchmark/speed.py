@@ -105,7 +105,7 @@ def main() -> None:
         f"peak memory {memory:.2f} GB, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     )
     if arguments.output:
-        arguments.output.write_text(json.dumps({"rows": rows, "peak_memory_gb": memory}, indent=2))
+        arguments.output.write_text(json.dumps({"rows": rows, "peak_memory_gb": memory}, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

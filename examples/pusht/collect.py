@@ -110,7 +110,7 @@ def prepare_folder(arguments: CollectArguments) -> None:
         if root.is_dir() and any(root.iterdir()):
             raise ValueError(f"{str(root)!r} contains files but no settings file: choose a new folder.")
         write_marker(marker, wanted)
-    written = json.loads(marker.read_text())
+    written = json.loads(marker.read_text(encoding="utf-8"))
     if written | {"episodes": None} == wanted | {"episodes": None} and written["episodes"] < arguments.episodes:
         (root / "meta" / "info.json").unlink(missing_ok=True)
         write_marker(marker, wanted)
@@ -127,7 +127,7 @@ def prepare_folder(arguments: CollectArguments) -> None:
 def write_marker(marker: Path, settings: dict[str, Any]) -> None:
     """Write the settings that determine the episodes of a folder."""
     with temporary_path(marker) as partial:
-        partial.write_text(json.dumps(settings))
+        partial.write_text(json.dumps(settings), encoding="utf-8")
 
 
 def pusher_of(kind: str, rng: np.random.Generator, state: State) -> Pusher:

@@ -30,7 +30,7 @@ from irasim_diffusers.files import temporary_path
 from irasim_diffusers.metrics import bootstrap
 from irasim_diffusers.planning import CEM, Disagreement, Scoring
 from irasim_diffusers.rewards import FrameRegressor
-from irasim_diffusers.training import require_finite, run_script
+from irasim_diffusers.training import check_ranges, run_script
 
 SCORING = Scoring(batch_size=32)
 COVERED = (0.05, 0.8)  # IoU of block and goal in the states to plan from
@@ -135,10 +135,11 @@ def summarise(plans: list[dict[str, Any]], margin: float, seed: int) -> dict[str
 
 def main() -> None:
     (arguments,) = HfArgumentParser(GuardArguments).parse_args_into_dataclasses()
-    require_finite(asdict(arguments))
-    for name in ("num_states", "horizon", "num_candidates", "num_iterations"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(arguments, name)}.")
+    check_ranges(
+        arguments,
+        not_negative=("first_seed", "seed"),
+        at_least_1=("num_states", "horizon", "num_candidates", "num_iterations"),
+    )
     setting = {name: value for name, value in asdict(arguments).items() if name not in ("output", "num_states")}
     done: dict[str, list] = {}
     if arguments.output.is_file():

@@ -32,7 +32,7 @@ from irasim_diffusers.envs import load_world_model
 from irasim_diffusers.files import temporary_path
 from irasim_diffusers.planning import Scoring
 from irasim_diffusers.rewards import FrameRegressor
-from irasim_diffusers.training import require_finite, run_script
+from irasim_diffusers.training import check_ranges, run_script
 
 
 @dataclass
@@ -152,10 +152,19 @@ def draw_states(dataset: EpisodeSource, rng: np.random.Generator, number: int) -
 
 def main() -> None:
     (arguments,) = HfArgumentParser(ImproveArguments).parse_args_into_dataclasses()
-    require_finite(asdict(arguments))
-    for name in ("num_iterations", "num_states", "num_updates", "num_executed", "num_episodes", "max_episode_steps"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(arguments, name)}.")
+    check_ranges(
+        arguments,
+        not_negative=("min_spread", "seed"),
+        at_least_1=(
+            "num_iterations",
+            "num_states",
+            "num_updates",
+            "num_executed",
+            "num_episodes",
+            "max_episode_steps",
+        ),
+        positive=("learning_rate",),
+    )
     if arguments.group_size < 2:
         raise ValueError(f"`group_size` must be at least 2, got {arguments.group_size}: chunks are compared.")
     started = time.perf_counter()

@@ -35,7 +35,6 @@ from study_report import write_report
 from transformers import HfArgumentParser
 
 from irasim_diffusers import embedded_checkpoint, training
-from irasim_diffusers.training import require_finite
 
 SCRIPTS = Path(__file__).parent
 EVALUATION_SEED = 5_000_000  # of the evaluated episodes; policies are compared on other seeds during their training
@@ -82,10 +81,10 @@ QUICK = Size(
     num_rollouts=(0, 100),
     world_model_steps=60,
     evaluation_seeds=8,
-    evaluation_steps=100,
-    candidates=(1, 5, 10),
-    planning_seeds=5,
-    planning_steps=80,
+    evaluation_steps=200,
+    candidates=(1, 10),
+    planning_seeds=8,
+    planning_steps=100,
     image_seeds=10,
     image_candidates=12,
     reaching_tasks=2,
@@ -410,13 +409,11 @@ def run_study(arguments: StudyArguments, size: Size) -> None:
     Raises:
         ValueError: If a name of a stage is unknown, an input does not exist, or a stage has other settings.
     """
-    require_finite(asdict(arguments))
+    training.check_ranges(arguments, not_negative=("seed",), at_least_1=("num_workers",))
     for name in ("stages", "redo"):
         unknown = sorted(set(getattr(arguments, name)) - set(STAGES))
         if unknown:
             raise ValueError(f"`{name}` must be among {', '.join(STAGES)}, got {', '.join(unknown)}.")
-    if arguments.num_workers < 1:
-        raise ValueError(f"`num_workers` must be at least 1, got {arguments.num_workers}.")
     for path in [*arguments.datasets, arguments.test_dataset]:
         if not (path / "meta" / "info.json").is_file():
             raise ValueError(f"{str(path)!r} must be a complete LeRobotDataset folder: create it with collect.py.")

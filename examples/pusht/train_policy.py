@@ -32,7 +32,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.files import temporary_path
 from irasim_diffusers.metrics import bootstrap
-from irasim_diffusers.training import require_finite, run_script
+from irasim_diffusers.training import check_ranges, run_script
 
 SUCCESS = 0.95  # coverage of the goal
 FIRST_SEED = 4_000_000  # of the evaluated episodes, far from the seeds of the datasets
@@ -268,13 +268,18 @@ def evaluate(policy: DiffusionPolicy, arguments: PolicyArguments) -> dict[str, d
 
 def check(arguments: PolicyArguments, horizon: int) -> None:
     """Raise ValueError if an argument is invalid."""
-    require_finite(asdict(arguments))
+    check_ranges(
+        arguments,
+        not_negative=("num_episodes", "seed"),
+        at_least_1=(
+            *("max_demonstrations", "encoder_steps", "encoder_episodes", "batch_size", "num_executed"),
+            "max_episode_steps",
+        ),
+        positive=("learning_rate",),
+        fractions=("ema_decay",),
+    )
     if not (stages := arguments.stages) or stages[0] < 1 or sorted(set(stages)) != stages:
         raise ValueError(f"`stages` must be increasing positive numbers of steps, got {stages}.")
-    names = ("max_demonstrations", "encoder_steps", "encoder_episodes", "batch_size", "num_executed")
-    for name in (*names, "max_episode_steps"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(arguments, name)}.")
     if arguments.num_executed > horizon:
         raise ValueError(f"`num_executed` must be at most {horizon}, got {arguments.num_executed}.")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from .actions import hold_action, prepare_actions
+from .actions import DERIVATIONS, LEAST_COMPONENTS, hold_action, prepare_actions
 
 if TYPE_CHECKING:
     import gymnasium
@@ -48,8 +48,8 @@ class ActionSpace:
             config: Config of a model: a mapping or an object with the attributes `action_dim`, `action_scale` and so on.
 
         Raises:
-            ValueError: If `action_dim` is missing, the kind is unknown, an entry does not have `action_dim` values, or a value is
-                invalid.
+            ValueError: If `action_dim` is missing or too small for the derivation, the kind or the derivation is unknown, an entry
+                does not have `action_dim` values, or a value is invalid.
         """
 
         def read(name: str, default: Any = None) -> Any:
@@ -60,6 +60,14 @@ class ActionSpace:
             raise ValueError(f"`action_dim` must be an integer of at least 1, got {size!r}.")
         if kind not in KINDS:
             raise ValueError(f"`action_space` must be one of {', '.join(KINDS)}, got {kind!r}.")
+
+        derivation = read("action_derivation", "recorded")
+        if derivation not in DERIVATIONS:
+            raise ValueError(f"`action_derivation` must be one of {', '.join(DERIVATIONS)}, got {derivation!r}.")
+        if size < (minimum := LEAST_COMPONENTS.get(derivation, 1)):
+            raise ValueError(
+                f"`action_dim` must be at least {minimum} for `action_derivation` {derivation!r}, got {size}."
+            )
 
         def numbers(name: str, default: float) -> tuple[float, ...]:
             return _numbers(name, read(name), size, default)
@@ -84,7 +92,7 @@ class ActionSpace:
             scale=scale,
             offset=offset,
             kind=kind,
-            derivation=read("action_derivation", "recorded"),
+            derivation=derivation,
         )
 
     def __len__(self) -> int:

@@ -26,10 +26,16 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
         if isinstance(actions, list | tuple) and actions and all(torch.is_tensor(action) for action in actions):
             actions = torch.stack(tuple(actions))
         if not torch.is_tensor(actions):
+            array = np.asarray(actions)
+            is_text = array.dtype.kind == "O" and any(isinstance(value, str | bytes) for value in array.ravel())
+            if is_text or array.dtype.kind not in "biufO":  # numpy would convert text, and drop imaginary parts
+                raise TypeError(f"got values of type {array.dtype}")
             with np.errstate(over="ignore"):  # values outside the range of float32 become inf and raise an error below
-                actions = torch.from_numpy(np.asarray(actions, dtype=np.float32))
+                actions = torch.from_numpy(array.astype(np.float32))
+        if actions.is_complex():
+            raise TypeError(f"got values of type {actions.dtype}")
         actions = actions.to(torch.float32)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{wanted}, all numbers and all sequences of equal length: {error}.") from error
     if actions.ndim not in (2, 3) or 0 in actions.shape[:-1] or actions.shape[-1] != action_dim:
         remedy = "there is nothing to predict" if 0 in actions.shape else "one row for each frame to predict"
@@ -56,7 +62,7 @@ def hold_action(last_action: torch.Tensor, action_space: str, derivation: str = 
     """
     hold = last_action.clone()
     if action_space != "absolute" and derivation != "absolute":
-        moving = {"relative_euler": 6, "relative_6d": 9}.get(derivation, hold.shape[-1])
+        moving = LEAST_COMPONENTS.get(derivation, hold.shape[-1])
         hold[..., :moving] = 0
         if derivation == "relative_6d":
             hold[..., [3, 7]] = 1
@@ -65,6 +71,8 @@ def hold_action(last_action: torch.Tensor, action_space: str, derivation: str = 
 
 DERIVATIONS = ("recorded", "relative_euler", "relative_6d", "relative_planar", "absolute")
 """Origins of actions: recorded, or computed from the states of successive frames; see `derive_actions`."""
+LEAST_COMPONENTS = {"relative_euler": 6, "relative_6d": 9}
+"""Number of components of a pose's motion; the other components follow."""
 
 
 def derive_actions(states: np.ndarray, derivation: str) -> np.ndarray:

@@ -129,10 +129,12 @@ def claim_folder(
             nothing behind.
 
     Raises:
-        ValueError: If the folder contains results of other settings, or files of other programs.
+        ValueError: If the folder contains results of other or unknown settings, or files of other programs.
     """
     folder, setting = Path(folder), json.loads(json.dumps(setting))
     path = folder / "setting.json"
+    if not path.is_file() and (folder / results).is_dir() and any((folder / results).iterdir()):
+        raise ValueError(f"`output` {str(folder)!r} contains results but no setting.json: choose a new folder.")
     if path.is_file() and (folder / results).is_dir():
         try:
             found = read_json(path)

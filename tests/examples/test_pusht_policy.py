@@ -213,6 +213,9 @@ BAD = [
     (train_policy, ["--num_executed", "17"], "`num_executed` must be at most 16, got 17"),
     (train_policy, ["--encoder_steps", "0"], "`encoder_steps` must be at least 1"),
     (train_policy, ["--ema_decay", "nan"], "`ema_decay` must be finite"),
+    (train_policy, ["--ema_decay", "2"], r"`ema_decay` must be in \[0, 1\], got 2"),
+    (train_policy, ["--num_episodes", "-5"], "`num_episodes` must be at least 0, got -5"),
+    (train_policy, ["--seed", "-1"], "`seed` must be at least 0, got -1"),
     (train_policy, ["--max_demonstrations", "0"], "`max_demonstrations` must be at least 1"),
 ]
 

@@ -200,6 +200,8 @@ POSE = {"time": 1, "position": [1, 2, 3], "rotation": [0, 0, 0, 1]}
         (lambda: check_arguments(TeleoperateArguments("gamepad", gamepad=Path("no"))), "plug"),
         (lambda: check_arguments(TeleoperateArguments("poses", dead_zone=1)), r"`dead_zone` must be in \[0, 1\)"),
         (lambda: check_arguments(TeleoperateArguments("poses", chunk_length=0)), "`chunk_length` must be at least 1"),
+        (lambda: check_arguments(TeleoperateArguments("poses", udp=99999)), r"`udp` must be a port in \[1, 65535\]"),
+        (lambda: check_arguments(TeleoperateArguments("poses", scale=0)), "`scale` must be positive, got 0"),
     ],
 )
 def test_invalid_input_raises(do, message):

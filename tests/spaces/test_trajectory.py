@@ -10,9 +10,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers.configuration_utils import FrozenDict
 
-from irasim_diffusers import IRASimPipeline, embedded_checkpoint
+from irasim_diffusers import ActionSpace, IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.data import write_video
 
 pytest.importorskip("gradio")
@@ -56,22 +55,26 @@ class TestPaths:
         np.testing.assert_allclose(resample(np.array([[0.3, 0.6, 7.0]]), 2), [[0.3, 0.6]] * 3)
 
     def test_picture_edges_are_bounds_of_targets(self):
-        config = config_of(action_low=[-1.0, 0.0], action_high=[1.0, 8.0])
-        actions = path_actions(np.array([[0.9, 0.9], [0, 0], [1, 1], [0.5, 0.25]]), config)
+        space = space_of(action_low=[-1.0, 0.0], action_high=[1.0, 8.0])
+        actions = path_actions(np.array([[0.9, 0.9], [0, 0], [1, 1], [0.5, 0.25]]), space)
         np.testing.assert_allclose(actions, [[-1, 0], [1, 8], [0, 2]])
 
     def test_motions_add_up_to_the_path(self):
         places = np.random.default_rng(0).random((6, 2))
-        actions = path_actions(places, config_of(action_space="relative"), 3.0)
+        actions = path_actions(places, space_of(action_space="relative"), 3.0)
         np.testing.assert_allclose(places[0] + np.cumsum(actions, axis=0) / 3, places[1:])
 
     @pytest.mark.parametrize(
         ("changes", "message"),
-        [({"action_dim": 7}, "7 components"), ({"action_low": None}, "does not record the bounds")],
+        [
+            ({"action_dim": 7}, "7 components"),
+            ({"action_low": None}, "does not record the bounds"),
+            ({"action_high": [1.0, None]}, "does not record the bounds"),
+        ],
     )
     def test_spaces_that_cannot_be_drawn(self, changes, message):
         with pytest.raises(ValueError, match=message):
-            path_actions(np.zeros((3, 2)), config_of(**changes))
+            path_actions(np.zeros((3, 2)), space_of(**changes))
 
     @pytest.mark.parametrize(
         ("path", "message"),
@@ -93,9 +96,9 @@ class TestPaths:
         assert read_path([[0, 0, 5], [1, 1, 4]])[1, 2] == 5
 
 
-def config_of(**changes):
+def space_of(**changes):
     whole = {"action_dim": 2, "action_space": "absolute", "action_low": 0.0, "action_high": 512.0}
-    return FrozenDict(whole | changes)
+    return ActionSpace.from_config(whole | changes)
 
 
 def npy(array, **kwargs):

@@ -15,6 +15,8 @@ ACTION_ENTRIES = {
     "action_units": None,
     "action_low": None,
     "action_high": None,
+    "action_space": "relative",
+    "action_derivation": "recorded",
     "target_extent": None,
 }
 """Config entries that describe the actions of one robot, with their values for unknown actions."""

@@ -17,8 +17,8 @@ import torch
 from .intervals import bootstrap
 
 Predict = Callable[[np.ndarray, np.ndarray], torch.Tensor]
-"""Function from a history (h, H, W, 3), uint8, and actions (K, n, A) to futures (K, n, 3, H, W) in [0, 1], for example
-`IRASimPipeline.predict`. The K futures must use the same noise, so that they differ by the actions only."""
+"""Function from a history (h, H, W, 3), uint8, and actions (K, n, A) to futures (K, n, 3, H, W) in [0, 1].
+The K futures must use the same noise, so that they differ by the actions only."""
 
 ALTERATIONS = ("shuffled", "held", "reversed")
 STRATA = ("little motion", "some motion", "much motion")
@@ -197,7 +197,7 @@ def action_faithfulness(
     """Measure whether a world model follows its actions.
 
     Args:
-        predict: The world model, for example `IRASimPipeline.predict`.
+        predict: The world model.
         histories: History frames of each clip (N, h, H, W, 3), uint8.
         actions: True actions (N, n, A).
         truths: True futures (N, n, H, W, 3), uint8.

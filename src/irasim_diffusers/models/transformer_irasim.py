@@ -66,7 +66,13 @@ LIMITS = {
 }
 """Config entries that are positive integers, with upper limits. They bound the memory that a config can request."""
 
-RANGES = {"action_frequencies": (0, 32), "fps": (1e-3, 1e5), "beta_start": (0, 1), "beta_end": (0, 1)}
+RANGES = {
+    "action_frequencies": (0, 32),
+    "fps": (1e-3, 1e5),
+    "base_patch_size": (1e-3, 1e3),
+    "beta_start": (0, 1),
+    "beta_end": (0, 1),
+}
 """Ranges of other numbers in a config."""
 
 MAX_WINDOW = 1 << 28
@@ -586,6 +592,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         """
         batch_size, _, num_frames, height, width = hidden_states.shape
         grid = self._check_size(height, width)
+        if actions is not None:
+            self._check_actions(actions, num_frames)
         timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
         timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
         if self.config.scale_noisy_latents:
@@ -837,7 +845,7 @@ def check_shared_config(config: Any) -> None:
     for name, (low, high) in RANGES.items():
         value = config.get(name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is None and (name == "fps" or name not in config):
+        if value is None and (name in ("fps", "base_patch_size") or name not in config):
             continue
         if not (number and low <= value <= high):
             wanted = "a positive number of frames per second, or None" if name == "fps" else f"in [{low:g}, {high:g}]"
@@ -861,7 +869,8 @@ def _are_rows_of_names(rows: Any) -> bool:
 
 def _check_target_extent(config: Any) -> None:
     extent, space, conditioning = config.target_extent, config.action_space, config.conditioning
-    left, top, right, bottom = extent if len(extent) == 4 else (0, 0, 0, 0)
+    numbers = isinstance(extent, list | tuple) and all(isinstance(edge, int | float) for edge in extent)
+    left, top, right, bottom = extent if numbers and len(extent) == 4 else (0, 0, 0, 0)
     is_frame = -INF < left < right < INF and -INF < top < bottom < INF
     if not is_frame or (space, conditioning) != ("absolute", "frame") or config.action_dim < 2:
         raise ValueError(

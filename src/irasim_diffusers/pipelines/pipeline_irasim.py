@@ -81,6 +81,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
     _interrupt = False
+    _guidance_scale = 1.0
 
     def __init__(
         self,
@@ -94,7 +95,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     ) -> None:
         super().__init__()
         if window_length is not None:
+            if chunk_length is not None:
+                raise ValueError("`window_length` is deprecated: omit it with `chunk_length`.")
             chunk_length = window_length - transformer.config.num_history_frames
+        if chunk_length is not None:
+            chunk_length = inputs.check_chunk(chunk_length, transformer.config)
         if num_inference_steps is None:
             num_inference_steps = 50
         inputs.check_steps(num_inference_steps, transformer.config)

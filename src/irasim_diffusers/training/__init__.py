@@ -8,7 +8,7 @@ from .objective import diffusion_loss
 from .pretrained import is_pipeline, load_transformer, load_vae
 from .run import TrainingData, encode_data, train
 from .saving import finished_pipeline, load_sampler
-from .scripts import Interruption, check_launch, exit_without_extra, require_finite, run_script
+from .scripts import Interruption, check_launch, exit_without_extra, run_script
 
 __all__ = [
     "DataArguments",
@@ -33,7 +33,6 @@ __all__ = [
     "newest_checkpoint",
     "open_sources",
     "remove_leftovers",
-    "require_finite",
     "run_script",
     "save_checkpoint",
     "save_finished",
