@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM during every command that writes: one line and nothing half-written.
 
-The same command works afterwards.
+The same command works afterward.
 """
 
 import json

@@ -84,7 +84,9 @@ ONE = ["--cpu", "--num_processes", "1"]
 def workspace(tmp_path_factory):
     root = tmp_path_factory.mktemp("pusht")
     call("collect", "--output", root / "set", "--episodes", 3, "--length", 60, "--first_seed", 5, *SHARES)
-    run("train_vae.py", *vae_flags(root, "vae"), launch=["--config_file", EXAMPLES / "accelerate_configs" / "cpu.yaml"])
+    run(
+        "train_vae.py", *vae_flags(root, "vae"), launch=["--config_file", EXAMPLES / "accelerate_configs" / "cpu.yaml"]
+    )
     return root
 
 

@@ -98,7 +98,9 @@ def check_launch(accelerator: Accelerator) -> None:
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched > 1 and accelerator.num_processes == 1:
-        raise ValueError(f"{launched} processes were started, and each would run alone: use one, or check the launcher.")
+        raise ValueError(
+            f"{launched} processes were started, and each would run alone: use one, or check the launcher."
+        )
     several = "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if several and "WORLD_SIZE" not in os.environ and accelerator.num_processes == 1:
         raise ValueError(
