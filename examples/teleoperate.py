@@ -1,4 +1,4 @@
-"""Drive the robot of a Space with a gamepad, with the poses of a VR headset or a phone, or with recorded actions.
+"""Drive the robot of a Space with a gamepad, a VR headset or phone, or recorded actions.
 
     python examples/teleoperate.py --space http://127.0.0.1:7860 --device gamepad
     python tracker.py | python examples/teleoperate.py --device poses --axes=-z,-x,y --scale 1.5
@@ -70,13 +70,13 @@ class TeleoperateArguments:
     chunk_length: int = field(default=2, metadata={"help": "frames per request"})
     gamepad: Path = field(default=Path("/dev/input/js0"), metadata={"help": "Linux joystick device"})
     dead_zone: float = field(default=0.15, metadata={"help": "deflection of a stick, in [0, 1), that is ignored"})
-    speed: float = field(default=0.5, metadata={"help": "speed at full deflection, in normalised actions per frame"})
+    speed: float = field(default=0.5, metadata={"help": "speed at full deflection, in normalized actions per frame"})
     udp: int | None = field(default=None, metadata={"help": "UDP port for poses; None for standard input"})
     axes: str = field(
         default="x,y,z",
         metadata={"help": "tracker axes for the robot's x, y, z, such as --axes=-z,-x,y; two for planar spaces"},
     )
-    scale: float = field(default=1.0, metadata={"help": "units of the action space per metre"})
+    scale: float = field(default=1.0, metadata={"help": "units of the action space per meter"})
     actions: Path = field(default=Path("actions.csv"), metadata={"help": ".npy, .csv or .json of recorded actions"})
 
 
@@ -130,10 +130,10 @@ def read_pose(line: str, axes: np.ndarray, scale: float) -> tuple[float, np.ndar
     """Read the time and the state (x, y, z, roll, pitch, yaw, gripper) of a pose in JSON.
 
     Args:
-        line: `{"time": seconds, "position": [x, y, z], "rotation": [x, y, z, w], "gripper": 0..1}`, metres. A rotation of three
+        line: `{"time": seconds, "position": [x, y, z], "rotation": [x, y, z, w], "gripper": 0..1}`, meters. A rotation of three
             numbers is roll, pitch and yaw in radians. Rotation and gripper are optional; the default is 0.
         axes: Matrix (3, 3) from tracker axes to robot axes, see `axes_matrix`.
-        scale: Units of the action space per metre.
+        scale: Units of the action space per meter.
 
     Raises:
         ValueError: If the line is not a pose.
@@ -155,7 +155,9 @@ def read_pose(line: str, axes: np.ndarray, scale: float) -> tuple[float, np.ndar
 
 
 def axes_matrix(axes: str) -> np.ndarray:
-    """Return the matrix (3, 3) from tracker axes to robot axes; `"-z,-x,y"` for WebXR, with y up and -z ahead.
+    """Return the matrix (3, 3) from tracker axes to robot axes.
+
+    `"-z,-x,y"` is for WebXR, with y up and -z ahead.
 
     Raises:
         ValueError: If `axes` is not x, y and z with signs, or two of them, or the result is left-handed.
@@ -197,7 +199,9 @@ def _between(before: tuple[float, np.ndarray], after: tuple[float, np.ndarray], 
 
 
 def actions_of_poses(states: np.ndarray, last: np.ndarray, space: dict[str, Any]) -> np.ndarray:
-    """Compute actions (n, A) from the states (n + 1, 7) of a hand: motions, each in the frame of the previous pose.
+    """Compute actions (n, A) from the states (n + 1, 7) of a hand.
+
+    Each motion is in the frame of the previous pose.
 
     Args:
         states: States from `at_rate`, in the units of the space.
@@ -269,7 +273,10 @@ def show(frame: str) -> None:
 
 
 def teleoperate(arguments: TeleoperateArguments) -> tuple[Path, Path] | None:
-    """Drive until the input ends or Ctrl-C; return the paths of the video and its actions, None if nothing was driven."""
+    """Drive until the input ends or Ctrl-C; return the paths of the video and its actions.
+
+    The result is None if nothing was driven.
+    """
     try:
         client = Client(arguments.space, verbose=False)
     except Exception as error:  # the client raises errors of many types

@@ -346,7 +346,7 @@ def build_transformer(
 def data_settings(
     arguments: TrainingArguments, data: TrainingData, action_space: str | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the config entries from the data: those of every model, and those of an untrained action encoder."""
+    """Return the config entries from the data: of every model, and of an untrained action encoder."""
     source, actions = data.sources[0], torch.cat([part.actions for part in data.parts])
     height, width = data.parts[0].latent_size
     offset, scale = action_normalisation(actions, arguments.action_normalisation)

@@ -267,7 +267,10 @@ def train(
 def batch_loss(
     accelerator: Accelerator, autoencoding: torch.nn.Module, frames: torch.Tensor, arguments: VAEArguments, step: int
 ) -> torch.Tensor:
-    """Return the loss of a step. Its frames depend on seed, step and process only, so that a resumed run uses the same ones."""
+    """Return the loss of a step.
+
+    Its frames depend on seed, step and process only, so that a resumed run uses the same ones.
+    """
     rng = np.random.default_rng([arguments.seed, step, accelerator.process_index])
     chosen = torch.from_numpy(rng.integers(len(frames), size=arguments.train_batch_size))
     pictures = to_model(frames[chosen], accelerator.device)

@@ -78,7 +78,7 @@ SHORTEST_PREFIX = 8
 
 
 def trust_proxy() -> None:
-    """Make uvicorn trust `X-Forwarded-For` only from the addresses in FORWARDED_ALLOW_IPS; none by default.
+    """Trust `X-Forwarded-For` only from the addresses in FORWARDED_ALLOW_IPS; none by default.
 
     Raises:
         ValueError: If an entry is not an address or a network, or the network is so large, such as `*`, that visitors may be in it

@@ -1,4 +1,7 @@
-"""Limits of request bodies: parsing a large JSON body would block the event loop, and slow bodies would fill the memory."""
+"""Limits of request bodies.
+
+Parsing a large JSON body would block the event loop, and slow bodies would fill the memory.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ UPLOAD_PATH = "/gradio_api/upload"  # streamed to disk by Gradio, which enforces
 
 
 class BodyLimit:
-    """ASGI middleware that answers 413 to bodies of more than `MAX_BODY_BYTES`, and 408 to those that take too long to arrive.
+    """ASGI middleware that answers 413 to bodies of more than `MAX_BODY_BYTES`, and 408 to slow bodies.
 
     File uploads are exempt.
 

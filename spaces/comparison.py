@@ -1,4 +1,4 @@
-"""Predictions of one start and the same actions by different models, samplers or seeds, and their errors."""
+"""Predictions by different models, samplers or seeds for the same actions, and their errors."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -44,7 +44,9 @@ def scheduler_names(pipeline: IRASimPipeline) -> tuple[str, ...]:
 
 
 def pipeline_of(setting: Setting) -> IRASimPipeline:
-    """Create a pipeline with the setting's scheduler that shares only the weights, so that other predictions can run between.
+    """Create a pipeline with the setting's scheduler that shares only the weights.
+
+    Other predictions can therefore run between its network evaluations.
 
     Raises:
         ValueError: If the checkpoint does not accept the scheduler, or the number of steps is out of range.
@@ -141,7 +143,7 @@ def predict_whole(
 
 
 def align(panels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Repeat the last frames of videos (T, H, W, 3) up to the longest length, and resize them to the first one's size."""
+    """Repeat the last frames of videos (T, H, W, 3) to equal length, and resize them to the first one."""
     length = max(map(len, panels.values()))
     size = next(iter(panels.values())).shape[1:3]
     return {
@@ -158,7 +160,10 @@ def side_by_side(panels: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def errors(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Compute the PSNR in dB of predicted frames (n, H, W, 3) with ground truth (m, H, W, 3); NaN for equal frames."""
+    """Compute the PSNR in dB of predicted frames (n, H, W, 3) with ground truth (m, H, W, 3).
+
+    It is NaN for equal frames.
+    """
     count = min(len(prediction), len(truth))
     true = resize(truth[:count], prediction.shape[1:3])
     values = frame_psnr(prediction[:count] / 255, true / 255)

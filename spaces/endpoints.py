@@ -103,7 +103,7 @@ def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
             return data_url(driven.session.first_frame)
 
     async def record(session: str) -> tuple[gr.FileData, gr.FileData]:
-        """Return the recording: an mp4 of the first and all predicted frames, a `.npy` of the actions (n, A), raw units."""
+        """Return an mp4 of the first and all predicted frames, and a `.npy` of the actions (n, A), raw units."""
         with sessions.use(session) as driven:
             folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
             # runs in another thread so that other sessions are not blocked; the session is reserved for this request
@@ -146,7 +146,10 @@ def _numbers(values: Iterable[float]) -> list[float | None]:
 
 
 def address(request: gr.Request) -> str:
-    """Return a visitor's address. It comes from `X-Forwarded-For` only if uvicorn trusts the proxy; see `app.trust_proxy`."""
+    """Return a visitor's address.
+
+    It comes from `X-Forwarded-For` only if uvicorn trusts the proxy; see `app.trust_proxy`.
+    """
     return request.client.host if request.client else ""
 
 
@@ -177,7 +180,10 @@ def _new_session(world: World, frames: Any, start: Any, seed: int, max_frames: i
 
 
 def _middle(space: ActionSpace) -> list[float] | None:
-    """Return the middle of a bounded absolute space, the start if the robot's position is unknown; otherwise None."""
+    """Return the middle of a bounded absolute space; None for other spaces.
+
+    A robot whose position is unknown is assumed to start there.
+    """
     middle = np.mean([space.low, space.high], axis=0) if space.kind == "absolute" else np.array(np.nan)
     return middle.tolist() if np.isfinite(middle).all() else None
 
@@ -201,7 +207,10 @@ def _whole_number(name: str, value: Any, low: int, high: int) -> int:
 
 
 def _with_messages(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Send the message of a ValueError to the client; other exceptions are logged, and the client gets 'Internal error'."""
+    """Send the message of a ValueError to the client.
+
+    Other exceptions are logged, and the client gets 'Internal error'.
+    """
 
     @wraps(endpoint)
     async def answer(*arguments: Any, **named: Any) -> Any:

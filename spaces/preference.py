@@ -1,4 +1,7 @@
-"""The Preference page: raters compare two predictions with the ground truth and do not see the model names (paper, section 13)."""
+"""The Preference page: raters compare two predictions with the ground truth.
+
+They do not see the model names (paper, section 13).
+"""
 
 import asyncio
 import hmac

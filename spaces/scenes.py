@@ -37,7 +37,9 @@ def examples(world: World) -> list[Scene]:
 
 
 def upload_scene(path: str, world: World) -> Scene:
-    """Create a scene from an uploaded image or video; the later frames of a video are the ground truth of uploaded actions.
+    """Create a scene from an uploaded image or video.
+
+    The later frames of a video are the ground truth of uploaded actions.
 
     Raises:
         ValueError: If the file cannot be used.
@@ -81,7 +83,10 @@ def choose_actions(
 
 
 def known_truth(kind: str, scene: Scene) -> np.ndarray:
-    """Return the ground truth, if it belongs to the actions: recorded ones of an example, or a file's with an uploaded video."""
+    """Return the ground truth if it belongs to the actions.
+
+    The actions must be the recorded ones of an example, or those of a file with an uploaded video.
+    """
     known = kind == (FILE if scene.recorded is None else RECORDED)
     return scene.truth if known else scene.truth[:0]
 
@@ -98,6 +103,9 @@ def start_canvas(scene: Scene | None, world: World, scenes: list[Scene], chosen:
 
 
 def default_scale(world: World) -> float:
-    """Return a width of the image, in units of a relative space, such that crossing it in 20 frames is a typical motion."""
+    """Return a width of the image in units of a relative space.
+
+    A typical motion crosses the image in 20 frames.
+    """
     scale = np.broadcast_to(np.float64(world.pipeline.transformer.config.action_scale), 2)
     return float(f"{20 / scale.max():.2g}")

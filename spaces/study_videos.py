@@ -71,7 +71,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 def owner_key(folder: str | None) -> str | None:
-    """Return the key for the results of a folder's study: IRASIM_STUDY_KEY, or a random one that is printed."""
+    """Return the key for a study's results: IRASIM_STUDY_KEY, or a random one that is printed."""
     if not folder:
         return None
     key = os.environ.get("IRASIM_STUDY_KEY")

@@ -1,4 +1,4 @@
-"""The Trajectory page: draw a path or upload actions, and see the predicted video; compare two settings side by side."""
+"""The Trajectory page: draw a path or upload actions, see the video, and compare two settings."""
 
 import asyncio
 import html
@@ -85,7 +85,7 @@ class Task:
         return self.world.pipeline.transformer.config.fps or 10
 
     def panels(self) -> dict[str, np.ndarray]:
-        """Return the videos (T, H, W, 3) before anything is predicted: the history, and the ground truth if it is known."""
+        """Return the videos (T, H, W, 3) before a prediction: the history, and the ground truth if known."""
         panels = {"Truth": np.concatenate([self.scene.history, self.truth])} if len(self.truth) else {}
         sizes = {name: each.world.pipeline.frame_size for name, each in self.settings.items()}
         return panels | {name: resize(self.scene.history, size) for name, size in sizes.items()}
@@ -210,7 +210,7 @@ class TrajectoryPage:
         )
         pressed = self.run.click(self.interrupt, **quiet).then(trigger_mode="multiple", **predict)
         stopped = self.stop.click(self.interrupt, cancels=[drawn, pressed], **quiet)
-        # in a second event, because the last output of the cancelled prediction may arrive after the first
+        # in a second event, because the last output of the canceled prediction may arrive after the first
         stopped = stopped.then(lambda: self._idle("Stopped."), outputs=made, **quiet)
         # the focused button is hidden, so move the focus
         stopped.then(None, js="() => document.querySelector('#trajectory-run').focus()", **private)
@@ -292,7 +292,10 @@ class TrajectoryPage:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (Gradio's way to inject it)
     ) -> AsyncIterator[dict[Any, Any]]:
-        """Predict under each setting and show the frames, and at the end the report. The page is idle after every error."""
+        """Predict under each setting; show the frames, and at the end the report.
+
+        The page is idle after every error.
+        """
         begin, visitor = time.perf_counter(), request.session_hash
         self._stop(visitor)
         mine: list[Any] = []
@@ -322,7 +325,10 @@ class TrajectoryPage:
     async def _predict(
         self, task: Task, panels: dict[str, np.ndarray], progress: gr.Progress, wanted: Callable[[], bool]
     ) -> AsyncIterator[dict[str, Any]]:
-        """Append the predicted frames to the panels, window by window, while they are wanted; yield what the viewer shows."""
+        """Append the predicted frames to the panels window by window; yield what the viewer shows.
+
+        It stops when the frames are no longer wanted.
+        """
         total, done = len(task.actions) * len(task.settings), 0
         for name, setting in task.settings.items():
             async for frames in predict(task.pipelines[name], setting, task.scene.history, task.actions):
@@ -363,7 +369,7 @@ class TrajectoryPage:
         self._stop(request.session_hash)
 
     def _busy(self, shown: dict[str, Any]) -> dict[Any, Any]:
-        """Return the page while it predicts: progress in place of the last status, and no plots or files of the last result."""
+        """Return the page while it predicts: progress instead of the last status, and no old results."""
         return {
             self.stop: gr.Button(visible=True),
             self.results: gr.Column(visible=False),
@@ -408,8 +414,8 @@ def _summary(frames: int, seconds: float, figures: dict[str, np.ndarray]) -> str
 def _error_plot(figures: dict[str, np.ndarray]) -> gr.LinePlot:
     if not figures:
         return gr.LinePlot(visible=False)
-    colours = dict(zip(figures, COLOURS, strict=False)) | {BASELINE: BASELINE_COLOUR}
-    return gr.LinePlot(error_table(figures), color_map=colours, visible=True)
+    colors = dict(zip(figures, COLOURS, strict=False)) | {BASELINE: BASELINE_COLOUR}
+    return gr.LinePlot(error_table(figures), color_map=colors, visible=True)
 
 
 def _write_actions(path: Path, actions: np.ndarray, names: list[str] | None) -> Path:

@@ -1,4 +1,4 @@
-"""A viewer of several synchronised videos, with a slider to step through the frames."""
+"""A viewer of several synchronized videos, with a slider to step through the frames."""
 
 import math
 from pathlib import Path

@@ -137,7 +137,7 @@ def _check_pixels(height: int, width: int, path: Path) -> None:
 
 
 def fit(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Crop the center of frames (T, H, W, 3), uint8, to the aspect ratio of a height and width, and resize it to them."""
+    """Crop the center of frames (T, H, W, 3), uint8, and resize it to `size`, height and width."""
     height, width = frames.shape[1:3]
     scale = min(height / size[0], width / size[1])
     rows, columns = (max(1, round(scale * side)) for side in size)

@@ -74,7 +74,10 @@ class World:
         return await asyncio.wrap_future(future)
 
     async def run_long(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Call `work(*arguments)` in the model's thread; requests of `run` are served between its network evaluations."""
+        """Call `work(*arguments)` in the model's thread.
+
+        Requests of `run` are served between its network evaluations.
+        """
         long_work = partial(self._run_interruptibly, partial(_context().run, work, *arguments))
         return await asyncio.get_running_loop().run_in_executor(self._thread, long_work)
 

@@ -1,4 +1,4 @@
-"""Support for ZeroGPU, which provides a GPU to another process for the duration of a call; unused on other hardware."""
+"""Support for ZeroGPU, which provides a GPU to another process for a call; unused elsewhere."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ _PIPELINES: dict[str, IRASimPipeline] = {}  # of this process, and of its forked
 
 
 class LentPipeline:
-    """A pipeline whose computing methods run in the process with the GPU; arguments and results are copied."""
+    """A pipeline whose computing methods run in the process with the GPU.
+
+    Arguments and results are copied.
+    """
 
     def __init__(self, name: str, pipeline: IRASimPipeline) -> None:
         _PIPELINES[name] = pipeline

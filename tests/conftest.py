@@ -59,9 +59,10 @@ ARCHITECTURES = {
 
 @pytest.fixture(autouse=True)
 def ordinary_scheduling():
-    """Undo what SVT-AV1 does when run as root: its encoder gives the calling thread real-time priority (SCHED_FIFO).
+    """Undo the real-time priority that SVT-AV1 gives the calling thread if it runs as root.
 
-    Child processes inherit the priority. Two of them that wait in a loop occupy both cores of a small machine indefinitely.
+    Its encoder sets SCHED_FIFO. Child processes inherit the priority. Two of them that wait in a loop occupy both
+    cores of a small machine indefinitely.
     """
     yield
     if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
@@ -76,7 +77,7 @@ def pytest_collection_modifyitems(items):
 
 
 def tiny_transformer(**changes) -> IRASimTransformer3DModel:
-    """Create a tiny transformer with random weights, including those that are zero-initialised."""
+    """Create a tiny transformer with random weights, including those that are zero-initialized."""
     torch.manual_seed(0)
     model = IRASimTransformer3DModel(**TINY | changes)
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""A local Hub server with the HTTP endpoints that huggingface_hub uses to create, update and read repositories."""
+"""A local Hub server with the endpoints with which huggingface_hub writes and reads repositories."""
 
 import base64
 import hashlib
@@ -11,7 +11,7 @@ Files = dict[str, bytes]
 
 
 class HubServer:
-    """Hub server with repositories in memory, each a map from revision (branch, tag or commit id) to files."""
+    """Hub server with repositories in memory: maps from revision (branch, tag, commit id) to files."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, Files]] = {}

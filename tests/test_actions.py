@@ -7,7 +7,10 @@ from irasim_diffusers.actions import derive_actions, hold_action, integrate_acti
 
 
 def trajectories(count=300):
-    """Random poses with a gripper; in every third the wrist points straight up or down, where Euler angles are singular."""
+    """Random poses with a gripper; every third wrist points straight up or down.
+
+    There, Euler angles are singular.
+    """
     generator = np.random.default_rng(7)
     for number in range(count):
         states = np.concatenate(

@@ -46,7 +46,7 @@ GOOD = {
 
 
 def command_line(command, change):
-    """Arguments of a command with changes to the valid ones; None removes a flag, a list gives several values."""
+    """Arguments of a command with changes: None removes a flag, a list gives several values."""
     arguments = [command]
     for flag, value in (GOOD[command] | change).items():
         if value is not None:

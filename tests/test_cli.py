@@ -347,7 +347,7 @@ def test_bad_input_prints_one_line_and_exits_with_2(workspace, capsys, change, m
 
 @pytest.mark.parametrize("name", ["out.mp4", "out.png"])
 def test_folder_in_the_place_of_an_output_is_named(workspace, tmp_path, capsys, name):
-    """The strip is written next to the video, so that the message must name the file that the user did not pass."""
+    """The message names the strip, which is written next to the video and was not passed by the user."""
     (tmp_path / name).mkdir()
     assert generate("--output", str(tmp_path / "out.mp4")) == 2
     expected = f"must be a file, got the directory '{tmp_path / name}': the command writes a {name[-4:]} file there"

@@ -78,7 +78,7 @@ def released_state(dataset, video, *, dim, depth, patch, frames, channels, rows,
 
 
 def released_forward(state, x, t, actions, *, heads, dataset, video, final_frame_ada=False):
-    """Reference implementation of the released network: x (B, F, C, H, W), actions scaled by its data classes."""
+    """Reference of the released network: x (B, F, C, H, W), actions scaled by its data classes."""
     batch, frames, channels, height, width = x.shape
     dim, _, patch, _ = state["x_embedder.proj.weight"].shape
     rows, columns = height // patch, width // patch
@@ -164,8 +164,8 @@ def write(path, state, **others):
     settings = omegaconf.OmegaConf.create(
         {"model": "IRASim-XL/2", "extras": 3, "video_size": [256, 320], "nested": {"a": None}}
     )
-    optimiser = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, 3))])
-    torch.save({"model": state, "opt": optimiser.state_dict(), "args": settings} | others, path)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, 3))])
+    torch.save({"model": state, "opt": optimizer.state_dict(), "args": settings} | others, path)
     return path
 
 
@@ -638,7 +638,7 @@ def test_finer_patches_keep_their_position_and_scale():
         fine._spatial_positions(6, 9).unflatten(1, (6, 9))[:, 1::3, 1::3].flatten(1, 2), coarse_places
     )
     torch.testing.assert_close(fine.patch_embed.proj.weight[..., 0, 0], model.patch_embed.proj.weight[..., 1, 1] * 9)
-    for name in ("weight", "bias"):  # the rows of the centre of a coarse patch
+    for name in ("weight", "bias"):  # the rows of the center of a coarse patch
         coarse_rows = getattr(model.proj_out, name).unflatten(0, (3, 3, 4))
         torch.testing.assert_close(getattr(fine.proj_out, name), coarse_rows[1, 1])
     again = change_patch_size(fine, 2)

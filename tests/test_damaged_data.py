@@ -1,4 +1,4 @@
-"""Damaged metadata and tables of data sets: exit status 2, one line that names the place, and no file written."""
+"""Damaged metadata and tables: exit status 2, one line that names the place, and no file written."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ def convert(root, *flags):
 
 
 def set_entry(path, place, value):
-    """Change an entry of a JSON file, such as `features/action/shape`; the first line of a JSON Lines file."""
+    """Change an entry, such as `features/action/shape`, of a JSON file or of the first JSON line."""
     first, *rest = path.read_text().split("\n") if path.suffix == ".jsonl" else [path.read_text()]
     content = inner = json.loads(first)
     *parents, last = place.split("/")
@@ -83,9 +83,9 @@ ENTRIES = [  # format, file, entry, value, message
     ("v3.0", INFO, "features/action/irasim", {"action_units": [1]}, "must be a list of strings, got [1]"),
     ("v3.0", INFO, "splits", "train", "'splits' must be an object, got 'train'"),
     ("v3.0", INFO, "splits", ["train"], "'splits' must be an object"),
-    ("v3.0", INFO, "splits/train", 3, "the split 'train' must be two episode numbers such as '0:10', got 3"),
-    ("v3.0", INFO, "splits/train", "all", "the split 'train' must be two episode numbers"),
-    ("v3.0", INFO, "splits/train", "0:", "the split 'train' must be two episode numbers"),
+    ("v3.0", INFO, "splits/train", 3, "the split 'train' must be two episode indices such as '0:10', got 3"),
+    ("v3.0", INFO, "splits/train", "all", "the split 'train' must be two episode indices"),
+    ("v3.0", INFO, "splits/train", "0:", "the split 'train' must be two episode indices"),
     ("v3.0", INFO, "splits/train", "7:9", "`split` 'train' has no episodes"),
     ("v3.0", INFO, "data_path", 3, "'data_path' must be a path, got 3"),
     ("v3.0", INFO, "data_path", "{chunk_index", "'data_path' must be a path with fields"),

@@ -204,8 +204,8 @@ def test_relative_poses_are_composed_from_the_first_state(derivation, starts):
     states = np.random.default_rng(1).uniform(-1, 1, (2, 5, size))  # (rows, frames, S)
     actions = np.stack([derive_actions(each, derivation) for each in states]).swapaxes(0, 1)
     width = actions.shape[-1]
-    normalisation = {"action_dim": width, "action_scale": 1.0, "action_offset": 0.0, "action_derivation": derivation}
-    model = tiny_pipeline(**normalisation)
+    normalization = {"action_dim": width, "action_scale": 1.0, "action_offset": 0.0, "action_derivation": derivation}
+    model = tiny_pipeline(**normalization)
     rows = WorldModelVectorEnv(
         model, 2, [Start(starts[0], states[0, 0]), Start(starts[1], states[1, 0])], autoreset_mode="Disabled", **STEPS
     )

@@ -1,4 +1,4 @@
-"""The environments in LeRobot: the calls of its rollouts, and the real `lerobot-eval` if LeRobot is installed."""
+"""The environments in LeRobot: the calls of its rollouts, and `lerobot-eval` if it is installed."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ def first_row_succeeds_once():
 
 
 def test_rollout_with_the_calls_of_lerobot():
-    """As in `lerobot.scripts.lerobot_eval.rollout` of 0.6.1, which steps all rows until the last one has ended."""
+    """As `lerobot_eval.rollout` of LeRobot 0.6.1, which steps all rows until the last one has ended."""
     env = LeRobotVectorEnv.from_pretrained(
         str(irasim_diffusers.embedded_checkpoint()),
         num_envs=2,

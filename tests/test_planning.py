@@ -258,7 +258,7 @@ def test_straight_lines(kind, components):
 
 
 def test_straight_lines_and_a_goal_image(world, state):
-    """The paper's planner: 50 lines, of which the one towards the goal is the best."""
+    """The paper's planner: 50 lines, of which the one toward the goal is the best."""
     lines = straight_lines(SPACE, HORIZON, radius=0.5)
     plan = Rank()(world, state, GOAL, init=lines)
     direction = plan.actions.sum(0)

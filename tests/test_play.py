@@ -227,13 +227,13 @@ def pixels_of(rows):
     """Return the picture that rows of half-block characters show."""
     lines = []
     for row in rows:
-        colours, upper, lower = {}, [], []
-        for ground, *colour, _ in re.findall(r"\x1b\[(38|48);2;(\d+);(\d+);(\d+)m|(▀)", row):
+        colors, upper, lower = {}, [], []
+        for ground, *color, _ in re.findall(r"\x1b\[(38|48);2;(\d+);(\d+);(\d+)m|(▀)", row):
             if ground:
-                colours[ground] = [int(value) for value in colour]
+                colors[ground] = [int(value) for value in color]
             else:
-                upper.append(colours["38"])
-                lower.append(colours["48"])
+                upper.append(colors["38"])
+                lower.append(colors["48"])
         assert row.endswith("\x1b[0m")
         lines += [upper, lower]
     return np.array(lines)

@@ -289,7 +289,7 @@ def test_absurd_weights_raise(name, tmp_path):
         ({"action_frequencies": 10**6}, "`action_frequencies` must be in"),
         ({"beta_end": 7.0}, "`beta_end` must be in"),
         ({"base_patch_size": 0.0}, "`base_patch_size` must be in"),
-        ({"colour": 3}, "`colour` must be an entry of the config"),
+        ({"color": 3}, "`color` must be an entry of the config"),
     ],
 )
 def test_absurd_config_entries_raise(config, message, tmp_path):
@@ -343,7 +343,7 @@ def test_hidden_files_are_not_read_as_shards(tmp_path):
 
 
 def test_settings_of_a_checkpoint_are_inert(tmp_path):
-    """Settings as training scripts store them: OmegaConf, argparse, paths, NumPy scalars, and optimizer state."""
+    """Settings of training scripts: OmegaConf, argparse, paths, NumPy scalars, and optimizer state."""
     _, overrides, state = case("rt1")
     settings = omegaconf.OmegaConf.create({"a": [1, "b", None, {"c": 2.5}], "d": "${a}", "e": Path("runs"), "f": b"x"})
     others = {

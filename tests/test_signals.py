@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM during every command that writes: one line, nothing half-written, and the same command works afterwards."""
+"""Ctrl-C and SIGTERM during every command that writes: one line and nothing half-written.
+
+The same command works afterward.
+"""
 
 import json
 import signal
@@ -131,7 +134,7 @@ def raise_at_call(monkeypatch, owner, name, number, sent):
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """Ctrl-C raises KeyboardInterrupt, also if the tests run in the background of a shell, which ignores it."""
+    """Ctrl-C raises KeyboardInterrupt, even in a background job of a shell, which ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""Measure data loading: windows decoded from video, windows of cached latents, share of a training step.
+"""Measure data loading from video and from cached latents, and its share of a training step.
 
     python examples/benchmark/data.py --dataset data/pusht-test --vae runs/pusht-vae --cache_dir runs/latents
 
@@ -37,7 +37,10 @@ class DataArguments:
 
 
 def rate(step: Callable[[], int], seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Return the items per second of `step`, which returns its number of items; the first call is not counted."""
+    """Return the items per second of `step`, which returns its number of items.
+
+    The first call is not counted.
+    """
     step()
     done, start = 0, clock()
     while clock() - start < seconds:

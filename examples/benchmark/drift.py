@@ -36,7 +36,7 @@ def in_latents(pipeline: IRASimPipeline, frames: np.ndarray, actions: np.ndarray
 
 
 def through_pixels(pipeline: IRASimPipeline, frames: np.ndarray, actions: np.ndarray, chunk_length: int) -> np.ndarray:
-    """Predict frames (n, H, W, 3) with the history decoded to 8-bit frames and encoded again for each chunk."""
+    """Predict frames (n, H, W, 3); the history of each chunk is decoded to 8 bits and encoded again."""
     generator, history, parts = torch.Generator().manual_seed(0), frames, []
     for start in range(0, len(actions), chunk_length):
         chunk = actions[start : start + chunk_length]

@@ -29,7 +29,10 @@ def run_once(marker: Path, script: str, *arguments: object, config_file: str | N
 
 
 def train_once(output: Path, *arguments: object, config_file: str | None = None) -> None:
-    """Train with `train.py` unless the run is complete; an interrupted run resumes from its last checkpoint."""
+    """Train with `train.py` unless the run is complete.
+
+    An interrupted run resumes from its last checkpoint.
+    """
     run_once(output / "done.json", "train.py", "--output_dir", output, *arguments, config_file=config_file)
 
 

@@ -54,7 +54,7 @@ def size_flags(size: str) -> list[str]:
 
 
 def read_scalars(folder: Path, name: str) -> dict[int, float]:
-    """Read scalars by step from the tensorboard logs; after a resume, the later value of a repeated step counts."""
+    """Read scalars by step from the tensorboard logs; after a resume, the later value of a step counts."""
     values: dict[int, float] = {}
     for path in sorted(folder.rglob("events.out.*")):
         log = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()

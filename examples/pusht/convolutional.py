@@ -1,4 +1,4 @@
-"""Train a convolutional baseline for Push-T that predicts the next frame from two history frames and an action map.
+"""Train a convolutional next-frame baseline for Push-T on two history frames and an action map.
 
     python examples/pusht/convolutional.py --dataset data/pusht-train --output_dir runs/pusht-convolutional --max_minutes 30
 
@@ -101,8 +101,8 @@ class ConvolutionalModel(nn.Module):
         rows, columns = frames.shape[-2:]
         features = self.stem(self.patch(frames)).unflatten(0, (-1, HISTORY)).flatten(1, 2)  # (B, 2 width, h, w)
         across, down = ((torch.arange(size, device=action.device) + 0.5) / size for size in (columns, rows))
-        centres = torch.stack(torch.meshgrid(across, down, indexing="xy"))  # (2, h, w)
-        offset = 4 * (centres - (action / ARENA)[:, :, None, None])  # (B, 2, h, w)
+        centers = torch.stack(torch.meshgrid(across, down, indexing="xy"))  # (2, h, w)
+        offset = 4 * (centers - (action / ARENA)[:, :, None, None])  # (B, 2, h, w)
         waves = [
             wave(offset * 2**octave * math.pi / 4) for octave in range(OCTAVES) for wave in (torch.sin, torch.cos)
         ]
@@ -118,7 +118,10 @@ class ConvolutionalModel(nn.Module):
         )
 
     def start(self, frames: Any, seeds: Sequence[int]) -> RolloutState:
-        """Start one rollout per seed from histories of any form that a pipeline accepts; the model draws no noise."""
+        """Start one rollout per seed from histories of any form that a pipeline accepts.
+
+        The model draws no noise.
+        """
         history = 2 * stack_frames(frames).transpose(1, 2) - 1
         return RolloutState.first(last_two(history).expand(len(seeds), -1, -1, -1, -1), seeds)
 
@@ -169,7 +172,10 @@ def load(folder: Path) -> ConvolutionalModel:
 
 
 def loss_of(model: ConvolutionalModel, clip: dict[str, torch.Tensor], rng: np.random.Generator, chunks: int) -> Any:
-    """Compute the mean squared error of the frame after `chunks` predicted ones; 30 % of clips keep true history."""
+    """Compute the mean squared error of the frame after `chunks` predicted ones.
+
+    30 % of the clips keep their true history.
+    """
     latents, actions = clip["latents"], clip["actions"][:, HISTORY - 1 :]
     history = latents[:, :, :HISTORY]
     if chunks:

@@ -1,4 +1,4 @@
-"""A compact diffusion policy for Push-T: from one frame and the pusher's position to a chunk of targets.
+"""A compact diffusion policy for Push-T: from a frame and the pusher's position to target chunks.
 
 A convolutional encoder finds keypoints of the block in the frame (spatial softmax). A residual network denoises the chunk of
 targets, relative to the pusher, with a diffusers scheduler. It is saved and loaded as any model of diffusers.
@@ -56,8 +56,8 @@ class KeypointEncoder(nn.Module):
         """Read keypoints (B, K, 2) in arena units from frames (B, 3, 96, 96) in [0, 1]."""
         maps = self.layers(frames * 2 - 1)
         weights = maps.flatten(2).softmax(-1).unflatten(2, maps.shape[2:])
-        centres = (torch.arange(maps.shape[-1], device=maps.device) + 0.5) * (ARENA / maps.shape[-1])
-        return torch.stack([weights.sum(2) @ centres, weights.sum(3) @ centres], dim=-1)
+        centers = (torch.arange(maps.shape[-1], device=maps.device) + 0.5) * (ARENA / maps.shape[-1])
+        return torch.stack([weights.sum(2) @ centers, weights.sum(3) @ centers], dim=-1)
 
 
 class DiffusionPolicy(ModelMixin, ConfigMixin):
@@ -94,18 +94,24 @@ class DiffusionPolicy(ModelMixin, ConfigMixin):
         self.proj_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * horizon))
 
     def encode(self, frames: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Encode frames (B, 3, 96, 96) in [0, 1] and pusher positions (B, 2) in arena units: returns (B, condition_dim)."""
+        """Encode frames (B, 3, 96, 96) in [0, 1] and pusher positions (B, 2) in arena units.
+
+        Returns (B, condition_dim).
+        """
         return self.embed(self.encoder(frames), positions)
 
     def embed(self, keypoints: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Embed keypoints (B, K, 2) and pusher positions (B, 2) in arena units: returns (B, condition_dim)."""
-        centred = torch.cat([positions[:, None], keypoints], dim=1) - ARENA / 2
-        points = torch.cat([centred, keypoints - positions[:, None]], dim=1) / ARENA  # (B, 1 + 2 K, 2)
+        centered = torch.cat([positions[:, None], keypoints], dim=1) - ARENA / 2
+        points = torch.cat([centered, keypoints - positions[:, None]], dim=1) / ARENA  # (B, 1 + 2 K, 2)
         angles = points[..., None] * torch.pi * 2.0 ** torch.arange(NUM_FREQUENCIES, device=points.device)
         return self.observation(torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1))
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, observation: torch.Tensor) -> torch.Tensor:
-        """Predict clean chunks (B, n, 2) from noisy ones, timesteps (B,) and encoded observations (B, condition_dim)."""
+        """Predict clean chunks (B, n, 2) from noisy ones, timesteps (B,) and encoded observations.
+
+        Encoded observations are (B, condition_dim).
+        """
         condition = functional.silu(observation + self.time_embedding(self.time_proj(timestep)))
         hidden = self.proj_in(sample.flatten(1))
         for block in self.blocks:

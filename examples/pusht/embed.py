@@ -67,7 +67,10 @@ def save_model(arguments: EmbedArguments, pipeline: IRASimPipeline, target: Path
 
 
 def save_clip(arguments: EmbedArguments, dataset: LeRobotFolder, target: Path) -> None:
-    """Write the starts, the held-out clip with its actions, and a strip of its prediction by the stored model."""
+    """Write the starts, the held-out clip with its actions, and a strip of its prediction.
+
+    The prediction is that of the stored model.
+    """
     starts = [dataset.window(number, 0, 1).frames[0] for number in range(min(arguments.num_starts, len(dataset)))]
     PIL.Image.fromarray(np.concatenate(starts)).save(target / "starts.png", optimize=True)
     pipeline = IRASimPipeline.from_pretrained(target)

@@ -164,7 +164,7 @@ def last_frames(frames: np.ndarray, number: int) -> np.ndarray:
 def pose_figures(
     frames: np.ndarray, states: np.ndarray, rng: np.random.Generator, pusher_radius: float
 ) -> dict[str, dict[str, float]]:
-    """Median pose errors of frames (N, 96, 96, 3) for states (N, 5), and the fraction with both poses found."""
+    """Median pose errors of frames (N, 96, 96, 3) for states (N, 5), and fraction with both poses found."""
     poses = read_poses(frames, pusher_radius)
     errors = pose_errors(poses, true_poses(states[:, :2], states[:, 2:]))
     return {
@@ -181,7 +181,10 @@ def print_poses(title: str, figures: dict[str, dict[str, float]]) -> None:
 def expert_episodes(
     dataset: LeRobotFolder, num_rollouts: int, history: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """Histories, actions (N, 60, 2), first and last states (N, 5) of expert episodes; None if there are none."""
+    """Histories, actions (N, 60, 2), first and last states (N, 5) of expert episodes.
+
+    The result is None if there are no such episodes.
+    """
     parts: list[tuple[np.ndarray, ...]] = []
     start = 10  # after the pusher has started to move
     last = start + history - 1 + ROLLOUT
@@ -207,7 +210,10 @@ def held_keys(rng: np.random.Generator, steering: Steering, num_actions: int) ->
 
 
 def driven_episodes(number: int, speed: float, pusher_radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Simulate episodes driven by random keys: actions (N, 60, 2), frames (N, 61, 96, 96, 3) and states (N, 61, 5)."""
+    """Simulate episodes driven by random keys.
+
+    Returns actions (N, 60, 2), frames (N, 61, 96, 96, 3) and states (N, 61, 5).
+    """
     simulator = Simulator(pusher_radius)
     parts = []
     for seed in range(DRIVING_SEED, DRIVING_SEED + number):
@@ -221,10 +227,11 @@ def driven_episodes(number: int, speed: float, pusher_radius: float) -> tuple[np
 def driving_figures(
     frames: np.ndarray, truth: np.ndarray, states: np.ndarray, rng: np.random.Generator, pusher_radius: float
 ) -> dict[str, Any]:
-    """Compare predicted frames (N, n, H, W, 3) of driven episodes with the simulator; intervals are over the N episodes.
+    """Compare predicted frames (N, n, H, W, 3) of driven episodes with the simulator.
 
-    A frame counts only if the pusher (or block) is found in the simulator's frame, because at the edges of the arena only a
-    part of the pusher is visible. If it is not found in the predicted frame, the error is `WORST`.
+    Intervals are over the N episodes. A frame counts only if the pusher (or block) is found in the simulator's frame,
+    because at the edges of the arena only a part of the pusher is visible. If it is not found in the predicted frame,
+    the error is `WORST`.
 
     Returns:
         The metrics; empty if no frame of the simulator shows exactly one pusher.
@@ -295,7 +302,10 @@ def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | N
 
 
 def candidate(rng: np.random.Generator, state: State, num_actions: int) -> np.ndarray:
-    """A random action sequence (n, 2) that is likely to touch the block; it does not react to later states."""
+    """A random action sequence (n, 2) that is likely to touch the block.
+
+    It does not react to later states.
+    """
     pusher = push_at(rng, state) if rng.random() < 0.8 else push_about(rng, state)
     return np.stack([next(pusher), *(pusher.send(state) for _ in range(num_actions - 1))])
 
@@ -327,7 +337,10 @@ def reconstruction(pipeline: IRASimPipeline, frames: np.ndarray) -> dict[str, fl
 
 
 def load_model(arguments: EvaluationArguments) -> tuple[IRASimPipeline | None, Predict]:
-    """Load the model to evaluate: the pipeline (None for a convolutional baseline) and its prediction function."""
+    """Load the model to evaluate: the pipeline and its prediction function.
+
+    The pipeline is None for a convolutional baseline.
+    """
     number = arguments.num_history_frames
     if (Path(arguments.model) / WEIGHTS).is_file():
         baseline = load(Path(arguments.model))
@@ -385,7 +398,10 @@ def check_arguments(arguments: EvaluationArguments) -> None:
 
 @dataclass
 class Evaluation:
-    """A model, the held-out data, and the metrics of each group of clips; methods also print their main metrics."""
+    """A model, the held-out data, and the metrics of each group of clips.
+
+    The methods also print their main metrics.
+    """
 
     arguments: EvaluationArguments
     dataset: LeRobotFolder
@@ -401,7 +417,10 @@ class Evaluation:
         return np.concatenate([self.predict(frames[part, : self.history], actions[part]) for part in bar])
 
     def clips(self) -> dict[str, Any]:
-        """Score clips in which the block moves, and the poses in the last frames of these and of clips in which it does not."""
+        """Score clips in which the block moves, and the poses in their last frames.
+
+        The poses are also scored in clips in which the block does not move.
+        """
         arguments, history, rng = self.arguments, self.history, self.rng
         (frames, actions, states), (still_frames, still_actions, still_states) = (
             held_out_clips(self.dataset, arguments.num_clips, history + PREDICTED, history, moving)
@@ -449,7 +468,10 @@ class Evaluation:
         return report
 
     def expert_rollouts(self) -> dict[str, Any]:
-        """Score the poses at the end of expert episodes, compared with a static baseline; empty if there are no such episodes."""
+        """Score the poses at the end of expert episodes, compared with a static baseline.
+
+        The result is empty if there are no such episodes.
+        """
         arguments, rng = self.arguments, self.rng
         expert = expert_episodes(self.dataset, arguments.num_rollouts, self.history)
         if expert is None:
@@ -490,7 +512,10 @@ class Evaluation:
         return {"driving": report} if report else {}
 
     def identification(self) -> dict[str, Any]:
-        """Identify which of 8 simulated futures of a history a prediction shows; empty if no history has 8 futures."""
+        """Identify which of 8 simulated futures of a history a prediction shows.
+
+        The result is empty if no history has 8 futures.
+        """
         arguments, history = self.arguments, self.history
         if not arguments.num_histories:
             return {}

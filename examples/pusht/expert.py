@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
     exit_without_extra(error, "pusht")
 
 GOAL = np.array([256.0, 256.0, np.pi / 4])
-REACH = 18.0  # distance of the pusher's centre from the block's surface before a push, in arena units
+REACH = 18.0  # distance of the pusher's center from the block's surface before a push, in arena units
 OUTLINE = np.array([[-60, 0], [60, 0], [60, 30], [15, 30], [15, 120], [-15, 120], [-15, 30], [-60, 30]], dtype=float)
 SPEEDS = {"far": (6.0, 14.0), "near": (2.5, 7.0)}  # advance of the target per step
 SPACING = {"far": 15.0, "near": 9.0}  # distance between the start points of pushes
@@ -40,9 +40,12 @@ class Lookahead:
         self.block, _ = PushTEnv.add_tee(self.space, (256, 300), 0)
 
     def run(self, start: np.ndarray, block: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """Return the block poses (n, 3) after each of the targets (n, 2), with the pusher initially at rest at `start` (2,)."""
+        """Return the block poses (n, 3) after each of the targets (n, 2).
+
+        The pusher is initially at rest at `start` (2,).
+        """
         self.agent.position, self.agent.velocity = tuple(start), (0, 0)
-        self.block.angle = block[2]  # set first: the rotation about the centre of mass moves the origin
+        self.block.angle = block[2]  # set first: the rotation about the center of mass moves the origin
         self.block.position = tuple(block[:2])
         self.block.velocity, self.block.angular_velocity = (0, 0), 0
         self.space.reindex_shapes_for_body(self.block)
@@ -68,7 +71,7 @@ def outline(poses: np.ndarray) -> np.ndarray:
 
 
 def distance_to_goal(poses: np.ndarray) -> np.ndarray:
-    """Return the mean distance of the corners of blocks (..., 3) from their goal positions, in arena units."""
+    """Return the mean distance of the corners of blocks (..., 3) from their goals, in arena units."""
     return np.linalg.norm(outline(poses) - outline(GOAL), axis=-1).mean(-1)
 
 
@@ -143,7 +146,10 @@ def _pushes(
 
 
 def _way(here: np.ndarray, there: np.ndarray, obstacle: shapely.Polygon) -> list[np.ndarray] | None:
-    """Return the waypoints of the shortest path around the obstacle, ending at `there`; None if there is no path."""
+    """Return the waypoints of the shortest path around the obstacle, ending at `there`.
+
+    The result is None if there is no path.
+    """
     corners = np.array(obstacle.buffer(3, join_style="mitre").exterior.coords[:-1])
     nodes = [here, there, *(corner for corner in corners if np.all((corner > 20) & (corner < ARENA - 20)))]
     shapely.prepare(obstacle)

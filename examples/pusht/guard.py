@@ -1,4 +1,4 @@
-"""Measure how well guards recognise plans that exploit the errors of a world model.
+"""Measure how well guards recognize plans that exploit the errors of a world model.
 
     python examples/pusht/guard.py --dataset data/pusht-test --others runs/pusht-convolutional --output runs/guard.json
 
@@ -71,7 +71,10 @@ def true_iou(seed: int, actions: np.ndarray) -> float:
 
 
 def plans_of_episode(number: int, dataset: Any, model: WorldModel, guards: dict, reward: Any, arguments: Any) -> list:
-    """Recorded and optimized plans from one state of an episode, with predicted and true scores; [] if no state qualifies."""
+    """Recorded and optimized plans from one state of an episode, with predicted and true scores.
+
+    The list is empty if no state qualifies.
+    """
     episode = dataset[number]
     overlap = ious(episode.states[BLOCK].astype(np.float64))[1 : -arguments.horizon]
     places = np.nonzero((overlap > COVERED[0]) & (overlap < COVERED[1]))[0] + 1
@@ -106,7 +109,10 @@ def plans_of_episode(number: int, dataset: Any, model: WorldModel, guards: dict,
 
 
 def summarise(plans: list[dict[str, Any]], margin: float, seed: int) -> dict[str, Any]:
-    """Scores of the plans, and for each guard its limit, recall, false-alarm rate and AUC, with intervals and counts."""
+    """Scores of the plans, and for each guard its limit, recall, false-alarm rate and AUC.
+
+    Scores and rates have intervals and counts.
+    """
     rng = np.random.default_rng(seed)
     recorded, optimized = ([row for row in plans if (row["plan"] == "recorded") == kind] for kind in (True, False))
     exploits = np.array([row["predicted"] - row["true"] > margin for row in optimized])

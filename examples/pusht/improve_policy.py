@@ -140,7 +140,7 @@ class Improvement:
 
 
 def draw_states(dataset: EpisodeSource, rng: np.random.Generator, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw histories (N, 2, H, W, 3), uint8, of random episodes, and the pusher's positions (N, 2) in their last frames."""
+    """Draw histories (N, 2, H, W, 3), uint8, of random episodes, and their last pusher positions (N, 2)."""
     histories, positions = [], []
     for episode in rng.integers(len(dataset), size=number):
         length = len(dataset.vectors(int(episode))["action"])

@@ -1,6 +1,6 @@
 """Estimate the poses of the Push-T pusher and block from pixels.
 
-Each pixel's colour is unmixed into fractions of floor, goal, block and pusher. The pusher's position is the centroid of its
+Each pixel's color is unmixed into fractions of floor, goal, block and pusher. The pusher's position is the centroid of its
 fraction map. The block's pose is fitted by least squares between a rendered block and its fraction map.
 """
 
@@ -11,13 +11,13 @@ from scipy.ndimage import label, uniform_filter
 from scipy.optimize import least_squares
 from simulator import PUSHER_RADIUS
 
-# mean colours of floor, goal, block and pusher in a frame
+# mean colors of floor, goal, block and pusher in a frame
 COLOURS = np.array([[255, 255, 255], [144, 238, 144], [140, 160, 181], [74, 120, 246]]) / 255
-UNMIX = np.linalg.inv(np.vstack([COLOURS.T, np.ones(4)]))  # maps (r, g, b, 1) to fractions of the colours
+UNMIX = np.linalg.inv(np.vstack([COLOURS.T, np.ones(4)]))  # maps (r, g, b, 1) to fractions of the colors
 BLOCK, PUSHER = 2, 3
 UNIT = 96 / 512  # pixels per arena unit
 WALL = 2  # width of the wall at the border, pixels
-# Bar and stem (centre, half extents) and centre of mass of the block, in the block's frame; pixels.
+# Bar and stem (center, half extents) and center of mass of the block, in the block's frame; pixels.
 PARTS = [
     (np.array([0, 15]) * UNIT, np.array([60, 15]) * UNIT),
     (np.array([0, 75]) * UNIT, np.array([15, 45]) * UNIT),
@@ -30,8 +30,8 @@ BLOCK_AREA = 6300 * UNIT**2
 class Poses:
     """Poses in N frames; poses that were not found are NaN."""
 
-    pusher: np.ndarray  # (N, 2): x, y of the centre, pixels
-    block: np.ndarray  # (N, 3): x, y of the centre of mass, pixels, and the angle, radians
+    pusher: np.ndarray  # (N, 2): x, y of the center, pixels
+    block: np.ndarray  # (N, 3): x, y of the center of mass, pixels, and the angle, radians
 
     @property
     def found(self) -> np.ndarray:
@@ -43,7 +43,7 @@ def read_poses(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> Pose
     """Estimate the poses in each frame.
 
     The pusher is found if one region has a blue area of 0.5 to 1.6 times the pusher's area and less than half of that area
-    is blue elsewhere. The block is found if the intersection over union of the fitted block and the grey area exceeds 0.7.
+    is blue elsewhere. The block is found if the intersection over union of the fitted block and the gray area exceeds 0.7.
 
     Args:
         frames: Frames (N, 96, 96, 3), uint8 or floats in [0, 1].
@@ -57,11 +57,11 @@ def read_poses(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> Pose
 
 
 def one_pusher(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> np.ndarray:
-    """Return whether exactly one pusher is visible (N,) in frames (N, 96, 96, 3), uint8 or floats in [0, 1].
+    """Return whether exactly one pusher is visible (N,) in frames (N, 96, 96, 3).
 
-    A pusher is a connected region of at least 4 pixels that are each more than half blue. There must be exactly one such
-    region, with at most 1.6 times the pusher's area. There is no lower bound on the area because at the edges of the arena
-    only a part of the pusher is visible.
+    Frames are uint8, or floats in [0, 1]. A pusher is a connected region of at least 4 pixels that are each more than
+    half blue. There must be exactly one such region, with at most 1.6 times the pusher's area. There is no lower bound
+    on the area because at the edges of the arena only a part of the pusher is visible.
     """
     area = np.pi * (pusher_radius * UNIT) ** 2
     found = []
@@ -74,14 +74,14 @@ def one_pusher(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> np.n
 
 
 def true_poses(agent: np.ndarray, block: np.ndarray) -> Poses:
-    """Convert simulator states, agent (N, 2) and block (N, 3) in arena units and radians, to poses in pixels."""
+    """Convert states, agent (N, 2) and block (N, 3) in arena units and radians, to poses in pixels."""
     cos, sin = np.cos(block[:, 2]), np.sin(block[:, 2])
-    centre = block[:, :2] * UNIT + np.stack([-sin, cos], axis=1) * CENTRE[1]
-    return Poses(agent * UNIT - 0.5, np.concatenate([centre - 0.5, block[:, 2:]], axis=1))
+    center = block[:, :2] * UNIT + np.stack([-sin, cos], axis=1) * CENTRE[1]
+    return Poses(agent * UNIT - 0.5, np.concatenate([center - 0.5, block[:, 2:]], axis=1))
 
 
 def pose_errors(read: Poses, true: Poses) -> dict[str, np.ndarray]:
-    """Errors (N,) of `pusher` and `block_centre` in pixels and of `block_angle` in degrees; NaN if not found."""
+    """Errors (N,) of `pusher` and `block_centre` in pixels and `block_angle` in degrees; NaN if not found."""
     turn = (read.block[:, 2] - true.block[:, 2] + np.pi) % (2 * np.pi) - np.pi
     return {
         "pusher": np.linalg.norm(read.pusher - true.pusher, axis=1),
@@ -91,7 +91,7 @@ def pose_errors(read: Poses, true: Poses) -> dict[str, np.ndarray]:
 
 
 def _shares(frames: np.ndarray) -> np.ndarray:
-    """Compute the fractions (N, 96, 96, 4) of the colours in each pixel, zero at the walls."""
+    """Compute the fractions (N, 96, 96, 4) of the colors in each pixel, zero at the walls."""
     pixels = frames / 255 if frames.dtype == np.uint8 else frames
     shares = np.clip(np.concatenate([pixels, np.ones_like(pixels[..., :1])], axis=-1) @ UNMIX.T, 0, 1)
     shares[:, :WALL] = shares[:, -WALL:] = shares[:, :, :WALL] = shares[:, :, -WALL:] = 0
@@ -99,7 +99,7 @@ def _shares(frames: np.ndarray) -> np.ndarray:
 
 
 def _find_pusher(share: np.ndarray, radius: float) -> np.ndarray:
-    """Return the centre (2,) of a pusher with `radius` pixels in its fraction map (96, 96), or NaN."""
+    """Return the center (2,) of a pusher with `radius` pixels in its fraction map (96, 96), or NaN."""
     weights = np.where(share > 0.3, share, 0)
     reach = int(np.ceil(radius))
     row, column = np.unravel_index(uniform_filter(weights, 2 * reach + 1, mode="constant").argmax(), weights.shape)
@@ -127,7 +127,7 @@ def _find_block(share: np.ndarray) -> np.ndarray:
     def difference(pose: np.ndarray) -> np.ndarray:
         return (draw_block(pose, grid) - seen).ravel()
 
-    # the centroid of the area is 4.3 units closer to the bar than the centre of mass
+    # the centroid of the area is 4.3 units closer to the bar than the center of mass
     starts = [
         np.array([*(middle + 4.3 * UNIT * np.array([-np.sin(angle), np.cos(angle)])), angle])
         for angle in np.arange(0, 2 * np.pi, np.pi / 12)
@@ -143,5 +143,5 @@ def draw_block(pose: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """Return the fraction of each pixel of `grid` (..., 2) that a block at `pose` (3,) covers."""
     cos, sin = np.cos(pose[2]), np.sin(pose[2])
     local = (grid - pose[:2]) @ np.array([[cos, -sin], [sin, cos]]) + CENTRE
-    outside = [np.max(np.abs(local - centre) - extent, axis=-1) for centre, extent in PARTS]
+    outside = [np.max(np.abs(local - center) - extent, axis=-1) for center, extent in PARTS]
     return np.clip(0.5 - np.minimum(*outside), 0, 1)  # signed distance, in pixels

@@ -30,7 +30,7 @@ class State:
 
     @property
     def block_centre(self) -> np.ndarray:
-        """Centre of mass of the block (2,)."""
+        """Center of mass of the block (2,)."""
         cos, sin = np.cos(self.block[2]), np.sin(self.block[2])
         return self.block[:2] + np.array([[cos, -sin], [sin, cos]]) @ CENTRE_OF_MASS
 
@@ -68,7 +68,7 @@ class Simulator:
         return State(info["pos_agent"], info["block_pose"])
 
     def step(self, action: np.ndarray) -> State:
-        """Move the pusher towards the target `action` (2,), in [0, 512], for a tenth of a second."""
+        """Move the pusher toward the target `action` (2,), in [0, 512], for a tenth of a second."""
         *_, info = self.environment.step(np.asarray(action, dtype=np.float64))
         return State(info["pos_agent"], info["block_pose"])
 
@@ -86,7 +86,7 @@ class Simulator:
         return float(self.environment._get_coverage())
 
     def physics(self) -> np.ndarray:
-        """Return the complete state of the bodies (10,): position and velocity of the pusher, pose and velocities of the block."""
+        """Return the complete state (10,): pusher position and velocity, block pose and velocities."""
         agent, block = self.environment.agent, self.environment.block
         values = [*agent.position, *agent.velocity, *block.position, block.angle, *block.velocity]
         return np.array([*values, block.angular_velocity])
@@ -96,7 +96,7 @@ class Simulator:
         agent, block, space = self.environment.agent, self.environment.block, self.environment.space
         values = [float(value) for value in physics]
         agent.position, agent.velocity = tuple(values[:2]), tuple(values[2:4])
-        block.angle = values[6]  # set first: the rotation about the centre of mass moves the origin
+        block.angle = values[6]  # set first: the rotation about the center of mass moves the origin
         block.position, block.velocity, block.angular_velocity = tuple(values[4:6]), tuple(values[7:9]), values[9]
         for body in (agent, block):
             space.reindex_shapes_for_body(body)
@@ -119,8 +119,8 @@ class Simulator:
 def push_about(rng: np.random.Generator, state: State) -> Pusher:
     """Generator of targets that explore block contact; send the resulting `State` to it.
 
-    Each stroke moves along a line that passes the block's centre at a random offset: small offsets push the block, medium
-    offsets rotate it or slide off, large ones miss. Strokes push the block towards the inner arena, so that it rarely gets
+    Each stroke moves along a line that passes the block's center at a random offset: small offsets push the block, medium
+    offsets rotate it or slide off, large ones miss. Strokes push the block toward the inner arena, so that it rarely gets
     stuck in a corner. In 20 % of cases the pusher wanders or waits instead.
     """
     while True:
@@ -145,11 +145,12 @@ def push_about(rng: np.random.Generator, state: State) -> Pusher:
 
 
 def hold_keys(rng: np.random.Generator, state: State) -> Pusher:
-    """Targets of simulated arrow keys: each key moves the target in one of 8 directions, or not, for several steps.
+    """Targets of simulated arrow keys.
 
-    As in the Space, the target starts at the pusher, moves relative to its last position, and stays within the arena. Half of the
-    directions point towards the block. The speed changes with every second key on average; 32 units per step correspond to
-    speed 1 in the Space.
+    Each key moves the target in one of 8 directions, or not, for several steps. As in the Space, the target starts at
+    the pusher, moves relative to its last position, and stays within the arena. Half of the directions point toward
+    the block. The speed changes with every second key on average; 32 units per step correspond to speed 1 in the
+    Space.
     """
     target, speed = state.agent.astype(np.float64), rng.uniform(4, 64)
     while True:
@@ -181,29 +182,29 @@ def jump_to_targets(rng: np.random.Generator, state: State) -> Pusher:
 
 
 def _stroke(rng: np.random.Generator, state: State) -> list[np.ndarray]:
-    """Waypoints around the block to a start behind it, then through it towards the inner arena."""
-    centre = state.block_centre
+    """Waypoints around the block to a start behind it, then through it toward the inner arena."""
+    center = state.block_centre
     for _ in range(20):
         goal = rng.uniform(130, ARENA - 130, 2)
-        angle = np.arctan2(*(goal - centre)[::-1]) + rng.normal(0, 0.4)
+        angle = np.arctan2(*(goal - center)[::-1]) + rng.normal(0, 0.4)
         along = np.array([np.cos(angle), np.sin(angle)])
         across = np.array([-along[1], along[0]])
-        line = centre + across * rng.normal(0, 40)
+        line = center + across * rng.normal(0, 40)
         start = line - along * rng.uniform(85, 115)
         if np.all((start > 15) & (start < ARENA - 15)):
             break
     else:
         return [rng.uniform(20, ARENA - 20, 2)]
     finish = np.clip(line + along * rng.uniform(-20, 110), 15, ARENA - 15)
-    return [*_way_round(centre, state.agent, start), start, finish]
+    return [*_way_round(center, state.agent, start), start, finish]
 
 
-def _way_round(centre: np.ndarray, here: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
+def _way_round(center: np.ndarray, here: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
     """Waypoints on a circle around the block, from the side of `here` to the side of `there`."""
-    first = np.arctan2(*(here - centre)[::-1])
-    turn = (np.arctan2(*(there - centre)[::-1]) - first + np.pi) % (2 * np.pi) - np.pi
+    first = np.arctan2(*(here - center)[::-1])
+    turn = (np.arctan2(*(there - center)[::-1]) - first + np.pi) % (2 * np.pi) - np.pi
     angles = first + turn * np.linspace(0, 1, 2 + int(abs(turn) / 0.7))[1:-1]
-    points = centre + 112 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    points = center + 112 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     return list(np.clip(points, 15, ARENA - 15))
 
 

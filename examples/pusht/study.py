@@ -1,4 +1,6 @@
-"""Reproduce the paper's Push-T study: policy evaluation and planning in a world model (sections 4.2, 4.3, 6.4 and 12).
+"""Reproduce the paper's Push-T study: policy evaluation and planning in a world model.
+
+The study is in sections 4.2, 4.3, 6.4 and 12 of the paper.
 
     python examples/pusht/study.py --datasets data/pusht-train data/pusht-expert --test_dataset data/pusht-test \
         --output_dir runs/study --quick
@@ -291,7 +293,7 @@ class Study:
         return self.run("evaluation", work, ["evaluation_seeds", "evaluation_steps"], **self.inputs())
 
     def planning(self) -> Any:
-        """Stage: choose among K samples of a policy; upper bound, baselines, optimisation and guard."""
+        """Stage: choose among K samples of a policy; upper bound, baselines, optimization and guard."""
         size, folder, models = self.size, self.folder("planning"), list(self.world_models)
         seeds, excluded = self.starts(PLANNING_SEED, size.planning_seeds)
         planned, most = self.policies["paths"][self.policies["planned"]], max(size.candidates)

@@ -38,14 +38,17 @@ HISTORY = 2  # frames from which world models start
 SIMULATOR = "simulator"  # instead of the folder of a world model: the upper bound
 POSITION, ANGLE = 20.0, np.pi / 9  # tolerances of DINO-WM's protocol, arena units and radians
 PUSHED, TURNED = 10.0, np.pi / 18  # tolerances of a push to a goal image
-MOVED = 20.0  # least movement of the block towards a goal image, arena units
+MOVED = 20.0  # least movement of the block toward a goal image, arena units
 OUTSIDE = 8.0  # arena units beyond a wall, or of the pusher within the block, that count as implausible; 1.5 pixels
 
 
 def evaluate_policy(
     *, model: str, base: str, policy: str, rewards: str, threshold: float, seeds: list[int], steps: int, output: str
 ) -> list[dict[str, Any]]:
-    """Run one policy from the same starts in the simulator and in a world model: returns the outcome of each seed."""
+    """Run one policy from the same starts in the simulator and in a world model.
+
+    Returns the outcome of each seed.
+    """
     rows = min(10, len(seeds))
     real = gymnasium.make_vec(
         "gym_pusht:gym_pusht/PushT-v0",
@@ -168,9 +171,10 @@ def optimiser(horizon: int, scoring: Scoring) -> Callable[..., Plan]:
 def push_to_image(
     *, model: str, base: str, rewards: str, encoder: str | None, num_candidates: int, seed: int
 ) -> dict[str, Any]:
-    """Choose among straight lines by a goal image (paper, appendix 12), and execute the five best from the same start.
+    """Choose straight lines by a goal image, and execute the five best (paper, appendix 12).
 
-    The goal image shows the result of a push in a random direction that is not among the candidates.
+    All lines start from the same state. The goal image shows the result of a push in a random direction that is not
+    among the candidates.
 
     Returns:
         The fraction of the executed lines that reach the goal, for the mean squared error, for features, and for random lines;
@@ -206,7 +210,10 @@ def push_to_image(
 
 
 def contact(real: Simulator, rng: np.random.Generator, seed: int) -> tuple[list[np.ndarray], State]:
-    """Push the block randomly until the pusher touches it after 20 steps or more: returns the last frames and the state."""
+    """Push the block randomly until the pusher touches it after 20 steps or more.
+
+    Returns the last frames and the state.
+    """
     state = real.reset(seed)
     pusher = push_about(rng, state)
     action, frames = next(pusher), [real.frame()]
@@ -227,7 +234,7 @@ def pushed_to(poses: np.ndarray, goal: np.ndarray) -> np.ndarray:
 
 
 def reaching_tasks(dataset: Path, kinds: list[str], number: int, ahead: int) -> list[dict[str, int]]:
-    """Choose starts in held-out episodes: episode and frame of each, spread over the episodes of these kinds."""
+    """Choose starts (episode and frame), spread over the held-out episodes of these kinds."""
     rng = np.random.default_rng(0)
     tasks = [TASKS[kind] for kind in kinds]
     rows = [(index, row) for index, row in enumerate(LeRobotFolder(dataset).rows) if row["tasks"][0] in tasks]
@@ -293,7 +300,9 @@ def at_goal(state: State, goal: State) -> bool:
 
 
 def push_implausibly(*, model: str, base: str, kind: str, steps: int, seed: int) -> dict[str, Any]:
-    """Command targets that no body can reach (paper, section 6.4): `wall`, through the block into a wall; `block`, through it.
+    """Command targets that no body can reach (paper, section 6.4).
+
+    `wall` pushes the block into a wall; `block` puts the target on the other side of the block.
 
     Returns:
         For the model and the simulator: the fraction of predicted frames in which both bodies are found, and of these the
@@ -303,14 +312,14 @@ def push_implausibly(*, model: str, base: str, kind: str, steps: int, seed: int)
     real.reset(seed)
     direction = np.array([(1, 0), (-1, 0), (0, 1), (0, -1)][rng.integers(4)], float)
     across = direction[::-1] * rng.uniform(-60, 60)
-    centre = ARENA / 2 + across + (direction * 110 if kind == "wall" else 0)
-    agent = centre - direction * 130
+    center = ARENA / 2 + across + (direction * 110 if kind == "wall" else 0)
+    agent = center - direction * 130
     if kind == "wall":  # the target advances to the edge of the arena
         targets = agent + direction * np.minimum(25.0 * np.arange(1, steps + 1), 400)[:, None]
     else:  # the target jumps to the other side
-        targets = np.repeat((centre + direction * 130)[None], steps, axis=0)
+        targets = np.repeat((center + direction * 130)[None], steps, axis=0)
     angle = rng.uniform(0, 2 * np.pi)
-    origin = centre - 45 * np.array([-np.sin(angle), np.cos(angle)])  # of the block's frame
+    origin = center - 45 * np.array([-np.sin(angle), np.cos(angle)])  # of the block's frame
     real.restore(np.array([*agent, 0, 0, *origin, angle, 0, 0, 0]))
     world = world_of(model, base, real)
     actions = torch.from_numpy(np.clip(targets, 0, ARENA)).float()[None]
@@ -324,7 +333,10 @@ def push_implausibly(*, model: str, base: str, kind: str, steps: int, seed: int)
 
 
 def violations(frames: np.ndarray) -> dict[str, float]:
-    """Fractions of frames (T, 96, 96, 3) in [0, 1] in which bodies are found, and of these in which they are implausible."""
+    """Return how often bodies are found in frames (T, 96, 96, 3) in [0, 1], and are implausible.
+
+    The fractions of implausible frames are of those in which the bodies are found.
+    """
     poses = read_poses(frames)
     outside = inside = 0
     for pusher, block in zip(poses.pusher[poses.found], poses.block[poses.found], strict=True):

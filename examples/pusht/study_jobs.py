@@ -44,7 +44,7 @@ def run_stage(folder: Path, setting: Mapping[str, Any], work: Callable[[], Any])
 
     Args:
         folder: Folder of the stage.
-        setting: Everything that determines the result, JSON-serialisable.
+        setting: Everything that determines the result, JSON-serializable.
         work: Computes the result. It may resume from files in the folder that an interrupted run has left.
 
     Raises:
@@ -77,11 +77,13 @@ def remove_stage(folder: Path) -> None:
 def run_jobs(
     folder: Path, function: Callable[..., Any], jobs: Mapping[str, Mapping[str, Any]], num_workers: int
 ) -> dict[str, Any]:
-    """Call a function for each job and write each result to `<folder>/jobs/<name>.json`; finished jobs are skipped.
+    """Call a function for each job; finished jobs are skipped.
+
+    Each result is written to `<folder>/jobs/<name>.json`.
 
     Args:
         folder: Folder of the stage.
-        function: Function of a module, called with the arguments of a job; returns a JSON-serialisable value.
+        function: Function of a module, called with the arguments of a job; returns a JSON-serializable value.
         jobs: Arguments by name. A result must depend on the arguments only, not on other jobs.
         num_workers: Number of processes; 1 runs the jobs in this process.
 

@@ -162,7 +162,7 @@ def write_demonstrations(root: Path, datasets: list[Path], max_episodes: int) ->
 
 
 def write_rollouts(root: Path, policies: list[str], num_episodes: int, length: int, num_executed: int) -> None:
-    """Run the policies in the simulator, the same number of episodes each, and write a LeRobotDataset folder."""
+    """Run each policy for the same number of episodes in the simulator, and write a LeRobotDataset."""
     if (root / "meta" / "info.json").is_file():
         return
     episodes = [
@@ -205,7 +205,7 @@ def _write(root: Path, episodes: list[Episode], task: str) -> None:
 
 
 def write_random_pipeline(root: Path, base: Path, seed: int) -> None:
-    """Write a pipeline of the same architecture as `base` with random weights, and copy its proprioception model."""
+    """Write a pipeline like `base` with random weights, and copy its proprioception model."""
     if (root / "proprioception").is_dir():
         return
     pipeline = IRASimPipeline.from_pretrained(base)
@@ -222,7 +222,10 @@ def copy_proprioception(base: Path, root: Path) -> None:
 
 
 def fine_tune(root: Path, base: Path, datasets: list[Path], max_train_steps: int, cache: Path, seed: int) -> None:
-    """Fine-tune a world model from `base`, and copy its proprioception model; an interrupted training resumes."""
+    """Fine-tune a world model from `base`, and copy its proprioception model.
+
+    An interrupted training resumes.
+    """
     if max_train_steps:
         run_script(
             *(EXAMPLES / "train.py", "--dataset", *datasets, "--output_dir", root, "--cache_dir", cache),

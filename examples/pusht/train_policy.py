@@ -1,4 +1,4 @@
-"""Train a compact diffusion policy for Push-T on expert demonstrations, and evaluate it in the simulator.
+"""Train a compact diffusion policy for Push-T on expert demonstrations, and evaluate it.
 
     python examples/pusht/train_policy.py --datasets data/pusht-expert --output_dir runs/policy
 
@@ -62,7 +62,11 @@ class PolicyArguments:
 
 
 def load_state(path: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
-    """Load the state from which a run resumes, None if there is none; raise ValueError if its settings differ."""
+    """Load the state from which a run resumes; None if there is none.
+
+    Raises:
+        ValueError: If its settings differ.
+    """
     if not path.is_file():
         return None
     state = torch.load(path, weights_only=True)
@@ -94,7 +98,7 @@ class Training:
         return values | {"datasets": [str(path) for path in self.arguments.datasets]}
 
     def save_stage(self) -> None:
-        """Write the averaged weights of this stage, the report, and last the state from which a training resumes."""
+        """Write the averaged weights and the report, and last the state from which a training resumes."""
         arguments = self.arguments
         self.average.store(self.policy.parameters())
         self.average.copy_to(self.policy.parameters())
@@ -191,7 +195,10 @@ def mirror_frames(frames: torch.Tensor) -> torch.Tensor:
 
 
 def labelled_frames(arguments: PolicyArguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read frames (N, 3, H, W), uint8, evenly spaced in episodes of all kinds, and keypoints (N, K, 2) of the block."""
+    """Read frames (N, 3, H, W), uint8, and the keypoints (N, K, 2) of the block.
+
+    The frames are evenly spaced in episodes of all kinds.
+    """
     folders = [LeRobotFolder(root) for root in arguments.datasets]
     numbers = [(folder, number) for folder in folders for number in range(len(folder))]
     chosen = np.unique(np.linspace(0, len(numbers) - 1, arguments.encoder_episodes).round().astype(int))
@@ -205,7 +212,7 @@ def labelled_frames(arguments: PolicyArguments) -> tuple[torch.Tensor, torch.Ten
 
 
 def demonstrations(arguments: PolicyArguments, horizon: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Read frames (N, 3, H, W), uint8, pusher positions (N, 2) and the chunks of targets (N, n, 2) that follow.
+    """Read frames (N, 3, H, W), uint8, pusher positions (N, 2) and the next targets (N, n, 2).
 
     The last target is repeated after the end of an episode. Raises ValueError if there are no expert episodes.
     """
@@ -234,7 +241,10 @@ def sampling_weights(chunks: torch.Tensor) -> torch.Tensor:
 
 
 def evaluate(policy: DiffusionPolicy, arguments: PolicyArguments) -> dict[str, dict[str, float]]:
-    """Run the policy in the simulator: largest IoU of an episode, final IoU, and success rate, with 95 % intervals."""
+    """Run the policy in the simulator: largest IoU of an episode, final IoU, and success rate.
+
+    Each has a 95 % interval.
+    """
     simulators = [Simulator() for _ in range(arguments.num_episodes)]
     states = [simulator.reset(FIRST_SEED + number) for number, simulator in enumerate(simulators)]
     generator = torch.Generator().manual_seed(arguments.seed)

@@ -82,7 +82,7 @@ def read_frames(dataset: EpisodeSource, arguments: RewardArguments) -> tuple[tor
 
 
 def augment(frames: torch.Tensor) -> torch.Tensor:
-    """Blur half of the frames (B, 3, H, W) and add noise of pixels, of 4x4 patches and of the colors to all."""
+    """Blur half of the frames (B, 3, H, W); add noise of pixels, 4x4 patches and colors to all."""
     size = len(frames)
     blurred = functional.avg_pool2d(functional.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     share = torch.rand(size, 1, 1, 1) * (torch.rand(size, 1, 1, 1) < 0.5)
@@ -119,7 +119,7 @@ def train(network: FrameRegressor, frames: torch.Tensor, values: torch.Tensor, a
 def predicted_clips(
     dataset: EpisodeSource, arguments: RewardArguments
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Frames (N, n, 3, H, W) that the world model predicts, those of the simulator, and their labels (N, n)."""
+    """Frames (N, n, 3, H, W) predicted by the world model, those of the simulator, and labels (N, n)."""
     pipeline = IRASimPipeline.from_pretrained(arguments.model or embedded_checkpoint())
     pipeline.set_progress_bar_config(disable=True)
     history, length = pipeline.transformer.config.num_history_frames, arguments.num_predicted_frames
@@ -140,7 +140,10 @@ def predicted_clips(
 
 @torch.no_grad()
 def evaluate(network: FrameRegressor, dataset: EpisodeSource, arguments: RewardArguments) -> dict[str, dict]:
-    """Mean absolute error with 95 % interval over clips, correlation and successes, for frames of the simulator and of the model."""
+    """Mean absolute error with 95 % interval over clips, correlation and successes.
+
+    They are computed for frames of the simulator and of the model.
+    """
     predicted, true, values = predicted_clips(dataset, arguments)
     rng = np.random.default_rng(arguments.seed)
     report = {}

@@ -115,7 +115,10 @@ class ActionSpace:
         return held if torch.is_tensor(last_action) else held.numpy()
 
     def normalise(self, actions: Actions) -> Actions:
-        """Normalize raw actions (..., A) as the network does: `(actions - offset) * scale`. Integers become floats."""
+        """Normalize raw actions (..., A) as the network does: `(actions - offset) * scale`.
+
+        Integers become floats.
+        """
         actions = _floating(actions)
         return (actions - _as(self.offset, actions)) * _as(self.scale, actions)
 

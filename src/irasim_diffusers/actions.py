@@ -78,7 +78,7 @@ LEAST_COMPONENTS = {"relative_euler": 6, "relative_6d": 9}
 def derive_actions(states: np.ndarray, derivation: str) -> np.ndarray:
     """Compute actions from the states of successive frames.
 
-    - `"relative_euler"`: states are (x, y, z, roll, pitch, yaw, rest...) in metres and radians, with extrinsic xyz Euler angles.
+    - `"relative_euler"`: states are (x, y, z, roll, pitch, yaw, rest...) in meters and radians, with extrinsic xyz Euler angles.
       Actions are motions in the frame of the previous pose (paper, appendix 9): R[k-1]^T (p[k] - p[k-1]), the Euler angles of
       R[k-1]^T R[k], and the rest (such as the gripper opening) of the next frame.
     - `"relative_6d"`: the same with the first two columns of the relative rotation matrix instead of its angles. They have no

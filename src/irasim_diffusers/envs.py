@@ -310,8 +310,8 @@ class WorldModelVectorEnv(VectorEnv):
         bounded = np.isfinite(self._raw_box.low) & np.isfinite(self._raw_box.high)
         with np.errstate(invalid="ignore"):
             scaled = self._raw_box.low + (actions + 1) / 2 * (self._raw_box.high - self._raw_box.low)
-        normalised = self.model.action_space.denormalise(actions.astype(np.float64))
-        return np.clip(np.where(bounded, scaled, normalised), self._raw_box.low, self._raw_box.high)
+        normalized = self.model.action_space.denormalise(actions.astype(np.float64))
+        return np.clip(np.where(bounded, scaled, normalized), self._raw_box.low, self._raw_box.high)
 
     @torch.no_grad()
     def _advance(self, rows: list[int], actions: np.ndarray) -> np.ndarray:

@@ -59,10 +59,10 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def temporary_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; flush and rename it to `path` on success, delete it on an error.
+    """Yield a temporary path next to `path`; rename it to `path` on success, delete it on an error.
 
-    The temporary name keeps the suffix, because many writers choose the format by it. It is unique, so that several writers
-    of one path do not disturb each other: the last one wins.
+    The file is flushed before it is renamed. The temporary name keeps the suffix, because many writers choose the
+    format by it. It is unique, so that several writers of one path do not disturb each other: the last one wins.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -211,7 +211,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_abandoned(folder: str | os.PathLike) -> None:
-    """Delete the temporary files and folders of killed processes in a folder, and keep those of running ones.
+    """Delete the temporary files and folders of killed processes, and keep those of running ones.
 
     A process of another machine cannot be checked; its files count as abandoned after a day without a change.
     """

@@ -45,7 +45,10 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def latent_scaling(vae: Any) -> tuple[Any, Any, Any, Any]:
-    """Return shift, factor, and mean and standard deviation of the channels, as in the configuration; None if absent."""
+    """Return shift, factor, and mean and standard deviation of the channels.
+
+    Each is as in the configuration, or None if absent.
+    """
     names = ("shift_factor", "scaling_factor", "latents_mean", "latents_std")
     shift, factor, mean, std = (getattr(vae.config, name, None) for name in names)
     return shift, factor, mean, std

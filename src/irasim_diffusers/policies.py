@@ -1,4 +1,4 @@
-"""Policies: LeRobot's interface, adapters of plain callables and of LeRobot policies, and closed-loop planning.
+"""Policies: LeRobot's interface, adapters of callables and LeRobot policies, closed-loop planning.
 
 An observation is a dictionary of arrays or tensors with B rows: `pixels` (B, H, W, 3), uint8, and usually `agent_pos` (B, S), as
 in Gymnasium environments of LeRobot.
@@ -240,9 +240,10 @@ def check_processor(path: Path, steps: Mapping[str, type]) -> None:
 
 
 class PlannerPolicy:
-    """Policy that plans in closed loop: it executes the first actions of a plan, then plans again from the observed frames.
+    """Policy that plans in closed loop: it executes the first actions of a plan, then plans again.
 
-    Rows are planned one after another, with the same seeds, so that a row does not depend on the others.
+    A new plan starts from the observed frames. Rows are planned one after another, with the same seeds, so that a row
+    does not depend on the others.
 
     Args:
         model: The world model.
@@ -290,7 +291,9 @@ class PlannerPolicy:
         self._num_plans = 0
 
     def select_action(self, observation: Observation) -> torch.Tensor:
-        """Return the next action of each row (B, A), raw units; plans again when no actions of the current plan remain.
+        """Return the next action of each row (B, A) in raw units.
+
+        It plans again when no actions of the current plan remain.
 
         Raises:
             ValueError: If the number of rows changes within an episode, or the input of the planner is invalid.

@@ -69,7 +69,7 @@ def _read_starts(path: str, size: tuple[int, int]) -> np.ndarray:
 
 
 def _stored_file(model: str | Path, name: str) -> str | None:
-    """Return the path of a file of a folder or a Hub repository, downloaded if needed; None if it does not exist."""
+    """Return a file's path in a folder or Hub repository, downloaded if needed; None if it is absent."""
     if Path(model).is_dir():
         return str(Path(model) / name) if (Path(model) / name).is_file() else None
     try:

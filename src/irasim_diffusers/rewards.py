@@ -23,10 +23,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Reward(Protocol):
-    """Protocol of functions that score each frame; higher is better. Any callable with this signature is a reward.
+    """Protocol of functions that score each frame; higher is better.
 
-    A reward that scores latents (B, C, n, h, w) instead of frames has the attribute `needs_pixels = False`. A reward that
-    works only for frames of one size has the attribute `frame_size`.
+    Any callable with this signature is a reward. A reward that scores latents (B, C, n, h, w) instead of frames has
+    the attribute `needs_pixels = False`. A reward that works only for frames of one size has the attribute
+    `frame_size`.
     """
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
@@ -35,7 +36,7 @@ class Reward(Protocol):
 
 
 class GoalImage:
-    """Similarity to a goal image: the negative MSE, or the cosine of the features of an encoder (paper, appendix 12).
+    """Similarity to a goal image: negative MSE, or the cosine of features (paper, appendix 12).
 
     Args:
         goal: The goal: a PIL image, uint8 or [0, 1] array (H, W, 3), or tensor (3, H, W).

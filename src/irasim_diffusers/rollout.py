@@ -84,7 +84,10 @@ class RolloutState:
         return RolloutState(latents, tuple(seeds), step)
 
     def append(self, future: torch.Tensor, num_history_frames: int) -> RolloutState:
-        """Return the state after predicted latents (B, C, n, H, W), with the last `num_history_frames` frames as history."""
+        """Return the state after predicted latents (B, C, n, H, W).
+
+        Its history is the last `num_history_frames` frames.
+        """
         latents = torch.cat([self.latents.to(future), future], dim=2)[:, :, -num_history_frames:]
         return RolloutState(latents, self.seeds, self.step + future.shape[2])
 
@@ -135,7 +138,7 @@ class WorldModel(Protocol):
     def advance(
         self, state: RolloutState, actions: torch.Tensor, **sampling: Any
     ) -> tuple[RolloutState, torch.Tensor]:
-        """Predict the latents (B, C, n, h, w) of a chunk of actions (B, n, A) in raw units, and the state after it."""
+        """Return the state after a chunk of actions (B, n, A), raw units, and its latents (B, C, n, h, w)."""
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -146,7 +149,9 @@ class WorldModel(Protocol):
 def roll(
     model: WorldModel, state: RolloutState, actions: torch.Tensor, chunk_length: int | None = None, **sampling: Any
 ) -> Iterator[tuple[RolloutState, torch.Tensor]]:
-    """Predict any number of frames chunk by chunk (paper, section 4.1), in constant memory under `torch.no_grad`.
+    """Predict any number of frames chunk by chunk (paper, section 4.1).
+
+    Memory is constant under `torch.no_grad`.
 
     Args:
         model: The world model.

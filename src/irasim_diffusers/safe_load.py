@@ -1,4 +1,4 @@
-"""Read weight files from untrusted sources: no code is executed, and memory is bounded by the size of the file.
+"""Read untrusted weight files: no code is executed, and memory is bounded by the file size.
 
 A `.pt` file is first read as inert data: the zip archive must have the exact form that `torch.save` writes, so that every
 reader sees the same records, and the pickle may only describe containers, tensors and settings. Only then is it loaded, by
@@ -88,7 +88,9 @@ class Storage:
 
 @dataclass
 class PickleOutline:
-    """Symbolic pickle evaluation without imports or calls; only containers, tensors and settings are accepted.
+    """Symbolic pickle evaluation without imports or calls.
+
+    Only containers, tensors and settings are accepted.
 
     Args:
         records: Size in bytes of each record of the archive.
@@ -285,7 +287,10 @@ def read_torch_file(path: Path) -> Any:
 
 
 def _read_archive(path: Path) -> tuple[dict[str, int], bytes]:
-    """Return the sizes of the records without their top folder, and the pickle, of an archive of `torch.save`."""
+    """Return the record sizes and the pickle of an archive of `torch.save`.
+
+    Record names do not include the top folder of the archive.
+    """
     size = path.stat().st_size
     directory = _directory_start(path, size)
     with zipfile.ZipFile(path) as archive:
@@ -309,9 +314,10 @@ def _read_archive(path: Path) -> tuple[dict[str, int], bytes]:
 
 
 def _directory_start(path: Path, size: int) -> int:
-    """Return the offset of the central directory of a zip archive without bytes before, after or between its parts.
+    """Return the offset of the central directory of a zip archive without additional bytes.
 
-    `torch.save` ends an archive with the zip64 end record (56 bytes), its locator (20) and the end record (22).
+    There must be no bytes before, after or between its parts. `torch.save` ends an archive with the zip64 end record
+    (56 bytes), its locator (20) and the end record (22).
     """
     message = (
         "it is not one zip archive of torch.save (PyTorch 1.6 or newer), without other bytes before or after; "

@@ -182,7 +182,7 @@ def test_incomplete_caches_and_short_episodes_raise(dataset, tmp_path):
     with pytest.raises(ValueError, match=r"no episode .* as long as a window of 10 frames"):
         LatentClips(cache, sample_frames=10)
     with pytest.raises(
-        ValueError, match=r"2 episodes .* shorter than a window of 8 frames, the first number 0 with 5"
+        ValueError, match=r"2 episodes .* shorter than a window of 8 frames, the first episode 0 with 5"
     ):
         LatentClips(cache, sample_frames=8)
     clips = LatentClips(cache, sample_frames=8, skip_short=True)

@@ -45,7 +45,7 @@ needs_clips = pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA i
 
 
 def write_v21(root, episodes, cameras=("left", "right")):
-    """A LeRobotDataset v2.1 with separate files per episode; the second camera shows the negative of the first."""
+    """Write a LeRobotDataset v2.1 with a file per episode; camera 2 shows the negative of camera 1."""
     vector = {"dtype": "float32", "shape": [3], "names": {"motors": ["x", "y", "grip"]}}
     info = {
         "codebase_version": "v2.1",
@@ -162,11 +162,11 @@ def test_part_of_a_video_matches_the_whole(codec, tmp_path):
     for start, count in ((0, 3), (15, 2), (16, 5), (37, 3)):
         frames = read_frames(tmp_path / "clip.mp4", start, count, 30)
         assert np.abs(frames.astype(int) - ramp[start : start + count]).max() <= 4
-    with pytest.raises(ValueError, match=r"clip.mp4' ends early: 5 frames required from number 37, 3 found"):
+    with pytest.raises(ValueError, match=r"clip.mp4' ends early: 5 frames required from index 37, 3 found"):
         read_frames(tmp_path / "clip.mp4", 37, 5, 30)
 
 
-def write_release(root, flavour, length=6):
+def write_release(root, flavor, length=6):
     """Write two episodes in IRASim's format; return their frames and annotations."""
     generator = np.random.default_rng(3)
     poses = np.concatenate([generator.normal(size=(length, 3)), generator.uniform(-3, 3, (length, 3))], axis=1)
@@ -184,7 +184,7 @@ def write_release(root, flavour, length=6):
             "videos": [{"video_path": "videos/train/0.mp4"}, {"video_path": "videos/train/1.mp4"}],
             "texts": ["pick it up"],
         },
-    }[flavour]
+    }[flavor]
     write_video(root / "videos/train/0.mp4", frames, 5, lossless=True)
     write_video(root / "videos/train/1.mp4", 255 - frames, 5, lossless=True)
     folder = root / "annotation" / "train"
@@ -194,15 +194,15 @@ def write_release(root, flavour, length=6):
     return frames, poses, gripper
 
 
-@pytest.mark.parametrize("flavour", ["planar", "rt1", "droid"])
-def test_all_variants_of_the_release_format(flavour, tmp_path):
-    frames, poses, gripper = write_release(tmp_path, flavour)
-    data = open_dataset(tmp_path, "0" if flavour == "droid" else None, fps=5)
+@pytest.mark.parametrize("flavor", ["planar", "rt1", "droid"])
+def test_all_variants_of_the_release_format(flavor, tmp_path):
+    frames, poses, gripper = write_release(tmp_path, flavor)
+    data = open_dataset(tmp_path, "0" if flavor == "droid" else None, fps=5)
     assert isinstance(data, IRASimFolder)
     assert [path.stem for path in data.files] == ["2", "10"]  # by number, not by letter
     episode = data[0]
     assert np.array_equal(episode.frames, frames)
-    if flavour == "planar":
+    if flavor == "planar":
         np.testing.assert_allclose(episode.actions[:-1], poses[:-1, :2], rtol=1e-6)
         assert not episode.actions[-1].any()
     else:
@@ -211,7 +211,7 @@ def test_all_variants_of_the_release_format(flavour, tmp_path):
         assert not episode.actions[-1, :6].any()
         np.testing.assert_allclose(episode.states["state"], states, rtol=1e-6)
         assert data.component_names("action")[-1] == "gripper"
-    if flavour == "droid":
+    if flavor == "droid":
         assert episode.task == "pick it up"
         assert open_dataset(tmp_path, ["0", "1"])[0].frames.shape == (6, 20, 14, 3)
 
@@ -734,7 +734,7 @@ def test_every_kind_of_broken_episode_raises_or_is_skipped(tmp_path):
     for number, message in messages.items():
         assert re.search(message, broken[str(number)])
     with pytest.raises(
-        ValueError, match=r"1 episodes .* shorter than a window of 5 frames, the first number 5 with 3"
+        ValueError, match=r"1 episodes .* shorter than a window of 5 frames, the first episode 5 with 3"
     ):
         LatentClips(folder, 5)
     clips = LatentClips(folder, 5, skip_short=True)
@@ -848,7 +848,7 @@ def test_real_droid_clips():
     assert episode.frames.shape[1:] == (576, 320, 3)
     assert np.array_equal(episode.frames[:, :192], one[0].frames)
     assert episode.actions.shape == (len(episode), 7)
-    assert np.abs(episode.actions[:, :3]).max() < 0.3  # metres in a fifth of a second
+    assert np.abs(episode.actions[:, :3]).max() < 0.3  # meters in a fifth of a second
     back = integrate_actions(episode.states["state"][0], episode.actions[:-1], "relative_euler")
     np.testing.assert_allclose(back[:, :3], episode.states["state"][:, :3], atol=1e-4)
 

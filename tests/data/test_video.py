@@ -59,9 +59,9 @@ def test_every_window_matches_the_whole_video(name, codec, options, tmp_path):
         length = min(3, 40 - start)
         for fps in (None,) if name == "clip.avi" else (None, 30):
             assert np.array_equal(read_frames(path, start, length, fps), whole[start : start + length]), (start, fps)
-    with pytest.raises(ValueError, match=r"ends early: 3 frames required from number 38, 2 found"):
+    with pytest.raises(ValueError, match=r"ends early: 3 frames required from index 38, 2 found"):
         read_frames(path, 38, 3)
-    with pytest.raises(ValueError, match=r"ends early: 3 frames required from number 50, 0 found"):
+    with pytest.raises(ValueError, match=r"ends early: 3 frames required from index 50, 0 found"):
         read_frames(path, 50, 3)
     with pytest.raises(ValueError, match=r"continues after the 3 frames"):
         read_frames(path, 36, 3, whole=True)
@@ -72,29 +72,29 @@ COLOURS = [(200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (200, 40
 
 
 @pytest.mark.parametrize("matrix", [1, 5, 6, 7, 9], ids=["BT.709", "BT.470BG", "BT.601", "SMPTE 240M", "BT.2020"])
-@pytest.mark.parametrize("colour_range", [1, 2], ids=["limited", "full"])
+@pytest.mark.parametrize("color_range", [1, 2], ids=["limited", "full"])
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv444p10le"])
-def test_colours_use_the_matrix_and_range_of_the_stream(matrix, colour_range, pixel_format, tmp_path):
+def test_colours_use_the_matrix_and_range_of_the_stream(matrix, color_range, pixel_format, tmp_path):
     luma = {1: (0.2126, 0.0722), 7: (0.212, 0.087), 9: (0.2627, 0.0593)}.get(matrix, (0.299, 0.114))
     red, blue = luma
     depth = 10 if pixel_format.endswith("10le") else 8
     rgb = np.array(COLOURS) / 255
     y = rgb @ [red, 1 - red - blue, blue]
     chroma = [(rgb[:, 2] - y) / (2 - 2 * blue), (rgb[:, 0] - y) / (2 - 2 * red)]
-    black, white, width = (0, 255, 255) if colour_range == 2 else (16, 235, 224)
+    black, white, width = (0, 255, 255) if color_range == 2 else (16, 235, 224)
     values = [black + y * (white - black), *(128 + channel * width for channel in chroma)]
     path = tmp_path / "clip.mp4"
     with av.open(str(path), mode="w") as container:
         stream = container.add_stream("libx264", rate=10, options={"crf": "1"})
         stream.width, stream.height, stream.pix_fmt = 16 * len(COLOURS), 32, pixel_format
-        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, colour_range
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, color_range
         frame = av.VideoFrame(stream.width, stream.height, pixel_format)
         for plane, row in zip(frame.planes, values, strict=True):
             bars = np.repeat(np.round(row * (4 if depth == 10 else 1)), plane.width // len(COLOURS))
             line = np.zeros(plane.line_size // (2 if depth == 10 else 1), np.uint16 if depth == 10 else np.uint8)
             line[: len(bars)] = bars
             plane.update(np.tile(line, (plane.height, 1)).tobytes())
-        frame.colorspace, frame.color_range = matrix, colour_range
+        frame.colorspace, frame.color_range = matrix, color_range
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     assert np.abs(read_video(path)[0][16, 8::16].astype(int) - COLOURS).max() <= 4
@@ -172,12 +172,12 @@ def test_depth_pictures_raise(picture, suffix, tmp_path):
 
 
 def test_8_bit_pictures_are_converted_to_rgb(tmp_path):
-    grey = np.arange(24, dtype=np.uint8).reshape(4, 6)
-    rgb = np.stack([grey, grey + 50, grey + 100], axis=-1)
+    gray = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    rgb = np.stack([gray, gray + 50, gray + 100], axis=-1)
     for name, array, wanted in (
-        ("grey", grey, np.repeat(grey[:, :, None], 3, 2)),
+        ("gray", gray, np.repeat(gray[:, :, None], 3, 2)),
         ("rgba", np.dstack([rgb, np.full((4, 6), 90, np.uint8)]), rgb),
-        ("black and white", grey > 10, np.repeat((grey > 10)[:, :, None] * np.uint8(255), 3, 2)),
+        ("black and white", gray > 10, np.repeat((gray > 10)[:, :, None] * np.uint8(255), 3, 2)),
     ):
         PIL.Image.fromarray(array).save(tmp_path / f"{name}.png")
         assert np.array_equal(read_picture(tmp_path / f"{name}.png"), wanted), name

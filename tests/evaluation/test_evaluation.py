@@ -50,7 +50,7 @@ LENGTHS = (34, 16, 9)  # frames of each episode: two clips of 16 frames, one, no
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A tiny model, and episodes with 8x12 pixels and three recorded action components in the format of the release."""
+    """A tiny model, and episodes of the release with 8x12 pixels and three recorded action components."""
     root = tmp_path_factory.mktemp("evaluation")
     tiny_pipeline(num_inference_steps=1).save_pretrained(root / "model")
     rng = np.random.default_rng(0)
@@ -105,7 +105,7 @@ def test_report_contains_metrics_and_settings(workspace, evaluated):
 
 
 def test_metrics_match_pipeline_output(workspace, evaluated):
-    """The history is not scored, the clip's number seeds the noise, and latents are not decoded and re-encoded."""
+    """The history is not scored, the clip's index seeds the noise, and latents are not re-encoded."""
     pipeline = IRASimPipeline.from_pretrained(workspace / "model")
     pipeline.set_progress_bar_config(disable=True)
     episode = open_dataset(workspace / "data", split="test")[0]

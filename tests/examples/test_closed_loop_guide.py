@@ -1,4 +1,4 @@
-"""Run the code blocks of examples/closed_loop.md with smaller numbers, also unchanged on another model."""
+"""Run the code blocks of examples/closed_loop.md with smaller numbers, also on another model."""
 
 import re
 from pathlib import Path

@@ -25,7 +25,7 @@ APP = EXAMPLES.parent / "spaces" / "app.py"
 
 @pytest.mark.parametrize("script", [*SCRIPTS, APP], ids=lambda path: str(path.relative_to(EXAMPLES.parent)))
 def test_missing_extra_ends_in_one_line(script, monkeypatch, capsys):
-    """Without optional packages, a script prints its help or names the extra, before any work and without a traceback."""
+    """Without optional packages, a script prints its help or one line with the extra, before any work."""
     for name, module in list(sys.modules.items()):
         own = str(getattr(module, "__file__", None) or "").startswith((str(EXAMPLES), str(APP.parent)))
         if own or name == "irasim_diffusers.envs" or name.split(".")[0] in OPTIONAL:

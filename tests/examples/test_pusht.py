@@ -1,4 +1,4 @@
-"""End-to-end tests of the Push-T example with the real simulator, `accelerate launch` and tiny networks."""
+"""End-to-end tests of the Push-T example: real simulator, `accelerate launch`, tiny networks."""
 
 import contextlib
 import importlib
@@ -498,7 +498,7 @@ def test_evaluation_reports_all_metrics(workspace, trained):
 
 
 def test_driven_episodes_match_space_controls():
-    """The target moves by 32 units per step at speed 1, in the directions of the keys, and stays in the arena."""
+    """The target moves 32 units per step at speed 1 in the keys' directions, and stays in the arena."""
     for speed in evaluate.SPEEDS:
         actions, frames, states = evaluate.driven_episodes(2, speed, 15.0)
         assert (actions.shape, frames.shape, states.shape) == ((2, 60, 2), (2, 61, 96, 96, 3), (2, 61, 5))

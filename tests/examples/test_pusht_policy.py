@@ -1,4 +1,4 @@
-"""The reward network and the diffusion policy of the Push-T example, with the real simulator and little training."""
+"""Reward network and diffusion policy of the Push-T example: real simulator, little training."""
 
 import json
 import sys

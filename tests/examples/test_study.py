@@ -1,4 +1,4 @@
-"""The Push-T study on a tiny setting: the real simulator, the embedded model, and networks with little training."""
+"""The Push-T study in a tiny setting: real simulator, embedded model, briefly trained networks."""
 
 import dataclasses
 import json

@@ -70,7 +70,7 @@ SHORT = ["--train_batch_size", 4, "--max_train_steps", 2, "--checkpointing_steps
 
 
 def write_robot(root, seed, episodes=3, cameras=2, width=32):
-    """Write clips in the format of the IRASim release, with a square that moves by the first two action components."""
+    """Write clips of the IRASim release with a square that moves by the first two action components."""
     generator = np.random.default_rng(seed)
     (root / "annotation" / "train").mkdir(parents=True)
     for number in range(episodes):
@@ -434,7 +434,7 @@ def test_two_processes_match_one_at_same_global_batch_size(workspace):
 
 
 def test_crop_contains_motion_and_target():
-    """Frames and targets are cropped and shifted consistently, by whole patches, around the changing pixel."""
+    """Frames and targets are cropped consistently, by whole patches, around the changing pixel."""
     config = {
         "patch_size": 2,
         "target_extent": [-1.0, 10.0, 11.0, 20.0],
@@ -446,7 +446,7 @@ def test_crop_contains_motion_and_target():
     places = torch.stack([torch.randint(0, size, (50,), generator=generator) for size in (10, 12)], dim=1)
     for clip, (row, column) in zip(latents, places.tolist(), strict=True):
         clip[0, :, row, column] = torch.tensor([1.0, 2.0, 3.0])
-    targets = places.flip(1) + torch.tensor([-0.5, 10.5])  # the target is the centre of the pixel; a pixel is one unit
+    targets = places.flip(1) + torch.tensor([-0.5, 10.5])  # the target is the center of the pixel; a pixel is one unit
     actions = torch.cat([targets, torch.full((50, 1), 7.0)], dim=1)[:, None]
     cropped, moved = crop(latents, actions, config, 4, torch.rand(50, 3, generator=generator))
     assert cropped.shape == (50, 1, 3, 4, 4)
@@ -509,7 +509,7 @@ class TrueFrames(torch.nn.Module):
 
 @pytest.mark.parametrize("length", [1, 2])
 def test_training_on_own_rollouts(length):
-    """The history consists of predicted frames with the matching actions, and some clips keep their true history."""
+    """The history consists of predicted frames with matching actions; some clips keep the true history."""
     config = {"num_history_frames": 2, "sample_frames": 2 + length, "conditioning": "frame", "relative_latents": True}
     settings = TrainingArguments(
         dataset=["set"],
@@ -680,7 +680,7 @@ def test_sigterm_saves_a_checkpoint(workspace):
 
 
 def test_sigterm_of_the_launcher_saves_a_checkpoint_of_two_processes(workspace):
-    """A preemption signals `accelerate launch`; the same command, with fewer total steps, resumes from the checkpoint."""
+    """After SIGTERM to `accelerate launch`, the same command with fewer steps resumes the training."""
     output = workspace / "preempted"
     command = [sys.executable, "-m", "accelerate.commands.launch", *TWO, EXAMPLES / "train.py"]
     command += [
@@ -730,7 +730,7 @@ def test_units_of_converted_data_reach_the_model(workspace):
 
 
 def test_zero_does_not_count_as_an_omitted_argument(workspace):
-    """0 equals False, but `--action_frequencies 0` is a request that a pretrained model with other frequencies contradicts."""
+    """An explicit `--action_frequencies 0` is compared with the pretrained model, although 0 == False."""
     tiny_transformer(action_frequencies=2).save_pretrained(workspace / "octaves")
     flags = {"dataset": ["set"], "output_dir": "out", "pretrained_model_name_or_path": str(workspace / "octaves")}
     with pytest.raises(

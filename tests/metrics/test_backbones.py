@@ -8,7 +8,7 @@ from irasim_diffusers.metrics import load_i3d, load_inception, load_lpips
 
 
 class Detector(torch.nn.Module):
-    """Network with the signature of the I3D of StyleGAN-V: videos (B, 3, T, H, W), uint8, to features (B, F)."""
+    """Network with the signature of StyleGAN-V's I3D: videos (B, 3, T, H, W), uint8, to (B, F)."""
 
     def forward(self, videos: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
         assert rescale

@@ -42,12 +42,12 @@ def test_frame_metrics_match_scikit_image(clips):
 def test_gray_matches_opencv(clips):
     frames = np.rint(clips[0] * 255).astype(np.uint8)
     expected = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames.reshape(-1, 9, 11, 3)])
-    grey = gray(frames)
-    assert grey.shape == (2, 3, 9, 11, 1)
-    assert abs(grey.reshape(expected.shape).astype(int) - expected).max() <= 1  # OpenCV uses fixed-point arithmetic
+    image = gray(frames)
+    assert image.shape == (2, 3, 9, 11, 1)
+    assert abs(image.reshape(expected.shape).astype(int) - expected).max() <= 1  # OpenCV uses fixed-point arithmetic
     other = cv2.GaussianBlur(expected[0], (3, 3), 0)
-    value = frame_ssim(grey[0, 0] / 255, other[..., None] / 255)
-    assert value == pytest.approx(structural_similarity(grey[0, 0, ..., 0], other), rel=1e-9)
+    value = frame_ssim(image[0, 0] / 255, other[..., None] / 255)
+    assert value == pytest.approx(structural_similarity(image[0, 0, ..., 0], other), rel=1e-9)
 
 
 def test_latent_l2_is_mean_squared_error_per_clip():

@@ -246,11 +246,11 @@ def test_group_offload(model, inputs, tmp_path, kind, on_disk):
 def test_int8_weights(model, inputs, tmp_path):
     quantization = pytest.importorskip("torchao.quantization")
     model.save_pretrained(tmp_path)
-    quantised = IRASimTransformer3DModel.from_pretrained(
+    quantized = IRASimTransformer3DModel.from_pretrained(
         tmp_path, dtype=torch.float32, quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig())
     )
     expected = model(*inputs).sample
-    error = (quantised(*inputs).sample - expected).square().mean().sqrt() / expected.std()
+    error = (quantized(*inputs).sample - expected).square().mean().sqrt() / expected.std()
     assert 0 < error < 0.05
 
 

@@ -35,7 +35,7 @@ def test_matches_reference_implementation(transformer, inputs):
 
 
 def plain_forward(state, x, t, actions):
-    """IRASim Frame-Ada written out for the tiny model, in the order and sizes of the paper, without diffusers."""
+    """IRASim Frame-Ada of the tiny model without diffusers, in the order and sizes of the paper."""
     (batch, channels, frames, height, width), heads, dim = x.shape, 2, 24
 
     def linear(name, value):
@@ -258,7 +258,10 @@ PUSHT = ARCHITECTURES["Push-T"]
 
 
 def test_patch_receives_its_offset_from_the_target(inputs):
-    """Moving the target by one patch moves the embeddings by one patch; history frames and masked actions receive zero."""
+    """Moving the target by one patch moves the embeddings by one patch.
+
+    History frames and masked actions receive zero.
+    """
     model = tiny_transformer(**PUSHT)
     actions = torch.tensor([[[0.3, 0.4, 1.0], [0.0, 2.0, -1.0]]])
     embeddings = model.encode_targets(actions, 5, (2, 3))  # patches of 2 units down and 1 unit across

@@ -46,7 +46,7 @@ def psnr(video: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
-    """Bytes of the tensors in a module's parameters, including those inside quantised ones."""
+    """Bytes of the tensors in a module's parameters, including those inside quantized ones."""
 
     def size(tensor: torch.Tensor) -> int:
         names = getattr(tensor, "tensor_data_names", None)
@@ -95,9 +95,9 @@ def test_int8_weights_take_less_memory(plain, video, truth):
     config = PipelineQuantizationConfig(
         quant_mapping={"transformer": TorchAoConfig(quantization.Int8WeightOnlyConfig())}
     )
-    quantised = load(quantization_config=config)
-    assert weight_bytes(quantised.transformer) < 0.3 * weight_bytes(plain.transformer)
-    prediction = generate(quantised)
+    quantized = load(quantization_config=config)
+    assert weight_bytes(quantized.transformer) < 0.3 * weight_bytes(plain.transformer)
+    prediction = generate(quantized)
     assert not torch.equal(prediction, video)
     assert abs(psnr(prediction, truth) - psnr(video, truth)) < 0.3
 
@@ -121,9 +121,9 @@ def test_4_bit_weights_on_cuda(plain, video, truth):
         quant_kwargs={"load_in_4bit": True},
         components_to_quantize=["transformer"],
     )
-    quantised = load(quantization_config=config).to("cuda")
-    assert weight_bytes(quantised.transformer) < 0.3 * weight_bytes(plain.transformer)
-    assert abs(psnr(generate(quantised).cpu(), truth) - psnr(video, truth)) < 1.0
+    quantized = load(quantization_config=config).to("cuda")
+    assert weight_bytes(quantized.transformer) < 0.3 * weight_bytes(plain.transformer)
+    assert abs(psnr(generate(quantized).cpu(), truth) - psnr(video, truth)) < 1.0
 
 
 def test_layerwise_casting_stores_weights_in_8_bits(plain, video):

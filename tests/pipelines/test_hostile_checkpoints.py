@@ -1,4 +1,4 @@
-"""Checkpoints that would fill the memory, take hours to load, or predict noise are rejected before any work."""
+"""Checkpoints that fill the memory, load for hours, or predict noise are rejected before any work."""
 
 import json
 import shutil

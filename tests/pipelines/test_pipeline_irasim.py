@@ -451,7 +451,7 @@ def test_one_history_with_several_action_sequences(pipeline, frames, actions):
 
 
 def test_shorter_windows_match_a_stream(tmp_path, frames, actions):
-    """Windows of a call, by argument or by the checkpoint's own length, and chunks of a stream are the same windows."""
+    """Windows of a call, set by argument or by the checkpoint, equal the chunks of a stream."""
     pipeline = tiny_pipeline()
     chunks = pipeline.stream(
         frames, actions, 2, num_inference_steps=2, generator=torch.Generator().manual_seed(1), output_type="latent"

@@ -1,4 +1,7 @@
-"""A pipeline that an earlier version saved, with the features of the embedded model, random weights and its prediction."""
+"""A pipeline saved by an earlier version, with random weights, and its prediction.
+
+It has the features of the embedded model.
+"""
 
 from pathlib import Path
 

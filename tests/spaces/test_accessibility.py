@@ -9,7 +9,7 @@ axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 def space(page, app_url):
     page.goto(app_url)
     page.locator(".begin").wait_for()
-    page.add_style_tag(content="* { transition: none !important; }")  # colours would be measured between two themes
+    page.add_style_tag(content="* { transition: none !important; }")  # colors would be measured between two themes
     return page
 
 

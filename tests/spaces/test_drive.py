@@ -29,7 +29,7 @@ def picture(page):
 
 
 def pusher(page):
-    """Return the centre (x, y) of the blue pixels, also if the pusher is partly outside the picture."""
+    """Return the center (x, y) of the blue pixels, also if the pusher is partly outside the picture."""
     frame = picture(page).astype(int)
     return np.argwhere(frame[..., 2] - frame[..., 0] > 90).mean(axis=0)[::-1]
 

@@ -12,11 +12,11 @@ from study_videos import find_demonstration, open_study, owner_key
 
 
 def write_study(folder, **clips):
-    """Write a study in which the videos of each model have a different grey level."""
-    for grey, (model, names) in enumerate(clips.items()):
+    """Write a study in which the videos of each model have a different gray level."""
+    for gray, (model, names) in enumerate(clips.items()):
         (folder / model).mkdir()
         for name in names:
-            frames = np.full((3, 8, 12, 3), 60 * grey, np.uint8)
+            frames = np.full((3, 8, 12, 3), 60 * gray, np.uint8)
             if name.endswith(".npz"):
                 np.savez(folder / model / name, frames=frames)
             else:
@@ -27,10 +27,10 @@ def test_study_of_folder(tmp_path):
     write_study(tmp_path, lvdm=["1.mp4", "2.npz"], ours=["1.npz", "2.mp4", "3.mp4"], truth=["1.mp4", "2.mp4", "3.mp4"])
     study, videos = open_study(tmp_path)
     assert (study.model, study.others, study.clips) == ("lvdm", ("ours",), ("1", "2"))
-    for grey, model in enumerate(("lvdm", "ours", "truth")):
+    for gray, model in enumerate(("lvdm", "ours", "truth")):
         frames = asyncio.run(videos(model, "1"))
         assert frames.shape == (3, 8, 12, 3)
-        assert abs(frames.mean() - 60 * grey) < 4
+        assert abs(frames.mean() - 60 * gray) < 4
     study.answer("ann", study.comparisons("ann")[0], "similar")
     again, _ = open_study(tmp_path)
     assert len(again.answers()) == 1

@@ -193,7 +193,7 @@ class TestFiles:
         np.testing.assert_array_equal(clip[2:-2], np.broadcast_to([255, 0, 0], (6, 30, 3)))
 
     def test_images_and_videos_are_cropped_alike(self, tmp_path):
-        """A grey square between red margins, in a wide picture: only the square is left, undistorted."""
+        """A gray square between red margins, in a wide picture: only the square is left, undistorted."""
         frames = np.zeros((3, 48, 96, 3), np.uint8)
         frames[:] = (200, 0, 0)
         frames[:, :, 24:72] = 128

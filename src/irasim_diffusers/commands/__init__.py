@@ -1,4 +1,5 @@
-"""Subcommands of `irasim`, one module each, with `add_parser` and `run`; modules that they share: files, sampling, dataset, keys, terminal.
+"""Subcommands of `irasim`, one module each, with `add_parser` and `run`.
 
-`add_parser` must import nothing that imports torch, so that `irasim --help` starts fast; `run` imports what it needs.
+The subcommands share the modules files, sampling, dataset, keys and terminal. `add_parser` must import nothing that
+imports torch, so that `irasim --help` starts fast; `run` imports what it needs.
 """

@@ -1,4 +1,4 @@
-"""`irasim evaluate-policies`: compare the success rates of policies in a world model and in a real environment."""
+"""`irasim evaluate-policies`: success rates of policies in a world model and a real environment."""
 
 from __future__ import annotations
 
@@ -144,7 +144,10 @@ def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _find_loader(path: str | None) -> Callable[..., Policy]:
-    """Return the function `module:function`, also of a module in the working folder; by default the loader of LeRobot policies."""
+    """Return the function `module:function`; by default the loader of LeRobot policies.
+
+    The module may also be in the working folder.
+    """
     if path is None:
         from ..policies import LeRobotPolicy
 
@@ -162,7 +165,10 @@ def _find_loader(path: str | None) -> Callable[..., Policy]:
 
 
 def _policy_files(path: str, loader: str | None) -> Path | None:
-    """Return the file or folder of a policy, downloaded from the Hub if necessary; None if only its loader knows it."""
+    """Return the file or folder of a policy, downloaded from the Hub if necessary.
+
+    The result is None if only the loader knows the policy.
+    """
     from ..policies import policy_folder
 
     if Path(path).exists() or loader is not None:

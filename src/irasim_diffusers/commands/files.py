@@ -117,7 +117,7 @@ def _read_csv(path: Path) -> np.ndarray:
 
 
 def _is_numbered_header(rows: list[list[str]]) -> bool:
-    """Check whether the first row is 0, 1, ..., A - 1, the header that pandas writes for columns without names.
+    """Check whether the first row is 0, 1, ..., A - 1, as pandas writes for columns without names.
 
     A single column counts only if no other row is an integer, since its first action may be 0.
     """
@@ -210,7 +210,10 @@ def check_name(flag: str, path: Path | str) -> None:
 
 
 def check_writable(flag: str, path: Path, folder: Path) -> None:
-    """Raise ValueError, which names `path`, if no file can be written in a folder or its nearest existing parent."""
+    """Raise ValueError if no file can be written in a folder or its nearest existing parent.
+
+    The error names `path`.
+    """
     folder = folder.absolute()
     while not folder.exists() and not folder.is_symlink():
         folder = folder.parent

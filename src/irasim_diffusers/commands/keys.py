@@ -26,7 +26,7 @@ ARM_KEYS = (
     ("o", "u"),
     ("h", "g"),
 )
-"""For an arm seen from behind its base: x forwards, y to the left, z up; then roll, pitch, yaw and gripper."""
+"""For an arm seen from behind its base: x forward, y to the left, z up; then roll, pitch, yaw and gripper."""
 
 SAME_KEYS = {"w": "ArrowUp", "a": "ArrowLeft", "s": "ArrowDown", "d": "ArrowRight"}
 """Second keys of the arrows."""

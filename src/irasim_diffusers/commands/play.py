@@ -137,7 +137,10 @@ def play(session: DrivingSession, chunk_length: int = 2) -> float:
 
 
 def _play(session: DrivingSession, chunk_length: int) -> tuple[float, bool]:
-    """Drive in the terminal; return the frames shown per second, and whether Ctrl-C or SIGTERM ended the session."""
+    """Drive in the terminal; return the frames per second, and whether a signal ended the session.
+
+    The signals are Ctrl-C and SIGTERM.
+    """
     check_terminal()
     screen = _Screen(session)
     try:

@@ -1,4 +1,4 @@
-"""Terminal input and display: keys read while they are pressed, frames drawn with half-block characters."""
+"""Terminal input and display: keys held down, and frames drawn with half-block characters."""
 
 from __future__ import annotations
 
@@ -103,7 +103,10 @@ class Keys:
         return set(pressed)
 
     def held(self) -> set[str]:
-        """Return the keys held now and those pressed since the last call, so that slow predictions miss no short press."""
+        """Return the keys held now and those pressed since the last call.
+
+        Slow predictions therefore miss no short press.
+        """
         now = time.monotonic()
         since, self._asked = min(self._asked, now - HELD), now
         return {key for key, last in self._last.items() if last >= since}

@@ -1,4 +1,4 @@
-"""Strict mapping of foreign tensors: every tensor must be mapped or explicitly dropped; otherwise an error is raised."""
+"""Strict mapping of foreign tensors: every tensor must be mapped or explicitly dropped."""
 
 from __future__ import annotations
 
@@ -133,14 +133,17 @@ def is_action(key: str) -> bool:
 
 
 def zero_actions(model: IRASimTransformer3DModel) -> None:
-    """Set the embedding of every action to zero, so that a converted model first computes what its source does."""
+    """Zero the action embeddings, so that a converted model initially computes the same as its source."""
     encoder = getattr(model, "trajectory_embed", model.action_embed)
     for parameter in (encoder.linear_2.weight, encoder.linear_2.bias, model.null_action):
         torch.nn.init.zeros_(parameter)
 
 
 def without_sigma(tensor: torch.Tensor, model: IRASimTransformer3DModel) -> torch.Tensor:
-    """Return the rows that predict the mean, of a layer that predicts mean and variance with the channels last."""
+    """Return the rows that predict the mean, from a layer that predicts mean and variance.
+
+    The channels are the last dimension of the outputs.
+    """
     channels = model.config.in_channels
     if tensor.shape[0] != 2 * channels * model.config.patch_size**2:
         return tensor  # `build` reports the shape
@@ -204,7 +207,7 @@ def _convert(
     convert: Callable[[str, torch.Tensor], Conversion],
     report: ConversionReport,
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Convert tensors; return them and a line for each tensor that is unknown, ambiguous or of another shape."""
+    """Convert tensors; return them and a line for each unknown, ambiguous or wrongly shaped tensor."""
     converted: dict[str, torch.Tensor] = {}
     problems = []
     for key, tensor in state.items():

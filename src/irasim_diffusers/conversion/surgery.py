@@ -1,4 +1,4 @@
-"""Changes to the architecture of a trained model: patch size, autoencoder, action dimension and prediction type."""
+"""Changes to trained models: patch size, autoencoder, action dimension and prediction type."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ ACTION_ENTRIES = {
 def change_patch_size(
     model: IRASimTransformer3DModel, patch_size: int, action_frequencies: int | None = None
 ) -> IRASimTransformer3DModel:
-    """Change the patch size of a trained model. Large patches are cheap to train, small patches give sharp images.
+    """Change the patch size of a trained model.
 
-    Patches keep their position in the image. The layers that read and write patches are interpolated about the center of a
-    patch. (FlexiViT, https://arxiv.org/abs/2212.08013, changes the scale of the patches instead.) The model needs a short
-    training afterwards.
+    Large patches are cheap to train; small patches give sharp images. Patches keep their position in the image. The
+    layers that read and write patches are interpolated about the center of a patch. (FlexiViT,
+    https://arxiv.org/abs/2212.08013, changes the scale of the patches instead.) The model needs a short training
+    afterward.
 
     Args:
         model: The trained model, with `spatial_position="grid"`.
@@ -74,7 +75,10 @@ def change_patch_size(
 
 
 def _add_octaves(weight: torch.Tensor, action_dim: int, before: int, after: int) -> torch.Tensor:
-    """Return columns (D, A (1 + 2 after)) of `weight` (D, A (1 + 2 before)), with zeros for the added octaves."""
+    """Return `weight` (D, A (1 + 2 before)) with columns of zeros for the added octaves.
+
+    The result is (D, A (1 + 2 after)).
+    """
     raw, waves = weight.split([action_dim, 2 * action_dim * before], dim=1)
     octaves = waves.unflatten(1, (2, action_dim, before)) if before else waves.new_zeros(len(weight), 2, action_dim, 0)
     added = octaves.new_zeros(*octaves.shape[:-1], after - before)
@@ -85,7 +89,7 @@ def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel
     """Change a model that predicts velocities to one that predicts samples.
 
     A sample prediction does not have to pass the noise of high-resolution latents through the width of the model. At the last
-    timestep a velocity is the negated sample, so the output layer is negated. The model needs a short training afterwards.
+    timestep a velocity is the negated sample, so the output layer is negated. The model needs a short training afterward.
 
     Args:
         model: The trained model, with `prediction_type="v_prediction"`.
@@ -111,7 +115,7 @@ def change_autoencoder(
     """Adapt a trained model to the latents of another autoencoder.
 
     The layers that read and write patches are composed with linear maps between the patches of the two autoencoders. The maps
-    are fitted to images by least squares. The model needs a short training afterwards.
+    are fitted to images by least squares. The model needs a short training afterward.
 
     Args:
         model: The trained model.

@@ -60,7 +60,10 @@ def _matching_columns(source: EpisodeSource, key: str, vectors: dict[str, np.nda
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Median over the components of the correlation of two series (T, A); components that never change are left out."""
+    """Median over the components of the correlation of two series (T, A).
+
+    Components that never change are left out.
+    """
     first, second = first - first.mean(0), second - second.mean(0)
     scales = np.sqrt((first**2).sum(0) * (second**2).sum(0))
     moving = scales > 1e-9

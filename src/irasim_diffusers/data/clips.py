@@ -28,10 +28,10 @@ def standardised_states(
         datasets: The datasets.
         keys: Vector features that are concatenated to the state.
         angles: Names of components in radians. Their cosines and sines replace them, at the end of the state.
-        numbers: Numbers of the episodes of each dataset; None for all.
+        numbers: Indices of the episodes of each dataset; None for all.
 
     Returns:
-        For each dataset, states (T, S), float32, by episode number. A constant component is zero.
+        For each dataset, states (T, S), float32, by episode index. A constant component is zero.
 
     Raises:
         ValueError: If a feature or component does not exist, or a state is not finite.
@@ -50,7 +50,7 @@ def standardised_states(
 def _episode_states(
     dataset: EpisodeSource, keys: Sequence[str], angles: Sequence[str], numbers: Iterable[int]
 ) -> dict[int, np.ndarray]:
-    """States (T, S) of some episodes in raw units, by number; see `standardised_states`."""
+    """States (T, S) of some episodes in raw units, by index; see `standardised_states`."""
     numbers = list(numbers)
     first = dataset.vectors(numbers[0])
     names: list[str] = []
@@ -88,8 +88,8 @@ class LatentClips(Dataset):
         folder: Folder written by `cache_latents`.
         sample_frames: Frames F of a window, history and predicted; at least 2.
         stride: Distance between the first frames of successive windows; 1 in training, 16 in the paper's evaluation.
-        states: States (T, S) of episodes by number, which are returned with the windows; see `standardised_states`.
-        skip_short: Skip episodes that are shorter than a window, and list their numbers in `short`.
+        states: States (T, S) of episodes by index, which are returned with the windows; see `standardised_states`.
+        skip_short: Skip episodes that are shorter than a window, and list their indices in `short`.
         frame_skip: Distance between successive frames of a window, in frames of the cache; see `PreparedEpisodes.all_phases`.
 
     Raises:
@@ -123,7 +123,7 @@ class LatentClips(Dataset):
         if self.short and not skip_short:
             raise ValueError(
                 f"{len(self.short)} episodes of {str(folder)!r} are shorter than a {window}, the first "
-                f"number {self.short[0]} with {lengths[self.short[0]]}; train with fewer frames, or skip them with "
+                f"episode {self.short[0]} with {lengths[self.short[0]]}; train with fewer frames, or skip them with "
                 "`skip_short` (`--skip_broken`)."
             )
         for number in self.short:
@@ -135,7 +135,7 @@ class LatentClips(Dataset):
 
     @property
     def windows(self) -> Iterator[tuple[int, int]]:
-        """Episode number and first frame of every window."""
+        """Episode index and first frame of every window."""
         counts = np.diff(self._firsts).tolist()
         return (
             (number, window * self.stride)
@@ -178,7 +178,7 @@ class LatentClips(Dataset):
 
 
 def _read_episodes(folder: Path) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Latents (T, C, h, w) and actions (T, A) of all episodes of a complete cache, by number."""
+    """Latents (T, C, h, w) and actions (T, A) of all episodes of a complete cache, by index."""
     remedy = "re-run the training, or `cache_latents`, which encodes missing and damaged files"
     try:
         known = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("files", {})

@@ -47,7 +47,9 @@ def choose_action_columns(
 
 
 def component_names_of(columns: Mapping[str, tuple[Any, int]]) -> list[str] | None:
-    """Join the component names of columns; a column without names gets `<column>.<index>`, None if no column has names.
+    """Join the component names of columns; a column without names gets `<column>.<index>`.
+
+    The result is None if no column has names.
 
     Args:
         columns: By column, its names in any form of LeRobot, and its width.

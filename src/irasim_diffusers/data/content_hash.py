@@ -19,7 +19,9 @@ ENDS = 1 << 16
 
 
 def content_hash(root: Path, files: Iterable[Path]) -> str:
-    """Hash the names and the content of files: all of a small table, the fingerprint of a video (`media_stamp`).
+    """Hash the names and the content of files.
+
+    Small tables are hashed completely, videos by their fingerprint (`media_stamp`).
 
     Args:
         root: The folder to which names are relative, so that a moved dataset keeps its hash.
@@ -86,7 +88,10 @@ def _whole_hash(path: Path) -> str | None:
 
 
 def _parquet_hash(path: Path) -> Any:
-    """Hash a whole file, or its fingerprint and all columns except embedded images, which are as large as videos."""
+    """Hash a whole file, or its fingerprint and all columns except embedded images.
+
+    Embedded images may be as large as videos.
+    """
     try:
         schema = pq.read_schema(path)
         columns = [field.name for field in schema if "binary" not in str(field.type)]

@@ -31,7 +31,7 @@ class Episode:
 
 
 class EpisodeSource(Protocol):
-    """Interface of data sources: numbered episodes, and their properties that are known without decoding images."""
+    """Interface of data sources: numbered episodes, and properties known without decoding images."""
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ def first_readable(source: EpisodeSource, read: Callable[[int], Value], attempts
 
     Args:
         source: The data source.
-        read: Function of the episode's number, such as `source.vectors` or `source.__getitem__`.
+        read: Function of the episode's index, such as `source.vectors` or `source.__getitem__`.
         attempts: Largest number of episodes to try.
 
     Raises:
@@ -167,7 +167,10 @@ def first_task(tasks: Any) -> str:
 
 
 def camera_layout(cameras: str | Sequence[str] | Sequence[Sequence[str]]) -> CameraLayout:
-    """Return the layout of one camera, several stacked cameras, or rows of cameras; a row may be written `left,right`."""
+    """Return the layout of one camera, several stacked cameras, or rows of cameras.
+
+    A row may be written `left,right`.
+    """
     rows = [cameras] if isinstance(cameras, str) else cameras
     return tuple(tuple(row.split(",")) if isinstance(row, str) else tuple(row) for row in rows)
 

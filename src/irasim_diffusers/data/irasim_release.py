@@ -255,7 +255,10 @@ def _media_path(annotation: dict[str, Any], kind: str, camera: str) -> str:
 
 
 def _read_latents(path: Path, length: int) -> torch.Tensor:
-    """Read the latents of this many frames, or one more, from a file that contains only them, or them as `obs`."""
+    """Read the latents of `length` frames from a file with one latent per frame, or one more.
+
+    The file contains only the latents, or a dictionary with the latents as `obs`.
+    """
     content = read_torch_file(path)
     latents = content.get("obs") if isinstance(content, dict) else content
     if not torch.is_tensor(latents) or latents.ndim != 4 or len(latents) not in (length, length + 1):

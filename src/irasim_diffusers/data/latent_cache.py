@@ -198,7 +198,10 @@ def _write_manifest(
 
 
 def _is_intact(path: Path, episodes: range, known: dict[str, Any]) -> bool:
-    """Whether a file is complete and undamaged; `known` are the states of files by name, from the manifest."""
+    """Whether a file is complete and undamaged.
+
+    `known` maps file names to their states in the manifest.
+    """
     if not path.is_file():
         return False
     if known.get(path.name) == _file_state(path):
@@ -227,7 +230,7 @@ def _write_file(path: Path, tensors: dict[str, torch.Tensor], broken: dict[int, 
 
 
 def _metadata(path: Path) -> tuple[int, dict[str, str]]:
-    """Checksum of a file's tensors, and error messages of its broken episodes by number."""
+    """Checksum of a file's tensors, and error messages of its broken episodes by index."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     return int(metadata["checksum"]), json.loads(metadata["broken"])
@@ -241,7 +244,10 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def _checked(folder: Path, skip_broken: bool) -> Path:
-    """Return the folder of a complete cache, unless it has no episode, or misses some although `skip_broken` is False."""
+    """Return the folder of a cache; raise ValueError if it has no episode or misses any.
+
+    Missing episodes are allowed with `skip_broken`.
+    """
     content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     broken = content["broken"]
     if len(broken) == content["episodes"]:
@@ -314,7 +320,10 @@ def _finite(latents: torch.Tensor, dataset: EpisodeSource, number: int, remedy: 
 
 
 def _parts(dataset: EpisodeSource, number: int, batch_size: int) -> Iterator[Episode]:
-    """An episode, divided into whole batches if it is long, because frames may be large before they are resized."""
+    """Yield an episode, divided into whole batches if it is long.
+
+    Frames may be large before they are resized.
+    """
     length, size = len(dataset.vectors(number)["action"]), max(FRAMES_AT_ONCE // batch_size, 1) * batch_size
     if length <= size:
         yield dataset[number]
@@ -325,7 +334,10 @@ def _parts(dataset: EpisodeSource, number: int, batch_size: int) -> Iterator[Epi
 
 @torch.no_grad()
 def _encode(vae: AutoencoderKL | None, frames: np.ndarray, batch_size: int, mixed_precision: bool) -> torch.Tensor:
-    """Latents (T, C, h, w), float16, of frames (T, H, W, 3), uint8; the frames (T, 3, H, W) themselves without `vae`."""
+    """Encode frames (T, H, W, 3), uint8, to latents (T, C, h, w), float16.
+
+    Without `vae`, the frames (T, 3, H, W) themselves are returned.
+    """
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2)
     if vae is None:
         return pixels.contiguous()

@@ -196,7 +196,7 @@ class LeRobotFolder(InOrder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Cameras, columns, `info.json` and a hash of the content of the files, or the name and commit on the Hub."""
+        """Cameras, columns, `info.json`, and a hash of the files, or the name and commit on the Hub."""
         shared = {"cameras": self.cameras, "info": self.info, "episodes": len(self)}
         shared |= {"action": self.action_column, "states": self._states}
         if self.rows != self._all_rows[: len(self)]:
@@ -226,7 +226,7 @@ class LeRobotFolder(InOrder):
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """One row per episode, in order, without its statistics: index, length, tasks, and position in the files."""
+        """Rows of the episodes in order, without statistics: index, length, tasks, position in the files."""
         rows = self._all_rows
         if self.split is not None:
             rows = [rows[number] for part in self._parts(self.split) for number in part]
@@ -333,7 +333,7 @@ class LeRobotFolder(InOrder):
             raise ValueError(f"episode {row['episode_index']} of {self.name!r}: {error}") from error
 
     def flags(self, number: int) -> dict[str, np.ndarray]:
-        """Read the bool, integer and string features (T, D) of one episode, for example `next.done`, in the recorded type.
+        """Read bool, integer and string features (T, D), such as `next.done`, in the recorded type.
 
         Raises:
             ValueError: If a value is missing or has another type.
@@ -389,7 +389,7 @@ class LeRobotFolder(InOrder):
         return read_numbered_frames(path, (first + numbers[part]).tolist(), self.fps, whole=ends)
 
     def _numbers(self, row: dict[str, Any], column: pa.ChunkedArray) -> np.ndarray:
-        """Return the frame indices (T,) of an episode's rows by their timestamps; rows of idle frames may be missing."""
+        """Return the frame indices (T,) of an episode's rows by timestamp; idle frames may be missing."""
         path, key = str(self._path(row)), "timestamp"
         _check_numbers(column.type, key, path)
         times = column.combine_chunks().to_numpy(zero_copy_only=False).astype(np.float64)
@@ -442,7 +442,7 @@ class LeRobotFolder(InOrder):
         return array.to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
     def _table(self, row: dict[str, Any]) -> pa.Table:
-        """Read the vectors, flags and timestamps of one episode; the table of the file is kept for the next episode."""
+        """Read an episode's vectors, flags and timestamps; the file's table is kept for the next episode."""
         path = self._path(row)
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] != path:
@@ -494,7 +494,7 @@ class LeRobotFolder(InOrder):
 
 
 def _check_numbers(kind: pa.DataType, key: str, path: str) -> None:
-    """Raise ValueError if a column of a Parquet file does not contain numbers; null counts as a missing number."""
+    """Raise ValueError if a Parquet column does not contain numbers; null counts as a missing number."""
     checks = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
     if not any(check(kind) for check in checks):
         raise ValueError(f"{path!r}: {key!r} must contain numbers, got {kind}.")

@@ -1,4 +1,7 @@
-"""Check the metadata of LeRobotDataset folders; errors contain the entry, the expected and the actual value."""
+"""Check the metadata of LeRobotDataset folders.
+
+Errors contain the entry, the expected and the actual value.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ def check_info(info: Mapping[str, Any], path: Path, needed: Sequence[str]) -> No
     require(splits is None or isinstance(splits, dict), "'splits'", "an object", splits)
     for name, part in (splits or {}).items():
         bounds = isinstance(part, str) and re.fullmatch(r"\d{1,12}:\d{1,12}", part) is not None
-        require(bounds, f"the split {name!r}", "two episode numbers such as '0:10'", part)
+        require(bounds, f"the split {name!r}", "two episode indices such as '0:10'", part)
     _check_own_entry(features.get("action", {}).get(OWN_ENTRY, {}), require)
 
 
@@ -89,7 +92,7 @@ def _check_own_entry(own: Any, require: Any) -> None:
 
 
 def row_number(row: Mapping[str, Any], name: str) -> int:
-    """Return a non-negative integer in a row of `meta/episodes`, for example a length or the index of a file.
+    """Return a non-negative integer in a row of `meta/episodes`, such as a length or a file index.
 
     Raises:
         ValueError: If the entry is missing or invalid.

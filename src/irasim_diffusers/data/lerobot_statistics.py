@@ -24,7 +24,10 @@ def vector_statistics(values: np.ndarray) -> dict[str, list]:
 
 
 def image_statistics(frames: np.ndarray) -> dict[str, list]:
-    """Statistics of one episode's frames (T, H, W, 3), uint8, scaled to [0, 1], in lists of shape (3, 1, 1)."""
+    """Statistics of an episode's frames (T, H, W, 3), uint8, scaled to [0, 1].
+
+    They are lists of shape (3, 1, 1).
+    """
     length = len(frames)
     samples = max(min(100, length), min(int(length**0.75), 10_000))
     frames = frames[np.linspace(0, length - 1, samples).round().astype(int)]
@@ -42,7 +45,10 @@ def image_statistics(frames: np.ndarray) -> dict[str, list]:
 
 
 def pool(parts: Sequence[Mapping[str, Any]]) -> dict[str, list]:
-    """Pool the statistics of several episodes. Quantiles are means weighted by the number of rows, as in LeRobot."""
+    """Pool the statistics of several episodes.
+
+    Quantiles are means weighted by the number of rows, as in LeRobot.
+    """
     counts = np.array([part["count"][0] for part in parts], dtype=np.float64)
     weights = counts / counts.sum()
 

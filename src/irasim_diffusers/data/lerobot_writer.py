@@ -50,7 +50,7 @@ def write_file(
 
     Args:
         root: The folder of the dataset.
-        file_index: Number of the file.
+        file_index: Index of the file.
         episodes: Its episodes. Only one is held at a time if the iterable reads them on demand. States keep their type if
             they are bool, integers or strings, and become float32 otherwise.
         fps: Frames per second.
@@ -58,8 +58,8 @@ def write_file(
             which are written as separate features.
         tasks: Tasks of the dataset, as given to `write_metadata`. The iterable may append the task of an episode before
             it returns the episode.
-        first_episode: Number of the first episode in the dataset.
-        first_frame: Number of the first frame in the dataset.
+        first_episode: Index of the first episode in the dataset.
+        first_frame: Index of the first frame in the dataset.
 
     Raises:
         ValueError: If the task of an episode is not among `tasks`, or frames differ in size.

@@ -138,7 +138,7 @@ class PreparedEpisodes(InOrder):
         return self._episode(episode.frames, vectors, episode.task)
 
     def window(self, number: int, start: int, length: int) -> Episode:
-        """`length` of the frames that are kept, from number `start`, with their actions and states.
+        """`length` of the frames that are kept, from index `start`, with their actions and states.
 
         Raises:
             ValueError: Like the episode, or if the window exceeds it.
@@ -163,7 +163,10 @@ class PreparedEpisodes(InOrder):
         return self._prepare(self.source.vectors(number), number)
 
     def flags(self, number: int) -> dict[str, np.ndarray]:
-        """Bool and integer features (T, D) of one episode; a bool is true if it is true before the next frame kept."""
+        """Bool and integer features (T, D) of one episode.
+
+        A bool is true if it is true in any frame before the next one that is kept.
+        """
         flags = self.source.flags(number) if hasattr(self.source, "flags") else {}
         return {
             key: np.logical_or.reduceat(values, range(0, len(values), self._step), axis=0)

@@ -68,10 +68,11 @@ def write_lerobot(
     skip_broken: bool = False,
     on_episode: Callable[[int, str | None], None] = lambda number, error: None,
 ) -> LeRobotFolder:
-    """Write every episode of a source into a LeRobotDataset v3.0; an interrupted run resumes at the first missing file.
+    """Write every episode of a source into a LeRobotDataset v3.0.
 
-    Several cameras are written as separate features `observation.images.<name>`. The folder stores their layout, and how
-    the actions follow from states; `LeRobotFolder` reads both.
+    An interrupted run resumes at the first missing file. Several cameras are written as separate features
+    `observation.images.<name>`. The folder stores their layout, and how the actions follow from states;
+    `LeRobotFolder` reads both.
 
     Args:
         source: The data source.
@@ -181,7 +182,10 @@ def _write_files(
 
 
 def _read_episode(source: EpisodeSource, number: int, frame_size: tuple[int, int] | None = None) -> Episode:
-    """Read an episode with its bool, integer and string features; its frames must have the size of the dataset."""
+    """Read an episode with its bool, integer and string features.
+
+    Its frames must have the size of the dataset.
+    """
     episode = source[number]
     if frame_size not in (None, episode.frames.shape[1:3]):
         raise ValueError(
@@ -201,7 +205,7 @@ def _report_unread(source: Any) -> None:
 
 
 def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, int]) -> str | Regions:
-    """Return the feature keys of the single cameras and the regions of their images in the frames of a source."""
+    """Return the feature keys of the single cameras and their image regions in a source's frames."""
     names = [name for row in source.cameras for name in row]
     single: Any = _untiled(source)
     if len(names) == 1 or single is None:
@@ -222,7 +226,10 @@ def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, i
 
 
 def _untiled(source: Any) -> Any:
-    """Return the source that opens its cameras one by one; None if frames are resized after they are tiled."""
+    """Return the source that opens its cameras one by one.
+
+    The result is None if frames are resized after they are tiled.
+    """
     if isinstance(source, PreparedEpisodes):
         return None if source.frame_size is not None else _untiled(source.source)
     names: list[str] = [entry.name for entry in dataclasses.fields(source)] if dataclasses.is_dataclass(source) else []
@@ -258,7 +265,7 @@ def _claim(root: Path, identity: dict) -> None:
 
 
 def _clear(root: Path, remove: bool = False) -> None:
-    """Delete the files of an unsuccessful run and, if `remove` is set and nothing else is in it, the folder."""
+    """Delete the files of an unsuccessful run and, with `remove`, the folder if nothing else is in it."""
     if (root / SOURCE_FILE).is_file():
         for name in ("data", "meta", "videos"):
             shutil.rmtree(root / name, ignore_errors=True)

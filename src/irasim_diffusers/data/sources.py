@@ -39,7 +39,7 @@ def open_dataset(
     A folder with `meta/info.json` is a LeRobotDataset, and one with `annotation` has the format of the IRASim release. A folder of
     `Dataset.save_to_disk`, one of Parquet files such as the download of a Hub repository, and any other Hub repository is a table
     of `datasets`. Only the requested cameras and episodes of a LeRobotDataset on the Hub are downloaded. With `streaming` only
-    the files that are read are downloaded, and they are deleted afterwards.
+    the files that are read are downloaded, and they are deleted afterward.
 
     Args:
         name: Folder or Hub id.

@@ -1,4 +1,7 @@
-"""Read tables of the `datasets` library: one row per episode, with videos or images, actions and states."""
+"""Read tables of the `datasets` library, with one row per episode.
+
+A row has videos or images, actions and states.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +105,7 @@ class TableEpisodes(InOrder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Columns with a hash of the actions, the states and the fingerprints of videos and images, or the origin."""
+        """Columns with a hash of actions, states and fingerprints of videos and images, or the origin."""
         columns = {"cameras": self.cameras, "action": self.action_column, "states": list(self.state_columns)}
         content = {} if self._streams else {"content": self._content_hash()}
         return {"fingerprint": self._fingerprint, **columns, **content}
@@ -196,7 +199,10 @@ class TableEpisodes(InOrder):
         return Episode(frames, vectors.pop("action"), vectors)
 
     def _vectors(self, row: dict[str, Any], length: int) -> dict[str, np.ndarray]:
-        """Check the actions and states of a row; after the last frame, the last action is repeated if none is recorded."""
+        """Check the actions and states of a row.
+
+        If no action is recorded after the last frame, the last action is repeated.
+        """
         parts = []
         for key in self.action_column:
             part = _matrix(row[key], key)

@@ -75,7 +75,7 @@ def read_frames(path: VideoFile, start: int, count: int, fps: float | None = Non
 def read_numbered_frames(
     path: VideoFile, numbers: Sequence[int], fps: float | None = None, whole: bool = False
 ) -> np.ndarray:
-    """Decode the frames with these numbers, in increasing order; see `read_frames`.
+    """Decode the frames with these indices, in increasing order; see `read_frames`.
 
     Raises:
         ValueError: Like `read_frames`.
@@ -102,7 +102,7 @@ def read_numbered_frames(
                 break
     if len(frames) < len(wanted):
         raise ValueError(
-            f"{str(path)!r} ends early: {len(wanted)} frames required from number {wanted[0]}, {len(frames)} found."
+            f"{str(path)!r} ends early: {len(wanted)} frames required from index {wanted[0]}, {len(frames)} found."
         )
     return np.stack(frames)
 
@@ -146,7 +146,7 @@ def _undamaged(frame: Any, path: VideoFile) -> Any:
 
 
 def _pixels(frame: Any, path: VideoFile) -> np.ndarray:
-    """Convert a decoded frame to RGB (H, W, 3), uint8, with its color matrix and range, and apply its rotation."""
+    """Convert a decoded frame to RGB (H, W, 3), uint8, with its color matrix and range, and rotate it."""
     name = frame.format.name
     if name.startswith("gray") and name not in ("gray", "gray8"):
         raise ValueError(
@@ -184,7 +184,7 @@ def _timestamps(container: Any, stream: Any) -> Iterator[int | None]:
 
 
 def _numbered_frames(path: VideoFile, start: int, fps: float | None) -> Generator[tuple[float, Any], None, None]:
-    """Yield decoded frames with their numbers, from a keyframe at or before number `start`."""
+    """Yield decoded frames with their indices, from a keyframe at or before index `start`."""
     with _open(path) as (container, stream):
         times = list(islice(_timestamps(container, stream), None if fps is None else 16))
         reordered = container.format.name == "avi" and stream.codec_context.has_b_frames  # AVI has only decoding times

@@ -1,4 +1,7 @@
-"""Policy evaluation: the same episodes in a world model and in the real environment (paper, section 4.2)."""
+"""Policy evaluation: the same episodes in a world model and in the real environment.
+
+The protocol is that of the paper (section 4.2).
+"""
 
 from __future__ import annotations
 
@@ -324,7 +327,10 @@ def _run_batch(evaluation: PolicyEvaluation, name: str, policy: Policy, batch: S
 
 
 def _successes(info: Mapping[str, Any], terminated: np.ndarray) -> np.ndarray:
-    """Return the successes of the rows in a step; an environment that does not report them terminates at success."""
+    """Return the successes of the rows in a step.
+
+    An environment that does not report successes is assumed to terminate at success.
+    """
     if "is_success" in info:
         return np.asarray(info["is_success"], bool)
     final = info.get("final_info", {})

@@ -118,7 +118,7 @@ class EvaluationCounter:
 
 
 class WorldModelPredictor:
-    """Predictions of a world model. The noise of a clip depends only on the seed and the index of the clip.
+    """Predictions of a world model. A clip's noise depends only on the seed and the clip's index.
 
     Args:
         model: The world model: a pipeline, or any other object with the methods of `rollout.WorldModel`.
@@ -199,7 +199,7 @@ class WorldModelPredictor:
         return [Prediction(*pair, autoencoder=self.autoencoder) for pair in zip(frames, kept, strict=True)]
 
     def futures(self, clip: ClipData, sequences: np.ndarray) -> torch.Tensor:
-        """Predict futures (K, n, 3, H, W) in [0, 1] of one clip under actions (K, n, A), all from the same noise."""
+        """Predict futures (K, n, 3, H, W) in [0, 1] of a clip for actions (K, n, A), from the same noise."""
         parts = []
         for first in range(0, len(sequences), self.batch_size):
             actions = sequences[first : first + self.batch_size]
@@ -390,7 +390,10 @@ def save_prediction(folder: Path, clip: Clip, prediction: Prediction) -> None:
 
 
 def _npz_header(path: Path, data: ClipData) -> tuple[tuple[int, ...], np.dtype]:
-    """Return shape and type of `frames`, and check the sizes of the other arrays, before anything is decompressed."""
+    """Return the shape and type of `frames` before anything is decompressed.
+
+    The sizes of the other arrays are checked.
+    """
     try:
         with zipfile.ZipFile(path) as file:
             found = {name: _array_header(file, name) for name in file.namelist()}

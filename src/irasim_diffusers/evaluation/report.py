@@ -41,7 +41,7 @@ def summarise(
 
     Returns:
         `metrics`: mean of each metric with its interval over clips; `last_frame`: the same for repeating the last history frame;
-        `gain_over_last_frame`; `horizon`: PSNR by number of the predicted frame; `clips`: the best, median and worst clip;
+        `gain_over_last_frame`; `horizon`: PSNR by index of the predicted frame; `clips`: the best, median and worst clip;
         `published`: results of the paper; `protocol` and `network_evaluations_per_window`.
     """
 
@@ -149,7 +149,10 @@ def _skipped_text(skipped: Sequence[dict[str, Any]]) -> str:
 
 
 def _table(report: dict[str, Any]) -> str:
-    """Format the metrics as rows; the columns are this evaluation, repeating the last frame, and reported results."""
+    """Format the metrics as rows.
+
+    The columns are this evaluation, repeating the last frame, and reported results.
+    """
     reported = {name: values for name, values in report["published"].items() if name != "dataset"}
     header = [
         "metric",

@@ -203,7 +203,10 @@ def _score(evaluation: Evaluation, reader: ClipReader, setting: dict[str, Any]) 
 def _read_clips(
     evaluation: Evaluation, reader: ClipReader, indices: Sequence[int], setting: dict[str, Any]
 ) -> dict[int, ClipData]:
-    """Read clips by index. With `skip_broken`, the error of a broken clip is written in place of its metrics."""
+    """Read clips by index.
+
+    With `skip_broken`, the error of a broken clip is written in place of its metrics.
+    """
     data = {}
     for index in indices:
         try:

@@ -64,7 +64,10 @@ def score_clip(
 def features_of_clip(
     data: ClipData, prediction: Prediction, protocol: EvaluationProtocol, backbones: Backbones
 ) -> dict[str, np.ndarray]:
-    """Return features of FID (n, 2048) and FVD (1, 400), predicted and true; `as_released` gives two true videos (2, 400)."""
+    """Return FID features (n, 2048) and FVD features (1, 400), predicted and true.
+
+    `as_released` gives two true videos (2, 400).
+    """
     features = {}
     if backbones.inception is not None:
         features["fid_prediction"] = backbones.inception(prediction.frames)
@@ -90,12 +93,12 @@ def _compare(data: ClipData, frames: np.ndarray, protocol: EvaluationProtocol) -
 
 
 def _finite(decibels: np.ndarray, size: int) -> np.ndarray:
-    """Cap the PSNR of identical images at the value for a single 1/255 error in one of their `size` values."""
+    """Cap the PSNR of identical images at the value for one error of 1/255 in their `size` values."""
     return np.minimum(decibels, 10 * np.log10(255.0**2 * size))
 
 
 def through_mp4(history: np.ndarray, frames: np.ndarray) -> np.ndarray:
-    """Compress frames (n, H, W, 3), uint8, like the mp4 files that the script of the IRASim release scores.
+    """Compress frames (n, H, W, 3), uint8, like the mp4 files that the IRASim release scores.
 
     The release writes history and prediction with the defaults of imageio: H.264 with rate factor 25, half the color
     resolution and 4 frames per second.

@@ -1,4 +1,4 @@
-"""Plug-in for LeRobot: a world model as the environment type `irasim` of `lerobot-eval` and `lerobot-train`.
+"""LeRobot plug-in: the environment type `irasim` of `lerobot-eval` and `lerobot-train`.
 
     lerobot-eval --policy.path=POLICY --env.discover_packages_path=irasim_diffusers.lerobot --env.type=irasim
 

@@ -26,7 +26,9 @@ from .env import STATE, LeRobotVectorEnv, make_env
 @EnvConfig.register_subclass("irasim")
 @dataclass
 class IRASimEnvConfig(EnvConfig):
-    """World model as an environment. The features are read from the model when the environments are created.
+    """World model as an environment.
+
+    The features are read from the model when the environments are created.
 
     Args:
         model: Folder or Hub id of a pipeline; the embedded Push-T model by default.

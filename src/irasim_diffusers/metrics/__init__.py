@@ -1,4 +1,4 @@
-"""Metrics of frame quality, feature distributions, action faithfulness, and agreement with the real environment."""
+"""Metrics: frame quality, feature distributions, faithfulness, agreement with the real environment."""
 
 from .agreement import agreement, mmrv, pearson, spearman
 from .backbones import load_i3d, load_inception, load_lpips

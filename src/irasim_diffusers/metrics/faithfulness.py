@@ -77,7 +77,7 @@ def counterfactual_actions(
 
 
 def similar_clips(last_frames: np.ndarray, number: int) -> np.ndarray:
-    """Return for each of N frames (N, H, W, 3) the nearest other frames by pixels (N, number), nearest first."""
+    """Return the nearest other frames by pixels (N, number) of frames (N, H, W, 3), nearest first."""
     step = max(1, last_frames.shape[1] // 64)
     pixels = last_frames[:, ::step, ::step].reshape(len(last_frames), -1).astype(np.float64) / 255
     squares = np.square(pixels).sum(axis=1)
@@ -106,7 +106,10 @@ def future_errors(predict: Predict, history: np.ndarray, sequences: np.ndarray, 
 
 
 def motion(last_frame: np.ndarray, truth: np.ndarray) -> float:
-    """Return the mean squared change of the true future (n, H, W, 3) since the last history frame, in [0, 1]."""
+    """Return the mean squared change of the true future (n, H, W, 3) since the last history frame.
+
+    Values are scaled to [0, 1].
+    """
     return float(np.square((truth.astype(np.float64) - last_frame) / 255).mean())
 
 

@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 def noise_process(config: Any) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
     """Build the training noise scheduler from a model config.
 
-    For rectified flow with the positions of Open-Sora, sampling shifts the timesteps towards noise by a factor that grows with
+    For rectified flow with the positions of Open-Sora, sampling shifts the timesteps toward noise by a factor that grows with
     the number of pixels and frames of a window, as in Open-Sora's RFLOW scheduler. Training does not depend on the shift.
     """
     if config.prediction_type == "flow_prediction":

@@ -73,9 +73,9 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         shares = heat.flatten(2).softmax(-1).unflatten(-1, heat.shape[-2:])
         rows, columns = (torch.linspace(-1, 1, size, device=heat.device) for size in heat.shape[-2:])
         keypoints = torch.cat([shares.sum(2) @ columns, shares.sum(3) @ rows], dim=1).to(self.dtype)  # (B, 2 K)
-        normalised = (self.linear(keypoints) + self.perceptron(keypoints)).float()
-        scale, offset = (normalised.new_tensor(self.config[name]) for name in ("state_scale", "state_offset"))
-        return normalised / scale + offset
+        normalized = (self.linear(keypoints) + self.perceptron(keypoints)).float()
+        scale, offset = (normalized.new_tensor(self.config[name]) for name in ("state_scale", "state_offset"))
+        return normalized / scale + offset
 
     @torch.no_grad()
     def read(self, frames: torch.Tensor) -> torch.Tensor:

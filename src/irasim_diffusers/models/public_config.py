@@ -4,5 +4,5 @@ from typing import Any
 
 
 def public_config(config: Any) -> dict[str, Any]:
-    """Return the entries of a diffusers config without private ones, such as `_name_or_path` and `_diffusers_version`."""
+    """Return the entries of a diffusers config without private ones, such as `_name_or_path`."""
     return {name: value for name, value in config.items() if not name.startswith("_")}

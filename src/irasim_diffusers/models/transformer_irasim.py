@@ -119,7 +119,7 @@ class IRASimAttnProcessor:
         hidden_states: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Attend among the tokens of (B, S, D), with rotary positions if cosines and sines (S, head_dim) are given."""
+        """Attend among tokens (B, S, D), rotated if cosines and sines (S, head_dim) are given."""
         query, key, value = self.project(attn, hidden_states)  # (B, S, heads, head_dim)
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
@@ -188,7 +188,7 @@ class IRASimAttention(nn.Module, AttentionModuleMixin):
 
 @maybe_allow_in_graph
 class IRASimTransformerBlock(nn.Module):
-    """A DiT block over the patches of a frame or over the frames of a patch, with adaLN-zero or adaLN-single."""
+    """A DiT block over the patches of a frame or the frames of a patch, with adaLN-zero or -single."""
 
     def __init__(
         self,
@@ -520,8 +520,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         Returns:
             Embeddings (B, F, S, D).
         """
-        centres, scale = self._cached(self._patch_centres, *grid, actions.device)  # (S, 2) and (2,)
-        offsets = centres - actions[:, :, None, :2].float()  # (B, n, S, 2)
+        centers, scale = self._cached(self._patch_centres, *grid, actions.device)  # (S, 2) and (2,)
+        offsets = centers - actions[:, :, None, :2].float()  # (B, n, S, 2)
         features = action_features(offsets, scale, torch.zeros_like(scale), TARGET_OCTAVES)
         embeddings = self.target_embed(features.to(dtype))
         if action_mask is not None:
@@ -530,15 +530,18 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         return torch.cat([history, embeddings], dim=1)
 
     def _patch_centres(self, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Centres (S, 2) of the patches, x and y in the units of the target, and scale (2,) by which a frame measures 4."""
+        """Centers (S, 2) of the patches, x and y in the units of the target, and scale (2,).
+
+        Multiplied by the scale, each side of the frame has length 4.
+        """
         config = self.config
         left, top, right, bottom = config.target_extent
         wide = (right - left) * config.patch_size / config.sample_width  # of a patch
         high = (bottom - top) * config.patch_size / config.sample_height
         x = left + wide * (torch.arange(columns, device=device) + 0.5)
         y = top + high * (torch.arange(rows, device=device) + 0.5)
-        centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
-        return centres, torch.tensor([4 / (right - left), 4 / (bottom - top)], device=device)
+        centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
+        return centers, torch.tensor([4 / (right - left), 4 / (bottom - top)], device=device)
 
     def _check_actions(self, actions: torch.Tensor, num_frames: int) -> None:
         config = self.config
@@ -642,7 +645,10 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     def _scale_noisy_latents(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor, actions: torch.Tensor | None
     ) -> torch.Tensor:
-        """Multiply the predicted frames of latents (B, C, F, H, W) by the signal share of their timesteps (B, F or 1)."""
+        """Multiply the predicted frames of latents (B, C, F, H, W) by their signal share.
+
+        The signal share follows from the timesteps (B, F or 1).
+        """
         share = self._cached(self._signal_share, hidden_states.device)[timestep.long()]  # (B, F or 1)
         if actions is not None:
             num_frames = hidden_states.shape[2]
@@ -660,9 +666,10 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         fps: float | torch.Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Conditions of the spatial blocks, the temporal blocks and the final layer, from timesteps (B, F or 1).
+        """Conditions of the spatial blocks, the temporal blocks and the final layer.
 
-        Each is (B, F or 1, D); with adaLN-single, the first two are (B, F or 1, 6 D).
+        The timesteps are (B, F or 1). Each condition is (B, F or 1, D); with adaLN-single, the first two are
+        (B, F or 1, 6 D).
         """
         if self.config.history_timestep == "zero" and actions is not None:
             predicted = torch.arange(num_frames, device=timestep.device) >= num_frames - actions.shape[1]
@@ -708,7 +715,10 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         return block(*inputs)
 
     def _cached(self, build: Callable[..., Any], *arguments: Any) -> Any:
-        """Return `build(*arguments)`, cached until the config changes; compiled graphs have their own constants."""
+        """Return `build(*arguments)`, cached until the config changes.
+
+        Compiled graphs have their own constants.
+        """
         if torch.compiler.is_compiling():
             return build(*arguments)
         if self._tables_config is not self.config:
@@ -781,7 +791,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     def _temporal_positions(
         self, num_frames: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """Sines and cosines of the frame number (F, 1, D)."""
+        """Sines and cosines of the frame index (F, 1, D)."""
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         frames = torch.arange(num_frames, device=device)
         return get_1d_sincos_pos_embed_from_grid(dim, frames).float().to(dtype).unsqueeze(1)

@@ -157,11 +157,12 @@ class UNetTrajectoryBlock(nn.Module):
 
 
 class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
-    """The U-Net of VDM and LVDM: predicts the noise of future frames from the clean history and a whole trajectory.
+    """The U-Net of VDM and LVDM, conditioned on the clean history and a whole trajectory.
 
-    Space and time are factorized: convolutions and attention within frames, attention between the frames of a pixel. An MLP
-    embeds the trajectory, which has a fixed number of actions. The embedding is concatenated with that of the timestep; together
-    they scale and shift the features of every residual block. All frames thus receive all actions, as in Video-Ada.
+    It predicts the noise of the future frames. Space and time are factorized: convolutions and attention within
+    frames, attention between the frames of a pixel. An MLP embeds the trajectory, which has a fixed number of actions.
+    The embedding is concatenated with that of the timestep; together they scale and shift the features of every
+    residual block. All frames thus receive all actions, as in Video-Ada.
 
     Residual blocks and samplers are those of diffusers. Differences from the released code of the baselines: residual blocks
     normalize before they convolve, and each frame separately; positions in time are rotations only, without a learned bias. With

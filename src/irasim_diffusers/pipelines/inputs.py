@@ -347,7 +347,7 @@ def check_finite_weights(module: Any, name: str) -> None:
 
 
 def check_model_files(folder: Path) -> None:
-    """Check the files of the models in a pipeline folder, before models are built and weights are converted.
+    """Check the files of a pipeline's models before models are built or weights are converted.
 
     Args:
         folder: The folder; nothing is checked in a path that is not one.

@@ -28,7 +28,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Load LoRA weights as diffusers does; see `~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`.
+        """Load LoRA weights like `~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights` of diffusers.
 
         If the file contains the action encoder and the null action, they replace those of the model until
         `unload_lora_weights`; the last loaded file takes precedence. `disable_lora`, `set_adapters` and `delete_adapters`
@@ -91,7 +91,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             )
 
     def _check_layers(self, layers: dict[str, torch.Tensor]) -> None:
-        """Raise ValueError for LoRA layers of modules that the transformer does not have, or of other types than floats."""
+        """Raise ValueError for LoRA layers of unknown modules, or of other types than floats."""
         modules = {
             name.replace(".base_layer", "") for name, _ in unwrap_module(self.transformer).named_modules() if name
         }
@@ -133,7 +133,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         if not all(plain) or on_disk or any(value.is_meta for value in own.values()):
             raise ValueError(
                 "the action encoder can be replaced only if it is in memory and not quantized: `remove_all_hooks()` ends "
-                "sequential offload, which can be enabled again afterwards; load LoRA before enabling group offload to disk; "
+                "sequential offload, which can be enabled again afterward; load LoRA before enabling group offload to disk; "
                 "pass a quantization config `modules_to_not_convert=['action_embed', 'trajectory_embed']`."
             )
         return own

@@ -54,7 +54,7 @@ EXAMPLE_DOC_STRING = """
 
 
 class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
-    """Pipeline that predicts the video of a robot executing given actions, from the frames observed so far.
+    """Pipeline that predicts the video of a robot executing given actions, from observed frames.
 
     LoRA weights of the transformer are loaded, set, fused and saved as in any diffusers pipeline. A LoRA file may contain the
     whole action encoder, if that was trained as well.
@@ -135,7 +135,10 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load the config of a pipeline. The files of its models are checked first if they are local or downloaded."""
+        """Load the config of a pipeline.
+
+        The files of its models are checked first if they are local or downloaded.
+        """
         inputs.check_model_files(Path(pretrained_model_name_or_path))
         return super().load_config(pretrained_model_name_or_path, **kwargs)
 
@@ -146,7 +149,10 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     @property
     def guidance_scale(self) -> float:
-        """Weight of the prediction with actions against that without; guidance requires more than 1. Callbacks may set it."""
+        """Weight of the prediction with actions against that without; guidance requires more than 1.
+
+        Callbacks may set it.
+        """
         return self._guidance_scale
 
     @property
@@ -328,7 +334,10 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
 
     def decode_latents(self, latents: torch.Tensor, decode_chunk_size: int = 16) -> torch.Tensor:
-        """Decode scaled latents (B, C, F, h, w) to pixels (B, 3, F, H, W) in [-1, 1], `decode_chunk_size` frames at a time."""
+        """Decode scaled latents (B, C, F, h, w) to pixels (B, 3, F, H, W) in [-1, 1].
+
+        `decode_chunk_size` frames are decoded at a time.
+        """
         if self.vae is None:
             return latents
         flat = unscale_latents(self.vae, latents).transpose(1, 2).flatten(0, 1)

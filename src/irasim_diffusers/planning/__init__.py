@@ -4,7 +4,7 @@
     plan = CEM(horizon=15)(model, state, GoalImage(goal), init=hold_actions)
     robot.execute(plan.actions)
 
-Every planner has the signature `planner(model, state, objective, init=None) -> Plan`. Candidates are sampled in the normalised
+Every planner has the signature `planner(model, state, objective, init=None) -> Plan`. Candidates are sampled in the normalized
 units of the action space, stay within its bounds, and are compared under the same noise.
 """
 

@@ -43,9 +43,9 @@ class Rank:
         check_objective(model, state, objective)
         if self.spread != 1:
             space = model.action_space
-            normalised = space.normalise(candidates)
-            center = normalised.mean(0)
-            candidates = _raw(space, center + self.spread * (normalised - center))
+            normalized = space.normalise(candidates)
+            center = normalized.mean(0)
+            candidates = _raw(space, center + self.spread * (normalized - center))
         return best_plan(model, state, self.scoring, candidates, self.scoring(model, state, candidates, objective))
 
 
@@ -113,7 +113,7 @@ class CEM:
 
 @dataclass(frozen=True)
 class MPPI:
-    """Model predictive path integral: sample around a plan, and average the candidates weighted by their scores.
+    """Model predictive path integral: average candidates around a plan, weighted by their scores.
 
     Args:
         horizon: Number of actions of a plan.
@@ -152,7 +152,9 @@ class MPPI:
 
 @dataclass(frozen=True)
 class Gradient:
-    """Gradient ascent on the actions through the model, with Adam (GPC-RANK+OPT when `init` contains samples of a policy).
+    """Gradient ascent on the actions through the model, with Adam.
+
+    This is GPC-RANK+OPT if `init` contains samples of a policy.
 
     Args:
         horizon: Number of actions of a plan.
@@ -273,7 +275,10 @@ def _search(
     init: Any,
     update: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
 ) -> Plan:
-    """Sample offsets (K, m, A) at the knots; `update` computes their next mean and standard deviation from the scores."""
+    """Search with sampled offsets (K, m, A) at the knots.
+
+    `update` computes their next mean and standard deviation from the scores.
+    """
     space, scoring = model.action_space, planner.scoring
     plans = _initial(space, init, planner.horizon)
     check_objective(model, state, objective)
@@ -325,8 +330,8 @@ def _prepare(space: ActionSpace, init: Any) -> torch.Tensor:
         raise ValueError(f"`init` is invalid: {error}") from error
 
 
-def _raw(space: ActionSpace, normalised: torch.Tensor) -> torch.Tensor:
-    return space.clip(space.denormalise(normalised))
+def _raw(space: ActionSpace, normalized: torch.Tensor) -> torch.Tensor:
+    return space.clip(space.denormalise(normalized))
 
 
 def _bounds(space: ActionSpace, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,12 +20,12 @@ SEED_STRIDE = 1_000_003  # between the seeds of the members of a guard
 
 
 class NoPlanError(ValueError):
-    """No candidate has a finite score: the objective is NaN everywhere, or the guard rejects every candidate."""
+    """No candidate has a finite score, because the objective is NaN or the guard rejects all."""
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Guard against plans that exploit errors of the model: members of an ensemble must agree on the score.
+    """Guard against plans that exploit model errors: members of an ensemble must agree on the score.
 
     The score becomes `mean - weight * std` over the members; for two members and weight 1 this is the lower of both scores.
 
@@ -174,7 +174,9 @@ def best_plan(
 
 
 def frame_scores(model: WorldModel, latents: torch.Tensor, objective: Objective) -> torch.Tensor:
-    """Score the frames of latents (B, C, n, h, w): returns (B, n). Frames are decoded only if the objective needs them.
+    """Score the frames of latents (B, C, n, h, w): returns (B, n).
+
+    Frames are decoded only if the objective needs them.
 
     Raises:
         ValueError: If the objective returns another shape.

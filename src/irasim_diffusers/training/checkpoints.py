@@ -92,7 +92,9 @@ def _problem(checkpoint: Path) -> str | None:
 
 
 def check_resume(output: Path, settings: dict[str, Any]) -> None:
-    """Compare settings with those of the newest checkpoint, before the data are read; nothing is checked without a checkpoint.
+    """Compare settings with those of the newest checkpoint, before the data are read.
+
+    Nothing is checked without a checkpoint.
 
     Raises:
         ValueError: If a setting differs.
@@ -140,7 +142,7 @@ def save_checkpoint(
     settings: dict[str, Any],
     add: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint under a temporary name, flush it, rename it, and delete the oldest ones beyond `limit`.
+    """Write a checkpoint under a temporary name, flush and rename it, and delete the oldest ones.
 
     Checkpoints of this step and of later ones are replaced. They only exist if they are damaged.
 
@@ -197,7 +199,9 @@ def remove_leftovers(output: Path) -> None:
 
 
 def save_finished(output: Path, save: Callable[[Path], None]) -> None:
-    """Save the final model to the output folder; `model_index.json`, which marks it as complete, is written last.
+    """Save the final model to the output folder.
+
+    `model_index.json`, which marks it as complete, is written last.
 
     Args:
         output: Output folder, which also contains the checkpoints.

@@ -66,7 +66,7 @@ def open_source(
 
 
 def open_sources(arguments: RunArguments) -> list[PreparedEpisodes]:
-    """Open the training datasets, and check them against the arguments and the validation data before any work.
+    """Open the training datasets; check them against arguments and validation data before any work.
 
     Raises:
         ValueError: If the datasets cannot be mixed, or do not match the arguments or the validation data.
@@ -206,7 +206,7 @@ def cache_sources(
 def cached_clips(
     folders: list[Path], sources: list[PreparedEpisodes], arguments: RunArguments, length: int
 ) -> list[LatentClips]:
-    """Open the cached latents of each dataset as clips of `length` frames, with the states of `state_keys`."""
+    """Open each dataset's cached latents as clips of `length` frames, with the states of `state_keys`."""
     parts = [
         LatentClips(folder, length, skip_short=arguments.skip_broken, frame_skip=source.frame_skip)
         for folder, source in zip(folders, sources, strict=True)

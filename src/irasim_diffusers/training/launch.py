@@ -55,7 +55,7 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
 
 
 def fixed_settings(arguments: RunArguments, accelerator: Accelerator) -> dict[str, Any]:
-    """Return the arguments, precision and number of processes, which must not change when a run is resumed."""
+    """Return arguments, precision and number of processes, which must not change in a resumed run."""
     flags = {name: value for name, value in vars(arguments).items() if name not in MAY_CHANGE}
     return flags | {"mixed_precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
 
@@ -108,7 +108,10 @@ def lock_output(output: Path) -> None:
 
 
 def prepare_output(accelerator: Accelerator, arguments: RunArguments) -> None:
-    """Create and lock the output folder, remove temporary files of interrupted runs, and create a requested Hub repository."""
+    """Create and lock the output folder, and create a requested Hub repository.
+
+    Temporary files of interrupted runs are removed.
+    """
     output = Path(arguments.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)

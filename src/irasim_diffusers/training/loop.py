@@ -160,7 +160,10 @@ class TrainingRun:
                 epoch, done = epoch + 1, 0
 
     def averaged(self) -> Any:
-        """Return a model with the averaged weights on the CPU, in evaluation mode; every process must call this method."""
+        """Return a model with the averaged weights on the CPU, in evaluation mode.
+
+        Every process must call this method.
+        """
         model = self.copy()
         model.load_state_dict(averaged_state(self.ema, self.transformer))
         return model.eval()
@@ -226,7 +229,10 @@ class TrainingRun:
         self.total += loss.detach() / accelerator.gradient_accumulation_steps
 
     def _check_finite(self, name: str, value: torch.Tensor) -> None:
-        """Raise FloatingPointError in every process if a value is NaN or infinite in any, before the weights change."""
+        """Raise FloatingPointError in every process if a value is NaN or infinite in any of them.
+
+        This happens before the weights change.
+        """
         bad = (~torch.isfinite(value.detach())).float()
         if self.accelerator.reduce(bad, "sum").item():  # a process that raised alone would leave the others waiting
             found = checkpoints(self.output)
@@ -272,7 +278,7 @@ class TrainingRun:
 
 
 def frozen_weights(transformer: torch.nn.Module) -> dict[str, str]:
-    """Return the hash of the weights that are not trained, which adapters belong to; empty if all are trained."""
+    """Return the hash of the frozen weights that adapters belong to; empty if all are trained."""
     frozen = {name: each for name, each in transformer.named_parameters() if not each.requires_grad}
     if not frozen:
         return {}

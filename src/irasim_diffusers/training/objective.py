@@ -68,7 +68,9 @@ def add_noise(
 def diffusion_target(
     scheduler: NoiseProcess, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
-    """Return the regression target of the scheduler's `prediction_type`; for a flow, the velocity `noise - latents`.
+    """Return the regression target of the scheduler's `prediction_type`.
+
+    For a flow, it is the velocity `noise - latents`.
 
     Raises:
         ValueError: If the prediction type is not epsilon, v_prediction or sample.

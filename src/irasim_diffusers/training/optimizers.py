@@ -13,7 +13,7 @@ from .arguments import RunArguments
 
 
 def build_optimizers(model: nn.Module, arguments: RunArguments) -> list[torch.optim.Optimizer]:
-    """Build AdamW for all trained parameters, or Muon for the matrices of the blocks and AdamW for the others."""
+    """Build AdamW for all trained parameters, or Muon for the blocks' matrices and AdamW for the rest."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = {
         name: parameter
@@ -36,7 +36,10 @@ def build_optimizers(model: nn.Module, arguments: RunArguments) -> list[torch.op
 def build_schedules(
     optimizers: list[torch.optim.Optimizer], arguments: RunArguments, accelerator: Accelerator
 ) -> list[Any]:
-    """Build the learning rate schedule of each optimizer; accelerate steps a prepared one once per process."""
+    """Build the learning rate schedule of each optimizer.
+
+    Accelerate steps a prepared schedule once per process.
+    """
     return [
         get_scheduler(
             arguments.lr_scheduler,

@@ -45,7 +45,9 @@ def make_pipeline(
 
 
 def load_sampler(pretrained: str | None, revision: str | None = None) -> Sampler | None:
-    """Load the scheduler and the settings of a pretrained pipeline; None for a new model or a bare transformer.
+    """Load the scheduler and the settings of a pretrained pipeline.
+
+    The result is None for a new model or a bare transformer.
 
     Args:
         pretrained: Folder or Hub id of the pretrained pipeline or transformer; None for a new model.
@@ -69,7 +71,7 @@ def finished_pipeline(
     transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
     sampler: Sampler | None = None,
 ) -> IRASimPipeline:
-    """Build the pipeline of a trained model, with the sampler of the pretrained pipeline if it still fits the model.
+    """Build the pipeline of a trained model, with the pretrained pipeline's sampler if it still fits.
 
     Args:
         vae: Autoencoder; None for pixel space.
