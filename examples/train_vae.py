@@ -57,7 +57,7 @@ class VAEArguments(DataArguments):
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
     latent_channels: int = 4
     norm_num_groups: int = field(
-        default=32, metadata={"help": "groups of the group norms; with 1, latents depend least on distant pixels"}
+        default=32, metadata={"help": "number of GroupNorm groups; with 1, a latent depends least on distant pixels"}
     )
     latent_std: float = field(
         default=1.0,

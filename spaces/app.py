@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         default=models,
         help=f"pipeline folders or Hub ids (default: the environment variable IRASIM_MODELS, or {EMBEDDED})",
     )
-    parser.add_argument("--port", type=int, help="default: the first free port from 7860")
+    parser.add_argument("--port", type=int, help="port (default: the first free one, starting at 7860)")
     parser.add_argument(
         "--idle-seconds",
         type=_positive(float),

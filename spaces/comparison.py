@@ -89,7 +89,7 @@ def name_settings(first: Setting, second: Setting | None) -> dict[str, Setting]:
 async def predict(
     pipeline: IRASimPipeline, setting: Setting, history: np.ndarray, actions: np.ndarray
 ) -> AsyncIterator[np.ndarray]:
-    """Predict chunk by chunk; driving requests are served between the windows.
+    """Predict chunk by chunk. Driving requests are served between chunks.
 
     Args:
         pipeline: Pipeline of the setting; another thread may set its `_interrupt`.

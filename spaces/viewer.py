@@ -38,7 +38,7 @@ def viewer(empty: str, **kwargs: Any) -> gr.HTML:
 
 
 def videos(panels: dict[str, np.ndarray], fps: float, seen: int = 0) -> dict[str, Any]:
-    """Create a value of the viewer.
+    """Create the value of a `viewer` component.
 
     Args:
         panels: Videos (T, H, W, 3), uint8, by title; a video may have no frames.

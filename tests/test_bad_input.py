@@ -350,7 +350,7 @@ SAMPLER_ROWS = [
     ({"--seed": str(2**63)}, "--seed must be in [0, 2**63)"),
     ({"--seed": "nan"}, "argument --seed: invalid int value: 'nan'"),
     ({"--scheduler": "runge"}, "argument --scheduler: invalid choice: 'runge'"),
-    ({"--scheduler": "flow-euler"}, "--scheduler flow-euler does not fit the model"),
+    ({"--scheduler": "flow-euler"}, "--scheduler flow-euler is not compatible with the model"),
     ({"--device": "abacus"}, "--device must be a device of this machine, got 'abacus'"),
     ({"--device": "cpu:x"}, "--device must be a device of this machine, got 'cpu:x'"),
     ({"--device": "meta"}, "--device must be a device of this machine, got 'meta'"),

@@ -417,7 +417,7 @@ def test_the_embedded_model_follows_actions():
 
 def test_quantized_weights_are_accepted():
     class Quantized(torch.Tensor):
-        """A tensor that supports no operation, like those of torchao."""
+        """Tensor on which every operation fails, like some quantized tensors."""
 
         @classmethod
         def __torch_function__(cls, function, types, args=(), kwargs=None):

@@ -84,6 +84,14 @@ def test_files_and_functions_are_short():
                 assert node.end_lineno - first < 60 or f"{node.name}`" in reasons, f"{path}: {node.name}"
 
 
+def test_summaries_of_docstrings_are_short():
+    for path in [path for folder in ("src", "examples", "spaces") for path in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                summary = (ast.get_docstring(node) or "").split("\n")[0]
+                assert len(summary) <= 100, f"{path}: {summary}"
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_follow_allowed_directions(path):
     part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")

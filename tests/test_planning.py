@@ -167,7 +167,7 @@ def test_gradient_reaches_a_network(pipeline, frames):
 
 
 def nan_above(limit):
-    """The goal's score, but NaN or infinity for good candidates."""
+    """Objective that returns the goal's score, but NaN or infinity for good candidates."""
 
     def objective(frames):
         scores = GOAL(frames)

@@ -70,7 +70,7 @@ def averaged(scalars: dict[int, float], intervals: int) -> list[list[float]]:
 
 
 def plot(rows: list[dict[str, Any]]) -> Figure:
-    """Plot loss and PSNR over steps with one line per size, and their last values over size."""
+    """Plot loss and PSNR against steps, one line per size, and the final values against size."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     for axes, (name, title) in zip(
         figure.subplots(2, 2), (("loss", "training loss"), ("psnr", "PSNR, dB")), strict=True

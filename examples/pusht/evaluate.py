@@ -98,7 +98,9 @@ class EvaluationArguments:
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
     device: str = "cpu"
     first_seed: int = field(default=1_000_000, metadata={"help": "first seed of the dataset"})
-    pusher_radius: float = field(default=PUSHER_RADIUS, metadata={"help": "pusher radius of the dataset, arena units"})
+    pusher_radius: float = field(
+        default=PUSHER_RADIUS, metadata={"help": "pusher radius of the dataset in arena units"}
+    )
     seed: int = 0
 
 

@@ -26,7 +26,7 @@ from irasim_diffusers.rewards import FrameRegressor
 
 SUCCESS = 0.95  # coverage of the goal
 ROLLOUT_TASK = "Roll out a policy."
-ROLLOUT_SEED = 6_000_000  # of the policy rollouts that world models are trained on
+ROLLOUT_SEED = 6_000_000  # first seed of the policy rollouts used to train world models
 EXAMPLES = Path(__file__).parent.parent
 
 

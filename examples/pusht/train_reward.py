@@ -119,7 +119,7 @@ def train(network: FrameRegressor, frames: torch.Tensor, values: torch.Tensor, a
 def predicted_clips(
     dataset: EpisodeSource, arguments: RewardArguments
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Frames (N, n, 3, H, W) predicted by the world model, those of the simulator, and labels (N, n)."""
+    """Return predicted frames (N, n, 3, H, W), the simulator frames, and their labels (N, n)."""
     pipeline = IRASimPipeline.from_pretrained(arguments.model or embedded_checkpoint())
     pipeline.set_progress_bar_config(disable=True)
     history, length = pipeline.transformer.config.num_history_frames, arguments.num_predicted_frames

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _Terminated(BaseException):
-    """SIGTERM was received."""
+    """Raised when the process receives SIGTERM."""
 
 
 @contextmanager

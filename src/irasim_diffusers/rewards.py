@@ -106,7 +106,7 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         channels: Channels of the stem, which divides the resolution by 4, and of the stages, which halve it.
         feature_dim: Number of features before the output layer.
         target: Name of the score (metadata only).
-        success_threshold: Score from which a frame counts as success; None if no success is defined.
+        success_threshold: Minimum score at which a frame counts as a success; None if no success is defined.
     """
 
     needs_pixels = True

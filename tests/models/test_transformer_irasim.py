@@ -193,7 +193,7 @@ def test_bad_shapes(transformer, shape, actions, message):
 def test_raw_actions_survive_half_precision(transformer, inputs):
     hidden_states, timestep, actions = inputs
     transformer.register_to_config(action_scale=1.0, action_offset=4096.0)
-    transformer.to(torch.bfloat16)  # bfloat16 has steps of 32 at 4096
+    transformer.to(torch.bfloat16)  # bfloat16 values near 4096 are 32 apart
     samples = [
         transformer(hidden_states.bfloat16(), timestep, torch.full_like(actions, value)).sample
         for value in (4096.0, 4097.0)

@@ -106,7 +106,7 @@ def test_one_dropped_action_drops_the_trajectory(unet, inputs):
 def test_raw_actions_survive_half_precision(unet, inputs):
     hidden_states, timestep, actions = inputs
     unet.register_to_config(action_scale=1.0, action_offset=4096.0)
-    unet.to(torch.bfloat16)  # bfloat16 has steps of 32 at 4096
+    unet.to(torch.bfloat16)  # bfloat16 values near 4096 are 32 apart
     samples = [
         unet(hidden_states.bfloat16(), timestep, torch.full_like(actions, value)).sample for value in (4096.0, 4097.0)
     ]

@@ -59,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
         "--planner",
         choices=PLANNERS,
         default="cem",
-        help="lines ranks straight lines, like the paper (default: %(default)s)",
+        help="planner; `lines` ranks straight-line candidates, as in the paper (default: %(default)s)",
     )
     add("--position", help="current position as an action, such as 84,384; required for absolute targets")
     add("--horizon", type=int, default=15, help="number of actions (default: %(default)s)")

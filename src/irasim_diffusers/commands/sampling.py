@@ -133,7 +133,7 @@ def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
             with quiet_loading():
                 pipeline = pipeline.with_scheduler(SCHEDULERS[arguments.scheduler])
         except ValueError as error:
-            raise ValueError(f"--scheduler {arguments.scheduler} does not fit the model: {error}") from error
+            raise ValueError(f"--scheduler {arguments.scheduler} is not compatible with the model: {error}") from error
     pipeline.check_scheduler()
     if arguments.steps is not None:
         _check_steps(pipeline.scheduler, arguments.steps)

@@ -63,7 +63,7 @@ def head_dim(width: int, heads: Any) -> int:
     """Return the number of channels of an attention head.
 
     Raises:
-        ValueError: If `heads` is not a number of heads that divides `width`.
+        ValueError: If `heads` is not an integer in range, or does not divide `width`.
     """
     if type(heads) is not int or not 1 <= heads <= LIMITS["num_attention_heads"] or width % heads:
         raise ValueError(

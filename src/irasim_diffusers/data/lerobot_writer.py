@@ -72,7 +72,7 @@ def write_file(
     with ExitStack() as stack:
         append: dict[str, Callable[[np.ndarray], None]] = {}
         for episode in episodes:
-            if not append:  # videos are opened with the first episode, so that no empty one is written
+            if not append:  # open the videos with the first episode: without episodes, no file is written
                 paths = {key: _path(root, VIDEO_PATH, file_index, video_key=key) for key in regions}
                 append = {key: stack.enter_context(video_writer(path, fps, True)) for key, path in paths.items()}
             number = first_episode + len(rows)

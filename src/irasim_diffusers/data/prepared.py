@@ -247,7 +247,7 @@ def frame_skip_for(source_fps: float | None, target_fps: float) -> int:
 
 def _check_count(name: str, value: Any) -> None:
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be at least 1 and an integer, got {value!r}.")
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
 
 
 def _compose(actions: np.ndarray, skip: int, composition: str) -> np.ndarray:

@@ -264,7 +264,7 @@ def check_fps(fps: float | None, config: Any) -> None:
     """Check the frames per second of a call against the checkpoint.
 
     Raises:
-        ValueError: If the checkpoint embeds frames per second and none is known, or does not embed them and some are given.
+        ValueError: If the checkpoint embeds frames per second and `fps` is unknown, or if it does not and `fps` is given.
     """
     embedded = config.get("use_fps")
     if fps is not None and not embedded:

@@ -83,7 +83,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
     @staticmethod
     def _check_alpha(state_dict: dict[str, torch.Tensor], metadata: dict[str, Any] | None) -> None:
-        """Raise ValueError for a file of PEFT, which stores the scale in another file."""
+        """Raise ValueError for LoRA files saved by PEFT, whose `lora_alpha` is in a separate file."""
         if metadata is None and any(key.startswith("base_model.model.") for key in state_dict):
             raise ValueError(
                 "a LoRA file with keys `base_model.model.` needs the `lora_alpha` of its adapter_config.json: load it with PEFT and "

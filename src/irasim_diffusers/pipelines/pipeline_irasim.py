@@ -149,7 +149,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     @property
     def guidance_scale(self) -> float:
-        """Weight of the prediction with actions against that without; guidance requires more than 1.
+        """Classifier-free guidance scale; values above 1 enable guidance.
 
         Callbacks may set it.
         """
@@ -495,8 +495,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 several action sequences is encoded once. More actions than a window holds are predicted in a
                 rollout: each window starts from the last frames of the previous one.
             num_inference_steps: Number of denoising steps per window. None for the pipeline's default.
-            guidance_scale: Weight of the prediction with actions against that without. Guidance requires more than
-                1 and evaluates the network twice per step; the paper uses none.
+            guidance_scale: Classifier-free guidance scale. Values above 1 enable guidance, which evaluates the network twice
+                per step; the paper uses none.
             num_videos_per_trajectory: Number of videos per trajectory; they are consecutive in the output.
             generator: Seeded generator, or one per video, which makes a video the same alone and in a batch.
             latents: Initial noise (B, C, n, h, w) of unit variance.
@@ -693,7 +693,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         latents: torch.Tensor | None,
         sampling: dict[str, Any],
     ) -> torch.Tensor:
-        """Draw the noise of a chunk and denoise it: latents (B, C, n, H, W) for actions (B, n, A)."""
+        """Draw the noise of a chunk and denoise it; return latents (B, C, n, H, W) for actions (B, n, A)."""
         history, length = state.latents.to(self._execution_device), actions.shape[1]
         shape = (len(state), history.shape[1], length, *history.shape[-2:])
         if generator is None and latents is None:

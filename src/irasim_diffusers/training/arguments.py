@@ -122,7 +122,7 @@ class RunArguments(DataArguments):
         default=0,
         metadata={
             "help": "also train on the model's predictions: before the loss on a chunk, up to this many chunks are predicted "
-            "without gradient, and the last predicted frames are the history; clips become longer by these chunks"
+            "without gradient, and the last predicted frames are the history; each clip is extended by these chunks"
         },
     )
     rollout_start_step: int = field(default=0, metadata={"help": "step at which --rollout_chunks takes effect"})

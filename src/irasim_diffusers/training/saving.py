@@ -37,7 +37,7 @@ def make_pipeline(
         return IRASimPipeline(vae, transformer, scheduler, num_inference_steps=1)
     extra: dict[str, Any] = {"skip_prk_steps": True}
     if scheduler_class is not PNDMScheduler:
-        extra = {"timestep_spacing": "trailing"}  # the first of few steps is then at pure noise
+        extra = {"timestep_spacing": "trailing"}  # with few steps, sampling then starts from pure noise
     if transformer.config.prediction_type == "sample":
         extra["prediction_type"] = "v_prediction"  # PNDM does not support sample prediction; the pipeline converts it
     scheduler = scheduler_class.from_config(process.config, steps_offset=1, set_alpha_to_one=False, **extra)
