@@ -193,6 +193,17 @@ def check_arguments(arguments: VAEArguments) -> None:
     check_frame_size(arguments)
 
 
+def check_divisible(vae: AutoencoderKL, height: int, width: int) -> None:
+    """Raise ValueError if the autoencoder changes the size of frames."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if height % factor or width % factor:
+        lower = [max(side // factor, 1) * factor for side in (height, width)]
+        raise ValueError(
+            f"frames must have sides divisible by {factor} for this autoencoder, got {height}x{width}: use `height` and `width`, "
+            f"for example --height {lower[0]} --width {lower[1]}."
+        )
+
+
 @dataclass(frozen=True)
 class Frames:
     """Frames to train on and to validate with."""
@@ -297,7 +308,9 @@ def main() -> None:
     check_launch(accelerator)
     set_seed(arguments.seed)
     source, held_out_source = open_data(arguments)
-    vae = build_vae(arguments, max(first_readable(source, source.__getitem__).frames.shape[1:3]))
+    height, width = first_readable(source, source.__getitem__).frames.shape[1:3]
+    vae = build_vae(arguments, max(height, width))
+    check_divisible(vae, height, width)
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         lock_output(output)

@@ -107,6 +107,8 @@ def main() -> None:
         study = open_study(arguments.study) if arguments.study else None
         sessions = Sessions(idle_seconds=arguments.idle_seconds, most_each=arguments.visitor_sessions)
         worlds = Worlds(arguments.model)
+        if not worlds:
+            raise ValueError(f"no model could be loaded: {'; '.join(worlds.failures.values())}")
         for name, reason in worlds.failures.items():
             sys.stderr.write(f"{parser.prog}: warning: the model {name!r} could not be loaded: {reason}\n")
         study = study or find_demonstration(worlds)

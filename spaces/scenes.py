@@ -107,5 +107,4 @@ def default_scale(world: World) -> float:
 
     A typical motion crosses the image in 20 frames.
     """
-    scale = np.broadcast_to(np.float64(world.pipeline.transformer.config.action_scale), 2)
-    return float(f"{20 / scale.max():.2g}")
+    return float(f"{20 / max(np.abs(world.pipeline.action_space.scale)):.2g}")

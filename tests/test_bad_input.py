@@ -565,6 +565,10 @@ ROWS = [
 DATA_ROWS = [  # of every command that reads episodes
     ({"--dataset": None}, "the following arguments are required: --dataset"),
     ({"--dataset": "nowhere"}, "`dataset` must be a folder or a Hub id"),
+    (
+        {"--dataset": "lerobot", "--split": "train", "--fps": "7"},
+        "--fps must be omitted for 'lerobot', which stores 5",
+    ),
     ({"--dataset": ""}, "`dataset` must be a folder or a Hub id such as org/name, got an empty name"),
     ({"--dataset": "empty"}, "'empty' contains no supported dataset"),
     ({"--dataset": "file"}, "'file' contains no supported dataset"),
@@ -621,6 +625,8 @@ DATA_ROWS = [  # of every command that reads episodes
 
 ROWS += [
     *(("data", change, message) for change, message in DATA_ROWS),
+    ("generate", {"--frames": None}, "--frames is required with --model"),
+    ("data", {"--output": "data"}, "--output must be another folder than --dataset, got 'data'"),
     ("data", {"--output": None}, "the following arguments are required: --output"),
     ("data", {"--output": "full"}, "'full' already contains another dataset"),
     ("data", {"--robot-type": None, "--push-to-hub": "a/b/c"}, "--push-to-hub must be ORG/NAME, got 'a/b/c'"),

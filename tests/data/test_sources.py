@@ -599,7 +599,7 @@ def test_actions_are_padded(tmp_path):
     [
         ({"derivation": "guess"}, r"`derivation` \(--action_derivation\) must be one of"),
         ({"frame_skip": 2}, r"`composition` \(--action_composition\) is required with frame_skip=2"),
-        ({"frame_skip": 0}, "`frame_skip` must be at least 1"),
+        ({"frame_skip": 0}, "`frame_skip` must be an integer of at least 1"),
         ({"derivation": "absolute", "state_key": "pose"}, r"`state_key` must be one of \['observation.state'\]"),
     ],
 )

@@ -171,9 +171,20 @@ class Broken(Proportional):
         return torch.full((len(observation["pixels"]), 2), torch.nan)
 
 
+class FailsLater(Proportional):
+    def select_action(self, observation):
+        if self.calls == 3:
+            raise RuntimeError("boom")
+        return super().select_action(observation)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"policies": {"late": FailsLater(0)}},
+            "policy 'late', seeds 5 to 8: the policy fails at step 2: RuntimeError: boom",
+        ),
         ({"policies": {}}, "`policies` must contain at least one policy"),
         ({"policies": {"a/b": Proportional(1)}}, "the name of a policy must consist of letters, .* got 'a/b'"),
         ({"policies": {"..": Proportional(1)}}, "the name of a policy must consist of letters"),

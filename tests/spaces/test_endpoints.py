@@ -339,6 +339,7 @@ def test_invalid_settings_end_in_one_line(tmp_path, monkeypatch, capsys):
             (["--port", port], f"`--port` must be free, got {port}: Address already in use"),
             (["--port", "70000"], "`--port` must be in [1, 65535], got 70000"),
             (["--study", str(tmp_path / "none")], "`study` must be a folder with videos"),
+            (["--model", str(tmp_path / "none")], "no model could be loaded: "),
         ]:
             monkeypatch.setattr("sys.argv", ["app.py", *flags])
             with pytest.raises(SystemExit) as ended:

@@ -98,3 +98,30 @@ def test_a_chunk_longer_than_the_window_is_dropped():
     )
     pipeline = finished_pipeline(None, transformer, sampler)
     assert (pipeline.chunk_length, pipeline.config.num_inference_steps) == (2, 3)
+
+
+def test_foreign_checkpoints_are_kept(output):
+    accelerator = Accelerator(cpu=True)
+    (output / "checkpoint-3").mkdir()
+    (output / "checkpoint-3" / "trainer_state.json").touch()
+    save_checkpoint(accelerator, output, 6, 1, {})
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-9", "partial-4", ".finished", "transformer"])
+def test_files_with_names_of_folders_raise(name, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"{name}' must be a folder: remove it, or choose another `output_dir`"):
+        lock_output(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=f"{name}' must be a folder"):
+        lock_output(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["meta/info.json", "annotation/0.json", "dataset_info.json"])
+def test_output_folder_must_not_be_a_dataset(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="`output_dir` must not be a dataset"):
+        lock_output(tmp_path)

@@ -34,6 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     output: Path = arguments.output
     check_output_folder(output)
+    if output.exists() and Path(arguments.dataset).exists() and output.samefile(arguments.dataset):
+        raise ValueError(f"--output must be another folder than --dataset, got {str(output)!r}.")
     if arguments.push_to_hub is not None:
         _check_repo_id(arguments.push_to_hub)
     source = open_dataset(arguments)

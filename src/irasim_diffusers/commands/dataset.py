@@ -33,7 +33,11 @@ def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None, requir
 
 
 def open_dataset(arguments: argparse.Namespace) -> Any:
-    """Open the episodes that the flags of `add_dataset_flags` select."""
+    """Open the episodes that the flags of `add_dataset_flags` select.
+
+    Raises:
+        ValueError: If a flag is invalid, or the dataset cannot be opened or stores another frame rate.
+    """
     from ..data import open_dataset
 
     check_name("--dataset", arguments.dataset)
@@ -41,7 +45,7 @@ def open_dataset(arguments: argparse.Namespace) -> Any:
         raise ValueError("--split must be the name of a split, got an empty one.")
     if arguments.fps is not None and not 0 < arguments.fps < math.inf:
         raise ValueError(f"--fps must be positive, got {arguments.fps:g}.")
-    return open_dataset(
+    dataset = open_dataset(
         arguments.dataset,
         arguments.cameras or None,
         split=arguments.split,
@@ -49,3 +53,8 @@ def open_dataset(arguments: argparse.Namespace) -> Any:
         action_column=arguments.action_column,
         state_columns=arguments.state_columns,
     )
+    if arguments.fps is not None and dataset.fps != arguments.fps:
+        raise ValueError(
+            f"--fps must be omitted for {arguments.dataset!r}, which stores {dataset.fps:g}, got {arguments.fps:g}."
+        )
+    return dataset

@@ -43,6 +43,10 @@ def run(arguments: argparse.Namespace) -> None:
     check_sampling_flags(arguments)
     if rows and arguments.actions is None:
         raise ValueError("--frames requires --actions: a .npy, .csv or .json file of actions, one row per frame.")
+    if not rows and arguments.model != str(embedded_checkpoint()):
+        raise ValueError(
+            "--frames is required with --model: an image or video of the robot, the start of the prediction."
+        )
     actions = read_actions(arguments.actions or embedded_checkpoint() / "example_actions.csv")
     pipeline, video, history = open_start(arguments)
     # later frames are ground truth only if frames and actions come from the same recording

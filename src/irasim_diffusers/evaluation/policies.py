@@ -139,7 +139,7 @@ def run_episodes(
         record: Keep the frames of the episodes in memory.
 
     Raises:
-        ValueError: If there are not as many seeds as rows, or an action or a reward is not finite.
+        ValueError: If there are not as many seeds as rows, the policy fails, or an action or a reward is not finite.
     """
     rows = environment.num_envs
     if len(seeds) != rows:
@@ -154,7 +154,10 @@ def run_episodes(
     score = np.full(rows, -np.inf)
     frames = [[frame] for frame in observation["pixels"].copy()]
     for step in range(max_episode_steps):
-        actions = np.asarray(policy.select_action(observation), dtype=np.float32)
+        try:
+            actions = np.asarray(policy.select_action(observation), dtype=np.float32)
+        except Exception as error:  # of the user's code
+            raise ValueError(f"the policy fails at step {step}: {type(error).__name__}: {error}") from error
         invalid = np.nonzero(~np.isfinite(actions).reshape(len(actions), -1).all(1) & running[: len(actions)])[0]
         if len(invalid):
             raise ValueError(f"the policy must return finite actions, got {actions[invalid[0]]} at step {step}.")

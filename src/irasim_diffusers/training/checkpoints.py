@@ -73,7 +73,7 @@ def _problem(checkpoint: Path) -> str | None:
         stored = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
         sizes, hashes = stored["files"], stored.get("hashes", {})  # earlier versions stored no hashes
         valid = all(isinstance(each, dict) for each in (sizes, hashes)) and sizes
-        valid = valid and isinstance(stored.get("seconds", 0.0), int | float)
+        valid = valid and 0 <= stored.get("seconds", 0.0) < float("inf")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         valid = False
     if not valid:
@@ -165,7 +165,8 @@ def save_checkpoint(
         RuntimeError,
     ) as error:  # a full disk: the incomplete files would take the last space
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):  # torch.save hides the OSError
+        hidden = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container"))
+        if isinstance(error, RuntimeError) and hidden:  # torch.save hides the OSError
             raise OSError(f"cannot write {str(partial)!r}: {str(error).splitlines()[0]}") from error
         raise
     accelerator.wait_for_everyone()  # every process writes its own random state
@@ -185,7 +186,8 @@ def save_checkpoint(
             if step_of(stale) >= step:
                 shutil.rmtree(stale)
         partial.rename(output / f"checkpoint-{step}")
-        for old in checkpoints(output)[: -max(limit, 1)]:
+        own = [path for path in checkpoints(output) if (path / SETTINGS).is_file()]
+        for old in own[: -max(limit, 1)]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 

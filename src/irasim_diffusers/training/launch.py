@@ -14,7 +14,7 @@ from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, Pr
 from huggingface_hub import create_repo
 
 from .arguments import MAY_CHANGE, RunArguments
-from .checkpoints import check_resume, remove_leftovers
+from .checkpoints import FINISHED, check_resume, remove_leftovers
 from .scripts import check_launch
 
 try:
@@ -23,6 +23,8 @@ except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
+PARTS = ("transformer", "vae", "scheduler")
+"""Folders of a trained pipeline."""
 _LOCKED: list[IO[str]] = []
 """Lock files, which stay open until the process ends."""
 
@@ -91,8 +93,9 @@ def lock_output(output: Path) -> None:
     """Lock an output folder until this process ends, so that two runs do not write the same checkpoints.
 
     Raises:
-        ValueError: If another process trains in the folder.
+        ValueError: If another process trains in the folder, or `check_output_dir` fails.
     """
+    check_output_dir(output)
     if fcntl is None:
         return
     file = (output / ".lock").open("a")
@@ -105,6 +108,21 @@ def lock_output(output: Path) -> None:
     except OSError:  # a file system without locks
         return
     _LOCKED.append(file)
+
+
+def check_output_dir(output: Path) -> None:
+    """Check that an output folder is not a dataset, and that nothing in it prevents the checkpoints.
+
+    Raises:
+        ValueError: If it contains a dataset, or another file has the name of a checkpoint or of a part of the pipeline.
+    """
+    for name in ("meta/info.json", "annotation", "dataset_info.json", "dataset_dict.json"):
+        if (output / name).exists():
+            raise ValueError(f"`output_dir` must not be a dataset, got {str(output)!r}, which contains {name!r}.")
+    places = [*output.glob("checkpoint-*"), *output.glob("partial-*"), *(output / name for name in (FINISHED, *PARTS))]
+    for path in places:
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise ValueError(f"{str(path)!r} must be a folder: remove it, or choose another `output_dir`.")
 
 
 def prepare_output(accelerator: Accelerator, arguments: RunArguments) -> None:

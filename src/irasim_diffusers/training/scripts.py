@@ -41,6 +41,7 @@ def run_script(main: Callable[[], None]) -> None:
         if int(os.environ.get("RANK", "0")):
             time.sleep(OTHER_RANK_DELAY)  # the launcher stops this process if the main process failed, too
         message = " ".join(str(error).split()) or type(error).__name__
+        message = message.replace("Some specified arguments are not used by the HfArgumentParser", "unknown arguments")
         sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {message}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
