@@ -163,7 +163,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: If the file is not such an object; the message names it.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
+        content = json.loads(
+            path.read_text(encoding="utf-8"), parse_float=_finite, parse_int=_integer, parse_constant=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} must be a JSON file with finite numbers: {error}") from error
     if not isinstance(content, dict):
@@ -202,6 +204,12 @@ def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError(f"got {text}")
     return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > 300:  # beyond the range of a float
+        raise ValueError(f"got an integer of {len(text)} digits")
+    return int(text)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 from functools import partial
 
 import gymnasium
@@ -141,6 +142,27 @@ def test_the_same_command_resumes(evaluation, tmp_path):
         evaluate_policies(evaluation(model=world_model(), seeds=[1, 2]))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_text(path.read_text().replace('"seed": 8', '"seed": 7')),
+        lambda path: path.write_text(re.sub(r'"score": [^,]+', '"score": 1' + 400 * "0", path.read_text())),
+        lambda path: path.write_text(re.sub(r'"length": \d+', '"length": -1', path.read_text())),
+        lambda path: path.with_suffix(".mp4").unlink(),
+        lambda path: path.with_suffix(".mp4").write_bytes(b""),
+    ],
+)
+def test_damaged_episodes_are_repeated(evaluation, tmp_path, damage):
+    given = evaluation(model=world_model(), policies={"good": Proportional(0.5)})
+    first = evaluate_policies(given)
+    path = tmp_path / "out" / "episodes" / "good" / "8.json"
+    before = path.read_text()
+    damage(path)
+    assert evaluate_policies(given) == first
+    assert path.read_text() == before
+    assert path.with_suffix(".mp4").stat().st_size > 0
+
+
 def test_policies_are_loaded_before_the_episodes(evaluation, tmp_path):
     loaded = []
 
@@ -172,18 +194,33 @@ class Broken(Proportional):
 
 
 class FailsLater(Proportional):
+    """Returns a given value, or raises an exception, from the third step on."""
+
+    def __init__(self, value):
+        super().__init__(0)
+        self.value = value
+
     def select_action(self, observation):
-        if self.calls == 3:
+        actions = super().select_action(observation)
+        if self.calls <= 3:
+            return actions
+        if self.value is RuntimeError:
             raise RuntimeError("boom")
-        return super().select_action(observation)
+        return self.value
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"policies": {"late": FailsLater(0)}},
-            "policy 'late', seeds 5 to 8: the policy fails at step 2: RuntimeError: boom",
+            {"policies": {"late": FailsLater(RuntimeError)}},
+            "policy 'late', seeds 5 to 8: .* fails at step 2: RuntimeError",
+        ),
+        ({"policies": {"late": FailsLater(None)}}, r"must return actions \(3, 2\), got \(\) at step 2"),
+        ({"policies": {"late": FailsLater(np.zeros((3, 1, 2)))}}, r"actions \(3, 2\), got \(3, 1, 2\) at step 2"),
+        (
+            {"policies": {"late": FailsLater(np.full((3, 2), 1e38))}},
+            r"actions near the bounds of .*, got 1e\+38 at step 2",
         ),
         ({"policies": {}}, "`policies` must contain at least one policy"),
         ({"policies": {"a/b": Proportional(1)}}, "the name of a policy must consist of letters, .* got 'a/b'"),

@@ -98,7 +98,7 @@ def evaluate_policies(evaluation: PolicyEvaluation) -> dict[str, Any]:
     batches = [evaluation.seeds[first : first + size] for first in range(0, len(evaluation.seeds), size)]
     jobs = [(name, batch) for name in evaluation.policies for batch in batches]
     missing = [
-        (name, batch) for name, batch in jobs if any(_read_outcome(output, name, seed) is None for seed in batch)
+        (name, batch) for name, batch in jobs if any(not _is_finished(evaluation, name, seed) for seed in batch)
     ]
     policies = _LoadedPolicies(evaluation.policies)
     for name in dict(missing):
@@ -158,6 +158,7 @@ def run_episodes(
             actions = np.asarray(policy.select_action(observation), dtype=np.float32)
         except Exception as error:  # of the user's code
             raise ValueError(f"the policy fails at step {step}: {type(error).__name__}: {error}") from error
+        _check_actions(actions, environment, step)
         invalid = np.nonzero(~np.isfinite(actions).reshape(len(actions), -1).all(1) & running[: len(actions)])[0]
         if len(invalid):
             raise ValueError(f"the policy must return finite actions, got {actions[invalid[0]]} at step {step}.")
@@ -329,6 +330,21 @@ def _run_batch(evaluation: PolicyEvaluation, name: str, policy: Policy, batch: S
         write_text(path, json.dumps(outcome))  # written last: it marks the episode as finished
 
 
+def _check_actions(actions: np.ndarray, environment: VectorEnv, step: int) -> None:
+    """Raise ValueError if actions have the wrong shape, or exceed bounds by more than their width."""
+    space: Any = environment.action_space
+    if actions.shape != space.shape:
+        raise ValueError(f"the policy must return actions {space.shape}, got {actions.shape} at step {step}.")
+    if not hasattr(space, "low"):
+        return
+    width = np.where(np.isfinite(space.high - space.low), space.high - space.low, np.inf)
+    outside = (actions < space.low - width) | (actions > space.high + width)
+    if outside.any():
+        raise ValueError(
+            f"the policy must return actions near the bounds of the environment, got {actions[outside][0]:g} at step {step}."
+        )
+
+
 def _successes(info: Mapping[str, Any], terminated: np.ndarray) -> np.ndarray:
     """Return the successes of the rows in a step.
 
@@ -351,11 +367,21 @@ def _path(output: Path, name: str, seed: int) -> Path:
     return output / EPISODES / name / f"{seed}.json"
 
 
+def _is_finished(evaluation: PolicyEvaluation, name: str, seed: int) -> bool:
+    """Whether an episode has an outcome and, if videos are requested, a video."""
+    output = Path(evaluation.output)
+    video = _path(output, name, seed).with_suffix(".mp4")
+    recorded = not evaluation.num_videos or (video.is_file() and video.stat().st_size > 0)
+    return recorded and _read_outcome(output, name, seed) is not None
+
+
 def _read_outcome(output: Path, name: str, seed: int) -> dict[str, Any] | None:
     """Read the outcome of a finished episode; None if it is missing or damaged."""
-    found = read_result(_path(output, name, seed), dict.fromkeys(("real", "model"), dict))
+    found = read_result(_path(output, name, seed), {"seed": int, **dict.fromkeys(ENVIRONMENTS, dict)})
     kinds = {"success": bool, "score": float, "length": int}
-    return found if found and all(has_kinds(found[place], kinds) for place in ENVIRONMENTS) else None
+    if not found or found["seed"] != seed or not all(has_kinds(found[place], kinds) for place in ENVIRONMENTS):
+        return None
+    return found if all(found[place]["length"] > 0 for place in ENVIRONMENTS) else None
 
 
 def _write_report(report: dict[str, Any], evaluation: PolicyEvaluation) -> None:

@@ -253,6 +253,9 @@ def _is_finished(evaluation: Evaluation, clip: Clip) -> bool:
     found = read_result(_figures(evaluation.output, clip), {"name": str, "last_frame": dict} | kinds | optional)
     if found is None or found["name"] != clip.name or not has_kinds(found["last_frame"], kinds):
         return False
+    lists = [each[name] for each in (found, found["last_frame"]) for name, kind in kinds.items() if kind is list]
+    if any(len(values) != clip.predicted for values in lists):
+        return False
     stamp = _file_stamp(evaluation, clip)
     return stamp is None or found.get("file") == stamp
 
