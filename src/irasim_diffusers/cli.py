@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from . import __version__
 from .commands import adapt, convert, data, evaluate, evaluate_policies, generate, plan, play
+from .commands.files import read_actions, read_frames  # noqa: F401 - their place in earlier versions
 
 __all__ = ["main"]
 
