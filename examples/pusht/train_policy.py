@@ -45,9 +45,9 @@ ENCODER_BATCH, ENCODER_FRAMES = 64, 48  # frames of a step, and of an episode
 class PolicyArguments:
     datasets: list[Path] = field(metadata={"help": "LeRobotDataset folders made by collect.py"})
     output_dir: Path = field(metadata={"help": "folder for the checkpoints and report.json"})
-    max_demonstrations: int = field(default=200, metadata={"help": "maximum number of expert episodes"})
+    max_demonstrations: int = field(default=400, metadata={"help": "maximum number of expert episodes"})
     stages: list[int] = field(
-        default_factory=lambda: [100, 250, 500, 750, 1000, 1500, 2500, 4000],
+        default_factory=lambda: [250, 500, 1000, 1500, 2500, 4000, 7000, 12000],
         metadata={"help": "increasing numbers of steps after which a checkpoint is saved; the last ends the training"},
     )
     encoder_steps: int = field(default=1500, metadata={"help": "steps of the encoder, on batches of 64 frames"})
