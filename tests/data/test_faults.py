@@ -91,6 +91,15 @@ def test_rows_at_every_second_frame_cause_a_warning(tmp_path):
     assert np.array_equal(episode.actions, before.actions[::2])
 
 
+@pytest.mark.parametrize("total", [4, -1, "3"])
+def test_other_numbers_of_episodes_cause_a_warning(total, tmp_path):
+    write_folder(tmp_path)
+    path = tmp_path / "meta" / "info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"total_episodes": total}))
+    with pytest.warns(UserWarning, match=r"has 3 episodes in its 'meta' folder, and 'total_episodes' in info.json is"):
+        assert len(LeRobotFolder(tmp_path)) == 3
+
+
 @pytest.mark.parametrize("part", [DATA, EPISODES])
 def test_more_rows_than_the_episodes_have_raise(part, tmp_path, monkeypatch):
     """A small compressed file can contain many rows, which would fill the memory."""

@@ -26,7 +26,7 @@ from .columns import choose_action_columns, component_names_of, finite_vector
 from .content_hash import content_hash
 from .episode import Episode, InOrder, camera_layout, first_task, tile, window_slice
 from .hub import HubFiles
-from .lerobot_metadata import NUMBERS, OWN_ENTRY, check_info, row_number, row_seconds
+from .lerobot_metadata import NUMBERS, OWN_ENTRY, check_info, check_rows, row_number, row_seconds
 from .pictures import read_picture
 from .record_files import parquet_columns, read_json_lines, read_json_object, read_parquet
 from .video import read_numbered_frames
@@ -272,8 +272,7 @@ class LeRobotFolder(InOrder):
                         f"{str(file)!r} contradicts an earlier row of episode {number} of {self.name!r} in {changed}: remove one "
                         "of the rows."
                     )
-        if not rows:
-            raise ValueError(f"{self.name!r} has no episode in its 'meta' folder.")
+        check_rows(rows.values(), self.info, self.name)
         return [rows[number] for number in sorted(rows)]
 
     def __len__(self) -> int:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,23 @@ def _check_own_entry(own: Any, require: Any) -> None:
         and all(isinstance(row, list) and row and all(isinstance(key, str) for key in row) for row in cameras)
     )
     require(layout, f"'cameras' in {place}", "rows of feature names", cameras)
+
+
+def check_rows(rows: Collection[Mapping[str, Any]], info: Mapping[str, Any], name: str) -> None:
+    """Check that a dataset has episodes, and warn if their number is not that of info.json.
+
+    Raises:
+        ValueError: If there is no episode.
+    """
+    if not rows:
+        raise ValueError(f"{name!r} has no episode in its 'meta' folder.")
+    total = info.get("total_episodes", len(rows))
+    if total != len(rows):
+        warnings.warn(
+            f"{name!r} has {len(rows)} episodes in its 'meta' folder, and 'total_episodes' in info.json is {total!r:.60}: some may "
+            "be missing.",
+            stacklevel=2,
+        )
 
 
 def row_number(row: Mapping[str, Any], name: str) -> int:
