@@ -63,7 +63,7 @@ class TeleoperateArguments:
     start: list[float] | None = field(
         default=None, metadata={"help": "action for the robot's position at the start, for absolute spaces"}
     )
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "random seed"})
     output: Path = field(
         default=Path("drive.mp4"), metadata={"help": "mp4 to write, with a .npy of the actions next to it"}
     )

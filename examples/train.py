@@ -57,27 +57,27 @@ class TrainingArguments(RunArguments):
     pixel_space: bool = field(default=False, metadata={"help": "train on pixels, without an autoencoder"})
     num_layers: int | None = field(
         default=None,
-        metadata={"help": "pairs of a spatial and a temporal block, if no --preset is given (default: 4)"},
+        metadata={"help": "pairs of a spatial and a temporal block, 4 if no --preset is given"},
     )
     num_attention_heads: int | None = field(
-        default=None, metadata={"help": "if no --preset is given (default: 3; U-Net: 4)"}
+        default=None, metadata={"help": "number of attention heads; 3 (U-Net: 4) if no --preset is given"}
     )
     attention_head_dim: int | None = field(
-        default=None, metadata={"help": "if no --preset is given (default: 64; U-Net: 32)"}
+        default=None, metadata={"help": "channels of an attention head; 64 (U-Net: 32) if no --preset is given"}
     )
     block_out_channels: list[int] = field(
         default_factory=list,
-        metadata={"help": "channels at each resolution of the U-Net, if no --preset is given (default: 48 96 168)"},
+        metadata={"help": "channels at each resolution of the U-Net, 48 96 168 if no --preset is given"},
     )
     condition_dim: int | None = field(
         default=None,
-        metadata={"help": "size of the U-Net's trajectory embedding, if no --preset is given (default: 192)"},
+        metadata={"help": "size of the U-Net's trajectory embedding, 192 if no --preset is given"},
     )
     patch_size: int | None = field(
         default=None, metadata={"help": "in latent pixels (default: 2, or that of the pretrained model)"}
     )
     sample_frames: int | None = field(
-        default=None, metadata={"help": "frames of a window, history and predicted frames (default: 16)"}
+        default=None, metadata={"help": "frames of a window, history and predicted frames; 16 for a new model"}
     )
     num_history_frames: int | None = field(
         default=None,

@@ -55,7 +55,7 @@ class VAEArguments(DataArguments):
     freeze_encoder: bool = field(default=False, metadata={"help": "train only the decoder of --pretrained"})
     frames_per_episode: int = field(default=24, metadata={"help": "evenly spaced frames of each episode to train on"})
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
-    latent_channels: int = 4
+    latent_channels: int = field(default=4, metadata={"help": "channels of the latents"})
     norm_num_groups: int = field(
         default=32, metadata={"help": "number of GroupNorm groups; with 1, a latent depends least on distant pixels"}
     )
@@ -64,15 +64,15 @@ class VAEArguments(DataArguments):
         metadata={"help": "standard deviation of scaled latents; use 0.25 if most of each image is empty"},
     )
     train_batch_size: int = field(default=16, metadata={"help": "frames per step and process"})
-    max_train_steps: int = 2800
-    learning_rate: float = 2e-3
-    lr_warmup_steps: int = 100
-    kl_weight: float = 1e-6
+    max_train_steps: int = field(default=2800, metadata={"help": "total number of steps"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "learning rate after the warmup"})
+    lr_warmup_steps: int = field(default=100, metadata={"help": "steps of linear warmup"})
+    kl_weight: float = field(default=1e-6, metadata={"help": "weight of the KL loss"})
     mixed_precision: str = field(default="bf16", metadata={"help": "no, fp16 or bf16"})
     compile: bool = field(default=False, metadata={"help": "compile encoder and decoder"})
-    checkpointing_steps: int = 400
-    validation_steps: int = 400
-    seed: int = 0
+    checkpointing_steps: int = field(default=400, metadata={"help": "steps between checkpoints"})
+    validation_steps: int = field(default=400, metadata={"help": "steps between validations"})
+    seed: int = field(default=0, metadata={"help": "random seed"})
 
 
 class Autoencoding(torch.nn.Module):

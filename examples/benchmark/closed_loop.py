@@ -33,8 +33,8 @@ class ClosedLoopArguments:
     num_envs: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "numbers of rows"})
     num_steps: int = field(default=30, metadata={"help": "measured steps after three warm-up steps"})
     memory_steps: int = field(default=0, metadata={"help": "steps of one row for the memory; 0 to leave it out"})
-    num_threads: int = 1
-    device: str = "cpu"
+    num_threads: int = field(default=1, metadata={"help": "threads of torch"})
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
     output: Path | None = field(default=None, metadata={"help": "JSON report to write"})
 
 

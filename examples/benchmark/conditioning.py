@@ -72,12 +72,16 @@ class ConditioningArguments:
     first_seed: int = field(default=1_000_000, metadata={"help": "first seed of the test set"})
     pusher_radius: float | None = field(default=None, metadata={"help": "pusher radius of the test set"})
     num_clips: int = field(default=200, metadata={"help": "this and the following: see evaluate.py"})
-    num_histories: int = 50
-    scheduler: str | None = None
-    timestep_spacing: str | None = None
-    num_inference_steps: int | None = None
-    dtype: str = "float32"
-    device: str = "cpu"
+    num_histories: int = field(default=50, metadata={"help": "number of histories for the identification"})
+    scheduler: str | None = field(
+        default=None, metadata={"help": "sampler, a class of diffusers; the model's by default"}
+    )
+    timestep_spacing: str | None = field(
+        default=None, metadata={"help": "timestep spacing of the sampler; the model's by default"}
+    )
+    num_inference_steps: int | None = field(default=None, metadata={"help": "denoising steps; the model's by default"})
+    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16"})
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
 
 
 def read_figures(report: dict[str, Any]) -> dict[str, dict[str, float]]:

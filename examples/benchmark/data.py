@@ -32,7 +32,7 @@ class DataArguments:
     model: str = field(
         default=str(embedded_checkpoint()), metadata={"help": "pipeline for the timing of a training step"}
     )
-    batch_size: int = 16
+    batch_size: int = field(default=16, metadata={"help": "batch size"})
     seconds: float = field(default=10.0, metadata={"help": "duration of each measurement"})
 
 

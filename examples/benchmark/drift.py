@@ -21,11 +21,11 @@ from irasim_diffusers.training import run_script
 class DriftArguments:
     dataset: str = field(metadata={"help": "held-out dataset"})
     model: str = str(embedded_checkpoint())
-    num_episodes: int = 16
-    num_actions: int = 56
+    num_episodes: int = field(default=16, metadata={"help": "number of episodes"})
+    num_actions: int = field(default=56, metadata={"help": "number of actions per episode"})
     chunk_lengths: list[int] = field(default_factory=lambda: [1], metadata={"help": "actions per predicted chunk"})
     dtype: str = field(default="bfloat16", metadata={"help": "float32 or bfloat16"})
-    device: str = "cpu"
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
 
 
 def in_latents(pipeline: IRASimPipeline, frames: np.ndarray, actions: np.ndarray, chunk_length: int) -> np.ndarray:

@@ -30,7 +30,7 @@ from irasim_diffusers.training import run_script
 class FeatureArguments:
     dataset: str = field(metadata={"help": "held-out dataset"})
     model: str = str(embedded_checkpoint())
-    num_clips: int = 12
+    num_clips: int = field(default=12, metadata={"help": "number of clips"})
     cache_steps: int = field(
         default=16, metadata={"help": "denoising steps of the rows with caches and of their baseline"}
     )

@@ -28,7 +28,7 @@ from irasim_diffusers.training import diffusion_loss, run_script
 class MemoryArguments:
     measure: bool = field(default=False, metadata={"help": "measure on a CUDA device instead of estimating"})
     batch_size: int = field(default=1, metadata={"help": "windows per batch"})
-    lora_rank: int = 16
+    lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA layers"})
     presets: list[str] = field(default_factory=lambda: list(PRESETS))
 
 

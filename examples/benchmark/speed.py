@@ -33,9 +33,9 @@ class SpeedArguments:
     batch_sizes: list[int] = field(default_factory=lambda: [1, 50])
     num_actions: int = field(default=15, metadata={"help": "frames per prediction"})
     chunk_length: int = field(default=2, metadata={"help": "frames per streamed chunk"})
-    repeats: int = 5
+    repeats: int = field(default=5, metadata={"help": "repetitions of each measurement"})
     dtype: str = field(default="bfloat16", metadata={"help": "float32, bfloat16 or float16"})
-    device: str = "cpu"
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
     compile: bool = field(default=False, metadata={"help": "compile the transformer's blocks"})
     output: Path | None = field(default=None, metadata={"help": "JSON report to write"})
 

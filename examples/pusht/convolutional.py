@@ -41,8 +41,8 @@ class BaselineArguments:
     dataset: str = field(metadata={"help": "LeRobotDataset folder made by collect.py"})
     output_dir: Path = field(metadata={"help": "folder for the model and its checkpoint"})
     max_minutes: float = field(default=30.0, metadata={"help": "training time in minutes"})
-    batch_size: int = 16
-    learning_rate: float = 1e-3
+    batch_size: int = field(default=16, metadata={"help": "batch size"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "learning rate"})
     width: int = field(default=64, metadata={"help": "number of channels"})
     rollout_chunks: int = field(
         default=5, metadata={"help": "maximum number of frames predicted before the loss frame"}
@@ -53,7 +53,7 @@ class BaselineArguments:
     cache_dir: Path | None = field(
         default=None, metadata={"help": "folder of the frame cache (default: output_dir/latents)"}
     )
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "random seed"})
 
 
 class Residual(nn.Module):

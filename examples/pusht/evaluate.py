@@ -94,14 +94,14 @@ class EvaluationArguments:
     num_rollouts: int = field(default=50, metadata={"help": "expert rollouts; 0 skips them"})
     num_drives: int = field(default=32, metadata={"help": "driven episodes per speed; 0 skips them"})
     num_histories: int = field(default=50, metadata={"help": "histories for identification; 0 skips it"})
-    batch_size: int = 8
+    batch_size: int = field(default=8, metadata={"help": "batch size"})
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
-    device: str = "cpu"
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
     first_seed: int = field(default=1_000_000, metadata={"help": "first seed of the dataset"})
     pusher_radius: float = field(
         default=PUSHER_RADIUS, metadata={"help": "pusher radius of the dataset in arena units"}
     )
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "random seed"})
 
 
 @dataclass(frozen=True)

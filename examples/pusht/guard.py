@@ -48,10 +48,10 @@ class GuardArguments:
     first_seed: int = field(default=1_000_000, metadata={"help": "seed of the first episode of the dataset"})
     num_states: int = field(default=24, metadata={"help": "states to plan from, one per episode"})
     horizon: int = field(default=10, metadata={"help": "actions of a plan"})
-    num_candidates: int = 24
+    num_candidates: int = field(default=24, metadata={"help": "number of candidates per iteration"})
     num_iterations: int = field(default=4, metadata={"help": "iterations of the cross-entropy method"})
     margin: float = field(default=0.1, metadata={"help": "excess of the predicted IoU that counts as exploitation"})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "random seed"})
 
 
 def load(path: str) -> WorldModel:

@@ -44,18 +44,18 @@ class ImproveArguments:
     reward: str | None = field(
         default=None, metadata={"help": "FrameRegressor folder (default: the reward stored with the model)"}
     )
-    num_iterations: int = 20
+    num_iterations: int = field(default=20, metadata={"help": "number of iterations"})
     num_states: int = field(default=8, metadata={"help": "states per iteration"})
     group_size: int = field(default=8, metadata={"help": "chunks per state"})
     num_updates: int = field(default=8, metadata={"help": "optimizer steps per iteration"})
-    learning_rate: float = 1e-4
+    learning_rate: float = field(default=1e-4, metadata={"help": "learning rate"})
     min_spread: float = field(
         default=2e-3, metadata={"help": "groups with a smaller standard deviation of rewards are ignored"}
     )
     num_executed: int = field(default=8, metadata={"help": "executed targets of a chunk"})
     num_episodes: int = field(default=20, metadata={"help": "evaluated episodes in the simulator"})
-    max_episode_steps: int = 300
-    seed: int = 0
+    max_episode_steps: int = field(default=300, metadata={"help": "maximum number of steps of an evaluated episode"})
+    seed: int = field(default=0, metadata={"help": "random seed"})
 
 
 class Improvement:

@@ -137,7 +137,7 @@ class StudyArguments:
         default_factory=lambda: 1 if torch.cuda.is_available() else multiprocessing.cpu_count(),
         metadata={"help": "number of processes (default: one per CPU core, or one with a GPU)"},
     )
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "random seed"})
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,13 @@ class PolicyArguments:
     )
     encoder_steps: int = field(default=1500, metadata={"help": "steps of the encoder, on batches of 64 frames"})
     encoder_episodes: int = field(default=400, metadata={"help": "maximum number of episodes for the encoder"})
-    batch_size: int = 256
-    learning_rate: float = 1e-3
-    ema_decay: float = 0.999
+    batch_size: int = field(default=256, metadata={"help": "batch size"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "learning rate"})
+    ema_decay: float = field(default=0.999, metadata={"help": "decay of the averaged weights (EMA)"})
     num_executed: int = field(default=8, metadata={"help": "executed targets of a chunk"})
     num_episodes: int = field(default=20, metadata={"help": "evaluated episodes per stage; 0 skips the evaluation"})
-    max_episode_steps: int = 300
-    seed: int = 0
+    max_episode_steps: int = field(default=300, metadata={"help": "maximum number of steps of an evaluated episode"})
+    seed: int = field(default=0, metadata={"help": "random seed"})
 
 
 def load_state(path: Path, setting: dict[str, Any]) -> dict[str, Any] | None:

@@ -44,8 +44,8 @@ class ProprioceptionArguments:
     num_predicted: int = field(default=15, metadata={"help": "frames per window after the history"})
     max_train_steps: int = field(default=500, metadata={"help": "0 only measures the network that is stored"})
     batch_size: int = field(default=32, metadata={"help": "half recorded, half predicted frames"})
-    learning_rate: float = 4e-3
-    seed: int = 0
+    learning_rate: float = field(default=4e-3, metadata={"help": "learning rate"})
+    seed: int = field(default=0, metadata={"help": "random seed"})
 
 
 def read_frames(

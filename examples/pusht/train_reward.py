@@ -54,14 +54,14 @@ class RewardArguments:
     max_episodes: int = field(default=1500, metadata={"help": "maximum number of training episodes"})
     frames_per_episode: int = field(default=24, metadata={"help": "frames read per episode"})
     max_train_steps: int = field(default=4000, metadata={"help": "0 evaluates the network that output_dir contains"})
-    batch_size: int = 64
-    learning_rate: float = 2e-3
+    batch_size: int = field(default=64, metadata={"help": "batch size"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "learning rate"})
     success_threshold: float = field(
         default=0.9, metadata={"help": "score from which a frame counts as success; IoU 0.905 is 95 %% coverage"}
     )
     num_clips: int = field(default=100, metadata={"help": "held-out clips that the world model predicts"})
     num_predicted_frames: int = field(default=15, metadata={"help": "predicted frames of a clip"})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "random seed"})
 
 
 def labels(blocks: np.ndarray, target: str) -> np.ndarray:

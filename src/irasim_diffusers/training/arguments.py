@@ -151,19 +151,19 @@ class RunArguments(DataArguments):
     state_angles: list[str] = field(
         default_factory=list, metadata={"help": "components of --state_keys that are angles in radians"}
     )
-    state_loss_weight: float = 1.0
+    state_loss_weight: float = field(default=1.0, metadata={"help": "weight of the auxiliary loss of --state_keys"})
     # optimization
     train_batch_size: int = field(default=16, metadata={"help": "windows per process and batch"})
-    gradient_accumulation_steps: int = 1
-    max_train_steps: int = 300_000
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per step"})
+    max_train_steps: int = field(default=300_000, metadata={"help": "total number of steps"})
     max_train_minutes: float | None = field(
         default=None, metadata={"help": "stop after this time, including validation and checkpoints"}
     )
-    learning_rate: float = 1e-4
+    learning_rate: float = field(default=1e-4, metadata={"help": "learning rate after the warmup"})
     lr_scheduler: str = field(
         default="constant_with_warmup", metadata={"help": "learning rate schedule of diffusers' get_scheduler"}
     )
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: int = field(default=0, metadata={"help": "steps of linear warmup"})
     lr_num_cycles: int = field(default=1, metadata={"help": "number of cycles of cosine_with_restarts"})
     lr_power: float = field(default=1.0, metadata={"help": "power of polynomial"})
     optimizer: str = field(
@@ -172,37 +172,42 @@ class RunArguments(DataArguments):
             "help": "adamw, adamw8bit (bitsandbytes), or muon (torch 2.9) for the blocks' matrices and adamw for the rest"
         },
     )
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 0.0
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 0.1
-    ema_decay: float = 0.9999
-    ema_warmup: bool = field(default=True, metadata={"help": "increase the EMA decay with the steps, for short runs"})
+    adam_beta1: float = field(default=0.9, metadata={"help": "beta1 of AdamW"})
+    adam_beta2: float = field(default=0.999, metadata={"help": "beta2 of AdamW"})
+    adam_weight_decay: float = field(default=0.0, metadata={"help": "weight decay of AdamW"})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "epsilon of AdamW"})
+    max_grad_norm: float = field(default=0.1, metadata={"help": "maximum norm of the gradient"})
+    ema_decay: float = field(default=0.9999, metadata={"help": "decay of the averaged weights (EMA)"})
+    ema_warmup: bool = field(
+        default=True,
+        metadata={"help": "increase the EMA decay with the steps, for short runs; --no_ema_warmup keeps it constant"},
+    )
     mixed_precision: str | None = field(
         default=None,
         metadata={"help": "no, fp16 or bf16 (default: fp16 or bf16 of accelerate, else bf16)"},
     )
     allow_tf32: bool = field(default=False, metadata={"help": "allow TF32 matrix products"})
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "compute activations again in the backward pass, to save memory"}
+    )
     compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile"})
     attention_backend: str | None = field(
         default=None, metadata={"help": "attention backend of diffusers; _native_math trains twice as fast on a CPU"}
     )
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: int = field(default=0, metadata={"help": "worker processes that load batches"})
     # bookkeeping
-    logging_steps: int = 20
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int = 2
-    validation_steps: int = 2000
-    num_validation_clips: int = 16
-    validation_inference_steps: int = 16
+    logging_steps: int = field(default=20, metadata={"help": "steps between logged values"})
+    checkpointing_steps: int = field(default=500, metadata={"help": "steps between checkpoints"})
+    checkpoints_total_limit: int = field(default=2, metadata={"help": "maximum number of checkpoints that are kept"})
+    validation_steps: int = field(default=2000, metadata={"help": "steps between validations"})
+    num_validation_clips: int = field(default=16, metadata={"help": "number of validation clips"})
+    validation_inference_steps: int = field(default=16, metadata={"help": "denoising steps of the validation"})
     report_to: str | None = field(
         default=None, metadata={"help": "tracker of accelerate, for example tensorboard or wandb"}
     )
     push_to_hub: bool = field(default=False, metadata={"help": "push the trained model to the Hub, with a card"})
     hub_model_id: str | None = field(default=None, metadata={"help": "repository (default: the name of output_dir)"})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "random seed"})
 
 
 MAY_CHANGE = {
