@@ -164,5 +164,5 @@ def test_lerobot_policy_is_loaded(policy):
     observation = {"pixels": np.zeros((2, 96, 96, 3), np.uint8), "agent_pos": np.full((2, 2), 256.0, np.float32)}
     loaded.reset()
     assert loaded.select_action(observation).shape == (2, 2)
-    with pytest.raises(ValueError, match="'nowhere' must be a policy of LeRobot"):
+    with pytest.raises(ValueError, match="'nowhere' must be the folder or Hub id of a policy"):
         LeRobotPolicy.from_pretrained("nowhere", space)
