@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from .actions import DERIVATIONS, LEAST_COMPONENTS, hold_action, prepare_actions
+from .actions import DERIVATIONS, MOTION_COMPONENTS, hold_action, prepare_actions
 
 if TYPE_CHECKING:
     import gymnasium
@@ -64,8 +64,10 @@ class ActionSpace:
         derivation = read("action_derivation", "recorded")
         if derivation not in DERIVATIONS:
             raise ValueError(f"`action_derivation` must be one of {', '.join(DERIVATIONS)}, got {derivation!r}.")
-        if derivation == "relative_6d" and size < LEAST_COMPONENTS[derivation]:
-            raise ValueError(f"`action_dim` must be at least 9 for `action_derivation` {derivation!r}, got {size}.")
+        if derivation == "relative_6d" and size < (fewest := MOTION_COMPONENTS[derivation]):
+            raise ValueError(
+                f"`action_dim` must be at least {fewest} for `action_derivation` {derivation!r}, got {size}."
+            )
 
         def numbers(name: str, default: float) -> tuple[float, ...]:
             return _numbers(name, read(name), size, default)

@@ -62,7 +62,7 @@ def hold_action(last_action: torch.Tensor, action_space: str, derivation: str = 
     """
     hold = last_action.clone()
     if action_space != "absolute" and derivation != "absolute":
-        moving = LEAST_COMPONENTS.get(derivation, hold.shape[-1])
+        moving = MOTION_COMPONENTS.get(derivation, hold.shape[-1])
         hold[..., :moving] = 0
         if derivation == "relative_6d":
             hold[..., [3, 7]] = 1
@@ -71,8 +71,8 @@ def hold_action(last_action: torch.Tensor, action_space: str, derivation: str = 
 
 DERIVATIONS = ("recorded", "relative_euler", "relative_6d", "relative_planar", "absolute")
 """Origins of actions: recorded, or computed from the states of successive frames; see `derive_actions`."""
-LEAST_COMPONENTS = {"relative_euler": 6, "relative_6d": 9}
-"""Number of components of a pose's motion; the other components follow."""
+MOTION_COMPONENTS = {"relative_euler": 6, "relative_6d": 9}
+"""Number of components of the motion of a pose; the other components of an action follow."""
 
 
 def derive_actions(states: np.ndarray, derivation: str) -> np.ndarray:

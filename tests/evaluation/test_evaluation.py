@@ -550,15 +550,14 @@ def test_latents_must_be_finite(tmp_path):
         FolderPredictor(tmp_path).predict([data])
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"name": "000000-000016", "error": 1', "nan"])
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"name": "000000-000016", "error": 1', "nan", "longer"])
 def test_damaged_metrics_are_computed_again(workspace, evaluated, tmp_path, content):
     """An interrupted disk or an editor may leave any file; the report stays the same."""
     shutil.copytree(workspace / "report", tmp_path / "out")
     figures = tmp_path / "out" / "figures" / "000000-000016.json"
     errors = tmp_path / "out" / "faithfulness" / "000000-000016.json"
-    damaged = (
-        json.dumps(json.loads(figures.read_text()) | {"clip_psnr": float("nan")}) if content == "nan" else content
-    )
+    changes = {"nan": {"clip_psnr": float("nan")}, "longer": {"psnr": [30.0] * 500}}.get(content)
+    damaged = content if changes is None else json.dumps(json.loads(figures.read_text()) | changes)
     for path in (figures, errors):
         path.write_text(damaged)
     arguments = ["--model", workspace / "model", "--ways", 3, "--published", "rt1"]

@@ -30,7 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_lerobot import write_folder
 from test_pusht import EXAMPLES, call, run
 from train import TrainingArguments, check_arguments
-from train_vae import VAEArguments, open_data
+from train_vae import VAEArguments, build_vae, check_divisible, open_data
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline
@@ -355,6 +355,13 @@ def test_shared_episodes_are_found_for_other_spellings_of_a_folder(episodes, nam
     with pytest.raises(ValueError, match=f"which share {len(source)}: "):
         check_held_out([source], [str(episodes / name)], held_out, arguments)
     check_held_out([source], ["another"], held_out, arguments)
+
+
+def test_frames_must_match_the_autoencoder():
+    vae = build_vae(VAEArguments(dataset="set", output_dir="out"), 320)
+    check_divisible(vae, 176, 320)
+    with pytest.raises(ValueError, match=r"sides divisible by 8 .*, got 180x320: .* --height 176 --width 320"):
+        check_divisible(vae, 180, 320)
 
 
 def test_autoencoder_is_not_validated_on_training_episodes(episodes):

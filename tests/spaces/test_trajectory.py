@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from conftest import tiny_pipeline
 
 from irasim_diffusers import ActionSpace, IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.data import write_video
@@ -27,7 +28,18 @@ from comparison import (
 )
 from drawing import path_actions, read_path, resample
 from poses import read_poses
-from scenes import DRAWN, FILE, RECORDED, Scene, action_kinds, choose_actions, examples, known_truth, upload_scene
+from scenes import (
+    DRAWN,
+    FILE,
+    RECORDED,
+    Scene,
+    action_kinds,
+    choose_actions,
+    default_scale,
+    examples,
+    known_truth,
+    upload_scene,
+)
 from viewer import videos
 from visitor_files import MAX_ACTIONS, read_action_file, read_clip
 from worlds import World
@@ -75,6 +87,11 @@ class TestPaths:
     def test_spaces_that_cannot_be_drawn(self, changes, message):
         with pytest.raises(ValueError, match=message):
             path_actions(np.zeros((3, 2)), space_of(**changes))
+
+    def test_default_scale_of_three_components(self):
+        pipeline = tiny_pipeline()  # its scales are 0.5, 2 and 1
+        clip = np.zeros((30, *pipeline.frame_size, 3), np.uint8)
+        assert default_scale(World("arm", pipeline, clip, np.zeros((28, 3)), 2)) == 10
 
     @pytest.mark.parametrize(
         ("path", "message"),

@@ -7,7 +7,7 @@ import pytest
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from irasim_diffusers.training import Interruption, run_script, scripts
+from irasim_diffusers.training import Interruption, check_launch, run_script, scripts
 from irasim_diffusers.training.launch import prepare_output
 
 
@@ -35,6 +35,13 @@ def test_training_in_another_thread_keeps_the_handlers():
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(train).result() == (0, before)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_processes_that_do_not_belong_together_raise(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, and each would run alone"):
+        check_launch(argparse.Namespace(num_processes=1))
+    check_launch(argparse.Namespace(num_processes=2))
 
 
 @pytest.mark.parametrize("error", [SafetensorError("Error while serializing: I/O error"), OSError("No space left")])

@@ -159,7 +159,7 @@ def run_episodes(
         except Exception as error:  # of the user's code
             raise ValueError(f"the policy fails at step {step}: {type(error).__name__}: {error}") from error
         _check_actions(actions, environment, step)
-        invalid = np.nonzero(~np.isfinite(actions).reshape(len(actions), -1).all(1) & running[: len(actions)])[0]
+        invalid = np.nonzero(~np.isfinite(actions).reshape(rows, -1).all(1) & running)[0]
         if len(invalid):
             raise ValueError(f"the policy must return finite actions, got {actions[invalid[0]]} at step {step}.")
         observation, reward, terminated, truncated, info = environment.step(actions)
