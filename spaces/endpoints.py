@@ -26,9 +26,25 @@ MAX_RESTORED = 64  # frames per request
 
 def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
     """Add the endpoints to the current Blocks."""
+    api = Endpoints(worlds, sessions)
+    for endpoint in (api.start, api.step, api.drive, api.restore, api.undo, api.reset, api.record, api.stop):
+        gr.api(_with_messages(endpoint), api_name=endpoint.__name__, queue=False, concurrency_limit=None)
+
+
+class Endpoints:
+    """The endpoints of the API, one method each.
+
+    Args:
+        worlds: The models.
+        sessions: The sessions of all visitors.
+    """
+
+    def __init__(self, worlds: Worlds, sessions: Sessions) -> None:
+        self.worlds = worlds
+        self.sessions = sessions
 
     async def start(
-        request: gr.Request, model: str, frames: Any, start: Any = None, seed: int = 0
+        self, request: gr.Request, model: str, frames: Any, start: Any = None, seed: int = 0
     ) -> tuple[str, str, dict]:
         """Start a rollout.
 
@@ -42,37 +58,37 @@ def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
         Returns:
             Name of the session, the first frame as a data URL, and the action space.
         """
-        world = worlds.named(model)
+        world = self.worlds.named(model)
         seed = _whole_number("seed", seed, 0, 2**32 - 1)
-        session = await sessions.open(
-            world, lambda: _new_session(world, frames, start, seed, sessions.max_frames(world)), address(request)
+        session = await self.sessions.open(
+            world, lambda: _new_session(world, frames, start, seed, self.sessions.max_frames(world)), address(request)
         )
-        with sessions.use(session) as driven:
-            limits = {"max_frames": sessions.max_frames(world), "idle_seconds": sessions.idle_seconds}
+        with self.sessions.use(session) as driven:
+            limits = {"max_frames": self.sessions.max_frames(world), "idle_seconds": self.sessions.idle_seconds}
             first = data_url(driven.session.first_frame)
             return session, first, describe_space(world.pipeline.transformer.config, driven.session.steering) | limits
 
-    async def step(session: str, actions: Any) -> list[str]:
+    async def step(self, session: str, actions: Any) -> list[str]:
         """Predict one frame, as a lossless WebP data URL, for each of the next actions (n, A) in raw units."""
-        with sessions.use(session) as driven:
+        with self.sessions.use(session) as driven:
             _check_lengths(actions, driven.session.max_chunk)
             return await driven.world.run(lambda: [data_url(frame) for frame in driven.session.step(actions)])
 
     async def drive(
-        session: str, command: Any, frames: int = 1, speed: float = 1.0
+        self, session: str, command: Any, frames: int = 1, speed: float = 1.0
     ) -> tuple[list[str], list[list[float]]]:
         """Predict the next frames under a command (A,) in [-1, 1]; the command zero is the hold action.
 
         Returns:
             A data URL for each frame, and the resulting actions (n, A).
         """
-        with sessions.use(session) as driven:
+        with self.sessions.use(session) as driven:
             number = _whole_number("frames", frames, 1, driven.session.max_chunk)
             if isinstance(speed, bool) or not isinstance(speed, int | float) or not 0 < speed <= 10:
                 raise ValueError(f"`speed` must be in (0, 10], got {speed!r}.")
             return await driven.world.run(_drive, driven.session, command, number, speed)
 
-    async def restore(session: str, frames: Any, actions: Any) -> int:
+    async def restore(self, session: str, frames: Any, actions: Any) -> int:
         """Append frames that an ended session predicted, to continue its rollout.
 
         Args:
@@ -83,39 +99,36 @@ def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
         Returns:
             The number of frames of the session.
         """
-        with sessions.use(session) as driven:
+        with self.sessions.use(session) as driven:
             if not isinstance(frames, list) or not 1 <= len(frames) <= MAX_RESTORED:
                 raise ValueError(f"`frames` must be a list of 1 to {MAX_RESTORED} data URLs.")
             _check_lengths(actions, MAX_RESTORED)
             await driven.world.run(_restore, driven.session, frames, actions)
             return len(driven.session)
 
-    async def undo(session: str, frames: int = 1) -> tuple[str, int]:
+    async def undo(self, session: str, frames: int = 1) -> tuple[str, int]:
         """Remove the last frames; return the last remaining one and the number of remaining ones."""
-        with sessions.use(session) as driven:
+        with self.sessions.use(session) as driven:
             number = _whole_number("frames", frames, 0, 10**6)
             return data_url(driven.session.undo(number)), len(driven.session)
 
-    async def reset(session: str) -> str:
+    async def reset(self, session: str) -> str:
         """Return to the start; return its frame."""
-        with sessions.use(session) as driven:
+        with self.sessions.use(session) as driven:
             driven.session.reset()
             return data_url(driven.session.first_frame)
 
-    async def record(session: str) -> tuple[gr.FileData, gr.FileData]:
+    async def record(self, session: str) -> tuple[gr.FileData, gr.FileData]:
         """Return an mp4 of the first and all predicted frames, and a `.npy` of the actions (n, A), raw units."""
-        with sessions.use(session) as driven:
+        with self.sessions.use(session) as driven:
             folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
             # runs in another thread so that other sessions are not blocked; the session is reserved for this request
             video, actions = await asyncio.to_thread(driven.session.save, folder / "drive.mp4")
             return gr.FileData(path=str(video)), gr.FileData(path=str(actions))
 
-    async def stop(session: str) -> bool:
+    async def stop(self, session: str) -> bool:
         """End the session; return whether it existed."""
-        return sessions.close(session)
-
-    for endpoint in (start, step, drive, restore, undo, reset, record, stop):
-        gr.api(_with_messages(endpoint), api_name=endpoint.__name__, queue=False, concurrency_limit=None)
+        return self.sessions.close(session)
 
 
 def describe_space(config: Any, steering: Steering | None = None) -> dict[str, Any]:
