@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 from safetensors.torch import load_file, save_file
-from test_conversion import latte_model, released_state
+from test_conversion import released_state
+from test_latte import latte_model
 
 from irasim_diffusers.cli import main
 from irasim_diffusers.data import write_video

@@ -13,7 +13,7 @@ from conftest import tiny_pipeline
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
-from test_conversion import latte_model
+from test_latte import latte_model
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, embedded_checkpoint
 from irasim_diffusers.cli import main

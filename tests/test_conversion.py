@@ -1,5 +1,4 @@
 import collections
-import json
 import math
 import os
 import pickle
@@ -11,21 +10,15 @@ import omegaconf
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_transformer, tiny_vae
-from diffusers import AutoencoderKL, LatteTransformer3DModel
-from safetensors.torch import save_file
+from conftest import tiny_vae
+from diffusers import AutoencoderKL
 
 from irasim_diffusers import PRESETS, IRASimPipeline, IRASimTransformer3DModel
 from irasim_diffusers.cli import main
 from irasim_diffusers.conversion import (
     RELEASED_DATASETS,
     ConversionReport,
-    change_autoencoder,
-    change_patch_size,
-    load_latte,
-    load_opensora,
     load_released_irasim,
-    predict_samples,
 )
 
 
@@ -287,19 +280,6 @@ def test_damaged_files_raise(legacy, tmp_path):
     assert refused == 20
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_weights_are_converted_to_float32(dtype, tmp_path):
-    _, overrides, state = case("rt1")
-    state = {key: value.to(dtype) for key, value in state.items()}
-    model = load_released_irasim(write(tmp_path / "a.pt", state, ema=state), "rt1", **overrides)
-    assert torch.equal(model.proj_out.weight, state["final_layer.linear.weight"].float())
-    state = {
-        key: value.to(dtype) for key, value in opensora_state(dim=24, head=6, depth=1, patch=2, channels=4).items()
-    }
-    save_file(state, tmp_path / "model.safetensors")
-    assert load_opensora(tmp_path).fps_embed.linear_1.bias.dtype == torch.float32
-
-
 def test_weights_of_another_data_set_are_listed(tmp_path):
     _, overrides, state = case("rt1")
     with pytest.raises(ValueError, match=r"embed_state.fc1.weight: \(96, 7\) where action_embed.linear_1.weight is"):
@@ -338,361 +318,6 @@ def test_the_command_writes_a_pipeline(tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def opensora_state(*, dim, head, depth, patch, channels, seed=0):
-    """Random weights with the names of STDiT3, including the text layers."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-
-    def linear(name, inputs, outputs):
-        state[f"{name}.weight"] = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
-        state[f"{name}.bias"] = 0.1 * torch.randn(outputs, generator=generator)
-
-    linear("x_embedder.proj", channels * patch**2, dim)
-    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].reshape(dim, channels, 1, patch, patch)
-    for name in ("t_embedder", "fps_embedder"):
-        linear(f"{name}.mlp.0", 256, dim)
-        linear(f"{name}.mlp.2", dim, dim)
-    linear("t_block.1", dim, 6 * dim)
-    linear("y_embedder.y_proj.fc1", 8, dim)
-    state["y_embedder.y_embedding"] = torch.randn(3, 8, generator=generator)
-    for stack in ("spatial_blocks", "temporal_blocks"):
-        for index in range(depth):
-            name = f"{stack}.{index}"
-            state[f"{name}.scale_shift_table"] = torch.randn(6, dim, generator=generator)
-            linear(f"{name}.attn.qkv", dim, 3 * dim)
-            linear(f"{name}.attn.proj", dim, dim)
-            for norm in ("q_norm", "k_norm"):
-                state[f"{name}.attn.{norm}.weight"] = 1 + 0.3 * torch.randn(head, generator=generator)
-            linear(f"{name}.cross_attn.q_linear", dim, dim)
-            linear(f"{name}.mlp.fc1", dim, 4 * dim)
-            linear(f"{name}.mlp.fc2", 4 * dim, dim)
-    state["final_layer.scale_shift_table"] = torch.randn(2, dim, generator=generator)
-    linear("final_layer.linear", dim, patch**2 * channels * 2)
-    state["rope.freqs"] = 1 / 10000 ** (torch.arange(0, head, 2) / head)
-    return state
-
-
-def opensora_forward(state, x, t, fps, clean, head):
-    """Reference STDiT3 without cross-attention: x (B, C, F, H, W), the first `clean` frames at t = 0."""
-    batch, channels, frames, height, width = x.shape
-    weight = state["x_embedder.proj.weight"]
-    dim, patch = weight.shape[0], weight.shape[-1]
-    rows, columns = height // patch, width // patch
-
-    def linear(name, value):
-        return F.linear(value, state[f"{name}.weight"], state[f"{name}.bias"])
-
-    def embedder(name, number):
-        angles = number.float()[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
-        return linear(f"{name}.mlp.2", F.silu(linear(f"{name}.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
-
-    x = F.conv3d(x, weight, state["x_embedder.proj.bias"], stride=(1, patch, patch))
-    x = x.flatten(3).permute(0, 2, 3, 1)  # (B, F, S, D)
-    scale = ((height * 8) * (width * 8)) ** 0.5 / 512
-    side = round((rows * columns) ** 0.5)
-    across = (torch.arange(columns) / scale * side / columns).repeat(rows)
-    down = (torch.arange(rows) / scale * side / rows).repeat_interleave(columns)
-    x = x + torch.cat([table(across, dim // 2), table(down, dim // 2)], 1)
-
-    rate = embedder("fps_embedder", fps)
-    now, zero = embedder("t_embedder", t) + rate, embedder("t_embedder", torch.zeros_like(t)) + rate
-    condition = torch.stack([zero] * clean + [now] * (frames - clean), 1)  # (B, F, D)
-    shared = linear("t_block.1", F.silu(condition)).unflatten(-1, (6, dim))
-
-    def rms(name, value):
-        return value * torch.rsqrt(value.square().mean(-1, keepdim=True) + 1e-6) * state[f"{name}.weight"]
-
-    def rotate(value):  # (..., F, head)
-        angles = torch.arange(value.shape[-2])[:, None] * state["rope.freqs"]
-        even, odd = value[..., 0::2], value[..., 1::2]
-        turned = even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos()
-        return torch.stack(turned, -1).flatten(-2)
-
-    def block(name, value, temporal):
-        parts = (state[f"{name}.scale_shift_table"] + shared)[:, :, :, None].unbind(2)
-        inner = F.layer_norm(value, (dim,), eps=1e-6) * (1 + parts[1]) + parts[0]
-        inner = inner.transpose(1, 2) if temporal else inner
-        q, k, v = linear(f"{name}.attn.qkv", inner).unflatten(-1, (3, dim // head, head)).permute(3, 0, 1, 4, 2, 5)
-        q, k = rms(f"{name}.attn.q_norm", q), rms(f"{name}.attn.k_norm", k)
-        if temporal:
-            q, k = rotate(q), rotate(k)
-        attended = ((q @ k.transpose(-1, -2)) / head**0.5).softmax(-1) @ v
-        attended = linear(f"{name}.attn.proj", attended.transpose(-2, -3).flatten(-2))
-        value = value + parts[2] * (attended.transpose(1, 2) if temporal else attended)
-        inner = F.layer_norm(value, (dim,), eps=1e-6) * (1 + parts[4]) + parts[3]
-        return value + parts[5] * linear(
-            f"{name}.mlp.fc2", F.gelu(linear(f"{name}.mlp.fc1", inner), approximate="tanh")
-        )
-
-    for index in range(sum(key.startswith("spatial_blocks") and key.endswith("scale_shift_table") for key in state)):
-        x = block(f"spatial_blocks.{index}", x, temporal=False)
-        x = block(f"temporal_blocks.{index}", x, temporal=True)
-    shift, scale = (state["final_layer.scale_shift_table"] + condition[:, :, None]).unbind(2)
-    x = F.layer_norm(x, (dim,), eps=1e-6) * (1 + scale[:, :, None]) + shift[:, :, None]
-    x = linear("final_layer.linear", x).unflatten(-1, (patch, patch, 2 * channels)).unflatten(2, (rows, columns))
-    return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, 2 * channels, frames, height, width)[:, :channels]
-
-
-# width, head, pairs, patch, channels; frames, clean frames, patches high and wide, action components
-OPENSORA_CASES = [
-    (24, 6, 3, 2, 4, 5, 1, 8, 7, 9),
-    (16, 8, 1, 2, 3, 5, 4, 6, 7, 9),
-    (40, 10, 2, 3, 5, 7, 4, 1, 6, 8),
-    (36, 18, 1, 4, 2, 6, 3, 5, 8, 7),
-    (20, 4, 2, 1, 5, 8, 6, 3, 7, 9),
-]
-
-
-@pytest.mark.parametrize("values", OPENSORA_CASES)
-def test_converted_opensora_matches_stdit3_without_text(values, tmp_path):
-    dim, head, depth, patch, channels, frames, clean, rows, columns, action_dim = values
-    state = opensora_state(dim=dim, head=head, depth=depth, patch=patch, channels=channels)
-    save_file(state, tmp_path / "model.safetensors")
-    report = ConversionReport()
-    model = load_opensora(
-        tmp_path, report=report, action_dim=action_dim, num_history_frames=clean, sample_frames=frames
-    )
-    torch.manual_seed(6)
-    x = torch.randn(2, channels, frames, rows * patch, columns * patch)
-    t, fps, actions = (
-        torch.tensor([40.0, 913.5]),
-        torch.tensor([3.0, 24.0]),
-        torch.randn(2, frames - clean, action_dim),
-    )
-    with torch.no_grad():
-        output = model(x, t, actions, fps=fps).sample
-    expected = -opensora_forward(state, x, t, fps, clean, head)  # the velocity of diffusers has the opposite sign
-    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
-    assert {reason.split(",")[0] for reason in report.dropped.values()} == {"text", "computed here"}
-    assert report.mapped.keys() | report.dropped.keys() == state.keys()
-    with pytest.raises(ValueError, match="`fps` must be given"):
-        model(x, t, actions)
-
-
-# heads, head, pairs, patch, channels; frames, patches high and wide, action components
-LATTE_CASES = [
-    (3, 8, 1, 2, 4, 6, 5, 7, 9),
-    (4, 6, 2, 1, 3, 5, 7, 8, 9),
-    (2, 10, 3, 4, 5, 7, 1, 6, 8),
-    (5, 4, 1, 2, 3, 8, 6, 9, 7),
-    (1, 12, 2, 4, 6, 3, 5, 8, 7),
-]
-
-
-def test_sizes_of_a_case_are_distinct():
-    released = [(*values, RELEASED_DATASETS[dataset]["action_dim"]) for dataset, _, values in CASES.values()]
-    for values in [*released, *OPENSORA_CASES, *LATTE_CASES]:
-        assert len(set(values)) == len(values), values
-
-
-def latte_model(heads, head, depth, patch, channels, frames):
-    """Latte of diffusers with random weights, an implementation that is independent of ours."""
-    latte = LatteTransformer3DModel(
-        num_attention_heads=heads, attention_head_dim=head, in_channels=channels, out_channels=2 * channels,
-        num_layers=depth, patch_size=patch, sample_size=64, cross_attention_dim=head * heads, caption_channels=5,
-        attention_bias=True, norm_type="ada_norm_single", activation_fn="gelu-approximate",
-        norm_elementwise_affine=False, video_length=frames,
-    )  # fmt: skip
-    for parameter in latte.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    for block in latte.transformer_blocks:
-        torch.nn.init.zeros_(block.attn2.to_out[0].weight)
-        torch.nn.init.zeros_(block.attn2.to_out[0].bias)
-    return latte
-
-
-@pytest.mark.parametrize("values", LATTE_CASES)
-def test_converted_latte_matches_latte_without_text(values, tmp_path):
-    heads, head, depth, patch, channels, frames, rows, columns, action_dim = values
-    torch.manual_seed(7)
-    latte = latte_model(heads, head, depth, patch, channels, frames)
-    latte.save_pretrained(tmp_path)
-    report = ConversionReport()
-    model = load_latte(tmp_path, report=report, num_attention_heads=heads, action_dim=action_dim)
-    x, t = torch.randn(2, channels, frames, patch * rows, patch * columns), torch.tensor([12, 640])
-    with torch.no_grad():
-        expected = latte(x, t, encoder_hidden_states=torch.randn(2, 7, 5)).sample[:, :channels]
-        output = model(x, t, torch.randn(2, frames - 1, action_dim)).sample
-    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
-    assert report.mapped.keys() | report.dropped.keys() == latte.state_dict().keys()
-    assert set(report.dropped.values()) == {"text"}
-
-
-def test_latte_lists_problems_and_the_command_converts_it(tmp_path, capsys):
-    latte = latte_model(3, 8, 1, 2, 4, 6)
-    latte.save_pretrained(tmp_path / "latte")
-    tiny_vae().save_pretrained(tmp_path / "vae")
-    command = ["convert", "--source", "latte", "--checkpoint", str(tmp_path / "latte"), "--vae", str(tmp_path / "vae")]
-    command += ["--output", str(tmp_path / "out"), "--config", "num_attention_heads=3", "action_dim=5"]
-    assert main(command) == 0
-    assert IRASimPipeline.from_pretrained(tmp_path / "out").transformer.config.spatial_position == "fixed"
-    state = latte.state_dict()
-    del state["transformer_blocks.0.attn1.to_k.bias"]
-    state["temporal_transformer_blocks.0.ff.net.2.weight"] = torch.zeros(3, 4)
-    state["surprise"] = torch.zeros(2)
-    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "broken.safetensors")
-    with pytest.raises(ValueError, match="3 tensors cannot be mapped") as raised:
-        load_latte(tmp_path / "broken.safetensors", num_attention_heads=3)
-    for line in (
-        "missing tensor transformer_blocks.0.attn1.to_k.bias (24,)",
-        "ff.net.2.weight: (3, 4) where",
-        "surprise (2,)",
-    ):
-        assert line in str(raised.value)
-
-
-def test_open_sora_lists_problems(tmp_path):
-    state = opensora_state(dim=24, head=6, depth=1, patch=2, channels=4)
-    del state["temporal_blocks.0.mlp.fc1.bias"]
-    state["rope.freqs"] = state["rope.freqs"] + 1
-    save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="2 tensors cannot be mapped") as raised:
-        load_opensora(tmp_path)
-    assert "rope.freqs (3,): unknown" in str(raised.value)
-    assert "missing tensor temporal_transformer_blocks.0.ff.net.0.proj.bias (96,)" in str(raised.value)
-    with pytest.raises(ValueError, match="must contain Latte weights"):
-        load_latte(tmp_path)
-    (tmp_path / "broken.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
-        load_opensora(tmp_path / "broken.safetensors")
-    with pytest.raises(ValueError, match="must be a safetensors file or a folder"):
-        load_opensora(tmp_path / "nowhere")
-
-
-def test_a_folder_of_shards_is_read(tmp_path):
-    state = opensora_state(dim=24, head=6, depth=1, patch=2, channels=4)
-    whole = tmp_path / "whole.safetensors"
-    save_file(state, whole)
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    names = [shards / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    for number, name in enumerate(names):
-        save_file(dict(list(state.items())[number::2]), name)
-    index = shards / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {key: names[i % 2].name for i, key in enumerate(state)}}))
-    expected = load_opensora(whole).state_dict()
-    for key, value in load_opensora(shards).state_dict().items():
-        assert torch.equal(value, expected[key]) or key.startswith("action_embed.")
-    with pytest.raises(ValueError, match=r"for shards, pass the folder instead of the index"):
-        load_opensora(index)
-    whole.rename(shards / "model.fp16.safetensors")
-    with pytest.raises(ValueError, match=f"contains {len(state)} tensors more than once"):
-        load_opensora(shards)
-    names[0].unlink()
-    (shards / "model.fp16.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"missing"):
-        load_opensora(shards)
-
-
-def test_the_command_converts_opensora(tmp_path, capsys):
-    save_file(opensora_state(dim=24, head=6, depth=1, patch=2, channels=4), tmp_path / "model.safetensors")
-    tiny_vae().save_pretrained(tmp_path / "vae")
-    command = [
-        "convert",
-        "--source",
-        "opensora",
-        "--checkpoint",
-        f"{tmp_path}/model.safetensors",
-        "--vae",
-        f"{tmp_path}/vae",
-    ]
-    command += [
-        "--output",
-        f"{tmp_path}/out",
-        "--config",
-        "action_dim=2",
-        "sample_height=8",
-        "sample_width=4",
-        "fps=5",
-    ]
-    assert main(command) == 0
-    pipeline = IRASimPipeline.from_pretrained(tmp_path / "out")
-    assert pipeline.transformer.config.fps == 5
-    images = pipeline(np.zeros((16, 8, 3), np.uint8), np.zeros((3, 2)), num_inference_steps=2).frames[0]
-    assert len(images) == 3
-    shift = (64 * 8 * 4) ** 0.5 / 512 * 16**0.5  # pixels and frames of a window
-    assert pipeline.scheduler.config.shift == pytest.approx(shift)
-    expected = [shift * s / (1 + (shift - 1) * s) for s in (1.0, 0.5)]
-    np.testing.assert_allclose(pipeline.scheduler.sigmas, [*expected, 0.0], rtol=1e-5)
-    for wrong in ("action_dims=2", "action_dim"):
-        assert main([*command[:7], "--output", f"{tmp_path}/second", "--config", "fps=5", wrong]) == 2
-        assert "--config must be KEY=VALUE" in capsys.readouterr().err
-    assert main([*command[:1], *command[3:7], "--output", f"{tmp_path}/second"]) == 2
-    assert "--source irasim requires --dataset" in capsys.readouterr().err
-
-
-def test_the_same_patch_size_does_not_change_the_output():
-    torch.manual_seed(0)
-    model = tiny_transformer(action_frequencies=1)
-    more = change_patch_size(model, 2, action_frequencies=3)
-    inputs = torch.randn(3, 4, 5, 4, 6), torch.tensor([7, 500, 999]), torch.randn(3, 3, 3)
-    torch.testing.assert_close(more(*inputs).sample, model(*inputs).sample)
-    assert more.config.action_frequencies == 3
-
-
-def test_finer_patches_keep_their_position_and_scale():
-    model = tiny_transformer(patch_size=3, sample_height=6, sample_width=9)
-    fine = change_patch_size(model, 1)
-    coarse_places = model._spatial_positions(2, 3)
-    torch.testing.assert_close(
-        fine._spatial_positions(6, 9).unflatten(1, (6, 9))[:, 1::3, 1::3].flatten(1, 2), coarse_places
-    )
-    torch.testing.assert_close(fine.patch_embed.proj.weight[..., 0, 0], model.patch_embed.proj.weight[..., 1, 1] * 9)
-    for name in ("weight", "bias"):  # the rows of the center of a coarse patch
-        coarse_rows = getattr(model.proj_out, name).unflatten(0, (3, 3, 4))
-        torch.testing.assert_close(getattr(fine.proj_out, name), coarse_rows[1, 1])
-    again = change_patch_size(fine, 2)
-    assert again.config.base_patch_size == 3
-    assert again(torch.randn(1, 4, 5, 6, 8), torch.tensor([5]), torch.randn(1, 3, 3)).sample.shape == (1, 4, 5, 6, 8)
-
-
-@pytest.mark.parametrize("changes", [{"conditioning": "video"}, {"spatial_position": "fixed"}])
-def test_unsupported_models_cannot_change_their_patch_size(changes):
-    with pytest.raises(ValueError, match="the patch size of this model cannot be changed: its `"):
-        change_patch_size(tiny_transformer(**changes), 1)
-
-
-@pytest.mark.parametrize("changes", [{}, {"base_patch_size": 3}, {"conditioning": "video"}])
-def test_change_to_an_autoencoder_with_linearly_mapped_latents(changes):
-    model = tiny_transformer(**changes)
-    latents, noise = torch.randn(200, 4, 4, 6), torch.randn(2, 4, 5, 4, 6)
-
-    def other(latents):  # one channel of twice the size, each quarter scaled
-        return torch.nn.functional.pixel_shuffle(latents * torch.tensor([1.0, -1.2, 0.8, 1.1]).view(4, 1, 1), 2)
-
-    changed = change_autoencoder(model, 4, latents, other(latents))
-    assert (changed.config.in_channels, changed.config.sample_height, changed.config.sample_width) == (1, 8, 12)
-    inputs = torch.tensor([7, 999]), torch.randn(2, 3, 3)
-    shuffled = other(noise.transpose(1, 2)).transpose(1, 2)
-    expected = other(model(noise, *inputs).sample.transpose(1, 2)).transpose(1, 2)
-    assert (changed(shuffled, *inputs).sample - expected).abs().max() < 0.01 * expected.abs().max()
-
-
-def test_at_the_last_timestep_a_velocity_is_the_negated_sample():
-    model = tiny_transformer(prediction_type="v_prediction")
-    inputs = torch.randn(2, 4, 5, 4, 6), torch.tensor([999, 999]), torch.randn(2, 3, 3)
-    samples = predict_samples(model)
-    torch.testing.assert_close(samples(*inputs).sample, -model(*inputs).sample)
-    assert samples.config.prediction_type == "sample"
-    with pytest.raises(ValueError, match=r"`model` must predict velocities .* got 'sample'"):
-        predict_samples(samples)
-
-
-def test_change_autoencoder_requires_the_same_grid_of_patches():
-    latents = torch.randn(9, 4, 4, 6)
-    for patch_size, after in ((2, torch.randn(9, 4, 8, 12)), (4, torch.randn(8, 4, 8, 12))):
-        with pytest.raises(ValueError, match="`after` must have as many images and patches as `before`"):
-            change_autoencoder(tiny_transformer(), patch_size, latents, after)
-
-
-@pytest.mark.parametrize("name", ["before", "after"])
-def test_latents_of_the_autoencoders_must_be_finite(name):
-    latents = {"before": torch.randn(9, 4, 4, 6), "after": torch.randn(9, 1, 8, 12)}
-    latents[name][3, 0, 2, 5] = torch.nan
-    with pytest.raises(ValueError, match=f"`{name}` must be finite latents"):
-        change_autoencoder(tiny_transformer(), 4, **latents)
-
-
 def test_averaged_position_tables_are_accepted(tmp_path):
     """The EMA of the release also averages its fixed position tables, which changes them slightly."""
     _, overrides, state = case("rt1")
@@ -700,15 +325,6 @@ def test_averaged_position_tables_are_accepted(tmp_path):
     report = ConversionReport()
     load_released_irasim(write(tmp_path / "a.pt", state, ema=averaged), "rt1", report=report, **overrides)
     assert report.dropped["temp_embed"] == "computed here, differs by at most 0.0002"
-
-
-@pytest.mark.parametrize("key", ["blocks.0.scale_shift_table", "blocks.x.attn.qkv.weight"])
-def test_keys_of_other_blocks_are_unknown(key, tmp_path):
-    _, overrides, state = case("rt1")
-    with pytest.raises(ValueError, match=rf"1 tensors cannot be mapped:\n{key} \(3,\): unknown"):
-        load_released_irasim(
-            write(tmp_path / "a.pt", state | {key: torch.zeros(3)}), "rt1", weights="model", **overrides
-        )
 
 
 def test_torchscript_program_is_not_executed(tmp_path):
@@ -719,12 +335,6 @@ def test_torchscript_program_is_not_executed(tmp_path):
     torch.jit.save(torch.jit.script(Program()), tmp_path / "program.pt")
     with pytest.raises(ValueError, match="is a TorchScript program, not a checkpoint"):
         load_released_irasim(tmp_path / "program.pt", "rt1")
-
-
-def test_open_sora_requires_the_frame_rate(tmp_path, capsys):
-    arguments = ["convert", "--source", "opensora", "--checkpoint", str(tmp_path), "--vae", "vae"]
-    assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
-    assert "--source opensora requires --config fps=<frames per second>" in capsys.readouterr().err
 
 
 def test_loader_failure_without_config_names_the_checkpoint(tmp_path, monkeypatch, capsys):
@@ -801,3 +411,12 @@ def test_the_sizes_in_the_guide():
         with torch.device("meta"):
             model = IRASimTransformer3DModel(**config)
         assert rows[name] == f"{sum(parameter.numel() for parameter in model.parameters()):,}", name
+
+
+@pytest.mark.parametrize("key", ["blocks.0.scale_shift_table", "blocks.x.attn.qkv.weight"])
+def test_keys_of_other_blocks_are_unknown(key, tmp_path):
+    _, overrides, state = case("rt1")
+    with pytest.raises(ValueError, match=rf"1 tensors cannot be mapped:\n{key} \(3,\): unknown"):
+        load_released_irasim(
+            write(tmp_path / "a.pt", state | {key: torch.zeros(3)}), "rt1", weights="model", **overrides
+        )

@@ -16,7 +16,9 @@ import pytest
 import torch
 from conftest import tiny_vae
 from safetensors.torch import save_file
-from test_conversion import case, latte_model, opensora_state, write
+from test_conversion import case, write
+from test_latte import latte_model
+from test_opensora import opensora_state
 
 from irasim_diffusers.cli import main
 from irasim_diffusers.conversion import load_latte, load_opensora, load_released_irasim

@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 from conftest import tiny_pipeline
 from gymnasium.envs.registration import EnvSpec
-from test_conversion import latte_model
+from test_latte import latte_model
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel
 from irasim_diffusers.cli import main
