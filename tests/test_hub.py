@@ -14,7 +14,8 @@ import torch
 from conftest import tiny_vae
 from hub_server import HubServer
 from test_lerobot import CAMERA, NAMES, TASKS, make_episode, write_folder
-from test_sources import write_release, write_v21
+from test_release import write_release
+from test_sources import write_v21
 
 from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents, write_file, write_metadata, write_video
 

@@ -215,7 +215,7 @@ def test_lerobot_computes_the_same_statistics(lerobot, tmp_path):
 
 
 def test_lerobot_opens_several_cameras_and_keeps_the_derivation(lerobot, tmp_path):
-    from test_sources import write_release
+    from test_release import write_release
 
     from irasim_diffusers.data import open_dataset
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from test_lerobot import CAMERA, write_folder
-from test_sources import break_action, write_release
+from test_release import write_release
+from test_sources import break_action
 
 from irasim_diffusers.data import (
     Episode,

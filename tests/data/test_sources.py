@@ -1,13 +1,10 @@
 """Every form of data set gives the same episodes."""
 
-import dataclasses
 import io
 import json
 import os
 import re
-import shutil
 import threading
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,8 +17,10 @@ import pytest
 import torch
 from conftest import tiny_vae
 from test_lerobot import CAMERA, edit_table, make_episode, write_folder
+from test_release import write_release
+from test_tables import make_table
 
-from irasim_diffusers.actions import derive_actions, integrate_actions
+from irasim_diffusers.actions import integrate_actions
 from irasim_diffusers.data import (
     IRASimFolder,
     LatentClips,
@@ -33,7 +32,6 @@ from irasim_diffusers.data import (
     cache_latents,
     check_mixture,
     first_readable,
-    frame_skip_for,
     open_dataset,
     read_frames,
     standardised_states,
@@ -166,198 +164,6 @@ def test_part_of_a_video_matches_the_whole(codec, tmp_path):
         read_frames(tmp_path / "clip.mp4", 37, 5, 30)
 
 
-def write_release(root, flavor, length=6):
-    """Write two episodes in IRASim's format; return their frames and annotations."""
-    generator = np.random.default_rng(3)
-    poses = np.concatenate([generator.normal(size=(length, 3)), generator.uniform(-3, 3, (length, 3))], axis=1)
-    gripper = generator.uniform(size=(length, 1))
-    frames = generator.integers(0, 256, (length, 10, 14, 3), dtype=np.uint8)
-    annotation = {
-        "planar": {"actions": poses[:-1, :2].tolist(), "video_path": "videos/train/0.mp4"},
-        "rt1": {
-            "state": poses.tolist(),
-            "continuous_gripper_state": gripper[:, 0].tolist(),
-            "videos": [{"video_path": "videos/train/0.mp4"}],
-        },
-        "droid": {
-            "states": np.concatenate([poses, gripper], axis=1).tolist(),
-            "videos": [{"video_path": "videos/train/0.mp4"}, {"video_path": "videos/train/1.mp4"}],
-            "texts": ["pick it up"],
-        },
-    }[flavor]
-    write_video(root / "videos/train/0.mp4", frames, 5, lossless=True)
-    write_video(root / "videos/train/1.mp4", 255 - frames, 5, lossless=True)
-    folder = root / "annotation" / "train"
-    folder.mkdir(parents=True)
-    for number in (2, 10):
-        (folder / f"{number}.json").write_text(json.dumps(annotation))
-    return frames, poses, gripper
-
-
-@pytest.mark.parametrize("flavor", ["planar", "rt1", "droid"])
-def test_all_variants_of_the_release_format(flavor, tmp_path):
-    frames, poses, gripper = write_release(tmp_path, flavor)
-    data = open_dataset(tmp_path, "0" if flavor == "droid" else None, fps=5)
-    assert isinstance(data, IRASimFolder)
-    assert [path.stem for path in data.files] == ["2", "10"]  # by number, not by letter
-    episode = data[0]
-    assert np.array_equal(episode.frames, frames)
-    if flavor == "planar":
-        np.testing.assert_allclose(episode.actions[:-1], poses[:-1, :2], rtol=1e-6)
-        assert not episode.actions[-1].any()
-    else:
-        states = np.concatenate([poses, gripper], axis=1)
-        np.testing.assert_allclose(episode.actions[:-1], derive_actions(states, "relative_euler"), atol=1e-6)
-        assert not episode.actions[-1, :6].any()
-        np.testing.assert_allclose(episode.states["state"], states, rtol=1e-6)
-        assert data.component_names("action")[-1] == "gripper"
-    if flavor == "droid":
-        assert episode.task == "pick it up"
-        assert open_dataset(tmp_path, ["0", "1"])[0].frames.shape == (6, 20, 14, 3)
-
-
-def change(root, **changes):
-    """Change the annotation of the last episode; None removes an entry."""
-    path = root / "annotation" / "train" / "10.json"
-    annotation = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in annotation.items() if value is not None}))
-
-
-def lose(root, key):
-    change(root, **{key: None})
-
-
-@pytest.mark.parametrize(
-    ("breakage", "message"),
-    [
-        (lambda root: lose(root, "continuous_gripper_state"), r"10\.json': it has neither 'actions', nor 'states'"),
-        (lambda root: lose(root, "videos"), r"10\.json' must name a video"),
-        (lambda root: change(root, videos=[{"path": "0.mp4"}]), r"10\.json': camera 0 has no video_path"),
-        (
-            lambda root: change(root, state=[[1, 2], [3]]),
-            r"10\.json': 'state' must be numbers in rows of equal length",
-        ),
-        (lambda root: change(root, state=[{"x": 1}]), r"10\.json': 'state' must be numbers in rows of equal length"),
-        (
-            lambda root: change(root, actions=[[1, 2], [3]]),
-            r"10\.json': 'actions' must be numbers in rows of equal length",
-        ),
-        (lambda root: (root / "annotation/train/10.json").write_text("[]"), r"10\.json' must name a video"),
-        (
-            lambda root: (root / "annotation/train/10.json").write_bytes(b"\xff"),
-            r"10\.json'.* (is not valid JSON|is not JSON in UTF-8)",
-        ),
-        (lambda root: (root / "videos/train/0.mp4").write_bytes(b"nothing"), r"json': cannot read .*0\.mp4"),
-        (
-            lambda root: (root / "annotation/train/10.json").write_text("{"),
-            r"10\.json'.* (is not valid JSON|is not JSON in UTF-8)",
-        ),
-        (
-            lambda root: write_video(root / "videos/train/0.mp4", np.zeros((4, 10, 14, 3), np.uint8), 5),
-            "4 frames must have 3",
-        ),
-    ],
-)
-def test_broken_release_files_raise(breakage, message, tmp_path):
-    write_release(tmp_path, "rt1")
-    breakage(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        list(open_dataset(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("entry", "content", "message"),
-    [
-        ([], torch.zeros(6, 4, 2, 3), None),
-        ([{"latent_video_path": "10.pt"}], torch.zeros(6, 4, 2, 3), None),
-        ([{"latent_video_path": "10.pt"}], {"obs": torch.zeros(6, 4, 2, 3)}, None),
-        ([{}], torch.zeros(6, 4, 2, 3), r"10\.json': camera 0 has no latent_video_path"),
-        ([{"latent_video_path": "10.pt"}], {"latents": torch.zeros(6)}, r"10\.json'.*10\.pt' .* got no tensor"),
-        ([{"latent_video_path": "10.pt"}], torch.zeros(5, 4, 2, 3), r"10\.pt' must contain latents \(6, C, h, w\)"),
-        ([{"latent_video_path": "10.pt"}], torch.zeros(6), r"10\.pt' .* got \(6,\)"),
-        (
-            [{"latent_video_path": "10.pt"}],
-            torch.zeros(6, 4, 2, 3, dtype=torch.int64),
-            r"floating-point latents .* torch\.int64",
-        ),
-        ([{"latent_video_path": "10.pt"}], torch.zeros(6, 4, 2, 3, dtype=torch.complex64), "got torch.complex64"),
-        (
-            [{"latent_video_path": "10.pt"}],
-            torch.full((6, 4, 2, 3), torch.nan),
-            "must contain finite latents, got NaN",
-        ),
-        ([{"latent_video_path": "10.pt"}], torch.full((6, 4, 2, 3), 1e39, dtype=torch.float64), "must contain finite"),
-        ([{"latent_video_path": "10.pt"}], torch.zeros(1).expand(6, 4, 2, 3), "declares a tensor"),
-    ],
-)
-def test_recorded_latents(entry, content, message, tmp_path):
-    write_release(tmp_path, "rt1")
-    change(tmp_path, latent_videos=entry)
-    torch.save(content, tmp_path / "10.pt")
-    data = open_dataset(tmp_path)
-    assert data.latents(0) is None
-    if message is None:
-        assert (data.latents(1) is not None) == bool(entry)
-    else:
-        with pytest.raises(ValueError, match=message):
-            data.latents(1)
-
-
-def test_compressed_latents_raise(tmp_path):
-    """A small archive of deflated records could fill the memory."""
-    write_release(tmp_path, "rt1")
-    change(tmp_path, latent_videos=[{"latent_video_path": "10.pt"}])
-    torch.save(torch.zeros(6, 4, 2, 3), tmp_path / "stored.pt")
-    with (
-        zipfile.ZipFile(tmp_path / "stored.pt") as source,
-        zipfile.ZipFile(tmp_path / "10.pt", "w", zipfile.ZIP_DEFLATED) as target,
-    ):
-        for name in source.namelist():
-            target.writestr(name, source.read(name))
-    with pytest.raises(ValueError, match=r"10\.json'.*10\.pt' is not a checkpoint that can be read safely"):
-        open_dataset(tmp_path).latents(1)
-
-
-def test_changed_files_change_the_identity(tmp_path):
-    frames, *_ = write_release(tmp_path, "droid")
-    before = {camera: open_dataset(tmp_path, camera).identity for camera in ("0", "1")}
-    assert open_dataset(tmp_path, "0").identity == before["0"]
-    write_video(tmp_path / "videos/train/0.mp4", frames, 5)
-    assert open_dataset(tmp_path, "0").identity != before["0"]
-    assert open_dataset(tmp_path, "1").identity == before["1"], "the other camera's video is the same"
-    annotation = tmp_path / "annotation/train/10.json"
-    text = annotation.read_text()
-    digit = text.index(".") + 1
-    annotation.write_text(text[:digit] + str(9 - int(text[digit])) + text[digit + 1 :])
-    assert open_dataset(tmp_path, "1").identity != before["1"], "a number of the same length"
-    annotation.write_text(text)
-    assert open_dataset(tmp_path, "1").identity == before["1"], "written again with the same content"
-    for broken in ("{", '{"videos": [{"video_path": "\\x"}, {"video_path": 3}]}'):
-        annotation.write_text(broken)
-        assert open_dataset(tmp_path, "1").identity != before["1"]
-
-
-def change_statistics(root):
-    edit_table(root / "meta/episodes/chunk-000/file-000.parquet", lambda row: row["stats/action/mean"].reverse())
-
-
-@pytest.mark.parametrize(
-    ("form", "changes"),
-    [
-        ("v3.0", [change_statistics, lambda root: (root / "videos" / CAMERA / "chunk-000/file-001.mp4").unlink()]),
-        ("v2.1", [lambda root: (root / "meta/episodes_stats.jsonl").write_text("other")]),
-        ("release", [lambda root: change(root, texts=["drop it"])]),
-    ],
-)
-def test_moved_folder_keeps_its_identity(form, changes, tmp_path):
-    source = sources_of_every_form(tmp_path / "here", form)
-    for number, breakage in enumerate(changes):
-        moved = dataclasses.replace(source, root=shutil.copytree(tmp_path / "here", tmp_path / f"{number}" / "there"))
-        assert json.dumps(moved.identity) == json.dumps(source.identity)
-        breakage(moved.root)
-        assert dataclasses.replace(moved).identity != source.identity
-
-
 def test_first_readable_episode_is_searched_among_the_first(tmp_path):
     write_release(tmp_path, "rt1")
     broken = [tmp_path / "annotation/train" / f"{number}.json" for number in (0, 1)]
@@ -375,25 +181,6 @@ def test_first_readable_episode_is_searched_among_the_first(tmp_path):
         ValueError, match=r"none of the first 20 episodes .*0\.json'.* (is not valid JSON|is not JSON in UTF-8)"
     ):
         open_dataset(tmp_path)
-
-
-def make_table(folder, episodes):
-    """A table with a column of videos, one of pictures, actions between frames, and states."""
-    datasets = pytest.importorskip("datasets")
-    columns = {
-        "video": [
-            str(write_video(folder / f"{number}.mp4", episode.frames, 10, lossless=True))
-            for number, episode in enumerate(episodes)
-        ],
-        "pictures": [[PIL.Image.fromarray(frame) for frame in episode.frames] for episode in episodes],
-        "actions": [episode.actions[:-1].tolist() for episode in episodes],
-        "state": [episode.states["observation.state"].tolist() for episode in episodes],
-    }
-    numbers = datasets.List(datasets.List(datasets.Value("float32")))
-    features = datasets.Features(
-        video=datasets.Video(), pictures=datasets.List(datasets.Image()), actions=numbers, state=numbers
-    )
-    return datasets.Dataset.from_dict(columns, features=features)
 
 
 def sources_of_every_form(folder, form):
@@ -447,14 +234,6 @@ def test_windows_match_the_whole_episode(form, tmp_path):
             skipping.window(0, start, length)
 
 
-def test_streamed_tables_require_a_length(tmp_path):
-    table = make_table(tmp_path, [make_episode(0, 5)]).to_iterable_dataset()
-    with pytest.raises(ValueError, match="`length` and `origin` are required"):
-        TableEpisodes(table)
-    with pytest.raises(ValueError, match="the dataset has only 1 rows"):
-        list(TableEpisodes(table, length=2, origin="here"))
-
-
 def test_a_mistyped_folder_is_named(tmp_path, monkeypatch):
     (tmp_path / "data" / "pusht-train").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"which is not a folder \(did you mean '.*data/pusht-train'\?\)"):
@@ -474,170 +253,6 @@ def test_unknown_split_and_folder(tmp_path):
         open_dataset(tmp_path / "videos")
     with pytest.raises(ValueError, match="which is not a folder"):
         open_dataset(tmp_path / "nowhere")
-
-
-def test_tables_with_videos_and_with_pictures(tmp_path):
-    episodes = [make_episode(number, length) for number, length in enumerate((5, 6))]
-    table = make_table(tmp_path, episodes)
-    table.save_to_disk(str(tmp_path / "table"))
-    for camera in ("video", "pictures"):
-        data = open_dataset(tmp_path / "table", camera, max_episodes=2)
-        assert isinstance(data, TableEpisodes)
-        for before, after in zip(episodes, data, strict=True):
-            assert np.array_equal(after.frames, before.frames)
-            np.testing.assert_allclose(after.actions[:-1], before.actions[:-1])
-    with pytest.raises(ValueError, match="column 'wrist' does not exist"):
-        open_dataset(tmp_path / "table", "wrist")
-    with pytest.raises(ValueError, match="must contain a video or a list of images"):
-        open_dataset(tmp_path / "table", "actions")
-    feature, ragged = table.features["actions"], [[[1.0], [2.0, 3.0]], None]
-    ragged = table.remove_columns("actions").add_column("actions", ragged, feature=feature)
-    for number in range(2):
-        with pytest.raises(ValueError, match=rf"episode {number} of "):
-            TableEpisodes(ragged).vectors(number)
-
-
-def test_saved_table_is_read_from_its_folder(tmp_path):
-    episodes = [make_episode(number, length) for number, length in enumerate((5, 6))]
-    folder = tmp_path / "table"
-    make_table(tmp_path, episodes).save_to_disk(str(folder))
-    files = sorted(folder.iterdir())
-    folder.chmod(0o555)
-    try:
-        source = open_dataset(folder, "pictures", state_columns=["state"], max_episodes=2)
-        assert np.array_equal(source[1].frames, episodes[1].frames)
-    finally:
-        folder.chmod(0o755)
-    assert sorted(folder.iterdir()) == files
-
-
-def test_saved_table_of_another_split_raises(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    table = make_table(tmp_path, [make_episode(0, 5)])
-    datasets.DatasetDict(test=table, tail=table).save_to_disk(str(tmp_path / "dict"))
-    assert len(open_dataset(tmp_path / "dict", split="tail")) == 1
-    with pytest.raises(ValueError, match=r"`split` must be one of \['tail', 'test'\] in .*dict', got 'train'"):
-        open_dataset(tmp_path / "dict")
-    for split, fits in ((None, ("train", "test")), ("test", ("test",)), ("test[:10]", ("test",))):
-        named = datasets.Dataset(table.data, split=split and datasets.NamedSplit(split))
-        folder = tmp_path / f"alone-{split}"
-        named.save_to_disk(str(folder))
-        for asked in ("train", "test"):
-            if asked in fits:
-                assert len(open_dataset(folder, split=asked)) == 1
-            else:
-                with pytest.raises(ValueError, match=r"`split` must be one of \['test'\] in .*, got 'train'"):
-                    open_dataset(folder, split=asked)
-
-
-@pytest.mark.parametrize("derivation", ["relative_euler", "relative_6d", "relative_planar", "absolute"])
-def test_skipping_frames_composes_actions(derivation, tmp_path):
-    _, poses, gripper = write_release(tmp_path, "droid", length=7)
-    states = np.concatenate([poses, gripper], axis=1)
-    source = open_dataset(tmp_path, "0", fps=6)
-    derived = PreparedEpisodes(source, derivation)
-    skipping = PreparedEpisodes(source, derivation, frame_skip=3)
-    assert (skipping.fps, len(skipping[0])) == (2, 3)
-    assert np.array_equal(skipping[0].frames, source[0].frames[::3])
-    end = integrate_actions(states[0], skipping[0].actions[:-1], derivation)
-    np.testing.assert_allclose(end[:, :3], states[::3, :3], atol=1e-5)
-    composed = PreparedEpisodes(derived, frame_skip=3, composition=derivation)
-    np.testing.assert_allclose(composed[0].actions[:-1], skipping[0].actions[:-1], atol=1e-5)
-
-
-def test_windows_of_skipped_frames_start_at_any_frame(tmp_path):
-    written = write_folder(tmp_path / "set", lengths=(5, 9, 7))
-    source, vae = LeRobotFolder(tmp_path / "set"), tiny_vae()
-    dense = PreparedEpisodes(source, frame_skip=3, composition="relative_planar", all_phases=True)
-    assert (dense.fps, len(dense[1])) == (10 / 3, 9)
-    folder = cache_latents(dense, vae, tmp_path / "cache")
-    (states,) = standardised_states([dense], ["observation.state"])
-    clips = LatentClips(folder, 3, frame_skip=3, skip_short=True, states=states)
-    assert (list(clips.windows), clips.short) == ([(1, 0), (1, 1), (1, 2), (2, 0)], [0])
-    every = LatentClips(cache_latents(source, vae, tmp_path / "cache"), 5).episodes
-    for index, (number, start) in enumerate(clips.windows):
-        assert torch.equal(clips[index]["latents"], every[number][0][start : start + 7 : 3].float().transpose(0, 1))
-        assert torch.equal(clips[index]["states"], states[number][start : start + 7 : 3])
-        between = written[number].actions[start : start + 6].reshape(2, 3, 3).sum(1)
-        np.testing.assert_allclose(clips[index]["actions"], between, atol=1e-6)
-        if start == 0:
-            first_phase = PreparedEpisodes(source, frame_skip=3, composition="relative_planar")[number]
-            assert np.array_equal(clips[index]["actions"], first_phase.actions[:2])
-    assert len(clips.actions) == 9 - 3 + 7 - 3, "none that leads out of an episode"
-    with pytest.raises(ValueError, match=r"1 episodes .* shorter than a window of 3 frames, every 3th, the first"):
-        LatentClips(folder, 3, frame_skip=3)
-    plain = PreparedEpisodes(source)
-    assert PreparedEpisodes(source, all_phases=True).identity == plain.identity, "without a skip nothing changes"
-    assert dense.identity != PreparedEpisodes(source, frame_skip=3, composition="relative_planar").identity
-
-
-@pytest.mark.parametrize("derivation", ["relative_euler", "relative_6d", "relative_planar", "absolute"])
-def test_last_action_of_an_episode_is_hold(derivation, tmp_path):
-    _, poses, gripper = write_release(tmp_path, "droid", length=4)
-    last = np.concatenate([poses, gripper], axis=1)[-1]
-    for skip in (1, 2, 5):  # a single frame remains of five
-        episode = PreparedEpisodes(open_dataset(tmp_path, "0"), derivation, frame_skip=skip)[0]
-        start = episode.states["state"][-1]
-        after = integrate_actions(start, episode.actions[-1:], derivation)[-1]
-        np.testing.assert_allclose(after[[0, 1, 2, 6]], start[[0, 1, 2, 6]], atol=1e-6)
-        assert len(episode.actions) == len(episode)
-    assert np.isfinite(last).all()
-
-
-def test_actions_are_padded(tmp_path):
-    write_release(tmp_path, "planar")
-    padded = PreparedEpisodes(open_dataset(tmp_path), action_dim=5)
-    assert padded[0].actions.shape == (6, 5)
-    assert not padded[0].actions[:, 2:].any()
-    assert padded.component_names("action") == ["x", "y", "unused 2", "unused 3", "unused 4"]
-    with pytest.raises(ValueError, match=r"`action_dim` \(--pad_actions_to\) must be at least 2"):
-        PreparedEpisodes(open_dataset(tmp_path), action_dim=1)[0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"derivation": "guess"}, r"`derivation` \(--action_derivation\) must be one of"),
-        ({"frame_skip": 2}, r"`composition` \(--action_composition\) is required with frame_skip=2"),
-        ({"frame_skip": 0}, "`frame_skip` must be an integer of at least 1"),
-        ({"derivation": "absolute", "state_key": "pose"}, r"`state_key` must be one of \['observation.state'\]"),
-    ],
-)
-def test_bad_preparations(changes, message, tmp_path):
-    write_folder(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        PreparedEpisodes(LeRobotFolder(tmp_path), **changes)
-
-
-def test_recorded_actions_use_the_given_composition(tmp_path):
-    write_folder(tmp_path / "lerobot")
-    source = LeRobotFolder(tmp_path / "lerobot")
-    said = PreparedEpisodes(source, composition="absolute")
-    assert (PreparedEpisodes(source).action_derivation, said.action_derivation) == ("recorded", "absolute")
-    assert np.array_equal(said[1].actions, source[1].actions)
-    assert said.identity == PreparedEpisodes(source).identity, "nothing is changed that latents depend on"
-    write_release(tmp_path / "release", "rt1")
-    known = PreparedEpisodes(open_dataset(tmp_path / "release"), composition="absolute")
-    assert known.action_derivation == "relative_euler"
-
-
-@pytest.mark.parametrize(("source", "target", "skip"), [(30, 10, 3), (10, 10, 1), (29.97, 9.99, 3), (30.0002, 15, 2)])
-def test_frame_skip_for_a_rate(source, target, skip):
-    assert frame_skip_for(source, target) == skip
-
-
-@pytest.mark.parametrize(
-    ("source", "target", "message"),
-    [
-        (30, 20, "`target_fps` must divide the 30 frames per second of the data, got 20"),
-        (10, 30, "must divide the 10 frames .* got 30"),
-        (30, 0, "got 0"),
-        (None, 5, "no frames per second to convert to 5"),
-    ],
-)
-def test_rates_that_are_not_divisors_raise(source, target, message):
-    with pytest.raises(ValueError, match=message):
-        frame_skip_for(source, target)
 
 
 @pytest.fixture
