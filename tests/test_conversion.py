@@ -15,11 +15,7 @@ from diffusers import AutoencoderKL
 
 from irasim_diffusers import PRESETS, IRASimPipeline, IRASimTransformer3DModel
 from irasim_diffusers.cli import main
-from irasim_diffusers.conversion import (
-    RELEASED_DATASETS,
-    ConversionReport,
-    load_released_irasim,
-)
+from irasim_diffusers.conversion import RELEASED_DATASETS, ConversionReport, load_released_irasim
 
 
 def table(positions, size):

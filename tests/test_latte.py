@@ -8,10 +8,7 @@ from safetensors.torch import save_file
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.cli import main
-from irasim_diffusers.conversion import (
-    ConversionReport,
-    load_latte,
-)
+from irasim_diffusers.conversion import ConversionReport, load_latte
 
 # heads, head, pairs, patch, channels; frames, patches high and wide, action components
 LATTE_CASES = [

@@ -2,11 +2,7 @@ import pytest
 import torch
 from conftest import tiny_transformer
 
-from irasim_diffusers.conversion import (
-    change_autoencoder,
-    change_patch_size,
-    predict_samples,
-)
+from irasim_diffusers.conversion import change_autoencoder, change_patch_size, predict_samples
 
 
 def test_the_same_patch_size_does_not_change_the_output():

@@ -14,12 +14,7 @@ from test_release import change, write_release
 from test_sources import put_pictures_into_parquet, sources_of_every_form
 from test_tables import make_table
 
-from irasim_diffusers.data import (
-    LeRobotFolder,
-    TableEpisodes,
-    open_dataset,
-    write_video,
-)
+from irasim_diffusers.data import LeRobotFolder, TableEpisodes, open_dataset, write_video
 
 
 def test_changed_files_change_the_identity(tmp_path):

@@ -8,11 +8,7 @@ import pytest
 import torch
 
 from irasim_diffusers.actions import derive_actions
-from irasim_diffusers.data import (
-    IRASimFolder,
-    open_dataset,
-    write_video,
-)
+from irasim_diffusers.data import IRASimFolder, open_dataset, write_video
 
 
 def write_release(root, flavor, length=6):

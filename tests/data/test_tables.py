@@ -5,11 +5,7 @@ import PIL.Image
 import pytest
 from test_lerobot import make_episode
 
-from irasim_diffusers.data import (
-    TableEpisodes,
-    open_dataset,
-    write_video,
-)
+from irasim_diffusers.data import TableEpisodes, open_dataset, write_video
 
 
 def make_table(folder, episodes):

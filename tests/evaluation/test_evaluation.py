@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ import PIL.Image
 import pytest
 import torch
 from conftest import tiny_pipeline
-from convolutional import ConvolutionalModel
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.cli import _parser, main
@@ -23,25 +21,16 @@ from irasim_diffusers.commands.evaluate import run as run_evaluate
 from irasim_diffusers.data import open_dataset, write_video
 from irasim_diffusers.evaluation import (
     PROTOCOLS,
-    Backbones,
-    Clip,
-    ClipData,
     ClipReader,
     Evaluation,
     EvaluationCounter,
     EvaluationProtocol,
-    FolderPredictor,
     PipelinePredictor,
-    Prediction,
-    WorldModelPredictor,
     evaluate,
-    features_of_clip,
     find_clips,
     published_figures,
-    score_clip,
 )
-from irasim_diffusers.evaluation.scores import through_mp4
-from irasim_diffusers.metrics import frame_psnr, frame_ssim, gray, latent_l2
+from irasim_diffusers.metrics import frame_psnr, frame_ssim, latent_l2
 
 CPU_CONFIG = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "cpu.yaml"
 CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
@@ -272,45 +261,6 @@ def test_broken_episodes_are_skipped(workspace, evaluated, tmp_path, capsys):
     assert "no clip of " in capsys.readouterr().err
 
 
-def test_convolutional_baseline_is_a_world_model(tmp_path):
-    """A frame-by-frame model without a pipeline; the frames match those of its `predict`."""
-    torch.manual_seed(0)
-    baseline = ConvolutionalModel(width=8).eval()
-    torch.nn.init.normal_(baseline.out.weight, std=0.02)
-    rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (2, 17, 96, 96, 3), dtype=np.uint8)
-    actions = rng.uniform(0, 512, (2, 15, 2)).astype(np.float32)
-    clips = [ClipData(Clip(f"{k}", k, 0, 2, 15), k, frames[k], actions[k], actions[k, 0]) for k in range(2)]
-    predictor = WorldModelPredictor(baseline)
-    expected = np.stack([baseline.predict(frames[k, :2], actions[k : k + 1])[0] for k in range(2)])
-    for found, prediction in zip(predictor.predict(clips), expected, strict=True):
-        assert (found.latents, found.network_evaluations) == (None, None)
-        assert abs(found.frames.astype(int) - np.rint(prediction * 255)).max() <= 1
-    futures = predictor.futures(clips[0], actions)
-    np.testing.assert_allclose(futures[0].permute(0, 2, 3, 1), expected[0], atol=1e-5)
-    assert np.array_equal(predictor.hold(clips[1]), actions[1, 0])
-    small = ClipData(clips[0].clip, 0, frames[0, :, :48, :48], actions[0], actions[0, 0])
-    with pytest.raises(ValueError, match=r"frames must be 96x96 .* got 48x48: pass resize=True"):
-        predictor.predict([small])
-    (resized,) = WorldModelPredictor(baseline, resize=True).predict([small])
-    assert resized.frames.shape == (15, 48, 48, 3)
-
-
-@pytest.mark.parametrize("length", [4, 7])
-def test_pipeline_rollout_matches_pipeline_call(length):
-    """Including a last chunk that is shorter than the others."""
-    pipeline = tiny_pipeline(num_inference_steps=2)
-    rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (length + 2, 8, 12, 3), dtype=np.uint8)
-    actions = rng.normal(size=(length, 3))
-    data = ClipData(Clip("a", 0, 0, 2, length), 3, frames, actions, actions[0])
-    (found,) = PipelinePredictor(pipeline, seed=5).predict([data])
-    generator = [torch.Generator().manual_seed(8)]
-    latents = pipeline(frames[:2], actions, generator=generator, output_type="latent").frames
-    torch.testing.assert_close(found.latents, latents[0])
-    assert found.network_evaluations == 3  # PNDM repeats one of the two steps
-
-
 class ChannelMeans(torch.nn.Module):
     """Network with the signature of the I3D of StyleGAN-V."""
 
@@ -325,94 +275,6 @@ def test_distances_of_features(workspace, tmp_path):
     assert report["distances"]["fvd"]["n"] == 3
     assert report["distances"]["fvd"]["value"] > 0
     assert "| FVD | 3 |" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-
-
-def clip_data(size=(16, 32), length=15):
-    rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, (length + 1, size[0] // 4, size[1] // 4, 3), dtype=np.uint8)
-    frames = coarse.repeat(4, axis=1).repeat(4, axis=2)
-    return ClipData(Clip("a", 0, 0, 1, length), 0, frames, np.zeros((length, 3)), np.zeros(3))
-
-
-def test_release_protocol_scores_grey_frames_after_mp4():
-    data = clip_data()
-    prediction = np.clip(data.truth.astype(int) + 20, 0, 255).astype(np.uint8)
-    for attempt in range(5):  # x264 is not deterministic
-        found = score_clip(data, Prediction(prediction), PROTOCOLS["irasim-short-release"])
-        pair = [gray(through_mp4(data.history, video)) / 255 for video in (prediction, data.truth)]
-        assert pair[0].shape == (15, 16, 32, 1)
-        if attempt == 4 or np.allclose(found["psnr"], frame_psnr(*pair)):
-            break
-    np.testing.assert_allclose(found["psnr"], frame_psnr(*pair))
-    plain = score_clip(data, Prediction(prediction), PROTOCOLS["irasim-short"])
-    assert not np.allclose(found["psnr"], plain["psnr"], atol=0.05)
-    assert found["clip_psnr"] == plain["clip_psnr"]
-    with pytest.raises(ValueError, match="sides divisible by 16 for irasim-short-release, got 16x24"):
-        score_clip(clip_data((16, 24)), Prediction(prediction[:, :, :24]), PROTOCOLS["irasim-short-release"])
-
-
-def test_predictions_without_latents_are_encoded():
-    data = clip_data()
-
-    def encode(frames):
-        return torch.from_numpy(frames.copy()).permute(3, 0, 1, 2) / 255
-
-    def network(prediction, truth):
-        return (prediction - truth).square().mean(dim=(1, 2, 3), keepdim=True)
-
-    found = score_clip(data, Prediction(data.truth[::-1]), PROTOCOLS["irasim-short"], encode, Backbones(lpips=network))
-    error = np.square((data.truth[::-1].astype(float) - data.truth) / 255)
-    assert found["latent_l2"] == pytest.approx(error.mean(), rel=1e-5)
-    np.testing.assert_allclose(found["lpips"], 4 * error.mean(axis=(1, 2, 3)), rtol=1e-5)
-
-
-def test_release_protocol_mirrors_true_videos_only():
-    data, video = clip_data(), clip_data().truth[::-1]
-    backbones = Backbones(
-        inception=lambda frames: frames.mean(axis=(1, 2)), i3d=lambda frames: frames.mean(axis=(0, 1, 3))
-    )
-    plain = features_of_clip(data, Prediction(video), PROTOCOLS["irasim-short"], backbones)
-    assert {name: value.shape for name, value in plain.items()} == {
-        "fid_prediction": (15, 3),
-        "fid_truth": (15, 3),
-        "fvd_prediction": (1, 32),
-        "fvd_truth": (1, 32),
-    }
-    released = features_of_clip(data, Prediction(video), PROTOCOLS["irasim-short-release"], backbones)
-    assert np.array_equal(released["fvd_truth"], [plain["fvd_truth"][0], plain["fvd_truth"][0, ::-1]])
-    assert np.array_equal(released["fvd_prediction"], plain["fvd_prediction"])
-
-
-class Lengths:
-    name, fps = "lengths", None
-
-    def __init__(self, *lengths):
-        self.lengths = lengths
-
-    def __len__(self):
-        return len(self.lengths)
-
-    def vectors(self, number):
-        return {"action": np.zeros((self.lengths[number], 2))}
-
-
-def starts(clips):
-    return [(clip.episode, clip.start, clip.history, clip.predicted) for clip in clips]
-
-
-def test_clips_of_each_protocol():
-    dataset = Lengths(33, 15, 1, 24)
-    assert starts(find_clips(dataset, PROTOCOLS["irasim-short"])) == [(0, 0, 1, 15), (0, 16, 1, 15), (3, 0, 1, 15)]
-    assert starts(find_clips(dataset, PROTOCOLS["irasim-long"])) == [(0, 0, 1, 32), (1, 0, 1, 14), (3, 0, 1, 23)]
-    robonet = [(0, 0, 2, 10), (0, 12, 2, 10), (1, 0, 2, 10), (3, 0, 2, 10), (3, 12, 2, 10)]
-    assert starts(find_clips(dataset, PROTOCOLS["robonet"])) == robonet
-    assert starts(find_clips(dataset, PROTOCOLS["robonet"], 3)) == robonet[::2]
-    with pytest.raises(
-        ValueError, match="no episode of 'lengths' is as long as a clip of irasim-short, 1 history frame"
-    ):
-        find_clips(Lengths(15, 3), PROTOCOLS["irasim-short"])
-    with pytest.raises(ValueError, match="`num_clips` must be at least 1, got 0"):
-        find_clips(dataset, PROTOCOLS["irasim-short"], 0)
 
 
 def test_clip_contains_previous_action(workspace):
@@ -505,49 +367,6 @@ def test_truncated_prediction_raises(workspace, evaluated, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-200])
     assert run(workspace, tmp_path / "out", "--predictions", tmp_path / "predictions") == 2
     assert "000000-000016.npz' must be an npz file" in capsys.readouterr().err
-
-
-def write_npz(path, **members):
-    """Write an npz file from headers (shape, type) with zeros in place of the values."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, (shape, kind, size) in members.items():
-            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
-                header = {"descr": kind, "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(member, header)
-                member.write(bytes(size))
-
-
-FRAMES = ((15, 8, 12, 3), "|u1", 15 * 8 * 12 * 3)
-
-
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        (
-            {"frames": ((10**12, 8, 12, 3), "|u1", 0)},
-            r"must contain the 15 predicted frames .* got \(1000000000000, 8",
-        ),
-        ({"frames": ((15, 10**6, 10**6, 3), "|u1", 0)}, r"must contain the 15 predicted frames .* got \(15, 1000000"),
-        ({"frames": ((15, 8, 12, 3), "|O", 9)}, "must contain the 15 predicted frames .* got .*object"),
-        ({"frames": ((15, 8, 12, 3), "|u1", 9)}, "must be an npz file with an array `frames`"),
-        ({"frames": FRAMES, "latents": ((4, 15, 10**6, 10**6), "<f4", 0)}, "`latents` in .* must have kind 'f'"),
-        ({"frames": FRAMES, "latents": ((4, 15, 4, 6), "<c8", 8)}, "`latents` in .* must have kind 'f'"),
-        ({"frames": FRAMES, "autoencoder": ((10**9,), "<U16", 0)}, "`autoencoder` in .* must have kind 'U'"),
-    ],
-)
-def test_headers_of_predictions_are_checked_before_the_values(tmp_path, members, message):
-    """A file of a few kilobytes must not allocate terabytes."""
-    write_npz(tmp_path / "a.npz", **members)
-    data = clip_data((8, 12))
-    with pytest.raises(ValueError, match=message):
-        FolderPredictor(tmp_path, resize=True).predict([data])
-
-
-def test_latents_must_be_finite(tmp_path):
-    data = clip_data((8, 12))
-    np.savez(tmp_path / "a.npz", frames=data.truth, latents=np.full((4, 15, 4, 6), np.nan, np.float32))
-    with pytest.raises(ValueError, match=r"`latents` in .*a.npz' must be finite, got NaN"):
-        FolderPredictor(tmp_path).predict([data])
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"name": "000000-000016", "error": 1', "nan", "longer"])

@@ -7,23 +7,17 @@ import copy
 import http.client
 import io
 import json
-import os
-import socket
 import time
 import urllib.error
 import urllib.request
 from urllib.parse import urlsplit
 
-import body_limit
-import gradio
 import gradio_client
 import numpy as np
 import PIL.Image
 import pytest
-import starlette.requests
 import torch
-from app import build_app, check_port, main, trust_proxy
-from endpoints import address
+from app import build_app
 from gradio.utils import get_upload_folder
 from sessions import Sessions
 from uploads import data_url, uploaded_path
@@ -285,132 +279,6 @@ def test_starting_and_stopping_sessions_count(worlds):
     asyncio.run(visitors())
 
 
-def test_address_ignores_forwarded_headers():
-    headers = [(b"x-forwarded-for", b"203.0.113.7, 10.0.0.1")]
-    request = starlette.requests.Request({"type": "http", "headers": headers, "client": ("10.0.0.1", 5)})
-    assert address(gradio.Request(request)) == "10.0.0.1"
-
-
-def test_only_the_configured_proxy_names_the_visitor(app_url):
-    """The Space of the tests trusts 127.0.0.2. The addresses in the header count from the right."""
-    sessions = []
-
-    def start(forwarded, source="127.0.0.1"):
-        connection = http.client.HTTPConnection(urlsplit(app_url).netloc, source_address=(source, 0))
-        body = json.dumps({"data": ["push-t", "frame 1", None, 0]})
-        headers = {"Content-Type": "application/json", "X-Forwarded-For": forwarded}
-        connection.request("POST", "/gradio_api/run/start", body, headers)
-        answer = json.loads(connection.getresponse().read())
-        connection.close()
-        sessions.extend(answer.get("data", [])[:1])
-        return answer.get("error", "")
-
-    try:
-        for number in range(33):
-            if refusal := start(f"203.0.113.{number}"):
-                break
-        assert "sessions (the maximum)" in refusal
-        assert "all 32 sessions are in use" in start("203.0.113.7", "127.0.0.2")
-        assert "sessions (the maximum)" in start("203.0.113.7, 127.0.0.1", "127.0.0.2")
-    finally:
-        for session in sessions:
-            post(app_url, "stop", json.dumps([session]))
-
-
-@pytest.mark.parametrize("entry", ["*", "0.0.0.0/0", "128.0.0.0/1", "::/0", "10.0.0.1/8", "proxy", "10.0.0.300"])
-def test_proxies_are_addresses(monkeypatch, entry):
-    for trusted in (entry, f"192.0.2.7, {entry}"):
-        monkeypatch.setenv("FORWARDED_ALLOW_IPS", trusted)
-        with pytest.raises(ValueError, match="FORWARDED_ALLOW_IPS must be addresses"):
-            trust_proxy()
-    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "192.0.2.7, 10.1.0.0/16,::1")
-    trust_proxy()
-    monkeypatch.delenv("FORWARDED_ALLOW_IPS")
-    trust_proxy()
-    assert os.environ["FORWARDED_ALLOW_IPS"] == ""
-
-
-def test_invalid_settings_end_in_one_line(tmp_path, monkeypatch, capsys):
-    with socket.socket() as busy:
-        busy.bind(("127.0.0.1", 0))
-        busy.listen()
-        port = str(busy.getsockname()[1])
-        for flags, message in [
-            (["--port", port], f"`--port` must be free, got {port}: Address already in use"),
-            (["--port", "70000"], "`--port` must be in [1, 65535], got 70000"),
-            (["--study", str(tmp_path / "none")], "`study` must be a folder with videos"),
-            (["--model", str(tmp_path / "none")], "no model could be loaded: "),
-        ]:
-            monkeypatch.setattr("sys.argv", ["app.py", *flags])
-            with pytest.raises(SystemExit) as ended:
-                main()
-            assert ended.value.code == 2
-            (line,) = capsys.readouterr().err.splitlines()
-            assert message in line
-    check_port(None)
-    monkeypatch.setenv("IRASIM_VISITOR_SESSIONS", "many")
-    monkeypatch.setattr("sys.argv", ["app.py"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "argument --visitor-sessions: invalid" in capsys.readouterr().err
-    monkeypatch.delenv("IRASIM_VISITOR_SESSIONS")
-    for flags in (["--idle-seconds", "nan"], ["--idle-seconds", "0"], ["--visitor-sessions", "-1"]):
-        monkeypatch.setattr("sys.argv", ["app.py", *flags])
-        with pytest.raises(SystemExit):
-            main()
-        assert "must be positive and finite" in capsys.readouterr().err
-
-
-def chunked(app_url, path, size):
-    """POST a body without its length, in chunks of 100 kB; return the status."""
-    connection = http.client.HTTPConnection(urlsplit(app_url).netloc)
-    with contextlib.suppress(OSError):  # the server answers and closes the connection before the end
-        connection.request("POST", path, (b"[" * 100_000 for _ in range(size // 100_000)), encode_chunked=True)
-    status = connection.getresponse().status
-    connection.close()
-    return status
-
-
-@pytest.mark.parametrize(("pause", "status"), [(0.0, 200), (5.0, 408)])
-def test_slow_bodies_are_ended(monkeypatch, pause, status):
-    monkeypatch.setattr(body_limit, "MAX_BODY_SECONDS", 0.2)
-    parts, sent = (
-        [{"type": "http.request", "body": b"a", "more_body": True}, {"type": "http.request", "body": b"b"}],
-        [],
-    )
-
-    async def receive():
-        await asyncio.sleep(pause if len(parts) == 1 else 0)
-        return parts.pop(0)
-
-    async def send(message):
-        sent.append(message)
-
-    async def app(scope, receive, send):
-        assert (await receive())["body"] == b"ab"
-        await send({"status": 200})
-
-    asyncio.run(body_limit.BodyLimit(app)({"type": "http", "path": "/gradio_api/run/step"}, receive, send))
-    assert sent[0]["status"] == status
-
-
-def test_bodies_are_limited_except_for_uploads(app_url, client, tmp_path):
-    too_long = json.dumps([None, [[1.0, 2.0]] * 100_000])
-    assert post(app_url, "step", too_long)[0] == 413
-    assert chunked(app_url, "/gradio_api/run/step", 2_000_000) == 413
-    assert chunked(app_url, "/gradio_api/queue/join", 2_000_000) == 413
-    assert chunked(app_url, "/gradio_api/run/gradio_api/upload", 2_000_000) == 413
-    assert (
-        post(app_url, "step", json.dumps([None, [[1.0, 2.0]] * 50_000]))[0] == 500
-    )  # 0.6 MB: refused by the endpoint
-    path = tmp_path / "noise.png"
-    noise = np.random.default_rng(0).integers(0, 256, (800, 800, 3), dtype=np.uint8)
-    PIL.Image.fromarray(noise).save(path)
-    assert path.stat().st_size > 1_900_000
-    session, *_ = client.predict("push-t", gradio_client.handle_file(path), [100, 300], 0, api_name="/start")
-    assert client.predict(session, api_name="/stop")
-
-
 def test_an_ended_session_is_restored(client):
     """The restored rollout predicts the same frames."""
     first, *_ = client.predict("push-t", "frame 1", None, 0, api_name="/start")
@@ -526,3 +394,30 @@ def test_page_shows_models_that_cannot_be_loaded(worlds):
         broken.named("push-t")
     texts = str(build_app(broken, Sessions()).get_config_file()["components"])
     assert "&lt;b&gt;model&lt;/b&gt; cannot be loaded" in texts
+
+
+def chunked(app_url, path, size):
+    """POST a body without its length, in chunks of 100 kB; return the status."""
+    connection = http.client.HTTPConnection(urlsplit(app_url).netloc)
+    with contextlib.suppress(OSError):  # the server answers and closes the connection before the end
+        connection.request("POST", path, (b"[" * 100_000 for _ in range(size // 100_000)), encode_chunked=True)
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+def test_bodies_are_limited_except_for_uploads(app_url, client, tmp_path):
+    too_long = json.dumps([None, [[1.0, 2.0]] * 100_000])
+    assert post(app_url, "step", too_long)[0] == 413
+    assert chunked(app_url, "/gradio_api/run/step", 2_000_000) == 413
+    assert chunked(app_url, "/gradio_api/queue/join", 2_000_000) == 413
+    assert chunked(app_url, "/gradio_api/run/gradio_api/upload", 2_000_000) == 413
+    assert (
+        post(app_url, "step", json.dumps([None, [[1.0, 2.0]] * 50_000]))[0] == 500
+    )  # 0.6 MB: refused by the endpoint
+    path = tmp_path / "noise.png"
+    noise = np.random.default_rng(0).integers(0, 256, (800, 800, 3), dtype=np.uint8)
+    PIL.Image.fromarray(noise).save(path)
+    assert path.stat().st_size > 1_900_000
+    session, *_ = client.predict("push-t", gradio_client.handle_file(path), [100, 300], 0, api_name="/start")
+    assert client.predict(session, api_name="/stop")

@@ -1,0 +1,319 @@
+"""Checks of the arguments and data of a training before any work."""
+
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import train
+import train_lora
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.tracking import get_available_trackers
+from conftest import tiny_pipeline, tiny_transformer
+from test_lerobot import write_folder
+from test_pusht import EXAMPLES
+from test_train import CONFIGS, SHORT, train_robot, write_robot, write_workspace
+from train import TrainingArguments, check_arguments
+from train_vae import VAEArguments, build_vae, check_divisible, open_data
+from transformers import HfArgumentParser
+
+from irasim_diffusers.cli import _parser
+from irasim_diffusers.commands.adapt import check_flags
+from irasim_diffusers.data import PreparedEpisodes, open_dataset
+from irasim_diffusers.training import check_held_out, check_run_arguments, load_vae, open_sources, run_script
+from irasim_diffusers.training.datasets import check_data, open_source
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return write_workspace(tmp_path_factory.mktemp("robots"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "sgd"}, "`optimizer` must be one of adamw, adamw8bit, muon, got 'sgd'"),
+        ({"vae": None}, "`vae` is required, except with `pixel_space` or a pretrained pipeline"),
+        ({"preset": "M"}, "`preset` must be one of S, B, L, XL, got 'M'"),
+        ({"model": "gan"}, "`model` must be one of transformer, unet, got 'gan'"),
+        ({"model": "unet", "preset": "S"}, "`preset` must be one of VDM, LVDM, got 'S'"),
+        ({"model": "unet", "conditioning": "frame"}, "`conditioning` does not apply to `model` unet"),
+        (
+            {"model": "unet", "optimizer": "muon", "num_layers": 2},
+            "does not apply to `model` unet: omit num_layers, optimizer",
+        ),
+        ({"block_out_channels": [8, 16]}, "`block_out_channels` does not apply to `model` transformer"),
+        ({"pixel_space": True}, "`pixel_space` is for a new model: omit `vae`"),
+        ({"max_train_minutes": 1, "lr_scheduler": "cosine"}, "`lr_scheduler` must be constant or .* got 'cosine'"),
+        ({"snr_gamma": 5, "prediction_type": "flow_prediction"}, "`snr_gamma` must be omitted for flow matching"),
+        ({"dataset_weights": [1, 2]}, r"`dataset_weights` must be 1 numbers, got \[1, 2\]"),
+        ({"height": 32}, "`height` and `width` must be given together"),
+        ({"preset": "S", "pretrained_model_name_or_path": "model"}, "`preset` is for a new model"),
+        ({"frame_skip": 2, "target_fps": 5}, "`frame_skip` and `target_fps` are mutually exclusive"),
+        ({"terminal_share": 1.5}, r"`terminal_share` must be in \[0, 1\], got 1.5"),
+        ({"rollout_chunks": -1}, "`rollout_chunks` must be at least 0, got -1"),
+        ({"rollout_inference_steps": 0}, "`rollout_inference_steps` must be at least 1, got 0"),
+        ({"crop_size": 8, "state_keys": ["joints"]}, "`crop_size` and `state_keys` are mutually exclusive"),
+        ({"scale_noisy_latents": True}, "`scale_noisy_latents` must be used with `prediction_type` sample, got None"),
+        ({"spatial_position": "area"}, "`spatial_position` must be one of grid, rope, got 'area'"),
+        ({"target_extent": [0, 0, 1, 1]}, "`target_extent` must be used with `action_space` absolute, got None"),
+        ({"rollout_start_step": 5}, "require `rollout_chunks` > 0, got 0"),
+        ({"model": "unet", "crop_size": 8}, "`crop_size` does not apply to `model` unet"),
+        ({"target_extent": [0, 1], "action_space": "absolute"}, r"`target_extent` must be 4 numbers, .* got \[0, 1\]"),
+        ({"action_normalisation": "max"}, "`action_normalisation` must be one of std, quantile, got 'max'"),
+        ({"max_train_steps": -5}, "`max_train_steps` must be at least 1, got -5"),
+        ({"max_train_steps": 0}, "`max_train_steps` must be at least 1, got 0"),
+        ({"max_train_episodes": -1}, "`max_train_episodes` must be at least 1, got -1"),
+        ({"height": 0, "width": 32}, "`height` must be at least 1, got 0"),
+        ({"train_batch_size": 0}, "`train_batch_size` must be at least 1, got 0"),
+        ({"logging_steps": 0}, "`logging_steps` must be at least 1, got 0"),
+        ({"checkpointing_steps": 0}, "`checkpointing_steps` must be at least 1, got 0"),
+        ({"history_noise": -0.1}, "`history_noise` must be at least 0, got -0.1"),
+        ({"action_dropout": 2.0}, r"`action_dropout` must be in \[0, 1\], got 2.0"),
+        ({"ema_decay": 2.0}, r"`ema_decay` must be in \[0, 1\], got 2.0"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be finite, got nan"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be positive, got 0.0"),
+        ({"action_scale": [float("nan")]}, r"`action_scale` must be finite, got \[nan\]"),
+        ({"action_scale": [1.0, 0.0]}, r"`action_scale` must not be 0, got \[1.0, 0.0\]"),
+        ({"dataset_weights": [-1.0]}, "`dataset_weights` must be positive, got -1.0"),
+        ({"max_train_minutes": float("inf")}, "`max_train_minutes` must be finite, got inf"),
+        ({"fps": 0.0}, "`fps` must be positive, got 0.0"),
+        ({"validation_inference_steps": 0}, "`validation_inference_steps` must be in 1..1000, got 0"),
+        (
+            {"validation_dataset": "set/"},
+            "`validation_split` must differ from `split` .* got 'train' for both in 'set/'",
+        ),
+        (
+            {"dataset": [os.path.abspath("set")], "validation_dataset": "./set"},
+            "`validation_split` must differ from `split` .* got 'train' for both in './set'",
+        ),
+        ({"report_to": "paper"}, "`report_to` must be one of all, .*tensorboard.*, got 'paper'"),
+        ({"lr_scheduler": "sine"}, "`lr_scheduler` must be one of linear, .*, got 'sine'"),
+        ({"attention_backend": "fast"}, "`attention_backend` must be one of .*, got 'fast'"),
+        ({"prediction_type": "noise"}, "`prediction_type` must be one of epsilon, .*, got 'noise'"),
+        ({"sample_frames": 4, "num_history_frames": 4}, "`sample_frames` must be larger than `num_history_frames`"),
+    ],
+)
+def test_invalid_arguments_raise(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_arguments(TrainingArguments(**{"dataset": ["set"], "output_dir": "out", "vae": "vae"} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"action_scale": [1.0, 2.0]}, r"`action_scale` must be one number, or 7, got \[1.0, 2.0\]"),
+        ({"state_keys": ["joints"]}, "has no vector feature 'joints'; it has"),
+        (
+            {"validation_dataset": "other"},
+            r"`validation_dataset` must have frames of size \(16, 32\).*, got \(16, 24\)",
+        ),
+    ],
+)
+def test_incompatible_data_raise_before_encoding(workspace, changes, message):
+    if "validation_dataset" in changes:
+        write_robot(workspace / "other", 3, width=24)
+        changes = {"validation_dataset": str(workspace / "other")}
+    arguments = TrainingArguments(
+        dataset=[str(workspace / "first")], output_dir="out", fps=5, cameras=["0"], **changes
+    )
+    source = open_source(arguments.dataset[0], arguments, "train", None, all_phases=True)
+    with pytest.raises(ValueError, match=message):
+        check_data([source], arguments)
+
+
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory):
+    """Ten episodes as a LeRobotDataset and as a table, and ten in the format of the IRASim release."""
+    root = tmp_path_factory.mktemp("episodes")
+    write_folder(root / "lerobot", (4,) * 10)
+    frames = [[np.full((8, 8, 3), number, np.uint8)] * 3 for number in range(10)]
+    features = {
+        "video": datasets.List(datasets.Image()),
+        "actions": datasets.List(datasets.List(datasets.Value("float32"))),
+    }
+    rows = {"video": frames, "actions": [[[0.0, 1.0]] * 3] * 10}
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).to_parquet(root / "table" / "train.parquet")
+    write_robot(root / "release", 5, episodes=1, cameras=1)
+    (root / "link").symlink_to(root / "lerobot")
+    return root
+
+
+@pytest.mark.parametrize("name", ["lerobot", "table"])
+@pytest.mark.parametrize(
+    ("split", "validation_split", "max_episodes", "shared"),
+    [
+        ("train", "train[90%:]", None, 1),
+        ("train[:90%]", "train[80%:]", None, 1),
+        ("train[90%:]", "train", None, 1),
+        ("train", "train[:50%]", 3, 3),
+        ("train[:90%]", "train[90%:]", None, 0),
+        ("train", "train[50%:]", 5, 0),
+        ("train[:20%]+train[80%:]", "train[20%:80%]", None, 0),
+    ],
+)
+def test_training_and_validation_must_not_share_episodes(
+    episodes, name, split, validation_split, max_episodes, shared
+):
+    arguments = TrainingArguments(
+        dataset=[str(episodes / name)],
+        output_dir="out",
+        split=split,
+        validation_dataset=os.path.relpath(episodes / name),
+        validation_split=validation_split,
+        max_train_episodes=max_episodes,
+        fps=10,
+    )
+    expected = contextlib.nullcontext()
+    if shared:
+        expected = pytest.raises(
+            ValueError, match=f"`split` and `validation_split` must not .*, which share {shared}: "
+        )
+    with expected:
+        open_sources(arguments)
+
+
+@pytest.mark.parametrize(("name", "other"), [("lerobot", "link"), ("release", "release/../release")])
+def test_shared_episodes_are_found_for_other_spellings_of_a_folder(episodes, name, other):
+    source = PreparedEpisodes(open_dataset(episodes / name, fps=5))
+    arguments = TrainingArguments(dataset=["set"], output_dir="out", validation_dataset=str(episodes / other))
+    held_out = PreparedEpisodes(open_dataset(episodes / other, fps=5))
+    with pytest.raises(ValueError, match=f"which share {len(source)}: "):
+        check_held_out([source], [str(episodes / name)], held_out, arguments)
+    check_held_out([source], ["another"], held_out, arguments)
+
+
+def test_frames_must_match_the_autoencoder():
+    vae = build_vae(VAEArguments(dataset="set", output_dir="out"), 320)
+    check_divisible(vae, 176, 320)
+    with pytest.raises(ValueError, match=r"sides divisible by 8 .*, got 180x320: .* --height 176 --width 320"):
+        check_divisible(vae, 180, 320)
+
+
+def test_autoencoder_is_not_validated_on_training_episodes(episodes):
+    flags = {"dataset": str(episodes / "lerobot"), "output_dir": "out", "validation_dataset": str(episodes / "link")}
+    with pytest.raises(ValueError, match="must not share episodes of the same dataset, got 'train' and 'train'"):
+        open_data(VAEArguments(**flags))
+    open_data(VAEArguments(**flags, split="train[:5]", validation_split="train[5:]"))
+
+
+@pytest.mark.skipif("aim" in get_available_trackers(), reason="aim is installed")
+def test_missing_tracker_raises():
+    with pytest.raises(ValueError, match="`report_to` aim is not installed: run `pip install aim`"):
+        check_arguments(TrainingArguments(dataset=["set"], output_dir="out", vae="vae", report_to="aim"))
+
+
+def test_gradient_accumulation_must_match_accelerate(workspace, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    with pytest.raises(ValueError, match="`gradient_accumulation_steps` is 4, and accelerate was launched with 1"):
+        train_robot(workspace, "accumulated", "--gradient_accumulation_steps", 4)
+
+
+def test_autoencoder_of_pretrained_pipeline(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    arguments = TrainingArguments(dataset=["set"], output_dir="out", pretrained_model_name_or_path=str(tmp_path))
+    check_arguments(arguments)
+    assert torch.equal(load_vae(arguments).encoder.conv_in.weight, pipeline.vae.encoder.conv_in.weight)
+
+
+def test_invalid_input_prints_one_line_and_exits_with_2(workspace, monkeypatch, capsys):
+    flags = ["--dataset", workspace / "first", "--vae", workspace / "vae", "--output_dir", workspace / "refused"]
+    command = [sys.executable, EXAMPLES / "train.py", *flags, "--cameras", 3]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("train.py: error: ")
+    assert "Traceback" not in result.stderr
+    monkeypatch.setattr("sys.argv", [str(part) for part in ("train.py", *flags, "--max_train_steps", 0)])
+    with pytest.raises(SystemExit) as stop:
+        run_script(train.main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "train.py: error: `max_train_steps` must be at least 1, got 0.\n"
+    assert not (workspace / "refused").exists()
+
+
+def test_cpu_launch_with_single_process_raises(workspace):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [*launch, EXAMPLES / "train.py", "--dataset", workspace / "first", "--vae", workspace / "vae"]
+    command += ["--output_dir", workspace / "single", *SHORT]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert result.returncode
+    assert "starts one process only. Start several with `--config_file" in result.stderr
+
+
+def test_zero_does_not_count_as_an_omitted_argument(workspace):
+    """An explicit `--action_frequencies 0` is compared with the pretrained model, although 0 == False."""
+    tiny_transformer(action_frequencies=2).save_pretrained(workspace / "octaves")
+    flags = {"dataset": ["set"], "output_dir": "out", "pretrained_model_name_or_path": str(workspace / "octaves")}
+    with pytest.raises(
+        ValueError, match=r"`action_frequencies` is 2 in .* cannot be changed to 0: omit it, or change it"
+    ):
+        train.load_pretrained(TrainingArguments(**flags, action_frequencies=0))
+    assert train.load_pretrained(TrainingArguments(**flags)).config.action_frequencies == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "`pretrained_model_name_or_path` is required: adapters belong to a trained model"),
+        ({"pretrained_model_name_or_path": "model", "lora_rank": 0}, "`lora_rank` must be at least 1, got 0"),
+        (
+            {"pretrained_model_name_or_path": "model", "lora_dropout": 2.0},
+            r"`lora_dropout` must be in \[0, 1\], got 2.0",
+        ),
+        (
+            {"pretrained_model_name_or_path": "model", "max_train_steps": 0},
+            "`max_train_steps` must be at least 1, got 0",
+        ),
+        (
+            {"pretrained_model_name_or_path": str(Path(__file__).parent)},
+            "`vae` is required, because .* not a pipeline",
+        ),
+    ],
+)
+def test_invalid_lora_arguments_raise(changes, message):
+    arguments = train_lora.LoraArguments(**{"dataset": ["set"], "output_dir": "out"} | changes)
+    with pytest.raises(ValueError, match=message):
+        train_lora.check_arguments(arguments)
+
+
+def documented_commands():
+    """Yield the page, program and flags of the training commands in the guides."""
+    root = EXAMPLES.parent
+    for page in (root / "README.md", *sorted(EXAMPLES.rglob("*.md"))):
+        blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        text = "\n".join(blocks).replace("\\\n", " ")
+        for line in re.findall(r"^.*?((?:examples/train\w*\.py|irasim adapt) .*)$", text, re.MULTILINE):
+            if "..." not in line:
+                program, *flags = shlex.split(line.removeprefix("irasim "), comments=True)
+                yield pytest.param(program.removeprefix("examples/"), flags, id=f"{page.name}: {line[:60]}")
+
+
+@pytest.mark.parametrize(("program", "flags"), list(documented_commands()))
+def test_documented_commands_are_valid(program, flags):
+    if program == "adapt":
+        check_flags(_parser().parse_args(["adapt", *flags]))
+        return
+    arguments = {
+        "train.py": TrainingArguments,
+        "train_lora.py": train_lora.LoraArguments,
+        "train_vae.py": VAEArguments,
+    }
+    parsed, rest = HfArgumentParser(arguments[program]).parse_args_into_dataclasses(
+        flags, return_remaining_strings=True
+    )
+    assert not rest
+    if program != "train_vae.py" and parsed.optimizer != "adamw8bit":  # requires bitsandbytes
+        check_run_arguments(parsed)
+
+
+def test_accelerate_configs_load():
+    kinds = {path.stem: load_config_from_file(str(path)).distributed_type.value for path in CONFIGS.glob("*.yaml")}
+    assert kinds == {"cpu": "MULTI_GPU", "single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
