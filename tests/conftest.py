@@ -61,8 +61,8 @@ ARCHITECTURES = {
 def ordinary_scheduling():
     """Undo the real-time priority that SVT-AV1 gives the calling thread if it runs as root.
 
-    Its encoder sets SCHED_FIFO. Child processes inherit the priority. Two of them that wait in a loop occupy both
-    cores of a small machine indefinitely.
+    Its encoder sets SCHED_FIFO, which child processes inherit. Two child processes that wait in a loop would occupy
+    both cores of a small machine indefinitely.
     """
     yield
     if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
@@ -144,5 +144,5 @@ def actions():
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Work offline, so that names that are not folders fail at once instead of after a time limit."""
+    """Work offline: a name that is not a folder fails at once instead of after a timeout."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -1,4 +1,4 @@
-"""A local Hub server with the endpoints with which huggingface_hub writes and reads repositories."""
+"""A local server with the Hub endpoints that huggingface_hub uses to read and write repositories."""
 
 import base64
 import hashlib

@@ -36,7 +36,9 @@ class PointWorld:
     def start(self, frames, seeds):
         frames = torch.as_tensor(frames)
         frames = frames.movedim(-1, -3) / 255 if frames.dtype == torch.uint8 else frames
-        histories = frames if frames.ndim == 5 else frames.reshape(1, -1, 3, 2, 4)  # one for each seed, or one
+        histories = (
+            frames if frames.ndim == 5 else frames.reshape(1, -1, 3, 2, 4)
+        )  # one history per seed, or one for all
         position = histories[:, -1, :2, 0, 0]
         return RolloutState.first(position[:, :, None, None, None].expand(len(seeds), -1, 1, 1, 1), seeds)
 

@@ -20,7 +20,7 @@ BROWSER_ARGUMENTS = [
 def app_url(tmp_path_factory):
     """URL of the Space with the embedded model, for all tests of the run."""
     pytest.importorskip("gradio")
-    from space import serve  # here, because some tests start processes without examples/ on their path
+    from space import serve  # imported here: some tests start processes that do not have examples/ on their path
 
     folder = tmp_path_factory.mktemp("space")
     places = {"GRADIO_TEMP_DIR": str(folder / "files"), "TMPDIR": str(folder)}
@@ -34,7 +34,7 @@ def app_url(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Debian's Chromium, one per module: playwright's event loop runs as long as it is open."""
+    """Debian's Chromium, one per module because playwright's event loop runs while the browser is open."""
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")
     if chromium is None:

@@ -174,7 +174,7 @@ def test_bad_entries_raise(config, message):
     "actions",
     [[["1", "2"]], [[b"1", 2]], [[1j, 2]], torch.ones(1, 2) * 1j, [[10**400, 1]], np.array([["1", 2]], dtype=object)],
 )
-def test_values_that_are_no_numbers_raise(actions):
+def test_values_that_are_not_numbers_raise(actions):
     space = ActionSpace.from_config({"action_dim": 2})
     with pytest.raises(ValueError, match=r"`actions` must be \(n, 2\) or \(batch, n, 2\), all numbers"):
         space.prepare(actions)

@@ -7,10 +7,7 @@ from irasim_diffusers.actions import derive_actions, hold_action, integrate_acti
 
 
 def trajectories(count=300):
-    """Random poses with a gripper; every third wrist points straight up or down.
-
-    There, Euler angles are singular.
-    """
+    """Random poses with a gripper; every third wrist points straight up or down, where Euler angles are singular."""
     generator = np.random.default_rng(7)
     for number in range(count):
         states = np.concatenate(
@@ -57,7 +54,9 @@ def test_no_motion_gives_the_hold_action():
     states = np.repeat(next(trajectories())[:1], 3, axis=0)
     for derivation in ("relative_euler", "relative_6d", "relative_planar", "absolute"):
         still = derive_actions(states, derivation)[:1]
-        last = still + np.pad(np.ones((1, still.shape[1] - 1)), ((0, 0), (0, 1)))  # moves, with the same gripper
+        last = still + np.pad(
+            np.ones((1, still.shape[1] - 1)), ((0, 0), (0, 1))
+        )  # the pose moves, the gripper does not
         space = "absolute" if derivation == "absolute" else "relative"
         held = hold_action(torch.from_numpy(still if space == "absolute" else last)[None], space, derivation)
         if derivation == "relative_planar":

@@ -64,7 +64,7 @@ def test_prediction_type_and_frequencies(model, tmp_path):
 
 
 def test_the_actions_of_another_robot_are_recorded():
-    """The derivation and the action space belong to the actions that the model was trained on."""
+    """A change of `action_dim` resets the derivation and the action space."""
     model = tiny_transformer(action_dim=10, action_derivation="relative_6d", action_scale=1.0, action_offset=0.0)
     adapted = change_action_dim(model, 2)
     assert (adapted.config.action_derivation, adapted.config.action_space) == ("recorded", "relative")

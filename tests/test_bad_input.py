@@ -47,7 +47,7 @@ GOOD = {
 
 
 def command_line(command, change):
-    """Arguments of a command with changes: None removes a flag, a list gives several values."""
+    """Return the arguments of a command with changes: None removes a flag, a list passes several values."""
     arguments = [command]
     for flag, value in (GOOD[command] | change).items():
         if value is not None:
@@ -295,7 +295,7 @@ def write_checkpoints(root):
 
 RELEASED = {"--source": None, "--dataset": "rt1", "--checkpoint": "released.pt", "--config": ["num_attention_heads=2"]}
 
-MODEL_ROWS = [  # of every command that loads a model
+MODEL_ROWS = [  # for every command that loads a model
     ({"--model": "nowhere"}, "--model must be a pipeline folder or Hub id, got 'nowhere'"),
     ({"--model": ""}, "--model must be"),
     ({"--model": "empty"}, "--model must be a pipeline folder or Hub id, got 'empty'"),
@@ -358,7 +358,7 @@ SAMPLER_ROWS = [
     ({"--dtype": "int8"}, "argument --dtype: invalid choice: 'int8'"),
 ]
 
-FILE_ROWS = [  # frames of every command that starts from frames
+FILE_ROWS = [  # frames, for every command that starts from frames
     ({"--frames": "missing.png"}, "--frames must be an image or video file, got 'missing.png', which does not exist"),
     ({"--frames": "empty"}, "--frames must be an image or video file, got 'empty'"),
     ({"--frames": "loop"}, "--frames must be an image or video file, got 'loop'"),
@@ -563,7 +563,7 @@ ROWS = [
     ("convert", {"--source": "opensora"}, "--source opensora requires --config fps"),
 ]
 
-DATA_ROWS = [  # of every command that reads episodes
+DATA_ROWS = [  # for every command that reads episodes
     ({"--dataset": None}, "the following arguments are required: --dataset"),
     ({"--dataset": "nowhere"}, "`dataset` must be a folder or a Hub id"),
     (
@@ -751,7 +751,7 @@ def listing(root):
 
 
 def lines_of(err):
-    """Lines of stderr without argparse's usage."""
+    """Return the lines of stderr without argparse's usage."""
     lines = err.splitlines()
     start = 0
     if lines and lines[0].startswith("usage:"):
@@ -767,11 +767,14 @@ def test_commands_succeed_without_the_change(workspace, tmp_path, monkeypatch, c
 
 
 def test_messages_state_a_reason():
-    """An expected message must not be part of the arguments, because errors repeat them."""
+    """Expected messages must not be parts of the arguments, which error messages repeat."""
     for command, change, message in ROWS:
         values = [value for entry in change.values() for value in (entry if isinstance(entry, list) else [entry])]
         assert not any(message in (value or "") for value in values), (command, change)
-        assert len(message) > 8 or "lpips" in message, (command, change)  # depends on the installed packages
+        assert len(message) > 8 or "lpips" in message, (
+            command,
+            change,
+        )  # lpips: the rest depends on the installed packages
 
 
 def identifier(row):
@@ -785,7 +788,7 @@ def test_bad_input_prints_one_line_and_changes_nothing(workspace, monkeypatch, c
     before = listing(workspace)
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        warnings.simplefilter("ignore", DeprecationWarning)  # as in a process of the user
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's default outside tests
         try:
             status = main(command_line(command, change))
         except SystemExit as stop:

@@ -25,7 +25,7 @@ from irasim_diffusers.metrics import psnr
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """A folder with a tiny model, a video, a picture and actions; the current folder of the command."""
+    """Current folder of the commands, with a tiny model, a video, a picture and actions."""
     monkeypatch.chdir(tmp_path)
     tiny_pipeline().save_pretrained("model")
     rng = np.random.default_rng(0)
@@ -95,7 +95,7 @@ def test_seed_and_scheduler_change_the_video(workspace):
 def test_float16_leaves_the_vae_in_float32(workspace):
     pipeline = tiny_pipeline()
     with torch.no_grad():
-        pipeline.vae.decoder.conv_in.weight.mul_(1e6)  # beyond float16, as inside SDXL's
+        pipeline.vae.decoder.conv_in.weight.mul_(1e6)  # exceeds the range of float16, as activations of SDXL's VAE do
     pipeline.save_pretrained("large")
     arguments = ["--model", "large", "--frames", "frame.png", "--actions", "actions.npy", "--steps", "2"]
     videos = []
@@ -216,7 +216,7 @@ def test_lora_from_a_folder_or_file_is_applied(workspace, capsys):
     ("number", "status", "message"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_signals_print_one_line(workspace, monkeypatch, capfd, request, number, status, message):
-    if number == signal.SIGINT:  # background jobs of a shell ignore it
+    if number == signal.SIGINT:  # background jobs of a shell ignore SIGINT
         request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
         signal.signal(number, signal.default_int_handler)
     before, handler, forward = sorted(workspace.rglob("*")), signal.getsignal(number), IRASimTransformer3DModel.forward

@@ -67,7 +67,7 @@ def released_state(dataset, video, *, dim, depth, patch, frames, channels, rows,
 
 
 def released_forward(state, x, t, actions, *, heads, dataset, video, final_frame_ada=False):
-    """Reference of the released network: x (B, F, C, H, W), actions scaled by its data classes."""
+    """Reference of the released network for x (B, F, C, H, W) and actions as scaled by its data classes."""
     batch, frames, channels, height, width = x.shape
     dim, _, patch, _ = state["x_embedder.proj.weight"].shape
     rows, columns = height // patch, width // patch
@@ -125,7 +125,7 @@ def released_forward(state, x, t, actions, *, heads, dataset, video, final_frame
     return x.reshape(batch, frames, channels, height, width)
 
 
-# Sizes within a case are all different: width, heads, single blocks, patch, frames, channels, patches high and wide
+# all sizes of a case differ: width, heads, single blocks, patch size, frames, channels, patch rows and columns
 SIZES = ("dim", "heads", "depth", "patch", "frames", "channels", "rows", "columns")
 CASES = {
     "rt1": ("rt1", False, (24, 3, 4, 2, 5, 1, 6, 8)),
@@ -306,7 +306,7 @@ def test_the_command_writes_a_pipeline(tmp_path, capsys):
     pipeline(np.zeros((64, 80, 3), np.uint8), np.zeros((3, 7)), num_inference_steps=50)
     assert len(calls) == 59  # with the Runge-Kutta warm-up, like the release
     before = sorted(tmp_path.iterdir())
-    assert main(list(map(str, command))) == 2  # the folder exists now
+    assert main(list(map(str, command))) == 2  # the output folder now exists
     assert "--output must be a new or empty folder" in capsys.readouterr().err
     command[6], command[-1] = f"{tmp_path}/nowhere", tmp_path / "second"
     assert main(list(map(str, command))) == 2
@@ -334,7 +334,7 @@ def test_torchscript_program_is_not_executed(tmp_path):
 
 
 def test_loader_failure_without_config_names_the_checkpoint(tmp_path, monkeypatch, capsys):
-    tiny_vae().save_pretrained(tmp_path / "a:vae")  # also a colon in the name of a folder
+    tiny_vae().save_pretrained(tmp_path / "a:vae")  # names of folders may contain a colon
     monkeypatch.setattr("irasim_diffusers.conversion.load_latte", raising(RuntimeError("out of memory")))
     flags = ["--checkpoint", str(tmp_path), "--vae", str(tmp_path / "a:vae"), "--output", str(tmp_path / "out")]
     assert main(["convert", "--source", "latte", *flags]) == 2

@@ -217,7 +217,7 @@ CONTENTS = [
 ] + [("v3.0", file, content) for file in (EPISODES, DATA) for content in (b"", b"PAR1", b"\0" * 500, b"PAR1" * 9)]
 
 
-PROBLEMS = (  # every reason why a whole file cannot be read
+PROBLEMS = (  # reasons why a file cannot be read at all
     "is not valid JSON",
     "the file is not JSON in UTF-8",
     "must contain a JSON object",
@@ -297,7 +297,7 @@ def test_contents_of_files(originals, tmp_path, capfd, form, file, content):
 @pytest.mark.parametrize("command", ["evaluate", "adapt"])
 def test_other_commands(originals, tmp_path, tmp_path_factory, capfd, command, file, change, message):
     root, model = copy(originals, "v3.0", tmp_path), tmp_path_factory.mktemp("model")
-    if file != INFO:  # the first episodes that can be read count
+    if file != INFO:  # readable episodes of a second file would be used instead
         (root / file.replace("000.parquet", "001.parquet")).unlink()
     change(root / file)
     tiny_pipeline(num_inference_steps=1).save_pretrained(model)

@@ -31,7 +31,7 @@ def session(pipe, clip):
 
 
 def drive(session, pressed, num_frames=1):
-    """Drive with keys, like a terminal or the Space."""
+    """Drive with keys, as the terminal and the Space do."""
     return session.drive(key_command(session.steering.action_space, pressed), num_frames)
 
 
@@ -87,7 +87,7 @@ def test_no_key_changes_a_rotation_matrix():
 
 @pytest.mark.parametrize(("derivation", "size"), [("relative_euler", 7), ("relative_6d", 10), ("relative_planar", 2)])
 def test_zero_command_keeps_the_state(derivation, size):
-    bounds = {"action_low": 0.01, "action_high": 0.01}  # of data in which everything moved alike
+    bounds = {"action_low": 0.01, "action_high": 0.01}  # zero is out of bounds: in the data, every action was 0.01
     config = arm(action_dim=size, action_derivation=derivation, **bounds)
     steering = Steering(config, start=np.zeros(size))
     state = {7: [0.3, 0.1, 0.2, 0.4, -0.3, 1.0, 0.0], 10: [0.3, 0.1, 0.2, 0.4, -0.3, 1.0, 0.0], 2: [0.3, 0.1]}[size]
@@ -130,7 +130,7 @@ def test_appended_frames_continue_an_earlier_session(pipe, clip, session):
     drive(session, {"ArrowUp"}, 4)
     later = DrivingSession(pipe, clip[0][:2], Steering(pipe.action_space, start=clip[1][0]), seed=3, max_frames=3)
     later.append(session.frames, session.actions)
-    assert len(later) == 3  # the oldest is dropped, and the history reaches back to it
+    assert len(later) == 3  # the oldest frame is dropped, but still belongs to the history
     np.testing.assert_array_equal(later.steering.hold(), session.steering.hold())
     np.testing.assert_array_equal(later.actions, session.actions[1:])
     expected = [np.asarray(frame, dtype=float) for frame in drive(session, {"ArrowRight"}, 2)]
@@ -144,7 +144,7 @@ def test_appended_frames_continue_an_earlier_session(pipe, clip, session):
 
 
 def test_appended_frames_of_a_model_of_whole_trajectories():
-    """Video-Ada requires all history frames."""
+    """Such a model (Video-Ada) requires all its history frames."""
     pipe, frames = tiny_pipeline(conditioning="video", num_inference_steps=1), np.zeros((2, 8, 12, 3), np.uint8)
     session, later = (DrivingSession(pipe, frames, Steering(pipe.action_space)) for _ in range(2))
     session.step(np.ones((2, 3)))

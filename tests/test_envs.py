@@ -43,7 +43,7 @@ def starts():
 
 
 def close(pixels, others):
-    """Equal but for rounding."""
+    """Assert equality up to rounding errors."""
     assert np.abs(pixels.astype(int) - others.astype(int)).max() <= 1
 
 
@@ -93,7 +93,7 @@ def test_a_seed_determines_the_noise(model, starts):
 
 @pytest.mark.parametrize("fresh", [1, 2])
 def test_partial_reset(fresh, model, starts):
-    """Also from a shorter history than that of the running rows."""
+    """The new history may be shorter than that of the running rows."""
     rows, single = WorldModelVectorEnv(model, 2, starts, **STEPS), WorldModelEnv(model, starts, **STEPS)
     actions = actions_of(4, 2)
     rows.reset(seed=[5, 6])
@@ -134,7 +134,7 @@ def test_reward_success_and_the_end_of_an_episode(model, starts):
 
 
 def first_row_succeeds():
-    """Success of the first row at its second step."""
+    """The first row succeeds at its second step."""
     calls = []
 
     def success(frames):
@@ -292,7 +292,7 @@ def test_rescaled_actions_map_to_the_bounds(starts):
     env = WorldModelEnv(model, starts, rescale_actions=True, **STEPS)
     assert env.action_space == gymnasium.spaces.Box(-1, 1, (3,))
     raw = env._rows._raw_actions(np.float32([[-1, 0.5, 1]]), [0])
-    np.testing.assert_allclose(raw, [[-2, 0.5 / 2.0, 5]])  # the second: scale 2, offset 0
+    np.testing.assert_allclose(raw, [[-2, 0.5 / 2.0, 5]])  # component 1 has scale 2 and offset 0
     np.testing.assert_allclose(env._rows._raw_actions(np.float32([[0, 1, 0]]), [0]), [[0, 0.5, 2.5]])
 
 
@@ -394,7 +394,7 @@ def test_starts_of_a_data_set():
 
 
 def test_registered_environments(tmp_path, model, starts):
-    """Loads a pipeline and what is stored with it."""
+    """They load a pipeline with the reward and the proprioception model stored in its folder."""
     env = gymnasium.make("irasim_diffusers.envs:irasim/PushT-v0", render_mode="rgb_array")
     observation, _ = env.reset(seed=1)
     observation, reward, *_ = env.step(env.action_space.sample())

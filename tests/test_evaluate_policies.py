@@ -93,13 +93,13 @@ def test_push_t_episodes_run_in_both_environments(command, capsys, tmp_path):
     assert report["setting"]["env"] == "gym_pusht:gym_pusht/PushT-v0"
     episodes = sorted(path.name for path in (tmp_path / "out" / "episodes" / "100").glob("*.json"))
     assert episodes == ["100000.json", "100001.json", "100002.json"]
-    assert command() == 0  # resumes: everything is there
+    assert command() == 0  # resumes, and finds all results
     assert command(**{"success-threshold": 0.5}) == 2
     assert "success_threshold was" in capsys.readouterr().err
 
 
 def test_the_default_reward_is_stored_with_the_model(command, capsys, tmp_path):
-    """Its threshold defines success unless a flag gives another one."""
+    """Its threshold defines success, unless a flag overrides it."""
     few = {"reward": None, "num-episodes": 1, "batch-size": 1, "max-episode-steps": 1, "num-videos": 0}
     for threshold, success in (({}, False), ({"success-threshold": -1}, True)):
         output = tmp_path / str(success)
@@ -116,7 +116,7 @@ def test_names_of_policies_tell_them_apart(command, tmp_path):
 
 
 def test_failed_command_leaves_the_folder_to_the_corrected_one(command, capsys, tmp_path):
-    """All policies are loaded before the first episode of the first one."""
+    """All policies are loaded before the first episode."""
     assert command(policies=["100", "broken"], **SHORT) == 2
     assert capsys.readouterr().err == "irasim: error: --policies 'broken' cannot be loaded: no such policy\n"
     assert list(tmp_path.iterdir()) == []
@@ -125,7 +125,7 @@ def test_failed_command_leaves_the_folder_to_the_corrected_one(command, capsys, 
 
 @pytest.mark.parametrize("num_videos", [0, 1])
 def test_another_folder_with_setting_but_without_episodes_is_used(command, tmp_path, num_videos):
-    """Earlier versions left the settings of a run that failed before its first episode."""
+    """Earlier versions left a settings file if a run failed before its first episode."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "setting.json").write_text('{"policies": ["x"]}')
     assert command(**SHORT | {"num-videos": num_videos}) == 0
@@ -141,7 +141,7 @@ def test_comparison_without_matplotlib_is_an_error_before_the_episodes(command, 
 
 
 def test_retrained_model_or_reward_requires_new_folder(command, capsys, tmp_path, folder):
-    """The identity of model and reward is the content of their weights, not their names."""
+    """The model and the reward are identified by the content of their weights, not by their names."""
     for name in ("model", "reward"):
         shutil.copytree(embedded_checkpoint(), tmp_path / name / "model")
         shutil.copytree(folder / "reward", tmp_path / name / "reward")
@@ -169,7 +169,7 @@ def test_damaged_episodes_run_again(command, tmp_path, content):
 
 
 def test_policies_run_on_the_device_of_the_model(command, tmp_path, folder):
-    """A loader with the argument `device` receives it; the loader of LeRobot policies is one."""
+    """Loaders with the argument `device` receive it, such as the loader of LeRobot policies."""
     assert command(policies=["100"], loader="my_policies:load_on", **SHORT) == 0
     assert (folder / "device.txt").read_text() == "cpu"
 

@@ -130,7 +130,7 @@ def test_long_names(tmp_path):
 def test_folder_belongs_to_the_settings_of_its_first_result(tmp_path):
     folder, setting = tmp_path / "out", {"seeds": (1, 2), "model": "a"}
     claim_folder(folder, setting, "results")
-    assert not folder.exists()  # nothing is written before the first result
+    assert not folder.exists()  # the settings are written with the first result
     claim_folder(folder, setting, "results", write=True)
     claim_folder(folder, {"model": "b"}, "results")  # without a result, the settings are not binding
     (folder / "results").mkdir()

@@ -10,7 +10,7 @@ from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.cli import main
 from irasim_diffusers.conversion import ConversionReport, load_latte
 
-# heads, head, pairs, patch, channels; frames, patches high and wide, action components
+# heads, head width, block pairs, patch size, channels; frames, patch rows and columns, action components
 LATTE_CASES = [
     (3, 8, 1, 2, 4, 6, 5, 7, 9),
     (4, 6, 2, 1, 3, 5, 7, 8, 9),
@@ -21,7 +21,7 @@ LATTE_CASES = [
 
 
 def latte_model(heads, head, depth, patch, channels, frames):
-    """Latte of diffusers with random weights, an implementation that is independent of ours."""
+    """Diffusers' Latte with random weights, an independent implementation."""
     latte = LatteTransformer3DModel(
         num_attention_heads=heads, attention_head_dim=head, in_channels=channels, out_channels=2 * channels,
         num_layers=depth, patch_size=patch, sample_size=64, cross_attention_dim=head * heads, caption_channels=5,

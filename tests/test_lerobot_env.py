@@ -18,13 +18,13 @@ TASK = {"task": "push the block"}
 
 
 def first_row_succeeds_once():
-    """Success of the first row in the second step."""
-    calls = iter([False, False, True])  # at the reset, and in two steps
+    """The first row succeeds at the second step."""
+    calls = iter([False, False, True])  # called at the reset and in two steps
     return lambda frames: torch.tensor([[row == 0 and next(calls, False)] for row in range(len(frames))])
 
 
 def test_rollout_with_the_calls_of_lerobot():
-    """As `lerobot_eval.rollout` of LeRobot 0.6.1, which steps all rows until the last one has ended."""
+    """Like `lerobot_eval.rollout` of LeRobot 0.6.1, step all rows until the last one has ended."""
     env = LeRobotVectorEnv.from_pretrained(
         str(irasim_diffusers.embedded_checkpoint()),
         num_envs=2,
@@ -45,9 +45,7 @@ def test_rollout_with_the_calls_of_lerobot():
         assert observation["agent_pos"].dtype == np.float32
         np.testing.assert_array_equal(observation["agent_pos"], observation["observation.state"])
         assert [picture.shape for picture in env.call("render")] == [(96, 96, 3)] * 2
-        actions = np.float32(
-            [[600, 256], [100, 100]]
-        )  # the first is slightly out of bounds, as those of a policy can be
+        actions = np.float32([[600, 256], [100, 100]])  # the first is slightly out of bounds, which policies can cause
         observation, reward, terminated, truncated, info = env.step(actions)
         assert "final_info" not in info
         rewards.append(reward)
@@ -62,7 +60,7 @@ def test_rollout_with_the_calls_of_lerobot():
 
 
 def test_env_hub_form(tmp_path):
-    """A copy outside the package, which LeRobot imports by its path."""
+    """LeRobot imports a copy outside the package by its path."""
     path = tmp_path / "env.py"
     path.write_text((Path(irasim_diffusers.__file__).parent / "lerobot" / "env.py").read_text())
     spec = importlib.util.spec_from_file_location("hub_env", path)

@@ -118,7 +118,7 @@ def opensora_forward(state, x, t, fps, clean, head):
     return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, 2 * channels, frames, height, width)[:, :channels]
 
 
-# width, head, pairs, patch, channels; frames, clean frames, patches high and wide, action components
+# width, head width, block pairs, patch size, channels; frames, clean frames, patch rows and columns, action components
 OPENSORA_CASES = [
     (24, 6, 3, 2, 4, 5, 1, 8, 7, 9),
     (16, 8, 1, 2, 3, 5, 4, 6, 7, 9),

@@ -35,7 +35,7 @@ def state(world):
 
 @pytest.fixture
 def samples():
-    """Samples of a policy (K, n, A), some out of bounds."""
+    """Action sequences (K, n, A) sampled from a policy, some out of bounds."""
     return 0.2 * torch.randn(9, HORIZON, 2, generator=torch.Generator().manual_seed(3))
 
 
@@ -59,7 +59,7 @@ def test_planners_reach_the_goal(name, world, state):
 
 @pytest.mark.parametrize("name", PLANNERS)
 def test_candidates_respect_the_bounds(name, world, state, samples):
-    """Also when the goal is out of reach and samples of the policy are out of bounds."""
+    """The goal is out of reach, and samples of the policy are out of bounds."""
     plan = PLANNERS[name](world, state, GoalLatents(world, image(-60.0, 60.0)), init=samples)
     assert torch.equal(plan.candidates, SPACE.clip(plan.candidates))
     assert not torch.equal(samples, SPACE.clip(samples))
@@ -137,7 +137,7 @@ def test_reductions(world, state, samples):
 
 def test_only_frames_that_the_objective_needs_are_decoded(world, state, samples):
     Rank()(world, state, GOAL, init=samples)
-    assert world.decoded == 1 + len(samples)  # the current frame, and the last of each candidate
+    assert world.decoded == 1 + len(samples)  # the current frame, and the last frame of each candidate
     world.decoded = 0
     plan = Rank()(world, state, GoalLatents(world, GOAL.goal), init=samples)
     assert world.decoded == 0
@@ -182,14 +182,16 @@ def test_non_finite_candidates_are_never_chosen(name, world, state, samples):
     limit = -0.01
     plan = PLANNERS[name](world, state, nan_above(limit), init=samples)
     assert -0.2 < plan.score <= limit
-    assert name == "gradient" or not plan.scores.isfinite().all()  # it returns the best finite step of each candidate
+    assert (
+        name == "gradient" or not plan.scores.isfinite().all()
+    )  # gradient keeps the best finite step of each candidate
     assert torch.isfinite(nan_above(limit)(world.decode(plan.latents()))[0, -1])
     assert len(plan.top(1000)) == plan.scores.isfinite().sum()
 
 
 @pytest.mark.parametrize("name", [*PLANNERS, "rank"])
 def test_no_finite_score_raises(name, world, state, samples):
-    def objective(frames):  # finite for the current frame only
+    def objective(frames):  # its score is finite for the current frame only
         moved = (frames[:, :, 0, 0, 0] - 0.25).abs() + (frames[:, :, 1, 0, 0] - 0.5).abs() > 1e-6
         return frames.mean(dim=(2, 3, 4)).masked_fill(moved, torch.nan)
 
@@ -233,7 +235,7 @@ def test_guard_over_seeds(samples):
 def test_guard_is_optimised_by_the_gradient(world, state):
     guard = Disagreement(models=[PointWorld(gain=0.5)])
     plan = Gradient(HORIZON, num_iterations=80, scoring=Scoring(guard=guard))(world, state, GOAL)
-    middle = REACHABLE / 0.75  # both are equally far from the goal
+    middle = REACHABLE / 0.75  # there, the final points of both models are equally far from the goal
     torch.testing.assert_close(plan.actions.sum(0), middle, atol=0.05, rtol=0)
 
 
@@ -253,7 +255,7 @@ def test_straight_lines(kind, components):
     torch.testing.assert_close(moves.norm(dim=-1), torch.full((30, 5), 0.4))
     still = [index for index in range(size) if index not in components]
     assert (moves[..., still] == 0).all()
-    assert (places[:, -1].mean(0) - start).abs().max() < 0.7  # in all directions
+    assert (places[:, -1].mean(0) - start).abs().max() < 0.7  # lines in all directions
     assert not torch.equal(paths, straight_lines(space, 5, 2.0, 30, start, components, seed=1))
 
 

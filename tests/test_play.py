@@ -26,7 +26,7 @@ UP, RIGHT = b"\x1b[A", b"\x1bOC"  # plain, and in the keypad's application mode
 
 
 class Terminal:
-    """A pseudo-terminal with a simulated user, who reads the output and presses keys."""
+    """Pseudo-terminal with a simulated user, who reads the output and presses keys."""
 
     def __init__(self):
         self.user, self.program = pty.openpty()
@@ -85,7 +85,7 @@ def test_pusher_follows_the_keys_of_a_terminal(terminal, tmp_path):
     turn = np.argmax(np.diff(actions[:, 0]) > 0) + 1
     moves = []
     for phase in (pusher[: turn + 1], pusher[turn + 1 :]):
-        found = phase[np.isfinite(phase[:, 0])]  # except where block and pusher touch
+        found = phase[np.isfinite(phase[:, 0])]  # except while the block and the pusher touch
         moves.append(found[-1] - found[0])
     (sideways, up), (right, aside) = moves
     assert up < -10
@@ -188,7 +188,7 @@ def test_key_presses_and_repeats(terminal):
     assert keys.read(1) == {"ArrowRight"}
     assert keys.read(0) == set()
     time.sleep(HELD + 0.05)
-    assert keys.held() == {"w", "ArrowRight"}  # pressed since it was asked last
+    assert keys.held() == {"w", "ArrowRight"}  # pressed since the last call
     assert keys.held() == set()
     terminal.press(b"w")
     keys.read(1)
@@ -241,7 +241,7 @@ def pixels_of(rows):
 
 def test_a_drawn_picture_shows_every_pixel():
     picture = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
-    picture[2:6, 3:9] = 200  # one run
+    picture[2:6, 3:9] = 200  # one run of equal pixels
     np.testing.assert_array_equal(pixels_of(draw(PIL.Image.fromarray(picture), 12, 30)), picture)
     odd = draw(PIL.Image.fromarray(picture[:7]), 12, 30)
     np.testing.assert_array_equal(pixels_of(odd), [*picture[:7], picture[6]])

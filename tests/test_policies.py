@@ -12,7 +12,7 @@ from irasim_diffusers.rewards import GoalImage
 
 
 def observe(positions):
-    """Observation of points at positions (B, 2)."""
+    """Return an observation of points at positions (B, 2)."""
     pixels = np.stack([(255 * image(x, y).clamp(0, 1)).round().byte().permute(1, 2, 0).numpy() for x, y in positions])
     return {"pixels": pixels, "agent_pos": np.asarray(positions, dtype=np.float32)}
 
@@ -46,7 +46,7 @@ def test_callable_returns_actions_or_chunks(observation):
 
 
 class Follower:
-    """A policy with LeRobot's interface that depends on every entry of the batch."""
+    """Policy with LeRobot's interface that depends on every entry of the batch."""
 
     resets = 0
 
@@ -75,7 +75,7 @@ def test_lerobot_policy(observation):
 
 
 def run(policy, positions, steps):
-    """Execute a policy in the exact world."""
+    """Execute a policy in the exact world model."""
     positions = torch.tensor(positions)
     trace = [positions]
     for _ in range(steps):
@@ -89,7 +89,7 @@ PLANNERS = [CEM(4, num_iterations=3), MPPI(4, num_iterations=3, std=0.5), Gradie
 
 @pytest.mark.parametrize("planner", PLANNERS, ids=lambda planner: type(planner).__name__)
 def test_closed_loop_reaches_the_goal(planner):
-    policy = PlannerPolicy(PointWorld(gain=1.3), planner, GOAL, num_executed=2)  # a model that is wrong
+    policy = PlannerPolicy(PointWorld(gain=1.3), planner, GOAL, num_executed=2)  # an inaccurate model
     trace = run(policy, [(0.2, 0.7), (0.9, 0.3)], 14)
     torch.testing.assert_close(trace[-1], torch.tensor([[0.8, 0.1]] * 2), atol=0.06, rtol=0)
     assert len(policy.plans) == 2
@@ -117,11 +117,13 @@ def test_planning_starts_from_the_remaining_plan():
     run(policy, [(0.2, 0.7)], 4)
     assert given[0] == (None, (4,))
     assert given[1][1] == (5,)
-    torch.testing.assert_close(given[1][0], torch.cat([plan[3:], torch.zeros(3, 2)]))  # no motion after its end
+    torch.testing.assert_close(
+        given[1][0], torch.cat([plan[3:], torch.zeros(3, 2)])
+    )  # hold actions after the end of the plan
 
 
 def test_proposals_are_ranked():
-    """The paper's planner in closed loop: samples of a policy, of which the best is executed."""
+    """The best of several samples of a policy is executed, as in the paper."""
     policy = PlannerPolicy(
         PointWorld(),
         Rank(),
@@ -200,7 +202,7 @@ STEPS = {"normalizer_processor": Step, "action_tokenizer_processor": Step, "groo
     ],
 )
 def test_processors_that_could_execute_code_are_rejected(tmp_path, steps, message):
-    """The check needs the config only: no step has been constructed."""
+    """The check reads the config before any step is constructed."""
     path = tmp_path / "policy_preprocessor.json"
     path.write_text(json.dumps({"steps": steps}))
     with pytest.raises(ValueError, match=message):

@@ -98,7 +98,7 @@ def test_success_is_a_score_above_the_threshold(clip, regressor):
 
 
 def test_regressor_learns_a_position(clip):
-    """The brightness of one corner, which depends on where a pixel is."""
+    """The label is the brightness of one corner, which depends on the position of the pixels."""
     torch.manual_seed(0)
     regressor = FrameRegressor(HEIGHT, WIDTH, channels=(8, 8), feature_dim=16)
     optimizer = torch.optim.Adam(regressor.parameters(), lr=5e-3)
@@ -112,7 +112,7 @@ def test_regressor_learns_a_position(clip):
 
 
 class Brightness(torch.nn.Module):
-    """A reward model with LeRobot's interface."""
+    """Reward model with LeRobot's interface."""
 
     def compute_reward(self, batch):
         assert batch["task"] == ["push"] * len(batch["observation.images.front"])

@@ -26,7 +26,7 @@ def latents_of(pipeline, state, actions, chunk_length=None, **sampling):
 
 def pipeline_of(name):
     pipeline = tiny_pipeline(**ARCHITECTURES[name])
-    if pipeline.transformer.config.prediction_type == "sample":  # which the default scheduler does not take
+    if pipeline.transformer.config.prediction_type == "sample":  # PNDM does not support this prediction type
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     return pipeline
 
@@ -65,7 +65,7 @@ def test_row_is_the_same_alone_and_in_a_batch(name, frames, plans):
 
 @pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "DDPMScheduler"])
 def test_noise_depends_on_seed_and_step_only(scheduler, pipeline, frames, plans):
-    """Also that of a stochastic scheduler, and in a state after a partial reset."""
+    """This includes the noise of stochastic schedulers, also after a partial reset."""
     pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
     with torch.no_grad():
         state, _ = pipeline.advance(pipeline.start(frames, [5, 3]), plans[:2, :2], 2)
@@ -81,7 +81,7 @@ def test_noise_depends_on_seed_and_step_only(scheduler, pipeline, frames, plans)
 
 @pytest.mark.parametrize("chunk_length", [1, 2, 3])
 def test_the_noise_of_a_frame_does_not_depend_on_the_chunks(chunk_length, pipeline, frames, plans):
-    """A network that predicts nothing leaves the noise, whose frames are independent of each other."""
+    """A network that predicts zero leaves the noise, in which frames are independent."""
     for parameter in pipeline.transformer.proj_out.parameters():
         torch.nn.init.zeros_(parameter)
     state = pipeline.start(frames, [5, 3, 8])
@@ -166,7 +166,7 @@ def test_rows_in_parts_equal_rows_together(name, frames, plans, monkeypatch):
 
 
 def test_given_latents_are_the_noise_of_the_whole_rollout(pipeline, frames, plans):
-    """A network that predicts nothing leaves the noise."""
+    """A network that predicts zero leaves the noise."""
     for parameter in pipeline.transformer.proj_out.parameters():
         torch.nn.init.zeros_(parameter)
     noise = torch.randn(3, 4, 7, 4, 6)

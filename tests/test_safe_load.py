@@ -26,7 +26,7 @@ from irasim_diffusers.safe_load import MAX_HEADER, Settings, read_checkpoint
 
 
 def archive(path, pickled, **records):
-    """Write a zip archive with the same writer as `torch.save`, but with any pickle."""
+    """Write a zip archive with the writer of `torch.save`, but with any pickle."""
     writer = torch._C.PyTorchFileWriter(str(path))
     for name, content in {"data.pkl": pickled, "byteorder": b"little", **records}.items():
         writer.write_record(name.replace("data_", "data/"), content, len(content))
@@ -35,7 +35,7 @@ def archive(path, pickled, **records):
 
 
 def rewrite(path, compression=zipfile.ZIP_STORED, changes=None):
-    """Write an archive again with Python's zipfile, with changed or added records."""
+    """Rewrite an archive with Python's zipfile, with changed or added records."""
     with zipfile.ZipFile(path) as source:
         records = {name: source.read(name) for name in source.namelist()}
     with zipfile.ZipFile(path, "w", compression, compresslevel=1) as target:
@@ -115,7 +115,7 @@ def two_directories(path):
 
 
 def shifted_directory(path):
-    """An archive whose end records point to another central directory than the one before them."""
+    """An archive with end records that point to another central directory than the preceding one."""
     content = bytearray(saved(path, {"ema": {"w": torch.ones(1)}}).read_bytes())
     offset = struct.unpack("<Q", content[-50:-42])[0]
     content[-50:-42] = struct.pack("<Q", offset - 1)
@@ -125,7 +125,7 @@ def shifted_directory(path):
 
 
 def relabelled(path):
-    """An archive whose directory declares compressed records."""
+    """An archive with a directory that declares compressed records."""
     content = saved(path, {"ema": {"w": torch.zeros(4)}}).read_bytes()
     path.write_bytes(content.replace(b"PK\1\2\0\0\0\0\x08\x08\0\0", b"PK\1\2\0\0\0\0\x08\x08\x08\0"))
     assert path.read_bytes() != content
@@ -149,7 +149,7 @@ def tar(path):
 FLOATS = {"data_0": b"\0" * 16}
 FORM = "is not one zip archive"
 FILES = {
-    # code
+    # execution of code
     "os.system": (lambda path: with_call(path, __import__("os").system, "echo CODE RAN"), "refers to 'posix.system'"),
     "eval": (lambda path: with_call(path, builtins.eval, "print('CODE RAN')"), r"refers to 'builtins.eval'"),
     "getattr": (lambda path: with_call(path, builtins.getattr, "a", "b"), r"refers to 'builtins.getattr'"),
@@ -166,7 +166,7 @@ FILES = {
     ),
     "TorchScript, suffix": (lambda path: padded(torchscript(path), after=b"\0" * 68_000), FORM),
     "TorchScript, prefix": (lambda path: padded(torchscript(path), before=b"\x80\x02N."), FORM),
-    # two readers
+    # different content for different readers
     "two archives": (two_directories, FORM),
     "shifted directory": (shifted_directory, FORM),
     "zip comment": (lambda path: padded(saved(path, {"ema": {}}), after=b"PK\5\6" + b"\0" * 18), FORM),
@@ -177,7 +177,7 @@ FILES = {
         lambda path: archive(path, entry(tensor(4, [4], [1])), **FLOATS, **{"DATA.pkl": b"."}),
         "records of the same name",
     ),
-    # memory
+    # excessive memory
     "deflated": (compressed, FORM),
     "declared as deflated": (relabelled, "compressed or overlapping records"),
     "stride 0": (lambda path: archive(path, entry(tensor(4, [1 << 40], [0])), **FLOATS), "declares a tensor"),
@@ -197,7 +197,7 @@ FILES = {
     "memo": (lambda path: archive(path, entry(b"Nr\xff\xff\xff\x7f0")), "pickle instruction POP"),
     "large pickle": (lambda path: archive(path, b"\x80\x02" + b"}" * MAX_HEADER + b"."), "data.pkl must have 1 to"),
     "truncated": (lambda path: path.write_bytes(saved(path, {"ema": {}}).read_bytes()[:-9]), FORM),
-    # methods of the state that the file replaces
+    # the file replaces methods of the state dict
     "attributes": (
         lambda path: archive(path, b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsNsb."),
         "sets attributes",
@@ -361,7 +361,7 @@ def test_settings_of_a_checkpoint_are_inert(tmp_path):
     assert content["size"] == others["size"]
     assert torch.equal(content["ema"]["temp_embed"], state["temp_embed"])
     model = load_released_irasim(path, "rt1", **overrides)
-    path.write_bytes(b"\0" * path.stat().st_size)  # the model does not depend on the file
+    path.write_bytes(b"\0" * path.stat().st_size)  # the tensors of the model are not mapped from the file
     assert torch.equal(model.proj_out.weight, state["final_layer.linear.weight"])
 
 

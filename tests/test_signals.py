@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 SIZES = ["num_attention_heads=2", "action_dim=3", "sample_height=4", "sample_width=6"]
 DATA = ["--dataset", "data", "--fps", "5"]
-COMMANDS = {  # arguments, object and method that the signal interrupts, number of the call
+COMMANDS = {  # arguments; object and function during which the signal arrives; number of the call
     "data": ([*DATA], lerobot_writer, "image_statistics", 2),
     "evaluate": (["--model", "model", *DATA, "--split", "train"], IRASimTransformer3DModel, "forward", 6),
     "plan": (
@@ -80,7 +80,7 @@ COMMANDS = {  # arguments, object and method that the signal interrupts, number 
 }
 OUTPUTS = dict.fromkeys(("plan", "generate", "play"), "out.mp4")
 RESUMED = ("evaluate", "play")
-"""Commands that keep what they have finished."""
+"""Commands that keep their finished results."""
 
 
 class Noise(gymnasium.Env):
@@ -118,7 +118,7 @@ def workspace(tmp_path_factory):
 
 
 def raise_at_call(monkeypatch, owner, name, number, sent):
-    """Send a signal to this process when a function has been called so often; return the calls."""
+    """Send a signal to this process at the given call of a function; return the list of calls."""
     original, calls = getattr(owner, name), []
 
     def call(*arguments, **options):
@@ -134,7 +134,7 @@ def raise_at_call(monkeypatch, owner, name, number, sent):
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """Ctrl-C raises KeyboardInterrupt, even in a background job of a shell, which ignores it."""
+    """Make Ctrl-C raise KeyboardInterrupt, even in background jobs of a shell, which ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -22,7 +22,7 @@ def test_finer_patches_keep_their_position_and_scale():
         fine._spatial_positions(6, 9).unflatten(1, (6, 9))[:, 1::3, 1::3].flatten(1, 2), coarse_places
     )
     torch.testing.assert_close(fine.patch_embed.proj.weight[..., 0, 0], model.patch_embed.proj.weight[..., 1, 1] * 9)
-    for name in ("weight", "bias"):  # the rows of the center of a coarse patch
+    for name in ("weight", "bias"):  # output rows of the central pixel of a coarse patch
         coarse_rows = getattr(model.proj_out, name).unflatten(0, (3, 3, 4))
         torch.testing.assert_close(getattr(fine.proj_out, name), coarse_rows[1, 1])
     again = change_patch_size(fine, 2)
@@ -41,7 +41,7 @@ def test_change_to_an_autoencoder_with_linearly_mapped_latents(changes):
     model = tiny_transformer(**changes)
     latents, noise = torch.randn(200, 4, 4, 6), torch.randn(2, 4, 5, 4, 6)
 
-    def other(latents):  # one channel of twice the size, each quarter scaled
+    def other(latents):  # one channel of twice the height and width; each of four pixels is scaled differently
         return torch.nn.functional.pixel_shuffle(latents * torch.tensor([1.0, -1.2, 0.8, 1.1]).view(4, 1, 1), 2)
 
     changed = change_autoencoder(model, 4, latents, other(latents))

@@ -93,7 +93,7 @@ def test_episodes_of_other_sizes_raise_immediately(latents, tmp_path):
 
 
 class Recorded(LeRobotFolder):
-    """Records which windows are read; a whole episode is a window without a length."""
+    """Record which windows are read; the length of a whole episode is None."""
 
     def window(self, number, start, length=None):
         self.__dict__.setdefault("read", []).append((number, start, length))
@@ -144,7 +144,7 @@ def test_manifest_contains_autoencoder_and_dtype(dataset, tmp_path):
     assert (content["autoencoder"], content["dtype"]) == (str(tmp_path / "vae"), "float16")
     unnamed = cache_latents(folder, tiny_vae(), tmp_path / "unnamed")
     assert json.loads((unnamed / "manifest.json").read_text())["autoencoder"] == "AutoencoderKL"
-    assert unnamed.name == named.name, "the same weights by another name"
+    assert unnamed.name == named.name, "the same weights under another name"
 
 
 def test_killed_encoding_resumes(dataset, tmp_path):
@@ -154,7 +154,7 @@ def test_killed_encoding_resumes(dataset, tmp_path):
     encoder = subprocess.Popen([sys.executable, "-W", "ignore", "-c", ENCODE_SLOWLY], cwd=tmp_path, env=environment)
     try:
         while not (finished := list(tmp_path.glob("cache/*/latents-*.safetensors"))):
-            assert encoder.poll() is None, "it ended by itself"
+            assert encoder.poll() is None, "it ended before it was killed"
             time.sleep(0.02)
     finally:
         encoder.kill()
@@ -187,7 +187,7 @@ def test_incomplete_caches_and_short_episodes_raise(dataset, tmp_path):
         LatentClips(cache, sample_frames=8)
     clips = LatentClips(cache, sample_frames=8, skip_short=True)
     assert (clips.short, list(clips.episodes)) == ([0, 2], [1])
-    assert len(clips.actions) == 8, "actions are those of the episodes that are kept"
+    assert len(clips.actions) == 8, "only the actions of the remaining episodes"
     (cache / "manifest.json").unlink()
     with pytest.raises(ValueError, match="no complete latent cache"):
         LatentClips(cache)

@@ -16,7 +16,7 @@ from irasim_diffusers.data import TableEpisodes, infer_action_space, open_datase
 
 
 def rename_features(root, names):
-    """Rename the features of `write_folder`, or split `action` into several columns of other types."""
+    """Rename the features of `write_folder`, or split `action` into several columns of different types."""
     info = json.loads((root / "meta/info.json").read_text())
     action = info["features"].pop("action")
     for key, (columns, dtype) in names.items():
@@ -142,7 +142,11 @@ def noisy(values):
     ("action", "names", "wanted"),
     [
         (lambda state, after: after, None, "absolute"),
-        (lambda state, after: noisy(after + 2 * (after - state)), None, "absolute"),  # targets ahead of the robot
+        (
+            lambda state, after: noisy(after + 2 * (after - state)),
+            None,
+            "absolute",
+        ),  # targets ahead of the robot's position
         (lambda state, after: np.rad2deg(after) + 90, None, "absolute"),
         (lambda state, after: after - state, None, "relative"),
         (lambda state, after: noisy(20 * (after - state)), None, "relative"),

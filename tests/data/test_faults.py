@@ -21,7 +21,7 @@ EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 
 
 def keep_rows(root, kept, times=None):
-    """Keep these of the 9 rows of episode 1, with other timestamps."""
+    """Keep the given rows of the 9 rows of episode 1, optionally with other timestamps."""
     table = pq.read_table(root / DATA)
     other = table.filter(pa.compute.equal(table["episode_index"], 0))
     mine = table.filter(pa.compute.equal(table["episode_index"], 1)).take(kept)
@@ -82,7 +82,7 @@ def test_invalid_timestamps_raise(kept, times, message, tmp_path):
 
 
 def test_rows_at_every_second_frame_cause_a_warning(tmp_path):
-    """Their frames and actions are correct, and the frame rate of the metadata is not that of the rows."""
+    """Their frames and actions are correct, but the frame rate in the metadata is twice that of the rows."""
     before = write_folder(tmp_path)[1]
     keep_rows(tmp_path, [0, 2, 4, 6, 8])
     with pytest.warns(UserWarning, match="rows are 2 frames apart: they have 5 frames per second, not 10"):
@@ -259,7 +259,7 @@ def test_files_are_utf_8(tmp_path):
     row = json.dumps({"episode_index": 0, "tasks": [task], "length": 5}, ensure_ascii=False)
     (tmp_path / "meta/episodes.jsonl").write_text(row + "\r\n", encoding="utf-8")
     info = (tmp_path / "meta/info.json").read_bytes()
-    (tmp_path / "meta/info.json").write_bytes(b"\xef\xbb\xbf" + info)  # as written by Windows
+    (tmp_path / "meta/info.json").write_bytes(b"\xef\xbb\xbf" + info)  # the encoding of a file written on Windows
     assert open_dataset(tmp_path, "left")[0].task == task
 
 

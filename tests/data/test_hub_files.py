@@ -9,7 +9,7 @@ from irasim_diffusers.data.hub import HubFiles
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="only systems with fork copy objects to other processes")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_forked_process_has_a_separate_folder(tmp_path, monkeypatch):
-    """Workers of a DataLoader are forks; a shared folder would lose the files that another process reads."""
+    """DataLoader workers are forks; with a shared folder, one process would delete files that another one reads."""
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path))
     files = HubFiles("org/name", "main")
     parent = files._folder()

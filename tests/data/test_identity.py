@@ -23,14 +23,14 @@ def test_changed_files_change_the_identity(tmp_path):
     assert open_dataset(tmp_path, "0").identity == before["0"]
     write_video(tmp_path / "videos/train/0.mp4", frames, 5)
     assert open_dataset(tmp_path, "0").identity != before["0"]
-    assert open_dataset(tmp_path, "1").identity == before["1"], "the other camera's video is the same"
+    assert open_dataset(tmp_path, "1").identity == before["1"], "the video of camera 1 has not changed"
     annotation = tmp_path / "annotation/train/10.json"
     text = annotation.read_text()
     digit = text.index(".") + 1
     annotation.write_text(text[:digit] + str(9 - int(text[digit])) + text[digit + 1 :])
-    assert open_dataset(tmp_path, "1").identity != before["1"], "a number of the same length"
+    assert open_dataset(tmp_path, "1").identity != before["1"], "one digit differs"
     annotation.write_text(text)
-    assert open_dataset(tmp_path, "1").identity == before["1"], "written again with the same content"
+    assert open_dataset(tmp_path, "1").identity == before["1"], "rewritten with the same content"
     for broken in ("{", '{"videos": [{"video_path": "\\x"}, {"video_path": 3}]}'):
         annotation.write_text(broken)
         assert open_dataset(tmp_path, "1").identity != before["1"]
@@ -58,7 +58,7 @@ def test_moved_folder_keeps_its_identity(form, changes, tmp_path):
 
 
 def in_place(path, old, new):
-    """Replace bytes of a file by the same number of other bytes."""
+    """Replace bytes in a file by the same number of other bytes."""
     content = path.read_bytes()
     assert len(old) == len(new)
     assert content.count(old) == 1
@@ -112,7 +112,7 @@ def test_links_into_the_hub_cache_are_identified_by_blob(tmp_path):
     path.symlink_to(tmp_path / "blobs/0123")
     before = LeRobotFolder(tmp_path / "snapshot").identity
     os.utime(tmp_path / "blobs/0123", ns=(1, 1))
-    assert LeRobotFolder(tmp_path / "snapshot").identity == before, "another computer downloads it at another time"
+    assert LeRobotFolder(tmp_path / "snapshot").identity == before, "the time of the download does not matter"
     path.unlink()
     (tmp_path / "blobs/0123").rename(tmp_path / "blobs/4567")
     path.symlink_to(tmp_path / "blobs/4567")

@@ -184,7 +184,7 @@ def test_out_of_range_arguments_raise_before_any_work(dataset, tmp_path, options
 def test_non_finite_latents_raise(dataset, tmp_path):
     vae = tiny_vae()
     with torch.no_grad():
-        vae.quant_conv.bias[0] = 1e6  # beyond float16
+        vae.quant_conv.bias[0] = 1e6  # exceeds the range of float16
     with pytest.raises(ValueError, match=r"episode 0 of .*: latents of frame 0 are not finite: use float32 weights"):
         cache_latents(dataset, vae, tmp_path / "cache")
     assert not list(tmp_path.glob("cache/*/*"))
@@ -204,7 +204,7 @@ def test_out_of_range_windows_raise(tmp_path, options, message):
 
 
 def test_files_are_memory_mapped(tmp_path):
-    """A window of a large cache is read without the other latents."""
+    """A window of a large cache is read without reading other latents."""
     latents = torch.zeros(4000, 4, 48, 48, dtype=torch.float16)
     save_file({"latents.0": latents, "actions.0": torch.zeros(4000, 2)}, tmp_path / "latents-00000.safetensors")
     (tmp_path / "manifest.json").write_text("{}")

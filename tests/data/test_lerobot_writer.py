@@ -73,7 +73,7 @@ def test_bool_and_integer_features_survive_a_copy(tmp_path):
 
 
 def test_statistics_by_hand():
-    """0 to 99 once: the histogram's bins are narrow, and a quantile is the bin's upper end."""
+    """Each integer from 0 to 99 occurs once; a quantile is the upper edge of a narrow histogram bin."""
     values = np.arange(100, dtype=np.float32).reshape(-1, 1)
     statistics = vector_statistics(np.concatenate([values, np.full_like(values, 7)], axis=1))
     assert statistics["count"] == [100]
@@ -149,7 +149,7 @@ def test_regions_match_the_tiled_pictures(layout):
 
 @pytest.fixture(scope="module")
 def lerobot():
-    """LeRobot's data set class, if LeRobot is installed; it requires Python 3.12."""
+    """LeRobot's dataset class; skipped without LeRobot, which requires Python 3.12."""
     pytest.importorskip("lerobot")
     pytest.MonkeyPatch().setenv("HF_HUB_OFFLINE", "1")
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -228,6 +228,6 @@ def test_lerobot_opens_several_cameras_and_keeps_the_derivation(lerobot, tmp_pat
     assert np.array_equal(np.concatenate(pictures, axis=1), source[0].frames[0])
     from lerobot.datasets.io_utils import write_info
 
-    write_info(data.meta.info, tmp_path / "set")  # as LeRobot's tools do
+    write_info(data.meta.info, tmp_path / "set")  # LeRobot's tools do this
     again = LeRobotFolder(tmp_path / "set")
     assert (again.action_derivation, again.cameras) == (source.action_derivation, written.cameras)

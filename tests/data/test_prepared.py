@@ -94,7 +94,7 @@ def test_a_known_derivation_is_the_composition(tmp_path):
 
 
 def test_flags_of_skipped_frames_are_kept(tmp_path):
-    episodes = write_narrow(tmp_path)  # 4, 5 and 6 frames; `next.done` is true in the last one
+    episodes = write_narrow(tmp_path)  # 4, 5 and 6 frames; `next.done` is true in the last frame of each
     source = LeRobotFolder(tmp_path)
     kept = PreparedEpisodes(source, frame_skip=3, composition="absolute")
     assert [kept.flags(number)["next.done"][:, 0].tolist() for number in range(3)] == [[False, True]] * 3
@@ -136,11 +136,13 @@ def test_windows_of_skipped_frames_start_at_any_frame(tmp_path):
         if start == 0:
             first_phase = PreparedEpisodes(source, frame_skip=3, composition="relative_planar")[number]
             assert np.array_equal(clips[index]["actions"], first_phase.actions[:2])
-    assert len(clips.actions) == 9 - 3 + 7 - 3, "none that leads out of an episode"
+    assert len(clips.actions) == 9 - 3 + 7 - 3, "no window extends beyond its episode"
     with pytest.raises(ValueError, match=r"1 episodes .* shorter than a window of 3 frames, every 3th, the first"):
         LatentClips(folder, 3, frame_skip=3)
     plain = PreparedEpisodes(source)
-    assert PreparedEpisodes(source, all_phases=True).identity == plain.identity, "without a skip nothing changes"
+    assert PreparedEpisodes(source, all_phases=True).identity == plain.identity, (
+        "without skipped frames, `all_phases` has no effect"
+    )
     assert dense.identity != PreparedEpisodes(source, frame_skip=3, composition="relative_planar").identity
 
 
@@ -148,7 +150,7 @@ def test_windows_of_skipped_frames_start_at_any_frame(tmp_path):
 def test_last_action_of_an_episode_is_hold(derivation, tmp_path):
     _, poses, gripper = write_release(tmp_path, "droid", length=4)
     last = np.concatenate([poses, gripper], axis=1)[-1]
-    for skip in (1, 2, 5):  # a single frame remains of five
+    for skip in (1, 2, 5):  # with a skip of 5, a single frame remains
         episode = PreparedEpisodes(open_dataset(tmp_path, "0"), derivation, frame_skip=skip)[0]
         start = episode.states["state"][-1]
         after = integrate_actions(start, episode.actions[-1:], derivation)[-1]
@@ -188,7 +190,7 @@ def test_recorded_actions_use_the_given_composition(tmp_path):
     said = PreparedEpisodes(source, composition="absolute")
     assert (PreparedEpisodes(source).action_derivation, said.action_derivation) == ("recorded", "absolute")
     assert np.array_equal(said[1].actions, source[1].actions)
-    assert said.identity == PreparedEpisodes(source).identity, "nothing is changed that latents depend on"
+    assert said.identity == PreparedEpisodes(source).identity, "the latents do not depend on the derivation"
     write_release(tmp_path / "release", "rt1")
     known = PreparedEpisodes(open_dataset(tmp_path / "release"), composition="absolute")
     assert known.action_derivation == "relative_euler"

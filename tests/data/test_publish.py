@@ -20,7 +20,7 @@ from irasim_diffusers.data import (
 
 
 class Counted(LeRobotFolder):
-    """Counts the episodes that are in memory."""
+    """Count the episodes in memory."""
 
     def __getitem__(self, number: int) -> Episode:
         held = self.__dict__.setdefault("held", [])
@@ -34,7 +34,7 @@ class Counted(LeRobotFolder):
 
 
 class Noted(LeRobotFolder):
-    """Its user puts a file in the output folder while an episode is read."""
+    """Write a file into the output folder while an episode is read, as a user might."""
 
     def __getitem__(self, number: int) -> Episode:
         (self.root.parent / "out" / "notes.txt").write_text("mine")
@@ -50,7 +50,7 @@ def test_only_one_episode_is_in_memory(tmp_path):
     write_folder(tmp_path / "set")
     source = Counted(tmp_path / "set")
     copy = write_lerobot(source, tmp_path / "copy")
-    assert (len(source.held), source.most) == (4, 0), "the first is read for its sizes and for itself"
+    assert (len(source.held), source.most) == (4, 0), "the first episode is read twice, once for its sizes"
     for before, after in zip(LeRobotFolder(tmp_path / "set"), copy, strict=True):
         assert (before.frames == after.frames).all()
         assert (before.actions == after.actions).all()
@@ -166,7 +166,7 @@ def test_repaired_data_set_is_written_after_a_failure(tmp_path):
 
 
 def test_folder_without_a_complete_file_is_reused(tmp_path):
-    """The folder of a run that was killed before its first file was complete."""
+    """The run was killed before its first file was complete."""
     write_folder(tmp_path / "set")
     write_folder(tmp_path / "other", lengths=(4, 4, 4))
     video = tmp_path / "copy/videos/wrist/chunk-000/file-000.mp4"

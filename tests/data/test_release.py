@@ -44,7 +44,7 @@ def test_all_variants_of_the_release_format(flavor, tmp_path):
     frames, poses, gripper = write_release(tmp_path, flavor)
     data = open_dataset(tmp_path, "0" if flavor == "droid" else None, fps=5)
     assert isinstance(data, IRASimFolder)
-    assert [path.stem for path in data.files] == ["2", "10"]  # by number, not by letter
+    assert [path.stem for path in data.files] == ["2", "10"]  # sorted as numbers, not as text
     episode = data[0]
     assert np.array_equal(episode.frames, frames)
     if flavor == "planar":

@@ -1,4 +1,4 @@
-"""Every form of data set gives the same episodes."""
+"""Reading of every dataset format."""
 
 import io
 import json
@@ -43,7 +43,7 @@ needs_clips = pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA i
 
 
 def write_v21(root, episodes, cameras=("left", "right")):
-    """Write a LeRobotDataset v2.1 with a file per episode; camera 2 shows the negative of camera 1."""
+    """Write a LeRobotDataset v2.1 with one file per episode; camera 2 shows the negative of camera 1."""
     vector = {"dtype": "float32", "shape": [3], "names": {"motors": ["x", "y", "grip"]}}
     info = {
         "codebase_version": "v2.1",
@@ -308,7 +308,7 @@ def test_broken_episodes_are_skipped_and_listed(tmp_path):
     assert list(json.loads((folder / "manifest.json").read_text())["broken"]) == ["1"]
     clips = LatentClips(folder, 5)
     assert {number for number, _ in clips.windows} == {0, 2}
-    derived = PreparedEpisodes(data, "absolute", "observation.state")  # though an episode is broken
+    derived = PreparedEpisodes(data, "absolute", "observation.state")  # works, although an episode is broken
     assert derived.vectors(0)["action"].shape == (5, 2)
     (states,) = standardised_states([data], ["observation.state"], numbers=[clips.episodes])
     assert set(states) == {0, 2}
@@ -396,7 +396,7 @@ def test_each_process_encodes_its_share(tmp_path):
 
 
 class Windows:
-    """Windows that contain their own index."""
+    """Dataset of windows that contain their own index."""
 
     def __init__(self, first, size, width=2):
         self.first, self.size, self.width = first, size, width
@@ -463,7 +463,7 @@ def test_real_droid_clips():
     assert episode.frames.shape[1:] == (576, 320, 3)
     assert np.array_equal(episode.frames[:, :192], one[0].frames)
     assert episode.actions.shape == (len(episode), 7)
-    assert np.abs(episode.actions[:, :3]).max() < 0.3  # meters in a fifth of a second
+    assert np.abs(episode.actions[:, :3]).max() < 0.3  # meters per step of 0.2 s
     back = integrate_actions(episode.states["state"][0], episode.actions[:-1], "relative_euler")
     np.testing.assert_allclose(back[:, :3], episode.states["state"][:, :3], atol=1e-4)
 
@@ -475,5 +475,5 @@ def test_real_language_table_clip_and_its_latents():
     assert (len(episode), episode.actions.shape) == (18, (18, 2))
     latents = data.latents(0)
     assert latents.shape == (18, 4, 36, 64)
-    assert 0.5 < latents.std() < 1.5  # scaled already
+    assert 0.5 < latents.std() < 1.5  # already scaled
     assert torch.isfinite(latents).all()

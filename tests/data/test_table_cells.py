@@ -1,4 +1,4 @@
-"""Paths and URLs in the cells of a table, which may come from anyone."""
+"""Paths and URLs in the cells of untrusted tables."""
 
 import os
 import threading

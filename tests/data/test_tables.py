@@ -1,4 +1,4 @@
-"""Tables of the datasets library as sources of episodes."""
+"""Tables of the `datasets` library as sources of episodes."""
 
 import numpy as np
 import PIL.Image

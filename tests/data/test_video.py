@@ -22,7 +22,7 @@ def test_lossless_video_keeps_every_value(frames, tmp_path):
 
 
 def encode(path, codec, options, frames=40):
-    """A smooth moving picture, which a codec preserves well."""
+    """A smooth moving picture, which codecs preserve well."""
     picture = np.random.default_rng(1).integers(0, 128, (48, 64, 3), dtype=np.uint8)
     with av.open(str(path), mode="w") as container:
         stream = container.add_stream(codec, rate=30, options=options)
@@ -225,7 +225,7 @@ def test_damaged_and_truncated_videos_raise(tmp_path):
     path = encode(tmp_path / "clip.mp4", "libx264", {"g": "250", "crf": "30"})
     content = path.read_bytes()
     middle = content.index(b"mdat") + len(content) // 3
-    hole = bytes(255 - byte for byte in content[middle : middle + 400])  # a decoder conceals it
+    hole = bytes(255 - byte for byte in content[middle : middle + 400])  # decoders conceal this damage
     path.write_bytes(content[:middle] + hole + content[middle + 400 :])
     with pytest.raises(ValueError, match=r"clip\.mp4' is damaged|cannot read .*clip\.mp4"):
         read_video(path)

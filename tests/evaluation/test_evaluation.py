@@ -1,4 +1,4 @@
-"""Tests of `irasim evaluate` with tiny models and robot clips, and of its steps."""
+"""Tests of `irasim evaluate` and its parts with tiny models and robot clips."""
 
 import json
 import os
@@ -34,7 +34,7 @@ from irasim_diffusers.metrics import frame_psnr, frame_ssim, latent_l2
 
 CPU_CONFIG = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "cpu.yaml"
 CLIPS = Path(os.environ.get("IRASIM_TEST_DATA", "/nonexistent"))
-LENGTHS = (34, 16, 9)  # frames of each episode: two clips of 16 frames, one, none
+LENGTHS = (34, 16, 9)  # frames of the episodes, which contain two, one and no clips of 16 frames
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_report_contains_metrics_and_settings(workspace, evaluated):
         assert figure["n"] == 3
     assert len(evaluated["horizon"]["model"]) == 15
     assert evaluated["network_evaluations_per_window"] == 1
-    assert evaluated["faithfulness"]["verdict"]["obeys"] is None  # three clips are too few
+    assert evaluated["faithfulness"]["verdict"]["obeys"] is None  # three clips are too few for a verdict
     assert evaluated["faithfulness"]["sensitivity"]["n"] == 3
     setting = evaluated["setting"]
     assert (setting["scheduler"], setting["num_inference_steps"], setting["seed"]) == ("PNDMScheduler", 1, 0)
@@ -188,7 +188,7 @@ def test_two_processes_match_one(workspace, evaluated):
 
 
 class Stopping(PipelinePredictor):
-    """Stops after some batches, and records the names of the predicted clips."""
+    """Predictor that stops after some batches and records the names of the predicted clips."""
 
     def __init__(self, pipeline, batches):
         super().__init__(pipeline, 1)
@@ -220,7 +220,7 @@ def test_interrupted_evaluation_resumes(workspace, tmp_path):
     assert not list(tmp_path.rglob("*.partial*"))
     predictor, evaluation = start(9)
     evaluate(evaluation)
-    assert predictor.predicted[0] == "000001-000000"  # the others are for the images
+    assert predictor.predicted[0] == "000001-000000"  # the other predictions are for the images of the report
     assert len(predictor.predicted) == 4
 
 
@@ -371,7 +371,7 @@ def test_truncated_prediction_raises(workspace, evaluated, tmp_path, capsys):
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"name": "000000-000016", "error": 1', "nan", "longer"])
 def test_damaged_metrics_are_computed_again(workspace, evaluated, tmp_path, content):
-    """An interrupted disk or an editor may leave any file; the report stays the same."""
+    """A crash or an editor may leave any content; the report stays the same."""
     shutil.copytree(workspace / "report", tmp_path / "out")
     figures = tmp_path / "out" / "figures" / "000000-000016.json"
     errors = tmp_path / "out" / "faithfulness" / "000000-000016.json"

@@ -51,7 +51,7 @@ def success(frames):
 
 
 class Proportional:
-    """Moves by a fraction of the distance to the goal."""
+    """Policy that moves by a fraction of the distance to the goal."""
 
     def __init__(self, gain):
         self.gain, self.calls = gain, 0
@@ -171,7 +171,7 @@ def test_policies_are_loaded_before_the_episodes(evaluation, tmp_path):
         return Proportional(0.5)
 
     report = evaluate_policies(evaluation(model=world_model(), policies={"lazy": load}, num_videos=0))
-    assert len(loaded) == 1  # for the check and all batches
+    assert len(loaded) == 1  # once for the check and all batches
     assert "agreement" not in report
     assert report["policies"]["lazy"]["model"]["success"]["mean"] == 1
     assert not list(tmp_path.rglob("*.mp4"))
@@ -194,7 +194,7 @@ class Broken(Proportional):
 
 
 class FailsLater(Proportional):
-    """Returns a given value, or raises an exception, from the third step on."""
+    """Policy that returns a given value, or raises an exception, from the third step on."""
 
     def __init__(self, value):
         super().__init__(0)

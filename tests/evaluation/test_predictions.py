@@ -13,7 +13,7 @@ from irasim_diffusers.evaluation import Clip, ClipData, FolderPredictor, Pipelin
 
 
 def test_convolutional_baseline_is_a_world_model(tmp_path):
-    """A frame-by-frame model without a pipeline; the frames match those of its `predict`."""
+    """Frames of a model without a pipeline match those of its method `predict`."""
     torch.manual_seed(0)
     baseline = ConvolutionalModel(width=8).eval()
     torch.nn.init.normal_(baseline.out.weight, std=0.02)
@@ -38,7 +38,7 @@ def test_convolutional_baseline_is_a_world_model(tmp_path):
 
 @pytest.mark.parametrize("length", [4, 7])
 def test_pipeline_rollout_matches_pipeline_call(length):
-    """Including a last chunk that is shorter than the others."""
+    """The last chunk is shorter than the others."""
     pipeline = tiny_pipeline(num_inference_steps=2)
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (length + 2, 8, 12, 3), dtype=np.uint8)

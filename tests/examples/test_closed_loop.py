@@ -21,7 +21,7 @@ from irasim_diffusers.envs import WorldModelVectorEnv, load_world_model
 
 
 class Dots:
-    """A data source: a white dot on black frames of 8x12 pixels; the state is the position of the dot."""
+    """Data source of black 8x12 frames with a white dot; the state is the position of the dot."""
 
     name = "dots"
 
@@ -62,14 +62,14 @@ def test_proprioception_is_trained_measured_and_found(stored, monkeypatch):
     train_proprioception.main()
     report = json.loads((stored / "proprioception" / "metrics.json").read_text())
     assert report["recorded"]["frames"] == report["predicted"]["frames"] == 15
-    assert report["recorded"]["median"] < 1.2  # a guess of the mean has 1.9
+    assert report["recorded"]["median"] < 1.2  # predicting the mean position gives 1.9
     assert report["recorded"]["median_px"] == pytest.approx(
         report["recorded"]["median"], abs=1e-3
-    )  # 12 pixels for 12 units
+    )  # one pixel per unit
     weights = stored / "proprioception" / "diffusion_pytorch_model.safetensors"
     before = weights.read_bytes()
     monkeypatch.setattr("sys.argv", ["train_proprioception.py", *map(str, flags), "--max_train_steps", "0"])
-    train_proprioception.main()  # measures only
+    train_proprioception.main()  # without training steps, it only measures
     assert json.loads((stored / "proprioception" / "metrics.json").read_text()) == report
     assert weights.read_bytes() == before
     environment = WorldModelVectorEnv.from_pretrained(stored, 1, "cpu")
@@ -150,7 +150,7 @@ def improve(monkeypatch, output, *flags):
 
 
 class Arena(Dots):
-    """Recorded episodes of noise in the size of Push-T."""
+    """Recorded episodes of noise with the frame size of Push-T."""
 
     def window(self, number, start, length):
         frames = np.random.default_rng(number).integers(0, 256, (length, 96, 96, 3), dtype=np.uint8)
@@ -176,7 +176,7 @@ def test_a_policy_is_improved_in_the_model_and_resumes(tmp_path, monkeypatch):
 
 
 def test_good_chunks_become_more_likely(tmp_path):
-    """The reward of a chunk is its distance to the right: the policy moves there."""
+    """The reward of a chunk is its motion to the right, so the policy learns to move right."""
     torch.manual_seed(1)  # an initial policy with a wide spread of samples
     DiffusionPolicy(horizon=4, channels=(8, 8), width=16, num_blocks=1, condition_dim=16).save_pretrained(tmp_path)
     arguments = improve_policy.ImproveArguments(str(tmp_path), "", tmp_path, learning_rate=3e-3, num_updates=40)

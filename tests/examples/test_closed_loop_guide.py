@@ -1,4 +1,4 @@
-"""Run the code blocks of examples/closed_loop.md with smaller numbers, also on another model."""
+"""Run the code blocks of examples/closed_loop.md with smaller numbers, on two models."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from irasim_diffusers.data import write_video
 
 TEXT = (Path(__file__).parents[2] / "examples" / "closed_loop.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```(?:\n\n```\n(.*?)```)?", TEXT, flags=re.DOTALL)
-SMALLER = {  # the numbers of the guide and those of the test
+SMALLER = {  # numbers of the guide and their replacements
     "max_episode_steps=20": "max_episode_steps=2",
     "range(20)": "range(2)",
     "num_envs=8": "num_envs=2",

@@ -42,4 +42,4 @@ def test_missing_extra_ends_in_one_line(script, monkeypatch, capsys):
         assert re.fullmatch(rf"{script.name}: error: \w+ is missing: pip install .*\[\w+\].*\n", error)
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None) or "").startswith((str(EXAMPLES), str(APP.parent))):
-            del sys.modules[name]  # imported without the optional packages
+            del sys.modules[name]  # without the optional packages, it was imported incompletely

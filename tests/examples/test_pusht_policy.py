@@ -22,7 +22,7 @@ def run(script, monkeypatch, *arguments):
 
 @pytest.fixture(scope="module")
 def demonstrations(tmp_path_factory):
-    """Two expert episodes and another one, 40 frames each."""
+    """Two expert episodes and one of another policy, 40 frames each."""
     root = tmp_path_factory.mktemp("demonstrations")
     with pytest.MonkeyPatch.context() as patch:
         shares = ["--aimless", 0.3, "--expert", 0.7, "--noisy", 0, "--keys", 0, "--jumps", 0]
@@ -78,7 +78,7 @@ def test_reward_script(demonstrations, tmp_path, monkeypatch):
     assert network(torch.rand(2, 4, 3, 96, 96)).shape == (2, 4)
     weights = (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()
     (tmp_path / "report.json").unlink()
-    flags[flags.index("--max_train_steps") + 1] = 0  # only the report
+    flags[flags.index("--max_train_steps") + 1] = 0  # writes only the report
     run(train_reward, monkeypatch, *flags, "--num_clips", 2, "--num_predicted_frames", 2)
     assert json.loads((tmp_path / "report.json").read_text())["model_frames"]["mean"] == report["model_frames"]["mean"]
     assert (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes() == weights
@@ -93,7 +93,7 @@ def test_chunks_follow_the_frames(demonstrations):
     assert torch.equal(chunks[0, 1:], chunks[1, :-1])
     assert torch.equal(chunks[39], chunks[39, :1].expand(16, 2))
     moves = (chunks[:30, 0] - positions[:30]).norm(dim=1)
-    assert moves.max() < 100  # the target of a frame is near the pusher in this frame
+    assert moves.max() < 100  # targets are near the pusher in the same frame
     weights = train_policy.sampling_weights(chunks)
     assert weights[0] == 1
     assert weights[39] == pytest.approx(0.1)
@@ -109,7 +109,7 @@ def test_mirror_images_show_mirrored_states():
     simulator.restore(np.array(physics))
     expected = torch.from_numpy(simulator.frame()).movedim(-1, 0)
     mirrored = train_policy.mirror_frames(frame)
-    assert (mirrored.float() - expected.float()).abs().mean() < 2  # of 255; edges are drawn to the pixel
+    assert (mirrored.float() - expected.float()).abs().mean() < 2  # gray levels of 255; edges are not antialiased
     assert (frame.float() - expected.float()).abs().mean() > 5
     corners, expected_corners = (
         torch.from_numpy(train_policy.outline(pose)[train_policy.CORNERS]) for pose in (state.block, mirrored_block)
@@ -180,7 +180,7 @@ def test_samples_are_repeatable_and_within_the_arena():
 
 
 def test_policy_learns_the_targets_of_a_frame():
-    """Chunks that depend on the brightness of the frame, relative to the pusher."""
+    """The chunks depend on the brightness of the frame and are relative to the pusher."""
     torch.manual_seed(0)
     policy = DiffusionPolicy(channels=(8, 8), width=64, num_blocks=2, condition_dim=32)
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)

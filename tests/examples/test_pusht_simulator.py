@@ -180,4 +180,4 @@ def test_embedded_model_keeps_untouched_regions():
     places = np.stack(np.meshgrid(np.arange(96), np.arange(96)), axis=-1)
     still = (np.linalg.norm(places[:, :, None] - way, axis=-1) > 8).all(axis=-1)
     assert np.linalg.norm(read_poses(last[None]).pusher[0] - way[-1]) < 2
-    assert np.square(last[still] - seen[1][still] / 255).mean() < 10**-3.4  # 34 dB
+    assert np.square(last[still] - seen[1][still] / 255).mean() < 10**-3.4  # PSNR above 34 dB

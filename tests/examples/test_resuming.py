@@ -1,4 +1,4 @@
-"""Trainings that stop and resume."""
+"""Interrupted and resumed training runs."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def test_resuming_with_other_settings_raises(workspace):
     with pytest.raises(ValueError, match=r"run with other settings: learning_rate was 0\.0001 and is 1e-05"):
         train_robot(
             workspace, "settled", "--learning_rate", 1e-5, "--dataset", "missing"
-        )  # before the data are opened
+        )  # the settings are checked before the data are opened
     train_robot(workspace, "settled", "--logging_steps", 1, "--max_train_steps", 4)
     settings = json.loads((workspace / "settled" / "checkpoint-4" / "settings.json").read_text())
     flags = {each.name for each in dataclasses.fields(TrainingArguments)}
@@ -48,7 +48,7 @@ def test_damaged_checkpoint_is_skipped(workspace):
     train_robot(workspace, "damaged", "--max_train_steps", 4)
     whole = shutil.copytree(output / "checkpoint-4", workspace / "whole")
     for name in ("settings.json", "model.safetensors", "optimizer.bin", "ema.safetensors", "random_states_0.pkl"):
-        (output / "checkpoint-4" / name).write_bytes(b"")  # as after a power failure
+        (output / "checkpoint-4" / name).write_bytes(b"")  # as a power failure can leave it
         assert newest_checkpoint(output, {}) == output / "checkpoint-2", name
         shutil.copy(whole / name, output / "checkpoint-4" / name)
     (output / "checkpoint-4" / "model.safetensors").unlink()

@@ -119,7 +119,7 @@ def test_simulator_model_is_exact():
     state = simulator.reset(3)
     pusher = push_about(rng, state)
     action = next(pusher)
-    for _ in range(40):  # until bodies move
+    for _ in range(40):  # until the block moves
         state = simulator.step(action)
         action = pusher.send(state)
     model = SimulatorModel(simulator, study_models.load_model(*[str(embedded_checkpoint())] * 2)["model"].action_space)

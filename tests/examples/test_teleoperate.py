@@ -95,7 +95,7 @@ def test_command_increases_beyond_dead_zone():
 
 def test_gamepad_commands_end_with_device(tmp_path):
     (tmp_path / "js0").write_bytes(event(0, 32767))
-    assert list(gamepad_commands(tmp_path / "js0", space(), 0.1)) == []  # the device has already ended
+    assert list(gamepad_commands(tmp_path / "js0", space(), 0.1)) == []  # the device file ends after one event
 
 
 def trajectory(length=9):
@@ -194,7 +194,7 @@ POSE = {"time": 1, "position": [1, 2, 3], "rotation": [0, 0, 0, 1]}
         (lambda: actions_of_poses(np.zeros((2, 7)), np.zeros(5), {"names": list("abcde")}), "components, got 5"),
         (
             lambda: actions_of_poses(np.zeros((2, 7)), np.zeros(7), space() | {"derivation": "recorded"}),
-            "planar targets of 2 components, got 7 of derivation 'recorded'",  # joints
+            "planar targets of 2 components, got 7 of derivation 'recorded'",  # actions are joint positions
         ),
         (lambda: check_arguments(TeleoperateArguments("file")), "--actions must be a file, got 'actions.csv'"),
         (lambda: check_arguments(TeleoperateArguments("gamepad", gamepad=Path("no"))), "plug"),

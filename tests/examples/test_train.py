@@ -343,7 +343,7 @@ def test_sharded_training_resumes(workspace, config, kind):
 
 
 def train_on_clips(name, folder, *arguments):
-    """Train 40 steps on real clips, check that the loss decreases, and return the pipeline."""
+    """Train for 40 steps on real clips, check that the loss decreases, and return the pipeline."""
     tiny_vae().save_pretrained(folder / "vae")
     call(
         *("train", "--dataset", CLIPS / name, "--vae", folder / "vae", "--output_dir", folder / "model"),

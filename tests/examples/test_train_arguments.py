@@ -1,4 +1,4 @@
-"""Checks of the arguments and data of a training before any work."""
+"""Checks of training arguments and data before any work."""
 
 import contextlib
 import os

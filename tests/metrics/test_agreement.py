@@ -8,7 +8,7 @@ REAL, MODEL = np.array([0.1, 0.5, 0.9]), np.array([0.2, 0.1, 0.95])
 
 
 def test_mmrv_of_a_known_case():
-    assert mmrv(REAL, MODEL) == pytest.approx((0.4 + 0.4 + 0) / 3)  # only the pair of the first two is exchanged
+    assert mmrv(REAL, MODEL) == pytest.approx((0.4 + 0.4 + 0) / 3)  # only the first two policies are exchanged
     assert mmrv(REAL, 0.3 * REAL + 0.1) == 0
     assert mmrv(REAL, -REAL) == pytest.approx((0.8 + 0.4 + 0.8) / 3)
     assert mmrv([0.2, 0.7], [0.5, 0.5]) == pytest.approx(0.25)  # a tie in the model violates one of the two orders

@@ -66,7 +66,7 @@ def test_lpips_with_alexnet_from_file(tmp_path):
     assert network(one, one).abs().max() < 1e-6
     assert network(one, other).shape == (3, 1, 1, 1)
     again = load_lpips(str(tmp_path / "alexnet.pth"))
-    torch.testing.assert_close(network(one, other), again(one, other))  # no weight of the backbone is random
+    torch.testing.assert_close(network(one, other), again(one, other))  # all weights come from the file
 
 
 def test_inception_matches_pytorch_fid(tmp_path, monkeypatch):

@@ -31,14 +31,14 @@ def record(count, seed):
     """Record clips in which the first two action components move the square; the third has no effect."""
     rng = np.random.default_rng(seed)
     start = rng.uniform([3, 3], [HEIGHT - 4, WIDTH - 4], size=(count, 2))
-    speed = rng.uniform(0, 1, size=(count, 1, 1))  # some squares hardly move
+    speed = rng.uniform(0, 1, size=(count, 1, 1))  # the speeds differ, and some squares hardly move
     actions = np.concatenate([speed * rng.normal(size=(count, STEPS, 2)), rng.normal(size=(count, STEPS, 1))], axis=2)
     path = start[:, None] + np.cumsum(actions[..., :2], axis=1)
     return draw(start)[:, None], actions, draw(path)
 
 
 class TinyModel(torch.nn.Module):
-    """Predicts each frame from the history frame and the sum of the actions, or from the frame only."""
+    """World model that predicts from the history frame and the sum of the actions, or from the frame only."""
 
     def __init__(self, blind):
         super().__init__()

@@ -1,4 +1,4 @@
-"""One model on several processes, which share the patches of every frame."""
+"""One model on several processes, each with a share of the patches of every frame."""
 
 import os
 
@@ -24,7 +24,7 @@ def inputs(height=4, width=6):
 
 
 def enable_on_cpu(model, config):
-    """`enable_parallelism` without its check of the number of accelerators."""
+    """Call `enable_parallelism` without its check of the number of accelerators."""
     mesh = init_device_mesh("cpu", config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
     model._parallel_config = ParallelConfig(context_parallel_config=config)
     model._parallel_config.setup(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), mesh=mesh)
@@ -40,7 +40,7 @@ def video(pipeline):
 
 
 def work(rank, folder):
-    """One of two processes: predicts with its half of the patches and saves the result."""
+    """Run one of two processes: predict with half of the patches and save the result."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -69,7 +69,9 @@ def work(rank, folder):
 def parallel(tmp_path_factory):
     """Results of two processes."""
     folder = tmp_path_factory.mktemp("parallel")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)  # a fork can block: OpenMP and other threads run
+    torch.multiprocessing.spawn(
+        work, (str(folder),), nprocs=2
+    )  # a fork could deadlock, because OpenMP threads are running
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

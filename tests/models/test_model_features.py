@@ -77,7 +77,7 @@ def test_attention_backends_agree(model, inputs, backend):
 def test_attention_backend_can_be_set(model, inputs):
     processor = model.transformer_blocks[0].attn1.processor
     expected = model(*inputs).sample
-    with attention_backend("native"):  # brings the process-wide setting back, which `reset_attention_backend` leaves
+    with attention_backend("native"):  # restores the process-wide setting; `reset_attention_backend` does not
         model.set_attention_backend("_native_math")
         assert processor._attention_backend == "_native_math"
         torch.testing.assert_close(model(*inputs).sample, expected, rtol=1e-4, atol=1e-5)
@@ -114,7 +114,7 @@ def test_attention_processor_can_be_replaced(model, inputs):
     model.set_attn_processor(Recording())
     assert len(model.attn_processors) == 4
     assert torch.equal(model(*inputs).sample, expected)
-    assert shapes == [(15, 6, 24), (18, 5, 24)] * 2  # patches of each frame, frames of each patch
+    assert shapes == [(15, 6, 24), (18, 5, 24)] * 2  # spatial attention, then temporal attention
 
 
 def test_fused_projections_agree(model, inputs):
@@ -163,7 +163,7 @@ def test_compiled_model_with_few_frames_uses_short_attention(dtype, inputs):
 
 
 class DoubleOperations(TorchDispatchMode):
-    """Counts operations in float64, in which only tables of positions are computed."""
+    """Count operations in float64, which only position tables use."""
 
     number = 0
 

@@ -17,7 +17,7 @@ def inputs():
     return torch.randn(3, 4, 5, 4, 6), torch.tensor([7, 500, 999]), torch.randn(3, 3, 3)
 
 
-# the paper's counts include the fixed position tables: 336 rows of the width (RT-1 at 256x320, 16 frames)
+# the paper also counts the fixed position tables: 336 rows of the model's width (RT-1 at 256x320, 16 frames)
 @pytest.mark.parametrize(
     ("preset", "count"), [("S", 33_206_416), ("B", 132_178_192), ("L", 461_372_432), ("XL", 679_397_776)]
 )
@@ -35,7 +35,7 @@ def test_matches_reference_implementation(transformer, inputs):
 
 
 def plain_forward(state, x, t, actions):
-    """IRASim Frame-Ada of the tiny model without diffusers, in the order and sizes of the paper."""
+    """Reference forward pass of the tiny Frame-Ada model without diffusers, as in the paper."""
     (batch, channels, frames, height, width), heads, dim = x.shape, 2, 24
 
     def linear(name, value):
@@ -293,8 +293,8 @@ def test_rotary_attention_depends_only_on_position_differences():
 
     torch.testing.assert_close(score(0, 7), score(6, 13))  # one row down and two columns to the right
     torch.testing.assert_close(score(3, 10), score(4, 11))
-    assert (score(0, 7) - score(0, 2)).abs() > 1e-3  # the row matters
-    assert (score(0, 7) - score(0, 5)).abs() > 1e-3  # the column matters
+    assert (score(0, 7) - score(0, 2)).abs() > 1e-3  # depends on the row
+    assert (score(0, 7) - score(0, 5)).abs() > 1e-3  # depends on the column
 
 
 def test_convolution_mixes_neighbouring_patches():

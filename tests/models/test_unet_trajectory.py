@@ -19,7 +19,7 @@ def inputs():
     return torch.randn(3, 4, 5, 4, 6), torch.tensor([7, 500, 999]), torch.randn(3, 3, 3)
 
 
-# the paper says 40M and 687M; see the class
+# 40M and 687M in the paper; the docstring of the class explains the difference
 @pytest.mark.parametrize(("preset", "count"), [("VDM", 44_518_595), ("LVDM", 687_572_260)])
 def test_presets_have_sizes_of_the_paper(preset, count):
     with torch.device("meta"):

@@ -1,6 +1,6 @@
 """Features that diffusers offers for every pipeline.
 
-On the embedded model: that it works, what it saves and what it costs. On tiny models of every architecture: that it works.
+On the embedded model, the tests measure savings and costs. On tiny models, they check every architecture.
 """
 
 import inspect
@@ -32,7 +32,7 @@ WINDOW = 1
 def load(**kwargs) -> IRASimPipeline:
     pipeline = IRASimPipeline.from_pretrained(embedded_checkpoint(), **kwargs)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.register_to_config(num_inference_steps=2)  # which schedulers handle differently
+    pipeline.register_to_config(num_inference_steps=2)  # steps differ between schedulers
     return pipeline
 
 
@@ -232,7 +232,7 @@ def test_first_block_cache_skips_blocks_within_a_window_only(plain):
     pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
     calls.clear()
     generate(pipeline, 2 * WINDOW, num_inference_steps=16)
-    assert len(calls) == 2  # the first step of either window
+    assert len(calls) == 2  # the first step of each of the two windows
 
     pipeline.transformer.disable_cache()
     pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
@@ -342,7 +342,7 @@ def test_tiny_autoencoder_replaces_the_vae(pipeline, frames, actions):
 
 @pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
 def tiny(request):
-    """A tiny pipeline of one architecture, whose sampler makes exactly the requested number of steps."""
+    """A tiny pipeline with a sampler that takes exactly the requested number of steps."""
     pipeline = tiny_pipeline(**request.param)
     if pipeline.transformer.config.prediction_type != "flow_prediction":
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -406,7 +406,9 @@ def test_caches_skip_attention_of_every_architecture(tiny, frames, actions, name
     calls = count_calls(tiny.transformer.transformer_blocks[1].attn1.to_q)
     tiny.transformer.enable_cache(CACHES[name](tiny))
     cached = predict(tiny, frames, actions, num_inference_steps=8)
-    assert len(calls) in range(3, 24, 3), "some of eight steps, the same in each of three windows"
+    assert len(calls) in range(3, 24, 3), (
+        "the same number of evaluations in each of three windows, at most seven of eight"
+    )
     assert torch.isfinite(cached).all()
     assert not torch.equal(cached, expected)
     tiny.transformer.disable_cache()
@@ -436,7 +438,7 @@ def test_model_offload_of_every_architecture(tiny, frames, actions):
     }
     hook = tiny.transformer._hf_hook
     torch.testing.assert_close(predict(tiny, frames, actions), expected)
-    assert tiny.transformer._hf_hook is not hook, "hooks are set again for the next call"
+    assert tiny.transformer._hf_hook is not hook, "the next call needs its hooks"
 
 
 def test_lora_of_every_architecture(tiny, frames, actions, tmp_path):

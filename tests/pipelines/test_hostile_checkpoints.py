@@ -1,4 +1,4 @@
-"""Checkpoints that fill the memory, load for hours, or predict noise are rejected before any work."""
+"""Checkpoints that would fill the memory, load for hours, or predict noise are rejected before any work."""
 
 import json
 import shutil
@@ -123,7 +123,7 @@ def lora(folder, metadata=None, dtype=torch.float32):
 
 
 def test_patterns_of_lora_files_are_not_evaluated(tmp_path):
-    """This pattern takes exponential time; the layers in the file decide instead."""
+    """Matching this pattern would take exponential time; the layers in the file are used instead."""
     pipeline = tiny_pipeline()
     pipeline.load_lora_weights(lora(tmp_path, {"target_modules": "(a+)+$|(.*)*x", "exclude_modules": "(.*)*y"}))
     adapted = {name.split(".lora_A")[0] for name, _ in pipeline.transformer.named_parameters() if "lora_A" in name}

@@ -122,7 +122,7 @@ def test_pickles_are_read_only_if_named(adapted, frames, actions):
 
 
 def save_with_encoder(folder, shift=1.0, parts=("action_embed.", "null_action"), targets=("to_q",)):
-    """An adapter with parts of a changed action encoder, as train_lora.py writes it."""
+    """Save an adapter with parts of a changed action encoder, as train_lora.py does."""
     pipeline = tiny_pipeline()
     pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=list(targets)))
     torch.manual_seed(9)
@@ -193,7 +193,7 @@ def test_action_encoder_with_adapters_is_replaced(frames, actions, tmp_path):
 def test_offloaded_action_encoder_raises(frames, actions, tmp_path):
     pipeline = tiny_pipeline()
     plain = predict(pipeline, frames, actions)
-    pipeline.enable_sequential_cpu_offload(device="cpu")  # parameters wait on the meta device
+    pipeline.enable_sequential_cpu_offload(device="cpu")  # parameters are on the meta device between calls
     with pytest.raises(ValueError, match=r"only if it is in memory .* `remove_all_hooks\(\)` ends sequential offload"):
         pipeline.load_lora_weights(save_with_encoder(tmp_path))
     assert not pipeline.get_list_adapters()
@@ -222,7 +222,7 @@ def test_wrapped_model_is_adapted_and_restored(frames, actions, tmp_path):
     plain, applied = predict(tiny_pipeline(), frames, actions), predict(loaded(file), frames, actions)
     pipeline = tiny_pipeline()
     pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
-    with torch.compiler.set_stance("force_eager"):  # it is the wrapper that matters
+    with torch.compiler.set_stance("force_eager"):  # the test needs only the wrapper
         pipeline.load_lora_weights(file)
         torch.testing.assert_close(predict(pipeline, frames, actions), applied, rtol=1e-4, atol=1e-5)
         pipeline.unload_lora_weights()

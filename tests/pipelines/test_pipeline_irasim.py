@@ -80,7 +80,7 @@ def test_same_seed_same_video(pipeline, frames, actions):
 
 
 def leading(pipeline, name):
-    """The pipeline with a scheduler; the initial noise of sigma schedulers depends on the timesteps."""
+    """Set a scheduler with leading timesteps, on which the initial noise of sigma schedulers depends."""
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, timestep_spacing="leading")
     return pipeline
 
@@ -92,7 +92,7 @@ def test_rollout_matches_chained_windows(name, pipeline, frames, actions):
     generator = seeded(9)[0]
     history = pipeline.encode_history(pipeline.preprocess_frames(frames)).detach()
     parts = []
-    leading(pipeline, name)  # a new scheduler without timesteps
+    leading(pipeline, name)  # a new scheduler whose timesteps are not set
     for start in (0, 3):
         window_actions = torch.from_numpy(actions[None, start : start + 3])
         noise = pipeline.prepare_latents((1, 4, 3, 4, 6), generator)
@@ -112,7 +112,7 @@ def test_one_history_frame_grows_to_two(pipeline, frames, actions):
 
 
 def test_given_noise_determines_the_video(pipeline, frames, actions):
-    noise = torch.randn(1, 4, 1, 4, 6)  # the window has room for more frames
+    noise = torch.randn(1, 4, 1, 4, 6)  # fewer frames than the window has
     first, again = (run(pipeline, frames, actions[:1], latents=noise) for _ in range(2))
     assert torch.equal(first, again)
 
@@ -139,12 +139,14 @@ def test_given_latents_are_used_by_every_window_and_extended(pipeline, frames, a
     kwargs = {"latents": noise, "output_type": "latent"}
     whole = run(pipeline, frames, actions, generator=seeded(5)[0], **kwargs)
     assert torch.equal(run(pipeline, frames, actions, generator=seeded(5)[0], **kwargs), whole)
-    for count in (3, 6):  # whole windows, so that the generator draws nothing
+    for count in (3, 6):  # whole windows: the generator is not used
         part = run(pipeline, frames, actions[:count], **kwargs | {"latents": noise[:, :, :count]})
         torch.testing.assert_close(part, whole[:, :, :count])
     last = run(pipeline, frames, actions, generator=seeded(6)[0], **kwargs)
     torch.testing.assert_close(last[:, :, :6], whole[:, :, :6])
-    assert not torch.allclose(last[:, :, 6], whole[:, :, 6]), "the frames that fill the last window up are drawn"
+    assert not torch.allclose(last[:, :, 6], whole[:, :, 6]), (
+        "the missing frames of the last window are drawn from the generator"
+    )
     filled = pipeline.prepare_latents((1, 4, 5, 4, 6), seeded(7)[0], noise[:, :, :2])
     assert torch.equal(filled[:, :, :2], noise[:, :, :2])
     assert torch.equal(filled[:, :, 2:], torch.randn(1, 4, 3, 4, 6, generator=seeded(7)[0]))
@@ -244,7 +246,7 @@ def test_callback_replaces_latents_and_interrupts(pipeline, frames, actions):
     assert not latents.any()
     steps.clear()
     assert run(pipeline, frames, actions, callback_on_step_end=callback).shape[1] == 3
-    assert [step for step, *_ in steps] == [0, 1], "windows to come are left out"
+    assert [step for step, *_ in steps] == [0, 1], "later windows are omitted"
     history, noise = torch.zeros(1, 4, 2, 4, 6), torch.randn(1, 4, 3, 4, 6)
     with torch.no_grad():
         assert not torch.equal(pipeline.denoise_window(history, torch.zeros(1, 3, 3), noise.clone(), 1), noise)
@@ -258,7 +260,7 @@ def test_interrupt_affects_one_call_only(pipeline, frames, actions):
     with pytest.raises(RuntimeError, match="the callback failed"):
         run(pipeline, frames, actions[:3], callback_on_step_end=fail)
     assert not pipeline.interrupt
-    pipeline._interrupt = True  # as after an unfinished stream
+    pipeline._interrupt = True  # an unfinished stream can leave it set
     assert len(list(pipeline.stream(frames, actions[:3], 3, num_inference_steps=1))) == 3
 
 

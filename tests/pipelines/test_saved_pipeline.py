@@ -1,6 +1,6 @@
-"""A pipeline saved by an earlier version, with random weights, and its prediction.
+"""A pipeline with random weights, saved by an earlier version together with its prediction.
 
-It has the features of the embedded model.
+Its config has the features of the embedded model.
 """
 
 from pathlib import Path

@@ -39,7 +39,7 @@ def test_every_scheduler_keeps_the_history_clean(name, prediction_type, frames, 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_accepts_predicted_samples(name, frames, actions):
-    """A network that always predicts the same sample leads to that sample, also for velocities."""
+    """If a network always predicts one sample, every scheduler returns it, also schedulers of velocities."""
     pipeline = tiny_pipeline(prediction_type="sample")
     sample = torch.randn(1, 4, 5, 4, 6, generator=torch.Generator().manual_seed(5))
     pipeline.transformer.register_forward_hook(lambda *_: (sample,))
@@ -55,7 +55,7 @@ def test_every_scheduler_accepts_predicted_samples(name, frames, actions):
         pipeline.scheduler.config, **settings, prediction_type="v_prediction"
     )
     video = run(pipeline, frames, actions[:3], num_inference_steps=40, generator=seeded(0), output_type="latent")
-    tolerance = 0.05 if name == "PNDMScheduler" else 2e-3  # it extrapolates velocities
+    tolerance = 0.05 if name == "PNDMScheduler" else 2e-3  # PNDM extrapolates velocities
     torch.testing.assert_close(video, sample[:, :, 2:], atol=tolerance, rtol=0)
 
 
@@ -169,7 +169,11 @@ def test_settings_of_checkpoint_survive_new_pipelines(saved, tmp_path):
         assert settings_of(again) == expected
     changed = {"num_inference_steps": 2, "timesteps": None}
     assert settings_of(IRASimPipeline(**pipeline.components | changed)) == [2, 2, None]
-    assert settings_of(IRASimPipeline(None, pipeline.transformer, other)) == [50, None, None]  # nothing leaks
+    assert settings_of(IRASimPipeline(None, pipeline.transformer, other)) == [
+        50,
+        None,
+        None,
+    ]  # settings of other pipelines have no effect
     pipeline.register_to_config(num_inference_steps=7, timesteps=None)  # a setting of this pipeline only
     for again in (
         IRASimPipeline(**pipeline.components),
@@ -236,7 +240,9 @@ def test_timesteps_of_the_checkpoint_are_used_for_its_number_of_steps(frames, ac
     taken.clear()
     pipeline(frames, actions[:3], num_inference_steps=2)
     pipeline(frames, actions[:3], timesteps=[800, 20])
-    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)  # has only its own
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+        pipeline.scheduler.config
+    )  # supports only its own timesteps
     pipeline(frames, actions[:3])
     assert taken[2:4] == [800, 20]
     assert len(taken) == 7
@@ -268,7 +274,7 @@ def test_flow_requires_a_flow_scheduler(frames, actions):
 
     pipeline.transformer.register_forward_hook(velocity)
     future = pipeline.denoise_window(history, torch.from_numpy(actions[None, :3]), noise, 3)
-    torch.testing.assert_close(future, sample)  # a straight line is exact in any number of steps
+    torch.testing.assert_close(future, sample)  # Euler steps along a straight line are exact
     assert all(torch.equal(window[:, :, :2], history) for window in windows)
     pipeline.scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     assert run(pipeline, frames, actions[:3]).shape == (1, 3, 3, 8, 12)

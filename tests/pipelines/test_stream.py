@@ -19,7 +19,7 @@ def test_interrupted_stream_ends(pipeline, frames, actions):
     stream = pipeline.stream(frames, actions, 2, num_inference_steps=1)
     next(stream)
     pipeline._interrupt = True
-    assert len(list(stream)) == 1, "what is predicted is given, and nothing more is asked for"
+    assert len(list(stream)) == 1, "predicted frames are returned, and no further action is requested"
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
@@ -66,14 +66,14 @@ def test_finished_or_closed_stream_frees_hooks(pipeline, frames, actions):
         next(stream)
         during = pipeline.vae._hf_hook
         leave(stream)
-        assert pipeline.vae._hf_hook is not during, "hooks are set again for the next call"
+        assert pipeline.vae._hf_hook is not during, "the next call needs its hooks"
 
 
 def test_stream_requests_actions_lazily(pipeline, frames, actions):
     asked, seen = [], []
 
     def policy():
-        while True:  # never ends; observes the frames after its actions
+        while True:  # never ends; sees the frames that follow its actions
             asked.append(len(seen))
             yield actions[0] + (0 if not seen else seen[-1].mean())
 

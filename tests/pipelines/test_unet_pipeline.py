@@ -24,7 +24,7 @@ def make_pipeline(vae, **changes):
 
 @pytest.fixture(params=["LVDM", "VDM"])
 def pipeline(request):
-    """In latents, and in pixels without an autoencoder; frames are of 8x12 in both."""
+    """LVDM predicts latents and VDM pixels, without an autoencoder; frames have 8x12 pixels in both."""
     if request.param == "LVDM":
         return make_pipeline(tiny_vae())
     return make_pipeline(None, in_channels=3, sample_height=8, sample_width=12)

@@ -1,4 +1,4 @@
-"""Every page of the Space against axe-core, with all of its rules."""
+"""Check every page of the Space with all rules of axe-core."""
 
 import pytest
 
@@ -9,7 +9,9 @@ axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 def space(page, app_url):
     page.goto(app_url)
     page.locator(".begin").wait_for()
-    page.add_style_tag(content="* { transition: none !important; }")  # colors would be measured between two themes
+    page.add_style_tag(
+        content="* { transition: none !important; }"
+    )  # otherwise, colors would be measured during the transition between themes
     return page
 
 

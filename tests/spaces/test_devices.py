@@ -43,7 +43,7 @@ def test_actions_of_file_return_video(app_url, tmp_path):
 
 
 def test_pusher_follows_hand_poses(app_url, tmp_path, monkeypatch):
-    heights = np.linspace(1.0, 1.25, 121)  # 90 poses per second; y up, as headsets report
+    heights = np.linspace(1.0, 1.25, 121)  # 90 poses per second; y points up, as in headsets
     lines = (json.dumps({"time": n / 90, "position": [0, height, 0]}) for n, height in enumerate(heights))
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     arguments = TeleoperateArguments("poses", app_url, axes="x,-y", scale=800.0, output=tmp_path / "hand.mp4")
@@ -100,4 +100,4 @@ def test_python_code_of_guide_runs(app_url):
     exec(compile(code.replace("http://127.0.0.1:7860", app_url), "teleoperate.md", "exec"), known)
     assert known["first_frame"].startswith("data:image/")
     assert len(known["frames"]) == 2
-    assert len(read_video(known["video"])) == 4  # the first, and two of each call, minus one undone
+    assert len(read_video(known["video"])) == 4  # the first frame and two of each call, without the undone frame

@@ -13,7 +13,7 @@ import pytest
 from irasim_diffusers.data import read_video
 
 OPEN = "frame 46"  # the pusher has room on all sides
-TARGET = np.array([64, 30])  # its target there, pixels
+TARGET = np.array([64, 30])  # its target in that frame, pixels
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_start_moves_the_robot(drive):
     wait_for = "document.querySelector('.drive').figures.shown.length >= 3"
     drive.wait_for_function(wait_for)
     assert np.abs(picture(drive).astype(int) - before).max() > 100
-    drive.close()  # during a prediction
+    drive.close()  # while a prediction runs
 
 
 DIRECTIONS = {"ArrowLeft": (0, -1), "ArrowRight": (0, 1), "ArrowUp": (1, -1), "ArrowDown": (1, 1)}
@@ -122,7 +122,7 @@ def test_buttons_and_pointer_steer(drive):
 
 def test_last_chosen_start_is_used(drive):
     drive.get_by_role("slider", name="Speed").fill("0.2")
-    for name in ("frame 1", OPEN):  # before the first start is done
+    for name in ("frame 1", OPEN):  # the second click comes before the first start has finished
         drive.evaluate(f"document.querySelector('[data-start=\"{name}\"]').click()")
     hold(drive, lambda: drive.keyboard.down("d"), lambda: drive.keyboard.up("d"), 3)
     assert np.linalg.norm(pusher(drive) - TARGET) < 20
@@ -140,7 +140,7 @@ def test_keys_act_anywhere_while_the_drive_page_is_visible(drive):
     drive.keyboard.up("d")
     drive.get_by_role("tab", name="Drive").click()
     assert predicted(drive) == 0
-    hold(drive, lambda: drive.keyboard.down("d"), lambda: drive.keyboard.up("d"), 2)  # the focus is on the tab
+    hold(drive, lambda: drive.keyboard.down("d"), lambda: drive.keyboard.up("d"), 2)  # while the tab has the focus
     drive.locator("h1").click()
     drive.evaluate("document.activeElement.blur()")
     hold(drive, lambda: drive.keyboard.down("ArrowRight"), lambda: drive.keyboard.up("ArrowRight"), 2)
@@ -155,7 +155,7 @@ def hide(page, hidden):
 
 
 def test_a_session_is_kept_and_a_recording_outlives_it(drive, app_url):
-    """The page believes that sessions end after two seconds; the test ends the session on the server."""
+    """The page is told that sessions end after two seconds; the test ends the session on the server."""
     sessions = []
 
     def start(route):

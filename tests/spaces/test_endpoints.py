@@ -62,7 +62,9 @@ def test_a_rollout_from_start_to_stop(client):
     assert np.abs(pixels(frames[-1]) - pixels(first)).max() > 100
     driven, actions = client.predict(session, [0.5, -1], 2, 0.5, api_name="/drive")
     assert len(driven) == 2
-    np.testing.assert_allclose(actions, [[258, 384], [266, 368]])  # from the last action, 16 units at half the speed
+    np.testing.assert_allclose(
+        actions, [[258, 384], [266, 368]]
+    )  # from the last action: a full command at half speed moves 16 units
     video, table = client.predict(session, api_name="/record")
     assert read_video(video).shape == (1 + 5, 96, 96, 3)
     np.testing.assert_allclose(np.load(table), [*SIDEWAYS, *actions])
@@ -242,7 +244,7 @@ def test_sessions_are_limited_and_deleted_when_idle(worlds):
             with pytest.raises(ValueError, match="another request of this session is running"), sessions.use(first):
                 pass
             await asyncio.sleep(1)
-            assert len(sessions) == 1  # only the other one was idle
+            assert len(sessions) == 1  # only the other session was idle
         await asyncio.sleep(1.2)
         assert len(sessions) == 0
         with pytest.raises(ValueError, match="has ended or was idle"), sessions.use(first):
@@ -399,7 +401,7 @@ def test_page_shows_models_that_cannot_be_loaded(worlds):
 def chunked(app_url, path, size):
     """POST a body without its length, in chunks of 100 kB; return the status."""
     connection = http.client.HTTPConnection(urlsplit(app_url).netloc)
-    with contextlib.suppress(OSError):  # the server answers and closes the connection before the end
+    with contextlib.suppress(OSError):  # the server responds and closes the connection before the whole body is sent
         connection.request("POST", path, (b"[" * 100_000 for _ in range(size // 100_000)), encode_chunked=True)
     status = connection.getresponse().status
     connection.close()

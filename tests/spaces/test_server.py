@@ -1,4 +1,4 @@
-"""Addresses of visitors, settings of the server, and limits of request bodies."""
+"""Addresses of visitors, settings of the server, and slow requests."""
 
 import asyncio
 import http.client
@@ -23,7 +23,7 @@ def test_address_ignores_forwarded_headers():
 
 
 def test_only_the_configured_proxy_names_the_visitor(app_url):
-    """The Space of the tests trusts 127.0.0.2. The addresses in the header count from the right."""
+    """The tested Space trusts 127.0.0.2. The rightmost untrusted address of the header is the visitor's."""
     sessions = []
 
     def start(forwarded, source="127.0.0.1"):

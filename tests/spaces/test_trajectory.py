@@ -54,7 +54,7 @@ def world():
 
 class TestPaths:
     def test_steps_take_equal_times(self):
-        """The pen waits before it moves, so the positions do too."""
+        """The pen pauses before it moves, and so do the positions."""
         points = np.array([[0.0, 0.5, 100.0], [0.0, 0.5, 200.0], [1.0, 0.0, 300.0]])
         places = resample(points, 4)
         np.testing.assert_allclose(places[:, 0], [0, 0, 0, 0.5, 1])
@@ -89,7 +89,7 @@ class TestPaths:
             path_actions(np.zeros((3, 2)), space_of(**changes))
 
     def test_default_scale_of_three_components(self):
-        pipeline = tiny_pipeline()  # its scales are 0.5, 2 and 1
+        pipeline = tiny_pipeline()  # its action scales are 0.5, 2 and 1
         clip = np.zeros((30, *pipeline.frame_size, 3), np.uint8)
         assert default_scale(World("arm", pipeline, clip, np.zeros((28, 3)), 2)) == 10
 
@@ -380,7 +380,7 @@ def test_pusher_follows_drawn_path(trajectory):
     page.locator("#trajectory-status").get_by_text("12 frames in").wait_for()
     ((x, y),) = read_poses(shown_frames(page)).pusher
     assert abs(x - 0.12 * 96) < 3
-    assert 0.2 * 96 < y < 0.4 * 96  # it starts at 0.65 and lags behind its target
+    assert 0.2 * 96 < y < 0.4 * 96  # the pusher starts at 0.65 and lags behind its target
 
 
 def test_new_path_replaces_running_prediction(trajectory):

@@ -42,7 +42,7 @@ def test_huber_loss(batch):
     model = tiny_transformer(prediction_type="sample")
     process = noise_process(model.config)
     squared = diffusion_loss(model, process, **batch)
-    # quadratic for a large scale, and twice the scale times the absolute error for a small one
+    # squared error for a large `huber_c`, 2 * huber_c * |error| for a small one
     torch.testing.assert_close(diffusion_loss(model, process, **batch, huber_c=100.0), squared, rtol=1e-3, atol=0)
     noisy = process.add_noise(batch["latents"][:, :, 2:], batch["noise"], batch["timesteps"])
     output = model(torch.cat([batch["latents"][:, :, :2], noisy], dim=2), batch["timesteps"], batch["actions"]).sample
@@ -132,7 +132,7 @@ def test_min_snr_with_flow_matching_raises(batch):
 
 
 def test_remove_leftovers_deletes_only_partial_files(tmp_path):
-    left = ["partial-12", ".finished", "..finished.4194305.partial"]  # of a process that has ended
+    left = ["partial-12", ".finished", "..finished.4194305.partial"]  # left by a process that has ended
     kept = ["partial-demos", "finished", "unfinished", "finished-models", "checkpoint-3"]
     for name in left + kept:
         (tmp_path / name).mkdir()
