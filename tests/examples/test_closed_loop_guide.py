@@ -11,6 +11,7 @@ from conftest import tiny_pipeline
 
 import irasim_diffusers
 import irasim_diffusers.envs  # registers the environments
+from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.data import write_video
 
 TEXT = (Path(__file__).parents[2] / "examples" / "closed_loop.md").read_text(encoding="utf-8")
@@ -60,7 +61,17 @@ def test_block_on_the_embedded_model(index, capsys):
 def test_block_on_another_model(index, robot, capsys, monkeypatch):
     monkeypatch.setattr(irasim_diffusers, "embedded_checkpoint", lambda: robot)
     monkeypatch.setitem(gymnasium.registry["irasim/PushT-v0"].kwargs, "model", str(robot))
-    run(BLOCKS[index][0], capsys)
+    loaded, load = [], IRASimPipeline.from_pretrained
+
+    def from_pretrained(folder, **options):
+        loaded.append(Path(folder))
+        return load(folder, **options)
+
+    monkeypatch.setattr(IRASimPipeline, "from_pretrained", from_pretrained)
+    code, expected = BLOCKS[index]
+    found = run(code, capsys)
+    assert loaded == [robot]
+    assert not expected or found.endswith(expected.replace("(96, 96, 3), 'agent_pos': (2,)", "(40, 44, 3)"))
 
 
 def test_numbers_of_the_guide_are_those_replaced():

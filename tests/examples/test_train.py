@@ -273,7 +273,11 @@ def test_units_of_converted_data_reach_the_model(workspace):
 def test_sample_prediction_trains_and_predicts(workspace):
     train_robot(workspace, "sample", "--prediction_type", "sample", "--snr_gamma", 5)
     pipeline = IRASimPipeline.from_pretrained(workspace / "sample")
-    pipeline(np.zeros((32, 32, 3), np.uint8), np.zeros((3, 7)), num_inference_steps=2)
+    assert pipeline.transformer.config.prediction_type == "sample"
+    frame = np.zeros((32, 32, 3), np.uint8)
+    video = pipeline(frame, np.zeros((3, 7)), num_inference_steps=2, output_type="np").frames
+    assert video.shape == (1, 3, 32, 32, 3)
+    assert np.isfinite(video).all()
 
 
 def test_action_scale_from_data_for_new_action_encoder(workspace):

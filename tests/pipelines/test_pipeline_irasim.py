@@ -369,7 +369,8 @@ def test_large_finite_weights_are_accepted(pipeline, tmp_path):
     with torch.no_grad():
         pipeline.transformer.proj_out.weight.fill_(3e38)  # their sum overflows
     pipeline.save_pretrained(tmp_path)
-    IRASimPipeline.from_pretrained(tmp_path)
+    loaded = IRASimPipeline.from_pretrained(tmp_path)
+    assert torch.equal(loaded.transformer.proj_out.weight, pipeline.transformer.proj_out.weight)
 
 
 @pytest.mark.parametrize(
