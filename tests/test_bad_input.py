@@ -1,4 +1,7 @@
-"""Bad input of every command of `irasim`: exit status 2, one line on stderr, and no file written."""
+"""Bad input of every command of `irasim`: exit status 2, one line on stderr, and no file written.
+
+The file exceeds 500 lines because all inputs are rows of one table.
+"""
 
 import json
 import os
