@@ -74,7 +74,7 @@ def build_app(worlds: Worlds, sessions: Sessions, study: tuple[Any, ...] | None 
 
 
 SHORTEST_PREFIX = 8
-"""Bits of the prefix of the largest network of proxies."""
+"""Minimum prefix length, in bits, of a network of proxies."""
 
 
 def trust_proxy() -> None:
@@ -82,7 +82,7 @@ def trust_proxy() -> None:
 
     Raises:
         ValueError: If an entry is not an address or a network, or the network is so large, such as `*`, that visitors may be in it
-            and could choose an address.
+            and could choose their address.
     """
     trusted = os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # uvicorn's default trusts every local process
     for entry in filter(None, map(str.strip, trusted.split(","))):
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def check_port(port: int | None) -> None:
-    """Check that a server can listen on a port; None for the first free port.
+    """Check that a server can listen on a port; None stands for the first free port.
 
     Raises:
         ValueError: If the port is not in [1, 65535], or is in use.
@@ -149,18 +149,18 @@ def _parser() -> argparse.ArgumentParser:
         default=models,
         help=f"pipeline folders or Hub ids (default: the environment variable IRASIM_MODELS, or {EMBEDDED})",
     )
-    parser.add_argument("--port", type=int, help="port (default: the first free one, starting at 7860)")
+    parser.add_argument("--port", type=int, help="port (default: the first free port, starting at 7860)")
     parser.add_argument(
         "--idle-seconds",
         type=_positive(float),
         default=120.0,
-        help="a session without requests for this long is deleted (default: %(default)s)",
+        help="a session is deleted after this time without requests (default: %(default)s)",
     )
     parser.add_argument(
         "--visitor-sessions",
         type=_positive(int),
         default=os.environ.get("IRASIM_VISITOR_SESSIONS", "16"),
-        help="concurrent sessions of one address (default: the environment variable IRASIM_VISITOR_SESSIONS, or 16)",
+        help="maximum number of concurrent sessions per address (default: the environment variable IRASIM_VISITOR_SESSIONS, or 16)",
     )
     parser.add_argument(
         "--study",
@@ -177,7 +177,7 @@ def _positive(kind: type) -> Any:
             raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
         return value
 
-    number.__name__ = kind.__name__  # argparse names it in its messages
+    number.__name__ = kind.__name__  # argparse shows this name in messages
     return number
 
 

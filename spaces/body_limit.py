@@ -19,7 +19,7 @@ class BodyLimit:
 
     File uploads are exempt.
 
-    The body is read here, chunk by chunk, before the app sees the request; a missing or wrong `Content-Length` changes nothing.
+    The body is read here, chunk by chunk, before the app sees the request; it does not rely on `Content-Length`.
 
     Args:
         app: The ASGI app.
@@ -55,7 +55,7 @@ class BodyLimit:
 
 
 async def _read_body(receive: Any) -> bytes | None:
-    """Read a body until it exceeds the limit; None if the client disconnects."""
+    """Read a body until it ends or exceeds the limit; return None if the client disconnects."""
     body, more = bytearray(), True
     while more and len(body) <= MAX_BODY_BYTES:
         message = await receive()

@@ -53,7 +53,7 @@ def pipeline_of(setting: Setting) -> IRASimPipeline:
     """
     pipeline = setting.world.pipeline
     if setting.scheduler not in scheduler_names(pipeline):
-        raise ValueError(f"{setting.world.name} does not take the scheduler {setting.scheduler!r}.")
+        raise ValueError(f"{setting.world.name} does not accept the scheduler {setting.scheduler!r}.")
     if not 1 <= setting.steps <= MAX_STEPS:
         raise ValueError(f"Steps must be 1 to {MAX_STEPS}, got {setting.steps}.")
     kinds = {kind.__name__: kind for kind in (type(pipeline.scheduler), *pipeline.scheduler.compatibles)}
@@ -102,7 +102,7 @@ async def predict(
     """
     chunk_length = pipeline.chunk_length
     generator = torch.Generator().manual_seed(setting.seed)
-    if ZERO_GPU:  # another process has the GPU, and an iterator cannot be sent to it
+    if ZERO_GPU:  # another process has the GPU, and a generator cannot be sent to it
         yield (await setting.world.run_long(predict_whole, pipeline, setting, history, actions, generator))[0]
         return
     frames: Any = pipeline.stream(
@@ -143,7 +143,7 @@ def predict_whole(
 
 
 def align(panels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Repeat the last frames of videos (T, H, W, 3) to equal length, and resize them to the first one."""
+    """Extend videos (T, H, W, 3) with their last frames to one length, and resize them to one size."""
     length = max(map(len, panels.values()))
     size = next(iter(panels.values())).shape[1:3]
     return {
@@ -153,7 +153,7 @@ def align(panels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def side_by_side(panels: dict[str, np.ndarray]) -> np.ndarray:
-    """Join videos of one shape (T, H, W, 3) side by side; small ones are enlarged."""
+    """Join videos of equal shape (T, H, W, 3) side by side; enlarge small videos."""
     whole = np.concatenate(list(panels.values()), axis=2)
     factor = max(1, 288 // whole.shape[1])
     return whole.repeat(factor, axis=1).repeat(factor, axis=2)
@@ -162,7 +162,7 @@ def side_by_side(panels: dict[str, np.ndarray]) -> np.ndarray:
 def errors(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Compute the PSNR in dB of predicted frames (n, H, W, 3) with ground truth (m, H, W, 3).
 
-    It is NaN for equal frames.
+    The PSNR of equal frames is NaN.
     """
     count = min(len(prediction), len(truth))
     true = resize(truth[:count], prediction.shape[1:3])

@@ -71,7 +71,7 @@ function lift(event) {
   points.push(place(event));
   pen = null;
   props.value = { ...props.value, path: points };
-  trigger("drawn", { path: points }); // the value itself holds pictures, which the server has
+  trigger("drawn", { path: points }); // without the pictures of the value, which the server already has
 }
 stage.addEventListener("pointerup", lift);
 stage.addEventListener("pointercancel", lift);

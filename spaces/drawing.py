@@ -27,8 +27,8 @@ TEMPLATE = """
 def drawing(value: dict[str, Any] | None, **kwargs: Any) -> gr.HTML:
     """Create a component on which the visitor draws one path.
 
-    The event `drawn` with the `path` is sent when the pen is lifted, the event `picked` with the `index` of a start image when
-    the visitor selects it.
+    It sends the event `drawn` with the `path` when the pen is lifted, and the event `picked` with the `index` of a start image
+    when the visitor selects one.
 
     Args:
         value: A value from `canvas`.
@@ -53,7 +53,7 @@ def canvas(
         picture: Background image (H, W, 3), uint8.
         hint: Text shown until the visitor draws.
         enabled: Whether the visitor can draw.
-        starts: Start images to select from, shown below.
+        starts: Start images to select from, shown below the drawing.
         chosen: Index of the start image in `picture`.
     """
     return {
@@ -113,7 +113,7 @@ def resample(points: np.ndarray, count: int) -> np.ndarray:
 def can_draw(space: ActionSpace) -> str | None:
     """Return why a path cannot be drawn for an action space; None if it can."""
     if len(space) != 2:
-        return f"its actions have {len(space)} components, and a drawing two"
+        return f"its actions have {len(space)} components, but a drawing has two"
     if space.kind == "absolute" and not np.isfinite([space.low, space.high]).all():
         return "its config does not record the bounds of its targets (`action_low`, `action_high`)"
     return None

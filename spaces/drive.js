@@ -1,4 +1,4 @@
-// The Drive page. Keys, buttons, a gamepad or the pointer make a command; one request at a time predicts its frames, which are
+// The Drive page. Keys, buttons, a gamepad or the pointer give a command; one request at a time predicts its frames, which are
 // shown at the robot's frame rate. A request asks for as many frames as are shown while it is in progress.
 const models = JSON.parse(props.value);
 const root = element.querySelector(".drive");
@@ -12,7 +12,7 @@ const TITLE = document.title;
 
 let model = Object.keys(models)[0];
 let start = Object.keys(models[model]?.starts ?? {})[0]; // name of an example, or an upload
-let origin = null; // action at the robot's position in an upload
+let origin = null; // action at the robot's position in an uploaded image
 let session = null; // name of the session; null with frames: the session ended and can be restored
 let space = models[model]?.space; // the action space
 let frames = []; // data URLs: the frame before the recording, and the recorded frames
@@ -43,7 +43,7 @@ async function call(name, data) {
   return body.data;
 }
 
-// a request of the session, after the answer to the one before: the server handles one at a time
+// send a request of the session after the previous answer, because the server accepts one at a time
 function ask(name, data) {
   last_answer = last_answer.catch(() => {}).then(() => call(name, [session, ...data]));
   return last_answer.finally(() => (answered_at = performance.now()));
@@ -58,7 +58,7 @@ function say(text, bad = false) {
   message.classList.toggle("bad", bad);
 }
 
-// show progress if the work takes long, and its errors
+// show progress if the work takes long; show its errors
 async function during(text, work) {
   const busy = find(".busy");
   busy.querySelector("span").textContent = busy.ariaLabel = text;
@@ -206,7 +206,7 @@ function keep() {
 }
 setInterval(keep, 500);
 
-// wait for the loop to end, and drop frames that are not shown yet
+// wait for the loop to end, and drop frames that have not been shown
 async function halt() {
   epoch += 1;
   [replaying, goal, dragging] = [false, null, false];
@@ -226,13 +226,13 @@ async function drive() {
 
 async function loop(mine) {
   const interval = 1000 / space.fps;
-  let due = performance.now(); // when the next frame is to be shown
+  let due = performance.now(); // when to show the next frame
   let quiet_since = null;
   while (session && mine === epoch && visible()) {
     const number = Math.min(Math.max(1, Math.ceil((trip - 5) / interval)), MOST_FRAMES, space.max_chunk);
     const wanted = command(number);
     if (wanted.some((value) => value !== 0)) {
-      if (locating) say(); // the visitor drives without telling the robot's position
+      if (locating) say(); // the visitor drives without selecting the robot's position
       [demo, quiet_since, locating] = [[], null, false];
     } else quiet_since ??= performance.now();
     if (!demo.length && quiet_since && performance.now() - quiet_since > SETTLE_MS) break;

@@ -52,7 +52,7 @@ class Endpoints:
             request: The visitor's request.
             model: Name of a model.
             frames: Name of an example, or an uploaded image (`gradio_client.handle_file`).
-            start: Action at the robot's position, in raw units; None for the example's, or the middle of a bounded space.
+            start: Action at the robot's position, raw units; None for that of the example, or the middle of a bounded space.
             seed: Seed of the noise.
 
         Returns:
@@ -93,7 +93,7 @@ class Endpoints:
 
         Args:
             session: A new session from the same start.
-            frames: At most 64 data URLs from `step` or `drive`, in order; send the next ones in another request.
+            frames: At most 64 data URLs from `step` or `drive`, in order; send further frames in another request.
             actions: Their actions (n, A), raw units.
 
         Returns:
@@ -107,13 +107,13 @@ class Endpoints:
             return len(driven.session)
 
     async def undo(self, session: str, frames: int = 1) -> tuple[str, int]:
-        """Remove the last frames; return the last remaining one and the number of remaining ones."""
+        """Remove the last frames; return the last remaining frame and the number of remaining frames."""
         with self.sessions.use(session) as driven:
             number = _whole_number("frames", frames, 0, 10**6)
             return data_url(driven.session.undo(number)), len(driven.session)
 
     async def reset(self, session: str) -> str:
-        """Return to the start; return its frame."""
+        """Reset the session to its start, and return the start frame."""
         with self.sessions.use(session) as driven:
             driven.session.reset()
             return data_url(driven.session.first_frame)
@@ -146,7 +146,7 @@ def describe_space(config: Any, steering: Steering | None = None) -> dict[str, A
         "derivation": space.derivation,
         "fps": config.fps or 10,
         "hold": _numbers(steering.hold()),  # in an absolute space, the last action
-        "step": _numbers(steering.step),  # of a command of 1 at speed 1
+        "step": _numbers(steering.step),  # motion per frame for a command of 1 at speed 1
         "max_chunk": DrivingSession.max_chunk,
         "controls": [vars(control) for control in key_controls(space)],
         "same_keys": SAME_KEYS,
@@ -154,7 +154,7 @@ def describe_space(config: Any, steering: Steering | None = None) -> dict[str, A
 
 
 def _numbers(values: Iterable[float]) -> list[float | None]:
-    """Convert to numbers for JSON, which has no infinity."""
+    """Convert to JSON numbers; non-finite values become None."""
     return [float(value) if np.isfinite(value) else None for value in values]
 
 

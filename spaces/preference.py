@@ -24,7 +24,7 @@ RATER = re.compile(r"[0-9a-f]{16}")
 INTRODUCTION = """## Which prediction is closer to the recording?
 
 In the upper row, two models predict a video from the same first frames and actions. The recording is below. Select the prediction
-that is closer to the recording: the robot's path, what it touches, and sharpness. You can replay the videos, pause them, and step
+that is closer to the recording. Compare the robot's path, the objects it touches, and the sharpness. You can replay the videos, pause them, and step
 through the frames. If you see no clear difference, select Similar."""
 PRIVACY = "*Your answers are stored under a random number in this browser. You can close the page and continue later.*"
 CSS = (Path(__file__).parent / "preference.css").read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ class PreferencePage:
 
     def __init__(self, study: PreferenceStudy, videos: Videos, key: str | None) -> None:
         self.study, self.videos, self.key = study, videos, key
-        # a fixed secret, because raters return after a restart of the server; the number needs no protection
+        # a fixed secret, so that raters can return after a restart of the server; the number needs no protection
         self.rater = gr.BrowserState(None, storage_key="irasim-rater", secret="irasim-preference")
         self.current = gr.State()
         with gr.Column(elem_id="preference"):
@@ -103,7 +103,7 @@ class PreferencePage:
         self.password.submit(self.results, self.password, [self.rates, self.export], **private)
 
     def greet(self, rater: Any) -> tuple[Any, ...]:
-        """Show the progress of a rater who returns."""
+        """Show the progress of a returning rater."""
         if not _is_rater(rater):
             return gr.skip(), gr.skip()
         total, left = len(self.study.comparisons(rater)), len(self.study.remaining(rater))

@@ -48,7 +48,7 @@ class PreferenceStudy:
         folder: Folder of the answers; an existing study in it is resumed.
         clips: Names of the clips.
         model: Name of the model to rate.
-        others: Names of the models it is compared with.
+        others: Names of the other models.
         seed: Seed of the order and the sides, which differ between raters.
 
     Raises:
@@ -61,7 +61,7 @@ class PreferenceStudy:
         models = [model, *others]
         if not clips or not others or len(set(models)) < len(models) or len(set(clips)) < len(clips):
             raise ValueError(
-                f"`clips` and `others` must have names, each once, got {len(clips)} clips and the models {models}."
+                f"`clips` and `others` must contain distinct names, got {len(clips)} clips and the models {models}."
             )
         self.clips = tuple(clips)
         self.model = model
@@ -71,7 +71,7 @@ class PreferenceStudy:
         self._file.parent.mkdir(parents=True, exist_ok=True)
 
     def comparisons(self, rater: str) -> list[Comparison]:
-        """Return all comparisons in the order and with the sides of a rater; each call returns the same."""
+        """Return a rater's comparisons; the random order and sides are fixed for each rater."""
         digest = hashlib.sha256(json.dumps([self.seed, rater]).encode()).digest()
         rng = np.random.default_rng(list(digest))
         pairs = [(clip, other) for clip in self.clips for other in self.others]
@@ -99,9 +99,9 @@ class PreferenceStudy:
         if choice not in CHOICES:
             raise ValueError(f"`choice` must be one of {', '.join(CHOICES)}, got {choice!r}.")
         if comparison not in self.comparisons(rater):
-            raise ValueError(f"`comparison` must be one of the study's for {rater!r}, got {comparison}.")
+            raise ValueError(f"`comparison` must be one of the comparisons for {rater!r}, got {comparison}.")
         answer = Answer(rater, comparison.clip, comparison.left, comparison.right, choice)
-        # the first newline ends a line that a crash cut off; one write with O_APPEND does not mix with those of others
+        # the first newline ends a line that a crash cut off; a single O_APPEND write does not mix with other writes
         line = f"\n{json.dumps(vars(answer))}\n".encode()
         file = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:

@@ -15,7 +15,7 @@ LONGEST_DRAWING = 60  # frames
 
 @dataclass(frozen=True)
 class Scene:
-    """A start, and the recording after it if it is known."""
+    """A start and, if known, the recording that follows it."""
 
     history: np.ndarray  # (h, H, W, 3), uint8
     truth: np.ndarray  # (T, H, W, 3), uint8: the following frames; empty if unknown
@@ -23,7 +23,7 @@ class Scene:
 
 
 def examples(world: World) -> list[Scene]:
-    """Select scenes at equal distances in a model's example clip, each with recorded actions after it."""
+    """Select evenly spaced scenes of a model's example clip, each followed by recorded actions."""
     if world.clip is None or world.clip_actions is None:
         return []
     length = world.pipeline.transformer.config.num_history_frames
@@ -85,7 +85,7 @@ def choose_actions(
 def known_truth(kind: str, scene: Scene) -> np.ndarray:
     """Return the ground truth if it belongs to the actions.
 
-    The actions must be the recorded ones of an example, or those of a file with an uploaded video.
+    It belongs to the recorded actions of an example, or to a file of actions with an uploaded video.
     """
     known = kind == (FILE if scene.recorded is None else RECORDED)
     return scene.truth if known else scene.truth[:0]
@@ -103,8 +103,8 @@ def start_canvas(scene: Scene | None, world: World, scenes: list[Scene], chosen:
 
 
 def default_scale(world: World) -> float:
-    """Return a width of the image in units of a relative space.
+    """Return the default width of the image in units of a relative action space.
 
-    A typical motion crosses the image in 20 frames.
+    With it, a typical motion crosses the image in 20 frames.
     """
     return float(f"{20 / max(np.abs(world.pipeline.action_space.scale)):.2g}")

@@ -1,4 +1,4 @@
-"""Driving sessions of the visitors: random names, limited number and memory, deleted when idle."""
+"""Driving sessions of visitors, with random names and limits on number, memory and idle time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Drive:
     visitor: str
     last_used: float = 0.0
     busy: bool = False
-    ended: bool = False  # if busy, the place is taken until the request is done
+    ended: bool = False  # if busy, the session still counts until its request is done
 
 
 class Sessions:
@@ -51,7 +51,7 @@ class Sessions:
         return len(self._drives)
 
     def max_frames(self, world: World) -> int:
-        """Return how many frames a session of this model keeps, assuming images that do not compress."""
+        """Return the maximum number of frames in a session of this model, for incompressible images."""
         height, width = world.pipeline.frame_size
         config = world.pipeline.transformer.config
         latents = 4 * config.in_channels * config.sample_height * config.sample_width

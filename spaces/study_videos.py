@@ -1,4 +1,4 @@
-"""Videos of a preference study: those of a folder, or a demonstration that the model predicts."""
+"""Videos of a preference study, read from a folder or predicted for a demonstration."""
 
 import asyncio
 import os
@@ -24,19 +24,19 @@ DEMO_FRAMES = 15
 DEMO_SAMPLERS = {"DDIM, 1 step": ("DDIMScheduler", 1), "Euler, 2 steps": ("EulerDiscreteScheduler", 2)}
 
 Videos = Callable[[str, str], Awaitable[np.ndarray]]
-"""Function of the name of a model, or `TRUTH`, and the name of a clip; returns its frames (T, H, W, 3), uint8."""
+"""Function that maps the name of a model, or `TRUTH`, and the name of a clip to frames (T, H, W, 3), uint8."""
 
 
 def open_study(folder: str | Path) -> tuple[PreferenceStudy, Videos]:
-    """Open a study of the videos in a folder; answers are stored in it too.
+    """Open a study of the videos in a folder; the answers are stored in the same folder.
 
     Args:
         folder: Contains a folder for each model, and `truth` with the ground truth. A clip has the same name in all of them,
-            `<clip>.mp4`, or `<clip>.npz` as `irasim evaluate --save-predictions` writes it. The study rates the first model by
-            name.
+            `<clip>.mp4`, or `<clip>.npz` as `irasim evaluate --save-predictions` writes it. The study rates the
+            first model in alphabetical order.
 
     Raises:
-        ValueError: If the folder has no ground truth, fewer than two models, or no clip that all of them have.
+        ValueError: If the folder has no ground truth, fewer than two models, or no clip common to all of them.
     """
     folder = Path(folder)
     folders = sorted(each for each in folder.iterdir() if each.is_dir()) if folder.is_dir() else []
@@ -94,7 +94,7 @@ def find_demonstration(worlds: Worlds) -> tuple[PreferenceStudy, Videos] | None:
 def demonstration(world: World, folder: str | Path) -> tuple[PreferenceStudy, Videos]:
     """Create a small study of two samplers of one model on parts of its example clip.
 
-    A video is predicted when it is first shown, alone, so that the rater and driving visitors wait for one clip at most.
+    Each video is predicted separately when it is first shown, so that raters and driving visitors wait for at most one clip.
 
     Args:
         world: The model, with its example clip.

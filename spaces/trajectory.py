@@ -47,8 +47,8 @@ from worlds import World, Worlds
 from irasim_diffusers.data import write_video
 from irasim_diffusers.pictures import film_strip
 
-COLOURS = ("#6366f1", "#f59e0b")
-BASELINE, BASELINE_COLOUR = "last-frame baseline", "#6b7280"
+COLORS = ("#6366f1", "#f59e0b")
+BASELINE, BASELINE_COLOR = "last-frame baseline", "#6b7280"
 INTRODUCTION = (
     "Draw a path for the robot, replay recorded actions, or upload your own: the model predicts the video. Compare two models, "
     "samplers or seeds side by side."
@@ -69,7 +69,7 @@ class Task:
     """A checked request of a visitor."""
 
     settings: dict[str, Setting]  # by title
-    pipelines: dict[str, Any]  # of the settings
+    pipelines: dict[str, Any]  # by title
     scene: Scene
     truth: np.ndarray  # (m, H, W, 3), uint8, m <= n; empty if unknown
     actions: np.ndarray  # (n, A), raw units
@@ -210,7 +210,7 @@ class TrajectoryPage:
         )
         pressed = self.run.click(self.interrupt, **quiet).then(trigger_mode="multiple", **predict)
         stopped = self.stop.click(self.interrupt, cancels=[drawn, pressed], **quiet)
-        # in a second event, because the last output of the canceled prediction may arrive after the first
+        # in a second event, because the last output of the canceled prediction may arrive after the first event
         stopped = stopped.then(lambda: self._idle("Stopped."), outputs=made, **quiet)
         # the focused button is hidden, so move the focus
         stopped.then(None, js="() => document.querySelector('#trajectory-run').focus()", **private)
@@ -292,9 +292,9 @@ class TrajectoryPage:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (Gradio's way to inject it)
     ) -> AsyncIterator[dict[Any, Any]]:
-        """Predict under each setting; show the frames, and at the end the report.
+        """Predict with each setting; show each chunk of frames, and finally the report.
 
-        The page is idle after every error.
+        After an error, the page is idle.
         """
         begin, visitor = time.perf_counter(), request.session_hash
         self._stop(visitor)
@@ -325,9 +325,9 @@ class TrajectoryPage:
     async def _predict(
         self, task: Task, panels: dict[str, np.ndarray], progress: gr.Progress, wanted: Callable[[], bool]
     ) -> AsyncIterator[dict[str, Any]]:
-        """Append the predicted frames to the panels window by window; yield what the viewer shows.
+        """Append the predicted frames to the panels chunk by chunk; yield the values of the viewer.
 
-        It stops when the frames are no longer wanted.
+        It stops when `wanted` returns False.
         """
         total, done = len(task.actions) * len(task.settings), 0
         for name, setting in task.settings.items():
@@ -414,7 +414,7 @@ def _summary(frames: int, seconds: float, figures: dict[str, np.ndarray]) -> str
 def _error_plot(figures: dict[str, np.ndarray]) -> gr.LinePlot:
     if not figures:
         return gr.LinePlot(visible=False)
-    colors = dict(zip(figures, COLOURS, strict=False)) | {BASELINE: BASELINE_COLOUR}
+    colors = dict(zip(figures, COLORS, strict=False)) | {BASELINE: BASELINE_COLOR}
     return gr.LinePlot(error_table(figures), color_map=colors, visible=True)
 
 

@@ -25,12 +25,12 @@ def uploaded_path(upload: Any) -> Path:
     if not isinstance(path, str) or "\0" in path or not (found := Path(path).resolve()).is_relative_to(folder):
         raise ValueError(f"`frames` must be the name of an example or an uploaded image, got {upload!r:.200}.")
     if not found.is_file():
-        raise ValueError("`frames`: the uploaded image was deleted: upload it again.")
+        raise ValueError("`frames` must be an existing upload: the image was deleted; upload it again.")
     return found
 
 
 def data_url(picture: PIL.Image.Image, **options: Any) -> str:
-    """Encode an image as a WebP data URL, which needs no second request; lossless unless `options` differ."""
+    """Encode an image as a WebP data URL; lossless unless `options` change this."""
     buffer = BytesIO()
     picture.save(buffer, "WEBP", **{"lossless": True, "method": 0} | options)
     return DATA_URL_PREFIX + base64.b64encode(buffer.getvalue()).decode()
@@ -44,7 +44,7 @@ def read_data_url(url: Any, size: tuple[int, int]) -> PIL.Image.Image:
         size: Expected height and width; other images are not decoded.
 
     Raises:
-        ValueError: If the value is not such an image.
+        ValueError: If the value is not a data URL of a WebP image of this size.
     """
     if isinstance(url, str) and url.startswith(DATA_URL_PREFIX):
         try:

@@ -60,7 +60,7 @@ async function show(value) {
   element.toggleAttribute("data-filled", shown.panels.length > 0);
   frame = Math.min(frame, Math.max(0, length - 1));
   draw();
-  // a new video: on a phone it is below the button that was pressed
+  // on a phone, a new video is below the pressed button
   if (length && (changed || length < before)) element.scrollIntoView({ block: "nearest", behavior: calm ? "auto" : "smooth" });
 }
 

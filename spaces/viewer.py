@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 from uploads import data_url
 
-LOSSLESS_PIXELS = 2**21  # larger sheets are compressed with losses
+LOSSLESS_PIXELS = 2**21  # larger sheets use lossy compression
 HERE = Path(__file__).parent
 TEMPLATE = """
 <div class="panels" aria-live="off"></div>
@@ -26,7 +26,7 @@ def viewer(empty: str, **kwargs: Any) -> gr.HTML:
 
     Args:
         empty: Text shown while the value is None.
-        kwargs: Passed to `gr.HTML`; a value comes from `videos`.
+        kwargs: Passed to `gr.HTML`; `videos` creates the `value`.
     """
     return gr.HTML(
         html_template=f'<p class="empty">{empty}</p>{TEMPLATE}',
@@ -53,7 +53,10 @@ def videos(panels: dict[str, np.ndarray], fps: float, seen: int = 0) -> dict[str
 
 
 def _sheet(frames: np.ndarray) -> dict[str, Any]:
-    """Arrange all frames of a video in one image, whose data URL reveals no file name; with the layout."""
+    """Arrange all frames of a video in one image; return its layout and data URL.
+
+    Unlike a file name, a data URL does not reveal the model to raters.
+    """
     count, height, width, _ = frames.shape
     if count == 0:
         return {"count": 0, "width": width, "height": height}

@@ -62,7 +62,7 @@ def check_actions(actions: np.ndarray, name: str) -> np.ndarray:
 
 
 def read_picture(path: str | Path, size: tuple[int, int]) -> np.ndarray:
-    """Read an uploaded image; it is rotated as its EXIF orientation says, and fitted to a size with `fit`.
+    """Read an uploaded image, apply its EXIF orientation, and crop and resize it with `fit`.
 
     Args:
         path: The file.
@@ -90,8 +90,8 @@ def read_clip(path: str | Path, size: tuple[int, int], length: int) -> np.ndarra
 
     Args:
         path: The file.
-        size: Height and width; frames are fitted to it with `fit`.
-        length: Maximum number of frames; further ones are not decoded.
+        size: Height and width; frames are cropped and resized with `fit`.
+        length: Maximum number of frames; later frames are not decoded.
 
     Returns:
         Frames (T, H, W, 3), uint8.
@@ -120,11 +120,11 @@ class TooLarge(ValueError):
 def _read_frames(path: Path) -> Iterator[np.ndarray]:
     with path.open("rb") as file:
         head = file.read(12)
-    # by content: FFmpeg opens the files that a playlist names, whatever the playlist's own name
+    # checked by content: FFmpeg would open the files listed in a playlist, whatever the playlist is called
     if not (head[4:8] == b"ftyp" or head.startswith((b"\x1aE\xdf\xa3", b"GIF8")) or head[8:] == b"AVI "):
         raise ValueError("the file is not a video container")
     with av.open(str(path)) as container:
-        for stream in container.streams.video:  # before a frame is decoded
+        for stream in container.streams.video:  # before any frame is decoded
             _check_pixels(stream.height, stream.width, path)
     for frame in iterate_video(path):
         _check_pixels(frame.shape[0], frame.shape[1], path)  # the header may be wrong

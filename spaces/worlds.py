@@ -1,4 +1,4 @@
-"""The models of the Space, with their example clips, and the thread in which each of them computes."""
+"""Models of the Space, each with its example clip and its computing thread."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Start:
 class World:
     """A model, its example clip, and the thread in which it computes.
 
-    One prediction runs at a time, because a pipeline's scheduler has state, and in one thread, because torch keeps memory and
-    worker threads for each thread that computes. A long prediction is interrupted for driving requests: before each of its network
-    evaluations, the requests that wait are served.
+    Predictions run one at a time, because a pipeline's scheduler has state, and in one thread, because torch keeps memory and
+    worker threads for each computing thread. Driving requests interrupt a long prediction: waiting requests are served before
+    each of its network evaluations.
     """
 
     name: str
@@ -59,15 +59,15 @@ class World:
     starts: dict[str, Start] = field(default_factory=dict)
     _turns: int = 0
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    _requests: deque[tuple[Future, Callable[[], Any]]] = field(default_factory=deque)  # of `run`, not served yet
+    _requests: deque[tuple[Future, Callable[[], Any]]] = field(default_factory=deque)  # waiting requests of `run`
     _interruptible: bool = False  # whether the thread runs work of `run_long`; only the thread itself changes it
 
     def __post_init__(self) -> None:
-        if not ZERO_GPU:  # there another process computes, which cannot serve requests of this one
+        if not ZERO_GPU:  # with ZeroGPU, another process computes, which cannot serve requests of this process
             self.pipeline.transformer.register_forward_pre_hook(lambda *_: self._serve_waiting())
 
     async def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Call `work(*arguments)` in the model's thread, for a visitor who drives; in order of arrival."""
+        """Call `work(*arguments)` in the model's thread for a driving visitor, in order of arrival."""
         future: Future = Future()
         self._requests.append((future, partial(_context().run, work, *arguments)))
         self._thread.submit(self._serve_next)
@@ -90,7 +90,7 @@ class World:
             self._trim_memory()
 
     def _serve_waiting(self) -> None:
-        """Serve the requests that wait now, so that neither they nor the long prediction can block the other."""
+        """Serve the requests that wait now, but no later ones, so that the long prediction advances, too."""
         if not self._interruptible:
             return
         self._interruptible = False
@@ -109,7 +109,7 @@ class World:
             return
         try:
             future.set_result(work())
-        except BaseException as error:  # for the caller, as an executor does
+        except BaseException as error:  # raised in the caller, as by an executor
             future.set_exception(error)
         self._trim_memory()
 
@@ -158,7 +158,7 @@ class Worlds(dict[str, World]):
 
 
 def _context() -> Any:
-    return copy_context()  # ZeroGPU reads the visitor from it
+    return copy_context()  # ZeroGPU reads the visitor from the context
 
 
 def load_world(name: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> World:
@@ -196,7 +196,7 @@ def _example_file(model: str, name: str) -> Path | None:
 
 
 def _starts(pipeline: IRASimPipeline, clip: np.ndarray, actions: np.ndarray | None) -> dict[str, Start]:
-    """Select start images at equal distances in the clip."""
+    """Select evenly spaced start images of the clip."""
     length = pipeline.transformer.config.num_history_frames
     starts = {}
     for end in np.linspace(length, len(clip), NUM_STARTS).round().astype(int):

@@ -1,4 +1,4 @@
-"""Support for ZeroGPU, which provides a GPU to another process for a call; unused elsewhere."""
+"""Support for ZeroGPU, which runs a call in another process with a GPU; unused elsewhere."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ COMPUTING = (
     "advance",
     "decode",
 )
-_PIPELINES: dict[str, IRASimPipeline] = {}  # of this process, and of its forked processes
+_PIPELINES: dict[str, IRASimPipeline] = {}  # of this process; forked processes inherit them
 
 
 class LentPipeline:
-    """A pipeline whose computing methods run in the process with the GPU.
+    """Pipeline that runs its computing methods in the process with the GPU.
 
     Arguments and results are copied.
     """

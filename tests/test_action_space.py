@@ -29,7 +29,7 @@ def random_actions(shape, kind):
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_normalising_and_clipping(shape, kind):
+def test_normalizing_and_clipping(shape, kind):
     actions = random_actions(shape, kind)
     np.testing.assert_allclose(SPACE.denormalise(SPACE.normalise(actions)), actions)
     np.testing.assert_allclose(SPACE.normalise(SPACE.denormalise(actions)), actions)

@@ -232,7 +232,7 @@ def test_guard_over_seeds(samples):
     torch.testing.assert_close(plan.scores, scores.mean(0) - 0.5 * scores.std(0, correction=0))
 
 
-def test_guard_is_optimised_by_the_gradient(world, state):
+def test_guard_is_optimized_by_the_gradient(world, state):
     guard = Disagreement(models=[PointWorld(gain=0.5)])
     plan = Gradient(HORIZON, num_iterations=80, scoring=Scoring(guard=guard))(world, state, GOAL)
     middle = REACHABLE / 0.75  # there, the final points of both models are equally far from the goal

@@ -428,7 +428,7 @@ def test_data_sets_are_mixed_by_weight():
         MixedClips([Windows(0, 3), Windows(5, 1, width=7)])
 
 
-def test_normalisation_of_actions():
+def test_normalization_of_actions():
     actions = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([2.0, 0.01, 0.0]) + 5
     offset, scale = (torch.tensor(values) for values in action_normalisation(actions))
     seen = (actions - offset) * scale

@@ -68,17 +68,17 @@ def test_every_window_matches_the_whole_video(name, codec, options, tmp_path):
     assert len(read_frames(path, 37, 3, whole=True)) == 3
 
 
-COLOURS = [(200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (200, 40, 200), (40, 200, 200), (90, 60, 30)]
+COLORS = [(200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (200, 40, 200), (40, 200, 200), (90, 60, 30)]
 
 
 @pytest.mark.parametrize("matrix", [1, 5, 6, 7, 9], ids=["BT.709", "BT.470BG", "BT.601", "SMPTE 240M", "BT.2020"])
 @pytest.mark.parametrize("color_range", [1, 2], ids=["limited", "full"])
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv444p10le"])
-def test_colours_use_the_matrix_and_range_of_the_stream(matrix, color_range, pixel_format, tmp_path):
+def test_colors_use_the_matrix_and_range_of_the_stream(matrix, color_range, pixel_format, tmp_path):
     luma = {1: (0.2126, 0.0722), 7: (0.212, 0.087), 9: (0.2627, 0.0593)}.get(matrix, (0.299, 0.114))
     red, blue = luma
     depth = 10 if pixel_format.endswith("10le") else 8
-    rgb = np.array(COLOURS) / 255
+    rgb = np.array(COLORS) / 255
     y = rgb @ [red, 1 - red - blue, blue]
     chroma = [(rgb[:, 2] - y) / (2 - 2 * blue), (rgb[:, 0] - y) / (2 - 2 * red)]
     black, white, width = (0, 255, 255) if color_range == 2 else (16, 235, 224)
@@ -86,18 +86,18 @@ def test_colours_use_the_matrix_and_range_of_the_stream(matrix, color_range, pix
     path = tmp_path / "clip.mp4"
     with av.open(str(path), mode="w") as container:
         stream = container.add_stream("libx264", rate=10, options={"crf": "1"})
-        stream.width, stream.height, stream.pix_fmt = 16 * len(COLOURS), 32, pixel_format
+        stream.width, stream.height, stream.pix_fmt = 16 * len(COLORS), 32, pixel_format
         stream.codec_context.colorspace, stream.codec_context.color_range = matrix, color_range
         frame = av.VideoFrame(stream.width, stream.height, pixel_format)
         for plane, row in zip(frame.planes, values, strict=True):
-            bars = np.repeat(np.round(row * (4 if depth == 10 else 1)), plane.width // len(COLOURS))
+            bars = np.repeat(np.round(row * (4 if depth == 10 else 1)), plane.width // len(COLORS))
             line = np.zeros(plane.line_size // (2 if depth == 10 else 1), np.uint16 if depth == 10 else np.uint8)
             line[: len(bars)] = bars
             plane.update(np.tile(line, (plane.height, 1)).tobytes())
         frame.colorspace, frame.color_range = matrix, color_range
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    assert np.abs(read_video(path)[0][16, 8::16].astype(int) - COLOURS).max() <= 4
+    assert np.abs(read_video(path)[0][16, 8::16].astype(int) - COLORS).max() <= 4
 
 
 TURNS = {  # the display matrix's a, b, c, d: display x = a x + c y, display y = b x + d y

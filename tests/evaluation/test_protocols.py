@@ -25,7 +25,7 @@ def clip_data(size=(16, 32), length=15):
     return ClipData(Clip("a", 0, 0, 1, length), 0, frames, np.zeros((length, 3)), np.zeros(3))
 
 
-def test_release_protocol_scores_grey_frames_after_mp4():
+def test_release_protocol_scores_gray_frames_after_mp4():
     data = clip_data()
     prediction = np.clip(data.truth.astype(int) + 20, 0, 255).astype(np.uint8)
     for attempt in range(5):  # x264 is not deterministic

@@ -62,7 +62,7 @@ def event(number, value, kind=2, initial=False):
     return struct.pack("=IhBB", 0, value, kind | 0x80 * initial, number)
 
 
-def test_centred_gamepad_holds_for_any_rest_position():
+def test_centered_gamepad_holds_for_any_rest_position():
     gamepad = Gamepad()
     assert not gamepad.command(space()["controls"], 0.15).any()
     gamepad.take(b"".join(event(axis, 4000, initial=True) for axis in range(8)) + event(2, -32767))

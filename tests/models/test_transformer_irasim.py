@@ -297,7 +297,7 @@ def test_rotary_attention_depends_only_on_position_differences():
     assert (score(0, 7) - score(0, 5)).abs() > 1e-3  # depends on the column
 
 
-def test_convolution_mixes_neighbouring_patches():
+def test_convolution_mixes_neighboring_patches():
     model = tiny_transformer(**PUSHT)
     block, temb = model.transformer_blocks[0], torch.randn(1, 1, 24)
     torch.nn.init.zeros_(block.attn1.to_out[0].weight)  # without attention, only the convolution mixes patches

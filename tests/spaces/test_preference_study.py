@@ -110,8 +110,8 @@ def test_answers_to_other_pairs_do_not_count(tmp_path):
     [
         ("", {}, "left", "`rater` must be a name"),
         ("ann", {}, "better", "`choice` must be one of left, similar, right, got 'better'"),
-        ("ann", {"clip": "clip-99"}, "left", "`comparison` must be one of the study's for 'ann'"),
-        ("ann", {"left": "a", "right": "b"}, "left", "`comparison` must be one of the study's"),
+        ("ann", {"clip": "clip-99"}, "left", "`comparison` must be one of the comparisons for 'ann'"),
+        ("ann", {"left": "a", "right": "b"}, "left", "`comparison` must be one of the comparisons"),
     ],
 )
 def test_invalid_answers_are_refused(rater, changes, choice, message, tmp_path):
@@ -123,5 +123,5 @@ def test_invalid_answers_are_refused(rater, changes, choice, message, tmp_path):
 
 @pytest.mark.parametrize("changes", [{"clips": []}, {"others": []}, {"others": ["ours"]}, {"clips": ["x", "x"]}])
 def test_invalid_studies_are_refused(changes, tmp_path):
-    with pytest.raises(ValueError, match="`clips` and `others` must have names, each once"):
+    with pytest.raises(ValueError, match="`clips` and `others` must contain distinct names"):
         study(tmp_path, **changes)

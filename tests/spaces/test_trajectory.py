@@ -293,7 +293,7 @@ class TestSettings:
         with pytest.raises(ValueError, match="Both settings are the same"):
             name_settings(first, first)
         for bad in (Setting(world, "EDMEulerScheduler", 2, 0), Setting(world, "DDIMScheduler", 101, 0)):
-            with pytest.raises(ValueError, match=r"does not take the scheduler|Steps must be"):
+            with pytest.raises(ValueError, match=r"does not accept the scheduler|Steps must be"):
                 pipeline_of(bad)
 
     def test_windows_equal_one_call(self, world):
