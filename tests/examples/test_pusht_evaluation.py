@@ -1,5 +1,6 @@
-"""Clips and metrics of the Push-T evaluation."""
+"""Arguments, clips and metrics of the Push-T evaluation, and arguments of the baseline."""
 
+import convolutional
 import evaluate
 import numpy as np
 import pytest
@@ -58,3 +59,23 @@ def test_num_seen_frames_below_history_raises(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, flags)])
     with pytest.raises(ValueError, match=r"`num_seen_frames` must be at least `num_history_frames` \(2\), got 1"):
         evaluate.main()
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (convolutional, ["--batch_size", 0], "`batch_size` must be at least 1, got 0"),
+        (convolutional, ["--max_minutes", "nan"], "`max_minutes` must be finite, got nan"),
+        (convolutional, ["--rollout_start", 2], r"`rollout_start` must be in \[0, 1\], got 2"),
+        (evaluate, ["--batch_size", 0], "`batch_size` must be at least 1, got 0"),
+        (evaluate, ["--num_clips", 0], "`num_clips` must be at least 1, got 0"),
+        (evaluate, ["--dtype", "int8"], "`dtype` must be one of float32, bfloat16, got 'int8'"),
+    ],
+)
+def test_invalid_arguments_raise_before_any_work(tmp_path, monkeypatch, script, flags, message):
+    output = {convolutional: ["--output_dir", tmp_path / "out"], evaluate: ["--model", "none", "--output", "none"]}
+    command = [script.__name__, "--dataset", "none", *output[script], *flags]
+    monkeypatch.setattr("sys.argv", [*map(str, command)])
+    with pytest.raises(ValueError, match=message):
+        script.main()
+    assert not (tmp_path / "out").exists()
