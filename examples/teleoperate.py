@@ -31,6 +31,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers.actions import derive_actions, integrate_actions
 from irasim_diffusers.commands.files import read_actions
 from irasim_diffusers.commands.terminal import draw
+from irasim_diffusers.files import temporary_path
 from irasim_diffusers.training import check_ranges, exit_without_extra, run_script
 
 try:
@@ -326,10 +327,10 @@ def wait(due: float, fps: float) -> float:
 def save(client: Client, session: str, output: Path) -> tuple[Path, Path]:
     """Download the recording of a session."""
     video, actions = client.predict(session, api_name="/record")
-    output.parent.mkdir(parents=True, exist_ok=True)
     paths = output.with_suffix(".mp4"), output.with_suffix(".npy")
     for source, path in zip((video, actions), paths, strict=True):
-        shutil.copyfile(source, path)
+        with temporary_path(path) as partial:
+            shutil.copyfile(source, partial)
     return paths
 
 

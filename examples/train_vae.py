@@ -32,6 +32,7 @@ from irasim_diffusers.training import (
     check_held_out,
     check_launch,
     check_ranges,
+    load_autoencoder,
     lock_output,
     newest_checkpoint,
     remove_leftovers,
@@ -51,7 +52,9 @@ MAY_CHANGE = (
 class VAEArguments(DataArguments):
     dataset: str = field(metadata={"help": "LeRobotDataset, IRASim-format or `datasets` folder, or Hub id"})
     output_dir: str = field(metadata={"help": "folder for checkpoints and the trained VAE"})
-    pretrained: str | None = field(default=None, metadata={"help": "autoencoder to start from: folder or Hub id"})
+    pretrained: str | None = field(
+        default=None, metadata={"help": "autoencoder to start from: folder or Hub id, optionally with :<subfolder>"}
+    )
     freeze_encoder: bool = field(default=False, metadata={"help": "train only the decoder of --pretrained"})
     frames_per_episode: int = field(default=24, metadata={"help": "evenly spaced frames of each episode to train on"})
     block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
@@ -144,7 +147,7 @@ def latent_std(vae: AutoencoderKL, frames: torch.Tensor, device: torch.device) -
 def build_vae(arguments: VAEArguments, sample_size: int) -> AutoencoderKL:
     """Create a new autoencoder, or load the pretrained one and freeze its encoder if requested."""
     if arguments.pretrained:
-        vae = AutoencoderKL.from_pretrained(arguments.pretrained)
+        vae = load_autoencoder(arguments.pretrained, "pretrained").requires_grad_(True)
         if arguments.freeze_encoder:
             for module in filter(None, (vae.encoder, vae.quant_conv)):
                 module.requires_grad_(False)

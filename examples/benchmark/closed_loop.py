@@ -17,6 +17,7 @@ import torch
 from transformers import HfArgumentParser
 
 from irasim_diffusers import embedded_checkpoint
+from irasim_diffusers.files import write_text
 from irasim_diffusers.training import exit_without_extra, run_script
 
 try:
@@ -83,7 +84,7 @@ def main() -> None:
         report["memory"] = memory(environments(1), arguments.memory_steps)
     print(json.dumps(report, indent=2))
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(arguments.output, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

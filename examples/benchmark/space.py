@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 from transformers import HfArgumentParser
 
+from irasim_diffusers.files import temporary_path, write_text
 from irasim_diffusers.training import exit_without_extra, run_script
 
 try:
@@ -112,7 +113,8 @@ def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> 
             page.wait_for_timeout(300)
             page.keyboard.up(KEYS[0])
             page.wait_for_timeout(3000)
-            page.screenshot(path=screenshot)
+            with temporary_path(screenshot) as partial:
+                page.screenshot(path=partial)
         browser.close()
     times, latencies = np.array(figures["shown"][shown:]), np.array(figures["latencies"][1:])  # without the warm-up
     return {
@@ -217,7 +219,7 @@ def main() -> None:
         process.wait(20)
         folder.cleanup()
     if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=2), encoding="utf-8")
+        write_text(arguments.output, json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

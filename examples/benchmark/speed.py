@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.evaluation import EvaluationCounter
+from irasim_diffusers.files import write_text
 from irasim_diffusers.training import run_script
 
 
@@ -105,7 +106,7 @@ def main() -> None:
         f"peak memory {memory:.2f} GB, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     )
     if arguments.output:
-        arguments.output.write_text(json.dumps({"rows": rows, "peak_memory_gb": memory}, indent=2), encoding="utf-8")
+        write_text(arguments.output, json.dumps({"rows": rows, "peak_memory_gb": memory}, indent=2))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from irasim_diffusers.data import (
 )
 from irasim_diffusers.data.lerobot_writer import EPISODES_PATH
 from irasim_diffusers.data.publish import SOURCE_FILE
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import read_json, write_text
 from irasim_diffusers.training import check_ranges, run_script
 
 CAMERA = "observation.image"
@@ -103,17 +103,17 @@ def prepare_folder(arguments: CollectArguments) -> None:
     Raises:
         ValueError: If a setting other than a larger number of episodes differs.
     """
-    root, marker = arguments.output, arguments.output / SOURCE_FILE
+    root = arguments.output
     names = ("episodes", "length", "first_seed", *TASKS, "pusher_radius")
     wanted = {name: getattr(arguments, name) for name in names}
-    if not marker.is_file():
+    if not (root / SOURCE_FILE).is_file():
         if root.is_dir() and any(root.iterdir()):
             raise ValueError(f"{str(root)!r} contains files but no settings file: choose a new folder.")
-        write_marker(marker, wanted)
-    written = json.loads(marker.read_text(encoding="utf-8"))
+        write_text(root / SOURCE_FILE, json.dumps(wanted))
+    written = read_settings(root)
     if written | {"episodes": None} == wanted | {"episodes": None} and written["episodes"] < arguments.episodes:
         (root / "meta" / "info.json").unlink(missing_ok=True)
-        write_marker(marker, wanted)
+        write_text(root / SOURCE_FILE, json.dumps(wanted))
         return
     changes = [
         f"`{name}` {written.get(name)}, not {value}" for name, value in wanted.items() if written.get(name) != value
@@ -124,10 +124,15 @@ def prepare_folder(arguments: CollectArguments) -> None:
         )
 
 
-def write_marker(marker: Path, settings: dict[str, Any]) -> None:
-    """Write the settings that determine the episodes of a folder."""
-    with temporary_path(marker) as partial:
-        partial.write_text(json.dumps(settings), encoding="utf-8")
+def read_settings(root: Path) -> dict[str, Any]:
+    """Read the settings that determine the episodes of a folder.
+
+    Raises:
+        ValueError: If the folder was not created by this script.
+    """
+    if not (root / SOURCE_FILE).is_file():
+        raise ValueError(f"{str(root)!r} must be a folder of collect.py: it has no settings file {SOURCE_FILE!r}.")
+    return read_json(root / SOURCE_FILE)
 
 
 def pusher_of(kind: str, rng: np.random.Generator, state: State) -> Pusher:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from simulator import ARENA, Pusher, State
@@ -81,6 +82,11 @@ def ious(blocks: np.ndarray) -> np.ndarray:
     shapes = shapely.polygons(outline(blocks))
     overlap = shapely.area(shapely.intersection(shapes, goal))
     return overlap / (2 * goal.area - overlap)
+
+
+def coverage(iou: Any) -> Any:
+    """Fraction of the goal that the block covers at this IoU; block and goal have the same area."""
+    return 2 * iou / (1 + iou)
 
 
 def push_to_goal(rng: np.random.Generator, state: State, noise: float = 0.0) -> Pusher:

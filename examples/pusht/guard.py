@@ -26,7 +26,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers import WorldModel, embedded_checkpoint
 from irasim_diffusers.data import open_dataset
 from irasim_diffusers.envs import load_world_model
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import write_text
 from irasim_diffusers.metrics import bootstrap
 from irasim_diffusers.planning import CEM, Disagreement, Scoring
 from irasim_diffusers.rewards import FrameRegressor
@@ -162,9 +162,7 @@ def main() -> None:
         done[str(number)] = plans_of_episode(number, dataset, model, guards, reward, arguments)
         plans = [row for rows in done.values() for row in rows]
         report = summarise(plans, arguments.margin, arguments.seed) if plans else {}
-        with temporary_path(arguments.output) as partial:
-            content = {"report": report, "setting": setting, "plans": done}
-            partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        write_text(arguments.output, json.dumps({"report": report, "setting": setting, "plans": done}, indent=2))
     print(json.dumps(report, indent=2))
 
 

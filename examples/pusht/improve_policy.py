@@ -29,7 +29,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers import embedded_checkpoint
 from irasim_diffusers.data import EpisodeSource, open_dataset
 from irasim_diffusers.envs import load_world_model
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import temporary_path, write_text
 from irasim_diffusers.planning import Scoring
 from irasim_diffusers.rewards import FrameRegressor
 from irasim_diffusers.training import check_ranges, run_script
@@ -190,8 +190,7 @@ def main() -> None:
     report: dict[str, Any] = {"before": run.before, "after": evaluate(run.policy, arguments), "rewards": run.rewards}
     report["setting"] = run.setting() | {"command": " ".join(["python", *sys.argv])}
     report["setting"]["minutes"] = (time.perf_counter() - started) / 60
-    with temporary_path(arguments.output_dir / "report.json") as partial:
-        partial.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_text(arguments.output_dir / "report.json", json.dumps(report, indent=2))
     for name, figures in report["before"].items():
         print(f"{name}: {figures['mean']:.3f} before, {report['after'][name]['mean']:.3f} after, in the simulator")
 

@@ -18,6 +18,7 @@ ARENA = 512  # side of the arena, in the units of actions and states
 SIZE = 96  # side of an observed frame, in pixels
 FPS = 10
 PUSHER_RADIUS = 15.0  # in gym-pusht, arena units
+SUCCESS = 0.95  # coverage of the goal above which the task is solved
 CENTRE_OF_MASS = np.array([0.0, 45.0])  # of the block, in the block's frame
 
 
@@ -82,7 +83,7 @@ class Simulator:
 
     @property
     def coverage(self) -> float:
-        """Fraction of the goal that the block covers; above 0.95 the task is solved."""
+        """Fraction of the goal that the block covers; above `SUCCESS` the task is solved."""
         return float(self.environment._get_coverage())
 
     def physics(self) -> np.ndarray:

@@ -20,12 +20,12 @@ from typing import Any
 
 import study_episodes as episodes
 import torch
-from simulator import Simulator
+from collect import read_settings
+from simulator import SUCCESS, Simulator
 from study_jobs import fingerprint, read_json, remove_stage, run_jobs, run_stage
 from study_models import (
-    SUCCESS,
     fine_tune,
-    run_script,
+    run_example,
     success_threshold,
     write_demonstrations,
     write_random_pipeline,
@@ -34,7 +34,8 @@ from study_models import (
 from study_report import write_report
 from transformers import HfArgumentParser
 
-from irasim_diffusers import embedded_checkpoint, training
+from irasim_diffusers import embedded_checkpoint
+from irasim_diffusers.training import check_ranges, run_script
 
 SCRIPTS = Path(__file__).parent
 EVALUATION_SEED = 5_000_000  # of the evaluated episodes; policies are compared on other seeds during their training
@@ -173,7 +174,7 @@ class Study:
 
         def work() -> dict[str, Any]:
             if trained is None:
-                run_script(
+                run_example(
                     *(SCRIPTS / "train_policy.py", "--datasets", *self.arguments.datasets, "--output_dir", root),
                     *("--stages", *self.size.policy_stages, "--max_demonstrations", self.size.max_demonstrations),
                     *("--num_episodes", 20, "--seed", self.arguments.seed),
@@ -199,7 +200,7 @@ class Study:
             found: dict[str, Any] = {"folder": str(root)}
             for target in ("iou", "closeness"):
                 if not (root / target / "report.json").is_file():
-                    run_script(
+                    run_example(
                         *(SCRIPTS / "train_reward.py", "--dataset", arguments.datasets[0], "--target", target),
                         *("--test_dataset", arguments.test_dataset, "--output_dir", root / target),
                         *("--model", self.base, "--max_train_steps", self.size.reward_steps),
@@ -347,14 +348,14 @@ class Study:
     def reaching(self) -> Any:
         """Stage: reach a frame 25 steps ahead in a held-out trajectory, of the expert and of a random pusher."""
         size, dataset = self.size, self.arguments.test_dataset
-        marker = read_json(dataset / ".irasim-source.json")
+        settings = read_settings(dataset)
         kinds = {"expert": ["expert", "noisy"], "random": ["aimless", "keys", "jumps"]}
         models = [*self.world_models, episodes.SIMULATOR]
 
         def work() -> Any:
             shared: dict[str, Any] = {
                 "dataset": str(dataset),
-                "first_seed": marker["first_seed"],
+                "first_seed": settings["first_seed"],
                 "ahead": size.reaching_ahead,
                 "budget": size.reaching_budget,
             }
@@ -368,7 +369,7 @@ class Study:
             return {"results": group(self.jobs("reaching", episodes.reach_goal, jobs))}
 
         sizes = [f"reaching_{name}" for name in ("tasks", "ahead", "budget", "candidates", "iterations")]
-        return self.run("reaching", work, sizes, test_dataset=marker, **self.inputs())
+        return self.run("reaching", work, sizes, test_dataset=settings, **self.inputs())
 
     def implausible(self) -> Any:
         """Stage: targets beyond walls and through the block."""
@@ -409,7 +410,7 @@ def run_study(arguments: StudyArguments, size: Size) -> None:
     Raises:
         ValueError: If a name of a stage is unknown, an input does not exist, or a stage has other settings.
     """
-    training.check_ranges(arguments, not_negative=("seed",), at_least_1=("num_workers",))
+    check_ranges(arguments, not_negative=("seed",), at_least_1=("num_workers",))
     for name in ("stages", "redo"):
         unknown = sorted(set(getattr(arguments, name)) - set(STAGES))
         if unknown:
@@ -435,4 +436,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    training.run_script(main)
+    run_script(main)

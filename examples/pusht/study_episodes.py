@@ -14,10 +14,10 @@ import torch
 from collect import TASKS
 from expert import outline
 from poses import UNIT, read_poses
-from simulator import ARENA, Simulator, State, push_about
+from simulator import ARENA, SUCCESS, Simulator, State, push_about
 from simulator_model import SimulatorModel
 from study_jobs import read_json
-from study_models import SUCCESS, CoverageScore, Progress, Solved, load_model, load_policy, load_reward
+from study_models import CoverageScore, Progress, Solved, load_model, load_policy, load_reward
 
 from irasim_diffusers.data import LeRobotFolder, write_video
 from irasim_diffusers.envs import WorldModelVectorEnv

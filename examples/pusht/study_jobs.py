@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import write_text
 
 RESULT, SETTING = "result.json", "setting.json"
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is either complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_path(path) as partial:
-        partial.write_text(json.dumps(value, indent=2), encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2))
 
 
 def read_json(path: Path) -> Any:

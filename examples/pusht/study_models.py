@@ -13,8 +13,8 @@ from collect import CAMERA, NAMES, TASKS
 from convolutional import WEIGHTS
 from convolutional import load as load_convolutional
 from diffusion_policy import DiffusionPolicy
-from expert import ious
-from simulator import FPS, SIZE, Simulator
+from expert import coverage, ious
+from simulator import FPS, SIZE, SUCCESS, Simulator
 from train_reward import BLOCK
 
 from irasim_diffusers import IRASimPipeline
@@ -24,18 +24,12 @@ from irasim_diffusers.envs import load_world_model
 from irasim_diffusers.files import temporary_folder
 from irasim_diffusers.rewards import FrameRegressor
 
-SUCCESS = 0.95  # coverage of the goal
 ROLLOUT_TASK = "Roll out a policy."
 ROLLOUT_SEED = 6_000_000  # first seed of the policy rollouts used to train world models
 EXAMPLES = Path(__file__).parent.parent
 
 
-def coverage(iou: Any) -> Any:
-    """Fraction of the goal that a block of the same area with this IoU covers."""
-    return 2 * iou / (1 + iou)
-
-
-def run_script(*command: Any) -> None:
+def run_example(*command: Any) -> None:
     """Run an example script in its own process.
 
     Raises:
@@ -227,7 +221,7 @@ def fine_tune(root: Path, base: Path, datasets: list[Path], max_train_steps: int
     An interrupted training resumes.
     """
     if max_train_steps:
-        run_script(
+        run_example(
             *(EXAMPLES / "train.py", "--dataset", *datasets, "--output_dir", root, "--cache_dir", cache),
             *("--pretrained_model_name_or_path", base, "--max_train_steps", max_train_steps, "--seed", seed),
             *("--train_batch_size", 16, "--learning_rate", 1e-4, "--lr_scheduler", "cosine", "--lr_warmup_steps", 10),

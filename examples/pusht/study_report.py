@@ -11,7 +11,7 @@ from study_jobs import RESULT, read_json, write_json
 
 from irasim_diffusers.data import read_video
 from irasim_diffusers.evaluation import summarise_policies
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import temporary_path, write_text
 from irasim_diffusers.metrics import bootstrap
 from irasim_diffusers.pictures import film_strip
 
@@ -43,8 +43,7 @@ def write_report(root: Path, stages: Sequence[str]) -> None:
         if stage in results:
             paragraph, figures[stage] = section(results[stage], root)
             text += ["", paragraph]
-    with temporary_path(root / "report.md") as partial:
-        partial.write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_text(root / "report.md", "\n".join(text) + "\n")
     write_json(root / "report.json", figures)
 
 

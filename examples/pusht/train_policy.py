@@ -22,19 +22,18 @@ import torch
 from collect import TASKS
 from diffusers.training_utils import EMAModel
 from diffusion_policy import NUM_KEYPOINTS, SCALE, DiffusionPolicy
-from expert import outline
-from simulator import ARENA, Simulator
+from expert import coverage, outline
+from simulator import ARENA, SUCCESS, Simulator
 from torch.nn import functional
 from tqdm import tqdm, trange
 from train_reward import BLOCK, augment, ious
 from transformers import HfArgumentParser
 
 from irasim_diffusers.data import LeRobotFolder
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import temporary_path, write_text
 from irasim_diffusers.metrics import bootstrap
 from irasim_diffusers.training import check_ranges, run_script
 
-SUCCESS = 0.95  # coverage of the goal
 FIRST_SEED = 4_000_000  # of the evaluated episodes, far from the seeds of the datasets
 CORNERS = [0, 1, 4, 5]  # of the block's outline, the keypoints: two at the bar, two at the stem
 MIRRORED = [1, 0, 3, 2]  # keypoints in the order in which a mirror image shows them
@@ -109,8 +108,7 @@ class Training:
         self.policy.train()
         figures = {"minutes": self.minutes, "encoder_error": self.encoder_error}  # the error is in arena units
         setting = self.setting() | figures | {"command": " ".join(["python", *sys.argv])}
-        with temporary_path(arguments.output_dir / "report.json") as partial:
-            partial.write_text(json.dumps(self.report | {"setting": setting}, indent=2), encoding="utf-8")
+        write_text(arguments.output_dir / "report.json", json.dumps(self.report | {"setting": setting}, indent=2))
         self.save()
 
     def save(self) -> None:
@@ -260,9 +258,8 @@ def evaluate(policy: DiffusionPolicy, arguments: PolicyArguments) -> dict[str, d
             values.append(ious(np.stack([state.block for state in states])))
     found = np.stack(values[: arguments.max_episode_steps + 1], axis=1)  # (N, T)
     best = found.max(1)
-    solved = 2 * best / (1 + best) > SUCCESS  # coverage of the goal, because block and goal have the same area
     rng = np.random.default_rng(arguments.seed)
-    figures = {"max_iou": best, "final_iou": found[:, -1], "success": solved.astype(float)}
+    figures = {"max_iou": best, "final_iou": found[:, -1], "success": (coverage(best) > SUCCESS).astype(float)}
     return {name: bootstrap(figure, rng) for name, figure in figures.items()}
 
 

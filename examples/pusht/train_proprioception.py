@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers import IRASimPipeline, ProprioceptionModel, embedded_checkpoint, roll
 from irasim_diffusers.data import EpisodeSource, open_dataset
 from irasim_diffusers.devices import fast_dtype
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import write_text
 from irasim_diffusers.training import check_ranges, run_script, save_finished
 
 
@@ -194,8 +194,7 @@ def main() -> None:
     report["parameters"] = model.num_parameters()
     if arguments.max_train_steps:
         save_finished(output, model.save_pretrained)
-    with temporary_path(output / "metrics.json") as partial:
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_text(output / "metrics.json", json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
     print(f"finished in {(time.perf_counter() - began) / 60:.1f} min: {output}")
 

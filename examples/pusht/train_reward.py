@@ -27,7 +27,7 @@ from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint, roll
 from irasim_diffusers.data import EpisodeSource, open_dataset
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import write_text
 from irasim_diffusers.metrics import bootstrap
 from irasim_diffusers.rewards import FrameRegressor
 from irasim_diffusers.training import check_ranges, run_script
@@ -198,8 +198,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "minutes": (time.perf_counter() - started) / 60,
     }
-    with temporary_path(output_dir / "report.json") as partial:
-        partial.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_text(output_dir / "report.json", json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

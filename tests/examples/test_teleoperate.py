@@ -20,6 +20,7 @@ from teleoperate import (
     pose_actions,
     read_pose,
     requests,
+    save,
 )
 
 from irasim_diffusers import ActionSpace, Steering
@@ -171,6 +172,22 @@ def test_file_is_sent_in_chunks(tmp_path):
     sent = list(requests(TeleoperateArguments("file", actions=tmp_path / "actions.npy", chunk_length=3), space()))
     assert [endpoint for endpoint, _ in sent] == ["/step"] * 3
     assert list(itertools.chain.from_iterable(rows for _, (rows,) in sent)) == table.tolist()
+
+
+def test_failed_download_keeps_the_earlier_recording(tmp_path, monkeypatch):
+    class Recordings:
+        def predict(self, session, api_name):
+            return "downloaded.mp4", "downloaded.npy"
+
+    def fill_disk(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("shutil.copyfile", fill_disk)
+    (tmp_path / "drive.mp4").write_bytes(b"earlier")
+    with pytest.raises(OSError, match="no space left"):
+        save(Recordings(), "session", tmp_path / "drive.mp4")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("drive.mp4", b"earlier")]
 
 
 POSE = {"time": 1, "position": [1, 2, 3], "rotation": [0, 0, 0, 1]}
