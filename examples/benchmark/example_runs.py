@@ -1,4 +1,4 @@
-"""Run the example scripts from benchmarks, skipping completed runs and resuming interrupted ones."""
+"""Run example scripts from benchmarks; completed runs are skipped, interrupted ones resume."""
 
 import json
 import subprocess
@@ -11,10 +11,10 @@ EXAMPLES = Path(__file__).parents[1]
 
 
 def run_once(marker: Path, script: str, *arguments: object, config_file: str | None = None) -> None:
-    """Run an example script unless it was completed with the same arguments.
+    """Run an example script unless it has already been completed with the same arguments.
 
     Args:
-        marker: JSON file of the arguments, written when the run is complete.
+        marker: JSON file with the arguments, written when the run is complete.
         script: Path of the script relative to `examples`.
         arguments: Command-line arguments of the script.
         config_file: Config file of `accelerate launch`. None runs the script in one process.

@@ -2,9 +2,9 @@
 
     python examples/pusht/convolutional.py --dataset data/pusht-train --output_dir runs/pusht-convolutional --max_minutes 30
 
-A residual network without attention at a quarter of the frame resolution. It uses the same data, loss and training on its own
-rollouts as the transformer in `train.py`, and `evaluate.py --model runs/pusht-convolutional` reports the same metrics. An
-interrupted run resumes from its last checkpoint.
+The baseline is a residual network without attention at a quarter of the frame resolution. Like the transformer in `train.py`, it
+is trained on recorded clips and on its own rollouts, with the squared error. `evaluate.py --model runs/pusht-convolutional`
+reports the same metrics. The same command resumes from the last checkpoint.
 """
 
 import json
@@ -31,8 +31,8 @@ from irasim_diffusers.pipelines.inputs import stack_frames
 from irasim_diffusers.rollout import RolloutState
 from irasim_diffusers.training import check_ranges, run_script
 
-HISTORY = 2
-OCTAVES = 6
+HISTORY = 2  # history frames
+OCTAVES = 6  # frequencies of the action map
 WEIGHTS = "convolutional.safetensors"
 
 
@@ -43,12 +43,15 @@ class BaselineArguments:
     max_minutes: float = field(default=30.0, metadata={"help": "training time in minutes"})
     batch_size: int = field(default=16, metadata={"help": "batch size"})
     learning_rate: float = field(default=1e-3, metadata={"help": "learning rate"})
-    width: int = field(default=64, metadata={"help": "number of channels"})
+    width: int = field(default=64, metadata={"help": "channels at a quarter of the resolution"})
     rollout_chunks: int = field(
-        default=5, metadata={"help": "maximum number of frames predicted before the loss frame"}
+        default=5, metadata={"help": "maximum number of frames that the model predicts before the frame of the loss"}
     )
     rollout_start: float = field(
-        default=0.35, metadata={"help": "fraction of the training time after which rollouts start"}
+        default=0.35,
+        metadata={
+            "help": "fraction of the training time after which the model also continues from its own predictions"
+        },
     )
     cache_dir: Path | None = field(
         default=None, metadata={"help": "folder of the frame cache (default: output_dir/latents)"}
@@ -118,9 +121,9 @@ class ConvolutionalModel(nn.Module):
         )
 
     def start(self, frames: Any, seeds: Sequence[int]) -> RolloutState:
-        """Start one rollout per seed from histories of any form that a pipeline accepts.
+        """Start one rollout per seed from histories in any format that the pipeline accepts.
 
-        The model draws no noise.
+        The prediction is deterministic.
         """
         history = 2 * stack_frames(frames).transpose(1, 2) - 1
         return RolloutState.first(last_two(history).expand(len(seeds), -1, -1, -1, -1), seeds)
@@ -128,7 +131,7 @@ class ConvolutionalModel(nn.Module):
     def advance(
         self, state: RolloutState, actions: torch.Tensor, **sampling: Any
     ) -> tuple[RolloutState, torch.Tensor]:
-        """Predict a chunk of frames in [-1, 1], and the state after it."""
+        """Predict frames (B, 3, n, H, W) in [-1, 1] for actions (B, n, 2), and the state after them."""
         future = self.roll(state.latents, actions)
         return state.append(future, HISTORY), future
 
@@ -172,7 +175,7 @@ def load(folder: Path) -> ConvolutionalModel:
 
 
 def loss_of(model: ConvolutionalModel, clip: dict[str, torch.Tensor], rng: np.random.Generator, chunks: int) -> Any:
-    """Compute the mean squared error of the frame after `chunks` predicted ones.
+    """Return the mean squared error of the frame that follows `chunks` predicted frames.
 
     30 % of the clips keep their true history.
     """
@@ -202,7 +205,7 @@ class Training:
         self.step, self.seconds = 0, 0.0
 
     def settings(self) -> dict[str, Any]:
-        """Arguments as JSON values, which must not change in a resumed run."""
+        """Return the arguments, which must not change in a resumed run, as JSON values."""
         return json.loads(json.dumps(asdict(self.arguments), default=str))
 
     def save(self) -> None:
@@ -229,7 +232,7 @@ class Training:
         self.step, self.seconds = state["step"], state["seconds"]
 
     def run(self, clips: LatentClips) -> None:
-        """Train until the time is used up, and save a checkpoint every minute."""
+        """Train for `max_minutes`, and save a checkpoint every minute."""
         limit = 60 * self.arguments.max_minutes
         saved = time.perf_counter()
         start = saved - self.seconds
@@ -245,7 +248,7 @@ class Training:
         self.save()
 
     def update(self, clips: LatentClips, share: float) -> float:
-        """Make one step after a share of the training time, and return the loss.
+        """Make one step after the given share of the training time; return the loss.
 
         Raises:
             FloatingPointError: If the loss is not finite.

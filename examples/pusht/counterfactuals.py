@@ -1,4 +1,4 @@
-"""Counterfactual futures of recorded Push-T histories: other actions from the same state, simulated exactly."""
+"""Counterfactual futures of recorded Push-T histories: the simulator executes other actions."""
 
 from dataclasses import dataclass
 
@@ -9,25 +9,27 @@ from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.metrics import psnr
 
 WAYS = 8  # futures of a history
-MOVED = 5.0  # minimum movement of the block in a moving clip, arena units or hundredths of a radian; about a pixel
-DISTINCT = 30.0  # two simulated futures are different if their PSNR in dB is lower
+MOVED = (
+    5.0  # movement of the block above which it counts as moved: arena units, or hundredths of a radian; about a pixel
+)
+DISTINCT = 30.0  # two simulated futures are different if the PSNR between them, in dB, is lower
 
 
 @dataclass(frozen=True)
 class Task:
     """A recorded history for counterfactual identification."""
 
-    seed: int
-    pusher_radius: float
+    seed: int  # of the episode
+    pusher_radius: float  # arena units
     actions: np.ndarray  # (T, 2), recorded
     blocks: np.ndarray  # (T, 3), recorded: x, y, angle
     start: int  # index of the last history frame
-    num_actions: int
+    num_actions: int  # actions of a future
     history: int  # number of history frames
 
 
 def moved(before: np.ndarray, after: np.ndarray) -> bool:
-    """Return whether the block's pose (x, y, angle) changed by more than about a pixel."""
+    """Return whether the pose of the block (x, y, angle) has changed by more than about a pixel."""
     return bool(np.linalg.norm(after[:2] - before[:2]) > MOVED or abs(after[2] - before[2]) > MOVED / 100)
 
 
@@ -36,7 +38,6 @@ def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | N
 
     Returns:
         History (h, 96, 96, 3), actions (8, n, 2) and frames (8, n, 96, 96, 3); None if 8 different futures are not found.
-
 
     Raises:
         ValueError: If the simulator does not reproduce the recorded episode.
@@ -70,9 +71,9 @@ def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | N
 
 
 def candidate(rng: np.random.Generator, state: State, num_actions: int) -> np.ndarray:
-    """A random action sequence (n, 2) that is likely to touch the block.
+    """Draw a random action sequence (n, 2) that probably pushes the block.
 
-    It does not react to later states.
+    The sequence depends on the start state only.
     """
     pusher = push_at(rng, state) if rng.random() < 0.8 else push_about(rng, state)
     return np.stack([next(pusher), *(pusher.send(state) for _ in range(num_actions - 1))])
@@ -81,7 +82,7 @@ def candidate(rng: np.random.Generator, state: State, num_actions: int) -> np.nd
 def identification_tasks(
     dataset: LeRobotFolder, num_histories: int, length: int, history: int, first_seed: int, pusher_radius: float
 ) -> list[Task]:
-    """Select one history per episode after which the recorded block moves."""
+    """Select from each episode one history after which the recorded block moves."""
     tasks = []
     for number in range(len(dataset)):
         vectors = dataset.vectors(number)

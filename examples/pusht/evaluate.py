@@ -3,16 +3,16 @@
     python examples/pusht/evaluate.py --model runs/pusht --dataset data/pusht-test --output runs/pusht/report.json
 
 Metrics, with bootstrap 95 % intervals over clips:
-- VAE reconstruction: PSNR of held-out frames.
+- VAE reconstruction: PSNR of held-out frames after encoding and decoding.
 - Clip PSNR: PSNR of the predicted frames of clips in which the block moves. Baselines are the repeated last history frame and
   the prediction for the actions of another clip.
-- Pose errors of pusher and block in the last predicted frame, over clips in which the block moves and the same number in
-  which it does not, and the fraction of frames in which both poses are found.
+- Pose errors of pusher and block in the last predicted frame, and the fraction of frames in which both poses are found; over
+  clips in which the block moves, and the same number of clips in which it rests.
 - The same pose errors after rollouts of 60 expert actions. The baseline is a block that does not move.
-- Driving: 60 frames predicted from one frame with random held arrow keys, at three speeds of the Space. Reported are the
-  fraction of frames with exactly one pusher and the pose errors.
-- Counterfactual identification: 8 action sequences from the same history, each of which moves the block to a different
-  future in the simulator. A prediction is correct if its own future is the closest of the 8.
+- Driving: 60 frames predicted from one frame with arrow keys that are held at random, at three speeds of the Space. Reported
+  are the fraction of frames with exactly one pusher and the pose errors.
+- Counterfactual identification: 8 action sequences that lead from one history to 8 different futures in the simulator. A
+  prediction is correct if, of the 8 futures, the one of its own actions is the closest.
 The ground truth is always the simulator's frame before any compression. History frames are not scored.
 """
 
@@ -52,7 +52,7 @@ from irasim_diffusers.training import check_ranges, run_script
 Predict: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (histories, actions) to frames, all (N, ...)
 PREDICTED = 15  # predicted frames of a clip, as in the paper
 ROLLOUT = 60  # actions of an expert rollout and of a driven episode
-SPEEDS = (0.25, 0.5, 1.0)  # of the slider in the Space
+SPEEDS = (0.25, 0.5, 1.0)  # values of the speed slider in the Space
 SPACE = ActionSpace(  # action space of the embedded model, so that all models are driven by the same actions
     names=("target_x", "target_y"),
     units=(None, None),
@@ -64,7 +64,7 @@ SPACE = ActionSpace(  # action space of the embedded model, so that all models a
 )
 DRIVING_SEED = 3_000_000  # first seed of the driven episodes, far from the seeds of the datasets
 STATES = ("observation.state", "observation.environment_state")
-WORST = {"pusher": 96.0, "block_centre": 96.0, "block_angle": 180.0}  # errors if a pose is not found
+WORST = {"pusher": 96.0, "block_centre": 96.0, "block_angle": 180.0}  # pixels, pixels, degrees; if a pose is not found
 
 
 @dataclass
@@ -82,12 +82,12 @@ class EvaluationArguments:
     num_seen_frames: int | None = field(
         default=None,
         metadata={
-            "help": "frames of a clip before the scored frames (default: `num_history_frames`); the model gets the last "
-            "`num_history_frames` of them, so that models with different histories are scored on the same frames"
+            "help": "frames of a clip before the scored frames (default: `num_history_frames`); the model receives the last "
+            "`num_history_frames` of them, so models with different histories can be scored on the same frames"
         },
     )
     num_clips: int = field(
-        default=200, metadata={"help": "clips in which the block moves, and the same number in which it does not"}
+        default=200, metadata={"help": "number of clips in which the block moves, and of clips in which it rests"}
     )
     num_rollouts: int = field(default=50, metadata={"help": "expert rollouts; 0 skips them"})
     num_drives: int = field(default=32, metadata={"help": "driven episodes per speed; 0 skips them"})
@@ -105,7 +105,7 @@ class EvaluationArguments:
 def held_out_clips(
     dataset: LeRobotFolder, num_clips: int, length: int, history: int, moving: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Select clips in which the block moves (or does not), spread over the episodes.
+    """Select clips in which the block moves, or rests, spread over the episodes.
 
     Returns:
         Frames (N, length, 96, 96, 3), actions (N, length - history, 2) and last states (N, 5).
@@ -146,7 +146,7 @@ def last_frames(frames: np.ndarray, number: int) -> np.ndarray:
 def pose_figures(
     frames: np.ndarray, states: np.ndarray, rng: np.random.Generator, pusher_radius: float
 ) -> dict[str, dict[str, float]]:
-    """Median pose errors of frames (N, 96, 96, 3) for states (N, 5), and fraction with both poses found."""
+    """Return median pose errors of frames (N, 96, 96, 3) for states (N, 5), and the share with both poses."""
     poses = read_poses(frames, pusher_radius)
     errors = pose_errors(poses, true_poses(states[:, :2], states[:, 2:]))
     return {
@@ -163,7 +163,7 @@ def print_poses(title: str, figures: dict[str, dict[str, float]]) -> None:
 def expert_episodes(
     dataset: LeRobotFolder, num_rollouts: int, history: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """Histories, actions (N, 60, 2), first and last states (N, 5) of expert episodes.
+    """Return histories, actions (N, 60, 2), first and last states (N, 5) of expert episodes.
 
     The result is None if there are no such episodes.
     """
@@ -181,7 +181,7 @@ def expert_episodes(
 
 
 def held_keys(rng: np.random.Generator, steering: Steering, num_actions: int) -> np.ndarray:
-    """Return actions (n, 2) of random arrow keys: none, one or two at a time, each held for several steps."""
+    """Return actions (n, 2) of random arrow keys: none, one or two at a time, held for several steps."""
     keys = ("ArrowLeft", "ArrowRight", ""), ("ArrowUp", "ArrowDown", "")
     actions: list[np.ndarray] = []
     while len(actions) < num_actions:
@@ -247,7 +247,7 @@ def driving_figures(
 
 @torch.no_grad()
 def reconstruction(pipeline: IRASimPipeline, frames: np.ndarray) -> dict[str, float]:
-    """PSNR of clips (N, F, H, W, 3), uint8, after encoding and decoding."""
+    """Return the PSNR of clips (N, F, H, W, 3), uint8, after encoding and decoding."""
     pixels = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).flatten(0, 1)
     latents = pipeline.encode_history(pixels[:, None].float() / 127.5 - 1)
     decoded = (pipeline.decode_latents(latents)[:, :, 0].clamp(-1, 1) + 1) / 2
@@ -256,7 +256,7 @@ def reconstruction(pipeline: IRASimPipeline, frames: np.ndarray) -> dict[str, fl
 
 
 def load_model(arguments: EvaluationArguments) -> tuple[IRASimPipeline | None, Predict]:
-    """Load the model to evaluate: the pipeline and its prediction function.
+    """Load the pipeline to evaluate and its prediction function.
 
     The pipeline is None for a convolutional baseline.
     """
@@ -317,10 +317,7 @@ def check_arguments(arguments: EvaluationArguments) -> None:
 
 @dataclass
 class Evaluation:
-    """A model, the held-out data, and the metrics of each group of clips.
-
-    The methods also print their main metrics.
-    """
+    """A model and the held-out data; each method computes one group of metrics and prints the main ones."""
 
     arguments: EvaluationArguments
     dataset: LeRobotFolder
@@ -338,7 +335,7 @@ class Evaluation:
     def clips(self) -> dict[str, Any]:
         """Score clips in which the block moves, and the poses in their last frames.
 
-        The poses are also scored in clips in which the block does not move.
+        The poses are also scored in clips in which the block rests.
         """
         arguments, history, rng = self.arguments, self.history, self.rng
         (frames, actions, states), (still_frames, still_actions, still_states) = (
@@ -387,7 +384,7 @@ class Evaluation:
         return report
 
     def expert_rollouts(self) -> dict[str, Any]:
-        """Score the poses at the end of expert episodes, compared with a static baseline.
+        """Score the poses after expert actions; the baseline is a block that does not move.
 
         The result is empty if there are no such episodes.
         """
@@ -431,9 +428,9 @@ class Evaluation:
         return {"driving": report} if report else {}
 
     def identification(self) -> dict[str, Any]:
-        """Identify which of 8 simulated futures of a history a prediction shows.
+        """Measure how often a prediction is closest to its own of 8 simulated futures.
 
-        The result is empty if no history has 8 futures.
+        The result is empty if no history has 8 different futures.
         """
         arguments, history = self.arguments, self.history
         if not arguments.num_histories:

@@ -201,17 +201,20 @@ POSE = {"time": 1, "position": [1, 2, 3], "rotation": [0, 0, 0, 1]}
         (lambda: read_pose(json.dumps(POSE | {"position": [1, 2]}), np.eye(3), 1), "a pose must be"),
         (lambda: read_pose(json.dumps(POSE | {"rotation": [1, 2]}), np.eye(3), 1), "a pose must be"),
         (lambda: read_pose(json.dumps(POSE | {"rotation": [0, 0, 0, 0]}), np.eye(3), 1), "a pose must be"),
-        (lambda: read_pose(json.dumps(POSE | {"time": None}), np.eye(3), 1), "a pose must be of finite numbers"),
+        (
+            lambda: read_pose(json.dumps(POSE | {"time": None}), np.eye(3), 1),
+            "a pose must contain finite numbers only",
+        ),
         (lambda: read_pose(json.dumps(POSE | {"gripper": float("nan")}), np.eye(3), 1), "finite numbers"),
         (lambda: axes_matrix("x,y,-z"), "`axes` must be x, y and z, right-handed"),
         (lambda: axes_matrix("x,x,y"), "`axes` must be"),
         (lambda: axes_matrix("x"), "`axes` must be"),
         (lambda: axes_matrix("x,y,up"), "`axes` must be .*; got 'x,y,up'"),
-        (lambda: list(at_rate([(1, np.zeros(7)), (1, np.zeros(7))], 5)), "times of poses must increase"),
+        (lambda: list(at_rate([(1, np.zeros(7)), (1, np.zeros(7))], 5)), "the times of poses must increase"),
         (lambda: actions_of_poses(np.zeros((2, 7)), np.zeros(5), {"names": list("abcde")}), "components, got 5"),
         (
             lambda: actions_of_poses(np.zeros((2, 7)), np.zeros(7), space() | {"derivation": "recorded"}),
-            "planar targets of 2 components, got 7 of derivation 'recorded'",  # joints
+            "planar targets of 2 components, got 7 components of derivation 'recorded'",  # joints
         ),
         (lambda: check_arguments(TeleoperateArguments("file")), "--actions must be a file, got 'actions.csv'"),
         (lambda: check_arguments(TeleoperateArguments("gamepad", gamepad=Path("no"))), "plug"),
