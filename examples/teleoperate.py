@@ -4,8 +4,9 @@
     python tracker.py | python examples/teleoperate.py --device poses --axes=-z,-x,y --scale 1.5
     python examples/teleoperate.py --device file --actions actions.npy --output drive.mp4
 
-The Space (`python spaces/app.py`, or one on the Hub) predicts the frames. This client converts the input of a device to actions, shows the
-frames in the terminal, and saves the recording at the end of the input or at Ctrl-C. See teleoperate.md.
+The Space (`python spaces/app.py`, or one on the Hub) predicts the frames. This client converts the input of a device
+to actions, shows the frames in the terminal, and saves the recording at the end of the input or at Ctrl-C. See
+teleoperate.md.
 """
 
 import base64

@@ -2,13 +2,14 @@
 
     accelerate launch examples/train.py --dataset data/pusht-train --vae runs/pusht-vae --output_dir runs/pusht
 
-The autoencoder is frozen, and every frame is encoded once. The objective and the defaults are those of the paper (Table 10):
-AdamW, constant learning rate 1e-4, no weight decay, gradient clipping at 0.1, EMA 0.9999, action dropout 0.1, loss on predicted
-frames only. Checkpoints are written to `<output_dir>/checkpoint-<step>`. The same command resumes from the newest complete
-checkpoint, also after Ctrl-C or SIGTERM. At the end, `<output_dir>` is a complete pipeline.
+The autoencoder is frozen, and every frame is encoded once. The objective and the defaults are those of the paper
+(Table 10): AdamW, constant learning rate 1e-4, no weight decay, gradient clipping at 0.1, EMA 0.9999, action dropout
+0.1, loss on predicted frames only. Checkpoints are written to `<output_dir>/checkpoint-<step>`. The same command
+resumes from the newest complete checkpoint, also after Ctrl-C or SIGTERM. At the end, `<output_dir>` is a complete
+pipeline.
 
-`--pretrained_model_name_or_path` continues from a trained model. `irasim adapt` changes its patch size, autoencoder or number of
-action components, and `train_lora.py` trains LoRA adapters instead of all weights.
+`--pretrained_model_name_or_path` continues from a trained model. `irasim adapt` changes its patch size, autoencoder or
+number of action components, and `train_lora.py` trains LoRA adapters instead of all weights.
 """
 
 import functools

@@ -3,9 +3,9 @@
     accelerate launch examples/train_lora.py --dataset my_robot --pretrained_model_name_or_path base --output_dir runs/lora \
         --rank 16 --learning_rate 5e-4
 
-The adapters, the action encoder and the null action are trained; all other weights are frozen. The data must have the actions and
-the frame size of the pretrained model. Checkpoints, resuming and validation work as in `train.py`. At the end, `<output_dir>`
-contains `pytorch_lora_weights.safetensors`, which `IRASimPipeline.load_lora_weights` loads.
+The adapters, the action encoder and the null action are trained; all other weights are frozen. The data must have the
+actions and the frame size of the pretrained model. Checkpoints, resuming and validation work as in `train.py`. At the
+end, `<output_dir>` contains `pytorch_lora_weights.safetensors`, which `IRASimPipeline.load_lora_weights` loads.
 """
 
 import functools

@@ -2,10 +2,11 @@
 
     accelerate launch examples/train_vae.py --dataset data/pusht-train --output_dir runs/pusht-vae
 
-Large models use the frozen SDXL VAE, as in the paper. For simple images a small VAE is much faster. The loss is MSE + 0.1 L1 +
-`--kl_weight` KL. `scaling_factor` is computed from the data so that scaled latents have the standard deviation `--latent_std`.
-The same command resumes from the newest complete checkpoint, also after Ctrl-C or SIGTERM. With `--pretrained` and
-`--freeze_encoder`, only the decoder is trained, so latents and the world models trained on them stay valid.
+Large models use the frozen SDXL VAE, as in the paper. For simple images a small VAE is much faster. The loss is MSE +
+0.1 L1 + `--kl_weight` KL. `scaling_factor` is computed from the data so that scaled latents have the standard
+deviation `--latent_std`. The same command resumes from the newest complete checkpoint, also after Ctrl-C or SIGTERM.
+With `--pretrained` and `--freeze_encoder`, only the decoder is trained, so latents and the world models trained on
+them stay valid.
 """
 
 import math

@@ -5,16 +5,16 @@ r"""Compare Frame-Ada, Video-Ada and LVDM conditioning on Push-T at equal traini
         --action_space absolute --action_offset 256 --action_scale 0.03125 --learning_rate 1e-3 \
         --attention_backend _native_math
 
-All models are trained on the same data for the same wall-clock time and have similar numbers of parameters: the default
-sizes of train.py, unless `--transformer_flags`, `--video_ada_flags` or `--unet_flags` change them. All other flags are passed
-to train.py for every model. Each model is trained once per seed and number of history frames, and evaluated with
-pusht/evaluate.py on the same clips. The models of a seed are trained alternately in `--rounds` parts, so that changes in
-machine speed affect all of them. Completed runs are skipped. The output folder receives `conditioning.json` and `conditioning.md`.
-A pose that is not found counts with an error of 96 px.
+All models are trained on the same data for the same wall-clock time and have similar numbers of parameters: the
+default sizes of train.py, unless `--transformer_flags`, `--video_ada_flags` or `--unet_flags` change them. All other
+flags are passed to train.py for every model. Each model is trained once per seed and number of history frames, and
+evaluated with pusht/evaluate.py on the same clips. The models of a seed are trained alternately in `--rounds` parts,
+so that changes in machine speed affect all of them. Completed runs are skipped. The output folder receives
+`conditioning.json` and `conditioning.md`. A pose that is not found counts with an error of 96 px.
 
-Confidence intervals use Student's t distribution over seeds; differences are paired by seed. With one seed, and in the table of
-single runs, intervals are over clips, as evaluate.py reports them, and differences have no interval. With several numbers of
-history frames, all models are scored on the frames after the longest history.
+Confidence intervals use Student's t distribution over seeds; differences are paired by seed. With one seed, and in the
+table of single runs, intervals are over clips, as evaluate.py reports them, and differences have no interval. With
+several numbers of history frames, all models are scored on the frames after the longest history.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     python examples/benchmark/data.py --dataset data/pusht-test --vae runs/pusht-vae --cache_dir runs/latents
 
-The script runs in one process and prints a Markdown table. Rates are per second of CPU time, because video decoders use all cores.
-Without `--vae`, only video decoding is measured; this works for any dataset.
+The script runs in one process and prints a Markdown table. Rates are per second of CPU time, because video decoders
+use all cores. Without `--vae`, only video decoding is measured; this works for any dataset.
 """
 
 import time

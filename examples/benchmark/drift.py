@@ -2,7 +2,8 @@
 
     python examples/benchmark/drift.py --dataset data/pusht-test --num_episodes 16
 
-The script prints the PSNR of each quarter of the rollout for each chunk length. The baseline is the repeated last history frame.
+The script prints the PSNR of each quarter of the rollout for each chunk length. The baseline is the repeated last
+history frame.
 """
 
 from dataclasses import dataclass, field

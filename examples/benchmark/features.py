@@ -2,8 +2,8 @@
 
     python examples/benchmark/features.py --dataset data/pusht-test
 
-The script prints a table for held-out clips of 15 predicted frames: PSNR, number of computed attention layers, time in seconds, and
-memory of the transformer's weights.
+The script prints a table for held-out clips of 15 predicted frames: PSNR, number of computed attention layers, time in
+seconds, and memory of the transformer's weights.
 """
 
 import time

@@ -4,9 +4,10 @@ r"""Train several model sizes on one dataset, and plot loss and PSNR against siz
         --dataset data/pusht-train --validation_dataset data/pusht-test --vae runs/pusht-vae \
         --max_train_steps 4000 --validation_steps 500
 
-A size is a preset of the paper, or layers x heads x channels per head. All other flags are passed to train.py. All sizes are
-trained on the same windows, noise and timesteps in the same order. Completed sizes are skipped, and interrupted ones
-resume. The output folder receives `scaling.json`, `scaling.md` and `scaling.png`. Requires `pip install ".[benchmark]"`.
+A size is a preset of the paper, or layers x heads x channels per head. All other flags are passed to train.py. All
+sizes are trained on the same windows, noise and timesteps in the same order. Completed sizes are skipped, and
+interrupted ones resume. The output folder receives `scaling.json`, `scaling.md` and `scaling.png`. The script
+requires `pip install ".[benchmark]"`.
 """
 
 from dataclasses import dataclass, field

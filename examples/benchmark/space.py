@@ -3,8 +3,8 @@
     pip install ".[space]" playwright  # also requires Debian's chromium
     python examples/benchmark/space.py --users 10 --seconds 300
 
-The script starts the Space, drives in headless Chromium, and then runs `--users` concurrent gradio_client sessions. Each user sends
-the next request when the previous one is answered, but not faster than the frame rate of the model.
+The script starts the Space, drives in headless Chromium, and then runs `--users` concurrent gradio_client sessions.
+Each user sends the next request when the previous one is answered, but not faster than the frame rate of the model.
 """
 
 import json

@@ -2,9 +2,11 @@
 
     python examples/pusht/collect.py --output data/pusht-train --episodes 1500 --first_seed 0
 
-Each episode uses one of five policies: an aimless pusher, an expert, the expert with noise, a pusher driven by held arrow keys as
-in the Space, and a pusher that moves to distant targets, including edges and corners. An episode depends only on its seed. Episodes are written in files of 50. The same command resumes at the first missing file, and a larger `--episodes` adds
-episodes; any other changed setting raises an error. `--pusher_radius` changes the simulated world.
+Each episode uses one of five policies: an aimless pusher, an expert, the expert with noise, a pusher driven by held
+arrow keys as in the Space, and a pusher that moves to distant targets, including edges and corners. With the
+same settings, an episode depends only on its seed. Episodes are written in files of 50. The same command resumes at
+the first missing file, and a larger `--episodes` adds episodes; any other changed setting raises an error.
+`--pusher_radius` changes the simulated world.
 """
 
 import contextlib

@@ -2,9 +2,9 @@
 
     python examples/pusht/convolutional.py --dataset data/pusht-train --output_dir runs/pusht-convolutional --max_minutes 30
 
-The baseline is a residual network without attention at a quarter of the frame resolution. Like the transformer in `train.py`, it
-is trained on recorded clips and on its own rollouts, with the squared error. `evaluate.py --model runs/pusht-convolutional`
-reports the same metrics. The same command resumes from the last checkpoint.
+The baseline is a residual network without attention at a quarter of the frame resolution. Like the transformer in
+`train.py`, it is trained on recorded clips and on its own rollouts, with the squared error. `evaluate.py`
+reports the same metrics for both. The same command resumes from the last checkpoint.
 """
 
 import json

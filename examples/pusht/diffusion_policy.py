@@ -1,7 +1,8 @@
 """A compact diffusion policy for Push-T: from a frame and the pusher's position to a chunk of targets.
 
-A convolutional encoder finds keypoints of the block in the frame (spatial softmax). A residual network denoises the chunk of
-targets, relative to the pusher, with a diffusers scheduler. The policy is saved and loaded like any diffusers model.
+A convolutional encoder finds keypoints of the block in the frame (spatial softmax). A residual network denoises the
+chunk of targets, relative to the pusher, with a diffusers scheduler. The policy is saved and loaded like any diffusers
+model.
 """
 
 from collections.abc import Mapping, Sequence

@@ -72,7 +72,7 @@ def outline(poses: np.ndarray) -> np.ndarray:
 
 
 def distance_to_goal(poses: np.ndarray) -> np.ndarray:
-    """Return the mean distance of the corners of blocks (..., 3) from their goal positions, in arena units."""
+    """Return the mean distance of the corners of blocks (..., 3) from the goal, in arena units."""
     return np.linalg.norm(outline(poses) - outline(GOAL), axis=-1).mean(-1)
 
 

@@ -2,12 +2,13 @@
 
     python examples/pusht/guard.py --dataset data/pusht-test --others runs/pusht-convolutional --output runs/guard.json
 
-From states in which the block partly covers the goal, a planner without a guard searches for the actions with the highest IoU. The
-frame regressor predicts this IoU from the predicted frames. The simulator then executes the same actions. A plan exploits the model
-if the predicted IoU exceeds the true IoU by more than `--margin`. Each guard measures the spread of the scores of several members;
-see `Disagreement`. The limit of a guard is the 95 % quantile of the spread over recorded action sequences, which no planner has
-optimized. The report contains the recall (fraction of exploiting plans above the limit), the false-alarm rate (fraction of other
-plans above the limit) and the area under the ROC curve (AUC). The same command resumes an interrupted run.
+From states in which the block partly covers the goal, a planner without a guard searches for the actions with the
+highest IoU. The frame regressor predicts this IoU from the predicted frames. The simulator then executes the same
+actions. A plan exploits the model if the predicted IoU exceeds the true IoU by more than `--margin`. Each guard
+measures the spread of the scores of several members; see `Disagreement`. The limit of a guard is the 95 % quantile of
+the spread over recorded action sequences, which no planner has optimized. The report contains the recall (fraction of
+exploiting plans above the limit), the false-alarm rate (fraction of other plans above the limit) and the area under
+the ROC curve (AUC). The same command resumes an interrupted run.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Estimate the poses of the Push-T pusher and block from frames.
 
-Each pixel's color is unmixed into fractions of floor, goal, block and pusher. The pusher's position is the centroid of its
-fraction map. The block's pose is a least-squares fit of a rendered block to the block's fraction map.
+Each pixel's color is unmixed into fractions of floor, goal, block and pusher. The pusher's position is the centroid of
+its fraction map. The block's pose is a least-squares fit of a rendered block to the block's fraction map.
 """
 
 from dataclasses import dataclass
@@ -42,8 +42,9 @@ class Poses:
 def read_poses(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> Poses:
     """Estimate the poses in each frame.
 
-    The pusher is found if a window contains a blue area of 0.5 to 1.6 times the pusher's area, and the blue area elsewhere
-    is less than half the pusher's area. The block is found if the intersection over union of the fitted block and the gray area exceeds 0.7.
+    The pusher is found if a window contains a blue area of 0.5 to 1.6 times the pusher's area, and the blue area
+    elsewhere is less than half the pusher's area. The block is found if the intersection over union of the fitted
+    block and the gray area exceeds 0.7.
 
     Args:
         frames: Frames (N, 96, 96, 3), uint8 or floats in [0, 1].
@@ -81,7 +82,7 @@ def true_poses(agent: np.ndarray, block: np.ndarray) -> Poses:
 
 
 def pose_errors(read: Poses, true: Poses) -> dict[str, np.ndarray]:
-    """Return errors (N,) of `pusher`, `block_centre` (pixels) and `block_angle` (degrees); NaN if not found."""
+    """Return errors (N,) of `pusher`, `block_centre` (pixels), `block_angle` (degrees); NaN if not found."""
     turn = (read.block[:, 2] - true.block[:, 2] + np.pi) % (2 * np.pi) - np.pi
     return {
         "pusher": np.linalg.norm(read.pusher - true.pusher, axis=1),
@@ -99,7 +100,7 @@ def _shares(frames: np.ndarray) -> np.ndarray:
 
 
 def _find_pusher(share: np.ndarray, radius: float) -> np.ndarray:
-    """Return the center (2,) of a pusher of `radius` pixels in its fraction map (96, 96); NaN if not found."""
+    """Find the center (2,) of a pusher of `radius` pixels in its fraction map (96, 96); NaN if not found."""
     weights = np.where(share > 0.3, share, 0)
     reach = int(np.ceil(radius))
     row, column = np.unravel_index(uniform_filter(weights, 2 * reach + 1, mode="constant").argmax(), weights.shape)

@@ -5,11 +5,11 @@ See sections 4.2, 4.3, 6.4 and 12 of the paper.
     python examples/pusht/study.py --datasets data/pusht-train data/pusht-expert --test_dataset data/pusht-test \
         --output_dir runs/study --quick
 
-The first stages train diffusion policies of different quality, reward networks, and world models with P policy rollouts in their
-training set. The other stages compare each world model with the simulator: policy evaluation, planning with K candidates, planning
-with a goal image, goals 25 steps ahead, and implausible actions. At the end, the report is written. The same command resumes an
-interrupted run with the same results. A stage that was computed with other settings raises an error; `--redo STAGE` computes this
-stage again, and all stages that use its results.
+The first stages train diffusion policies of different quality, reward networks, and world models with P policy
+rollouts in their training set. The other stages compare each world model with the simulator: policy evaluation,
+planning with K candidates, planning with a goal image, goals 25 steps ahead, and implausible actions. At the end, the
+report is written. The same command resumes an interrupted run with the same results. A stage that was computed with
+other settings raises an error; `--redo STAGE` computes this stage again, and all stages that use its results.
 """
 
 import functools

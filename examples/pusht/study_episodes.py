@@ -1,7 +1,8 @@
 """Jobs of the Push-T study: episodes in the simulator, in which planners see predicted frames only.
 
-The simulator executes the actions and measures the outcome. Policies observe the simulator's frame and the position of the pusher,
-as on a real robot. World models start from the simulator's frames. Only `SimulatorModel`, the upper bound, starts from its state.
+The simulator executes the actions and measures the outcome. Policies observe the simulator's frame and the position of
+the pusher, as on a real robot. World models start from the simulator's frames. Only `SimulatorModel`, the upper bound,
+starts from its state.
 """
 
 import time

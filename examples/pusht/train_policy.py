@@ -2,11 +2,12 @@
 
     python examples/pusht/train_policy.py --datasets data/pusht-expert --output_dir runs/policy
 
-First, the encoder learns to find keypoints of the block in frames of all kinds of episodes. The labels come from the recorded
-states, which the policy never reads. Then the encoder is frozen, and the denoiser learns from the expert's episodes and their mirror
-images. Checkpoints with averaged weights (EMA) are saved at several stages (`checkpoint-250` and so on), to compare policies of
-different quality. Each stage is evaluated on the same held-out starts: the largest IoU of block and goal, and the fraction of
-episodes in which the coverage of the goal exceeds 95 %. The same command resumes an interrupted run, with the same result.
+First, the encoder learns to find keypoints of the block in frames of all kinds of episodes. The labels come from the
+recorded states, which the policy never reads. Then the encoder is frozen, and the denoiser learns from the expert's
+episodes and their mirror images. Checkpoints with averaged weights (EMA) are saved at several stages (`checkpoint-250`
+and so on), to compare policies of different quality. Each stage is evaluated on the same held-out starts: the largest
+IoU of block and goal, and the fraction of episodes in which the coverage of the goal exceeds 95 %. The same command
+resumes an interrupted run, with the same result.
 """
 
 import json

@@ -3,10 +3,10 @@
     python examples/pusht/train_proprioception.py --dataset data/pusht-train --validation_dataset data/pusht-test \
         --model src/irasim_diffusers/checkpoints/pusht
 
-Half of each batch consists of recorded frames, the other half of frames that the world model predicts from recorded histories and
-actions. The targets are the recorded states. The network is stored in the folder `proprioception` of the world model, where
-`irasim_diffusers.envs` finds it. The errors on recorded and predicted validation frames are printed and stored in `metrics.json`
-in this folder.
+Half of each batch consists of recorded frames, the other half of frames that the world model predicts from recorded
+histories and actions. The targets are the recorded states. The network is stored in the folder `proprioception` of the
+world model, where `irasim_diffusers.envs` finds it. The errors on recorded and predicted validation frames are printed
+and stored in `metrics.json` in this folder.
 """
 
 import json
