@@ -220,7 +220,7 @@ def actions_of_poses(states: np.ndarray, last: np.ndarray, space: dict[str, Any]
     """
     size, derivation = len(space["names"]), space.get("derivation", "recorded")
     if derivation == "recorded" and space.get("space") == "absolute" and size == 2:
-        derivation = "relative_planar"  # two targets are a position in a plane, as in Push-T
+        derivation = "relative_planar"  # two target components are a position in a plane, as in Push-T
     if derivation not in MOTIONS:
         raise ValueError(
             f"poses can be converted to {', '.join(MOTIONS)} actions, or to planar targets of 2 components, got {size} "

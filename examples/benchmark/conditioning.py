@@ -89,7 +89,7 @@ class ConditioningArguments:
 
 
 def read_figures(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Read value, low and high of each metric of a report."""
+    """Read the metrics of a report, each with `value`, `low` and `high`."""
     figures = {}
     for name in FIGURES:
         entry: Any = report

@@ -104,7 +104,7 @@ def prepare_folder(arguments: CollectArguments) -> None:
     If the existing folder has fewer episodes, its info.json is deleted, which marks the folder as incomplete.
 
     Raises:
-        ValueError: If a setting other than a larger number of episodes differs.
+        ValueError: If any setting differs, except for a larger number of episodes.
     """
     root = arguments.output
     names = ("episodes", "length", "first_seed", *TASKS, "pusher_radius")

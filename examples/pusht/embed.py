@@ -72,7 +72,7 @@ def save_model(arguments: EmbedArguments, pipeline: IRASimPipeline, target: Path
 def save_clip(arguments: EmbedArguments, dataset: LeRobotFolder, target: Path) -> None:
     """Write the start frames, the held-out clip with its actions, and a strip of its prediction.
 
-    The stored model makes the prediction.
+    The prediction is that of the stored bfloat16 model.
     """
     starts = [dataset.window(number, 0, 1).frames[0] for number in range(min(arguments.num_starts, len(dataset)))]
     PIL.Image.fromarray(np.concatenate(starts)).save(target / "starts.png", optimize=True)

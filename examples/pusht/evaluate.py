@@ -146,7 +146,14 @@ def last_frames(frames: np.ndarray, number: int) -> np.ndarray:
 def pose_figures(
     frames: np.ndarray, states: np.ndarray, rng: np.random.Generator, pusher_radius: float
 ) -> dict[str, dict[str, float]]:
-    """Return median pose errors of frames (N, 96, 96, 3) for states (N, 5), and the share with both poses."""
+    """Return median pose errors of frames (N, 96, 96, 3), and the fraction with both poses found.
+
+    Args:
+        frames: Frames, uint8 or floats in [0, 1].
+        states: True states (N, 5) of pusher and block.
+        rng: Generator of the bootstrap.
+        pusher_radius: Radius of the pusher in arena units.
+    """
     poses = read_poses(frames, pusher_radius)
     errors = pose_errors(poses, true_poses(states[:, :2], states[:, 2:]))
     return {

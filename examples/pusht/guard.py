@@ -56,7 +56,9 @@ class GuardArguments:
     horizon: int = field(default=10, metadata={"help": "number of actions of a plan"})
     num_candidates: int = field(default=24, metadata={"help": "number of candidates per iteration"})
     num_iterations: int = field(default=4, metadata={"help": "number of iterations of the cross-entropy method"})
-    margin: float = field(default=0.1, metadata={"help": "excess of the predicted IoU that counts as exploitation"})
+    margin: float = field(
+        default=0.1, metadata={"help": "difference of predicted and true IoU above which a plan exploits the model"}
+    )
     seed: int = field(default=0, metadata={"help": "random seed"})
 
 
