@@ -12,7 +12,7 @@ Metrics, with bootstrap 95 % intervals over clips:
 - Driving: 60 frames predicted from one frame with arrow keys that are held at random, at three speeds of the Space. Reported
   are the fraction of frames with exactly one pusher and the pose errors.
 - Counterfactual identification: 8 action sequences that lead from one history to 8 different futures in the simulator. A
-  prediction is correct if, of the 8 futures, the one of its own actions is the closest.
+  prediction is correct if, of the 8 futures, the simulated future of the same actions is the closest.
 The ground truth is always the simulator's frame before any compression. History frames are not scored.
 """
 
@@ -435,7 +435,7 @@ class Evaluation:
         return {"driving": report} if report else {}
 
     def identification(self) -> dict[str, Any]:
-        """Measure how often a prediction is closest to its own of 8 simulated futures.
+        """Measure how often, of 8 simulated futures, that of the same actions is closest to the prediction.
 
         The result is empty if no history has 8 different futures.
         """

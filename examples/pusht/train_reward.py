@@ -183,7 +183,7 @@ def main() -> None:
     )
     if arguments.model is None and arguments.output_dir is None:
         raise ValueError(
-            "`output_dir` or `model` is required: with --output_dir, the reward of the embedded model is kept."
+            "`output_dir` or `model` is required: pass --output_dir to keep the reward of the embedded model."
         )
     torch.manual_seed(arguments.seed)
     started = time.perf_counter()
