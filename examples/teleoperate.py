@@ -4,8 +4,9 @@
     python tracker.py | python examples/teleoperate.py --device poses --axes=-z,-x,y --scale 1.5
     python examples/teleoperate.py --device file --actions actions.npy --output drive.mp4
 
-The Space (`python spaces/app.py`, or one on the Hub) predicts. This client converts the input of a device to actions, shows the
-frames in the terminal, and saves the recording at the end of the input or at Ctrl-C. See teleoperate.md.
+The Space (`python spaces/app.py`, or one on the Hub) predicts the frames. This client converts the input of a device
+to actions, shows the frames in the terminal, and saves the recording at the end of the input or at Ctrl-C. See
+teleoperate.md.
 """
 
 import base64
@@ -31,6 +32,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers.actions import derive_actions, integrate_actions
 from irasim_diffusers.commands.files import read_actions
 from irasim_diffusers.commands.terminal import draw
+from irasim_diffusers.files import temporary_path
 from irasim_diffusers.training import check_ranges, exit_without_extra, run_script
 
 try:
@@ -61,23 +63,28 @@ class TeleoperateArguments:
     model: str = field(default="push-t", metadata={"help": "model in the Space"})
     frames: str = field(default="frame 1", metadata={"help": "start frame: a name in the Space, or an image file"})
     start: list[float] | None = field(
-        default=None, metadata={"help": "action for the robot's position at the start, for absolute spaces"}
+        default=None, metadata={"help": "action that holds the start position, for absolute action spaces"}
     )
     seed: int = field(default=0, metadata={"help": "random seed"})
     output: Path = field(
-        default=Path("drive.mp4"), metadata={"help": "mp4 to write, with a .npy of the actions next to it"}
+        default=Path("drive.mp4"),
+        metadata={"help": "mp4 file to write; the actions are written to a .npy file of the same name"},
     )
     chunk_length: int = field(default=2, metadata={"help": "frames per request"})
     gamepad: Path = field(default=Path("/dev/input/js0"), metadata={"help": "Linux joystick device"})
-    dead_zone: float = field(default=0.15, metadata={"help": "deflection of a stick, in [0, 1), that is ignored"})
+    dead_zone: float = field(default=0.15, metadata={"help": "stick deflection that counts as at rest, in [0, 1)"})
     speed: float = field(default=0.5, metadata={"help": "speed at full deflection, in normalized actions per frame"})
-    udp: int | None = field(default=None, metadata={"help": "UDP port for poses; None for standard input"})
+    udp: int | None = field(
+        default=None, metadata={"help": "UDP port that receives the poses (default: standard input)"}
+    )
     axes: str = field(
         default="x,y,z",
         metadata={"help": "tracker axes for the robot's x, y, z, such as --axes=-z,-x,y; two for planar spaces"},
     )
     scale: float = field(default=1.0, metadata={"help": "units of the action space per meter"})
-    actions: Path = field(default=Path("actions.csv"), metadata={"help": ".npy, .csv or .json of recorded actions"})
+    actions: Path = field(
+        default=Path("actions.csv"), metadata={"help": ".npy, .csv or .json file of recorded actions"}
+    )
 
 
 @dataclass
@@ -85,7 +92,7 @@ class Gamepad:
     """State of the sticks and buttons."""
 
     axes: dict[int, float] = field(default_factory=dict)  # in [-1, 1]; right and down are positive
-    buttons: set[int] = field(default_factory=set)  # pressed ones
+    buttons: set[int] = field(default_factory=set)  # numbers of the pressed buttons
 
     def take(self, events: bytes) -> None:
         """Update the state from joystick events; events of other types are ignored."""
@@ -96,7 +103,7 @@ class Gamepad:
                 (self.buttons.add if value else self.buttons.discard)(number)
 
     def command(self, controls: list[dict[str, Any]], dead_zone: float) -> np.ndarray:
-        """Return the command (A,) in [-1, 1] of the sticks and buttons for the controls of a space."""
+        """Convert the state of sticks and buttons to a command (A,) in [-1, 1]; see `/start` for `controls`."""
         pushed = dict.fromkeys((BUTTONS[number] for number in self.buttons & BUTTONS.keys()), 1.0)
         for axis, (negative, positive) in STICKS.items():
             value = self.axes.get(axis, 0.0)
@@ -149,7 +156,7 @@ def read_pose(line: str, axes: np.ndarray, scale: float) -> tuple[float, np.ndar
             f"a pose must be a line of JSON with time, position and rotation, got {line!r}: {error}."
         ) from error
     if not np.isfinite(values).all():
-        raise ValueError(f"a pose must be of finite numbers, got {line!r}.")
+        raise ValueError(f"a pose must contain finite numbers only, got {line!r}.")
     turn = Rotation.from_matrix(axes @ turn.as_matrix() @ axes.T)
     return values[0], np.concatenate([scale * axes @ position, turn.as_euler("xyz"), values[-1:]])
 
@@ -157,7 +164,7 @@ def read_pose(line: str, axes: np.ndarray, scale: float) -> tuple[float, np.ndar
 def axes_matrix(axes: str) -> np.ndarray:
     """Return the matrix (3, 3) from tracker axes to robot axes.
 
-    `"-z,-x,y"` is for WebXR, with y up and -z ahead.
+    `"-z,-x,y"` is for WebXR, in which y is up and -z is forward.
 
     Raises:
         ValueError: If `axes` is not x, y and z with signs, or two of them, or the result is left-handed.
@@ -176,14 +183,14 @@ def at_rate(poses: Iterable[tuple[float, np.ndarray]], fps: float) -> Iterator[n
     """Resample a stream of poses to states (7,) every 1 / fps seconds by interpolation.
 
     Raises:
-        ValueError: If times do not increase.
+        ValueError: If the times do not increase.
     """
     before, first, count = None, 0.0, 0
     for now, state in poses:
         if before is None:
             first = now
         elif now <= before[0]:
-            raise ValueError(f"times of poses must increase, got {now:g} after {before[0]:g}.")
+            raise ValueError(f"the times of poses must increase, got {now:g} after {before[0]:g}.")
         while first + count / fps <= now + 1e-9:
             yield state if before is None else _between(before, (now, state), first + count / fps)
             count += 1
@@ -205,19 +212,19 @@ def actions_of_poses(states: np.ndarray, last: np.ndarray, space: dict[str, Any]
 
     Args:
         states: States from `at_rate`, in the units of the space.
-        last: Action (A,) before these; targets of absolute spaces start from it.
+        last: Action (A,) before these states, from which absolute targets start.
         space: Description of the action space from `/start`.
 
     Raises:
-        ValueError: If the actions of the space are neither motions of a hand nor target positions in a plane.
+        ValueError: If the action space contains neither motions of a hand nor target positions in a plane.
     """
     size, derivation = len(space["names"]), space.get("derivation", "recorded")
     if derivation == "recorded" and space.get("space") == "absolute" and size == 2:
-        derivation = "relative_planar"  # two targets are a position in a plane, as in Push-T
+        derivation = "relative_planar"  # two target components are a position in a plane, as in Push-T
     if derivation not in MOTIONS:
         raise ValueError(
-            f"poses become {', '.join(MOTIONS)} actions or planar targets of 2 components, got {size} of derivation "
-            f"{derivation!r}: send actions from a file."
+            f"poses can be converted to {', '.join(MOTIONS)} actions, or to planar targets of 2 components, got {size} "
+            f"components of derivation {derivation!r}: send actions from a file."
         )
     states = states[:, :size] if size < 7 else states
     actions = derive_actions(states, derivation)
@@ -251,7 +258,7 @@ def received_lines(port: int) -> Iterator[str]:
 
 
 def requests(arguments: TeleoperateArguments, space: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
-    """Yield the requests to the Space: an endpoint, and its arguments after the session."""
+    """Yield requests to the Space: an endpoint, and its arguments without the session."""
     if arguments.device == "gamepad":
         for command in gamepad_commands(arguments.gamepad, space, arguments.dead_zone):
             yield "/drive", [command, arguments.chunk_length, arguments.speed]
@@ -266,16 +273,16 @@ def requests(arguments: TeleoperateArguments, space: dict[str, Any]) -> Iterator
 
 
 def show(frame: str) -> None:
-    """Draw a frame, given as a data URL, in the terminal."""
+    """Draw a frame (a data URL) in the terminal."""
     picture = PIL.Image.open(BytesIO(base64.b64decode(frame.partition(",")[2])))
     columns, lines = shutil.get_terminal_size()
     print("\x1b[H" + "\x1b[K\n".join(draw(picture, columns, lines - 1)) + "\x1b[J", flush=True)
 
 
 def teleoperate(arguments: TeleoperateArguments) -> tuple[Path, Path] | None:
-    """Drive until the input ends or Ctrl-C; return the paths of the video and its actions.
+    """Drive until the input ends or Ctrl-C is pressed; return the paths of the video and its actions.
 
-    The result is None if nothing was driven.
+    The result is None if no frame was predicted.
     """
     try:
         client = Client(arguments.space, verbose=False)
@@ -307,7 +314,10 @@ def teleoperate(arguments: TeleoperateArguments) -> tuple[Path, Path] | None:
 
 
 def ask(client: Client, *values: Any, api_name: str) -> Any:
-    """Return the answer of an endpoint. Ctrl-C waits for it, since a session has one request at a time."""
+    """Return the answer of an endpoint.
+
+    After Ctrl-C, the answer is still awaited, because a session accepts only one request at a time.
+    """
     job = client.submit(*values, api_name=api_name)
     try:
         return job.result()
@@ -317,24 +327,28 @@ def ask(client: Client, *values: Any, api_name: str) -> Any:
 
 
 def wait(due: float, fps: float) -> float:
-    """Sleep until the next frame is due, and return that time."""
+    """Sleep until the next frame is due; return the time at which it was due."""
     due = max(due + 1 / fps, time.monotonic())
     time.sleep(max(0.0, due - time.monotonic()))
     return due
 
 
 def save(client: Client, session: str, output: Path) -> tuple[Path, Path]:
-    """Download the recording of a session."""
+    """Download the recording of a session; return the paths of the video and its actions."""
     video, actions = client.predict(session, api_name="/record")
-    output.parent.mkdir(parents=True, exist_ok=True)
     paths = output.with_suffix(".mp4"), output.with_suffix(".npy")
     for source, path in zip((video, actions), paths, strict=True):
-        shutil.copyfile(source, path)
+        with temporary_path(path) as partial:
+            shutil.copyfile(source, partial)
     return paths
 
 
 def check_arguments(arguments: TeleoperateArguments) -> None:
-    """Raise ValueError for arguments that cannot work, before the first request to the Space."""
+    """Check the arguments before the first request to the Space.
+
+    Raises:
+        ValueError: If a value is invalid, or a file or device does not exist.
+    """
     check_ranges(arguments, not_negative=("seed",), at_least_1=("chunk_length",), positive=("speed", "scale"))
     if arguments.udp is not None and not 1 <= arguments.udp <= 65535:
         raise ValueError(f"`udp` must be a port in [1, 65535], got {arguments.udp}.")

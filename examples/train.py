@@ -2,13 +2,14 @@
 
     accelerate launch examples/train.py --dataset data/pusht-train --vae runs/pusht-vae --output_dir runs/pusht
 
-The autoencoder is frozen and its latents are encoded once. The objective and the defaults are those of the paper (Table 10):
-AdamW, constant learning rate 1e-4, no weight decay, gradient clipping at 0.1, EMA 0.9999, action dropout 0.1, loss on predicted
-frames only. Checkpoints are written to `<output_dir>/checkpoint-<step>`. The same command resumes from the newest complete
-checkpoint, also after Ctrl-C or SIGTERM. At the end `<output_dir>` is a complete pipeline.
+The autoencoder is frozen, and every frame is encoded once. The objective and the defaults are those of the paper
+(Table 10): AdamW, constant learning rate 1e-4, no weight decay, gradient clipping at 0.1, EMA 0.9999, action dropout
+0.1, loss on predicted frames only. Checkpoints are written to `<output_dir>/checkpoint-<step>`. The same command
+resumes from the newest complete checkpoint, also after Ctrl-C or SIGTERM. At the end, `<output_dir>` is a complete
+pipeline.
 
-`--pretrained_model_name_or_path` continues from a trained model. `irasim adapt` changes its patch size, autoencoder or number of
-action components, and `train_lora.py` trains LoRA adapters instead of all weights.
+`--pretrained_model_name_or_path` continues from a trained model. `irasim adapt` changes its patch size, autoencoder or
+number of action components, and `train_lora.py` trains LoRA adapters instead of all weights.
 """
 
 import functools
@@ -57,45 +58,52 @@ class TrainingArguments(RunArguments):
     pixel_space: bool = field(default=False, metadata={"help": "train on pixels, without an autoencoder"})
     num_layers: int | None = field(
         default=None,
-        metadata={"help": "pairs of a spatial and a temporal block, 4 if no --preset is given"},
+        metadata={"help": "pairs of a spatial and a temporal block (default without --preset: 4)"},
     )
     num_attention_heads: int | None = field(
-        default=None, metadata={"help": "number of attention heads; 3 (U-Net: 4) if no --preset is given"}
+        default=None, metadata={"help": "number of attention heads (default without --preset: 3; U-Net: 4)"}
     )
     attention_head_dim: int | None = field(
-        default=None, metadata={"help": "channels of an attention head; 64 (U-Net: 32) if no --preset is given"}
+        default=None, metadata={"help": "channels of an attention head (default without --preset: 64; U-Net: 32)"}
     )
     block_out_channels: list[int] = field(
         default_factory=list,
-        metadata={"help": "channels at each resolution of the U-Net, 48 96 168 if no --preset is given"},
+        metadata={"help": "channels at each resolution of the U-Net (default without --preset: 48 96 168)"},
     )
     condition_dim: int | None = field(
         default=None,
-        metadata={"help": "size of the U-Net's trajectory embedding, 192 if no --preset is given"},
+        metadata={"help": "size of the U-Net's trajectory embedding (default without --preset: 192)"},
     )
     patch_size: int | None = field(
-        default=None, metadata={"help": "in latent pixels (default: 2, or that of the pretrained model)"}
+        default=None,
+        metadata={"help": "size of a patch in latent pixels (default: 2, or that of the pretrained model)"},
     )
     sample_frames: int | None = field(
-        default=None, metadata={"help": "frames of a window, history and predicted frames; 16 for a new model"}
+        default=None,
+        metadata={
+            "help": "frames per window, history and predicted frames (default: 16, or that of the pretrained model)"
+        },
     )
     num_history_frames: int | None = field(
         default=None,
         metadata={
-            "help": "maximum number of history frames (default: 1); 70 %% of the steps use all, the others draw 1 to this number"
+            "help": "maximum number of history frames (default: 1); 70 %% of the steps use all of them, the others a random number from 1"
         },
     )
     conditioning: str | None = field(
         default=None, metadata={"help": "frame for Frame-Ada (default), video for Video-Ada"}
     )
     action_normalisation: str = field(
-        default="std", metadata={"help": "offset and scale from the data: std, or quantile (1 %% and 99 %%)"}
+        default="std",
+        metadata={
+            "help": "offset and scale from the data: std (mean and standard deviation), or quantile (1 %% and 99 %%)"
+        },
     )
     action_scale: list[float] = field(
-        default_factory=list, metadata={"help": "one number, or one per component, instead of the data's"}
+        default_factory=list, metadata={"help": "one number, or one per component (default: from the data)"}
     )
     action_offset: list[float] = field(
-        default_factory=list, metadata={"help": "one number, or one per component, instead of the data's"}
+        default_factory=list, metadata={"help": "one number, or one per component (default: from the data)"}
     )
     action_space: str | None = field(
         default=None,
@@ -106,7 +114,7 @@ class TrainingArguments(RunArguments):
     action_frequencies: int | None = field(
         default=None,
         metadata={
-            "help": "octaves of sine and cosine features of the actions (default: 0, or that of the pretrained model)"
+            "help": "number of frequencies of the sine and cosine features of the actions (default: 0, or that of the pretrained model)"
         },
     )
     spatial_position: str | None = field(
@@ -118,8 +126,8 @@ class TrainingArguments(RunArguments):
     target_extent: list[float] = field(
         default_factory=list,
         metadata={
-            "help": "edges of the frame (left, top, right, bottom) in units of the first two action components, if these are a "
-            "target position: every patch receives its offset from the target"
+            "help": "edges of the frame (left, top, right, bottom) in units of the first two action components, which must be a "
+            "target position; every patch receives its offset from the target"
         },
     )
     relative_latents: bool = field(
@@ -187,7 +195,7 @@ FOREIGN = {
         "crop_size",
     ),
 }
-"""Options that do not apply to a model."""
+"""Options that do not apply, by `model`."""
 ADAPTABLE = ("patch_size", "action_frequencies", "prediction_type")
 """Config entries of a pretrained model that `irasim adapt` can change."""
 
@@ -196,7 +204,7 @@ def check_arguments(arguments: TrainingArguments) -> None:
     """Check the arguments before anything is read.
 
     Raises:
-        ValueError: If a value is invalid or does not apply to the other arguments.
+        ValueError: If a value is invalid or conflicts with other arguments.
     """
     check_run_arguments(arguments)
     presets = MODELS[arguments.model][2] if arguments.model in MODELS else {}
@@ -248,7 +256,7 @@ def check_model_arguments(arguments: TrainingArguments) -> None:
 
 
 def check_pretrained_arguments(arguments: TrainingArguments) -> None:
-    """Check which arguments pretrained and new models allow.
+    """Check the arguments that depend on whether the model is pretrained or new.
 
     Raises:
         ValueError: If an argument is missing or must be omitted.
@@ -283,7 +291,7 @@ def new_settings(arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel:
-    """Load the pretrained model, and change the config entries that may change.
+    """Load the pretrained model, and update the config entries that may differ.
 
     Raises:
         ValueError: If an argument differs from the config of the model and cannot change.
@@ -307,7 +315,7 @@ def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel:
 def build_transformer(
     arguments: TrainingArguments, data: TrainingData, pretrained: IRASimTransformer3DModel | None
 ) -> IRASimTransformer3DModel | UNetTrajectoryModel:
-    """Create the model, or complete the config of the pretrained one with that of the data.
+    """Create the model, or update the config of the pretrained one from the data.
 
     Raises:
         ValueError: If the actions of the data do not match the arguments or the pretrained model.
@@ -327,7 +335,7 @@ def build_transformer(
     config = pretrained.config
     if config.action_dim != action_dim:
         raise ValueError(
-            f"the data must have {config.action_dim} action components like {arguments.pretrained_model_name_or_path!r}, got "
+            f"the data must have {config.action_dim} action components as {arguments.pretrained_model_name_or_path!r} has, got "
             f"{action_dim}: pad them with `pad_actions_to`, or change the model with `irasim adapt --action-dim {action_dim}`."
         )
     if not is_trained_on_actions(pretrained):
@@ -336,7 +344,7 @@ def build_transformer(
         check_action_space(arguments, config, action_space, known["action_derivation"])
         if known["action_derivation"] == "recorded":  # keep the derivation of the model
             known.pop("action_derivation")
-    for entry in ("fps", "action_units"):  # keep what the model stores and the data do not
+    for entry in ("fps", "action_units"):  # keep the value of the model if the data have none
         if known[entry] is None:
             known.pop(entry)
     pretrained.register_to_config(**known | given)
@@ -346,7 +354,7 @@ def build_transformer(
 def data_settings(
     arguments: TrainingArguments, data: TrainingData, action_space: str | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the config entries from the data: of every model, and of an untrained action encoder."""
+    """Return config entries from the data: those of every model, and those of an untrained action encoder."""
     source, actions = data.sources[0], torch.cat([part.actions for part in data.parts])
     height, width = data.parts[0].latent_size
     offset, scale = action_normalisation(actions, arguments.action_normalisation)
@@ -393,7 +401,7 @@ def find_action_space(
 
 
 def is_trained_on_actions(model: IRASimTransformer3DModel) -> bool:
-    """Whether the action encoder of a model, which is initialized with zeros, has been trained."""
+    """Return whether the action encoder has been trained; its last layer is initialized with zeros."""
     return bool(getattr(model, "trajectory_embed", model.action_embed).linear_2.weight.any())
 
 
@@ -420,7 +428,7 @@ def main() -> None:
     sources = open_sources(arguments)
     vae = None if arguments.pixel_space else load_vae(arguments)
     pretrained = load_pretrained(arguments) if arguments.pretrained_model_name_or_path else None
-    # before the training, so that a run on an offline node cannot fail when it saves its result
+    # loaded before the training, so that a run on an offline node cannot fail when it saves its result
     sampler = load_sampler(arguments.pretrained_model_name_or_path, arguments.revision)
     config = pretrained.config if pretrained else new_settings(arguments)
     data = encode_data(sources, vae, config, arguments, accelerator)

@@ -3,9 +3,9 @@
     accelerate launch examples/train_lora.py --dataset my_robot --pretrained_model_name_or_path base --output_dir runs/lora \
         --rank 16 --learning_rate 5e-4
 
-Adapters, the action encoder and the null action are trained; all other weights are frozen. The data must have the actions and
-the frame size of the pretrained model. Checkpoints, resuming and validation are those of `train.py`. At the end `<output_dir>`
-contains `pytorch_lora_weights.safetensors`, which `IRASimPipeline.load_lora_weights` loads.
+The adapters, the action encoder and the null action are trained; all other weights are frozen. The data must have the
+actions and the frame size of the pretrained model. Checkpoints, resuming and validation work as in `train.py`. At the
+end, `<output_dir>` contains `pytorch_lora_weights.safetensors`, which `IRASimPipeline.load_lora_weights` loads.
 """
 
 import functools
@@ -48,7 +48,7 @@ class LoraArguments(RunArguments):
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout of the inputs of the adapters"})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"],
-        metadata={"aliases": ["--lora_layers"], "help": "layers with adapters"},
+        metadata={"aliases": ["--lora_layers"], "help": "layers that receive adapters"},
     )
 
 
@@ -56,7 +56,7 @@ def check_arguments(arguments: LoraArguments) -> None:
     """Check the arguments before anything is read.
 
     Raises:
-        ValueError: If a value is invalid or does not apply to the other arguments.
+        ValueError: If a value is invalid or conflicts with other arguments.
     """
     check_run_arguments(arguments)
     check_ranges(arguments, at_least_1=("lora_rank", "lora_alpha"), fractions=("lora_dropout",))
@@ -87,10 +87,10 @@ def check_config(transformer: IRASimTransformer3DModel, data: TrainingData) -> N
 
 
 def add_lora(transformer: IRASimTransformer3DModel, arguments: LoraArguments) -> IRASimTransformer3DModel:
-    """Add LoRA adapters, and train only them, the action encoder and the null action.
+    """Add LoRA adapters, and freeze all weights except adapters, action encoder and null action.
 
     Raises:
-        ValueError: If the action encoder has adapters.
+        ValueError: If `lora_target_modules` includes the action encoder.
     """
     transformer.add_adapter(
         LoraConfig(
@@ -111,7 +111,7 @@ def add_lora(transformer: IRASimTransformer3DModel, arguments: LoraArguments) ->
 
 
 def save_lora(transformer: IRASimTransformer3DModel, output: Path) -> None:
-    """Save adapters and action encoder in the format of `IRASimPipeline.load_lora_weights`."""
+    """Save the adapters and the action encoder in the format of `IRASimPipeline.load_lora_weights`."""
     encoder = {name: value for name, value in transformer.state_dict().items() if name.startswith(ACTION_ENCODER)}
     IRASimPipeline.save_lora_weights(
         output,

@@ -2,10 +2,11 @@
 
     accelerate launch examples/train_vae.py --dataset data/pusht-train --output_dir runs/pusht-vae
 
-Large models use the frozen SDXL VAE, as in the paper. For simple images a small VAE is much faster. The loss is MSE + 0.1 L1 +
-`--kl_weight` KL. `scaling_factor` is computed from the data so that scaled latents have the standard deviation `--latent_std`.
-The same command resumes from the newest complete checkpoint, also after Ctrl-C or SIGTERM. With `--pretrained` and
-`--freeze_encoder` only the decoder is trained: latents, and world models trained on them, stay valid.
+Large models use the frozen SDXL VAE, as in the paper. For simple images a small VAE is much faster. The loss is MSE +
+0.1 L1 + `--kl_weight` KL. `scaling_factor` is computed from the data so that scaled latents have the standard
+deviation `--latent_std`. The same command resumes from the newest complete checkpoint, also after Ctrl-C or SIGTERM.
+With `--pretrained` and `--freeze_encoder`, only the decoder is trained, so latents and the world models trained on
+them stay valid.
 """
 
 import math
@@ -32,6 +33,7 @@ from irasim_diffusers.training import (
     check_held_out,
     check_launch,
     check_ranges,
+    load_autoencoder,
     lock_output,
     newest_checkpoint,
     remove_leftovers,
@@ -51,13 +53,18 @@ MAY_CHANGE = (
 class VAEArguments(DataArguments):
     dataset: str = field(metadata={"help": "LeRobotDataset, IRASim-format or `datasets` folder, or Hub id"})
     output_dir: str = field(metadata={"help": "folder for checkpoints and the trained VAE"})
-    pretrained: str | None = field(default=None, metadata={"help": "autoencoder to start from: folder or Hub id"})
+    pretrained: str | None = field(
+        default=None, metadata={"help": "autoencoder to start from: folder or Hub id, optionally with :<subfolder>"}
+    )
     freeze_encoder: bool = field(default=False, metadata={"help": "train only the decoder of --pretrained"})
     frames_per_episode: int = field(default=24, metadata={"help": "evenly spaced frames of each episode to train on"})
-    block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
+    block_out_channels: list[int] = field(
+        default_factory=lambda: [32, 64, 96, 128],
+        metadata={"help": "channels at each resolution; each further one halves the resolution"},
+    )
     latent_channels: int = field(default=4, metadata={"help": "channels of the latents"})
     norm_num_groups: int = field(
-        default=32, metadata={"help": "number of GroupNorm groups; with 1, a latent depends least on distant pixels"}
+        default=32, metadata={"help": "number of GroupNorm groups; with 1, the latents depend least on distant pixels"}
     )
     latent_std: float = field(
         default=1.0,
@@ -119,7 +126,7 @@ def load_frames(dataset: PreparedEpisodes, per_episode: int, skip_broken: bool) 
 
 
 def to_model(frames: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Convert uint8 to [-1, 1]."""
+    """Convert uint8 frames to floats in [-1, 1]."""
     return frames.to(device).float() / 127.5 - 1
 
 
@@ -144,7 +151,7 @@ def latent_std(vae: AutoencoderKL, frames: torch.Tensor, device: torch.device) -
 def build_vae(arguments: VAEArguments, sample_size: int) -> AutoencoderKL:
     """Create a new autoencoder, or load the pretrained one and freeze its encoder if requested."""
     if arguments.pretrained:
-        vae = AutoencoderKL.from_pretrained(arguments.pretrained)
+        vae = load_autoencoder(arguments.pretrained, "pretrained").requires_grad_(True)
         if arguments.freeze_encoder:
             for module in filter(None, (vae.encoder, vae.quant_conv)):
                 module.requires_grad_(False)
@@ -206,7 +213,7 @@ def check_divisible(vae: AutoencoderKL, height: int, width: int) -> None:
 
 @dataclass(frozen=True)
 class Frames:
-    """Frames to train on and to validate with."""
+    """Frames for training and validation."""
 
     training: torch.Tensor  # (N, 3, H, W), uint8
     held_out: torch.Tensor  # (M, 3, H, W), uint8
@@ -214,7 +221,7 @@ class Frames:
 
 
 def open_data(arguments: VAEArguments) -> tuple[PreparedEpisodes, PreparedEpisodes]:
-    """Open the training data and the validation data, which are the training data by default.
+    """Open the training and the validation data; without a validation dataset, both are the same.
 
     Raises:
         ValueError: If the data cannot be opened, or training and validation share episodes.
@@ -280,7 +287,7 @@ def batch_loss(
 ) -> torch.Tensor:
     """Return the loss of a step.
 
-    Its frames depend on seed, step and process only, so that a resumed run uses the same ones.
+    The frames depend only on seed, step and process, so that a resumed run uses the same frames.
     """
     rng = np.random.default_rng([arguments.seed, step, accelerator.process_index])
     chosen = torch.from_numpy(rng.integers(len(frames), size=arguments.train_batch_size))

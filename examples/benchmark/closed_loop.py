@@ -1,9 +1,9 @@
-"""Measure environments around a world model: rows x steps per second, and memory over a long episode.
+"""Measure the speed of world model environments, and their memory over a long episode.
 
     python examples/benchmark/closed_loop.py --num_envs 1 8 --memory_steps 2000
 
-CPU time is that of this process, so it does not depend on what else the machine does. With `--num_threads 1` it is the time on one
-quiet core.
+Speed is the number of rows times steps per second. CPU time counts this process only, so it does not depend on other
+work of the machine; with `--num_threads 1`, it is the time on one idle core.
 """
 
 import json
@@ -17,6 +17,7 @@ import torch
 from transformers import HfArgumentParser
 
 from irasim_diffusers import embedded_checkpoint
+from irasim_diffusers.files import write_text
 from irasim_diffusers.training import exit_without_extra, run_script
 
 try:
@@ -30,16 +31,20 @@ except ModuleNotFoundError as error:
 @dataclass
 class ClosedLoopArguments:
     model: str = field(default=str(embedded_checkpoint()), metadata={"help": "pipeline folder or Hub id"})
-    num_envs: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "numbers of rows"})
-    num_steps: int = field(default=30, metadata={"help": "measured steps after three warm-up steps"})
-    memory_steps: int = field(default=0, metadata={"help": "steps of one row for the memory; 0 to leave it out"})
-    num_threads: int = field(default=1, metadata={"help": "threads of torch"})
+    num_envs: list[int] = field(
+        default_factory=lambda: [1, 8], metadata={"help": "numbers of environment rows to measure"}
+    )
+    num_steps: int = field(default=30, metadata={"help": "number of measured steps, after three warm-up steps"})
+    memory_steps: int = field(
+        default=0, metadata={"help": "number of steps of one row in which memory is measured; 0 skips this"}
+    )
+    num_threads: int = field(default=1, metadata={"help": "number of torch threads"})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
     output: Path | None = field(default=None, metadata={"help": "JSON report to write"})
 
 
 def speed(environments: WorldModelVectorEnv, num_steps: int) -> dict[str, float]:
-    """Rows x steps per second of wall-clock time and of CPU time."""
+    """Measure rows times steps per second of wall-clock time and of CPU time."""
     environments.reset(seed=0)
     environments.action_space.seed(0)
     for _ in range(3):
@@ -56,7 +61,7 @@ def speed(environments: WorldModelVectorEnv, num_steps: int) -> dict[str, float]
 
 
 def memory(environments: WorldModelVectorEnv, num_steps: int) -> list[dict[str, float]]:
-    """Resident memory in MB at five times of a long episode."""
+    """Measure the resident memory in MB at five points of a long episode."""
     process, readings = psutil.Process(), []
     environments.reset(seed=0)
     for step in range(1, num_steps + 1):
@@ -83,7 +88,7 @@ def main() -> None:
         report["memory"] = memory(environments(1), arguments.memory_steps)
     print(json.dumps(report, indent=2))
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(arguments.output, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

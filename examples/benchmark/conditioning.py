@@ -5,16 +5,16 @@ r"""Compare Frame-Ada, Video-Ada and LVDM conditioning on Push-T at equal traini
         --action_space absolute --action_offset 256 --action_scale 0.03125 --learning_rate 1e-3 \
         --attention_backend _native_math
 
-All models are trained on the same data for the same wall-clock time and have a similar number of parameters: the default
-sizes of train.py, unless `--transformer_flags`, `--video_ada_flags` and `--unet_flags` change them. All other flags are passed
-to train.py for every model. Each model is trained once per seed and number of history frames, and evaluated with
-pusht/evaluate.py on the same clips. The models of a seed are trained alternately in `--rounds` parts, so that changes in
-machine speed affect all of them. Completed runs are skipped. Writes `conditioning.json` and `conditioning.md`. If a pose is not
-found, its error counts as 96 px.
+All models are trained on the same data for the same wall-clock time and have similar numbers of parameters: the
+default sizes of train.py, unless `--transformer_flags`, `--video_ada_flags` or `--unet_flags` change them. All other
+flags are passed to train.py for every model. Each model is trained once per seed and number of history frames, and
+evaluated with pusht/evaluate.py on the same clips. The models of a seed are trained alternately in `--rounds` parts,
+so that changes in machine speed affect all of them. Completed runs are skipped. The output folder receives
+`conditioning.json` and `conditioning.md`. A pose that is not found counts with an error of 96 px.
 
-Confidence intervals use Student's t distribution over seeds; differences are paired by seed. With one seed, and in the table of
-single runs, intervals are over clips as reported by evaluate.py, and differences have no interval. With several numbers of
-history frames, all models are scored on the same frames, those after the longest history.
+Confidence intervals use Student's t distribution over seeds; differences are paired by seed. With one seed, and in the
+table of single runs, intervals are over clips, as evaluate.py reports them, and differences have no interval. With
+several numbers of history frames, all models are scored on the frames after the longest history.
 """
 
 import json
@@ -52,40 +52,44 @@ FIGURES = {
 class ConditioningArguments:
     output_dir: Path = field(metadata={"help": "folder for the runs and the report"})
     test_dataset: str = field(metadata={"help": "held-out dataset made by collect.py"})
-    max_train_minutes: float = field(metadata={"help": "wall-clock time of each training run"})
-    rounds: int = field(default=1, metadata={"help": "parts of the training time in which the models alternate"})
+    max_train_minutes: float = field(metadata={"help": "wall-clock time of each training run in minutes"})
+    rounds: int = field(
+        default=1, metadata={"help": "number of parts into which the training time is divided; the models alternate"}
+    )
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "models to compare"})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "training seeds"})
     num_history_frames: list[int] = field(
         default_factory=lambda: [1],
-        metadata={"help": "numbers of history frames; several are scored on the same frames"},
+        metadata={"help": "numbers of history frames; all are scored on the same frames"},
     )
     transformer_flags: str = field(
         default="--patch_size 2",
-        metadata={"help": 'flags of train.py for both transformers, such as `--transformer_flags="--num_layers 2"`'},
+        metadata={
+            "help": 'flags of train.py for both transformers, for example `--transformer_flags="--num_layers 2"`'
+        },
     )
-    video_ada_flags: str = field(default="", metadata={"help": "additional flags for Video-Ada"})
-    unet_flags: str = field(default="", metadata={"help": "flags for the U-Net"})
+    video_ada_flags: str = field(default="", metadata={"help": "additional flags of train.py for Video-Ada"})
+    unet_flags: str = field(default="", metadata={"help": "flags of train.py for the U-Net"})
     config_file: str | None = field(
         default=None, metadata={"help": "config file of `accelerate launch` (default: one process)"}
     )
     first_seed: int = field(default=1_000_000, metadata={"help": "first seed of the test set"})
     pusher_radius: float | None = field(default=None, metadata={"help": "pusher radius of the test set"})
-    num_clips: int = field(default=200, metadata={"help": "this and the following: see evaluate.py"})
+    num_clips: int = field(
+        default=200, metadata={"help": "number of clips; see evaluate.py for this and the following options"}
+    )
     num_histories: int = field(default=50, metadata={"help": "number of histories for the identification"})
-    scheduler: str | None = field(
-        default=None, metadata={"help": "sampler, a class of diffusers; the model's by default"}
-    )
+    scheduler: str | None = field(default=None, metadata={"help": "diffusers scheduler class (default: the model's)"})
     timestep_spacing: str | None = field(
-        default=None, metadata={"help": "timestep spacing of the sampler; the model's by default"}
+        default=None, metadata={"help": "timestep spacing of `scheduler` (default: the model's)"}
     )
-    num_inference_steps: int | None = field(default=None, metadata={"help": "denoising steps; the model's by default"})
-    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16"})
+    num_inference_steps: int | None = field(default=None, metadata={"help": "denoising steps (default: the model's)"})
+    dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
 
 
 def read_figures(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Read the metrics of a report, each as value, low and high."""
+    """Read the metrics of a report, each with `value`, `low` and `high`."""
     figures = {}
     for name in FIGURES:
         entry: Any = report
@@ -101,7 +105,7 @@ def read_figures(report: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def over_seeds(values: list[float]) -> dict[str, float]:
-    """Return the mean over seeds with a 95 % interval (Student's t); one seed has no interval."""
+    """Return the mean over seeds with a 95 % interval (Student's t); with one seed, without interval."""
     mean = float(np.mean(values))
     if len(values) == 1:
         return {"value": mean}
@@ -110,7 +114,7 @@ def over_seeds(values: list[float]) -> dict[str, float]:
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Summarize the runs of one model as means over seeds."""
+    """Summarize the runs of a model as means over seeds."""
     numbers = ("parameters", "steps", "evaluations")
     row: dict[str, Any] = {name: float(np.mean([run[name] for run in runs])) for name in numbers}
     if len(runs) == 1:
@@ -127,8 +131,8 @@ def gains(first: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str,
 def compare(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Summarize each model and number of history frames, and compute paired differences.
 
-    Differences are between the first model and each other model with the same history, and between each further number of
-    history frames and the first one for the same model.
+    Differences are those of the first model and each other model with the same history, and those of each further number of
+    history frames and the first one, for the same model.
 
     Returns:
         Rows of the models and rows of the differences.
@@ -161,7 +165,7 @@ def cell(value: dict[str, float] | None) -> str:
 
 
 def table(leading: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
-    """Format rows as a Markdown table: the `leading` entries, then the metrics."""
+    """Format rows as a Markdown table of the `leading` entries and the metrics."""
     titles = [name.replace("num_history_frames", "history") for name in leading] + list(FIGURES.values())
     text = f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|\n"
     for row in rows:
@@ -187,7 +191,7 @@ def seconds_trained(folder: Path) -> float:
 
 
 def model_flags(arguments: ConditioningArguments, common: list[str]) -> dict[str, list[str]]:
-    """Return the flags of train.py for each model; of repeated flags the last one counts."""
+    """Return the flags of train.py for each model; the last one of repeated flags counts."""
     own = {
         "Frame-Ada": arguments.transformer_flags,
         "Video-Ada": f"{arguments.transformer_flags} {arguments.video_ada_flags}",
@@ -197,7 +201,7 @@ def model_flags(arguments: ConditioningArguments, common: list[str]) -> dict[str
 
 
 def turns(models: list[str], rounds: int, minutes: float) -> list[tuple[str, float]]:
-    """Return the training order as pairs of model and total minutes to reach."""
+    """Return the training order as pairs of a model and its total training time in minutes."""
     return [(model, minutes * (part / rounds)) for part in range(1, rounds + 1) for model in models]
 
 
@@ -232,7 +236,9 @@ def evaluate(arguments: ConditioningArguments, folder: Path, model: str, history
         "device",
     )
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    steps = int(checkpoints(folder)[-1].name.split("-")[1])  # in the file name, because a longer budget adds steps
+    steps = int(
+        checkpoints(folder)[-1].name.split("-")[1]
+    )  # part of the file name, because a longer training time adds steps
     name, seen = str(steps), max(arguments.num_history_frames)
     if history < seen:
         given["num_seen_frames"] = seen
@@ -267,7 +273,9 @@ def main() -> None:
         raise ValueError(f"`models` must be among {', '.join(MODELS)}, got {', '.join(unknown)}.")
     own = model_flags(arguments, flags)
     if any("--max_train_steps" in part for part in own.values()):
-        raise ValueError("`max_train_steps` must be left out: `max_train_minutes` determines the training length.")
+        raise ValueError(
+            "`max_train_steps` must be omitted: `max_train_minutes` determines the length of the training."
+        )
     runs = [
         evaluate(arguments, folder, model, history, seed)
         for history in arguments.num_history_frames

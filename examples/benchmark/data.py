@@ -2,8 +2,8 @@
 
     python examples/benchmark/data.py --dataset data/pusht-test --vae runs/pusht-vae --cache_dir runs/latents
 
-Runs in one process and prints a Markdown table. Rates are per second of CPU time, because video decoders use all cores.
-Without `--vae`, only decoding is measured, which works for any dataset.
+The script runs in one process and prints a Markdown table. Rates are per second of CPU time, because video decoders
+use all cores. Without `--vae`, only video decoding is measured; this works for any dataset.
 """
 
 import time
@@ -30,16 +30,17 @@ class DataArguments:
     num_episodes: int | None = field(default=None, metadata={"help": "number of episodes to use (default: all)"})
     cameras: list[str] = field(default_factory=list, metadata={"help": "cameras to use (default: all)"})
     model: str = field(
-        default=str(embedded_checkpoint()), metadata={"help": "pipeline for the timing of a training step"}
+        default=str(embedded_checkpoint()),
+        metadata={"help": "pipeline folder or Hub id that determines window length and training step"},
     )
     batch_size: int = field(default=16, metadata={"help": "batch size"})
-    seconds: float = field(default=10.0, metadata={"help": "duration of each measurement"})
+    seconds: float = field(default=10.0, metadata={"help": "duration of each measurement in seconds"})
 
 
 def rate(step: Callable[[], int], seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Return the items per second of `step`, which returns its number of items.
+    """Return the number of items that `step` processes per second.
 
-    The first call is not counted.
+    `step` returns the number of items of a call. The first call is not counted.
     """
     step()
     done, start = 0, clock()
@@ -49,7 +50,7 @@ def rate(step: Callable[[], int], seconds: float, clock: Callable[[], float] = t
 
 
 def measure_decoding(source: EpisodeSource, length: int, seconds: float) -> None:
-    """Measure random windows decoded from the preceding keyframe, and complete episodes for comparison."""
+    """Measure decoding of random windows and, for comparison, of complete episodes."""
     lengths = [len(source.vectors(number)["action"]) for number in range(len(source))]
     long_enough = [number for number, frames in enumerate(lengths) if frames >= length]
     rng = np.random.default_rng(0)
@@ -65,8 +66,8 @@ def measure_decoding(source: EpisodeSource, length: int, seconds: float) -> None
     whole = rate(episode, seconds, time.process_time)
     alone = np.mean([lengths[number] // length for number in long_enough])
     print(f"| windows of {length} frames | per second of CPU time |\n|---|---|")
-    print(f"| random windows decoded from video | {rate(window, seconds, time.process_time):.0f} |")
-    print(f"| one window per completely decoded episode | {whole / alone:.0f} |")
+    print(f"| random windows, decoded from the preceding keyframe | {rate(window, seconds, time.process_time):.0f} |")
+    print(f"| one window of each completely decoded episode | {whole / alone:.0f} |")
     print(f"| all windows of completely decoded episodes | {whole:.0f} |")
 
 

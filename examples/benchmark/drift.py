@@ -2,7 +2,8 @@
 
     python examples/benchmark/drift.py --dataset data/pusht-test --num_episodes 16
 
-Prints the PSNR of each quarter of the rollout, for each chunk length. The baseline is the repeated last history frame.
+The script prints the PSNR of each quarter of the rollout for each chunk length. The baseline is the repeated last
+history frame.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from irasim_diffusers.training import run_script
 @dataclass
 class DriftArguments:
     dataset: str = field(metadata={"help": "held-out dataset"})
-    model: str = str(embedded_checkpoint())
+    model: str = field(default=str(embedded_checkpoint()), metadata={"help": "pipeline folder or Hub id"})
     num_episodes: int = field(default=16, metadata={"help": "number of episodes"})
     num_actions: int = field(default=56, metadata={"help": "number of actions per episode"})
     chunk_lengths: list[int] = field(default_factory=lambda: [1], metadata={"help": "actions per predicted chunk"})
@@ -29,7 +30,7 @@ class DriftArguments:
 
 
 def in_latents(pipeline: IRASimPipeline, frames: np.ndarray, actions: np.ndarray, chunk_length: int) -> np.ndarray:
-    """Predict frames (n, H, W, 3) with the history kept in latents."""
+    """Predict frames (n, H, W, 3); the history of each chunk is kept in latents."""
     generator = torch.Generator().manual_seed(0)
     video = pipeline.stream(frames, actions, chunk_length, generator=generator, output_type="np")
     return np.stack([np.asarray(frame) for frame in video])

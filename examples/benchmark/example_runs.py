@@ -1,20 +1,20 @@
-"""Run the example scripts from benchmarks, skipping completed runs and resuming interrupted ones."""
+"""Run example scripts from benchmarks; completed runs are skipped, interrupted ones resume."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import write_text
 
 EXAMPLES = Path(__file__).parents[1]
 
 
 def run_once(marker: Path, script: str, *arguments: object, config_file: str | None = None) -> None:
-    """Run an example script unless it was completed with the same arguments.
+    """Run an example script unless it has already been completed with the same arguments.
 
     Args:
-        marker: JSON file of the arguments, written when the run is complete.
+        marker: JSON file with the arguments, written when the run is complete.
         script: Path of the script relative to `examples`.
         arguments: Command-line arguments of the script.
         config_file: Config file of `accelerate launch`. None runs the script in one process.
@@ -24,8 +24,7 @@ def run_once(marker: Path, script: str, *arguments: object, config_file: str | N
         return
     launcher = ["-m", "accelerate.commands.launch", "--config_file", config_file] if config_file else []
     subprocess.run([sys.executable, *launcher, str(EXAMPLES / script), *given[1:]], check=True)
-    with temporary_path(marker) as partial:
-        partial.write_text(json.dumps(given), encoding="utf-8")
+    write_text(marker, json.dumps(given))
 
 
 def train_once(output: Path, *arguments: object, config_file: str | None = None) -> None:
@@ -39,6 +38,5 @@ def train_once(output: Path, *arguments: object, config_file: str | None = None)
 def write_report(folder: Path, name: str, content: dict, table: str) -> None:
     """Write `<name>.json` and `<name>.md`, and print the table."""
     for suffix, text in ((".json", json.dumps(content, indent=2)), (".md", table)):
-        with temporary_path((folder / name).with_suffix(suffix)) as partial:
-            partial.write_text(text, encoding="utf-8")
+        write_text((folder / name).with_suffix(suffix), text)
     print(table)

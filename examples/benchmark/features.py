@@ -2,8 +2,8 @@
 
     python examples/benchmark/features.py --dataset data/pusht-test
 
-Prints a table for held-out clips of 15 predicted frames: the PSNR, the number of computed attention layers, the time in
-seconds and the memory of the transformer's weights.
+The script prints a table for held-out clips of 15 predicted frames: PSNR, number of computed attention layers, time in
+seconds, and memory of the transformer's weights.
 """
 
 import time
@@ -29,10 +29,10 @@ from irasim_diffusers.training import run_script
 @dataclass
 class FeatureArguments:
     dataset: str = field(metadata={"help": "held-out dataset"})
-    model: str = str(embedded_checkpoint())
+    model: str = field(default=str(embedded_checkpoint()), metadata={"help": "pipeline folder or Hub id"})
     num_clips: int = field(default=12, metadata={"help": "number of clips"})
     cache_steps: int = field(
-        default=16, metadata={"help": "denoising steps of the rows with caches and of their baseline"}
+        default=16, metadata={"help": "denoising steps of the measurements with caches, and of their baseline"}
     )
 
 
@@ -114,7 +114,7 @@ def main() -> None:
     for name, (load, steps) in rows.items():
         pipeline = load()
         pipeline.set_progress_bar_config(disable=True)
-        pipeline(clips[:1, :seen], actions[:1], num_inference_steps=1)  # excludes one-time setup from the timing
+        pipeline(clips[:1, :seen], actions[:1], num_inference_steps=1)  # exclude the one-time setup from the time
         computed: list[int] = []
         for block in [*pipeline.transformer.transformer_blocks, *pipeline.transformer.temporal_transformer_blocks]:
             block.attn1.to_q.register_forward_hook(lambda *_, computed=computed: computed.append(1))

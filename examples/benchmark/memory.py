@@ -1,13 +1,13 @@
 """Estimate the training memory of each preset of the paper, or measure it on a GPU.
 
-    python examples/benchmark/memory.py                  # estimate, takes seconds
-    python examples/benchmark/memory.py --measure        # real training steps on a CUDA device
+    python examples/benchmark/memory.py                  # estimate, takes a few seconds
+    python examples/benchmark/memory.py --measure        # measure training steps on a CUDA device
 
-The estimate contains the weights, gradients, AdamW moments and EMA in float32, and the tensors that autograd saves in pure
-bfloat16 without fused attention, counted on the meta device. Autocast additionally keeps bfloat16 copies of the weights, and
-fused attention saves no attention matrices; for one window of XL the two effects roughly cancel. Temporary kernel memory,
-fragmentation and a frozen autoencoder (SDXL: 0.33 GB) are not included. Windows have 16 frames of 256x320, as in the paper's
-RT-1 experiments.
+The estimate contains the weights, gradients, AdamW moments and EMA in float32, and the tensors that autograd saves in
+pure bfloat16 without fused attention, counted on the meta device. Autocast additionally keeps bfloat16 copies of the
+weights, and fused attention saves no attention matrices; for one window of XL the two effects roughly cancel.
+Temporary kernel memory, fragmentation and a frozen autoencoder (SDXL: 0.33 GB) are not included. Windows have 16
+frames of 256x320, as in the paper's RT-1 experiments.
 """
 
 import gc
@@ -28,12 +28,12 @@ from irasim_diffusers.training import diffusion_loss, run_script
 class MemoryArguments:
     measure: bool = field(default=False, metadata={"help": "measure on a CUDA device instead of estimating"})
     batch_size: int = field(default=1, metadata={"help": "windows per batch"})
-    lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA layers"})
-    presets: list[str] = field(default_factory=lambda: list(PRESETS))
+    lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA adapters"})
+    presets: list[str] = field(default_factory=lambda: list(PRESETS), metadata={"help": "model sizes of the paper"})
 
 
 def build(preset: str, lora_rank: int, checkpointing: bool, device: str) -> IRASimTransformer3DModel:
-    """Build a preset of the paper as in train.py."""
+    """Create a model of a preset; with a LoRA rank, only adapters and action encoder are trained."""
     with torch.device(device):
         model = IRASimTransformer3DModel(**PRESETS[preset])
         if lora_rank:
@@ -118,7 +118,7 @@ def measured(preset: str, lora_rank: int, checkpointing: bool, eight_bit: bool, 
 def main() -> None:
     (arguments,) = HfArgumentParser(MemoryArguments).parse_args_into_dataclasses()
     if arguments.measure and not torch.cuda.is_available():
-        raise ValueError("`measure` requires a CUDA device, but none is available: leave it out for an estimate.")
+        raise ValueError("`measure` requires a CUDA device, but none is available: omit it for an estimate.")
     logging.set_verbosity_error()
     memory = measured if arguments.measure else computed
     columns = list(product((False, True), (False, True)))  # checkpointing, 8-bit moments

@@ -1,12 +1,13 @@
-r"""Train several model sizes on one dataset, and plot loss and PSNR over size and steps.
+r"""Train several model sizes on one dataset, and plot loss and PSNR against size and steps.
 
     python examples/benchmark/scaling.py --output_dir runs/scaling --sizes 2x2x48 4x3x64 6x6x64 \
         --dataset data/pusht-train --validation_dataset data/pusht-test --vae runs/pusht-vae \
         --max_train_steps 4000 --validation_steps 500
 
-A size is a preset of the paper or `layers x heads x channels per head`. All other flags are passed to train.py. All sizes are
-trained on the same windows, noise and timesteps in the same order. Completed sizes are skipped, and interrupted ones are
-resumed. Writes `scaling.json`, `scaling.md` and `scaling.png`. Requires `pip install .[benchmark]`.
+A size is a preset of the paper, or layers x heads x channels per head. All other flags are passed to train.py. All
+sizes are trained on the same windows, noise and timesteps in the same order. Completed sizes are skipped, and
+interrupted ones resume. The output folder receives `scaling.json`, `scaling.md` and `scaling.png`. The script
+requires `pip install ".[benchmark]"`.
 """
 
 from dataclasses import dataclass, field
@@ -31,11 +32,13 @@ except ModuleNotFoundError as error:
 @dataclass
 class ScalingArguments:
     output_dir: Path = field(metadata={"help": "folder for the runs and the report"})
-    sizes: list[str] = field(metadata={"help": "presets, or layers x heads x channels per head, such as 4x3x64"})
+    sizes: list[str] = field(metadata={"help": "presets, or layers x heads x channels per head, for example 4x3x64"})
     config_file: str | None = field(
         default=None, metadata={"help": "config file of `accelerate launch` (default: one process)"}
     )
-    intervals: int = field(default=20, metadata={"help": "points of the loss curve, each the mean of an interval"})
+    intervals: int = field(
+        default=20, metadata={"help": "number of points of the loss curve; each is the mean over an interval of steps"}
+    )
 
 
 def size_flags(size: str) -> list[str]:
@@ -54,7 +57,7 @@ def size_flags(size: str) -> list[str]:
 
 
 def read_scalars(folder: Path, name: str) -> dict[int, float]:
-    """Read scalars by step from the tensorboard logs; after a resume, the later value of a step counts."""
+    """Read scalars by step from the tensorboard logs; of repeated steps, the last value counts."""
     values: dict[int, float] = {}
     for path in sorted(folder.rglob("events.out.*")):
         log = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
@@ -64,7 +67,7 @@ def read_scalars(folder: Path, name: str) -> dict[int, float]:
 
 
 def averaged(scalars: dict[int, float], intervals: int) -> list[list[float]]:
-    """Average scalars over equal intervals; return the points (last step, mean)."""
+    """Average scalars over equal intervals of steps; return points (last step, mean)."""
     parts = np.array_split(np.array(list(scalars.items())), min(intervals, len(scalars)))
     return [[int(part[-1, 0]), float(part[:, 1].mean())] for part in parts]
 
@@ -90,7 +93,7 @@ def main() -> None:
     parser = HfArgumentParser(ScalingArguments, allow_abbrev=False)
     arguments, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if "--validation_dataset" not in flags:
-        raise ValueError("`validation_dataset` must be given: PSNR is measured on it. Add --validation_dataset.")
+        raise ValueError("`validation_dataset` is required: the PSNR is measured on it. Add --validation_dataset.")
     chosen = {size: size_flags(size) for size in arguments.sizes}
     rows = []
     for size, own in chosen.items():
@@ -99,7 +102,9 @@ def main() -> None:
         train_once(folder, *logged, *flags, *own, config_file=arguments.config_file)
         psnr = read_scalars(folder, "psnr")
         if not psnr:
-            raise ValueError(f"{str(folder)!r} has no PSNR: `validation_steps` must be at most `max_train_steps`.")
+            raise ValueError(
+                f"{str(folder)!r} contains no PSNR: `validation_steps` must be at most `max_train_steps`."
+            )
         rows.append(
             {
                 "size": size,

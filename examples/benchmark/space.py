@@ -1,10 +1,10 @@
-"""Load test of the Space: latency and frame rate in a browser, concurrent users, server memory.
+"""Measure the Space: latency and frame rate in a browser, concurrent users, server memory.
 
-    pip install ".[space]" playwright psutil  # also requires Debian's chromium
+    pip install ".[space]" playwright  # also requires Debian's chromium
     python examples/benchmark/space.py --users 10 --seconds 300
 
-Starts the Space, drives the page in headless Chromium, and then runs `users` concurrent gradio_client sessions. Each user sends
-the next request as soon as the previous one is answered, up to the robot's frame rate.
+The script starts the Space, drives in headless Chromium, and then runs `--users` concurrent gradio_client sessions.
+Each user sends the next request when the previous one is answered, but not faster than the frame rate of the model.
 """
 
 import json
@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 from transformers import HfArgumentParser
 
+from irasim_diffusers.files import temporary_path, write_text
 from irasim_diffusers.training import exit_without_extra, run_script
 
 try:
@@ -37,10 +38,10 @@ KEYS = ("ArrowRight", "ArrowLeft", "ArrowDown", "ArrowUp")
 
 @dataclass
 class SpaceArguments:
-    model: str = field(default="push-t", metadata={"help": "model name, see app.py"})
-    presses: int = field(default=20, metadata={"help": "key presses in the browser; 0 skips the browser"})
-    users: int = field(default=10, metadata={"help": "concurrent gradio_client users"})
-    seconds: float = field(default=60.0, metadata={"help": "duration of the test with concurrent users"})
+    model: str = field(default="push-t", metadata={"help": "name of the model; see app.py"})
+    presses: int = field(default=20, metadata={"help": "number of key presses in the browser; 0 skips the browser"})
+    users: int = field(default=10, metadata={"help": "number of concurrent gradio_client users"})
+    seconds: float = field(default=60.0, metadata={"help": "duration of the test with concurrent users in seconds"})
     chunk_length: int = field(default=4, metadata={"help": "actions per request"})
     output: Path | None = field(default=None, metadata={"help": "JSON report to write"})
     screenshot: Path | None = field(default=None, metadata={"help": "PNG screenshot of the page to write"})
@@ -97,7 +98,7 @@ def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> 
             page.keyboard.down(KEYS[index % 4])
             page.wait_for_timeout(300 + 37 * (index % 5))
             page.keyboard.up(KEYS[index % 4])
-            # alternately press again while the model still runs and after it has stopped
+            # press the next key alternately while the model is still running and after it has stopped
             page.wait_for_timeout(700 if index % 2 else 1500)
         page.keyboard.down(KEYS[0])
         page.wait_for_timeout(1000)
@@ -112,9 +113,13 @@ def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> 
             page.wait_for_timeout(300)
             page.keyboard.up(KEYS[0])
             page.wait_for_timeout(3000)
-            page.screenshot(path=screenshot)
+            with temporary_path(screenshot) as partial:
+                page.screenshot(path=partial)
         browser.close()
-    times, latencies = np.array(figures["shown"][shown:]), np.array(figures["latencies"][1:])  # without the warm-up
+    times, latencies = (
+        np.array(figures["shown"][shown:]),
+        np.array(figures["latencies"][1:]),
+    )  # the first press is a warm-up
     return {
         "presses": len(latencies),
         "latency_ms": float(np.median(latencies)),
@@ -125,7 +130,7 @@ def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> 
 
 
 class User(threading.Thread):
-    """A user that drives through gradio_client."""
+    """User that drives through gradio_client."""
 
     def __init__(self, url: str, arguments: SpaceArguments, until: threading.Event) -> None:
         super().__init__()
@@ -148,12 +153,12 @@ class User(threading.Thread):
                 self.waits.append(time.perf_counter() - begin)
                 self.until.wait(max(0.0, begin + pace - time.perf_counter()))
             client.predict(session, api_name="/stop")
-        except Exception as error:  # every exception counts as an error of the Space
+        except Exception as error:  # any exception counts as an error of the Space
             self.errors.append(repr(error))
 
 
 def drive_together(url: str, arguments: SpaceArguments, process: psutil.Process) -> dict[str, Any]:
-    """Run concurrent users; report their frame rates, waits and errors, and the server's memory."""
+    """Run concurrent users; return their frame rates, waits and errors, and the memory of the server."""
     before, until = process.memory_info().rss, threading.Event()
     users = [User(url, arguments, until) for _ in range(arguments.users)]
     for user in users:
@@ -217,7 +222,7 @@ def main() -> None:
         process.wait(20)
         folder.cleanup()
     if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=2), encoding="utf-8")
+        write_text(arguments.output, json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

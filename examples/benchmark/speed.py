@@ -2,9 +2,9 @@
 
     python examples/benchmark/speed.py --model runs/pusht --schedulers PNDMScheduler:50 DPMSolverMultistepScheduler:8
 
-All schedulers are measured in the same run, so that their times can be compared. Times are medians over `--repeats` runs after one
-warm-up run and include decoding. A batch predicts `--num_actions` frames for each action sequence from one history:
-`--batch_sizes 50` corresponds to one decision of a planner among 50 candidates.
+All schedulers are measured in one run, so that their times are comparable. Times include decoding and are medians over
+`--repeats` runs after one warm-up run. A batch predicts `--num_actions` frames for each action sequence from one
+history: `--batch_sizes 50` corresponds to one decision of a planner among 50 candidates.
 """
 
 import json
@@ -21,6 +21,7 @@ from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.evaluation import EvaluationCounter
+from irasim_diffusers.files import write_text
 from irasim_diffusers.training import run_script
 
 
@@ -30,8 +31,10 @@ class SpeedArguments:
     schedulers: list[str] = field(
         default_factory=list, metadata={"help": "diffusers schedulers as class:steps (default: the model's)"}
     )
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 50])
-    num_actions: int = field(default=15, metadata={"help": "frames per prediction"})
+    batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 50], metadata={"help": "numbers of action sequences that are predicted together"}
+    )
+    num_actions: int = field(default=15, metadata={"help": "actions, and thus predicted frames, per sequence"})
     chunk_length: int = field(default=2, metadata={"help": "frames per streamed chunk"})
     repeats: int = field(default=5, metadata={"help": "repetitions of each measurement"})
     dtype: str = field(default="bfloat16", metadata={"help": "float32, bfloat16 or float16"})
@@ -105,7 +108,7 @@ def main() -> None:
         f"peak memory {memory:.2f} GB, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     )
     if arguments.output:
-        arguments.output.write_text(json.dumps({"rows": rows, "peak_memory_gb": memory}, indent=2), encoding="utf-8")
+        write_text(arguments.output, json.dumps({"rows": rows, "peak_memory_gb": memory}, indent=2))
 
 
 if __name__ == "__main__":

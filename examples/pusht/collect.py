@@ -2,10 +2,11 @@
 
     python examples/pusht/collect.py --output data/pusht-train --episodes 1500 --first_seed 0
 
-Each episode uses one of five policies: an aimless pusher, an expert, the expert with noise, a pusher driven by held arrow keys as
-in the Space, and a pusher that moves to distant targets, including edges and corners. The seed of an episode determines its
-content. Episodes are written in files of 50. The same command resumes at the first missing file, a larger `--episodes` adds
-episodes, and other settings raise an error. `--pusher_radius` changes the simulated world.
+Each episode uses one of five policies: an aimless pusher, an expert, the expert with noise, a pusher driven by held
+arrow keys as in the Space, and a pusher that moves to distant targets, including edges and corners. With the
+same settings, an episode depends only on its seed. Episodes are written in files of 50. The same command resumes at
+the first missing file, and a larger `--episodes` adds episodes; any other changed setting raises an error.
+`--pusher_radius` changes the simulated world.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ from irasim_diffusers.data import (
 )
 from irasim_diffusers.data.lerobot_writer import EPISODES_PATH
 from irasim_diffusers.data.publish import SOURCE_FILE
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import read_json, write_text
 from irasim_diffusers.training import check_ranges, run_script
 
 CAMERA = "observation.image"
@@ -55,7 +56,7 @@ EPISODES_PER_FILE = 50
 CARD = """# Push-T clips
 
 {episodes} episodes of {length} frames at {fps} Hz of the Push-T simulator (gym-pusht), {size}x{size} pixels, in LeRobotDataset
-v3.0. Frames are the simulator's observations, which do not show the action. An action is the target position of the
+v3.0. Frames are the simulator's observations, which do not show the action. An action is the target position (x, y) of the
 pusher in the arena, 0 to 512 from the top left. The pusher's radius is {pusher_radius:g} arena units
 ({default_radius:g} in gym-pusht).
 
@@ -64,7 +65,7 @@ pusher in the arena, 0 to 512 from the top left. The pusher's radius is {pusher_
 {rows}
 
 `observation.state` is the pusher's position. `observation.environment_state` is the position and angle (radians) of the
-block; the origin of its frame is the middle of the bar's upper edge. Videos are lossless.
+block; the origin of the block's frame is the middle of the bar's upper edge. Videos are lossless.
 
 Created with `{command}` from irasim-diffusers. Episode k uses seed {first_seed} + k.
 """
@@ -83,15 +84,17 @@ class CollectArguments:
     episodes: int = field(default=1000, metadata={"help": "number of episodes"})
     length: int = field(default=120, metadata={"help": "frames per episode; 120 are 12 seconds"})
     first_seed: int = field(default=0, metadata={"help": "seed of episode 0; episode k uses first_seed + k"})
-    aimless: float = field(default=0.3, metadata={"help": "fraction of episodes with the aimless pusher"})
-    expert: float = field(default=0.1, metadata={"help": "fraction of episodes with the expert"})
-    noisy: float = field(default=0.1, metadata={"help": "fraction of episodes with the noisy expert"})
-    keys: float = field(default=0.35, metadata={"help": "fraction of episodes driven by held keys"})
-    jumps: float = field(default=0.15, metadata={"help": "fraction of episodes with distant targets"})
+    aimless: float = field(default=0.3, metadata={"help": "relative share of episodes with the aimless pusher"})
+    expert: float = field(default=0.1, metadata={"help": "relative share of episodes with the expert"})
+    noisy: float = field(default=0.1, metadata={"help": "relative share of episodes with the noisy expert"})
+    keys: float = field(default=0.35, metadata={"help": "relative share of episodes driven by held keys"})
+    jumps: float = field(default=0.15, metadata={"help": "relative share of episodes with distant targets"})
     pusher_radius: float = field(
-        default=PUSHER_RADIUS, metadata={"help": "radius in arena units; the expert supports only 15"}
+        default=PUSHER_RADIUS, metadata={"help": "radius of the pusher in arena units; the expert supports only 15"}
     )
-    num_workers: int = field(default=multiprocessing.cpu_count(), metadata={"help": "number of processes"})
+    num_workers: int = field(
+        default=multiprocessing.cpu_count(), metadata={"help": "number of processes (default: one per CPU core)"}
+    )
     push_to_hub: str | None = field(default=None, metadata={"help": "Hub repository to publish to, as user/name"})
 
 
@@ -101,19 +104,19 @@ def prepare_folder(arguments: CollectArguments) -> None:
     If the existing folder has fewer episodes, its info.json is deleted, which marks the folder as incomplete.
 
     Raises:
-        ValueError: If a setting other than a larger number of episodes differs.
+        ValueError: If any setting differs, except for a larger number of episodes.
     """
-    root, marker = arguments.output, arguments.output / SOURCE_FILE
+    root = arguments.output
     names = ("episodes", "length", "first_seed", *TASKS, "pusher_radius")
     wanted = {name: getattr(arguments, name) for name in names}
-    if not marker.is_file():
+    if not (root / SOURCE_FILE).is_file():
         if root.is_dir() and any(root.iterdir()):
             raise ValueError(f"{str(root)!r} contains files but no settings file: choose a new folder.")
-        write_marker(marker, wanted)
-    written = json.loads(marker.read_text(encoding="utf-8"))
+        write_text(root / SOURCE_FILE, json.dumps(wanted))
+    written = read_settings(root)
     if written | {"episodes": None} == wanted | {"episodes": None} and written["episodes"] < arguments.episodes:
         (root / "meta" / "info.json").unlink(missing_ok=True)
-        write_marker(marker, wanted)
+        write_text(root / SOURCE_FILE, json.dumps(wanted))
         return
     changes = [
         f"`{name}` {written.get(name)}, not {value}" for name, value in wanted.items() if written.get(name) != value
@@ -124,10 +127,15 @@ def prepare_folder(arguments: CollectArguments) -> None:
         )
 
 
-def write_marker(marker: Path, settings: dict[str, Any]) -> None:
-    """Write the settings that determine the episodes of a folder."""
-    with temporary_path(marker) as partial:
-        partial.write_text(json.dumps(settings), encoding="utf-8")
+def read_settings(root: Path) -> dict[str, Any]:
+    """Read the settings that determine the episodes of a folder.
+
+    Raises:
+        ValueError: If the folder was not created by this script.
+    """
+    if not (root / SOURCE_FILE).is_file():
+        raise ValueError(f"{str(root)!r} must be a folder of collect.py: it has no settings file {SOURCE_FILE!r}.")
+    return read_json(root / SOURCE_FILE)
 
 
 def pusher_of(kind: str, rng: np.random.Generator, state: State) -> Pusher:
@@ -142,7 +150,7 @@ def pusher_of(kind: str, rng: np.random.Generator, state: State) -> Pusher:
 
 
 def collect_episode(simulator: Simulator, seed: int, length: int, shares: dict[str, float]) -> Episode:
-    """Collect one episode of `length` frames with a policy drawn in proportion to `shares`."""
+    """Collect an episode of `length` frames with a policy that is drawn in proportion to `shares`."""
     state = simulator.reset(seed)
     weights = np.array([shares[kind] for kind in TASKS])
     kind = list(TASKS)[np.random.default_rng([seed, 3]).choice(len(TASKS), p=weights / weights.sum())]
@@ -167,16 +175,16 @@ def collect_episode(simulator: Simulator, seed: int, length: int, shares: dict[s
 
 
 def written_episodes(root: Path, file_index: int) -> int:
-    """Return the number of episodes in a file, 0 if it is missing or incomplete."""
+    """Return the number of episodes in a file; 0 if the file is missing or incomplete."""
     if not is_written(root, file_index):
         return 0
     return pq.read_metadata(root / EPISODES_PATH.format(chunk_index=0, file_index=file_index)).num_rows
 
 
 def collect_file(file_index: int, arguments: CollectArguments) -> int:
-    """Collect and write one file unless it already has all its episodes; return its number of episodes.
+    """Collect and write one file unless it is complete; return its number of episodes.
 
-    A larger file starts with the same episodes, because the seed of an episode determines its content.
+    A larger file starts with the same episodes, because an episode depends only on its seed.
     """
     first = file_index * EPISODES_PER_FILE
     numbers = range(first, min(first + EPISODES_PER_FILE, arguments.episodes))
@@ -228,7 +236,7 @@ def main() -> None:
     shares = [getattr(arguments, kind) for kind in TASKS]
     if min(shares) < 0 or sum(shares) == 0:
         raise ValueError(
-            f"{', '.join(f'`{kind}`' for kind in TASKS)} must be non-negative fractions that are not all zero, got {shares}."
+            f"{', '.join(f'`{kind}`' for kind in TASKS)} must be non-negative shares that are not all zero, got {shares}."
         )
     if arguments.pusher_radius <= 0:
         raise ValueError(f"`pusher_radius` must be positive, got {arguments.pusher_radius:g}.")
@@ -238,7 +246,7 @@ def main() -> None:
             f"`pusher_radius` {PUSHER_RADIUS:g}, got {arguments.pusher_radius:g}."
         )
     prepare_folder(arguments)
-    if arguments.push_to_hub:  # fails early if the repository cannot be created
+    if arguments.push_to_hub:  # before the work, so that an error is reported early
         HfApi().create_repo(arguments.push_to_hub, repo_type="dataset", exist_ok=True)
     files = range(-(-arguments.episodes // EPISODES_PER_FILE))
     work, num_workers = functools.partial(collect_file, arguments=arguments), min(arguments.num_workers, len(files))

@@ -2,9 +2,9 @@
 
     python examples/pusht/convolutional.py --dataset data/pusht-train --output_dir runs/pusht-convolutional --max_minutes 30
 
-A residual network without attention at a quarter of the frame resolution. It uses the same data, loss and training on its own
-rollouts as the transformer in `train.py`, and `evaluate.py --model runs/pusht-convolutional` reports the same metrics. An
-interrupted run resumes from its last checkpoint.
+The baseline is a residual network without attention at a quarter of the frame resolution. Like the transformer in
+`train.py`, it is trained on recorded clips and on its own rollouts, with the squared error. `evaluate.py`
+reports the same metrics for both. The same command resumes from the last checkpoint.
 """
 
 import json
@@ -26,13 +26,13 @@ from transformers import HfArgumentParser
 
 from irasim_diffusers.action_space import ActionSpace
 from irasim_diffusers.data import LatentClips, PreparedEpisodes, cache_latents, open_dataset
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import temporary_path, write_text
 from irasim_diffusers.pipelines.inputs import stack_frames
 from irasim_diffusers.rollout import RolloutState
 from irasim_diffusers.training import check_ranges, run_script
 
-HISTORY = 2
-OCTAVES = 6
+HISTORY = 2  # history frames
+OCTAVES = 6  # frequencies of the action map
 WEIGHTS = "convolutional.safetensors"
 
 
@@ -43,12 +43,15 @@ class BaselineArguments:
     max_minutes: float = field(default=30.0, metadata={"help": "training time in minutes"})
     batch_size: int = field(default=16, metadata={"help": "batch size"})
     learning_rate: float = field(default=1e-3, metadata={"help": "learning rate"})
-    width: int = field(default=64, metadata={"help": "number of channels"})
+    width: int = field(default=64, metadata={"help": "channels at a quarter of the resolution"})
     rollout_chunks: int = field(
-        default=5, metadata={"help": "maximum number of frames predicted before the loss frame"}
+        default=5, metadata={"help": "maximum number of frames that the model predicts before the frame of the loss"}
     )
     rollout_start: float = field(
-        default=0.35, metadata={"help": "fraction of the training time after which rollouts start"}
+        default=0.35,
+        metadata={
+            "help": "fraction of the training time after which the model also continues from its own predictions"
+        },
     )
     cache_dir: Path | None = field(
         default=None, metadata={"help": "folder of the frame cache (default: output_dir/latents)"}
@@ -118,9 +121,9 @@ class ConvolutionalModel(nn.Module):
         )
 
     def start(self, frames: Any, seeds: Sequence[int]) -> RolloutState:
-        """Start one rollout per seed from histories of any form that a pipeline accepts.
+        """Start one rollout per seed from histories in any format that the pipeline accepts.
 
-        The model draws no noise.
+        The prediction is deterministic.
         """
         history = 2 * stack_frames(frames).transpose(1, 2) - 1
         return RolloutState.first(last_two(history).expand(len(seeds), -1, -1, -1, -1), seeds)
@@ -128,7 +131,7 @@ class ConvolutionalModel(nn.Module):
     def advance(
         self, state: RolloutState, actions: torch.Tensor, **sampling: Any
     ) -> tuple[RolloutState, torch.Tensor]:
-        """Predict a chunk of frames in [-1, 1], and the state after it."""
+        """Predict frames (B, 3, n, H, W) in [-1, 1] for actions (B, n, 2), and the state after them."""
         future = self.roll(state.latents, actions)
         return state.append(future, HISTORY), future
 
@@ -172,7 +175,7 @@ def load(folder: Path) -> ConvolutionalModel:
 
 
 def loss_of(model: ConvolutionalModel, clip: dict[str, torch.Tensor], rng: np.random.Generator, chunks: int) -> Any:
-    """Compute the mean squared error of the frame after `chunks` predicted ones.
+    """Return the mean squared error of the frame that follows `chunks` predicted frames.
 
     30 % of the clips keep their true history.
     """
@@ -187,6 +190,89 @@ def loss_of(model: ConvolutionalModel, clip: dict[str, torch.Tensor], rng: np.ra
     return (model(history, actions[:, chunks]) - latents[:, :, HISTORY + chunks]).square().mean()
 
 
+class Training:
+    """A model with its optimizer, averaged weights and progress; `save` and `resume` keep all of it."""
+
+    def __init__(self, arguments: BaselineArguments) -> None:
+        self.arguments, self.path = arguments, arguments.output_dir / "checkpoint.pt"
+        torch.manual_seed(arguments.seed)
+        self.model = ConvolutionalModel(arguments.width)
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
+        self.average = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=average)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), arguments.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+        )
+        self.step, self.seconds = 0, 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments, which must not change in a resumed run, as JSON values."""
+        return json.loads(json.dumps(asdict(self.arguments), default=str))
+
+    def save(self) -> None:
+        """Write the state from which a run resumes."""
+        state = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
+        with temporary_path(self.path) as partial:
+            torch.save(state | {"step": self.step, "seconds": self.seconds, "settings": self.settings()}, partial)
+
+    def resume(self) -> None:
+        """Restore the last checkpoint, if one exists.
+
+        Raises:
+            ValueError: If its settings differ.
+        """
+        if not self.path.is_file():
+            return
+        state = torch.load(self.path, weights_only=True)
+        if state["settings"] != self.settings():
+            raise ValueError(
+                f"{str(self.path.parent)!r} contains a run with other settings: {state['settings']}; choose a new folder."
+            )
+        for name in ("model", "average", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def run(self, clips: LatentClips) -> None:
+        """Train for `max_minutes`, and save a checkpoint every minute."""
+        limit = 60 * self.arguments.max_minutes
+        saved = time.perf_counter()
+        start = saved - self.seconds
+        with tqdm(total=round(limit), initial=round(self.seconds), unit="s") as bar:
+            while self.seconds < limit:
+                loss = self.update(clips, self.seconds / limit)
+                self.seconds = time.perf_counter() - start
+                bar.update(round(self.seconds) - bar.n)
+                bar.set_postfix(step=self.step, loss=f"{loss:.5f}")
+                if time.perf_counter() - saved > 60:
+                    self.save()
+                    saved = time.perf_counter()
+        self.save()
+
+    def update(self, clips: LatentClips, share: float) -> float:
+        """Make one step after the given share of the training time; return the loss.
+
+        Raises:
+            FloatingPointError: If the loss is not finite.
+        """
+        arguments, rng = self.arguments, np.random.default_rng([self.arguments.seed, self.step])
+        rate = arguments.learning_rate * min(1, (self.step + 1) / 50) * (1 + math.cos(math.pi * share)) / 2
+        self.optimizer.param_groups[0]["lr"] = rate
+        chunks = int(rng.integers(arguments.rollout_chunks + 1)) if share >= arguments.rollout_start else 0
+        batch = torch.utils.data.default_collate(
+            [clips[int(k)] for k in rng.integers(len(clips), size=arguments.batch_size)]
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(self.model, batch, rng, chunks)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}: use a lower `learning_rate`.")
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update_parameters(self.model)
+        self.step += 1
+        return loss.item()
+
+
 def main() -> None:
     (arguments,) = HfArgumentParser(BaselineArguments).parse_args_into_dataclasses()
     check_ranges(
@@ -196,64 +282,14 @@ def main() -> None:
         positive=("max_minutes", "learning_rate"),
         fractions=("rollout_start",),
     )
-    output = arguments.output_dir
-    output.mkdir(parents=True, exist_ok=True)
+    output, training = arguments.output_dir, Training(arguments)
+    training.resume()
     episodes = PreparedEpisodes(open_dataset(arguments.dataset))  # as in train.py, to share its cache
     cache = cache_latents(episodes, None, arguments.cache_dir or output / "latents")
-    clips = LatentClips(cache, HISTORY + 1 + arguments.rollout_chunks)
-    torch.manual_seed(arguments.seed)
-    model = ConvolutionalModel(arguments.width)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
-    optimizer = torch.optim.AdamW(model.parameters(), arguments.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    checkpoint, settings = output / "checkpoint.pt", json.loads(json.dumps(asdict(arguments), default=str))
-    step, seconds = 0, 0.0
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        if state["settings"] != settings:
-            raise ValueError(
-                f"{str(output)!r} contains a run with other settings: {state['settings']}; choose a new folder."
-            )
-        for part, name in ((model, "model"), (average, "average"), (optimizer, "optimizer")):
-            part.load_state_dict(state[name])
-        step, seconds = state["step"], state["seconds"]
-
-    def save() -> None:
-        state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-        with temporary_path(checkpoint) as partial:
-            torch.save(state | {"step": step, "seconds": seconds, "settings": settings}, partial)
-
-    start = saved = time.perf_counter()
-    start -= seconds
-    with tqdm(total=round(60 * arguments.max_minutes), initial=round(seconds), unit="s") as bar:
-        while seconds < 60 * arguments.max_minutes:
-            share = seconds / (60 * arguments.max_minutes)
-            rng = np.random.default_rng([arguments.seed, step])
-            rate = arguments.learning_rate * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * share)) / 2
-            optimizer.param_groups[0]["lr"] = rate
-            chunks = int(rng.integers(arguments.rollout_chunks + 1)) if share >= arguments.rollout_start else 0
-            batch = torch.utils.data.default_collate(
-                [clips[int(k)] for k in rng.integers(len(clips), size=arguments.batch_size)]
-            )
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = loss_of(model, batch, rng, chunks)
-            if not math.isfinite(loss.item()):
-                raise ValueError(f"the loss is {loss.item()} at step {step}: lower `learning_rate`.")
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            average.update_parameters(model)
-            step, seconds = step + 1, time.perf_counter() - start
-            bar.update(round(seconds) - bar.n)
-            bar.set_postfix(step=step, loss=f"{loss.item():.5f}")
-            if time.perf_counter() - saved > 60:
-                save()
-                saved = time.perf_counter()
-    save()
-    with temporary_path(output / "config.json") as partial:
-        partial.write_text(json.dumps(settings | {"steps": step}, indent=2), encoding="utf-8")
+    training.run(LatentClips(cache, HISTORY + 1 + arguments.rollout_chunks))
+    write_text(output / "config.json", json.dumps(training.settings() | {"steps": training.step}, indent=2))
     with temporary_path(output / WEIGHTS) as partial:
-        save_file(average.module.state_dict(), partial)
+        save_file(training.average.module.state_dict(), partial)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""A compact diffusion policy for Push-T: from a frame and the pusher's position to target chunks.
+"""A compact diffusion policy for Push-T: from a frame and the pusher's position to a chunk of targets.
 
-A convolutional encoder finds keypoints of the block in the frame (spatial softmax). A residual network denoises the chunk of
-targets, relative to the pusher, with a diffusers scheduler. It is saved and loaded as any model of diffusers.
+A convolutional encoder finds keypoints of the block in the frame (spatial softmax). A residual network denoises the
+chunk of targets, relative to the pusher, with a diffusers scheduler. The policy is saved and loaded like any diffusers
+model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,13 @@ from simulator import ARENA
 from torch import nn
 from torch.nn import functional
 
-SCALE = 100.0  # arena units of a relative target of 1
+SCALE = 100.0  # arena units per unit of a normalized target
 NUM_KEYPOINTS = 4
-NUM_FREQUENCIES = 6  # of the sines and cosines of a coordinate
+NUM_FREQUENCIES = 6  # number of sine and cosine frequencies per coordinate
 
 
 class ResidualBlock(nn.Module):
-    """A two-layer network that is modulated by a condition."""
+    """Two-layer residual block with scale and shift from a condition."""
 
     def __init__(self, width: int, condition_dim: int) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class ResidualBlock(nn.Module):
 
 
 class KeypointEncoder(nn.Module):
-    """A convolutional network that reads keypoints from a frame, as the means of heat maps."""
+    """Convolutional network that finds keypoints in a frame, as the means of heat maps."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class KeypointEncoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """Read keypoints (B, K, 2) in arena units from frames (B, 3, 96, 96) in [0, 1]."""
+        """Find keypoints (B, K, 2), in arena units, in frames (B, 3, 96, 96) in [0, 1]."""
         maps = self.layers(frames * 2 - 1)
         weights = maps.flatten(2).softmax(-1).unflatten(2, maps.shape[2:])
         centers = (torch.arange(maps.shape[-1], device=maps.device) + 0.5) * (ARENA / maps.shape[-1])
@@ -61,7 +62,7 @@ class KeypointEncoder(nn.Module):
 
 
 class DiffusionPolicy(ModelMixin, ConfigMixin):
-    """Denoiser of chunks of targets.
+    """Diffusion policy that predicts chunks of targets from a frame and the pusher's position.
 
     Args:
         horizon: Number of targets in a chunk.
@@ -101,16 +102,19 @@ class DiffusionPolicy(ModelMixin, ConfigMixin):
         return self.embed(self.encoder(frames), positions)
 
     def embed(self, keypoints: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Embed keypoints (B, K, 2) and pusher positions (B, 2) in arena units: returns (B, condition_dim)."""
+        """Embed keypoints (B, K, 2) and pusher positions (B, 2), in arena units, as (B, condition_dim)."""
         centered = torch.cat([positions[:, None], keypoints], dim=1) - ARENA / 2
         points = torch.cat([centered, keypoints - positions[:, None]], dim=1) / ARENA  # (B, 1 + 2 K, 2)
         angles = points[..., None] * torch.pi * 2.0 ** torch.arange(NUM_FREQUENCIES, device=points.device)
         return self.observation(torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1))
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, observation: torch.Tensor) -> torch.Tensor:
-        """Predict clean chunks (B, n, 2) from noisy ones, timesteps (B,) and encoded observations.
+        """Predict clean chunks (B, n, 2).
 
-        Encoded observations are (B, condition_dim).
+        Args:
+            sample: Noisy chunks (B, n, 2), normalized.
+            timestep: Timesteps (B,).
+            observation: Encoded observations (B, condition_dim).
         """
         condition = functional.silu(observation + self.time_embedding(self.time_proj(timestep)))
         hidden = self.proj_in(sample.flatten(1))
@@ -119,7 +123,7 @@ class DiffusionPolicy(ModelMixin, ConfigMixin):
         return self.proj_out(hidden).unflatten(1, (-1, 2))
 
     def scheduler(self) -> DDIMScheduler:
-        """The noise process, and the sampler."""
+        """Create the scheduler that adds noise in training and removes it in sampling."""
         return DDIMScheduler(
             self.config.num_train_timesteps,
             beta_schedule="squaredcos_cap_v2",

@@ -2,10 +2,11 @@
 
     python examples/pusht/embed.py --model runs/pusht --dataset data/pusht-test --episode 3 --start 20
 
-Weights are stored in bfloat16. The clip contains the history frames, 60 more frames and their 60 actions, as a lossless video, with
-a strip of its prediction. `starts.png` contains the first frames of `--num_starts` episodes, from which environments start. The
-folders `proprioception` of `train_proprioception.py` and `reward` of `train_reward.py` are copied if the trained model has them,
-otherwise the embedded ones are kept. The package is changed only after all files have been written.
+Weights are stored in bfloat16. The clip is a lossless video of the history frames and 60 further frames, with their 60
+actions and a strip of the prediction. `starts.png` contains the first frames of `--num_starts` episodes, from which
+environments start. The folders `proprioception` and `reward` (`train_proprioception.py`, `train_reward.py`) are copied
+if the trained model contains them; otherwise, the embedded ones are kept. The package is changed only after all files
+have been written.
 """
 
 import json
@@ -31,8 +32,10 @@ class EmbedArguments:
     dataset: str = field(metadata={"help": "held-out LeRobotDataset folder"})
     episode: int = field(default=0, metadata={"help": "episode of the clip"})
     start: int = field(default=20, metadata={"help": "first frame of the clip"})
-    num_actions: int = field(default=60, metadata={"help": "actions of the clip"})
-    num_starts: int = field(default=64, metadata={"help": "first frames of episodes in starts.png"})
+    num_actions: int = field(default=60, metadata={"help": "number of actions of the clip"})
+    num_starts: int = field(
+        default=64, metadata={"help": "number of episodes whose first frames are stored in starts.png"}
+    )
 
 
 def check_arguments(arguments: EmbedArguments, dataset: LeRobotFolder, num_history_frames: int) -> None:
@@ -54,7 +57,7 @@ def check_arguments(arguments: EmbedArguments, dataset: LeRobotFolder, num_histo
 
 def save_model(arguments: EmbedArguments, pipeline: IRASimPipeline, target: Path) -> None:
     """Replace the model in a copy of the embedded checkpoint."""
-    shutil.rmtree(target / "vae", ignore_errors=True)  # of a previously embedded model
+    shutil.rmtree(target / "vae", ignore_errors=True)  # autoencoder of a previously embedded model
     pipeline.save_pretrained(target)
     for name in ("proprioception", "reward"):
         if (Path(arguments.model) / name).is_dir():
@@ -67,9 +70,9 @@ def save_model(arguments: EmbedArguments, pipeline: IRASimPipeline, target: Path
 
 
 def save_clip(arguments: EmbedArguments, dataset: LeRobotFolder, target: Path) -> None:
-    """Write the starts, the held-out clip with its actions, and a strip of its prediction.
+    """Write the start frames, the held-out clip with its actions, and a strip of its prediction.
 
-    The prediction is that of the stored model.
+    The prediction is that of the stored bfloat16 model.
     """
     starts = [dataset.window(number, 0, 1).frames[0] for number in range(min(arguments.num_starts, len(dataset)))]
     PIL.Image.fromarray(np.concatenate(starts)).save(target / "starts.png", optimize=True)
@@ -93,7 +96,7 @@ def main() -> None:
     dataset = LeRobotFolder(Path(arguments.dataset))
     pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=torch.bfloat16)
     check_arguments(arguments, dataset, pipeline.transformer.config.num_history_frames)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # on the same disk, so that a rename is enough
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # on the same disk, so that folders can be renamed
         new = Path(folder) / "new"
         shutil.copytree(target, new)
         save_model(arguments, pipeline, new)

@@ -3,16 +3,16 @@
     python examples/pusht/evaluate.py --model runs/pusht --dataset data/pusht-test --output runs/pusht/report.json
 
 Metrics, with bootstrap 95 % intervals over clips:
-- VAE reconstruction: PSNR of held-out frames.
+- VAE reconstruction: PSNR of held-out frames after encoding and decoding.
 - Clip PSNR: PSNR of the predicted frames of clips in which the block moves. Baselines are the repeated last history frame and
   the prediction for the actions of another clip.
-- Pose errors of pusher and block in the last predicted frame, over clips in which the block moves and the same number in
-  which it does not, and the fraction of frames in which both poses are found.
+- Pose errors of pusher and block in the last predicted frame, and the fraction of frames in which both poses are found; over
+  clips in which the block moves, and the same number of clips in which it rests.
 - The same pose errors after rollouts of 60 expert actions. The baseline is a block that does not move.
-- Driving: 60 frames predicted from one frame with random held arrow keys, at three speeds of the Space. Reported are the
-  fraction of frames with exactly one pusher and the pose errors.
-- Counterfactual identification: 8 action sequences from the same history, each of which moves the block to a different
-  future in the simulator. A prediction is correct if its own future is the closest of the 8.
+- Driving: 60 frames predicted from one frame with arrow keys that are held at random, at three speeds of the Space. Reported
+  are the fraction of frames with exactly one pusher and the pose errors.
+- Counterfactual identification: 8 action sequences that lead from one history to 8 different futures in the simulator. A
+  prediction is correct if, of the 8 futures, the simulated future of the same actions is the closest.
 The ground truth is always the simulator's frame before any compression. History frames are not scored.
 """
 
@@ -32,8 +32,9 @@ import numpy as np
 import torch
 from collect import TASKS
 from convolutional import WEIGHTS, load
+from counterfactuals import WAYS, counterfactuals, identification_tasks, moved
 from poses import one_pusher, pose_errors, read_poses, true_poses
-from simulator import ARENA, PUSHER_RADIUS, Simulator, State, push_about, push_at
+from simulator import ARENA, PUSHER_RADIUS, Simulator
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -44,15 +45,14 @@ from irasim_diffusers.commands.sampling import load_checked
 from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.driving import Steering
 from irasim_diffusers.evaluation import EvaluationCounter
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import write_text
 from irasim_diffusers.metrics import bootstrap, identified, psnr
 from irasim_diffusers.training import check_ranges, run_script
 
 Predict: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (histories, actions) to frames, all (N, ...)
-WAYS = 8
 PREDICTED = 15  # predicted frames of a clip, as in the paper
 ROLLOUT = 60  # actions of an expert rollout and of a driven episode
-SPEEDS = (0.25, 0.5, 1.0)  # of the slider in the Space
+SPEEDS = (0.25, 0.5, 1.0)  # values of the speed slider in the Space
 SPACE = ActionSpace(  # action space of the embedded model, so that all models are driven by the same actions
     names=("target_x", "target_y"),
     units=(None, None),
@@ -64,9 +64,7 @@ SPACE = ActionSpace(  # action space of the embedded model, so that all models a
 )
 DRIVING_SEED = 3_000_000  # first seed of the driven episodes, far from the seeds of the datasets
 STATES = ("observation.state", "observation.environment_state")
-WORST = {"pusher": 96.0, "block_centre": 96.0, "block_angle": 180.0}  # errors if a pose is not found
-MOVED = 5.0  # minimum movement of the block in a moving clip, arena units or hundredths of a radian; about a pixel
-DISTINCT = 30.0  # two simulated futures are different if their PSNR in dB is lower
+WORST = {"pusher": 96.0, "block_centre": 96.0, "block_angle": 180.0}  # pixels, pixels, degrees; if a pose is not found
 
 
 @dataclass
@@ -84,12 +82,12 @@ class EvaluationArguments:
     num_seen_frames: int | None = field(
         default=None,
         metadata={
-            "help": "frames of a clip before the scored frames (default: `num_history_frames`); the model gets the last "
-            "`num_history_frames` of them, so that models with different histories are scored on the same frames"
+            "help": "frames of a clip before the scored frames (default: `num_history_frames`); the model receives the last "
+            "`num_history_frames` of them, so models with different histories can be scored on the same frames"
         },
     )
     num_clips: int = field(
-        default=200, metadata={"help": "clips in which the block moves, and the same number in which it does not"}
+        default=200, metadata={"help": "number of clips in which the block moves, and of clips in which it rests"}
     )
     num_rollouts: int = field(default=50, metadata={"help": "expert rollouts; 0 skips them"})
     num_drives: int = field(default=32, metadata={"help": "driven episodes per speed; 0 skips them"})
@@ -104,28 +102,10 @@ class EvaluationArguments:
     seed: int = field(default=0, metadata={"help": "random seed"})
 
 
-@dataclass(frozen=True)
-class Task:
-    """A recorded history for counterfactual identification."""
-
-    seed: int
-    pusher_radius: float
-    actions: np.ndarray  # (T, 2), recorded
-    blocks: np.ndarray  # (T, 3), recorded: x, y, angle
-    start: int  # index of the last history frame
-    num_actions: int
-    history: int  # number of history frames
-
-
-def moved(before: np.ndarray, after: np.ndarray) -> bool:
-    """Return whether the block's pose (x, y, angle) changed by more than about a pixel."""
-    return bool(np.linalg.norm(after[:2] - before[:2]) > MOVED or abs(after[2] - before[2]) > MOVED / 100)
-
-
 def held_out_clips(
     dataset: LeRobotFolder, num_clips: int, length: int, history: int, moving: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Select clips in which the block moves (or does not), spread over the episodes.
+    """Select clips in which the block moves, or rests, spread over the episodes.
 
     Returns:
         Frames (N, length, 96, 96, 3), actions (N, length - history, 2) and last states (N, 5).
@@ -166,7 +146,14 @@ def last_frames(frames: np.ndarray, number: int) -> np.ndarray:
 def pose_figures(
     frames: np.ndarray, states: np.ndarray, rng: np.random.Generator, pusher_radius: float
 ) -> dict[str, dict[str, float]]:
-    """Median pose errors of frames (N, 96, 96, 3) for states (N, 5), and fraction with both poses found."""
+    """Return median pose errors of frames (N, 96, 96, 3), and the fraction with both poses found.
+
+    Args:
+        frames: Frames, uint8 or floats in [0, 1].
+        states: True states (N, 5) of pusher and block.
+        rng: Generator of the bootstrap.
+        pusher_radius: Radius of the pusher in arena units.
+    """
     poses = read_poses(frames, pusher_radius)
     errors = pose_errors(poses, true_poses(states[:, :2], states[:, 2:]))
     return {
@@ -183,7 +170,7 @@ def print_poses(title: str, figures: dict[str, dict[str, float]]) -> None:
 def expert_episodes(
     dataset: LeRobotFolder, num_rollouts: int, history: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """Histories, actions (N, 60, 2), first and last states (N, 5) of expert episodes.
+    """Return histories, actions (N, 60, 2), first and last states (N, 5) of expert episodes.
 
     The result is None if there are no such episodes.
     """
@@ -201,7 +188,7 @@ def expert_episodes(
 
 
 def held_keys(rng: np.random.Generator, steering: Steering, num_actions: int) -> np.ndarray:
-    """Return actions (n, 2) of random arrow keys: none, one or two at a time, each held for several steps."""
+    """Return actions (n, 2) of random arrow keys: none, one or two at a time, held for several steps."""
     keys = ("ArrowLeft", "ArrowRight", ""), ("ArrowUp", "ArrowDown", "")
     actions: list[np.ndarray] = []
     while len(actions) < num_actions:
@@ -265,72 +252,9 @@ def driving_figures(
     }
 
 
-def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Simulate 8 different futures of one history.
-
-    Returns:
-        History (h, 96, 96, 3), actions (8, n, 2) and frames (8, n, 96, 96, 3); None if 8 different futures are not found.
-
-
-    Raises:
-        ValueError: If the simulator does not reproduce the recorded episode.
-    """
-    start, end = task.start, task.start + task.num_actions
-    past = task.actions[:start]
-    simulator = Simulator(task.pusher_radius)
-    _, states = simulator.replay(task.seed, past, first_frame=start)
-    rng = np.random.default_rng([task.seed, 2])
-    sequences: list[np.ndarray] = []
-    futures: list[np.ndarray] = []
-    seen = None
-    for attempt in range(60):
-        actions = task.actions[start:end] if attempt == 0 else candidate(rng, states[-1], task.num_actions)
-        frames, outcome = simulator.replay(task.seed, np.concatenate([past, actions]), start + 1 - task.history)
-        if attempt == 0 and moved(task.blocks[end], outcome[-1].block):
-            raise ValueError(
-                f"`first_seed` and `pusher_radius` must match the dataset: with seed {task.seed} the block ends at "
-                f"{outcome[-1].block.round(2).tolist()} in the simulator and {task.blocks[end].round(2).tolist()} in the dataset."
-            )
-        if not moved(outcome[start].block, outcome[-1].block):
-            continue
-        seen, future = frames[: task.history], frames[task.history :]
-        if any(psnr(future / 255.0, other / 255.0) > DISTINCT for other in futures):
-            continue
-        sequences.append(actions)
-        futures.append(future)
-        if len(futures) == WAYS:
-            return seen, np.stack(sequences), np.stack(futures)
-    return None
-
-
-def candidate(rng: np.random.Generator, state: State, num_actions: int) -> np.ndarray:
-    """A random action sequence (n, 2) that is likely to touch the block.
-
-    It does not react to later states.
-    """
-    pusher = push_at(rng, state) if rng.random() < 0.8 else push_about(rng, state)
-    return np.stack([next(pusher), *(pusher.send(state) for _ in range(num_actions - 1))])
-
-
-def identification_tasks(
-    dataset: LeRobotFolder, num_histories: int, length: int, history: int, first_seed: int, pusher_radius: float
-) -> list[Task]:
-    """Select one history per episode after which the recorded block moves."""
-    tasks = []
-    for number in range(len(dataset)):
-        vectors = dataset.vectors(number)
-        block = vectors["observation.environment_state"]
-        num_actions = length - history
-        starts = [k for k in range(max(20, history - 1), len(block) - num_actions, 5) if moved(block[k], block[k + 5])]
-        if starts:
-            actions = vectors["action"]
-            tasks.append(Task(first_seed + number, pusher_radius, actions, block, starts[0], num_actions, history))
-    return tasks[: 2 * num_histories]  # spare histories, because some have fewer than 8 different futures
-
-
 @torch.no_grad()
 def reconstruction(pipeline: IRASimPipeline, frames: np.ndarray) -> dict[str, float]:
-    """PSNR of clips (N, F, H, W, 3), uint8, after encoding and decoding."""
+    """Return the PSNR of clips (N, F, H, W, 3), uint8, after encoding and decoding."""
     pixels = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).flatten(0, 1)
     latents = pipeline.encode_history(pixels[:, None].float() / 127.5 - 1)
     decoded = (pipeline.decode_latents(latents)[:, :, 0].clamp(-1, 1) + 1) / 2
@@ -339,7 +263,7 @@ def reconstruction(pipeline: IRASimPipeline, frames: np.ndarray) -> dict[str, fl
 
 
 def load_model(arguments: EvaluationArguments) -> tuple[IRASimPipeline | None, Predict]:
-    """Load the model to evaluate: the pipeline and its prediction function.
+    """Load the pipeline to evaluate and its prediction function.
 
     The pipeline is None for a convolutional baseline.
     """
@@ -400,10 +324,7 @@ def check_arguments(arguments: EvaluationArguments) -> None:
 
 @dataclass
 class Evaluation:
-    """A model, the held-out data, and the metrics of each group of clips.
-
-    The methods also print their main metrics.
-    """
+    """A model and the held-out data; each method computes one group of metrics and prints the main ones."""
 
     arguments: EvaluationArguments
     dataset: LeRobotFolder
@@ -421,7 +342,7 @@ class Evaluation:
     def clips(self) -> dict[str, Any]:
         """Score clips in which the block moves, and the poses in their last frames.
 
-        The poses are also scored in clips in which the block does not move.
+        The poses are also scored in clips in which the block rests.
         """
         arguments, history, rng = self.arguments, self.history, self.rng
         (frames, actions, states), (still_frames, still_actions, still_states) = (
@@ -470,7 +391,7 @@ class Evaluation:
         return report
 
     def expert_rollouts(self) -> dict[str, Any]:
-        """Score the poses at the end of expert episodes, compared with a static baseline.
+        """Score the poses after expert actions; the baseline is a block that does not move.
 
         The result is empty if there are no such episodes.
         """
@@ -514,9 +435,9 @@ class Evaluation:
         return {"driving": report} if report else {}
 
     def identification(self) -> dict[str, Any]:
-        """Identify which of 8 simulated futures of a history a prediction shows.
+        """Measure how often, of 8 simulated futures, that of the same actions is closest to the prediction.
 
-        The result is empty if no history has 8 futures.
+        The result is empty if no history has 8 different futures.
         """
         arguments, history = self.arguments, self.history
         if not arguments.num_histories:
@@ -569,8 +490,8 @@ def main() -> None:
     for part in (evaluation.clips, evaluation.expert_rollouts, evaluation.drives, evaluation.identification):
         report |= part()
         if arguments.output:  # after every part, because the next one can take hours
-            with temporary_path(arguments.output) as partial:
-                partial.write_text(json.dumps(report | {"setting": evaluation.setting()}, indent=2), encoding="utf-8")
+            content = report | {"setting": evaluation.setting()}
+            write_text(Path(arguments.output), json.dumps(content, indent=2))
 
 
 if __name__ == "__main__":

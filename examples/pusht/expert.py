@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from simulator import ARENA, Pusher, State
@@ -17,18 +18,18 @@ try:
 except ModuleNotFoundError as error:
     exit_without_extra(error, "pusht")
 
-GOAL = np.array([256.0, 256.0, np.pi / 4])
-REACH = 18.0  # distance of the pusher's center from the block's surface before a push, in arena units
+GOAL = np.array([256.0, 256.0, np.pi / 4])  # pose of the goal: x, y, angle
+REACH = 18.0  # distance between the pusher's center and the block before a push, in arena units
 OUTLINE = np.array([[-60, 0], [60, 0], [60, 30], [15, 30], [15, 120], [-15, 120], [-15, 30], [-60, 30]], dtype=float)
 SPEEDS = {"far": (6.0, 14.0), "near": (2.5, 7.0)}  # advance of the target per step
 SPACING = {"far": 15.0, "near": 9.0}  # distance between the start points of pushes
-LONGEST = 12  # maximum number of steps of a push
-STEP_COST = 0.25  # arena units of distance that a step must gain
+LONGEST = 12  # maximum length of a push in steps
+STEP_COST = 0.25  # distance in arena units by which a step must bring the block closer
 WALK = 20.0  # advance of the target per step between pushes
 
 
 class Lookahead:
-    """The environment's physics without rendering, started from any state."""
+    """Physics of the environment without rendering, which can start from any state."""
 
     def __init__(self) -> None:
         self.space = pymunk.Space()
@@ -71,23 +72,28 @@ def outline(poses: np.ndarray) -> np.ndarray:
 
 
 def distance_to_goal(poses: np.ndarray) -> np.ndarray:
-    """Return the mean distance of the corners of blocks (..., 3) from their goals, in arena units."""
+    """Return the mean distance of the corners of blocks (..., 3) from the goal, in arena units."""
     return np.linalg.norm(outline(poses) - outline(GOAL), axis=-1).mean(-1)
 
 
 def ious(blocks: np.ndarray) -> np.ndarray:
-    """Intersection over union (N,) of blocks at poses (N, 3) with the goal."""
+    """Return the intersection over union (N,) of the goal and blocks at poses (N, 3)."""
     goal = shapely.Polygon(outline(GOAL))
     shapes = shapely.polygons(outline(blocks))
     overlap = shapely.area(shapely.intersection(shapes, goal))
     return overlap / (2 * goal.area - overlap)
 
 
-def push_to_goal(rng: np.random.Generator, state: State, noise: float = 0.0) -> Pusher:
-    """Targets of an expert that pushes the block to the goal; send each new `State` back.
+def coverage(iou: Any) -> Any:
+    """Convert the IoU of block and goal, which have the same area, to the covered fraction of the goal."""
+    return 2 * iou / (1 + iou)
 
-    Before each push it simulates a few hundred pushes from points around the block, in three directions and at two speeds. It
-    chooses one of the best by the remaining distance and the number of steps. At the goal it waits.
+
+def push_to_goal(rng: np.random.Generator, state: State, noise: float = 0.0) -> Pusher:
+    """Yield the targets of an expert that pushes the block to the goal; send each new `State` back.
+
+    Before each push, the expert simulates a few hundred pushes from points around the block, in three directions and at two
+    speeds. It chooses one of the best by remaining distance and number of steps. At the goal, the pusher waits.
 
     Args:
         rng: Generator for the choice among nearly equal pushes and for the noise.
@@ -95,7 +101,7 @@ def push_to_goal(rng: np.random.Generator, state: State, noise: float = 0.0) -> 
         noise: Standard deviation of the noise on each target, in arena units.
     """
     lookahead = Lookahead()
-    patience = 0.0  # grows while the distance does not shrink, so that worse pushes are accepted
+    patience = 0.0  # grows while the distance does not decrease, so that worse pushes are accepted
     while True:
         before = distance_to_goal(state.block)
         targets = [state.agent] if before < 2.0 else _best_push(lookahead, rng, state, patience) or _wander(rng, state)
@@ -128,7 +134,7 @@ def _best_push(lookahead: Lookahead, rng: np.random.Generator, state: State, pat
 def _pushes(
     rng: np.random.Generator, block: np.ndarray, spacing: float, speeds: tuple[float, ...]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield start points (2,) around the block and targets (12, 2) of pushes from there."""
+    """Yield start points (2,) around the block, each with the targets (12, 2) of a push from it."""
     corners = outline(block)
     for first, second in zip(corners, np.roll(corners, -1, axis=0), strict=True):
         along = (second - first) / np.linalg.norm(second - first)
@@ -146,7 +152,7 @@ def _pushes(
 
 
 def _way(here: np.ndarray, there: np.ndarray, obstacle: shapely.Polygon) -> list[np.ndarray] | None:
-    """Return the waypoints of the shortest path around the obstacle, ending at `there`.
+    """Return the waypoints of the shortest path around the obstacle to `there`.
 
     The result is None if there is no path.
     """
@@ -164,7 +170,7 @@ def _way(here: np.ndarray, there: np.ndarray, obstacle: shapely.Polygon) -> list
             length = lengths[node] + float(np.linalg.norm(nodes[other] - nodes[node]))
             if length < lengths.get(other, np.inf):
                 line = shapely.LineString([nodes[node], nodes[other]])
-                # after a push the pusher may start within the margin of the obstacle
+                # after a push, the pusher may still be within the margin of the obstacle
                 if node == 0 and obstacle.contains(shapely.Point(here)):
                     line = line.difference(shapely.Point(here).buffer(8))
                 if not obstacle.intersects(line):
@@ -179,7 +185,7 @@ def _way(here: np.ndarray, there: np.ndarray, obstacle: shapely.Polygon) -> list
 
 
 def _walk(here: np.ndarray, way: list[np.ndarray]) -> list[np.ndarray]:
-    """Return targets along the path, with a pause at its end in which the pusher comes to rest."""
+    """Return targets along the path; the last one is repeated, so that the pusher comes to rest."""
     targets = []
     for waypoint in way:
         distance = float(np.linalg.norm(waypoint - here))

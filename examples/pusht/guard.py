@@ -1,13 +1,14 @@
-"""Measure how well guards recognize plans that exploit the errors of a world model.
+"""Measure how well guards detect plans that exploit the errors of a world model.
 
     python examples/pusht/guard.py --dataset data/pusht-test --others runs/pusht-convolutional --output runs/guard.json
 
-From states in which the block covers a part of the goal, a planner without a guard searches for actions with the highest IoU that
-the frame regressor reads from the predicted frames. The simulator replays the same actions. A plan exploits the model if its
-predicted IoU exceeds the true one by more than `--margin`. Each guard compares scores of members, see `Disagreement`. Its limit is
-the 95 % quantile of the spread over recorded action sequences, which no planner has optimized. The report contains the recall
-(exploiting plans above the limit), the false-alarm rate (other plans above the limit) and the area under the ROC curve (AUC). An
-interrupted run resumes.
+From states in which the block partly covers the goal, a planner without a guard searches for the actions with the
+highest IoU. The frame regressor predicts this IoU from the predicted frames. The simulator then executes the same
+actions. A plan exploits the model if the predicted IoU exceeds the true IoU by more than `--margin`. Each guard
+measures the spread of the scores of several members; see `Disagreement`. The limit of a guard is the 95 % quantile of
+the spread over recorded action sequences, which no planner has optimized. The report contains the recall (fraction of
+exploiting plans above the limit), the false-alarm rate (fraction of other plans above the limit) and the area under
+the ROC curve (AUC). The same command resumes an interrupted run.
 """
 
 import json
@@ -26,14 +27,14 @@ from transformers import HfArgumentParser
 from irasim_diffusers import WorldModel, embedded_checkpoint
 from irasim_diffusers.data import open_dataset
 from irasim_diffusers.envs import load_world_model
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import write_text
 from irasim_diffusers.metrics import bootstrap
 from irasim_diffusers.planning import CEM, Disagreement, Scoring
 from irasim_diffusers.rewards import FrameRegressor
 from irasim_diffusers.training import check_ranges, run_script
 
 SCORING = Scoring(batch_size=32)
-COVERED = (0.05, 0.8)  # IoU of block and goal in the states to plan from
+COVERED = (0.05, 0.8)  # range of the IoU of block and goal in start states
 
 
 @dataclass
@@ -41,28 +42,35 @@ class GuardArguments:
     dataset: str = field(metadata={"help": "held-out LeRobotDataset folder made by collect.py"})
     output: Path = field(metadata={"help": "JSON report to write"})
     reward: str | None = field(
-        default=None, metadata={"help": "FrameRegressor of the IoU (default: the reward of the embedded model)"}
+        default=None,
+        metadata={
+            "help": "folder or Hub id of a FrameRegressor of the IoU (default: the reward of the embedded model)"
+        },
     )
-    model: str = field(default=str(embedded_checkpoint()), metadata={"help": "model that the planner exploits"})
-    others: list[str] = field(default_factory=list, metadata={"help": "second models, folders or Hub ids"})
+    model: str = field(default=str(embedded_checkpoint()), metadata={"help": "model in which the planner searches"})
+    others: list[str] = field(
+        default_factory=list, metadata={"help": "other models that guards compare with, folders or Hub ids"}
+    )
     first_seed: int = field(default=1_000_000, metadata={"help": "seed of the first episode of the dataset"})
-    num_states: int = field(default=24, metadata={"help": "states to plan from, one per episode"})
-    horizon: int = field(default=10, metadata={"help": "actions of a plan"})
+    num_states: int = field(default=24, metadata={"help": "number of start states, one per episode"})
+    horizon: int = field(default=10, metadata={"help": "number of actions of a plan"})
     num_candidates: int = field(default=24, metadata={"help": "number of candidates per iteration"})
-    num_iterations: int = field(default=4, metadata={"help": "iterations of the cross-entropy method"})
-    margin: float = field(default=0.1, metadata={"help": "excess of the predicted IoU that counts as exploitation"})
+    num_iterations: int = field(default=4, metadata={"help": "number of iterations of the cross-entropy method"})
+    margin: float = field(
+        default=0.1, metadata={"help": "difference of predicted and true IoU above which a plan exploits the model"}
+    )
     seed: int = field(default=0, metadata={"help": "random seed"})
 
 
 def load(path: str) -> WorldModel:
-    """Load a pipeline, or the convolutional baseline."""
+    """Load a pipeline or the convolutional baseline."""
     if (Path(path) / convolutional.WEIGHTS).is_file():
         return convolutional.load(Path(path))
     return load_world_model(path, "cpu")["model"]
 
 
 def true_iou(seed: int, actions: np.ndarray) -> float:
-    """IoU of block and goal in the simulator after all actions (n, 2) of the episode."""
+    """Return the IoU of block and goal in the simulator after actions (n, 2) from the start of an episode."""
     simulator = Simulator()
     state = simulator.reset(seed)
     for action in actions:
@@ -71,9 +79,9 @@ def true_iou(seed: int, actions: np.ndarray) -> float:
 
 
 def plans_of_episode(number: int, dataset: Any, model: WorldModel, guards: dict, reward: Any, arguments: Any) -> list:
-    """Recorded and optimized plans from one state of an episode, with predicted and true scores.
+    """Score a recorded and an optimized plan from one state of an episode, in the model and the simulator.
 
-    The list is empty if no state qualifies.
+    The list is empty if no state of the episode is suitable.
     """
     episode = dataset[number]
     overlap = ious(episode.states[BLOCK].astype(np.float64))[1 : -arguments.horizon]
@@ -109,7 +117,7 @@ def plans_of_episode(number: int, dataset: Any, model: WorldModel, guards: dict,
 
 
 def summarise(plans: list[dict[str, Any]], margin: float, seed: int) -> dict[str, Any]:
-    """Scores of the plans, and for each guard its limit, recall, false-alarm rate and AUC.
+    """Summarize the scores of the plans, and limit, recall, false-alarm rate and AUC of each guard.
 
     Scores and rates have intervals and counts.
     """
@@ -145,7 +153,7 @@ def main() -> None:
     if arguments.output.is_file():
         stored = json.loads(arguments.output.read_text(encoding="utf-8"))
         if stored["setting"] != setting:
-            raise ValueError(f"`output` {str(arguments.output)!r} has other settings: choose a new file.")
+            raise ValueError(f"`output` {str(arguments.output)!r} was written with other settings: choose a new file.")
         done = stored["plans"]
     dataset, model = open_dataset(arguments.dataset), load(arguments.model)
     reward = FrameRegressor.from_pretrained(
@@ -162,9 +170,7 @@ def main() -> None:
         done[str(number)] = plans_of_episode(number, dataset, model, guards, reward, arguments)
         plans = [row for rows in done.values() for row in rows]
         report = summarise(plans, arguments.margin, arguments.seed) if plans else {}
-        with temporary_path(arguments.output) as partial:
-            content = {"report": report, "setting": setting, "plans": done}
-            partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        write_text(arguments.output, json.dumps({"report": report, "setting": setting, "plans": done}, indent=2))
     print(json.dumps(report, indent=2))
 
 

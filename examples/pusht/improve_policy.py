@@ -3,13 +3,15 @@
     python examples/pusht/improve_policy.py --policy runs/policy/checkpoint-2000 --dataset data/pusht-train \
         --reward runs/reward-closeness --output_dir runs/improved
 
-Each iteration draws recorded frames, samples a group of chunks from the policy for each of them, and predicts the frames of every chunk
-in the world model. The reward of a chunk is that of its last frame. As in GRPO, the advantage of a chunk is its reward relative to its
-group, in standard deviations. The denoising loss of the chunks is weighted by their positive advantages. No simulator is used for the
-training. It evaluates the policy before and after it, on the same starts, and the report contains both, whatever the change is.
+Each iteration draws recorded frames, samples a group of chunks from the policy for each frame, and predicts the result
+of every chunk with the world model. The reward of a chunk is that of its last frame. As in GRPO, the advantage of a
+chunk is the difference between its reward and the mean of its group, in standard deviations. The denoising loss of
+each chunk is weighted by its advantage if that is positive, and by 0 otherwise. The training uses no simulator. The
+simulator evaluates the policy before and after the training, from the same starts, and the report contains both
+results.
 
-A dense reward is needed where the block is far from the goal: train one by `train_reward.py --target closeness`. The same command
-resumes from the last finished iteration.
+If the block is far from the goal, the policy needs a dense reward: train one with `train_reward.py --target
+closeness`. The same command resumes from the last finished iteration.
 """
 
 import json
@@ -29,7 +31,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers import embedded_checkpoint
 from irasim_diffusers.data import EpisodeSource, open_dataset
 from irasim_diffusers.envs import load_world_model
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import temporary_path, write_text
 from irasim_diffusers.planning import Scoring
 from irasim_diffusers.rewards import FrameRegressor
 from irasim_diffusers.training import check_ranges, run_script
@@ -38,23 +40,25 @@ from irasim_diffusers.training import check_ranges, run_script
 @dataclass
 class ImproveArguments:
     policy: str = field(metadata={"help": "checkpoint of train_policy.py"})
-    dataset: str = field(metadata={"help": "LeRobotDataset folder: its frames are the states that the policy acts in"})
+    dataset: str = field(
+        metadata={"help": "LeRobotDataset folder whose frames are the states in which the policy acts"}
+    )
     output_dir: Path = field(metadata={"help": "folder for the policy and report.json"})
     model: str = field(default=str(embedded_checkpoint()), metadata={"help": "world model, folder or Hub id"})
     reward: str | None = field(
         default=None, metadata={"help": "FrameRegressor folder (default: the reward stored with the model)"}
     )
     num_iterations: int = field(default=20, metadata={"help": "number of iterations"})
-    num_states: int = field(default=8, metadata={"help": "states per iteration"})
-    group_size: int = field(default=8, metadata={"help": "chunks per state"})
-    num_updates: int = field(default=8, metadata={"help": "optimizer steps per iteration"})
+    num_states: int = field(default=8, metadata={"help": "number of states per iteration"})
+    group_size: int = field(default=8, metadata={"help": "number of chunks per state"})
+    num_updates: int = field(default=8, metadata={"help": "number of optimizer steps per iteration"})
     learning_rate: float = field(default=1e-4, metadata={"help": "learning rate"})
     min_spread: float = field(
         default=2e-3, metadata={"help": "groups with a smaller standard deviation of rewards are ignored"}
     )
-    num_executed: int = field(default=8, metadata={"help": "executed targets of a chunk"})
-    num_episodes: int = field(default=20, metadata={"help": "evaluated episodes in the simulator"})
-    max_episode_steps: int = field(default=300, metadata={"help": "maximum number of steps of an evaluated episode"})
+    num_executed: int = field(default=8, metadata={"help": "number of targets of a chunk that are executed"})
+    num_episodes: int = field(default=20, metadata={"help": "number of evaluated episodes in the simulator"})
+    max_episode_steps: int = field(default=300, metadata={"help": "number of steps of an evaluated episode"})
     seed: int = field(default=0, metadata={"help": "random seed"})
 
 
@@ -73,12 +77,12 @@ class Improvement:
         self.before: dict[str, Any] = {}
 
     def setting(self) -> dict[str, Any]:
-        """Arguments that determine the result; the number of iterations may be raised."""
+        """Return the arguments that must not change in a resumed run."""
         values = {name: str(value) for name, value in asdict(self.arguments).items()}
         return {name: value for name, value in values.items() if name not in ("output_dir", "num_iterations")}
 
     def save(self) -> None:
-        """Write the state from which a run resumes."""
+        """Write the state from which the run resumes."""
         state = {"setting": self.setting(), "policy": self.policy.state_dict(), "rewards": self.rewards}
         with temporary_path(self.path) as partial:
             torch.save(state | {"optimizer": self.optimizer.state_dict(), "before": self.before}, partial)
@@ -110,7 +114,7 @@ class Improvement:
             scores = Scoring()(model, state, chunks[row, :, : arguments.num_executed], reward)
             if not scores.isfinite().all():
                 raise FloatingPointError(
-                    f"The rewards of iteration {iteration} must be finite, got {scores.tolist()}."
+                    f"the rewards of iteration {iteration} must be finite, got {scores.tolist()}."
                 )
             spread = scores.std(correction=0)
             used = spread >= arguments.min_spread
@@ -122,7 +126,7 @@ class Improvement:
     def update(
         self, observation: dict[str, Any], chunks: torch.Tensor, weights: torch.Tensor, generator: torch.Generator
     ) -> None:
-        """Minimize the denoising loss of chunks (N, K, n, 2), weighted by (N, K)."""
+        """Minimize the denoising loss of chunks (N, K, n, 2) with weights (N, K)."""
         scheduler, group = self.policy.scheduler(), chunks.shape[1]
         positions = torch.as_tensor(observation["agent_pos"])
         frames = torch.as_tensor(observation["pixels"]).movedim(-1, 1).float() / 255
@@ -166,7 +170,9 @@ def main() -> None:
         positive=("learning_rate",),
     )
     if arguments.group_size < 2:
-        raise ValueError(f"`group_size` must be at least 2, got {arguments.group_size}: chunks are compared.")
+        raise ValueError(
+            f"`group_size` must be at least 2, got {arguments.group_size}: chunks are compared within a group."
+        )
     started = time.perf_counter()
     run, dataset = Improvement(arguments), open_dataset(arguments.dataset)
     if arguments.num_executed > run.policy.config.horizon:
@@ -190,8 +196,7 @@ def main() -> None:
     report: dict[str, Any] = {"before": run.before, "after": evaluate(run.policy, arguments), "rewards": run.rewards}
     report["setting"] = run.setting() | {"command": " ".join(["python", *sys.argv])}
     report["setting"]["minutes"] = (time.perf_counter() - started) / 60
-    with temporary_path(arguments.output_dir / "report.json") as partial:
-        partial.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_text(arguments.output_dir / "report.json", json.dumps(report, indent=2))
     for name, figures in report["before"].items():
         print(f"{name}: {figures['mean']:.3f} before, {report['after'][name]['mean']:.3f} after, in the simulator")
 

@@ -1,7 +1,7 @@
-"""Estimate the poses of the Push-T pusher and block from pixels.
+"""Estimate the poses of the Push-T pusher and block from frames.
 
-Each pixel's color is unmixed into fractions of floor, goal, block and pusher. The pusher's position is the centroid of its
-fraction map. The block's pose is fitted by least squares between a rendered block and its fraction map.
+Each pixel's color is unmixed into fractions of floor, goal, block and pusher. The pusher's position is the centroid of
+its fraction map. The block's pose is a least-squares fit of a rendered block to the block's fraction map.
 """
 
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ COLOURS = np.array([[255, 255, 255], [144, 238, 144], [140, 160, 181], [74, 120,
 UNMIX = np.linalg.inv(np.vstack([COLOURS.T, np.ones(4)]))  # maps (r, g, b, 1) to fractions of the colors
 BLOCK, PUSHER = 2, 3
 UNIT = 96 / 512  # pixels per arena unit
-WALL = 2  # width of the wall at the border, pixels
-# Bar and stem (center, half extents) and center of mass of the block, in the block's frame; pixels.
+WALL = 2  # width of the walls at the border, in pixels
+# in the block's frame, in pixels: (center, half extents) of bar and stem, and the center of mass
 PARTS = [
     (np.array([0, 15]) * UNIT, np.array([60, 15]) * UNIT),
     (np.array([0, 75]) * UNIT, np.array([15, 45]) * UNIT),
 ]
 CENTRE = np.array([0, 45]) * UNIT
-BLOCK_AREA = 6300 * UNIT**2
+BLOCK_AREA = 6300 * UNIT**2  # pixels
 
 
 @dataclass(frozen=True)
 class Poses:
-    """Poses in N frames; poses that were not found are NaN."""
+    """Poses in N frames; NaN where a pose was not found."""
 
     pusher: np.ndarray  # (N, 2): x, y of the center, pixels
     block: np.ndarray  # (N, 3): x, y of the center of mass, pixels, and the angle, radians
@@ -42,8 +42,9 @@ class Poses:
 def read_poses(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> Poses:
     """Estimate the poses in each frame.
 
-    The pusher is found if one region has a blue area of 0.5 to 1.6 times the pusher's area and less than half of that area
-    is blue elsewhere. The block is found if the intersection over union of the fitted block and the gray area exceeds 0.7.
+    The pusher is found if a window contains a blue area of 0.5 to 1.6 times the pusher's area, and the blue area
+    elsewhere is less than half the pusher's area. The block is found if the intersection over union of the fitted
+    block and the gray area exceeds 0.7.
 
     Args:
         frames: Frames (N, 96, 96, 3), uint8 or floats in [0, 1].
@@ -59,9 +60,9 @@ def read_poses(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> Pose
 def one_pusher(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> np.ndarray:
     """Return whether exactly one pusher is visible (N,) in frames (N, 96, 96, 3).
 
-    Frames are uint8, or floats in [0, 1]. A pusher is a connected region of at least 4 pixels that are each more than
-    half blue. There must be exactly one such region, with at most 1.6 times the pusher's area. There is no lower bound
-    on the area because at the edges of the arena only a part of the pusher is visible.
+    Frames are uint8, or floats in [0, 1]. A pusher is a connected region of at least 4 pixels, each of which is more than
+    half blue. There must be exactly one such region, with at most 1.6 times the pusher's area. The area has no lower bound,
+    because only a part of the pusher is visible at the edges of the arena.
     """
     area = np.pi * (pusher_radius * UNIT) ** 2
     found = []
@@ -81,7 +82,7 @@ def true_poses(agent: np.ndarray, block: np.ndarray) -> Poses:
 
 
 def pose_errors(read: Poses, true: Poses) -> dict[str, np.ndarray]:
-    """Errors (N,) of `pusher` and `block_centre` in pixels and `block_angle` in degrees; NaN if not found."""
+    """Return errors (N,) of `pusher`, `block_centre` (pixels), `block_angle` (degrees); NaN if not found."""
     turn = (read.block[:, 2] - true.block[:, 2] + np.pi) % (2 * np.pi) - np.pi
     return {
         "pusher": np.linalg.norm(read.pusher - true.pusher, axis=1),
@@ -91,7 +92,7 @@ def pose_errors(read: Poses, true: Poses) -> dict[str, np.ndarray]:
 
 
 def _shares(frames: np.ndarray) -> np.ndarray:
-    """Compute the fractions (N, 96, 96, 4) of the colors in each pixel, zero at the walls."""
+    """Return the fractions (N, 96, 96, 4) of the four colors in each pixel; zero at the walls."""
     pixels = frames / 255 if frames.dtype == np.uint8 else frames
     shares = np.clip(np.concatenate([pixels, np.ones_like(pixels[..., :1])], axis=-1) @ UNMIX.T, 0, 1)
     shares[:, :WALL] = shares[:, -WALL:] = shares[:, :, :WALL] = shares[:, :, -WALL:] = 0
@@ -99,7 +100,7 @@ def _shares(frames: np.ndarray) -> np.ndarray:
 
 
 def _find_pusher(share: np.ndarray, radius: float) -> np.ndarray:
-    """Return the center (2,) of a pusher with `radius` pixels in its fraction map (96, 96), or NaN."""
+    """Find the center (2,) of a pusher of `radius` pixels in its fraction map (96, 96); NaN if not found."""
     weights = np.where(share > 0.3, share, 0)
     reach = int(np.ceil(radius))
     row, column = np.unravel_index(uniform_filter(weights, 2 * reach + 1, mode="constant").argmax(), weights.shape)
@@ -127,7 +128,7 @@ def _find_block(share: np.ndarray) -> np.ndarray:
     def difference(pose: np.ndarray) -> np.ndarray:
         return (draw_block(pose, grid) - seen).ravel()
 
-    # the centroid of the area is 4.3 units closer to the bar than the center of mass
+    # the centroid of the area is 4.3 arena units closer to the bar than the center of mass
     starts = [
         np.array([*(middle + 4.3 * UNIT * np.array([-np.sin(angle), np.cos(angle)])), angle])
         for angle in np.arange(0, 2 * np.pi, np.pi / 12)

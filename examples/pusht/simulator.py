@@ -16,8 +16,9 @@ except ModuleNotFoundError as error:
 
 ARENA = 512  # side of the arena, in the units of actions and states
 SIZE = 96  # side of an observed frame, in pixels
-FPS = 10
-PUSHER_RADIUS = 15.0  # in gym-pusht, arena units
+FPS = 10  # frames per second
+PUSHER_RADIUS = 15.0  # radius of the pusher in gym-pusht, arena units
+SUCCESS = 0.95  # coverage of the goal above which the task is solved
 CENTRE_OF_MASS = np.array([0.0, 45.0])  # of the block, in the block's frame
 
 
@@ -51,12 +52,12 @@ class PushT(PushTEnv):
 
 
 class Simulator:
-    """gym-pusht with frames from observations, because `render()` draws the action into the image.
+    """gym-pusht without time limit and without an end at success.
 
-    Episodes have no time limit and do not end at success.
+    Frames are the observations, because `render()` draws the action into the image.
 
     Args:
-        pusher_radius: Radius of the pusher in arena units, which changes both collisions and frames.
+        pusher_radius: Radius of the pusher in arena units, in collisions and in frames.
     """
 
     def __init__(self, pusher_radius: float = PUSHER_RADIUS) -> None:
@@ -82,7 +83,7 @@ class Simulator:
 
     @property
     def coverage(self) -> float:
-        """Fraction of the goal that the block covers; above 0.95 the task is solved."""
+        """Fraction of the goal that the block covers; the task is solved above `SUCCESS`."""
         return float(self.environment._get_coverage())
 
     def physics(self) -> np.ndarray:
@@ -92,7 +93,7 @@ class Simulator:
         return np.array([*values, block.angular_velocity])
 
     def restore(self, physics: np.ndarray) -> None:
-        """Set the state that `physics` has returned, after a `reset`."""
+        """Restore a state from `physics`; call `reset` first."""
         agent, block, space = self.environment.agent, self.environment.block, self.environment.space
         values = [float(value) for value in physics]
         agent.position, agent.velocity = tuple(values[:2]), tuple(values[2:4])
@@ -117,11 +118,11 @@ class Simulator:
 
 
 def push_about(rng: np.random.Generator, state: State) -> Pusher:
-    """Generator of targets that explore block contact; send the resulting `State` to it.
+    """Yield targets that explore contact with the block; send each new `State` back.
 
     Each stroke moves along a line that passes the block's center at a random offset: small offsets push the block, medium
-    offsets rotate it or slide off, large ones miss. Strokes push the block toward the inner arena, so that it rarely gets
-    stuck in a corner. In 20 % of cases the pusher wanders or waits instead.
+    offsets rotate it or slide off, large ones miss. Strokes lead toward the inner arena, so that the block rarely gets
+    stuck in a corner. In 20 % of cases, the pusher wanders or waits instead.
     """
     while True:
         draw = rng.random()
@@ -145,12 +146,12 @@ def push_about(rng: np.random.Generator, state: State) -> Pusher:
 
 
 def hold_keys(rng: np.random.Generator, state: State) -> Pusher:
-    """Targets of simulated arrow keys.
+    """Yield the targets of simulated arrow keys; send each new `State` back.
 
-    Each key moves the target in one of 8 directions, or not, for several steps. As in the Space, the target starts at
+    The keys move the target in one of 8 directions, or not at all, for several steps. As in the Space, the target starts at
     the pusher, moves relative to its last position, and stays within the arena. Half of the directions point toward
-    the block. The speed changes with every second key on average; 32 units per step correspond to speed 1 in the
-    Space.
+    the block. The speed changes with every second choice of keys on average; 32 arena units per step correspond to
+    speed 1 in the Space.
     """
     target, speed = state.agent.astype(np.float64), rng.uniform(4, 64)
     while True:
@@ -166,7 +167,7 @@ def hold_keys(rng: np.random.Generator, state: State) -> Pusher:
 
 
 def jump_to_targets(rng: np.random.Generator, state: State) -> Pusher:
-    """Targets anywhere in the arena, including edges, corners and the block, each held for several steps."""
+    """Yield targets anywhere in the arena, also at edges, corners and the block, each for several steps."""
     while True:
         draw = rng.random()
         target = rng.uniform(0, ARENA, 2)
@@ -182,7 +183,7 @@ def jump_to_targets(rng: np.random.Generator, state: State) -> Pusher:
 
 
 def _stroke(rng: np.random.Generator, state: State) -> list[np.ndarray]:
-    """Waypoints around the block to a start behind it, then through it toward the inner arena."""
+    """Return waypoints around the block to a start behind it, then through it toward the inner arena."""
     center = state.block_centre
     for _ in range(20):
         goal = rng.uniform(130, ARENA - 130, 2)
@@ -200,7 +201,7 @@ def _stroke(rng: np.random.Generator, state: State) -> list[np.ndarray]:
 
 
 def _way_round(center: np.ndarray, here: np.ndarray, there: np.ndarray) -> list[np.ndarray]:
-    """Waypoints on a circle around the block, from the side of `here` to the side of `there`."""
+    """Return waypoints on a circle around the block, from the side of `here` to the side of `there`."""
     first = np.arctan2(*(here - center)[::-1])
     turn = (np.arctan2(*(there - center)[::-1]) - first + np.pi) % (2 * np.pi) - np.pi
     angles = first + turn * np.linspace(0, 1, 2 + int(abs(turn) / 0.7))[1:-1]
@@ -209,7 +210,7 @@ def _way_round(center: np.ndarray, here: np.ndarray, there: np.ndarray) -> list[
 
 
 def push_at(rng: np.random.Generator, state: State) -> Pusher:
-    """Targets on a straight line from the pusher through the block, at a random offset and speed."""
+    """Yield targets on a straight line from the pusher through the block, at a random offset and speed."""
     aim = state.block_centre + rng.normal(0, 30, 2)
     along = aim - state.agent
     along = along / max(float(np.linalg.norm(along)), 1e-6)

@@ -14,7 +14,7 @@ from irasim_diffusers.rollout import RolloutState
 class SimulatorModel:
     """A `WorldModel` whose latents are physical states (B, 10, n, 1, 1) of the simulator.
 
-    It starts from the state of `real`, not from frames, because frames do not show velocities.
+    Rollouts start from the state of `real` instead of frames, because frames do not show velocities.
 
     Args:
         real: The simulator in which the plans are executed.
@@ -38,7 +38,7 @@ class SimulatorModel:
     def advance(
         self, state: RolloutState, actions: torch.Tensor, **sampling: Any
     ) -> tuple[RolloutState, torch.Tensor]:
-        """Simulate a chunk of actions (B, n, 2): returns the state after it and the physical states."""
+        """Simulate actions (B, n, 2); return the state after them, and the physical states (B, 10, n, 1, 1)."""
         rows = []
         for physics, row in zip(state.latents[:, :, -1, 0, 0].numpy(), actions.double().numpy(), strict=True):
             self._copy.restore(physics)
@@ -51,7 +51,7 @@ class SimulatorModel:
         return state.append(future, 1), future
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Render physical states (B, 10, n, 1, 1): returns frames (B, n, 3, 96, 96) in [0, 1]."""
+        """Render physical states (B, 10, n, 1, 1) as frames (B, n, 3, 96, 96) in [0, 1]."""
         rows = []
         for row in latents[..., 0, 0].numpy():
             for physics in row.T:

@@ -1,14 +1,15 @@
 """Reproduce the paper's Push-T study: policy evaluation and planning in a world model.
 
-The study is in sections 4.2, 4.3, 6.4 and 12 of the paper.
+See sections 4.2, 4.3, 6.4 and 12 of the paper.
 
     python examples/pusht/study.py --datasets data/pusht-train data/pusht-expert --test_dataset data/pusht-test \
         --output_dir runs/study --quick
 
-Stages: diffusion policies of different quality; reward networks; world models that are fine-tuned with P policy rollouts in their
-training set; then each world model is compared with the simulator in policy evaluation, planning with K candidates, goal-image
-planning, reaching goals 25 steps ahead, and implausible actions; last the report. The same command resumes an interrupted run
-with the same results. A stage with other settings raises an error; `--redo STAGE` computes it and the stages that use it again.
+The first stages train diffusion policies of different quality, reward networks, and world models with P policy
+rollouts in their training set. The other stages compare each world model with the simulator: policy evaluation,
+planning with K candidates, planning with a goal image, goals 25 steps ahead, and implausible actions. At the end, the
+report is written. The same command resumes an interrupted run with the same results. A stage that was computed with
+other settings raises an error; `--redo STAGE` computes this stage again, and all stages that use its results.
 """
 
 import functools
@@ -20,12 +21,12 @@ from typing import Any
 
 import study_episodes as episodes
 import torch
-from simulator import Simulator
+from collect import read_settings
+from simulator import SUCCESS, Simulator
 from study_jobs import fingerprint, read_json, remove_stage, run_jobs, run_stage
 from study_models import (
-    SUCCESS,
     fine_tune,
-    run_script,
+    run_example,
     success_threshold,
     write_demonstrations,
     write_random_pipeline,
@@ -34,30 +35,31 @@ from study_models import (
 from study_report import write_report
 from transformers import HfArgumentParser
 
-from irasim_diffusers import embedded_checkpoint, training
+from irasim_diffusers import embedded_checkpoint
+from irasim_diffusers.training import check_ranges, run_script
 
 SCRIPTS = Path(__file__).parent
-EVALUATION_SEED = 5_000_000  # of the evaluated episodes; policies are compared on other seeds during their training
-PLANNING_SEED = 7_000_000
-IMAGE_SEED = 8_000_000
+EVALUATION_SEED = 5_000_000  # first seed of the policy evaluation; train_policy.py evaluates on other seeds
+PLANNING_SEED = 7_000_000  # first seed of the episodes with planners
+IMAGE_SEED = 8_000_000  # first seed of the starts with goal images
 CONVOLUTIONAL = "convolutional"
 
 
 @dataclass(frozen=True)
 class Size:
-    """Amount of work: the full setting by default, which is meant for a GPU."""
+    """Amount of work of each stage; the defaults are the full setting, which needs a GPU."""
 
     policy_stages: tuple[int, ...] = (100, 250, 500, 1000, 1500, 2000, 3000, 4000, 6000, 8000)
     max_demonstrations: int = 200
     reward_steps: int = 6000
     reward_episodes: int = 1500
-    reward_clips: int = 100  # held-out clips and episodes on which rewards are measured
-    num_rollouts: tuple[int, ...] = (0, 100, 1000)  # P
+    reward_clips: int = 100  # held-out clips and episodes on which the reward networks are evaluated
+    num_rollouts: tuple[int, ...] = (0, 100, 1000)  # values of P
     rollout_length: int = 120
     world_model_steps: int = 5000
     evaluation_seeds: int = 50
     evaluation_steps: int = 300
-    candidates: tuple[int, ...] = (1, 5, 10, 50)  # K
+    candidates: tuple[int, ...] = (1, 5, 10, 50)  # values of K
     planning_seeds: int = 100
     planning_steps: int = 300
     horizon: int = 8
@@ -102,7 +104,8 @@ class StudyArguments:
     test_dataset: Path = field(metadata={"help": "held-out LeRobotDataset folder made by collect.py"})
     output_dir: Path = field(metadata={"help": "folder of all results"})
     quick: bool = field(
-        default=False, metadata={"help": "small setting, for two idle CPU cores and about half an hour (estimated)"}
+        default=False,
+        metadata={"help": "small setting, which takes about half an hour on two idle CPU cores (estimated)"},
     )
     base_model: Path | None = field(
         default=None, metadata={"help": "pipeline folder that is fine-tuned (default: the embedded model)"}
@@ -110,8 +113,8 @@ class StudyArguments:
     from_scratch: bool = field(
         default=False,
         metadata={
-            "help": "start all world models from the same random weights: only then has P0 never seen a failure, because the "
-            "base model has seen random play"
+            "help": "start all world models from the same random weights. Otherwise P0 has seen failures, because the base model "
+            "was trained on random play"
         },
     )
     policies: Path | None = field(
@@ -121,7 +124,7 @@ class StudyArguments:
         default=None, metadata={"help": "folder with `iou` and `closeness` of train_reward.py (default: train both)"}
     )
     convolutional: Path | None = field(
-        default=None, metadata={"help": "folder of convolutional.py, to compare with (default: no comparison)"}
+        default=None, metadata={"help": "folder of convolutional.py that is also compared (default: none)"}
     )
     encoder: str | None = field(
         default=None,
@@ -131,7 +134,8 @@ class StudyArguments:
     )
     stages: list[str] = field(default_factory=list, metadata={"help": "stages to run (default: all)"})
     redo: list[str] = field(
-        default_factory=list, metadata={"help": "stages to compute again, with those that use their results"}
+        default_factory=list,
+        metadata={"help": "stages to compute again, together with the stages that use their results"},
     )
     num_workers: int = field(
         default_factory=lambda: 1 if torch.cuda.is_available() else multiprocessing.cpu_count(),
@@ -142,7 +146,7 @@ class StudyArguments:
 
 @dataclass(frozen=True)
 class Study:
-    """The study: what its stages share."""
+    """The stages of the study, with their arguments and sizes."""
 
     arguments: StudyArguments
     size: Size
@@ -157,23 +161,23 @@ class Study:
         return self.arguments.output_dir / stage
 
     def run(self, stage: str, work: Callable[[], Any], sizes: list[str], **inputs: Any) -> Any:
-        """Return the result of a stage, which is determined by entries of `Size` and by `inputs`."""
+        """Return the result of a stage; entries of `Size` and `inputs` determine it."""
         setting = {name: value for name, value in asdict(self.size).items() if name in sizes}
         return run_stage(self.folder(stage), setting | {"seed": self.arguments.seed} | inputs, work)
 
     def jobs(self, stage: str, function: Callable[..., Any], jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Run the jobs of a stage, see `run_jobs`."""
+        """Run the jobs of a stage; see `run_jobs`."""
         return run_jobs(self.folder(stage), function, jobs, self.arguments.num_workers)
 
     @functools.cached_property
     def policies(self) -> dict[str, Any]:
-        """Stage: policies of several qualities, by name, and the one that planners improve."""
+        """Stage: policies of different quality, and the policy that planners improve."""
         trained = self.arguments.policies
         root = trained or self.folder("policies") / "training"
 
         def work() -> dict[str, Any]:
             if trained is None:
-                run_script(
+                run_example(
                     *(SCRIPTS / "train_policy.py", "--datasets", *self.arguments.datasets, "--output_dir", root),
                     *("--stages", *self.size.policy_stages, "--max_demonstrations", self.size.max_demonstrations),
                     *("--num_episodes", 20, "--seed", self.arguments.seed),
@@ -181,7 +185,7 @@ class Study:
             report = read_json(root / "report.json")
             ious = {name: figures["max_iou"]["mean"] for name, figures in report.items() if name != "setting"}
             if len(ious) < 2:
-                raise ValueError("`policies` must hold at least two evaluated stages of train_policy.py.")
+                raise ValueError("`policies` must contain at least two evaluated stages of train_policy.py.")
             planned = min(ious, key=lambda name: abs(ious[name] - 0.6))  # the paper's policy has an IoU of 0.637
             paths = {name: str(root / f"checkpoint-{name}") for name in ious}
             return {"paths": paths, "ious": ious, "planned": planned}
@@ -191,7 +195,7 @@ class Study:
 
     @functools.cached_property
     def rewards(self) -> dict[str, Any]:
-        """Stage: networks that read IoU and closeness from a frame, and the IoU that counts as success."""
+        """Stage: networks that predict IoU and closeness from a frame, and the IoU that counts as success."""
         arguments = self.arguments
         root = arguments.rewards or self.folder("rewards")
 
@@ -199,7 +203,7 @@ class Study:
             found: dict[str, Any] = {"folder": str(root)}
             for target in ("iou", "closeness"):
                 if not (root / target / "report.json").is_file():
-                    run_script(
+                    run_example(
                         *(SCRIPTS / "train_reward.py", "--dataset", arguments.datasets[0], "--target", target),
                         *("--test_dataset", arguments.test_dataset, "--output_dir", root / target),
                         *("--model", self.base, "--max_train_steps", self.size.reward_steps),
@@ -216,7 +220,7 @@ class Study:
 
     @functools.cached_property
     def world_models(self) -> dict[str, str]:
-        """Stage: folders of the world models, by name: `P0`, `P100` and so on, and the convolutional baseline."""
+        """Stage: folders of the world models `P0`, `P100` and so on, and of the convolutional baseline."""
         root, size, other = self.folder("world_models"), self.size, self.arguments.convolutional
 
         def work() -> dict[str, str]:
@@ -250,7 +254,7 @@ class Study:
         )
 
     def starts(self, first: int, number: int) -> tuple[list[int], int]:
-        """Seeds of episodes whose start is not already solved, and how many were excluded."""
+        """Return seeds of episodes that are not solved at the start, and the number of excluded seeds."""
         simulator, seed = Simulator(), first
         seeds: list[int] = []
         while len(seeds) < number:
@@ -261,7 +265,7 @@ class Study:
         return seeds, seed - first - number
 
     def common(self, model: str) -> dict[str, Any]:
-        """Arguments of every job."""
+        """Return the arguments that every job has."""
         return {"model": self.world_models.get(model, model), "base": str(self.base)}
 
     def inputs(self) -> dict[str, Any]:
@@ -273,7 +277,7 @@ class Study:
         }
 
     def evaluation(self) -> Any:
-        """Stage: each policy from the same starts in the simulator and in each world model."""
+        """Stage: run each policy from the same starts in the simulator and in each world model."""
         rewards, folder = self.rewards, self.folder("evaluation")
         seeds, excluded = self.starts(EVALUATION_SEED, self.size.evaluation_seeds)
 
@@ -293,7 +297,7 @@ class Study:
         return self.run("evaluation", work, ["evaluation_seeds", "evaluation_steps"], **self.inputs())
 
     def planning(self) -> Any:
-        """Stage: choose among K samples of a policy; upper bound, baselines, optimization and guard."""
+        """Stage: choose among K samples of a policy, with upper bound, baselines, optimization and guard."""
         size, folder, models = self.size, self.folder("planning"), list(self.world_models)
         seeds, excluded = self.starts(PLANNING_SEED, size.planning_seeds)
         planned, most = self.policies["paths"][self.policies["planned"]], max(size.candidates)
@@ -305,7 +309,7 @@ class Study:
         small = min(number for number in size.candidates if number > 1)
         if size.optimise:
             cells["optimised"] = {"method": "optimise", "model": f"P{size.num_rollouts[-1]}", "num_candidates": small}
-        if len(models) > 1:  # the member of the guard is the other kind of network if there is one
+        if len(models) > 1:  # the guard compares with the convolutional network, if there is one
             cells["guarded"] = {"method": "rank", "model": models[0], "num_candidates": most, "guard": models[-1]}
 
         def work() -> Any:
@@ -345,16 +349,16 @@ class Study:
         return self.run("goal_images", work, ["image_seeds", "image_candidates"], encoder=encoder, **self.inputs())
 
     def reaching(self) -> Any:
-        """Stage: reach a frame 25 steps ahead in a held-out trajectory, of the expert and of a random pusher."""
+        """Stage: reach a frame 25 steps ahead in held-out trajectories of the expert and of random pushers."""
         size, dataset = self.size, self.arguments.test_dataset
-        marker = read_json(dataset / ".irasim-source.json")
+        settings = read_settings(dataset)
         kinds = {"expert": ["expert", "noisy"], "random": ["aimless", "keys", "jumps"]}
         models = [*self.world_models, episodes.SIMULATOR]
 
         def work() -> Any:
             shared: dict[str, Any] = {
                 "dataset": str(dataset),
-                "first_seed": marker["first_seed"],
+                "first_seed": settings["first_seed"],
                 "ahead": size.reaching_ahead,
                 "budget": size.reaching_budget,
             }
@@ -368,10 +372,10 @@ class Study:
             return {"results": group(self.jobs("reaching", episodes.reach_goal, jobs))}
 
         sizes = [f"reaching_{name}" for name in ("tasks", "ahead", "budget", "candidates", "iterations")]
-        return self.run("reaching", work, sizes, test_dataset=marker, **self.inputs())
+        return self.run("reaching", work, sizes, test_dataset=settings, **self.inputs())
 
     def implausible(self) -> Any:
-        """Stage: targets beyond walls and through the block."""
+        """Stage: command targets beyond walls and through the block."""
 
         def work() -> Any:
             jobs = {
@@ -387,11 +391,11 @@ class Study:
 
 
 STAGES = ("policies", "rewards", "world_models", "evaluation", "planning", "goal_images", "implausible", "reaching")
-USED_BY = {"policies": STAGES[2:], "rewards": STAGES[3:], "world_models": STAGES[3:]}  # stages to compute again
+USED_BY = {"policies": STAGES[2:], "rewards": STAGES[3:], "world_models": STAGES[3:]}  # stages that use a result
 
 
 def group(results: dict[str, Any]) -> dict[str, list[Any]]:
-    """Collect the results of jobs `<cell>-<number>` by cell."""
+    """Group the results of jobs `<cell>-<number>` by cell."""
     cells: dict[str, list[Any]] = {}
     for name, result in results.items():
         cells.setdefault(name.rsplit("-", 1)[0], []).append(result)
@@ -399,17 +403,17 @@ def group(results: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def fingerprint_all(folder: Path) -> dict[str, str]:
-    """Fingerprint of every policy in a folder of train_policy.py."""
+    """Return the fingerprint of each policy in a folder of train_policy.py."""
     return {path.name: fingerprint(path) for path in sorted(folder.glob("checkpoint-*"))}
 
 
 def run_study(arguments: StudyArguments, size: Size) -> None:
-    """Run the stages, skip complete ones, and write the report of all that are complete.
+    """Run the stages that are not complete, and write the report of all complete stages.
 
     Raises:
-        ValueError: If a name of a stage is unknown, an input does not exist, or a stage has other settings.
+        ValueError: If a stage is unknown, an input does not exist, or a stage was computed with other settings.
     """
-    training.check_ranges(arguments, not_negative=("seed",), at_least_1=("num_workers",))
+    check_ranges(arguments, not_negative=("seed",), at_least_1=("num_workers",))
     for name in ("stages", "redo"):
         unknown = sorted(set(getattr(arguments, name)) - set(STAGES))
         if unknown:
@@ -435,4 +439,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    training.run_script(main)
+    run_script(main)

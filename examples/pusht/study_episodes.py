@@ -1,7 +1,8 @@
 """Jobs of the Push-T study: episodes in the simulator, in which planners see predicted frames only.
 
-The simulator executes the actions and measures the outcome. Policies observe its frame and the position of the pusher, as on a
-real robot. World models start from its frames. Only `SimulatorModel`, the upper bound, starts from its state.
+The simulator executes the actions and measures the outcome. Policies observe the simulator's frame and the position of
+the pusher, as on a real robot. World models start from the simulator's frames. Only `SimulatorModel`, the upper bound,
+starts from its state.
 """
 
 import time
@@ -14,10 +15,10 @@ import torch
 from collect import TASKS
 from expert import outline
 from poses import UNIT, read_poses
-from simulator import ARENA, Simulator, State, push_about
+from simulator import ARENA, SUCCESS, Simulator, State, push_about
 from simulator_model import SimulatorModel
 from study_jobs import read_json
-from study_models import SUCCESS, CoverageScore, Progress, Solved, load_model, load_policy, load_reward
+from study_models import CoverageScore, Progress, Solved, load_model, load_policy, load_reward
 
 from irasim_diffusers.data import LeRobotFolder, write_video
 from irasim_diffusers.envs import WorldModelVectorEnv
@@ -34,21 +35,18 @@ try:
 except ModuleNotFoundError as error:
     exit_without_extra(error, "pusht")
 
-HISTORY = 2  # frames from which world models start
-SIMULATOR = "simulator"  # instead of the folder of a world model: the upper bound
+HISTORY = 2  # history frames of the world models
+SIMULATOR = "simulator"  # name of the upper bound, instead of the folder of a world model
 POSITION, ANGLE = 20.0, np.pi / 9  # tolerances of DINO-WM's protocol, arena units and radians
-PUSHED, TURNED = 10.0, np.pi / 18  # tolerances of a push to a goal image
-MOVED = 20.0  # least movement of the block toward a goal image, arena units
-OUTSIDE = 8.0  # arena units beyond a wall, or of the pusher within the block, that count as implausible; 1.5 pixels
+PUSHED, TURNED = 10.0, np.pi / 18  # tolerances of a push to a goal image, arena units and radians
+MOVED = 20.0  # minimum movement of the block toward a goal image, arena units
+OUTSIDE = 8.0  # depth in a wall or in the block from which a pose is implausible, arena units; 1.5 pixels
 
 
 def evaluate_policy(
     *, model: str, base: str, policy: str, rewards: str, threshold: float, seeds: list[int], steps: int, output: str
 ) -> list[dict[str, Any]]:
-    """Run one policy from the same starts in the simulator and in a world model.
-
-    Returns the outcome of each seed.
-    """
+    """Run a policy from the same starts in the simulator and in a world model; return the outcomes."""
     rows = min(10, len(seeds))
     real = gymnasium.make_vec(
         "gym_pusht:gym_pusht/PushT-v0",
@@ -96,14 +94,15 @@ def plan_episode(
         policy: Folder of the policy.
         rewards: Folder of the reward networks.
         num_candidates: Number of samples K.
-        horizon: Number of predicted and executed actions of a plan.
+        horizon: Number of actions that are predicted and then executed.
         steps: Length of the episode.
         seed: Seed of the start and of the samples.
-        guard: Folder of a second world model that must agree; None for no guard.
-        video: File of a video to write.
+        guard: Folder of a second world model that must agree with the first; None for no guard.
+        video: Path of a video to write; None for no video.
 
     Returns:
-        `score`, `iou` (largest of the episode), `iou_stopped` (until the first success), `success`, and seconds per decision.
+        `score`, `iou` (maximum of the episode), `iou_stopped` (maximum until the first success), `success` (0 or 1), and
+        `seconds` per decision.
     """
     real, generator = Simulator(), torch.Generator().manual_seed(seed)
     state, network = real.reset(seed), load_policy(policy)
@@ -134,7 +133,7 @@ def plan_episode(
 
 
 def episode_figures(coverages: np.ndarray) -> dict[str, float]:
-    """Figures of an episode from the coverage of the goal at each step (T,)."""
+    """Compute the metrics of an episode from the coverage of the goal at each step (T,)."""
     solved = np.nonzero(coverages > SUCCESS)[0]
     best, stopped = coverages.max(), coverages[: solved[0] + 1].max() if len(solved) else coverages.max()
     return {
@@ -146,18 +145,18 @@ def episode_figures(coverages: np.ndarray) -> dict[str, float]:
 
 
 def world_of(model: str, base: str, real: Simulator) -> Any:
-    """Load a world model; `simulator` is the upper bound that starts from the state of `real`."""
+    """Load a world model, or create the upper bound `simulator`, which starts from the state of `real`."""
     loaded = load_model(base if model == SIMULATOR else model, base)["model"]
     return SimulatorModel(real, loaded.action_space) if model == SIMULATOR else loaded
 
 
 def observation_of(frame: np.ndarray, state: State) -> dict[str, np.ndarray]:
-    """Observation of a policy in the simulator."""
+    """Build the observation of a policy from a frame (H, W, 3), uint8, and a state."""
     return {"pixels": frame[None], "agent_pos": state.agent[None].astype(np.float32)}
 
 
 def optimiser(horizon: int, scoring: Scoring) -> Callable[..., Plan]:
-    """A planner that ranks candidates and improves the best one by gradient ascent (GPC-RANK+OPT)."""
+    """Create a planner that improves the best candidate by gradient ascent (GPC-RANK+OPT)."""
 
     def plan(model: Any, state: Any, objective: Any, init: Any = None) -> Plan:
         best = Rank(scoring=scoring)(model, state, objective, init)
@@ -171,14 +170,14 @@ def optimiser(horizon: int, scoring: Scoring) -> Callable[..., Plan]:
 def push_to_image(
     *, model: str, base: str, rewards: str, encoder: str | None, num_candidates: int, seed: int
 ) -> dict[str, Any]:
-    """Choose straight lines by a goal image, and execute the five best (paper, appendix 12).
+    """Rank straight-line candidates by a goal image, and execute the five best (paper, appendix 12).
 
-    All lines start from the same state. The goal image shows the result of a push in a random direction that is not
+    All lines start from the same state. The goal image shows the result of a push along a random line that is not
     among the candidates.
 
     Returns:
-        The fraction of the executed lines that reach the goal, for the mean squared error, for features, and for random lines;
-        nothing if no direction moves the block.
+        Fractions of the executed lines that reach the goal: `mse` (ranked by mean squared error), `features` and `random`. Empty
+        if no line moves the block.
     """
     real, rng = Simulator(), np.random.default_rng(seed)
     frames, state = contact(real, rng, seed)
@@ -210,7 +209,7 @@ def push_to_image(
 
 
 def contact(real: Simulator, rng: np.random.Generator, seed: int) -> tuple[list[np.ndarray], State]:
-    """Push the block randomly until the pusher touches it after 20 steps or more.
+    """Push the block at random for more than 20 steps, until it moves.
 
     Returns the last frames and the state.
     """
@@ -234,7 +233,7 @@ def pushed_to(poses: np.ndarray, goal: np.ndarray) -> np.ndarray:
 
 
 def reaching_tasks(dataset: Path, kinds: list[str], number: int, ahead: int) -> list[dict[str, int]]:
-    """Choose starts (episode and frame), spread over the held-out episodes of these kinds."""
+    """Choose starts (episode and frame), spread evenly over the held-out episodes of some kinds."""
     rng = np.random.default_rng(0)
     tasks = [TASKS[kind] for kind in kinds]
     rows = [(index, row) for index, row in enumerate(LeRobotFolder(dataset).rows) if row["tasks"][0] in tasks]
@@ -259,11 +258,11 @@ def reach_goal(
 ) -> dict[str, Any]:
     """Reach the frame `ahead` steps later in a held-out trajectory by CEM (DINO-WM's protocol).
 
-    Success: at the end of an executed plan, the position of pusher and block (4 components) is within 20 arena units of the goal
-    and the angle of the block within 20 degrees.
+    An episode succeeds if, at the end of an executed plan, the positions of pusher and block (4 components) are within 20 arena
+    units of the goal, and the angle of the block within 20 degrees.
 
     Returns:
-        `success`, `steps`, seconds per plan; nothing if the start already is within the tolerances.
+        `success` (0 or 1), `steps`, and `seconds` per plan. Empty if the start is already within the tolerances.
     """
     actions = LeRobotFolder(Path(dataset))[episode].actions
     real, seed = Simulator(), first_seed + episode
@@ -293,7 +292,7 @@ def reach_goal(
 
 
 def at_goal(state: State, goal: State) -> bool:
-    """Whether pusher and block are within the tolerances of DINO-WM's protocol."""
+    """Return whether pusher and block are within the tolerances of DINO-WM's protocol."""
     offset = np.concatenate([state.agent - goal.agent, state.block[:2] - goal.block[:2]])
     turn = (state.block[2] - goal.block[2] + np.pi) % (2 * np.pi) - np.pi
     return bool(np.linalg.norm(offset) < POSITION and abs(turn) < ANGLE)
@@ -305,8 +304,7 @@ def push_implausibly(*, model: str, base: str, kind: str, steps: int, seed: int)
     `wall` pushes the block into a wall; `block` puts the target on the other side of the block.
 
     Returns:
-        For the model and the simulator: the fraction of predicted frames in which both bodies are found, and of these the
-        fraction in which a part of the block is beyond a wall, or the pusher within the block.
+        `model` and `simulator`, each with the values of `violations`.
     """
     rng, real = np.random.default_rng(seed), Simulator()
     real.reset(seed)
@@ -333,9 +331,11 @@ def push_implausibly(*, model: str, base: str, kind: str, steps: int, seed: int)
 
 
 def violations(frames: np.ndarray) -> dict[str, float]:
-    """Return how often bodies are found in frames (T, 96, 96, 3) in [0, 1], and are implausible.
+    """Measure how many frames (T, 96, 96, 3), in [0, 1], show implausible poses.
 
-    The fractions of implausible frames are of those in which the bodies are found.
+    Returns:
+        `found`: fraction of frames in which both bodies are found; `outside` and `inside`: of these, the fractions in which a
+        part of the block is beyond a wall, and in which the pusher is in the block.
     """
     poses = read_poses(frames)
     outside = inside = 0

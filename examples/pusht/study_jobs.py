@@ -1,4 +1,4 @@
-"""Resumable work of the Push-T study: stages with checked settings, and jobs that each write one file."""
+"""Resumable stages and jobs of the Push-T study."""
 
 import functools
 import hashlib
@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import write_text
 
 RESULT, SETTING = "result.json", "setting.json"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is either complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_path(path) as partial:
-        partial.write_text(json.dumps(value, indent=2), encoding="utf-8")
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2))
 
 
 def read_json(path: Path) -> Any:
@@ -31,7 +29,7 @@ def read_json(path: Path) -> Any:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash the weights and configs of a model folder, so that replaced weights are detected."""
+    """Return a hash of the weights and configs of a model folder, to detect replaced weights."""
     digest = hashlib.sha256()
     for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("config.json")]):
         if "checkpoint-" not in str(path.relative_to(folder)):
@@ -45,10 +43,10 @@ def run_stage(folder: Path, setting: Mapping[str, Any], work: Callable[[], Any])
     Args:
         folder: Folder of the stage.
         setting: Everything that determines the result, JSON-serializable.
-        work: Computes the result. It may resume from files in the folder that an interrupted run has left.
+        work: Function that computes the result. It may resume from files that an interrupted run has left in the folder.
 
     Raises:
-        ValueError: If the folder contains a stage with other settings.
+        ValueError: If the folder contains results of other settings.
     """
     wanted = json.loads(json.dumps(setting))
     if (folder / SETTING).is_file():
@@ -69,7 +67,7 @@ def run_stage(folder: Path, setting: Mapping[str, Any], work: Callable[[], Any])
 
 
 def remove_stage(folder: Path) -> None:
-    """Delete a stage; the settings go last, so that an interrupted deletion is noticed."""
+    """Delete the files of a stage; the settings are deleted last, so that an interruption is detected."""
     for path in sorted(folder.glob("*"), key=lambda path: path.name == SETTING):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -77,14 +75,14 @@ def remove_stage(folder: Path) -> None:
 def run_jobs(
     folder: Path, function: Callable[..., Any], jobs: Mapping[str, Mapping[str, Any]], num_workers: int
 ) -> dict[str, Any]:
-    """Call a function for each job; finished jobs are skipped.
+    """Call a function for each job that is not finished, and return the results of all jobs.
 
     Each result is written to `<folder>/jobs/<name>.json`.
 
     Args:
         folder: Folder of the stage.
-        function: Function of a module, called with the arguments of a job; returns a JSON-serializable value.
-        jobs: Arguments by name. A result must depend on the arguments only, not on other jobs.
+        function: Module-level function that receives the arguments of a job and returns a JSON-serializable value.
+        jobs: Arguments of each job, by name. A result must depend only on the arguments of its job.
         num_workers: Number of processes; 1 runs the jobs in this process.
 
     Returns:

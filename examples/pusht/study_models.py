@@ -1,4 +1,4 @@
-"""Policies, rewards and world models of the Push-T study: how they are trained and loaded."""
+"""Train and load the policies, rewards and world models of the Push-T study."""
 
 import functools
 import shutil
@@ -13,8 +13,8 @@ from collect import CAMERA, NAMES, TASKS
 from convolutional import WEIGHTS
 from convolutional import load as load_convolutional
 from diffusion_policy import DiffusionPolicy
-from expert import ious
-from simulator import FPS, SIZE, Simulator
+from expert import coverage, ious
+from simulator import FPS, SIZE, SUCCESS, Simulator
 from train_reward import BLOCK
 
 from irasim_diffusers import IRASimPipeline
@@ -24,18 +24,12 @@ from irasim_diffusers.envs import load_world_model
 from irasim_diffusers.files import temporary_folder
 from irasim_diffusers.rewards import FrameRegressor
 
-SUCCESS = 0.95  # coverage of the goal
 ROLLOUT_TASK = "Roll out a policy."
 ROLLOUT_SEED = 6_000_000  # first seed of the policy rollouts used to train world models
 EXAMPLES = Path(__file__).parent.parent
 
 
-def coverage(iou: Any) -> Any:
-    """Fraction of the goal that a block of the same area with this IoU covers."""
-    return 2 * iou / (1 + iou)
-
-
-def run_script(*command: Any) -> None:
+def run_example(*command: Any) -> None:
     """Run an example script in its own process.
 
     Raises:
@@ -48,7 +42,7 @@ def run_script(*command: Any) -> None:
 
 @functools.cache
 def load_model(path: str, base: str) -> dict[str, Any]:
-    """Load a world model and the proprioception model of `base`, as arguments of an environment."""
+    """Load a world model, and the proprioception model of `base`, as arguments of an environment."""
     loaded = load_world_model(base)
     if (Path(path) / WEIGHTS).is_file():
         loaded["model"] = load_convolutional(Path(path)).to(default_device())
@@ -70,7 +64,7 @@ def load_reward(path: str) -> FrameRegressor:
 
 
 class Progress:
-    """Objective of the planners: predicted IoU plus closeness, because the IoU is zero far from the goal.
+    """Objective of the planners: IoU plus closeness, because the IoU is zero far from the goal.
 
     Args:
         folder: Folder of the two reward networks.
@@ -83,12 +77,12 @@ class Progress:
         self.networks = [load_reward(f"{folder}/{target}") for target in ("iou", "closeness")]
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
-        """Score frames (B, n, 3, H, W): returns (B, n)."""
+        """Return the scores (B, n) of frames (B, n, 3, H, W)."""
         return sum(network(frames) for network in self.networks)
 
 
 class CoverageScore:
-    """Score of gym-pusht, read from frames: predicted coverage divided by that of a success, at most 1.
+    """Predict the score of gym-pusht from frames: coverage divided by `SUCCESS`, at most 1.
 
     Args:
         folder: Folder of the reward networks.
@@ -98,23 +92,23 @@ class CoverageScore:
         self.network = load_reward(f"{folder}/iou")
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
-        """Score frames (B, n, 3, H, W): returns (B, n)."""
+        """Return the scores (B, n) of frames (B, n, 3, H, W)."""
         return (coverage(self.network(frames)) / SUCCESS).clamp(max=1)
 
 
 class Solved:
-    """Whether a frame shows a solved task: the predicted IoU exceeds a threshold.
+    """Success criterion: the predicted IoU exceeds a threshold.
 
     Args:
         folder: Folder of the reward networks.
-        threshold: IoU, calibrated on held-out episodes of the simulator.
+        threshold: IoU from `success_threshold`.
     """
 
     def __init__(self, folder: str, threshold: float) -> None:
         self.network, self.threshold = load_reward(f"{folder}/iou"), threshold
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
-        """Classify frames (B, n, 3, H, W): returns bool (B, n)."""
+        """Return whether each of the frames (B, n, 3, H, W) shows a solved task, as bool (B, n)."""
         return self.network(frames) > self.threshold
 
 
@@ -122,10 +116,10 @@ class Solved:
 def success_threshold(folder: Path, dataset: Path, max_episodes: int) -> dict[str, float]:
     """Choose the threshold on the largest predicted IoU that best classifies success in the simulator.
 
-    Only episodes of the expert and the noisy expert are used. Of equally good thresholds the middle one is returned.
+    Only episodes of the expert and the noisy expert are used. Among equally good thresholds, the middle one is returned.
 
     Returns:
-        `threshold`, `accuracy` on these episodes, `solved` (fraction) and `n`.
+        `threshold`, `accuracy` on these episodes, `solved` (fraction of solved episodes) and their number `n`.
     """
     network, source = FrameRegressor.from_pretrained(folder).eval(), LeRobotFolder(dataset)
     kinds = [TASKS["expert"], TASKS["noisy"]]
@@ -162,7 +156,7 @@ def write_demonstrations(root: Path, datasets: list[Path], max_episodes: int) ->
 
 
 def write_rollouts(root: Path, policies: list[str], num_episodes: int, length: int, num_executed: int) -> None:
-    """Run each policy for the same number of episodes in the simulator, and write a LeRobotDataset."""
+    """Run the policies in turn in the simulator, and write the episodes as a LeRobotDataset folder."""
     if (root / "meta" / "info.json").is_file():
         return
     episodes = [
@@ -216,18 +210,18 @@ def write_random_pipeline(root: Path, base: Path, seed: int) -> None:
 
 
 def copy_proprioception(base: Path, root: Path) -> None:
-    """Copy the proprioception model of a pipeline; its folder marks a complete world model."""
+    """Copy the proprioception model of a pipeline; its presence marks a complete world model."""
     with temporary_folder(root / "proprioception") as partial:
         shutil.copytree(base / "proprioception", partial, dirs_exist_ok=True)
 
 
 def fine_tune(root: Path, base: Path, datasets: list[Path], max_train_steps: int, cache: Path, seed: int) -> None:
-    """Fine-tune a world model from `base`, and copy its proprioception model.
+    """Fine-tune the world model `base`, and copy its proprioception model.
 
-    An interrupted training resumes.
+    An interrupted run resumes.
     """
     if max_train_steps:
-        run_script(
+        run_example(
             *(EXAMPLES / "train.py", "--dataset", *datasets, "--output_dir", root, "--cache_dir", cache),
             *("--pretrained_model_name_or_path", base, "--max_train_steps", max_train_steps, "--seed", seed),
             *("--train_batch_size", 16, "--learning_rate", 1e-4, "--lr_scheduler", "cosine", "--lr_warmup_steps", 10),

@@ -1,4 +1,4 @@
-"""The report of the Push-T study: tables, two plots, and links to videos."""
+"""Write the report of the Push-T study: tables, plots, and links to videos."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from study_jobs import RESULT, read_json, write_json
 
 from irasim_diffusers.data import read_video
 from irasim_diffusers.evaluation import summarise_policies
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import temporary_path, write_text
 from irasim_diffusers.metrics import bootstrap
 from irasim_diffusers.pictures import film_strip
 
@@ -34,8 +34,8 @@ def write_report(root: Path, stages: Sequence[str]) -> None:
         [
             "# Push-T study",
             "",
-            "Intervals: 95 %, bootstrap over the episodes. `P0` is the world model without policy "
-            "rollouts in its training set, `P100` that with 100, and so on; `simulator` is the upper bound.",
+            "Intervals are 95 % bootstrap intervals over episodes. `P0` is the world model without policy rollouts in its training "
+            "set, `P100` the one with 100, and so on. `simulator` is the upper bound.",
         ],
         {},
     )
@@ -43,13 +43,12 @@ def write_report(root: Path, stages: Sequence[str]) -> None:
         if stage in results:
             paragraph, figures[stage] = section(results[stage], root)
             text += ["", paragraph]
-    with temporary_path(root / "report.md") as partial:
-        partial.write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_text(root / "report.md", "\n".join(text) + "\n")
     write_json(root / "report.json", figures)
 
 
 def policy_section(result: Any, root: Path) -> tuple[str, Any]:
-    """Qualities of the policies in the simulator."""
+    """Report the IoU of the policies in the simulator."""
     rows = [[name, f"{iou:.3f}"] for name, iou in result["ious"].items()]
     return (
         f"## Policies\n\nPlanners improve policy {result['planned']}.\n\n"
@@ -59,13 +58,13 @@ def policy_section(result: Any, root: Path) -> tuple[str, Any]:
 
 
 def reward_section(result: Any, root: Path) -> tuple[str, Any]:
-    """Errors of the reward networks on frames of the simulator and of the base model."""
+    """Report the errors of the reward networks on frames of the simulator and of the base model."""
     columns = {"simulator_frames": "simulator", "model_frames": "model", "model_last_frame": "model, frame 15"}
     rows = [[target, *(interval(result[target][key]) for key in columns)] for target in ("iou", "closeness")]
     success = result["success"]
     note = (
-        f"Success in a predicted frame: IoU above {success['threshold']:.3f}, which is right for {success['accuracy']:.0%} of "
-        f"{success['n']} held-out episodes of the simulator ({success['solved']:.0%} solved)."
+        f"A predicted frame counts as success above an IoU of {success['threshold']:.3f}. This classifies "
+        f"{success['accuracy']:.0%} of {success['n']} held-out simulator episodes correctly ({success['solved']:.0%} are solved)."
     )
     table = markdown((["mean absolute error", *columns.values()], rows))
     return f"## Rewards\n\n{table}\n\n{note}", {"success": success} | {
@@ -74,7 +73,7 @@ def reward_section(result: Any, root: Path) -> tuple[str, Any]:
 
 
 def evaluation_section(result: Any, root: Path) -> tuple[str, Any]:
-    """Agreement of each world model with the simulator."""
+    """Report how well each world model agrees with the simulator."""
     reports = {}
     for model in result["models"]:
         names = [name for name in result["episodes"] if name.startswith(f"{model}-")]
@@ -101,11 +100,9 @@ def evaluation_section(result: Any, root: Path) -> tuple[str, Any]:
     links = ", ".join(
         f"[{path.parts[-5]} {path.parts[-2]}]({path.relative_to(root).as_posix()})" for path in videos[:24]
     )
-    note = (
-        f"{len(first['policies'])} policies, {first['num_seeds']} seeds, {result['excluded']} solved starts excluded."
-    )
+    note = f"{len(first['policies'])} policies, {first['num_seeds']} seeds; {result['excluded']} solved starts were excluded."
     return (
-        f"## Policy evaluation\n\n{note} Score: largest coverage of an episode divided by 0.95.\n\n{table}\n\n"
+        f"## Policy evaluation\n\n{note} The score is the largest coverage of an episode divided by 0.95.\n\n{table}\n\n"
         f"{markdown((header, scores))}\n\n![success in the model against the simulator](evaluation.png)\n\n"
         f"Simulator on the left, model on the right: {links}.",
         reports,
@@ -113,7 +110,7 @@ def evaluation_section(result: Any, root: Path) -> tuple[str, Any]:
 
 
 def planning_section(result: Any, root: Path) -> tuple[str, Any]:
-    """Figures of each planner, and the share of the gain that the exact simulator gives."""
+    """Report the metrics of each planner, and its gain relative to that of the exact simulator."""
     rng = np.random.default_rng(0)
     names = ("score", "iou", "iou_stopped", "success")
     figures: dict[str, Any] = {
@@ -143,15 +140,15 @@ def planning_section(result: Any, root: Path) -> tuple[str, Any]:
         strip.quantize(64).save(partial, optimize=True)
     videos = ", ".join(f"[{cell}](planning/videos/{cell}.mp4)" for cell in figures)
     return (
-        f"## Planning\n\n{count} starts, {result['excluded']} solved starts excluded.\n\n{markdown((header, rows))}\n\n"
-        f"Gain of the score over the policy, as a fraction of the gain that the exact simulator gives: {note}.\n\n"
+        f"## Planning\n\n{count} starts; {result['excluded']} solved starts were excluded.\n\n{markdown((header, rows))}\n\n"
+        f"Gain in score over the policy, as a fraction of the gain with the exact simulator: {note}.\n\n"
         f"![IoU against K](planning.png)\n\nVideos of the first start: {videos}.\n\n![the first start](planning_strip.png)",
         figures | {"gain": gains},
     )
 
 
 def image_section(result: Any, root: Path) -> tuple[str, Any]:
-    """Success of pushes that were chosen by a goal image."""
+    """Report the success of pushes that were ranked by a goal image."""
     rng, rows, figures = np.random.default_rng(0), [], {}
     for model, found in result["results"].items():
         kept = [each for each in found if each]
@@ -168,7 +165,7 @@ def image_section(result: Any, root: Path) -> tuple[str, Any]:
 
 
 def reaching_section(result: Any, root: Path) -> tuple[str, Any]:
-    """Success of CEM in DINO-WM's protocol."""
+    """Report the success of CEM in DINO-WM's protocol."""
     rng, rows, figures = np.random.default_rng(0), [], {}
     for cell, found in result["results"].items():
         kept = [each for each in found if each]
@@ -186,7 +183,7 @@ def reaching_section(result: Any, root: Path) -> tuple[str, Any]:
 
 
 def implausible_section(result: Any, root: Path) -> tuple[str, Any]:
-    """Rates of implausible frames in the models and in the simulator."""
+    """Report the rates of implausible frames in the models and in the simulator."""
     rng, rows, figures = np.random.default_rng(0), [], {}
     for cell, found in result["results"].items():
         kind, model = cell.split("-", 1)
@@ -198,12 +195,12 @@ def implausible_section(result: Any, root: Path) -> tuple[str, Any]:
         rows.append([kind, model, *(interval(value) for value in figures[cell].values())])
     header = ["targets", "world model", "bodies found", "(simulator)", "block beyond wall", "(simulator)"]
     header += ["pusher in block", "(simulator)"]
-    note = "Fractions of frames; the last four of the frames in which both bodies are found."
+    note = "Fractions of frames. The last four columns are relative to the frames in which both bodies are found."
     return f"## Implausible targets\n\n{note}\n\n{markdown((header, rows))}", figures
 
 
 def markdown(table: Table) -> str:
-    """Format a table."""
+    """Format a table as Markdown."""
     header, rows = table
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -235,7 +232,7 @@ def plot(path: Path, draw: Callable[[Axes], None]) -> None:
 
 
 def error_bars(figures: Sequence[Any]) -> np.ndarray:
-    """Lengths (2, n) of the error bars of bootstrap figures."""
+    """Return the lengths (2, n) of the error bars of bootstrap intervals."""
     return np.array([[each["mean"] - each["low"], each["high"] - each["mean"]] for each in figures]).clip(min=0).T
 
 

@@ -2,11 +2,12 @@
 
     python examples/pusht/train_policy.py --datasets data/pusht-expert --output_dir runs/policy
 
-First, the encoder learns to find keypoints of the block in frames of all kinds of episodes. Their labels come from the recorded
-states, which the policy never reads. Then the denoiser learns from the expert's episodes and their mirror images, with a frozen
-encoder. Checkpoints are saved at several stages, so that policies of different quality can be compared: `checkpoint-250` and so on,
-each with weights averaged over steps (EMA). Each stage is evaluated on the same held-out starts: the largest IoU of block and goal,
-and the fraction of episodes in which the coverage of the goal exceeds 95 %. The same command resumes, with the same result.
+First, the encoder learns to find keypoints of the block in frames of all kinds of episodes. The labels come from the
+recorded states, which the policy never reads. Then the encoder is frozen, and the denoiser learns from the expert's
+episodes and their mirror images. Checkpoints with averaged weights (EMA) are saved at several stages (`checkpoint-250`
+and so on), to compare policies of different quality. Each stage is evaluated on the same held-out starts: the largest
+IoU of block and goal, and the fraction of episodes in which the coverage of the goal exceeds 95 %. The same command
+resumes an interrupted run, with the same result.
 """
 
 import json
@@ -22,23 +23,22 @@ import torch
 from collect import TASKS
 from diffusers.training_utils import EMAModel
 from diffusion_policy import NUM_KEYPOINTS, SCALE, DiffusionPolicy
-from expert import outline
-from simulator import ARENA, Simulator
+from expert import coverage, outline
+from simulator import ARENA, SUCCESS, Simulator
 from torch.nn import functional
 from tqdm import tqdm, trange
 from train_reward import BLOCK, augment, ious
 from transformers import HfArgumentParser
 
 from irasim_diffusers.data import LeRobotFolder
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import temporary_path, write_text
 from irasim_diffusers.metrics import bootstrap
 from irasim_diffusers.training import check_ranges, run_script
 
-SUCCESS = 0.95  # coverage of the goal
-FIRST_SEED = 4_000_000  # of the evaluated episodes, far from the seeds of the datasets
-CORNERS = [0, 1, 4, 5]  # of the block's outline, the keypoints: two at the bar, two at the stem
-MIRRORED = [1, 0, 3, 2]  # keypoints in the order in which a mirror image shows them
-ENCODER_BATCH, ENCODER_FRAMES = 64, 48  # frames of a step, and of an episode
+FIRST_SEED = 4_000_000  # first seed of the evaluated episodes, far from the seeds of the datasets
+CORNERS = [0, 1, 4, 5]  # keypoints: corners of the block's outline, two at the bar and two at the stem
+MIRRORED = [1, 0, 3, 2]  # order of the keypoints in a mirror image
+ENCODER_BATCH, ENCODER_FRAMES = 64, 48  # frames per step, and frames per episode
 
 
 @dataclass
@@ -48,24 +48,30 @@ class PolicyArguments:
     max_demonstrations: int = field(default=400, metadata={"help": "maximum number of expert episodes"})
     stages: list[int] = field(
         default_factory=lambda: [250, 500, 1000, 1500, 2500, 4000, 7000, 12000],
-        metadata={"help": "increasing numbers of steps after which a checkpoint is saved; the last ends the training"},
+        metadata={
+            "help": "steps at which a checkpoint is saved, in increasing order; the training ends at the last one"
+        },
     )
-    encoder_steps: int = field(default=1500, metadata={"help": "steps of the encoder, on batches of 64 frames"})
-    encoder_episodes: int = field(default=400, metadata={"help": "maximum number of episodes for the encoder"})
+    encoder_steps: int = field(
+        default=1500, metadata={"help": "training steps of the encoder, on batches of 64 frames"}
+    )
+    encoder_episodes: int = field(default=400, metadata={"help": "maximum number of episodes to train the encoder on"})
     batch_size: int = field(default=256, metadata={"help": "batch size"})
     learning_rate: float = field(default=1e-3, metadata={"help": "learning rate"})
     ema_decay: float = field(default=0.999, metadata={"help": "decay of the averaged weights (EMA)"})
-    num_executed: int = field(default=8, metadata={"help": "executed targets of a chunk"})
-    num_episodes: int = field(default=20, metadata={"help": "evaluated episodes per stage; 0 skips the evaluation"})
-    max_episode_steps: int = field(default=300, metadata={"help": "maximum number of steps of an evaluated episode"})
+    num_executed: int = field(default=8, metadata={"help": "number of targets of a chunk that are executed"})
+    num_episodes: int = field(
+        default=20, metadata={"help": "number of episodes that evaluate each stage; 0 skips the evaluation"}
+    )
+    max_episode_steps: int = field(default=300, metadata={"help": "number of steps of an evaluated episode"})
     seed: int = field(default=0, metadata={"help": "random seed"})
 
 
 def load_state(path: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
-    """Load the state from which a run resumes; None if there is none.
+    """Load the state from which a run resumes; None for a new run.
 
     Raises:
-        ValueError: If its settings differ.
+        ValueError: If the state has other settings.
     """
     if not path.is_file():
         return None
@@ -79,7 +85,7 @@ def load_state(path: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class Training:
-    """A policy with its optimizer, averaged weights and progress; `save` and `resume` keep all of it."""
+    """A policy with its optimizer, averaged weights and progress, which `save` and `resume` store."""
 
     def __init__(self, arguments: PolicyArguments) -> None:
         self.arguments, self.path = arguments, arguments.output_dir / "training.pt"
@@ -92,13 +98,13 @@ class Training:
         self.report: dict[str, dict] = {}
 
     def setting(self) -> dict[str, Any]:
-        """Arguments that determine the result."""
+        """Return the arguments that determine the result."""
         values = asdict(self.arguments)
         del values["output_dir"]
         return values | {"datasets": [str(path) for path in self.arguments.datasets]}
 
     def save_stage(self) -> None:
-        """Write the averaged weights and the report, and last the state from which a training resumes."""
+        """Write the averaged weights, the report, and then the state from which the run resumes."""
         arguments = self.arguments
         self.average.store(self.policy.parameters())
         self.average.copy_to(self.policy.parameters())
@@ -107,21 +113,24 @@ class Training:
             self.report[str(self.step)] = evaluate(self.policy, arguments)
         self.average.restore(self.policy.parameters())
         self.policy.train()
-        figures = {"minutes": self.minutes, "encoder_error": self.encoder_error}  # the error is in arena units
+        figures = {"minutes": self.minutes, "encoder_error": self.encoder_error}  # error in arena units
         setting = self.setting() | figures | {"command": " ".join(["python", *sys.argv])}
-        with temporary_path(arguments.output_dir / "report.json") as partial:
-            partial.write_text(json.dumps(self.report | {"setting": setting}, indent=2), encoding="utf-8")
+        write_text(arguments.output_dir / "report.json", json.dumps(self.report | {"setting": setting}, indent=2))
         self.save()
 
     def save(self) -> None:
-        """Write the state from which a training resumes."""
+        """Write the state from which the run resumes."""
         state = {name: getattr(self, name) for name in ("step", "minutes", "encoder_error", "report")}
         state |= {name: getattr(self, name).state_dict() for name in ("policy", "optimizer", "average")}
         with temporary_path(self.path) as partial:
             torch.save(state | {"setting": self.setting(), "random": torch.get_rng_state()}, partial)
 
     def resume(self) -> None:
-        """Restore the encoder or the newest stage of an earlier run; raise ValueError if its settings differ."""
+        """Restore the trained encoder or the newest stage of an earlier run.
+
+        Raises:
+            ValueError: If the run has other settings.
+        """
         if (state := load_state(self.path, self.setting())) is None:
             return
         for name in ("step", "minutes", "encoder_error", "report"):
@@ -164,18 +173,18 @@ class Training:
         """Make one step on a random batch of the demonstrations; return the loss."""
         arguments, policy = self.arguments, self.policy
         self.step += 1
-        for group in self.optimizer.param_groups:  # cosine decay over the whole training, after a warm-up
+        for group in self.optimizer.param_groups:  # warmup, and cosine decay over the whole training
             decay = 0.5 * (1 + math.cos(math.pi * self.step / arguments.stages[-1]))
             group["lr"] = arguments.learning_rate * min(1.0, self.step / 200) * (0.05 + 0.95 * decay)
         rows = torch.multinomial(sampling_weights(chunks), arguments.batch_size, replacement=True)
-        found = keypoints[rows] + torch.randn(arguments.batch_size, NUM_KEYPOINTS, 2)  # noise of one arena unit
+        found = keypoints[rows] + torch.randn(arguments.batch_size, NUM_KEYPOINTS, 2)  # noise, one arena unit
         observation = policy.embed(found, positions[rows])
         clean = (chunks[rows] - positions[rows, None]) / SCALE
         timesteps = torch.randint(policy.config.num_train_timesteps, (len(clean),))
         noisy = policy.scheduler().add_noise(clean, torch.randn_like(clean), timesteps)
         loss = functional.mse_loss(policy(noisy, timesteps, observation), clean)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"The loss is {loss.item()} at step {self.step}: use a smaller `learning_rate`.")
+            raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}: use a lower `learning_rate`.")
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -195,7 +204,7 @@ def mirror_frames(frames: torch.Tensor) -> torch.Tensor:
 
 
 def labelled_frames(arguments: PolicyArguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read frames (N, 3, H, W), uint8, and the keypoints (N, K, 2) of the block.
+    """Read frames (N, 3, H, W), uint8, and keypoints (N, K, 2) of the block in arena units.
 
     The frames are evenly spaced in episodes of all kinds.
     """
@@ -214,7 +223,10 @@ def labelled_frames(arguments: PolicyArguments) -> tuple[torch.Tensor, torch.Ten
 def demonstrations(arguments: PolicyArguments, horizon: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Read frames (N, 3, H, W), uint8, pusher positions (N, 2) and the next targets (N, n, 2).
 
-    The last target is repeated after the end of an episode. Raises ValueError if there are no expert episodes.
+    At the end of an episode, the last target is repeated.
+
+    Raises:
+        ValueError: If the datasets contain no expert episodes.
     """
     episodes: list[tuple[torch.Tensor, ...]] = []
     for root in arguments.datasets:
@@ -230,20 +242,20 @@ def demonstrations(arguments: PolicyArguments, horizon: int) -> tuple[torch.Tens
             chunks = torch.from_numpy(windows.copy()).float().transpose(1, 2)
             episodes.append((frames.movedim(-1, 1), positions.float(), chunks))
     if not episodes:
-        raise ValueError("`datasets` must hold expert episodes: collect some with `collect.py --expert 1`.")
+        raise ValueError("`datasets` must contain expert episodes: collect some with `collect.py --expert 1`.")
     frames, positions, chunks = (torch.cat(parts) for parts in zip(*episodes, strict=True))
     return frames, positions, chunks
 
 
 def sampling_weights(chunks: torch.Tensor) -> torch.Tensor:
-    """Weights (N,) of chunks (N, n, 2): 0.1 while the expert waits at the goal, 1 otherwise."""
+    """Return sampling weights (N,) of chunks (N, n, 2): 0.1 while the expert waits at the goal, else 1."""
     return torch.where((chunks - chunks[:, :1]).abs().amax((1, 2)) > 1, 1.0, 0.1)
 
 
 def evaluate(policy: DiffusionPolicy, arguments: PolicyArguments) -> dict[str, dict[str, float]]:
-    """Run the policy in the simulator: largest IoU of an episode, final IoU, and success rate.
+    """Run the policy in the simulator; return largest IoU, final IoU and success rate.
 
-    Each has a 95 % interval.
+    Each value has a 95 % interval.
     """
     simulators = [Simulator() for _ in range(arguments.num_episodes)]
     states = [simulator.reset(FIRST_SEED + number) for number, simulator in enumerate(simulators)]
@@ -260,14 +272,17 @@ def evaluate(policy: DiffusionPolicy, arguments: PolicyArguments) -> dict[str, d
             values.append(ious(np.stack([state.block for state in states])))
     found = np.stack(values[: arguments.max_episode_steps + 1], axis=1)  # (N, T)
     best = found.max(1)
-    solved = 2 * best / (1 + best) > SUCCESS  # coverage of the goal, because block and goal have the same area
     rng = np.random.default_rng(arguments.seed)
-    figures = {"max_iou": best, "final_iou": found[:, -1], "success": solved.astype(float)}
+    figures = {"max_iou": best, "final_iou": found[:, -1], "success": (coverage(best) > SUCCESS).astype(float)}
     return {name: bootstrap(figure, rng) for name, figure in figures.items()}
 
 
 def check(arguments: PolicyArguments, horizon: int) -> None:
-    """Raise ValueError if an argument is invalid."""
+    """Check the arguments before any work.
+
+    Raises:
+        ValueError: If a value is invalid.
+    """
     check_ranges(
         arguments,
         not_negative=("num_episodes", "seed"),
@@ -279,7 +294,7 @@ def check(arguments: PolicyArguments, horizon: int) -> None:
         fractions=("ema_decay",),
     )
     if not (stages := arguments.stages) or stages[0] < 1 or sorted(set(stages)) != stages:
-        raise ValueError(f"`stages` must be increasing positive numbers of steps, got {stages}.")
+        raise ValueError(f"`stages` must be positive numbers of steps in increasing order, got {stages}.")
     if arguments.num_executed > horizon:
         raise ValueError(f"`num_executed` must be at most {horizon}, got {arguments.num_executed}.")
 

@@ -1,11 +1,12 @@
-"""Train the proprioception model of a world model: it reads the robot state from a frame.
+"""Train the proprioception model of a world model, which predicts the robot state from a frame.
 
     python examples/pusht/train_proprioception.py --dataset data/pusht-train --validation_dataset data/pusht-test \
         --model src/irasim_diffusers/checkpoints/pusht
 
-Half of each batch are recorded frames, half are frames that the world model predicts from recorded histories and actions. The targets
-are the recorded states. The result is stored in the folder `proprioception` of the world model, where `irasim_diffusers.envs` finds it.
-The errors on recorded and on predicted frames of the validation set are printed and stored in its `metrics.json`.
+Half of each batch consists of recorded frames, the other half of frames that the world model predicts from recorded
+histories and actions. The targets are the recorded states. The network is stored in the folder `proprioception` of the
+world model, where `irasim_diffusers.envs` finds it. The errors on recorded and predicted validation frames are printed
+and stored in `metrics.json` in this folder.
 """
 
 import json
@@ -23,7 +24,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers import IRASimPipeline, ProprioceptionModel, embedded_checkpoint, roll
 from irasim_diffusers.data import EpisodeSource, open_dataset
 from irasim_diffusers.devices import fast_dtype
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import write_text
 from irasim_diffusers.training import check_ranges, run_script, save_finished
 
 
@@ -34,16 +35,29 @@ class ProprioceptionArguments:
     model: str | None = field(
         default=None, metadata={"help": "pipeline that predicts frames (default: the embedded model)"}
     )
-    output_dir: Path | None = field(default=None, metadata={"help": "default: the folder proprioception of --model"})
-    state_key: str = field(default="observation.state", metadata={"help": "key of the robot state"})
-    state_low: list[float] = field(default_factory=lambda: [0.0, 0.0], metadata={"help": "lowest states"})
-    state_high: list[float] = field(default_factory=lambda: [512.0, 512.0], metadata={"help": "highest states"})
-    num_windows: int = field(default=250, metadata={"help": "windows of recorded training frames"})
-    num_rollouts: int = field(default=48, metadata={"help": "windows that are also predicted by the model"})
-    num_validation_windows: int = field(default=32, metadata={"help": "windows of the validation set, all predicted"})
-    num_predicted: int = field(default=15, metadata={"help": "frames per window after the history"})
-    max_train_steps: int = field(default=500, metadata={"help": "0 only measures the network that is stored"})
-    batch_size: int = field(default=32, metadata={"help": "half recorded, half predicted frames"})
+    output_dir: Path | None = field(
+        default=None,
+        metadata={"help": "folder for the network and metrics.json (default: the folder proprioception of --model)"},
+    )
+    state_key: str = field(default="observation.state", metadata={"help": "feature that contains the robot state"})
+    state_low: list[float] = field(
+        default_factory=lambda: [0.0, 0.0], metadata={"help": "lower bound of each state component"}
+    )
+    state_high: list[float] = field(
+        default_factory=lambda: [512.0, 512.0], metadata={"help": "upper bound of each state component"}
+    )
+    num_windows: int = field(default=250, metadata={"help": "number of recorded training windows"})
+    num_rollouts: int = field(
+        default=48, metadata={"help": "number of these windows that the world model also predicts"}
+    )
+    num_validation_windows: int = field(
+        default=32, metadata={"help": "number of validation windows; the world model predicts all of them"}
+    )
+    num_predicted: int = field(default=15, metadata={"help": "predicted frames per window"})
+    max_train_steps: int = field(
+        default=500, metadata={"help": "number of training steps; 0 only evaluates the stored network"}
+    )
+    batch_size: int = field(default=32, metadata={"help": "frames per step, half recorded and half predicted"})
     learning_rate: float = field(default=4e-3, metadata={"help": "learning rate"})
     seed: int = field(default=0, metadata={"help": "random seed"})
 
@@ -56,7 +70,7 @@ def read_frames(
     rollouts: int,
     seed: int,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Draw windows of episodes and predict the first `rollouts` of them from their histories.
+    """Draw windows of episodes, and predict the first `rollouts` windows from their histories.
 
     Returns:
         `recorded` and `predicted`: frames (N, 3, H, W), uint8, and their states (N, S).
@@ -88,7 +102,7 @@ def read_frames(
 
 
 def augment(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Change brightness, contrast, sharpness and noise of frames (B, 3, H, W) in [0, 1]."""
+    """Change brightness, contrast and sharpness of frames (B, 3, H, W) in [0, 1], and add noise."""
 
     def uniform(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(len(frames), 1, 1, 1, generator=generator)
@@ -102,7 +116,7 @@ def augment(frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def train(
     data: dict[str, tuple[torch.Tensor, torch.Tensor]], names: list[str], arguments: ProprioceptionArguments
 ) -> ProprioceptionModel:
-    """Fit a model to `recorded` and `predicted` frames.
+    """Train a model on `recorded` and `predicted` frames.
 
     Raises:
         FloatingPointError: If the loss is not finite.
@@ -139,7 +153,14 @@ def train(
 
 
 def errors(model: ProprioceptionModel, frames: torch.Tensor, states: torch.Tensor, unit: float) -> dict[str, float]:
-    """Distances between readings and states (N, S), in units of the state and in pixels."""
+    """Return distances between predicted and true states (N, S): median, mean and 95th percentile.
+
+    Args:
+        model: The trained network.
+        frames: Frames (N, 3, H, W), uint8.
+        states: True states (N, S).
+        unit: Pixels per unit of the state.
+    """
     readings = torch.cat([model.read(part.float() / 255) for part in frames.split(256)])
     distances = torch.linalg.vector_norm(readings - states, dim=-1).numpy()
     metrics = {"median": np.median(distances), "mean": distances.mean(), "p95": np.quantile(distances, 0.95)}
@@ -160,7 +181,7 @@ def check_arguments(arguments: ProprioceptionArguments) -> None:
         positive=("learning_rate",),
     )
     if arguments.batch_size < 2:
-        raise ValueError(f"`batch_size` must be at least 2, half of each kind of frame, got {arguments.batch_size}.")
+        raise ValueError(f"`batch_size` must be at least 2, one frame of each kind, got {arguments.batch_size}.")
     if arguments.num_rollouts > arguments.num_windows:
         raise ValueError(
             f"`num_rollouts` must be at most `num_windows` ({arguments.num_windows}), got {arguments.num_rollouts}."
@@ -194,10 +215,9 @@ def main() -> None:
     report["parameters"] = model.num_parameters()
     if arguments.max_train_steps:
         save_finished(output, model.save_pretrained)
-    with temporary_path(output / "metrics.json") as partial:
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_text(output / "metrics.json", json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
-    print(f"finished in {(time.perf_counter() - began) / 60:.1f} min: {output}")
+    print(f"wrote {output} after {(time.perf_counter() - began) / 60:.1f} min")
 
 
 if __name__ == "__main__":

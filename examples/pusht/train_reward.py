@@ -2,14 +2,15 @@
 
     python examples/pusht/train_reward.py --dataset data/pusht-train --test_dataset data/pusht-test --model runs/pusht
 
-The label is the intersection over union (IoU) of block and goal in the simulator (paper, section 4.3), or their closeness:
-1 minus the mean distance of the block's corners from their goal positions, in units of 256. The IoU is zero in most frames, so
-the closeness is the better guide for a planner that is far from the goal. The network receives only the frame. Frames are augmented
-with blur, color shifts and noise, so that the network also works on the frames of a world model. The report compares the error on
-held-out simulator frames with that on frames that the world model predicts for held-out actions.
+The label is the intersection over union (IoU) of block and goal in the simulator (paper, section 4.3), or their
+closeness: 1 minus the mean distance of the block's corners from their goal positions divided by 256 arena units. The
+IoU is zero in most frames, so the closeness guides a planner better if the block is far from the goal. The network
+receives only the frame. Frames are augmented with blur, color shifts and noise, so that the network also works on
+frames of a world model. The report compares the error on held-out simulator frames with the error on frames that the
+world model predicts for held-out actions.
 
-The network is stored in the folder `reward` of the world model, where `irasim_diffusers.envs` finds it. `--max_train_steps 0` only
-repeats the report, as after a change of the world model.
+The network is stored in the folder `reward` of the world model, where `irasim_diffusers.envs` finds it.
+`--max_train_steps 0` only repeats the evaluation, for example after a change of the world model.
 """
 
 import json
@@ -27,13 +28,13 @@ from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint, roll
 from irasim_diffusers.data import EpisodeSource, open_dataset
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import write_text
 from irasim_diffusers.metrics import bootstrap
 from irasim_diffusers.rewards import FrameRegressor
 from irasim_diffusers.training import check_ranges, run_script
 
 BLOCK = "observation.environment_state"
-SCALE = 256.0  # distance of closeness 0, arena units
+SCALE = 256.0  # distance at which the closeness is 0, arena units
 TARGETS = ("iou", "closeness")
 
 
@@ -41,37 +42,42 @@ TARGETS = ("iou", "closeness")
 class RewardArguments:
     dataset: str = field(metadata={"help": "LeRobotDataset folder made by collect.py"})
     model: str | None = field(
-        default=None, metadata={"help": "world model of the report, folder or Hub id (default: the embedded model)"}
+        default=None,
+        metadata={
+            "help": "world model that predicts the frames of the report, folder or Hub id (default: the embedded model)"
+        },
     )
     output_dir: Path | None = field(
         default=None,
         metadata={"help": "folder for the network and report.json (default: the folder reward of --model)"},
     )
     test_dataset: str | None = field(
-        default=None, metadata={"help": "held-out dataset; without it no error is reported"}
+        default=None, metadata={"help": "held-out dataset for the report (default: no report)"}
     )
     target: str = field(default="iou", metadata={"help": "iou or closeness"})
     max_episodes: int = field(default=1500, metadata={"help": "maximum number of training episodes"})
-    frames_per_episode: int = field(default=24, metadata={"help": "frames read per episode"})
-    max_train_steps: int = field(default=4000, metadata={"help": "0 evaluates the network that output_dir contains"})
+    frames_per_episode: int = field(default=24, metadata={"help": "number of frames to read per episode"})
+    max_train_steps: int = field(
+        default=4000, metadata={"help": "number of training steps; 0 only evaluates the stored network"}
+    )
     batch_size: int = field(default=64, metadata={"help": "batch size"})
     learning_rate: float = field(default=2e-3, metadata={"help": "learning rate"})
     success_threshold: float = field(
-        default=0.9, metadata={"help": "score from which a frame counts as success; IoU 0.905 is 95 %% coverage"}
+        default=0.9, metadata={"help": "minimum score of a success; an IoU of 0.905 corresponds to 95 %% coverage"}
     )
-    num_clips: int = field(default=100, metadata={"help": "held-out clips that the world model predicts"})
-    num_predicted_frames: int = field(default=15, metadata={"help": "predicted frames of a clip"})
+    num_clips: int = field(default=100, metadata={"help": "number of held-out clips that the world model predicts"})
+    num_predicted_frames: int = field(default=15, metadata={"help": "number of predicted frames per clip"})
     seed: int = field(default=0, metadata={"help": "random seed"})
 
 
 def labels(blocks: np.ndarray, target: str) -> np.ndarray:
-    """Labels (N,) in [0, 1] of blocks at poses (N, 3)."""
+    """Compute the labels (N,), in [0, 1], of blocks at poses (N, 3)."""
     blocks = blocks.astype(np.float64)
     return ious(blocks) if target == "iou" else np.clip(1 - distance_to_goal(blocks) / SCALE, 0, 1)
 
 
 def read_frames(dataset: EpisodeSource, arguments: RewardArguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames (N, 3, H, W), uint8, evenly spaced in each episode, and their labels (N,)."""
+    """Read frames (N, 3, H, W), uint8, evenly spaced in each episode, and their labels (N,)."""
     frames, values = [], []
     for number in tqdm(range(min(len(dataset), arguments.max_episodes)), desc="reading", unit="episode"):
         episode = dataset[number]
@@ -82,7 +88,7 @@ def read_frames(dataset: EpisodeSource, arguments: RewardArguments) -> tuple[tor
 
 
 def augment(frames: torch.Tensor) -> torch.Tensor:
-    """Blur half of the frames (B, 3, H, W); add noise of pixels, 4x4 patches and colors to all."""
+    """Blur half of the frames (B, 3, H, W); add noise per pixel, per 4x4 patch and per color to all."""
     size = len(frames)
     blurred = functional.avg_pool2d(functional.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     share = torch.rand(size, 1, 1, 1) * (torch.rand(size, 1, 1, 1) < 0.5)
@@ -95,7 +101,11 @@ def augment(frames: torch.Tensor) -> torch.Tensor:
 
 
 def train(network: FrameRegressor, frames: torch.Tensor, values: torch.Tensor, arguments: RewardArguments) -> None:
-    """Minimize the squared error; frames with high labels, which are rare, are drawn as often as others."""
+    """Minimize the squared error; frames with rare labels are drawn more often.
+
+    Raises:
+        FloatingPointError: If the loss is not finite.
+    """
     bins = (values * 10).long().clamp(max=9)
     weights = 1 / bins.bincount(minlength=10).clamp(min=1)[bins].sqrt()
     optimizer = torch.optim.AdamW(network.parameters(), lr=arguments.learning_rate, weight_decay=1e-3)
@@ -106,7 +116,7 @@ def train(network: FrameRegressor, frames: torch.Tensor, values: torch.Tensor, a
         error = network(augment(frames[rows].float() / 255)) - values[rows]
         loss = error.square().mean()
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: use a smaller `learning_rate`.")
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: use a lower `learning_rate`.")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -140,9 +150,9 @@ def predicted_clips(
 
 @torch.no_grad()
 def evaluate(network: FrameRegressor, dataset: EpisodeSource, arguments: RewardArguments) -> dict[str, dict]:
-    """Mean absolute error with 95 % interval over clips, correlation and successes.
+    """Measure the mean absolute error with a 95 % interval over clips, the correlation and the successes.
 
-    They are computed for frames of the simulator and of the model.
+    The metrics are computed for frames of the simulator and of the model.
     """
     predicted, true, values = predicted_clips(dataset, arguments)
     rng = np.random.default_rng(arguments.seed)
@@ -192,14 +202,13 @@ def main() -> None:
     for name, metrics in report.items():
         print(f"{name}: MAE {metrics['mean']:.4f} [{metrics['low']:.4f}, {metrics['high']:.4f}]", end=", ")
         print(f"Pearson {metrics['pearson']:.3f}, bias {metrics['bias']:+.4f}, n {metrics['n']},", end=" ")
-        print(f"{metrics['wrong_successes']} wrong successes, {metrics['successes']} true ones")
+        print(f"{metrics['wrong_successes']} misclassified frames, {metrics['successes']} successes")
     report["setting"] = asdict(arguments) | {
         "output_dir": str(output_dir),
         "command": " ".join(["python", *sys.argv]),
         "minutes": (time.perf_counter() - started) / 60,
     }
-    with temporary_path(output_dir / "report.json") as partial:
-        partial.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    write_text(output_dir / "report.json", json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

@@ -140,14 +140,14 @@ def test_model_flags(tmp_path):
     [
         (conditioning, ["--models", "GAN"], "`models` must be among Frame-Ada, Video-Ada, LVDM, got GAN"),
         (conditioning, ["--rounds", "0"], "`rounds` must be at least 1, got 0"),
-        (conditioning, ["--max_train_steps", "5"], "`max_train_steps` must be left out: `max_train_minutes`"),
+        (conditioning, ["--max_train_steps", "5"], "`max_train_steps` must be omitted: `max_train_minutes`"),
         (
             conditioning,
             ["--unet_flags=--max_train_steps 5"],
-            "`max_train_steps` must be left out: `max_train_minutes`",
+            "`max_train_steps` must be omitted: `max_train_minutes`",
         ),
         (conditioning, ["--unet_flags='"], "No closing quotation"),
-        (scaling, ["--sizes", "1x2x12"], "`validation_dataset` must be given: PSNR"),
+        (scaling, ["--sizes", "1x2x12"], "`validation_dataset` is required: the PSNR"),
     ],
 )
 def test_invalid_flags_raise(tmp_path, monkeypatch, script, flags, message):

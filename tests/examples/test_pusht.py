@@ -265,6 +265,19 @@ def test_train_vae_rejects_folder_of_another_run(workspace, monkeypatch):
         train_vae_script.main()
 
 
+def test_pretrained_vae_is_read_from_a_subfolder(tmp_path):
+    arguments = train_vae_script.VAEArguments(dataset="-", output_dir="-", block_out_channels=[32, 32])
+    vae = train_vae_script.build_vae(arguments, 16)
+    vae.save_pretrained(tmp_path / "vae")
+    arguments = replace(arguments, pretrained=f"{tmp_path}:vae", freeze_encoder=True)
+    loaded = train_vae_script.build_vae(arguments, 16)
+    torch.testing.assert_close(loaded.state_dict(), vae.state_dict())
+    trained = {name.split(".")[0] for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+    assert trained == {"decoder", "post_quant_conv"}
+    with pytest.raises(ValueError, match="`pretrained` must be an AutoencoderKL, a folder or Hub id, got"):
+        train_vae_script.build_vae(replace(arguments, pretrained=str(tmp_path)), 16)
+
+
 @pytest.fixture(scope="module")
 def trained(workspace):
     shutil.copytree(workspace / "set", workspace / "held-out")
@@ -396,6 +409,8 @@ def test_convolutional_baseline_trains_resumes_and_is_evaluated(workspace):
     assert before > 1
     call("convolutional", *flags[1:])  # the run is complete, so nothing is trained
     assert torch.load(folder / "checkpoint.pt")["step"] == before
+    with pytest.raises(ValueError, match="contains a run with other settings"):
+        call("convolutional", *flags[1:], "--seed", 1)
     model = convolutional.load(folder)
     torch.manual_seed(0)
     for parameter in model.parameters():

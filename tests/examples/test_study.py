@@ -64,6 +64,11 @@ def inputs(tmp_path_factory):
     return root
 
 
+def test_dataset_of_another_program_raises(tmp_path):
+    with pytest.raises(ValueError, match="it has no settings file"):
+        collect.read_settings(tmp_path)
+
+
 def arguments(inputs, output, **changes):
     values = {
         "datasets": [inputs / "data"],

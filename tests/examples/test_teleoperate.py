@@ -20,6 +20,7 @@ from teleoperate import (
     pose_actions,
     read_pose,
     requests,
+    save,
 )
 
 from irasim_diffusers import ActionSpace, Steering
@@ -173,6 +174,22 @@ def test_file_is_sent_in_chunks(tmp_path):
     assert list(itertools.chain.from_iterable(rows for _, (rows,) in sent)) == table.tolist()
 
 
+def test_failed_download_keeps_the_earlier_recording(tmp_path, monkeypatch):
+    class Recordings:
+        def predict(self, session, api_name):
+            return "downloaded.mp4", "downloaded.npy"
+
+    def fill_disk(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("shutil.copyfile", fill_disk)
+    (tmp_path / "drive.mp4").write_bytes(b"earlier")
+    with pytest.raises(OSError, match="no space left"):
+        save(Recordings(), "session", tmp_path / "drive.mp4")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("drive.mp4", b"earlier")]
+
+
 POSE = {"time": 1, "position": [1, 2, 3], "rotation": [0, 0, 0, 1]}
 
 
@@ -184,17 +201,20 @@ POSE = {"time": 1, "position": [1, 2, 3], "rotation": [0, 0, 0, 1]}
         (lambda: read_pose(json.dumps(POSE | {"position": [1, 2]}), np.eye(3), 1), "a pose must be"),
         (lambda: read_pose(json.dumps(POSE | {"rotation": [1, 2]}), np.eye(3), 1), "a pose must be"),
         (lambda: read_pose(json.dumps(POSE | {"rotation": [0, 0, 0, 0]}), np.eye(3), 1), "a pose must be"),
-        (lambda: read_pose(json.dumps(POSE | {"time": None}), np.eye(3), 1), "a pose must be of finite numbers"),
+        (
+            lambda: read_pose(json.dumps(POSE | {"time": None}), np.eye(3), 1),
+            "a pose must contain finite numbers only",
+        ),
         (lambda: read_pose(json.dumps(POSE | {"gripper": float("nan")}), np.eye(3), 1), "finite numbers"),
         (lambda: axes_matrix("x,y,-z"), "`axes` must be x, y and z, right-handed"),
         (lambda: axes_matrix("x,x,y"), "`axes` must be"),
         (lambda: axes_matrix("x"), "`axes` must be"),
         (lambda: axes_matrix("x,y,up"), "`axes` must be .*; got 'x,y,up'"),
-        (lambda: list(at_rate([(1, np.zeros(7)), (1, np.zeros(7))], 5)), "times of poses must increase"),
+        (lambda: list(at_rate([(1, np.zeros(7)), (1, np.zeros(7))], 5)), "the times of poses must increase"),
         (lambda: actions_of_poses(np.zeros((2, 7)), np.zeros(5), {"names": list("abcde")}), "components, got 5"),
         (
             lambda: actions_of_poses(np.zeros((2, 7)), np.zeros(7), space() | {"derivation": "recorded"}),
-            "planar targets of 2 components, got 7 of derivation 'recorded'",  # joints
+            "planar targets of 2 components, got 7 components of derivation 'recorded'",  # joints
         ),
         (lambda: check_arguments(TeleoperateArguments("file")), "--actions must be a file, got 'actions.csv'"),
         (lambda: check_arguments(TeleoperateArguments("gamepad", gamepad=Path("no"))), "plug"),

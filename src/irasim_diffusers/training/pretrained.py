@@ -52,11 +52,12 @@ def load_vae(arguments: RunArguments) -> AutoencoderKL | None:
     return vae
 
 
-def load_autoencoder(name: str) -> AutoencoderKL:
+def load_autoencoder(name: str, argument: str = "vae") -> AutoencoderKL:
     """Load a frozen autoencoder.
 
     Args:
         name: Folder or Hub id, optionally with `:<subfolder>`.
+        argument: Name of the argument in an error message.
 
     Raises:
         ValueError: If it cannot be loaded.
@@ -66,7 +67,9 @@ def load_autoencoder(name: str) -> AutoencoderKL:
     try:
         return _frozen(AutoencoderKL.from_pretrained(folder, subfolder=subfolder or None))
     except Exception as error:  # the loaders raise errors of many types for damaged files
-        raise ValueError(f"`vae` must be an AutoencoderKL, a folder or Hub id, got {name!r}: {error}") from error
+        raise ValueError(
+            f"`{argument}` must be an AutoencoderKL, a folder or Hub id, got {name!r}: {error}"
+        ) from error
 
 
 def _pretrained_vae(name: str, revision: str | None) -> AutoencoderKL | None:

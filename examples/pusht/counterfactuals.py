@@ -1,0 +1,95 @@
+"""Counterfactual futures of recorded Push-T histories: the simulator executes other actions."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from simulator import Simulator, State, push_about, push_at
+
+from irasim_diffusers.data import LeRobotFolder
+from irasim_diffusers.metrics import psnr
+
+WAYS = 8  # futures of a history
+MOVED = (
+    5.0  # movement of the block above which it counts as moved: arena units, or hundredths of a radian; about a pixel
+)
+DISTINCT = 30.0  # two simulated futures are different if the PSNR between them, in dB, is lower
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recorded history for counterfactual identification."""
+
+    seed: int  # of the episode
+    pusher_radius: float  # arena units
+    actions: np.ndarray  # (T, 2), recorded
+    blocks: np.ndarray  # (T, 3), recorded: x, y, angle
+    start: int  # index of the last history frame
+    num_actions: int  # actions of a future
+    history: int  # number of history frames
+
+
+def moved(before: np.ndarray, after: np.ndarray) -> bool:
+    """Return whether the pose of the block (x, y, angle) has changed by more than about a pixel."""
+    return bool(np.linalg.norm(after[:2] - before[:2]) > MOVED or abs(after[2] - before[2]) > MOVED / 100)
+
+
+def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Simulate 8 different futures of one history.
+
+    Returns:
+        History (h, 96, 96, 3), actions (8, n, 2) and frames (8, n, 96, 96, 3); None if 8 different futures are not found.
+
+    Raises:
+        ValueError: If the simulator does not reproduce the recorded episode.
+    """
+    start, end = task.start, task.start + task.num_actions
+    past = task.actions[:start]
+    simulator = Simulator(task.pusher_radius)
+    _, states = simulator.replay(task.seed, past, first_frame=start)
+    rng = np.random.default_rng([task.seed, 2])
+    sequences: list[np.ndarray] = []
+    futures: list[np.ndarray] = []
+    seen = None
+    for attempt in range(60):
+        actions = task.actions[start:end] if attempt == 0 else candidate(rng, states[-1], task.num_actions)
+        frames, outcome = simulator.replay(task.seed, np.concatenate([past, actions]), start + 1 - task.history)
+        if attempt == 0 and moved(task.blocks[end], outcome[-1].block):
+            raise ValueError(
+                f"`first_seed` and `pusher_radius` must match the dataset: with seed {task.seed} the block ends at "
+                f"{outcome[-1].block.round(2).tolist()} in the simulator and {task.blocks[end].round(2).tolist()} in the dataset."
+            )
+        if not moved(outcome[start].block, outcome[-1].block):
+            continue
+        seen, future = frames[: task.history], frames[task.history :]
+        if any(psnr(future / 255.0, other / 255.0) > DISTINCT for other in futures):
+            continue
+        sequences.append(actions)
+        futures.append(future)
+        if len(futures) == WAYS:
+            return seen, np.stack(sequences), np.stack(futures)
+    return None
+
+
+def candidate(rng: np.random.Generator, state: State, num_actions: int) -> np.ndarray:
+    """Draw a random action sequence (n, 2) that probably pushes the block.
+
+    The sequence depends on the start state only.
+    """
+    pusher = push_at(rng, state) if rng.random() < 0.8 else push_about(rng, state)
+    return np.stack([next(pusher), *(pusher.send(state) for _ in range(num_actions - 1))])
+
+
+def identification_tasks(
+    dataset: LeRobotFolder, num_histories: int, length: int, history: int, first_seed: int, pusher_radius: float
+) -> list[Task]:
+    """Select from each episode one history after which the recorded block moves."""
+    tasks = []
+    for number in range(len(dataset)):
+        vectors = dataset.vectors(number)
+        block = vectors["observation.environment_state"]
+        num_actions = length - history
+        starts = [k for k in range(max(20, history - 1), len(block) - num_actions, 5) if moved(block[k], block[k + 5])]
+        if starts:
+            actions = vectors["action"]
+            tasks.append(Task(first_seed + number, pusher_radius, actions, block, starts[0], num_actions, history))
+    return tasks[: 2 * num_histories]  # spare histories, because some have fewer than 8 different futures
