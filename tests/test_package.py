@@ -81,7 +81,7 @@ def files_of(*folders):
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-@pytest.mark.parametrize("folder", ["src", "spaces", "tests"])
+@pytest.mark.parametrize("folder", ["src", "examples", "spaces", "tests"])
 def test_files_and_functions_are_short(folder):
     for path in files_of(folder):
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,3 @@
-import ast
 import re
 import runpy
 import sys
@@ -18,15 +17,6 @@ def test_help(script, monkeypatch, capsys):
         runpy.run_path(str(script), run_name="__main__")
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith("usage:")
-
-
-@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.py")), ids=lambda path: str(path.relative_to(EXAMPLES)))
-def test_files_and_functions_are_short(path):
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 500
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 60, node.name
 
 
 OPTIONAL = ("gradio", "gradio_client", "gym_pusht", "gymnasium", "matplotlib", "pymunk", "shapely", "tensorboard")
