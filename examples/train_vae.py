@@ -32,6 +32,7 @@ from irasim_diffusers.training import (
     check_held_out,
     check_launch,
     check_ranges,
+    load_autoencoder,
     lock_output,
     newest_checkpoint,
     remove_leftovers,
@@ -144,7 +145,7 @@ def latent_std(vae: AutoencoderKL, frames: torch.Tensor, device: torch.device) -
 def build_vae(arguments: VAEArguments, sample_size: int) -> AutoencoderKL:
     """Create a new autoencoder, or load the pretrained one and freeze its encoder if requested."""
     if arguments.pretrained:
-        vae = AutoencoderKL.from_pretrained(arguments.pretrained)
+        vae = load_autoencoder(arguments.pretrained, "pretrained").requires_grad_(True)
         if arguments.freeze_encoder:
             for module in filter(None, (vae.encoder, vae.quant_conv)):
                 module.requires_grad_(False)

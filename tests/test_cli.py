@@ -321,7 +321,7 @@ BAD = [
     ({"--frames": "short.mp4"}, r"--frames must contain at least 2 frames \(the history\), got 1"),
     ({"--frames": "video.mp4", "--history": "0"}, "--history must be at least 1, got 0"),
     ({"--frames": "frame.png", "--history": "-1"}, "--history must be at least 1, got -1"),
-    ({"--output": "folder.mp4"}, "--output must be a file, got the directory 'folder.mp4'"),
+    ({"--output": "folder.mp4"}, "--output must be a .mp4 file, got the folder 'folder.mp4'"),
     ({"--output": "clip.txt"}, "--output must end in .mp4, got 'clip.txt'"),
     ({"--output": "/proc/clip.mp4"}, "--output must be writable, got '/proc/clip.mp4'"),
     ({"--model": "nowhere"}, "--model must be a pipeline folder or Hub id, got 'nowhere'"),
@@ -350,7 +350,7 @@ def test_folder_in_the_place_of_an_output_is_named(workspace, tmp_path, capsys, 
     """The message names the strip, which is written next to the video and was not passed by the user."""
     (tmp_path / name).mkdir()
     assert generate("--output", str(tmp_path / "out.mp4")) == 2
-    expected = f"must be a file, got the directory '{tmp_path / name}': the command writes a {name[-4:]} file there"
+    expected = f"must be a {name[-4:]} file, got the folder '{tmp_path / name}': pass a file name, such as"
     assert expected in capsys.readouterr().err
 
 

@@ -93,12 +93,17 @@ def write_file(
         _write_table(_path(root, EPISODES_PATH, file_index), pa.Table.from_pylist(rows))
 
 
-def is_written(root: str | os.PathLike, file_index: int) -> bool:
-    """Whether `write_file` has completed a file."""
+def count_written(root: str | os.PathLike, file_index: int) -> int:
+    """Return the number of episodes in a file of `write_file`; 0 if the file is missing or incomplete."""
     try:
-        return pq.read_metadata(_path(Path(root), EPISODES_PATH, file_index)).num_rows > 0
+        return pq.read_metadata(_path(Path(root), EPISODES_PATH, file_index)).num_rows
     except (OSError, pa.ArrowInvalid):  # missing, or damaged by a crash
-        return False
+        return 0
+
+
+def is_written(root: str | os.PathLike, file_index: int) -> bool:
+    """Return whether `write_file` has completed a file."""
+    return count_written(root, file_index) > 0
 
 
 def write_metadata(

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 EPISODES_PER_FILE = 50
 SOURCE_FILE = ".irasim-source.json"
-"""File that identifies the data source from which `write_lerobot` writes a folder."""
+"""File that identifies the source of a dataset folder that is being written; it is never published."""
 DERIVATION_TEXTS = {
     "recorded": "as recorded; their relation to the states is unknown",
     "relative_euler": "motions in the frame of the previous pose: translation, and extrinsic xyz Euler angles of the rotation",

@@ -5,7 +5,7 @@ from .checkpoints import checkpoints, newest_checkpoint, remove_leftovers, save_
 from .datasets import check_held_out, open_sources
 from .launch import lock_output, start_accelerator
 from .objective import diffusion_loss
-from .pretrained import is_pipeline, load_transformer, load_vae
+from .pretrained import is_pipeline, load_autoencoder, load_transformer, load_vae
 from .run import TrainingData, encode_data, train
 from .saving import finished_pipeline, load_sampler
 from .scripts import Interruption, check_launch, exit_without_extra, run_script
@@ -26,6 +26,7 @@ __all__ = [
     "exit_without_extra",
     "finished_pipeline",
     "is_pipeline",
+    "load_autoencoder",
     "load_sampler",
     "load_transformer",
     "load_vae",
