@@ -92,7 +92,7 @@ ENTRIES = [  # format, file, entry, value, message
     ("v3.0", INFO, "data_path", "{chunk_index.real}", "'data_path' must be a path with fields"),
     ("v3.0", INFO, "data_path", "{chunk_index:099999999d}", "'data_path' must be a path with fields"),
     ("v3.0", INFO, "data_path", "{0}", "'data_path' has the unknown field '0'"),
-    ("v3.0", INFO, "data_path", "{episode_index}", "'data_path' has a wrong field or place: 'episode_index'"),
+    ("v3.0", INFO, "data_path", "{episode_index}", "'data_path' has an invalid field or path: 'episode_index'"),
     ("v3.0", INFO, "data_path", "a\0b", "'data_path' must be a path"),
     ("v3.0", INFO, "data_path", "/etc/{chunk_index}", "'/etc/0' must be a path inside the dataset"),
     ("v3.0", INFO, "data_path", "data/../../{chunk_index}", "'data/../../0' must be a path inside the dataset"),

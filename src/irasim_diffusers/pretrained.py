@@ -1,4 +1,4 @@
-"""Load a world model with the models and start frames that are stored with it, and callables of the user."""
+"""Load a world model with the models and start frames stored with it, and callables of the user."""
 
 from __future__ import annotations
 

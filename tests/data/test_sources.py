@@ -230,7 +230,10 @@ def lose(root, key):
 @pytest.mark.parametrize(
     ("breakage", "message"),
     [
-        (lambda root: lose(root, "continuous_gripper_state"), r"10\.json': it has neither 'actions', nor 'states'"),
+        (
+            lambda root: lose(root, "continuous_gripper_state"),
+            r"10\.json': an annotation must have 'actions', 'states', or 'state'",
+        ),
         (lambda root: lose(root, "videos"), r"10\.json' must name a video"),
         (lambda root: change(root, videos=[{"path": "0.mp4"}]), r"10\.json': camera 0 has no video_path"),
         (
@@ -745,7 +748,7 @@ def test_no_readable_episode_raises(tmp_path):
     write_folder(tmp_path / "set")
     for episode in (0, 1):
         break_action(tmp_path / "set", episode)
-    with pytest.raises(ValueError, match=r"no episode can be read; the first: episode 0 of"):
+    with pytest.raises(ValueError, match=r"no episode can be read: episode 0 of"):
         cache_latents(
             LeRobotFolder(tmp_path / "set", max_episodes=2), tiny_vae(), tmp_path / "cache", skip_broken=True
         )

@@ -115,6 +115,8 @@ def _load_transformer(
     options = released if arguments.source == "irasim" else {}
     try:
         return loaders[arguments.source](arguments.checkpoint, report=report, **options, **config)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`path`", "--checkpoint")) from error
     except (TypeError, ZeroDivisionError, RuntimeError) as error:  # raised by layers for invalid sizes
         if config and not isinstance(error, torch.OutOfMemoryError):
             raise ValueError(f"--config must define a model, got {' '.join(arguments.config)!r}: {error}") from error

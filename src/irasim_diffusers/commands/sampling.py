@@ -285,7 +285,7 @@ def _check_steps(scheduler: Any, steps: int) -> None:
 
 
 def frame_files(arguments: argparse.Namespace) -> list[list[Path]]:
-    """Return the files of `--frames` in rows, from top to bottom and left to right; empty without the flag."""
+    """Return the files of `--frames` in rows, from top to bottom and left to right."""
     return [
         [Path(row)] if Path(row).exists() else [Path(name) for name in row.split(",")]
         for row in arguments.frames or []

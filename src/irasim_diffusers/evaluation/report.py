@@ -149,9 +149,9 @@ def _skipped_text(skipped: Sequence[dict[str, Any]]) -> str:
 
 
 def _table(report: dict[str, Any]) -> str:
-    """Format the metrics as rows.
+    """Format a table of the metrics.
 
-    The columns are this evaluation, repeating the last frame, and reported results.
+    The columns are this evaluation, repeating the last history frame, and reported results.
     """
     reported = {name: values for name, values in report["published"].items() if name != "dataset"}
     header = [
