@@ -271,7 +271,7 @@ class WorldModelVectorEnv(VectorEnv):
         raw = self._raw_actions(actions, running)
         rewards = np.zeros(self.num_envs)
         if running:
-            self.model.action_space.prepare(raw[running])  # components without bounds have limits, too
+            self.model.action_space.prepare(raw[running])  # also checks components without bounds
             rewards[running] = self._advance(running, raw[running])
         restarted = np.nonzero(finished)[0].tolist()
         if restarted and not disabled:  # only in the mode NEXT_STEP: SAME_STEP leaves no row finished
@@ -348,7 +348,7 @@ class WorldModelVectorEnv(VectorEnv):
         return rewards
 
     def _evaluate(self, name: str, frames: torch.Tensor) -> np.ndarray:
-        """Call the reward or the success on frames (B, 1, 3, H, W); return values (B,)."""
+        """Apply the function `reward` or `success` to frames (B, 1, 3, H, W); return values (B,)."""
         values = torch.as_tensor(getattr(self, name)(frames)).detach().cpu()
         if values.shape != frames.shape[:2]:
             raise ValueError(f"`{name}` must return {tuple(frames.shape[:2])}, got {tuple(values.shape)}.")

@@ -205,7 +205,7 @@ def policy_folder(name: str) -> Path:
         return Path(name)
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-    except Exception as error:  # network errors and invalid names have many types
+    except Exception as error:  # the Hub client raises errors of many types
         raise ValueError(f"{name!r} must be the folder or Hub id of a policy: {error}") from error
 
 

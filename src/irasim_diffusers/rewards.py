@@ -98,7 +98,7 @@ class GoalLatents:
 class FrameRegressor(ModelMixin, ConfigMixin):
     """Convolutional network that predicts a score in [0, 1], such as an IoU, from one frame.
 
-    It is a reward, is differentiable, and is saved with `save_pretrained` like any model of diffusers.
+    The model is a differentiable reward, and is saved with `save_pretrained` like any model of diffusers.
 
     Args:
         sample_height: Height of the frames in pixels.

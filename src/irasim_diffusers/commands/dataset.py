@@ -10,7 +10,7 @@ from .files import check_name
 
 
 def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None, required: bool = True) -> None:
-    """Add the flags of `open_dataset`.
+    """Add the flags that `open_dataset` reads.
 
     Args:
         parser: Parser of the command.

@@ -150,8 +150,8 @@ def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _find_loader(path: str | None) -> Callable[..., Policy]:
     """Return the function that `path` names, or the loader of LeRobot policies without a path."""
-    from ..envs import import_callable
     from ..policies import LeRobotPolicy
+    from ..pretrained import import_callable
 
     return LeRobotPolicy.from_pretrained if path is None else import_callable("--loader", path)
 

@@ -191,7 +191,7 @@ def check_output_folder(path: Path, flag: str = "--output", empty: bool = False)
     Args:
         path: The folder; it need not exist.
         flag: Flag to name in errors.
-        empty: Whether it must be new or empty.
+        empty: Whether the folder must be new or empty.
 
     Raises:
         ValueError: If `path` is a file, cannot be written, or is not empty although `empty` is set.

@@ -31,7 +31,7 @@ SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1bO.|\x1b(?!\[[0-9;?]*[ -/]*
 
 
 def check_terminal() -> None:
-    """Check that standard input and output are a terminal with keys that can be read one by one.
+    """Check that standard input and output are a terminal that can be read key by key.
 
     Raises:
         ValueError: If they are not.

@@ -191,7 +191,7 @@ class LeRobotFolder(InOrder):
 
     @property
     def _written_action(self) -> dict[str, Any]:
-        """Entry of `write_lerobot`, if the actions are its feature `action`."""
+        """Entry that `write_lerobot` stored, if the actions are the feature `action`."""
         return self._own_entry if tuple(self.action_column) == ("action",) else {}
 
     @property

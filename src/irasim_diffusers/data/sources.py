@@ -19,7 +19,7 @@ from .record_files import read_json_object
 from .tables import TableEpisodes
 
 TABLE_FILES = (".parquet", ".arrow", ".jsonl")
-"""Suffixes of the files of tables that `datasets.load_dataset` reads from a folder."""
+"""Suffixes of the table files that `datasets.load_dataset` reads from a folder."""
 
 
 def open_dataset(
@@ -138,7 +138,7 @@ def _similar_folders(path: Path) -> str:
 
 
 def _saved_table(folder: Path, split: str) -> Any:
-    """Return a split of a folder of `save_to_disk`."""
+    """Return a split of a table that was written by `save_to_disk`."""
     import datasets
 
     try:

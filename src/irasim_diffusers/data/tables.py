@@ -72,7 +72,7 @@ class TableEpisodes(InOrder):
         for column in (*names, *self.state_columns):
             if column not in known:
                 raise ValueError(
-                    f"column {column!r} does not exist in {self.name!r}; it has {known}: name others with --cameras, "
+                    f"column {column!r} does not exist in {self.name!r}; it has {known}: select others with --cameras, "
                     "--action-column or --state-columns."
                 )
         actions = self.action_column or ("actions" if "actions" in known else None)

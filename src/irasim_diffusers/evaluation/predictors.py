@@ -405,7 +405,7 @@ def _npz_header(path: Path, data: ClipData) -> tuple[tuple[int, ...], np.dtype]:
     if "frames.npy" not in found:
         raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`, got {sorted(found)}.")
     for name, (shape, kind) in found.items():
-        # latents have fewer values than the frames, and a hash at most 64 characters
+        # latents have fewer values than the frames, and a hash has at most 64 characters
         limit, kinds = (256, "U") if name == "autoencoder.npy" else (8 * data.truth.size, "f")
         size = math.prod(shape) * kind.itemsize
         if name in ("latents.npy", "autoencoder.npy") and (kind.kind not in kinds or size > limit):

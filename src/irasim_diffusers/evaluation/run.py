@@ -369,7 +369,7 @@ def _distances(output: Path, clips: Sequence[Clip], backbones: Backbones) -> dic
 
 
 def _read_features(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read predicted and true features of one clip, and close the file: there may be thousands."""
+    """Read predicted and true features of one clip; close the file, because there may be thousands."""
     try:
         with np.load(path) as file:
             return file[f"{name}_prediction"], file[f"{name}_truth"]

@@ -83,7 +83,7 @@ def load_inception(weights: str, device: str | torch.device = "cpu") -> Callable
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"FID requires the package pytorch-fid: {EXTRA} ({error}).") from error
     network = parts._inception_v3(num_classes=1008, aux_logits=False, weights=None)
-    replaced = {  # pooling as in TensorFlow; as `fid_inception_v3` does, but without its download
+    replaced = {  # TensorFlow's pooling, as in `fid_inception_v3`, which would download weights
         "Mixed_5b": parts.FIDInceptionA(192, pool_features=32),
         "Mixed_5c": parts.FIDInceptionA(256, pool_features=64),
         "Mixed_5d": parts.FIDInceptionA(288, pool_features=64),

@@ -203,7 +203,7 @@ def action_faithfulness(
         truths: True futures (N, n, H, W, 3), uint8.
         holds: See `counterfactual_actions`.
         ways: See `counterfactual_actions`.
-        seed: Seed of shuffling and bootstrap.
+        seed: Seed of the shuffling and the bootstrap.
 
     Returns:
         See `summarise_faithfulness`.
