@@ -1,4 +1,4 @@
-"""Policies: LeRobot's interface, adapters for callables and LeRobot policies, and closed-loop planning.
+"""Policies: the interface, adapters for callables and LeRobot policies, and closed-loop planning.
 
 An observation is a dictionary of arrays or tensors with B rows: `pixels` (B, H, W, 3), uint8, and usually `agent_pos` (B, S), as
 in LeRobot's Gymnasium environments.
