@@ -26,7 +26,7 @@ Observation = Mapping[str, Any]
 PROCESSORS = ("policy_preprocessor.json", "policy_postprocessor.json")
 """Files of LeRobot's processors in the folder of a policy."""
 REMOTE_CODE_POLICIES = ("gaussian_actor", "groot", "pi0_fast", "wall_x")
-"""Policy types of LeRobot whose loaders set `trust_remote_code=True`."""
+"""LeRobot's policy types that are loaded with `trust_remote_code=True`."""
 REMOTE_CODE_STEPS = ("action_tokenizer_", "groot_", "reward_classifier_", "robometer_", "topreward_")
 """Name prefixes of LeRobot's processor steps that load models with `trust_remote_code=True`."""
 

@@ -155,7 +155,7 @@ class LatentClips(Dataset):
         return torch.cat([actions[: -self.frame_skip] for _, actions in self.episodes.values()])
 
     def changes(self) -> np.ndarray:
-        """Change of every window (N,): the mean absolute differences between its successive frames, summed."""
+        """Return the change (N,) of every window: summed mean absolute differences of successive frames."""
         changes = []
         for latents, _ in self.episodes.values():
             steps = [

@@ -183,16 +183,17 @@ def tile(layout: CameraLayout, views: Mapping[str, np.ndarray]) -> np.ndarray:
     """
     sizes = {name: views[name].shape for row in layout for name in row}
     if len({shape[0] for shape in sizes.values()}) > 1:
-        lengths = {name: shape[0] for name, shape in sizes.items()}
+        lengths = ", ".join(f"{name} {shape[0]}" for name, shape in sizes.items())
         raise ValueError(
-            f"cameras have different numbers of frames, {lengths}: remove the episode, or select one camera."
+            f"cameras must have the same number of frames, got {lengths}: remove the episode, or select one camera."
         )
     rows = [[views[name] for name in row] for row in layout]
     heights = [{view.shape[1] for view in row} for row in rows]
     widths = {sum(view.shape[2] for view in row) for row in rows}
     if any(len(height) > 1 for height in heights) or len(widths) > 1:
-        shapes = {name: f"{shape[1]}x{shape[2]}" for name, shape in sizes.items()}
+        shapes = ", ".join(f"{name} {shape[1]}x{shape[2]}" for name, shape in sizes.items())
+        rows_of_names = " ".join(",".join(row) for row in layout)
         raise ValueError(
-            f"the images of cameras {shapes} (height x width) do not form a rectangle in the layout {layout}: change `cameras`."
+            f"images of the cameras must form a rectangle in the layout {rows_of_names!r}, got {shapes} (height x width): change `cameras`."
         )
     return np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)

@@ -257,7 +257,7 @@ class _StreamedRows:
 def _content(value: dict[str, Any]) -> BinaryIO | str:
     """Return the file of a video or an image: in the table, local or remote.
 
-    A table may come from anyone: its paths must not open devices or the other protocols of `fsspec`.
+    A table may be untrusted: its paths must open neither devices nor other protocols of `fsspec`.
     """
     path = value.get("path")
     if value.get("bytes"):
