@@ -381,7 +381,7 @@ FILE_ROWS = [  # frames of every command that starts from frames
 
 CAMERA_ROWS = [
     ({"--frames": ["frame.png", "frame.png"]}, "must be 8x12 (height x width) for this checkpoint, got 16x12"),
-    ({"--frames": ["frame.png", "large.png"]}, "--frames must form a rectangle"),
+    ({"--frames": ["frame.png", "large.png"]}, "form a rectangle in the layout '0 1', got 0 8x12, 1 "),
     (
         {"--frames": ["frame.png", "video.mp4"]},
         "--frames must have the same number of frames for each camera, got 1, 6",

@@ -2,7 +2,16 @@
 
 from .action_kind import infer_action_space
 from .clips import LatentClips, MixedClips, action_normalisation, standardised_states
-from .episode import CameraLayout, Episode, EpisodeSource, camera_layout, check_mixture, first_readable, tile
+from .episode import (
+    CameraLayout,
+    Episode,
+    EpisodeSource,
+    camera_layout,
+    check_mixture,
+    first_readable,
+    format_cameras,
+    tile,
+)
 from .irasim_release import IRASimFolder
 from .latent_cache import cache_latents
 from .lerobot import LeRobotFolder
@@ -32,6 +41,7 @@ __all__ = [
     "count_frames",
     "count_written",
     "first_readable",
+    "format_cameras",
     "frame_skip_for",
     "infer_action_space",
     "is_written",

@@ -175,6 +175,11 @@ def camera_layout(cameras: str | Sequence[str] | Sequence[Sequence[str]]) -> Cam
     return tuple(tuple(row.split(",")) if isinstance(row, str) else tuple(row) for row in rows)
 
 
+def format_cameras(layout: Sequence[Sequence[str]]) -> str:
+    """Format a layout like the flag `--cameras`: rows separated by spaces, cameras by commas."""
+    return " ".join(",".join(row) for row in layout)
+
+
 def tile(layout: CameraLayout, views: Mapping[str, np.ndarray]) -> np.ndarray:
     """Tile the videos (T, H, W, 3) of several cameras into one, by their layout.
 
@@ -192,8 +197,7 @@ def tile(layout: CameraLayout, views: Mapping[str, np.ndarray]) -> np.ndarray:
     widths = {sum(view.shape[2] for view in row) for row in rows}
     if any(len(height) > 1 for height in heights) or len(widths) > 1:
         shapes = ", ".join(f"{name} {shape[1]}x{shape[2]}" for name, shape in sizes.items())
-        rows_of_names = " ".join(",".join(row) for row in layout)
         raise ValueError(
-            f"images of the cameras must form a rectangle in the layout {rows_of_names!r}, got {shapes} (height x width): change `cameras`."
+            f"images of the cameras must form a rectangle in the layout {format_cameras(layout)!r}, got {shapes} (height x width): change `cameras`."
         )
     return np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..data import EpisodeSource, first_readable, read_video
+from ..data import EpisodeSource, first_readable, format_cameras, read_video
 from ..data.latent_cache import fingerprint
 from ..files import temporary_path
 from ..models import public_config
@@ -169,8 +169,8 @@ class WorldModelPredictor:
         trained = getattr(self.model, "cameras", None)
         if trained and [list(row) for row in trained] != [list(row) for row in dataset.cameras]:
             logger.warning(  # no error, since the names of one camera differ between dataset formats
-                f"The model was trained on the cameras {_camera_flag(trained)}, but the evaluation uses "
-                f"{_camera_flag(dataset.cameras)} of {dataset.name!r}."
+                f"The model was trained on the cameras {format_cameras(trained)}, but the evaluation uses "
+                f"{format_cameras(dataset.cameras)} of {dataset.name!r}."
             )
 
     def check_clip(self, clip: ClipData) -> None:
@@ -366,11 +366,6 @@ class FolderPredictor:
         if shape != wanted:
             frames = resize_video(frames, wanted[1:3])
         return Prediction(frames, latents, autoencoder=autoencoder)
-
-
-def _camera_flag(layout: Sequence[Sequence[str]]) -> str:
-    """Format a layout of cameras like the flag --cameras: rows separated by spaces."""
-    return " ".join(",".join(row) for row in layout)
 
 
 def pipeline_hash(pipeline: IRASimPipeline) -> str:
