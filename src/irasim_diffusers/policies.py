@@ -99,7 +99,7 @@ class ChunkPolicy:
 
 
 class LeRobotPolicy:
-    """Adapter for a LeRobot policy with its processors; it takes observations of this package's environments.
+    """Adapter for a LeRobot policy and its processors in this package's environments.
 
     Args:
         policy: The policy, such as `lerobot.policies.diffusion.DiffusionPolicy`.
