@@ -219,7 +219,7 @@ class _Ahead:
         self._next = 0.0
 
     def predict(self, keys: Keys) -> None:
-        """Start the next prediction with the held keys if the last one is complete and half of it has been shown."""
+        """Start the next prediction with the held keys once the last one is complete and half shown."""
         if self._prediction is None and len(self._ready) <= self._chunk_length // 2:
             command = key_command(self._session.steering.action_space, keys.held())
             self._prediction = self._worker.submit(self._session.drive, command, self._chunk_length)
