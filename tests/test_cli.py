@@ -17,7 +17,7 @@ from test_conversion import latte_model
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, embedded_checkpoint
 from irasim_diffusers.cli import main
-from irasim_diffusers.commands.files import read_actions, read_frames
+from irasim_diffusers.commands.files import read_actions, read_media
 from irasim_diffusers.commands.sampling import DTYPE_REMEDY, check_weights
 from irasim_diffusers.data import read_video, write_video
 from irasim_diffusers.metrics import psnr
@@ -162,10 +162,10 @@ def test_alpha_is_dropped_and_exif_orientation_applied(workspace):
     exif[0x0112] = 6  # stored with its left side on top
     picture.transpose(PIL.Image.Transpose.ROTATE_90).save("turned.png", exif=exif)
     picture.convert("P", palette=PIL.Image.Palette.ADAPTIVE).save("palette.png")
-    expected = read_frames(workspace / "frame.png")
+    expected = read_media(workspace / "frame.png")
     for name in ("rgba.png", "turned.png"):
-        np.testing.assert_array_equal(read_frames(workspace / name), expected)
-    assert np.abs(read_frames(workspace / "palette.png") - expected.astype(int)).max() < 8
+        np.testing.assert_array_equal(read_media(workspace / name), expected)
+    assert np.abs(read_media(workspace / "palette.png") - expected.astype(int)).max() < 8
 
 
 def test_cameras_are_tiled_by_the_layout_of_the_model(workspace):
