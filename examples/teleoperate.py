@@ -30,8 +30,7 @@ from scipy.spatial.transform import Rotation, Slerp
 from transformers import HfArgumentParser
 
 from irasim_diffusers.actions import derive_actions, integrate_actions
-from irasim_diffusers.commands.files import read_actions
-from irasim_diffusers.commands.terminal import draw
+from irasim_diffusers.commands import draw, read_actions
 from irasim_diffusers.files import temporary_path
 from irasim_diffusers.training import check_ranges, exit_without_extra, run_script
 

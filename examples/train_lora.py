@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel
-from irasim_diffusers.models.transformer_irasim import ACTION_ENCODER
+from irasim_diffusers.models import ACTION_ENCODER
 from irasim_diffusers.training import (
     RunArguments,
     TrainingData,

@@ -19,7 +19,7 @@ from visitor_files import read_picture
 from worlds import World, Worlds
 
 from irasim_diffusers import ActionSpace, DrivingSession, Steering
-from irasim_diffusers.commands.keys import SAME_KEYS, key_controls
+from irasim_diffusers.commands import SAME_KEYS, key_controls
 
 MAX_RESTORED = 64  # frames per request
 

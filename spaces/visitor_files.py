@@ -10,7 +10,7 @@ import av
 import numpy as np
 
 from irasim_diffusers import data
-from irasim_diffusers.commands.files import IMAGE_SUFFIXES, read_actions
+from irasim_diffusers.commands import IMAGE_SUFFIXES, read_actions
 from irasim_diffusers.data import iterate_video
 from irasim_diffusers.pictures import resize_video as resize
 

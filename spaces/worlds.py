@@ -22,7 +22,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from zero_gpu import ZERO_GPU, LentPipeline
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
-from irasim_diffusers.commands.files import read_actions, read_frames
+from irasim_diffusers.commands import read_actions
+from irasim_diffusers.data import read_video
 from irasim_diffusers.devices import default_device, fast_dtype
 
 Result = TypeVar("Result")
@@ -179,7 +180,7 @@ def load_world(name: str, dtype: torch.dtype | None = None, device: str | torch.
     video, table = _example_file(folder, "example.mp4"), _example_file(folder, "example_actions.csv")
     if video is None:
         return World(name, pipeline)
-    clip, actions = read_frames(video), None if table is None else read_actions(table)
+    clip, actions = read_video(video), None if table is None else read_actions(table)
     history = len(clip) - len(actions) if actions is not None else 1
     return World(name, pipeline, clip, actions, history, _starts(pipeline, clip, actions))
 

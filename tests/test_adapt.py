@@ -29,12 +29,12 @@ def model(tmp_path_factory):
         (["--action-frequencies", "-1"], "--action-frequencies must be at least 0, got -1"),
         (["--action-dim", "1000000000"], "--action-dim must be at most 1024, got 1000000000"),
         (["--action-frequencies", "1000000"], "--action-frequencies must be at most 32, got 1000000"),
-        (["--vae", "vae"], "--vae requires --dataset"),
+        (["--vae", "vae"], "--vae and --dataset must be passed together"),
         (["--action-dim", "2", "--height", "8"], "--height and --width must be passed together"),
         (["--action-dim", "2", "--model", "nowhere"], "--model must be a pipeline folder or Hub id, got 'nowhere'"),
         (
             ["--vae", "nowhere", "--dataset", "nowhere"],
-            "`vae` must be an AutoencoderKL, a folder or Hub id, got 'nowhere'",
+            "--vae must be an AutoencoderKL, a folder or Hub id, got 'nowhere': the folder does not exist",
         ),
     ],
 )

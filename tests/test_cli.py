@@ -17,7 +17,7 @@ from test_latte import latte_model
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, embedded_checkpoint
 from irasim_diffusers.cli import main
-from irasim_diffusers.commands.files import read_actions, read_frames
+from irasim_diffusers.commands.files import read_actions, read_media
 from irasim_diffusers.commands.sampling import DTYPE_REMEDY, check_weights
 from irasim_diffusers.data import read_video, write_video
 from irasim_diffusers.metrics import psnr
@@ -162,10 +162,10 @@ def test_alpha_is_dropped_and_exif_orientation_applied(workspace):
     exif[0x0112] = 6  # stored with its left side on top
     picture.transpose(PIL.Image.Transpose.ROTATE_90).save("turned.png", exif=exif)
     picture.convert("P", palette=PIL.Image.Palette.ADAPTIVE).save("palette.png")
-    expected = read_frames(workspace / "frame.png")
+    expected = read_media(workspace / "frame.png")
     for name in ("rgba.png", "turned.png"):
-        np.testing.assert_array_equal(read_frames(workspace / name), expected)
-    assert np.abs(read_frames(workspace / "palette.png") - expected.astype(int)).max() < 8
+        np.testing.assert_array_equal(read_media(workspace / name), expected)
+    assert np.abs(read_media(workspace / "palette.png") - expected.astype(int)).max() < 8
 
 
 def test_cameras_are_tiled_by_the_layout_of_the_model(workspace):
@@ -321,7 +321,7 @@ BAD = [
     ({"--frames": "short.mp4"}, r"--frames must contain at least 2 frames \(the history\), got 1"),
     ({"--frames": "video.mp4", "--history": "0"}, "--history must be at least 1, got 0"),
     ({"--frames": "frame.png", "--history": "-1"}, "--history must be at least 1, got -1"),
-    ({"--output": "folder.mp4"}, "--output must be a file, got the directory 'folder.mp4'"),
+    ({"--output": "folder.mp4"}, "--output must be a .mp4 file, got the folder 'folder.mp4'"),
     ({"--output": "clip.txt"}, "--output must end in .mp4, got 'clip.txt'"),
     ({"--output": "/proc/clip.mp4"}, "--output must be writable, got '/proc/clip.mp4'"),
     ({"--model": "nowhere"}, "--model must be a pipeline folder or Hub id, got 'nowhere'"),
@@ -350,7 +350,7 @@ def test_folder_in_the_place_of_an_output_is_named(workspace, tmp_path, capsys, 
     """The message names the strip, which is written next to the video and was not passed by the user."""
     (tmp_path / name).mkdir()
     assert generate("--output", str(tmp_path / "out.mp4")) == 2
-    expected = f"must be a file, got the directory '{tmp_path / name}': the command writes a {name[-4:]} file there"
+    expected = f"must be a {name[-4:]} file, got the folder '{tmp_path / name}': pass a file name, such as"
     assert expected in capsys.readouterr().err
 
 

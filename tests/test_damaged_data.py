@@ -93,7 +93,7 @@ ENTRIES = [  # format, file, entry, value, message
     ("v3.0", INFO, "data_path", "{chunk_index.real}", "'data_path' must be a path with fields"),
     ("v3.0", INFO, "data_path", "{chunk_index:099999999d}", "'data_path' must be a path with fields"),
     ("v3.0", INFO, "data_path", "{0}", "'data_path' has the unknown field '0'"),
-    ("v3.0", INFO, "data_path", "{episode_index}", "'data_path' has a wrong field or place: 'episode_index'"),
+    ("v3.0", INFO, "data_path", "{episode_index}", "'data_path' has an invalid field or path: 'episode_index'"),
     ("v3.0", INFO, "data_path", "a\0b", "'data_path' must be a path"),
     ("v3.0", INFO, "data_path", "/etc/{chunk_index}", "'/etc/0' must be a path inside the dataset"),
     ("v3.0", INFO, "data_path", "data/../../{chunk_index}", "'data/../../0' must be a path inside the dataset"),
@@ -204,8 +204,8 @@ COLUMNS = [  # file, column, value of all rows, message
     (DATA, "timestamp", pa.scalar([0.0]), "'timestamp' must contain numbers, got list<"),
     (DATA, "timestamp", pa.scalar(None, pa.float32()), "'timestamp' must be a finite number of seconds"),
     (DATA, "timestamp", pa.scalar(-0.1), "'timestamp' of row 0 is -0.1 s"),
-    (DATA, "timestamp", pa.scalar(1e300), "'timestamp' of row 0 is 1e+300 s, which is not a frame"),
-    (DATA, "timestamp", pa.scalar(1e7), "'timestamp' of row 0 is 1e+07 s, which is not a frame"),
+    (DATA, "timestamp", pa.scalar(1e300), "'timestamp' of row 0 is 1e+300 s, which is no frame time"),
+    (DATA, "timestamp", pa.scalar(1e7), "'timestamp' of row 0 is 1e+07 s, which is no frame time"),
     (DATA, "timestamp", pa.scalar(0.0), "'timestamp' must increase, got 0 s after 0 s"),
 ]
 

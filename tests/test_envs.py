@@ -15,7 +15,14 @@ from gymnasium.vector import AutoresetMode
 from irasim_diffusers import ProprioceptionModel
 from irasim_diffusers.actions import derive_actions
 from irasim_diffusers.data import Episode
-from irasim_diffusers.envs import EpisodeStarts, Start, WorldModelEnv, WorldModelVectorEnv, load_world_model
+from irasim_diffusers.envs import (
+    EpisodeStarts,
+    Start,
+    WorldModelEnv,
+    WorldModelVectorEnv,
+    import_callable,
+    load_world_model,
+)
 
 STEPS = {"sampling": {"num_inference_steps": 2}}
 BOUNDS = {"action_low": [-2.0, -1.0, 0.0], "action_high": [2.0, 3.0, 5.0]}
@@ -342,7 +349,7 @@ BAD = [
     (bad_reset(options={"reset_mask": np.zeros(2, bool)}), "`reset_mask` must be bool .* at least one True"),
     (bad_reset(options={"reset_mask": np.ones(3, bool)}), "`reset_mask` must be bool"),
     (bad_reset(options={"reset_mask": np.ones(2)}), "`reset_mask` must be bool"),
-    (bad_reset(options={"reset_mask": np.array([True, False])}), "which have not been reset yet"),
+    (bad_reset(options={"reset_mask": np.array([True, False])}), "must include row 1, which has not been reset yet"),
 ]
 
 
@@ -489,3 +496,13 @@ def test_call_of_a_method_without_result(model, starts):
     envs = WorldModelVectorEnv(model, 2, starts)
     envs.nothing = lambda: None
     assert envs.call("nothing") == (None, None)
+
+
+def test_callables_are_imported_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_rewards.py").write_text("class Rewards:\n    @staticmethod\n    def zero():\n        return 0\n")
+    assert import_callable("`reward`", "my_rewards:Rewards.zero")() == 0
+    for path in ("my_rewards", "my_rewards:missing", "missing:Rewards", ":", "math:pi"):
+        with pytest.raises(ValueError, match=rf"^`reward` must be MODULE:NAME of a callable, got '{path}': "):
+            import_callable("`reward`", path)

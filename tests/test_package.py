@@ -1,4 +1,5 @@
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -171,9 +172,28 @@ def test_auto_model_loads_from_pipeline_folder(tmp_path, pipeline):
     assert type(model) is IRASimTransformer3DModel
 
 
-def test_examples_use_only_public_names():
-    for path in (ROOT / "examples").rglob("*.py"):
-        assert not re.findall(r"from irasim_diffusers\S* import [^\n]*\b_[a-z]", path.read_text()), path
+def imported_names(path):
+    """Yield the imports of a script from the package, each as a module and a name; the name is None for `import module`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "irasim_diffusers":
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((each.name, None) for each in node.names if each.name.split(".")[0] == "irasim_diffusers")
+
+
+@pytest.mark.parametrize("folder", ["examples", "spaces"])
+def test_examples_use_only_public_names(folder):
+    """Public are modules directly in the package, and the names in `__all__` of the package and its subpackages."""
+    found = [(path, *each) for path in (ROOT / folder).rglob("*.py") for each in imported_names(path)]
+    assert len(found) > 20
+    for path, module, name in found:
+        assert module.count(".") <= 1, f"{path}: {module}"
+        imported = importlib.import_module(module)
+        public = getattr(imported, "__all__", None) if hasattr(imported, "__path__") else None
+        is_module = module == "irasim_diffusers" and importlib.util.find_spec(f"{module}.{name}") is not None
+        if name is not None and public is not None and not is_module:
+            assert name in public, f"{path}: {module}.{name}"
+        assert name is None or not name.startswith("_") or name == "__version__", f"{path}: {module}.{name}"
 
 
 def test_readme_python_example_runs(tmp_path, monkeypatch):

@@ -21,7 +21,8 @@ def folder(tmp_path_factory):
     """A folder with a tiny model, pictures, a regressor and an encoder."""
     root = tmp_path_factory.mktemp("plan")
     tiny_pipeline(num_inference_steps=1).save_pretrained(root / "model")
-    tiny_pipeline(num_inference_steps=1, action_space="absolute").save_pretrained(root / "absolute")
+    bounds = {"action_low": [-9.0, -9.0, -9.0], "action_high": [9.0, 9.0, 9.0]}
+    tiny_pipeline(num_inference_steps=1, action_space="absolute", **bounds).save_pretrained(root / "absolute")
     rng = np.random.default_rng(0)
     video = rng.integers(0, 256, (4, 8, 12, 3), dtype=np.uint8)
     PIL.Image.fromarray(video[0]).save(root / "frame.png")
@@ -110,17 +111,17 @@ BAD = [
     ({"goal": None, "reward": "other"}, "`objective` must be for frames of 8x12"),
     ({"goal": None, "reward": "reward", "encoder": "encoder"}, "--encoder requires --goal"),
     ({"encoder": "nowhere"}, "--encoder must be a vision model, got 'nowhere'"),
-    ({"horizon": "0"}, "`horizon` must be at least 1, got 0"),
-    ({"candidates": "0"}, "`num_candidates` must be at least 1, got 0"),
+    ({"horizon": "0"}, "--horizon must be at least 1, got 0"),
+    ({"candidates": "0"}, "--candidates must be at least 1, got 0"),
     (
         {"candidates": "0", "planner": "lines", "radius": "1", "iterations": None},
-        "`num_candidates` must be at least 1, got 0",
+        "--candidates must be at least 1, got 0",
     ),
     ({"iterations": "0"}, "`num_iterations` must be at least 1, got 0"),
     ({"std": "nan"}, "`std` must be finite and positive, got nan"),
     ({"std": "-1"}, "`std` must be finite and positive"),
     ({"knots": "9"}, r"`num_knots` must be None or in \[1, 5\], got 9"),
-    ({"batch_size": "0"}, "`batch_size` must be at least 1, got 0"),
+    ({"batch_size": "0"}, "--batch-size must be at least 1, got 0"),
     ({"planner": "lines", "iterations": None}, "--planner lines requires --radius"),
     ({"planner": "lines", "radius": "0", "iterations": None}, "`radius` must be positive, got 0"),
     ({"planner": "lines", "radius": "nan", "iterations": None}, "`radius` must be positive, got nan"),
@@ -136,6 +137,14 @@ BAD = [
     ({"position": "1,2"}, "--position must be 3 finite numbers separated by commas, got '1,2'"),
     ({"position": "1,2,x"}, "--position must be 3 finite numbers"),
     ({"position": "1,2,nan"}, "--position must be 3 finite numbers"),
+    ({"position": "1,2,1e30"}, "--position must be near the bounds of this checkpoint"),
+    *(
+        (
+            {"model": "absolute", "position": f"1,2,{value}"},
+            f"--position must be inside the bounds of its components, .-9, 9., .-9, 9., .-9, 9., got '1,2,{value}'",
+        )
+        for value in ("10", "1e30")
+    ),
     ({"steps": "0"}, "--steps must be at least 1, got 0"),
     (
         {"model": "nowhere"},

@@ -295,7 +295,7 @@ BAD = [
     (lambda *_: Rank(spread=-1.0), "`spread` must be finite and at least 0"),
     (lambda *_: Scoring(batch_size=0), "`batch_size` must be at least 1"),
     (lambda *_: Scoring(reduction="sum"), "`reduction` must be one of last, mean, max, got 'sum'"),
-    (lambda *_: Disagreement(), "the guard needs at least two members"),
+    (lambda *_: Disagreement(), "the guard requires at least two members"),
     (lambda *_: Disagreement(num_seeds=2, weight=-1.0), "`weight` must be finite and at least 0"),
     (lambda *_: Disagreement(num_seeds=2, limit=-1.0), "`limit` must be None or at least 0"),
     (lambda world, state: Rank()(world, state, GOAL), "`init` must be the candidates"),

@@ -194,8 +194,8 @@ STEPS = {"normalizer_processor": Step, "action_tokenizer_processor": Step, "groo
         ([{"registry_name": None, "class": "subprocess.Popen"}], "only registered steps of LeRobot, got None"),
         ([{"registry_name": ["normalizer_processor"]}], "only registered steps of LeRobot"),
         ([{"registry_name": "absent"}], "only registered steps of LeRobot, got 'absent'"),
-        ([{"registry_name": "action_tokenizer_processor"}], "executes code of the repository that it names"),
-        ([{"registry_name": "groot_pack"}], "executes code of the repository that it names"),
+        ([{"registry_name": "action_tokenizer_processor"}], "executes code from the repository that it names"),
+        ([{"registry_name": "groot_pack"}], "executes code from the repository that it names"),
         ([{}], "only registered steps of LeRobot, got None"),
         (["normalizer_processor"], "must contain a list `steps` of objects"),
         ({"registry_name": "normalizer_processor"}, "must contain a list `steps` of objects"),
@@ -273,7 +273,7 @@ def test_no_code_named_by_a_lerobot_policy_is_executed(act_policy, tmp_path, fil
 def test_policy_types_that_trust_remote_code_are_rejected(act_policy, tmp_path):
     folder = shutil.copytree(act_policy, tmp_path / "policy")
     (folder / "config.json").write_text(json.dumps({"type": "pi0_fast", "device": "cpu"}))
-    with pytest.raises(ValueError, match="policies of type pi0_fast execute code of the repositories"):
+    with pytest.raises(ValueError, match="policies of type pi0_fast execute code from the repositories"):
         LeRobotPolicy.from_pretrained(str(folder), SPACE)
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from expert import push_to_goal
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from simulator import FPS, PUSHER_RADIUS, SIZE, Pusher, Simulator, State, hold_keys, jump_to_targets, push_about
@@ -27,15 +26,14 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from irasim_diffusers.data import (
+    SOURCE_FILE,
     Episode,
     LeRobotFolder,
-    is_written,
+    count_written,
     publish_lerobot,
     write_file,
     write_metadata,
 )
-from irasim_diffusers.data.lerobot_writer import EPISODES_PATH
-from irasim_diffusers.data.publish import SOURCE_FILE
 from irasim_diffusers.files import read_json, write_text
 from irasim_diffusers.training import check_ranges, run_script
 
@@ -174,13 +172,6 @@ def collect_episode(simulator: Simulator, seed: int, length: int, shares: dict[s
     )
 
 
-def written_episodes(root: Path, file_index: int) -> int:
-    """Return the number of episodes in a file; 0 if the file is missing or incomplete."""
-    if not is_written(root, file_index):
-        return 0
-    return pq.read_metadata(root / EPISODES_PATH.format(chunk_index=0, file_index=file_index)).num_rows
-
-
 def collect_file(file_index: int, arguments: CollectArguments) -> int:
     """Collect and write one file unless it is complete; return its number of episodes.
 
@@ -188,7 +179,7 @@ def collect_file(file_index: int, arguments: CollectArguments) -> int:
     """
     first = file_index * EPISODES_PER_FILE
     numbers = range(first, min(first + EPISODES_PER_FILE, arguments.episodes))
-    if written_episodes(arguments.output, file_index) < len(numbers):
+    if count_written(arguments.output, file_index) < len(numbers):
         simulator = Simulator(arguments.pusher_radius)
         shares = {kind: getattr(arguments, kind) for kind in TASKS}
         seeds = [arguments.first_seed + number for number in numbers]

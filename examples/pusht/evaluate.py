@@ -40,8 +40,7 @@ from transformers import HfArgumentParser
 
 import irasim_diffusers
 from irasim_diffusers import ActionSpace, IRASimPipeline
-from irasim_diffusers.commands.keys import key_command
-from irasim_diffusers.commands.sampling import load_checked
+from irasim_diffusers.commands import key_command, load_checked
 from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.driving import Steering
 from irasim_diffusers.evaluation import EvaluationCounter

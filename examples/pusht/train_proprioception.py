@@ -62,7 +62,7 @@ class ProprioceptionArguments:
     seed: int = field(default=0, metadata={"help": "random seed"})
 
 
-def read_frames(
+def draw_windows(
     source: EpisodeSource,
     pipeline: IRASimPipeline,
     arguments: ProprioceptionArguments,
@@ -200,10 +200,10 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     training, validation = open_dataset(arguments.dataset), open_dataset(arguments.validation_dataset)
     count = arguments.num_validation_windows
-    held_out = read_frames(validation, pipeline, arguments, count, count, seed=1)
+    held_out = draw_windows(validation, pipeline, arguments, count, count, seed=1)
     output = arguments.output_dir or Path(arguments.model or "") / "proprioception"
     if arguments.max_train_steps:
-        data = read_frames(training, pipeline, arguments, arguments.num_windows, arguments.num_rollouts, seed=0)
+        data = draw_windows(training, pipeline, arguments, arguments.num_windows, arguments.num_rollouts, seed=0)
         size = data["recorded"][1].shape[-1]
         names = training.component_names(arguments.state_key) or [f"state {index}" for index in range(size)]
         model = train(data, names, arguments)

@@ -76,7 +76,7 @@ def labels(blocks: np.ndarray, target: str) -> np.ndarray:
     return ious(blocks) if target == "iou" else np.clip(1 - distance_to_goal(blocks) / SCALE, 0, 1)
 
 
-def read_frames(dataset: EpisodeSource, arguments: RewardArguments) -> tuple[torch.Tensor, torch.Tensor]:
+def read_labeled_frames(dataset: EpisodeSource, arguments: RewardArguments) -> tuple[torch.Tensor, torch.Tensor]:
     """Read frames (N, 3, H, W), uint8, evenly spaced in each episode, and their labels (N,)."""
     frames, values = [], []
     for number in tqdm(range(min(len(dataset), arguments.max_episodes)), desc="reading", unit="episode"):
@@ -190,7 +190,7 @@ def main() -> None:
     test = open_dataset(arguments.test_dataset) if arguments.test_dataset else None
     output_dir = arguments.output_dir or Path(arguments.model or "") / "reward"
     if arguments.max_train_steps:
-        frames, values = read_frames(open_dataset(arguments.dataset), arguments)
+        frames, values = read_labeled_frames(open_dataset(arguments.dataset), arguments)
         network = FrameRegressor(
             *frames.shape[-2:], target=arguments.target, success_threshold=arguments.success_threshold
         )

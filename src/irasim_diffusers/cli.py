@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 
 from . import __version__
 from .commands import adapt, convert, data, evaluate, evaluate_policies, generate, plan, play
-from .commands.files import read_actions, read_frames  # noqa: F401 - their place in earlier versions
+from .commands.files import read_actions  # noqa: F401 - earlier versions had the readers here
+from .commands.files import read_media as read_frames  # noqa: F401
 
 __all__ = ["main"]
 
@@ -23,19 +24,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: Arguments; None for those of the process.
+        argv: Arguments; None for the arguments of the process.
 
     Returns:
         Exit status: 0; 2 after bad input; 130 after Ctrl-C; 143 after SIGTERM. An error is reported in one line on stderr.
     """
     arguments, unknown = _parser().parse_known_args(argv)
-    if unknown:  # with the usage of the command; argparse would print that of `irasim`
+    if unknown:  # print the usage of the command, not of `irasim` as argparse would
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     arguments.argv = sys.argv[1:] if argv is None else argv
     try:
         with _sigterm_as_exception():
             arguments.run(arguments)
-    except (ValueError, OSError, SafetensorError) as error:  # the last one if the disk is full
+    except (ValueError, OSError, SafetensorError) as error:  # SafetensorError is raised if the disk is full
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"irasim: error: {message}", file=sys.stderr)
         return 2

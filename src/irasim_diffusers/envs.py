@@ -11,7 +11,7 @@ import torch
 from . import embedded_checkpoint
 from .actions import integrate_actions
 from .models import ProprioceptionModel
-from .pretrained import load_world_model
+from .pretrained import import_callable, load_world_model
 from .rollout import RolloutState, WorldModel, concatenate
 from .starts import EpisodeStarts, Start
 
@@ -22,21 +22,22 @@ try:
 except ImportError as error:
     raise ImportError("`irasim_diffusers.envs` requires Gymnasium: pip install gymnasium") from error
 
-__all__ = ["EpisodeStarts", "Start", "WorldModelEnv", "WorldModelVectorEnv", "load_world_model"]
+__all__ = ["EpisodeStarts", "Start", "WorldModelEnv", "WorldModelVectorEnv", "import_callable", "load_world_model"]
 
 FrameFunction = Callable[[torch.Tensor], torch.Tensor]
 """Maps frames (B, n, 3, H, W) in [0, 1] to one value per frame (B, n)."""
 
 COMPOSED = ("relative_planar", "relative_euler", "relative_6d")
-"""Derivations of actions whose states follow from the first state and the actions."""
+"""Action derivations for which all states follow from the first state and the actions."""
 
 
 class WorldModelVectorEnv(VectorEnv):
     """Vectorized environment backed by a world model; each step is one batched model call.
 
-    Row i with seed s shows the same episode as `WorldModelEnv` with seed s. The observation is a dict: `pixels` (H, W, 3), uint8,
-    the last frame, and `agent_pos` (S,), float32, the robot state if available: predicted from the frame by `proprioception`,
-    or composed from the state of the start if actions are relative poses. A commanded target is never reported as a state.
+    Row i with seed s shows the same episode as `WorldModelEnv` with seed s. The observation is a dict. `pixels` (H, W, 3), uint8, is
+    the last frame. `agent_pos` (S,), float32, is the robot state, if it is available: `proprioception` predicts it from the frame,
+    or it is composed from the start state and the actions if these are relative poses. A commanded target is never reported as
+    a state.
 
     With the autoreset mode `DISABLED`, a finished row keeps its last observation and flags, with reward 0, until it is reset by
     `reset(options={"reset_mask": mask})`. A step after all rows have finished raises an error.
@@ -51,7 +52,7 @@ class WorldModelVectorEnv(VectorEnv):
         max_episode_steps: Steps after which an episode is truncated.
         rescale_actions: Take actions in [-1, 1] and map them linearly to the bounds; 1 is one normalized unit for a component
             without bounds.
-        clip_actions: Limit actions to the bounds instead of raising an error.
+        clip_actions: Clip actions to the bounds instead of raising an error.
         autoreset_mode: Gymnasium's `NextStep`, `SameStep` or `Disabled`.
         render_mode: `"rgb_array"` or None.
         sampling: Passed to `model.advance`, such as `{"num_inference_steps": 4}`.
@@ -157,9 +158,10 @@ class WorldModelVectorEnv(VectorEnv):
         """Start new episodes.
 
         Args:
-            seed: One seed, row i gets `seed + i`, or one per row. A row with a seed repeats its start and its noise.
-            options: `reset_mask`, bool (num_envs,), restarts only these rows. `frames` gives the start of each of these rows instead
-                of a drawn one: (rows, h, H, W, 3), or a list of `Start`s or frames.
+            seed: One seed, from which row i gets `seed + i`, or one seed per row. The seed of a row determines its start and its
+                noise.
+            options: `reset_mask`, bool (num_envs,), selects the rows to restart; by default all are. `frames` contains the starts of
+                these rows, which are drawn by default: (rows, h, H, W, 3), or a list of `Start`s or frames.
 
         Returns:
             Observations of all rows, and `{"is_success": ...}`.
@@ -204,9 +206,9 @@ class WorldModelVectorEnv(VectorEnv):
             raise ValueError(
                 f"`reset_mask` must be bool ({self.num_envs},) with at least one True, got {mask.dtype} {mask.shape}."
             )
-        others = [row for row in np.nonzero(~mask)[0] if self._states[row] is None]
+        others = [str(row) for row in np.nonzero(~mask)[0] if self._states[row] is None]
         if others:
-            raise ValueError(f"`reset_mask` must contain rows {others}, which have not been reset yet.")
+            raise ValueError(f"`reset_mask` must include row {', '.join(others)}, which has not been reset yet.")
         return np.nonzero(mask)[0].tolist()
 
     def _check_start(self, start: Start) -> None:
@@ -256,8 +258,8 @@ class WorldModelVectorEnv(VectorEnv):
             Observations, rewards (num_envs,), terminated, truncated, and `{"is_success": ...}`.
 
         Raises:
-            ValueError: If actions have another shape, are not finite or are out of bounds, or a row has not been reset; the
-                state is then unchanged. Also if a prediction, reward or success is not finite.
+            ValueError: If actions have another shape, are not finite or are out of bounds, if a row has not been reset, or if a
+                prediction, reward or success is not finite. The state of the environment does not change.
         """
         finished = self._terminated | self._truncated
         if any(state is None for state in self._states):
@@ -269,7 +271,7 @@ class WorldModelVectorEnv(VectorEnv):
         raw = self._raw_actions(actions, running)
         rewards = np.zeros(self.num_envs)
         if running:
-            self.model.action_space.prepare(raw[running])  # limits of components without bounds
+            self.model.action_space.prepare(raw[running])  # also checks components without bounds
             rewards[running] = self._advance(running, raw[running])
         restarted = np.nonzero(finished)[0].tolist()
         if restarted and not disabled:  # only in the mode NEXT_STEP: SAME_STEP leaves no row finished
@@ -346,7 +348,7 @@ class WorldModelVectorEnv(VectorEnv):
         return rewards
 
     def _evaluate(self, name: str, frames: torch.Tensor) -> np.ndarray:
-        """Call the reward or the success on frames (B, 1, 3, H, W); return values (B,)."""
+        """Apply the function `reward` or `success` to frames (B, 1, 3, H, W); return values (B,)."""
         values = torch.as_tensor(getattr(self, name)(frames)).detach().cpu()
         if values.shape != frames.shape[:2]:
             raise ValueError(f"`{name}` must return {tuple(frames.shape[:2])}, got {tuple(values.shape)}.")
@@ -421,7 +423,7 @@ class WorldModelEnv(gymnasium.Env):
     Args:
         model: A world model, such as `IRASimPipeline`.
         starts: See `WorldModelVectorEnv`.
-        options: See `WorldModelVectorEnv`; not `num_envs` and `autoreset_mode`.
+        options: Other arguments of `WorldModelVectorEnv`, except `num_envs` and `autoreset_mode`.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}

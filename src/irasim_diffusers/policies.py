@@ -1,7 +1,7 @@
-"""Policies: LeRobot's interface, adapters of callables and LeRobot policies, closed-loop planning.
+"""Policies: the interface, adapters for callables and LeRobot policies, and closed-loop planning.
 
 An observation is a dictionary of arrays or tensors with B rows: `pixels` (B, H, W, 3), uint8, and usually `agent_pos` (B, S), as
-in Gymnasium environments of LeRobot.
+in LeRobot's Gymnasium environments.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Observation = Mapping[str, Any]
 PROCESSORS = ("policy_preprocessor.json", "policy_postprocessor.json")
 """Files of LeRobot's processors in the folder of a policy."""
 REMOTE_CODE_POLICIES = ("gaussian_actor", "groot", "pi0_fast", "wall_x")
-"""Policy types of LeRobot whose loaders set `trust_remote_code=True`."""
+"""LeRobot's policy types that are loaded with `trust_remote_code=True`."""
 REMOTE_CODE_STEPS = ("action_tokenizer_", "groot_", "reward_classifier_", "robometer_", "topreward_")
-"""Prefixes of the processor steps of LeRobot that load models with `trust_remote_code=True`."""
+"""Name prefixes of LeRobot's processor steps that load models with `trust_remote_code=True`."""
 
 
 class Policy(Protocol):
@@ -82,8 +82,8 @@ class ChunkPolicy:
         """Return the next action of each row (B, A), raw units.
 
         Raises:
-            ValueError: If the function returns actions of a wrong shape, that are not finite, or far out of bounds; or if fewer
-                actions than `num_executed`.
+            ValueError: If the actions that the function returns have the wrong shape, are not finite, are far out of bounds, or
+                are fewer than `num_executed`.
         """
         if not self._queue:
             rows = num_rows(observation)
@@ -99,7 +99,7 @@ class ChunkPolicy:
 
 
 class LeRobotPolicy:
-    """Policy of LeRobot with its processors, for observations of this package's environments.
+    """Adapter for a LeRobot policy and its processors in this package's environments.
 
     Args:
         policy: The policy, such as `lerobot.policies.diffusion.DiffusionPolicy`.
@@ -136,7 +136,7 @@ class LeRobotPolicy:
 
         Raises:
             ValueError: If LeRobot is not installed, the policy cannot be loaded or does not take exactly one camera, or loading
-                it could execute code of its repository.
+                the policy could execute code from its repository.
         """
         try:
             from lerobot.configs.policies import PreTrainedConfig
@@ -153,7 +153,7 @@ class LeRobotPolicy:
             config.device = device
             if config.type in REMOTE_CODE_POLICIES:
                 raise ValueError(
-                    f"policies of type {config.type} execute code of the repositories that their config names: load it "
+                    f"policies of type {config.type} execute code from the repositories that their config names: load the policy "
                     "yourself and pass it to `LeRobotPolicy`."
                 )
             policy_class = get_policy_class(config.type)  # registers its processor steps
@@ -166,7 +166,7 @@ class LeRobotPolicy:
             raise ValueError(f"{name!r} must be a policy of LeRobot: {error}") from error
         cameras = [key for key, feature in config.input_features.items() if feature.type.name == "VISUAL"]
         if len(cameras) != 1:
-            raise ValueError(f"{name!r} must take one camera, got {cameras}.")
+            raise ValueError(f"{name!r} must take one camera, got {', '.join(cameras) or 'none'}.")
         return cls(policy, action_space, before, after, cameras[0], task)
 
     def reset(self) -> None:
@@ -178,7 +178,7 @@ class LeRobotPolicy:
         """Return the next action of each row (B, A), raw units.
 
         Raises:
-            ValueError: If the policy returns actions of a wrong shape, that are not finite, or far out of bounds.
+            ValueError: If the actions that the policy returns have the wrong shape, are not finite, or are far out of bounds.
         """
         actions = self.policy.select_action(self._batch(observation))
         if self.postprocessor is not None:
@@ -205,19 +205,19 @@ def policy_folder(name: str) -> Path:
         return Path(name)
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-    except Exception as error:  # of the network, or of an invalid name
+    except Exception as error:  # the Hub client raises errors of many types
         raise ValueError(f"{name!r} must be the folder or Hub id of a policy: {error}") from error
 
 
 def check_processor(path: Path, steps: Mapping[str, type]) -> None:
-    """Check that the config of a processor cannot execute code: LeRobot imports any class that it names.
+    """Check that a processor config cannot execute code: LeRobot imports any class that the config names.
 
     Args:
         path: JSON file with the list `steps`.
         steps: LeRobot's registered processor steps by name.
 
     Raises:
-        ValueError: If a step is not one of LeRobot's own registered steps, or loads code of another repository.
+        ValueError: If a step is not one of LeRobot's own registered steps, or loads code from another repository.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     entries = content.get("steps") if isinstance(content, dict) else None
@@ -234,7 +234,7 @@ def check_processor(path: Path, steps: Mapping[str, type]) -> None:
             )
         if str(name).startswith(REMOTE_CODE_STEPS):
             raise ValueError(
-                f"{path.name} contains the step {name!r}, which executes code of the repository that it names: load the policy "
+                f"{path.name} contains the step {name!r}, which executes code from the repository that it names: load the policy "
                 "yourself and pass it to `LeRobotPolicy`."
             )
 
@@ -248,12 +248,12 @@ class PlannerPolicy:
     Args:
         model: The world model.
         planner: A planner.
-        objective: Scores of frames; higher is better.
+        objective: Function that scores frames; higher is better.
         num_executed: Number of actions that are executed before the next plan.
-        num_history_frames: Number of observed frames from which the model starts; fewer at the start of an episode.
+        num_history_frames: Maximum number of observed frames from which the model starts.
         propose: Maps an observation of one row to candidates (K, n, A) in raw units, such as samples of a policy. None to start
             from the previous plan.
-        seed: Seed of the model's noise; each plan of an episode uses its own.
+        seed: Seed of the model's noise; plan k of an episode uses `seed + k`.
 
     Raises:
         ValueError: If a number is out of range.
@@ -293,7 +293,7 @@ class PlannerPolicy:
     def select_action(self, observation: Observation) -> torch.Tensor:
         """Return the next action of each row (B, A) in raw units.
 
-        It plans again when no actions of the current plan remain.
+        A new plan is made when all actions of the current plan have been executed.
 
         Raises:
             ValueError: If the number of rows changes within an episode, or the input of the planner is invalid.
@@ -345,7 +345,7 @@ def num_rows(observation: Observation) -> int:
 
 
 def check_chunk(chunk: torch.Tensor, space: ActionSpace, rows: int) -> torch.Tensor:
-    """Check actions (B, n, A) of a policy: returns them as float32.
+    """Check the actions (B, n, A) of a policy and return them as float32.
 
     Raises:
         ValueError: If they have the wrong shape, are not finite, or are far out of bounds.

@@ -1,7 +1,12 @@
-"""Load a world model with the models and start frames that are stored with it."""
+"""Load a world model with the models and start frames stored with it, and callables of the user."""
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +81,27 @@ def _stored_file(model: str | Path, name: str) -> str | None:
         return hf_hub_download(str(model), name)
     except EntryNotFoundError:  # also in offline mode, if the file is not in the cache
         return None
+
+
+def import_callable(argument: str, path: str) -> Callable[..., Any]:
+    """Import a callable of the user; its module may also be in the working folder.
+
+    Args:
+        argument: Argument or flag to name in errors.
+        path: `module:name`; the name may be dotted.
+
+    Raises:
+        ValueError: If the module or the name does not exist, or the name is not a callable.
+    """
+    module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{argument} must be MODULE:NAME of a callable, got {path!r}: {error}.") from error
+    if not callable(found):
+        raise ValueError(
+            f"{argument} must be MODULE:NAME of a callable, got {path!r}: a value of type {type(found).__name__}."
+        )
+    return found

@@ -23,7 +23,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Reward(Protocol):
-    """Protocol of functions that score each frame; higher is better.
+    """Interface of functions that score each frame; higher is better.
 
     Any callable with this signature is a reward. A reward that scores latents (B, C, n, h, w) instead of frames has
     the attribute `needs_pixels = False`. A reward that works only for frames of one size has the attribute
@@ -31,12 +31,12 @@ class Reward(Protocol):
     """
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
-        """Score frames (B, n, 3, H, W) in [0, 1]: returns (B, n)."""
+        """Score frames (B, n, 3, H, W) in [0, 1]; return (B, n)."""
         ...
 
 
 class GoalImage:
-    """Similarity to a goal image: negative MSE, or the cosine of features (paper, appendix 12).
+    """Similarity to a goal image: negative MSE, or cosine similarity of features (paper, appendix 12).
 
     Args:
         goal: The goal: a PIL image, uint8 or [0, 1] array (H, W, 3), or tensor (3, H, W).
@@ -59,7 +59,7 @@ class GoalImage:
             raise ValueError("`encoder` must return finite features, got NaN or infinity for the goal image.")
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
-        """Score frames (B, n, 3, H, W): returns (B, n), at most 0 for the MSE and at most 1 for the cosine.
+        """Score frames (B, n, 3, H, W); return (B, n), at most 0 for the MSE and at most 1 for the cosine.
 
         Raises:
             ValueError: If the frames have another size than the goal.
@@ -77,7 +77,7 @@ class GoalImage:
 
 
 class GoalLatents:
-    """Negative MSE between predicted latents and those of a goal image; predicted frames are not decoded.
+    """Negative MSE between predicted latents and the latents of a goal image; no frame is decoded.
 
     Args:
         model: The world model, which encodes the goal.
@@ -91,14 +91,14 @@ class GoalLatents:
         self.latents = model.start(goal, [0]).latents[:, :, -1:]  # (1, C, 1, h, w)
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        """Score latents (B, C, n, h, w): returns (B, n)."""
+        """Score latents (B, C, n, h, w); return (B, n)."""
         return -(latents - self.latents.to(latents)).square().mean(dim=(1, 3, 4))
 
 
 class FrameRegressor(ModelMixin, ConfigMixin):
     """Convolutional network that predicts a score in [0, 1], such as an IoU, from one frame.
 
-    It is a reward, is differentiable, and is saved with `save_pretrained` like any model of diffusers.
+    The model is a differentiable reward, and is saved with `save_pretrained` like any model of diffusers.
 
     Args:
         sample_height: Height of the frames in pixels.
@@ -162,7 +162,7 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         """Return the features (..., feature_dim) of frames (..., 3, H, W) in [0, 1].
 
         Raises:
-            ValueError: If the frames have another size than those of the training.
+            ValueError: If the frames have another size than `frame_size`.
         """
         if tuple(frames.shape[-3:]) != (3, *self.frame_size):
             raise ValueError(
@@ -179,7 +179,7 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         return torch.sigmoid(self.out(self.features(frames)).float()).squeeze(-1)
 
     def success(self, frames: torch.Tensor) -> torch.Tensor:
-        """Return the successes (...), bool, of frames (..., 3, H, W) in [0, 1].
+        """Return whether each of the frames (..., 3, H, W) in [0, 1] is a success: (...), bool.
 
         Raises:
             ValueError: If the regressor has no `success_threshold`.
@@ -190,12 +190,12 @@ class FrameRegressor(ModelMixin, ConfigMixin):
 
 
 class LeRobotReward:
-    """Adapter for reward models of LeRobot that score single observations.
+    """Adapter for LeRobot reward models that score single observations.
 
     Args:
         model: A `lerobot.rewards` model with `compute_reward(batch) -> (B,)`, or `predict_reward` in older versions.
         camera: Key of the image in the batch.
-        preprocessor: Processor of the reward model, which normalizes the batch; optional.
+        preprocessor: Preprocessor of the reward model, which normalizes the batch; optional.
         extra: Other entries of the batch, the same for every frame, such as `{"task": "push the block"}`. Tensors are
             expanded to the batch; strings are repeated.
 
@@ -220,7 +220,7 @@ class LeRobotReward:
         self.compute, self.camera, self.preprocessor, self.extra = method, camera, preprocessor, extra or {}
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
-        """Score frames (B, n, 3, H, W): returns (B, n)."""
+        """Score frames (B, n, 3, H, W); return (B, n)."""
         count = frames.shape[0] * frames.shape[1]
         batch: dict[str, Any] = {self.camera: frames.flatten(0, 1)}
         for key, value in self.extra.items():

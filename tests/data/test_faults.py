@@ -63,7 +63,7 @@ def test_rows_of_version_2_1_match_frames_by_timestamp(tmp_path):
 @pytest.mark.parametrize(
     ("kept", "times", "message"),
     [
-        ([0, 1, 2], [0, 0.13, 0.2], r"'timestamp' of row 1 is 0\.13 s, which is not a frame of 10 frames/s"),
+        ([0, 1, 2], [0, 0.13, 0.2], r"'timestamp' of row 1 is 0\.13 s, which is no frame time at 10 frames/s"),
         ([0, 1, 2], [0, 0.2, 0.1], r"'timestamp' must increase, got 0\.1 s after 0\.2 s"),
         ([0, 1, 2], [0, 0.1, 0.1], r"'timestamp' must increase, got 0\.1 s after 0\.1 s"),
         ([0, 1, 2], [0, float("nan"), 0.2], r"'timestamp' must be a finite number"),
@@ -85,7 +85,7 @@ def test_rows_at_every_second_frame_cause_a_warning(tmp_path):
     """Their frames and actions are correct, but the frame rate in the metadata is twice that of the rows."""
     before = write_folder(tmp_path)[1]
     keep_rows(tmp_path, [0, 2, 4, 6, 8])
-    with pytest.warns(UserWarning, match="rows are 2 frames apart: they have 5 frames per second, not 10"):
+    with pytest.warns(UserWarning, match="rows are 2 frames apart: the recording has 5 frames per second, not 10"):
         episode = LeRobotFolder(tmp_path)[1]
     assert np.array_equal(episode.frames, before.frames[::2])
     assert np.array_equal(episode.actions, before.actions[::2])
@@ -96,7 +96,7 @@ def test_other_numbers_of_episodes_cause_a_warning(total, tmp_path):
     write_folder(tmp_path)
     path = tmp_path / "meta" / "info.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"total_episodes": total}))
-    with pytest.warns(UserWarning, match=r"has 3 episodes in its 'meta' folder, and 'total_episodes' in info.json is"):
+    with pytest.warns(UserWarning, match=r"has 3 episodes in its 'meta' folder, but 'total_episodes' in info.json is"):
         assert len(LeRobotFolder(tmp_path)) == 3
 
 

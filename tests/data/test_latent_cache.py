@@ -164,7 +164,7 @@ def test_two_processes_build_one_cache_after_a_kill(dataset, tmp_path):
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"episodes_per_file": -1}, "`episodes_per_file` must be at least 1, got -1"),
         ({"num_processes": 0}, "`num_processes` must be at least 1, got 0"),
-        ({"process_index": 1}, "`process_index` must be from 0 to 0, got 1"),
+        ({"process_index": 1}, r"`process_index` must be in \[0, 0\], got 1"),
         ({"scaling_factor": 0}, "`scaling_factor` of the autoencoder must be a positive number, got 0"),
         ({"scaling_factor": -0.2}, "`scaling_factor` of the autoencoder must be a positive number, got -0.2"),
         ({"scaling_factor": float("nan")}, "`scaling_factor` of the autoencoder must be a positive number, got nan"),

@@ -207,7 +207,7 @@ def test_frame_skip_for_a_rate(source, target, skip):
         (30, 20, "`target_fps` must divide the 30 frames per second of the data, got 20"),
         (10, 30, "must divide the 10 frames .* got 30"),
         (30, 0, "got 0"),
-        (None, 5, "no frames per second to convert to 5"),
+        (None, 5, "`target_fps` 5 requires the frame rate of the data"),
     ],
 )
 def test_rates_that_are_not_divisors_raise(source, target, message):

@@ -203,7 +203,8 @@ def test_frames_of_another_size_raise(tmp_path, monkeypatch):
     change = lambda self, number: replace(read(self, number), **({"frames": wider} if number == 1 else {}))  # noqa: E731
     monkeypatch.setattr(LeRobotFolder, "__getitem__", change)
     with pytest.raises(
-        ValueError, match=r"episode 1 of .* has frames of height and width \(10, 16\), the first episode of \(10, 14\)"
+        ValueError,
+        match=r"episode 1 of .* must have frames of height and width \(10, 14\) like the first episode, got \(10, 16\)",
     ):
         write_lerobot(source, tmp_path / "copy")
     assert len(write_lerobot(source, tmp_path / "copy", skip_broken=True)) == 2

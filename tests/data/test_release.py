@@ -75,7 +75,10 @@ def lose(root, key):
 @pytest.mark.parametrize(
     ("breakage", "message"),
     [
-        (lambda root: lose(root, "continuous_gripper_state"), r"10\.json': it has neither 'actions', nor 'states'"),
+        (
+            lambda root: lose(root, "continuous_gripper_state"),
+            r"10\.json': an annotation must have 'actions', 'states', or 'state'",
+        ),
         (lambda root: lose(root, "videos"), r"10\.json' must name a video"),
         (lambda root: change(root, videos=[{"path": "0.mp4"}]), r"10\.json': camera 0 has no video_path"),
         (

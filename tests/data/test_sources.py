@@ -360,7 +360,7 @@ def test_no_readable_episode_raises(tmp_path):
     write_folder(tmp_path / "set")
     for episode in (0, 1):
         break_action(tmp_path / "set", episode)
-    with pytest.raises(ValueError, match=r"no episode can be read; the first: episode 0 of"):
+    with pytest.raises(ValueError, match=r"no episode can be read: episode 0 of"):
         cache_latents(
             LeRobotFolder(tmp_path / "set", max_episodes=2), tiny_vae(), tmp_path / "cache", skip_broken=True
         )

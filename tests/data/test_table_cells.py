@@ -77,6 +77,20 @@ def test_other_cells_raise_one_line(path, message, server, tmp_path):
 
 def test_large_files_on_the_web_raise(server, monkeypatch):
     monkeypatch.setattr(tables, "MAX_DOWNLOAD", 100)
-    tables._download.cache_clear()
+    tables._downloads.clear()
     with pytest.raises(ValueError, match=r"clip.mp4' must have at most 100 bytes"):
         table_of(f"{server}/clip.mp4")[0]
+
+
+def test_downloads_in_memory_are_limited(server, monkeypatch):
+    names = [f"{server}/clip.mp4", f"{server}/clip.mp4?second", f"{server}/clip.mp4?third"]
+    tables._downloads.clear()
+    size = len(tables._download(names[0]))
+    monkeypatch.setattr(tables, "MAX_KEPT", 2 * size)
+    tables._download(names[1])
+    tables._download(names[0])  # is used again, so the second file is the oldest
+    tables._download(names[2])
+    assert list(tables._downloads) == [names[0], names[2]]
+    monkeypatch.setattr(tables, "MAX_KEPT", 1)
+    assert len(tables._download(names[1])) == size
+    assert list(tables._downloads) == [names[1]]

@@ -152,7 +152,7 @@ def test_videos_of_another_model_are_scored(workspace, evaluated, capsys):
     assert load(workspace / "perfect")["clips"]["worst"]["name"] == "000001-000000"  # the new file is scored
     (folder / "000000-000016.mp4").unlink()
     assert run(workspace, workspace / "lacking", "--predictions", folder) == 2
-    message = "must contain 000000-000016.npz or 000000-000016.mp4, the 15 frames predicted from frame 17 of episode 0"
+    message = "must contain 000000-000016.npz or 000000-000016.mp4, with 15 frames from frame 17 of episode 0"
     assert message in capsys.readouterr().err
     assert len(json.loads((workspace / "lacking" / "clips.json").read_text(encoding="utf-8"))) == 3
 
@@ -311,7 +311,8 @@ def test_other_cameras_cause_a_warning(workspace, caplog, cameras, warned):
     dataset = open_dataset(workspace / "data", split="test")
     assert dataset.cameras == (("0",),)
     PipelinePredictor(tiny_pipeline(cameras=cameras)).check_dataset(dataset)
-    assert ("was trained on the cameras" in caplog.text) == warned
+    message = f"was trained on the cameras {','.join(cameras[0]) if cameras else ''}, but the evaluation uses 0 of "
+    assert (message in caplog.text) == warned
 
 
 BAD = [

@@ -190,8 +190,8 @@ def test_gap_of_perfect_model_is_finite():
     [
         ({"ways": 6}, r"`ways` must be in \[2, 5\], the number of clips, got 6"),
         ({"ways": 1}, "got 1"),
-        ({"holds": np.zeros((5, 3))}, r"must be of the same clips, got \(5, 2, 2, 3\), \(5, 4, 2\) and \(5, 3\)"),
-        ({"last_frames": np.zeros((4, 2, 2, 3))}, "must be of the same clips"),
+        ({"holds": np.zeros((5, 3))}, r"must belong to the same clips, got \(5, 2, 2, 3\), \(5, 4, 2\) and \(5, 3\)"),
+        ({"last_frames": np.zeros((4, 2, 2, 3))}, "must belong to the same clips"),
     ],
 )
 def test_bad_input(changes, message):

@@ -1,5 +1,12 @@
 """Subcommands of `irasim`, one module each, with `add_parser` and `run`.
 
-The subcommands share the modules files, sampling, dataset, keys and terminal. `add_parser` must import nothing that
-imports torch, so that `irasim --help` starts fast; `run` imports what it needs.
+The subcommands share the modules files, sampling, dataset, keys and terminal; the names below are public, for programs with the same
+inputs. `add_parser` must import nothing that imports torch, so that `irasim --help` starts fast; `run` imports what it needs.
 """
+
+from .files import IMAGE_SUFFIXES, read_actions
+from .keys import SAME_KEYS, key_command, key_controls
+from .sampling import load_checked
+from .terminal import draw
+
+__all__ = ["IMAGE_SUFFIXES", "SAME_KEYS", "draw", "key_command", "key_controls", "load_checked", "read_actions"]

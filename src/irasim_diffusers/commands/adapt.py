@@ -10,7 +10,7 @@ import numpy as np
 
 from .dataset import add_dataset_flags, open_dataset
 from .files import check_name, check_output_folder
-from .sampling import check_weights, load_checked, quiet_loading
+from .sampling import check_flag_ranges, load_checked, load_vae
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ LIMITS = {
     "height": (1, 8192),
     "width": (1, 8192),
 }
-"""Lowest and highest values, which bound the memory that a flag can request."""
+"""Lowest and highest value of each flag; the highest bounds the memory that a flag can request."""
 EPISODES = 32
 """Maximum number of episodes to which a new autoencoder is fitted."""
 FRAMES = 16
@@ -39,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
         "adapt",
         help="change patch size, autoencoder or actions of a trained model",
         description="Change the architecture of a trained model before further training: patch size, autoencoder, number of "
-        "action components, frequencies or prediction type. Weights that the change does not affect are kept.",
+        "action components, action frequencies or prediction type. Weights that the change does not affect are kept.",
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
@@ -50,11 +50,11 @@ def add_parser(subparsers: Any) -> None:
         "--vae",
         help="new autoencoder, fitted to frames of --dataset: folder or Hub id, optionally with ':<subfolder>'",
     )
-    add("--action-dim", type=int, help="number of action components; the action encoder is initialized again")
+    add("--action-dim", type=int, help="number of action components; the action encoder is reinitialized")
     add(
         "--action-frequencies",
         type=int,
-        help="octaves of sine and cosine features of the actions; at least the model's number",
+        help="number of octaves of the actions' sine and cosine features; at least the model's number",
     )
     add("--prediction-type", choices=("sample",), help="predict samples instead of velocities")
     add("--height", type=int, help="with --width: resize the frames of --dataset, as in training")
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
-    """Check the flags before anything is read.
+    """Check the flags that need neither a model nor data.
 
     Raises:
         ValueError: If a flag is missing or invalid.
@@ -93,16 +93,12 @@ def check_flags(arguments: argparse.Namespace) -> None:
     if not any(getattr(arguments, name) is not None for name in CHANGES):
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in CHANGES)
         raise ValueError(f"at least one change is required: {flags}.")
-    for name, (least, most) in LIMITS.items():
-        value = getattr(arguments, name)
-        if value is not None and not least <= value <= most:
-            limit = f"at least {least}" if value < least else f"at most {most}"
-            raise ValueError(f"--{name.replace('_', '-')} must be {limit}, got {value}.")
+    check_flag_ranges(arguments, LIMITS)
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("--height and --width must be passed together.")
     if (arguments.vae is None) != (arguments.dataset is None):
         raise ValueError(
-            "--vae requires --dataset, and --dataset requires --vae: the patch layers are fitted to its frames."
+            "--vae and --dataset must be passed together: the patch layers are fitted to frames of the dataset."
         )
     check_output_folder(arguments.output, empty=True)
     for name in ("model", "vae"):
@@ -115,7 +111,6 @@ def _adapted(
     """Apply the changes in the order of `CHANGES`; return the new transformer and its autoencoder."""
     from .. import IRASimTransformer3DModel
     from ..conversion import change_action_dim, change_patch_size, fit_autoencoder, predict_samples
-    from ..training.pretrained import load_autoencoder
 
     transformer, vae = pipeline.transformer, pipeline.vae
     if not isinstance(transformer, IRASimTransformer3DModel):
@@ -125,12 +120,7 @@ def _adapted(
     if arguments.vae:
         if vae is None:
             raise ValueError(f"--vae must be omitted: {arguments.model!r} is a pixel-space model.")
-        try:
-            with quiet_loading() as messages:
-                other = load_autoencoder(arguments.vae)
-            check_weights({"vae": other}, messages)
-        except Exception as error:
-            raise ValueError(f"--vae must be an autoencoder, got {arguments.vae!r}: {error}") from error
+        other = load_vae(arguments.vae)
         transformer, vae = fit_autoencoder(transformer, vae, other, _images(arguments)), other
     if arguments.patch_size is not None or arguments.action_frequencies is not None:
         patch_size = arguments.patch_size or transformer.config.patch_size
@@ -149,14 +139,14 @@ def _check_patch_size(patch_size: int, config: Any) -> None:
 
 
 def _images(arguments: argparse.Namespace) -> torch.Tensor:
-    """Read evenly spaced frames (N, 3, H, W) in [-1, 1] of the first readable episodes."""
+    """Read evenly spaced frames of the first readable episodes; return (N, 3, H, W) in [-1, 1]."""
     import torch
 
     from ..data import PreparedEpisodes
 
     size = (arguments.height, arguments.width) if arguments.height else None
     source = PreparedEpisodes(open_dataset(arguments), frame_size=size)
-    parts, reason = [], "it has no episodes"
+    parts, reason = [], "the dataset has no episodes"
     for index in range(min(len(source), EPISODES)):
         try:
             frames = source[index].frames

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from .files import check_name, check_output_folder
-from .sampling import load_checked
+from .sampling import load_vae
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     from .. import IRASimTransformer3DModel
@@ -25,23 +24,42 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="convert pretrained weights to a pipeline",
-        description="Convert pretrained weights to a pipeline folder: released IRASim checkpoints without change, Open-Sora "
-        "(STDiT3) and Latte as the initialization of a training. No code in a file is executed.",
+        description="Convert pretrained weights to a pipeline folder. Released IRASim checkpoints keep their predictions; Open-Sora "
+        "(STDiT3) and Latte weights initialize a training. No code in the files is executed.",
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("--source", choices=("irasim", "opensora", "latte"), default="irasim", help="default: %(default)s")
-    add("--checkpoint", type=Path, required=True, help=".pt file of the release; safetensors file or folder")
-    add("--dataset", choices=("rt1", "bridge", "languagetable"), help="dataset of a released IRASim checkpoint")
+    add(
+        "--source",
+        choices=("irasim", "opensora", "latte"),
+        default="irasim",
+        help="origin of the weights (default: %(default)s)",
+    )
+    add("--checkpoint", type=Path, required=True, help=".pt file of the release, or safetensors file or folder")
+    add(
+        "--dataset",
+        choices=("rt1", "bridge", "languagetable"),
+        help="dataset on which the released IRASim checkpoint was trained",
+    )
     add(
         "--weights",
         choices=("ema", "model"),
         default="ema",
-        help="which weights of a released checkpoint to use (default: %(default)s)",
+        help="which weights of the released checkpoint to use (default: %(default)s)",
     )
-    add("--final-frame-ada", action="store_true", help="a released checkpoint with actions in the final layer")
-    add("--vae", required=True, help="SDXL autoencoder: folder or Hub id, with ':<subfolder>' if it is in a subfolder")
-    add("--config", nargs="*", default=[], metavar="KEY=VALUE", help="config entries, values in JSON: action_dim=7")
+    add(
+        "--final-frame-ada",
+        action="store_true",
+        help="the final layer of the released checkpoint is also conditioned on actions",
+    )
+    add("--vae", required=True, help="SDXL autoencoder: folder or Hub id, optionally with ':<subfolder>'")
+    add(
+        "--config",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="entries of the model's config with values in JSON, such as action_dim=7",
+    )
     add("--output", type=Path, required=True, help="pipeline folder to write")
 
 
@@ -63,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..conversion import ConversionReport
     from ..files import temporary_folder
 
-    vae, report = _load_vae(arguments.vae), ConversionReport()
+    vae, report = load_vae(arguments.vae), ConversionReport()
     transformer = _load_transformer(arguments, config, report)
     if vae.config.latent_channels != transformer.config.in_channels:
         raise ValueError(
@@ -79,15 +97,6 @@ def run(arguments: argparse.Namespace) -> None:
         IRASimPipeline(vae, transformer, _scheduler(transformer)).save_pretrained(partial)
     print(report)
     print(f"{len(report.mapped)} tensors mapped, {len(report.dropped)} dropped; wrote {output}")
-
-
-def _load_vae(name: str) -> AutoencoderKL:
-    from diffusers import AutoencoderKL
-
-    split = ":" in name and not Path(name).is_dir()
-    path, _, subfolder = name.rpartition(":") if split else (name, "", "")
-    wanted = "an AutoencoderKL, a folder or Hub id"
-    return load_checked("--vae", wanted, path, AutoencoderKL, use_safetensors=True, subfolder=subfolder or None)
 
 
 def _load_transformer(
@@ -106,6 +115,8 @@ def _load_transformer(
     options = released if arguments.source == "irasim" else {}
     try:
         return loaders[arguments.source](arguments.checkpoint, report=report, **options, **config)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`path`", "--checkpoint")) from error
     except (TypeError, ZeroDivisionError, RuntimeError) as error:  # raised by layers for invalid sizes
         if config and not isinstance(error, torch.OutOfMemoryError):
             raise ValueError(f"--config must define a model, got {' '.join(arguments.config)!r}: {error}") from error

@@ -16,8 +16,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "data",
         help="write clips as a LeRobotDataset, or publish them",
-        description="Write clips of any format that train.py reads as a LeRobotDataset v3.0 with a card, and publish it with "
-        "--push-to-hub. Run the same command again to resume.",
+        description="Convert clips in any format that train.py reads to a LeRobotDataset v3.0 with a card. --push-to-hub publishes "
+        "the dataset. Run the same command again to resume.",
     )
     parser.set_defaults(run=run)
     add_dataset_flags(parser, "train")
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
     check_output_folder(output)
     if output.exists() and Path(arguments.dataset).exists() and output.samefile(arguments.dataset):
-        raise ValueError(f"--output must be another folder than --dataset, got {str(output)!r}.")
+        raise ValueError(f"--output must differ from --dataset, got {str(output)!r} for both.")
     if arguments.push_to_hub is not None:
         _check_repo_id(arguments.push_to_hub)
     source = open_dataset(arguments)
@@ -66,12 +66,12 @@ def _check_repo_id(name: str) -> None:
 
 
 class _Progress:
-    """Progress bar of the episodes, which starts with the first episode, after all checks.
+    """Progress bar of the episodes; it is shown after all checks, with the first episode.
 
     Args:
         total: Number of episodes.
-        repo_id: Repository to create together with the bar: a failure, such as a missing permission, is reported before most
-            of the work, and bad input creates no repository.
+        repo_id: Repository to create when the bar is first shown: a failure, such as a missing permission, is then reported before
+            most of the work, and bad input creates no repository.
     """
 
     def __init__(self, total: int, repo_id: str | None) -> None:

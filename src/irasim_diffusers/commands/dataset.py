@@ -10,15 +10,15 @@ from .files import check_name
 
 
 def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None, required: bool = True) -> None:
-    """Add the flags of `open_dataset`.
+    """Add the flags that `open_dataset` reads.
 
     Args:
         parser: Parser of the command.
-        split: Default of `--split`; None for the split `test`, or all episodes if a LeRobotDataset has none.
+        split: Default of `--split`; None for the split `test`, or all episodes of a LeRobotDataset without this split.
         required: Whether `--dataset` is required.
     """
     add = parser.add_argument
-    add("--dataset", required=required, help="LeRobotDataset, IRASim-format or `datasets` folder, or Hub id")
+    add("--dataset", required=required, help="folder or Hub id: LeRobotDataset, IRASim format or `datasets`")
     add("--cameras", nargs="*", default=[], help="cameras, stacked vertically; left,right joins two horizontally")
     default = split or "test, or all episodes if a LeRobotDataset has no test split"
     add("--split", default=split, help=f"split, or a part of one such as train[90%%:] (default: {default})")
@@ -42,7 +42,7 @@ def open_dataset(arguments: argparse.Namespace) -> Any:
 
     check_name("--dataset", arguments.dataset)
     if arguments.split == "":
-        raise ValueError("--split must be the name of a split, got an empty one.")
+        raise ValueError("--split must be the name of a split, got an empty name.")
     if arguments.fps is not None and not 0 < arguments.fps < math.inf:
         raise ValueError(f"--fps must be positive, got {arguments.fps:g}.")
     dataset = open_dataset(
@@ -55,6 +55,6 @@ def open_dataset(arguments: argparse.Namespace) -> Any:
     )
     if arguments.fps is not None and dataset.fps != arguments.fps:
         raise ValueError(
-            f"--fps must be omitted for {arguments.dataset!r}, which stores {dataset.fps:g}, got {arguments.fps:g}."
+            f"--fps must be omitted for {arguments.dataset!r}, which stores {dataset.fps:g} fps, got {arguments.fps:g}."
         )
     return dataset

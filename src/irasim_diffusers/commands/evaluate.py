@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import time
 from datetime import timedelta
@@ -13,10 +12,19 @@ from typing import Any
 from .. import __version__, embedded_checkpoint
 from .dataset import add_dataset_flags, open_dataset
 from .files import check_name, check_output_folder
-from .sampling import add_sampling_flags, check_sampling_flags, load_pipeline
+from .sampling import add_sampling_flags, check_flag_ranges, check_sampling_flags, load_pipeline
 
 NETWORKS = ("lpips", "inception", "i3d")
-LIMITS = {"height": 8192, "width": 8192, "pad_actions_to": 1024}  # pixels, and components of an action
+LIMITS = {
+    "batch_size": (1, None),
+    "num_clips": (1, None),
+    "frame_skip": (1, None),
+    "pad_actions_to": (1, 1024),
+    "height": (1, 8192),
+    "width": (1, 8192),
+    "faithfulness_clips": (0, None),
+}
+"""Lowest and highest value of each flag; the highest bounds the memory that a flag can request."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -35,9 +43,9 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add(
         "--model",
-        help="pipeline folder or Hub id (default: the embedded Push-T); with --predictions, for its autoencoder",
+        help="pipeline folder or Hub id (default: the embedded Push-T model); with --predictions, only its autoencoder is used",
     )
-    add("--predictions", type=Path, help="score the <clip>.npz or <clip>.mp4 of this folder instead of a model")
+    add("--predictions", type=Path, help="score the files <clip>.npz or <clip>.mp4 in this folder instead of a model")
     add("--protocol", default="irasim-short", help="irasim-short, irasim-short-release, irasim-long or robonet")
     add("--num-clips", type=int, help="clips to score, spread evenly over the data (default: all)")
     add("--output", type=Path, default=Path("irasim-evaluation"), help="folder to write (default: %(default)s)")
@@ -48,34 +56,44 @@ def add_parser(subparsers: Any) -> None:
         "--faithfulness-clips",
         type=int,
         default=200,
-        help="clips with changed actions; 0 for none (default: %(default)s)",
+        help="clips on which action faithfulness is measured; 0 disables it (default: %(default)s)",
     )
     add("--ways", type=int, default=4, help="number of alternatives in the identification test (default: %(default)s)")
-    add("--lpips", nargs="?", const="", metavar="ALEXNET", help="LPIPS; a file or org/name:file, else downloaded")
-    add("--inception", metavar="WEIGHTS", help="FID; pytorch-fid's weights, a file or org/name:file")
+    add(
+        "--lpips",
+        nargs="?",
+        const="",
+        metavar="ALEXNET",
+        help="compute LPIPS; weights: file or org/name:file (default: download)",
+    )
+    add("--inception", metavar="WEIGHTS", help="compute FID with pytorch-fid's weights: file or org/name:file")
     add(
         "--i3d",
         metavar="FILE",
-        help="FVD; StyleGAN-V's i3d_torchscript.pt. TorchScript: loading executes code in the file",
+        help="compute FVD with StyleGAN-V's i3d_torchscript.pt; loading this file executes code in it",
     )
-    add("--batch-size", type=int, default=8, help="windows predicted together (default: %(default)s)")
+    add("--batch-size", type=int, default=8, help="number of windows predicted together (default: %(default)s)")
     add("--resize", action="store_true", help="resize frames to the model's size, and predictions to the truth's")
     add("--skip-broken", action="store_true", help="skip episodes that cannot be read, and list them in the report")
 
 
 def _add_data_preparation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--height", type=int, help="with --width: resize the data, as the paper resizes Bridge to 256x320")
+    add("--height", type=int, help="with --width: resize the frames, as the paper resizes Bridge to 256x320")
     add("--width", type=int, help="width in pixels; requires --height")
     add(
         "--action-derivation",
         default="recorded",
-        help="as in training: recorded, relative_euler, relative_6d, relative_planar or absolute (default: %(default)s)",
+        help="derivation of the actions, as in training: recorded, relative_euler, relative_6d, relative_planar or absolute "
+        "(default: %(default)s)",
     )
     add("--state-key", help="state from which actions are derived")
     add("--frame-skip", type=int, default=1, help="keep every n-th frame (default: %(default)s)")
-    add("--action-composition", help="composition of recorded actions over skipped frames: a derivation")
-    add("--pad-actions-to", type=int, help="action components after padding with zeros")
+    add(
+        "--action-composition",
+        help="how recorded actions are composed over skipped frames: a value of --action-derivation except recorded",
+    )
+    add("--pad-actions-to", type=int, help="number of action components after padding with zeros")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -89,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from ..evaluation import Evaluation, evaluate
 
-    kwargs = InitProcessGroupKwargs(timeout=timedelta(days=1))  # one process may take hours
+    kwargs = InitProcessGroupKwargs(timeout=timedelta(days=1))  # processes may wait hours for the slowest one
     on_cpu = arguments.device == "cpu" or not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[kwargs])
     if arguments.device == "auto":
@@ -144,12 +162,7 @@ def _check_flags(arguments: argparse.Namespace) -> Any:
         if value not in known:
             names = ", ".join(name for name in known if name)
             raise ValueError(f"--{flag.replace('_', '-')} must be one of {names}, got {value!r}.")
-    least = dict.fromkeys(("batch_size", "num_clips", "frame_skip", "pad_actions_to", "height", "width"), 1)
-    for flag, low in (least | {"faithfulness_clips": 0}).items():
-        value, high = getattr(arguments, flag), LIMITS.get(flag, math.inf)
-        if value is not None and not low <= value <= high:
-            limit = f"at least {low}" if value < low else f"at most {high}"
-            raise ValueError(f"--{flag.replace('_', '-')} must be {limit}, got {value}.")
+    check_flag_ranges(arguments, LIMITS)
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("--height and --width must be passed together.")
     return PROTOCOLS[arguments.protocol]

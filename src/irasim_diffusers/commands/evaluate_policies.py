@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import inspect
 import json
-import os
-import sys
 import time
 from contextlib import closing
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import embedded_checkpoint
-from ..files import file_hash
+from ..files import file_hash, missing_reason
 from ..version import INSTALL
 from .files import check_name, check_output_folder
-from .sampling import check_device, check_weights, load_reward, missing_reason, quiet_loading
+from .sampling import check_device, check_flag_ranges, check_weights, load_reward, quiet_loading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,8 +25,15 @@ if TYPE_CHECKING:
 
     from ..policies import Policy
 
-MOST = {"num_episodes": 100_000, "max_episode_steps": 100_000, "batch_size": 1024, "steps": 1000}
-"""Largest values of flags; the episodes of a batch are in memory together."""
+LIMITS = {
+    "num_episodes": (1, 100_000),
+    "max_episode_steps": (1, 100_000),
+    "batch_size": (1, 1024),  # all episodes of a batch are in memory
+    "steps": (1, 1000),
+    "first_seed": (0, None),
+    "num_videos": (0, None),
+}
+"""Lowest and highest value of each flag; the highest bounds the memory and the time that a flag can request."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -48,24 +51,32 @@ def add_parser(subparsers: Any) -> None:
         "--policies",
         nargs="+",
         required=True,
-        help="LeRobot policies, folders or Hub ids, or the arguments of --loader",
+        help="folders or Hub ids of LeRobot policies, or paths for --loader",
     )
-    add("--loader", metavar="MODULE:FUNCTION", help="loads a policy: function of its path and the model's ActionSpace")
+    add("--loader", metavar="MODULE:FUNCTION", help="function that loads a policy from its path and an ActionSpace")
     add("--env", required=True, help="Gymnasium id with image observations, such as gym_pusht:gym_pusht/PushT-v0")
     add(
         "--env-kwargs",
         default="{}",
         help='JSON arguments of the environment, such as {"obs_type": "pixels_agent_pos"}',
     )
-    add("--model", default=str(embedded_checkpoint()), help="pipeline folder or Hub id (default: the embedded Push-T)")
+    add(
+        "--model",
+        default=str(embedded_checkpoint()),
+        help="pipeline folder or Hub id (default: the embedded Push-T model)",
+    )
     add("--reward", help="folder or Hub id of a FrameRegressor (default: the reward stored with the model)")
-    add("--success-threshold", type=float, help="reward that counts as success (default: that of the reward, or 0.9)")
+    add(
+        "--success-threshold",
+        type=float,
+        help="minimum reward that counts as success (default: the threshold stored with the reward, or 0.9)",
+    )
     add("--steps", type=int, help="denoising steps per frame (default: the model's)")
     add("--device", help="cpu, cuda, ... (default: cuda if available)")
-    add("--num-episodes", type=int, default=50, help="episodes of each policy (default: %(default)s)")
+    add("--num-episodes", type=int, default=50, help="episodes per policy (default: %(default)s)")
     add("--first-seed", type=int, default=100_000, help="seed of the first episode (default: %(default)s)")
-    add("--max-episode-steps", type=int, default=300, help="steps of an episode (default: %(default)s)")
-    add("--batch-size", type=int, default=10, help="episodes that run together (default: %(default)s)")
+    add("--max-episode-steps", type=int, default=300, help="maximum steps per episode (default: %(default)s)")
+    add("--batch-size", type=int, default=10, help="number of episodes that run together (default: %(default)s)")
     add(
         "--num-videos",
         type=int,
@@ -126,42 +137,23 @@ def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
         check_name("--policies", path)
     if arguments.device is not None:
         check_device(arguments.device)
-    for flag, most in MOST.items():
-        value = getattr(arguments, flag)
-        if value is not None and not 1 <= value <= most:
-            raise ValueError(f"--{flag.replace('_', '-')} must be in [1, {most}], got {value}.")
-    for flag in ("first_seed", "num_videos"):
-        if getattr(arguments, flag) < 0:
-            raise ValueError(f"--{flag.replace('_', '-')} must not be negative, got {getattr(arguments, flag)}.")
+    check_flag_ranges(arguments, LIMITS)
     if arguments.success_threshold is not None and not abs(arguments.success_threshold) < float("inf"):
         raise ValueError(f"--success-threshold must be finite, got {arguments.success_threshold}.")
     parts = [Path(path).parts for path in arguments.policies]
-    for depth in range(1, max(map(len, parts)) + 1):  # the last parts of the paths that tell them apart
+    for depth in range(1, max(map(len, parts)) + 1):  # add parent folders until the names are unique
         names = ["-".join(part.strip("/.") or "root" for part in each[-depth:]) for each in parts]
         if len(set(names)) == len(names):
             return dict(zip(names, arguments.policies, strict=True))
-    raise ValueError(f"--policies must be unique, got {arguments.policies}.")
+    raise ValueError(f"--policies must be unique, got {', '.join(arguments.policies)}.")
 
 
 def _find_loader(path: str | None) -> Callable[..., Policy]:
-    """Return the function `module:function`; by default the loader of LeRobot policies.
+    """Return the function that `path` names, or the loader of LeRobot policies without a path."""
+    from ..policies import LeRobotPolicy
+    from ..pretrained import import_callable
 
-    The module may also be in the working folder.
-    """
-    if path is None:
-        from ..policies import LeRobotPolicy
-
-        return LeRobotPolicy.from_pretrained
-    module, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found = attrgetter(name)(importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--loader must be MODULE:FUNCTION, got {path!r}: {error}.") from error
-    if not callable(found):
-        raise ValueError(f"--loader must be a function, got {path!r}, which is {type(found).__name__}.")
-    return found
+    return LeRobotPolicy.from_pretrained if path is None else import_callable("--loader", path)
 
 
 def _policy_files(path: str, loader: str | None) -> Path | None:
@@ -180,12 +172,12 @@ def _policy_files(path: str, loader: str | None) -> Path | None:
 
 
 def _load_policy(load: Callable[..., Policy], path: str, model: Any) -> Policy:
-    """Load a policy on the device of the model, if its loader has such an argument."""
+    """Load a policy; the device of the model is passed to loaders with an argument `device`."""
     try:
         options = {"device": str(model.device)} if "device" in inspect.signature(load).parameters else {}
         with quiet_loading():
             return load(path, model.action_space, **options)
-    except Exception as error:  # of the user's loader
+    except Exception as error:  # loaders raise errors of any type
         raise ValueError(f"--policies {path!r} cannot be loaded: {error}") from error
 
 
@@ -231,15 +223,13 @@ def _real_environment(arguments: argparse.Namespace) -> Any:
     try:
         options = json.loads(arguments.env_kwargs)
         if not isinstance(options, dict):
-            raise ValueError("it is not an object")
+            raise ValueError("the value is not an object")
     except ValueError as error:
         raise ValueError(f"--env-kwargs must be a JSON object, got {arguments.env_kwargs!r}: {error}.") from error
     options |= {"max_episode_steps": arguments.max_episode_steps}
     try:
-        return gymnasium.make_vec(
-            arguments.env, arguments.batch_size, vectorization_mode="sync", vector_kwargs=None, **options
-        )
-    except Exception as error:  # of the user's environment
+        return gymnasium.make_vec(arguments.env, arguments.batch_size, vectorization_mode="sync", **options)
+    except Exception as error:  # environments raise errors of any type
         raise ValueError(f"--env {arguments.env!r} with {options} cannot be created: {error}") from error
 
 

@@ -17,24 +17,25 @@ import numpy as np
 from ..files import unique_keys
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+"""Suffixes of the files that are read as images; others are read as videos."""
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|infinity|nan)", re.ASCII | re.IGNORECASE)
-"""A number in a CSV file; `float` also accepts digits of other scripts and underscores."""
+"""Pattern of a number in a CSV file. `float` also accepts underscores and digits of other scripts."""
 
 
-def read_frames(path: Path, flag: str = "--frames") -> np.ndarray:
-    """Read the frames of a video, or an image as one frame.
+def read_media(path: Path, flag: str = "--frames") -> np.ndarray:
+    """Read the frames of a video file, or an image file as one frame.
 
     The EXIF orientation of an image is applied; an alpha channel is dropped.
 
     Args:
         path: The file.
-        flag: The flag that names it, for error messages.
+        flag: Flag to name in errors.
 
     Returns:
         Frames (T, H, W, 3), uint8, RGB.
 
     Raises:
-        ValueError: If the file is missing or unreadable, or is an animated image or one of more than 8 bits per channel.
+        ValueError: If the file is missing, unreadable or an animated image, or has more than 8 bits per channel.
     """
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"
@@ -175,8 +176,7 @@ def check_output(path: Path, suffix: str, inputs: Sequence[Path | None] = ()) ->
     check_name("--output", path)
     if path.is_dir():
         raise ValueError(
-            f"--output must be a file, got the directory {str(path)!r}: the command writes a {suffix} file there, use another "
-            "file name."
+            f"--output must be a {suffix} file, got the folder {str(path)!r}: pass a file name, such as {str(path / ('out' + suffix))!r}."
         )
     if path.suffix.lower() != suffix:
         raise ValueError(f"--output must end in {suffix}, got {str(path)!r}.")
@@ -191,10 +191,10 @@ def check_output_folder(path: Path, flag: str = "--output", empty: bool = False)
     Args:
         path: The folder; it need not exist.
         flag: Flag to name in errors.
-        empty: Whether it must be new or empty.
+        empty: Whether the folder must be new or empty.
 
     Raises:
-        ValueError: If `path` is a file, is in a folder that cannot be written, or is not empty.
+        ValueError: If `path` is a file, cannot be written, or is not empty although `empty` is set.
     """
     check_name(flag, path)
     wanted = "a new or empty folder" if empty else "a folder"

@@ -22,14 +22,14 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "generate",
         help="predict the video of given actions",
-        description="Predict the video of given actions. Without arguments: the embedded Push-T model on its held-out clip.",
+        description="Predict the video of given actions. Without arguments, the embedded Push-T model predicts its held-out clip.",
     )
     parser.set_defaults(run=run)
     add_history_flags(parser)
     add_sampling_flags(parser, dtype="float32")
     add = parser.add_argument
     add("--actions", type=Path, help=".npy, .csv or .json of actions (n, A), in the units of the model's action space")
-    add("--output", type=Path, default=Path("irasim.mp4"), help="mp4 to write, with a .png strip next to it")
+    add("--output", type=Path, default=Path("irasim.mp4"), help="mp4 to write; a .png strip is written next to it")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--frames requires --actions: a .npy, .csv or .json file of actions, one row per frame.")
     if not rows and arguments.model != str(embedded_checkpoint()):
         raise ValueError(
-            "--frames is required with --model: an image or video of the robot, the start of the prediction."
+            "--frames is required with --model: an image or video of the robot from which the prediction starts."
         )
     actions = read_actions(arguments.actions or embedded_checkpoint() / "example_actions.csv")
     pipeline, video, history = open_start(arguments)
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     prediction, figures = _predict(arguments, pipeline, video[:history], actions)
     seen = video[:history]
     if seen.shape[1:] != prediction.shape[1:]:
-        seen, truth = prediction[:0], truth[:0]  # --resize: the truth has another size
+        seen, truth = prediction[:0], truth[:0]  # with --resize the truth has another size
     fps = (frame_rate(rows[0][0]) if rows else None) or pipeline.transformer.config.fps or 10.0
     _write_outputs(arguments.output, strip_path, seen, prediction, truth, fps)
     if len(truth):

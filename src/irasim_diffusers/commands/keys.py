@@ -1,4 +1,4 @@
-"""Keys that steer a robot, named as a browser's KeyboardEvent.key."""
+"""Keys that steer a robot, named like a browser's KeyboardEvent.key."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ARM_KEYS = (
 """For an arm seen from behind its base: x forward, y to the left, z up; then roll, pitch, yaw and gripper."""
 
 SAME_KEYS = {"w": "ArrowUp", "a": "ArrowLeft", "s": "ArrowDown", "d": "ArrowRight"}
-"""Second keys of the arrows."""
+"""Alternative keys for the arrow keys."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Control:
 def key_controls(space: ActionSpace) -> list[Control]:
     """Return the controls of an action space, two per component.
 
-    Components without keys are not steered, for example the rotation of `relative_6d`, which consists of columns of a matrix.
+    Components without keys are not steered, for example the rotation of `relative_6d`, which consists of matrix columns.
     """
     if len(space) == 2:
         keys = dict(enumerate(IMAGE_KEYS if space.kind == "absolute" else TABLE_KEYS))

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .files import check_output, read_frames
+from .files import check_output, read_media
 from .sampling import (
     add_history_flags,
     add_sampling_flags,
+    check_flag_ranges,
     check_sampling_flags,
     frame_files,
     load_reward,
@@ -35,9 +36,8 @@ PLANNERS: dict[str, dict[str, Any]] = {
 }
 """Flags of each planner with their defaults."""
 
-
-LIMITS = {"horizon": 1000, "candidates": 10_000}
-"""Highest values, which bound the memory that a flag can request."""
+LIMITS = {"horizon": (1, 1000), "candidates": (1, 10_000), "batch_size": (1, None)}
+"""Lowest and highest value of each flag; the highest bounds the memory that a flag can request."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -53,7 +53,10 @@ def add_parser(subparsers: Any) -> None:
     add_sampling_flags(parser, dtype="float32")
     add = parser.add_argument
     add("--goal", type=Path, help="goal image, or video whose last frame is the goal")
-    add("--encoder", help="vision model of transformers, folder or Hub id: compare its features instead of pixels")
+    add(
+        "--encoder",
+        help="folder or Hub id of a vision model of transformers: compare features of the goal instead of pixels",
+    )
     add("--reward", help="folder or Hub id of a FrameRegressor, instead of --goal")
     add(
         "--planner",
@@ -63,12 +66,12 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--position", help="current position as an action, such as 84,384; required for absolute targets")
     add("--horizon", type=int, default=15, help="number of actions (default: %(default)s)")
-    add("--candidates", type=int, help="action sequences of cem, mppi and lines, per iteration (default: 50)")
-    add("--iterations", type=int, help="iterations of cem, mppi and gradient (default: 5)")
-    add("--std", type=float, help="spread of cem and mppi in normalized units (default: 1)")
-    add("--knots", type=int, help="time points between which offsets of cem and mppi are interpolated (default: all)")
-    add("--radius", type=float, help="length of lines, in the units of the actions")
-    add("--batch-size", type=int, default=64, help="candidates that are predicted together (default: %(default)s)")
+    add("--candidates", type=int, help="cem, mppi, lines: number of action sequences per iteration (default: 50)")
+    add("--iterations", type=int, help="cem, mppi, gradient: number of iterations (default: 5)")
+    add("--std", type=float, help="cem, mppi: initial standard deviation in normalized units (default: 1)")
+    add("--knots", type=int, help="cem, mppi: number of sampled time points, with interpolation (default: all)")
+    add("--radius", type=float, help="lines: length of the lines, in the units of the actions")
+    add("--batch-size", type=int, default=64, help="number of candidates predicted together (default: %(default)s)")
     add("--output", type=Path, default=Path("irasim-plan.mp4"), help="mp4 to write, with .csv actions and .png strip")
 
 
@@ -85,15 +88,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--frames is required: an image, or a video of the history frames.")
     if (arguments.goal is None) == (arguments.reward is None):
         raise ValueError("pass exactly one of --goal and --reward.")
-    for flag in ("horizon", "candidates"):
-        value = getattr(arguments, flag)
-        if value is not None and value > LIMITS[flag]:
-            raise ValueError(f"--{flag} must be at most {LIMITS[flag]}, got {value}.")
     if arguments.encoder is not None and arguments.goal is None:
         raise ValueError("--encoder requires --goal: it compares features of the goal image.")
     _check_planner_flags(arguments)
+    check_flag_ranges(arguments, LIMITS)
     planner = _planner(arguments)
-    goal = None if arguments.goal is None else read_frames(arguments.goal, "--goal")[-1]
+    goal = None if arguments.goal is None else read_media(arguments.goal, "--goal")[-1]
     pipeline, video, history = open_start(arguments)
     objective, goal = _objective(arguments, goal, pipeline)
     init = _initial(arguments, pipeline)
@@ -134,11 +134,11 @@ def _planner(arguments: argparse.Namespace) -> Any:
         "num_candidates": arguments.candidates,
         "std": arguments.std,
         "num_knots": arguments.knots,
+        "seed": arguments.seed,
     }
-    search |= {"seed": arguments.seed}
     if arguments.planner == "cem":
         elites = max(1, arguments.candidates // 8)
-        return CEM(**common, **search, num_elites=elites, min_std=min(0.02, max(arguments.std, 0.0)))
+        return CEM(**common, **search, num_elites=elites, min_std=min(CEM.min_std, arguments.std))
     if arguments.planner == "mppi":
         return MPPI(**common, **search)
     if arguments.planner == "gradient":
@@ -191,13 +191,15 @@ def _initial(arguments: argparse.Namespace, pipeline: IRASimPipeline) -> torch.T
             raise ValueError(
                 f"--position must be {len(space)} finite numbers separated by commas, got {arguments.position!r}."
             )
+        if space.has_targets and not torch.equal(space.clip(position), position):
+            bounds = ", ".join(f"[{low:g}, {high:g}]" for low, high in zip(space.low, space.high, strict=True))
+            raise ValueError(
+                f"--position must be inside the bounds of its components, {bounds}, got {arguments.position!r}."
+            )
         try:
             position = space.prepare(position[None])[0, 0]
         except ValueError as error:
-            raise ValueError(f"--position is invalid: {error}") from error
-        if space.has_targets and not torch.equal(space.clip(position), position):
-            bounds = " and ".join(f"[{low:g}, {high:g}]" for low, high in zip(space.low, space.high, strict=True))
-            raise ValueError(f"--position must be inside the bounds {bounds}, got {arguments.position!r}.")
+            raise ValueError(str(error).replace("`actions`", "--position")) from error
     elif space.has_targets:
         raise ValueError("--position is required for absolute targets: the current position, such as 84,384.")
     if arguments.planner == "lines":

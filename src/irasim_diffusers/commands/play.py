@@ -16,7 +16,14 @@ import PIL.Image
 from .. import embedded_checkpoint
 from .files import check_output, read_actions
 from .keys import SAME_KEYS, key_command, key_controls
-from .sampling import add_history_flags, add_sampling_flags, check_sampling_flags, frame_files, open_start
+from .sampling import (
+    add_history_flags,
+    add_sampling_flags,
+    check_flag_ranges,
+    check_sampling_flags,
+    frame_files,
+    open_start,
+)
 from .terminal import ARROWS, Keys, check_terminal, draw, open_terminal, write
 
 if TYPE_CHECKING:
@@ -26,8 +33,8 @@ SYMBOLS = dict(zip(ARROWS, "↑↓→←", strict=True))
 INTERRUPT = "\x03"  # Ctrl-C
 END = {"q", INTERRUPT}
 RESET = {"0", "Backspace"}
-MAX_SPEED = 1000  # normalized actions per frame
-UNDO = ("u", "z")  # candidates; u controls arm rotation
+MAX_SPEED = 1000  # in normalized units per frame
+UNDO = ("u", "z")  # the first one that does not steer the robot is used
 
 
 def add_parser(subparsers: Any) -> None:
@@ -35,8 +42,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "play",
         help="drive the robot with the keyboard",
-        description="Drive the robot with the keyboard, in a terminal, and save the video and the actions. Without arguments: "
-        "the embedded Push-T model from the first frames of its held-out clip.",
+        description="Drive the robot with the keyboard, in a terminal, and save the video and the actions. Without arguments, the "
+        "embedded Push-T model starts from the first frames of its held-out clip.",
     )
     parser.set_defaults(run=run)
     add_history_flags(parser)
@@ -47,7 +54,7 @@ def add_parser(subparsers: Any) -> None:
         "--speed",
         type=float,
         default=0.5,
-        help="speed while a key is held, in normalized actions per frame (default: %(default)s)",
+        help="speed while a key is held, in normalized units per frame (default: %(default)s)",
     )
     add(
         "--chunk-length",
@@ -60,7 +67,7 @@ def add_parser(subparsers: Any) -> None:
         "--output",
         type=Path,
         default=Path("drive.mp4"),
-        help="mp4 to write, with a .npy of the actions next to it (default: %(default)s)",
+        help="mp4 to write; a .npy of the actions is written next to it (default: %(default)s)",
     )
 
 
@@ -76,13 +83,12 @@ def run(arguments: argparse.Namespace) -> None:
     check_sampling_flags(arguments)
     if not 0 < arguments.speed <= MAX_SPEED:
         raise ValueError(f"--speed must be positive and at most {MAX_SPEED}, got {arguments.speed}.")
-    if not 1 <= arguments.chunk_length <= DrivingSession.max_chunk:
-        raise ValueError(f"--chunk-length must be in [1, {DrivingSession.max_chunk}], got {arguments.chunk_length}.")
+    check_flag_ranges(arguments, {"chunk_length": (1, DrivingSession.max_chunk)})
     session = _open_session(arguments)
     pace, interrupted = "", False
     try:
         if arguments.script is None:
-            rate, interrupted = _play(session, arguments.chunk_length)
+            rate, interrupted = play(session, arguments.chunk_length)
         else:
             rate = follow(session, arguments.script, arguments.chunk_length)
         pace = f", {rate:.1f} frames/s"
@@ -117,29 +123,21 @@ def _open_session(arguments: argparse.Namespace) -> DrivingSession:
     )
 
 
-def play(session: DrivingSession, chunk_length: int = 2) -> float:
+def play(session: DrivingSession, chunk_length: int = 2) -> tuple[float, bool]:
     """Drive in the terminal of standard input and output until `q`, Ctrl-C or SIGTERM.
 
-    A thread predicts the next frames while earlier ones are shown at the checkpoint's rate. Nothing is predicted before
-    the first key, and after undo and reset.
+    A thread predicts the next frames while earlier ones are shown at the checkpoint's rate. At the start, and after undo and
+    reset, prediction waits for a key.
 
     Args:
         session: The driving session, which also records the frames.
         chunk_length: Frames per chunk. Larger chunks increase throughput and latency.
 
     Returns:
-        Frames shown per second, over the last frames.
+        Frames shown per second, measured over the last 20, and whether Ctrl-C or SIGTERM ended the session.
 
     Raises:
         ValueError: If there is no terminal.
-    """
-    return _play(session, chunk_length)[0]
-
-
-def _play(session: DrivingSession, chunk_length: int) -> tuple[float, bool]:
-    """Drive in the terminal; return the frames per second, and whether a signal ended the session.
-
-    The signals are Ctrl-C and SIGTERM.
     """
     check_terminal()
     screen = _Screen(session)
@@ -204,8 +202,8 @@ def _read_part(text: str, session: DrivingSession) -> tuple[set[str], int]:
     pressed = match[1].split("+") if match else []
     if not match or set(pressed) - {"hold", *names}:
         raise ValueError(
-            "`script` must consist of parts such as right*10: keys joined by +, out of hold, "
-            f"{', '.join(names)}, and a number of frames; got {text!r}."
+            f"`script` must consist of parts such as right*10, keys joined by + and a number of frames, got {text!r}; the keys are "
+            f"hold, {', '.join(names)}."
         )
     return {names[key] for key in pressed if key != "hold"}, int(match[2] or 1)
 
@@ -221,7 +219,7 @@ class _Ahead:
         self._next = 0.0
 
     def predict(self, keys: Keys) -> None:
-        """Start the next prediction with the keys held now, if the last one is finished and nearly all shown."""
+        """Start the next prediction with the held keys once the last one is complete and half shown."""
         if self._prediction is None and len(self._ready) <= self._chunk_length // 2:
             command = key_command(self._session.steering.action_space, keys.held())
             self._prediction = self._worker.submit(self._session.drive, command, self._chunk_length)

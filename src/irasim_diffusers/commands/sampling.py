@@ -1,10 +1,9 @@
-"""Flags of the commands that predict, and functions that load the pipeline and the history from them."""
+"""Flags of the commands that predict, and functions that load what these flags select."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import socket
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import embedded_checkpoint
-from .files import IMAGE_SUFFIXES, check_name, read_frames
+from ..files import missing_reason
+from .files import IMAGE_SUFFIXES, check_name, read_media
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
     from .. import IRASimPipeline
     from ..rewards import FrameRegressor
 
@@ -38,27 +40,31 @@ SCHEDULERS = {
 def add_history_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the model and of the frames from which a prediction starts."""
     add = parser.add_argument
-    add("--model", default=str(embedded_checkpoint()), help="pipeline folder or Hub id (default: the embedded Push-T)")
+    add(
+        "--model",
+        default=str(embedded_checkpoint()),
+        help="pipeline folder or Hub id (default: the embedded Push-T model)",
+    )
     add(
         "--frames",
         nargs="+",
         metavar="FILE",
         help="image, or video that starts with the history frames; for several cameras one file each, in the order of the "
-        "model's `cameras`. Without this entry they are stacked vertically; left.mp4,right.mp4 joins two horizontally",
+        "model's `cameras`. Without this config entry the files are stacked vertically; left.mp4,right.mp4 joins two horizontally",
     )
     add("--history", type=int, help="history frames taken from a video (default: the model's maximum)")
     add("--resize", action="store_true", help="resize the frames to the model's size")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, dtype: str) -> None:
-    """Add the flags of the sampler, LoRA weights and the device.
+    """Add the flags of the sampler, the LoRA weights and the device.
 
     Args:
         parser: Parser of the command.
         dtype: Default of `--dtype`.
     """
     add = parser.add_argument
-    add("--lora", metavar="PATH", help="LoRA weights: folder, .safetensors file or Hub id, as load_lora_weights takes")
+    add("--lora", metavar="PATH", help="LoRA weights: folder, .safetensors file or Hub id, as for load_lora_weights")
     add("--steps", type=int, help="denoising steps per chunk (default: the model's)")
     add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's)")
     add("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
@@ -77,14 +83,31 @@ def check_sampling_flags(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: If a number is out of range, the device does not exist, or a path contains NUL.
     """
-    if arguments.steps is not None and arguments.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {arguments.steps}.")
+    check_flag_ranges(arguments, {"steps": (1, None)})
     if not 0 <= arguments.seed < 2**63:
         raise ValueError(f"--seed must be in [0, 2**63), got {arguments.seed}.")
     if arguments.device != "auto":
         check_device(arguments.device)
     for flag in ("model", "lora"):
         check_name(f"--{flag}", getattr(arguments, flag) or "")
+
+
+def check_flag_ranges(arguments: argparse.Namespace, limits: Mapping[str, tuple[int, int | None]]) -> None:
+    """Check flags that are integers; a flag without a value is accepted.
+
+    Args:
+        arguments: The flags.
+        limits: Lowest and highest value by the name of the flag in `arguments`; None for no highest value.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+    for name, (least, most) in limits.items():
+        value, flag = getattr(arguments, name), f"--{name.replace('_', '-')}"
+        if value is not None and value < least:
+            raise ValueError(f"{flag} must be at least {least}, got {value}.")
+        if value is not None and most is not None and value > most:
+            raise ValueError(f"{flag} must be at most {most}, got {value}.")
 
 
 def check_device(name: str) -> None:
@@ -144,8 +167,8 @@ def load_checked(flag: str, wanted: str, name: str, kind: Any, remedy: str = "",
     """Load a model or a pipeline without output, and check its weights.
 
     Args:
-        flag: Flag that names it, for the message.
-        wanted: Expected value, for the error message.
+        flag: Flag to name in errors.
+        wanted: Expected value, for errors.
         name: Folder or Hub id.
         kind: Class with `from_pretrained`.
         remedy: See `check_weights`.
@@ -164,21 +187,19 @@ def load_checked(flag: str, wanted: str, name: str, kind: Any, remedy: str = "",
     return loaded
 
 
-def missing_reason(name: str, error: BaseException | None) -> str | None:
-    """Describe a name that is neither a folder nor a repository; None if an error has another cause."""
-    from huggingface_hub import constants, errors
+def load_vae(name: str) -> AutoencoderKL:
+    """Load the autoencoder of `--vae`: a folder or Hub id, optionally with `:<subfolder>`.
 
-    if Path(name).exists():
-        return None
-    missing = (errors.HFValidationError, errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError)
-    unreachable = (errors.OfflineModeIsEnabled, socket.gaierror, ConnectionError, TimeoutError)
-    while error is not None:
-        if isinstance(error, (*missing, *unreachable)):
-            offline = constants.HF_HUB_OFFLINE or isinstance(error, unreachable)
-            place = "in the cache of the Hub, which cannot be reached" if offline else "on the Hub or in its cache"
-            return f"the folder does not exist, and the model is not {place}."
-        error = error.__cause__ or error.__context__
-    return None
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    from diffusers import AutoencoderKL
+
+    from ..training.pretrained import split_subfolder
+
+    folder, subfolder = split_subfolder(name)
+    wanted = "an AutoencoderKL, a folder or Hub id"
+    return load_checked("--vae", wanted, folder, AutoencoderKL, use_safetensors=True, subfolder=subfolder)
 
 
 def load_reward(name: str, device: Any) -> FrameRegressor:
@@ -246,12 +267,12 @@ def check_weights(components: Mapping[str, Any], messages: list[str], remedy: st
 
 
 def _check_steps(scheduler: Any, steps: int) -> None:
-    """Raise ValueError if a scheduler has no timesteps in the range of training for a number of steps."""
+    """Raise ValueError if a scheduler has no valid timesteps for a number of steps."""
     from ..pipelines.schedulers import check_warmup
 
     most = scheduler.config.num_train_timesteps
     if steps > most:
-        raise ValueError(f"--steps must be at most {most}, the timesteps in training, got {steps}.")
+        raise ValueError(f"--steps must be at most {most}, the number of training timesteps, got {steps}.")
     if not hasattr(scheduler, "alphas_cumprod"):
         return
     check_warmup(scheduler, steps)
@@ -264,7 +285,7 @@ def _check_steps(scheduler: Any, steps: int) -> None:
 
 
 def frame_files(arguments: argparse.Namespace) -> list[list[Path]]:
-    """Return the files of `--frames`, rows from the top, each from the left; no rows without the flag."""
+    """Return the files of `--frames` in rows, from top to bottom and left to right."""
     return [
         [Path(row)] if Path(row).exists() else [Path(name) for name in row.split(",")]
         for row in arguments.frames or []
@@ -272,7 +293,7 @@ def frame_files(arguments: argparse.Namespace) -> list[list[Path]]:
 
 
 def read_views(rows: list[list[Path]]) -> list[list[np.ndarray]]:
-    """Read the frames (T, H, W, 3) of the cameras; without rows, those of the embedded clip.
+    """Read the frames (T, H, W, 3) of the cameras; without rows, read the embedded clip.
 
     Raises:
         ValueError: If a file cannot be read.
@@ -280,7 +301,7 @@ def read_views(rows: list[list[Path]]) -> list[list[np.ndarray]]:
     for row in rows:
         for path in row:
             check_name("--frames", path)
-    return [[read_frames(path) for path in row] for row in rows or [[embedded_checkpoint() / "example.mp4"]]]
+    return [[read_media(path) for path in row] for row in rows or [[embedded_checkpoint() / "example.mp4"]]]
 
 
 def tile_views(views: list[list[np.ndarray]], cameras: list[list[str]] | None) -> np.ndarray:
@@ -314,7 +335,7 @@ def tile_views(views: list[list[np.ndarray]], cameras: list[list[str]] | None) -
 
 
 def open_start(arguments: argparse.Namespace) -> tuple[IRASimPipeline, np.ndarray, int]:
-    """Read the frames and load the pipeline that the flags describe. Call `check_sampling_flags` first.
+    """Read the frames and load the pipeline that the flags select. Call `check_sampling_flags` first.
 
     Returns:
         The pipeline, the video (T, H, W, 3), uint8, and the number of its history frames.

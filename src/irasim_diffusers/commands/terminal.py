@@ -22,8 +22,8 @@ HELD = 0.25
 """Seconds for which a key counts as held after its last press or repeat.
 
 Terminals do not report when a key is released. A held key repeats every 30 to 50 ms, and in bursts over a slow connection; HELD
-must be longer than these gaps, or the motion is interrupted. Motion continues for HELD seconds after a key is released, so it should be
-as short as possible. The delay before the first repeat (0.25 to 0.7 s) is longer: a key that is held down pauses once.
+must be longer than these gaps, or the motion is interrupted. Motion continues for HELD seconds after a key is released, so HELD should
+be as short as possible. The delay before the first repeat (0.25 to 0.7 s) is longer than HELD: the motion pauses once.
 """
 
 ARROWS = ("ArrowUp", "ArrowDown", "ArrowRight", "ArrowLeft")  # in the order of their escape codes A to D
@@ -31,13 +31,13 @@ SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1bO.|\x1b(?!\[[0-9;?]*[ -/]*
 
 
 def check_terminal() -> None:
-    """Check that standard input and output are a terminal with keys that can be read one by one.
+    """Check that standard input and output are a terminal that can be read key by key.
 
     Raises:
         ValueError: If they are not.
     """
     if importlib.util.find_spec("termios") is None:
-        raise ValueError("driving with keys needs a Unix terminal, got Windows: use WSL, or --script.")
+        raise ValueError("driving with keys requires a Unix terminal, got Windows: use WSL, or --script.")
     for name, stream in (("input", sys.stdin), ("output", sys.stdout)):
         if not stream.isatty():
             raise ValueError(
@@ -75,7 +75,7 @@ def open_terminal() -> Iterator[Keys]:
 
 
 class Keys:
-    """Keys of a terminal, named as a browser's KeyboardEvent.key; a key is held while it repeats.
+    """Keys of a terminal, named like a browser's KeyboardEvent.key; a key counts as held while it repeats.
 
     Args:
         descriptor: File descriptor of a terminal without buffering and echo.
@@ -105,7 +105,7 @@ class Keys:
     def held(self) -> set[str]:
         """Return the keys held now and those pressed since the last call.
 
-        Slow predictions therefore miss no short press.
+        A short press during a slow prediction is therefore not missed.
         """
         now = time.monotonic()
         since, self._asked = min(self._asked, now - HELD), now

@@ -13,18 +13,18 @@ EPISODES = 20
 
 
 def infer_action_space(source: EpisodeSource) -> str | None:
-    """Compare recorded actions with the states that follow them.
+    """Infer the kind of recorded actions from the states that follow them.
 
     Targets correlate with the next state, and motions with the change of the state. Correlation does not depend on units, and a
     robot that follows its targets with a delay still correlates. The median over the components decides, because a gripper may
-    be controlled in another way than the arm.
+    be controlled differently from the arm.
 
     Args:
-        source: Data source with recorded actions and states. A state is compared if it has the components of the actions, by
-            name, or as many components.
+        source: Data source with recorded actions and states. A state is compared if it contains the components of the actions
+            by name, or has the same number of components.
 
     Returns:
-        `"absolute"`, `"relative"`, or None if no state can be compared or the comparison is not clear.
+        `"absolute"`, `"relative"`, or None if no state can be compared or the result is not clear.
     """
     episodes = []
     for number in range(min(len(source), EPISODES)):
@@ -51,7 +51,7 @@ def _compare(source: EpisodeSource, key: str, episodes: Sequence[dict[str, np.nd
 
 
 def _matching_columns(source: EpisodeSource, key: str, vectors: dict[str, np.ndarray]) -> list[int] | None:
-    """Columns of a state that correspond to the components of the actions."""
+    """Return the columns of a state that correspond to the components of the actions, or None."""
     names, own = source.component_names("action"), source.component_names(key)
     if names and own and set(names) <= set(own):
         return [own.index(name) for name in names]
@@ -60,10 +60,7 @@ def _matching_columns(source: EpisodeSource, key: str, vectors: dict[str, np.nda
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Median over the components of the correlation of two series (T, A).
-
-    Components that never change are left out.
-    """
+    """Return the median correlation of two series (T, A) over the components that change."""
     first, second = first - first.mean(0), second - second.mean(0)
     scales = np.sqrt((first**2).sum(0) * (second**2).sum(0))
     moving = scales > 1e-9

@@ -22,12 +22,12 @@ def standardised_states(
     angles: Sequence[str] = (),
     numbers: Sequence[Iterable[int]] | None = None,
 ) -> list[dict[int, torch.Tensor]]:
-    """Compute states whose components have zero mean and unit variance over all datasets.
+    """Standardize states to zero mean and unit variance over all datasets.
 
     Args:
         datasets: The datasets.
         keys: Vector features that are concatenated to the state.
-        angles: Names of components in radians. Their cosines and sines replace them, at the end of the state.
+        angles: Names of components in radians. They are replaced by their cosines and sines at the end of the state.
         numbers: Indices of the episodes of each dataset; None for all.
 
     Returns:
@@ -50,7 +50,7 @@ def standardised_states(
 def _episode_states(
     dataset: EpisodeSource, keys: Sequence[str], angles: Sequence[str], numbers: Iterable[int]
 ) -> dict[int, np.ndarray]:
-    """States (T, S) of some episodes in raw units, by index; see `standardised_states`."""
+    """Return the states (T, S) of the given episodes in raw units, by index; see `standardised_states`."""
     numbers = list(numbers)
     first = dataset.vectors(numbers[0])
     names: list[str] = []
@@ -86,7 +86,7 @@ class LatentClips(Dataset):
 
     Args:
         folder: Folder written by `cache_latents`.
-        sample_frames: Frames F of a window, history and predicted; at least 2.
+        sample_frames: Number F of frames of a window, including the history; at least 2.
         stride: Distance between the first frames of successive windows; 1 in training, 16 in the paper's evaluation.
         states: States (T, S) of episodes by index, which are returned with the windows; see `standardised_states`.
         skip_short: Skip episodes that are shorter than a window, and list their indices in `short`.
@@ -155,7 +155,7 @@ class LatentClips(Dataset):
         return torch.cat([actions[: -self.frame_skip] for _, actions in self.episodes.values()])
 
     def changes(self) -> np.ndarray:
-        """Change of every window (N,): the mean absolute differences between its successive frames, summed."""
+        """Return the change (N,) of every window: summed mean absolute differences of successive frames."""
         changes = []
         for latents, _ in self.episodes.values():
             steps = [
@@ -172,7 +172,7 @@ class LatentClips(Dataset):
         return int(self._firsts[-1])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One window.
+        """Return one window.
 
         Returns:
             `latents` (C, F, h, w), float32, unscaled, or frames in [-1, 1] if the cache was made without an autoencoder;
@@ -192,7 +192,7 @@ class LatentClips(Dataset):
 
 
 def _read_episodes(folder: Path) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Latents (T, C, h, w) and actions (T, A) of all episodes of a complete cache, by index."""
+    """Return latents (T, C, h, w) and actions (T, A) of all episodes of a complete cache, by index."""
     remedy = "re-run the training, or `cache_latents`, which encodes missing and damaged files"
     try:
         known = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("files", {})
@@ -221,16 +221,16 @@ def _check_shapes(episodes: Mapping[int, tuple[torch.Tensor, torch.Tensor]], fol
 
 
 class MixedClips(Dataset):
-    """Several sets of clips as one, each with its share.
+    """Mixture of several sets of clips, each with its share.
 
     Args:
         clips: The sets. Their latents, actions and windows must have the same shapes.
-        weights: Share of each set, in any unit; None for the number of its windows. The mixture is as long as all sets
-            together. A set repeats windows if its share is larger than the set, and omits some if it is smaller; each epoch
-            omits other windows.
-        seed: Determines the windows, together with the epoch.
+        weights: Relative share of each set; None for shares proportional to the numbers of windows. The mixture has as many
+            windows as all sets together. Windows of a set are repeated if its share exceeds its size; if the share is smaller,
+            each epoch omits different windows.
+        seed: Seed that selects the windows, together with the epoch.
         change_share: Fraction of the windows that are drawn with a probability proportional to their change, see
-            `LatentClips.changes`. The others are drawn uniformly.
+            `LatentClips.changes`; the other windows are drawn uniformly.
 
     Raises:
         ValueError: If the shapes differ, a weight is missing, not positive or not finite, or `change_share` is not in [0, 1].
@@ -278,7 +278,7 @@ class MixedClips(Dataset):
         return len(self._drawn)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """One window; see `LatentClips`."""
+        """Return one window; see `LatentClips`."""
         return self.clips[self._sets[index]][int(self._drawn[index])]
 
 

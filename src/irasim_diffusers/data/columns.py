@@ -20,11 +20,11 @@ def choose_action_columns(
 
     Args:
         action_column: Requested columns; None or empty selects `action`, or the only column with a similar name.
-        columns: The columns of numbers that exist.
+        columns: Names of the numeric columns of the dataset.
         name: Name of the dataset, for error messages.
 
     Raises:
-        ValueError: If a column does not exist, or none or several have the name of actions.
+        ValueError: If a column does not exist, or the column of actions is missing or ambiguous.
     """
     if action_column:
         chosen = (action_column,) if isinstance(action_column, str) else tuple(action_column)
@@ -52,7 +52,7 @@ def component_names_of(columns: Mapping[str, tuple[Any, int]]) -> list[str] | No
     The result is None if no column has names.
 
     Args:
-        columns: By column, its names in any form of LeRobot, and its width.
+        columns: Component names, in any form that LeRobot uses, and width of each column.
     """
     known = {column: _flat_names(names, width) for column, (names, width) in columns.items()}
     if all(names is None for names in known.values()):
@@ -89,7 +89,7 @@ def finite_vector(values: Any, key: str, place: str = "") -> np.ndarray:
     try:
         array = np.asarray(values)
         if array.dtype.kind in "US":
-            raise ValueError("they are strings")
+            raise ValueError("got strings")
         if array.ndim == 0:
             raise ValueError(f"got a single value {array.item()!r}")
         with np.errstate(over="ignore"):

@@ -88,7 +88,7 @@ def _whole_hash(path: Path) -> str | None:
 
 
 def _parquet_hash(path: Path) -> Any:
-    """Hash a whole file, or its fingerprint and all columns except embedded images.
+    """Hash a Parquet file; with embedded images, hash its fingerprint and the other columns instead.
 
     Embedded images may be as large as videos.
     """

@@ -53,13 +53,13 @@ class EpisodeSource(Protocol):
         """Number of episodes."""
 
     def __getitem__(self, number: int) -> Episode:
-        """Read one episode; a broken one raises ValueError, which names file and episode."""
+        """Read one episode; raise ValueError that names the file and the episode if it is broken."""
 
     def __iter__(self) -> Iterator[Episode]:
         """Iterate over the episodes in order."""
 
     def window(self, number: int, start: int, length: int) -> Episode:
-        """Read `length` frames of an episode from frame `start`, without decoding others if possible."""
+        """Read `length` frames of an episode from frame `start`; avoid decoding other frames."""
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
         """Read `action` and the states of one episode, each (T, D), float32."""
@@ -82,10 +82,10 @@ def first_readable(source: EpisodeSource, read: Callable[[int], Value], attempts
     Args:
         source: The data source.
         read: Function of the episode's index, such as `source.vectors` or `source.__getitem__`.
-        attempts: Largest number of episodes to try.
+        attempts: Maximum number of episodes to try.
 
     Raises:
-        ValueError: If none of them can be read; the message contains the first error.
+        ValueError: If none of these episodes can be read; the message contains the first error.
     """
     errors: list[ValueError] = []
     for number in range(min(len(source), attempts)):
@@ -98,11 +98,11 @@ def first_readable(source: EpisodeSource, read: Callable[[int], Value], attempts
 
 
 def window_slice(start: int, length: int | None, frames: int) -> slice:
-    """Slice of an episode's rows for a window.
+    """Return the slice of an episode's rows that a window covers.
 
     Args:
         start: First frame of the window.
-        length: Number of its frames; None for all that follow.
+        length: Number of frames of the window; None for all frames from `start`.
         frames: Number of frames of the episode.
 
     Raises:
@@ -120,8 +120,8 @@ def check_mixture(sources: Sequence[EpisodeSource]) -> None:
     Single cameras may have different names. Padding components of actions match any component.
 
     Raises:
-        ValueError: If frame rates, cameras, names of the action components or action derivations differ; names two datasets and
-            the difference.
+        ValueError: If frame rates, cameras, names of the action components or action derivations differ; the message names two
+            datasets and their difference.
     """
     for first, second in combinations(sources, 2):
         ours, theirs = _traits(first), _traits(second)
@@ -134,7 +134,7 @@ def check_mixture(sources: Sequence[EpisodeSource]) -> None:
 
 
 def _traits(source: EpisodeSource) -> dict[str, Any]:
-    """Properties that all datasets of a mixture must share."""
+    """Return the properties that all datasets of a mixture must share."""
     return {
         "frames per second": source.fps,
         "cameras": source.cameras if sum(len(row) for row in source.cameras) > 1 else "single",
@@ -144,7 +144,7 @@ def _traits(source: EpisodeSource) -> dict[str, Any]:
 
 
 def _fit(ours: list[str] | None, theirs: list[str] | None) -> bool:
-    """Whether the known names of components agree, except those of padding."""
+    """Return whether the known names of components agree, except for padding components."""
     if ours is None or theirs is None:
         return True
     used = [pair for pair in zip(ours, theirs, strict=False) if not any(name.startswith("unused ") for name in pair)]
@@ -175,6 +175,11 @@ def camera_layout(cameras: str | Sequence[str] | Sequence[Sequence[str]]) -> Cam
     return tuple(tuple(row.split(",")) if isinstance(row, str) else tuple(row) for row in rows)
 
 
+def format_cameras(layout: Sequence[Sequence[str]]) -> str:
+    """Format a layout like the flag `--cameras`: rows separated by spaces, cameras by commas."""
+    return " ".join(",".join(row) for row in layout)
+
+
 def tile(layout: CameraLayout, views: Mapping[str, np.ndarray]) -> np.ndarray:
     """Tile the videos (T, H, W, 3) of several cameras into one, by their layout.
 
@@ -183,16 +188,16 @@ def tile(layout: CameraLayout, views: Mapping[str, np.ndarray]) -> np.ndarray:
     """
     sizes = {name: views[name].shape for row in layout for name in row}
     if len({shape[0] for shape in sizes.values()}) > 1:
-        lengths = {name: shape[0] for name, shape in sizes.items()}
+        lengths = ", ".join(f"{name} {shape[0]}" for name, shape in sizes.items())
         raise ValueError(
-            f"cameras have different numbers of frames, {lengths}: remove the episode, or select one camera."
+            f"cameras must have the same number of frames, got {lengths}: remove the episode, or select one camera."
         )
     rows = [[views[name] for name in row] for row in layout]
     heights = [{view.shape[1] for view in row} for row in rows]
     widths = {sum(view.shape[2] for view in row) for row in rows}
     if any(len(height) > 1 for height in heights) or len(widths) > 1:
-        shapes = {name: f"{shape[1]}x{shape[2]}" for name, shape in sizes.items()}
+        shapes = ", ".join(f"{name} {shape[1]}x{shape[2]}" for name, shape in sizes.items())
         raise ValueError(
-            f"the images of cameras {shapes} (height x width) do not form a rectangle in the layout {layout}: change `cameras`."
+            f"images of the cameras must form a rectangle in the layout {format_cameras(layout)!r}, got {shapes} (height x width): change `cameras`."
         )
     return np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)

@@ -1,4 +1,4 @@
-"""Download files of a Hub dataset temporarily."""
+"""Temporary downloads of the files of a Hub dataset."""
 
 from __future__ import annotations
 

@@ -41,17 +41,17 @@ MEDIA_ENTRY = re.compile(rb'"(video|latent_video)_path"\s*:\s*("(?:[^"\\]|\\.)*"
 class IRASimFolder(InOrder):
     """A dataset in the format of the IRASim release.
 
-    Actions that are derived from poses are the motion in the frame of the previous pose and the next gripper state; see
+    Actions that are derived from poses consist of the motion in the frame of the previous pose and the next gripper state; see
     `actions.derive_actions`. The last action has no next frame and is set to no motion. A video may have one frame more than
     its annotation; this frame is ignored, and a warning is logged once.
 
     Args:
         root: The folder that contains `annotation`.
         split: Name of the split, for example `train`.
-        cameras: Indices of the cameras as strings: one, several that are stacked, or rows of them; None selects the only one.
-            After construction the layout, a tuple of rows.
+        cameras: Camera indices as strings: one camera, several stacked cameras, or rows of cameras; None selects the only one.
+            After construction, the layout as a tuple of rows.
         fps: Frames per second, which the format does not record.
-        max_episodes: Use only this many episodes, from the first.
+        max_episodes: Maximum number of episodes, counted from the first.
 
     Raises:
         ValueError: If the split does not exist, or a camera is missing or ambiguous.
@@ -88,7 +88,7 @@ class IRASimFolder(InOrder):
 
     @cached_property
     def files(self) -> list[Path]:
-        """The annotations, in the order of their numbers, then of their names; hidden files are ignored."""
+        """The annotation files, sorted by number, then by name; hidden files are ignored."""
 
         def order(path: Path) -> tuple[bool, int, str]:
             return not path.stem.isdigit(), int(path.stem) if path.stem.isdigit() else 0, path.stem
@@ -163,7 +163,7 @@ class IRASimFolder(InOrder):
         return Episode(frames, vectors.pop("action"), vectors, task)
 
     def _check_length(self, path: Path, total: int, annotation: dict[str, Any]) -> None:
-        """Check that a video has the frames of its annotation, or one more."""
+        """Check that a video has as many frames as its annotation, or one more."""
         found = count_frames(path)
         if found == total + 1:
             if not self.__dict__.get("_reported"):
@@ -205,7 +205,7 @@ class IRASimFolder(InOrder):
             The latents; None if there are none, or if several cameras are tiled.
 
         Raises:
-            ValueError: If the file cannot be read, or contains something else.
+            ValueError: If the file cannot be read, or does not contain latents of this episode.
         """
         annotation = self._annotation(number)
         camera, *others = [camera for row in self.cameras for camera in row]
@@ -227,7 +227,7 @@ class IRASimFolder(InOrder):
 
 
 def _media(annotation: dict[str, Any], kind: str) -> list[Any]:
-    """Entries of the files `video` or `latent_video` of all cameras, one string or a list of records."""
+    """Return the paths of `video` or `latent_video` of all cameras, from one string or a list of records."""
     if f"{kind}_path" in annotation:
         return [annotation[f"{kind}_path"]]
     records = annotation.get(f"{kind}s")
@@ -237,7 +237,7 @@ def _media(annotation: dict[str, Any], kind: str) -> list[Any]:
 
 
 def _media_files(content: bytes, cameras: Sequence[int]) -> list[str]:
-    """Paths of the videos and latents of some cameras, without parsing the numbers of an annotation."""
+    """Return the paths of videos and latents of some cameras, without parsing an annotation's numbers."""
     found: dict[bytes, list[bytes]] = {b"video": [], b"latent_video": []}
     for kind, path in MEDIA_ENTRY.findall(content):
         found[kind].append(path)
@@ -247,7 +247,7 @@ def _media_files(content: bytes, cameras: Sequence[int]) -> list[str]:
 
 
 def _media_path(annotation: dict[str, Any], kind: str, camera: str) -> str:
-    """Path of the video or the latents of one camera."""
+    """Return the path of the video or the latents of one camera."""
     paths = _media(annotation, kind)
     if int(camera) >= len(paths) or not isinstance(paths[int(camera)], str):
         raise ValueError(f"camera {camera} has no {kind}_path.")
@@ -273,7 +273,7 @@ def _read_latents(path: Path, length: int) -> torch.Tensor:
 
 
 def _vectors(annotation: dict[str, Any]) -> dict[str, np.ndarray]:
-    """`action` and, if poses are recorded, `state` of an annotation."""
+    """Return `action` and, if poses are recorded, `state` of an annotation."""
     if "actions" in annotation:
         between, vectors = _numbers(annotation, "actions"), {}
         if between.ndim != 2:
@@ -288,7 +288,7 @@ def _vectors(annotation: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _states(annotation: dict[str, Any]) -> np.ndarray:
-    """Poses and gripper (T, 7) of an annotation."""
+    """Return the poses and gripper states (T, 7) of an annotation."""
     if "states" in annotation:
         return _numbers(annotation, "states")
     if "state" in annotation and "continuous_gripper_state" in annotation:
@@ -298,7 +298,8 @@ def _states(annotation: dict[str, Any]) -> np.ndarray:
             raise ValueError(f"poses {poses.shape} do not match {len(gripper)} gripper states.")
         return np.concatenate([poses[:, :6], gripper], axis=1)
     raise ValueError(
-        f"it has neither 'actions', nor 'states', nor 'state' and 'continuous_gripper_state', but {sorted(annotation)}."
+        "an annotation must have 'actions', 'states', or 'state' and 'continuous_gripper_state', got only "
+        f"{', '.join(sorted(annotation))}."
     )
 
 

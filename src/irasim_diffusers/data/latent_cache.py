@@ -92,7 +92,7 @@ def cache_latents(
 
 
 def _files(folder: Path, num_episodes: int, episodes_per_file: int) -> dict[Path, range]:
-    """The episodes of each file."""
+    """Return the episodes of each file."""
     episodes = range(num_episodes)
     return {
         folder / f"latents-{index:05d}.safetensors": episodes[start : start + episodes_per_file]
@@ -129,13 +129,13 @@ def _check_arguments(
     num_processes: int,
 ) -> None:
     if vae is None and recorded:
-        raise ValueError("`recorded` must be False without `vae`: recorded latents need their autoencoder.")
+        raise ValueError("`recorded` must be False without `vae`: recorded latents require their autoencoder.")
     counts = {"batch_size": batch_size, "episodes_per_file": episodes_per_file, "num_processes": num_processes}
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"`{name}` must be at least 1, got {count}.")
     if not 0 <= process_index < num_processes:
-        raise ValueError(f"`process_index` must be from 0 to {num_processes - 1}, got {process_index}.")
+        raise ValueError(f"`process_index` must be in [0, {num_processes - 1}], got {process_index}.")
     if vae is not None:
         check_latent_scaling(vae)
 
@@ -147,7 +147,7 @@ def _identity(
     mixed_precision: bool,
     episodes_per_file: int,
 ) -> dict[str, Any]:
-    """Everything that determines the content of the cache, in the types that JSON restores."""
+    """Return everything that determines the content of the cache, as JSON types."""
     identity = {
         "format": FORMAT,
         "data": dataset.identity,
@@ -169,7 +169,7 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest; empty if it is missing or damaged, in which case it is written again."""
+    """Return the manifest, or an empty one if it is missing or damaged."""
     try:
         content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -198,7 +198,7 @@ def _write_manifest(
 
 
 def _is_intact(path: Path, episodes: range, known: dict[str, Any]) -> bool:
-    """Whether a file is complete and undamaged.
+    """Return whether a file is complete and undamaged.
 
     `known` maps file names to their states in the manifest.
     """
@@ -217,20 +217,20 @@ def _is_intact(path: Path, episodes: range, known: dict[str, Any]) -> bool:
 
 
 def _file_state(path: Path) -> dict[str, int]:
-    """Size and modification time of a verified file, which change with the file."""
+    """Return the size and modification time of a verified file, which change with the file."""
     status = path.stat()
     return {"size": status.st_size, "modified": status.st_mtime_ns}
 
 
 def _write_file(path: Path, tensors: dict[str, torch.Tensor], broken: dict[int, str]) -> None:
-    """Write the latents and actions of some episodes, and why others are broken, with a checksum."""
+    """Write the latents and actions of some episodes, the errors of broken ones, and a checksum."""
     metadata = {"checksum": str(_checksum(tensors)), "broken": json.dumps(broken)}
     with temporary_path(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 
 def _metadata(path: Path) -> tuple[int, dict[str, str]]:
-    """Checksum of a file's tensors, and error messages of its broken episodes by index."""
+    """Return the checksum of a file's tensors, and the error messages of its broken episodes by index."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     return int(metadata["checksum"]), json.loads(metadata["broken"])
@@ -244,14 +244,15 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def _checked(folder: Path, skip_broken: bool) -> Path:
-    """Return the folder of a cache; raise ValueError if it has no episode or misses any.
+    """Return the folder of a cache.
 
-    Missing episodes are allowed with `skip_broken`.
+    Raises:
+        ValueError: If the cache contains no episode, or episodes are broken and `skip_broken` is False.
     """
     content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     broken = content["broken"]
     if len(broken) == content["episodes"]:
-        raise ValueError(f"no episode can be read; the first: {next(iter(broken.values()), 'there is none')}")
+        raise ValueError(f"no episode can be read: {next(iter(broken.values()), 'the dataset is empty.')}")
     if broken and not skip_broken:
         raise ValueError(
             f"{len(broken)} episodes were skipped as broken, the first: {next(iter(broken.values()))} Skip them again, or "
@@ -266,7 +267,7 @@ def _encode_episodes(
     skip_broken: bool,
     bar: tqdm,
 ) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
-    """Latents and actions of some episodes, and the error messages of the broken ones."""
+    """Return the latents and actions of some episodes, and the error messages of the broken ones."""
     tensors: dict[str, torch.Tensor] = {}
     broken: dict[int, str] = {}
     for number in numbers:
@@ -287,7 +288,7 @@ def _encode_episodes(
 def _encode_episode(
     dataset: EpisodeSource, vae: AutoencoderKL | None, batch_size: int, mixed_precision: bool, number: int
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Latents (T, C, h, w) and actions (T, A) of one episode."""
+    """Encode one episode; return latents (T, C, h, w) and actions (T, A)."""
     parts = [
         (_encode(vae, part.frames, batch_size, mixed_precision), part.actions)
         for part in _parts(dataset, number, batch_size)
@@ -298,7 +299,7 @@ def _encode_episode(
 
 
 def _encode_recorded(dataset: EpisodeSource, vae: AutoencoderKL, number: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Unscaled latents (T, C, h, w) that are stored with the video, and actions (T, A) of one episode."""
+    """Return the unscaled latents (T, C, h, w) stored with the video, and actions (T, A) of one episode."""
     latents = dataset.latents(number) if hasattr(dataset, "latents") else None
     if latents is None:
         raise ValueError(
@@ -320,10 +321,7 @@ def _finite(latents: torch.Tensor, dataset: EpisodeSource, number: int, remedy: 
 
 
 def _parts(dataset: EpisodeSource, number: int, batch_size: int) -> Iterator[Episode]:
-    """Yield an episode, divided into whole batches if it is long.
-
-    Frames may be large before they are resized.
-    """
+    """Yield an episode, divided into whole batches if it is long, because its frames may be large."""
     length, size = len(dataset.vectors(number)["action"]), max(FRAMES_AT_ONCE // batch_size, 1) * batch_size
     if length <= size:
         yield dataset[number]

@@ -45,7 +45,7 @@ GRID_TOLERANCE = 0.01
 MAX_TOLERANCE = 0.25
 """Maximum total tolerance, in frames; beyond it, float32 timestamps cannot resolve frames."""
 MIN_STRIDE_ROWS = 4
-"""Number of rows above which a constant distance of several frames is an error of the frame rate."""
+"""Above this number of rows, a constant distance of several frames indicates a wrong frame rate."""
 MAX_ROWS = 1_000_000
 """Maximum number of rows of a Parquet file, in addition to ten times the frames of its episodes in `meta/episodes`."""
 
@@ -56,13 +56,13 @@ class LeRobotFolder(InOrder):
 
     Args:
         root: The folder that contains `meta`, `data` and, for video features, `videos`.
-        cameras: Feature key of the camera, several that are stacked, or rows of them; None selects the only one. After
-            construction the layout, a tuple of rows.
-        max_episodes: Use only this many episodes, from the first.
-        remote: The Hub repository of all files except `meta`, if they are not in the folder.
+        cameras: Feature keys: one camera, several stacked cameras, or rows of cameras; None selects the only one. After
+            construction, the layout as a tuple of rows.
+        max_episodes: Maximum number of episodes, counted from the first.
+        remote: Hub repository from which all files except `meta` are downloaded; None if the folder contains all files.
         split: A split in `info.json`, or a part of one as in `datasets`, `"train[:90%]"`; None for all episodes.
         action_column: Vector feature of the actions, or several that are concatenated; None selects `action`, or the only feature
-            with a similar name. After construction a tuple.
+            with a similar name. After construction, a tuple.
         state_columns: Vector features of the states; empty for all.
 
     Raises:
@@ -142,7 +142,7 @@ class LeRobotFolder(InOrder):
 
     @property
     def _states(self) -> tuple[str, ...]:
-        """The chosen states, or all features of floats; the others are read by `flags`."""
+        """The selected states, or all float features; `flags` reads the other features."""
         return tuple(self.state_columns) or tuple(
             key
             for key in self._vector_features
@@ -158,14 +158,14 @@ class LeRobotFolder(InOrder):
 
     @property
     def unread_features(self) -> list[str]:
-        """Features that no method reads, for example matrices; images and index features are not among them."""
+        """Features that no method reads, for example matrices; image and index features are not included."""
         read = {*INDEX_FEATURES, *self._vector_features, *self._flag_features}
         return [
             key for key, one in self._features.items() if key not in read and one["dtype"] not in ("video", "image")
         ]
 
     def _width(self, key: str) -> int | None:
-        """Return the number of components of a numeric feature; None for another feature."""
+        """Return the number of components of a numeric feature; None for other features."""
         feature = self._features[key]
         shape = feature.get("shape") or [1]
         return shape[0] if NUMBERS.fullmatch(feature["dtype"]) and len(shape) == 1 else None
@@ -191,7 +191,7 @@ class LeRobotFolder(InOrder):
 
     @property
     def _written_action(self) -> dict[str, Any]:
-        """Entry of `write_lerobot`, if the actions are its feature `action`."""
+        """Entry that `write_lerobot` stored, if the actions are the feature `action`."""
         return self._own_entry if tuple(self.action_column) == ("action",) else {}
 
     @property
@@ -294,7 +294,7 @@ class LeRobotFolder(InOrder):
         Args:
             number: Index of the episode.
             start: First frame.
-            length: Number of frames; None for all that follow.
+            length: Number of frames; None for all remaining frames.
 
         Raises:
             ValueError: Like `__getitem__`, or if the window exceeds the episode.
@@ -401,7 +401,7 @@ class LeRobotFolder(InOrder):
         if off.any() or numbers[0] < 0:
             frame = int(np.argmax(off))
             raise ValueError(
-                f"{path!r}: {key!r} of row {frame} is {times[frame]:g} s, which is not a frame of {self.fps:g} frames/s: fix "
+                f"{path!r}: {key!r} of row {frame} is {times[frame]:g} s, which is no frame time at {self.fps:g} frames/s: fix "
                 "'fps' in 'meta/info.json', or resample the recording."
             )
         if (np.diff(numbers) <= 0).any():
@@ -410,7 +410,8 @@ class LeRobotFolder(InOrder):
         steps = set(np.diff(numbers)) if len(numbers) > MIN_STRIDE_ROWS else {1}
         if len(steps) == 1 and (step := steps.pop()) > 1:
             warnings.warn(
-                f"{self.name!r}: rows are {step:g} frames apart: they have {self.fps / step:g} frames per second, not {self.fps:g}.",
+                f"{self.name!r}: rows are {step:g} frames apart: the recording has {self.fps / step:g} frames per second, not "
+                f"{self.fps:g}.",
                 stacklevel=2,
             )
         return numbers.astype(np.int64)
@@ -427,7 +428,7 @@ class LeRobotFolder(InOrder):
         return finite_vector(self._values(row, key, column), key, str(self._path(row)))
 
     def _values(self, row: dict[str, Any], key: str, column: pa.ChunkedArray) -> np.ndarray:
-        """Convert a column of numbers, or of lists as long as `info.json` says, to (T, D)."""
+        """Convert a column of numbers, or of lists with the length given in `info.json`, to (T, D)."""
         array, path, width = column.combine_chunks(), str(self._path(row)), self._width(key)
         lists = any(
             check(array.type) for check in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
@@ -482,10 +483,10 @@ class LeRobotFolder(InOrder):
         try:
             return path_inside(self.root, template.format(video_key=camera, **place))
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{str(self._info_path)!r}: {entry!r} has a wrong field or place: {error}.") from error
+            raise ValueError(f"{str(self._info_path)!r}: {entry!r} has an invalid field or path: {error}.") from error
 
     def _file(self, row: dict[str, Any], camera: str | None = None) -> Path:
-        """Return the local path of the same file; download it if necessary."""
+        """Return the local path of the file of `_path`; download it if necessary."""
         path = self._path(row, camera)
         if self.remote is None:
             return path

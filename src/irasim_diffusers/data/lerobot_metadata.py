@@ -1,6 +1,6 @@
 """Check the metadata of LeRobotDataset folders.
 
-Errors contain the entry, the expected and the actual value.
+Errors name the entry, the expected value and the actual value.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _check_own_entry(own: Any, require: Any) -> None:
 
 
 def check_rows(rows: Collection[Mapping[str, Any]], info: Mapping[str, Any], name: str) -> None:
-    """Check that a dataset has episodes, and warn if their number is not that of info.json.
+    """Check that a dataset has episodes, and warn if their number differs from info.json.
 
     Raises:
         ValueError: If there is no episode.
@@ -103,8 +103,8 @@ def check_rows(rows: Collection[Mapping[str, Any]], info: Mapping[str, Any], nam
     total = info.get("total_episodes", len(rows))
     if total != len(rows):
         warnings.warn(
-            f"{name!r} has {len(rows)} episodes in its 'meta' folder, and 'total_episodes' in info.json is {total!r:.60}: some may "
-            "be missing.",
+            f"{name!r} has {len(rows)} episodes in its 'meta' folder, but 'total_episodes' in info.json is {total!r:.60}: some "
+            "episodes may be missing.",
             stacklevel=2,
         )
 

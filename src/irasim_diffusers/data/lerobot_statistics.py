@@ -26,7 +26,7 @@ def vector_statistics(values: np.ndarray) -> dict[str, list]:
 def image_statistics(frames: np.ndarray) -> dict[str, list]:
     """Statistics of an episode's frames (T, H, W, 3), uint8, scaled to [0, 1].
 
-    They are lists of shape (3, 1, 1).
+    The statistics are nested lists of shape (3, 1, 1).
     """
     length = len(frames)
     samples = max(min(100, length), min(int(length**0.75), 10_000))
@@ -81,7 +81,7 @@ def _quantiles(values: np.ndarray, counts: np.ndarray, mean: float) -> dict[str,
     total = counts.sum()
     if total < 2 or not np.isfinite(mean):
         return dict.fromkeys(QUANTILES, mean)
-    # in the precision of the values, because LeRobot's edges have it
+    # the edges have the precision of the values, as in LeRobot
     edges = np.linspace(values.min() - 1e-10, values.max() + 1e-10, HISTOGRAM_BINS + 1)
     below = np.concatenate([[0], np.histogram(values, edges, weights=counts)[0].cumsum()])
     quantiles = {}

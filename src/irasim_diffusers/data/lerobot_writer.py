@@ -51,8 +51,8 @@ def write_file(
     Args:
         root: The folder of the dataset.
         file_index: Index of the file.
-        episodes: Its episodes. Only one is held at a time if the iterable reads them on demand. States keep their type if
-            they are bool, integers or strings, and become float32 otherwise.
+        episodes: Episodes of the file. Only one is in memory at a time if the iterable reads them on demand. States keep their
+            type if they are bool, integers or strings, and become float32 otherwise.
         fps: Frames per second.
         camera: Feature key of the frames, for example `observation.image`; or the regions of several cameras in the frames,
             which are written as separate features.
@@ -93,12 +93,17 @@ def write_file(
         _write_table(_path(root, EPISODES_PATH, file_index), pa.Table.from_pylist(rows))
 
 
-def is_written(root: str | os.PathLike, file_index: int) -> bool:
-    """Whether `write_file` has completed a file."""
+def count_written(root: str | os.PathLike, file_index: int) -> int:
+    """Return the number of episodes in a file of `write_file`; 0 if the file is missing or incomplete."""
     try:
-        return pq.read_metadata(_path(Path(root), EPISODES_PATH, file_index)).num_rows > 0
+        return pq.read_metadata(_path(Path(root), EPISODES_PATH, file_index)).num_rows
     except (OSError, pa.ArrowInvalid):  # missing, or damaged by a crash
-        return False
+        return 0
+
+
+def is_written(root: str | os.PathLike, file_index: int) -> bool:
+    """Return whether `write_file` has completed a file."""
+    return count_written(root, file_index) > 0
 
 
 def write_metadata(
@@ -142,7 +147,7 @@ def write_metadata(
     features = {key: _camera_feature(size, fps) for key, size in cameras.items()}
     features |= _vector_features(root, names)
     own = _own_entry(regions, action_derivation, action_units)
-    if own:  # inside a feature, where tools of LeRobot that rewrite info.json keep it
+    if own:  # stored inside a feature, because LeRobot's tools keep features when they rewrite info.json
         features["action"][OWN_ENTRY] = own
     info = _info(rows, tasks, robot_type, fps, features)
     keys = [key for key in features if all(f"stats/{key}/mean" in row for row in rows)]
@@ -154,7 +159,7 @@ def write_metadata(
 
 
 def tile_regions(layout: CameraLayout, sizes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[slice, slice]]:
-    """Rows and columns of each camera's image in the frames that `tile` returns.
+    """Return the rows and columns of each camera's image in the frames that `tile` returns.
 
     Args:
         layout: The cameras as they are tiled.
@@ -173,7 +178,7 @@ def tile_regions(layout: CameraLayout, sizes: Mapping[str, tuple[int, int]]) -> 
 
 
 def region_layout(regions: Regions) -> CameraLayout:
-    """The layout of tiled cameras; the inverse of `tile_regions`."""
+    """Return the layout of tiled cameras; the inverse of `tile_regions`."""
     rows: dict[int, list[str]] = {}
     for key, region in sorted(regions.items(), key=lambda item: [part.start for part in item[1]]):
         rows.setdefault(region[0].start, []).append(key)
@@ -181,7 +186,7 @@ def region_layout(regions: Regions) -> CameraLayout:
 
 
 def _own_entry(regions: Regions, derivation: str, units: Sequence[str | None] | None) -> dict[str, Any]:
-    """What LeRobot does not store: derivation and units of the actions, and the camera layout."""
+    """Return what LeRobot does not store: derivation and units of the actions, and the camera layout."""
     own: dict[str, Any] = {}
     if derivation != "recorded":
         own["action_derivation"] = derivation
@@ -195,7 +200,7 @@ def _own_entry(regions: Regions, derivation: str, units: Sequence[str | None] | 
 def _info(
     rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], robot_type: str, fps: float, features: dict[str, Any]
 ) -> dict[str, Any]:
-    """Content of info.json."""
+    """Return the content of info.json."""
     return {
         "codebase_version": VERSION,
         "robot_type": robot_type,
@@ -224,7 +229,7 @@ def _path(root: Path, template: str, file_index: int, **names: str) -> Path:
 def _vectors(
     episode: Episode, fps: float, tasks: Sequence[str], number: int, first_frame: int
 ) -> dict[str, np.ndarray]:
-    """All vector features (T, D) of an episode and the features by which LeRobot finds its rows."""
+    """Return all vector features (T, D) of an episode, and LeRobot's index features."""
     length = len(episode)
     if episode.task not in tasks:
         raise ValueError(
@@ -299,7 +304,7 @@ def _camera_feature(size: tuple[int, int], fps: float) -> dict[str, Any]:
 
 
 def _vector_features(root: Path, names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Entries of info.json for the columns of the data files."""
+    """Return the entries of info.json for the columns of the data files."""
     features = {}
     for field in pq.read_schema(min(root.glob("data/chunk-*/file-*.parquet"))):
         is_list = pa.types.is_fixed_size_list(field.type)
@@ -311,7 +316,7 @@ def _vector_features(root: Path, names: Mapping[str, Sequence[str]]) -> dict[str
 
 
 def _column(parts: Sequence[np.ndarray]) -> pa.Array:
-    """A column of lists, or of numbers if the width is 1, as LeRobot expects it."""
+    """Return a column of lists, or of numbers if the width is 1, as LeRobot expects."""
     values = np.concatenate(parts)
     if values.shape[1] == 1:
         return pa.array(values[:, 0])
@@ -329,7 +334,7 @@ def _row_statistics(row: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _tasks_table(tasks: Sequence[str]) -> pa.Table:
-    """Task indices with the task strings as the pandas index, as LeRobot reads them."""
+    """Return the task indices with the task strings as the pandas index, as LeRobot reads them."""
 
     def column(name: str | None, field_name: str, pandas_type: str, numpy_type: str) -> dict[str, Any]:
         types = {"pandas_type": pandas_type, "numpy_type": numpy_type, "metadata": None}

@@ -14,7 +14,7 @@ import PIL.ImageOps
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
 """Pillow's modes of images with at most 8 bits per channel."""
 MAX_PIXELS = 64_000_000
-"""Largest image that is decoded. Pillow needs several times this many bytes."""
+"""Maximum number of pixels of an image. Pillow uses several bytes per pixel."""
 
 
 def read_picture(

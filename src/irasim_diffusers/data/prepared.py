@@ -23,13 +23,13 @@ class PreparedEpisodes(InOrder):
         derivation: `"recorded"`, or how actions are computed from the states of successive frames; see
             `actions.derive_actions`.
         state_key: The state from which actions are derived; None selects the only one.
-        frame_skip: Keep every n-th frame. Recorded actions are composed over the frames between: the last one of absolute
-            targets, the sum of planar motions, the product of pose motions.
-        composition: What recorded actions are, one of `actions.DERIVATIONS` except `"recorded"`. It is required to compose
-            them. The derivation that the source knows takes precedence.
+        frame_skip: Keep every n-th frame. Recorded actions are composed over the skipped frames: of absolute targets the last
+            one is used, planar motions are added, and pose motions are multiplied.
+        composition: Kind of the recorded actions, one of `actions.DERIVATIONS` except `"recorded"`; required to compose them.
+            A derivation that is stored in the source takes precedence.
         action_dim: Number of action components after padding with zeros, as for the robots of RoboNet, which use up to five.
         frame_size: Height and width to which frames are resized; None keeps their size.
-        all_phases: Keep the frames between as well, so that windows may start at any frame. Row t of `action` then leads
+        all_phases: Keep the skipped frames as well, so that windows may start at any frame. Row t of `action` then leads
             from frame t to frame t + `frame_skip`, and a clip takes every `frame_skip`-th frame; see `LatentClips`.
 
     Raises:
@@ -94,7 +94,7 @@ class PreparedEpisodes(InOrder):
 
     @property
     def fps(self) -> float | None:
-        """Frames per second that are kept."""
+        """Frames per second after skipping."""
         return None if self.source.fps is None else self.source.fps / self.frame_skip
 
     @property
@@ -104,7 +104,7 @@ class PreparedEpisodes(InOrder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The identity of the source with all changes."""
+        """Identity of the source and all changes to it."""
         changes = {name: getattr(self, name) for name in ("derivation", "state_key", "frame_skip", "action_dim")}
         changes["frame_size"] = self.frame_size
         changes["composition"] = self.composition if self.frame_skip > 1 else None  # without a skip it has no effect
@@ -113,17 +113,17 @@ class PreparedEpisodes(InOrder):
 
     @property
     def _step(self) -> int:
-        """Distance of the frames that are kept."""
+        """Distance between kept frames, in frames of the source."""
         return 1 if self.all_phases else self.frame_skip
 
     @property
     def action_derivation(self) -> str:
-        """How the actions follow from states: derived here or in the source, or as `composition` says."""
+        """`derivation`, or for recorded actions `composition`; see `actions.DERIVATIONS`."""
         return (self.composition or "recorded") if self.derivation == "recorded" else self.derivation
 
     @property
     def action_units(self) -> list[str | None] | None:
-        """Units of the action components, if the source stores those of recorded actions."""
+        """Units of the components of recorded actions, if the source stores them."""
         units = getattr(self.source, "action_units", None) if self.derivation == "recorded" else None
         return None if units is None else units + [None] * ((self.action_dim or 0) - len(units))
 
@@ -132,16 +132,16 @@ class PreparedEpisodes(InOrder):
         return len(self.source)
 
     def __getitem__(self, number: int) -> Episode:
-        """One episode."""
+        """Read one episode and prepare it."""
         episode = self.source[number]
         vectors = self._prepare({"action": episode.actions, **episode.states}, number)
         return self._episode(episode.frames, vectors, episode.task)
 
     def window(self, number: int, start: int, length: int) -> Episode:
-        """`length` of the frames that are kept, from index `start`, with their actions and states.
+        """Read `length` kept frames from index `start`, with their actions and states.
 
         Raises:
-            ValueError: Like the episode, or if the window exceeds it.
+            ValueError: Like `__getitem__`, or if the window exceeds the episode.
         """
         vectors = self.vectors(number)
         try:
@@ -152,20 +152,20 @@ class PreparedEpisodes(InOrder):
         return self._episode(episode.frames, {key: value[part] for key, value in vectors.items()}, episode.task)
 
     def _episode(self, frames: np.ndarray, vectors: dict[str, np.ndarray], task: str) -> Episode:
-        """Build an episode of frames of the source and prepared vectors."""
+        """Build an episode from frames of the source and prepared vectors."""
         frames = frames[:: self._step]
         if self.frame_size is not None:
             frames = resize_video(frames, self.frame_size)
         return Episode(frames, vectors.pop("action"), vectors, task)
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
-        """`action` and states of one episode."""
+        """Read and prepare `action` and the states of one episode."""
         return self._prepare(self.source.vectors(number), number)
 
     def flags(self, number: int) -> dict[str, np.ndarray]:
-        """Bool and integer features (T, D) of one episode.
+        """Read bool and integer features (T, D) of one episode.
 
-        A bool is true if it is true in any frame before the next one that is kept.
+        A bool is true if it is true in the kept frame or in one of the frames skipped after it.
         """
         flags = self.source.flags(number) if hasattr(self.source, "flags") else {}
         return {
@@ -176,12 +176,12 @@ class PreparedEpisodes(InOrder):
         }
 
     def latents(self, number: int) -> torch.Tensor | None:
-        """Latents of the frames that are kept, if they are stored with the video."""
+        """Read the latents of the kept frames; None if no latents are stored with the video."""
         latents = self.source.latents(number) if hasattr(self.source, "latents") else None
         return None if latents is None else latents[:: self._step]
 
     def component_names(self, key: str) -> list[str] | None:
-        """Names of the components. Derived actions have those of the state, except for `relative_6d`."""
+        """Return the component names; derived actions except `relative_6d` have the names of the state."""
         if key != "action" or self.derivation == "recorded":
             names = self.source.component_names(key)
         else:
@@ -191,7 +191,7 @@ class PreparedEpisodes(InOrder):
         return names
 
     def _prepare(self, vectors: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
-        """The vectors of the frames that are kept."""
+        """Return the vectors of the kept frames."""
         if self._step == self.frame_skip:
             return self._prepare_phase(vectors, number)
         length, skip = len(vectors["action"]), self.frame_skip
@@ -203,7 +203,7 @@ class PreparedEpisodes(InOrder):
         return {key: np.concatenate([part[key] for part in phases])[order] for key in phases[0]}
 
     def _prepare_phase(self, vectors: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
-        """Every `frame_skip`-th row, with the action that leads to the next one."""
+        """Return every `frame_skip`-th row, with the action that leads to the next one."""
         kept = {key: value[:: self.frame_skip] for key, value in vectors.items()}
         try:
             if self.derivation != "recorded":
@@ -228,13 +228,15 @@ def frame_skip_for(source_fps: float | None, target_fps: float) -> int:
 
     Args:
         source_fps: Frames per second of the data.
-        target_fps: Frames per second that are wanted.
+        target_fps: Requested frames per second.
 
     Raises:
-        ValueError: If the rate of the data is unknown, or not a multiple of the other one.
+        ValueError: If the frame rate of the data is unknown, or is not a multiple of `target_fps`.
     """
     if source_fps is None:
-        raise ValueError(f"the data record no frames per second to convert to {target_fps:g}: pass `fps`.")
+        raise ValueError(
+            f"`target_fps` {target_fps:g} requires the frame rate of the data, which is unknown: pass `fps`."
+        )
     ratio = source_fps / target_fps if target_fps > 0 else 0.0
     skip = round(ratio) if math.isfinite(ratio) else 0
     if skip < 1 or abs(ratio - skip) > 1e-3:
@@ -251,7 +253,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _compose(actions: np.ndarray, skip: int, composition: str) -> np.ndarray:
-    """Compose the actions (T, A) of every `skip` frames to one; the last group may be shorter."""
+    """Compose the actions (T, A) of every `skip` frames into one; the last group may be shorter."""
     origin = np.zeros(actions.shape[1] - (3 if composition == "relative_6d" else 0))
     groups = (actions[start : start + skip] for start in range(0, len(actions), skip))
     ends = [integrate_actions(origin, group, composition)[-1] for group in groups]

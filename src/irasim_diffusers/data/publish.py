@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 EPISODES_PER_FILE = 50
 SOURCE_FILE = ".irasim-source.json"
-"""File that identifies the data source from which `write_lerobot` writes a folder."""
+"""File that identifies the source of a dataset folder that is being written; it is never published."""
 DERIVATION_TEXTS = {
     "recorded": "as recorded; their relation to the states is unknown",
     "relative_euler": "motions in the frame of the previous pose: translation, and extrinsic xyz Euler angles of the rotation",
@@ -103,7 +103,7 @@ def write_lerobot(
         _report_unread(source)
         tasks = _write_files(source, root, fps, regions, frame_size, skip_broken, on_episode)
     except BaseException:
-        if not any(root.glob("meta/episodes/*/*.parquet")):  # the repaired source may be written here
+        if not any(root.glob("meta/episodes/*/*.parquet")):  # a repaired source can then be written to the folder
             _clear(root, remove=is_new)
         raise
     write_metadata(
@@ -128,7 +128,7 @@ def _frame_rate(source: EpisodeSource) -> float:
 
 
 def _component_names(source: EpisodeSource, episode: Episode) -> dict[str, list[str]]:
-    """Return the component names of all features of floats."""
+    """Return the component names of all float features."""
     return {
         key: source.component_names(key) or [f"{key}.{index}" for index in range(values.shape[1])]
         for key, values in {"action": episode.actions, **episode.states}.items()
@@ -189,8 +189,8 @@ def _read_episode(source: EpisodeSource, number: int, frame_size: tuple[int, int
     episode = source[number]
     if frame_size not in (None, episode.frames.shape[1:3]):
         raise ValueError(
-            f"episode {number} of {source.name!r} has frames of height and width {episode.frames.shape[1:3]}, the first episode of "
-            f"{frame_size}; a LeRobotDataset has one size: resize the videos, or skip the episode with `skip_broken`."
+            f"episode {number} of {source.name!r} must have frames of height and width {frame_size} like the first episode, got "
+            f"{episode.frames.shape[1:3]}: resize the videos, or skip the episode with `skip_broken`."
         )
     flags = source.flags(number) if hasattr(source, "flags") else {}
     return dataclasses.replace(episode, states=episode.states | flags)
@@ -205,7 +205,7 @@ def _report_unread(source: Any) -> None:
 
 
 def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, int]) -> str | Regions:
-    """Return the feature keys of the single cameras and their image regions in a source's frames."""
+    """Return the region of each camera's image in the frames of a source, by feature key."""
     names = [name for row in source.cameras for name in row]
     single: Any = _untiled(source)
     if len(names) == 1 or single is None:
@@ -226,10 +226,7 @@ def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, i
 
 
 def _untiled(source: Any) -> Any:
-    """Return the source that opens its cameras one by one.
-
-    The result is None if frames are resized after they are tiled.
-    """
+    """Return the underlying source, which can read single cameras; None if tiled frames are resized."""
     if isinstance(source, PreparedEpisodes):
         return None if source.frame_size is not None else _untiled(source.source)
     names: list[str] = [entry.name for entry in dataclasses.fields(source)] if dataclasses.is_dataclass(source) else []
@@ -243,7 +240,7 @@ def _units(derivation: str, width: int) -> list[str | None] | None:
 
 
 def _claim(root: Path, identity: dict) -> None:
-    """Mark a folder as written from a source, unless it contains something else."""
+    """Mark a folder as written from a source; raise ValueError if it contains something else."""
     marker = root / SOURCE_FILE
     for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
         remove_abandoned(folder)
@@ -265,7 +262,7 @@ def _claim(root: Path, identity: dict) -> None:
 
 
 def _clear(root: Path, remove: bool = False) -> None:
-    """Delete the files of an unsuccessful run and, with `remove`, the folder if nothing else is in it."""
+    """Delete the files of an unsuccessful run and, with `remove`, the folder if it is then empty."""
     if (root / SOURCE_FILE).is_file():
         for name in ("data", "meta", "videos"):
             shutil.rmtree(root / name, ignore_errors=True)

@@ -37,7 +37,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Parse a JSON Lines file, one object per line; blank lines are ignored.
 
     Raises:
-        ValueError: If the file is missing or a line is not a JSON object in UTF-8; names the file and the line.
+        ValueError: If the file is missing or a line is not a JSON object in UTF-8; the message names the file and the line.
     """
     rows = []
     for number, line in enumerate(_read_text(path).split("\n"), 1):  # not `splitlines`: U+2028 may occur in strings
@@ -57,7 +57,7 @@ def read_parquet(
     Args:
         path: The file.
         columns: Names of the columns; None reads all.
-        max_rows: Maximum number of rows, checked before they are read: a small file can contain many equal rows.
+        max_rows: Maximum number of rows, checked before reading, because a small file can contain many equal rows.
         options: Further arguments of `pyarrow.parquet.read_table`.
 
     Raises:

@@ -19,7 +19,7 @@ from .record_files import read_json_object
 from .tables import TableEpisodes
 
 TABLE_FILES = (".parquet", ".arrow", ".jsonl")
-"""Suffixes of the files of tables that `datasets.load_dataset` reads from a folder."""
+"""Suffixes of the table files that `datasets.load_dataset` reads from a folder."""
 
 
 def open_dataset(
@@ -36,24 +36,24 @@ def open_dataset(
 ) -> EpisodeSource:
     """Open a dataset of any supported format, from a folder or the Hub.
 
-    A folder with `meta/info.json` is a LeRobotDataset, and one with `annotation` has the format of the IRASim release. A folder of
-    `Dataset.save_to_disk`, one of Parquet files such as the download of a Hub repository, and any other Hub repository is a table
-    of `datasets`. Only the requested cameras and episodes of a LeRobotDataset on the Hub are downloaded. With `streaming` only
+    A folder with `meta/info.json` is a LeRobotDataset, and one with `annotation` has the format of the IRASim release. Tables of
+    `datasets` are folders of `Dataset.save_to_disk`, folders of Parquet files such as downloaded Hub repositories, and all other
+    Hub repositories. Only the requested cameras and episodes of a LeRobotDataset on the Hub are downloaded. With `streaming`, only
     the files that are read are downloaded, and they are deleted afterward.
 
     Args:
         name: Folder or Hub id.
-        cameras: One camera, several that are stacked, or rows of them; None selects the only one.
-        split: Name of the split; for a LeRobotDataset and a table on the Hub or in Parquet files also a part of one,
-            `"train[:90%]"`. None, for evaluation: `test`, or all episodes of a LeRobotDataset without it.
-        max_episodes: Use only this many episodes, from the first.
+        cameras: One camera, several stacked cameras, or rows of cameras; None selects the only one.
+        split: Name of the split. For a LeRobotDataset, and for a table on the Hub or in Parquet files, also a part of a split
+            such as `"train[:90%]"`. None selects `test`, or all episodes of a LeRobotDataset without this split.
+        max_episodes: Maximum number of episodes, counted from the first.
         fps: Frames per second, for formats that do not record them.
         action_column: Column or feature of the actions, or several that are concatenated; None selects `action` (LeRobotDataset) or
             `actions` (table), or the only one with a similar name.
         state_columns: Columns or features of the states; empty for all of a LeRobotDataset and none of a table.
         revision: Branch, tag or commit on the Hub.
-        streaming: For data on the Hub that are larger than the disk: keep at most one file per camera. Reading episodes in order
-            is then fast.
+        streaming: Keep at most one file per camera, for data on the Hub that are larger than the disk. Only reading episodes in
+            order is then fast.
 
     Raises:
         ValueError: If the folder contains no dataset, a camera, split or column does not exist, columns are given for the IRASim
@@ -116,7 +116,7 @@ def _open_folder(folder: Path, *, split: str | None, fps: float | None, **option
 
 
 def _load_table(name: str, split: str, **options: Any) -> Any:
-    """Load a table from a folder or the Hub by `datasets`."""
+    """Load a table from a folder or the Hub with `datasets`."""
     import datasets
 
     try:
@@ -130,7 +130,7 @@ def _load_table(name: str, split: str, **options: Any) -> Any:
 
 
 def _similar_folders(path: Path) -> str:
-    """Return a hint at folders with a similar name, for a mistyped path."""
+    """Return a hint for a mistyped path, with a folder of a similar name if there is one."""
     if not path.parent.is_dir():
         return ""
     similar = difflib.get_close_matches(path.name, [each.name for each in path.parent.iterdir()], n=1)
@@ -138,7 +138,7 @@ def _similar_folders(path: Path) -> str:
 
 
 def _saved_table(folder: Path, split: str) -> Any:
-    """Return a split of a folder of `save_to_disk`."""
+    """Return a split of a table that was written by `save_to_disk`."""
     import datasets
 
     try:
@@ -177,13 +177,13 @@ def _declared_rows(table: Any, max_episodes: int | None) -> int:
     if not counts:
         raise ValueError(
             f"`max_episodes` (--max_train_episodes) must be given for {table.info.dataset_name!r}, because its card does "
-            "not declare its number of rows."
+            "not declare the number of rows."
         )
     return min(counts)
 
 
 def _lerobot(folder: Path, *, split: str | None, remote: HubFiles | None = None, **options: Any) -> LeRobotFolder:
-    """Open a LeRobotDataset; without a split `test`, or all of it if it has no such split."""
+    """Open a LeRobotDataset; `split` None selects `test`, or all episodes if there is no such split."""
     if split is None and "test" in (read_json_object(folder / "meta" / "info.json").get("splits") or {}):
         split = "test"
     return LeRobotFolder(folder, split=split, remote=remote, **options)

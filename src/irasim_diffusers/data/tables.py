@@ -12,7 +12,7 @@ import os
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, BinaryIO
 
 import fsspec
@@ -28,6 +28,8 @@ from .video import count_frames, read_frames, read_video
 
 MAX_DOWNLOAD = 1 << 30
 """Maximum bytes of a remote video or image, which is read into memory."""
+MAX_KEPT = 1 << 28
+"""Maximum bytes of the downloads that are kept in memory; the last download is always kept."""
 TIMEOUT = 60.0  # seconds
 
 
@@ -35,14 +37,14 @@ TIMEOUT = 60.0  # seconds
 class TableEpisodes(InOrder):
     """A `datasets.Dataset` or `datasets.IterableDataset` of episodes.
 
-    A camera is a column of type Video, or a list of images. Videos are decoded without torchcodec. There are as many actions as
-    frames, or one fewer. Videos and images are in the table, local files, or files on the web (http, https, hf).
+    A camera is a column of videos or of lists of images, which are stored in the table, in local files or on the web (http,
+    https, hf). Videos are decoded without torchcodec. An episode has as many actions as frames, or one fewer.
 
     Args:
         dataset: The table.
-        cameras: Column of the camera, several that are stacked, or rows of them. After construction the layout.
+        cameras: Columns: one camera, several stacked cameras, or rows of cameras. After construction, the layout.
         action_column: Column of actions, (T, A) or (T - 1, A), or several that are concatenated; None selects `actions`, or the only
-            column with a similar name. After construction a tuple.
+            column with a similar name. After construction, a tuple.
         state_columns: Columns of states, (T, S).
         fps: Frames per second.
         length: Number of rows of an `IterableDataset`, which is fast to read only in order.
@@ -70,7 +72,7 @@ class TableEpisodes(InOrder):
         for column in (*names, *self.state_columns):
             if column not in known:
                 raise ValueError(
-                    f"column {column!r} does not exist in {self.name!r}; it has {known}: name others with --cameras, "
+                    f"column {column!r} does not exist in {self.name!r}; it has {known}: select others with --cameras, "
                     "--action-column or --state-columns."
                 )
         actions = self.action_column or ("actions" if "actions" in known else None)
@@ -84,7 +86,7 @@ class TableEpisodes(InOrder):
         object.__setattr__(self, "cameras", layout)
 
     def _undecoded(self, dataset: Any, name: str) -> Any:
-        """Return the table with a column of videos or images that are not decoded when a row is read."""
+        """Return the table with decoding disabled for a column of videos or images."""
         import datasets
 
         feature = dataset.features[name]
@@ -134,7 +136,7 @@ class TableEpisodes(InOrder):
 
     @cached_property
     def _rows(self) -> Any:
-        """Rows with images that are not decoded."""
+        """Rows with undecoded images."""
         return _StreamedRows(self.dataset) if self._streams else self.dataset.with_format("arrow")
 
     def __len__(self) -> int:
@@ -175,7 +177,7 @@ class TableEpisodes(InOrder):
             raise ValueError(f"episode {number} of {self.name!r}: {error}") from error
 
     def component_names(self, key: str) -> list[str] | None:
-        """None: tables do not name components."""
+        """Return None: tables do not name components."""
         return None
 
     def _row(self, number: int) -> dict[str, Any]:
@@ -207,7 +209,7 @@ class TableEpisodes(InOrder):
         for key in self.action_column:
             part = _matrix(row[key], key)
             if len(part) == length - 1:
-                part = np.concatenate([part, part[-1:]])  # leads out of the episode: never used
+                part = np.concatenate([part, part[-1:]])  # the action after the last frame is never used
             if len(part) != length:
                 raise ValueError(
                     f"{length} frames require {length} actions, or one fewer, got {len(part)} in {key!r}."
@@ -255,7 +257,7 @@ class _StreamedRows:
 def _content(value: dict[str, Any]) -> BinaryIO | str:
     """Return the file of a video or an image: in the table, local or remote.
 
-    A table may come from anyone: its paths must not open devices or the other protocols of `fsspec`.
+    A table may be untrusted: its paths must open neither devices nor other protocols of `fsspec`.
     """
     path = value.get("path")
     if value.get("bytes"):
@@ -269,9 +271,22 @@ def _content(value: dict[str, Any]) -> BinaryIO | str:
     return path
 
 
-@lru_cache(maxsize=4)  # the cameras of an episode are read more than once
+_downloads: dict[str, bytes] = {}
+"""The last downloads, oldest first: the cameras of an episode are read more than once."""
+
+
 def _download(url: str) -> bytes:
-    """Read a file of at most `MAX_DOWNLOAD` bytes."""
+    """Read a file of at most `MAX_DOWNLOAD` bytes, and keep it until `MAX_KEPT` bytes are exceeded."""
+    content = _downloads.pop(url, None)
+    if content is None:
+        content = _read_url(url)
+    while _downloads and len(content) + sum(map(len, _downloads.values())) > MAX_KEPT:
+        del _downloads[next(iter(_downloads))]
+    _downloads[url] = content
+    return content
+
+
+def _read_url(url: str) -> bytes:
     name, scheme = repr(url[:200]), url.partition("://")[0]
     if "::" in url or scheme not in ("http", "https", "hf"):
         raise ValueError(f"{name} must be a local path, or a URL of http, https or hf: download the file.")

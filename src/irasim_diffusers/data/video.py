@@ -27,7 +27,7 @@ def read_video(path: VideoFile) -> np.ndarray:
     """Decode every frame of a video file, with the rotation metadata applied.
 
     Args:
-        path: The video file, or an open one, in any format of FFmpeg.
+        path: Path of the video, or an open binary file, in any format that FFmpeg reads.
 
     Returns:
         Frames (T, H, W, 3), uint8 RGB.
@@ -56,11 +56,11 @@ def read_frames(path: VideoFile, start: int, count: int, fps: float | None = Non
     """Decode consecutive frames of a video, starting at the keyframe before them.
 
     Args:
-        path: The video file, or an open one.
+        path: Path of the video, or an open binary file.
         start: Index of the first frame.
         count: Number of frames.
-        fps: Frame rate that determines the index of a frame from its time. None counts frames in their order; the whole file
-            is then read, but not decoded.
+        fps: Frame rate that determines the index of a frame from its time. None numbers the frames in display order; the whole
+            file is then read, but not decoded.
         whole: Whether the video must end after these frames.
 
     Returns:
@@ -218,7 +218,7 @@ def _from_keyframe(
             return int((number - 0.5) / scale)
 
     back = 0
-    while True:  # a keyframe is found by a time that may be earlier than the time at which it is shown
+    while True:  # seeking uses decoding times, which may be earlier than presentation times
         first = max(start - back, 0)
         container.seek(time_of(first) if first else 0, stream=stream)
         decoded = container.decode(stream)

@@ -1,6 +1,6 @@
 """Policy evaluation: the same episodes in a world model and in the real environment.
 
-The protocol is that of the paper (section 4.2).
+The protocol follows section 4.2 of the paper.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ class PolicyEvaluation:
     Args:
         policies: Policies by name. A value may also be a function without arguments that loads the policy lazily. All policies
             are loaded and called once before the first episode.
-        real: The real environment: Gymnasium vector environments with observations `pixels` (B, H, W, 3), uint8, and
+        real: The real environment: a Gymnasium vector environment with observations `pixels` (B, H, W, 3), uint8, and
             usually `agent_pos`, and with `is_success` in `info`.
-        model: Environments of the world model with as many rows. An episode starts from the first real frame of the same seed.
+        model: The environment of the world model, with the same number of rows. An episode starts from the first real frame of the
+            same seed.
         output: Folder of the report and of the episodes.
         seeds: Seeds of the episodes, held out from the training data.
         max_episode_steps: Steps after which an episode ends in both environments.
-        num_videos: Number of side-by-side videos of each policy that the report links, disagreements first. The episodes of all
-            seeds are recorded, because the outcomes are not known in advance; 0 records none.
+        num_videos: Number of side-by-side videos per policy that the report links, disagreements first. All episodes are
+            recorded, because the outcomes are not known in advance; 0 records none.
         setting: Further JSON-serializable entries of the report. An output folder with other settings is not accepted.
     """
 
@@ -71,7 +72,7 @@ class Episodes:
         success: Whether an episode ended successfully (B,), bool.
         score: Largest reward of an episode (B,).
         length: Steps of an episode (B,).
-        frames: Observed frames of an episode, length + 1 frames (T, H, W, 3), uint8; empty if they were not recorded.
+        frames: Observed frames (length + 1, H, W, 3), uint8, of each episode; empty if they were not recorded.
     """
 
     success: np.ndarray
@@ -131,8 +132,8 @@ def run_episodes(
     """Run one episode of a policy in each row of an environment.
 
     Args:
-        environment: Gymnasium vector environments with B rows, see `PolicyEvaluation`.
-        policy: The policy. Random numbers that it draws from torch or NumPy depend on the seeds only.
+        environment: Gymnasium vector environment with B rows, see `PolicyEvaluation`.
+        policy: The policy. Random numbers that it draws from torch or NumPy depend only on the seeds.
         seeds: Seeds of the episodes (B,).
         max_episode_steps: Steps after which an episode ends.
         starts: Starts of the rows, for environments of a world model. None if the seeds determine them.
@@ -156,7 +157,7 @@ def run_episodes(
     for step in range(max_episode_steps):
         try:
             actions = np.asarray(policy.select_action(observation), dtype=np.float32)
-        except Exception as error:  # of the user's code
+        except Exception as error:  # policies raise errors of any type
             raise ValueError(f"the policy fails at step {step}: {type(error).__name__}: {error}") from error
         _check_actions(actions, environment, step)
         invalid = np.nonzero(~np.isfinite(actions).reshape(rows, -1).all(1) & running)[0]
@@ -182,8 +183,8 @@ def summarise_policies(episodes: Mapping[str, Sequence[Mapping[str, Any]]], seed
     """Compute success rates and scores of each policy, and the agreement of the two environments.
 
     Args:
-        episodes: Outcomes of each policy, in the same order of seeds: `seed`, and under `real` and `model` `success`, `score` and
-            `length`.
+        episodes: Outcomes of each policy, for the same seeds in the same order. An outcome contains `seed`, and under each of
+            `real` and `model` the entries `success`, `score` and `length`.
         seed: Seed of the bootstrap.
 
     Returns:
@@ -227,7 +228,7 @@ def _check(evaluation: PolicyEvaluation) -> None:
             raise ValueError(f"the name of a policy must consist of letters, digits, '.', '-' and '_', got {name!r}.")
     seeds = list(evaluation.seeds)
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ValueError(f"`seeds` must be at least one distinct non-negative integer, got {seeds[:8]}.")
+        raise ValueError(f"`seeds` must be distinct non-negative integers, at least one, got {seeds[:8]}.")
     for name in ("max_episode_steps", "num_videos"):
         least = 1 if name == "max_episode_steps" else 0
         if getattr(evaluation, name) < least:
@@ -241,13 +242,13 @@ def _check(evaluation: PolicyEvaluation) -> None:
     keys = [set(getattr(space, "spaces", {})) for space in spaces]
     if "pixels" not in keys[0]:
         raise ValueError(
-            f"the observations of `real` must contain `pixels`, got {sorted(keys[0]) or spaces[0]}: create the environment with images, "
-            "for example with `obs_type` pixels_agent_pos."
+            f"the observations of `real` must contain `pixels`, got {', '.join(sorted(keys[0])) or spaces[0]}: create the "
+            "environment with images, for example with `obs_type` pixels_agent_pos."
         )
     if not keys[0] <= keys[1]:
         raise ValueError(
-            f"the observations of `model` must contain those of `real`, got {sorted(keys[1])} and "
-            f"{sorted(keys[0])}: `agent_pos` needs a proprioception model."
+            f"the observations of `model` must contain {', '.join(sorted(keys[0]))}, like those of `real`, got "
+            f"{', '.join(sorted(keys[1]))}: `agent_pos` requires a proprioception model."
         )
     if spaces[0]["pixels"].shape != spaces[1]["pixels"].shape:
         raise ValueError(
@@ -268,7 +269,7 @@ def _setting(evaluation: PolicyEvaluation) -> dict[str, Any]:
 
 
 class _LoadedPolicies:
-    """Policies by name. A lazy one is loaded on access and replaces the previous one in memory."""
+    """Policies by name. A policy given as a loader is loaded on access and replaces the previous one."""
 
     def __init__(self, policies: Mapping[str, Any]) -> None:
         self._policies, self._name, self._loaded = policies, "", None
@@ -292,7 +293,7 @@ def _check_policy(evaluation: PolicyEvaluation, name: str, policies: _LoadedPoli
     try:
         policy.reset()
         actions = np.asarray(policy.select_action(observation), dtype=np.float32)
-    except Exception as error:  # of the user's code
+    except Exception as error:  # policies raise errors of any type
         raise ValueError(f"policy {name!r} fails on the first observation: {type(error).__name__}: {error}") from error
     if actions.shape != evaluation.real.action_space.shape:
         raise ValueError(
@@ -301,7 +302,7 @@ def _check_policy(evaluation: PolicyEvaluation, name: str, policies: _LoadedPoli
 
 
 def _run_batch(evaluation: PolicyEvaluation, name: str, policy: Policy, batch: Sequence[int]) -> None:
-    """Run a policy from the seeds of one batch in both environments, and write the outcomes."""
+    """Run a policy with the seeds of one batch in both environments, and write the outcomes."""
     rows = evaluation.real.num_envs
     seeds = [*batch, *[batch[-1]] * (rows - len(batch))]  # the repeated rows are discarded
     record = evaluation.num_videos > 0
@@ -357,7 +358,7 @@ def _successes(info: Mapping[str, Any], terminated: np.ndarray) -> np.ndarray:
 
 
 def side_by_side(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Join two videos (T, H, W, 3) horizontally; the shorter one keeps its last frame."""
+    """Join two videos (T, H, W, 3) horizontally; the last frame of the shorter one is repeated."""
     length = max(len(first), len(second))
     videos = [np.concatenate([video, video[-1:].repeat(length - len(video), axis=0)]) for video in (first, second)]
     return np.concatenate(videos, axis=2)
@@ -368,7 +369,7 @@ def _path(output: Path, name: str, seed: int) -> Path:
 
 
 def _is_finished(evaluation: PolicyEvaluation, name: str, seed: int) -> bool:
-    """Whether an episode has an outcome and, if videos are requested, a video."""
+    """Return whether an episode has an outcome and, if videos are requested, a video."""
     output = Path(evaluation.output)
     video = _path(output, name, seed).with_suffix(".mp4")
     recorded = not evaluation.num_videos or (video.is_file() and video.stat().st_size > 0)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..data import EpisodeSource, first_readable, read_video
+from ..data import EpisodeSource, first_readable, format_cameras, read_video
 from ..data.latent_cache import fingerprint
 from ..files import temporary_path
 from ..models import public_config
@@ -77,7 +77,7 @@ class Predictor(Protocol):
 
 
 class ClipReader:
-    """Reader of clips from a dataset. Consecutive clips of one episode decode it only once."""
+    """Reader of clips from a dataset. An episode is decoded only once for consecutive clips."""
 
     def __init__(self, dataset: EpisodeSource, clips: Sequence[Clip]) -> None:
         self.clips = clips
@@ -118,12 +118,12 @@ class EvaluationCounter:
 
 
 class WorldModelPredictor:
-    """Predictions of a world model. A clip's noise depends only on the seed and the clip's index.
+    """Predictor with a world model. A clip's noise depends only on the seed and the clip's index.
 
     Args:
         model: The world model: a pipeline, or any other object with the methods of `rollout.WorldModel`.
         seed: Seed of the noise.
-        resize: Resize frames of another size to that of the model, and its predictions back.
+        resize: Resize frames to the size of the model, and predictions to the size of the frames.
         batch_size: Maximum number of action sequences per batch in `futures`.
         chunk_length: Actions per chunk; None for `model.max_chunk`.
     """
@@ -143,11 +143,11 @@ class WorldModelPredictor:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """Everything that determines the metrics, JSON-serializable."""
+        """JSON-serializable settings that determine the metrics."""
         return {"chunk_length": self.chunk_length, "resize": self.resize}
 
     def check_dataset(self, dataset: EpisodeSource) -> None:
-        """Check that a dataset matches the data that the model was trained on. Other cameras cause a warning.
+        """Check that a dataset matches the data that the model was trained on; other cameras cause a warning.
 
         Raises:
             ValueError: If the number of action components, their derivation or the frame rate differ.
@@ -169,7 +169,8 @@ class WorldModelPredictor:
         trained = getattr(self.model, "cameras", None)
         if trained and [list(row) for row in trained] != [list(row) for row in dataset.cameras]:
             logger.warning(  # no error, since the names of one camera differ between dataset formats
-                f"The model was trained on the cameras {trained}, and the evaluation uses {[*dataset.cameras]} of {dataset.name!r}."
+                f"The model was trained on the cameras {format_cameras(trained)}, but the evaluation uses "
+                f"{format_cameras(dataset.cameras)} of {dataset.name!r}."
             )
 
     def check_clip(self, clip: ClipData) -> None:
@@ -212,7 +213,7 @@ class WorldModelPredictor:
         return clip.history
 
     def hold(self, clip: ClipData) -> np.ndarray:
-        """Return the hold action (A,) after the action before the clip."""
+        """Return the hold action (A,) for the start of the clip."""
         return self.model.action_space.hold(np.asarray(clip.action_before))
 
     def sampling(self, seeds: Sequence[int]) -> dict[str, Any]:
@@ -240,11 +241,11 @@ class WorldModelPredictor:
 
 
 class PipelinePredictor(WorldModelPredictor):
-    """Predictions of a pipeline, with the noise of a generator seeded for each clip.
+    """Predictor with a pipeline; the noise of each clip has its own seeded generator.
 
     Args:
         pipeline: The pipeline. Its `chunk_length` is used.
-        num_inference_steps: Denoising steps of each chunk; None for the number of the pipeline.
+        num_inference_steps: Denoising steps per chunk; None for the default of the pipeline.
         seed: See `WorldModelPredictor`.
         resize: See `WorldModelPredictor`.
         batch_size: See `WorldModelPredictor`.
@@ -265,7 +266,7 @@ class PipelinePredictor(WorldModelPredictor):
 
     @property
     def setting(self) -> dict[str, Any]:
-        """Everything that determines the metrics, JSON-serializable; weights and configs as a hash."""
+        """JSON-serializable settings that determine the metrics; weights and configs are hashed."""
         pipeline = self.pipeline
         return {
             "weights": pipeline_hash(pipeline),
@@ -284,7 +285,7 @@ class PipelinePredictor(WorldModelPredictor):
         return [replace(prediction, network_evaluations=evaluations) for prediction in predictions]
 
     def history(self, clip: ClipData) -> np.ndarray:
-        """Return the last history frames (h, H, W, 3) of a clip, as many as the checkpoint takes."""
+        """Return the last history frames (h, H, W, 3) of a clip, at most as many as the checkpoint takes."""
         return clip.history[-self.config.num_history_frames :]
 
     def sampling(self, seeds: Sequence[int]) -> dict[str, Any]:
@@ -327,8 +328,8 @@ class FolderPredictor:
             if path.is_file():
                 return path
         raise ValueError(
-            f"`predictions` must contain {clip.name}.npz or {clip.name}.mp4, the {clip.predicted} frames predicted from frame "
-            f"{clip.start + clip.history} of episode {clip.episode}; clips.json in the output folder lists all."
+            f"`predictions` must contain {clip.name}.npz or {clip.name}.mp4, with {clip.predicted} frames from frame "
+            f"{clip.start + clip.history} of episode {clip.episode}; clips.json in the output folder lists all clips."
         )
 
     def predict(self, clips: Sequence[ClipData]) -> list[Prediction]:
@@ -390,10 +391,7 @@ def save_prediction(folder: Path, clip: Clip, prediction: Prediction) -> None:
 
 
 def _npz_header(path: Path, data: ClipData) -> tuple[tuple[int, ...], np.dtype]:
-    """Return the shape and type of `frames` before anything is decompressed.
-
-    The sizes of the other arrays are checked.
-    """
+    """Return the shape and type of `frames`, and check the other arrays, before anything is decompressed."""
     try:
         with zipfile.ZipFile(path) as file:
             found = {name: _array_header(file, name) for name in file.namelist()}
@@ -402,7 +400,7 @@ def _npz_header(path: Path, data: ClipData) -> tuple[tuple[int, ...], np.dtype]:
     if "frames.npy" not in found:
         raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`, got {sorted(found)}.")
     for name, (shape, kind) in found.items():
-        # latents have fewer values than the frames, and a hash at most 64 characters
+        # latents have fewer values than the frames, and a hash has at most 64 characters
         limit, kinds = (256, "U") if name == "autoencoder.npy" else (8 * data.truth.size, "f")
         size = math.prod(shape) * kind.itemsize
         if name in ("latents.npy", "autoencoder.npy") and (kind.kind not in kinds or size > limit):

@@ -12,7 +12,7 @@ from ..data import EpisodeSource
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """Defines which frames of a dataset are history, and which are predicted and scored.
+    """Choice of the history frames of a dataset, and of the frames that are predicted and scored.
 
     Results of different protocols are not comparable.
 
@@ -21,7 +21,7 @@ class EvaluationProtocol:
         text: Description for reports.
         history: Number of history frames, which are never scored.
         predicted: Number of predicted frames; None for the rest of the episode, predicted chunk by chunk.
-        stride: Distance between the starts of clips in an episode; None for one clip per episode.
+        stride: Number of frames between the starts of clips in an episode; None for one clip per episode.
         frame_size: Height and width of the frames; None for any size.
         as_released: Compute PSNR and SSIM like the script of the IRASim release: on gray frames after a lossy mp4 compression
             of both videos. FVD then includes each true video twice, the second time mirrored.
@@ -131,7 +131,7 @@ def published_figures(protocol: EvaluationProtocol, dataset: str) -> dict[str, d
 
 @dataclass(frozen=True)
 class Clip:
-    """A part of an episode that starts with history frames; the others are predicted."""
+    """A part of an episode that starts with history frames; the other frames are predicted."""
 
     name: str  # name of its files, without suffix
     episode: int
@@ -150,9 +150,10 @@ def find_clips(
 
     Args:
         dataset: The dataset; frames are not decoded.
-        protocol: Start and length of the clips.
+        protocol: Protocol that determines the starts and lengths of the clips.
         num_clips: Maximum number of clips, evenly spaced; None for all.
-        broken: If given, episodes that cannot be read are skipped, and their errors are added by index.
+        broken: Dictionary to which the errors of unreadable episodes are added by index; these episodes are skipped. None to
+            raise the errors instead.
 
     Raises:
         ValueError: If no episode is long enough, `num_clips` is not positive, or an episode cannot be read.

@@ -91,7 +91,7 @@ def write_report(
         output: The folder.
         clips: All clips.
         reader: Reader of the clips.
-        predictor: Predictor, which predicts the best, median and worst clip again for their images.
+        predictor: Predictor; the best, median and worst clip are predicted again for their images.
     """
     numbers = {clip.name: number for number, clip in enumerate(clips)}
     for which, clip in report["clips"].items():
@@ -116,7 +116,7 @@ def markdown(report: dict[str, Any]) -> str:
     parts = [
         f"# {report['setting'].get('predictions') or report['setting'].get('model', 'Predictions')} on {report['setting'].get('dataset', 'clips')}",
         f"Protocol {report['protocol']['name']}: {report['protocol']['text']}. {report['n']} clips. Means with bootstrap 95 % "
-        "intervals over clips. The history is never scored. The ground truth is the raw frames.",
+        "intervals over clips. The history is never scored. The ground truth consists of the raw frames.",
         _table(report),
     ]
     if report["published"]:
@@ -149,9 +149,9 @@ def _skipped_text(skipped: Sequence[dict[str, Any]]) -> str:
 
 
 def _table(report: dict[str, Any]) -> str:
-    """Format the metrics as rows.
+    """Format a table of the metrics.
 
-    The columns are this evaluation, repeating the last frame, and reported results.
+    The columns are this evaluation, repeating the last history frame, and reported results.
     """
     reported = {name: values for name, values in report["published"].items() if name != "dataset"}
     header = [
@@ -245,7 +245,7 @@ def plot_sensitivity(maps: np.ndarray, names: Sequence[str], path: Path) -> None
     for axes, name, values in zip(grid.ravel(), names, maps, strict=False):
         image = axes.imshow(values * 255, vmin=0, vmax=max(maps.max() * 255, 1e-9), cmap="magma")
         axes.set_title(name)
-    figure.colorbar(image, ax=grid.ravel().tolist(), label="levels of 255 per standard deviation")
+    figure.colorbar(image, ax=grid.ravel().tolist(), label="pixel change (0 to 255) per standard deviation")
     with temporary_path(path) as partial:
         figure.savefig(partial, dpi=120, bbox_inches="tight")
 

@@ -38,7 +38,7 @@ from .scores import Backbones, features_of_clip, score_clip
 MAPS = 8
 """Number of clips over which the sensitivity is averaged."""
 ERRORS = {"errors": list, "motion": float}
-"""Entries of a file with the errors of a clip under other actions."""
+"""Entries of the file that contains the errors of a clip under other actions."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Evaluation:
         backbones: Pretrained networks of LPIPS, FID and FVD.
         faithfulness_clips: Maximum number of clips of the faithfulness report, which requires a world model and clips of
             equal length; 0 omits the report.
-        ways: Number of action sequences of the identification.
+        ways: Number of action sequences in the identification test.
         skip_broken: Skip episodes that cannot be read and list them in the report, instead of raising an error.
         save_predictions: Folder for the predictions, in the format of `FolderPredictor`.
         save_truth: Folder for the true frames in the same format, for a preference study.
@@ -148,7 +148,8 @@ def _check(evaluation: Evaluation) -> None:
         published_figures(evaluation.protocol, evaluation.published)
     if (evaluation.backbones.inception or evaluation.backbones.i3d) and evaluation.protocol.predicted is None:
         raise ValueError(
-            f"FID and FVD require clips of equal length, and {evaluation.protocol.name} has variable length: omit --inception and --i3d."
+            f"FID and FVD require clips of equal length, but the clips of {evaluation.protocol.name} have different lengths: omit "
+            "--inception and --i3d."
         )
 
 
@@ -181,7 +182,8 @@ def _setting(evaluation: Evaluation, num_clips: int) -> dict[str, Any]:
 def _score(evaluation: Evaluation, reader: ClipReader, setting: dict[str, Any]) -> None:
     """Predict and score the clips of this process.
 
-    Finished clips are predicted again with the missing ones of their batch, because the results of a GPU depend on the batch.
+    Finished clips are predicted again together with the missing clips of their batch, because the results of a GPU depend on the
+    batch.
     """
     size = evaluation.batch_size if evaluation.protocol.predicted is not None else 1
     indices = range(len(reader.clips))
@@ -348,7 +350,7 @@ def _summarise_faithfulness(evaluation: Evaluation, clips: Sequence[Clip], chose
 
 
 def _is_array(path: Path) -> bool:
-    """Check whether a file is a complete array, which an earlier run wrote."""
+    """Check whether a file contains a complete array of an earlier run."""
     try:
         return bool(np.isfinite(np.load(path, mmap_mode="r", allow_pickle=False)).all())
     except (OSError, ValueError, EOFError, TypeError):
@@ -367,7 +369,7 @@ def _distances(output: Path, clips: Sequence[Clip], backbones: Backbones) -> dic
 
 
 def _read_features(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read predicted and true features of one clip, and close the file: there may be thousands."""
+    """Read predicted and true features of one clip; close the file, because there may be thousands."""
     try:
         with np.load(path) as file:
             return file[f"{name}_prediction"], file[f"{name}_truth"]

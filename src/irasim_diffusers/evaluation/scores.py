@@ -66,7 +66,7 @@ def features_of_clip(
 ) -> dict[str, np.ndarray]:
     """Return FID features (n, 2048) and FVD features (1, 400), predicted and true.
 
-    `as_released` gives two true videos (2, 400).
+    With `protocol.as_released` there are two true videos, and their FVD features are (2, 400).
     """
     features = {}
     if backbones.inception is not None:
@@ -93,7 +93,7 @@ def _compare(data: ClipData, frames: np.ndarray, protocol: EvaluationProtocol) -
 
 
 def _finite(decibels: np.ndarray, size: int) -> np.ndarray:
-    """Cap the PSNR of identical images at the value for one error of 1/255 in their `size` values."""
+    """Cap the PSNR of identical images at the value for a single error of 1/255 in `size` values."""
     return np.minimum(decibels, 10 * np.log10(255.0**2 * size))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ except ImportError as error:
 
 from irasim_diffusers import embedded_checkpoint
 from irasim_diffusers.data import open_dataset
-from irasim_diffusers.envs import EpisodeStarts
+from irasim_diffusers.envs import EpisodeStarts, import_callable
 
 from .env import STATE, LeRobotVectorEnv, make_env
 
@@ -26,21 +25,21 @@ from .env import STATE, LeRobotVectorEnv, make_env
 @EnvConfig.register_subclass("irasim")
 @dataclass
 class IRASimEnvConfig(EnvConfig):
-    """World model as an environment.
+    """Configuration of environments of a world model.
 
     The features are read from the model when the environments are created.
 
     Args:
         model: Folder or Hub id of a pipeline; the embedded Push-T model by default.
-        dataset: LeRobotDataset, folder or Hub id: episodes start from the first frames of its episodes. None for the starts that
-            are stored with the model.
-        num_history_frames: History frames of a start from `dataset`.
+        dataset: Folder or Hub id of a LeRobotDataset; episodes start from the first frames of its episodes. None for the starts
+            that are stored with the model.
+        num_history_frames: Number of history frames of a start from `dataset`.
         state_key: Key of the robot state in `dataset`, for action spaces of relative poses.
         episode_length: Steps after which an episode is truncated.
-        reward: Reward of the frames as `module:name`, a callable (B, n, 3, H, W) -> (B, n). None for the reward that is stored with
-            the model.
-        success: Success function as `module:name`, a callable (B, n, 3, H, W) -> bool (B, n). None for the success that is stored
-            with the model.
+        reward: Reward of the frames as `module:name`, a callable (B, n, 3, H, W) -> (B, n), or a class that is called without
+            arguments to create one. None for the reward that is stored with the model.
+        success: Success function as `module:name`, a callable (B, n, 3, H, W) -> bool (B, n), or a class that is called without
+            arguments to create one. None for the success function that is stored with the model.
         num_inference_steps: Denoising steps per frame; None for the checkpoint's setting.
         device: Device of the world model; None for CUDA if available.
     """
@@ -68,7 +67,8 @@ class IRASimEnvConfig(EnvConfig):
         }
         for name in ("reward", "success"):
             if getattr(self, name) is not None:
-                options[name] = _load(name, getattr(self, name))
+                found = import_callable(f"`{name}`", getattr(self, name))
+                options[name] = found() if isinstance(found, type) else found
         if self.num_inference_steps is not None:
             options["sampling"] = {"num_inference_steps": self.num_inference_steps}
         if self.dataset is not None:
@@ -94,13 +94,3 @@ class IRASimEnvConfig(EnvConfig):
         self.features = {key: PolicyFeature(type=kind, shape=tuple(shape)) for key, (kind, shape) in shapes.items()}
         self.features_map = {key: key for key in shapes}
         self.fps = environment.metadata["render_fps"]
-
-
-def _load(argument: str, path: str) -> Any:
-    """Return the callable `module:name`; a class is called without arguments."""
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"`{argument}` must be `module:name` of a callable, got {path!r}: {error}.") from error
-    return found() if isinstance(found, type) else found

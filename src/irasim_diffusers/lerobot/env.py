@@ -1,4 +1,4 @@
-"""Environments in the form that LeRobot calls, and `make_env` of LeRobot's EnvHub.
+"""Vector environment with LeRobot's conventions, and `make_env` for LeRobot's EnvHub.
 
 To publish an environment on the Hub, copy this file as `env.py` into the repository.
 """
@@ -17,15 +17,15 @@ STATE = "observation.state"
 
 
 class LeRobotVectorEnv(WorldModelVectorEnv):
-    """Environments of a world model in the form that LeRobot's rollouts expect.
+    """Vector environment of a world model with the conventions of LeRobot's rollouts.
 
-    Finished rows are frozen, because LeRobot also sums rewards after the end of an episode. Actions are limited
-    to the bounds. Observations also contain the robot state as `observation.state`, its name in recordings.
+    Finished rows are frozen, because LeRobot also sums rewards after the end of an episode. Actions are clipped
+    to the bounds. Observations also contain the robot state as `observation.state`, the key that recordings use.
 
     Args:
         model: A world model.
         num_envs: Number of rows.
-        task: Text of the task, for policies that read it.
+        task: Task description, for policies that read it.
         options: Arguments of `WorldModelVectorEnv`.
     """
 

@@ -44,8 +44,8 @@ def agreement(
     """Pearson, Spearman and MMRV of the mean scores of policies, with 95 % bootstrap intervals.
 
     The intervals resample the seeds, together for all policies and both environments, because the episodes are paired. They do
-    not include the choice of the policies; `fisher_low` and `fisher_high` of Pearson's correlation are its usual 95 % interval
-    for P policies, if P is at least 4.
+    not account for the choice of the policies. For at least 4 policies, `fisher_low` and `fisher_high` are the 95 % interval of
+    Pearson's correlation by Fisher's transformation, which treats the policies as the sample.
 
     Args:
         real: Score of each episode in the real environment (P, n).
@@ -54,7 +54,7 @@ def agreement(
         num_samples: Number of samples with replacement.
 
     Returns:
-        For each metric `value`, `low`, `high` and the number of policies `n`; None instead of NaN.
+        For each metric, `value`, `low`, `high` and the number of policies `n`; NaN is replaced by None.
 
     Raises:
         ValueError: If the scores are not two matrices of the same shape, with at least 2 policies and 1 seed.

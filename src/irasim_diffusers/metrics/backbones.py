@@ -38,7 +38,7 @@ def load_lpips(backbone: str | None = None, device: str | torch.device = "cpu") 
     """Load LPIPS (AlexNet, version 0.1) from the `lpips` package.
 
     Args:
-        backbone: Weights of AlexNet from torchvision (`alexnet-owt-7be5be79.pth`), a file or `org/name:file`; None to download
+        backbone: Torchvision's weights of AlexNet (`alexnet-owt-7be5be79.pth`): a file or `org/name:file`; None to download
             them with torchvision.
         device: Device of the network.
 
@@ -57,7 +57,7 @@ def load_lpips(backbone: str | None = None, device: str | torch.device = "cpu") 
                 f"the weights of AlexNet cannot be downloaded ({error}): pass the file alexnet-owt-7be5be79.pth as `lpips`."
             ) from error
     network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    layers = {name.split(".", 1)[1]: name for name in network.net.state_dict()}  # slice2.3.weight of features.3.weight
+    layers = {name.split(".", 1)[1]: name for name in network.net.state_dict()}  # 3.weight: slice2.3.weight
     state = _load_state(find_weights(backbone, "lpips"), "lpips")
     features = {name.removeprefix("features."): value for name, value in state.items() if name.startswith("features.")}
     _load_strictly(network.net, {layers.get(name, name): value for name, value in features.items()}, "lpips")
@@ -68,7 +68,7 @@ def load_inception(weights: str, device: str | torch.device = "cpu") -> Callable
     """Load the Inception feature extractor of pytorch-fid.
 
     Args:
-        weights: `pt_inception-2015-12-05-6726825d.pth` of pytorch-fid's releases, a file or `org/name:file`.
+        weights: `pt_inception-2015-12-05-6726825d.pth` from pytorch-fid's releases: a file or `org/name:file`.
         device: Device of the network.
 
     Returns:
@@ -83,7 +83,7 @@ def load_inception(weights: str, device: str | torch.device = "cpu") -> Callable
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"FID requires the package pytorch-fid: {EXTRA} ({error}).") from error
     network = parts._inception_v3(num_classes=1008, aux_logits=False, weights=None)
-    replaced = {  # pooling as in TensorFlow; the same as `fid_inception_v3`, which downloads weights
+    replaced = {  # TensorFlow's pooling, as in `fid_inception_v3`, which would download weights
         "Mixed_5b": parts.FIDInceptionA(192, pool_features=32),
         "Mixed_5c": parts.FIDInceptionA(256, pool_features=64),
         "Mixed_5d": parts.FIDInceptionA(288, pool_features=64),
@@ -145,7 +145,7 @@ def load_i3d(path: str, device: str | torch.device = "cpu") -> Callable[[np.ndar
 def _load_state(path: Path, argument: str) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # many types: zip, pickle, or code that `weights_only` rejects
+    except Exception as error:  # damaged archives, and pickles that `weights_only` rejects, raise many types
         raise ValueError(f"`{argument}` must be a file with weights, got {str(path)!r}: {error}") from error
 
 

@@ -37,12 +37,12 @@ def frechet_distance(first: np.ndarray, second: np.ndarray, ddof: int = 1) -> fl
 
 
 def fid(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Compute FID as pytorch-fid from Inception features (N, 2048) and (M, 2048); see `load_inception`."""
+    """Compute FID like pytorch-fid, from Inception features (N, 2048), (M, 2048); see `load_inception`."""
     return frechet_distance(prediction, truth, ddof=1)
 
 
 def fvd(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Compute FVD as StyleGAN-V from I3D features (N, 400) and (M, 400); see `load_i3d`."""
+    """Compute FVD like StyleGAN-V, from I3D features (N, 400) and (M, 400); see `load_i3d`."""
     return frechet_distance(prediction, truth, ddof=0)
 
 

@@ -18,7 +18,7 @@ from .intervals import bootstrap
 
 Predict = Callable[[np.ndarray, np.ndarray], torch.Tensor]
 """Function from a history (h, H, W, 3), uint8, and actions (K, n, A) to futures (K, n, 3, H, W) in [0, 1].
-The K futures must use the same noise, so that they differ by the actions only."""
+The K futures must use the same noise, so that only the actions differ."""
 
 ALTERATIONS = ("shuffled", "held", "reversed")
 STRATA = ("little motion", "some motion", "much motion")
@@ -35,10 +35,10 @@ class Counterfactuals:
 
     true: np.ndarray  # (N, n, A)
     matched: np.ndarray  # (N, W - 1, n, A), actions of the clips with the most similar history
-    altered: dict[str, np.ndarray]  # one of ALTERATIONS to (N, n, A)
+    altered: dict[str, np.ndarray]  # (N, n, A) for each of ALTERATIONS
 
     def of_clip(self, number: int) -> np.ndarray:
-        """Return all K = W + 3 sequences (K, n, A) of one clip: the true one, matched ones, altered ones."""
+        """Return all K = W + 3 sequences (K, n, A) of one clip: true, matched and altered ones."""
         altered = [self.altered[name][number] for name in ALTERATIONS]
         return np.stack([self.true[number], *self.matched[number], *altered])
 
@@ -62,7 +62,7 @@ def counterfactual_actions(
         raise ValueError(f"`ways` must be in [2, {len(actions)}], the number of clips, got {ways}.")
     if len(last_frames) != len(actions) or holds.shape != (len(actions), actions.shape[-1]):
         raise ValueError(
-            f"`last_frames`, `actions` and `holds` must be of the same clips, got {last_frames.shape}, {actions.shape} and "
+            f"`last_frames`, `actions` and `holds` must belong to the same clips, got {last_frames.shape}, {actions.shape} and "
             f"{holds.shape}."
         )
     order = np.random.default_rng(seed).permutation(len(actions))
@@ -77,7 +77,7 @@ def counterfactual_actions(
 
 
 def similar_clips(last_frames: np.ndarray, number: int) -> np.ndarray:
-    """Return the nearest other frames by pixels (N, number) of frames (N, H, W, 3), nearest first."""
+    """Return the indices (N, number) of the other frames most similar to each of (N, H, W, 3)."""
     step = max(1, last_frames.shape[1] // 64)
     pixels = last_frames[:, ::step, ::step].reshape(len(last_frames), -1).astype(np.float64) / 255
     squares = np.square(pixels).sum(axis=1)
@@ -87,7 +87,7 @@ def similar_clips(last_frames: np.ndarray, number: int) -> np.ndarray:
 
 
 def future_errors(predict: Predict, history: np.ndarray, sequences: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Compute the mean squared errors (K,) of the futures under action sequences (K, n, A).
+    """Compute the mean squared errors (K,) of the futures that are predicted for K action sequences.
 
     Predictions are rounded to 8 bits, so that floating-point noise makes no difference.
 
@@ -133,7 +133,7 @@ def summarise_faithfulness(errors: np.ndarray, motions: np.ndarray, ways: int, s
     Args:
         errors: Errors (N, K) of the sequences of `Counterfactuals.of_clip`, from `future_errors`.
         motions: Motion in each clip (N,), from `motion`.
-        ways: Number of sequences of the identification.
+        ways: Number of sequences for the identification.
         seed: Seed of the bootstrap.
 
     Returns:
@@ -161,8 +161,8 @@ def summarise_faithfulness(errors: np.ndarray, motions: np.ndarray, ways: int, s
 def verdict(summary: dict[str, Any]) -> dict[str, Any]:
     """Decide from the clips with much motion whether the model follows its actions.
 
-    It does if the 95 % intervals of the identification and of the gaps for shuffled and for hold actions are all above chance. It
-    does not if none of them is.
+    It does if three 95 % intervals exclude chance: the identification rate exceeds 1 / W, and the gaps for shuffled and for hold
+    actions exceed 0. It does not if none of the three does.
     """
     chance, last = 1 / summary["ways"], STRATA[-1]
     rate = summary["identification"].get(last)
@@ -203,7 +203,7 @@ def action_faithfulness(
         truths: True futures (N, n, H, W, 3), uint8.
         holds: See `counterfactual_actions`.
         ways: See `counterfactual_actions`.
-        seed: Seed of shuffling and bootstrap.
+        seed: Seed of the shuffling and the bootstrap.
 
     Returns:
         See `summarise_faithfulness`.
@@ -226,7 +226,7 @@ def sensitivity_maps(predict: Predict, history: np.ndarray, actions: np.ndarray,
             standard deviation.
 
     Returns:
-        Maps (A, H, W): mean change of a pixel per step, in [0, 1], over frames and channels.
+        Maps (A, H, W) in [0, 1]: mean absolute change of a pixel per step, over frames and channels.
     """
     changes = np.diag(steps)[:, None]  # (A, 1, A)
     futures = _eight_bits(predict(history, np.concatenate([actions + changes, actions - changes])))
@@ -235,7 +235,7 @@ def sensitivity_maps(predict: Predict, history: np.ndarray, actions: np.ndarray,
 
 
 def _eight_bits(futures: torch.Tensor) -> np.ndarray:
-    """Round predictions (K, n, 3, H, W) to 256 levels; returns (K, n, H, W, 3) in [0, 1], float64."""
+    """Round predictions (K, n, 3, H, W) to 256 levels; return (K, n, H, W, 3) in [0, 1], float64."""
     return (futures.float() * 255).round().clamp(0, 255).cpu().numpy().astype(np.float64).transpose(
         0, 1, 3, 4, 2
     ) / 255

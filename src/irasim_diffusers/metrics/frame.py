@@ -9,7 +9,7 @@ from ..version import INSTALL
 
 
 def psnr(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """PSNR of the mean error of each clip, in dB.
+    """PSNR of each clip from its mean squared error, in dB.
 
     The error is averaged over all frames before the logarithm. In a mean of per-frame PSNRs, static frames with almost no
     error would dominate.

@@ -5,7 +5,7 @@ from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, L
 from .noise_process import noise_process
 from .proprioception import ProprioceptionModel
 from .public_config import public_config
-from .transformer_irasim import PRESETS, IRASimTransformer3DModel
+from .transformer_irasim import ACTION_ENCODER, PRESETS, IRASimTransformer3DModel
 from .unet_trajectory import UNET_PRESETS, UNetTrajectoryModel
 
 # This entry makes model_index.json name the package instead of a module path, so that it loads from folders and the Hub.
@@ -20,6 +20,7 @@ LOADABLE_CLASSES.setdefault(
 ALL_IMPORTABLE_CLASSES.update(LOADABLE_CLASSES["irasim_diffusers"])
 
 __all__ = [
+    "ACTION_ENCODER",
     "PRESETS",
     "UNET_PRESETS",
     "IRASimTransformer3DModel",

@@ -20,7 +20,7 @@ class Rank:
     """Choose the best of given action sequences, such as K samples of a policy (paper, section 4.3).
 
     Args:
-        spread: Factor by which the candidates are moved away from their mean, in normalized units.
+        spread: Factor that scales the distance of the candidates from their mean; 1 leaves them unchanged.
         scoring: How candidates are scored.
     """
 
@@ -38,7 +38,7 @@ class Rank:
             NoPlanError: If no sequence has a finite score.
         """
         if init is None:
-            raise ValueError("`init` must be the candidates (K, n, A) that are ranked, got None.")
+            raise ValueError("`init` must be the candidates (K, n, A) to rank, got None.")
         candidates = _prepare(model.action_space, init)
         check_objective(model, state, objective)
         if self.spread != 1:
@@ -55,9 +55,9 @@ class CEM:
 
     Args:
         horizon: Number of actions of a plan.
-        num_candidates: Candidates per iteration, including the current mean.
+        num_candidates: Number of candidates per iteration, including the current mean.
         num_iterations: Number of iterations.
-        num_elites: Candidates that define the next distribution.
+        num_elites: Number of best candidates that define the next distribution.
         std: Initial standard deviation in normalized units.
         min_std: Smallest standard deviation in normalized units.
         num_knots: Number of time points at which offsets are sampled, with linear interpolation between them; None for every
@@ -92,7 +92,7 @@ class CEM:
         Args:
             model: The world model.
             state: A state with one row.
-            objective: Scores of frames or latents; higher is better.
+            objective: Function that scores frames or latents; higher is better.
             init: Plan (n, A) to start from, or several (K, n, A), of which the best is taken; raw units. Actions slightly
                 outside the bounds are clipped. None for no motion, or the middle of the bounds of absolute targets.
 
@@ -117,7 +117,7 @@ class MPPI:
 
     Args:
         horizon: Number of actions of a plan.
-        num_candidates: Candidates per iteration, including the current mean.
+        num_candidates: Number of candidates per iteration, including the current mean.
         num_iterations: Number of iterations.
         temperature: Temperature of the softmax over scores, in units of their standard deviation.
         std: Standard deviation in normalized units.
@@ -182,7 +182,7 @@ class Gradient:
         """Improve each plan of `init` and return the best; see `CEM.__call__`.
 
         Raises:
-            ValueError: Also if the objective is not differentiable.
+            ValueError: Like `CEM.__call__`, or if the objective is not differentiable.
         """
         candidates = _initial(model.action_space, init, self.horizon)
         check_objective(model, state, objective)
@@ -231,7 +231,7 @@ def straight_lines(
     components: Sequence[int] = (0, 1),
     seed: int = 0,
 ) -> torch.Tensor:
-    """Straight paths to random points on a circle or sphere around the end effector (paper, appendix 12).
+    """Sample straight paths to points on a circle or sphere around the end effector (paper, appendix 12).
 
     Args:
         space: The action space.
@@ -277,7 +277,7 @@ def _search(
 ) -> Plan:
     """Search with sampled offsets (K, m, A) at the knots.
 
-    `update` computes their next mean and standard deviation from the scores.
+    `update` computes the next mean and standard deviation of the offsets from the current offsets and their scores.
     """
     space, scoring = model.action_space, planner.scoring
     plans = _initial(space, init, planner.horizon)
@@ -321,7 +321,7 @@ def _initial(space: ActionSpace, init: Any, horizon: int) -> torch.Tensor:
 
 
 def _prepare(space: ActionSpace, init: Any) -> torch.Tensor:
-    """Check given plans (n, A) or (K, n, A): returns (K, n, A) within the bounds."""
+    """Check given plans (n, A) or (K, n, A); return (K, n, A), clipped to the bounds."""
     if hasattr(init, "__len__") and not len(init):
         raise ValueError("`init` must contain at least one action sequence, got none.")
     try:
@@ -335,13 +335,13 @@ def _raw(space: ActionSpace, normalized: torch.Tensor) -> torch.Tensor:
 
 
 def _bounds(space: ActionSpace, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the bounds (A,) in normalized units; a negative scale exchanges them."""
+    """Return the bounds (A,) in normalized units; a negative scale swaps them."""
     ends = torch.stack([space.normalise(like.new_tensor(bound)) for bound in (space.low, space.high)])
     return ends.amin(0), ends.amax(0)
 
 
 def _knots(horizon: int, number: int) -> tuple[torch.Tensor, list[int]]:
-    """Interpolation weights (n, m) and the indices of the knots."""
+    """Return interpolation weights (n, m) and the indices of the m knots."""
     places = np.linspace(0, horizon - 1, number).round().astype(int)
     weights = [np.interp(np.arange(horizon), places, row) for row in np.eye(number)]
     return torch.tensor(np.stack(weights, axis=1), dtype=torch.float32), places.tolist()

@@ -16,24 +16,24 @@ Objective = Callable[[torch.Tensor], torch.Tensor]
 """Maps frames (B, n, 3, H, W) to scores (B, n), or latents (B, C, n, h, w) if its attribute `needs_pixels` is False."""
 
 REDUCTIONS = ("last", "mean", "max")
-SEED_STRIDE = 1_000_003  # between the seeds of the members of a guard
+SEED_STRIDE = 1_000_003  # difference between the seeds of successive members of a guard
 
 
 class NoPlanError(ValueError):
-    """No candidate has a finite score, because the objective is NaN or the guard rejects all."""
+    """Raised if no candidate has a finite score: the objective is NaN, or the guard rejects all."""
 
 
 @dataclass(frozen=True)
 class Disagreement:
     """Guard against plans that exploit model errors: members of an ensemble must agree on the score.
 
-    The score becomes `mean - weight * std` over the members; for two members and weight 1 this is the lower of both scores.
+    The score becomes `mean - weight * std` over the members; for two members and weight 1 this is the lower score.
 
     Args:
         models: Other world models with the same action space. They start from the decoded history frames.
         num_seeds: Number of noise seeds per model.
         weight: Weight of the standard deviation.
-        limit: Largest standard deviation of an acceptable candidate; None for no limit. A planner raises `NoPlanError` if
+        limit: Maximum standard deviation at which a candidate is accepted; None for no limit. A planner raises `NoPlanError` if
             every candidate exceeds it.
 
     Raises:
@@ -50,11 +50,11 @@ class Disagreement:
         require(math.isfinite(self.weight) and self.weight >= 0, "weight", "finite and at least 0", self.weight)
         require(self.limit is None or self.limit >= 0, "limit", "None or at least 0", self.limit)
         if not self.models and self.num_seeds == 1:
-            raise ValueError("the guard needs at least two members: pass `models`, or `num_seeds` > 1.")
+            raise ValueError("the guard requires at least two members: pass `models`, or `num_seeds` > 1.")
 
     @torch.no_grad()
     def members(self, model: WorldModel, state: RolloutState) -> list[tuple[WorldModel, RolloutState]]:
-        """Return each model with its state, the planner's own first."""
+        """Return the members, each a model and its state; the first member is the planner's model."""
         states = [(model, state)]
         if self.models:
             frames = model.decode(state.latents)
@@ -66,7 +66,7 @@ class Disagreement:
         ]
 
     def combine(self, scores: torch.Tensor) -> torch.Tensor:
-        """Combine the scores (M, K) of the members to guarded scores (K,)."""
+        """Combine the scores (M, K) of the members into guarded scores (K,)."""
         spread = scores.std(dim=0, correction=0)
         guarded = scores.mean(dim=0) - self.weight * spread
         return guarded if self.limit is None else guarded.masked_fill(spread > self.limit, -math.inf)
@@ -77,11 +77,11 @@ class Scoring:
     """How a planner scores candidates.
 
     Args:
-        reduction: Score of a sequence from those of its frames: `"last"` (the paper; only the last frame is decoded),
-            `"mean"` or `"max"`.
+        reduction: How the scores of the frames are reduced to the score of a sequence: `"last"` (as in the paper; only the last
+            frame is decoded), `"mean"` or `"max"`.
         batch_size: Maximum number of candidates that are predicted together; it bounds the memory, not the result.
         chunk_length: Actions per chunk; None for the model's maximum.
-        guard: Guard against exploiting the model; None for none.
+        guard: Guard against plans that exploit model errors; None for no guard.
         sampling: Keyword arguments of `model.advance`, such as `{"num_inference_steps": 5}`.
 
     Raises:
@@ -102,7 +102,7 @@ class Scoring:
     def __call__(
         self, model: WorldModel, state: RolloutState, actions: torch.Tensor, objective: Objective
     ) -> torch.Tensor:
-        """Score candidates (K, n, A), raw units, `batch_size` at a time: returns (K,) on the CPU."""
+        """Score candidates (K, n, A), raw units, `batch_size` at a time; return (K,) on the CPU."""
         parts = actions.split(self.batch_size)
         return torch.cat([self.score(model, state, part, objective).cpu() for part in parts])
 
@@ -140,7 +140,7 @@ class Plan:
     scoring: Scoring = field(repr=False)
 
     def top(self, k: int) -> torch.Tensor:
-        """Return the best k candidates (k, n, A), or all that have finite scores, best first."""
+        """Return the k best candidates (k, n, A), best first; fewer if fewer have finite scores."""
         order = torch.where(self.scores.isfinite(), self.scores, -math.inf).argsort(descending=True, stable=True)
         return self.candidates[order[: min(k, int(self.scores.isfinite().sum()))]]
 
@@ -174,7 +174,7 @@ def best_plan(
 
 
 def frame_scores(model: WorldModel, latents: torch.Tensor, objective: Objective) -> torch.Tensor:
-    """Score the frames of latents (B, C, n, h, w): returns (B, n).
+    """Score the frames of latents (B, C, n, h, w); return (B, n).
 
     Frames are decoded only if the objective needs them.
 

@@ -173,7 +173,7 @@ def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | None, patch_size
     Raises:
         ValueError: If a side of the frames is not divisible.
     """
-    height, width = first_readable(source, source.__getitem__).frames.shape[1:3]
+    height, width = first_readable(source, functools.partial(_first_frame, source)).shape[:2]
     multiple = patch_size if vae is None else 2 ** (len(vae.config.block_out_channels) - 1) * patch_size
     if height % multiple or width % multiple:
         nearest = [max(round(side / multiple), 1) * multiple for side in (height, width)]

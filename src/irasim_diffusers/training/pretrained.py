@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..conversion import scaled_latents
+from ..files import missing_reason
 from ..models import IRASimTransformer3DModel
 from ..pipelines import IRASimPipeline
 from .arguments import RunArguments
@@ -20,13 +21,26 @@ SAME_LATENTS = 1e-4
 
 
 def is_pipeline(name: str, revision: str | None = None) -> bool:
-    """Return whether a folder or Hub repository contains a pipeline."""
+    """Return whether a pretrained model, a folder or Hub repository, is a pipeline.
+
+    Raises:
+        ValueError: If the folder or repository does not exist.
+    """
     if Path(name).is_dir():
         return (Path(name) / "model_index.json").is_file()
     try:
-        hf_hub_download(name, "model_index.json", revision=revision)
-    except EntryNotFoundError:
-        return False
+        try:
+            hf_hub_download(name, "model_index.json", revision=revision)
+        except LocalEntryNotFoundError:  # offline: either the file or the whole repository is not in the cache
+            snapshot_download(name, revision=revision, local_files_only=True)
+            return False
+        except EntryNotFoundError:
+            return False
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
+        reason = missing_reason(name, error) or error
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a folder or Hub id, got {name!r}: {reason}"
+        ) from error
     return True
 
 
@@ -62,14 +76,22 @@ def load_autoencoder(name: str, argument: str = "vae") -> AutoencoderKL:
     Raises:
         ValueError: If it cannot be loaded.
     """
-    split = ":" in name and not Path(name).is_dir()
-    folder, _, subfolder = name.rpartition(":") if split else (name, "", "")
+    folder, subfolder = split_subfolder(name)
     try:
-        return _frozen(AutoencoderKL.from_pretrained(folder, subfolder=subfolder or None))
+        return _frozen(AutoencoderKL.from_pretrained(folder, subfolder=subfolder))
     except Exception as error:  # the loaders raise errors of many types for damaged files
+        reason = missing_reason(folder, error) or error
         raise ValueError(
-            f"`{argument}` must be an AutoencoderKL, a folder or Hub id, got {name!r}: {error}"
+            f"`{argument}` must be an AutoencoderKL, a folder or Hub id, got {name!r}: {reason}"
         ) from error
+
+
+def split_subfolder(name: str) -> tuple[str, str | None]:
+    """Split `<folder or Hub id>:<subfolder>`; the subfolder is None if `name` has none."""
+    if ":" not in name or Path(name).is_dir():
+        return name, None
+    folder, _, subfolder = name.rpartition(":")
+    return folder, subfolder
 
 
 def _pretrained_vae(name: str, revision: str | None) -> AutoencoderKL | None:
@@ -106,6 +128,7 @@ def load_transformer(arguments: RunArguments) -> IRASimTransformer3DModel:
             variant=arguments.variant,
         )
     except Exception as error:  # the loaders raise errors of many types for damaged files
+        reason = missing_reason(name, error) or error
         raise ValueError(
-            f"`pretrained_model_name_or_path` must be a pipeline or an IRASimTransformer3DModel, got {name!r}: {error}"
+            f"`pretrained_model_name_or_path` must be a pipeline or an IRASimTransformer3DModel, got {name!r}: {reason}"
         ) from error
