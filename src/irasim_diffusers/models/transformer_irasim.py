@@ -827,10 +827,8 @@ def check_shared_config(config: Any) -> None:
     """
     for name, most in LIMITS.items():
         value = config.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        if value > most:
-            raise ValueError(f"`{name}` must be at most {most}, got {value}.")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ValueError(f"`{name}` must be an integer of at least 1 and at most {most}, got {value!r}.")
     window = config.in_channels * config.sample_frames * config.sample_height * config.sample_width
     if window > MAX_WINDOW:
         raise ValueError(
@@ -848,8 +846,7 @@ def check_shared_config(config: Any) -> None:
         if value is None and (name in ("fps", "base_patch_size") or name not in config):
             continue
         if not (number and low <= value <= high):
-            wanted = "a positive number of frames per second, or None" if name == "fps" else f"in [{low:g}, {high:g}]"
-            raise ValueError(f"`{name}` must be {wanted}, got {repr(value)[:60]}.")
+            raise ValueError(f"`{name}` must be in [{low:g}, {high:g}], got {repr(value)[:60]}.")
     if config.cameras is not None and not _are_rows_of_names(config.cameras):
         raise ValueError(f"`cameras` must be rows of camera names, or None, got {config.cameras!r}.")
     for name, choices in CHOICES.items():
