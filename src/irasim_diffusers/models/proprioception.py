@@ -55,11 +55,6 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
             nn.Linear(2 * num_keypoints, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, size)
         )
 
-    @property
-    def state_dim(self) -> int:
-        """Number of state components S."""
-        return len(self.config.state_names)
-
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """Read the states.
 
