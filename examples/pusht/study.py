@@ -21,7 +21,7 @@ from typing import Any
 import study_episodes as episodes
 import torch
 from simulator import Simulator
-from study_jobs import fingerprint, read_json, remove_stage, run_jobs, run_stage
+from study_jobs import fingerprint, remove_stage, run_jobs, run_stage
 from study_models import (
     SUCCESS,
     fine_tune,
@@ -35,6 +35,7 @@ from study_report import write_report
 from transformers import HfArgumentParser
 
 from irasim_diffusers import embedded_checkpoint, training
+from irasim_diffusers.files import read_json
 
 SCRIPTS = Path(__file__).parent
 EVALUATION_SEED = 5_000_000  # of the evaluated episodes; policies are compared on other seeds during their training

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from irasim_diffusers.files import temporary_path
+from irasim_diffusers.files import read_json, temporary_path
 
 RESULT, SETTING = "result.json", "setting.json"
 
@@ -23,11 +23,6 @@ def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_path(path) as partial:
         partial.write_text(json.dumps(value, indent=2), encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def fingerprint(folder: Path) -> str:
