@@ -231,13 +231,13 @@ def averaged_state(ema: EMAModel, model: ModelMixin | nn.Module) -> dict[str, to
         name: next(averages) if parameter.requires_grad else parameter.detach()
         for name, parameter in model.named_parameters()
     }
-    return {name: _whole(tensor).cpu() for name, tensor in (dict(model.named_buffers()) | parameters).items()}
+    return {name: whole(tensor).cpu() for name, tensor in (dict(model.named_buffers()) | parameters).items()}
 
 
 def save_average(accelerator: Accelerator, ema: EMAModel, model: nn.Module, folder: Path) -> None:
     """Write the averaged weights to `ema.safetensors`; every process must call this function."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    whole = [_whole(shadow).cpu().contiguous() for shadow in ema.shadow_params]
+    whole = [whole(shadow).cpu().contiguous() for shadow in ema.shadow_params]
     if accelerator.is_main_process:
         metadata = {"optimization_step": str(ema.optimization_step)}
         save_file(dict(zip(names, whole, strict=True)), folder / "ema.safetensors", metadata)
@@ -262,6 +262,6 @@ def load_average(ema: EMAModel, model: nn.Module, folder: Path) -> None:
             shadow.copy_(value)
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return the full tensor of a sharded one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

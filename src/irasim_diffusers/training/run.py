@@ -55,7 +55,8 @@ def encode_data(
     if not arguments.recorded_latents:
         for source in sources:
             check_frames(source, vae, config.get("patch_size", 1))
-    prepare_output(accelerator, arguments)
+    output = Path(arguments.output_dir)
+    prepare_output(accelerator, output, (arguments.hub_model_id or output.name) if arguments.push_to_hub else None)
     if vae is not None:
         vae.to(accelerator.device)
     folders = cache_sources(sources, vae, arguments, accelerator)
