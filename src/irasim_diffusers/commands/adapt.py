@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .dataset import add_dataset_flags, open_dataset
+from .dataset import add_dataset_flags, frame_size, open_dataset
 from .files import check_name, check_output_folder
 from .sampling import check_weights, load_checked, quiet_loading
 
@@ -23,8 +23,6 @@ LIMITS = {
     "patch_size": (1, 64),
     "action_dim": (1, 1024),
     "action_frequencies": (0, 32),
-    "height": (1, 8192),
-    "width": (1, 8192),
 }
 """Lowest and highest values, which bound the memory that a flag can request."""
 EPISODES = 32
@@ -98,8 +96,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
         if value is not None and not least <= value <= most:
             limit = f"at least {least}" if value < least else f"at most {most}"
             raise ValueError(f"--{name.replace('_', '-')} must be {limit}, got {value}.")
-    if (arguments.height is None) != (arguments.width is None):
-        raise ValueError("--height and --width must be passed together.")
+    frame_size(arguments)
     if (arguments.vae is None) != (arguments.dataset is None):
         raise ValueError(
             "--vae requires --dataset, and --dataset requires --vae: the patch layers are fitted to its frames."
@@ -154,7 +151,7 @@ def _images(arguments: argparse.Namespace) -> torch.Tensor:
 
     from ..data import PreparedEpisodes
 
-    size = (arguments.height, arguments.width) if arguments.height else None
+    size = frame_size(arguments)
     source = PreparedEpisodes(open_dataset(arguments), frame_size=size)
     parts, reason = [], "it has no episodes"
     for index in range(min(len(source), EPISODES)):

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, embedded_checkpoint
-from .dataset import add_dataset_flags, open_dataset
+from .dataset import add_dataset_flags, frame_size, open_dataset
 from .files import check_name, check_output_folder
 from .sampling import add_sampling_flags, check_sampling_flags, load_pipeline
 
 NETWORKS = ("lpips", "inception", "i3d")
-LIMITS = {"height": 8192, "width": 8192, "pad_actions_to": 1024}  # pixels, and components of an action
+LIMITS = {"pad_actions_to": 1024}  # components of an action
 
 
 def add_parser(subparsers: Any) -> None:
@@ -144,14 +144,13 @@ def _check_flags(arguments: argparse.Namespace) -> Any:
         if value not in known:
             names = ", ".join(name for name in known if name)
             raise ValueError(f"--{flag.replace('_', '-')} must be one of {names}, got {value!r}.")
-    least = dict.fromkeys(("batch_size", "num_clips", "frame_skip", "pad_actions_to", "height", "width"), 1)
+    least = dict.fromkeys(("batch_size", "num_clips", "frame_skip", "pad_actions_to"), 1)
     for flag, low in (least | {"faithfulness_clips": 0}).items():
         value, high = getattr(arguments, flag), LIMITS.get(flag, math.inf)
         if value is not None and not low <= value <= high:
             limit = f"at least {low}" if value < low else f"at most {high}"
             raise ValueError(f"--{flag.replace('_', '-')} must be {limit}, got {value}.")
-    if (arguments.height is None) != (arguments.width is None):
-        raise ValueError("--height and --width must be passed together.")
+    frame_size(arguments)
     return PROTOCOLS[arguments.protocol]
 
 
@@ -167,7 +166,7 @@ def _open_prepared(arguments: argparse.Namespace) -> tuple[Any, str]:
         arguments.frame_skip,
         arguments.action_composition,
         arguments.pad_actions_to,
-        (arguments.height, arguments.width) if arguments.height else None,
+        frame_size(arguments),
     )
     return dataset, getattr(source, "split", arguments.split or "test") or "all episodes"
 
