@@ -19,13 +19,13 @@ from typing import Any
 import psutil
 
 TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)(?:-(?P<host>[0-9a-f]{8})-[0-9a-f]{8})?\.partial(?:\.[^.]+)?")
-"""Names of temporary files and folders, with the process and the machine that write them."""
+"""Pattern of the names of temporary files and folders, with the process and the machine that write them."""
 ABANDONED_AFTER = 24 * 3600
 """Seconds without a change after which the temporary file of another machine counts as abandoned."""
 
 
 def path_inside(root: Path, path: str) -> Path:
-    """Return the path of a file that metadata names, relative to the folder of the metadata.
+    """Return the path of a file from a path in metadata, relative to the folder of the metadata.
 
     Symbolic links in the folder are followed: the Hub's cache consists of them.
 
@@ -235,7 +235,7 @@ def read_result(path: Path, kinds: dict[str, type]) -> dict[str, Any] | None:
 
 
 def has_kinds(found: dict[str, Any], kinds: dict[str, type]) -> bool:
-    """Check that a dictionary contains entries of some types; see `read_result`."""
+    """Check that a dictionary contains entries of the given types; see `read_result`."""
     return all(name in found and _is_kind(found[name], kind) for name, kind in kinds.items())
 
 

@@ -55,7 +55,7 @@ def test_settings_of_something_else_are_damage(output, content, caplog):
 def test_renamed_checkpoint_is_damage(output, caplog):
     (output / "checkpoint-4").rename(output / "checkpoint-1000")
     assert newest_checkpoint(output, {}) == output / "checkpoint-2"
-    assert "settings.json is that of step 4" in caplog.text
+    assert "settings.json belongs to step 4" in caplog.text
 
 
 def test_second_run_in_the_same_folder_raises(tmp_path):

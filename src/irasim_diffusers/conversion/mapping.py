@@ -13,12 +13,12 @@ import torch
 from ..models import IRASimTransformer3DModel
 from ..models.transformer_irasim import ACTION_ENCODER, LIMITS
 
-# The mapped tensors of a foreign tensor, the reason why it is dropped, or None if it is unknown.
+# The tensors of the model that a foreign tensor becomes, the reason why it is dropped, or None if it is unknown.
 Conversion: TypeAlias = dict[str, torch.Tensor] | str | None
 Converter: TypeAlias = Callable[[str, torch.Tensor, IRASimTransformer3DModel], Conversion]
 
 MAX_NEW_ELEMENTS = 1 << 29
-"""Upper limit for the parameters that a file does not have. The largest action encoder of the paper has 3e8."""
+"""Maximum number of parameters that are missing in a file. The largest action encoder of the paper has 3e8."""
 MAX_PROBLEMS = 100
 
 
@@ -90,7 +90,7 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def _matches(value: Any, kind: Any) -> bool:
-    """Whether a value has an annotated type; floats are finite in float32, and booleans are not numbers."""
+    """Return whether a value has an annotated type; floats are finite in float32, and booleans are not numbers."""
     if get_origin(kind) in (Union, UnionType):
         return any(_matches(value, option) for option in get_args(kind))
     if get_origin(kind) is list:
@@ -109,7 +109,7 @@ def computed(
         tensor: Table of the file.
         shape: Shape of the model's table. It is compared first, so that a large table is not computed unnecessarily.
         table: Returns the model's table.
-        tolerance: Largest accepted absolute difference.
+        tolerance: Maximum absolute difference.
 
     Returns:
         The reason, or None if the tables differ.
@@ -122,7 +122,7 @@ def computed(
 
 
 def is_action(key: str) -> bool:
-    """Whether a parameter belongs to the action encoder, which other model families do not have."""
+    """Return whether a parameter belongs to the action encoder, which other model families do not have."""
     return key.startswith(ACTION_ENCODER)
 
 
@@ -134,9 +134,9 @@ def zero_actions(model: IRASimTransformer3DModel) -> None:
 
 
 def without_sigma(tensor: torch.Tensor, model: IRASimTransformer3DModel) -> torch.Tensor:
-    """Return the rows that predict the mean, from a layer that predicts mean and variance.
+    """Return the rows for the mean of an output layer that predicts mean and variance.
 
-    The channels are the last dimension of the outputs.
+    Rows are ordered by pixel of the patch, then by channel: first the channels of the mean, then of the variance.
     """
     channels = model.config.in_channels
     if tensor.shape[0] != 2 * channels * model.config.patch_size**2:
@@ -158,9 +158,9 @@ def build(
     Args:
         config: Config of the model.
         state: Weights of the file.
-        convert: Maps a name and tensor of the file to names and tensors of the model.
+        convert: Maps a name and a tensor of the file to names and tensors of the model.
         report: Filled with the mapping.
-        new: Whether a parameter keeps its initial value because the file does not have it.
+        new: Returns whether a parameter keeps its initial value because the file does not contain it.
 
     Returns:
         The model, float32.

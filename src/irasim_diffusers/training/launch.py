@@ -24,7 +24,7 @@ except ModuleNotFoundError:  # Windows
 
 
 PARTS = ("transformer", "vae", "scheduler")
-"""Folders of a trained pipeline."""
+"""Subfolders of a trained pipeline."""
 _LOCKED: list[IO[str]] = []
 """Lock files, which stay open until the process ends."""
 

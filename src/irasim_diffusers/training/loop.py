@@ -52,7 +52,7 @@ UNREADABLE = (
     UnpicklingError,
     SafetensorError,
 )
-"""Errors of loaders for a checkpoint whose files are intact but belong to something else."""
+"""Errors of loaders if the files of a checkpoint are intact but do not belong to this run."""
 
 
 class TrainingRun:
@@ -111,7 +111,7 @@ class TrainingRun:
             power=3 / 4,
             foreach=True,
         )
-        self.ema.to(accelerator.device, torch.float32)  # also if DeepSpeed has cast the model
+        self.ema.to(accelerator.device, torch.float32)  # float32 also if DeepSpeed has cast the model
         self.noise_scheduler = noise_process(self.config)
         if arguments.report_to:
             flags = {
@@ -120,7 +120,7 @@ class TrainingRun:
             }
             accelerator.init_trackers("irasim-diffusers", config=flags)
         self.step, self.seconds, self.batch_number = 0, 0.0, 0
-        self.total = torch.zeros((), device=accelerator.device)  # loss over the batches of a step
+        self.total = torch.zeros((), device=accelerator.device)  # mean loss of the batches of a step
         self._resume()
         self.start = time.perf_counter() - self.seconds
         self.bar = tqdm(
@@ -279,7 +279,7 @@ class TrainingRun:
 
 
 def frozen_weights(transformer: torch.nn.Module) -> dict[str, str]:
-    """Return the hash of the frozen weights that adapters belong to; empty if all are trained."""
+    """Return the hash of the frozen weights to which adapters belong; empty if all weights are trained."""
     frozen = {name: each for name, each in transformer.named_parameters() if not each.requires_grad}
     if not frozen:
         return {}
@@ -288,7 +288,10 @@ def frozen_weights(transformer: torch.nn.Module) -> dict[str, str]:
 
 def _check_batch_size(arguments: RunArguments, clips: MixedClips, accelerator: Accelerator) -> None:
     if len(clips) < arguments.train_batch_size * accelerator.num_processes:
-        raise ValueError(f"`train_batch_size` must be at most the {len(clips)} windows over all processes: lower it.")
+        raise ValueError(
+            f"`train_batch_size` times the number of processes must be at most the {len(clips)} windows, got "
+            f"{arguments.train_batch_size} for {accelerator.num_processes}: use a smaller batch."
+        )
 
 
 def _configure(transformer: IRASimTransformer3DModel | UNetTrajectoryModel, arguments: RunArguments) -> None:

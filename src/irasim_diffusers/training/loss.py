@@ -30,7 +30,7 @@ def training_loss(
 ) -> torch.Tensor:
     """Compute the loss of a batch of clips.
 
-    The numbers of history frames and of chunks predicted first depend on the seed and the step only. Noise, timesteps and action
+    The number of history frames and the number of chunks that are predicted first depend on the seed and the step only. Noise, timesteps and action
     dropout depend on the seed and the index of the clip in the run. The draws therefore do not depend on the number of processes.
 
     Args:
@@ -47,13 +47,13 @@ def training_loss(
     """
     latents, actions = clip["latents"], clip["actions"]
     most = config["num_history_frames"]
-    length = config["sample_frames"] - most  # of a chunk
+    length = config["sample_frames"] - most  # length of a chunk
     num_history, chunks = _draw_lengths(config, arguments, step)
     draw = _draws(arguments.seed, position, len(latents), latents.device)
     uniform = draw(0, 8)
     (timestep, terminal, deviation, drop, true_history), places = uniform[:, :5].unbind(1), uniform[:, 5:]
     history = _predict_history(model, noise_scheduler, clip, config, arguments, num_history, chunks, draw)
-    first = most + chunks * length  # of the frames with the loss
+    first = most + chunks * length  # index of the first frame with a loss
     start, end = first - history.shape[2], first + length
     keep = (true_history < TRUE_HISTORY).view(-1, 1, 1, 1, 1)
     history = torch.where(keep, latents[:, :, start:first], history)
@@ -94,7 +94,7 @@ def _predict_history(
     """Predict the first chunks of clips, and return the history frames of the next chunk (B, C, h, H, W)."""
     latents, actions = clip["latents"], clip["actions"]
     most = config["num_history_frames"]
-    length = config["sample_frames"] - most  # of a chunk
+    length = config["sample_frames"] - most  # length of a chunk
     history = latents[:, :, most - num_history : most]
     shape = (latents.shape[1], length, *latents.shape[3:])
     for chunk in range(chunks):
@@ -109,7 +109,7 @@ def _predict_history(
             relative_latents=config["relative_latents"],
         )
         history = torch.cat([history, future.to(history)], dim=2)[:, :, -most:]
-    torch.clear_autocast_cache()  # before torch 2.11 it keeps weights cast without gradient
+    torch.clear_autocast_cache()  # before torch 2.11, this cache keeps weights that were cast without gradient
     return history
 
 
@@ -124,7 +124,7 @@ def _draw_lengths(config: Any, arguments: RunArguments, step: int) -> tuple[int,
 
 
 def _draws(seed: int, position: int, batch_size: int, device: torch.device) -> Callable[..., torch.Tensor]:
-    """Return a function that draws uniform or normal numbers (B, ...) of a kind for the clips of a batch."""
+    """Return a function that draws uniform or normal numbers (B, ...) for clips; kinds are independent."""
 
     def draw(kind: int, *shape: int, normal: bool = False) -> torch.Tensor:
         generators = [np.random.default_rng([seed, 1, position + index, kind]) for index in range(batch_size)]

@@ -38,7 +38,7 @@ def build_schedules(
 ) -> list[Any]:
     """Build the learning rate schedule of each optimizer.
 
-    Accelerate steps a prepared schedule once per process.
+    Accelerate advances a prepared schedule once per process, so that steps are multiplied by their number.
     """
     return [
         get_scheduler(

@@ -49,7 +49,7 @@ def encode_data(
         accelerator: Accelerator of the run. Every process must call this function.
 
     Raises:
-        ValueError: If the data or `crop_size` do not fit the model.
+        ValueError: If the data or `crop_size` do not match the model.
     """
     check_crop(arguments.crop_size, config)
     if not arguments.recorded_latents:
@@ -84,7 +84,7 @@ def train(
         The finished run.
 
     Raises:
-        ValueError: If the validation data do not fit the model, or a checkpoint belongs to a run with other settings.
+        ValueError: If the validation data do not match the model, or a checkpoint belongs to a run with other settings.
     """
     clips = MixedClips(data.parts, arguments.dataset_weights or None, arguments.seed)
     held_out = validation_clips(arguments, transformer.config) if accelerator.is_main_process else None

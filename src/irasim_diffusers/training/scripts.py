@@ -111,8 +111,8 @@ def check_launch(accelerator: Accelerator) -> None:
     """Check that accelerate has started as many processes as requested.
 
     Raises:
-        ValueError: If `accelerate launch --cpu --num_processes N` has started a single process, or the processes do not
-            belong together.
+        ValueError: If `accelerate launch --cpu --num_processes N` has started a single process, or if each of
+            several processes would run alone.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched > 1 and accelerator.num_processes == 1:
