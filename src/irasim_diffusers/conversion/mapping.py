@@ -74,7 +74,7 @@ def head_dim(width: int, heads: Any) -> int:
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Check names and types of config entries against the signature of the model, which checks their values.
+    """Check names and types of config entries against the signature of the model, which checks values.
 
     Raises:
         ValueError: If an entry is unknown or has a wrong type.
@@ -90,7 +90,7 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def _matches(value: Any, kind: Any) -> bool:
-    """Return whether a value has an annotated type; floats are finite in float32, and booleans are not numbers."""
+    """Return whether a value has a type; floats must be finite in float32, booleans are not numbers."""
     if get_origin(kind) in (Union, UnionType):
         return any(_matches(value, option) for option in get_args(kind))
     if get_origin(kind) is list:
@@ -140,7 +140,7 @@ def without_sigma(tensor: torch.Tensor, model: IRASimTransformer3DModel) -> torc
     """
     channels = model.config.in_channels
     if tensor.shape[0] != 2 * channels * model.config.patch_size**2:
-        return tensor  # `build` reports the shape
+        return tensor  # `build` reports the wrong shape
     return tensor.unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1)
 
 

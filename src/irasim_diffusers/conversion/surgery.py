@@ -64,7 +64,7 @@ def change_patch_size(
     state = model.state_dict()
     kernel = state["patch_embed.proj.weight"]
     state["patch_embed.proj.weight"] = _crop(kernel, patch_size) * (old / patch_size) ** 2
-    for name in ("proj_out.weight", "proj_out.bias"):  # rows: vertical, horizontal, channel
+    for name in ("proj_out.weight", "proj_out.bias"):  # rows: vertical position, horizontal position, channel
         rows = state[name].reshape(old, old, config["in_channels"], -1).permute(3, 2, 0, 1)
         state[name] = _crop(rows, patch_size).permute(2, 3, 1, 0).reshape(-1, *state[name].shape[1:])
     name = "action_embed.linear_1.weight"
@@ -195,7 +195,7 @@ def _map_patches(
     read = kernel.flatten(1).double() @ _least_squares(patches_after, patches_before).T
     state["patch_embed.proj.weight"] = read.unflatten(1, (-1, new, new)).to(kernel)
     write = _least_squares(patches_before, patches_after).T
-    for name in ("proj_out.weight", "proj_out.bias"):  # rows: vertical, horizontal, channel
+    for name in ("proj_out.weight", "proj_out.bias"):  # rows: vertical position, horizontal position, channel
         rows = state[name].reshape(old, old, before.shape[1], -1).permute(2, 0, 1, 3)
         rows = (write @ rows.flatten(0, 2).double()).reshape(after.shape[1], new, new, -1)
         state[name] = rows.permute(1, 2, 0, 3).reshape(-1, *state[name].shape[1:]).to(state[name])
@@ -237,7 +237,7 @@ def change_action_dim(model: IRASimTransformer3DModel, action_dim: int) -> IRASi
 
 
 def _crop(kernel: torch.Tensor, size: int) -> torch.Tensor:
-    """Interpolate kernels (..., old, old) in a window of `size` pixels about their center, at the same scale."""
+    """Interpolate kernels (..., old, old) in a centered window of `size` pixels, at the same scale."""
     places = (torch.arange(size, device=kernel.device) - (size - 1) / 2) * 2 / max(kernel.shape[-1] - 1, 1)
     grid = torch.stack(torch.meshgrid(places, places, indexing="xy"), dim=-1).to(kernel)
     sampled = torch.nn.functional.grid_sample(

@@ -124,7 +124,7 @@ class IRASimAttnProcessor:
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
-            pairs = -1 if attn.temporal else -2  # rotates adjacent channels (Open-Sora) or the two halves of a head
+            pairs = -1 if attn.temporal else -2  # rotate adjacent channels (Open-Sora) or the halves of a head
             query = apply_rotary_emb(query, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
 
@@ -136,7 +136,7 @@ class IRASimAttnProcessor:
                 key,
                 value,
                 backend=self._attention_backend,
-                # context parallelism splits the patches (see `_cp_plan`); every process has all frames
+                # context parallelism splits the patches (see `_cp_plan`), not the frames
                 parallel_config=None if attn.temporal else self._parallel_config,
             )
         hidden_states = hidden_states.flatten(-2)  # (B, S, D)
@@ -622,7 +622,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         ):
             hidden_states = self._run(spatial_block, hidden_states, spatial_temb, spatial_rotary, None, grid)
             hidden_states = self._run(temporal_block, hidden_states, temporal_temb, rotary, positions)
-            positions = None  # the first temporal block adds them
+            positions = None  # only the first temporal block adds positions
 
         sample = self._project_out(hidden_states, final_temb, grid)  # (B, C, F, H, W)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -691,7 +691,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             modulation = self.ada_norm_out(temb)  # (B, F or 1, 2 D)
         else:
             modulation = torch.cat([temb, temb], dim=-1) + self.scale_shift_table.flatten().to(temb.device)
-        # in a model split over GPUs, the last blocks are on another device than the embeddings
+        # in a model split over GPUs, the last blocks may be on another device than the embeddings
         shift, scale = modulation.to(hidden_states.device).unsqueeze(2).chunk(2, dim=-1)
         hidden_states = torch.addcmul(shift, self.norm_out(hidden_states), 1 + scale)
         hidden_states = self.proj_out(hidden_states)  # (B, F, S, patch patch C)
@@ -761,7 +761,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             down, across = (down + 0.5) * ratio - 0.5, (across + 0.5) * ratio - 0.5
         if config.spatial_position == "area":
             side = round((rows * columns) ** 0.5)
-            area = (rows * columns) ** 0.5 * config.patch_size / 64  # 64 latent pixels are Open-Sora's 512 pixels
+            area = (rows * columns) ** 0.5 * config.patch_size / 64  # 64 latent pixels are 512 pixels in Open-Sora
             down, across = down * side / rows / area, across * side / columns / area
         elif config.spatial_position == "fixed":
             side = 64 // config.patch_size  # Latte's grid has 64x64 latent pixels

@@ -41,7 +41,7 @@ UNET_PRESETS: dict[str, dict[str, Any]] = {
 
 NORM_GROUPS = 8
 MAX_RESOLUTIONS, MAX_WIDTH = 12, 16384
-MAX_SEQUENCES = 2**15  # CUDA limits the grid dimension to 16 bits; every pixel is one sequence
+MAX_SEQUENCES = 2**15  # CUDA limits the grid dimension to 16 bits; temporal attention has one sequence per pixel
 
 
 class UNetLinearAttnProcessor(IRASimAttnProcessor):
@@ -350,7 +350,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         batch_size, _, num_frames, height, width = hidden_states.shape
         if actions is not None:
             self._check_actions(actions, num_frames)
-        multiple = 2 ** len(self.downsamplers)  # the sides must be divisible by this
+        multiple = 2 ** len(self.downsamplers)  # height and width must be divisible by this number
         hidden_states = F.pad(hidden_states, (0, -width % multiple, 0, -height % multiple, 0, 0), mode="replicate")
         hidden_states = self.conv_in(hidden_states.transpose(1, 2).flatten(0, 1))  # (B F, D, H, W)
         dtype = hidden_states.dtype

@@ -413,7 +413,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             The future (B, C, n, H, W), scaled latents, float32.
         """
         schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas)
-        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # depends on the timesteps
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # this factor depends on the timesteps
         if guidance_scale is not None:
             self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
@@ -424,7 +424,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             if self.interrupt:
                 break
             self._current_timestep = t
-            scale = getattr(self.scheduler, "scale_model_input", None)  # schedulers of flows have none
+            scale = getattr(self.scheduler, "scale_model_input", None)  # flow-matching schedulers do not have it
             noisy = latents if scale is None else scale(latents, t)
             prediction = self._predict(history, noisy, t, actions, conditions)
             if self.transformer.config.prediction_type == "sample":

@@ -46,7 +46,7 @@ def exchange(scheduler: Any, kind: str | type[SchedulerMixin], config: Any, **ch
     settings: dict[str, Any] = {}
     is_other = not isinstance(scheduler, found)
     if config.prediction_type == "sample" and (is_other or found.__name__ in WITHOUT_SAMPLE):
-        settings["prediction_type"] = "v_prediction"  # supported by all schedulers; the pipeline converts samples
+        settings["prediction_type"] = "v_prediction"  # every scheduler supports it; the pipeline converts samples
     if is_other and "clip_sample" in known:  # PNDM has no such entry
         settings["clip_sample"] = False
     new = scheduler_class.from_config(scheduler.config, **settings | changes)

@@ -217,7 +217,7 @@ MAY_CHANGE = {
     *("logging_steps", "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_model_id"),
     *("validation_dataset", "validation_split", "validation_steps", "num_validation_clips"),
     *("validation_inference_steps", "compile", "attention_backend", "gradient_checkpointing", "allow_tf32"),
-    # a change of these is detected by the identity of the latents
+    # the names of the latent caches, which must not change, depend on these
     *("dataset", "dataset_revision", "streaming", "vae", "max_train_episodes"),
 }
 """Arguments that may change when a run is resumed."""

@@ -45,7 +45,8 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
         log_with=arguments.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],  # one process may encode for a long time
+        # the other processes wait while one encodes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_launch(accelerator)

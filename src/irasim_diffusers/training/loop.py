@@ -301,7 +301,7 @@ def _configure(transformer: IRASimTransformer3DModel | UNetTrajectoryModel, argu
     if arguments.attention_backend:
         transformer.set_attention_backend(arguments.attention_backend)
     if arguments.compile:
-        torch._dynamo.config.cache_size_limit = 64  # windows of several lengths, with and without gradients
+        torch._dynamo.config.cache_size_limit = 64  # one graph per window length, with and without gradients
         transformer.compile_repeated_blocks(dynamic=False)
 
 

@@ -28,7 +28,7 @@ def build_optimizers(model: nn.Module, arguments: RunArguments) -> list[torch.op
 
         return [bitsandbytes.optim.AdamW8bit(rest, **adam, **settings)]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, fused=True, **adam, **settings)]
-    if matrices:  # both use the same learning rate
+    if matrices:  # both optimizers use the same learning rate
         optimizers.append(torch.optim.Muon(list(matrices.values()), adjust_lr_fn="match_rms_adamw", **settings))
     return optimizers
 

@@ -11,7 +11,7 @@ from .objective import NoiseProcess
 
 
 def clip_length(config: Any, rollout_chunks: int) -> int:
-    """Return the number of frames of a clip: history, chunks without gradient, and the chunk with the loss."""
+    """Return the number of frames of a clip: history, chunks without gradient, and a chunk with the loss."""
     history = config["num_history_frames"]
     return history + (rollout_chunks + 1) * (config["sample_frames"] - history)
 
