@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 KINDS = ("relative", "absolute")
 MARGIN = 1000.0
-"""Minimum distance, in normalized units, by which an action may exceed the bounds."""
+"""Number of normalized units by which an action may exceed the bounds, if their width is smaller."""
 UNBOUNDED_LIMIT = 1e4
 """Maximum absolute normalized action of an unbounded component."""
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 MAX_HEADER = 1 << 21
-"""Bytes of a pickle or of a safetensors header, about 10,000 tensors. Reading them takes up to 200 times as much memory."""
+"""Maximum size of a pickle or safetensors header in bytes, which reading multiplies by up to 200 in memory."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STORAGES = {  # bytes per element; other storages are rejected

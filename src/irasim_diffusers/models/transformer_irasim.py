@@ -49,7 +49,7 @@ ACTION_ENCODER = ("action_embed.", "trajectory_embed.", "null_action")
 """Name prefixes of the action encoder weights."""
 
 TARGET_OCTAVES = 6
-"""Octaves of the Fourier features of a patch's offset from the target. The longest wavelength is four frame sizes."""
+"""Octaves of the Fourier features of a patch's offset from the target. The longest wavelength is four times the frame."""
 
 LIMITS = {
     "num_attention_heads": 256,

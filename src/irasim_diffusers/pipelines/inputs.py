@@ -31,7 +31,7 @@ AUTOENCODER_LIMITS = {
 """Upper limits of sizes in the config of an autoencoder."""
 MAX_BLOCKS = 16
 FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-"""Types of weights in safetensors files."""
+"""Floating-point types in safetensors files."""
 
 
 def stack_frames(frames: Any) -> torch.Tensor:

@@ -234,10 +234,10 @@ def averaged_state(ema: EMAModel, model: ModelMixin | nn.Module) -> dict[str, to
 def save_average(accelerator: Accelerator, ema: EMAModel, model: nn.Module, folder: Path) -> None:
     """Write the averaged weights to `ema.safetensors`; every process must call this function."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    whole = [whole(shadow).cpu().contiguous() for shadow in ema.shadow_params]
+    averages = [whole(shadow).cpu().contiguous() for shadow in ema.shadow_params]
     if accelerator.is_main_process:
         metadata = {"optimization_step": str(ema.optimization_step)}
-        save_file(dict(zip(names, whole, strict=True)), folder / "ema.safetensors", metadata)
+        save_file(dict(zip(names, averages, strict=True)), folder / "ema.safetensors", metadata)
 
 
 def load_average(ema: EMAModel, model: nn.Module, folder: Path) -> None:
