@@ -59,6 +59,43 @@ def test_windows_contain_latents_and_the_actions_between_frames(dataset, tmp_pat
     assert len(LatentClips(cache_latents(folder, vae, tmp_path / "cache"), sample_frames=4, stride=3)) == 1 + 2 + 2
 
 
+@pytest.mark.parametrize("frame_skip", [1, 2])
+def test_windows_that_change_are_drawn_more_often(tmp_path, frame_skip):
+    still, moving = torch.zeros(20, 1, 2, 2), torch.zeros(300, 1, 2, 2)
+    moving[200:] = torch.arange(100).view(-1, 1, 1, 1) / 10
+    tensors = {"latents.0": still.half(), "latents.1": moving.half()}
+    tensors |= {f"actions.{number}": torch.zeros(length, 1) for number, length in ((0, 20), (1, 300))}
+    save_file(tensors, tmp_path / "latents-00000.safetensors")
+    (tmp_path / "manifest.json").write_text("{}")
+    clips = LatentClips(tmp_path, sample_frames=3, stride=3, frame_skip=frame_skip)
+    frames = torch.stack([clips[index]["latents"] for index in range(len(clips))])
+    expected = frames.diff(dim=2).abs().mean((1, 3, 4)).sum(1).double()
+    np.testing.assert_allclose(clips.changes(), expected, atol=1e-4)
+
+    share = (expected > 0).float().mean().item()
+    mixed = MixedClips([clips], change_share=0.75)
+    drawn = torch.stack([mixed[index]["latents"].diff(dim=1).abs().sum() > 0 for index in range(len(mixed))])
+    assert len(mixed) == len(clips)
+    assert abs(drawn.float().mean().item() - (0.75 + 0.25 * share)) < 0.06
+    first = mixed._drawn.copy()
+    mixed.set_epoch(1)
+    assert not np.array_equal(mixed._drawn, first)
+    mixed.set_epoch(0)
+    assert np.array_equal(mixed._drawn, first)
+    with pytest.raises(ValueError, match=r"`change_share` must be in \[0, 1\], got 1.5"):
+        MixedClips([clips], change_share=1.5)
+
+
+def test_still_clips_are_drawn_uniformly(tmp_path):
+    save_file(
+        {"latents.0": torch.zeros(30, 1, 2, 2).half(), "actions.0": torch.zeros(30, 1)},
+        tmp_path / "latents-0.safetensors",
+    )
+    (tmp_path / "manifest.json").write_text("{}")
+    mixed = MixedClips([LatentClips(tmp_path, sample_frames=2)], change_share=1.0)
+    assert len(np.unique(mixed._drawn)) > 10
+
+
 def test_windows_are_counted_but_not_stored(tmp_path):
     lengths = {0: 400_000, 7: 5, 3: 300_001}
     tensors = {f"latents.{number}": torch.zeros(length, 1, 1, 1).half() for number, length in lengths.items()}

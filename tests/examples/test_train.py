@@ -556,6 +556,29 @@ def test_training_on_own_rollouts(length):
     assert chunks == {1, 2, 3, 4}
 
 
+def test_rollouts_are_predicted_in_the_crop_of_the_loss():
+    config = {"num_history_frames": 2, "sample_frames": 3, "conditioning": "frame", "relative_latents": True}
+    config |= {"patch_size": 1, "target_extent": None}
+    settings = TrainingArguments(dataset=["set"], output_dir="out", rollout_chunks=3, action_dropout=0.0, crop_size=2)
+    process = noise_process(tiny_transformer(prediction_type="sample").config)
+    columns = torch.arange(8.0).expand(4, 3, 6, 8, 8)  # every frame shows the column of each pixel, without change
+    lengths = set()
+    for step in range(6):
+        windows = []
+
+        def model(hidden_states, timesteps, actions, windows=windows, **kwargs):
+            windows.append(hidden_states)
+            return (torch.zeros_like(hidden_states),)
+
+        clip = {"latents": columns, "actions": torch.zeros(4, 5, 1)}
+        training_loss(model, process, clip, config, settings, step=step, position=0)
+        assert {window.shape[-2:] for window in windows} == {(2, 2)}
+        histories = torch.stack([window[:, :, 1] for window in windows])
+        torch.testing.assert_close(histories, histories[:1].expand_as(histories))
+        lengths.add(len(windows))
+    assert len(lengths) > 1
+
+
 def test_all_weights_have_gradients_after_bfloat16_rollout():
     """Autocast must not reuse weights that were cast without gradient during a rollout."""
     config = {"num_history_frames": 2, "sample_frames": 3, "conditioning": "frame", "relative_latents": True}

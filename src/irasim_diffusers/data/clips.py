@@ -154,6 +154,20 @@ class LatentClips(Dataset):
         """Actions (N, A) between the frames of all episodes, concatenated."""
         return torch.cat([actions[: -self.frame_skip] for _, actions in self.episodes.values()])
 
+    def changes(self) -> np.ndarray:
+        """Change of every window (N,): the mean absolute differences between its successive frames, summed."""
+        changes = []
+        for latents, _ in self.episodes.values():
+            steps = [
+                (after.float() - before.float()).abs().flatten(1).mean(1)
+                for before, after in zip(
+                    latents[: -self.frame_skip].split(256), latents[self.frame_skip :].split(256), strict=True
+                )
+            ]
+            windows = torch.cat(steps).unfold(0, self.span - self.frame_skip, self.stride)
+            changes.append(windows[:, :: self.frame_skip].double().sum(1))
+        return torch.cat(changes).numpy()
+
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
@@ -215,12 +229,22 @@ class MixedClips(Dataset):
             together. A set repeats windows if its share is larger than the set, and omits some if it is smaller; each epoch
             omits other windows.
         seed: Determines the windows, together with the epoch.
+        change_share: Fraction of the windows that are drawn with a probability proportional to their change, see
+            `LatentClips.changes`. The others are drawn uniformly.
 
     Raises:
-        ValueError: If the shapes differ, or a weight is missing, not positive or not finite.
+        ValueError: If the shapes differ, a weight is missing, not positive or not finite, or `change_share` is not in [0, 1].
     """
 
-    def __init__(self, clips: Sequence[LatentClips], weights: Sequence[float] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        clips: Sequence[LatentClips],
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+        change_share: float = 0.0,
+    ) -> None:
+        if not 0 <= change_share <= 1:
+            raise ValueError(f"`change_share` must be in [0, 1], got {change_share}.")
         if weights is not None:
             shares = np.asarray(weights, dtype=np.float64)
             if shares.shape != (len(clips),) or not (np.isfinite(shares) & (shares > 0)).all():
@@ -232,15 +256,21 @@ class MixedClips(Dataset):
         self.seed = seed
         self.sizes = np.array([len(part) for part in clips])
         self.shares = self.sizes / self.sizes.sum() if weights is None else shares / shares.sum()
+        self.change_share = change_share
+        self._changes = [part.changes() if change_share else None for part in clips]
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Select the windows of an epoch."""
         order = np.random.default_rng([self.seed, epoch])
-        drawn = [
-            np.resize(order.permutation(size), max(round(share * self.sizes.sum()), 1))
-            for size, share in zip(self.sizes, self.shares, strict=True)
-        ]
+        drawn = []
+        for size, share, changes in zip(self.sizes, self.shares, self._changes, strict=True):
+            number = max(round(share * self.sizes.sum()), 1)
+            by_change = round(self.change_share * number)
+            drawn.append(np.resize(order.permutation(size), number - by_change))
+            if by_change:
+                weights = np.asarray(changes) + 1e-9  # without any change, all windows are equally likely
+                drawn[-1] = np.append(drawn[-1], order.choice(size, by_change, p=weights / weights.sum()))
         self._sets = np.repeat(np.arange(len(drawn), dtype=np.int32), [len(part) for part in drawn])
         self._drawn = np.concatenate(drawn)
 

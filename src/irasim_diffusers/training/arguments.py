@@ -66,6 +66,13 @@ class RunArguments(DataArguments):
     dataset_weights: list[float] = field(
         default_factory=list, metadata={"help": "sampling weight of each dataset (default: its number of windows)"}
     )
+    change_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "fraction of clips drawn with a probability proportional to how much their frames change; the others are "
+            "drawn uniformly"
+        },
+    )
     max_train_episodes: int | None = field(
         default=None, metadata={"help": "train on at most this number of episodes of each dataset, the first ones"}
     )
@@ -290,7 +297,7 @@ def check_run_arguments(arguments: RunArguments) -> None:
     Raises:
         ValueError: If a value is invalid or does not apply to the other arguments.
     """
-    fractions = ("terminal_share", "action_dropout", "ema_decay")
+    fractions = ("change_share", "terminal_share", "action_dropout", "ema_decay")
     check_ranges(arguments, NOT_NEGATIVE, AT_LEAST_1, POSITIVE, fractions, CHOICES)
     if not 1 <= arguments.validation_inference_steps <= 1000:
         raise ValueError(

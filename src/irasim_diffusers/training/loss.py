@@ -52,14 +52,16 @@ def training_loss(
     draw = _draws(arguments.seed, position, len(latents), latents.device)
     uniform = draw(0, 8)
     (timestep, terminal, deviation, drop, true_history), places = uniform[:, :5].unbind(1), uniform[:, 5:]
-    history = _predict_history(model, noise_scheduler, clip, config, arguments, num_history, chunks, draw)
     first = most + chunks * length  # index of the first frame with a loss
+    if arguments.crop_size:
+        latents, actions = latents[:, :, : first + length], actions[:, : first + length - 1]
+        latents, actions = crop(latents, actions, config, arguments.crop_size, places)
+        clip = {"latents": latents, "actions": actions}
+    history = _predict_history(model, noise_scheduler, clip, config, arguments, num_history, chunks, draw)
     start, end = first - history.shape[2], first + length
     keep = (true_history < TRUE_HISTORY).view(-1, 1, 1, 1, 1)
     history = torch.where(keep, latents[:, :, start:first], history)
     window, actions = torch.cat([history, latents[:, :, first:end]], dim=2), actions[:, first - 1 : end - 1]
-    if arguments.crop_size:
-        window, actions = crop(window, actions, config, arguments.crop_size, places)
     noise = draw(1, *window.shape[1:], normal=True)
     clean = first - start
     disturbance = arguments.history_noise * deviation.view(-1, 1, 1, 1, 1) * noise[:, :, :clean]

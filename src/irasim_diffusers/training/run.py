@@ -86,7 +86,7 @@ def train(
     Raises:
         ValueError: If the validation data do not match the model, or a checkpoint belongs to a run with other settings.
     """
-    clips = MixedClips(data.parts, arguments.dataset_weights or None, arguments.seed)
+    clips = MixedClips(data.parts, arguments.dataset_weights or None, arguments.seed, arguments.change_share)
     held_out = validation_clips(arguments, transformer.config) if accelerator.is_main_process else None
     log_size(transformer, clips, sum(map(len, data.sources)), accelerator)
     run = TrainingRun(accelerator, arguments, transformer, clips, data.vae, data.folders, copy)
