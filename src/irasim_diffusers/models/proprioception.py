@@ -12,9 +12,9 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
     """Regresses the robot state, such as the position of a gripper, from one frame.
 
     Convolutions and a spatial softmax locate keypoints, and a perceptron maps them to the state
-    (https://arxiv.org/abs/1509.06113). A world model predicts frames only. If actions are target positions, the state after a
-    step cannot be computed from the action, because the robot may not have reached the target. This model reads the state from
-    the predicted frame.
+    (https://arxiv.org/abs/1509.06113). A world model predicts frames only. If actions are target positions, the state after
+    a step cannot be computed from the action, because the robot may not have reached the target. This model reads the state
+    from the predicted frame.
 
     Args:
         state_names: Names of the S state components.

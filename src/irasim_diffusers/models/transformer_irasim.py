@@ -1,7 +1,8 @@
 """The IRASim transformer: alternating spatial and temporal blocks; each action modulates its frame.
 
 Reference: "IRASim: A Fine-Grained World Model for Robot Manipulation" (https://arxiv.org/abs/2406.14540), section 3 and
-appendix 8. Where the paper and its released code differ, this file follows the code, because the released weights were trained with it.
+appendix 8. Where the paper and its released code differ, this file follows the code, because the released weights were trained
+with it.
 
 The file exceeds 500 lines because diffusers keeps a model in one file. `IRASimTransformer3DModel.__init__` exceeds 60 lines
 because its signature is the flat config, and `forward` because of its documentation.
@@ -317,7 +318,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             for pure noise, so that one denoising step is sufficient. False in the paper.
         prediction_type: Output of the network, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which has
             no betas.
-        num_train_timesteps: Number of timesteps of the noise process in training; this entry and the next three are as in diffusers.
+        num_train_timesteps: Number of timesteps of the noise process in training; this entry and the next three are as in
+            diffusers.
         beta_start: First noise variance.
         beta_end: Last noise variance.
         beta_schedule: Schedule of the variances from `beta_start` to `beta_end`.

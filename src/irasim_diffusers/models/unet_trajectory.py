@@ -159,15 +159,15 @@ class UNetTrajectoryBlock(nn.Module):
 class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """The U-Net of VDM and LVDM, conditioned on the clean history and a whole trajectory.
 
-    It predicts the noise of the future frames. Space and time are factorized: convolutions and attention within
-    frames, attention between the frames of a pixel. An MLP embeds the trajectory, which has a fixed number of actions.
-    The concatenated embeddings of trajectory and timestep scale and shift the features of every residual
-    block. All frames thus receive all actions, as in Video-Ada.
+    It predicts the noise of the future frames. Space and time are factorized: convolutions and attention within frames,
+    attention between the frames of a pixel. An MLP embeds the trajectory, which has a fixed number of actions. The
+    concatenated embeddings of trajectory and timestep scale and shift the features of every residual block. All frames thus
+    receive all actions, as in Video-Ada.
 
     Residual blocks and samplers are those of diffusers. Differences from the released code of the baselines: residual blocks
     normalize each frame separately, before the convolution; temporal positions are rotary, without a learned bias. With the
-    paper's settings on RT-1 (15 actions of 7 components) VDM has 44,518,595 parameters and LVDM 687,572,260. The paper reports
-    40M and 687M; the layers of the released code add up to 44.50M and 687.52M.
+    paper's settings on RT-1 (15 actions of 7 components) VDM has 44,518,595 parameters and LVDM 687,572,260. The paper
+    reports 40M and 687M; the layers of the released code add up to 44.50M and 687.52M.
 
     Args:
         block_out_channels: Channels of each resolution, the finest first; each resolution halves the height and width.
@@ -196,7 +196,8 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         relative_latents: Whether the latents of predicted frames are relative to the last history frame.
         prediction_type: Output of the network, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which has
             no betas.
-        num_train_timesteps: Number of timesteps of the noise process in training; this entry and the next three are as in diffusers.
+        num_train_timesteps: Number of timesteps of the noise process in training; this entry and the next three are as in
+            diffusers.
         beta_start: First noise variance.
         beta_end: Last noise variance.
         beta_schedule: Schedule of the variances from `beta_start` to `beta_end`.

@@ -252,8 +252,8 @@ def check_chunk(chunk_length: Any, config: Any, longest: float | None = None) ->
         longest: Maximum number; None for the number of predicted frames of a window. Ignored for Video-Ada and the U-Net.
 
     Raises:
-        ValueError: If the number is less than 1 or too large, or, for Video-Ada and the U-Net, differs from the number of predicted
-            frames of a window.
+        ValueError: If the number is less than 1 or too large, or, for Video-Ada and the U-Net, differs from the number of
+            predicted frames of a window.
     """
     window = config.sample_frames - config.num_history_frames
     fixed = config.conditioning == "video"

@@ -35,7 +35,8 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         affect the LoRA layers only. A `.bin` file is read only if the path names it.
 
         Raises:
-            ValueError: If the file contains other weights, or if its action encoder does not match the model or cannot be replaced now.
+            ValueError: If the file contains other weights, or if its action encoder does not match the model or cannot be
+                replaced now.
         """
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, dict) or not str(source).endswith(".bin"):
@@ -105,7 +106,8 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
     def unload_lora_weights(self) -> None:
         """Remove all LoRA layers and restore the model's own action encoder, unless the layers are fused.
 
-        Fused layers and the action encoder of their file are kept: `fuse_lora()` followed by this method merges them permanently.
+        Fused layers and the action encoder of their file are kept: `fuse_lora()` followed by this method merges them
+        permanently.
         """
         transformer = unwrap_module(self.transformer)
         own = {} if self._is_fused() else getattr(transformer, "_own_action_encoder", {})

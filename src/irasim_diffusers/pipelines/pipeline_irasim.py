@@ -62,8 +62,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     The pipeline is a `WorldModel`: `start`, `advance` and `decode` predict rollouts in latent space.
 
     `num_inference_steps`, `chunk_length` and `timesteps` are settings of the checkpoint and are saved with it. `components`
-    contains them, so that `IRASimPipeline(**pipe.components)` and `IRASimPipeline.from_pipe(pipe)` have the settings of `pipe`. Schedulers
-    are stateful: use one pipeline per thread, such as `pipe.with_scheduler(type(pipe.scheduler))`, which shares all weights.
+    contains them, so that `IRASimPipeline(**pipe.components)` and `IRASimPipeline.from_pipe(pipe)` have the settings of
+    `pipe`. Schedulers are stateful: use one pipeline per thread, such as `pipe.with_scheduler(type(pipe.scheduler))`, which
+    shares all weights.
 
     Args:
         vae: Per-frame autoencoder; None for a model in pixel space, whose latents are the frames in [-1, 1].
@@ -396,7 +397,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         Args:
             history: Clean history (B, C, h, H, W), scaled latents.
             actions: Actions (B, n, A) in raw units.
-            latents: Noise (B, C, n, H, W) of unit variance, from `prepare_latents`. This method scales it as the scheduler requires.
+            latents: Noise (B, C, n, H, W) of unit variance, from `prepare_latents`. This method scales it as the scheduler
+                requires.
             num_inference_steps: Number of denoising steps.
             guidance_scale: Above 1 the network is evaluated twice per step, with and without actions. None keeps the current
                 scale.
@@ -723,9 +725,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     ) -> Iterator[PIL.Image.Image | np.ndarray | torch.Tensor]:
         """Predict one trajectory while its actions arrive.
 
-        The frames of a chunk are predicted as soon as its `chunk_length` actions have arrived. The next action is requested only when all
-        predicted frames have been consumed, so that a policy can observe them. The history is kept in latents, which are
-        never decoded and encoded again.
+        The frames of a chunk are predicted as soon as its `chunk_length` actions have arrived. The next action is requested
+        only when all predicted frames have been consumed, so that a policy can observe them. The history is kept in latents,
+        which are never decoded and encoded again.
 
         Args:
             frames: The history; see `__call__`.

@@ -230,8 +230,8 @@ class TrainingRun:
     def _check_finite(self, norm: torch.Tensor | None) -> None:
         """Raise FloatingPointError in every process if a step's loss or gradient norm is not finite in any.
 
-        The weights have not changed yet, except with DeepSpeed, which updates them in the backward pass. The values are read from
-        the device once per step.
+        The weights have not changed yet, except with DeepSpeed, which updates them in the backward pass. The values are read
+        from the device once per step.
         """
         values = {"loss": self.total} | (
             {} if norm is None else {"gradient norm": whole(norm).to(self.total).reshape(())}

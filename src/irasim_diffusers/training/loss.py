@@ -30,8 +30,9 @@ def training_loss(
 ) -> torch.Tensor:
     """Compute the loss of a batch of clips.
 
-    The number of history frames and the number of chunks that are predicted first depend on the seed and the step only. Noise, timesteps and action
-    dropout depend on the seed and the index of the clip in the run. The draws therefore do not depend on the number of processes.
+    The number of history frames and the number of chunks that are predicted first depend on the seed and the step only.
+    Noise, timesteps and action dropout depend on the seed and the index of the clip in the run. The draws therefore do not
+    depend on the number of processes.
 
     Args:
         model: The model, possibly wrapped by accelerate; a `StateReadout` with `state_keys`.

@@ -15,9 +15,9 @@ from ..models import IRASimTransformer3DModel, UNetTrajectoryModel
 class StateReadout(nn.Module):
     """A model with an auxiliary linear readout of the true state from its intermediate features.
 
-    If an object is predicted in the wrong place, the pixel error barely depends on the direction of the correction. The error
-    of a predicted position does. The readout is used only in training and is dropped afterward. It aligns features as in REPA
-    (https://arxiv.org/abs/2410.06940), with known states as targets.
+    If an object is predicted in the wrong place, the pixel error barely depends on the direction of the correction. The
+    error of a predicted position does. The readout is used only in training and is dropped afterward. It aligns features as
+    in REPA (https://arxiv.org/abs/2410.06940), with known states as targets.
 
     Args:
         transformer: The model to train. The state is read from the output of the temporal block at three quarters of the depth,
