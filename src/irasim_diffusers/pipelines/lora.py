@@ -35,8 +35,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         affect the LoRA layers only. A `.bin` file is read only if the path names it.
 
         Raises:
-            ValueError: If the file contains other weights, or if its action encoder does not match the model or cannot be
-                replaced now.
+            ValueError: If the file contains other weights, or an action encoder that does not match or cannot be replaced.
         """
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, dict) or not str(source).endswith(".bin"):
