@@ -30,9 +30,8 @@ def training_loss(
 ) -> torch.Tensor:
     """Compute the loss of a batch of clips.
 
-    The number of history frames and the number of chunks that are predicted first depend on the seed and the step only.
-    Noise, timesteps and action dropout depend on the seed and the index of the clip in the run. The draws therefore do not
-    depend on the number of processes.
+    The numbers of history frames and of predicted chunks are drawn for each seed and step; noise, timesteps and action dropout
+    for each seed and clip of the run. The draws therefore do not depend on the number of processes.
 
     Args:
         model: The model, possibly wrapped by accelerate; a `StateReadout` with `state_keys`.
@@ -57,11 +56,9 @@ def training_loss(
     if arguments.crop_size:
         latents, actions = latents[:, :, : first + length], actions[:, : first + length - 1]
         latents, actions = crop(latents, actions, config, arguments.crop_size, places)
-        clip = {"latents": latents, "actions": actions}
-    history = _predict_history(model, noise_scheduler, clip, config, arguments, num_history, chunks, draw)
+    history = _predict_history(model, noise_scheduler, latents, actions, config, arguments, num_history, chunks, draw)
     start, end = first - history.shape[2], first + length
-    keep = (true_history < TRUE_HISTORY).view(-1, 1, 1, 1, 1)
-    history = torch.where(keep, latents[:, :, start:first], history)
+    history = torch.where((true_history < TRUE_HISTORY).view(-1, 1, 1, 1, 1), latents[:, :, start:first], history)
     window, actions = torch.cat([history, latents[:, :, first:end]], dim=2), actions[:, first - 1 : end - 1]
     noise = draw(1, *window.shape[1:], normal=True)
     clean = first - start
@@ -87,7 +84,8 @@ def training_loss(
 def _predict_history(
     model: nn.Module,
     noise_scheduler: NoiseProcess,
-    clip: dict[str, torch.Tensor],
+    latents: torch.Tensor,
+    actions: torch.Tensor,
     config: Any,
     arguments: RunArguments,
     num_history: int,
@@ -95,7 +93,6 @@ def _predict_history(
     draw: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     """Predict the first chunks of clips, and return the history frames of the next chunk (B, C, h, H, W)."""
-    latents, actions = clip["latents"], clip["actions"]
     most = config["num_history_frames"]
     length = config["sample_frames"] - most  # length of a chunk
     history = latents[:, :, most - num_history : most]
