@@ -76,7 +76,7 @@ def _to_tensor(frames: Any) -> torch.Tensor:
     if isinstance(frames, np.ndarray):
         if frames.ndim < 3:
             raise ValueError(
-                f"`frames` must have at least 3 dimensions (H, W, 3), got an array {frames.shape}: convert it to RGB."
+                f"`frames` must be arrays of at least 3 dimensions (H, W, 3), got an array {frames.shape}: convert it to RGB."
             )
         frames = torch.from_numpy(np.ascontiguousarray(np.moveaxis(frames, -1, -3)))
     if not torch.is_tensor(frames):
