@@ -10,7 +10,6 @@ them stay valid.
 """
 
 import math
-import signal
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,13 +33,13 @@ from irasim_diffusers.training import (
     check_launch,
     check_ranges,
     load_autoencoder,
-    lock_output,
     newest_checkpoint,
-    remove_leftovers,
+    prepare_output,
     run_script,
     save_checkpoint,
     save_finished,
     step_of,
+    stop_training,
 )
 
 MAY_CHANGE = (
@@ -271,10 +270,7 @@ def train(
             if stopped_by or (step % arguments.checkpointing_steps == 0 and step < arguments.max_train_steps):
                 save_checkpoint(accelerator, output, step, limit=2, settings=settings)
             if stopped_by:
-                name = signal.Signals(stopped_by).name
-                accelerator.print(f"stopped by {name} at step {step}; run the same command to resume")
-                accelerator.end_training()
-                raise SystemExit(128 + stopped_by)
+                stop_training(accelerator, stopped_by, step)
             if accelerator.is_main_process and step % arguments.validation_steps == 0:
                 with accelerator.autocast():
                     psnr = describe_psnr(vae, frames, accelerator.device)
@@ -318,11 +314,7 @@ def main() -> None:
     height, width = first_readable(source, source.__getitem__).frames.shape[1:3]
     vae = build_vae(arguments, max(height, width))
     check_divisible(vae, height, width)
-    output.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        lock_output(output)
-        remove_leftovers(output)
-    accelerator.wait_for_everyone()
+    prepare_output(accelerator, output)
     newest = newest_checkpoint(output, run_settings(arguments, accelerator.num_processes))
     frames = Frames(
         load_frames(source, arguments.frames_per_episode, arguments.skip_broken),

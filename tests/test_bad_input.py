@@ -321,7 +321,7 @@ MODEL_ROWS = [  # for every command that loads a model
     ({"--model": "missing-tensor"}, "the weights file does not contain transformer."),
     ({"--model": "other-size"}, "the config does not match the weights"),
     ({"--model": "word-size"}, "num_attention_heads"),
-    ({"--model": "negative-size"}, "`num_layers` must be an integer of at least 1, got -1"),
+    ({"--model": "negative-size"}, "`num_layers` must be an integer of at least 1 and at most 256, got -1"),
 ]
 
 VALUE_ROWS = [  # models with values that are not finite

@@ -29,7 +29,7 @@ from scipy import stats
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline
-from irasim_diffusers.training import checkpoints, run_script
+from irasim_diffusers.training import checkpoints, run_script, seconds_trained
 
 MODELS = {
     "Frame-Ada": ["--conditioning", "frame"],
@@ -184,12 +184,6 @@ def tables(rows: list[dict[str, Any]], differences: list[dict[str, Any]], runs: 
     return "\n".join(parts)
 
 
-def seconds_trained(folder: Path) -> float:
-    """Return the training time of the newest checkpoint in seconds, 0 without a checkpoint."""
-    found = checkpoints(folder)
-    return json.loads((found[-1] / "settings.json").read_text(encoding="utf-8"))["seconds"] if found else 0.0
-
-
 def model_flags(arguments: ConditioningArguments, common: list[str]) -> dict[str, list[str]]:
     """Return the flags of train.py for each model; the last one of repeated flags counts."""
     own = {
@@ -211,7 +205,8 @@ def train_in_turn(
     """Train the models of one seed and number of history frames alternately; return their folders."""
     folders = {model: arguments.output_dir / f"{model}-history-{history}-seed-{seed}" for model in flags}
     for model, minutes in turns(list(flags), arguments.rounds, arguments.max_train_minutes):
-        if minutes < arguments.max_train_minutes and seconds_trained(folders[model]) >= 60 * minutes:
+        found = checkpoints(folders[model])
+        if minutes < arguments.max_train_minutes and found and seconds_trained(found[-1]) >= 60 * minutes:
             continue
         train_once(
             folders[model],

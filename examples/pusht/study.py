@@ -23,7 +23,7 @@ import study_episodes as episodes
 import torch
 from collect import read_settings
 from simulator import SUCCESS, Simulator
-from study_jobs import fingerprint, read_json, remove_stage, run_jobs, run_stage
+from study_jobs import fingerprint, remove_stage, run_jobs, run_stage
 from study_models import (
     fine_tune,
     run_example,
@@ -36,6 +36,7 @@ from study_report import write_report
 from transformers import HfArgumentParser
 
 from irasim_diffusers import embedded_checkpoint
+from irasim_diffusers.files import read_json
 from irasim_diffusers.training import check_ranges, run_script
 
 SCRIPTS = Path(__file__).parent

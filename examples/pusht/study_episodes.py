@@ -17,12 +17,12 @@ from expert import outline
 from poses import UNIT, read_poses
 from simulator import ARENA, SUCCESS, Simulator, State, push_about
 from simulator_model import SimulatorModel
-from study_jobs import read_json
 from study_models import CoverageScore, Progress, Solved, load_model, load_policy, load_reward
 
 from irasim_diffusers.data import LeRobotFolder, write_video
 from irasim_diffusers.envs import WorldModelVectorEnv
 from irasim_diffusers.evaluation import PolicyEvaluation, evaluate_policies
+from irasim_diffusers.files import read_json
 from irasim_diffusers.planning import CEM, Disagreement, Gradient, Plan, Rank, Scoring, straight_lines
 from irasim_diffusers.policies import ChunkPolicy, PlannerPolicy, Policy
 from irasim_diffusers.rewards import GoalImage, pretrained_encoder

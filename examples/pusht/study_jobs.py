@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from irasim_diffusers.files import write_text
+from irasim_diffusers.files import read_json, write_text
 
 RESULT, SETTING = "result.json", "setting.json"
 
@@ -21,11 +21,6 @@ RESULT, SETTING = "result.json", "setting.json"
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2))
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def fingerprint(folder: Path) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 KINDS = ("relative", "absolute")
 MARGIN = 1000.0
-"""Minimum margin, in normalized units, by which an action may exceed its bounds."""
+"""Number of normalized units by which an action may exceed the bounds, if their width is smaller."""
 UNBOUNDED_LIMIT = 1e4
 """Maximum absolute normalized action of an unbounded component."""
 
@@ -110,8 +110,8 @@ class ActionSpace:
             last_action: Actions (..., A), raw units.
 
         Returns:
-            Actions of the same shape: the same target in an absolute space; no motion in a relative one, with components that
-            are not motions, such as a gripper opening, unchanged.
+            Actions of the same shape. In an absolute space, they are the same targets. In a relative space, they are no motion;
+            components that are not motions, such as a gripper opening, are unchanged.
         """
         held = hold_action(torch.as_tensor(last_action), self.kind, self.derivation)
         return held if torch.is_tensor(last_action) else held.numpy()
@@ -130,7 +130,7 @@ class ActionSpace:
         return actions / _as(self.scale, actions) + _as(self.offset, actions)
 
     def clip(self, actions: Actions) -> Actions:
-        """Limit raw actions (..., A) to the bounds. Integers become floats."""
+        """Clip raw actions (..., A) to the bounds. Integers become floats."""
         actions = _floating(actions)
         low, high = _as(self.low, actions), _as(self.high, actions)
         if torch.is_tensor(actions):
@@ -140,8 +140,8 @@ class ActionSpace:
     def prepare(self, actions: Any) -> torch.Tensor:
         """Check raw actions and convert them to a batch.
 
-        Actions somewhat outside the bounds, which usually are those of the training data, are accepted. The limit is the width
-        of the bounds, but at least 1,000 normalized units. It is 10,000 normalized units for a component without bounds.
+        The bounds are usually those of the training data. Actions may exceed them by the width of the bounds, or by 1,000
+        normalized units if that is more. Without bounds, a component is limited to 10,000 normalized units.
 
         Args:
             actions: Actions (n, A) or (B, n, A): arrays, tensors or nested lists, raw units.

@@ -13,7 +13,7 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
 
     Args:
         actions: Actions (n, A) or (B, n, A): numpy, torch or nested lists, in the units of the dataset.
-        action_dim: Components A of the model's action space.
+        action_dim: Number of components A of the model's action space.
 
     Returns:
         Actions (B, n, A), float32.
@@ -72,7 +72,7 @@ def hold_action(last_action: torch.Tensor, action_space: str, derivation: str = 
 DERIVATIONS = ("recorded", "relative_euler", "relative_6d", "relative_planar", "absolute")
 """Origins of actions: recorded, or computed from the states of successive frames; see `derive_actions`."""
 MOTION_COMPONENTS = {"relative_euler": 6, "relative_6d": 9}
-"""Number of components of the motion of a pose; the other components of an action follow."""
+"""Number of leading components that are the motion of a pose; the other components of an action follow."""
 
 
 def derive_actions(states: np.ndarray, derivation: str) -> np.ndarray:
@@ -151,7 +151,7 @@ def _rotations(states: np.ndarray) -> Rotation:
 
 
 def _euler_angles(rotation: Rotation) -> np.ndarray:
-    with warnings.catch_warnings():  # at a pitch of 90 degrees only the sum of roll and yaw is defined
+    with warnings.catch_warnings():  # at a pitch of 90 degrees, roll and yaw are not unique
         warnings.simplefilter("ignore", UserWarning)
         return rotation.as_euler("xyz")
 

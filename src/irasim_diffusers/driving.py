@@ -25,7 +25,7 @@ class Steering:
     """Converts commands in [-1, 1] to actions of an action space.
 
     A relative component becomes a motion proportional to the command. A target (absolute spaces, an arm's gripper) moves from its
-    last value and stays within the bounds of the space. The command 0 holds: no motion, and the same target.
+    last value and stays within the bounds of the space. The command 0 means no motion and an unchanged target.
 
     Args:
         action_space: The action space of the world model, `model.action_space`.
@@ -67,7 +67,7 @@ class Steering:
         command = prepare_actions([command], len(self.start))[0, 0].double().numpy()
         if np.abs(command).max() > 1:
             raise ValueError(f"`command` must be in [-1, 1], got {command.tolist()}.")
-        hold = self.hold()  # the data can exceed the bounds
+        hold = self.hold()  # the last action may exceed the bounds, like the data
         low, high = np.minimum(self.action_space.low, hold), np.maximum(self.action_space.high, hold)
         self.last = np.clip(hold + self.step * command, low, high)
         return self.last.copy()
@@ -105,7 +105,7 @@ class DrivingSession:
         resize: Resize the history to the model's frame size.
 
     Raises:
-        ValueError: If the history does not fit the model, or is a batch of several.
+        ValueError: If the history does not match the model, or is a batch of several.
     """
 
     max_chunk = 16
@@ -155,7 +155,7 @@ class DrivingSession:
         self._sync_steering()
 
     def undo(self, num_frames: int = 1) -> PIL.Image.Image:
-        """Remove the last frames, at most those in memory.
+        """Remove the last predicted frames, at most all in memory.
 
         Returns:
             The new last frame.
@@ -172,7 +172,7 @@ class DrivingSession:
 
     @property
     def last_frame(self) -> PIL.Image.Image:
-        """Last frame before the next step."""
+        """Last predicted frame, or the last history frame if nothing has been predicted."""
         return PIL.Image.open(BytesIO(self._last.png)) if self._last else self.first_frame
 
     @property
@@ -200,12 +200,12 @@ class DrivingSession:
             n frames.
 
         Raises:
-            ValueError: If the actions do not fit the model or are too many; the session is unchanged.
+            ValueError: If the actions do not match the model or are too many; the session is then unchanged.
         """
         try:
             return self._predict(actions)
         finally:
-            self._sync_steering()  # also after an error, since commands have moved the targets
+            self._sync_steering()  # also after an error, because commands have moved the targets
 
     def _predict(self, actions: Any) -> list[PIL.Image.Image]:
         checked = self.model.action_space.prepare(actions)
@@ -240,7 +240,7 @@ class DrivingSession:
 
         Raises:
             ValueError: If there are no frames, their number differs from that of the actions, or one has another size; nothing
-                is appended then.
+                is then appended.
         """
         checked = self.model.action_space.prepare(actions)
         size = self.model.frame_size[::-1]

@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder is either complete or absent, also after a crash."""
+"""Atomic writes (a file or folder is either complete or absent, also after a crash), and JSON files."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from typing import Any
 import psutil
 
 TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)(?:-(?P<host>[0-9a-f]{8})-[0-9a-f]{8})?\.partial(?:\.[^.]+)?")
-"""Names of temporary files and folders, with the process and the machine that write them."""
+"""Pattern of the names of temporary files and folders, with the process and the machine that write them."""
 ABANDONED_AFTER = 24 * 3600
 """Seconds without a change after which the temporary file of another machine counts as abandoned."""
 
 
 def path_inside(root: Path, path: str) -> Path:
-    """Return the path of a file that metadata names, relative to the folder of the metadata.
+    """Return the path of a file from a path in metadata, relative to the folder of the metadata.
 
     Symbolic links in the folder are followed: the Hub's cache consists of them.
 
@@ -138,9 +138,11 @@ def claim_folder(
         raise ValueError(f"`output` {str(folder)!r} contains results but no setting.json: choose a new folder.")
     if path.is_file() and (folder / results).is_dir():
         try:
-            found = read_json(path)
+            found = read_json_object(path, finite=True)
         except ValueError as error:
-            raise ValueError(f"`output` {str(folder)!r} cannot be resumed: {error}; choose a new folder.") from error
+            raise ValueError(
+                f"`output` {str(folder)!r} cannot be resumed: {str(error).rstrip('.')}; choose a new folder."
+            ) from error
         differing = [name for name in setting if found.get(name) != setting[name]]
         if differing:
             changes = ", ".join(
@@ -157,20 +159,65 @@ def claim_folder(
         check_new_folder(folder, {"setting.json", results, *own})
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that contains finite numbers only.
+def read_text(path: Path) -> str:
+    """Read the text of a JSON file in UTF-8, with or without a byte-order mark.
 
     Raises:
-        ValueError: If the file is not such an object; the message names it.
+        ValueError: If the file cannot be read or is not UTF-8; the message names the file and the line.
     """
     try:
-        content = json.loads(
-            path.read_text(encoding="utf-8"), parse_float=_finite, parse_int=_integer, parse_constant=_finite
-        )
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} must be a JSON file with finite numbers: {error}") from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {str(path)!r}: {error.strerror or error}.") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"{str(path)!r}, line {line}: the file is not JSON in UTF-8: {error.reason}.") from error
+
+
+def parse_json(text: str, path: Path, line: int = 1, finite: bool = False) -> Any:
+    """Parse the JSON text that starts at a line of a file.
+
+    Args:
+        text: The text.
+        path: The file, for error messages.
+        line: Number of the first line of the text in the file, from 1.
+        finite: Whether to reject NaN, infinite values and numbers that exceed the range of a float.
+
+    Raises:
+        ValueError: If the text is not JSON, or a key occurs twice; the message names the file and the line.
+    """
+    hooks: dict[str, Any] = (
+        {"parse_float": _finite, "parse_int": _integer, "parse_constant": _finite} if finite else {}
+    )
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys, **hooks)
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        raise ValueError(
+            f"{str(path)!r}, line {line}, is not valid JSON: {error.msg} (column {error.colno})."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}, line {line}, is not valid JSON: {error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{str(path)!r}, line {line}, is not valid JSON: nested too deeply.") from error
+
+
+def read_json(path: Path, finite: bool = False) -> Any:
+    """Read a JSON file; see `read_text` and `parse_json` for the errors."""
+    return parse_json(read_text(path), path, finite=finite)
+
+
+def read_json_object(path: Path, finite: bool = False) -> dict[str, Any]:
+    """Read a JSON file that contains an object.
+
+    Raises:
+        ValueError: As `read_json`, or if the content is not an object.
+    """
+    content = read_json(path, finite)
     if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} must contain a JSON object, got {type(content).__name__}")
+        raise ValueError(f"{str(path)!r} must contain a JSON object, got {type(content).__name__}.")
     return content
 
 
@@ -182,14 +229,14 @@ def read_result(path: Path, kinds: dict[str, type]) -> dict[str, Any] | None:
         kinds: Type of each required entry; `float` stands for any number, and `list` for a list of numbers or of lists.
     """
     try:
-        found = read_json(path)
-    except (OSError, ValueError):
+        found = read_json_object(path, finite=True)
+    except ValueError:
         return None
     return found if has_kinds(found, kinds) else None
 
 
 def has_kinds(found: dict[str, Any], kinds: dict[str, type]) -> bool:
-    """Check that a dictionary contains entries of some types; see `read_result`."""
+    """Check that a dictionary contains entries of the given types; see `read_result`."""
     return all(name in found and _is_kind(found[name], kind) for name, kind in kinds.items())
 
 

@@ -49,7 +49,7 @@ class RolloutState:
         return len(self.seeds)
 
     def repeat(self, k: int) -> RolloutState:
-        """Repeat each row `k` times, consecutively: (B * k) rows. Copies share seeds, and so their noise."""
+        """Repeat each row `k` times, consecutively, to B * k rows. Copies share the seed and thus the noise."""
         if k < 1:
             raise ValueError(f"`k` must be at least 1, got {k}.")
         return self.select([row for row in range(len(self)) for _ in range(k)])
@@ -60,18 +60,18 @@ class RolloutState:
         return RolloutState(self.latents[rows], tuple(self.seeds[row] for row in rows), self.step[rows])
 
     def put(self, rows: Sequence[int], other: RolloutState) -> RolloutState:
-        """Replace rows by those of another state, as in a partial reset.
+        """Replace rows with the rows of another state, as in a partial reset.
 
         Args:
             rows: Distinct rows of this state.
-            other: As many rows, with the same shape of latents.
+            other: State with as many rows and the same shape of latents.
 
         Raises:
             ValueError: If rows repeat or are out of range, or the shapes of the states differ.
         """
         rows = self._check_rows(rows)
         if len(set(rows)) != len(rows) or len(rows) != len(other):
-            raise ValueError(f"`rows` must be {len(other)} distinct rows, as many as `other` has, got {rows}.")
+            raise ValueError(f"`rows` must be {len(other)} distinct rows, one for each row of `other`, got {rows}.")
         if self.latents.shape[1:] != other.latents.shape[1:]:
             raise ValueError(
                 f"`other` must have latents of shape {tuple(self.latents.shape[1:])} per row, got "
@@ -96,7 +96,7 @@ class RolloutState:
         return RolloutState(self.latents.to(device), self.seeds, self.step)
 
     def generators(self, offset: int = 0) -> list[torch.Generator]:
-        """Return one seeded CPU generator per row, for the frame `offset` steps after the next one."""
+        """Return one seeded CPU generator per row, for the frame `offset` steps after the next frame."""
         places = zip(self.seeds, (self.step + offset).tolist(), strict=True)
         states = [np.random.SeedSequence([seed, step]).generate_state(1)[0] for seed, step in places]
         return [torch.Generator().manual_seed(int(state)) for state in states]
@@ -132,7 +132,7 @@ class WorldModel(Protocol):
         ...
 
     def start(self, frames: Any, seeds: Sequence[int]) -> RolloutState:
-        """Start one rollout per seed from one history, or from one per seed."""
+        """Start one rollout per seed, from a single history or from one history per seed."""
         ...
 
     def advance(

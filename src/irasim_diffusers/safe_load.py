@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 MAX_HEADER = 1 << 21
-"""Bytes of a pickle or of a safetensors header, about 10,000 tensors. Python needs up to 200 times as much to read it."""
+"""Maximum size of a pickle or safetensors header in bytes, which reading multiplies by up to 200 in memory."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-STORAGES = {  # bytes per element; other storages cannot hold weights
+STORAGES = {  # bytes per element; other storages are rejected
     "torch.FloatStorage": 4,
     "torch.DoubleStorage": 8,
     "torch.HalfStorage": 2,
@@ -68,7 +68,7 @@ class Settings:
 
 
 def settings_dict(*args: Any) -> dict:
-    """An empty replacement of `collections.defaultdict`."""
+    """Return an empty replacement of a `collections.defaultdict`."""
     return {}
 
 

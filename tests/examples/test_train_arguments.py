@@ -53,7 +53,7 @@ def workspace(tmp_path_factory):
         ({"pixel_space": True}, "`pixel_space` is for a new model: omit `vae`"),
         ({"max_train_minutes": 1, "lr_scheduler": "cosine"}, "`lr_scheduler` must be constant or .* got 'cosine'"),
         ({"snr_gamma": 5, "prediction_type": "flow_prediction"}, "`snr_gamma` must be omitted for flow matching"),
-        ({"dataset_weights": [1, 2]}, r"`dataset_weights` must be 1 numbers, got \[1, 2\]"),
+        ({"dataset_weights": [1, 2]}, r"`dataset_weights` must be 1 numbers, one per dataset, got \[1, 2\]"),
         ({"height": 32}, "`height` and `width` must be given together"),
         ({"preset": "S", "pretrained_model_name_or_path": "model"}, "`preset` is for a new model"),
         ({"frame_skip": 2, "target_fps": 5}, "`frame_skip` and `target_fps` are mutually exclusive"),
@@ -85,7 +85,7 @@ def workspace(tmp_path_factory):
         ({"dataset_weights": [-1.0]}, "`dataset_weights` must be positive, got -1.0"),
         ({"max_train_minutes": float("inf")}, "`max_train_minutes` must be finite, got inf"),
         ({"fps": 0.0}, "`fps` must be positive, got 0.0"),
-        ({"validation_inference_steps": 0}, "`validation_inference_steps` must be in 1..1000, got 0"),
+        ({"validation_inference_steps": 0}, r"`validation_inference_steps` must be in \[1, 1000\], got 0"),
         (
             {"validation_dataset": "set/"},
             "`validation_split` must differ from `split` .* got 'train' for both in 'set/'",

@@ -181,7 +181,7 @@ def test_bad_configs(config, message):
     ("frames", "actions"), [(5, (1, 2, 3)), (5, (1, 4, 3)), (5, (1, 3, 2)), (2, (1, 3, 3)), (5, (3, 3))]
 )
 def test_other_number_of_actions_raises(unet, frames, actions):
-    with pytest.raises(ValueError, match=r"`actions` must be \(batch, 3, 3\) for a window of 3 frames or more, got"):
+    with pytest.raises(ValueError, match=r"`actions` must be \(batch, 3, 3\) for a window of at least 3 frames, got"):
         unet(torch.randn(1, 4, frames, 4, 6), torch.ones(1), torch.randn(actions))
 
 

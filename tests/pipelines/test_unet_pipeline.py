@@ -91,6 +91,6 @@ def test_every_objective(frames, actions, changes):
 
 def test_card_describes_the_model(pipeline):
     text = write_model_card(pipeline, "lab/baseline").text
-    assert "The U-Net of [Video Diffusion Models]" in text
+    assert "the U-Net of [Video Diffusion Models]" in text
     assert "U-Net of 8-16 channels, 2 heads; 0.0" in text
     assert ("none; the model predicts pixels" in text) == (pipeline.vae is None)

@@ -1,7 +1,9 @@
+import hashlib
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,6 +12,7 @@ from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 
+from irasim_diffusers.data.content_hash import tensors_hash
 from irasim_diffusers.training import lock_output, newest_checkpoint
 from irasim_diffusers.training.checkpoints import SETTINGS, load_average, save_checkpoint
 from irasim_diffusers.training.loop import frozen_weights
@@ -52,7 +55,7 @@ def test_settings_of_something_else_are_damage(output, content, caplog):
 def test_renamed_checkpoint_is_damage(output, caplog):
     (output / "checkpoint-4").rename(output / "checkpoint-1000")
     assert newest_checkpoint(output, {}) == output / "checkpoint-2"
-    assert "settings.json is that of step 4" in caplog.text
+    assert "settings.json belongs to step 4" in caplog.text
 
 
 def test_second_run_in_the_same_folder_raises(tmp_path):
@@ -73,6 +76,15 @@ def test_frozen_weights_define_a_run():
         assert frozen_weights(model) == before
         model.weight[0, 0] += 1
     assert frozen_weights(model) != before
+
+
+def test_hash_of_tensors_keeps_identities():
+    weight = torch.arange(24, dtype=torch.float32).reshape(1, 2, 3, 4)
+    tensors = {"b": torch.tensor(3), "a": weight.to(memory_format=torch.channels_last)}
+    known = hashlib.sha256(b"a" + weight.numpy().tobytes() + b"b" + np.array(3).tobytes()).hexdigest()
+    assert tensors_hash(tensors) == tensors_hash(dict(sorted(tensors.items()))) == known
+    half = {"a": weight.bfloat16()}
+    assert tensors_hash(half) != tensors_hash({"a": weight}) == tensors_hash(half, torch.float32)
 
 
 def test_average_without_steps_raises(tmp_path):

@@ -81,8 +81,7 @@ def test_handlers_are_restored_after_training():
 
 def test_output_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    arguments = argparse.Namespace(output_dir=str(tmp_path / "file" / "run"))
     with pytest.raises(
         ValueError, match=r"`output_dir` must be a folder that can be created, got '.*run': Not a directory"
     ):
-        prepare_output(Accelerator(cpu=True), arguments)
+        prepare_output(Accelerator(cpu=True), tmp_path / "file" / "run")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .dataset import add_dataset_flags, open_dataset
+from .dataset import add_dataset_flags, frame_size, open_dataset
 from .files import check_name, check_output_folder
 from .sampling import check_flag_ranges, load_checked, load_vae
 
@@ -23,8 +23,6 @@ LIMITS = {
     "patch_size": (1, 64),
     "action_dim": (1, 1024),
     "action_frequencies": (0, 32),
-    "height": (1, 8192),
-    "width": (1, 8192),
 }
 """Lowest and highest value of each flag; the highest bounds the memory that a flag can request."""
 EPISODES = 32
@@ -94,8 +92,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in CHANGES)
         raise ValueError(f"at least one change is required: {flags}.")
     check_flag_ranges(arguments, LIMITS)
-    if (arguments.height is None) != (arguments.width is None):
-        raise ValueError("--height and --width must be passed together.")
+    frame_size(arguments)
     if (arguments.vae is None) != (arguments.dataset is None):
         raise ValueError(
             "--vae and --dataset must be passed together: the patch layers are fitted to frames of the dataset."
@@ -144,7 +141,7 @@ def _images(arguments: argparse.Namespace) -> torch.Tensor:
 
     from ..data import PreparedEpisodes
 
-    size = (arguments.height, arguments.width) if arguments.height else None
+    size = frame_size(arguments)
     source = PreparedEpisodes(open_dataset(arguments), frame_size=size)
     parts, reason = [], "the dataset has no episodes"
     for index in range(min(len(source), EPISODES)):

@@ -8,6 +8,9 @@ from typing import Any
 
 from .files import check_name
 
+MAX_SIDE = 8192
+"""Maximum height and width of resized frames, in pixels, which bounds the memory that a flag can request."""
+
 
 def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None, required: bool = True) -> None:
     """Add the flags that `open_dataset` reads.
@@ -30,6 +33,22 @@ def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None, requir
         default=[],
         help="state columns (default: all of a LeRobotDataset, none of a table)",
     )
+
+
+def frame_size(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    """Return the values of `--height` and `--width`, to which frames are resized; None without both flags.
+
+    Raises:
+        ValueError: If a value is out of range, or only one of them is given.
+    """
+    for name in ("height", "width"):
+        value = getattr(arguments, name)
+        if value is not None and not 1 <= value <= MAX_SIDE:
+            limit = "at least 1" if value < 1 else f"at most {MAX_SIDE}"
+            raise ValueError(f"--{name} must be {limit}, got {value}.")
+    if (arguments.height is None) != (arguments.width is None):
+        raise ValueError("--height and --width must be passed together.")
+    return None if arguments.height is None else (arguments.height, arguments.width)
 
 
 def open_dataset(arguments: argparse.Namespace) -> Any:

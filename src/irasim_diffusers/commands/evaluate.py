@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, embedded_checkpoint
-from .dataset import add_dataset_flags, open_dataset
+from .dataset import add_dataset_flags, frame_size, open_dataset
 from .files import check_name, check_output_folder
 from .sampling import add_sampling_flags, check_flag_ranges, check_sampling_flags, load_pipeline
 
@@ -20,8 +20,6 @@ LIMITS = {
     "num_clips": (1, None),
     "frame_skip": (1, None),
     "pad_actions_to": (1, 1024),
-    "height": (1, 8192),
-    "width": (1, 8192),
     "faithfulness_clips": (0, None),
 }
 """Lowest and highest value of each flag; the highest bounds the memory that a flag can request."""
@@ -163,8 +161,7 @@ def _check_flags(arguments: argparse.Namespace) -> Any:
             names = ", ".join(name for name in known if name)
             raise ValueError(f"--{flag.replace('_', '-')} must be one of {names}, got {value!r}.")
     check_flag_ranges(arguments, LIMITS)
-    if (arguments.height is None) != (arguments.width is None):
-        raise ValueError("--height and --width must be passed together.")
+    frame_size(arguments)
     return PROTOCOLS[arguments.protocol]
 
 
@@ -180,7 +177,7 @@ def _open_prepared(arguments: argparse.Namespace) -> tuple[Any, str]:
         arguments.frame_skip,
         arguments.action_composition,
         arguments.pad_actions_to,
-        (arguments.height, arguments.width) if arguments.height else None,
+        frame_size(arguments),
     )
     return dataset, getattr(source, "split", arguments.split or "test") or "all episodes"
 

@@ -44,7 +44,7 @@ RELEASED_DATASETS: dict[str, dict[str, Any]] = {
 """Latent size and action space of the datasets of the released checkpoints, as in the released data classes."""
 
 EMA_DRIFT = 1e-3
-"""Tolerance for position tables. The release also averages its fixed tables, which changes them by about 2e-4."""
+"""Tolerance for position tables. The release also applies EMA to its fixed tables, which changes them by about 2e-4."""
 
 PARTS = {
     "x_embedder.proj": "patch_embed.proj",
@@ -87,7 +87,7 @@ def load_released_irasim(
         final_frame_ada: Whether the final layer is conditioned on the actions. False for the published files.
         weights: `"ema"` or `"model"`.
         report: Filled with the mapping of the tensors.
-        config: Config entries that differ, such as `num_attention_heads` for a width that is not in the paper.
+        config: Config entries that replace derived ones, such as `num_attention_heads` for a width that is not in the paper.
 
     Returns:
         The model, float32, in evaluation mode.

@@ -76,7 +76,7 @@ def _derive_config(state: dict[str, torch.Tensor], config: dict[str, Any]) -> di
     norm = state.get("spatial_blocks.0.attn.q_norm.weight")
     if norm is None and "num_attention_heads" not in config:
         raise ValueError(
-            "the number of heads cannot be derived from weights without norms of query and key: give "
+            "the number of heads cannot be derived from weights without norms of query and key: pass "
             "`num_attention_heads`."
         )
     heads = config.get("num_attention_heads", None if norm is None else width // max(norm.numel(), 1))

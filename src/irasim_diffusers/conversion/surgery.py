@@ -29,9 +29,8 @@ def change_patch_size(
     """Change the patch size of a trained model.
 
     Large patches are cheap to train; small patches give sharp images. Patches keep their position in the image. The
-    layers that read and write patches are interpolated about the center of a patch. (FlexiViT,
-    https://arxiv.org/abs/2212.08013, changes the scale of the patches instead.) The model needs a short training
-    afterward.
+    layers that read and write patches are interpolated around the center of a patch. (FlexiViT,
+    https://arxiv.org/abs/2212.08013, changes the scale of the patches instead.) The model must then be trained briefly.
 
     Args:
         model: The trained model, with `spatial_position="grid"`.
@@ -65,7 +64,7 @@ def change_patch_size(
     state = model.state_dict()
     kernel = state["patch_embed.proj.weight"]
     state["patch_embed.proj.weight"] = _crop(kernel, patch_size) * (old / patch_size) ** 2
-    for name in ("proj_out.weight", "proj_out.bias"):  # rows: vertical, horizontal, channel
+    for name in ("proj_out.weight", "proj_out.bias"):  # rows: vertical position, horizontal position, channel
         rows = state[name].reshape(old, old, config["in_channels"], -1).permute(3, 2, 0, 1)
         state[name] = _crop(rows, patch_size).permute(2, 3, 1, 0).reshape(-1, *state[name].shape[1:])
     name = "action_embed.linear_1.weight"
@@ -89,7 +88,7 @@ def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel
     """Change a model that predicts velocities to one that predicts samples.
 
     A sample prediction does not have to pass the noise of high-resolution latents through the width of the model. At the last
-    timestep a velocity is the negated sample, so the output layer is negated. The model needs a short training afterward.
+    timestep a velocity is the negated sample, so the output layer is negated. The model must then be trained briefly.
 
     Args:
         model: The trained model, with `prediction_type="v_prediction"`.
@@ -115,7 +114,7 @@ def change_autoencoder(
     """Adapt a trained model to the latents of another autoencoder.
 
     The layers that read and write patches are composed with linear maps between the patches of the two autoencoders. The maps
-    are fitted to images by least squares. The model needs a short training afterward.
+    are fitted to images by least squares. The model must then be trained briefly.
 
     Args:
         model: The trained model.
@@ -156,13 +155,13 @@ def change_autoencoder(
 def fit_autoencoder(
     model: IRASimTransformer3DModel, own: AutoencoderKL, other: AutoencoderKL, images: torch.Tensor
 ) -> IRASimTransformer3DModel:
-    """Adapt a trained model to another autoencoder, with latents of some images; see `change_autoencoder`.
+    """Adapt a trained model to another autoencoder, fitted to images; see `change_autoencoder`.
 
     Args:
         model: The trained model.
         own: Autoencoder of the model.
         other: The new autoencoder.
-        images: Images (N, 3, H, W) in [-1, 1] from the data of the model, a few hundred of different episodes.
+        images: A few hundred images (N, 3, H, W) in [-1, 1] from different episodes of the model's data.
 
     Returns:
         A new model. Its patches cover the same area of the image as before. The input model is not modified.
@@ -174,7 +173,7 @@ def fit_autoencoder(
     patch_size, remainder = divmod(model.config.patch_size * after.shape[-1], before.shape[-1])
     if remainder or not patch_size:
         raise ValueError(
-            f"`other` must allow patches of the same size in pixels as the model, got latents {tuple(after.shape[1:])} for "
+            f"`other` must allow patches of the same size in pixels as the model's, got latents {tuple(after.shape[1:])} for "
             f"{tuple(before.shape[1:])} in patches of {model.config.patch_size}: use another autoencoder."
         )
     return change_autoencoder(model, patch_size, before, after)
@@ -196,7 +195,7 @@ def _map_patches(
     read = kernel.flatten(1).double() @ _least_squares(patches_after, patches_before).T
     state["patch_embed.proj.weight"] = read.unflatten(1, (-1, new, new)).to(kernel)
     write = _least_squares(patches_before, patches_after).T
-    for name in ("proj_out.weight", "proj_out.bias"):  # rows: vertical, horizontal, channel
+    for name in ("proj_out.weight", "proj_out.bias"):  # rows: vertical position, horizontal position, channel
         rows = state[name].reshape(old, old, before.shape[1], -1).permute(2, 0, 1, 3)
         rows = (write @ rows.flatten(0, 2).double()).reshape(after.shape[1], new, new, -1)
         state[name] = rows.permute(1, 2, 0, 3).reshape(-1, *state[name].shape[1:]).to(state[name])
@@ -204,7 +203,7 @@ def _map_patches(
 
 
 def _patches(latents: torch.Tensor, size: int) -> torch.Tensor:
-    """Patches (N rows columns, C size size) of latents (N, C, h, w), in float64."""
+    """Return the patches (N rows columns, C size size) of latents (N, C, h, w), in float64."""
     return torch.nn.functional.unfold(latents.double(), size, stride=size).transpose(1, 2).flatten(0, 1)
 
 
@@ -238,7 +237,7 @@ def change_action_dim(model: IRASimTransformer3DModel, action_dim: int) -> IRASi
 
 
 def _crop(kernel: torch.Tensor, size: int) -> torch.Tensor:
-    """Kernels (..., old, old) in a window of `size` pixels about their center, at the same scale."""
+    """Interpolate kernels (..., old, old) in a centered window of `size` pixels, at the same scale."""
     places = (torch.arange(size, device=kernel.device) - (size - 1) / 2) * 2 / max(kernel.shape[-1] - 1, 1)
     grid = torch.stack(torch.meshgrid(places, places, indexing="xy"), dim=-1).to(kernel)
     sampled = torch.nn.functional.grid_sample(

@@ -1,16 +1,17 @@
-"""Hashes that change when the files of a dataset change, without reading whole videos."""
+"""Hashes of datasets, without reading whole videos, and of weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from ..files import file_hash
 
@@ -63,6 +64,21 @@ def table_hash(table: pa.Table) -> str:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
     return hashlib.sha256(sink.getvalue()).hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> str:
+    """Hash the names and the content of tensors, independent of their order and memory layout.
+
+    Args:
+        tensors: Tensors by name.
+        dtype: Type to which tensors are converted first; None for their own type.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        values = tensors[name].detach().to("cpu", dtype).contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _hub_blob(path: Path) -> str | None:

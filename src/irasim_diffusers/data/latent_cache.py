@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..files import remove_abandoned, temporary_path
 from ..latents import check_latent_scaling, latent_scaling, unscale_latents
+from .content_hash import tensors_hash
 from .episode import Episode, EpisodeSource
 
 FORMAT = 1
@@ -151,21 +152,12 @@ def _identity(
     identity = {
         "format": FORMAT,
         "data": dataset.identity,
-        "vae": None if vae is None else fingerprint(vae),
+        "vae": None if vae is None else tensors_hash(vae.state_dict(), torch.float32),
         "recorded": latent_scaling(vae) if vae is not None and recorded else None,
         "mixed_precision": mixed_precision and not recorded and vae is not None,
         "episodes_per_file": episodes_per_file,
     }
     return json.loads(json.dumps(identity))
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """Return a hash of the weights of a module."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

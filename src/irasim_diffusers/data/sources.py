@@ -11,11 +11,11 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..files import read_json_object
 from .episode import EpisodeSource
 from .hub import HubFiles
 from .irasim_release import IRASimFolder
 from .lerobot import LeRobotFolder
-from .record_files import read_json_object
 from .tables import TableEpisodes
 
 TABLE_FILES = (".parquet", ".arrow", ".jsonl")

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data import write_video
-from ..files import claim_folder, has_kinds, read_json, read_result, temporary_path, write_text
+from ..files import claim_folder, has_kinds, read_json_object, read_result, temporary_path, write_text
 from ..metrics import agreement, bootstrap
 from ..policies import Policy
 from ..starts import Start
@@ -113,7 +113,10 @@ def evaluate_policies(evaluation: PolicyEvaluation) -> dict[str, Any]:
     report: dict[str, Any] = {}
     if state.is_main_process:
         report = summarise_policies(
-            {name: [read_json(_path(output, name, seed)) for seed in evaluation.seeds] for name in evaluation.policies}
+            {
+                name: [read_json_object(_path(output, name, seed), finite=True) for seed in evaluation.seeds]
+                for name in evaluation.policies
+            }
         )
         report["setting"] = _setting(evaluation)
         _write_report(report, evaluation)
@@ -402,7 +405,7 @@ def _choose_videos(evaluation: PolicyEvaluation) -> dict[str, list[dict[str, Any
         found = []
         for seed in evaluation.seeds:
             path = _path(Path(evaluation.output), name, seed)
-            outcome = read_json(path)
+            outcome = read_json_object(path, finite=True)
             successes = {place: outcome[place]["success"] for place in ENVIRONMENTS}
             video = path.with_suffix(".mp4").relative_to(evaluation.output)
             found.append({"seed": int(seed), "video": video.as_posix()} | successes)

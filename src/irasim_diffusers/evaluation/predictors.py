@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..data import EpisodeSource, first_readable, format_cameras, read_video
-from ..data.latent_cache import fingerprint
+from ..data.content_hash import tensors_hash
 from ..files import temporary_path
 from ..models import public_config
 from ..pictures import resize, resize_video
@@ -376,7 +376,8 @@ def pipeline_hash(pipeline: IRASimPipeline) -> str:
 
 def weights_hash(modules: Sequence[Any], settings: Any = None) -> str:
     """Return a hash of the weights and configs of models, and of other settings; None entries are skipped."""
-    parts = [[public_config(module.config), fingerprint(module)] for module in modules if module is not None]
+    models = [module for module in modules if module is not None]
+    parts = [[public_config(each.config), tensors_hash(each.state_dict(), torch.float32)] for each in models]
     return hashlib.sha256(json.dumps([settings, parts], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

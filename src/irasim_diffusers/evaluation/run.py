@@ -18,7 +18,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data import EpisodeSource
-from ..files import claim_folder, has_kinds, read_json, read_result, temporary_path, write_text
+from ..files import claim_folder, has_kinds, read_json_object, read_result, temporary_path, write_text
 from ..metrics import (
     Counterfactuals,
     counterfactual_actions,
@@ -113,7 +113,7 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     state.wait_for_everyone()
     _score(evaluation, reader, setting)
     state.wait_for_everyone()
-    figures = [read_json(_figures(output, clip)) for clip in clips]
+    figures = [read_json_object(_figures(output, clip), finite=True) for clip in clips]
     broken |= {clip.episode: one["error"] for clip, one in zip(clips, figures, strict=True) if "error" in one}
     scored = [number for number, one in enumerate(figures) if "error" not in one]
     if not scored:
@@ -338,7 +338,7 @@ def _futures(predictor: WorldModelPredictor, data: ClipData, _: np.ndarray, sequ
 
 
 def _summarise_faithfulness(evaluation: Evaluation, clips: Sequence[Clip], chosen: Sequence[int]) -> dict[str, Any]:
-    found = [read_json(_errors(evaluation.output, clips[number])) for number in chosen]
+    found = [read_json_object(_errors(evaluation.output, clips[number]), finite=True) for number in chosen]
     errors, motions = (np.array([one[name] for one in found]) for name in ("errors", "motion"))
     summary = summarise_faithfulness(errors, motions, min(evaluation.ways, len(chosen)), evaluation.seed)
     maps = np.mean([np.load(_map(evaluation.output, clips[number])) for number in chosen[:MAPS]], axis=0)

@@ -8,7 +8,7 @@ from .public_config import public_config
 from .transformer_irasim import ACTION_ENCODER, PRESETS, IRASimTransformer3DModel
 from .unet_trajectory import UNET_PRESETS, UNetTrajectoryModel
 
-# This entry makes model_index.json name the package instead of a module path, so that it loads from folders and the Hub.
+# With this entry, model_index.json names the package instead of a module path, so that pipelines load from folders and the Hub.
 LOADABLE_CLASSES.setdefault(
     "irasim_diffusers",
     {

@@ -1,4 +1,4 @@
-"""Action features of the networks."""
+"""Features of actions for the networks."""
 
 import torch
 
@@ -12,7 +12,7 @@ def action_features(
         actions: Actions (..., A) in raw units.
         scale: Scale, one number or (A,), float32.
         offset: Offset, one number or (A,), float32.
-        frequencies: Number of octaves. The longest wavelength is 16 scaled units; 0 disables the sines and cosines.
+        frequencies: Number of octaves, the lowest with a wavelength of 16 scaled units; 0 disables the sines and cosines.
 
     Returns:
         Features (..., A (1 + 2 frequencies)), float32.

@@ -11,16 +11,17 @@ from torch import nn
 class ProprioceptionModel(ModelMixin, ConfigMixin):
     """Regresses the robot state, such as the position of a gripper, from one frame.
 
-    Convolutions, keypoints by spatial softmax, and a perceptron (https://arxiv.org/abs/1509.06113). A world model predicts
-    frames only. Where actions are target positions, the state after a step cannot be computed from the action, because the
-    robot may not have reached the target. This model reads it from the predicted frame.
+    Convolutions and a spatial softmax locate keypoints, and a perceptron maps them to the state
+    (https://arxiv.org/abs/1509.06113). A world model predicts frames only. If actions are target positions, the state after
+    a step cannot be computed from the action, because the robot may not have reached the target. This model reads the state
+    from the predicted frame.
 
     Args:
         state_names: Names of the S state components.
-        state_low: Lowest value of each component; predictions of `read` are clamped to it.
+        state_low: Lowest value of each component; `read` clamps states to these bounds.
         state_high: Highest value of each component.
         state_offset: Subtracted from a state before scaling, like `action_offset`.
-        state_scale: `normalized = (state - offset) * scale`.
+        state_scale: `normalized = (state - state_offset) * state_scale`.
         block_out_channels: Channels of the convolutions; each of the first two halves the resolution.
         num_keypoints: Number of keypoints.
         hidden_dim: Width of the perceptron.
@@ -54,11 +55,6 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         self.perceptron = nn.Sequential(
             nn.Linear(2 * num_keypoints, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, size)
         )
-
-    @property
-    def state_dim(self) -> int:
-        """Number of state components S."""
-        return len(self.config.state_names)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """Read the states.

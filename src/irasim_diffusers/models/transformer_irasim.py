@@ -1,7 +1,8 @@
 """The IRASim transformer: alternating spatial and temporal blocks; each action modulates its frame.
 
 Reference: "IRASim: A Fine-Grained World Model for Robot Manipulation" (https://arxiv.org/abs/2406.14540), section 3 and
-appendix 8. Where the paper and its released code differ, this file follows the code, to which the released weights belong.
+appendix 8. Where the paper and its released code differ, this file follows the code, because the released weights were trained
+with it.
 
 The file exceeds 500 lines because diffusers keeps a model in one file. `IRASimTransformer3DModel.__init__` exceeds 60 lines
 because its signature is the flat config, and `forward` because of its documentation.
@@ -49,7 +50,7 @@ ACTION_ENCODER = ("action_embed.", "trajectory_embed.", "null_action")
 """Name prefixes of the action encoder weights."""
 
 TARGET_OCTAVES = 6
-"""Octaves of the Fourier features of a patch's offset from the target. The longest wavelength is four frame sizes."""
+"""Octaves of the Fourier features of a patch's offset from the target. The longest wavelength is four times the frame."""
 
 LIMITS = {
     "num_attention_heads": 256,
@@ -64,7 +65,7 @@ LIMITS = {
     "action_dim": 1024,
     "num_train_timesteps": 100_000,
 }
-"""Config entries that are positive integers, with upper limits. They bound the memory that a config can request."""
+"""Config entries that are positive integers, with upper limits, which bound the memory that a config can request."""
 
 RANGES = {
     "action_frequencies": (0, 32),
@@ -98,9 +99,9 @@ INF = float("inf")
 
 
 def short_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention for short sequences written as elementwise operations, which `torch.compile` fuses.
+    """Compute attention for short sequences with elementwise operations, which `torch.compile` fuses.
 
-    Query, key and value are (B, S, heads, head_dim). On a CPU it takes a quarter of the time of matrix product kernels.
+    Query, key and value are (B, S, heads, head_dim). On a CPU, this takes a quarter of the time of matrix products.
     """
     scores = (query.unsqueeze(2) * key.unsqueeze(1)).sum(-1, dtype=torch.float32)  # (B, S queries, S keys, heads)
     weights = (scores * query.shape[-1] ** -0.5).softmax(2).to(value.dtype)
@@ -119,12 +120,12 @@ class IRASimAttnProcessor:
         hidden_states: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Attend among tokens (B, S, D), rotated if cosines and sines (S, head_dim) are given."""
+        """Attend among tokens (B, S, D), with rotary positions if their cosines and sines are given."""
         query, key, value = self.project(attn, hidden_states)  # (B, S, heads, head_dim)
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
-            pairs = -1 if attn.temporal else -2  # rotates adjacent channels (Open-Sora) or the two halves of a head
+            pairs = -1 if attn.temporal else -2  # rotate adjacent channels (Open-Sora) or the halves of a head
             query = apply_rotary_emb(query, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
 
@@ -136,7 +137,7 @@ class IRASimAttnProcessor:
                 key,
                 value,
                 backend=self._attention_backend,
-                # context parallelism splits the patches (see `_cp_plan`); every process has all frames
+                # context parallelism splits the patches (see `_cp_plan`), not the frames
                 parallel_config=None if attn.temporal else self._parallel_config,
             )
         hidden_states = hidden_states.flatten(-2)  # (B, S, D)
@@ -154,12 +155,12 @@ class IRASimAttnProcessor:
 
 
 class IRASimAttention(nn.Module, AttentionModuleMixin):
-    """Self-attention with the projections under diffusers' names."""
+    """Self-attention with diffusers' names for the projections."""
 
     _default_processor_cls = IRASimAttnProcessor
     _available_processors = [IRASimAttnProcessor]
     processor: IRASimAttnProcessor
-    to_qkv: nn.Linear  # made by fuse_projections
+    to_qkv: nn.Linear  # created by fuse_projections
 
     def __init__(
         self, dim: int, heads: int, dim_head: int, qk_norm: str | None = None, temporal: bool = False
@@ -182,7 +183,7 @@ class IRASimAttention(nn.Module, AttentionModuleMixin):
     def forward(
         self, hidden_states: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """Attend among the tokens of (B, S, D)."""
+        """Attend among tokens (B, S, D)."""
         return self.processor(self, hidden_states, image_rotary_emb)
 
 
@@ -225,13 +226,13 @@ class IRASimTransformerBlock(nn.Module):
 
         Args:
             hidden_states: Tokens (B, F, S, D).
-            temb: Condition of each frame (B, F, D), or one for all frames (B, 1, D). With adaLN-single, the modulation that all
-                blocks share, of width 6 D.
+            temb: Condition of each frame (B, F, D), or one for all frames (B, 1, D). With adaLN-single, the modulation of
+                width 6 D that all blocks share.
             image_rotary_emb: Cosines and sines of rotary positions, (S, head_dim) in a spatial block and (F, head_dim) in a
                 temporal one.
             position_embedding: Positions (F, 1, D) that are added to the tokens first. The block adds them instead of the
                 model, so that a cache that skips the block also skips the positions.
-            grid: Rows and columns of the S tokens, for a block with a convolution in its feed-forward.
+            grid: Rows and columns of the S tokens, for a block with `ff_conv`.
 
         Returns:
             Tokens (B, F, S, D).
@@ -280,7 +281,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         num_history_frames: Maximum number of history frames in training; for Video-Ada the exact number.
         conditioning: `"frame"` for Frame-Ada, `"video"` for Video-Ada.
         final_frame_ada: Whether Frame-Ada's final layer receives the actions; False in the released weights.
-        norm_type: `"ada_norm_zero"`, or `"ada_norm_single"` (Open-Sora and Latte), also in the final layer.
+        norm_type: `"ada_norm_zero"`, or `"ada_norm_single"` (Open-Sora and Latte), for the blocks and the final layer.
         qk_norm: `"rms_norm"` (Open-Sora) or None.
         temporal_position: `"sincos"`, or `"rope"` (Open-Sora).
         spatial_position: `"grid"`; `"area"` (Open-Sora), the integer grid scaled to an area of 512x512 pixels; `"fixed"`
@@ -288,14 +289,14 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             in the attention of every spatial block.
         ff_conv: Whether the feed-forward of the spatial blocks starts with a residual depthwise 3x3 convolution over the
             grid of patches, similar to the Mix-FFN of SANA (https://arxiv.org/abs/2410.10629).
-        base_patch_size: Patch size of the pretrained model, in whose grid `"grid"` positions are counted; None if the patch
-            size was not changed.
+        base_patch_size: Patch size of the pretrained model, which is the unit of `"grid"` positions; None if the patch size
+            was not changed.
         use_fps: Whether frames per second are embedded (Open-Sora).
         history_timestep: Timestep of history frames: `"same"` as the predicted frames, or `"zero"`.
-        action_activation: Activation of the action encoder, `"gelu_tanh"`. None for the released Language-Table weights, whose
-            two layers have none; their Video-Ada joins the embedded actions by another network.
+        action_activation: Activation of the action encoder, `"gelu_tanh"`. None for the released Language-Table weights,
+            which have no activation; their Video-Ada combines the embedded actions with another network.
         action_frequencies: Number of octaves of sines and cosines of the scaled actions that are added to the action features,
-            with a longest wavelength of 16. They resolve the exact position of an absolute target. 0 in the paper.
+            the lowest with a wavelength of 16. They resolve the exact position of an absolute target. 0 in the paper.
         target_extent: Left, top, right and bottom edge of a frame of `sample_height` x `sample_width` in the units of the first
             two action components, for actions that are target positions in the image plane. Every patch of a predicted frame
             then receives an embedding of its offset from the target of that frame. None (as in the paper) disables it.
@@ -308,19 +309,20 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_high: Upper bound, likewise.
         action_space: `"relative"` if zero is no motion, `"absolute"` if an action is a target position.
         action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
-        cameras: Names of the cameras as tiled in a frame: rows from the top, each from the left.
+        cameras: Names of the cameras as tiled in a frame: rows from top to bottom, each from left to right.
         fps: Frames per second of the data, if known.
         relative_latents: Whether the latents of predicted frames are relative to the last history frame, so that static parts
-            are zero. The pipeline and the training subtract and add that frame. False in the paper.
+            are zero. Training subtracts that frame, and sampling adds it again. False in the paper.
         scale_noisy_latents: Whether the latents of predicted frames are first multiplied by the square root of the cumulative
             alpha of their timestep, the best linear estimate of clean latents of unit variance. The input is then almost zero
             for pure noise, so that one denoising step is sufficient. False in the paper.
         prediction_type: Output of the network, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which has
             no betas.
-        num_train_timesteps: Number of timesteps of the noise process in training; this and the next three as in diffusers.
+        num_train_timesteps: Number of timesteps of the noise process in training; this entry and the next three are as in
+            diffusers.
         beta_start: First noise variance.
         beta_end: Last noise variance.
-        beta_schedule: Schedule of the variances between them.
+        beta_schedule: Schedule of the variances from `beta_start` to `beta_end`.
     """
 
     _supports_gradient_checkpointing = True
@@ -530,13 +532,13 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         return torch.cat([history, embeddings], dim=1)
 
     def _patch_centres(self, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Centers (S, 2) of the patches, x and y in the units of the target, and scale (2,).
+        """Return the centers (S, 2) of the patches, x and y in the units of the target, and a scale (2,).
 
-        Multiplied by the scale, each side of the frame has length 4.
+        The scale converts the width and the height of a frame to 4.
         """
         config = self.config
         left, top, right, bottom = config.target_extent
-        wide = (right - left) * config.patch_size / config.sample_width  # of a patch
+        wide = (right - left) * config.patch_size / config.sample_width  # width of a patch in the units of the target
         high = (bottom - top) * config.patch_size / config.sample_height
         x = left + wide * (torch.arange(columns, device=device) + 0.5)
         y = top + high * (torch.arange(rows, device=device) + 0.5)
@@ -581,9 +583,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             hidden_states: Latents (B, C, F, H, W), the clean history first; any F, and any H and W divisible by the patch size.
             timestep: Diffusion timesteps (B,), or one per frame (B, F); see `history_timestep`.
             actions: Actions (B, n, A) in raw units, n <= F. They lead to the last n frames; the first F - n are history. None
-                gives every frame the null action and treats none as history.
+                gives every frame the null action and treats no frame as history.
             action_mask: Booleans (B, n); actions at False are replaced by the null action (action dropout).
-            fps: Frames per second, one number or (B,), for models that embed them; None for those of the config.
+            fps: Frames per second, one number or (B,), for models that embed them; None for the value in the config.
             attention_kwargs: `{"scale": s}` scales the LoRA layers.
             return_dict: Return a `Transformer2DModelOutput` instead of a tuple.
 
@@ -622,7 +624,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         ):
             hidden_states = self._run(spatial_block, hidden_states, spatial_temb, spatial_rotary, None, grid)
             hidden_states = self._run(temporal_block, hidden_states, temporal_temb, rotary, positions)
-            positions = None  # the first temporal block adds them
+            positions = None  # only the first temporal block adds positions
 
         sample = self._project_out(hidden_states, final_temb, grid)  # (B, C, F, H, W)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -645,9 +647,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     def _scale_noisy_latents(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor, actions: torch.Tensor | None
     ) -> torch.Tensor:
-        """Multiply the predicted frames of latents (B, C, F, H, W) by their signal share.
+        """Multiply predicted frames of latents (B, C, F, H, W) by the square root of their cumulative alpha.
 
-        The signal share follows from the timesteps (B, F or 1).
+        The timesteps are (B, F or 1).
         """
         share = self._cached(self._signal_share, hidden_states.device)[timestep.long()]  # (B, F or 1)
         if actions is not None:
@@ -666,7 +668,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         fps: float | torch.Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Conditions of the spatial blocks, the temporal blocks and the final layer.
+        """Return the conditions of the spatial blocks, the temporal blocks and the final layer.
 
         The timesteps are (B, F or 1). Each condition is (B, F or 1, D); with adaLN-single, the first two are
         (B, F or 1, 6 D).
@@ -691,7 +693,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             modulation = self.ada_norm_out(temb)  # (B, F or 1, 2 D)
         else:
             modulation = torch.cat([temb, temb], dim=-1) + self.scale_shift_table.flatten().to(temb.device)
-        # in a model split over GPUs, the last blocks are on another device than the embeddings
+        # in a model split over GPUs, the last blocks may be on another device than the embeddings
         shift, scale = modulation.to(hidden_states.device).unsqueeze(2).chunk(2, dim=-1)
         hidden_states = torch.addcmul(shift, self.norm_out(hidden_states), 1 + scale)
         hidden_states = self.proj_out(hidden_states)  # (B, F, S, patch patch C)
@@ -717,7 +719,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     def _cached(self, build: Callable[..., Any], *arguments: Any) -> Any:
         """Return `build(*arguments)`, cached until the config changes.
 
-        Compiled graphs have their own constants.
+        Nothing is cached in compiled graphs, which have their own constants.
         """
         if torch.compiler.is_compiling():
             return build(*arguments)
@@ -730,7 +732,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         return self._tables[key]
 
     def _action_scaling(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and offset of the action space (A,), float32."""
+        """Return scale and offset (A,) of the action space, float32."""
         space = self.action_space
         scale, offset = (
             torch.tensor(values, dtype=torch.float32, device=device) for values in (space.scale, space.offset)
@@ -738,7 +740,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         return scale, offset
 
     def _signal_share(self, device: torch.device) -> torch.Tensor:
-        """Square roots of the cumulative alphas of all timesteps (T,), as in diffusers' schedulers."""
+        """Return square roots of the cumulative alphas of all timesteps (T,), as in diffusers' schedulers."""
         config, number = self.config, self.config.num_train_timesteps
         if config.beta_schedule == "squaredcos_cap_v2":
             edges = torch.arange(number + 1, dtype=torch.float32, device=device) / number
@@ -753,7 +755,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     def _spatial_positions(
         self, rows: int, columns: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """Sines and cosines of the grid (1, rows columns, D); those of the columns come first."""
+        """Return sines and cosines of the patch positions (1, rows columns, D), first of the columns."""
         config, exact = self.config, maybe_adjust_dtype_for_device(torch.float64, device)
         down, across = (torch.arange(number, dtype=exact, device=device) for number in (rows, columns))
         if config.base_patch_size is not None:  # centers of the patches in units of the pretrained grid
@@ -761,10 +763,10 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             down, across = (down + 0.5) * ratio - 0.5, (across + 0.5) * ratio - 0.5
         if config.spatial_position == "area":
             side = round((rows * columns) ** 0.5)
-            area = (rows * columns) ** 0.5 * config.patch_size / 64  # 64 latent pixels are Open-Sora's 512 pixels
+            area = (rows * columns) ** 0.5 * config.patch_size / 64  # 64 latent pixels are 512 pixels in Open-Sora
             down, across = down * side / rows / area, across * side / columns / area
         elif config.spatial_position == "fixed":
-            side = 64 // config.patch_size  # Latte's grid: 64 latent pixels a side, 32 patches of two
+            side = 64 // config.patch_size  # Latte's grid has 64x64 latent pixels
             down, across = down * side / rows, across * side / columns
         grid = torch.meshgrid(across, down, indexing="xy")
         dim = config.num_attention_heads * config.attention_head_dim
@@ -773,7 +775,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     def _spatial_rotary_positions(
         self, rows: int, columns: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (S, head_dim) of rotary positions.
+        """Return cosines and sines (S, head_dim) of rotary positions.
 
         Channel k of the first half of a head is paired with channel k of the second half. The first half of these pairs is
         rotated by the row, the second half by the column.
@@ -791,13 +793,13 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     def _temporal_positions(
         self, num_frames: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """Sines and cosines of the frame index (F, 1, D)."""
+        """Return sines and cosines of the frame index (F, 1, D)."""
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         frames = torch.arange(num_frames, device=device)
         return get_1d_sincos_pos_embed_from_grid(dim, frames).float().to(dtype).unsqueeze(1)
 
     def _rotary_positions(self, num_frames: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (F, head_dim) of interleaved rotary positions."""
+        """Return cosines and sines (F, head_dim) of interleaved rotary positions."""
         frames = torch.arange(num_frames, device=device)
         return get_1d_rotary_pos_embed(self.config.attention_head_dim, frames, use_real=True)
 
@@ -806,7 +808,7 @@ def _check_config(config: Any) -> None:
     """Check the config of a transformer.
 
     Raises:
-        ValueError: If an entry is invalid, or entries do not match.
+        ValueError: If an entry is invalid, or entries are inconsistent.
     """
     check_shared_config(config)
     if config.scale_noisy_latents and config.prediction_type == "flow_prediction":
@@ -827,10 +829,8 @@ def check_shared_config(config: Any) -> None:
     """
     for name, most in LIMITS.items():
         value = config.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        if value > most:
-            raise ValueError(f"`{name}` must be at most {most}, got {value}.")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ValueError(f"`{name}` must be an integer of at least 1 and at most {most}, got {value!r}.")
     window = config.in_channels * config.sample_frames * config.sample_height * config.sample_width
     if window > MAX_WINDOW:
         raise ValueError(
@@ -848,8 +848,7 @@ def check_shared_config(config: Any) -> None:
         if value is None and (name in ("fps", "base_patch_size") or name not in config):
             continue
         if not (number and low <= value <= high):
-            wanted = "a positive number of frames per second, or None" if name == "fps" else f"in [{low:g}, {high:g}]"
-            raise ValueError(f"`{name}` must be {wanted}, got {repr(value)[:60]}.")
+            raise ValueError(f"`{name}` must be in [{low:g}, {high:g}], got {repr(value)[:60]}.")
     if config.cameras is not None and not _are_rows_of_names(config.cameras):
         raise ValueError(f"`cameras` must be rows of camera names, or None, got {config.cameras!r}.")
     for name, choices in CHOICES.items():

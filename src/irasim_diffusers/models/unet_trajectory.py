@@ -41,7 +41,7 @@ UNET_PRESETS: dict[str, dict[str, Any]] = {
 
 NORM_GROUPS = 8
 MAX_RESOLUTIONS, MAX_WIDTH = 12, 16384
-MAX_SEQUENCES = 2**15  # CUDA limits the grid dimension to 16 bits; every pixel is one sequence
+MAX_SEQUENCES = 2**15  # CUDA limits the grid dimension to 16 bits; temporal attention has one sequence per pixel
 
 
 class UNetLinearAttnProcessor(IRASimAttnProcessor):
@@ -53,7 +53,7 @@ class UNetLinearAttnProcessor(IRASimAttnProcessor):
         hidden_states: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Attend among the tokens of (B, S, D)."""
+        """Attend among tokens (B, S, D)."""
         query, key, value = self.project(attn, hidden_states)  # (B, S, heads, head_dim)
         query = query.float().softmax(-1) * query.shape[-1] ** -0.5
         key = key.float().softmax(1)
@@ -82,7 +82,7 @@ class UNetTrajectoryAttention(nn.Module):
         num_frames: int,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Attend in features (B F, C, H, W)."""
+        """Apply attention to features (B F, C, H, W)."""
         tokens = hidden_states.unflatten(0, (-1, num_frames)).movedim(2, -1).flatten(2, 3)  # (B, F, S, C)
         if self.temporal:
             tokens = tokens.transpose(1, 2)  # (B, S, F, C)
@@ -159,15 +159,15 @@ class UNetTrajectoryBlock(nn.Module):
 class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """The U-Net of VDM and LVDM, conditioned on the clean history and a whole trajectory.
 
-    It predicts the noise of the future frames. Space and time are factorized: convolutions and attention within
-    frames, attention between the frames of a pixel. An MLP embeds the trajectory, which has a fixed number of actions.
-    The embedding is concatenated with that of the timestep; together they scale and shift the features of every
-    residual block. All frames thus receive all actions, as in Video-Ada.
+    It predicts the noise of the future frames. Space and time are factorized: convolutions and attention within frames,
+    attention between the frames of a pixel. An MLP embeds the trajectory, which has a fixed number of actions. The
+    concatenated embeddings of trajectory and timestep scale and shift the features of every residual block. All frames thus
+    receive all actions, as in Video-Ada.
 
     Residual blocks and samplers are those of diffusers. Differences from the released code of the baselines: residual blocks
-    normalize before they convolve, and each frame separately; positions in time are rotations only, without a learned bias. With
-    the paper's settings on RT-1 (15 actions of 7 components) VDM has 44,518,595 parameters and LVDM 687,572,260. The paper reports
-    40M and 687M; the layers of the released code add up to 44.50M and 687.52M.
+    normalize each frame separately, before the convolution; temporal positions are rotary, without a learned bias. With the
+    paper's settings on RT-1 (15 actions of 7 components) VDM has 44,518,595 parameters and LVDM 687,572,260. The paper
+    reports 40M and 687M; the layers of the released code add up to 44.50M and 687.52M.
 
     Args:
         block_out_channels: Channels of each resolution, the finest first; each resolution halves the height and width.
@@ -181,7 +181,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         num_history_frames: Exact number of history frames.
         conditioning: `"video"`: the whole trajectory conditions all frames.
         action_frequencies: Number of octaves of sines and cosines of the scaled actions that are added to the action features,
-            with a longest wavelength of 16. 0 in the paper.
+            the lowest with a wavelength of 16. 0 in the paper.
         action_dim: Number of action components.
         action_scale: The network receives `(action - action_offset) * action_scale`; one number, or one per component.
         action_offset: See `action_scale`.
@@ -191,15 +191,16 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         action_high: Upper bound, likewise.
         action_space: `"relative"` if zero is no motion, `"absolute"` if an action is a target position.
         action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
-        cameras: Names of the cameras as tiled in a frame: rows from the top, each from the left.
+        cameras: Names of the cameras as tiled in a frame: rows from top to bottom, each from left to right.
         fps: Frames per second of the data, if known.
         relative_latents: Whether the latents of predicted frames are relative to the last history frame.
         prediction_type: Output of the network, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which has
             no betas.
-        num_train_timesteps: Number of timesteps of the noise process in training; this and the next three as in diffusers.
+        num_train_timesteps: Number of timesteps of the noise process in training; this entry and the next three are as in
+            diffusers.
         beta_start: First noise variance.
         beta_end: Last noise variance.
-        beta_schedule: Schedule of the variances between them.
+        beta_schedule: Schedule of the variances from `beta_start` to `beta_end`.
     """
 
     _supports_gradient_checkpointing = True
@@ -319,7 +320,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         number = self.config.sample_frames - self.config.num_history_frames
         if actions.shape[1:] != (number, self.config.action_dim) or number > num_frames:
             raise ValueError(
-                f"`actions` must be (batch, {number}, {self.config.action_dim}) for a window of {number} frames or more, got "
+                f"`actions` must be (batch, {number}, {self.config.action_dim}) for a window of at least {number} frames, got "
                 f"{tuple(actions.shape)} for {num_frames}: the U-Net requires this number of actions."
             )
 
@@ -350,7 +351,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         batch_size, _, num_frames, height, width = hidden_states.shape
         if actions is not None:
             self._check_actions(actions, num_frames)
-        multiple = 2 ** len(self.downsamplers)  # the sides must be divisible by this
+        multiple = 2 ** len(self.downsamplers)  # height and width must be divisible by this number
         hidden_states = F.pad(hidden_states, (0, -width % multiple, 0, -height % multiple, 0, 0), mode="replicate")
         hidden_states = self.conv_in(hidden_states.transpose(1, 2).flatten(0, 1))  # (B F, D, H, W)
         dtype = hidden_states.dtype
@@ -401,11 +402,11 @@ def _check_config(config: Any) -> None:
         sizes and len(widths) <= MAX_RESOLUTIONS and all(type(size) is int and 0 < size <= MAX_WIDTH for size in sizes)
     ):
         raise ValueError(
-            f"`block_out_channels` must be 1 to {MAX_RESOLUTIONS} integers and `condition_dim` one, all in [1, {MAX_WIDTH}], got "
+            f"`block_out_channels` must be 1 to {MAX_RESOLUTIONS} integers and `condition_dim` one integer, all in [1, {MAX_WIDTH}], got "
             f"{widths!r:.60} and {config.condition_dim!r:.60}."
         )
     if any(channels % NORM_GROUPS for channels in config.block_out_channels):
         raise ValueError(
-            f"`block_out_channels` must be multiples of {NORM_GROUPS}, the groups of a norm, got {config.block_out_channels}."
+            f"`block_out_channels` must be multiples of {NORM_GROUPS}, the number of groups of a norm, got {config.block_out_channels}."
         )
     check_shared_config(config)

@@ -31,7 +31,7 @@ AUTOENCODER_LIMITS = {
 """Upper limits of sizes in the config of an autoencoder."""
 MAX_BLOCKS = 16
 FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-"""Types of weights in safetensors files."""
+"""Floating-point types in safetensors files."""
 
 
 def stack_frames(frames: Any) -> torch.Tensor:
@@ -62,7 +62,7 @@ def stack_frames(frames: Any) -> torch.Tensor:
 
 
 def _to_tensor(frames: Any) -> torch.Tensor:
-    """Frames as a float32 tensor (..., C, H, W); uint8 values are scaled to [0, 1]."""
+    """Return frames as a float32 tensor (..., C, H, W); uint8 values are scaled to [0, 1]."""
     if isinstance(frames, PIL.Image.Image):
         if frames.mode != "RGB":
             raise ValueError(f"`frames` must be RGB, got an image of mode {frames.mode}: use `image.convert('RGB')`.")
@@ -75,7 +75,9 @@ def _to_tensor(frames: Any) -> torch.Tensor:
         return torch.stack(parts)
     if isinstance(frames, np.ndarray):
         if frames.ndim < 3:
-            raise ValueError(f"`frames` must be (H, W, 3) or more, got an array {frames.shape}: convert it to RGB.")
+            raise ValueError(
+                f"`frames` must be arrays of at least 3 dimensions (H, W, 3), got an array {frames.shape}: convert it to RGB."
+            )
         frames = torch.from_numpy(np.ascontiguousarray(np.moveaxis(frames, -1, -3)))
     if not torch.is_tensor(frames):
         raise ValueError(f"`frames` must be PIL images, arrays or tensors, got {type(frames).__name__}.")
@@ -137,12 +139,14 @@ def check_batch(num_histories: int, num_sequences: int, num_videos: int, generat
     if num_histories not in (1, num_sequences) and num_sequences != 1:
         raise ValueError(
             f"`frames` and `actions` must match: got {num_histories} histories and {num_sequences} action sequences; pass "
-            "one of either, or equally many."
+            "one history, one action sequence, or equal numbers of both."
         )
     batch_size = max(num_histories, num_sequences) * num_videos
     generators = generator if isinstance(generator, list) else [generator]
     if isinstance(generator, list) and len(generator) != batch_size:
-        raise ValueError(f"`generator` must be one, or a list of {batch_size}, got a list of {len(generator)}.")
+        raise ValueError(
+            f"`generator` must be one generator, or a list of {batch_size}, got a list of {len(generator)}."
+        )
     if generator is not None and not all(isinstance(each, torch.Generator) for each in generators):
         raise ValueError(
             f"`generator` must be a torch.Generator or a list of them, got {generator!r}: use "
@@ -245,11 +249,11 @@ def check_chunk(chunk_length: Any, config: Any, longest: float | None = None) ->
     Args:
         chunk_length: The number.
         config: Config of the transformer.
-        longest: Largest number; None for the predicted frames of a window. Ignored for Video-Ada and the U-Net.
+        longest: Maximum number; None for the number of predicted frames of a window. Ignored for Video-Ada and the U-Net.
 
     Raises:
-        ValueError: If the number is less than 1 or too large, or differs from the predicted frames of a window for Video-Ada
-            and the U-Net.
+        ValueError: If the number is less than 1 or too large, or, for Video-Ada and the U-Net, differs from the number of
+            predicted frames of a window.
     """
     window = config.sample_frames - config.num_history_frames
     fixed = config.conditioning == "video"
@@ -278,10 +282,10 @@ def check_fps(fps: float | None, config: Any) -> None:
 
 
 def check_cache(transformer: Any, guidance_scale: float) -> None:
-    """Check that the enabled cache supports guidance and context parallelism.
+    """Check that the enabled cache supports the guidance scale and context parallelism.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If it does not support them.
     """
     cache = getattr(transformer, "_cache_config", None)
     if guidance_scale > 1 and isinstance(cache, PyramidAttentionBroadcastConfig | FasterCacheConfig):
@@ -302,7 +306,7 @@ def check_cache(transformer: Any, guidance_scale: float) -> None:
 
 
 def check_autoencoder(vae: Any, in_channels: int) -> None:
-    """Check that a model of latents has an autoencoder.
+    """Check that a latent model has an autoencoder.
 
     Raises:
         ValueError: If `vae` is None and the model does not have the 3 channels of RGB frames.
@@ -317,7 +321,7 @@ def check_autoencoder(vae: Any, in_channels: int) -> None:
 def find_nonfinite_weight(module: nn.Module) -> str | None:
     """Return the name of a weight that is NaN or infinite, or None. The cost is one sum per tensor.
 
-    Weights on the meta device, of less than 16 bits and of quantized types are not checked.
+    Weights on the meta device, 8-bit weights and quantized weights are not checked.
     """
     for key, value in module.state_dict(keep_vars=True).items():
         plain = type(value) in (torch.Tensor, nn.Parameter) and value.is_floating_point() and value.itemsize > 1
@@ -350,7 +354,7 @@ def check_model_files(folder: Path) -> None:
     """Check the files of a pipeline's models before models are built or weights are converted.
 
     Args:
-        folder: The folder; nothing is checked in a path that is not one.
+        folder: The folder of the pipeline; nothing is checked if it is not a local folder.
 
     Raises:
         ValueError: If the autoencoder has too many layers, or the weights of a model that is not quantized are not
@@ -384,7 +388,8 @@ def _check_layers(config: dict[str, Any]) -> None:
 
 def _check_types(file: Path) -> None:
     """Check the types in the header of a safetensors file."""
-    with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:  # diffusers reports these
+    # diffusers reports damaged files
+    with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118 (not a dictionary)
             kind = tensors.get_slice(key).get_dtype()
             if kind not in FLOATING and not key.endswith("num_batches_tracked"):

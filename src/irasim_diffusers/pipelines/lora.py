@@ -18,7 +18,7 @@ MAX_RANK, MAX_ALPHA = 1 << 16, 1e6
 
 
 class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
-    """LoRA methods of diffusers, from its mixin for pipelines with a transformer only (CogVideoX)."""
+    """LoRA methods of diffusers' mixin for pipelines with LoRA layers in the transformer only (CogVideoX)."""
 
     def load_lora_weights(
         self,
@@ -32,10 +32,10 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
         If the file contains the action encoder and the null action, they replace those of the model until
         `unload_lora_weights`; the last loaded file takes precedence. `disable_lora`, `set_adapters` and `delete_adapters`
-        affect the LoRA layers only. A file that is not in the safetensors format is read only if it is named.
+        affect the LoRA layers only. A `.bin` file is read only if the path names it.
 
         Raises:
-            ValueError: If the file contains other weights, or its action encoder does not match the model or cannot be replaced now.
+            ValueError: If the file contains other weights, or an action encoder that does not match or cannot be replaced.
         """
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, dict) or not str(source).endswith(".bin"):
@@ -75,7 +75,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             hotswap=hotswap,
         )
         if encoder:
-            # stored on the transformer, which several pipelines may share
+            # stored in the transformer, which several pipelines may share
             transformer = unwrap_module(self.transformer)
             kept = {key: own[key].clone() for key in encoder} | getattr(transformer, "_own_action_encoder", {})
             transformer._own_action_encoder = kept
@@ -91,7 +91,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             )
 
     def _check_layers(self, layers: dict[str, torch.Tensor]) -> None:
-        """Raise ValueError for LoRA layers of unknown modules, or of other types than floats."""
+        """Raise ValueError for LoRA layers of unknown modules, or with weights that are not floating-point."""
         modules = {
             name.replace(".base_layer", "") for name, _ in unwrap_module(self.transformer).named_modules() if name
         }
@@ -105,7 +105,8 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
     def unload_lora_weights(self) -> None:
         """Remove all LoRA layers and restore the model's own action encoder, unless the layers are fused.
 
-        Fused weights stay, together with the action encoder of their file: `fuse_lora()` followed by this method merges them.
+        Fused layers and the action encoder of their file are kept: `fuse_lora()` followed by this method merges them
+        permanently.
         """
         transformer = unwrap_module(self.transformer)
         own = {} if self._is_fused() else getattr(transformer, "_own_action_encoder", {})

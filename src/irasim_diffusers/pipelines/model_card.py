@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 PIPELINE_FILE = "from irasim_diffusers import IRASimPipeline  # noqa: F401\n"
-"""`pipeline.py` of a published repository: with it `DiffusionPipeline.from_pretrained` finds the class."""
+"""`pipeline.py` of a published repository, in which `DiffusionPipeline.from_pretrained` finds the class."""
 
 HOLD = {
     "relative_euler": "zero in position and angles, with the other components unchanged,",
@@ -16,7 +16,7 @@ TEXT = """
 # {title}
 
 A world model of a robot: from {history} of {height}x{width} pixels and a sequence of actions it predicts the next
-frames, one per action. {method}, as a diffusers pipeline of
+frames, one per action. The model is {method}. It is a diffusers pipeline of
 irasim-diffusers. Install the package with `pip install .` in a clone of its repository.
 
 ```python
@@ -50,10 +50,10 @@ video = pipe(frame, actions).frames[0]
 
 
 def describe_method(config: Any) -> str:
-    """Return one sentence on the architecture and the action conditioning."""
+    """Describe the architecture and the action conditioning, as a part of a sentence."""
     if "block_out_channels" in config:
         paper = "[Video Diffusion Models](https://arxiv.org/abs/2204.03458)"
-        return f"The U-Net of {paper}, a baseline of IRASim, in which the whole trajectory modulates all frames"
+        return f"the U-Net of {paper}, a baseline of IRASim, in which the whole trajectory modulates all frames"
     if config.conditioning == "frame":
         return "[IRASim](https://arxiv.org/abs/2406.14540), in which each action modulates its own frame (Frame-Ada)"
     return "[IRASim](https://arxiv.org/abs/2406.14540), in which the whole trajectory modulates all frames (Video-Ada)"

@@ -35,7 +35,7 @@ SETTINGS = ("num_inference_steps", "chunk_length", "timesteps")
 """Arguments of the constructor that are saved with a checkpoint."""
 
 CPU_ROWS = 8
-"""Rollouts that a CPU predicts together: the activations of more do not fit its caches, which takes longer per rollout."""
+"""Number of rollouts that a CPU predicts together. The activations of more rollouts do not fit into its caches."""
 
 EXAMPLE_DOC_STRING = """
     Examples:
@@ -56,14 +56,15 @@ EXAMPLE_DOC_STRING = """
 class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     """Pipeline that predicts the video of a robot executing given actions, from observed frames.
 
-    LoRA weights of the transformer are loaded, set, fused and saved as in any diffusers pipeline. A LoRA file may contain the
-    whole action encoder, if that was trained as well.
+    LoRA weights of the transformer are loaded, set, fused and saved as in any diffusers pipeline. A LoRA file may also
+    contain the action encoder, if it was trained.
 
     The pipeline is a `WorldModel`: `start`, `advance` and `decode` predict rollouts in latent space.
 
-    The last three arguments are settings of the checkpoint and are saved with it. `components` contains them, so that
-    `IRASimPipeline(**pipe.components)` and `IRASimPipeline.from_pipe(pipe)` have the settings of `pipe`. Schedulers
-    are stateful: use one pipeline per thread, such as `pipe.with_scheduler(type(pipe.scheduler))`, which shares all weights.
+    `num_inference_steps`, `chunk_length` and `timesteps` are settings of the checkpoint and are saved with it. `components`
+    contains them, so that `IRASimPipeline(**pipe.components)` and `IRASimPipeline.from_pipe(pipe)` have the settings of
+    `pipe`. Schedulers are stateful: use one pipeline per thread, such as `pipe.with_scheduler(type(pipe.scheduler))`, which
+    shares all weights.
 
     Args:
         vae: Per-frame autoencoder; None for a model in pixel space, whose latents are the frames in [-1, 1].
@@ -72,10 +73,10 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         scheduler: Any diffusers scheduler with the checkpoint's prediction type and noise process; for checkpoints that
             predict samples, also one with prediction type `v_prediction`.
         num_inference_steps: Default number of denoising steps. None for 50.
-        chunk_length: Default number of actions per chunk of a rollout. None for all that fit the model's window.
+        chunk_length: Default number of actions per chunk of a rollout. None for `max_chunk`.
         timesteps: `num_inference_steps` timesteps that replace the scheduler's own spacing in calls with as many steps, if
             the scheduler accepts custom timesteps. None for the scheduler's spacing.
-        window_length: Deprecated, in checkpoints of earlier versions: `chunk_length` plus the history frames of the model.
+        window_length: Deprecated; in checkpoints of earlier versions, `chunk_length` plus the number of history frames.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -135,16 +136,13 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load the config of a pipeline.
-
-        The files of its models are checked first if they are local or downloaded.
-        """
+        """Load the config of a pipeline, after a check of its model files if they are local or downloaded."""
         inputs.check_model_files(Path(pretrained_model_name_or_path))
         return super().load_config(pretrained_model_name_or_path, **kwargs)
 
     @property
     def components(self) -> dict[str, Any]:
-        """The arguments of the constructor: the modules of the pipeline and its settings."""
+        """Arguments of the constructor: the modules and the settings of the pipeline."""
         return super().components | {name: self.config[name] for name in SETTINGS}
 
     @property
@@ -177,7 +175,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     @property
     def interrupt(self) -> bool:
-        """Whether denoising stops, also in later windows; a callback may set `pipe._interrupt = True`."""
+        """Whether denoising stops, in this and all later windows; a callback may set `pipe._interrupt = True`."""
         return self._interrupt
 
     @property
@@ -208,7 +206,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     @property
     def cameras(self) -> list[list[str]] | None:
-        """Names of the cameras of the training data, as they are tiled into a frame, if known."""
+        """Names of the cameras of the training data, as tiled in a frame, if known."""
         return self.transformer.config.cameras
 
     @property
@@ -258,7 +256,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         Args:
             actions: Actions (B, n, A) in raw units.
             histories: Histories (B, h, 3, H, W) in [-1, 1].
-            num_inference_steps: See `__call__`, like all further arguments.
+            num_inference_steps: See `__call__`.
             guidance_scale: See `__call__`.
             num_videos_per_trajectory: See `__call__`.
             generator: See `__call__`.
@@ -399,7 +397,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         Args:
             history: Clean history (B, C, h, H, W), scaled latents.
             actions: Actions (B, n, A) in raw units.
-            latents: Noise (B, C, n, H, W) of unit variance, from `prepare_latents`. It is scaled here as the scheduler requires.
+            latents: Noise (B, C, n, H, W) of unit variance, from `prepare_latents`. This method scales it as the scheduler
+                requires.
             num_inference_steps: Number of denoising steps.
             guidance_scale: Above 1 the network is evaluated twice per step, with and without actions. None keeps the current
                 scale.
@@ -408,15 +407,15 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             sigmas: Custom sigmas, for schedulers that accept them.
             eta: Eta of DDIM.
             attention_kwargs: Passed to the transformer.
-            fps: Frames per second, for checkpoints that embed them; None for those of the config.
-            on_step_end: Called with step, timestep and latents after each step; returns the latents for the next step. They are
-                relative to the last history frame if the checkpoint's latents are.
+            fps: Frames per second, for checkpoints that embed them; None for the value in the config.
+            on_step_end: Called with step, timestep and latents after each step; returns the latents for the next step. These
+                latents are relative to the last history frame if the checkpoint has `relative_latents`.
 
         Returns:
             The future (B, C, n, H, W), scaled latents, float32.
         """
         schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas)
-        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # depends on the timesteps
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # this factor depends on the timesteps
         if guidance_scale is not None:
             self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
@@ -427,7 +426,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             if self.interrupt:
                 break
             self._current_timestep = t
-            scale = getattr(self.scheduler, "scale_model_input", None)  # missing in schedulers of flows
+            scale = getattr(self.scheduler, "scale_model_input", None)  # flow-matching schedulers do not have it
             noisy = latents if scale is None else scale(latents, t)
             prediction = self._predict(history, noisy, t, actions, conditions)
             if self.transformer.config.prediction_type == "sample":
@@ -496,9 +495,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
                 rollout: each window starts from the last frames of the previous one.
             num_inference_steps: Number of denoising steps per window. None for the pipeline's default.
             guidance_scale: Classifier-free guidance scale. Values above 1 enable guidance, which evaluates the network twice
-                per step; the paper uses none.
+                per step; the paper uses no guidance.
             num_videos_per_trajectory: Number of videos per trajectory; they are consecutive in the output.
-            generator: Seeded generator, or one per video, which makes a video the same alone and in a batch.
+            generator: Seeded generator, or one per video; with one per video, a video is the same alone and in a batch.
             latents: Initial noise (B, C, n, h, w) of unit variance.
             output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict: Return an `IRASimPipelineOutput` instead of a tuple.
@@ -507,15 +506,15 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             sigmas: Custom sigmas, for schedulers that accept them.
             eta: Eta of DDIM, in [0, 1].
             decode_chunk_size: Number of frames that the autoencoder encodes or decodes at a time; bounds its memory.
-            chunk_length: Number of actions per chunk, at most `max_chunk`. With fewer, there are more chunks with shorter
+            chunk_length: Number of actions per chunk, at most `max_chunk`. Fewer actions per chunk give more and shorter
                 windows. None for the pipeline's default.
             fps: Frames per second of history and actions, for checkpoints that embed them (Open-Sora). None for
-                those of the config.
+                the value in the config.
             attention_kwargs: `{"scale": s}` scales LoRA layers.
             callback_on_step_end: Called as `callback(pipe, step, timestep, {name: tensor})` after each step; returns a
                 dict whose `latents`, if any, replace the current ones. Steps are counted over all windows. A
-                diffusers `PipelineCallback` or several are accepted, too.
-            callback_on_step_end_tensor_inputs: Names of the tensors passed to the callback: `latents` (default) or none.
+                `PipelineCallback` or `MultiPipelineCallbacks` of diffusers is also accepted.
+            callback_on_step_end_tensor_inputs: Names of the tensors for the callback: `["latents"]` (default) or an empty list.
 
         Returns:
             The predicted frames of each trajectory, one per action.
@@ -574,7 +573,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
             sampling = {
                 "num_inference_steps": num_inference_steps,
-                "guidance_scale": None,  # a callback may have changed it
+                "guidance_scale": None,  # keep the current scale, which a callback may have changed
                 "generator": generator,
                 "latents": latents,
                 "timesteps": timesteps,
@@ -616,7 +615,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             The state of `len(seeds)` rollouts.
 
         Raises:
-            ValueError: If the frames do not match the checkpoint, or their number does not match that of the seeds.
+            ValueError: If the frames do not match the checkpoint, or if there is neither one history nor one per seed.
         """
         seeds = [int(seed) for seed in seeds]
         if not seeds or min(seeds) < 0:
@@ -652,7 +651,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             num_inference_steps: Number of denoising steps. None for the pipeline's default.
             guidance_scale: See `__call__`. None keeps the current scale.
             generator: Source of the noise instead of the seeds of the state.
-            latents: Noise (B, C, m, H, W) of the whole rollout, frame 0 being the first predicted one; see `prepare_latents`.
+            latents: Noise (B, C, m, H, W) of the whole rollout, from its first predicted frame; see `prepare_latents`.
             sampling: Other arguments of `denoise_window`.
 
         Returns:
@@ -700,7 +699,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             sources = [state.generators(index) for index in range(length)]
             frame = (*shape[:2], 1, *shape[3:])
             noise = torch.cat([self.prepare_latents(frame, source) for source in sources], dim=2)
-            generator = sources[0]  # a stochastic scheduler continues it
+            generator = sources[0]  # a stochastic scheduler draws more noise from it
         else:
             first = int(state.step.max())
             given = None if latents is None else latents[:, :, first : first + length]
@@ -726,15 +725,15 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     ) -> Iterator[PIL.Image.Image | np.ndarray | torch.Tensor]:
         """Predict one trajectory while its actions arrive.
 
-        Frames are predicted as soon as `chunk_length` actions have arrived. The next action is requested only when all
-        predicted frames have been consumed, so that a policy can observe them. The history is carried in latents and is never
-        decoded and encoded again.
+        The frames of a chunk are predicted as soon as its `chunk_length` actions have arrived. The next action is requested
+        only when all predicted frames have been consumed, so that a policy can observe them. The history is kept in latents,
+        which are never decoded and encoded again.
 
         Args:
             frames: The history; see `__call__`.
             actions: Any iterable of actions (A,) in the units of the action space, finite or infinite.
-            chunk_length: Number of actions that are predicted together; the last chunk may be shorter. None for 4, or fewer
-                if the chunks of the pipeline are shorter; Video-Ada and the U-Net require `max_chunk`.
+            chunk_length: Number of actions that are predicted together; the last chunk may be shorter. None for 4, or
+                the pipeline's `chunk_length` if it is smaller. Video-Ada and the U-Net require `max_chunk`, their default.
             num_inference_steps: Number of denoising steps per chunk. None for the pipeline's default.
             guidance_scale: See `__call__`.
             generator: Seeded generator.
@@ -759,7 +758,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         steps = self.config.num_inference_steps if steps is None else steps
         if chunk_length is None:
             chunk_length = self.max_chunk if config.conditioning == "video" else min(4, self.chunk_length)
-        length = inputs.check_chunk(chunk_length, config, longest=math.inf)  # `roll` splits longer ones
+        length = inputs.check_chunk(chunk_length, config, longest=math.inf)  # `roll` splits longer chunks
         histories = self.preprocess_frames(frames, resize)
         hold = torch.zeros(1, length, config.action_dim)
         self.check_inputs(

@@ -1,4 +1,4 @@
-"""Use any diffusers scheduler with a checkpoint: checks, exchange, timesteps and prediction types."""
+"""Use of any diffusers scheduler with a checkpoint: checks, exchange, timesteps and prediction types."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def exchange(scheduler: Any, kind: str | type[SchedulerMixin], config: Any, **ch
     scheduler_class: Any = found
     known = list(inspect.signature(scheduler_class.__init__).parameters)[1:]
     if unknown := sorted(changes.keys() - set(known)):
-        raise ValueError(f"{found.__name__} has no entries {unknown}; it has {sorted(known)}.")
+        raise ValueError(f"the config of {found.__name__} has no entries {unknown}; its entries are {sorted(known)}.")
     settings: dict[str, Any] = {}
     is_other = not isinstance(scheduler, found)
     if config.prediction_type == "sample" and (is_other or found.__name__ in WITHOUT_SAMPLE):
-        settings["prediction_type"] = "v_prediction"  # supported by all schedulers; the pipeline converts samples
-    if is_other and "clip_sample" in known:  # absent from the config of PNDM
+        settings["prediction_type"] = "v_prediction"  # every scheduler supports it; the pipeline converts samples
+    if is_other and "clip_sample" in known:  # PNDM has no such entry
         settings["clip_sample"] = False
     new = scheduler_class.from_config(scheduler.config, **settings | changes)
     check_scheduler(new, config)
@@ -143,7 +143,7 @@ def set_timesteps(
         num_inference_steps: Number of steps, if neither `timesteps` nor `sigmas` are given.
         timesteps: Custom timesteps, for schedulers that accept them.
         sigmas: Custom sigmas, for schedulers that accept them.
-        preferred: Timesteps of the checkpoint. They are used for calls with as many steps.
+        preferred: Timesteps of the checkpoint, used if `num_inference_steps` is their number. None for the scheduler's spacing.
         is_flow: Whether the model predicts a flow; its sigmas are linear.
         device: Device of the timesteps.
 
@@ -151,7 +151,7 @@ def set_timesteps(
         The timesteps.
 
     Raises:
-        ValueError: If both `timesteps` and `sigmas` are given, or the scheduler does not accept them.
+        ValueError: If both `timesteps` and `sigmas` are given, the scheduler does not accept them, or a timestep is too large.
     """
     given = {"timesteps": timesteps, "sigmas": sigmas}
     custom: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -1,14 +1,22 @@
 """Training loop, arguments and checkpoints shared by the example scripts."""
 
 from .arguments import DataArguments, RunArguments, check_frame_size, check_ranges, check_run_arguments
-from .checkpoints import checkpoints, newest_checkpoint, remove_leftovers, save_checkpoint, save_finished, step_of
+from .checkpoints import (
+    checkpoints,
+    newest_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+    save_finished,
+    seconds_trained,
+    step_of,
+)
 from .datasets import check_held_out, open_sources
-from .launch import lock_output, start_accelerator
+from .launch import lock_output, prepare_output, start_accelerator
 from .objective import diffusion_loss
 from .pretrained import is_pipeline, load_autoencoder, load_transformer, load_vae
 from .run import TrainingData, encode_data, train
 from .saving import finished_pipeline, load_sampler
-from .scripts import Interruption, check_launch, exit_without_extra, run_script
+from .scripts import Interruption, check_launch, exit_without_extra, run_script, stop_training
 
 __all__ = [
     "DataArguments",
@@ -33,11 +41,14 @@ __all__ = [
     "lock_output",
     "newest_checkpoint",
     "open_sources",
+    "prepare_output",
     "remove_leftovers",
     "run_script",
     "save_checkpoint",
     "save_finished",
+    "seconds_trained",
     "start_accelerator",
     "step_of",
+    "stop_training",
     "train",
 ]

@@ -21,11 +21,11 @@ class DataArguments:
     """Arguments of all training scripts that select the data; the help texts describe them."""
 
     validation_dataset: str | None = field(
-        default=None, metadata={"help": "dataset of held-out episodes, in the same formats"}
+        default=None, metadata={"help": "dataset of held-out episodes, in any format of --dataset"}
     )
     cameras: list[str] = field(
         default_factory=list,
-        metadata={"help": "cameras to stack into one image; left,right makes a row (default: the only camera)"},
+        metadata={"help": "cameras, stacked vertically; left,right joins two horizontally (default: the only camera)"},
     )
     split: str = field(default="train", metadata={"help": "split of the dataset, or a part such as train[:90%%]"})
     validation_split: str = field(
@@ -35,7 +35,7 @@ class DataArguments:
     height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
     width: int | None = field(default=None, metadata={"help": "width in pixels; requires --height"})
     action_column: list[str] = field(
-        default_factory=list, metadata={"help": "action columns, concatenated; by default action or actions"}
+        default_factory=list, metadata={"help": "action columns, concatenated (default: action or actions)"}
     )
 
     @property
@@ -74,7 +74,7 @@ class RunArguments(DataArguments):
         },
     )
     max_train_episodes: int | None = field(
-        default=None, metadata={"help": "train on this number of episodes of each dataset, from the first"}
+        default=None, metadata={"help": "train on at most this number of episodes of each dataset, the first ones"}
     )
     streaming: bool = field(
         default=False,
@@ -89,7 +89,7 @@ class RunArguments(DataArguments):
         default=None, metadata={"help": "frame rate after skipping, instead of --frame_skip"}
     )
     state_columns: list[str] = field(
-        default_factory=list, metadata={"help": "state columns; by default all of a LeRobotDataset, none of a table"}
+        default_factory=list, metadata={"help": "state columns (default: all of a LeRobotDataset, none of a table)"}
     )
     action_derivation: str = field(
         default="recorded",
@@ -142,11 +142,13 @@ class RunArguments(DataArguments):
     )
     snr_gamma: float | None = field(default=None, metadata={"help": "gamma of min-SNR loss weights; the paper uses 5"})
     huber_c: float | None = field(
-        default=None, metadata={"help": "scale of the pseudo-Huber loss; by default the loss is the squared error"}
+        default=None, metadata={"help": "scale of the pseudo-Huber loss (default: the loss is the squared error)"}
     )
     terminal_share: float = field(
         default=0.0,
-        metadata={"help": "fraction of windows at the last timestep, where sampling starts; the others are uniform"},
+        metadata={
+            "help": "fraction of windows at the last timestep, where sampling starts; other timesteps are uniform"
+        },
     )
     action_dropout: float = field(
         default=0.1, metadata={"help": "fraction of windows that are trained with the null action"}
@@ -161,7 +163,7 @@ class RunArguments(DataArguments):
     state_loss_weight: float = field(default=1.0, metadata={"help": "weight of the auxiliary loss of --state_keys"})
     # optimization
     train_batch_size: int = field(default=16, metadata={"help": "windows per process and batch"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per step"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per process and step"})
     max_train_steps: int = field(default=300_000, metadata={"help": "total number of steps"})
     max_train_minutes: float | None = field(
         default=None, metadata={"help": "stop after this time, including validation and checkpoints"}
@@ -171,8 +173,8 @@ class RunArguments(DataArguments):
         default="constant_with_warmup", metadata={"help": "learning rate schedule of diffusers' get_scheduler"}
     )
     lr_warmup_steps: int = field(default=0, metadata={"help": "steps of linear warmup"})
-    lr_num_cycles: int = field(default=1, metadata={"help": "number of cycles of cosine_with_restarts"})
-    lr_power: float = field(default=1.0, metadata={"help": "power of polynomial"})
+    lr_num_cycles: int = field(default=1, metadata={"help": "number of cycles of the cosine_with_restarts schedule"})
+    lr_power: float = field(default=1.0, metadata={"help": "power of the polynomial schedule"})
     optimizer: str = field(
         default="adamw",
         metadata={
@@ -191,11 +193,11 @@ class RunArguments(DataArguments):
     )
     mixed_precision: str | None = field(
         default=None,
-        metadata={"help": "no, fp16 or bf16 (default: fp16 or bf16 of accelerate, else bf16)"},
+        metadata={"help": "no, fp16 or bf16 (default: the fp16 or bf16 of `accelerate launch`, else bf16)"},
     )
     allow_tf32: bool = field(default=False, metadata={"help": "allow TF32 matrix products"})
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "compute activations again in the backward pass, to save memory"}
+        default=False, metadata={"help": "recompute activations in the backward pass, to save memory"}
     )
     compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile"})
     attention_backend: str | None = field(
@@ -222,7 +224,7 @@ MAY_CHANGE = {
     *("logging_steps", "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_model_id"),
     *("validation_dataset", "validation_split", "validation_steps", "num_validation_clips"),
     *("validation_inference_steps", "compile", "attention_backend", "gradient_checkpointing", "allow_tf32"),
-    # the identity of the latents covers these
+    # the names of the latent caches, which must not change, depend on these
     *("dataset", "dataset_revision", "streaming", "vae", "max_train_episodes"),
 }
 """Arguments that may change when a run is resumed."""
@@ -299,7 +301,7 @@ def check_run_arguments(arguments: RunArguments) -> None:
     check_ranges(arguments, NOT_NEGATIVE, AT_LEAST_1, POSITIVE, fractions, CHOICES)
     if not 1 <= arguments.validation_inference_steps <= 1000:
         raise ValueError(
-            f"`validation_inference_steps` must be in 1..1000, got {arguments.validation_inference_steps}."
+            f"`validation_inference_steps` must be in [1, 1000], got {arguments.validation_inference_steps}."
         )
     if arguments.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         raise ValueError(f"`optimizer` muon requires torch 2.9 or later, found {torch.__version__}.")
@@ -326,7 +328,7 @@ def check_run_arguments(arguments: RunArguments) -> None:
 def _check_data_arguments(arguments: RunArguments) -> None:
     if len(arguments.dataset_weights) not in (0, len(arguments.dataset)):
         raise ValueError(
-            f"`dataset_weights` must be {len(arguments.dataset)} numbers, got {arguments.dataset_weights}."
+            f"`dataset_weights` must be {len(arguments.dataset)} numbers, one per dataset, got {arguments.dataset_weights}."
         )
     held_out = os.path.realpath(arguments.validation_dataset or "")
     if held_out in map(os.path.realpath, arguments.dataset) and arguments.validation_split == arguments.split:

@@ -77,9 +77,9 @@ def _problem(checkpoint: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         valid = False
     if not valid:
-        return f"{SETTINGS} cannot be read or is not that of a checkpoint"
+        return f"{SETTINGS} cannot be read or does not belong to a checkpoint"
     if stored.get("step", step_of(checkpoint)) != step_of(checkpoint):
-        return f"{SETTINGS} is that of step {stored['step']}"
+        return f"{SETTINGS} belongs to step {stored['step']}"
     for name, size in sizes.items():
         path = checkpoint / name
         if not path.is_file():
@@ -94,7 +94,7 @@ def _problem(checkpoint: Path) -> str | None:
 def check_resume(output: Path, settings: dict[str, Any]) -> None:
     """Compare settings with those of the newest checkpoint, before the data are read.
 
-    Nothing is checked without a checkpoint.
+    Without a checkpoint, nothing is checked.
 
     Raises:
         ValueError: If a setting differs.
@@ -144,7 +144,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint under a temporary name, flush and rename it, and delete the oldest ones.
 
-    Checkpoints of this step and of later ones are replaced. They only exist if they are damaged.
+    Checkpoints of this step and of later ones are replaced. Such checkpoints exist only if they are damaged.
 
     Args:
         accelerator: Accelerator whose state is saved. Every process must call this function.
@@ -152,18 +152,15 @@ def save_checkpoint(
         step: Number of completed steps.
         limit: Maximum number of checkpoints to keep.
         settings: Settings that `newest_checkpoint` compares.
-        add: Function that writes further files into the checkpoint folder.
+        add: Function that writes more files to the folder of the checkpoint.
     """
     partial = output / f"partial-{step}"
     try:
         accelerator.save_state(str(partial))
         if add is not None:
             add(partial)
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-    ) as error:  # a full disk: the incomplete files would take the last space
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # on a full disk, the incomplete files would take the last space
         shutil.rmtree(partial, ignore_errors=True)
         hidden = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container"))
         if isinstance(error, RuntimeError) and hidden:  # torch.save hides the OSError
@@ -220,7 +217,7 @@ def save_finished(output: Path, save: Callable[[Path], None]) -> None:
 
 
 def averaged_state(ema: EMAModel, model: ModelMixin | nn.Module) -> dict[str, torch.Tensor]:
-    """Return the state of a model with averaged trained weights, gathered from shards, on the CPU.
+    """Return the state of a model with its averaged weights, gathered from shards, on the CPU.
 
     Args:
         ema: Averages of the parameters that require a gradient, in their order.
@@ -231,16 +228,16 @@ def averaged_state(ema: EMAModel, model: ModelMixin | nn.Module) -> dict[str, to
         name: next(averages) if parameter.requires_grad else parameter.detach()
         for name, parameter in model.named_parameters()
     }
-    return {name: _whole(tensor).cpu() for name, tensor in (dict(model.named_buffers()) | parameters).items()}
+    return {name: whole(tensor).cpu() for name, tensor in (dict(model.named_buffers()) | parameters).items()}
 
 
 def save_average(accelerator: Accelerator, ema: EMAModel, model: nn.Module, folder: Path) -> None:
     """Write the averaged weights to `ema.safetensors`; every process must call this function."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    whole = [_whole(shadow).cpu().contiguous() for shadow in ema.shadow_params]
+    averages = [whole(shadow).cpu().contiguous() for shadow in ema.shadow_params]
     if accelerator.is_main_process:
         metadata = {"optimization_step": str(ema.optimization_step)}
-        save_file(dict(zip(names, whole, strict=True)), folder / "ema.safetensors", metadata)
+        save_file(dict(zip(names, averages, strict=True)), folder / "ema.safetensors", metadata)
 
 
 def load_average(ema: EMAModel, model: nn.Module, folder: Path) -> None:
@@ -262,6 +259,6 @@ def load_average(ema: EMAModel, model: nn.Module, folder: Path) -> None:
             shadow.copy_(value)
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return the full tensor of a sharded one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -37,7 +37,7 @@ def open_source(
     Args:
         name: Folder or Hub id.
         arguments: Arguments of the run.
-        split: Split of the dataset, or a part of one.
+        split: Split of the dataset, or a part such as `train[:90%]`.
         max_episodes: Maximum number of episodes; None for all.
         all_phases: Keep all frames, so that windows of skipped frames can start at any frame.
     """
@@ -81,7 +81,7 @@ def open_sources(arguments: RunArguments) -> list[PreparedEpisodes]:
 
 
 def check_data(sources: list[PreparedEpisodes], arguments: RunArguments) -> None:
-    """Check the arguments and the validation data against the data, before they are encoded.
+    """Check the arguments and the validation data against the training data, before encoding.
 
     Raises:
         ValueError: If the action components, state features or frame sizes do not match, or if training and validation share episodes.
@@ -171,7 +171,7 @@ def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | None, patch_size
         patch_size: Side of the patches in latent pixels.
 
     Raises:
-        ValueError: If a side of the frames is not divisible.
+        ValueError: If the height or the width is not divisible by the size of a patch in pixels.
     """
     height, width = first_readable(source, functools.partial(_first_frame, source)).shape[:2]
     multiple = patch_size if vae is None else 2 ** (len(vae.config.block_out_channels) - 1) * patch_size
@@ -186,7 +186,7 @@ def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | None, patch_size
 def cache_sources(
     sources: list[PreparedEpisodes], vae: AutoencoderKL | None, arguments: RunArguments, accelerator: Accelerator
 ) -> list[Path]:
-    """Encode the datasets, shared by the processes, and return the folders of their latents."""
+    """Encode the datasets, split over the processes, and return the folders of their latents."""
     return [
         cache_latents(
             source,

@@ -24,7 +24,7 @@ except ModuleNotFoundError:  # Windows
 
 
 PARTS = ("transformer", "vae", "scheduler")
-"""Folders of a trained pipeline."""
+"""Subfolders of a trained pipeline."""
 _LOCKED: list[IO[str]] = []
 """Lock files, which stay open until the process ends."""
 
@@ -45,7 +45,8 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
         log_with=arguments.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],  # one process may encode for a long time
+        # the other processes wait while one encodes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_launch(accelerator)
@@ -125,12 +126,17 @@ def check_output_dir(output: Path) -> None:
             raise ValueError(f"{str(path)!r} must be a folder: remove it, or choose another `output_dir`.")
 
 
-def prepare_output(accelerator: Accelerator, arguments: RunArguments) -> None:
-    """Create and lock the output folder, and create a requested Hub repository.
+def prepare_output(accelerator: Accelerator, output: Path, hub_model_id: str | None = None) -> None:
+    """Create and lock the output folder of a run, and remove the temporary files of interrupted runs.
 
-    Temporary files of interrupted runs are removed.
+    Args:
+        accelerator: Accelerator of the run. Every process must call this function.
+        output: The folder.
+        hub_model_id: Repository to create on the Hub, so that a missing permission is noticed before the training.
+
+    Raises:
+        ValueError: If the folder cannot be created, or if `lock_output` fails.
     """
-    output = Path(arguments.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -140,6 +146,6 @@ def prepare_output(accelerator: Accelerator, arguments: RunArguments) -> None:
     if accelerator.is_main_process:
         lock_output(output)
         remove_leftovers(output)
-        if arguments.push_to_hub:  # fail before training
-            create_repo(arguments.hub_model_id or output.name, exist_ok=True)
+        if hub_model_id is not None:
+            create_repo(hub_model_id, exist_ok=True)
     accelerator.wait_for_everyone()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import MixedClips
+from ..data.content_hash import tensors_hash
 from ..latents import scale_latents
 from ..models import IRASimTransformer3DModel, UNetTrajectoryModel, noise_process, public_config
 from .arguments import RunArguments
@@ -34,12 +33,13 @@ from .checkpoints import (
     save_checkpoint,
     seconds_trained,
     step_of,
+    whole,
 )
 from .launch import fixed_settings
 from .loss import training_loss
 from .objective import StateReadout
 from .optimizers import build_optimizers, build_schedules
-from .scripts import Interruption
+from .scripts import Interruption, stop_training
 
 logger = get_logger(__name__, log_level="INFO")
 UNREADABLE = (
@@ -52,7 +52,7 @@ UNREADABLE = (
     UnpicklingError,
     SafetensorError,
 )
-"""Errors of loaders for a checkpoint whose files are intact but belong to something else."""
+"""Errors of loaders if the files of a checkpoint are intact but do not belong to this run."""
 
 
 class TrainingRun:
@@ -111,7 +111,7 @@ class TrainingRun:
             power=3 / 4,
             foreach=True,
         )
-        self.ema.to(accelerator.device, torch.float32)  # also if DeepSpeed has cast the model
+        self.ema.to(accelerator.device, torch.float32)  # float32 also if DeepSpeed has cast the model
         self.noise_scheduler = noise_process(self.config)
         if arguments.report_to:
             flags = {
@@ -120,7 +120,7 @@ class TrainingRun:
             }
             accelerator.init_trackers("irasim-diffusers", config=flags)
         self.step, self.seconds, self.batch_number = 0, 0.0, 0
-        self.total = torch.zeros((), device=accelerator.device)  # loss over the batches of a step
+        self.total = torch.zeros((), device=accelerator.device)  # mean loss of the batches of a step
         self._resume()
         self.start = time.perf_counter() - self.seconds
         self.bar = tqdm(
@@ -153,7 +153,7 @@ class TrainingRun:
                     if self.step % arguments.checkpointing_steps == 0 or last or stopped_by:
                         self._save_checkpoint()
                     if stopped_by:
-                        self._stop(stopped_by)
+                        stop_training(self.accelerator, stopped_by, self.step)
                     yield self.step
                     if last:
                         break
@@ -215,32 +215,39 @@ class TrainingRun:
                     step=self.step,
                     position=place * self.arguments.train_batch_size,
                 )
-            self._check_finite("loss", loss)
+            self.total += loss.detach() / accelerator.gradient_accumulation_steps
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
-                if norm is not None and accelerator.scaler is None:  # a scaler skips such steps
-                    self._check_finite("gradient norm", norm)
+                # a scaler skips steps with a gradient that is not finite
+                self._check_finite(norm if accelerator.scaler is None else None)
             for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
         self.batch_number += 1
-        self.total += loss.detach() / accelerator.gradient_accumulation_steps
 
-    def _check_finite(self, name: str, value: torch.Tensor) -> None:
-        """Raise FloatingPointError in every process if a value is NaN or infinite in any of them.
+    def _check_finite(self, norm: torch.Tensor | None) -> None:
+        """Raise FloatingPointError in every process if a step's loss or gradient norm is not finite in any.
 
-        This happens before the weights change.
+        The weights have not changed yet, except with DeepSpeed, which updates them in the backward pass. The values are read
+        from the device once per step.
         """
-        bad = (~torch.isfinite(value.detach())).float()
-        if self.accelerator.reduce(bad, "sum").item():  # a process that raised alone would leave the others waiting
-            found = checkpoints(self.output)
-            where = "" if bad.item() else ", and not finite in another process"
-            last = f"the last checkpoint is {str(found[-1])!r}" if found else "there is no checkpoint"
-            raise FloatingPointError(
-                f"the {name} is {value.item()} at step {self.step + 1}{where}; {last}. Use a lower `learning_rate`, or check the data."
-            )
+        values = {"loss": self.total} | (
+            {} if norm is None else {"gradient norm": whole(norm).to(self.total).reshape(())}
+        )
+        bad = (~torch.stack(list(values.values())).isfinite()).float()
+        everywhere = self.accelerator.reduce(bad, "sum")  # a process that raised alone would leave the others waiting
+        if not everywhere.sum().item():
+            return
+        index = int(everywhere.argmax())
+        name, value = list(values.items())[index]
+        found = checkpoints(self.output)
+        where = "" if bad[index] else ", and not finite in another process"
+        last = f"the last checkpoint is {str(found[-1])!r}" if found else "there is no checkpoint"
+        raise FloatingPointError(
+            f"the {name} is {value.item()} at step {self.step + 1}{where}; {last}. Use a lower `learning_rate`, or check the data."
+        )
 
     def _finish_step(self, limit: float) -> None:
         """Update averages, progress and log after a step."""
@@ -270,28 +277,21 @@ class TrainingRun:
             add=functools.partial(save_average, self.accelerator, self.ema, self.transformer),
         )
 
-    def _stop(self, number: int) -> None:
-        name = signal.Signals(number).name
-        logger.info(f"stopped by {name} at step {self.step}; run the same command to resume")
-        self.accelerator.end_training()
-        raise SystemExit(128 + number)
-
 
 def frozen_weights(transformer: torch.nn.Module) -> dict[str, str]:
-    """Return the hash of the frozen weights that adapters belong to; empty if all are trained."""
+    """Return the hash of the frozen weights to which adapters belong; empty if all weights are trained."""
     frozen = {name: each for name, each in transformer.named_parameters() if not each.requires_grad}
     if not frozen:
         return {}
-    digest = hashlib.sha256()
-    for name in sorted(frozen):
-        digest.update(name.encode())
-        digest.update(frozen[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return {"frozen_weights": digest.hexdigest()}
+    return {"frozen_weights": tensors_hash(frozen)}
 
 
 def _check_batch_size(arguments: RunArguments, clips: MixedClips, accelerator: Accelerator) -> None:
     if len(clips) < arguments.train_batch_size * accelerator.num_processes:
-        raise ValueError(f"`train_batch_size` must be at most the {len(clips)} windows over all processes: lower it.")
+        raise ValueError(
+            f"`train_batch_size` times the number of processes must be at most the {len(clips)} windows, got "
+            f"{arguments.train_batch_size} for {accelerator.num_processes}: use a smaller batch."
+        )
 
 
 def _configure(transformer: IRASimTransformer3DModel | UNetTrajectoryModel, arguments: RunArguments) -> None:
@@ -301,7 +301,7 @@ def _configure(transformer: IRASimTransformer3DModel | UNetTrajectoryModel, argu
     if arguments.attention_backend:
         transformer.set_attention_backend(arguments.attention_backend)
     if arguments.compile:
-        torch._dynamo.config.cache_size_limit = 64  # windows of several lengths, with and without gradients
+        torch._dynamo.config.cache_size_limit = 64  # one graph per window length, with and without gradients
         transformer.compile_repeated_blocks(dynamic=False)
 
 

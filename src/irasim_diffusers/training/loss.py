@@ -14,7 +14,7 @@ from .objective import NoiseProcess, diffusion_loss
 from .rollouts import crop, predict_chunk
 
 FULL_HISTORY = 0.7
-"""Fraction of the steps that use all history frames; the others draw the number uniformly."""
+"""Fraction of the steps that use all history frames; the other steps draw the number uniformly."""
 TRUE_HISTORY = 0.3
 """Fraction of clips that keep the true history in a rollout step."""
 
@@ -30,8 +30,8 @@ def training_loss(
 ) -> torch.Tensor:
     """Compute the loss of a batch of clips.
 
-    The numbers of history frames and of chunks predicted first depend on the seed and the step only. Noise, timesteps and action
-    dropout depend on the seed and the index of the clip in the run. The draws therefore do not depend on the number of processes.
+    The numbers of history frames and of predicted chunks are drawn for each seed and step; noise, timesteps and action dropout
+    for each seed and clip of the run. The draws therefore do not depend on the number of processes.
 
     Args:
         model: The model, possibly wrapped by accelerate; a `StateReadout` with `state_keys`.
@@ -47,20 +47,18 @@ def training_loss(
     """
     latents, actions = clip["latents"], clip["actions"]
     most = config["num_history_frames"]
-    length = config["sample_frames"] - most  # of a chunk
+    length = config["sample_frames"] - most  # length of a chunk
     num_history, chunks = _draw_lengths(config, arguments, step)
     draw = _draws(arguments.seed, position, len(latents), latents.device)
     uniform = draw(0, 8)
     (timestep, terminal, deviation, drop, true_history), places = uniform[:, :5].unbind(1), uniform[:, 5:]
-    first = most + chunks * length  # of the frames with the loss
+    first = most + chunks * length  # index of the first frame with a loss
     if arguments.crop_size:
         latents, actions = latents[:, :, : first + length], actions[:, : first + length - 1]
         latents, actions = crop(latents, actions, config, arguments.crop_size, places)
-        clip = {"latents": latents, "actions": actions}
-    history = _predict_history(model, noise_scheduler, clip, config, arguments, num_history, chunks, draw)
+    history = _predict_history(model, noise_scheduler, latents, actions, config, arguments, num_history, chunks, draw)
     start, end = first - history.shape[2], first + length
-    keep = (true_history < TRUE_HISTORY).view(-1, 1, 1, 1, 1)
-    history = torch.where(keep, latents[:, :, start:first], history)
+    history = torch.where((true_history < TRUE_HISTORY).view(-1, 1, 1, 1, 1), latents[:, :, start:first], history)
     window, actions = torch.cat([history, latents[:, :, first:end]], dim=2), actions[:, first - 1 : end - 1]
     noise = draw(1, *window.shape[1:], normal=True)
     clean = first - start
@@ -86,7 +84,8 @@ def training_loss(
 def _predict_history(
     model: nn.Module,
     noise_scheduler: NoiseProcess,
-    clip: dict[str, torch.Tensor],
+    latents: torch.Tensor,
+    actions: torch.Tensor,
     config: Any,
     arguments: RunArguments,
     num_history: int,
@@ -94,9 +93,8 @@ def _predict_history(
     draw: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     """Predict the first chunks of clips, and return the history frames of the next chunk (B, C, h, H, W)."""
-    latents, actions = clip["latents"], clip["actions"]
     most = config["num_history_frames"]
-    length = config["sample_frames"] - most  # of a chunk
+    length = config["sample_frames"] - most  # length of a chunk
     history = latents[:, :, most - num_history : most]
     shape = (latents.shape[1], length, *latents.shape[3:])
     for chunk in range(chunks):
@@ -111,7 +109,7 @@ def _predict_history(
             relative_latents=config["relative_latents"],
         )
         history = torch.cat([history, future.to(history)], dim=2)[:, :, -most:]
-    torch.clear_autocast_cache()  # before torch 2.11 it keeps weights cast without gradient
+    torch.clear_autocast_cache()  # before torch 2.11, this cache keeps weights that were cast without gradient
     return history
 
 
@@ -126,7 +124,7 @@ def _draw_lengths(config: Any, arguments: RunArguments, step: int) -> tuple[int,
 
 
 def _draws(seed: int, position: int, batch_size: int, device: torch.device) -> Callable[..., torch.Tensor]:
-    """Return a function that draws uniform or normal numbers (B, ...) of a kind for the clips of a batch."""
+    """Return a function that draws uniform or normal numbers (B, ...) for clips; kinds are independent."""
 
     def draw(kind: int, *shape: int, normal: bool = False) -> torch.Tensor:
         generators = [np.random.default_rng([seed, 1, position + index, kind]) for index in range(batch_size)]

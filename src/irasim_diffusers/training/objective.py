@@ -15,9 +15,9 @@ from ..models import IRASimTransformer3DModel, UNetTrajectoryModel
 class StateReadout(nn.Module):
     """A model with an auxiliary linear readout of the true state from its intermediate features.
 
-    If an object is predicted in the wrong place, the pixel error barely depends on the direction of the correction. The error
-    of a predicted position does. The readout is used in training only and is then dropped. It aligns features as in REPA
-    (https://arxiv.org/abs/2410.06940), with known states as targets.
+    If an object is predicted in the wrong place, the pixel error barely depends on the direction of the correction. The
+    error of a predicted position does. The readout is used only in training and is dropped afterward. It aligns features as
+    in REPA (https://arxiv.org/abs/2410.06940), with known states as targets.
 
     Args:
         transformer: The model to train. The state is read from the output of the temporal block at three quarters of the depth,
@@ -47,7 +47,7 @@ class StateReadout(nn.Module):
         """Return the model prediction (B, C, F, H, W) and the state of each frame (B, F, S)."""
         prediction = self.transformer(*args, **kwargs | {"return_dict": False})[0]
         features = self.features.pop().float()
-        if self.is_unet:  # (B F, D, H, W) to (B, F, S, D), as a transformer's
+        if self.is_unet:  # (B F, D, H, W) to (B, F, S, D), as in a transformer
             features = features.flatten(2).mT.unflatten(0, (-1, prediction.shape[2]))
         return prediction, self.readout(features.mean(2))
 
@@ -118,7 +118,7 @@ def diffusion_loss(
     snr_gamma: float | None = None,
     huber_c: float | None = None,
 ) -> torch.Tensor:
-    """Mean squared or pseudo-Huber error on the predicted frames (paper, section 3.3).
+    """Compute the mean squared or pseudo-Huber error of the predicted frames (paper, section 3.3).
 
     Args:
         transformer: The model, possibly wrapped by accelerate; a `StateReadout` if `states` are given.
@@ -128,7 +128,7 @@ def diffusion_loss(
         timesteps: Diffusion timesteps (B,).
         noise: Gaussian noise (B, C, n, H, W).
         action_mask: Booleans (B, n); actions at False are replaced by the null action.
-        relative_latents: Value of the model's config; predict latents relative to the last history frame.
+        relative_latents: Whether predicted latents are relative to the last history frame, as in the model's config.
         states: True states (B, F, S) with unit variance, for the readout.
         state_loss_weight: Weight of the mean squared error of the readout.
         snr_gamma: Gamma of min-SNR weighting (the paper uses 5); None for equal weights.

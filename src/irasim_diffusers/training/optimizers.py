@@ -28,7 +28,7 @@ def build_optimizers(model: nn.Module, arguments: RunArguments) -> list[torch.op
 
         return [bitsandbytes.optim.AdamW8bit(rest, **adam, **settings)]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, fused=True, **adam, **settings)]
-    if matrices:  # both use the same learning rate
+    if matrices:  # both optimizers use the same learning rate
         optimizers.append(torch.optim.Muon(list(matrices.values()), adjust_lr_fn="match_rms_adamw", **settings))
     return optimizers
 
@@ -38,7 +38,7 @@ def build_schedules(
 ) -> list[Any]:
     """Build the learning rate schedule of each optimizer.
 
-    Accelerate steps a prepared schedule once per process.
+    Accelerate advances a prepared schedule once per process, so that steps are multiplied by their number.
     """
     return [
         get_scheduler(

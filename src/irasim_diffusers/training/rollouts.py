@@ -11,7 +11,7 @@ from .objective import NoiseProcess
 
 
 def clip_length(config: Any, rollout_chunks: int) -> int:
-    """Number of frames of a clip: history, chunks without gradient, and the chunk with the loss."""
+    """Return the number of frames of a clip: history, chunks without gradient, and a chunk with the loss."""
     history = config["num_history_frames"]
     return history + (rollout_chunks + 1) * (config["sample_frames"] - history)
 
@@ -37,7 +37,7 @@ def predict_chunk(
         actions: Actions (B, n, A) in raw units.
         noise: Noise (B, C, n, H, W).
         num_inference_steps: Denoising steps.
-        relative_latents: As in the model's config.
+        relative_latents: Whether predicted latents are relative to the last history frame, as in the model's config.
 
     Returns:
         Latents (B, C, n, H, W), float32.

@@ -49,13 +49,14 @@ def encode_data(
         accelerator: Accelerator of the run. Every process must call this function.
 
     Raises:
-        ValueError: If the data or `crop_size` do not fit the model.
+        ValueError: If the data or `crop_size` do not match the model.
     """
     check_crop(arguments.crop_size, config)
     if not arguments.recorded_latents:
         for source in sources:
             check_frames(source, vae, config.get("patch_size", 1))
-    prepare_output(accelerator, arguments)
+    output = Path(arguments.output_dir)
+    prepare_output(accelerator, output, (arguments.hub_model_id or output.name) if arguments.push_to_hub else None)
     if vae is not None:
         vae.to(accelerator.device)
     folders = cache_sources(sources, vae, arguments, accelerator)
@@ -83,7 +84,7 @@ def train(
         The finished run.
 
     Raises:
-        ValueError: If the validation data do not fit the model, or a checkpoint belongs to a run with other settings.
+        ValueError: If the validation data do not match the model, or a checkpoint belongs to a run with other settings.
     """
     clips = MixedClips(data.parts, arguments.dataset_weights or None, arguments.seed, arguments.change_share)
     held_out = validation_clips(arguments, transformer.config) if accelerator.is_main_process else None

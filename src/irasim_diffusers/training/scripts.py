@@ -90,12 +90,29 @@ class Interruption:
         return int(numbers.max())
 
 
+def stop_training(accelerator: Accelerator, number: int, step: int) -> NoReturn:
+    """End a run that a signal has stopped, after its checkpoint has been written.
+
+    Args:
+        accelerator: Accelerator of the run. Every process must call this function.
+        number: Number of the signal, from `Interruption.requested`.
+        step: Number of completed steps.
+
+    Raises:
+        SystemExit: Always, with status 128 + `number`.
+    """
+    if accelerator.is_main_process:
+        sys.stderr.write(f"stopped by {signal.Signals(number).name} at step {step}; run the same command to resume\n")
+    accelerator.end_training()
+    raise SystemExit(128 + number)
+
+
 def check_launch(accelerator: Accelerator) -> None:
     """Check that accelerate has started as many processes as requested.
 
     Raises:
-        ValueError: If `accelerate launch --cpu --num_processes N` has started a single process, or the processes do not
-            belong together.
+        ValueError: If `accelerate launch --cpu --num_processes N` has started a single process, or if each of
+            several processes would run alone.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched > 1 and accelerator.num_processes == 1:

@@ -45,7 +45,8 @@ def validate(
 ) -> tuple[dict[str, float], np.ndarray]:
     """Compute metrics on held-out clips, and a video of the first four.
 
-    The metrics are the PSNR under the clips' own actions, under those of other clips, and of repeating the last history frame.
+    The metrics are the PSNR of predictions from the clips' own actions, of predictions from the actions of other clips, and of
+    the repeated last history frame.
     The video (n, H, W, 3), uint8, shows the true frames in the first row and the predictions in the second.
 
     Args:
