@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from .files import check_name
+from .sampling import check_flag_ranges
 
 MAX_SIDE = 8192
 """Maximum height and width of resized frames, in pixels, which bounds the memory that a flag can request."""
@@ -41,11 +42,7 @@ def frame_size(arguments: argparse.Namespace) -> tuple[int, int] | None:
     Raises:
         ValueError: If a value is out of range, or only one of them is given.
     """
-    for name in ("height", "width"):
-        value = getattr(arguments, name)
-        if value is not None and not 1 <= value <= MAX_SIDE:
-            limit = "at least 1" if value < 1 else f"at most {MAX_SIDE}"
-            raise ValueError(f"--{name} must be {limit}, got {value}.")
+    check_flag_ranges(arguments, {"height": (1, MAX_SIDE), "width": (1, MAX_SIDE)})
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError("--height and --width must be passed together.")
     return None if arguments.height is None else (arguments.height, arguments.width)
