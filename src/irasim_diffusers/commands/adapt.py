@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .dataset import add_dataset_flags, frame_size, open_dataset
-from .files import check_name, check_output_folder
-from .sampling import check_flag_ranges, load_checked, load_vae
+from .files import check_flag_ranges, check_name, check_output_folder
+from .sampling import load_checked, load_vae
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,7 @@ import argparse
 import math
 from typing import Any
 
-from .files import check_name
-from .sampling import check_flag_ranges
+from .files import check_flag_ranges, check_name
 
 MAX_SIDE = 8192
 """Maximum height and width of resized frames, in pixels, which bounds the memory that a flag can request."""

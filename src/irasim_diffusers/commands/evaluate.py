@@ -11,8 +11,8 @@ from typing import Any
 
 from .. import __version__, embedded_checkpoint
 from .dataset import add_dataset_flags, frame_size, open_dataset
-from .files import check_name, check_output_folder
-from .sampling import add_sampling_flags, check_flag_ranges, check_sampling_flags, load_pipeline
+from .files import check_flag_ranges, check_name, check_output_folder
+from .sampling import add_sampling_flags, check_sampling_flags, load_pipeline
 
 NETWORKS = ("lpips", "inception", "i3d")
 LIMITS = {

@@ -1,14 +1,15 @@
-"""Files named on the command line: frames, actions and outputs."""
+"""Values of flags: files of frames and actions, outputs, names and numbers."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
 import re
 import tempfile
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,24 @@ def check_output_folder(path: Path, flag: str = "--output", empty: bool = False)
     if path.exists() and (not path.is_dir() or (empty and any(path.iterdir()))):
         raise ValueError(f"{flag} must be {wanted}, got {'' if path.is_dir() else 'the file '}{str(path)!r}.")
     check_writable(flag, path, path)
+
+
+def check_flag_ranges(arguments: argparse.Namespace, limits: Mapping[str, tuple[int, int | None]]) -> None:
+    """Check flags that are integers; a flag without a value is accepted.
+
+    Args:
+        arguments: The flags.
+        limits: Lowest and highest value by the name of the flag in `arguments`; None for no highest value.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+    for name, (least, most) in limits.items():
+        value, flag = getattr(arguments, name), f"--{name.replace('_', '-')}"
+        if value is not None and value < least:
+            raise ValueError(f"{flag} must be at least {least}, got {value}.")
+        if value is not None and most is not None and value > most:
+            raise ValueError(f"{flag} must be at most {most}, got {value}.")
 
 
 def check_name(flag: str, path: Path | str) -> None:

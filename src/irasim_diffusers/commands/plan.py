@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .files import check_output, read_media
+from .files import check_flag_ranges, check_output, read_media
 from .sampling import (
     add_history_flags,
     add_sampling_flags,
-    check_flag_ranges,
     check_sampling_flags,
     frame_files,
     load_reward,

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 
 from .. import embedded_checkpoint
-from .files import check_output, read_actions
+from .files import check_flag_ranges, check_output, read_actions
 from .keys import SAME_KEYS, key_command, key_controls
 from .sampling import (
     add_history_flags,
     add_sampling_flags,
-    check_flag_ranges,
     check_sampling_flags,
     frame_files,
     open_start,

@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import embedded_checkpoint
 from ..files import missing_reason
-from .files import IMAGE_SUFFIXES, check_name, read_media
+from .files import IMAGE_SUFFIXES, check_flag_ranges, check_name, read_media
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -90,24 +90,6 @@ def check_sampling_flags(arguments: argparse.Namespace) -> None:
         check_device(arguments.device)
     for flag in ("model", "lora"):
         check_name(f"--{flag}", getattr(arguments, flag) or "")
-
-
-def check_flag_ranges(arguments: argparse.Namespace, limits: Mapping[str, tuple[int, int | None]]) -> None:
-    """Check flags that are integers; a flag without a value is accepted.
-
-    Args:
-        arguments: The flags.
-        limits: Lowest and highest value by the name of the flag in `arguments`; None for no highest value.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-    for name, (least, most) in limits.items():
-        value, flag = getattr(arguments, name), f"--{name.replace('_', '-')}"
-        if value is not None and value < least:
-            raise ValueError(f"{flag} must be at least {least}, got {value}.")
-        if value is not None and most is not None and value > most:
-            raise ValueError(f"{flag} must be at most {most}, got {value}.")
 
 
 def check_device(name: str) -> None:

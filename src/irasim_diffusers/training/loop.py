@@ -227,15 +227,15 @@ class TrainingRun:
                 optimizer.zero_grad()
         self.batch_number += 1
 
-    def _check_finite(self, norm: torch.Tensor | None) -> None:
+    def _check_finite(self, norm: torch.Tensor | float | None) -> None:
         """Raise FloatingPointError in every process if a step's loss or gradient norm is not finite in any.
 
         The weights have not changed yet, except with DeepSpeed, which updates them in the backward pass. The values are read
         from the device once per step.
         """
-        values = {"loss": self.total} | (
-            {} if norm is None else {"gradient norm": whole(norm).to(self.total).reshape(())}
-        )
+        values = {"loss": self.total}
+        if norm is not None:  # a tensor, a DTensor with FSDP2, a float with DeepSpeed
+            values["gradient norm"] = whole(torch.as_tensor(norm)).to(self.total).reshape(())
         bad = (~torch.stack(list(values.values())).isfinite()).float()
         everywhere = self.accelerator.reduce(bad, "sum")  # a process that raised alone would leave the others waiting
         if not everywhere.sum().item():
