@@ -432,3 +432,15 @@ def test_quantized_weights_are_accepted():
     model.register_buffer("other", torch.tensor([1.0, float("nan")]))
     with pytest.raises(ValueError, match=r"got NaN or infinity in transformer\.other"):
         check_weights({"transformer": model}, [])
+
+
+def test_messages_name_the_flags_of_the_commands(tmp_path, capsys, monkeypatch):
+    """The library names flags of the examples, with underscores."""
+
+    def fail(arguments):
+        raise ValueError("`composition` (--action_composition) is required for 'data--of_mine/--x_y': see --help.")
+
+    monkeypatch.setattr("irasim_diffusers.commands.evaluate.run", fail)
+    assert main(["evaluate", "--dataset", str(tmp_path), "--model", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "(--action-composition) is required for 'data--of_mine/--x_y': see --help." in error

@@ -20,7 +20,6 @@ from irasim_diffusers.envs import (
     Start,
     WorldModelEnv,
     WorldModelVectorEnv,
-    import_callable,
     load_world_model,
 )
 
@@ -496,13 +495,3 @@ def test_call_of_a_method_without_result(model, starts):
     envs = WorldModelVectorEnv(model, 2, starts)
     envs.nothing = lambda: None
     assert envs.call("nothing") == (None, None)
-
-
-def test_callables_are_imported_by_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "my_rewards.py").write_text("class Rewards:\n    @staticmethod\n    def zero():\n        return 0\n")
-    assert import_callable("`reward`", "my_rewards:Rewards.zero")() == 0
-    for path in ("my_rewards", "my_rewards:missing", "missing:Rewards", ":", "math:pi"):
-        with pytest.raises(ValueError, match=rf"^`reward` must be MODULE:NAME of a callable, got '{path}': "):
-            import_callable("`reward`", path)

@@ -8,6 +8,7 @@ from point_world import SPACE, PointWorld, image
 
 from irasim_diffusers.planning import CEM, MPPI, Gradient, Rank
 from irasim_diffusers.policies import ChunkPolicy, LeRobotPolicy, PlannerPolicy, check_processor
+from irasim_diffusers.pretrained import import_callable
 from irasim_diffusers.rewards import GoalImage
 
 
@@ -293,3 +294,13 @@ def test_bad_input(observation):
         policy.select_action(observation)
     with pytest.raises(ValueError, match="must have 3 rows as in the previous steps"):
         policy.select_action(observe([(0.1, 0.2)]))
+
+
+def test_callables_are_imported_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_rewards.py").write_text("class Rewards:\n    @staticmethod\n    def zero():\n        return 0\n")
+    assert import_callable("`reward`", "my_rewards:Rewards.zero")() == 0
+    for path in ("my_rewards", "my_rewards:missing", "missing:Rewards", ":", "math:pi"):
+        with pytest.raises(ValueError, match=rf"^`reward` must be MODULE:NAME of a callable, got '{path}': "):
+            import_callable("`reward`", path)

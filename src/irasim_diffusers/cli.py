@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 import threading
@@ -18,6 +19,9 @@ from .commands.files import read_actions  # noqa: F401 - earlier versions had th
 from .commands.files import read_media as read_frames  # noqa: F401
 
 __all__ = ["main"]
+
+EXAMPLE_FLAG = re.compile(r"(?<![\w/-])--[a-z]+(?:_[a-z]+)+")
+"""Flags of the examples in messages of the library. The commands have the same flags, with hyphens."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.run(arguments)
     except (ValueError, OSError, SafetensorError) as error:  # SafetensorError is raised if the disk is full
         message = " ".join(str(error).split()) or type(error).__name__
+        message = EXAMPLE_FLAG.sub(lambda flag: flag[0].replace("_", "-"), message)
         print(f"irasim: error: {message}", file=sys.stderr)
         return 2
     except _Terminated:

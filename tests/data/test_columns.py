@@ -76,7 +76,7 @@ def test_actions_have_many_names_and_types(names, asked, columns, tmp_path):
         (
             {"action.pose": ([0, 1], "float32"), "action.grip": ([2], "bool")},
             None,
-            r"no column 'action', and the candidates are \['action.pose', 'action.grip'\]: select .*--action-column",
+            r"no column 'action', and the candidates are \['action.pose', 'action.grip'\]: select .*--action_column",
         ),
         (
             {"command": ([0, 1], "float32")},
@@ -86,7 +86,7 @@ def test_actions_have_many_names_and_types(names, asked, columns, tmp_path):
         (
             {"actions": ([0, 1], "float32")},
             ["action"],
-            r"--action-column\) must be among \['actions', .* got 'action'",
+            r"--action_column\) must be among \['actions', .* got 'action'",
         ),
     ],
 )
@@ -102,7 +102,7 @@ def test_state_columns_are_selected(tmp_path):
     rename_features(tmp_path, {"action": ([0, 1], "float32"), "next.done": ([2], "bool")})
     assert set(open_dataset(tmp_path)[0].states) == {"observation.state"}
     assert set(open_dataset(tmp_path, state_columns=["next.done"])[0].states) == {"next.done"}
-    with pytest.raises(ValueError, match=r"--state-columns\) must be among .* got 'pose'"):
+    with pytest.raises(ValueError, match=r"--state_columns\) must be among .* got 'pose'"):
         open_dataset(tmp_path, state_columns=["pose"])
     write_release(tmp_path / "release", "planar")
     with pytest.raises(ValueError, match=r"`action_column` and `state_columns` .* must be omitted"):
@@ -174,5 +174,5 @@ def test_columns_of_tables(tmp_path):
     renamed = table.rename_column("actions", "action")
     assert TableEpisodes(renamed).action_column == ("action",)
     two = renamed.rename_column("action", "action.pose").rename_column("grip", "action.grip")
-    with pytest.raises(ValueError, match=r"the candidates are \['action.pose', 'action.grip'\].*--action-column"):
+    with pytest.raises(ValueError, match=r"the candidates are \['action.pose', 'action.grip'\].*--action_column"):
         TableEpisodes(two)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from irasim_diffusers.data.content_hash import tensors_hash
 from irasim_diffusers.training import lock_output, newest_checkpoint
-from irasim_diffusers.training.checkpoints import SETTINGS, load_average, save_checkpoint
+from irasim_diffusers.training.checkpoints import SETTINGS, check_resume, load_average, save_checkpoint
 from irasim_diffusers.training.loop import frozen_weights
 from irasim_diffusers.training.saving import finished_pipeline
 
@@ -137,3 +137,12 @@ def test_output_folder_must_not_be_a_dataset(name, tmp_path):
     (tmp_path / name).touch()
     with pytest.raises(ValueError, match="`output_dir` must not be a dataset"):
         lock_output(tmp_path)
+
+
+def test_missing_settings_of_earlier_versions_had_their_default_values(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "settings.json").write_text(json.dumps({"rate": 0.1, "files": {}}))
+    check_resume(tmp_path, {"rate": 0.1, "share": 0.0}, {"share": 0.0, "rate": 1.0})
+    with pytest.raises(ValueError, match=r"belongs to a run with other settings: share was 0.0 and is 0.5"):
+        check_resume(tmp_path, {"rate": 0.1, "share": 0.5}, {"share": 0.0, "rate": 1.0})

@@ -35,7 +35,13 @@ PLANNERS: dict[str, dict[str, Any]] = {
 }
 """Flags of each planner with their defaults."""
 
-LIMITS = {"horizon": (1, 1000), "candidates": (1, 10_000), "batch_size": (1, None)}
+LIMITS = {
+    "horizon": (1, 1000),
+    "candidates": (1, 10_000),
+    "iterations": (1, 10_000),
+    "knots": (1, 1000),
+    "batch_size": (1, None),
+}
 """Lowest and highest value of each flag; the highest bounds the memory that a flag can request."""
 
 
@@ -91,6 +97,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("--encoder requires --goal: it compares features of the goal image.")
     _check_planner_flags(arguments)
     check_flag_ranges(arguments, LIMITS)
+    if arguments.std is not None and not 0 < arguments.std < float("inf"):
+        raise ValueError(f"--std must be positive and finite, got {arguments.std}.")
     planner = _planner(arguments)
     goal = None if arguments.goal is None else read_media(arguments.goal, "--goal")[-1]
     pipeline, video, history = open_start(arguments)

@@ -31,7 +31,7 @@ def choose_action_columns(
         for column in chosen:
             if column not in columns:
                 raise ValueError(
-                    f"`action_column` (--action-column) must be among {sorted(columns)} in {name!r}, got {column!r}."
+                    f"`action_column` (--action_column) must be among {sorted(columns)} in {name!r}, got {column!r}."
                 )
         return chosen
     candidates = [key for key in columns if ACTION_NAME.fullmatch(key) and not PADDING_NAME.fullmatch(key)]
@@ -41,7 +41,7 @@ def choose_action_columns(
         return (candidates[0],)
     found = f"the candidates are {candidates}" if candidates else f"no action column was found in {list(columns)}"
     raise ValueError(
-        f"{name!r} has no column 'action', and {found}: select one or more with `action_column` (--action-column); "
+        f"{name!r} has no column 'action', and {found}: select one or more with `action_column` (--action_column); "
         "they are concatenated."
     )
 

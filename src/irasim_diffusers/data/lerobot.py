@@ -108,7 +108,7 @@ class LeRobotFolder(InOrder):
         for key in self.state_columns:
             if key not in vectors:
                 raise ValueError(
-                    f"`state_columns` (--state-columns) must be among {vectors} in {self.name!r}, got {key!r}."
+                    f"`state_columns` (--state_columns) must be among {vectors} in {self.name!r}, got {key!r}."
                 )
         if self.split is not None and not self.rows:
             raise ValueError(f"`split` {self.split!r} has no episodes in {self.name!r}.")

@@ -73,7 +73,7 @@ class TableEpisodes(InOrder):
             if column not in known:
                 raise ValueError(
                     f"column {column!r} does not exist in {self.name!r}; it has {known}: select others with --cameras, "
-                    "--action-column or --state-columns."
+                    "--action_column or --state_columns."
                 )
         actions = self.action_column or ("actions" if "actions" in known else None)
         others = [column for column in known if column not in (*names, *self.state_columns)]

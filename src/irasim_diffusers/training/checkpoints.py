@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def newest_checkpoint(output: Path, settings: dict[str, Any]) -> Path | None:
+def newest_checkpoint(
+    output: Path, settings: dict[str, Any], defaults: Mapping[str, Any] | None = None
+) -> Path | None:
     """Return the newest complete checkpoint, or None if there is no checkpoint.
 
     Args:
         output: Folder of the checkpoints.
         settings: Settings that define the run; values may be dictionaries.
+        defaults: Values of settings that a checkpoint of an earlier version does not contain.
 
     Raises:
         ValueError: If no checkpoint is complete, or if the settings of the newest complete one differ.
@@ -56,7 +59,7 @@ def newest_checkpoint(output: Path, settings: dict[str, Any]) -> Path | None:
     for path in reversed(found):
         problem = _problem(path)
         if problem is None:
-            _check_settings(path, settings)
+            _check_settings(path, settings, defaults)
             return path
         damaged.append(f"{path.name} ({problem})")
         logger.warning(f"skipped damaged checkpoint {path}: {problem}")
@@ -91,7 +94,7 @@ def _problem(checkpoint: Path) -> str | None:
     return None
 
 
-def check_resume(output: Path, settings: dict[str, Any]) -> None:
+def check_resume(output: Path, settings: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
     """Compare settings with those of the newest checkpoint, before the data are read.
 
     Without a checkpoint, nothing is checked.
@@ -104,11 +107,12 @@ def check_resume(output: Path, settings: dict[str, Any]) -> None:
             json.loads((path / SETTINGS).read_text(encoding="utf-8")).items()
         except (OSError, ValueError, AttributeError):
             continue  # `newest_checkpoint` reports a damaged checkpoint
-        return _check_settings(path, settings)
+        return _check_settings(path, settings, defaults)
 
 
-def _check_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
-    before = _flat(json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8")))
+def _check_settings(checkpoint: Path, settings: dict[str, Any], defaults: Mapping[str, Any] | None) -> None:
+    stored = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
+    before = _flat(json.loads(json.dumps(dict(defaults or {}))) | stored)
     now = _flat(json.loads(json.dumps(settings)))  # tuples become lists
     changed = [
         f"{key} was {before[key]!r} and is {value!r}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import MISSING, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -52,7 +53,7 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
     check_launch(accelerator)
     _check_accelerator(accelerator, arguments)
     torch.backends.cuda.matmul.allow_tf32 = arguments.allow_tf32
-    check_resume(output, fixed_settings(arguments, accelerator))
+    check_resume(output, fixed_settings(arguments, accelerator), default_settings(arguments))
     set_seed(arguments.seed)
     return accelerator
 
@@ -61,6 +62,11 @@ def fixed_settings(arguments: RunArguments, accelerator: Accelerator) -> dict[st
     """Return arguments, precision and number of processes, which must not change in a resumed run."""
     flags = {name: value for name, value in vars(arguments).items() if name not in MAY_CHANGE}
     return flags | {"mixed_precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
+
+
+def default_settings(arguments: RunArguments) -> dict[str, Any]:
+    """Return the default values of arguments, for checkpoints of versions that did not have these arguments."""
+    return {each.name: each.default for each in fields(arguments) if each.default is not MISSING}
 
 
 def _check_accelerator(accelerator: Accelerator, arguments: RunArguments) -> None:

@@ -35,7 +35,7 @@ from .checkpoints import (
     step_of,
     whole,
 )
-from .launch import fixed_settings
+from .launch import default_settings, fixed_settings
 from .loss import training_loss
 from .objective import StateReadout
 from .optimizers import build_optimizers, build_schedules
@@ -172,7 +172,7 @@ class TrainingRun:
         return (parameter for parameter in self.transformer.parameters() if parameter.requires_grad)
 
     def _resume(self) -> None:
-        newest = newest_checkpoint(self.output, self.settings)
+        newest = newest_checkpoint(self.output, self.settings, default_settings(self.arguments))
         if newest is None:
             return
         self.seconds, self.step = seconds_trained(newest), step_of(newest)
@@ -240,7 +240,7 @@ class TrainingRun:
         everywhere = self.accelerator.reduce(bad, "sum")  # a process that raised alone would leave the others waiting
         if not everywhere.sum().item():
             return
-        index = int(everywhere.argmax())
+        index = int(everywhere.nonzero()[0])  # the loss first: a loss that is not finite causes such gradients
         name, value = list(values.items())[index]
         found = checkpoints(self.output)
         where = "" if bad[index] else ", and not finite in another process"
