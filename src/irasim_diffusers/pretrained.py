@@ -98,7 +98,7 @@ def import_callable(argument: str, path: str) -> Callable[..., Any]:
         sys.path.append(os.getcwd())
     try:
         found = attrgetter(name)(importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the module may raise errors of any type
         raise ValueError(f"{argument} must be MODULE:NAME of a callable, got {path!r}: {error}.") from error
     if not callable(found):
         raise ValueError(

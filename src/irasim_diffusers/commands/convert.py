@@ -145,9 +145,9 @@ def _read_setting(text: str) -> tuple[str, Any]:
         raise ValueError(f"--config must be KEY=VALUE with a key of the model's config, got {text!r}.")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         kind = known[name].annotation
         if str not in (kind, *get_args(kind)):
             wanted = getattr(kind, "__name__", kind)
-            raise ValueError(f"--config {name} must be {wanted} in JSON, got {value!r}.") from None
+            raise ValueError(f"--config {name} must be {wanted} in JSON, got {value[:100]!r}.") from None
         return name, value

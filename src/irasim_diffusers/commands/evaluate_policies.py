@@ -224,8 +224,12 @@ def _real_environment(arguments: argparse.Namespace) -> Any:
         options = json.loads(arguments.env_kwargs)
         if not isinstance(options, dict):
             raise ValueError("the value is not an object")
-    except ValueError as error:
-        raise ValueError(f"--env-kwargs must be a JSON object, got {arguments.env_kwargs!r}: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"--env-kwargs must be a JSON object, got {arguments.env_kwargs[:100]!r}: {error}."
+        ) from error
+    if "max_episode_steps" in options:
+        raise ValueError("--env-kwargs must not contain max_episode_steps: use --max-episode-steps.")
     options |= {"max_episode_steps": arguments.max_episode_steps}
     try:
         return gymnasium.make_vec(arguments.env, arguments.batch_size, vectorization_mode="sync", **options)

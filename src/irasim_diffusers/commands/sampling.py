@@ -179,7 +179,7 @@ def load_vae(name: str) -> AutoencoderKL:
 
     from ..training.pretrained import split_subfolder
 
-    folder, subfolder = split_subfolder(name)
+    folder, subfolder = split_subfolder(name, "--vae")
     wanted = "an AutoencoderKL, a folder or Hub id"
     return load_checked("--vae", wanted, folder, AutoencoderKL, use_safetensors=True, subfolder=subfolder)
 

@@ -65,7 +65,7 @@ def fixed_settings(arguments: RunArguments, accelerator: Accelerator) -> dict[st
 
 
 def default_settings(arguments: RunArguments) -> dict[str, Any]:
-    """Return the default values of arguments, for checkpoints of versions that did not have these arguments."""
+    """Return the default values of arguments, for checkpoints of versions without these arguments."""
     return {each.name: each.default for each in fields(arguments) if each.default is not MISSING}
 
 

@@ -76,7 +76,7 @@ def load_autoencoder(name: str, argument: str = "vae") -> AutoencoderKL:
     Raises:
         ValueError: If it cannot be loaded.
     """
-    folder, subfolder = split_subfolder(name)
+    folder, subfolder = split_subfolder(name, f"`{argument}`")
     try:
         return _frozen(AutoencoderKL.from_pretrained(folder, subfolder=subfolder))
     except Exception as error:  # the loaders raise errors of many types for damaged files
@@ -86,11 +86,18 @@ def load_autoencoder(name: str, argument: str = "vae") -> AutoencoderKL:
         ) from error
 
 
-def split_subfolder(name: str) -> tuple[str, str | None]:
-    """Split `<folder or Hub id>:<subfolder>`; the subfolder is None if `name` has none."""
+def split_subfolder(name: str, argument: str) -> tuple[str, str | None]:
+    """Split `<folder or Hub id>:<subfolder>`; the subfolder is None if `name` has none.
+
+    Raises:
+        ValueError: If the folder is empty, or does not contain the subfolder.
+    """
     if ":" not in name or Path(name).is_dir():
         return name, None
     folder, _, subfolder = name.rpartition(":")
+    if not folder or (Path(folder).is_dir() and not (subfolder and (Path(folder) / subfolder).is_dir())):
+        reason = f"there is no subfolder {subfolder!r}" if folder else "the name before the colon is empty"
+        raise ValueError(f"{argument} must be an AutoencoderKL, a folder or Hub id, got {name!r}: {reason}.")
     return folder, subfolder
 
 
