@@ -1,6 +1,7 @@
 """Run the code blocks of examples/closed_loop.md with smaller numbers, on two models."""
 
 import re
+import shutil
 from pathlib import Path
 
 import gymnasium
@@ -41,7 +42,7 @@ def robot(tmp_path_factory):
     """A model of a robot with a gripper: relative poses without bounds, an autoencoder, and a stored clip."""
     folder = tmp_path_factory.mktemp("robot")
     arm = {"action_dim": 7, "action_scale": [20.0] * 6 + [1.0], "action_offset": 0.0, "num_history_frames": 1}
-    arm |= {"sample_height": 20, "sample_width": 22}  # PPO's encoder needs 36 pixels
+    arm |= {"fps": 3.0, "sample_height": 20, "sample_width": 22}  # PPO's encoder needs 36 pixels
     tiny_pipeline(num_inference_steps=1, **arm, action_derivation="relative_euler").save_pretrained(folder)
     frames = np.random.default_rng(0).integers(0, 256, (24, 40, 44, 3), dtype=np.uint8)
     write_video(folder / "example.mp4", frames, 3, lossless=True)
@@ -72,6 +73,23 @@ def test_block_on_another_model(index, robot, capsys, monkeypatch):
     found = run(code, capsys)
     assert loaded == [robot]
     assert not expected or found.endswith(expected.replace("(96, 96, 3), 'agent_pos': (2,)", "(40, 44, 3)"))
+
+
+def test_a_converted_checkpoint_is_prepared_for_the_guide(robot, tmp_path, monkeypatch):
+    """The block of convert.md stores the files that the blocks of the guide read."""
+    text = (Path(__file__).parents[2] / "examples" / "convert.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    model = tmp_path / "irasim-rt1"
+    shutil.copytree(robot, model, ignore=shutil.ignore_patterns("example*", "starts.png"))
+    shutil.copy(robot / "example.mp4", tmp_path / "my_robot.mp4")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('"num_inference_steps": 10', '"num_inference_steps": 1'), {})
+    assert {path.name for path in model.iterdir()} >= {"starts.png", "example.mp4", "example_actions.csv"}
+    env = gymnasium.make("irasim_diffusers.envs:irasim/WorldModel-v0", model=str(model))
+    assert len(env.unwrapped._rows.starts) == 3
+    assert env.unwrapped._rows.model.config.num_inference_steps == 1
+    env.reset(seed=0)
+    assert env.step(env.action_space.sample())[0]["pixels"].shape == (40, 44, 3)
 
 
 def test_numbers_of_the_guide_are_those_replaced():
