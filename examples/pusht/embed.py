@@ -2,11 +2,11 @@
 
     python examples/pusht/embed.py --model runs/pusht --dataset data/pusht-test --episode 3 --start 20
 
-Weights are stored in bfloat16. The clip is a lossless video of the history frames and 60 further frames, with their 60
-actions and a strip of the prediction. `starts.png` contains the first frames of `--num_starts` episodes, from which
-environments start. The folders `proprioception` and `reward` (`train_proprioception.py`, `train_reward.py`) are copied
-if the trained model contains them; otherwise, the embedded ones are kept. The package is changed only after all files
-have been written.
+Weights are stored in bfloat16. The clip is a lossless video of the history frames and 60 further frames, with their
+60 actions, and a strip and an animation of the prediction. `starts.png` contains the first frames of `--num_starts`
+episodes, from which environments start. The folders `proprioception` and `reward` (`train_proprioception.py`,
+`train_reward.py`) are copied if the trained model contains them; otherwise, the embedded ones are kept. The package
+is changed only after all files have been written.
 """
 
 import json
@@ -70,7 +70,7 @@ def save_model(arguments: EmbedArguments, pipeline: IRASimPipeline, target: Path
 
 
 def save_clip(arguments: EmbedArguments, dataset: LeRobotFolder, target: Path) -> None:
-    """Write the start frames, the held-out clip with its actions, and a strip of its prediction.
+    """Write the start frames, the held-out clip with its actions, and a strip and an animation of its prediction.
 
     The prediction is that of the stored bfloat16 model.
     """
@@ -88,6 +88,8 @@ def save_clip(arguments: EmbedArguments, dataset: LeRobotFolder, target: Path) -
     predicted = pipeline(clip.frames[:history], actions, generator=generator, output_type="np").frames[0]
     prediction = np.concatenate([clip.frames[:history], (predicted * 255).round().astype(np.uint8)])
     film_strip({"truth": clip.frames, "prediction": prediction}, history).save(target / "example.png")
+    first, *others = [PIL.Image.fromarray(pair) for pair in np.concatenate([clip.frames, prediction], axis=2)]
+    first.save(target / "example.gif", save_all=True, append_images=others, duration=1000 / dataset.fps, loop=0)
 
 
 def main() -> None:
