@@ -70,7 +70,7 @@ def save_model(arguments: EmbedArguments, pipeline: IRASimPipeline, target: Path
 
 
 def save_clip(arguments: EmbedArguments, dataset: LeRobotFolder, target: Path) -> None:
-    """Write start frames, a held-out clip with its actions, and a strip and an animation of its prediction.
+    """Write start frames, a held-out clip, its actions, and pictures of its prediction.
 
     The prediction is that of the stored bfloat16 model.
     """
