@@ -55,9 +55,7 @@ def add_parser(subparsers: Any) -> None:
         help="number of octaves of the actions' sine and cosine features; at least the model's number",
     )
     add("--prediction-type", choices=("sample",), help="predict samples instead of velocities")
-    add("--height", type=int, help="with --width: resize the frames of --dataset, as in training")
-    add("--width", type=int, help="width in pixels; requires --height")
-    add_dataset_flags(parser, "train", required=False)
+    add_dataset_flags(parser, "train", "height", "width", required=False)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -20,9 +20,8 @@ def add_parser(subparsers: Any) -> None:
         "the dataset. Run the same command again to resume.",
     )
     parser.set_defaults(run=run)
-    add_dataset_flags(parser, "train")
+    add_dataset_flags(parser, "train", "skip_broken")
     add = parser.add_argument
-    add("--skip-broken", action="store_true", help="skip episodes that cannot be read, and list them")
     add("--robot-type", default="unknown", help="name of the robot")
     add("--output", type=Path, required=True, help="folder to write")
     add("--push-to-hub", metavar="ORG/NAME", help="Hub repository to which the dataset is pushed")

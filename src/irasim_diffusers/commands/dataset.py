@@ -4,35 +4,42 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
+from dataclasses import MISSING, fields
+from typing import Any, get_args, get_origin
 
+from ..data_arguments import EpisodeArguments
 from .files import check_flag_ranges, check_name
 
 MAX_SIDE = 8192
 """Maximum height and width of resized frames, in pixels, which bounds the memory that a flag can request."""
+OPENED = ("cameras", "split", "fps", "action_column", "state_columns")
+"""Fields of `EpisodeArguments` that `open_dataset` reads."""
 
 
-def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None, required: bool = True) -> None:
-    """Add the flags that `open_dataset` reads.
+def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None, *names: str, required: bool = True) -> None:
+    """Add `--dataset` and flags of `EpisodeArguments`: those that `open_dataset` reads, and `names`.
 
     Args:
         parser: Parser of the command.
         split: Default of `--split`; None for the split `test`, or all episodes of a LeRobotDataset without this split.
+        names: Names of the other fields.
         required: Whether `--dataset` is required.
     """
-    add = parser.add_argument
-    add("--dataset", required=required, help="folder or Hub id: LeRobotDataset, IRASim format or `datasets`")
-    add("--cameras", nargs="*", default=[], help="cameras, stacked vertically; left,right joins two horizontally")
-    default = split or "test, or all episodes if a LeRobotDataset has no test split"
-    add("--split", default=split, help=f"split, or a part of one such as train[90%%:] (default: {default})")
-    add("--fps", type=float, help="frame rate, if the dataset does not store it")
-    add("--action-column", nargs="*", default=[], help="action columns, concatenated (default: action, actions)")
-    add(
-        "--state-columns",
-        nargs="*",
-        default=[],
-        help="state columns (default: all of a LeRobotDataset, none of a table)",
-    )
+    dataset = "folder or Hub id: LeRobotDataset, IRASim format or `datasets`"
+    parser.add_argument("--dataset", required=required, help=dataset)
+    for each in fields(EpisodeArguments):
+        if each.name not in (*OPENED, *names):
+            continue
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        shown = default
+        if each.name == "split":
+            default, shown = split, split or "test, or all episodes if a LeRobotDataset has no test split"
+        kind = (*get_args(each.type), each.type)[0]  # int for `int | None`, str for `list[str]`
+        options: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": kind}
+        if get_origin(each.type) is list:
+            options["nargs"] = "*"
+        text = each.metadata["help"] + (f" (default: {shown})" if shown else "")
+        parser.add_argument(f"--{each.name.replace('_', '-')}", default=default, help=text, **options)
 
 
 def frame_size(arguments: argparse.Namespace) -> tuple[int, int] | None:

@@ -15,6 +15,8 @@ from .files import check_flag_ranges, check_name, check_output_folder
 from .sampling import add_sampling_flags, check_sampling_flags, load_pipeline
 
 NETWORKS = ("lpips", "inception", "i3d")
+PREPARED = ("height", "width", "frame_skip", "action_derivation", "action_composition", "state_key", "pad_actions_to")
+"""Fields of `EpisodeArguments` that `PreparedEpisodes` reads."""
 LIMITS = {
     "batch_size": (1, None),
     "num_clips": (1, None),
@@ -35,8 +37,7 @@ def add_parser(subparsers: Any) -> None:
         "evaluate` several processes share the clips.",
     )
     parser.set_defaults(run=run)
-    add_dataset_flags(parser, None)
-    _add_data_preparation(parser)
+    add_dataset_flags(parser, None, *PREPARED, "skip_broken")
     add_sampling_flags(parser, dtype="float32")
     add = parser.add_argument
     add(
@@ -72,26 +73,6 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--batch-size", type=int, default=8, help="number of windows predicted together (default: %(default)s)")
     add("--resize", action="store_true", help="resize frames to the model's size, and predictions to the truth's")
-    add("--skip-broken", action="store_true", help="skip episodes that cannot be read, and list them in the report")
-
-
-def _add_data_preparation(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--height", type=int, help="with --width: resize the frames, as the paper resizes Bridge to 256x320")
-    add("--width", type=int, help="width in pixels; requires --height")
-    add(
-        "--action-derivation",
-        default="recorded",
-        help="derivation of the actions, as in training: recorded, relative_euler, relative_6d, relative_planar or absolute "
-        "(default: %(default)s)",
-    )
-    add("--state-key", help="state from which actions are derived")
-    add("--frame-skip", type=int, default=1, help="keep every n-th frame (default: %(default)s)")
-    add(
-        "--action-composition",
-        help="how recorded actions are composed over skipped frames: a value of --action-derivation except recorded",
-    )
-    add("--pad-actions-to", type=int, help="number of action components after padding with zeros")
 
 
 def run(arguments: argparse.Namespace) -> None:

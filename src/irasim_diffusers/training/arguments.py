@@ -13,39 +13,12 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType
 from diffusers.utils import is_bitsandbytes_available
 
+from ..data_arguments import DataArguments, EpisodeArguments
 from .scripts import require_finite
 
 
 @dataclass(kw_only=True)
-class DataArguments:
-    """Arguments of all training scripts that select the data; the help texts describe them."""
-
-    validation_dataset: str | None = field(
-        default=None, metadata={"help": "dataset of held-out episodes, in any format of --dataset"}
-    )
-    cameras: list[str] = field(
-        default_factory=list,
-        metadata={"help": "cameras, stacked vertically; left,right joins two horizontally (default: the only camera)"},
-    )
-    split: str = field(default="train", metadata={"help": "split of the dataset, or a part such as train[:90%%]"})
-    validation_split: str = field(
-        default="train", metadata={"help": "split of the validation dataset, or a part such as train[90%%:]"}
-    )
-    skip_broken: bool = field(default=False, metadata={"help": "skip episodes that cannot be read, and list them"})
-    height: int | None = field(default=None, metadata={"help": "resize frames to this height and --width"})
-    width: int | None = field(default=None, metadata={"help": "width in pixels; requires --height"})
-    action_column: list[str] = field(
-        default_factory=list, metadata={"help": "action columns, concatenated (default: action or actions)"}
-    )
-
-    @property
-    def frame_size(self) -> tuple[int, int] | None:
-        """Height and width to which frames are resized; None keeps theirs."""
-        return (self.height, self.width) if self.height and self.width else None
-
-
-@dataclass(kw_only=True)
-class RunArguments(DataArguments):
+class RunArguments(EpisodeArguments):
     """Arguments of `train.py` and `train_lora.py`; the help texts describe them."""
 
     # data
@@ -83,25 +56,8 @@ class RunArguments(DataArguments):
     recorded_latents: bool = field(
         default=False, metadata={"help": "use the latents that are stored with IRASim-format data"}
     )
-    fps: float | None = field(default=None, metadata={"help": "frame rate, if the dataset does not store it"})
-    frame_skip: int = field(default=1, metadata={"help": "train on every n-th frame, with all offsets"})
     target_fps: float | None = field(
         default=None, metadata={"help": "frame rate after skipping, instead of --frame_skip"}
-    )
-    state_columns: list[str] = field(
-        default_factory=list, metadata={"help": "state columns (default: all of a LeRobotDataset, none of a table)"}
-    )
-    action_derivation: str = field(
-        default="recorded",
-        metadata={"help": "recorded, or derived from states: relative_euler, relative_6d, relative_planar, absolute"},
-    )
-    action_composition: str | None = field(
-        default=None,
-        metadata={"help": "derivation of recorded actions, which determines how they compose over skipped frames"},
-    )
-    state_key: str | None = field(default=None, metadata={"help": "state feature that actions are derived from"})
-    pad_actions_to: int | None = field(
-        default=None, metadata={"help": "pad actions with zeros to this number of components"}
     )
     cache_dir: str | None = field(
         default=None, metadata={"help": "folder of the latent cache (default: output_dir/latents)"}
