@@ -13,7 +13,7 @@ from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, UNetTraje
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "irasim_diffusers"
-FREE = {"files", "latents", "safe_load", "version"}  # modules that every part may import
+FREE = {"files", "hub", "latents", "safe_load", "version"}  # modules that every part may import
 ALLOWED = {
     "actions": set(),
     "action_space": {"actions"},
@@ -21,6 +21,7 @@ ALLOWED = {
     "models": {"action_space"},
     "rollout": {"action_space"},
     "files": set(),
+    "hub": set(),
     "latents": set(),
     "safe_load": set(),
     "devices": set(),

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import embedded_checkpoint
-from ..files import file_hash, missing_reason
+from ..files import file_hash
+from ..hub import missing_reason
 from ..version import INSTALL
 from .files import check_flag_ranges, check_name, check_output_folder
-from .sampling import check_device, check_weights, load_reward, quiet_loading
+from .loading import check_weights, load_reward, quiet_loading
+from .sampling import check_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
