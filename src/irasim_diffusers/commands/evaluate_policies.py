@@ -151,7 +151,7 @@ def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _find_loader(path: str | None) -> Callable[..., Policy]:
-    """Return the function that `path` names, or the loader of LeRobot policies without a path."""
+    """Return the callable at `path`, or the loader of LeRobot policies if `path` is None."""
     from ..policies import LeRobotPolicy
     from ..pretrained import import_callable
 
