@@ -335,8 +335,8 @@ def build_transformer(
     config = pretrained.config
     if config.action_dim != action_dim:
         raise ValueError(
-            f"the data must have {config.action_dim} action components as {arguments.pretrained_model_name_or_path!r} has, got "
-            f"{action_dim}: pad them with `pad_actions_to`, or change the model with `irasim adapt --action-dim {action_dim}`."
+            f"the data must have {config.action_dim} action components, as many as {arguments.pretrained_model_name_or_path!r}, "
+            f"got {action_dim}: pad them with `pad_actions_to`, or change the model with `irasim adapt --action-dim {action_dim}`."
         )
     if not is_trained_on_actions(pretrained):
         known |= measured

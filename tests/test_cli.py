@@ -18,7 +18,8 @@ from test_latte import latte_model
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, embedded_checkpoint
 from irasim_diffusers.cli import main
 from irasim_diffusers.commands.files import read_actions, read_media
-from irasim_diffusers.commands.sampling import DTYPE_REMEDY, check_weights
+from irasim_diffusers.commands.loading import check_weights
+from irasim_diffusers.commands.sampling import DTYPE_REMEDY
 from irasim_diffusers.data import read_video, write_video
 from irasim_diffusers.metrics import psnr
 

@@ -29,7 +29,7 @@ from scipy import stats
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline
-from irasim_diffusers.training import checkpoints, run_script, seconds_trained
+from irasim_diffusers.training import checkpoints, run_script, seconds_trained, step_of
 
 MODELS = {
     "Frame-Ada": ["--conditioning", "frame"],
@@ -231,9 +231,8 @@ def evaluate(arguments: ConditioningArguments, folder: Path, model: str, history
         "device",
     )
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    steps = int(
-        checkpoints(folder)[-1].name.split("-")[1]
-    )  # part of the file name, because a longer training time adds steps
+    # the number of steps is part of the file name, because a longer training time adds steps
+    steps = step_of(checkpoints(folder)[-1])
     name, seen = str(steps), max(arguments.num_history_frames)
     if history < seen:
         given["num_seen_frames"] = seen

@@ -116,10 +116,8 @@ def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> 
             with temporary_path(screenshot) as partial:
                 page.screenshot(path=partial)
         browser.close()
-    times, latencies = (
-        np.array(figures["shown"][shown:]),
-        np.array(figures["latencies"][1:]),
-    )  # the first press is a warm-up
+    times = np.array(figures["shown"][shown:])
+    latencies = np.array(figures["latencies"][1:])  # the first press is a warm-up
     return {
         "presses": len(latencies),
         "latency_ms": float(np.median(latencies)),

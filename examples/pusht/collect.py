@@ -34,7 +34,7 @@ from irasim_diffusers.data import (
     write_file,
     write_metadata,
 )
-from irasim_diffusers.files import read_json, write_text
+from irasim_diffusers.files import read_json_object, write_text
 from irasim_diffusers.training import check_ranges, run_script
 
 CAMERA = "observation.image"
@@ -133,7 +133,7 @@ def read_settings(root: Path) -> dict[str, Any]:
     """
     if not (root / SOURCE_FILE).is_file():
         raise ValueError(f"{str(root)!r} must be a folder of collect.py: it has no settings file {SOURCE_FILE!r}.")
-    return read_json(root / SOURCE_FILE)
+    return read_json_object(root / SOURCE_FILE)
 
 
 def pusher_of(kind: str, rng: np.random.Generator, state: State) -> Pusher:

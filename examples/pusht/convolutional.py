@@ -26,7 +26,7 @@ from transformers import HfArgumentParser
 
 from irasim_diffusers.action_space import ActionSpace
 from irasim_diffusers.data import LatentClips, PreparedEpisodes, cache_latents, open_dataset
-from irasim_diffusers.files import temporary_path, write_text
+from irasim_diffusers.files import read_json_object, temporary_path, write_text
 from irasim_diffusers.pipelines import stack_frames
 from irasim_diffusers.rollout import RolloutState
 from irasim_diffusers.training import check_ranges, run_script
@@ -169,7 +169,7 @@ def last_two(history: torch.Tensor) -> torch.Tensor:
 
 def load(folder: Path) -> ConvolutionalModel:
     """Load a trained baseline."""
-    model = ConvolutionalModel(json.loads((folder / "config.json").read_text(encoding="utf-8"))["width"])
+    model = ConvolutionalModel(read_json_object(folder / "config.json")["width"])
     model.load_state_dict(load_file(folder / WEIGHTS))
     return model.eval()
 

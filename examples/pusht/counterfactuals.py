@@ -9,10 +9,10 @@ from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.metrics import psnr
 
 WAYS = 8  # futures of a history
-MOVED = (
-    5.0  # movement of the block above which it counts as moved: arena units, or hundredths of a radian; about a pixel
-)
-DISTINCT = 30.0  # two simulated futures are different if the PSNR between them, in dB, is lower
+MOVED = 5.0
+"""Movement from which the block counts as moved, in arena units or hundredths of a radian; about a pixel."""
+DISTINCT = 30.0
+"""Two simulated futures are different if the PSNR between them is lower, in dB."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers import WorldModel, embedded_checkpoint
 from irasim_diffusers.data import open_dataset
 from irasim_diffusers.envs import load_world_model
-from irasim_diffusers.files import write_text
+from irasim_diffusers.files import read_json_object, write_text
 from irasim_diffusers.metrics import bootstrap
 from irasim_diffusers.planning import CEM, Disagreement, Scoring
 from irasim_diffusers.rewards import FrameRegressor
@@ -151,8 +151,8 @@ def main() -> None:
     setting = {name: value for name, value in asdict(arguments).items() if name not in ("output", "num_states")}
     done: dict[str, list] = {}
     if arguments.output.is_file():
-        stored = json.loads(arguments.output.read_text(encoding="utf-8"))
-        if stored["setting"] != setting:
+        stored = read_json_object(arguments.output)
+        if stored.get("setting") != setting:
             raise ValueError(f"`output` {str(arguments.output)!r} was written with other settings: choose a new file.")
         done = stored["plans"]
     dataset, model = open_dataset(arguments.dataset), load(arguments.model)

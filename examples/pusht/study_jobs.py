@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from irasim_diffusers.files import read_json, write_text
+from irasim_diffusers.files import read_json, read_json_object, write_text
 
 RESULT, SETTING = "result.json", "setting.json"
 
@@ -45,7 +45,7 @@ def run_stage(folder: Path, setting: Mapping[str, Any], work: Callable[[], Any])
     """
     wanted = json.loads(json.dumps(setting))
     if (folder / SETTING).is_file():
-        found = read_json(folder / SETTING)
+        found = read_json_object(folder / SETTING)
         differing = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
         if differing:
             first = differing[0]

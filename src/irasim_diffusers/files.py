@@ -10,7 +10,6 @@ import platform
 import re
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -315,20 +314,3 @@ def flush(path: Path) -> None:
     except OSError:
         if not path.is_dir():  # Windows and some network drives cannot flush folders
             raise
-
-
-def missing_reason(name: str, error: BaseException | None) -> str | None:
-    """Explain that a folder or repository does not exist; None if an error has another cause."""
-    from huggingface_hub import constants, errors
-
-    if Path(name).exists():
-        return None
-    missing = (errors.HFValidationError, errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError)
-    unreachable = (errors.OfflineModeIsEnabled, socket.gaierror, ConnectionError, TimeoutError)
-    while error is not None:
-        if isinstance(error, (*missing, *unreachable)):
-            offline = constants.HF_HUB_OFFLINE or isinstance(error, unreachable)
-            place = "in the cache of the Hub, which cannot be reached" if offline else "on the Hub or in its cache"
-            return f"the folder does not exist, and the model is not {place}."
-        error = error.__cause__ or error.__context__
-    return None

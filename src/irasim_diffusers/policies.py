@@ -6,7 +6,6 @@ in LeRobot's Gymnasium environments.
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from huggingface_hub import snapshot_download
 
 from .action_space import ActionSpace
 from .devices import default_device
+from .files import read_json
 from .planning import Plan
 from .rollout import RolloutState, WorldModel
 
@@ -219,7 +219,7 @@ def check_processor(path: Path, steps: Mapping[str, type]) -> None:
     Raises:
         ValueError: If a step is not one of LeRobot's own registered steps, or loads code from another repository.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     entries = content.get("steps") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path.name} must contain a list `steps` of objects.")

@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 from torch.nn import functional
 
+from .pictures import resize
 from .rollout import WorldModel
 
 MAX_SIZE = 8192
@@ -250,7 +251,7 @@ def pretrained_encoder(
     network = AutoModel.from_pretrained(name_or_path).eval().requires_grad_(False)
 
     def encode(frames: torch.Tensor) -> torch.Tensor:
-        pixels = functional.interpolate(frames.to(network.device), size=(224, 224), mode="bilinear", antialias=True)
+        pixels = resize(frames.to(network.device), (224, 224))
         center, spread = (pixels.new_tensor(values)[:, None, None] for values in (mean, std))
         return network(pixel_values=(pixels - center) / spread).pooler_output.flatten(1)
 

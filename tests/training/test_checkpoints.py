@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from irasim_diffusers.data.content_hash import tensors_hash
 from irasim_diffusers.training import lock_output, newest_checkpoint
 from irasim_diffusers.training.checkpoints import SETTINGS, check_resume, load_average, save_checkpoint
-from irasim_diffusers.training.loop import frozen_weights
+from irasim_diffusers.training.loop import TrainingRun, frozen_weights
 from irasim_diffusers.training.saving import finished_pipeline
 
 
@@ -146,3 +146,25 @@ def test_missing_settings_of_earlier_versions_had_their_default_values(tmp_path)
     check_resume(tmp_path, {"rate": 0.1, "share": 0.0}, {"share": 0.0, "rate": 1.0})
     with pytest.raises(ValueError, match=r"belongs to a run with other settings: share was 0.0 and is 0.5"):
         check_resume(tmp_path, {"rate": 0.1, "share": 0.5}, {"share": 0.0, "rate": 1.0})
+
+
+@pytest.mark.parametrize(("loss", "norm", "name"), [(1.0, np.inf, "gradient norm"), (np.nan, np.nan, "loss")])
+def test_gradient_norms_may_be_floats(tmp_path, loss, norm, name):
+    """DeepSpeed returns the norm as a float; a loss that is not finite is named before the gradients that it causes."""
+    run = TrainingRun.__new__(TrainingRun)
+    run.accelerator, run.output, run.step, run.total = Accelerator(cpu=True), tmp_path, 3, torch.tensor(loss)
+    with pytest.raises(FloatingPointError, match=f"^the {name} is (nan|inf) at step 4; there is no checkpoint"):
+        run._check_finite(norm)
+    run.total = torch.tensor(1.0)
+    for finite in (2.0, torch.tensor(2.0), None):
+        run._check_finite(finite)
+
+
+@pytest.mark.parametrize("content", [100_000 * "[", "[1]", "{", '{"files": {}, "files": {}}'])
+def test_damaged_settings_are_skipped(tmp_path, content):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "settings.json").write_text(content)
+    check_resume(tmp_path, {"rate": 0.1})
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is complete: checkpoint-1"):
+        newest_checkpoint(tmp_path, {"rate": 0.1})

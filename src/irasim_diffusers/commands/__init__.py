@@ -6,7 +6,7 @@ inputs. `add_parser` must import nothing that imports torch, so that `irasim --h
 
 from .files import IMAGE_SUFFIXES, read_actions
 from .keys import SAME_KEYS, key_command, key_controls
-from .sampling import load_checked
+from .loading import load_checked
 from .terminal import draw
 
 __all__ = ["IMAGE_SUFFIXES", "SAME_KEYS", "draw", "key_command", "key_controls", "load_checked", "read_actions"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from .dataset import add_dataset_flags, frame_size, open_dataset
 from .files import check_flag_ranges, check_name, check_output_folder
-from .sampling import load_checked, load_vae
+from .loading import load_checked, load_vae
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from .files import check_name, check_output_folder
-from .sampling import load_vae
+from .loading import load_vae
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -69,6 +69,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_output_folder(output, empty=True)
     check_name("--checkpoint", arguments.checkpoint)
     check_name("--vae", arguments.vae)
+    if not Path(arguments.checkpoint).exists():
+        raise ValueError(f"--checkpoint must be an existing file or folder, got {str(arguments.checkpoint)!r}.")
     config = dict(_read_setting(text) for text in arguments.config)
     if arguments.source == "opensora" and "fps" not in config:
         raise ValueError(

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import embedded_checkpoint
-from ..files import file_hash, missing_reason
+from ..files import file_hash
+from ..hub import missing_reason
 from ..version import INSTALL
 from .files import check_flag_ranges, check_name, check_output_folder
-from .sampling import check_device, check_weights, load_reward, quiet_loading
+from .loading import check_weights, load_reward, quiet_loading
+from .sampling import check_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,7 +151,7 @@ def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _find_loader(path: str | None) -> Callable[..., Policy]:
-    """Return the function that `path` names, or the loader of LeRobot policies without a path."""
+    """Return the callable at `path`, or the loader of LeRobot policies if `path` is None."""
     from ..policies import LeRobotPolicy
     from ..pretrained import import_callable
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from .. import embedded_checkpoint
 from .files import check_output, frame_rate, read_actions
-from .sampling import add_history_flags, add_sampling_flags, check_sampling_flags, frame_files, open_start
+from .history import add_history_flags, frame_files
+from .sampling import add_sampling_flags, check_sampling_flags, open_start
 
 if TYPE_CHECKING:
     from .. import IRASimPipeline

@@ -11,14 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .files import check_flag_ranges, check_output, read_media
-from .sampling import (
-    add_history_flags,
-    add_sampling_flags,
-    check_sampling_flags,
-    frame_files,
-    load_reward,
-    open_start,
-)
+from .history import add_history_flags, frame_files
+from .loading import load_reward
+from .sampling import add_sampling_flags, check_sampling_flags, open_start
 
 if TYPE_CHECKING:
     import torch

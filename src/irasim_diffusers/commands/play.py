@@ -15,14 +15,9 @@ import PIL.Image
 
 from .. import embedded_checkpoint
 from .files import check_flag_ranges, check_output, read_actions
+from .history import add_history_flags, frame_files
 from .keys import SAME_KEYS, key_command, key_controls
-from .sampling import (
-    add_history_flags,
-    add_sampling_flags,
-    check_sampling_flags,
-    frame_files,
-    open_start,
-)
+from .sampling import add_sampling_flags, check_sampling_flags, open_start
 from .terminal import ARROWS, Keys, check_terminal, draw, open_terminal, write
 
 if TYPE_CHECKING:

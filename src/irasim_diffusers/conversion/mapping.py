@@ -74,7 +74,9 @@ def head_dim(width: int, heads: Any) -> int:
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Check names and types of config entries against the signature of the model, which checks values.
+    """Check names and types of config entries against the signature of the model.
+
+    The model itself checks values, and the types of the entries in `LIMITS`.
 
     Raises:
         ValueError: If an entry is unknown or has a wrong type.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
+from ..files import read_json_object
 from .episode import EpisodeSource
 
 
@@ -195,8 +195,8 @@ def _read_episodes(folder: Path) -> dict[int, tuple[torch.Tensor, torch.Tensor]]
     """Return latents (T, C, h, w) and actions (T, A) of all episodes of a complete cache, by index."""
     remedy = "re-run the training, or `cache_latents`, which encodes missing and damaged files"
     try:
-        known = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("files", {})
-    except (FileNotFoundError, ValueError, AttributeError) as error:
+        known = read_json_object(folder / "manifest.json").get("files", {})
+    except ValueError as error:
         raise ValueError(f"{str(folder)!r} contains no complete latent cache: {remedy}.") from error
     episodes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for path in sorted({*folder.glob("latents-*.safetensors"), *(folder / name for name in known)}):

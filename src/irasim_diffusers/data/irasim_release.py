@@ -66,9 +66,7 @@ class IRASimFolder(InOrder):
         object.__setattr__(self, "root", Path(self.root))
         if not self.files:
             splits = sorted({path.parent.name for path in (self.root / "annotation").glob("*/[!.]*.json")})
-            raise ValueError(
-                f"`split` must be one of {splits} in {str(self.root)!r}, got {self.split!r} (--split, --validation_split)."
-            )
+            raise ValueError(f"`split` must be one of {splits} in {str(self.root)!r}, got {self.split!r}.")
         known = [str(number) for number in range(len(_media(self._first, "video")))]
         if self.cameras is None and len(known) != 1:
             raise ValueError(

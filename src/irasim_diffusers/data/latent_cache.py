@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..files import remove_abandoned, temporary_path
+from ..files import read_json_object, remove_abandoned, temporary_path
 from ..latents import check_latent_scaling, latent_scaling, unscale_latents
 from .content_hash import tensors_hash
 from .episode import Episode, EpisodeSource
@@ -163,10 +163,10 @@ def _identity(
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest, or an empty one if it is missing or damaged."""
     try:
-        content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        content = read_json_object(folder / "manifest.json")
+    except ValueError:
         return {}
-    return content if isinstance(content, dict) and isinstance(content.get("files"), dict) else {}
+    return content if isinstance(content.get("files"), dict) else {}
 
 
 def _write_manifest(
@@ -241,7 +241,7 @@ def _checked(folder: Path, skip_broken: bool) -> Path:
     Raises:
         ValueError: If the cache contains no episode, or episodes are broken and `skip_broken` is False.
     """
-    content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    content = read_json_object(folder / "manifest.json")
     broken = content["broken"]
     if len(broken) == content["episodes"]:
         raise ValueError(f"no episode can be read: {next(iter(broken.values()), 'the dataset is empty.')}")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
-from ..files import remove_abandoned, temporary_path
+from ..files import read_json, remove_abandoned, temporary_path
 from .episode import Episode, EpisodeSource, first_readable
 from .lerobot import INDEX_FEATURES, VERSION, LeRobotFolder
 from .lerobot_writer import EPISODES_PATH, Regions, is_written, tile_regions, write_file, write_metadata
@@ -247,7 +247,7 @@ def _claim(root: Path, identity: dict) -> None:
     written: object = None
     if marker.is_file():
         with suppress(ValueError):
-            written = json.loads(marker.read_text(encoding="utf-8"))
+            written = read_json(marker)
     if written != identity:
         if any(root.glob("meta/episodes/*/*.parquet")) or (
             not marker.is_file() and root.is_dir() and any(root.iterdir())

@@ -124,9 +124,7 @@ def _load_table(name: str, split: str, **options: Any) -> Any:
     except (ValueError, AssertionError, OSError, datasets.exceptions.DatasetsError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         place = "" if Path(name).is_dir() else f", which is not a folder{_similar_folders(Path(name))}, on the Hub"
-        raise ValueError(
-            f"cannot read the split {split!r} (--split, --validation_split) of the table {name!r}{place}: {error}{cause}"
-        ) from error
+        raise ValueError(f"cannot read the split {split!r} of the table {name!r}{place}: {error}{cause}") from error
 
 
 def _similar_folders(path: Path) -> str:
@@ -147,9 +145,7 @@ def _saved_table(folder: Path, split: str) -> Any:
         raise ValueError(f"cannot read the table {str(folder)!r}: {error}") from error
     tables = table if isinstance(table, datasets.DatasetDict) else {str(table.split or split).split("[")[0]: table}
     if split not in tables:
-        raise ValueError(
-            f"`split` must be one of {sorted(tables)} in {str(folder)!r}, got {split!r} (--split, --validation_split)."
-        )
+        raise ValueError(f"`split` must be one of {sorted(tables)} in {str(folder)!r}, got {split!r}.")
     return tables[split]
 
 

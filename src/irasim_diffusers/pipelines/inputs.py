@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttention
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..files import read_json
 from ..pictures import resize as resize_frames
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -365,7 +365,7 @@ def check_model_files(folder: Path) -> None:
         config: Any = {}
         if path.is_file():
             with suppress(ValueError):  # diffusers reports a damaged file
-                config = json.loads(path.read_text(encoding="utf-8"))
+                config = read_json(path)
         if not isinstance(config, dict):
             continue
         if name == "vae":

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..files import file_hash, flush, remove_abandoned, temporary_folder
+from ..files import file_hash, flush, read_json_object, remove_abandoned, temporary_folder
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def newest_checkpoint(
 def _problem(checkpoint: Path) -> str | None:
     """Describe the first missing or damaged file of a checkpoint; None if all files are intact."""
     try:
-        stored = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
+        stored = read_json_object(checkpoint / SETTINGS)
         sizes, hashes = stored["files"], stored.get("hashes", {})  # earlier versions stored no hashes
         valid = all(isinstance(each, dict) for each in (sizes, hashes)) and sizes
         valid = valid and 0 <= stored.get("seconds", 0.0) < float("inf")
@@ -104,14 +104,14 @@ def check_resume(output: Path, settings: dict[str, Any], defaults: Mapping[str, 
     """
     for path in reversed(checkpoints(output)):
         try:
-            json.loads((path / SETTINGS).read_text(encoding="utf-8")).items()
-        except (OSError, ValueError, AttributeError):
+            read_json_object(path / SETTINGS)
+        except ValueError:
             continue  # `newest_checkpoint` reports a damaged checkpoint
         return _check_settings(path, settings, defaults)
 
 
 def _check_settings(checkpoint: Path, settings: dict[str, Any], defaults: Mapping[str, Any] | None) -> None:
-    stored = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
+    stored = read_json_object(checkpoint / SETTINGS)
     before = _flat(json.loads(json.dumps(dict(defaults or {}))) | stored)
     now = _flat(json.loads(json.dumps(settings)))  # tuples become lists
     changed = [

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..conversion import scaled_latents
-from ..files import missing_reason
+from ..hub import missing_reason
 from ..models import IRASimTransformer3DModel
 from ..pipelines import IRASimPipeline
 from .arguments import RunArguments
