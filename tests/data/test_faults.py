@@ -163,7 +163,7 @@ def test_a_downloaded_table_is_read(tmp_path):
         assert np.array_equal(after.frames, before.frames)
     assert len(open_dataset(tmp_path / "set", "pictures", split=None)) == 1
     assert len(open_dataset(tmp_path / "set", "pictures", split="train[1:]")) == 1
-    with pytest.raises(ValueError, match=r"cannot read the split 'validation' .* of the table .*set"):
+    with pytest.raises(ValueError, match=r"cannot read the split 'validation' of the table .*set"):
         open_dataset(tmp_path / "set", "pictures", split="validation")
     assert isinstance(table, datasets.Dataset)
 
@@ -171,7 +171,7 @@ def test_a_downloaded_table_is_read(tmp_path):
 def test_a_damaged_table_is_named(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(ValueError, match=rf"cannot read the split 'train' .* of the table '{tmp_path}'"):
+    with pytest.raises(ValueError, match=rf"cannot read the split 'train' of the table '{tmp_path}'"):
         open_dataset(tmp_path)
 
 

@@ -167,7 +167,7 @@ def test_card_counts_policies(workspace):
         ),
         (["--pusher_radius", "30"], "`expert` and `noisy` must be 0, got 0.25 and 0.25"),
         (["--pusher_radius", "0"], "must be positive, got 0"),
-        (["--aimless", "-1"], "must be non-negative fractions"),
+        (["--aimless", "-1"], "must be non-negative shares"),
         (["--length", "0"], "`length` must be at least 1, got 0"),
         (["--num_workers", "0"], "`num_workers` must be at least 1, got 0"),
         (["--keys", "nan"], "`keys` must be finite, got nan"),

@@ -298,7 +298,7 @@ def test_other_number_of_action_components(workspace):
         workspace / "five"
     )
     with pytest.raises(
-        ValueError, match=r"must have 5 action components like .*, got 7: .*`irasim adapt --action-dim 7`"
+        ValueError, match=r"must have 5 action components, as many as .*, got 7: .*`irasim adapt --action-dim 7`"
     ):
         call(
             "train",

@@ -215,7 +215,7 @@ def test_with_scheduler_keeps_prediction_type_of_its_own_class(pipeline):
         (
             "DDIMScheduler",
             {"timestep_spacng": "trailing"},
-            r"no entries \['timestep_spacng'\]; it has .*'timestep_spacing'",
+            r"no entries \['timestep_spacng'\]; its entries are .*'timestep_spacing'",
         ),
         ("DDIMScheduler", {"steps_offset": "a"}, r"`steps_offset` .* in \[0, 1000\), got 'a'"),
         ("PNDMScheduler", {"steps_offset": 10**9}, r"`steps_offset` .* in \[0, 1000\), got 1000000000"),
