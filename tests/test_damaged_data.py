@@ -204,8 +204,8 @@ COLUMNS = [  # file, column, value of all rows, message
     (DATA, "timestamp", pa.scalar([0.0]), "'timestamp' must contain numbers, got list<"),
     (DATA, "timestamp", pa.scalar(None, pa.float32()), "'timestamp' must be a finite number of seconds"),
     (DATA, "timestamp", pa.scalar(-0.1), "'timestamp' of row 0 is -0.1 s"),
-    (DATA, "timestamp", pa.scalar(1e300), "'timestamp' of row 0 is 1e+300 s, which is no frame time"),
-    (DATA, "timestamp", pa.scalar(1e7), "'timestamp' of row 0 is 1e+07 s, which is no frame time"),
+    (DATA, "timestamp", pa.scalar(1e300), "'timestamp' of row 0 is 1e+300 s, which is not a frame time"),
+    (DATA, "timestamp", pa.scalar(1e7), "'timestamp' of row 0 is 1e+07 s, which is not a frame time"),
     (DATA, "timestamp", pa.scalar(0.0), "'timestamp' must increase, got 0 s after 0 s"),
 ]
 

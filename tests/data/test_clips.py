@@ -86,6 +86,13 @@ def test_windows_that_change_are_drawn_more_often(tmp_path, frame_skip):
         MixedClips([clips], change_share=1.5)
 
 
+def test_changes_of_frames_do_not_overflow(tmp_path):
+    frames = torch.tensor([0, 255, 0, 10], dtype=torch.uint8).view(4, 1, 1, 1)
+    save_file({"latents.0": frames, "actions.0": torch.zeros(4, 1)}, tmp_path / "latents-0.safetensors")
+    (tmp_path / "manifest.json").write_text("{}")
+    assert LatentClips(tmp_path, sample_frames=3).changes().tolist() == [510, 265]
+
+
 def test_still_clips_are_drawn_uniformly(tmp_path):
     save_file(
         {"latents.0": torch.zeros(30, 1, 2, 2).half(), "actions.0": torch.zeros(30, 1)},

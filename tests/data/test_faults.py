@@ -63,7 +63,7 @@ def test_rows_of_version_2_1_match_frames_by_timestamp(tmp_path):
 @pytest.mark.parametrize(
     ("kept", "times", "message"),
     [
-        ([0, 1, 2], [0, 0.13, 0.2], r"'timestamp' of row 1 is 0\.13 s, which is no frame time at 10 frames/s"),
+        ([0, 1, 2], [0, 0.13, 0.2], r"'timestamp' of row 1 is 0\.13 s, which is not a frame time at 10 frames/s"),
         ([0, 1, 2], [0, 0.2, 0.1], r"'timestamp' must increase, got 0\.1 s after 0\.2 s"),
         ([0, 1, 2], [0, 0.1, 0.1], r"'timestamp' must increase, got 0\.1 s after 0\.1 s"),
         ([0, 1, 2], [0, float("nan"), 0.2], r"'timestamp' must be a finite number"),

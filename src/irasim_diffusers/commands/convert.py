@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_output_folder(output, empty=True)
     check_name("--checkpoint", arguments.checkpoint)
     check_name("--vae", arguments.vae)
-    if not Path(arguments.checkpoint).exists():
+    if not arguments.checkpoint.exists():
         raise ValueError(f"--checkpoint must be an existing file or folder, got {str(arguments.checkpoint)!r}.")
     config = dict(_read_setting(text) for text in arguments.config)
     if arguments.source == "opensora" and "fps" not in config:

@@ -95,7 +95,7 @@ def _print_psnr(prediction: np.ndarray, seen: np.ndarray, truth: np.ndarray) -> 
 
     last = np.broadcast_to(seen[-1:], truth.shape)
     print(
-        f"PSNR {psnr(prediction / 255.0, truth / 255.0):.2f} dB over {len(truth)} frames against the raw true frames "
+        f"PSNR {psnr(prediction / 255.0, truth / 255.0):.2f} dB over {len(truth)} frames against the true frames "
         f"(last-frame baseline: {psnr(last / 255.0, truth / 255.0):.2f} dB)"
     )
 

@@ -158,12 +158,10 @@ class LatentClips(Dataset):
         """Return the change (N,) of every window: summed mean absolute differences of successive frames."""
         changes = []
         for latents, _ in self.episodes.values():
-            steps = [
-                (after.float() - before.float()).abs().flatten(1).mean(1)
-                for before, after in zip(
-                    latents[: -self.frame_skip].split(256), latents[self.frame_skip :].split(256), strict=True
-                )
-            ]
+            parts = zip(latents[: -self.frame_skip].split(256), latents[self.frame_skip :].split(256), strict=True)
+            # the difference of maximum and minimum cannot overflow in uint8
+            distances = [torch.maximum(*part).sub_(torch.minimum(*part)) for part in parts]
+            steps = [distance.flatten(1).float().mean(1) for distance in distances]
             windows = torch.cat(steps).unfold(0, self.span - self.frame_skip, self.stride)
             changes.append(windows[:, :: self.frame_skip].double().sum(1))
         return torch.cat(changes).numpy()

@@ -401,7 +401,7 @@ class LeRobotFolder(InOrder):
         if off.any() or numbers[0] < 0:
             frame = int(np.argmax(off))
             raise ValueError(
-                f"{path!r}: {key!r} of row {frame} is {times[frame]:g} s, which is no frame time at {self.fps:g} frames/s: fix "
+                f"{path!r}: {key!r} of row {frame} is {times[frame]:g} s, which is not a frame time at {self.fps:g} frames/s: fix "
                 "'fps' in 'meta/info.json', or resample the recording."
             )
         if (np.diff(numbers) <= 0).any():
