@@ -32,6 +32,7 @@ from irasim_diffusers.training import (
     check_held_out,
     check_launch,
     check_ranges,
+    default_mixed_precision,
     load_autoencoder,
     newest_checkpoint,
     prepare_output,
@@ -74,7 +75,12 @@ class VAEArguments(DataArguments):
     learning_rate: float = field(default=2e-3, metadata={"help": "learning rate after the warmup"})
     lr_warmup_steps: int = field(default=100, metadata={"help": "steps of linear warmup"})
     kl_weight: float = field(default=1e-6, metadata={"help": "weight of the KL loss"})
-    mixed_precision: str = field(default="bf16", metadata={"help": "no, fp16 or bf16"})
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "no, fp16 or bf16 (default: the fp16 or bf16 of `accelerate launch`, else bf16 if the device supports it in hardware)"
+        },
+    )
     compile: bool = field(default=False, metadata={"help": "compile encoder and decoder"})
     checkpointing_steps: int = field(default=400, metadata={"help": "steps between checkpoints"})
     validation_steps: int = field(default=400, metadata={"help": "steps between validations"})
@@ -306,6 +312,7 @@ def describe_psnr(vae: AutoencoderKL, frames: Frames, device: torch.device) -> s
 def main() -> None:
     (arguments,) = HfArgumentParser(VAEArguments).parse_args_into_dataclasses()
     check_arguments(arguments)
+    arguments.mixed_precision = arguments.mixed_precision or default_mixed_precision()
     output = Path(arguments.output_dir)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=arguments.mixed_precision)
     check_launch(accelerator)

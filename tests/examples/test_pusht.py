@@ -460,7 +460,7 @@ def test_embedding_changes_the_package_only_at_the_end(workspace, trained, tmp_p
 def test_unet_is_trained_for_given_time_and_evaluated(workspace, monkeypatch, capsys):
     arguments = [
         *("conditioning.py", "--output_dir", workspace / "conditioning", "--models", "LVDM", "--seeds", 3),
-        *("--max_train_minutes", 1e-3, "--rounds", 2, "--num_history_frames", 1, 2),
+        *("--max_train_minutes", 1e-3, "--rounds", 1, "--num_history_frames", 1, 2),
         *("--test_dataset", workspace / "set"),
         *("--num_inference_steps", 1, "--num_clips", 1, "--num_histories", 0, "--scheduler", "DDIMScheduler"),
         *("--dataset", workspace / "set", "--vae", workspace / "vae", *SPACE),

@@ -4,10 +4,11 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from irasim_diffusers.training import Interruption, check_launch, run_script, scripts
+from irasim_diffusers.training import Interruption, check_launch, launch, run_script, scripts
 from irasim_diffusers.training.launch import prepare_output
 
 
@@ -85,3 +86,13 @@ def test_output_folder_that_cannot_be_created_is_named(tmp_path):
         ValueError, match=r"`output_dir` must be a folder that can be created, got '.*run': Not a directory"
     ):
         prepare_output(Accelerator(cpu=True), tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("launched", "native", "expected"),
+    [("no", torch.bfloat16, "bf16"), ("no", torch.float32, "no"), ("fp16", torch.bfloat16, "fp16")],
+)
+def test_default_precision_is_that_of_the_launcher_or_the_fastest(launched, native, expected, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    monkeypatch.setattr(launch, "fast_dtype", lambda device: native)
+    assert launch.default_mixed_precision() == expected

@@ -11,7 +11,7 @@ from .checkpoints import (
     step_of,
 )
 from .datasets import check_held_out, open_sources
-from .launch import lock_output, prepare_output, start_accelerator
+from .launch import default_mixed_precision, lock_output, prepare_output, start_accelerator
 from .objective import diffusion_loss
 from .pretrained import is_pipeline, load_autoencoder, load_transformer, load_vae
 from .run import TrainingData, encode_data, train
@@ -29,6 +29,7 @@ __all__ = [
     "check_ranges",
     "check_run_arguments",
     "checkpoints",
+    "default_mixed_precision",
     "diffusion_loss",
     "encode_data",
     "exit_without_extra",

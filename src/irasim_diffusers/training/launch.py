@@ -11,9 +11,16 @@ from typing import IO, Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    parse_flag_from_env,
+    set_seed,
+)
 from huggingface_hub import create_repo
 
+from ..devices import fast_dtype
 from .arguments import MAY_CHANGE, RunArguments
 from .checkpoints import FINISHED, check_resume, remove_leftovers
 from .scripts import check_launch
@@ -37,12 +44,11 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
         ValueError: If the launcher or the distributed type does not match the arguments, or if the output folder contains a run
             with other arguments.
     """
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     output = Path(arguments.output_dir)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        mixed_precision=arguments.mixed_precision or (launched if launched != "no" else "bf16"),
+        mixed_precision=arguments.mixed_precision or default_mixed_precision(),
         log_with=arguments.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
@@ -56,6 +62,16 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
     check_resume(output, fixed_settings(arguments, accelerator), default_settings(arguments))
     set_seed(arguments.seed)
     return accelerator
+
+
+def default_mixed_precision() -> str:
+    """Return the precision of `accelerate launch` if it is fp16 or bf16, else the fastest one of the device."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no":
+        return launched
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator()
+    return "bf16" if fast_dtype(device) == torch.bfloat16 else "no"
 
 
 def fixed_settings(arguments: RunArguments, accelerator: Accelerator) -> dict[str, Any]:
