@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType
@@ -133,9 +132,7 @@ class RunArguments(EpisodeArguments):
     lr_power: float = field(default=1.0, metadata={"help": "power of the polynomial schedule"})
     optimizer: str = field(
         default="adamw",
-        metadata={
-            "help": "adamw, adamw8bit (bitsandbytes), or muon (torch 2.9) for the blocks' matrices and adamw for the rest"
-        },
+        metadata={"help": "adamw, adamw8bit (bitsandbytes), or muon for the blocks' matrices and adamw for the rest"},
     )
     adam_beta1: float = field(default=0.9, metadata={"help": "beta1 of AdamW"})
     adam_beta2: float = field(default=0.999, metadata={"help": "beta2 of AdamW"})
@@ -261,8 +258,6 @@ def check_run_arguments(arguments: RunArguments) -> None:
         raise ValueError(
             f"`validation_inference_steps` must be in [1, 1000], got {arguments.validation_inference_steps}."
         )
-    if arguments.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"`optimizer` muon requires torch 2.9 or later, found {torch.__version__}.")
     if arguments.optimizer == "adamw8bit" and not is_bitsandbytes_available():
         raise ValueError("`optimizer` adamw8bit requires `pip install bitsandbytes`.")
     if arguments.report_to not in (None, "all", *map(str, get_available_trackers())):

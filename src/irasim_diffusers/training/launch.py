@@ -70,8 +70,8 @@ def default_mixed_precision() -> str:
     if launched != "no":
         return launched
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    device = torch.device("cpu") if use_cpu else torch.accelerator.current_accelerator()
-    return "bf16" if fast_dtype(device) == torch.bfloat16 else "no"
+    device = None if use_cpu else torch.accelerator.current_accelerator()
+    return "bf16" if fast_dtype(device or "cpu") == torch.bfloat16 else "no"
 
 
 def fixed_settings(arguments: RunArguments, accelerator: Accelerator) -> dict[str, Any]:

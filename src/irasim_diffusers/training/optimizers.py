@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,22 +13,31 @@ from torch import nn
 from ..devices import fast_dtype
 from .arguments import RunArguments
 
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the Newton-Schulz iteration of Muon."""
 
-class Muon(torch.optim.Muon):
-    """Muon with Newton-Schulz iterations in float32 on devices that emulate bfloat16.
 
-    PyTorch always iterates in bfloat16, which takes several times as long as the rest of a training step on such a CPU. The
-    learning rate is adjusted with `match_rms_adamw`.
+class Muon(torch.optim.Optimizer):
+    """Muon (https://kellerjordan.github.io/posts/muon/), equal to `torch.optim.Muon` with `match_rms_adamw`.
+
+    PyTorch's Muon orthogonalizes updates in bfloat16, which takes several times as long as the rest of a training step on a CPU
+    that emulates bfloat16. This one uses float32 on such a device. State dicts are interchangeable.
+
+    Args:
+        params: Matrices.
+        lr: Learning rate of AdamW; the updates are scaled to its magnitude.
+        weight_decay: Decoupled weight decay.
+        momentum: Nesterov momentum.
     """
 
-    def __init__(self, params: Any, **settings: Any) -> None:
-        super().__init__(params, adjust_lr_fn="match_rms_adamw", **settings)
+    def __init__(
+        self, params: Iterable[torch.Tensor], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters."""
-        if fast_dtype(self.param_groups[0]["params"][0].device) == torch.bfloat16:
-            return super().step(closure)
+        """Update the parameters; `closure` computes the loss again."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -39,33 +48,18 @@ class Muon(torch.optim.Muon):
     def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
         buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(gradient))
         buffer.lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(buffer, group["momentum"])  # Nesterov momentum
+        update = orthogonalize(gradient.lerp(buffer, group["momentum"]).to(fast_dtype(gradient.device)))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        rate = 0.2 * group["lr"] * max(parameter.shape) ** 0.5
-        parameter.add_(orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"]), alpha=-rate)
+        parameter.add_(update, alpha=-0.2 * group["lr"] * max(parameter.shape) ** 0.5)
 
 
-def orthogonalize(
-    matrix: torch.Tensor, coefficients: tuple[float, float, float], num_steps: int, eps: float
-) -> torch.Tensor:
-    """Compute the approximate polar factor of a matrix, like `torch.optim.Muon` but in the dtype of the matrix.
-
-    Reference: https://kellerjordan.github.io/posts/muon/.
-
-    Args:
-        matrix: The matrix (m, n).
-        coefficients: Coefficients of the quintic polynomial.
-        num_steps: Number of Newton-Schulz iterations.
-        eps: Lower bound of the norm.
-
-    Returns:
-        A matrix (m, n) with singular values close to 1.
-    """
-    a, b, c = coefficients
+def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
+    """Replace the singular values of a matrix (m, n) by values close to 1, with five Newton-Schulz iterations."""
+    a, b, c = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
     factor = matrix.T if is_tall else matrix
-    factor = factor / factor.norm().clamp_min(eps)
-    for _ in range(num_steps):
+    factor = factor / factor.norm().clamp_min(1e-7)
+    for _ in range(5):
         gram = factor @ factor.T
         polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         factor = torch.addmm(factor, polynomial, factor, beta=a)
