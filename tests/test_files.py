@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from irasim_diffusers import files
-from irasim_diffusers.files import claim_folder, read_result, remove_abandoned, temporary_folder, temporary_path
+from irasim_diffusers.evaluation.results import claim_folder, read_result
+from irasim_diffusers.files import remove_abandoned, temporary_folder, temporary_path
 
 WRITE_AND_WAIT = """
 import sys, time

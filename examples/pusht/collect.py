@@ -34,7 +34,8 @@ from irasim_diffusers.data import (
     write_file,
     write_metadata,
 )
-from irasim_diffusers.files import read_json_object, write_text
+from irasim_diffusers.files import write_text
+from irasim_diffusers.json_files import read_json_object
 from irasim_diffusers.training import check_ranges, run_script
 
 CAMERA = "observation.image"

@@ -26,7 +26,8 @@ from transformers import HfArgumentParser
 
 from irasim_diffusers.action_space import ActionSpace
 from irasim_diffusers.data import LatentClips, PreparedEpisodes, cache_latents, open_dataset
-from irasim_diffusers.files import read_json_object, temporary_path, write_text
+from irasim_diffusers.files import temporary_path, write_text
+from irasim_diffusers.json_files import read_json_object
 from irasim_diffusers.pipelines import stack_frames
 from irasim_diffusers.rollout import RolloutState
 from irasim_diffusers.training import check_ranges, run_script

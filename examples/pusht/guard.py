@@ -27,7 +27,8 @@ from transformers import HfArgumentParser
 from irasim_diffusers import WorldModel, embedded_checkpoint
 from irasim_diffusers.data import open_dataset
 from irasim_diffusers.envs import load_world_model
-from irasim_diffusers.files import read_json_object, write_text
+from irasim_diffusers.files import write_text
+from irasim_diffusers.json_files import read_json_object
 from irasim_diffusers.metrics import bootstrap
 from irasim_diffusers.planning import CEM, Disagreement, Scoring
 from irasim_diffusers.rewards import FrameRegressor

@@ -36,7 +36,7 @@ from study_report import write_report
 from transformers import HfArgumentParser
 
 from irasim_diffusers import embedded_checkpoint
-from irasim_diffusers.files import read_json
+from irasim_diffusers.json_files import read_json
 from irasim_diffusers.training import check_ranges, run_script
 
 SCRIPTS = Path(__file__).parent

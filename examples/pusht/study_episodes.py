@@ -22,7 +22,7 @@ from study_models import CoverageScore, Progress, Solved, load_model, load_polic
 from irasim_diffusers.data import LeRobotFolder, write_video
 from irasim_diffusers.envs import WorldModelVectorEnv
 from irasim_diffusers.evaluation import PolicyEvaluation, evaluate_policies
-from irasim_diffusers.files import read_json
+from irasim_diffusers.json_files import read_json
 from irasim_diffusers.planning import CEM, Disagreement, Gradient, Plan, Rank, Scoring, straight_lines
 from irasim_diffusers.policies import ChunkPolicy, PlannerPolicy, Policy
 from irasim_diffusers.rewards import GoalImage, pretrained_encoder

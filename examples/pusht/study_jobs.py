@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from irasim_diffusers.files import read_json, read_json_object, write_text
+from irasim_diffusers.files import write_text
+from irasim_diffusers.json_files import read_json, read_json_object
 
 RESULT, SETTING = "result.json", "setting.json"
 

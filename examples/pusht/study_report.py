@@ -11,7 +11,8 @@ from study_jobs import RESULT, write_json
 
 from irasim_diffusers.data import read_video
 from irasim_diffusers.evaluation import summarise_policies
-from irasim_diffusers.files import read_json, temporary_path, write_text
+from irasim_diffusers.files import temporary_path, write_text
+from irasim_diffusers.json_files import read_json
 from irasim_diffusers.metrics import bootstrap
 from irasim_diffusers.pictures import film_strip
 

@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 
 from .action_space import ActionSpace
 from .devices import default_device
-from .files import read_json
+from .json_files import read_json
 from .planning import Plan
 from .rollout import RolloutState, WorldModel
 

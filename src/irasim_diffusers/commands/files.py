@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import unique_keys
+from ..json_files import unique_keys
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 """Suffixes of the files that are read as images; others are read as videos."""

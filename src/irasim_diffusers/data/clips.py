@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
-from ..files import read_json_object
+from ..json_files import read_json_object
 from .episode import EpisodeSource
 
 

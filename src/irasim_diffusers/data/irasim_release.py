@@ -23,11 +23,12 @@ import numpy as np
 import torch
 
 from ..actions import derive_actions
-from ..files import path_inside, read_json
+from ..json_files import read_json
 from ..safe_load import FLOATS, read_torch_file
 from .columns import finite_vector
 from .content_hash import media_stamp
 from .episode import Episode, InOrder, camera_layout, first_readable, first_task, tile, window_slice
+from .record_files import path_inside
 from .video import count_frames, read_frames
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..files import read_json_object, remove_abandoned, temporary_path
+from ..files import remove_abandoned, temporary_path
+from ..json_files import read_json_object
 from ..latents import check_latent_scaling, latent_scaling, unscale_latents
 from .content_hash import tensors_hash
 from .episode import Episode, EpisodeSource

@@ -21,14 +21,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..files import path_inside, read_json_object
+from ..json_files import read_json_object
 from .columns import choose_action_columns, component_names_of, finite_vector
 from .content_hash import content_hash
 from .episode import Episode, InOrder, camera_layout, first_task, tile, window_slice
 from .hub import HubFiles
 from .lerobot_metadata import NUMBERS, OWN_ENTRY, check_info, check_rows, row_number, row_seconds
 from .pictures import read_picture
-from .record_files import parquet_columns, read_json_lines, read_parquet
+from .record_files import parquet_columns, path_inside, read_json_lines, read_parquet
 from .video import read_numbered_frames
 
 VERSION = "v3.0"

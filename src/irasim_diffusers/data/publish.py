@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
-from ..files import read_json, remove_abandoned, temporary_path
+from ..files import remove_abandoned, temporary_path
+from ..json_files import read_json
 from .episode import Episode, EpisodeSource, first_readable
 from .lerobot import INDEX_FEATURES, VERSION, LeRobotFolder
 from .lerobot_writer import EPISODES_PATH, Regions, is_written, tile_regions, write_file, write_metadata

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..files import parse_json, read_text
+from ..json_files import parse_json, read_text
+
+
+def path_inside(root: Path, path: str) -> Path:
+    """Return the path of a file from a path in metadata, relative to the folder of the metadata.
+
+    Symbolic links in the folder are followed: the Hub's cache consists of them.
+
+    Raises:
+        ValueError: If the path is absolute or leaves the folder.
+    """
+    if os.path.isabs(path) or os.path.normpath(path).split(os.sep)[0] == os.pardir:
+        raise ValueError(f"{path!r} must be a path inside the dataset {str(root)!r}: copy the file into it.")
+    return root / path
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from ..files import read_json_object
+from ..json_files import read_json_object
 from .episode import EpisodeSource
 from .hub import HubFiles
 from .irasim_release import IRASimFolder

@@ -19,11 +19,13 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data import write_video
-from ..files import claim_folder, has_kinds, read_json_object, read_result, temporary_path, write_text
+from ..files import temporary_path, write_text
+from ..json_files import read_json_object
 from ..metrics import agreement, bootstrap
 from ..policies import Policy
 from ..starts import Start
 from ..version import INSTALL
+from .results import claim_folder, has_kinds, read_result
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv

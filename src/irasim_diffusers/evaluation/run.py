@@ -18,7 +18,8 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..data import EpisodeSource
-from ..files import claim_folder, has_kinds, read_json_object, read_result, temporary_path, write_text
+from ..files import temporary_path, write_text
+from ..json_files import read_json_object
 from ..metrics import (
     Counterfactuals,
     counterfactual_actions,
@@ -33,6 +34,7 @@ from ..version import INSTALL
 from .predictors import ClipData, ClipReader, FolderPredictor, Prediction, WorldModelPredictor, save_prediction
 from .protocols import Clip, EvaluationProtocol, find_clips, published_figures
 from .report import summarise, write_report
+from .results import claim_folder, has_kinds, read_result
 from .scores import Backbones, features_of_clip, score_clip
 
 MAPS = 8

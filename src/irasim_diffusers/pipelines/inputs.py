@@ -15,7 +15,7 @@ from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttention
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..files import read_json
+from ..json_files import read_json
 from ..pictures import resize as resize_frames
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..files import file_hash, flush, read_json_object, remove_abandoned, temporary_folder
+from ..files import file_hash, flush, remove_abandoned, temporary_folder
+from ..json_files import read_json_object
 
 logger = logging.getLogger(__name__)
 
