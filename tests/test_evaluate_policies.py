@@ -211,6 +211,7 @@ def test_policies_run_on_the_device_of_the_model(command, tmp_path, folder):
         ({"num-episodes": 10**9}, "--num-episodes must be at most 100000, got 1000000000"),
         ({"steps": 1001}, "--steps must be at most 1000, got 1001"),
         ({"first-seed": -1}, "--first-seed must be at least 0, got -1"),
+        ({"first-seed": 2**70}, "--first-seed must be at most 2147483647, got 1180591620717411303424"),
         ({"num-videos": -1}, "--num-videos must be at least 0, got -1"),
         ({"env": ""}, "--env"),
         ({"env": "CartPole-v1\0"}, "--env"),

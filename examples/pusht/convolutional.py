@@ -26,6 +26,7 @@ from transformers import HfArgumentParser
 
 from irasim_diffusers.action_space import ActionSpace
 from irasim_diffusers.data import LatentClips, PreparedEpisodes, cache_latents, open_dataset
+from irasim_diffusers.devices import fast_dtype
 from irasim_diffusers.files import temporary_path, write_text
 from irasim_diffusers.json_files import read_json_object
 from irasim_diffusers.pipelines import stack_frames
@@ -261,7 +262,7 @@ class Training:
         batch = torch.utils.data.default_collate(
             [clips[int(k)] for k in rng.integers(len(clips), size=arguments.batch_size)]
         )
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_dtype("cpu") == torch.bfloat16):
             loss = loss_of(self.model, batch, rng, chunks)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}: use a lower `learning_rate`.")

@@ -138,7 +138,7 @@ def train(
             chosen = torch.randint(len(part), (arguments.batch_size // 2,), generator=generator)
             frames.append(part[chosen])
             states.append(targets[chosen])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_dtype("cpu") == torch.bfloat16):
             prediction = model(augment(torch.cat(frames).float() / 255, generator))
         loss = functional.smooth_l1_loss(prediction * scale, torch.cat(states) * scale, beta=0.02)
         if not torch.isfinite(loss):

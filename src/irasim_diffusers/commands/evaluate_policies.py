@@ -32,7 +32,7 @@ LIMITS = {
     "max_episode_steps": (1, 100_000),
     "batch_size": (1, 1024),  # all episodes of a batch are in memory
     "steps": (1, 1000),
-    "first_seed": (0, None),
+    "first_seed": (0, 2**31 - 1),
     "num_videos": (0, None),
 }
 """Lowest and highest value of each flag; the highest bounds the memory and the time that a flag can request."""
