@@ -13,7 +13,7 @@ from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, UNetTraje
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "irasim_diffusers"
-FREE = {"files", "hub", "latents", "safe_load", "version"}  # modules that every part may import
+FREE = {"files", "json_files", "hub", "latents", "safe_load", "version"}  # modules that every part may import
 ALLOWED = {
     "actions": set(),
     "action_space": {"actions"},
@@ -21,6 +21,7 @@ ALLOWED = {
     "models": {"action_space"},
     "rollout": {"action_space"},
     "files": set(),
+    "json_files": set(),
     "hub": set(),
     "latents": set(),
     "safe_load": set(),
@@ -29,7 +30,7 @@ ALLOWED = {
     "data": {"actions", "pictures"},
     "data_arguments": set(),
     "pipelines": {"action_space", "models", "pictures", "rollout"},
-    "training": {"conversion", "data", "data_arguments", "metrics", "models", "pipelines"},
+    "training": {"conversion", "data", "data_arguments", "devices", "metrics", "models", "pipelines"},
     "conversion": {"models"},
     "pictures": set(),
     "driving": {"action_space", "actions", "data", "pipelines", "rollout"},

@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -31,7 +30,6 @@ import diffusers
 import numpy as np
 import torch
 from collect import TASKS
-from convolutional import WEIGHTS, load
 from counterfactuals import WAYS, counterfactuals, identification_tasks, moved
 from poses import one_pusher, pose_errors, read_poses, true_poses
 from simulator import ARENA, PUSHER_RADIUS, Simulator
@@ -261,15 +259,9 @@ def reconstruction(pipeline: IRASimPipeline, frames: np.ndarray) -> dict[str, fl
     return {"mean": float(-10 * np.log10((error**2).mean())), "n": len(pixels)}
 
 
-def load_model(arguments: EvaluationArguments) -> tuple[IRASimPipeline | None, Predict]:
-    """Load the pipeline to evaluate and its prediction function.
-
-    The pipeline is None for a convolutional baseline.
-    """
+def load_model(arguments: EvaluationArguments) -> tuple[IRASimPipeline, Predict]:
+    """Load the pipeline to evaluate and its prediction function."""
     number = arguments.num_history_frames
-    if (Path(arguments.model) / WEIGHTS).is_file():
-        baseline = load(Path(arguments.model))
-        return None, lambda frames, actions: baseline.predict(last_frames(frames, number), actions)
     pipeline = load_checked(
         "--model",
         "a pipeline folder or Hub id",
@@ -327,7 +319,7 @@ class Evaluation:
 
     arguments: EvaluationArguments
     dataset: LeRobotFolder
-    pipeline: IRASimPipeline | None
+    pipeline: IRASimPipeline
     predict: Predict
     history: int  # frames of a clip before the scored frames
     rng: np.random.Generator
@@ -349,14 +341,12 @@ class Evaluation:
             for moving in (True, False)
         )
         report: dict[str, Any] = {}
-        if self.pipeline is not None and self.pipeline.vae is not None:
+        if self.pipeline.vae is not None:
             report["vae_psnr"] = reconstruction(self.pipeline, frames[:, ::5])
             print(f"VAE {report['vae_psnr']['mean']:.2f} dB", flush=True)
         truth = frames[:, history:] / 255.0
-        start, evaluations = time.perf_counter(), None
-        with ExitStack() as stack:
-            if self.pipeline is not None:
-                evaluations = stack.enter_context(EvaluationCounter(self.pipeline.transformer))
+        start = time.perf_counter()
+        with EvaluationCounter(self.pipeline.transformer) as evaluations:
             prediction = self.predict_batches(frames, actions, "clips")
             shuffled = self.predict_batches(frames, np.roll(actions, 1, axis=0), "shuffled actions")
             still = self.predict_batches(still_frames, still_actions, "still clips")
@@ -374,7 +364,7 @@ class Evaluation:
             "gain_over_shuffled_actions": bootstrap(own - other, rng),
             "frames_per_second": {"mean": sampled * truth.shape[1] / seconds, "n": sampled},
             "network_evaluations_per_clip": {
-                "mean": evaluations.count / batches if evaluations else 0.0,
+                "mean": evaluations.count / batches,
                 "n": batches,
             },
             "last_frame": {
@@ -468,7 +458,7 @@ class Evaluation:
     def setting(self) -> dict[str, Any]:
         """Describe the model, the sampler, the command and the versions."""
         return asdict(self.arguments) | {
-            "scheduler": None if self.pipeline is None else type(self.pipeline.scheduler).__name__,
+            "scheduler": type(self.pipeline.scheduler).__name__,
             "command": " ".join(["python", *sys.argv]),
             "versions": {
                 "irasim_diffusers": irasim_diffusers.__version__,

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import convolutional
 import numpy as np
 import torch
 from simulator import Simulator
@@ -61,13 +60,6 @@ class GuardArguments:
         default=0.1, metadata={"help": "difference of predicted and true IoU above which a plan exploits the model"}
     )
     seed: int = field(default=0, metadata={"help": "random seed"})
-
-
-def load(path: str) -> WorldModel:
-    """Load a pipeline or the convolutional baseline."""
-    if (Path(path) / convolutional.WEIGHTS).is_file():
-        return convolutional.load(Path(path))
-    return load_world_model(path, "cpu")["model"]
 
 
 def true_iou(seed: int, actions: np.ndarray) -> float:
@@ -156,12 +148,12 @@ def main() -> None:
         if stored.get("setting") != setting:
             raise ValueError(f"`output` {str(arguments.output)!r} was written with other settings: choose a new file.")
         done = stored["plans"]
-    dataset, model = open_dataset(arguments.dataset), load(arguments.model)
+    dataset, model = open_dataset(arguments.dataset), load_world_model(arguments.model, "cpu")["model"]
     reward = FrameRegressor.from_pretrained(
         arguments.reward or embedded_checkpoint(), subfolder=None if arguments.reward else "reward"
     ).eval()
     guards = {"seeds": Disagreement(num_seeds=4)}
-    guards |= {Path(path).name: Disagreement([load(path)]) for path in arguments.others}
+    guards |= {Path(path).name: Disagreement([load_world_model(path, "cpu")["model"]]) for path in arguments.others}
     report: dict[str, Any] = {}
     for number in tqdm(range(len(dataset)), unit="episode"):
         if sum(bool(rows) for rows in done.values()) >= arguments.num_states:

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from collect import CAMERA, NAMES, TASKS
-from convolutional import WEIGHTS
-from convolutional import load as load_convolutional
 from diffusion_policy import DiffusionPolicy
 from expert import coverage, ious
 from simulator import FPS, SIZE, SUCCESS, Simulator
@@ -44,9 +42,7 @@ def run_example(*command: Any) -> None:
 def load_model(path: str, base: str) -> dict[str, Any]:
     """Load a world model, and the proprioception model of `base`, as arguments of an environment."""
     loaded = load_world_model(base)
-    if (Path(path) / WEIGHTS).is_file():
-        loaded["model"] = load_convolutional(Path(path)).to(default_device())
-    elif path != base:
+    if path != base:
         loaded["model"] = load_world_model(path)["model"]
     return {"model": loaded["model"], "proprioception": loaded["proprioception"]}
 

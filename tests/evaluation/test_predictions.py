@@ -7,22 +7,27 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 from convolutional import ConvolutionalModel
+from diffusers import DDIMScheduler
 from test_protocols import clip_data
 
+from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.evaluation import Clip, ClipData, FolderPredictor, PipelinePredictor, WorldModelPredictor
+from irasim_diffusers.models import noise_process
 
 
 def test_convolutional_baseline_is_a_world_model(tmp_path):
-    """Frames of a model without a pipeline match those of its method `predict`."""
+    """Frames from `start`, `advance` and `decode` match those of the pipeline's call."""
     torch.manual_seed(0)
-    baseline = ConvolutionalModel(width=8).eval()
-    torch.nn.init.normal_(baseline.out.weight, std=0.02)
+    network = ConvolutionalModel(channels=8).eval()
+    torch.nn.init.normal_(network.out.weight, std=0.02)
+    scheduler = DDIMScheduler.from_config(noise_process(network.config).config, timestep_spacing="trailing")
+    baseline = IRASimPipeline(None, network, scheduler, num_inference_steps=1)
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (2, 17, 96, 96, 3), dtype=np.uint8)
     actions = rng.uniform(0, 512, (2, 15, 2)).astype(np.float32)
     clips = [ClipData(Clip(f"{k}", k, 0, 2, 15), k, frames[k], actions[k], actions[k, 0]) for k in range(2)]
     predictor = WorldModelPredictor(baseline)
-    expected = np.stack([baseline.predict(frames[k, :2], actions[k : k + 1])[0] for k in range(2)])
+    expected = baseline(frames[:, :2], actions, output_type="np").frames
     for found, prediction in zip(predictor.predict(clips), expected, strict=True):
         assert (found.latents, found.network_evaluations) == (None, None)
         assert abs(found.frames.astype(int) - np.rint(prediction * 255)).max() <= 1

@@ -402,22 +402,23 @@ def test_evaluation_reports_all_metrics(workspace, trained):
 
 def test_convolutional_baseline_trains_resumes_and_is_evaluated(workspace):
     folder = workspace / "convolutional"
-    flags = ["pusht/convolutional.py", "--dataset", workspace / "set", "--output_dir", folder, "--width", 8]
-    flags += ["--max_minutes", 0.05, "--rollout_start", 0.3, "--batch_size", 2, "--cache_dir", workspace / "frames"]
-    run(*flags)
-    before = torch.load(folder / "checkpoint.pt")["step"]
-    assert before > 1
-    call("convolutional", *flags[1:])  # the run is complete, so nothing is trained
-    assert torch.load(folder / "checkpoint.pt")["step"] == before
-    with pytest.raises(ValueError, match="contains a run with other settings"):
-        call("convolutional", *flags[1:], "--seed", 1)
-    model = convolutional.load(folder)
+    flags = ["pusht/convolutional.py", "--dataset", workspace / "set", "--output_dir", folder, "--channels", 8]
+    flags += ["--rollout_chunks", 2, "--crop_size", 64, "--train_batch_size", 2, "--cache_dir", workspace / "frames"]
+    run(*flags, "--max_train_steps", 2, "--learning_rate", 0.01)
+    assert "checkpoint-2" in call("convolutional", *flags[1:], "--max_train_steps", 3, "--learning_rate", 0.01)
+    assert (folder / "checkpoint-3").is_dir()
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.01"):
+        call("convolutional", *flags[1:], "--max_train_steps", 4, "--learning_rate", 0.02)
+    model = IRASimPipeline.from_pretrained(folder).transformer
+    assert isinstance(model, convolutional.ConvolutionalModel)
     torch.manual_seed(0)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    history, action = torch.zeros(1, 3, 2, 96, 96), torch.tensor([[200.0, 300.0]])
-    moved = model(history, action + torch.tensor([512 / 24, 0.0]))
-    torch.testing.assert_close(moved[..., 48:, 48:60], model(history, action)[..., 48:, 44:56], rtol=1e-3, atol=1e-3)
+    window, action = torch.zeros(1, 3, 3, 96, 96), torch.tensor([[[200.0, 300.0]]])
+    moved = model(window, None, action + torch.tensor([512 / 24, 0.0])).sample
+    still = model(window, None, action).sample
+    assert not still[:, :, :2].any()
+    torch.testing.assert_close(moved[..., 48:, 48:60], still[..., 48:, 44:56], rtol=1e-3, atol=1e-3)
     call(
         *("evaluate", "--model", folder, "--dataset", workspace / "set", "--output", folder / "report.json"),
         *("--num_clips", 2, "--num_histories", 0, "--num_drives", 0, "--num_history_frames", 2),

@@ -64,9 +64,9 @@ def test_num_seen_frames_below_history_raises(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
-        (convolutional, ["--batch_size", 0], "`batch_size` must be at least 1, got 0"),
-        (convolutional, ["--max_minutes", "nan"], "`max_minutes` must be finite, got nan"),
-        (convolutional, ["--rollout_start", 2], r"`rollout_start` must be in \[0, 1\], got 2"),
+        (convolutional, ["--channels", 0], "`channels` must be at least 1, got 0"),
+        (convolutional, ["--max_train_minutes", "nan"], "`max_train_minutes` must be finite, got nan"),
+        (convolutional, ["--vae", "folder"], "`vae` does not apply to the convolutional baseline: omit it."),
         (evaluate, ["--batch_size", 0], "`batch_size` must be at least 1, got 0"),
         (evaluate, ["--num_clips", 0], "`num_clips` must be at least 1, got 0"),
         (evaluate, ["--dtype", "int8"], "`dtype` must be one of float32, bfloat16, got 'int8'"),

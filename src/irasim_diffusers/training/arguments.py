@@ -316,7 +316,7 @@ def check_crop(crop_size: int | None, config: Mapping[str, Any]) -> None:
     """
     if crop_size is None:
         return
-    if config["spatial_position"] != "rope":
+    if config.get("spatial_position", "rope") != "rope":  # convolutions have no positions
         raise ValueError(
             f"`crop_size` requires `spatial_position='rope'`, got {config['spatial_position']!r}: other position "
             "embeddings depend on the absolute location."

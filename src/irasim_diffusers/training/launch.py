@@ -65,7 +65,7 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
 
 
 def default_mixed_precision() -> str:
-    """Return the precision of `accelerate launch` if it is fp16 or bf16, else the fastest one of the device."""
+    """Return fp16 or bf16 of `accelerate launch`, else the fastest precision of the device."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":
         return launched

@@ -18,10 +18,11 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (https://kellerjordan.github.io/posts/muon/), equal to `torch.optim.Muon` with `match_rms_adamw`.
+    """The Muon optimizer (https://kellerjordan.github.io/posts/muon/), with the learning rate of AdamW.
 
-    PyTorch's Muon orthogonalizes updates in bfloat16, which takes several times as long as the rest of a training step on a CPU
-    that emulates bfloat16. This one uses float32 on such a device. State dicts are interchangeable.
+    It makes the steps of `torch.optim.Muon` with `match_rms_adamw`, and has the same state dict. That one orthogonalizes updates in
+    bfloat16, which takes several times as long as the rest of a training step on a CPU that emulates bfloat16. This one uses
+    float32 on such a device.
 
     Args:
         params: Matrices.
@@ -54,7 +55,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """Replace the singular values of a matrix (m, n) by values close to 1, with five Newton-Schulz iterations."""
+    """Replace the singular values of a matrix (m, n) by values close to 1, by Newton-Schulz iteration."""
     a, b, c = COEFFICIENTS
     is_tall = matrix.shape[0] > matrix.shape[1]
     factor = matrix.T if is_tall else matrix
