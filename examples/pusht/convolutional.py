@@ -4,8 +4,8 @@
         --dataset data/pusht-train --output_dir runs/pusht-convolutional --max_train_steps 3000 --learning_rate 1e-3
 
 The baseline is a residual network without attention at a quarter of the frame resolution. Data, loss, rollouts and
-checkpoints are those of `train.py`, so the same options train both. The result is a pipeline, which can be loaded if
-this folder is on the Python path, as it is in the scripts of this folder.
+checkpoints are those of `train.py`, so the same options train both. The result is a pipeline; programs that load it
+must import this module first, as `evaluate.py` does.
 """
 
 import functools
@@ -30,6 +30,7 @@ from irasim_diffusers.action_space import ActionSpace
 from irasim_diffusers.models import noise_process
 from irasim_diffusers.training import (
     RunArguments,
+    TrainingData,
     check_ranges,
     check_run_arguments,
     encode_data,
@@ -60,7 +61,8 @@ class Residual(nn.Module):
         self.norm = nn.GroupNorm(1, width)
         self.first = nn.Conv2d(width, width, 3, padding=1)
         self.second = nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.second.weight)
+        for parameter in self.second.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Apply the block to (B, C, H, W)."""
@@ -113,7 +115,8 @@ class ConvolutionalModel(ModelMixin, ConfigMixin, CacheMixin):
         self.join = nn.Conv2d(3 * channels, channels, 3, padding=1)
         self.body = nn.Sequential(*(Residual(channels) for _ in range(6)))
         self.out = nn.Conv2d(channels, in_channels * patch_size**2, 3, padding=1)
-        nn.init.zeros_(self.out.weight)
+        for parameter in self.out.parameters():  # a new model predicts no change
+            nn.init.zeros_(parameter)
 
     @property
     def action_space(self) -> ActionSpace:
@@ -131,13 +134,8 @@ class ConvolutionalModel(ModelMixin, ConfigMixin, CacheMixin):
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict the change (B, 3, F, H, W) from the last history frame, zero at history frames.
 
-        Args:
-            hidden_states: Window (B, 3, F, H, W) in [-1, 1]; the last frame is the predicted one.
-            timestep: Ignored.
-            actions: Target (B, 1, 2) of the predicted frame.
-            action_mask: Booleans (B, 1); the action map is zero at False.
-            attention_kwargs: Ignored.
-            return_dict: Return a `Transformer2DModelOutput` instead of a tuple.
+        The last frame of the window (B, 3, F, H, W) is predicted for the target (B, 1, 2), which is ignored where `action_mask`
+        (B, 1) is False. `timestep` and `attention_kwargs` have no effect.
         """
         patch, num_history = self.config.patch_size, hidden_states.shape[2] - 1
         history = hidden_states[:, :, [max(num_history - 2, 0), num_history - 1]]  # a single frame is repeated
@@ -164,25 +162,26 @@ class ConvolutionalModel(ModelMixin, ConfigMixin, CacheMixin):
         return torch.cat([offset, *(wave(angle) for angle in angles for wave in (torch.sin, torch.cos))], dim=1)
 
 
-def check_arguments(arguments: BaselineArguments) -> None:
-    """Check the arguments before anything is read.
-
-    Raises:
-        ValueError: If a value is invalid or an option does not apply.
-    """
-    check_run_arguments(arguments)
-    check_ranges(arguments, at_least_1=("channels",))
-    for name in filter(functools.partial(getattr, arguments), FOREIGN):
-        raise ValueError(f"`{name}` does not apply to the convolutional baseline: omit it.")
+def build_model(arguments: BaselineArguments, data: TrainingData) -> ConvolutionalModel:
+    """Create the model for the frames of the data; raise ValueError if the actions are not targets."""
+    (height, width), source, actions = data.parts[0].latent_size, data.sources[0], data.parts[0].actions
+    if actions.shape[1] != 2 or actions.min() < 0 or actions.max() > ARENA:
+        raise ValueError(f"`dataset` must have targets (x, y) in [0, {ARENA}] as actions, as written by collect.py.")
+    known = {"fps": source.fps, "cameras": [list(row) for row in source.cameras]}
+    return ConvolutionalModel(channels=arguments.channels, sample_height=height, sample_width=width, **known)
 
 
 def main() -> None:
     (arguments,) = HfArgumentParser(BaselineArguments).parse_args_into_dataclasses()
-    check_arguments(arguments)
+    check_run_arguments(arguments)
+    check_ranges(arguments, at_least_1=("channels",))
+    for name in FOREIGN:
+        if getattr(arguments, name):
+            raise ValueError(f"`{name}` does not apply to the convolutional baseline: omit it.")
     accelerator = start_accelerator(arguments)
     sources = open_sources(arguments)
-    model = ConvolutionalModel(channels=arguments.channels)
-    data = encode_data(sources, None, model.config, arguments, accelerator)
+    data = encode_data(sources, None, ConvolutionalModel().config, arguments, accelerator)
+    model = build_model(arguments, data)
     copy = functools.partial(ConvolutionalModel.from_config, model.config)
     run = train(model, data, copy, arguments, accelerator)
     averaged = run.averaged()

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import convolutional  # noqa: F401 - diffusers loads only classes of imported modules
 import diffusers
 import numpy as np
 import torch

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import convolutional  # noqa: F401 - diffusers loads only classes of imported modules
 import numpy as np
 import torch
 from simulator import Simulator

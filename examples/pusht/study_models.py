@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import convolutional  # noqa: F401 - diffusers loads only classes of imported modules
 import numpy as np
 import torch
 from collect import CAMERA, NAMES, TASKS

@@ -183,7 +183,7 @@ def main() -> None:
     )
     if arguments.model is None and arguments.output_dir is None:
         raise ValueError(
-            "`output_dir` or `model` is required: pass --output_dir to keep the reward of the embedded model."
+            "`output_dir` or `model` is required: pass --output_dir to save the network in a new folder, or --model to add it to a pipeline."
         )
     torch.manual_seed(arguments.seed)
     started = time.perf_counter()

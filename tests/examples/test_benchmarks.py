@@ -155,3 +155,7 @@ def test_invalid_flags_raise(tmp_path, monkeypatch, script, flags, message):
     monkeypatch.setattr("sys.argv", [script.__file__, "--output_dir", str(tmp_path), *needed, *flags])
     with pytest.raises(ValueError, match=message):
         script.main()
+
+
+def test_models_of_a_seed_are_trained_in_alternating_rounds():
+    assert conditioning.turns(["a", "b"], 2, 1.0) == [("a", 0.5), ("b", 0.5), ("a", 1.0), ("b", 1.0)]

@@ -188,7 +188,7 @@ def test_policy_learns_the_targets_of_a_frame():
     bright = torch.tensor([0.0, 1.0]).repeat(8)
     frames = bright[:, None, None, None].expand(16, 3, 96, 96)
     clean = (2 * bright - 1)[:, None, None].expand(16, 16, 2)
-    for _ in range(150):
+    for _ in range(400):
         positions = 100 + 300 * torch.rand(16, 2)
         noise, timesteps = torch.randn(16, 16, 2), torch.randint(100, (16,))
         predicted = policy(scheduler.add_noise(clean, noise, timesteps), timesteps, policy.encode(frames, positions))

@@ -32,10 +32,10 @@ LIMITS = {
     "max_episode_steps": (1, 100_000),
     "batch_size": (1, 1024),  # all episodes of a batch are in memory
     "steps": (1, 1000),
-    "first_seed": (0, 2**31 - 1),
+    "first_seed": (0, 2**31 - 1),  # environments may take 32-bit seeds
     "num_videos": (0, None),
 }
-"""Lowest and highest value of each flag; the highest bounds the memory and the time that a flag can request."""
+"""Lowest and highest value of each flag; except for the seed, the highest bounds the memory and the time that a flag can request."""
 
 
 def add_parser(subparsers: Any) -> None:

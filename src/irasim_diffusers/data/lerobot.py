@@ -382,7 +382,7 @@ class LeRobotFolder(InOrder):
             if found <= numbers[-1]:
                 raise ValueError(
                     f"the timestamp of the last frame in {str(self._path(row))!r} is {numbers[-1] / self.fps:g} s, but the episode "
-                    f"has only {found / self.fps:g} s in {str(self._path(row, key))!r}."
+                    f"has only {found / self.fps:g} s in {str(self._path(row, key))!r}: remove the episode, or record it again."
                 )
         ends = not self._shares_files and not timed and part.stop == length
         return read_numbered_frames(path, (first + numbers[part]).tolist(), self.fps, whole=ends)

@@ -1,4 +1,4 @@
-"""Read JSON Lines and Parquet files of datasets; errors name the file and, in JSON Lines, the line."""
+"""Files that belong to a dataset: their paths, and readers of JSON Lines and Parquet whose errors name the file."""
 
 from __future__ import annotations
 

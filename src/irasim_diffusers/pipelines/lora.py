@@ -147,7 +147,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
 
 def _checked_metadata(metadata: dict[str, Any], layers: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Check the stored PEFT config, and replace its patterns by the modules in the file.
+    """Check the stored PEFT config, and replace its patterns with the modules in the file.
 
     PEFT matches `target_modules` and other strings as regular expressions, which can take unlimited time.
 
