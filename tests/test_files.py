@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,3 +126,43 @@ def test_long_names(tmp_path):
     with temporary_path(path) as partial:
         partial.write_text("{}")
     assert names(tmp_path) == [path.name]
+
+
+def test_second_process_cannot_lock_a_folder(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(Path(files.__file__).parent)!r}); from pathlib import Path; import files\n"
+    code += f"with files.locked_folder(Path({str(tmp_path)!r})): pass"
+    with files.locked_folder(tmp_path):
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert f"ValueError: {str(tmp_path)!r} is being written by another process: wait for it." in found.stderr
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("I/O: No space left on device")]
+)
+@pytest.mark.parametrize("writer", [temporary_path, temporary_folder])
+def test_full_disk_names_the_path(tmp_path, error, writer):
+    path = tmp_path / "model"
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"), writer(path):
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_folder_of_another_process_is_kept(tmp_path):
+    path = tmp_path / "model"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "weights").touch()
+    with pytest.raises(ValueError, match="was written by another process"), temporary_folder(path):
+        shutil.copytree(tmp_path / "other", path)
+    assert names(tmp_path) == ["model", "other"]
+    assert names(path) == ["weights"]
+
+
+def test_commands_remove_what_killed_commands_left(tmp_path):
+    from irasim_diffusers.commands.files import check_output, check_output_folder
+
+    for check in (check_output_folder, lambda path: check_output(path.with_suffix(".mp4"), ".mp4")):
+        (tmp_path / ".model.999999.partial").mkdir()
+        check(tmp_path / "model")
+        assert names(tmp_path) == []

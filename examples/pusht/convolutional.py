@@ -165,7 +165,8 @@ class ConvolutionalModel(ModelMixin, ConfigMixin, CacheMixin):
 def build_model(arguments: BaselineArguments, data: TrainingData) -> ConvolutionalModel:
     """Create the model for the frames of the data; raise ValueError if the actions are not targets."""
     (height, width), source, actions = data.parts[0].latent_size, data.sources[0], data.parts[0].actions
-    if actions.shape[1] != 2 or actions.min() < 0 or actions.max() > ARENA:
+    is_target = source.action_derivation in ("recorded", "absolute") and actions.min() >= 0 and actions.max() <= ARENA
+    if actions.shape[1] != 2 or not is_target:
         raise ValueError(f"`dataset` must have targets (x, y) in [0, {ARENA}] as actions, as written by collect.py.")
     known = {"fps": source.fps, "cameras": [list(row) for row in source.cameras]}
     return ConvolutionalModel(channels=arguments.channels, sample_height=height, sample_width=width, **known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
@@ -15,10 +16,51 @@ from pathlib import Path
 
 import psutil
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)(?:-(?P<host>[0-9a-f]{8})-[0-9a-f]{8})?\.partial(?:\.[^.]+)?")
 """Pattern of the names of temporary files and folders, with the process and the machine that write them."""
 ABANDONED_AFTER = 24 * 3600
 """Seconds without a change after which the temporary file of another machine counts as abandoned."""
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Lock an existing folder, so that only one process at a time writes it.
+
+    The lock ends with the process. File systems without locks are not protected.
+
+    Raises:
+        ValueError: If another process has locked the folder.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{str(folder)!r} is being written by another process: wait for it.") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _full_disk_named(path: Path) -> Iterator[None]:
+    """Name the file in the error of a full disk, which some writers do not."""
+    try:
+        yield
+    except Exception as error:  # safetensors and PyArrow have their own types
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
 
 
 def file_hash(path: Path) -> str:
@@ -38,8 +80,9 @@ def temporary_path(path: str | os.PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{_temporary_name(path.stem)}{path.suffix}")
     try:
-        yield partial
-        flush(partial)
+        with _full_disk_named(path):
+            yield partial
+            flush(partial)
         partial.replace(path)
         flush(path.parent)
     finally:
@@ -51,16 +94,25 @@ def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder; flush and rename it to `path` on success, delete it on an error.
 
     `path` must not exist or must be an empty folder.
+
+    Raises:
+        ValueError: If another process has written `path` in the meantime.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(_temporary_name(path.name))
     partial.mkdir()
     try:
-        yield partial
-        for written in [*partial.rglob("*"), partial]:
-            flush(written)
-        partial.replace(path)
+        with _full_disk_named(path):
+            yield partial
+            for written in [*partial.rglob("*"), partial]:
+                flush(written)
+        try:
+            partial.replace(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise ValueError(f"{str(path)!r} was written by another process: choose a new folder.") from error
         flush(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

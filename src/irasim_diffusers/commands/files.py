@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import remove_abandoned
 from ..json_files import unique_keys
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -164,7 +165,7 @@ def _read_text(path: Path) -> str:
 
 
 def check_output(path: Path, suffix: str, inputs: Sequence[Path | None] = ()) -> None:
-    """Check that a file can be written.
+    """Check that a file can be written, and remove the temporary files of killed commands next to it.
 
     Args:
         path: The file.
@@ -184,10 +185,11 @@ def check_output(path: Path, suffix: str, inputs: Sequence[Path | None] = ()) ->
     if any(given is not None and given.exists() and path.exists() and given.samefile(path) for given in inputs):
         raise ValueError(f"--output must not overwrite an input, got {str(path)!r}: choose another name.")
     check_writable("--output", path, path.parent)
+    remove_abandoned(path.parent)
 
 
 def check_output_folder(path: Path, flag: str = "--output", empty: bool = False) -> None:
-    """Check that a folder can be written.
+    """Check that a folder can be written, and remove what killed commands left next to it.
 
     Args:
         path: The folder; it need not exist.
@@ -202,6 +204,7 @@ def check_output_folder(path: Path, flag: str = "--output", empty: bool = False)
     if path.exists() and (not path.is_dir() or (empty and any(path.iterdir()))):
         raise ValueError(f"{flag} must be {wanted}, got {'' if path.is_dir() else 'the file '}{str(path)!r}.")
     check_writable(flag, path, path)
+    remove_abandoned(path.parent)
 
 
 def check_flag_ranges(arguments: argparse.Namespace, limits: Mapping[str, tuple[int, int | None]]) -> None:

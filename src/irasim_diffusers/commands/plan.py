@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from .files import check_flag_ranges, check_output, read_media
 from .history import add_history_flags, frame_files
@@ -100,13 +101,36 @@ def run(arguments: argparse.Namespace) -> None:
     objective, goal = _objective(arguments, goal, pipeline)
     init = _initial(arguments, pipeline)
     loaded = time.perf_counter()
-    plan = planner(pipeline, pipeline.start(video[:history], [arguments.seed], arguments.resize), objective, init)
+    state = pipeline.start(video[:history], [arguments.seed], arguments.resize)
+    with tqdm(desc="planning", unit="candidate", total=_num_candidates(arguments)) as bar:
+        plan = planner(pipeline, state, Progress(objective, bar), init)
     seconds = time.perf_counter() - loaded
     _write(arguments.output, plan, goal, pipeline)
     count = len(plan.candidates)
     print(f"score {plan.score:.4f}, best of {count} candidates of {len(plan.actions)} actions in {seconds:.1f} s")
     print(f"wrote {', '.join(str(arguments.output.with_suffix(suffix)) for suffix in ('.mp4', '.csv', '.png'))}")
     print(f"{time.perf_counter() - start:.1f} s with loading")
+
+
+class Progress:
+    """An objective that advances a progress bar by the number of candidates of each call."""
+
+    def __init__(self, objective: Any, bar: tqdm) -> None:
+        self.objective, self.bar = objective, bar
+
+    def __call__(self, frames: torch.Tensor) -> torch.Tensor:
+        """Score frames or latents."""
+        scores = self.objective(frames)
+        self.bar.update(len(frames))
+        return scores
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.objective, name)
+
+
+def _num_candidates(arguments: argparse.Namespace) -> int:
+    """Return the number of candidates that the planner samples."""
+    return (arguments.candidates or 1) * (1 if arguments.planner == "lines" else arguments.iterations)
 
 
 def _check_planner_flags(arguments: argparse.Namespace) -> None:

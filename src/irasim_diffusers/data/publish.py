@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
-from ..files import remove_abandoned, temporary_path
+from ..files import locked_folder, remove_abandoned, temporary_path
 from ..json_files import read_json
 from .episode import Episode, EpisodeSource, first_readable
 from .lerobot import INDEX_FEATURES, VERSION, LeRobotFolder
@@ -87,38 +87,36 @@ def write_lerobot(
         The folder, with the camera layout of the source.
 
     Raises:
-        ValueError: If the source has no valid frame rate, the folder contains another dataset, an episode is broken, or no
-            episode can be read.
+        ValueError: If the source has no valid frame rate, another process writes the folder, it contains another dataset, an
+            episode is broken, or no episode can be read.
     """
     fps, root = _frame_rate(source), Path(root)
     is_new = not root.exists()
-    _claim(root, json.loads(json.dumps(source.identity | {"fps": fps})))
-    try:
-        first = first_readable(source, lambda number: _read_episode(source, number))
-        frame_size = first.frames.shape[1:3]
-        regions = _camera_regions(source, camera, frame_size)
-        names = _component_names(source, first)
-        derivation = getattr(source, "action_derivation", "recorded")
-        units = getattr(source, "action_units", None) or _units(derivation, first.actions.shape[1])
-        del first  # only one episode is held at a time
-        _report_unread(source)
-        tasks = _write_files(source, root, fps, regions, frame_size, skip_broken, on_episode)
-    except BaseException:
-        if not any(root.glob("meta/episodes/*/*.parquet")):  # a repaired source can then be written to the folder
-            _clear(root, remove=is_new)
-        raise
-    write_metadata(
-        root,
-        fps=fps,
-        camera=regions,
-        frame_size=frame_size,
-        names=names,
-        tasks=tasks,
-        robot_type=robot_type,
-        action_derivation=derivation,
-        action_units=units,
-    )
-    return LeRobotFolder(root)
+    root.mkdir(parents=True, exist_ok=True)
+    with locked_folder(root):
+        _claim(root, json.loads(json.dumps(source.identity | {"fps": fps})))
+        try:
+            first = first_readable(source, lambda number: _read_episode(source, number))
+            frame_size = first.frames.shape[1:3]
+            derivation = getattr(source, "action_derivation", "recorded")
+            metadata: dict[str, Any] = {
+                "fps": fps,
+                "camera": _camera_regions(source, camera, frame_size),
+                "frame_size": frame_size,
+                "names": _component_names(source, first),
+                "robot_type": robot_type,
+                "action_derivation": derivation,
+                "action_units": getattr(source, "action_units", None) or _units(derivation, first.actions.shape[1]),
+            }
+            del first  # only one episode is held at a time
+            _report_unread(source)
+            tasks = _write_files(source, root, fps, metadata["camera"], frame_size, skip_broken, on_episode)
+        except BaseException:
+            if not any(root.glob("meta/episodes/*/*.parquet")):  # a repaired source can then be written to the folder
+                _clear(root, remove=is_new)
+            raise
+        write_metadata(root, tasks=tasks, **metadata)
+        return LeRobotFolder(root)
 
 
 def _frame_rate(source: EpisodeSource) -> float:

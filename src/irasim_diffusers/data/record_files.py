@@ -1,4 +1,4 @@
-"""Files that belong to a dataset: their paths, and readers of JSON Lines and Parquet whose errors name the file."""
+"""Paths of the files of a dataset, and readers of JSON Lines and Parquet; errors name the file."""
 
 from __future__ import annotations
 

@@ -33,8 +33,11 @@ def run_script(main: Callable[[], None]) -> None:
         main: Function without arguments.
 
     Raises:
-        SystemExit: With status 2 after a ValueError, OSError, FloatingPointError or SafetensorError, 130 after Ctrl-C.
+        SystemExit: With status 2 after a ValueError, OSError, FloatingPointError or SafetensorError, 130 after Ctrl-C, 143 after
+            SIGTERM.
     """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)  # worker processes then end, too
     try:
         main()
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
@@ -47,6 +50,11 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.stderr.write(f"{os.path.basename(sys.argv[0])}: interrupted\n")
         raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, f"\n{os.path.basename(sys.argv[0])}: stopped by SIGTERM\n".encode())
+    raise SystemExit(128 + number)
 
 
 class Interruption:
