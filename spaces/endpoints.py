@@ -119,7 +119,7 @@ class Endpoints:
             return data_url(driven.session.first_frame)
 
     async def record(self, session: str) -> tuple[gr.FileData, gr.FileData]:
-        """Return an mp4 of the first and all predicted frames, and a `.npy` of the actions (n, A), raw units."""
+        """Return the recording: an mp4 of n + 1 frames, and a `.npy` of the actions (n, A) in raw units."""
         with self.sessions.use(session) as driven:
             folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
             # runs in another thread so that other sessions are not blocked; the session is reserved for this request

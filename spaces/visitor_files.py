@@ -76,7 +76,9 @@ def read_picture(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     """
     path = Path(path)
     if (large := path.stat().st_size) > MAX_PICTURE_BYTES:
-        raise ValueError(f"the image must have at most {MAX_PICTURE_BYTES // 10**6} MB, got {large / 1e6:.0f} MB.")
+        raise ValueError(
+            f"the image must be at most {MAX_PICTURE_BYTES // 10**6} MB, got {large / 1e6:.2f} MB: upload a smaller file."
+        )
     try:
         pixels = data.read_picture(path, "in the file", formats=PICTURE_FORMATS, max_pixels=MAX_PICTURE_PIXELS)
     except ValueError as error:

@@ -194,12 +194,12 @@ class Training:
 
 
 def mirror(points: torch.Tensor) -> torch.Tensor:
-    """Mirror points (..., 2) at the symmetry axis of the goal, a diagonal of the arena."""
+    """Reflect points (..., 2) across the symmetry axis of the goal, a diagonal of the arena."""
     return ARENA - points.flip(-1)
 
 
 def mirror_frames(frames: torch.Tensor) -> torch.Tensor:
-    """Mirror frames (..., H, W) at the symmetry axis of the goal."""
+    """Reflect frames (..., H, W) across the symmetry axis of the goal."""
     return frames.transpose(-1, -2).flip(-1, -2)
 
 

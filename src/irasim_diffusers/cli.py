@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments; None for the arguments of the process.
 
     Returns:
-        Exit status: 0; 2 after bad input; 130 after Ctrl-C; 143 after SIGTERM. An error is reported in one line on stderr.
+        Exit status: 0 on success, 2 after an error, which is reported in one line on stderr, 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments, unknown = _parser().parse_known_args(argv)
     if unknown:  # print the usage of the command, not of `irasim` as argparse would

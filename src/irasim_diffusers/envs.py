@@ -45,7 +45,8 @@ class WorldModelVectorEnv(VectorEnv):
     Args:
         model: A world model, such as `IRASimPipeline`.
         num_envs: Number of rows.
-        starts: `Start`s or their frames, one of which is drawn for each episode. None if every reset passes `options={"frames": ...}`.
+        starts: `Start`s or their frames, one of which is drawn for each episode. None only with the
+            autoreset mode `DISABLED`; every reset must then pass `options={"frames": ...}`.
         reward: Reward of each frame, see `FrameFunction`. If None, the reward is 0.
         success: Success of each frame, bool; it terminates the episode. If None, episodes never terminate.
         proprioception: Model that predicts the robot state from a frame.
@@ -85,6 +86,10 @@ class WorldModelVectorEnv(VectorEnv):
             raise ValueError(f"`render_mode` must be 'rgb_array' or None, got {render_mode!r}.")
         if starts is not None and not len(starts):
             raise ValueError("`starts` must contain at least one start, got none.")
+        if starts is None and AutoresetMode(autoreset_mode) != AutoresetMode.DISABLED:
+            raise ValueError(
+                "`starts` is required, because finished rows are reset: pass it, or `autoreset_mode='Disabled'`."
+            )
         self.model, self.num_envs, self.starts = model, num_envs, starts
         self.reward, self.success, self.proprioception = reward, success, proprioception
         self.max_episode_steps, self.rescale_actions, self.clip_actions = (

@@ -62,7 +62,7 @@ def read_json_object(path: Path, finite: bool = False) -> dict[str, Any]:
     """Read a JSON file that contains an object.
 
     Raises:
-        ValueError: As `read_json`, or if the content is not an object.
+        ValueError: If the file cannot be read, is not valid JSON, or does not contain an object.
     """
     content = read_json(path, finite)
     if not isinstance(content, dict):

@@ -248,7 +248,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         The top-level dictionary.
 
     Raises:
-        ValueError: As `read_torch_file`, or if the content is not a dictionary with string keys.
+        ValueError: If `read_torch_file` cannot read the file, or the content is not a dictionary with string keys.
     """
     content = read_torch_file(path)
     if not isinstance(content, dict) or not all(type(key) is str for key in content):

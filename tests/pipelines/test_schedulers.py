@@ -256,11 +256,12 @@ def test_flow_requires_a_flow_scheduler(frames, actions):
     pipeline = tiny_pipeline(prediction_type="flow_prediction")
     pipeline.scheduler = diffusers.PNDMScheduler()
     with pytest.raises(
-        ValueError, match="must use rectified flow with 1000 steps like the checkpoint, got PNDMScheduler"
+        ValueError,
+        match="must use rectified flow with num_train_timesteps=1000, like the checkpoint, got PNDMScheduler",
     ):
         run(pipeline, frames, actions)
     pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
-    with pytest.raises(ValueError, match=r"and 500 steps: use .*noise_process\(pipe.transformer.config\)"):
+    with pytest.raises(ValueError, match=r"num_train_timesteps=500: use .*noise_process\(pipe.transformer.config\)"):
         run(pipeline, frames, actions)
     pipeline.scheduler = flow
     history = pipeline.encode_history(pipeline.preprocess_frames(frames)).detach()

@@ -297,7 +297,7 @@ class LeRobotFolder(InOrder):
             length: Number of frames; None for all remaining frames.
 
         Raises:
-            ValueError: Like `__getitem__`, or if the window exceeds the episode.
+            ValueError: If the episode is broken, or the window exceeds it.
         """
         row = self.rows[number]
         vectors = self.vectors(number)

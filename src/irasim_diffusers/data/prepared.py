@@ -141,7 +141,7 @@ class PreparedEpisodes(InOrder):
         """Read `length` kept frames from index `start`, with their actions and states.
 
         Raises:
-            ValueError: Like `__getitem__`, or if the window exceeds the episode.
+            ValueError: If the episode is broken, or the window exceeds it.
         """
         vectors = self.vectors(number)
         try:

@@ -204,7 +204,7 @@ def _report_unread(source: Any) -> None:
 
 
 def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, int]) -> str | Regions:
-    """Return the region of each camera's image in the frames of a source, by feature key."""
+    """Return the region of each camera's image by feature key, or `camera` if frames are not split."""
     names = [name for row in source.cameras for name in row]
     single: Any = _untiled(source)
     if len(names) == 1 or single is None:

@@ -68,7 +68,7 @@ def parquet_columns(path: Path) -> list[str]:
     """Return the names of the columns of a Parquet file.
 
     Raises:
-        ValueError: Like `read_parquet`.
+        ValueError: If the file is missing or damaged.
     """
     try:
         return pq.read_schema(path).names

@@ -160,7 +160,7 @@ class TableEpisodes(InOrder):
             length: Number of frames.
 
         Raises:
-            ValueError: Like `__getitem__`, or if the window exceeds the episode.
+            ValueError: If the episode is broken, or the window exceeds it.
         """
         return self._read(number, (start, length))
 

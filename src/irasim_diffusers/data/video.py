@@ -78,7 +78,8 @@ def read_numbered_frames(
     """Decode the frames with these indices, in increasing order; see `read_frames`.
 
     Raises:
-        ValueError: Like `read_frames`.
+        ValueError: If the file is missing, is not a video, is damaged, or does not contain one of the frames, or continues although
+            `whole` is set.
     """
     wanted = [int(number) for number in numbers]
     frames: list[np.ndarray] = []

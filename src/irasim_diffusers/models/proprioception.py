@@ -22,7 +22,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         state_high: Highest value of each component.
         state_offset: Subtracted from a state before scaling, like `action_offset`.
         state_scale: `normalized = (state - state_offset) * state_scale`.
-        block_out_channels: Channels of the convolutions; each of the first two halves the resolution.
+        block_out_channels: Channels of the convolutions. The first two convolutions have stride 2.
         num_keypoints: Number of keypoints.
         hidden_dim: Width of the perceptron.
     """

@@ -297,7 +297,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             which have no activation; their Video-Ada combines the embedded actions with another network.
         action_frequencies: Number of octaves of sines and cosines of the scaled actions that are added to the action features,
             the lowest with a wavelength of 16. They resolve the exact position of an absolute target. 0 in the paper.
-        target_extent: Left, top, right and bottom edge of a frame of `sample_height` x `sample_width` in the units of the first
+        target_extent: Left, top, right and bottom edges of a frame of `sample_height` x `sample_width` in the units of the first
             two action components, for actions that are target positions in the image plane. Every patch of a predicted frame
             then receives an embedding of its offset from the target of that frame. None (as in the paper) disables it.
         action_dim: Number of action components.
@@ -873,7 +873,7 @@ def _check_target_extent(config: Any) -> None:
     is_frame = -INF < left < right < INF and -INF < top < bottom < INF
     if not is_frame or (space, conditioning) != ("absolute", "frame") or config.action_dim < 2:
         raise ValueError(
-            "`target_extent` must be the finite left, top, right and bottom edge of the frame, for a Frame-Ada model of "
+            "`target_extent` must be the finite left, top, right and bottom edges of the frame, for a Frame-Ada model of "
             f"absolute actions that begin with a target position, got {extent} with `action_space` {space!r}, `conditioning` "
             f"{conditioning!r} and `action_dim` {config.action_dim}."
         )

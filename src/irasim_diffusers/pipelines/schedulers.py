@@ -71,8 +71,8 @@ def check_scheduler(scheduler: Any, config: Any) -> None:
         number = getattr(scheduler.config, "num_train_timesteps", None)
         if not is_flow or found not in (None, "flow_prediction") or number != config.num_train_timesteps:
             raise ValueError(
-                f"`scheduler` must use rectified flow with {config.num_train_timesteps} steps like the checkpoint, got "
-                f"{name} with {found!r} and {number} steps: use `irasim_diffusers.models.noise_process(pipe.transformer.config)`."
+                f"`scheduler` must use rectified flow with num_train_timesteps={config.num_train_timesteps}, like the checkpoint, got "
+                f"{name} with prediction_type={found!r} and num_train_timesteps={number}: use `irasim_diffusers.models.noise_process(pipe.transformer.config)`."
             )
         return
     settings = ", ".join(f"{key}={config[key]!r}" for key in PROCESS)

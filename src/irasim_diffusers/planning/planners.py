@@ -182,7 +182,7 @@ class Gradient:
         """Improve each plan of `init` and return the best; see `CEM.__call__`.
 
         Raises:
-            ValueError: Like `CEM.__call__`, or if the objective is not differentiable.
+            ValueError: Before any prediction, if the state, the plans or the objective are invalid, or the objective is not differentiable.
         """
         candidates = _initial(model.action_space, init, self.horizon)
         check_objective(model, state, objective)

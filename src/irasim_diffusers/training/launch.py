@@ -81,7 +81,7 @@ def fixed_settings(arguments: RunArguments, accelerator: Accelerator) -> dict[st
 
 
 def default_settings(arguments: RunArguments) -> dict[str, Any]:
-    """Return the default values of arguments, for checkpoints of versions without these arguments."""
+    """Return the argument defaults, for settings that a checkpoint of an earlier version does not have."""
     return {each.name: each.default for each in fields(arguments) if each.default is not MISSING}
 
 

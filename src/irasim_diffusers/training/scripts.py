@@ -36,7 +36,10 @@ def run_script(main: Callable[[], None]) -> None:
         SystemExit: With status 2 after a ValueError, OSError, FloatingPointError or SafetensorError, 130 after Ctrl-C, 143 after
             SIGTERM.
     """
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+    handled = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
+    if handled:
         signal.signal(signal.SIGTERM, _terminate)  # worker processes then end, too
     try:
         main()
@@ -50,6 +53,9 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.stderr.write(f"{os.path.basename(sys.argv[0])}: interrupted\n")
         raise SystemExit(128 + signal.SIGINT) from None
+    finally:
+        if handled:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
