@@ -495,9 +495,3 @@ def test_call_of_a_method_without_result(model, starts):
     envs = WorldModelVectorEnv(model, 2, starts)
     envs.nothing = lambda: None
     assert envs.call("nothing") == (None, None)
-
-
-@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
-def test_automatic_resets_require_starts(model, mode):
-    with pytest.raises(ValueError, match="`starts` is required, because finished rows are reset"):
-        WorldModelVectorEnv(model, 2, autoreset_mode=mode)

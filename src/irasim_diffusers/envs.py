@@ -86,10 +86,6 @@ class WorldModelVectorEnv(VectorEnv):
             raise ValueError(f"`render_mode` must be 'rgb_array' or None, got {render_mode!r}.")
         if starts is not None and not len(starts):
             raise ValueError("`starts` must contain at least one start, got none.")
-        if starts is None and AutoresetMode(autoreset_mode) != AutoresetMode.DISABLED:
-            raise ValueError(
-                "`starts` is required, because finished rows are reset: pass it, or `autoreset_mode='Disabled'`."
-            )
         self.model, self.num_envs, self.starts = model, num_envs, starts
         self.reward, self.success, self.proprioception = reward, success, proprioception
         self.max_episode_steps, self.rescale_actions, self.clip_actions = (
@@ -231,7 +227,11 @@ class WorldModelVectorEnv(VectorEnv):
     def _begin(self, rows: list[int], starts: list[Start] | None = None) -> None:
         """Start rows from drawn or given starts."""
         if starts is None:
-            starts = [self._start(int(self._random[row].integers(len(self.starts)))) for row in rows]  # type: ignore[arg-type]
+            if self.starts is None:
+                raise ValueError(
+                    "`starts` is required to reset finished rows: pass it, or `autoreset_mode='Disabled'`."
+                )
+            starts = [self._start(int(self._random[row].integers(len(self.starts)))) for row in rows]
             for start in starts:
                 self._check_start(start)
         seeds = {row: int(self._random[row].integers(2**32)) for row in rows}
