@@ -52,7 +52,7 @@ STICKS = {
     7: ("i", "k"),
 }
 BUTTONS = {0: "g", 1: "h"}
-MOTIONS = ("relative_planar", "relative_euler", "relative_6d")  # derivations that poses can follow
+MOTIONS = ("relative_planar", "relative_euler", "relative_6d")  # action derivations for which poses can be converted
 
 
 @dataclass
@@ -71,7 +71,9 @@ class TeleoperateArguments:
     )
     chunk_length: int = field(default=2, metadata={"help": "frames per request"})
     gamepad: Path = field(default=Path("/dev/input/js0"), metadata={"help": "Linux joystick device"})
-    dead_zone: float = field(default=0.15, metadata={"help": "stick deflection that counts as at rest, in [0, 1)"})
+    dead_zone: float = field(
+        default=0.15, metadata={"help": "stick deflection below which a stick counts as at rest, in [0, 1)"}
+    )
     speed: float = field(default=0.5, metadata={"help": "speed at full deflection, in normalized actions per frame"})
     udp: int | None = field(
         default=None, metadata={"help": "UDP port that receives the poses (default: standard input)"}
@@ -152,7 +154,7 @@ def read_pose(line: str, axes: np.ndarray, scale: float) -> tuple[float, np.ndar
         values = np.array([pose["time"], *position, *turn.as_quat(), pose.get("gripper", 0.0)], dtype=np.float64)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"a pose must be a line of JSON with time, position and rotation, got {line!r}: {error}."
+            f"a pose must be a line of JSON with time, position and optional rotation and gripper, got {line!r}: {error}."
         ) from error
     if not np.isfinite(values).all():
         raise ValueError(f"a pose must contain finite numbers only, got {line!r}.")
@@ -207,7 +209,7 @@ def _between(before: tuple[float, np.ndarray], after: tuple[float, np.ndarray], 
 def actions_of_poses(states: np.ndarray, last: np.ndarray, space: dict[str, Any]) -> np.ndarray:
     """Compute actions (n, A) from the states (n + 1, 7) of a hand.
 
-    Each motion is in the frame of the previous pose.
+    Each motion is expressed in the frame of the previous pose.
 
     Args:
         states: States from `at_rate`, in the units of the space.
@@ -302,7 +304,7 @@ def teleoperate(arguments: TeleoperateArguments) -> tuple[Path, Path] | None:
             for frame in frames if drawn else ():
                 show(frame)
                 due = wait(due, space["fps"])
-            if arguments.device == "gamepad" and not drawn:  # real time
+            if arguments.device == "gamepad" and not drawn:  # drive in real time also without a terminal
                 due = wait(due, space["fps"] / len(frames))
     except KeyboardInterrupt:
         pass

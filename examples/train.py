@@ -58,13 +58,13 @@ class TrainingArguments(RunArguments):
     pixel_space: bool = field(default=False, metadata={"help": "train on pixels, without an autoencoder"})
     num_layers: int | None = field(
         default=None,
-        metadata={"help": "pairs of a spatial and a temporal block (default without --preset: 4)"},
+        metadata={"help": "number of pairs of spatial and temporal blocks (default without --preset: 4)"},
     )
     num_attention_heads: int | None = field(
         default=None, metadata={"help": "number of attention heads (default without --preset: 3; U-Net: 4)"}
     )
     attention_head_dim: int | None = field(
-        default=None, metadata={"help": "channels of an attention head (default without --preset: 64; U-Net: 32)"}
+        default=None, metadata={"help": "channels per attention head (default without --preset: 64; U-Net: 32)"}
     )
     block_out_channels: list[int] = field(
         default_factory=list,
@@ -87,7 +87,8 @@ class TrainingArguments(RunArguments):
     num_history_frames: int | None = field(
         default=None,
         metadata={
-            "help": "maximum number of history frames (default: 1); 70 %% of the steps use all of them, the others a random number from 1"
+            "help": "maximum number of history frames (default: 1); 70 %% of the steps use the maximum, the others a random number "
+            "of at least 1"
         },
     )
     conditioning: str | None = field(
@@ -100,15 +101,24 @@ class TrainingArguments(RunArguments):
         },
     )
     action_scale: list[float] = field(
-        default_factory=list, metadata={"help": "one number, or one per component (default: from the data)"}
+        default_factory=list,
+        metadata={
+            "help": "factor of the actions after --action_offset is subtracted: one number, or one per component (default: that of the "
+            "pretrained model, or from the data)"
+        },
     )
     action_offset: list[float] = field(
-        default_factory=list, metadata={"help": "one number, or one per component (default: from the data)"}
+        default_factory=list,
+        metadata={
+            "help": "offset that is subtracted from the actions: one number, or one per component (default: that of the pretrained "
+            "model, or from the data)"
+        },
     )
     action_space: str | None = field(
         default=None,
         metadata={
-            "help": "relative, or absolute for recorded target positions (default: inferred from actions and states; relative if that fails)"
+            "help": "relative, or absolute for recorded target positions (default: that of the pretrained model; for a new model, "
+            "inferred from actions and states, or relative if that fails)"
         },
     )
     action_frequencies: int | None = field(
@@ -231,7 +241,7 @@ def check_model_arguments(arguments: TrainingArguments) -> None:
     """Check the arguments of the model and its objective against each other.
 
     Raises:
-        ValueError: If an argument does not apply to the model.
+        ValueError: If an argument is invalid or does not apply to the model.
     """
     foreign = [name for name in FOREIGN[arguments.model] if getattr(arguments, name)]
     if arguments.model == "unet":
@@ -294,7 +304,7 @@ def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel:
     """Load the pretrained model, and update the config entries that may differ.
 
     Raises:
-        ValueError: If an argument differs from the config of the model and cannot change.
+        ValueError: If an argument differs from a config entry that cannot be changed.
     """
     name, model = arguments.pretrained_model_name_or_path, load_transformer(arguments)
     may_change = {"action_space", "relative_latents", *(WINDOW if model.config.conditioning == "frame" else ())}
@@ -354,7 +364,7 @@ def build_transformer(
 def data_settings(
     arguments: TrainingArguments, data: TrainingData, action_space: str | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return config entries from the data: those of every model, and those of an untrained action encoder."""
+    """Return config entries from the data, for every model and for an untrained action encoder."""
     source, actions = data.sources[0], torch.cat([part.actions for part in data.parts])
     height, width = data.parts[0].latent_size
     offset, scale = action_normalisation(actions, arguments.action_normalisation)

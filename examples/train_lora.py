@@ -3,8 +3,8 @@
     accelerate launch examples/train_lora.py --dataset my_robot --pretrained_model_name_or_path base --output_dir runs/lora \
         --rank 16 --learning_rate 5e-4
 
-The adapters, the action encoder and the null action are trained; all other weights are frozen. The data must have the
-actions and the frame size of the pretrained model. Checkpoints, resuming and validation work as in `train.py`. At the
+The adapters, the action encoder and the null action are trained; all other weights are frozen. The data must match the
+pretrained model in the actions and the frame size. Checkpoints, resuming and validation work as in `train.py`. At the
 end, `<output_dir>` contains `pytorch_lora_weights.safetensors`, which `IRASimPipeline.load_lora_weights` loads.
 """
 
@@ -45,7 +45,7 @@ logger = get_logger(__name__, log_level="INFO")
 class LoraArguments(RunArguments):
     lora_rank: int = field(default=16, metadata={"aliases": ["--rank"], "help": "rank of the adapters"})
     lora_alpha: int | None = field(default=None, metadata={"help": "LoRA alpha (default: the rank)"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout of the inputs of the adapters"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout probability of the inputs of the adapters"})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"],
         metadata={"aliases": ["--lora_layers"], "help": "layers that receive adapters"},
@@ -68,7 +68,7 @@ def check_arguments(arguments: LoraArguments) -> None:
 
 
 def check_config(transformer: IRASimTransformer3DModel, data: TrainingData) -> None:
-    """Check that the data have the actions and the frame size of the pretrained model.
+    """Check that the data match the pretrained model in the actions and the frame size.
 
     Raises:
         ValueError: If they differ.

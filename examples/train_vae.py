@@ -2,7 +2,7 @@
 
     accelerate launch examples/train_vae.py --dataset data/pusht-train --output_dir runs/pusht-vae
 
-Large models use the frozen SDXL VAE, as in the paper. For simple images a small VAE is much faster. The loss is MSE +
+Large models use the frozen SDXL VAE, as in the paper. For simple images, a small VAE is much faster. The loss is MSE +
 0.1 L1 + `--kl_weight` KL. `scaling_factor` is computed from the data so that scaled latents have the standard
 deviation `--latent_std`. The same command resumes from the newest complete checkpoint, also after Ctrl-C or SIGTERM.
 With `--pretrained` and `--freeze_encoder`, only the decoder is trained, so latents and the world models trained on
@@ -57,10 +57,12 @@ class VAEArguments(DataArguments):
         default=None, metadata={"help": "autoencoder to start from: folder or Hub id, optionally with :<subfolder>"}
     )
     freeze_encoder: bool = field(default=False, metadata={"help": "train only the decoder of --pretrained"})
-    frames_per_episode: int = field(default=24, metadata={"help": "evenly spaced frames of each episode to train on"})
+    frames_per_episode: int = field(
+        default=24, metadata={"help": "number of evenly spaced training frames per episode"}
+    )
     block_out_channels: list[int] = field(
         default_factory=lambda: [32, 64, 96, 128],
-        metadata={"help": "channels at each resolution; each further one halves the resolution"},
+        metadata={"help": "channels at each resolution; each entry after the first halves the resolution"},
     )
     latent_channels: int = field(default=4, metadata={"help": "channels of the latents"})
     norm_num_groups: int = field(
@@ -113,7 +115,11 @@ def open_frames(arguments: VAEArguments, name: str, split: str, episodes: int | 
 
 
 def load_frames(dataset: PreparedEpisodes, per_episode: int, skip_broken: bool) -> torch.Tensor:
-    """Read evenly spaced frames (N, 3, H, W), uint8, of each episode."""
+    """Read evenly spaced frames (N, 3, H, W), uint8, of each episode.
+
+    Raises:
+        ValueError: If an episode cannot be read and `skip_broken` is False, or if no episode can be read.
+    """
     frames = []
     for number in tqdm(range(len(dataset)), desc="reading frames", unit="episode"):
         try:
@@ -226,7 +232,9 @@ class Frames:
 
 
 def open_data(arguments: VAEArguments) -> tuple[PreparedEpisodes, PreparedEpisodes]:
-    """Open the training and the validation data; without a validation dataset, both are the same.
+    """Open the training and the validation data.
+
+    Without a validation dataset, the first 64 training episodes are the validation data.
 
     Raises:
         ValueError: If the data cannot be opened, or training and validation share episodes.
@@ -290,6 +298,9 @@ def batch_loss(
     """Return the loss of a step.
 
     The frames depend only on seed, step and process, so that a resumed run uses the same frames.
+
+    Raises:
+        FloatingPointError: If the loss is not finite.
     """
     rng = np.random.default_rng([arguments.seed, step, accelerator.process_index])
     chosen = torch.from_numpy(rng.integers(len(frames), size=arguments.train_batch_size))

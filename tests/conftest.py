@@ -59,9 +59,9 @@ ARCHITECTURES = {
 
 @pytest.fixture(autouse=True)
 def ordinary_scheduling():
-    """Undo the real-time priority that SVT-AV1 gives the calling thread if it runs as root.
+    """Undo the real-time priority that the SVT-AV1 encoder gives its calling thread under root.
 
-    Its encoder sets SCHED_FIFO, which child processes inherit. Two child processes that wait in a loop would occupy
+    The encoder sets SCHED_FIFO, which child processes inherit. Two child processes that wait in a loop would occupy
     both cores of a small machine indefinitely.
     """
     yield

@@ -36,9 +36,8 @@ class PointWorld:
     def start(self, frames, seeds):
         frames = torch.as_tensor(frames)
         frames = frames.movedim(-1, -3) / 255 if frames.dtype == torch.uint8 else frames
-        histories = (
-            frames if frames.ndim == 5 else frames.reshape(1, -1, 3, 2, 4)
-        )  # one history per seed, or one for all
+        # one history per seed, or one for all seeds
+        histories = frames if frames.ndim == 5 else frames.reshape(1, -1, 3, 2, 4)
         position = histories[:, -1, :2, 0, 0]
         return RolloutState.first(position[:, :, None, None, None].expand(len(seeds), -1, 1, 1, 1), seeds)
 

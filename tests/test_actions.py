@@ -54,9 +54,8 @@ def test_no_motion_gives_the_hold_action():
     states = np.repeat(next(trajectories())[:1], 3, axis=0)
     for derivation in ("relative_euler", "relative_6d", "relative_planar", "absolute"):
         still = derive_actions(states, derivation)[:1]
-        last = still + np.pad(
-            np.ones((1, still.shape[1] - 1)), ((0, 0), (0, 1))
-        )  # the pose moves, the gripper does not
+        # the pose moves, and the gripper does not
+        last = still + np.pad(np.ones((1, still.shape[1] - 1)), ((0, 0), (0, 1)))
         space = "absolute" if derivation == "absolute" else "relative"
         held = hold_action(torch.from_numpy(still if space == "absolute" else last)[None], space, derivation)
         if derivation == "relative_planar":

@@ -170,7 +170,7 @@ def write_actions(root, rng):
         ("nan", np.where(np.arange(12).reshape(4, 3) == 7, np.nan, actions)),
         ("inf", np.where(np.arange(12).reshape(4, 3) == 7, np.inf, actions)),
         ("huge", np.where(np.arange(12).reshape(4, 3) == 7, 1e38, actions)),
-        ("beyond", np.where(np.arange(12).reshape(4, 3) == 7, 1e39, actions)),  # not a float32
+        ("beyond", np.where(np.arange(12).reshape(4, 3) == 7, 1e39, actions)),  # exceeds the range of float32
         ("words", np.array([["1", "2", "3"]])),
         ("complex", np.ones((4, 3), dtype=complex)),
         ("bool", np.ones((4, 3), dtype=bool)),
@@ -781,10 +781,8 @@ def test_messages_state_a_reason():
     for command, change, message in ROWS:
         values = [value for entry in change.values() for value in (entry if isinstance(entry, list) else [entry])]
         assert not any(message in (value or "") for value in values), (command, change)
-        assert len(message) > 8 or "lpips" in message, (
-            command,
-            change,
-        )  # lpips: the rest depends on the installed packages
+        # the message about lpips depends on the installed packages
+        assert len(message) > 8 or "lpips" in message, (command, change)
 
 
 def identifier(row):

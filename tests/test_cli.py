@@ -130,7 +130,7 @@ def test_converted_scheduler_has_noise_process_of_config(workspace, capsys):
     pipeline.check_scheduler()
     assert {name: pipeline.scheduler.config[name] for name in process} == process
     arguments = ["--model", "converted", "--frames", "frame.png", "--actions", "actions.npy", "--steps", "3"]
-    for scheduler in ("ddim", "ddpm"):  # clip_sample is True by default
+    for scheduler in ("ddim", "ddpm"):  # schedulers whose `clip_sample` is True by default
         assert generate(*arguments, "--scheduler", scheduler) == 0, capsys.readouterr().err
     assert generate(*arguments) == 2
     assert "at least 4 for PNDMScheduler with its Runge-Kutta warm-up, got 3" in capsys.readouterr().err

@@ -25,7 +25,7 @@ HUGE = 10**400
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """One data set of each format."""
+    """One dataset of each format."""
     root = tmp_path_factory.mktemp("originals")
     write_folder(root / "v3.0", (5, 4, 3))
     episode = LeRobotFolder(root / "v3.0")[0]

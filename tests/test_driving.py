@@ -144,7 +144,7 @@ def test_appended_frames_continue_an_earlier_session(pipe, clip, session):
 
 
 def test_appended_frames_of_a_model_of_whole_trajectories():
-    """Such a model (Video-Ada) requires all its history frames."""
+    """A model of whole trajectories (Video-Ada) requires all its history frames."""
     pipe, frames = tiny_pipeline(conditioning="video", num_inference_steps=1), np.zeros((2, 8, 12, 3), np.uint8)
     session, later = (DrivingSession(pipe, frames, Steering(pipe.action_space)) for _ in range(2))
     session.step(np.ones((2, 3)))

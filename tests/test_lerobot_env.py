@@ -60,7 +60,7 @@ def test_rollout_with_the_calls_of_lerobot():
 
 
 def test_env_hub_form(tmp_path):
-    """LeRobot imports a copy outside the package by its path."""
+    """LeRobot imports a copy of `env.py` outside the package by its path."""
     path = tmp_path / "env.py"
     path.write_text((Path(irasim_diffusers.__file__).parent / "lerobot" / "env.py").read_text())
     spec = importlib.util.spec_from_file_location("hub_env", path)

@@ -182,9 +182,8 @@ def test_non_finite_candidates_are_never_chosen(name, world, state, samples):
     limit = -0.01
     plan = PLANNERS[name](world, state, nan_above(limit), init=samples)
     assert -0.2 < plan.score <= limit
-    assert (
-        name == "gradient" or not plan.scores.isfinite().all()
-    )  # gradient keeps the best finite step of each candidate
+    # `gradient` keeps the best finite step of each candidate
+    assert name == "gradient" or not plan.scores.isfinite().all()
     assert torch.isfinite(nan_above(limit)(world.decode(plan.latents()))[0, -1])
     assert len(plan.top(1000)) == plan.scores.isfinite().sum()
 

@@ -85,7 +85,7 @@ def test_pusher_follows_the_keys_of_a_terminal(terminal, tmp_path):
     turn = np.argmax(np.diff(actions[:, 0]) > 0) + 1
     moves = []
     for phase in (pusher[: turn + 1], pusher[turn + 1 :]):
-        found = phase[np.isfinite(phase[:, 0])]  # except while the block and the pusher touch
+        found = phase[np.isfinite(phase[:, 0])]  # the pusher is not found while it touches the block
         moves.append(found[-1] - found[0])
     (sideways, up), (right, aside) = moves
     assert up < -10

@@ -118,9 +118,8 @@ def test_planning_starts_from_the_remaining_plan():
     run(policy, [(0.2, 0.7)], 4)
     assert given[0] == (None, (4,))
     assert given[1][1] == (5,)
-    torch.testing.assert_close(
-        given[1][0], torch.cat([plan[3:], torch.zeros(3, 2)])
-    )  # hold actions after the end of the plan
+    # hold actions follow the end of the plan
+    torch.testing.assert_close(given[1][0], torch.cat([plan[3:], torch.zeros(3, 2)]))
 
 
 def test_proposals_are_ranked():

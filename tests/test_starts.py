@@ -7,7 +7,7 @@ from irasim_diffusers.envs import WorldModelVectorEnv
 
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 def test_automatic_resets_require_starts(mode):
-    """The first reset can receive its frames; the automatic one cannot."""
+    """The first reset can receive frames as an option; an automatic reset cannot."""
     rows = WorldModelVectorEnv(
         tiny_pipeline(num_inference_steps=1, action_derivation="recorded"), 2, max_episode_steps=1, autoreset_mode=mode
     )

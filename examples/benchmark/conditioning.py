@@ -73,8 +73,10 @@ class ConditioningArguments:
     config_file: str | None = field(
         default=None, metadata={"help": "config file of `accelerate launch` (default: one process)"}
     )
-    first_seed: int = field(default=1_000_000, metadata={"help": "first seed of the test set"})
-    pusher_radius: float | None = field(default=None, metadata={"help": "pusher radius of the test set"})
+    first_seed: int = field(default=1_000_000, metadata={"help": "seed of the first episode of the test set"})
+    pusher_radius: float | None = field(
+        default=None, metadata={"help": "pusher radius of the test set in arena units"}
+    )
     num_clips: int = field(
         default=200, metadata={"help": "number of clips; see evaluate.py for this and the following options"}
     )
@@ -131,8 +133,8 @@ def gains(first: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str,
 def compare(runs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Summarize each model and number of history frames, and compute paired differences.
 
-    Differences are those of the first model and each other model with the same history, and those of each further number of
-    history frames and the first one, for the same model.
+    Differences are computed between the first model and each other model with the same number of history frames, and, for each
+    model, between each further number of history frames and the first one.
 
     Returns:
         Rows of the models and rows of the differences.

@@ -31,7 +31,7 @@ class DataArguments:
     cameras: list[str] = field(default_factory=list, metadata={"help": "cameras to use (default: all)"})
     model: str = field(
         default=str(embedded_checkpoint()),
-        metadata={"help": "pipeline folder or Hub id that determines window length and training step"},
+        metadata={"help": "pipeline folder or Hub id; determines the window length and the training step"},
     )
     batch_size: int = field(default=16, metadata={"help": "batch size"})
     seconds: float = field(default=10.0, metadata={"help": "duration of each measurement in seconds"})

@@ -1,4 +1,4 @@
-"""Compare precision, quantization and caching methods of examples/features.md.
+"""Compare the precisions, quantization and caching methods of examples/features.md.
 
     python examples/benchmark/features.py --dataset data/pusht-test
 

@@ -44,7 +44,7 @@ class SpaceArguments:
     seconds: float = field(default=60.0, metadata={"help": "duration of the test with concurrent users in seconds"})
     chunk_length: int = field(default=4, metadata={"help": "actions per request"})
     output: Path | None = field(default=None, metadata={"help": "JSON report to write"})
-    screenshot: Path | None = field(default=None, metadata={"help": "PNG screenshot of the page to write"})
+    screenshot: Path | None = field(default=None, metadata={"help": "PNG file to write a screenshot of the page to"})
 
 
 def serve(log: Path, *flags: str, **environment: str) -> tuple[subprocess.Popen, str]:

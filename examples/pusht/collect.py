@@ -103,14 +103,16 @@ def prepare_folder(arguments: CollectArguments) -> None:
     If the existing folder has fewer episodes, its info.json is deleted, which marks the folder as incomplete.
 
     Raises:
-        ValueError: If any setting differs, except for a larger number of episodes.
+        ValueError: If the folder contains other files, or if any setting differs, except for a larger number of episodes.
     """
     root = arguments.output
     names = ("episodes", "length", "first_seed", *TASKS, "pusher_radius")
     wanted = {name: getattr(arguments, name) for name in names}
     if not (root / SOURCE_FILE).is_file():
         if root.is_dir() and any(root.iterdir()):
-            raise ValueError(f"{str(root)!r} contains files but no settings file: choose a new folder.")
+            raise ValueError(
+                f"`output` must be a new folder or one of collect.py, got {str(root)!r}, which contains files but no settings file."
+            )
         write_text(root / SOURCE_FILE, json.dumps(wanted))
     written = read_settings(root)
     if written | {"episodes": None} == wanted | {"episodes": None} and written["episodes"] < arguments.episodes:
@@ -122,7 +124,7 @@ def prepare_folder(arguments: CollectArguments) -> None:
     ]
     if changes:
         raise ValueError(
-            f"{str(root)!r} was created with {', '.join(changes)}: use the original settings or choose a new folder."
+            f"`output` {str(root)!r} was created with {', '.join(changes)}: use the original settings or choose a new folder."
         )
 
 
@@ -242,7 +244,7 @@ def main() -> None:
         HfApi().create_repo(arguments.push_to_hub, repo_type="dataset", exist_ok=True)
     files = range(-(-arguments.episodes // EPISODES_PER_FILE))
     work, num_workers = functools.partial(collect_file, arguments=arguments), min(arguments.num_workers, len(files))
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads can block
+    context = multiprocessing.get_context("spawn")  # forking a process with threads can deadlock
     with context.Pool(num_workers) if num_workers > 1 else contextlib.nullcontext() as pool:
         counts = pool.imap_unordered(work, files) if pool else map(work, files)
         with tqdm(total=arguments.episodes, unit="episode") as bar:

@@ -150,9 +150,9 @@ class ConvolutionalModel(ModelMixin, ConfigMixin, CacheMixin):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _action_map(self, target: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """Return offsets from the target (B, 2) with sines and cosines, (B, C, rows, columns)."""
+        """Return patch offsets from the target (B, 2), with sines and cosines, as (B, C, rows, columns)."""
         config, (left, top, right, bottom) = self.config, self.config.target_extent
-        step = config.patch_size / torch.tensor([config.sample_width, config.sample_height])  # as parts of the frame
+        step = config.patch_size / torch.tensor([config.sample_width, config.sample_height])  # fractions of a frame
         x = left + (right - left) * step[0] * (torch.arange(columns, device=target.device) + 0.5)
         y = top + (bottom - top) * step[1] * (torch.arange(rows, device=target.device) + 0.5)
         centers = torch.stack(torch.meshgrid(x, y, indexing="xy"))  # (2, rows, columns)
@@ -195,6 +195,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from convolutional import main  # the pipeline stores the name of the module
+    from convolutional import main  # the pipeline stores the module name, which must not be `__main__`
 
     run_script(main)

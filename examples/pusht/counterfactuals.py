@@ -8,11 +8,11 @@ from simulator import Simulator, State, push_about, push_at
 from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.metrics import psnr
 
-WAYS = 8  # futures of a history
+WAYS = 8  # futures per history
 MOVED = 5.0
-"""Movement from which the block counts as moved, in arena units or hundredths of a radian; about a pixel."""
+"""The block has moved if it is displaced by more arena units or turned by more hundredths of a radian; about a pixel."""
 DISTINCT = 30.0
-"""Two simulated futures are different if the PSNR between them is lower, in dB."""
+"""Two simulated futures are different if the PSNR between them is at most this value, in dB."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ SPACE = ActionSpace(  # action space of the embedded model, so that all models a
 )
 DRIVING_SEED = 3_000_000  # first seed of the driven episodes, far from the seeds of the datasets
 STATES = ("observation.state", "observation.environment_state")
-WORST = {"pusher": 96.0, "block_centre": 96.0, "block_angle": 180.0}  # pixels, pixels, degrees; if a pose is not found
+# errors if a pose is not found: pixels, pixels, degrees
+WORST = {"pusher": 96.0, "block_centre": 96.0, "block_angle": 180.0}
 
 
 @dataclass
@@ -93,7 +94,7 @@ class EvaluationArguments:
     batch_size: int = field(default=8, metadata={"help": "batch size"})
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
-    first_seed: int = field(default=1_000_000, metadata={"help": "first seed of the dataset"})
+    first_seed: int = field(default=1_000_000, metadata={"help": "seed of the first episode of the dataset"})
     pusher_radius: float = field(
         default=PUSHER_RADIUS, metadata={"help": "pusher radius of the dataset in arena units"}
     )
@@ -137,7 +138,7 @@ def held_out_clips(
 
 
 def last_frames(frames: np.ndarray, number: int) -> np.ndarray:
-    """Return the last frames of one history (F, H, W, 3) or of several (N, F, H, W, 3)."""
+    """Return the last `number` frames of one history (F, H, W, 3) or of several (N, F, H, W, 3)."""
     return frames[..., -number:, :, :, :]
 
 

@@ -48,9 +48,13 @@ class GuardArguments:
             "help": "folder or Hub id of a FrameRegressor of the IoU (default: the reward of the embedded model)"
         },
     )
-    model: str = field(default=str(embedded_checkpoint()), metadata={"help": "model in which the planner searches"})
+    model: str = field(
+        default=str(embedded_checkpoint()),
+        metadata={"help": "world model in which the planner searches, folder or Hub id"},
+    )
     others: list[str] = field(
-        default_factory=list, metadata={"help": "other models that guards compare with, folders or Hub ids"}
+        default_factory=list,
+        metadata={"help": "other world models, folders or Hub ids; for each, one guard compares it with --model"},
     )
     first_seed: int = field(default=1_000_000, metadata={"help": "seed of the first episode of the dataset"})
     num_states: int = field(default=24, metadata={"help": "number of start states, one per episode"})
@@ -58,7 +62,8 @@ class GuardArguments:
     num_candidates: int = field(default=24, metadata={"help": "number of candidates per iteration"})
     num_iterations: int = field(default=4, metadata={"help": "number of iterations of the cross-entropy method"})
     margin: float = field(
-        default=0.1, metadata={"help": "difference of predicted and true IoU above which a plan exploits the model"}
+        default=0.1,
+        metadata={"help": "excess of the predicted over the true IoU above which a plan exploits the model"},
     )
     seed: int = field(default=0, metadata={"help": "random seed"})
 
@@ -111,7 +116,7 @@ def plans_of_episode(number: int, dataset: Any, model: WorldModel, guards: dict,
 
 
 def summarise(plans: list[dict[str, Any]], margin: float, seed: int) -> dict[str, Any]:
-    """Summarize the scores of the plans, and limit, recall, false-alarm rate and AUC of each guard.
+    """Summarize the scores of the plans; compute limit, recall, false-alarm rate and AUC of each guard.
 
     Scores and rates have intervals and counts.
     """

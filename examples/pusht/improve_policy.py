@@ -57,7 +57,7 @@ class ImproveArguments:
         default=2e-3, metadata={"help": "groups with a smaller standard deviation of rewards are ignored"}
     )
     num_executed: int = field(default=8, metadata={"help": "number of targets of a chunk that are executed"})
-    num_episodes: int = field(default=20, metadata={"help": "number of evaluated episodes in the simulator"})
+    num_episodes: int = field(default=20, metadata={"help": "number of episodes evaluated in the simulator"})
     max_episode_steps: int = field(default=300, metadata={"help": "number of steps of an evaluated episode"})
     seed: int = field(default=0, metadata={"help": "random seed"})
 

@@ -225,7 +225,7 @@ def estimate(figure: Any) -> str:
 
 
 def plot(path: Path, draw: Callable[[Axes], None]) -> None:
-    """Write a plot."""
+    """Draw a plot and write it to `path`."""
     figure = Figure(figsize=(5, 4))
     draw(figure.add_subplot())
     with temporary_path(path) as partial:

@@ -48,7 +48,7 @@ class ProprioceptionArguments:
     )
     num_windows: int = field(default=250, metadata={"help": "number of recorded training windows"})
     num_rollouts: int = field(
-        default=48, metadata={"help": "number of these windows that the world model also predicts"}
+        default=48, metadata={"help": "number of training windows that the world model also predicts"}
     )
     num_validation_windows: int = field(
         default=32, metadata={"help": "number of validation windows; the world model predicts all of them"}
@@ -74,6 +74,9 @@ def draw_windows(
 
     Returns:
         `recorded` and `predicted`: frames (N, 3, H, W), uint8, and their states (N, S).
+
+    Raises:
+        ValueError: If an episode is shorter than a window.
     """
     rng = np.random.default_rng(seed)
     history, length = pipeline.transformer.config.num_history_frames, arguments.num_predicted

@@ -114,7 +114,7 @@ def test_windows_are_counted_but_not_stored(tmp_path):
     mixed = MixedClips([clips, clips])
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert most < 30 * len(mixed), "bytes for each window"
+    assert most < 30 * len(mixed), "fewer than 30 bytes per window"
     expected = [(number, start) for number in (0, 3, 7) for start in range(0, lengths[number] - 3, 3)]
     assert list(clips.windows) == expected
     assert len(clips) == len(expected) == len(mixed) / 2
@@ -188,7 +188,7 @@ def test_manifest_contains_autoencoder_and_dtype(dataset, tmp_path):
     assert (content["autoencoder"], content["dtype"]) == (str(tmp_path / "vae"), "float16")
     unnamed = cache_latents(folder, tiny_vae(), tmp_path / "unnamed")
     assert json.loads((unnamed / "manifest.json").read_text())["autoencoder"] == "AutoencoderKL"
-    assert unnamed.name == named.name, "the same weights under another name"
+    assert unnamed.name == named.name, "the cache depends on the weights, not on their name"
 
 
 def test_killed_encoding_resumes(dataset, tmp_path):
@@ -198,7 +198,7 @@ def test_killed_encoding_resumes(dataset, tmp_path):
     encoder = subprocess.Popen([sys.executable, "-W", "ignore", "-c", ENCODE_SLOWLY], cwd=tmp_path, env=environment)
     try:
         while not (finished := list(tmp_path.glob("cache/*/latents-*.safetensors"))):
-            assert encoder.poll() is None, "it ended before it was killed"
+            assert encoder.poll() is None, "the encoder ended before it was killed"
             time.sleep(0.02)
     finally:
         encoder.kill()
@@ -231,7 +231,7 @@ def test_incomplete_caches_and_short_episodes_raise(dataset, tmp_path):
         LatentClips(cache, sample_frames=8)
     clips = LatentClips(cache, sample_frames=8, skip_short=True)
     assert (clips.short, list(clips.episodes)) == ([0, 2], [1])
-    assert len(clips.actions) == 8, "only the actions of the remaining episodes"
+    assert len(clips.actions) == 8, "only the actions of the remaining episodes are kept"
     (cache / "manifest.json").unlink()
     with pytest.raises(ValueError, match="no complete latent cache"):
         LatentClips(cache)

@@ -142,11 +142,8 @@ def noisy(values):
     ("action", "names", "wanted"),
     [
         (lambda state, after: after, None, "absolute"),
-        (
-            lambda state, after: noisy(after + 2 * (after - state)),
-            None,
-            "absolute",
-        ),  # targets ahead of the robot's position
+        # targets ahead of the robot's position
+        (lambda state, after: noisy(after + 2 * (after - state)), None, "absolute"),
         (lambda state, after: np.rad2deg(after) + 90, None, "absolute"),
         (lambda state, after: after - state, None, "relative"),
         (lambda state, after: noisy(20 * (after - state)), None, "relative"),

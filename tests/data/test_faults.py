@@ -1,4 +1,4 @@
-"""Data sets as they occur in practice: filtered, renamed, edited, incomplete or damaged."""
+"""Datasets as they occur in practice: filtered, renamed, edited, incomplete or damaged."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 
 
 def keep_rows(root, kept, times=None):
-    """Keep the given rows of the 9 rows of episode 1, optionally with other timestamps."""
+    """Keep only the given rows of episode 1, which has 9 rows, optionally with other timestamps."""
     table = pq.read_table(root / DATA)
     other = table.filter(pa.compute.equal(table["episode_index"], 0))
     mine = table.filter(pa.compute.equal(table["episode_index"], 1)).take(kept)
@@ -259,7 +259,7 @@ def test_files_are_utf_8(tmp_path):
     row = json.dumps({"episode_index": 0, "tasks": [task], "length": 5}, ensure_ascii=False)
     (tmp_path / "meta/episodes.jsonl").write_text(row + "\r\n", encoding="utf-8")
     info = (tmp_path / "meta/info.json").read_bytes()
-    (tmp_path / "meta/info.json").write_bytes(b"\xef\xbb\xbf" + info)  # the encoding of a file written on Windows
+    (tmp_path / "meta/info.json").write_bytes(b"\xef\xbb\xbf" + info)  # editors on Windows may add a byte order mark
     assert open_dataset(tmp_path, "left")[0].task == task
 
 

@@ -36,7 +36,7 @@ print("done")
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="only systems with fork copy objects to other processes")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="requires os.fork")
 def test_forked_process_has_a_separate_folder(tmp_path):
     """DataLoader workers are forks; with a shared folder, one process would delete files that another one reads.
 

@@ -1,4 +1,4 @@
-"""Identities of data sets, which name their cached latents."""
+"""Identities of datasets, which name their cached latents."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def test_changed_files_change_the_identity(tmp_path):
     annotation.write_text(text[:digit] + str(9 - int(text[digit])) + text[digit + 1 :])
     assert open_dataset(tmp_path, "1").identity != before["1"], "one digit differs"
     annotation.write_text(text)
-    assert open_dataset(tmp_path, "1").identity == before["1"], "rewritten with the same content"
+    assert open_dataset(tmp_path, "1").identity == before["1"], "the file has the same content again"
     for broken in ("{", '{"videos": [{"video_path": "\\x"}, {"video_path": 3}]}'):
         annotation.write_text(broken)
         assert open_dataset(tmp_path, "1").identity != before["1"]

@@ -149,7 +149,7 @@ def test_two_processes_build_one_cache_after_a_kill(dataset, tmp_path):
             process.wait()
     vae, encoded = counting_vae()
     folder = cache_latents(dataset, vae, tmp_path / "cache", episodes_per_file=1)
-    assert encoded == [], "it is complete"
+    assert encoded == [], "the cache is complete"
     assert not list(folder.glob(".*")), "no temporary file is left"
     alone = LatentClips(cache_latents(dataset, tiny_vae(), tmp_path / "alone", episodes_per_file=1), 5)
     together = LatentClips(folder, 5)

@@ -228,6 +228,6 @@ def test_lerobot_opens_several_cameras_and_keeps_the_derivation(lerobot, tmp_pat
     assert np.array_equal(np.concatenate(pictures, axis=1), source[0].frames[0])
     from lerobot.datasets.io_utils import write_info
 
-    write_info(data.meta.info, tmp_path / "set")  # LeRobot's tools do this
+    write_info(data.meta.info, tmp_path / "set")  # LeRobot's tools rewrite info.json
     again = LeRobotFolder(tmp_path / "set")
     assert (again.action_derivation, again.cameras) == (source.action_derivation, written.cameras)

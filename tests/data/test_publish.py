@@ -42,7 +42,7 @@ class Noted(LeRobotFolder):
 
 
 def files(root):
-    """Return the written content, except times."""
+    """Return the content of all written files by their relative paths."""
     return {path.relative_to(root): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
 
 
@@ -158,7 +158,7 @@ def test_repaired_data_set_is_written_after_a_failure(tmp_path):
     break_action(tmp_path / "set", 0)
     with pytest.raises(ValueError, match="episode 0 of"):
         write_lerobot(LeRobotFolder(tmp_path / "set"), tmp_path / "copy")
-    assert not files(tmp_path / "copy"), "nothing is left"
+    assert not files(tmp_path / "copy"), "no file is left"
     for path, content in good.items():
         path.write_bytes(content)
     (tmp_path / "set/meta/tasks.parquet").touch()

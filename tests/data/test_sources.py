@@ -257,7 +257,7 @@ def test_unknown_split_and_folder(tmp_path):
 
 @pytest.fixture
 def mixture(tmp_path):
-    """Data sets with 10 frames per second and one camera: three named actions, and two with padding."""
+    """Datasets with 10 frames per second and one camera: three named actions, and two with padding."""
     write_folder(tmp_path / "lerobot")
     write_release(tmp_path / "planar", "planar")
     padded = PreparedEpisodes(open_dataset(tmp_path / "planar", fps=10), action_dim=3)
@@ -475,5 +475,5 @@ def test_real_language_table_clip_and_its_latents():
     assert (len(episode), episode.actions.shape) == (18, (18, 2))
     latents = data.latents(0)
     assert latents.shape == (18, 4, 36, 64)
-    assert 0.5 < latents.std() < 1.5  # already scaled
+    assert 0.5 < latents.std() < 1.5  # recorded latents are already scaled
     assert torch.isfinite(latents).all()

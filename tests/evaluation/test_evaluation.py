@@ -372,7 +372,7 @@ def test_truncated_prediction_raises(workspace, evaluated, tmp_path, capsys):
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"name": "000000-000016", "error": 1', "nan", "longer"])
 def test_damaged_metrics_are_computed_again(workspace, evaluated, tmp_path, content):
-    """A crash or an editor may leave any content; the report stays the same."""
+    """A crash or an editor may leave any content in the files; the report stays the same."""
     shutil.copytree(workspace / "report", tmp_path / "out")
     figures = tmp_path / "out" / "figures" / "000000-000016.json"
     errors = tmp_path / "out" / "faithfulness" / "000000-000016.json"

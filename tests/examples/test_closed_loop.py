@@ -63,13 +63,12 @@ def test_proprioception_is_trained_measured_and_found(stored, monkeypatch):
     report = json.loads((stored / "proprioception" / "metrics.json").read_text())
     assert report["recorded"]["frames"] == report["predicted"]["frames"] == 15
     assert report["recorded"]["median"] < 1.2  # predicting the mean position gives 1.9
-    assert report["recorded"]["median_px"] == pytest.approx(
-        report["recorded"]["median"], abs=1e-3
-    )  # one pixel per unit
+    # a pixel corresponds to one unit
+    assert report["recorded"]["median_px"] == pytest.approx(report["recorded"]["median"], abs=1e-3)
     weights = stored / "proprioception" / "diffusion_pytorch_model.safetensors"
     before = weights.read_bytes()
     monkeypatch.setattr("sys.argv", ["train_proprioception.py", *map(str, flags), "--max_train_steps", "0"])
-    train_proprioception.main()  # without training steps, it only measures
+    train_proprioception.main()  # without training steps, the script only evaluates
     assert json.loads((stored / "proprioception" / "metrics.json").read_text()) == report
     assert weights.read_bytes() == before
     environment = WorldModelVectorEnv.from_pretrained(stored, 1, "cpu")
@@ -110,7 +109,7 @@ def test_errors_are_distances():
 
 
 def test_stored_reward_reads_the_iou_and_the_success():
-    """The reward of `irasim/PushT-v0`, on frames of the simulator around the goal."""
+    """Measure the errors of the reward of `irasim/PushT-v0` on simulator frames near the goal."""
     stored = load_world_model(embedded_checkpoint(), "cpu")
     simulator, rng = Simulator(), np.random.default_rng(0)
     frames, true = [], []
@@ -177,7 +176,7 @@ def test_a_policy_is_improved_in_the_model_and_resumes(tmp_path, monkeypatch):
 
 def test_good_chunks_become_more_likely(tmp_path):
     """The reward of a chunk is its motion to the right, so the policy learns to move right."""
-    torch.manual_seed(1)  # an initial policy with a wide spread of samples
+    torch.manual_seed(1)  # with this seed, the samples of the initial policy have a wide spread
     DiffusionPolicy(horizon=4, channels=(8, 8), width=16, num_blocks=1, condition_dim=16).save_pretrained(tmp_path)
     arguments = improve_policy.ImproveArguments(str(tmp_path), "", tmp_path, learning_rate=3e-3, num_updates=40)
     run, generator = improve_policy.Improvement(arguments), torch.Generator().manual_seed(0)
@@ -206,7 +205,7 @@ def test_a_guard_is_measured_against_the_simulator(tmp_path, monkeypatch):
     content = json.loads((tmp_path / "guard.json").read_text())
     rows = [row for rows in content["plans"].values() for row in rows]
     assert [row["plan"] for row in rows] == ["recorded", "cem"] * 2
-    assert all(row["spread"]["pusht"] == pytest.approx(0, abs=1e-4) for row in rows)  # the same model
+    assert all(row["spread"]["pusht"] == pytest.approx(0, abs=1e-4) for row in rows)  # compared with itself
     recorded = collect.LeRobotFolder(tmp_path / "set")
     for number, row in enumerate(rows[::2]):
         places = np.isclose(ious(recorded[number].states["observation.environment_state"]), row["true"], atol=1e-5)

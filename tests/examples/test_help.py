@@ -21,7 +21,7 @@ def test_help(script, monkeypatch, capsys):
 
 OPTIONAL = ("gradio", "gradio_client", "gym_pusht", "gymnasium", "matplotlib", "pymunk", "shapely", "tensorboard")
 APP = EXAMPLES.parent / "spaces" / "app.py"
-EXTRAS = {  # of the scripts that cannot print their help without optional packages
+EXTRAS = {  # extras of the scripts that require them even to print their help
     "examples/benchmark/closed_loop.py": "envs",
     "examples/benchmark/scaling.py": "benchmark",
     "examples/benchmark/space.py": "space",
@@ -61,4 +61,4 @@ def test_missing_extra_ends_in_one_line(script, monkeypatch, capsys):
         assert re.fullmatch(expected, printed.err)
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None) or "").startswith((str(EXAMPLES), str(APP.parent))):
-            del sys.modules[name]  # without the optional packages, it was imported incompletely
+            del sys.modules[name]  # the module was imported without the optional packages

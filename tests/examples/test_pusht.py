@@ -51,7 +51,7 @@ def call(script, *arguments):
     handler, level = logging.StreamHandler(output), root.level
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     root.addHandler(handler)
-    _reset_accelerate()  # an earlier test may have left its state
+    _reset_accelerate()  # an earlier test may have initialized accelerate
     try:
         with (
             pytest.MonkeyPatch.context() as patch,

@@ -31,9 +31,8 @@ def workspace(tmp_path_factory):
 def test_resuming_with_other_settings_raises(workspace):
     train_robot(workspace, "settled")
     with pytest.raises(ValueError, match=r"run with other settings: learning_rate was 0\.0001 and is 1e-05"):
-        train_robot(
-            workspace, "settled", "--learning_rate", 1e-5, "--dataset", "missing"
-        )  # the settings are checked before the data are opened
+        # the settings are checked before the data are opened
+        train_robot(workspace, "settled", "--learning_rate", 1e-5, "--dataset", "missing")
     train_robot(workspace, "settled", "--logging_steps", 1, "--max_train_steps", 4)
     settings = json.loads((workspace / "settled" / "checkpoint-4" / "settings.json").read_text())
     flags = {each.name for each in dataclasses.fields(TrainingArguments)}
@@ -48,7 +47,7 @@ def test_damaged_checkpoint_is_skipped(workspace):
     train_robot(workspace, "damaged", "--max_train_steps", 4)
     whole = shutil.copytree(output / "checkpoint-4", workspace / "whole")
     for name in ("settings.json", "model.safetensors", "optimizer.bin", "ema.safetensors", "random_states_0.pkl"):
-        (output / "checkpoint-4" / name).write_bytes(b"")  # as a power failure can leave it
+        (output / "checkpoint-4" / name).write_bytes(b"")  # a power failure can leave an empty file
         assert newest_checkpoint(output, {}) == output / "checkpoint-2", name
         shutil.copy(whole / name, output / "checkpoint-4" / name)
     (output / "checkpoint-4" / "model.safetensors").unlink()
@@ -68,9 +67,8 @@ def test_sigterm_saves_a_checkpoint(workspace):
     command += ["--output_dir", output, "--cameras", 0, 1, *MODEL, *SHORT, "--max_train_steps", 100_000]
     command += ["--checkpointing_steps", 100_000, "--logging_steps", 1]
     with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
-        while "loss=" not in (
-            line := process.stderr.readline()
-        ):  # until the training loop runs; the progress bar ends in a carriage return
+        # wait until the training loop runs; the progress bar ends in a carriage return
+        while "loss=" not in (line := process.stderr.readline()):
             assert line or process.poll() is None
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()

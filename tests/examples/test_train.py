@@ -281,7 +281,7 @@ def test_sample_prediction_trains_and_predicts(workspace):
 
 
 def test_action_scale_from_data_for_new_action_encoder(workspace):
-    """For models without a trained action encoder, such as converted Open-Sora weights."""
+    """Converted Open-Sora weights, for example, have no trained action encoder."""
     transformer = tiny_transformer(
         num_layers=1, action_dim=7, action_scale=1.0, action_offset=0.0, sample_frames=4, num_history_frames=1
     )

@@ -14,7 +14,7 @@ def features_of(mean, covariance, count=50, seed=0):
 
 
 def by_square_root(first, second, ddof):
-    """Formula of pytorch-fid and StyleGAN-V."""
+    """Compute the Frechet distance with a matrix square root, as pytorch-fid and StyleGAN-V do."""
     one, other = (np.cov(features, rowvar=False, ddof=ddof) for features in (first, second))
     root = scipy.linalg.sqrtm(one @ other).real
     return np.square(first.mean(0) - second.mean(0)).sum() + np.trace(one + other - 2 * root)

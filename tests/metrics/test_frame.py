@@ -30,7 +30,7 @@ def test_static_frames_do_not_dominate():
 
 
 def test_frame_metrics_match_scikit_image(clips):
-    """On 8-bit frames, as in the paper."""
+    """The metrics are computed from 8-bit frames, as in the paper."""
     truth, prediction = np.rint(clips * 255).astype(np.uint8)
     pairs = list(zip(truth.reshape(-1, 9, 11, 3), prediction.reshape(-1, 9, 11, 3), strict=True))
     expected = np.reshape([peak_signal_noise_ratio(*pair, data_range=255) for pair in pairs], (2, 3))
@@ -57,7 +57,7 @@ def test_latent_l2_is_mean_squared_error_per_clip():
 
 
 def test_lpips_receives_frames_in_its_range(clips):
-    def network(prediction, truth):  # in [-1, 1], channels first
+    def network(prediction, truth):  # (N, 3, H, W), in [-1, 1]
         assert prediction.shape == (3, 3, 9, 11)
         return (prediction - truth).abs().amax(dim=(1, 2, 3), keepdim=True)
 

@@ -69,9 +69,8 @@ def work(rank, folder):
 def parallel(tmp_path_factory):
     """Results of two processes."""
     folder = tmp_path_factory.mktemp("parallel")
-    torch.multiprocessing.spawn(
-        work, (str(folder),), nprocs=2
-    )  # a fork could deadlock, because OpenMP threads are running
+    # a fork could deadlock, because OpenMP threads are running
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

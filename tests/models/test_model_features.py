@@ -43,7 +43,7 @@ def test_config_round_trips_through_json(model):
 
 
 def test_every_weight_is_trained(model, inputs):
-    """A batch of clips with actions, and one without."""
+    """The batch contains clips with and without actions, so that the null action is also trained."""
     mask = torch.tensor([[True] * 3, [False] * 3, [True] * 3])
     model(*inputs, action_mask=mask).sample.square().mean().backward()
     untrained = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
@@ -150,7 +150,7 @@ def test_compilation_of_the_whole_model_without_graph_breaks(model, inputs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_model_with_few_frames_uses_short_attention(dtype, inputs):
-    """The path of `short_attention`, which only compiled models use."""
+    """Only compiled models use `short_attention`."""
     model = tiny_transformer(**ARCHITECTURES["Push-T"]).to(dtype)
     hidden_states, timestep, actions = inputs
     window = (hidden_states[:, :, 2:].to(dtype), timestep, actions[:, 2:])

@@ -222,7 +222,7 @@ def test_wrapped_model_is_adapted_and_restored(frames, actions, tmp_path):
     plain, applied = predict(tiny_pipeline(), frames, actions), predict(loaded(file), frames, actions)
     pipeline = tiny_pipeline()
     pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
-    with torch.compiler.set_stance("force_eager"):  # the test needs only the wrapper
+    with torch.compiler.set_stance("force_eager"):  # the test needs the wrapper of torch.compile, but no compiled code
         pipeline.load_lora_weights(file)
         torch.testing.assert_close(predict(pipeline, frames, actions), applied, rtol=1e-4, atol=1e-5)
         pipeline.unload_lora_weights()

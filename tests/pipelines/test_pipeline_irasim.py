@@ -60,7 +60,7 @@ def test_candidates_match_separate_calls(pipeline, frames, actions):
     encoded = []
     pipeline.vae.encoder.register_forward_hook(lambda _, args, __: encoded.append(len(args[0])))
     together = run(pipeline, frames, candidates, generator=seeded(5, 6, 7))
-    assert encoded == [2]  # two history frames, once
+    assert encoded == [2]  # both history frames are encoded once
     for index, candidate in enumerate(candidates):
         alone = run(pipeline, frames, candidate, generator=seeded(5 + index))
         torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-5)
@@ -107,12 +107,12 @@ def test_one_history_frame_grows_to_two(pipeline, frames, actions):
     pipeline.transformer.register_forward_pre_hook(
         lambda _, args: histories.append(args[0].shape[2] - args[2].shape[1])
     )
-    assert run(pipeline, frames[:1], actions).shape[1] == 7  # 4 + 3
+    assert run(pipeline, frames[:1], actions).shape[1] == 7  # windows of 4 and 3 actions
     assert [*dict.fromkeys(histories)] == [1, 2]
 
 
 def test_given_noise_determines_the_video(pipeline, frames, actions):
-    noise = torch.randn(1, 4, 1, 4, 6)  # fewer frames than the window has
+    noise = torch.randn(1, 4, 1, 4, 6)  # fewer frames than a window predicts
     first, again = (run(pipeline, frames, actions[:1], latents=noise) for _ in range(2))
     assert torch.equal(first, again)
 
@@ -283,7 +283,7 @@ def test_callbacks_of_diffusers_can_disable_guidance(several, pipeline, frames, 
     callback = MultiPipelineCallbacks([callback]) if several else callback
     kwargs = {"guidance_scale": 3.0, "callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": []}
     run(pipeline, frames, actions, num_inference_steps=4, **kwargs)
-    assert pipeline.num_timesteps == 12  # three windows
+    assert pipeline.num_timesteps == 12  # four steps in each of three windows
     assert len(calls) == 7 * 2 + 5  # the callback acts after the step of index 6
     assert not pipeline.do_classifier_free_guidance
 

@@ -39,7 +39,7 @@ def test_every_scheduler_keeps_the_history_clean(name, prediction_type, frames, 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_accepts_predicted_samples(name, frames, actions):
-    """If a network always predicts one sample, every scheduler returns it, also schedulers of velocities."""
+    """If a network always predicts one sample, every scheduler returns it, also with velocity prediction."""
     pipeline = tiny_pipeline(prediction_type="sample")
     sample = torch.randn(1, 4, 5, 4, 6, generator=torch.Generator().manual_seed(5))
     pipeline.transformer.register_forward_hook(lambda *_: (sample,))
@@ -169,11 +169,8 @@ def test_settings_of_checkpoint_survive_new_pipelines(saved, tmp_path):
         assert settings_of(again) == expected
     changed = {"num_inference_steps": 2, "timesteps": None}
     assert settings_of(IRASimPipeline(**pipeline.components | changed)) == [2, 2, None]
-    assert settings_of(IRASimPipeline(None, pipeline.transformer, other)) == [
-        50,
-        None,
-        None,
-    ]  # settings of other pipelines have no effect
+    # settings of other pipelines have no effect
+    assert settings_of(IRASimPipeline(None, pipeline.transformer, other)) == [50, None, None]
     pipeline.register_to_config(num_inference_steps=7, timesteps=None)  # a setting of this pipeline only
     for again in (
         IRASimPipeline(**pipeline.components),
@@ -240,9 +237,8 @@ def test_timesteps_of_the_checkpoint_are_used_for_its_number_of_steps(frames, ac
     taken.clear()
     pipeline(frames, actions[:3], num_inference_steps=2)
     pipeline(frames, actions[:3], timesteps=[800, 20])
-    pipeline.scheduler = diffusers.DDIMScheduler.from_config(
-        pipeline.scheduler.config
-    )  # supports only its own timesteps
+    # DDIM does not support custom timesteps
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline(frames, actions[:3])
     assert taken[2:4] == [800, 20]
     assert len(taken) == 7

@@ -9,9 +9,8 @@ axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 def space(page, app_url):
     page.goto(app_url)
     page.locator(".begin").wait_for()
-    page.add_style_tag(
-        content="* { transition: none !important; }"
-    )  # otherwise, colors would be measured during the transition between themes
+    # otherwise, colors would be measured during the transition between themes
+    page.add_style_tag(content="* { transition: none !important; }")
     return page
 
 

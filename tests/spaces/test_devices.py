@@ -49,7 +49,8 @@ def test_pusher_follows_hand_poses(app_url, tmp_path, monkeypatch):
     arguments = TeleoperateArguments("poses", app_url, axes="x,-y", scale=800.0, output=tmp_path / "hand.mp4")
     video, actions = teleoperate(arguments)
     np.testing.assert_allclose(np.load(actions)[:, 0], START[0], atol=1e-3)
-    np.testing.assert_allclose(np.diff(np.load(actions)[:, 1]), -800 * 0.25 / 120 * 9, atol=1e-2)  # 10 per second
+    # 10 actions per second, one for 9 poses
+    np.testing.assert_allclose(np.diff(np.load(actions)[:, 1]), -800 * 0.25 / 120 * 9, atol=1e-2)
     pusher = pusher_of(read_video(video))
     assert pusher[-1, 1] < pusher[0, 1] - 15
 
@@ -59,7 +60,7 @@ def test_pusher_follows_gamepad_until_ctrl_c(app_url, tmp_path):
 
     def push():
         with open(tmp_path / "js0", "wb", buffering=0) as stick:
-            stick.write(struct.pack("=IhBB", 0, -32767, 2, 1))  # up
+            stick.write(struct.pack("=IhBB", 0, -32767, 2, 1))  # left stick up
             time.sleep(3)
             os.kill(os.getpid(), signal.SIGINT)
             done.wait(60)

@@ -13,7 +13,7 @@ import pytest
 from irasim_diffusers.data import read_video
 
 OPEN = "frame 46"  # the pusher has room on all sides
-TARGET = np.array([64, 30])  # its target in that frame, pixels
+TARGET = np.array([64, 30])  # the pusher's target in that frame, pixels
 
 
 @pytest.fixture

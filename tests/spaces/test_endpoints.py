@@ -62,9 +62,8 @@ def test_a_rollout_from_start_to_stop(client):
     assert np.abs(pixels(frames[-1]) - pixels(first)).max() > 100
     driven, actions = client.predict(session, [0.5, -1], 2, 0.5, api_name="/drive")
     assert len(driven) == 2
-    np.testing.assert_allclose(
-        actions, [[258, 384], [266, 368]]
-    )  # from the last action: a full command at half speed moves 16 units
+    # the motion starts from the last action; a full command at half speed moves 16 units
+    np.testing.assert_allclose(actions, [[258, 384], [266, 368]])
     video, table = client.predict(session, api_name="/record")
     assert read_video(video).shape == (1 + 5, 96, 96, 3)
     np.testing.assert_allclose(np.load(table), [*SIDEWAYS, *actions])
@@ -72,7 +71,7 @@ def test_a_rollout_from_start_to_stop(client):
     assert left == 3
     assert last == frames[-1]
     assert client.predict(session, api_name="/reset") == first
-    assert client.predict(session, SIDEWAYS, api_name="/step") == frames  # the same seed
+    assert client.predict(session, SIDEWAYS, api_name="/step") == frames  # a reset keeps the seed
     assert client.predict(session, api_name="/stop") is True
     assert client.predict(session, api_name="/stop") is False
 
@@ -414,9 +413,8 @@ def test_bodies_are_limited_except_for_uploads(app_url, client, tmp_path):
     assert chunked(app_url, "/gradio_api/run/step", 2_000_000) == 413
     assert chunked(app_url, "/gradio_api/queue/join", 2_000_000) == 413
     assert chunked(app_url, "/gradio_api/run/gradio_api/upload", 2_000_000) == 413
-    assert (
-        post(app_url, "step", json.dumps([None, [[1.0, 2.0]] * 50_000]))[0] == 500
-    )  # 0.6 MB: refused by the endpoint
+    # a body of 0.6 MB reaches the endpoint, which refuses it
+    assert post(app_url, "step", json.dumps([None, [[1.0, 2.0]] * 50_000]))[0] == 500
     path = tmp_path / "noise.png"
     noise = np.random.default_rng(0).integers(0, 256, (800, 800, 3), dtype=np.uint8)
     PIL.Image.fromarray(noise).save(path)

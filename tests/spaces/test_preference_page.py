@@ -12,7 +12,7 @@ from study_videos import find_demonstration, open_study, owner_key
 
 
 def write_study(folder, **clips):
-    """Write a study; the videos of each model have another gray level."""
+    """Write a study; the videos of each model have a different gray level."""
     for gray, (model, names) in enumerate(clips.items()):
         (folder / model).mkdir()
         for name in names:

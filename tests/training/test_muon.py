@@ -6,7 +6,7 @@ import torch
 from irasim_diffusers.training import muon
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9")
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="requires torch 2.9")
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (12, 12)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.03), (torch.bfloat16, 1e-6)])
 def test_muon_makes_the_steps_of_pytorch(shape, dtype, tolerance, monkeypatch):

@@ -145,7 +145,7 @@ def test_remove_leftovers_deletes_only_partial_files(tmp_path):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 @pytest.mark.parametrize("relative_latents", [False, True])
 def test_predict_chunk_matches_pipeline(batch, prediction_type, relative_latents):
-    """With the same sampler, number of steps and initial noise."""
+    """Both use the same sampler, number of steps and initial noise."""
     pipeline = tiny_pipeline(prediction_type=prediction_type, relative_latents=relative_latents)
     model = pipeline.transformer
     if prediction_type != "flow_prediction":
