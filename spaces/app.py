@@ -39,7 +39,7 @@ CSS = """
 #preference { max-width: 680px; margin: 0 auto; }
 """
 THEME = gr.themes.Default(primary_hue="blue", neutral_hue="slate").set(
-    # the defaults have a contrast below 4.5, WCAG AA
+    # the default colors have a contrast ratio below 4.5, the minimum of WCAG AA
     body_text_color_subdued="*neutral_600",
     block_info_text_color="*neutral_600",
     input_placeholder_color="*neutral_500",
@@ -98,7 +98,7 @@ def trust_proxy() -> None:
 
 
 def main() -> None:
-    """Load the models and serve them; invalid settings end in one line with exit status 2."""
+    """Load the models and serve them; report an invalid setting in one line, with exit status 2."""
     parser = _parser()
     arguments = parser.parse_args()
     try:
@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         "--idle-seconds",
         type=_positive(float),
         default=120.0,
-        help="a session is deleted after this time without requests (default: %(default)s)",
+        help="delete a session after this many seconds without requests (default: %(default)s)",
     )
     parser.add_argument(
         "--visitor-sessions",

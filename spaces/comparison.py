@@ -66,7 +66,7 @@ def name_settings(first: Setting, second: Setting | None) -> dict[str, Setting]:
     """Name the settings by their differences.
 
     Raises:
-        ValueError: If the settings are equal, or the models take actions of different dimensions.
+        ValueError: If the settings are equal, or the actions of the models have different numbers of components.
     """
     if second is None:
         return {"Prediction": first}
@@ -74,7 +74,9 @@ def name_settings(first: Setting, second: Setting | None) -> dict[str, Setting]:
         raise ValueError("Both settings are the same: change the model, the sampler, the steps or the seed of one.")
     dims = {one.world.pipeline.transformer.config.action_dim for one in (first, second)}
     if len(dims) > 1:
-        raise ValueError(f"{first.world.name} and {second.world.name} take actions of different dimensions.")
+        raise ValueError(
+            f"{first.world.name} and {second.world.name} cannot be compared: their actions have {sorted(dims)} components."
+        )
     descriptions = {
         "world": lambda one: one.world.name,
         "scheduler": lambda one: one.scheduler.removesuffix("Scheduler"),
@@ -89,7 +91,7 @@ def name_settings(first: Setting, second: Setting | None) -> dict[str, Setting]:
 async def predict(
     pipeline: IRASimPipeline, setting: Setting, history: np.ndarray, actions: np.ndarray
 ) -> AsyncIterator[np.ndarray]:
-    """Predict chunk by chunk. Driving requests are served between chunks.
+    """Predict chunk by chunk. Driving requests are served between network evaluations.
 
     Args:
         pipeline: Pipeline of the setting; another thread may set its `_interrupt`.
@@ -143,7 +145,7 @@ def predict_whole(
 
 
 def align(panels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Extend videos (T, H, W, 3) with their last frames to one length, and resize them to one size."""
+    """Extend videos (T, H, W, 3) to equal length with their last frames, and resize them to equal size."""
     length = max(map(len, panels.values()))
     size = next(iter(panels.values())).shape[1:3]
     return {
@@ -160,9 +162,9 @@ def side_by_side(panels: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def errors(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Compute the PSNR in dB of predicted frames (n, H, W, 3) with ground truth (m, H, W, 3).
+    """Compute the PSNR in dB of predicted frames (n, H, W, 3) against the ground truth (m, H, W, 3).
 
-    The PSNR of equal frames is NaN.
+    The result has one value for each of the first min(n, m) frames. The PSNR of equal frames is NaN.
     """
     count = min(len(prediction), len(truth))
     true = resize(truth[:count], prediction.shape[1:3])
@@ -171,13 +173,13 @@ def errors(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def error_table(errors: dict[str, np.ndarray]) -> pd.DataFrame:
-    """Convert the PSNR of each frame of each video to the long format of a plot."""
+    """Convert the PSNR of each frame of each video to a table in the long format of a plot."""
     rows = [(number + 1, value, name) for name, values in errors.items() for number, value in enumerate(values)]
     return pd.DataFrame(rows, columns=["frame", "PSNR (dB)", "video"]).astype({"PSNR (dB)": float, "frame": int})
 
 
 def action_table(actions: np.ndarray, names: list[str] | None) -> pd.DataFrame:
-    """Convert actions (n, A) to the long format of a plot."""
+    """Convert actions (n, A) to a table in the long format of a plot."""
     names = names or [f"action {index}" for index in range(actions.shape[1])]
     columns = zip(names, actions.T, strict=True)
     rows = [(row + 1, float(value), name) for name, column in columns for row, value in enumerate(column)]

@@ -13,7 +13,7 @@ const TITLE = document.title;
 let model = Object.keys(models)[0];
 let start = Object.keys(models[model]?.starts ?? {})[0]; // name of an example, or an upload
 let origin = null; // action at the robot's position in an uploaded image
-let session = null; // name of the session; null with frames: the session ended and can be restored
+let session = null; // name of the session; if it is null and there are frames, the session ended and can be restored
 let space = models[model]?.space; // the action space
 let frames = []; // data URLs: the frame before the recording, and the recorded frames
 let actions = []; // the action that led to each of the frames; the hold action for the first
@@ -39,7 +39,7 @@ async function call(name, data) {
     body: JSON.stringify({ data }),
   });
   const body = await answer.json().catch(() => ({}));
-  if (!answer.ok || body.error) throw new Error(body.error ?? body.detail ?? `The server answered ${answer.status}.`);
+  if (!answer.ok || body.error) throw new Error(body.error ?? body.detail ?? `The server answered with status ${answer.status}.`);
   return body.data;
 }
 

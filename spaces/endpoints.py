@@ -77,7 +77,7 @@ class Endpoints:
     async def drive(
         self, session: str, command: Any, frames: int = 1, speed: float = 1.0
     ) -> tuple[list[str], list[list[float]]]:
-        """Predict the next frames under a command (A,) in [-1, 1]; the command zero is the hold action.
+        """Predict the next frames for a command (A,) in [-1, 1]; a command of zeros gives the hold action.
 
         Returns:
             A data URL for each frame, and the resulting actions (n, A).
@@ -132,7 +132,7 @@ class Endpoints:
 
 
 def describe_space(config: Any, steering: Steering | None = None) -> dict[str, Any]:
-    """Describe a checkpoint's action space and its controls, for JSON."""
+    """Describe a checkpoint's action space and its controls in JSON-serializable values."""
     if steering is None:
         space = ActionSpace.from_config(config)
         steering = Steering(space, start=_middle(space) or np.zeros(len(space)))
@@ -220,9 +220,9 @@ def _whole_number(name: str, value: Any, low: int, high: int) -> int:
 
 
 def _with_messages(endpoint: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Send the message of a ValueError to the client.
+    """Wrap an endpoint so that the client receives the message of a ValueError.
 
-    Other exceptions are logged, and the client gets 'Internal error'.
+    Other exceptions are logged, and the client receives 'Internal error'.
     """
 
     @wraps(endpoint)

@@ -24,8 +24,8 @@ RATER = re.compile(r"[0-9a-f]{16}")
 INTRODUCTION = """## Which prediction is closer to the recording?
 
 In the upper row, two models predict a video from the same first frames and actions. The recording is below. Select the prediction
-that is closer to the recording. Compare the robot's path, the objects it touches, and the sharpness. You can replay the videos, pause them, and step
-through the frames. If you see no clear difference, select Similar."""
+that is closer to the recording. Compare the robot's path, the objects it touches, and the sharpness. You can replay the videos,
+pause them, and step through the frames. If you see no clear difference, select Similar."""
 PRIVACY = "*Your answers are stored under a random number in this browser. You can close the page and continue later.*"
 CSS = (Path(__file__).parent / "preference.css").read_text(encoding="utf-8")
 OUTCOMES = {"win": "better", "tie": "similar", "loss": "worse"}
@@ -199,6 +199,7 @@ def rates_page(rates: dict[str, dict[str, Any]], model: str) -> str:
             for kind, word in OUTCOMES.items()
         )
         parts.append(
-            f'<section class="rates"><h2>{title}</h2><div>{bars}</div><ul>{figures}</ul><p>{note}; 95 % intervals over clips</p></section>'
+            f'<section class="rates"><h2>{title}</h2><div>{bars}</div><ul>{figures}</ul>'
+            f"<p>{note}; 95 % intervals over clips</p></section>"
         )
     return "".join(parts)

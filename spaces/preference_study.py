@@ -61,7 +61,8 @@ class PreferenceStudy:
         models = [model, *others]
         if not clips or not others or len(set(models)) < len(models) or len(set(clips)) < len(clips):
             raise ValueError(
-                f"`clips` and `others` must contain distinct names, got {len(clips)} clips and the models {models}."
+                "`clips` and `others` must each contain at least one name, without repetitions, got "
+                f"{len(clips)} clips and the models {models}."
             )
         self.clips = tuple(clips)
         self.model = model

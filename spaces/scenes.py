@@ -19,7 +19,7 @@ class Scene:
 
     history: np.ndarray  # (h, H, W, 3), uint8
     truth: np.ndarray  # (T, H, W, 3), uint8: the following frames; empty if unknown
-    recorded: np.ndarray | None = None  # (n, A): the actions that led to `truth`; only of examples
+    recorded: np.ndarray | None = None  # (n, A): the actions that led to `truth`; only for examples
 
 
 def examples(world: World) -> list[Scene]:

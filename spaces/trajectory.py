@@ -369,7 +369,7 @@ class TrajectoryPage:
         self._stop(request.session_hash)
 
     def _busy(self, shown: dict[str, Any]) -> dict[Any, Any]:
-        """Return the page while it predicts: progress instead of the last status, and no old results."""
+        """Return the updates at the start of a prediction: hide the old status and results."""
         return {
             self.stop: gr.Button(visible=True),
             self.results: gr.Column(visible=False),
@@ -378,7 +378,7 @@ class TrajectoryPage:
         }
 
     def _idle(self, status: str = "") -> dict[Any, Any]:
-        """Return the page while it does not predict, without plots and files."""
+        """Return the updates at the end of a prediction: show a status, and hide plots and files."""
         return {
             self.stop: gr.Button(visible=False),
             self.results: gr.Column(visible=False),

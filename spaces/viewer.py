@@ -22,7 +22,7 @@ TEMPLATE = """
 
 
 def viewer(empty: str, **kwargs: Any) -> gr.HTML:
-    """Create the component.
+    """Create a viewer component.
 
     Args:
         empty: Text shown while the value is None.

@@ -27,13 +27,14 @@ def read_action_file(path: str | Path, action_dim: int) -> np.ndarray:
     """Read actions (n, A), float64, from an uploaded .npy (without pickles), .csv or .json file.
 
     Raises:
-        ValueError: If the file has another format, or its actions are too many, not finite, or of another dimension.
+        ValueError: If the file has another format, or if there are too many actions, or they are not finite or do not have
+            `action_dim` components.
     """
     path = Path(path)
     if path.suffix.lower() not in ACTION_SUFFIXES:
         raise ValueError(f"actions must be a .npy, .csv or .json file, got {path.name!r}.")
     if path.stat().st_size > MAX_ACTION_BYTES:
-        raise ValueError(f"{path.name} is too large: an action file has at most {MAX_ACTION_BYTES >> 20} MB.")
+        raise ValueError(f"{path.name} is too large: an action file can have at most {MAX_ACTION_BYTES >> 20} MB.")
     try:
         actions = read_actions(path)
     except (ValueError, csv.Error, zipfile.BadZipFile, RecursionError, MemoryError, OverflowError) as error:
@@ -42,7 +43,7 @@ def read_action_file(path: str | Path, action_dim: int) -> np.ndarray:
         ) from error
     if actions.shape[1] != action_dim:
         raise ValueError(
-            f"{path.name} has {actions.shape[1]} numbers per row, but this model takes actions of {action_dim}."
+            f"{path.name} has {actions.shape[1]} numbers per row, but the actions of this model have {action_dim} components."
         )
     return check_actions(actions, path.name)
 
@@ -72,7 +73,7 @@ def read_picture(path: str | Path, size: tuple[int, int]) -> np.ndarray:
         The image (H, W, 3), uint8.
 
     Raises:
-        ValueError: If the file is too large, damaged, animated, or of another format, such as 16-bit depth.
+        ValueError: If the file is too large, damaged or animated, or has another format or bit depth.
     """
     path = Path(path)
     if (large := path.stat().st_size) > MAX_PICTURE_BYTES:
@@ -135,7 +136,9 @@ def _read_frames(path: Path) -> Iterator[np.ndarray]:
 
 def _check_pixels(height: int, width: int, path: Path) -> None:
     if height * width > MAX_FRAME_PIXELS:
-        raise TooLarge(f"{path.name} has {width}x{height} pixels: upload at most {MAX_FRAME_PIXELS >> 20} million.")
+        raise TooLarge(
+            f"{path.name} has {width}x{height} pixels: upload a video with at most {MAX_FRAME_PIXELS >> 20} million per frame."
+        )
 
 
 def fit(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:

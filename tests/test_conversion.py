@@ -310,7 +310,7 @@ def test_the_command_writes_a_pipeline(tmp_path, capsys):
     assert "--output must be a new or empty folder" in capsys.readouterr().err
     command[6], command[-1] = f"{tmp_path}/nowhere", tmp_path / "second"
     assert main(list(map(str, command))) == 2
-    assert "--vae must be an AutoencoderKL" in capsys.readouterr().err
+    assert "--vae must be the folder or Hub id of an AutoencoderKL" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
 

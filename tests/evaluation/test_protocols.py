@@ -99,7 +99,7 @@ def test_clips_of_each_protocol():
     assert starts(find_clips(dataset, PROTOCOLS["robonet"])) == robonet
     assert starts(find_clips(dataset, PROTOCOLS["robonet"], 3)) == robonet[::2]
     with pytest.raises(
-        ValueError, match="no episode of 'lengths' is as long as a clip of irasim-short, 1 history frame"
+        ValueError, match=r"no episode of 'lengths' is as long as a clip of irasim-short \(1 history frame"
     ):
         find_clips(Lengths(15, 3), PROTOCOLS["irasim-short"])
     with pytest.raises(ValueError, match="`num_clips` must be at least 1, got 0"):

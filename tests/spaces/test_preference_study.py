@@ -123,5 +123,5 @@ def test_invalid_answers_are_refused(rater, changes, choice, message, tmp_path):
 
 @pytest.mark.parametrize("changes", [{"clips": []}, {"others": []}, {"others": ["ours"]}, {"clips": ["x", "x"]}])
 def test_invalid_studies_are_refused(changes, tmp_path):
-    with pytest.raises(ValueError, match="`clips` and `others` must contain distinct names"):
+    with pytest.raises(ValueError, match="`clips` and `others` must each contain at least one name"):
         study(tmp_path, **changes)

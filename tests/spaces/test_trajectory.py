@@ -127,7 +127,7 @@ def npy(array, **kwargs):
 ACTIONS = np.array([[58.0, 334.0], [60.0, 300.0], [62.5, 280.0]])
 HUGE_HEADER = npy(np.zeros(0)).replace(b"(0,), ", b"(9999999999, 2), ")[:128]
 BAD_ACTIONS = [
-    ("a.npy", npy(np.zeros((3, 7))), "has 7 numbers per row, but this model takes actions of 2"),
+    ("a.npy", npy(np.zeros((3, 7))), "has 7 numbers per row, but the actions of this model have 2 components"),
     ("a.npy", npy(np.array([[1, np.nan]])), "row 1: every number must be finite"),
     ("a.npy", npy(np.array([{"a": 1}], dtype=object), allow_pickle=True), "no table of numbers"),
     ("a.npy", pickle.dumps([[1, 2]]), "no table of numbers"),
@@ -233,7 +233,7 @@ class TestFiles:
                 packet = av.Packet(file.getvalue())
                 packet.stream, packet.pts, packet.dts, packet.is_keyframe = stream, size, size, True
                 container.mux(packet)
-        with pytest.raises(ValueError, match="5000x5000 pixels: upload at most 16 million"):
+        with pytest.raises(ValueError, match="5000x5000 pixels: upload a video with at most 16 million"):
             read_clip(tmp_path / "a.avi", (8, 12), 5)
 
 

@@ -90,7 +90,7 @@ def test_hash_of_tensors_keeps_identities():
 def test_average_without_steps_raises(tmp_path):
     model = torch.nn.Linear(3, 2)
     save_file(dict(model.state_dict()), tmp_path / "ema.safetensors")
-    with pytest.raises(ValueError, match=r"`optimization_step` is missing in the metadata of ema\.safetensors"):
+    with pytest.raises(ValueError, match=r"metadata of ema\.safetensors must contain the number `optimization_step`"):
         load_average(EMAModel(model.parameters()), model, tmp_path)
 
 

@@ -40,7 +40,7 @@ def test_training_in_another_thread_keeps_the_handlers():
 
 def test_processes_that_do_not_belong_together_raise(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were started, and each would run alone"):
+    with pytest.raises(ValueError, match="2 processes were started, but each would train alone"):
         check_launch(argparse.Namespace(num_processes=1))
     check_launch(argparse.Namespace(num_processes=2))
 

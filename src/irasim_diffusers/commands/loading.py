@@ -51,7 +51,7 @@ def load_vae(name: str) -> AutoencoderKL:
     from ..training.pretrained import split_subfolder
 
     folder, subfolder = split_subfolder(name, "--vae")
-    wanted = "an AutoencoderKL, a folder or Hub id"
+    wanted = "the folder or Hub id of an AutoencoderKL"
     return load_checked("--vae", wanted, folder, AutoencoderKL, use_safetensors=True, subfolder=subfolder)
 
 

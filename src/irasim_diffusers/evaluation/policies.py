@@ -45,7 +45,7 @@ class PolicyEvaluation:
         policies: Policies by name. A value may also be a function without arguments that loads the policy lazily. All policies
             are loaded and called once before the first episode.
         real: The real environment: a Gymnasium vector environment with observations `pixels` (B, H, W, 3), uint8, and
-            usually `agent_pos`, and with `is_success` in `info`.
+            usually `agent_pos`, and with `is_success` in `info`; without the latter, termination counts as success.
         model: The environment of the world model, with the same number of rows. An episode starts from the first real frame of the
             same seed.
         output: Folder of the report and of the episodes.
@@ -73,7 +73,7 @@ class Episodes:
     Args:
         success: Whether an episode ended successfully (B,), bool.
         score: Largest reward of an episode (B,).
-        length: Steps of an episode (B,).
+        length: Number of steps of an episode (B,).
         frames: Observed frames (length + 1, H, W, 3), uint8, of each episode; empty if they were not recorded.
     """
 
@@ -143,6 +143,9 @@ def run_episodes(
         max_episode_steps: Steps after which an episode ends.
         starts: Starts of the rows, for environments of a world model. None if the seeds determine them.
         record: Keep the frames of the episodes in memory.
+
+    Returns:
+        The outcomes of the episodes.
 
     Raises:
         ValueError: If there are not as many seeds as rows, the policy fails, or an action or a reward is not finite.
@@ -233,7 +236,7 @@ def _check(evaluation: PolicyEvaluation) -> None:
             raise ValueError(f"the name of a policy must consist of letters, digits, '.', '-' and '_', got {name!r}.")
     seeds = list(evaluation.seeds)
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ValueError(f"`seeds` must be distinct non-negative integers, at least one, got {seeds[:8]}.")
+        raise ValueError(f"`seeds` must be one or more distinct non-negative integers, got {seeds[:8]}.")
     for name in ("max_episode_steps", "num_videos"):
         least = 1 if name == "max_episode_steps" else 0
         if getattr(evaluation, name) < least:
@@ -337,7 +340,7 @@ def _run_batch(evaluation: PolicyEvaluation, name: str, policy: Policy, batch: S
 
 
 def _check_actions(actions: np.ndarray, environment: VectorEnv, step: int) -> None:
-    """Raise ValueError if actions have the wrong shape, or exceed bounds by more than their width."""
+    """Raise ValueError if actions have another shape, or exceed a bound by more than the range width."""
     space: Any = environment.action_space
     if actions.shape != space.shape:
         raise ValueError(f"the policy must return actions {space.shape}, got {actions.shape} at step {step}.")
@@ -347,7 +350,8 @@ def _check_actions(actions: np.ndarray, environment: VectorEnv, step: int) -> No
     outside = (actions < space.low - width) | (actions > space.high + width)
     if outside.any():
         raise ValueError(
-            f"the policy must return actions near the bounds of the environment, got {actions[outside][0]:g} at step {step}."
+            "the policy must return actions within or near the bounds of the environment, got "
+            f"{actions[outside][0]:g} at step {step}."
         )
 
 
@@ -428,7 +432,8 @@ def policies_markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Policy evaluation",
         "",
-        f"{report['num_seeds']} seeds, the same for all policies and both environments. Intervals: 95 %, bootstrap over seeds.",
+        f"All policies use the same {report['num_seeds']} seeds in both environments. Intervals are 95 % bootstrap intervals over "
+        "seeds.",
         "",
         "| policy | success, real | success, model | score, real | score, model | same outcome |",
         "|---|---|---|---|---|---|",
@@ -451,7 +456,7 @@ def policies_markdown(report: dict[str, Any]) -> str:
             lines.append(f"| {label} | {' | '.join(cells)} |")
         lines += ["", "![success rates](success.png)"]
     if report.get("videos"):
-        lines += ["", "Episodes, real on the left, model on the right:", ""]
+        lines += ["", "Videos of episodes, with the real environment on the left and the model on the right:", ""]
         for name, entries in report["videos"].items():
             for each in entries:
                 outcomes = ", ".join(f"{place} {'success' if each[place] else 'failure'}" for place in ENVIRONMENTS)

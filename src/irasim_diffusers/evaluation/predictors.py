@@ -118,7 +118,7 @@ class EvaluationCounter:
 
 
 class WorldModelPredictor:
-    """Predictor with a world model. A clip's noise depends only on the seed and the clip's index.
+    """Predictor that uses a world model. A clip's noise depends only on the seed and the clip's index.
 
     Args:
         model: The world model: a pipeline, or any other object with the methods of `rollout.WorldModel`.
@@ -241,7 +241,7 @@ class WorldModelPredictor:
 
 
 class PipelinePredictor(WorldModelPredictor):
-    """Predictor with a pipeline; the noise of each clip has its own seeded generator.
+    """Predictor that uses a pipeline; the noise of each clip has its own seeded generator.
 
     Args:
         pipeline: The pipeline. Its `chunk_length` is used.
@@ -402,11 +402,12 @@ def _npz_header(path: Path, data: ClipData) -> tuple[tuple[int, ...], np.dtype]:
         raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`, got {sorted(found)}.")
     for name, (shape, kind) in found.items():
         # latents have fewer values than the frames, and a hash has at most 64 characters
-        limit, kinds = (256, "U") if name == "autoencoder.npy" else (8 * data.truth.size, "f")
+        is_hash = name == "autoencoder.npy"
+        limit, code, wanted = (256, "U", "text") if is_hash else (8 * data.truth.size, "f", "floating-point")
         size = math.prod(shape) * kind.itemsize
-        if name in ("latents.npy", "autoencoder.npy") and (kind.kind not in kinds or size > limit):
+        if name in ("latents.npy", "autoencoder.npy") and (kind.kind != code or size > limit):
             raise ValueError(
-                f"`{name.removesuffix('.npy')}` in {str(path)!r} must have kind {kinds!r} and at most {limit} bytes, got {shape}, {kind}."
+                f"`{name.removesuffix('.npy')}` in {str(path)!r} must be {wanted} with at most {limit} bytes, got {shape}, {kind}."
             )
     return found["frames.npy"]
 

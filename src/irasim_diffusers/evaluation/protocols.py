@@ -12,7 +12,7 @@ from ..data import EpisodeSource
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """Choice of the history frames of a dataset, and of the frames that are predicted and scored.
+    """Rules that determine which frames of a dataset are history, and which are predicted and scored.
 
     Results of different protocols are not comparable.
 
@@ -39,11 +39,11 @@ class EvaluationProtocol:
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        EvaluationProtocol("irasim-short", "1 history frame, 15 predicted, clips every 16 frames"),
+        EvaluationProtocol("irasim-short", "1 history frame, 15 predicted frames, a clip every 16 frames"),
         EvaluationProtocol(
             "irasim-short-release",
-            "1 history frame, 15 predicted, clips every 16 frames; PSNR and SSIM on gray frames after mp4 compression, as in the "
-            "script of the release",
+            "1 history frame, 15 predicted frames, a clip every 16 frames; PSNR and SSIM on gray frames after mp4 compression, as in "
+            "the script of the release",
             as_released=True,
         ),
         EvaluationProtocol(
@@ -51,7 +51,7 @@ PROTOCOLS = {
         ),
         EvaluationProtocol(
             "robonet",
-            "2 history frames, 10 predicted, 256x256, clips every 12 frames",
+            "2 history frames, 10 predicted frames, 256x256 pixels, a clip every 12 frames",
             history=2,
             predicted=10,
             stride=12,
@@ -177,9 +177,9 @@ def find_clips(
             if predicted > 0
         ]
     if not clips:
-        skipped = f" ({len(broken)} episodes cannot be read)" if broken else ""
+        skipped = f", and {len(broken)} episodes cannot be read" if broken else ""
         raise ValueError(
-            f"no episode of {dataset.name!r} is as long as a clip of {protocol.name}, {protocol.text}{skipped}: choose another "
+            f"no episode of {dataset.name!r} is as long as a clip of {protocol.name} ({protocol.text}){skipped}: choose another "
             "protocol."
         )
     if num_clips is None or num_clips >= len(clips):

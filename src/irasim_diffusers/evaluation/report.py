@@ -114,7 +114,8 @@ def write_report(
 def markdown(report: dict[str, Any]) -> str:
     """Format the report as Markdown."""
     parts = [
-        f"# {report['setting'].get('predictions') or report['setting'].get('model', 'Predictions')} on {report['setting'].get('dataset', 'clips')}",
+        f"# {report['setting'].get('predictions') or report['setting'].get('model', 'Predictions')} on "
+        f"{report['setting'].get('dataset', 'clips')}",
         f"Protocol {report['protocol']['name']}: {report['protocol']['text']}. {report['n']} clips. Means with bootstrap 95 % "
         "intervals over clips. The history is never scored. The ground truth consists of the raw frames.",
         _table(report),
@@ -208,8 +209,8 @@ def _faithfulness_text(found: dict[str, Any]) -> str:
         "Loss: decrease of the PSNR with altered actions."
     )
     maps = (
-        "![sensitivity](sensitivity.png)\n\nSensitivity: mean absolute pixel change (0 to 255) per standard deviation of one action "
-        "component."
+        "![sensitivity](sensitivity.png)\n\nSensitivity: mean absolute pixel change (0 to 255) per standard deviation of one "
+        "action component."
     )
     return "\n\n".join([f"**{found['verdict']['text']}**", table, explanation, maps])
 

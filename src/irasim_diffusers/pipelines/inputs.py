@@ -159,7 +159,7 @@ def check_steps(num_inference_steps: Any, config: Any) -> None:
     """Check the number of denoising steps.
 
     Args:
-        num_inference_steps: The number.
+        num_inference_steps: Number of denoising steps.
         config: The transformer's config.
 
     Raises:
@@ -247,7 +247,7 @@ def check_chunk(chunk_length: Any, config: Any, longest: float | None = None) ->
     """Return the number of actions per chunk.
 
     Args:
-        chunk_length: The number.
+        chunk_length: Requested number.
         config: Config of the transformer.
         longest: Maximum number; None for the number of predicted frames of a window. Ignored for Video-Ada and the U-Net.
 

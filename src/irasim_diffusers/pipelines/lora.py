@@ -18,7 +18,10 @@ MAX_RANK, MAX_ALPHA = 1 << 16, 1e6
 
 
 class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
-    """LoRA methods of diffusers' mixin for pipelines with LoRA layers in the transformer only (CogVideoX)."""
+    """Load, fuse and save LoRA layers of the transformer, and load a trained action encoder.
+
+    The methods are those of diffusers for CogVideoX, whose pipelines also have LoRA layers only in the transformer.
+    """
 
     def load_lora_weights(
         self,
@@ -63,7 +66,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         misshapen = [key for key, value in encoder.items() if key not in own or own[key].shape != value.shape]
         if misshapen:
             raise ValueError(
-                f"the action encoder in the file must have the shapes of this model's, got other shapes for {misshapen}."
+                f"the action encoder in the file must have the same shapes as this model's, got other shapes for {misshapen}."
             )
         self.load_lora_into_transformer(
             layers,
@@ -86,8 +89,8 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         """Raise ValueError for LoRA files saved by PEFT, whose `lora_alpha` is in a separate file."""
         if metadata is None and any(key.startswith("base_model.model.") for key in state_dict):
             raise ValueError(
-                "a LoRA file with keys `base_model.model.` needs the `lora_alpha` of its adapter_config.json: load it with PEFT and "
-                "save it with `pipe.save_lora_weights(..., transformer_lora_adapter_metadata=config.to_dict())`."
+                "a LoRA file with keys `base_model.model.` needs the `lora_alpha` of its adapter_config.json: load it with PEFT "
+                "and save it with `pipe.save_lora_weights(..., transformer_lora_adapter_metadata=config.to_dict())`."
             )
 
     def _check_layers(self, layers: dict[str, torch.Tensor]) -> None:
@@ -121,7 +124,11 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         return any(isinstance(module, BaseTunerLayer) and module.merged for module in self.transformer.modules())
 
     def _writable_weights(self) -> dict[str, torch.Tensor]:
-        """Return the transformer's own weights by their names without LoRA."""
+        """Return the weights of the transformer's own action encoder, under their names without LoRA.
+
+        Raises:
+            ValueError: If a weight is quantized or not in memory.
+        """
         transformer = unwrap_module(self.transformer)
         own = {
             key.replace(".base_layer.", "."): value
@@ -135,7 +142,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             raise ValueError(
                 "the action encoder can be replaced only if it is in memory and not quantized: `remove_all_hooks()` ends "
                 "sequential offload, which can be enabled again afterward; load LoRA before enabling group offload to disk; "
-                "pass a quantization config `modules_to_not_convert=['action_embed', 'trajectory_embed']`."
+                "set `modules_to_not_convert=['action_embed', 'trajectory_embed']` in the quantization config."
             )
         return own
 

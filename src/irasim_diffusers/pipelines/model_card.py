@@ -15,7 +15,7 @@ HOLD = {
 TEXT = """
 # {title}
 
-A world model of a robot: from {history} of {height}x{width} pixels and a sequence of actions it predicts the next
+A world model of a robot: from {history} of {height}x{width} pixels and a sequence of actions, it predicts the next
 frames, one per action. The model is {method}. It is a diffusers pipeline of
 irasim-diffusers. Install the package with `pip install .` in a clone of its repository.
 

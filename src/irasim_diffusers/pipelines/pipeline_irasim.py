@@ -155,12 +155,12 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the network is evaluated twice per step."""
+        """Whether guidance is enabled, which evaluates the network twice per step."""
         return self._guidance_scale > 1
 
     @property
     def num_timesteps(self) -> int:
-        """Number of steps of a call, over all windows."""
+        """Number of denoising steps of a call, over all windows."""
         return self._num_timesteps
 
     @property
@@ -623,7 +623,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         pixels = self.preprocess_frames(frames, resize)
         if len(pixels) not in (1, len(seeds)):
             raise ValueError(
-                f"`frames` must be one history, or {len(seeds)}, one per seed, got {len(pixels)} histories."
+                f"`frames` must be one history or {len(seeds)} histories, one per seed, got {len(pixels)}."
             )
         return self._start(pixels, seeds)
 

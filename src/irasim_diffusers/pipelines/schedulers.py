@@ -71,8 +71,9 @@ def check_scheduler(scheduler: Any, config: Any) -> None:
         number = getattr(scheduler.config, "num_train_timesteps", None)
         if not is_flow or found not in (None, "flow_prediction") or number != config.num_train_timesteps:
             raise ValueError(
-                f"`scheduler` must use rectified flow with num_train_timesteps={config.num_train_timesteps}, like the checkpoint, got "
-                f"{name} with prediction_type={found!r} and num_train_timesteps={number}: use `irasim_diffusers.models.noise_process(pipe.transformer.config)`."
+                f"`scheduler` must use rectified flow with num_train_timesteps={config.num_train_timesteps}, like the checkpoint, "
+                f"got {name} with prediction_type={found!r} and num_train_timesteps={number}: use "
+                "`irasim_diffusers.models.noise_process(pipe.transformer.config)`."
             )
         return
     settings = ", ".join(f"{key}={config[key]!r}" for key in PROCESS)
@@ -140,7 +141,7 @@ def set_timesteps(
 
     Args:
         scheduler: The scheduler.
-        num_inference_steps: Number of steps, if neither `timesteps` nor `sigmas` are given.
+        num_inference_steps: Number of steps, if neither `timesteps` nor `sigmas` is given.
         timesteps: Custom timesteps, for schedulers that accept them.
         sigmas: Custom sigmas, for schedulers that accept them.
         preferred: Timesteps of the checkpoint, used if `num_inference_steps` is their number. None for the scheduler's spacing.
@@ -176,7 +177,7 @@ def set_timesteps(
 
 
 def step_arguments(scheduler: Any, **arguments: Any) -> dict[str, Any]:
-    """Return those of the arguments that the scheduler's `step` accepts."""
+    """Return the given arguments that the scheduler's `step` accepts."""
     accepted = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in arguments.items() if name in accepted}
 

@@ -46,7 +46,7 @@ class RunArguments(EpisodeArguments):
         },
     )
     max_train_episodes: int | None = field(
-        default=None, metadata={"help": "train on at most this number of episodes of each dataset, the first ones"}
+        default=None, metadata={"help": "maximum number of training episodes per dataset; the first ones are used"}
     )
     streaming: bool = field(
         default=False,
@@ -56,7 +56,7 @@ class RunArguments(EpisodeArguments):
         default=False, metadata={"help": "use the latents that are stored with IRASim-format data"}
     )
     target_fps: float | None = field(
-        default=None, metadata={"help": "frame rate after skipping, instead of --frame_skip"}
+        default=None, metadata={"help": "frame rate after skipping frames, as an alternative to --frame_skip"}
     )
     cache_dir: str | None = field(
         default=None, metadata={"help": "folder of the latent cache (default: output_dir/latents)"}
@@ -77,32 +77,36 @@ class RunArguments(EpisodeArguments):
     crop_size: int | None = field(
         default=None,
         metadata={
-            "help": "train on square crops of this side (latent pixels) around moving patches; requires --spatial_position rope"
+            "help": "train on square crops of this side length (latent pixels) around moving patches; requires --spatial_position rope"
         },
     )
     rollout_chunks: int = field(
         default=0,
         metadata={
-            "help": "also train on the model's predictions: before the loss on a chunk, up to this many chunks are predicted "
-            "without gradient, and the last predicted frames are the history; each clip is extended by these chunks"
+            "help": "also train on predicted histories: up to this many chunks are predicted without gradient, and their last "
+            "frames are the history of the chunk with the loss; clips become longer by these chunks"
         },
     )
     rollout_start_step: int = field(default=0, metadata={"help": "step at which --rollout_chunks takes effect"})
     rollout_inference_steps: int = field(
-        default=1, metadata={"help": "denoising steps of the chunks that are predicted for --rollout_chunks"}
+        default=1, metadata={"help": "number of denoising steps of the chunks of --rollout_chunks"}
     )
     history_noise: float = field(
         default=0.0,
-        metadata={"help": "maximum standard deviation of the noise on history latents, against drift in rollouts"},
+        metadata={
+            "help": "maximum standard deviation of noise on the history latents, which reduces drift in rollouts"
+        },
     )
-    snr_gamma: float | None = field(default=None, metadata={"help": "gamma of min-SNR loss weights; the paper uses 5"})
+    snr_gamma: float | None = field(
+        default=None, metadata={"help": "gamma of min-SNR loss weights, for example 5 (default: equal weights)"}
+    )
     huber_c: float | None = field(
         default=None, metadata={"help": "scale of the pseudo-Huber loss (default: the loss is the squared error)"}
     )
     terminal_share: float = field(
         default=0.0,
         metadata={
-            "help": "fraction of windows at the last timestep, where sampling starts; other timesteps are uniform"
+            "help": "fraction of windows at the last timestep, where sampling starts; the other timesteps are drawn uniformly"
         },
     )
     action_dropout: float = field(
@@ -142,12 +146,15 @@ class RunArguments(EpisodeArguments):
     ema_decay: float = field(default=0.9999, metadata={"help": "decay of the averaged weights (EMA)"})
     ema_warmup: bool = field(
         default=True,
-        metadata={"help": "increase the EMA decay with the steps, for short runs; --no_ema_warmup keeps it constant"},
+        metadata={
+            "help": "increase the EMA decay to --ema_decay as 1 - (1 + step)^-0.75; --no_ema_warmup uses (1 + step) / (10 + step)"
+        },
     )
     mixed_precision: str | None = field(
         default=None,
         metadata={
-            "help": "no, fp16 or bf16 (default: the fp16 or bf16 of `accelerate launch`, else bf16 if the device supports it in hardware)"
+            "help": "no, fp16 or bf16 (default: the fp16 or bf16 of `accelerate launch`; without it, bf16 if the device supports "
+            "it in hardware)"
         },
     )
     allow_tf32: bool = field(default=False, metadata={"help": "allow TF32 matrix products"})
@@ -165,12 +172,14 @@ class RunArguments(EpisodeArguments):
     checkpoints_total_limit: int = field(default=2, metadata={"help": "maximum number of checkpoints that are kept"})
     validation_steps: int = field(default=2000, metadata={"help": "steps between validations"})
     num_validation_clips: int = field(default=16, metadata={"help": "number of validation clips"})
-    validation_inference_steps: int = field(default=16, metadata={"help": "denoising steps of the validation"})
+    validation_inference_steps: int = field(default=16, metadata={"help": "number of denoising steps in validation"})
     report_to: str | None = field(
         default=None, metadata={"help": "tracker of accelerate, for example tensorboard or wandb"}
     )
     push_to_hub: bool = field(default=False, metadata={"help": "push the trained model to the Hub, with a card"})
-    hub_model_id: str | None = field(default=None, metadata={"help": "repository (default: the name of output_dir)"})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Hub repository (default: the name of output_dir)"}
+    )
     seed: int = field(default=0, metadata={"help": "random seed"})
 
 
@@ -179,7 +188,7 @@ MAY_CHANGE = {
     *("logging_steps", "checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_model_id"),
     *("validation_dataset", "validation_split", "validation_steps", "num_validation_clips"),
     *("validation_inference_steps", "compile", "attention_backend", "gradient_checkpointing", "allow_tf32"),
-    # the names of the latent caches, which must not change, depend on these
+    # these determine the names of the latent caches, which must not change
     *("dataset", "dataset_revision", "streaming", "vae", "max_train_episodes"),
 }
 """Arguments that may change when a run is resumed."""
@@ -259,7 +268,7 @@ def check_run_arguments(arguments: RunArguments) -> None:
             f"`validation_inference_steps` must be in [1, 1000], got {arguments.validation_inference_steps}."
         )
     if arguments.optimizer == "adamw8bit" and not is_bitsandbytes_available():
-        raise ValueError("`optimizer` adamw8bit requires `pip install bitsandbytes`.")
+        raise ValueError("`optimizer` adamw8bit requires bitsandbytes: run `pip install bitsandbytes`.")
     if arguments.report_to not in (None, "all", *map(str, get_available_trackers())):
         raise ValueError(
             f"`report_to` {arguments.report_to} is not installed: run `pip install {arguments.report_to}`, or omit the argument."
@@ -281,7 +290,7 @@ def check_run_arguments(arguments: RunArguments) -> None:
 def _check_data_arguments(arguments: RunArguments) -> None:
     if len(arguments.dataset_weights) not in (0, len(arguments.dataset)):
         raise ValueError(
-            f"`dataset_weights` must be {len(arguments.dataset)} numbers, one per dataset, got {arguments.dataset_weights}."
+            f"`dataset_weights` must contain one number per dataset ({len(arguments.dataset)}), got {arguments.dataset_weights}."
         )
     held_out = os.path.realpath(arguments.validation_dataset or "")
     if held_out in map(os.path.realpath, arguments.dataset) and arguments.validation_split == arguments.split:
@@ -301,7 +310,9 @@ def check_frame_size(arguments: DataArguments) -> None:
         ValueError: If only one of them is given.
     """
     if (arguments.height is None) != (arguments.width is None):
-        raise ValueError("`height` and `width` must be given together.")
+        raise ValueError(
+            f"`height` and `width` must be given together, got {arguments.height} and {arguments.width}: pass both or none."
+        )
 
 
 def check_crop(crop_size: int | None, config: Mapping[str, Any]) -> None:
@@ -325,5 +336,5 @@ def check_crop(crop_size: int | None, config: Mapping[str, Any]) -> None:
         raise ValueError(f"`crop_size` must be a multiple of the patch size {config['patch_size']}, got {crop_size}.")
     if config["action_space"] == "absolute" and not config["target_extent"]:
         raise ValueError(
-            "`crop_size` with absolute actions requires `target_extent`, which shifts targets with the crop."
+            "`crop_size` with absolute actions requires `target_extent`, from which the shift of the targets is computed."
         )

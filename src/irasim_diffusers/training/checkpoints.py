@@ -147,7 +147,7 @@ def save_checkpoint(
     settings: dict[str, Any],
     add: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint under a temporary name, flush and rename it, and delete the oldest ones.
+    """Write a checkpoint under a temporary name, flush and rename it, and delete the oldest checkpoints.
 
     Checkpoints of this step and of later ones are replaced. Such checkpoints exist only if they are damaged.
 
@@ -165,7 +165,7 @@ def save_checkpoint(
         if add is not None:
             add(partial)
     except (OSError, SafetensorError, RuntimeError) as error:
-        # on a full disk, the incomplete files would take the last space
+        # on a full disk, the incomplete files would occupy the remaining space
         shutil.rmtree(partial, ignore_errors=True)
         hidden = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container"))
         if isinstance(error, RuntimeError) and hidden:  # torch.save hides the OSError
@@ -255,7 +255,9 @@ def load_average(ema: EMAModel, model: nn.Module, folder: Path) -> None:
     with safe_open(folder / "ema.safetensors", "pt") as file:
         steps = (file.metadata() or {}).get("optimization_step", "")
         if not steps.isdigit():
-            raise ValueError(f"`optimization_step` is missing in the metadata of ema.safetensors, got {steps!r}.")
+            raise ValueError(
+                f"the metadata of ema.safetensors must contain the number `optimization_step`, got {steps!r}."
+            )
         ema.optimization_step = int(steps)
         for name, shadow in zip(names, ema.shadow_params, strict=True):
             value = file.get_tensor(name).to(shadow.device)
@@ -265,5 +267,5 @@ def load_average(ema: EMAModel, model: nn.Module, folder: Path) -> None:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the full tensor of a sharded one."""
+    """Gather a sharded tensor; return any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -84,17 +84,22 @@ def check_data(sources: list[PreparedEpisodes], arguments: RunArguments) -> None
     """Check the arguments and the validation data against the training data, before encoding.
 
     Raises:
-        ValueError: If the action components, state features or frame sizes do not match, or if training and validation share episodes.
+        ValueError: If the action components, state features or frame sizes do not match, or if training and validation data
+            share episodes.
     """
     vectors = first_readable(sources[0], sources[0].vectors)
     action_dim = vectors["action"].shape[1]
     for name in ("action_scale", "action_offset"):
         values = getattr(arguments, name, [])
         if len(values) not in (0, 1, action_dim):
-            raise ValueError(f"`{name}` must be one number, or {action_dim}, got {values}.")
+            raise ValueError(
+                f"`{name}` must be one number or {action_dim} numbers, one per action component, got {values}."
+            )
     missing = [key for key in arguments.state_keys if key not in vectors]
     if missing:
-        raise ValueError(f"{sources[0].name!r} has no vector feature {missing[0]!r}; it has {sorted(vectors)}.")
+        raise ValueError(
+            f"`state_keys` must be among the vector features {sorted(vectors)} of {sources[0].name!r}, got {missing[0]!r}."
+        )
     if arguments.validation_dataset is None:
         return
     held_out = open_source(arguments.validation_dataset, arguments, arguments.validation_split, None, all_phases=False)

@@ -52,7 +52,7 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
         log_with=arguments.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
-        # the other processes wait while one encodes
+        # a process that has encoded its share of the data waits for the others
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -65,7 +65,7 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
 
 
 def default_mixed_precision() -> str:
-    """Return fp16 or bf16 of `accelerate launch`, else the fastest precision of the device."""
+    """Return the precision of `accelerate launch` if it is fp16 or bf16, else the fastest of the device."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":
         return launched
@@ -75,7 +75,7 @@ def default_mixed_precision() -> str:
 
 
 def fixed_settings(arguments: RunArguments, accelerator: Accelerator) -> dict[str, Any]:
-    """Return arguments, precision and number of processes, which must not change in a resumed run."""
+    """Return the settings that must not change when a run is resumed."""
     flags = {name: value for name, value in vars(arguments).items() if name not in MAY_CHANGE}
     return flags | {"mixed_precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
 
@@ -86,13 +86,13 @@ def default_settings(arguments: RunArguments) -> dict[str, Any]:
 
 
 def _check_accelerator(accelerator: Accelerator, arguments: RunArguments) -> None:
-    """Check what the distributed type supports, and keep raw actions in float32."""
+    """Check that the distributed type supports the arguments, and keep raw actions in float32 with FSDP."""
     if arguments.optimizer == "muon" and accelerator.mixed_precision == "fp16":
         raise ValueError("`optimizer` muon does not support `mixed_precision` fp16: use bf16 or no.")
     if accelerator.gradient_accumulation_steps != arguments.gradient_accumulation_steps:
         raise ValueError(
-            f"`gradient_accumulation_steps` is {arguments.gradient_accumulation_steps}, and accelerate was launched with "
-            f"{accelerator.gradient_accumulation_steps}: also pass it to `accelerate launch`, or remove it from the accelerate config."
+            f"`gradient_accumulation_steps` must be {accelerator.gradient_accumulation_steps} like that of `accelerate launch`, got "
+            f"{arguments.gradient_accumulation_steps}: pass the same value to both, or remove it from the accelerate config."
         )
     kind = accelerator.distributed_type
     if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -102,12 +102,17 @@ def _check_accelerator(accelerator: Accelerator, arguments: RunArguments) -> Non
     if kind == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
-            raise ValueError("FSDP must be version 2: use examples/accelerate_configs/fsdp2.yaml.")
+            raise ValueError(
+                f"FSDP must be version 2, got {plugin.fsdp_version}: use examples/accelerate_configs/fsdp2.yaml."
+            )
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast casts the inputs
     elif accelerator.state.deepspeed_plugin.zero_stage > 2:
-        raise ValueError("DeepSpeed must be ZeRO-1 or 2: use examples/accelerate_configs/zero2.yaml, or FSDP.")
+        raise ValueError(
+            f"the ZeRO stage of DeepSpeed must be at most 2, got {accelerator.state.deepspeed_plugin.zero_stage}: use "
+            "examples/accelerate_configs/zero2.yaml, or FSDP."
+        )
     else:  # DeepSpeed clips gradients itself
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = arguments.max_grad_norm
 
@@ -134,10 +139,10 @@ def lock_output(output: Path) -> None:
 
 
 def check_output_dir(output: Path) -> None:
-    """Check that an output folder is not a dataset, and that nothing in it prevents the checkpoints.
+    """Check that an output folder is not a dataset, and that no file in it blocks the checkpoints.
 
     Raises:
-        ValueError: If it contains a dataset, or another file has the name of a checkpoint or of a part of the pipeline.
+        ValueError: If it contains a dataset, or a file with the name of a checkpoint or of a subfolder of the pipeline.
     """
     for name in ("meta/info.json", "annotation", "dataset_info.json", "dataset_dict.json"):
         if (output / name).exists():

@@ -52,7 +52,7 @@ UNREADABLE = (
     UnpicklingError,
     SafetensorError,
 )
-"""Errors of loaders if the files of a checkpoint are intact but do not belong to this run."""
+"""Errors that the loaders raise if the files of a checkpoint are intact but do not belong to this run."""
 
 
 class TrainingRun:
@@ -183,8 +183,8 @@ class TrainingRun:
             raise  # the checkpoint is intact
         except UNREADABLE as error:
             raise ValueError(
-                f"{str(newest)!r} cannot be loaded: {type(error).__name__}: {error} If it is not a checkpoint of this run, delete it "
-                "to resume from an earlier one."
+                f"{str(newest)!r} cannot be loaded: {type(error).__name__}: {error} If it is not a checkpoint of this run, delete "
+                "it to resume from an earlier one."
             ) from error
         logger.info(f"resumed from {newest}")
 
@@ -228,7 +228,7 @@ class TrainingRun:
         self.batch_number += 1
 
     def _check_finite(self, norm: torch.Tensor | float | None) -> None:
-        """Raise FloatingPointError in every process if a step's loss or gradient norm is not finite in any.
+        """Raise FloatingPointError in all processes if a loss or gradient norm is not finite in one of them.
 
         The weights have not changed yet, except with DeepSpeed, which updates them in the backward pass. The values are read
         from the device once per step.
@@ -240,7 +240,7 @@ class TrainingRun:
         everywhere = self.accelerator.reduce(bad, "sum")  # a process that raised alone would leave the others waiting
         if not everywhere.sum().item():
             return
-        index = int(everywhere.nonzero()[0])  # the loss first: a loss that is not finite causes such gradients
+        index = int(everywhere.nonzero()[0])  # the loss first: if it is not finite, neither are the gradients
         name, value = list(values.items())[index]
         found = checkpoints(self.output)
         where = "" if bad[index] else ", and not finite in another process"
@@ -250,7 +250,7 @@ class TrainingRun:
         )
 
     def _finish_step(self, limit: float) -> None:
-        """Update averages, progress and log after a step."""
+        """Update the averaged weights, the progress bar and the log after a step."""
         accelerator = self.accelerator
         self.ema.step(self._trained_parameters())
         self.step += 1
@@ -289,8 +289,8 @@ def frozen_weights(transformer: torch.nn.Module) -> dict[str, str]:
 def _check_batch_size(arguments: RunArguments, clips: MixedClips, accelerator: Accelerator) -> None:
     if len(clips) < arguments.train_batch_size * accelerator.num_processes:
         raise ValueError(
-            f"`train_batch_size` times the number of processes must be at most the {len(clips)} windows, got "
-            f"{arguments.train_batch_size} for {accelerator.num_processes}: use a smaller batch."
+            f"`train_batch_size` times the number of processes must be at most the number of windows, {len(clips)}, got "
+            f"{arguments.train_batch_size} times {accelerator.num_processes}: use a smaller batch."
         )
 
 

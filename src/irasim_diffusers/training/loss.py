@@ -14,7 +14,7 @@ from .objective import NoiseProcess, diffusion_loss
 from .rollouts import crop, predict_chunk
 
 FULL_HISTORY = 0.7
-"""Fraction of the steps that use all history frames; the other steps draw the number uniformly."""
+"""Fraction of the steps that use all history frames; the other steps draw their number uniformly."""
 TRUE_HISTORY = 0.3
 """Fraction of clips that keep the true history in a rollout step."""
 
@@ -30,8 +30,8 @@ def training_loss(
 ) -> torch.Tensor:
     """Compute the loss of a batch of clips.
 
-    The numbers of history frames and of predicted chunks are drawn for each seed and step; noise, timesteps and action dropout
-    for each seed and clip of the run. The draws therefore do not depend on the number of processes.
+    The numbers of history frames and of predicted chunks depend only on the seed and the step; noise, timesteps and action
+    dropout depend only on the seed and the index of the clip in the run. None of them depends on the number of processes.
 
     Args:
         model: The model, possibly wrapped by accelerate; a `StateReadout` with `state_keys`.
@@ -124,7 +124,7 @@ def _draw_lengths(config: Any, arguments: RunArguments, step: int) -> tuple[int,
 
 
 def _draws(seed: int, position: int, batch_size: int, device: torch.device) -> Callable[..., torch.Tensor]:
-    """Return a function that draws uniform or normal numbers (B, ...) for clips; kinds are independent."""
+    """Return a function that draws random numbers (B, ...), independently for each clip and `kind`."""
 
     def draw(kind: int, *shape: int, normal: bool = False) -> torch.Tensor:
         generators = [np.random.default_rng([seed, 1, position + index, kind]) for index in range(batch_size)]

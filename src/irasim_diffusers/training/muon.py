@@ -16,12 +16,13 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class Muon(torch.optim.Optimizer):
     """The Muon optimizer (https://kellerjordan.github.io/posts/muon/), with the learning rate of AdamW.
 
-    It makes the steps of `torch.optim.Muon` with `match_rms_adamw`, and loads its state dict. That one orthogonalizes updates in bfloat16, which takes several times as long as the rest of a training step on a CPU that emulates bfloat16. This one uses
-    float32 on such a device.
+    It makes the same steps as `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, and can load its state dict.
+    `torch.optim.Muon` orthogonalizes updates in bfloat16, which takes several times as long as the rest of a training step on a
+    CPU that emulates bfloat16. This class uses float32 on such a device.
 
     Args:
-        params: Matrices.
-        lr: Learning rate of AdamW; the updates are scaled to its magnitude.
+        params: Matrices to optimize.
+        lr: Learning rate, as for AdamW; the updates are scaled to the magnitude of those of AdamW.
         weight_decay: Decoupled weight decay.
         momentum: Nesterov momentum.
     """
@@ -33,7 +34,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters; `closure` computes the loss again."""
+        """Update the parameters, and return the loss that `closure` recomputes."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -95,7 +95,7 @@ def min_snr_weights(scheduler: NoiseProcess, timesteps: torch.Tensor, gamma: flo
         ValueError: If the noise process is a flow.
     """
     if not isinstance(scheduler, DDPMScheduler):
-        raise ValueError("`snr_gamma` must be None for flow matching, which has no min-SNR weights.")
+        raise ValueError(f"`snr_gamma` must be None for flow matching, which has no min-SNR weights, got {gamma}.")
     snr = compute_snr(scheduler, timesteps)
     capped = snr.clamp_max(gamma)
     return {"epsilon": capped / snr, "v_prediction": capped / (snr + 1), "sample": capped}[
@@ -131,7 +131,7 @@ def diffusion_loss(
         relative_latents: Whether predicted latents are relative to the last history frame, as in the model's config.
         states: True states (B, F, S) with unit variance, for the readout.
         state_loss_weight: Weight of the mean squared error of the readout.
-        snr_gamma: Gamma of min-SNR weighting (the paper uses 5); None for equal weights.
+        snr_gamma: Gamma of `min_snr_weights`, for example 5; None for equal weights.
         huber_c: Scale c of the pseudo-Huber loss `2 c (sqrt(error^2 + c^2) - c)`, which is linear for errors much larger than c
             (https://arxiv.org/abs/2310.14189, section 3.3, and the training scripts of diffusers); None for the squared error.
 

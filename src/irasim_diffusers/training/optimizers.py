@@ -14,7 +14,11 @@ from .muon import Muon
 
 
 def build_optimizers(model: nn.Module, arguments: RunArguments) -> list[torch.optim.Optimizer]:
-    """Build AdamW for all trained parameters, or Muon for the blocks' matrices and AdamW for the rest."""
+    """Build AdamW for all trained parameters, or Muon for the blocks' matrices and AdamW for the rest.
+
+    Raises:
+        ValueError: If the optimizer is Muon and the model has no transformer blocks.
+    """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = {
         name: parameter
@@ -41,7 +45,7 @@ def build_schedules(
 ) -> list[Any]:
     """Build the learning rate schedule of each optimizer.
 
-    Accelerate advances a prepared schedule once per process, so that steps are multiplied by their number.
+    Accelerate advances a prepared schedule once per process, so the numbers of steps are multiplied by the number of processes.
     """
     return [
         get_scheduler(

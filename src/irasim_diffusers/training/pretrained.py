@@ -57,7 +57,7 @@ def load_vae(arguments: RunArguments) -> AutoencoderKL | None:
     vae = load_autoencoder(arguments.vae)
     if name is not None and is_pipeline(name, revision):
         if own is None:
-            raise ValueError(f"`vae` must be omitted: {name!r} is a pixel-space model.")
+            raise ValueError(f"`vae` must be omitted for the pixel-space model {name!r}, got {arguments.vae!r}.")
         if not same_latents(own, vae):
             raise ValueError(
                 f"`vae` must have the same latents as the autoencoder of {name!r}: omit it, or convert the model with "
@@ -82,7 +82,7 @@ def load_autoencoder(name: str, argument: str = "vae") -> AutoencoderKL:
     except Exception as error:  # the loaders raise errors of many types for damaged files
         reason = missing_reason(folder, error) or error
         raise ValueError(
-            f"`{argument}` must be an AutoencoderKL, a folder or Hub id, got {name!r}: {reason}"
+            f"`{argument}` must be the folder or Hub id of an AutoencoderKL, got {name!r}: {reason}"
         ) from error
 
 
@@ -97,7 +97,7 @@ def split_subfolder(name: str, argument: str) -> tuple[str, str | None]:
     folder, _, subfolder = name.rpartition(":")
     if not folder or (Path(folder).is_dir() and not (subfolder and (Path(folder) / subfolder).is_dir())):
         reason = f"there is no subfolder {subfolder!r}" if folder else "the name before the colon is empty"
-        raise ValueError(f"{argument} must be an AutoencoderKL, a folder or Hub id, got {name!r}: {reason}.")
+        raise ValueError(f"{argument} must be the folder or Hub id of an AutoencoderKL, got {name!r}: {reason}.")
     return folder, subfolder
 
 
@@ -137,5 +137,6 @@ def load_transformer(arguments: RunArguments) -> IRASimTransformer3DModel:
     except Exception as error:  # the loaders raise errors of many types for damaged files
         reason = missing_reason(name, error) or error
         raise ValueError(
-            f"`pretrained_model_name_or_path` must be a pipeline or an IRASimTransformer3DModel, got {name!r}: {reason}"
+            "`pretrained_model_name_or_path` must be the folder or Hub id of a pipeline or an IRASimTransformer3DModel, got "
+            f"{name!r}: {reason}"
         ) from error

@@ -63,14 +63,14 @@ def crop(
     """Cut the same square out of all frames of a clip, around a patch that changes in the last frame.
 
     Args:
-        latents: Windows (B, C, F, H, W).
+        latents: Latents of the clips (B, C, F, H, W).
         actions: Raw actions (B, n, A). Targets are shifted by the crop offset if the model has `target_extent`.
         config: The model's config.
         size: Side of the squares, in latent pixels, a multiple of the patch size.
         draws: Uniform numbers (B, 3) in [0, 1) that select the patch and its position in the square.
 
     Returns:
-        Windows (B, C, F, size, size) and actions (B, n, A).
+        Latents (B, C, F, size, size) and actions (B, n, A).
     """
     patch = config["patch_size"]
     change = (latents[:, :, -1] - latents[:, :, -2]).abs().sum(1)

@@ -26,7 +26,7 @@ def make_pipeline(
     Args:
         vae: Autoencoder; None for pixel space.
         transformer: The model.
-        scheduler_class: Class of the sampler, which is used unless the model is a flow (Euler steps) or has
+        scheduler_class: Class of the sampler; ignored for flow models (Euler steps) and for models with
             `scale_noisy_latents` (one DDIM step).
     """
     process = noise_process(transformer.config)

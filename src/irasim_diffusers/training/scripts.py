@@ -21,7 +21,7 @@ from ..version import INSTALL
 OTHER_RANK_DELAY = 5.0
 """Seconds that other processes wait before they print an error that the main process has probably printed."""
 REPEATED_SIGNAL_DELAY = 5.0
-"""Seconds in which a repeated Ctrl-C counts as the same one: the terminal and the launcher both forward it."""
+"""Seconds during which a repeated Ctrl-C counts as the first one: the terminal and the launcher both send it."""
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -40,7 +40,7 @@ def run_script(main: Callable[[], None]) -> None:
         threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     )
     if handled:
-        signal.signal(signal.SIGTERM, _terminate)  # worker processes then end, too
+        signal.signal(signal.SIGTERM, _terminate)  # so that worker processes end, too
     try:
         main()
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
@@ -131,18 +131,18 @@ def check_launch(accelerator: Accelerator) -> None:
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched > 1 and accelerator.num_processes == 1:
         raise ValueError(
-            f"{launched} processes were started, and each would run alone: use one, or check the launcher."
+            f"{launched} processes were started, but each would train alone: start one process, or check the launcher."
         )
     several = "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if several and "WORLD_SIZE" not in os.environ and accelerator.num_processes == 1:
         raise ValueError(
-            "`accelerate launch --cpu --num_processes N` starts one process only. Start several with `--config_file "
+            "`accelerate launch --cpu --num_processes N` starts only one process: start several with `--config_file "
             "examples/accelerate_configs/cpu.yaml`, or omit --num_processes."
         )
 
 
 def exit_without_extra(error: ModuleNotFoundError, extra: str) -> NoReturn:
-    """End a script in one line because an optional package cannot be imported.
+    """End a script with a one-line error because an optional package cannot be imported.
 
     Args:
         error: The error of the import.
