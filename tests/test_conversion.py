@@ -240,7 +240,7 @@ def test_code_in_a_file_is_never_executed(legacy, tmp_path):
         ({"ema": {"a": torch.zeros(1)}}, {}, "must contain IRASim weights"),
         ({"other": 3}, {}, r"contains no 'ema' weights, only \['other'\]"),
         ({"model": {"a": torch.zeros(1)}}, {}, r"contains no 'ema' weights, only \['model'\]"),
-        ({"ema": {"x_embedder.proj.weight": 3}}, {}, "contains no weights: it must have a dictionary of tensors"),
+        ({"ema": {"x_embedder.proj.weight": 3}}, {}, "contains no weights: it must contain a dictionary of tensors"),
         ({}, {"path": Path(__file__).parent}, "must be a checkpoint file, got .*, a folder"),
         (pickle.dumps(3), {}, "not a checkpoint that can be read safely"),
         (None, {}, "does not exist"),
@@ -362,7 +362,7 @@ def raising(error):
         (["--vae", "{folder}/eight"], "--vae must have 4 latent channels to match the weights, got .* with 8"),
         (["--config", "num_attention_heads=x"], "--config num_attention_heads must be int in JSON, got 'x'"),
         (["--config", "action_scale=[1,2"], r"--config action_scale must be float \| list\[float\] in JSON, got"),
-        (["--config", "num_attention_heads=0"], "`num_attention_heads` must be an integer of at least 1"),
+        (["--config", "num_attention_heads=0"], "--config num_attention_heads must be an integer of at least 1"),
         (["--config", "num_attention_heads=3", "action_dim=0"], "`action_dim` must be an integer of at least 1"),
     ],
 )

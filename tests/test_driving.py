@@ -200,12 +200,12 @@ def test_failed_step_keeps_the_target(session, monkeypatch):
     [
         (lambda session, _: session.step([[1.0, 2.0, 3.0]]), r"`actions` must be \(n, 2\)"),
         (lambda session, _: session.step([[1.0, float("nan")]]), "`actions` must be finite"),
-        (lambda session, _: session.step(np.zeros((17, 2))), "at most 16, got"),
+        (lambda session, _: session.step(np.zeros((17, 2))), "at most 16 actions, got"),
         (lambda session, _: session.drive([0.0, 0.0], 0), r"`num_frames` must be in \[1, 16\], got 0"),
         (lambda session, _: session.undo(-1), "`num_frames` must not be negative"),
         (lambda session, folder: session.save(folder / "a.mp4"), "no frames to save: call `drive` or `step` first"),
         (lambda session, _: session.steering.action([0.0, 1.5]), r"`command` must be in \[-1, 1\]"),
-        (lambda session, _: session.steering.action([0.0]), "`actions` must be"),
+        (lambda session, _: session.steering.action([0.0]), "`command` must be 2 finite numbers"),
         (lambda session, _: Steering(session.model.action_space), "`start` must be the current position"),
         (lambda session, _: DrivingSession(session.model, np.zeros((9, 9, 3)), session.steering), "`frames` must be"),
         (

@@ -348,7 +348,10 @@ BAD = [
     (bad_reset(options={"reset_mask": np.zeros(2, bool)}), "`reset_mask` must be bool .* at least one True"),
     (bad_reset(options={"reset_mask": np.ones(3, bool)}), "`reset_mask` must be bool"),
     (bad_reset(options={"reset_mask": np.ones(2)}), "`reset_mask` must be bool"),
-    (bad_reset(options={"reset_mask": np.array([True, False])}), "must include row 1, which has not been reset yet"),
+    (
+        bad_reset(options={"reset_mask": np.array([True, False])}),
+        "that have not been reset yet, got a mask without row 1",
+    ),
 ]
 
 

@@ -191,7 +191,7 @@ def test_policies_run_on_the_device_of_the_model(command, tmp_path, folder):
             "--loader must be MODULE:NAME of a callable, got 'missing:load': No module named",
         ),
         ({"loader": "my_policies:LOADER"}, "--loader must be MODULE:NAME of a callable, got 'my_policies:LOADER'"),
-        ({"loader": "math:pi"}, "--loader must be MODULE:NAME of a callable, got 'math:pi': a value of type float"),
+        ({"loader": "math:pi"}, "--loader must be MODULE:NAME of a callable, got 'math:pi', a value of type float"),
         ({"env": "Missing-v0"}, "--env 'Missing-v0' with"),
         ({"env": "CartPole-v1", "env-kwargs": "{}"}, "the observations of `real` must contain `pixels`"),
         ({"env-kwargs": "[1]"}, "--env-kwargs must be a JSON object, got '[1]'"),

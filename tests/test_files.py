@@ -134,7 +134,10 @@ def test_second_process_cannot_lock_a_folder(tmp_path):
     with files.locked_folder(tmp_path):
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 1
-    assert f"ValueError: {str(tmp_path)!r} is being written by another process: wait for it." in found.stderr
+    assert (
+        f"ValueError: {str(tmp_path)!r} is being written by another process: wait until it has finished."
+        in found.stderr
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

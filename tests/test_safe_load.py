@@ -193,7 +193,7 @@ FILES = {
         "UntypedStorage",
     ),
     "keys": (lambda path: archive(path, b"\x80\x02}" + nested(60) + b"Ns."), "keys are not names or numbers"),
-    "call of a list": (lambda path: archive(path, b"\x80\x02" + nested(60) + b")R."), "not weights or settings"),
+    "call of a list": (lambda path: archive(path, b"\x80\x02" + nested(60) + b")R."), "neither weights nor settings"),
     "memo": (lambda path: archive(path, entry(b"Nr\xff\xff\xff\x7f0")), "pickle instruction POP"),
     "large pickle": (lambda path: archive(path, b"\x80\x02" + b"}" * MAX_HEADER + b"."), "data.pkl must have 1 to"),
     "truncated": (lambda path: path.write_bytes(saved(path, {"ema": {}}).read_bytes()[:-9]), FORM),

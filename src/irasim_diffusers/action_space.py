@@ -26,7 +26,7 @@ Actions = TypeVar("Actions", np.ndarray, torch.Tensor)
 
 @dataclass(frozen=True)
 class ActionSpace:
-    """The action space of a checkpoint. All fields have one entry per component.
+    """The action space of a checkpoint. Tuples have one entry per component.
 
     Methods take and return arrays or tensors (..., A) of any batch shape.
     """
@@ -110,8 +110,8 @@ class ActionSpace:
             last_action: Actions (..., A), raw units.
 
         Returns:
-            Actions of the same shape. In an absolute space, they are the same targets. In a relative space, they are no motion;
-            components that are not motions, such as a gripper opening, are unchanged.
+            Actions (..., A): the same targets in an absolute space, and no motion in a relative one. Components that are not
+            motions, such as a gripper opening, are unchanged.
         """
         held = hold_action(torch.as_tensor(last_action), self.kind, self.derivation)
         return held if torch.is_tensor(last_action) else held.numpy()
@@ -150,7 +150,7 @@ class ActionSpace:
             Actions (B, n, A), float32.
 
         Raises:
-            ValueError: If actions are empty, ragged, of another dimension, not finite, or far outside the bounds.
+            ValueError: If actions are empty, ragged or not finite, do not have A components, or are far outside the bounds.
         """
         checked = prepare_actions(actions, len(self))
         limits = self._limits()
@@ -173,12 +173,12 @@ class ActionSpace:
         """Return the bounds as a `gymnasium.spaces.Box` (A,), float32.
 
         Raises:
-            ImportError: If gymnasium is not installed.
+            ImportError: If Gymnasium is not installed.
         """
         try:
             from gymnasium.spaces import Box
         except ImportError as error:
-            raise ImportError("`ActionSpace.box` needs Gymnasium: pip install gymnasium") from error
+            raise ImportError("`ActionSpace.box` requires Gymnasium: pip install gymnasium") from error
         low, high = np.array(self.low, dtype=np.float32), np.array(self.high, dtype=np.float32)
         return Box(low, high, dtype=np.float32)
 
@@ -195,7 +195,7 @@ class ActionSpace:
 
 
 def _entries(name: str, value: Any, size: int, default: Any) -> list[Any]:
-    """Return one entry of the config per component."""
+    """Expand a value of the config to one entry per component."""
     if not isinstance(value, list | tuple):
         return [default if value is None else value] * size
     if len(value) != size:

@@ -12,14 +12,14 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
     """Check raw actions and convert them to a batch.
 
     Args:
-        actions: Actions (n, A) or (B, n, A): numpy, torch or nested lists, in the units of the dataset.
+        actions: Actions (n, A) or (B, n, A): arrays, tensors or nested lists, in the units of the dataset.
         action_dim: Number of components A of the model's action space.
 
     Returns:
         Actions (B, n, A), float32.
 
     Raises:
-        ValueError: If actions are empty, ragged, of another dimension, or not finite.
+        ValueError: If actions are empty, ragged or not finite, or do not have A components.
     """
     wanted = f"`actions` must be (n, {action_dim}) or (batch, n, {action_dim})"
     try:
@@ -38,7 +38,7 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{wanted}, all numbers and all sequences of equal length: {error}.") from error
     if actions.ndim not in (2, 3) or 0 in actions.shape[:-1] or actions.shape[-1] != action_dim:
-        remedy = "there is nothing to predict" if 0 in actions.shape else "one row for each frame to predict"
+        remedy = "there is nothing to predict" if 0 in actions.shape else "pass one row for each frame to predict"
         raise ValueError(f"{wanted}, got {tuple(actions.shape)}: {remedy}.")
     if not torch.isfinite(actions).all():
         place = tuple(torch.nonzero(~torch.isfinite(actions))[0].tolist())
@@ -81,9 +81,9 @@ def derive_actions(states: np.ndarray, derivation: str) -> np.ndarray:
     - `"relative_euler"`: states are (x, y, z, roll, pitch, yaw, rest...) in meters and radians, with extrinsic xyz Euler angles.
       Actions are motions in the frame of the previous pose (paper, appendix 9): R[k-1]^T (p[k] - p[k-1]), the Euler angles of
       R[k-1]^T R[k], and the rest (such as the gripper opening) of the next frame.
-    - `"relative_6d"`: the same with the first two columns of the relative rotation matrix instead of its angles. They have no
-      singularity (https://arxiv.org/abs/1812.07035).
-    - `"relative_planar"`: the differences of states.
+    - `"relative_6d"`: the same, with the first two columns of the relative rotation matrix instead of Euler angles. This
+      representation has no singularities (https://arxiv.org/abs/1812.07035).
+    - `"relative_planar"`: the differences between successive states.
     - `"absolute"`: the next states.
 
     Args:
@@ -119,6 +119,9 @@ def integrate_actions(state: np.ndarray, actions: np.ndarray, derivation: str) -
 
     Returns:
         States (n + 1, S), float64, including the first one.
+
+    Raises:
+        ValueError: If the derivation is unknown, or the state is not finite or has too few components.
     """
     state, actions = np.asarray(state, dtype=np.float64), np.asarray(actions, dtype=np.float64)
     _check_derivation(derivation, state[None])

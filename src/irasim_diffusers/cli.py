@@ -21,7 +21,7 @@ from .commands.files import read_media as read_frames  # noqa: F401
 __all__ = ["main"]
 
 EXAMPLE_FLAG = re.compile(r"(?<![\w/-])--[a-z]+(?:_[a-z]+)+")
-"""Flags of the examples in messages of the library. The commands have the same flags, with hyphens."""
+"""Pattern of the example scripts' flags in error messages. The commands spell the same flags with hyphens."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments; None for the arguments of the process.
 
     Returns:
-        Exit status: 0 on success, 2 after an error, which is reported in one line on stderr, 130 after Ctrl-C, 143 after SIGTERM.
+        Exit status: 0 on success; 2 after an error, which is reported in one line on stderr; 130 after Ctrl-C; 143 after SIGTERM.
     """
     arguments, unknown = _parser().parse_known_args(argv)
     if unknown:  # print the usage of the command, not of `irasim` as argparse would

@@ -30,7 +30,7 @@ class DataArguments:
 
     @property
     def frame_size(self) -> tuple[int, int] | None:
-        """Height and width to which frames are resized; None keeps theirs."""
+        """Height and width to which frames are resized; None to keep their size."""
         return (self.height, self.width) if self.height and self.width else None
 
 

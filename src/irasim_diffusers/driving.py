@@ -24,8 +24,9 @@ from .rollout import RolloutState, WorldModel, roll
 class Steering:
     """Converts commands in [-1, 1] to actions of an action space.
 
-    A relative component becomes a motion proportional to the command. A target (absolute spaces, an arm's gripper) moves from its
-    last value and stays within the bounds of the space. The command 0 means no motion and an unchanged target.
+    A relative component becomes a motion proportional to the command. A target (a component of an absolute
+    space, or an arm's gripper) moves from its last value and stays within the bounds of the space. The command 0 means no
+    motion and an unchanged target.
 
     Args:
         action_space: The action space of the world model, `model.action_space`.
@@ -33,7 +34,7 @@ class Steering:
         start: Action (A,) for the robot's current position; required for spaces with targets.
 
     Raises:
-        ValueError: If `start` is missing for a space with targets, has another dimension, or is far outside the bounds.
+        ValueError: If `start` is missing for a space with targets, does not have A finite components, or is far outside the bounds.
     """
 
     def __init__(self, action_space: ActionSpace, speed: float = 1.0, start: Any = None) -> None:
@@ -44,8 +45,9 @@ class Steering:
                     f"`start` must be the current position ({', '.join(action_space.names)}) for absolute actions, got None."
                 )
             start = action_space.clip(np.zeros(len(action_space)))
+        start = _finite_vector("start", start, len(action_space))
         try:
-            self.start = action_space.prepare([start])[0, 0].double().numpy()
+            self.start = action_space.prepare(start[None])[0, 0].double().numpy()
         except ValueError as error:
             raise ValueError(str(error).replace("`actions`", "`start`")) from error
         self.last = self.start
@@ -62,12 +64,12 @@ class Steering:
             command: Numbers (A,) in [-1, 1], one per component.
 
         Raises:
-            ValueError: If the command has another dimension, is not finite, or is out of range.
+            ValueError: If the command does not have A finite components, or is out of range.
         """
-        command = prepare_actions([command], len(self.start))[0, 0].double().numpy()
+        command = _finite_vector("command", command, len(self.start))
         if np.abs(command).max() > 1:
             raise ValueError(f"`command` must be in [-1, 1], got {command.tolist()}.")
-        hold = self.hold()  # the last action may exceed the bounds, like the data
+        hold = self.hold()  # a start or a recorded action may exceed the bounds
         low, high = np.minimum(self.action_space.low, hold), np.maximum(self.action_space.high, hold)
         self.last = np.clip(hold + self.step * command, low, high)
         return self.last.copy()
@@ -91,7 +93,7 @@ class _Predicted:
 class DrivingSession:
     """Rollout that is steered while it is predicted, frame by frame, with undo and a recording.
 
-    The history is kept in latents and the frames as PNG, so that `max_frames` bounds the memory of a session. A session serves one
+    The history is kept as latents and the frames as PNG, so that `max_frames` bounds the memory of a session. A session serves one
     user: neither it nor its model may be used by two threads at once.
 
     Args:
@@ -105,7 +107,7 @@ class DrivingSession:
         resize: Resize the history to the model's frame size.
 
     Raises:
-        ValueError: If the history does not match the model, or is a batch of several.
+        ValueError: If `frames` does not match the model or contains several histories, or if `max_frames` is less than 1.
     """
 
     max_chunk = 16
@@ -155,13 +157,13 @@ class DrivingSession:
         self._sync_steering()
 
     def undo(self, num_frames: int = 1) -> PIL.Image.Image:
-        """Remove the last predicted frames, at most all in memory.
+        """Remove the last `num_frames` predicted frames, or all frames in memory if there are fewer.
 
         Returns:
             The new last frame.
 
         Raises:
-            ValueError: If the number is negative.
+            ValueError: If `num_frames` is negative.
         """
         if num_frames < 0:
             raise ValueError(f"`num_frames` must not be negative, got {num_frames}.")
@@ -197,7 +199,7 @@ class DrivingSession:
             actions: Actions (n, A) in raw units, n at most `max_chunk`.
 
         Returns:
-            n frames.
+            The n predicted frames.
 
         Raises:
             ValueError: If the actions do not match the model or are too many; the session is then unchanged.
@@ -211,7 +213,7 @@ class DrivingSession:
         checked = self.model.action_space.prepare(actions)
         if len(checked) != 1 or checked.shape[1] > self.max_chunk:
             raise ValueError(
-                f"`actions` must be one sequence of at most {self.max_chunk}, got {tuple(checked.shape[:2])}: pass "
+                f"`actions` must be one sequence of at most {self.max_chunk} actions, got {tuple(checked.shape[:2])}: pass "
                 "the rest in another call."
             )
         state = self._state()
@@ -224,7 +226,7 @@ class DrivingSession:
         return images
 
     def _state(self) -> RolloutState:
-        """Return the state after the frames in memory; its step gives the same noise again after undo."""
+        """Return the state after the frames in memory; frames predicted again after `undo` get the same noise."""
         state = self._before
         for each in reversed(list(islice(reversed(self._kept), self._history_length))):
             state = state.append(each.latents, self._history_length)
@@ -239,8 +241,8 @@ class DrivingSession:
             actions: The actions (n, A) in raw units that led to them.
 
         Raises:
-            ValueError: If there are no frames, their number differs from that of the actions, or one has another size; nothing
-                is then appended.
+            ValueError: If there are no frames, their number differs from that of the actions, or a frame has the wrong size. In
+                these cases, nothing is appended.
         """
         checked = self.model.action_space.prepare(actions)
         size = self.model.frame_size[::-1]
@@ -251,7 +253,7 @@ class DrivingSession:
             )
         images = [frame.convert("RGB") for frame in frames]
         pixels = np.stack([np.asarray(image) for image in images])[:, None]
-        pixels = pixels.repeat(self._first.latents.shape[2], axis=1)  # histories of a length that the model accepts
+        pixels = pixels.repeat(self._first.latents.shape[2], axis=1)  # as many frames as the first history
         latents = self.model.start(pixels, self._first.seeds * len(images)).latents[:, :, -1:]  # (n, C, 1, h, w)
         self._keep(images, checked[0], latents.transpose(0, 2))
         self._sync_steering()
@@ -287,6 +289,14 @@ class DrivingSession:
         with temporary_path(path.with_suffix(".npy")) as partial:
             np.save(partial, self.actions.astype(np.float32))
         return path, path.with_suffix(".npy")
+
+
+def _finite_vector(name: str, value: Any, size: int) -> np.ndarray:
+    """Convert an action or a command to an array (A,), float64; errors name the argument."""
+    try:
+        return prepare_actions([value], size)[0, 0].double().numpy()
+    except ValueError as error:
+        raise ValueError(f"`{name}` must be {size} finite numbers, one per action component, got {value}.") from error
 
 
 def _images(frames: torch.Tensor) -> list[PIL.Image.Image]:

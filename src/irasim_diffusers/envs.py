@@ -45,8 +45,8 @@ class WorldModelVectorEnv(VectorEnv):
     Args:
         model: A world model, such as `IRASimPipeline`.
         num_envs: Number of rows.
-        starts: `Start`s or their frames, one of which is drawn for each episode. None only with the
-            autoreset mode `DISABLED`; every reset must then pass `options={"frames": ...}`.
+        starts: `Start`s or their frames, one of which is drawn at random for each episode. If None, every reset must pass
+            `options={"frames": ...}`, and automatic resets raise an error.
         reward: Reward of each frame, see `FrameFunction`. If None, the reward is 0.
         success: Success of each frame, bool; it terminates the episode. If None, episodes never terminate.
         proprioception: Model that predicts the robot state from a frame.
@@ -209,7 +209,9 @@ class WorldModelVectorEnv(VectorEnv):
             )
         others = [str(row) for row in np.nonzero(~mask)[0] if self._states[row] is None]
         if others:
-            raise ValueError(f"`reset_mask` must include row {', '.join(others)}, which has not been reset yet.")
+            raise ValueError(
+                f"`reset_mask` must include all rows that have not been reset yet, got a mask without row {', '.join(others)}."
+            )
         return np.nonzero(mask)[0].tolist()
 
     def _check_start(self, start: Start) -> None:
@@ -221,7 +223,9 @@ class WorldModelVectorEnv(VectorEnv):
         composed = self._state_dim and self.proprioception is None
         if composed and (start.state is None or len(start.state) != self._state_dim):
             got = "none" if start.state is None else len(start.state)
-            raise ValueError(f"`state` of a start must have {self._state_dim} components, got {got}: pass `Start`s.")
+            raise ValueError(
+                f"`state` of a start must have {self._state_dim} components, got {got}: pass `Start`s with states."
+            )
 
     @torch.no_grad()
     def _begin(self, rows: list[int], starts: list[Start] | None = None) -> None:
@@ -322,7 +326,7 @@ class WorldModelVectorEnv(VectorEnv):
 
     @torch.no_grad()
     def _advance(self, rows: list[int], actions: np.ndarray) -> np.ndarray:
-        """Predict the next frame of rows; return their rewards (rows,)."""
+        """Predict the next frame of the running rows; return their rewards (rows,)."""
         commands = torch.from_numpy(actions.astype(np.float32))[:, None]  # (rows, 1, A)
         by_length: dict[int, list[int]] = {}  # histories are shorter after a start from fewer frames
         for index, row in enumerate(rows):
@@ -422,7 +426,7 @@ class WorldModelVectorEnv(VectorEnv):
 class WorldModelEnv(gymnasium.Env):
     """Single environment backed by a world model.
 
-    `reset(options={"frames": ...})` starts from the given history, (H, W, 3) or (h, H, W, 3), or `Start`. A step after the end of
+    `reset(options={"frames": ...})` starts from the given history (H, W, 3) or (h, H, W, 3), or from a `Start`. A step after the end of
     the episode raises an error.
 
     Args:

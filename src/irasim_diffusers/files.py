@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder is either complete or absent, also after a crash."""
+"""Atomic writes: a file or folder is either complete or absent, even after a crash."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)(?:-(?P<host>[0-9a-f]{8})-[0-9a-f]{8})?\.partial(?:\.[^.]+)?")
-"""Pattern of the names of temporary files and folders, with the process and the machine that write them."""
+"""Names of temporary files and folders, which contain the id of the writing process and a hash of the machine."""
 ABANDONED_AFTER = 24 * 3600
 """Seconds without a change after which the temporary file of another machine counts as abandoned."""
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Lock an existing folder, so that only one process at a time writes it.
+    """Lock an existing folder, so that only one process at a time writes to it.
 
-    The lock ends with the process. File systems without locks are not protected.
+    The lock also ends if the process is killed. Folders on Windows and on file systems without locks are not protected.
 
     Raises:
         ValueError: If another process has locked the folder.
@@ -44,7 +44,9 @@ def locked_folder(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{str(folder)!r} is being written by another process: wait for it.") from error
+            raise ValueError(
+                f"{str(folder)!r} is being written by another process: wait until it has finished."
+            ) from error
         except OSError:  # a file system without locks
             pass
         yield
@@ -54,10 +56,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _full_disk_named(path: Path) -> Iterator[None]:
-    """Name the file in the error of a full disk, which some writers do not."""
+    """Raise an OSError that names the file if the disk is full; the errors of some writers do not name it."""
     try:
         yield
-    except Exception as error:  # safetensors and PyArrow have their own types
+    except Exception as error:  # safetensors and PyArrow raise their own types
         if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
             raise
         raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
@@ -74,7 +76,7 @@ def temporary_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path next to `path`; rename it to `path` on success, delete it on an error.
 
     The file is flushed before it is renamed. The temporary name keeps the suffix, because many writers choose the
-    format by it. It is unique, so that several writers of one path do not disturb each other: the last one wins.
+    format by it. The name is unique, so that several processes can write to the same path: the last one wins.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +129,7 @@ def write_text(path: Path, text: str) -> None:
 def remove_abandoned(folder: str | os.PathLike) -> None:
     """Delete the temporary files and folders of killed processes, and keep those of running ones.
 
-    A process of another machine cannot be checked; its files count as abandoned after a day without a change.
+    A process on another machine cannot be checked; its files count as abandoned after a day without a change.
     """
     for path in Path(folder).glob(".*.partial*"):
         match = TEMPORARY.fullmatch(path.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def missing_reason(name: str, error: BaseException | None) -> str | None:
-    """Explain that a folder or repository does not exist; None if an error has another cause."""
+    """Explain that a folder or repository was not found; return None if the error has another cause."""
     from huggingface_hub import constants, errors
 
     if Path(name).exists():
@@ -17,7 +17,7 @@ def missing_reason(name: str, error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, (*missing, *unreachable)):
             offline = constants.HF_HUB_OFFLINE or isinstance(error, unreachable)
-            place = "in the cache of the Hub, which cannot be reached" if offline else "on the Hub or in its cache"
+            place = "in the local cache (the Hub cannot be reached)" if offline else "on the Hub or in the local cache"
             return f"the folder does not exist, and the model is not {place}."
         error = error.__cause__ or error.__context__
     return None

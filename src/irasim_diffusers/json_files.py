@@ -31,7 +31,7 @@ def parse_json(text: str, path: Path, line: int = 1, finite: bool = False) -> An
     Args:
         text: The text.
         path: The file, for error messages.
-        line: Number of the first line of the text in the file, from 1.
+        line: Line number of the start of the text in the file, counted from 1.
         finite: Whether to reject NaN, infinite values and numbers that exceed the range of a float.
 
     Raises:

@@ -5,7 +5,7 @@ from typing import Any, TypeGuard
 import torch
 
 MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
-"""Range of the scaling factor; latents in bfloat16 and float32 keep their digits within it."""
+"""Range of the scaling factor; latents in bfloat16 and float32 keep their precision within it."""
 MAX_SHIFT = 1e6
 
 
@@ -13,8 +13,9 @@ def check_latent_scaling(vae: Any) -> None:
     """Check the scaling of an autoencoder's latents.
 
     Raises:
-        ValueError: If the factor, the shift, or the mean and standard deviation of the channels are not numbers or are out of
-            range. The shift, and mean and standard deviation together, may be None.
+        ValueError: If the factor, the shift, or the mean or standard deviation of a channel is not a number or is out of range,
+            or if the autoencoder has both a shift and channel means. The shift may be None, and so may the means and standard
+            deviations together.
     """
     shift, factor, mean, std = latent_scaling(vae)
     if not _is_number(factor) or not MIN_FACTOR <= factor <= MAX_FACTOR:
@@ -45,9 +46,9 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def latent_scaling(vae: Any) -> tuple[Any, Any, Any, Any]:
-    """Return shift, factor, and mean and standard deviation of the channels.
+    """Return the shift, the factor, and the mean and standard deviation of the channels.
 
-    Each is as in the configuration, or None if absent.
+    Each value is read from the config; it is None if the config does not contain it.
     """
     names = ("shift_factor", "scaling_factor", "latents_mean", "latents_std")
     shift, factor, mean, std = (getattr(vae.config, name, None) for name in names)

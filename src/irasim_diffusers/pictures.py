@@ -12,14 +12,14 @@ FRAMES_AT_ONCE = 64
 
 
 def resize(frames: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-    """Resize frames, bilinear and antialiased.
+    """Resize frames with antialiased bilinear interpolation.
 
     Args:
         frames: Frames (..., C, H, W), floating point in any range, or uint8.
         size: Height and width.
 
     Returns:
-        Frames (..., C, *size) of the same type. Frames of this size are returned unchanged.
+        Frames (..., C, *size) of the same type. Frames that already have this size are returned unchanged.
     """
     if tuple(frames.shape[-2:]) == tuple(size):
         return frames
@@ -32,7 +32,7 @@ def resize(frames: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
 
 
 def resize_video(frames: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Resize a video (T, H, W, 3), uint8, to a height and width, bilinear and antialiased."""
+    """Resize a video (T, H, W, 3), uint8, to (height, width) with antialiased bilinear interpolation."""
     resized = resize(torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2), size)
     return resized.permute(0, 2, 3, 1).contiguous().numpy()
 

@@ -99,7 +99,7 @@ class ChunkPolicy:
 
 
 class LeRobotPolicy:
-    """Adapter for a LeRobot policy and its processors in this package's environments.
+    """Adapter that runs a LeRobot policy and its processors in this package's environments.
 
     Args:
         policy: The policy, such as `lerobot.policies.diffusion.DiffusionPolicy`.
@@ -126,7 +126,7 @@ class LeRobotPolicy:
     def from_pretrained(
         cls, name: str, action_space: ActionSpace, device: Any = None, task: str | None = None
     ) -> LeRobotPolicy:
-        """Load a policy and its processors. No code of the policy's repository is executed.
+        """Load a policy and its processors. No code from the policy's repository is executed.
 
         Args:
             name: Folder or Hub id of the policy.
@@ -163,7 +163,7 @@ class LeRobotPolicy:
             overrides = {"device_processor": {"device": device}}
             before, after = make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
         except Exception as error:  # the loaders raise errors of many types for damaged files
-            raise ValueError(f"{name!r} must be a policy of LeRobot: {error}") from error
+            raise ValueError(f"{name!r} must be a LeRobot policy: {error}") from error
         cameras = [key for key, feature in config.input_features.items() if feature.type.name == "VISUAL"]
         if len(cameras) != 1:
             raise ValueError(f"{name!r} must take one camera, got {', '.join(cameras) or 'none'}.")
@@ -217,7 +217,8 @@ def check_processor(path: Path, steps: Mapping[str, type]) -> None:
         steps: LeRobot's registered processor steps by name.
 
     Raises:
-        ValueError: If a step is not one of LeRobot's own registered steps, or loads code from another repository.
+        ValueError: If the file has no list `steps`, or a step is not one of LeRobot's own registered steps or loads code from
+            another repository.
     """
     content = read_json(path)
     entries = content.get("steps") if isinstance(content, dict) else None
@@ -229,7 +230,7 @@ def check_processor(path: Path, steps: Mapping[str, type]) -> None:
         if step is None or step.__module__.partition(".")[0] != "lerobot":
             found = name if "registry_name" in entry else entry.get("class")
             raise ValueError(
-                f"{path.name} must contain only registered steps of LeRobot, got {found!r}, which could execute any code: load "
+                f"{path.name} must contain only registered steps of LeRobot, got {found!r}, which could execute arbitrary code: load "
                 "the policy yourself and pass it to `LeRobotPolicy`."
             )
         if str(name).startswith(REMOTE_CODE_STEPS):
@@ -247,7 +248,7 @@ class PlannerPolicy:
 
     Args:
         model: The world model.
-        planner: A planner.
+        planner: The planner, see `irasim_diffusers.planning`.
         objective: Function that scores frames; higher is better.
         num_executed: Number of actions that are executed before the next plan.
         num_history_frames: Maximum number of observed frames from which the model starts.

@@ -1,4 +1,4 @@
-"""Load a world model with the models and start frames stored with it, and callables of the user."""
+"""Load world models with the models and start frames stored with them; import user-defined callables."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
     Returns:
         `model` and, if stored with it, `proprioception` (folder `proprioception/`), `reward` and `success` (a `FrameRegressor` in
         `reward/`), and `starts` (`starts.png`, one column of frames).
+
+    Raises:
+        ValueError: If the stored proprioception model or the start frames are invalid.
     """
     if not isinstance(model, str | Path):
         return {"model": model}
@@ -66,7 +69,7 @@ def _read_starts(path: str, size: tuple[int, int]) -> np.ndarray:
             width, height = image.size
             if width != size[1] or height % size[0]:
                 raise ValueError(
-                    f"it must be one column of frames of {size[1]}x{size[0]} pixels, got {width}x{height}"
+                    f"the image must be one column of frames of {size[1]}x{size[0]} pixels, got {width}x{height}"
                 )
             return np.asarray(image.convert("RGB")).reshape(-1, *size, 3)
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
@@ -84,7 +87,7 @@ def _stored_file(model: str | Path, name: str) -> str | None:
 
 
 def import_callable(argument: str, path: str) -> Callable[..., Any]:
-    """Import a callable of the user; its module may also be in the working folder.
+    """Import a user-defined callable; its module may be in the current working directory.
 
     Args:
         argument: Argument or flag to name in errors.
@@ -102,6 +105,6 @@ def import_callable(argument: str, path: str) -> Callable[..., Any]:
         raise ValueError(f"{argument} must be MODULE:NAME of a callable, got {path!r}: {error}.") from error
     if not callable(found):
         raise ValueError(
-            f"{argument} must be MODULE:NAME of a callable, got {path!r}: a value of type {type(found).__name__}."
+            f"{argument} must be MODULE:NAME of a callable, got {path!r}, a value of type {type(found).__name__}."
         )
     return found

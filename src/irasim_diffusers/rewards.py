@@ -18,7 +18,7 @@ from .pictures import resize
 from .rollout import WorldModel
 
 MAX_SIZE = 8192
-"""Maximum size in a config, which bounds the memory that a file can request."""
+"""Maximum value of each size in a config, which bounds the memory that a file can request."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -40,7 +40,7 @@ class GoalImage:
     """Similarity to a goal image: negative MSE, or cosine similarity of features (paper, appendix 12).
 
     Args:
-        goal: The goal: a PIL image, uint8 or [0, 1] array (H, W, 3), or tensor (3, H, W).
+        goal: RGB image: a PIL image, an array (H, W, 3) or a tensor (3, H, W), uint8 or in [0, 1].
         encoder: Function from frames (N, 3, H, W) in [0, 1] to features (N, ...), such as `pretrained_encoder(...)` or
             `FrameRegressor.features`. None for the MSE.
 
@@ -63,7 +63,7 @@ class GoalImage:
         """Score frames (B, n, 3, H, W); return (B, n), at most 0 for the MSE and at most 1 for the cosine.
 
         Raises:
-            ValueError: If the frames have another size than the goal.
+            ValueError: If the frames and the goal differ in size.
         """
         if tuple(frames.shape[-3:]) != tuple(self.goal.shape):
             raise ValueError(
@@ -108,6 +108,10 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         feature_dim: Number of features before the output layer.
         target: Name of the score (metadata only).
         success_threshold: Minimum score at which a frame counts as a success; None if no success is defined.
+
+    Raises:
+        ValueError: If a size is not a positive integer or is too large, the frames are too small for the number of stages, or the
+            threshold is not finite.
     """
 
     needs_pixels = True
@@ -163,7 +167,7 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         """Return the features (..., feature_dim) of frames (..., 3, H, W) in [0, 1].
 
         Raises:
-            ValueError: If the frames have another size than `frame_size`.
+            ValueError: If the size of the frames is not `frame_size`.
         """
         if tuple(frames.shape[-3:]) != (3, *self.frame_size):
             raise ValueError(
@@ -186,7 +190,9 @@ class FrameRegressor(ModelMixin, ConfigMixin):
             ValueError: If the regressor has no `success_threshold`.
         """
         if self.config.success_threshold is None:
-            raise ValueError("`success_threshold` of this regressor must be a score, got None: pass it to the class.")
+            raise ValueError(
+                "`success_threshold` of this regressor must be a score, got None: pass it to the constructor."
+            )
         return self(frames) >= self.config.success_threshold
 
 
@@ -240,8 +246,8 @@ def pretrained_encoder(
 
     Args:
         name_or_path: Hub id or folder.
-        mean: Mean of the RGB channels in the model's training.
-        std: Standard deviation of the RGB channels in the model's training.
+        mean: Mean of the RGB channels in the model's training data.
+        std: Standard deviation of the RGB channels in the model's training data.
 
     Returns:
         A function from frames (N, 3, H, W) in [0, 1] to pooled features (N, D).
@@ -269,7 +275,7 @@ def _image(goal: Any) -> torch.Tensor:
     else:
         array = np.asarray(goal)
         if array.ndim != 3:
-            raise ValueError(f"`goal` must be an RGB image (H, W, 3), got an array {array.shape}.")
+            raise ValueError(f"`goal` must be an RGB image (H, W, 3), got an array of shape {array.shape}.")
         pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))
     if pixels.dtype == torch.uint8:
         pixels = pixels.float() / 255

@@ -42,7 +42,7 @@ class RolloutState:
 
     @classmethod
     def first(cls, latents: torch.Tensor, seeds: Sequence[int]) -> RolloutState:
-        """Return the state of rollouts without predicted frames, from their histories (B, C, h, H, W)."""
+        """Return the initial state of rollouts from the latents (B, C, h, H, W) of their histories."""
         return cls(latents, tuple(int(seed) for seed in seeds), torch.zeros(len(latents), dtype=torch.int64))
 
     def __len__(self) -> int:
@@ -75,7 +75,7 @@ class RolloutState:
         if self.latents.shape[1:] != other.latents.shape[1:]:
             raise ValueError(
                 f"`other` must have latents of shape {tuple(self.latents.shape[1:])} per row, got "
-                f"{tuple(other.latents.shape[1:])}: start it from as many history frames."
+                f"{tuple(other.latents.shape[1:])}: start it from the same number of history frames."
             )
         latents, step, seeds = self.latents.clone(), self.step.clone(), list(self.seeds)
         latents[rows], step[rows] = other.latents.to(latents), other.step
@@ -184,6 +184,6 @@ def roll(
 
 
 def concatenate(states: list[RolloutState]) -> RolloutState:
-    """Return one state with the rows of several."""
+    """Concatenate the rows of several states."""
     latents, steps = torch.cat([state.latents for state in states]), torch.cat([state.step for state in states])
     return RolloutState(latents, tuple(seed for state in states for seed in state.seeds), steps)

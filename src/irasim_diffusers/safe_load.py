@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 MAX_HEADER = 1 << 21
-"""Maximum size of a pickle or safetensors header in bytes, which reading multiplies by up to 200 in memory."""
+"""Maximum size of a pickle or a safetensors header in bytes. Reading it takes up to 200 times as much memory."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 STORAGES = {  # bytes per element; other storages are rejected
@@ -54,7 +54,7 @@ LITERALS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "
 
 
 class Settings:
-    """An inert replacement of a settings object, such as an OmegaConf container. It ignores its contents."""
+    """Inert replacement for a settings object, such as an OmegaConf container. It discards the contents."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Settings:
         """Accept the arguments of any class."""
@@ -68,7 +68,7 @@ class Settings:
 
 
 def settings_dict(*args: Any) -> dict:
-    """Return an empty replacement of a `collections.defaultdict`."""
+    """Return an empty replacement for a `collections.defaultdict`."""
     return {}
 
 
@@ -97,7 +97,7 @@ class PickleOutline:
     """
 
     records: dict[str, int]
-    settings: set[str] = field(default_factory=set)  # names that `torch.load` must replace by `Settings`
+    settings: set[str] = field(default_factory=set)  # names that `torch.load` must replace with `Settings`
     stack: list[Any] = field(default_factory=list)
     marks: list[list[Any]] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
@@ -153,7 +153,7 @@ class PickleOutline:
             self.settings.add(full)
         elif full not in STORAGES and full not in CALLS:
             raise ValueError(
-                f"it refers to {full[:200]!r}, which is not weights or settings (for a file that you trust, save the weights "
+                f"it refers to {full[:200]!r}, which is neither weights nor settings (for a file that you trust, save the weights "
                 "alone with torch.save)"
             )
         return Global(full)
@@ -180,7 +180,7 @@ class PickleOutline:
         settings = isinstance(target, Global) and target.name in self.settings
         if name == "BUILD":  # torch's state dictionaries have the attribute `_metadata`
             if not isinstance(target, Settings) and not (type(target) is dict and list(argument) == ["_metadata"]):
-                raise ValueError("it sets attributes of an object that is not settings")
+                raise ValueError("it sets attributes of an object that is not a settings object")
         elif settings and target.name == "collections.defaultdict" and name == "REDUCE":
             self.stack[-1] = {}
         elif settings and target.name != "collections.defaultdict":
@@ -188,7 +188,7 @@ class PickleOutline:
         elif name == "REDUCE" and isinstance(target, Global) and target.name in CALLS:
             self.stack[-1] = CALLS[target.name](*argument)
         else:
-            raise ValueError("it creates an object that is not weights or settings")
+            raise ValueError("it creates an object that is neither weights nor settings")
 
     def _storage(self, identifier: Any) -> Storage:
         """Check a reference `("storage", type, key, location, numel)` against the size of the record."""
@@ -204,7 +204,7 @@ class PickleOutline:
 def _tensor(
     storage: Storage, offset: int, shape: tuple, stride: tuple, requires_grad: bool, hooks: dict
 ) -> tuple[int, ...]:
-    """Return the shape of a tensor, after a check that it fits into its storage and repeats no element."""
+    """Return the shape of a tensor after checking that it fits into its storage and repeats no element."""
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, Storage) or len(shape) != len(stride) or {*map(type, numbers)} != {int}:
         raise ValueError("it contains a tensor without a storage, shape or stride")
@@ -238,7 +238,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _parameter,
     "_codecs.encode": _latin1,  # bytes of numpy scalars
 }
-"""Functions that a pickle may call, and what they return in an outline."""
+"""Functions that a pickle may call, with their replacements in an outline."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     content = read_torch_file(path)
     if not isinstance(content, dict) or not all(type(key) is str for key in content):
-        raise ValueError(f"{str(path)!r} contains no weights: it must have a dictionary of tensors.")
+        raise ValueError(f"{str(path)!r} contains no weights: it must contain a dictionary of tensors.")
     return content
 
 
@@ -320,8 +320,8 @@ def _directory_start(path: Path, size: int) -> int:
     (56 bytes), its locator (20) and the end record (22).
     """
     message = (
-        "it is not one zip archive of torch.save (PyTorch 1.6 or newer), without other bytes before or after; "
-        "save an older file again with torch.save"
+        "it is not one zip archive of torch.save (PyTorch 1.6 or newer) without bytes before or after it; save an older file "
+        "again with torch.save"
     )
     with path.open("rb") as file:
         start = file.read(4)
@@ -355,7 +355,9 @@ def check_weights(state: dict[str, torch.Tensor], path: Path) -> None:
                 f"{str(path)!r} must have floating-point weights of 16 to 64 bits, got {tensor.dtype}: {key}."
             )
     if (size := sum(tensor.nbytes for tensor in state.values())) > path.stat().st_size:
-        raise ValueError(f"{str(path)!r} has weights that share memory: {size} bytes, more than the file.")
+        raise ValueError(
+            f"{str(path)!r} has weights that share memory: they need {size} bytes, more than the file has."
+        )
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -368,7 +370,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     if path.is_dir():
         files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
     if not files or not all(file.is_file() for file in files):
-        raise ValueError(f"`path` must be a safetensors file or a folder with some, got {str(path)!r}.")
+        raise ValueError(f"`path` must be a safetensors file or a folder that contains such files, got {str(path)!r}.")
     state: dict[str, torch.Tensor] = {}
     for file in files:
         with file.open("rb") as opened:

@@ -34,7 +34,7 @@ class Start:
         try:
             pixels = np.asarray(frames)
         except ValueError as error:
-            raise ValueError(f"`frames` must all have one size: {error}.") from error
+            raise ValueError(f"`frames` must all have the same size: {error}.") from error
         pixels = pixels[None] if pixels.ndim == 3 else pixels
         if pixels.ndim != 4 or pixels.dtype != np.uint8 or pixels.shape[-1] != 3 or 0 in pixels.shape:
             raise ValueError(
@@ -55,7 +55,7 @@ class EpisodeStarts(Sequence[Start]):
 
     Args:
         episodes: A data source of `irasim_diffusers.data`, such as `open_dataset(path)`.
-        num_frames: History frames of a start.
+        num_frames: Number of history frames of a start.
         first_frame: Index of the first history frame in its episode.
         state_key: Key of the robot state, such as `observation.state`. None for starts without states.
     """
@@ -69,7 +69,11 @@ class EpisodeStarts(Sequence[Start]):
         return len(self.episodes)
 
     def __getitem__(self, index: Any) -> Start:  # type: ignore[override]
-        """Decode the start of one episode."""
+        """Decode the start of one episode.
+
+        Raises:
+            ValueError: If the episode has no state `state_key`.
+        """
         window = self.episodes.window(int(index), self.first_frame, self.num_frames)
         if self.state_key is None:
             return Start(window.frames)

@@ -326,11 +326,11 @@ BAD = [
     (["--protocol", "irasim-short-release"], "sides divisible by 16"),
     (["--published", "robonet"], "`published` must be one of"),
     (["--pad-actions-to", "4"], "action components of .* must be 3 like the model's, got 4: use a dataset or model"),
-    (["--split", "train"], "`split` must be one of"),
-    (["--dataset", "nowhere"], "`dataset` must be a folder or a Hub id"),
+    (["--split", "train"], "--split must be one of"),
+    (["--dataset", "nowhere"], "--dataset must be a folder or a Hub id"),
     (["--predictions", "nowhere"], "--predictions must be a folder, got 'nowhere'"),
     (["--i3d", "nowhere.pt"], "`i3d` must be the file i3d_torchscript.pt"),
-    (["--ways", "1"], "`ways` must be at least 2, got 1"),
+    (["--ways", "1"], "--ways must be at least 2, got 1"),
     (["--model", "nowhere"], "--model must be a pipeline folder or Hub id"),
 ]
 

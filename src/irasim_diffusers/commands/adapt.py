@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .dataset import add_dataset_flags, frame_size, open_dataset
-from .files import check_flag_ranges, check_name, check_output_folder
+from .files import check_flag_ranges, check_name, check_output_folder, named_flags
 from .loading import load_checked, load_vae
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ LIMITS = {
 }
 """Lowest and highest value of each flag; the highest bounds the memory that a flag can request."""
 EPISODES = 32
-"""Maximum number of episodes to which a new autoencoder is fitted."""
+"""Maximum number of episodes to which the patch layers are fitted for a new autoencoder."""
 FRAMES = 16
-"""Frames per episode."""
+"""Number of frames per episode."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -46,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
     add("--patch-size", type=int, help="side of the patches in latent pixels")
     add(
         "--vae",
-        help="new autoencoder, fitted to frames of --dataset: folder or Hub id, optionally with ':<subfolder>'",
+        help="new autoencoder: folder or Hub id, optionally with ':<subfolder>'; patch layers are fitted to frames of --dataset",
     )
     add("--action-dim", type=int, help="number of action components; the action encoder is reinitialized")
     add(
@@ -70,7 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     model, wanted = arguments.model, "a pipeline folder or Hub id"
     pipeline = load_checked("--model", wanted, model, IRASimPipeline, dtype=torch.float32)
-    transformer, vae = _adapted(arguments, pipeline)
+    with named_flags(model="--model", other="--vae", action_frequencies="--action-frequencies"):
+        transformer, vae = _adapted(arguments, pipeline)
     with temporary_folder(arguments.output) as partial:
         finished_pipeline(vae, transformer, load_sampler(arguments.model)).save_pretrained(partial)
     config = transformer.config

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from .files import check_name, check_output_folder
+from .files import check_name, check_output_folder, named_flags
 from .loading import load_vae
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="convert pretrained weights to a pipeline",
-        description="Convert pretrained weights to a pipeline folder. Released IRASim checkpoints keep their predictions; Open-Sora "
-        "(STDiT3) and Latte weights initialize a training. No code in the files is executed.",
+        description="Convert pretrained weights to a pipeline folder. Released IRASim checkpoints keep their predictions; "
+        "Open-Sora (STDiT3) and Latte weights are initial weights for training. No code in the files is executed.",
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
         default="irasim",
         help="origin of the weights (default: %(default)s)",
     )
-    add("--checkpoint", type=Path, required=True, help=".pt file of the release, or safetensors file or folder")
+    add("--checkpoint", type=Path, required=True, help=".pt file of the release, or a safetensors file or folder")
     add(
         "--dataset",
         choices=("rt1", "bridge", "languagetable"),
@@ -116,9 +116,8 @@ def _load_transformer(
     released = {name: getattr(arguments, name) for name in ("dataset", "weights", "final_frame_ada")}
     options = released if arguments.source == "irasim" else {}
     try:
-        return loaders[arguments.source](arguments.checkpoint, report=report, **options, **config)
-    except ValueError as error:
-        raise ValueError(str(error).replace("`path`", "--checkpoint")) from error
+        with named_flags(path="--checkpoint", weights="--weights", num_attention_heads="--config num_attention_heads"):
+            return loaders[arguments.source](arguments.checkpoint, report=report, **options, **config)
     except (TypeError, ZeroDivisionError, RuntimeError) as error:  # raised by layers for invalid sizes
         if config and not isinstance(error, torch.OutOfMemoryError):
             raise ValueError(f"--config must define a model, got {' '.join(arguments.config)!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""`irasim data`: write episodes as a LeRobotDataset, and publish it."""
+"""`irasim data`: convert episodes to a LeRobotDataset, and publish it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def add_parser(subparsers: Any) -> None:
     """Add `data` to the subparsers of `irasim`."""
     parser = subparsers.add_parser(
         "data",
-        help="write clips as a LeRobotDataset, or publish them",
+        help="convert clips to a LeRobotDataset, and publish it",
         description="Convert clips in any format that train.py reads to a LeRobotDataset v3.0 with a card. --push-to-hub publishes "
         "the dataset. Run the same command again to resume.",
     )

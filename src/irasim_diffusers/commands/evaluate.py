@@ -23,6 +23,7 @@ LIMITS = {
     "frame_skip": (1, None),
     "pad_actions_to": (1, 1024),
     "faithfulness_clips": (0, None),
+    "ways": (2, None),
 }
 """Lowest and highest value of each flag; the highest bounds the memory that a flag can request."""
 
@@ -32,9 +33,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="score predictions of recorded clips, and how well the model follows its actions",
-        description="Score a model, or predictions in a folder, on recorded clips by a named protocol: the paper's metrics, "
-        "action faithfulness, plots. Run the same command again to resume; under `accelerate launch -m irasim_diffusers.cli "
-        "evaluate` several processes share the clips.",
+        description="Score a model, or predictions in a folder, on recorded clips with a named protocol. The report "
+        "contains the paper's metrics, action faithfulness and plots. Run the same command again to resume. Under `accelerate "
+        "launch -m irasim_diffusers.cli evaluate`, several processes share the clips.",
     )
     parser.set_defaults(run=run)
     add_dataset_flags(parser, None, *PREPARED, "skip_broken")
@@ -45,7 +46,11 @@ def add_parser(subparsers: Any) -> None:
         help="pipeline folder or Hub id (default: the embedded Push-T model); with --predictions, only its autoencoder is used",
     )
     add("--predictions", type=Path, help="score the files <clip>.npz or <clip>.mp4 in this folder instead of a model")
-    add("--protocol", default="irasim-short", help="irasim-short, irasim-short-release, irasim-long or robonet")
+    add(
+        "--protocol",
+        default="irasim-short",
+        help="irasim-short, irasim-short-release, irasim-long or robonet (default: %(default)s)",
+    )
     add("--num-clips", type=int, help="clips to score, spread evenly over the data (default: all)")
     add("--output", type=Path, default=Path("irasim-evaluation"), help="folder to write (default: %(default)s)")
     add("--save-predictions", type=Path, help="folder for the predictions, in the format of --predictions")
@@ -63,16 +68,20 @@ def add_parser(subparsers: Any) -> None:
         nargs="?",
         const="",
         metavar="ALEXNET",
-        help="compute LPIPS; weights: file or org/name:file (default: download)",
+        help="compute LPIPS, with AlexNet weights from a file or org/name:file (default: download)",
     )
-    add("--inception", metavar="WEIGHTS", help="compute FID with pytorch-fid's weights: file or org/name:file")
+    add("--inception", metavar="WEIGHTS", help="compute FID with pytorch-fid's weights, a file or org/name:file")
     add(
         "--i3d",
         metavar="FILE",
         help="compute FVD with StyleGAN-V's i3d_torchscript.pt; loading this file executes code in it",
     )
     add("--batch-size", type=int, default=8, help="number of windows predicted together (default: %(default)s)")
-    add("--resize", action="store_true", help="resize frames to the model's size, and predictions to the truth's")
+    add(
+        "--resize",
+        action="store_true",
+        help="resize frames to the model's size, and predictions to the size of the true frames",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

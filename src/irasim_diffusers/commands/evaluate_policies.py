@@ -32,7 +32,7 @@ LIMITS = {
     "max_episode_steps": (1, 100_000),
     "batch_size": (1, 1024),  # all episodes of a batch are in memory
     "steps": (1, 1000),
-    "first_seed": (0, 2**31 - 1),  # environments may take 32-bit seeds
+    "first_seed": (0, 2**31 - 1),  # some environments accept only 32-bit seeds
     "num_videos": (0, None),
 }
 """Lowest and highest value of each flag; except for the seed, the highest bounds the memory and the time that a flag can request."""
@@ -44,8 +44,8 @@ def add_parser(subparsers: Any) -> None:
         "evaluate-policies",
         help="compare the success rates of policies in the model and in a real environment",
         description="Run policies from the same starts in a Gymnasium environment and in the world model, and report success rates "
-        "and how well they agree. Run the same command again to resume; under `accelerate launch -m irasim_diffusers.cli "
-        "evaluate-policies` several processes share the episodes.",
+        "and how well they agree. Run the same command again to resume. Under `accelerate launch -m irasim_diffusers.cli "
+        "evaluate-policies`, several processes share the episodes.",
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
@@ -161,7 +161,7 @@ def _find_loader(path: str | None) -> Callable[..., Policy]:
 def _policy_files(path: str, loader: str | None) -> Path | None:
     """Return the file or folder of a policy, downloaded from the Hub if necessary.
 
-    The result is None if only the loader knows the policy.
+    The result is None if `path` does not exist and a custom loader interprets it.
     """
     from ..policies import policy_folder
 

@@ -1,4 +1,4 @@
-"""Values of flags: files of frames and actions, outputs, names and numbers."""
+"""Read and check the values of flags: frames, actions, outputs, names and numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import json
 import re
 import tempfile
 import tokenize
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def check_output(path: Path, suffix: str, inputs: Sequence[Path | None] = ()) ->
 
 
 def check_output_folder(path: Path, flag: str = "--output", empty: bool = False) -> None:
-    """Check that a folder can be written, and remove what killed commands left next to it.
+    """Check that a folder can be written, and remove the temporary files of killed commands next to it.
 
     Args:
         path: The folder; it need not exist.
@@ -208,7 +209,7 @@ def check_output_folder(path: Path, flag: str = "--output", empty: bool = False)
 
 
 def check_flag_ranges(arguments: argparse.Namespace, limits: Mapping[str, tuple[int, int | None]]) -> None:
-    """Check flags that are integers; a flag without a value is accepted.
+    """Check that integer flags are in range; a flag that is not given is accepted.
 
     Args:
         arguments: The flags.
@@ -223,6 +224,22 @@ def check_flag_ranges(arguments: argparse.Namespace, limits: Mapping[str, tuple[
             raise ValueError(f"{flag} must be at least {least}, got {value}.")
         if value is not None and most is not None and value > most:
             raise ValueError(f"{flag} must be at most {most}, got {value}.")
+
+
+@contextmanager
+def named_flags(**flags: str) -> Iterator[None]:
+    """Name flags in errors instead of the arguments of the library.
+
+    Args:
+        flags: Flag by name of the argument, such as `start="--start"`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for name, flag in flags.items():
+            message = message.replace(f"`{name}` ({flag})", flag).replace(f"`{name}`", flag)
+        raise ValueError(message) from error
 
 
 def check_name(flag: str, path: Path | str) -> None:

@@ -30,11 +30,16 @@ def add_parser(subparsers: Any) -> None:
     add_sampling_flags(parser, dtype="float32")
     add = parser.add_argument
     add("--actions", type=Path, help=".npy, .csv or .json of actions (n, A), in the units of the model's action space")
-    add("--output", type=Path, default=Path("irasim.mp4"), help="mp4 to write; a .png strip is written next to it")
+    add(
+        "--output",
+        type=Path,
+        default=Path("irasim.mp4"),
+        help="mp4 to write; a film strip (.png) is written next to it (default: %(default)s)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Check the input, predict, write the video and the strip, and print the timing."""
+    """Check the input, predict, write the video and the film strip, and print the timing."""
     start = time.perf_counter()
     strip_path = arguments.output.with_suffix(".png")
     rows = frame_files(arguments)

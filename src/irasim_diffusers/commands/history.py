@@ -27,10 +27,10 @@ def add_history_flags(parser: argparse.ArgumentParser) -> None:
         "--frames",
         nargs="+",
         metavar="FILE",
-        help="image, or video that starts with the history frames; for several cameras one file each, in the order of the "
-        "model's `cameras`. Without this config entry the files are stacked vertically; left.mp4,right.mp4 joins two horizontally",
+        help="image, or video that starts with the history frames; for several cameras, one file each, in the order of the "
+        "model's `cameras`. Without this config entry, the files are stacked vertically; left.mp4,right.mp4 joins two horizontally",
     )
-    add("--history", type=int, help="history frames taken from a video (default: the model's maximum)")
+    add("--history", type=int, help="number of history frames to take from a video (default: the model's maximum)")
     add("--resize", action="store_true", help="resize the frames to the model's size")
 
 
@@ -62,7 +62,8 @@ def tile_views(views: list[list[np.ndarray]], cameras: list[list[str]] | None) -
         cameras: Camera names of the checkpoint, in rows; None uses the rows of `views`.
 
     Raises:
-        ValueError: If the checkpoint has another number of cameras, or the frames do not form a rectangle.
+        ValueError: If the checkpoint has a different number of cameras, the videos differ in length, or the frames do not form a
+            rectangle.
     """
     from ..data import tile
 

@@ -28,7 +28,7 @@ def load_checked(flag: str, wanted: str, name: str, kind: Any, remedy: str = "",
         options: Options of `from_pretrained`.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        ValueError: If it cannot be loaded, or its weights are invalid.
     """
     try:
         with quiet_loading() as messages:

@@ -1,4 +1,4 @@
-"""`irasim plan`: plan actions that reach a goal."""
+"""`irasim plan`: plan actions that reach a goal image or a high reward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from .files import check_flag_ranges, check_output, read_media
+from .files import check_flag_ranges, check_output, named_flags, read_media
 from .history import add_history_flags, frame_files
 from .loading import load_reward
 from .sampling import add_sampling_flags, check_sampling_flags, open_start
@@ -46,8 +46,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan",
         help="choose actions that lead to a goal image",
-        description="Plan actions with the world model: the last predicted frame must be similar to the goal image, or "
-        "have a high reward. Writes the actions, and a video and a strip of the predicted frames.",
+        description="Plan actions with the world model, so that the last predicted frame is similar to a goal image or has a high "
+        "reward. Writes the actions, and a video and a film strip of the predicted frames.",
     )
     parser.set_defaults(run=run)
     add_history_flags(parser)
@@ -56,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
     add("--goal", type=Path, help="goal image, or video whose last frame is the goal")
     add(
         "--encoder",
-        help="folder or Hub id of a vision model of transformers: compare features of the goal instead of pixels",
+        help="folder or Hub id of a transformers vision model, whose features are compared instead of pixels",
     )
     add("--reward", help="folder or Hub id of a FrameRegressor, instead of --goal")
     add(
@@ -70,14 +70,23 @@ def add_parser(subparsers: Any) -> None:
     add("--candidates", type=int, help="cem, mppi, lines: number of action sequences per iteration (default: 50)")
     add("--iterations", type=int, help="cem, mppi, gradient: number of iterations (default: 5)")
     add("--std", type=float, help="cem, mppi: initial standard deviation in normalized units (default: 1)")
-    add("--knots", type=int, help="cem, mppi: number of sampled time points, with interpolation (default: all)")
+    add(
+        "--knots",
+        type=int,
+        help="cem, mppi: number of sampled time points; other actions are interpolated (default: all)",
+    )
     add("--radius", type=float, help="lines: length of the lines, in the units of the actions")
     add("--batch-size", type=int, default=64, help="number of candidates predicted together (default: %(default)s)")
-    add("--output", type=Path, default=Path("irasim-plan.mp4"), help="mp4 to write, with .csv actions and .png strip")
+    add(
+        "--output",
+        type=Path,
+        default=Path("irasim-plan.mp4"),
+        help="mp4 to write; the actions (.csv) and a film strip (.png) are written next to it (default: %(default)s)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Check the input, plan, and write the actions, the video and the strip."""
+    """Check the input, plan, and write the actions, the video and the film strip."""
     start = time.perf_counter()
     rows = frame_files(arguments)
     inputs = [arguments.goal, *(path for row in rows for path in row)]
@@ -95,14 +104,17 @@ def run(arguments: argparse.Namespace) -> None:
     check_flag_ranges(arguments, LIMITS)
     if arguments.std is not None and not 0 < arguments.std < float("inf"):
         raise ValueError(f"--std must be positive and finite, got {arguments.std}.")
-    planner = _planner(arguments)
+    with named_flags(num_knots="--knots"):
+        planner = _planner(arguments)
     goal = None if arguments.goal is None else read_media(arguments.goal, "--goal")[-1]
     pipeline, video, history = open_start(arguments)
     objective, goal = _objective(arguments, goal, pipeline)
-    init = _initial(arguments, pipeline)
+    with named_flags(radius="--radius"):
+        init = _initial(arguments, pipeline)
     loaded = time.perf_counter()
     state = pipeline.start(video[:history], [arguments.seed], arguments.resize)
-    with tqdm(desc="planning", unit="candidate", total=_num_candidates(arguments)) as bar:
+    target = named_flags(objective="--goal" if arguments.reward is None else "--reward")
+    with target, tqdm(desc="planning", unit="candidate", total=_num_candidates(arguments)) as bar:
         plan = planner(pipeline, state, Progress(objective, bar), init)
     seconds = time.perf_counter() - loaded
     _write(arguments.output, plan, goal, pipeline)
@@ -113,7 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class Progress:
-    """An objective that advances a progress bar by the number of candidates of each call."""
+    """Wrapper of an objective that advances a progress bar by the number of scored candidates."""
 
     def __init__(self, objective: Any, bar: tqdm) -> None:
         self.objective, self.bar = objective, bar
@@ -177,7 +189,7 @@ def _planner(arguments: argparse.Namespace) -> Any:
 def _objective(
     arguments: argparse.Namespace, goal: np.ndarray | None, pipeline: IRASimPipeline
 ) -> tuple[Any, np.ndarray | None]:
-    """Return the objective, and the goal image (H, W, 3) in the model's size."""
+    """Return the objective, and the goal image (H, W, 3) in the model's size; None instead for a reward."""
     import PIL.Image
 
     from ..rewards import GoalImage, pretrained_encoder
@@ -237,7 +249,7 @@ def _initial(arguments: argparse.Namespace, pipeline: IRASimPipeline) -> torch.T
 
 
 def _write(path: Path, plan: Plan, goal: np.ndarray | None, pipeline: IRASimPipeline) -> None:
-    """Write the actions, the strip, and the video with the goal next to the plan."""
+    """Write the actions, the film strip, and the video with the goal next to the plan."""
     from ..data import write_video
     from ..files import temporary_path
     from ..pictures import film_strip

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 
 from .. import embedded_checkpoint
-from .files import check_flag_ranges, check_output, read_actions
+from .files import check_flag_ranges, check_output, named_flags, read_actions
 from .history import add_history_flags, frame_files
 from .keys import SAME_KEYS, key_command, key_controls
 from .sampling import add_sampling_flags, check_sampling_flags, open_start
@@ -43,7 +43,13 @@ def add_parser(subparsers: Any) -> None:
     add_history_flags(parser)
     add_sampling_flags(parser, dtype="auto")
     add = parser.add_argument
-    add("--start", type=float, nargs="+", metavar="VALUE", help="action to start from, if actions are absolute")
+    add(
+        "--start",
+        type=float,
+        nargs="+",
+        metavar="VALUE",
+        help="current position as an action; required for absolute actions",
+    )
     add(
         "--speed",
         type=float,
@@ -84,7 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.script is None:
             rate, interrupted = play(session, arguments.chunk_length)
         else:
-            rate = follow(session, arguments.script, arguments.chunk_length)
+            with named_flags(script="--script"):
+                rate = follow(session, arguments.script, arguments.chunk_length)
         pace = f", {rate:.1f} frames/s"
     finally:  # also after a signal
         if len(session):
@@ -107,10 +114,12 @@ def _open_session(arguments: argparse.Namespace) -> DrivingSession:
     config = pipeline.transformer.config
     if start is not None and len(start) != config.action_dim:
         raise ValueError(f"--start must have {config.action_dim} values, one per action component, got {len(start)}.")
+    with named_flags(start="--start"):
+        steering = Steering(pipeline.action_space, arguments.speed, start)
     return DrivingSession(
         pipeline,
         video[:history],
-        Steering(pipeline.action_space, arguments.speed, start),
+        steering,
         arguments.seed,
         num_inference_steps=arguments.steps,
         resize=arguments.resize,
@@ -196,7 +205,7 @@ def _read_part(text: str, session: DrivingSession) -> tuple[set[str], int]:
     pressed = match[1].split("+") if match else []
     if not match or set(pressed) - {"hold", *names}:
         raise ValueError(
-            f"`script` must consist of parts such as right*10, keys joined by + and a number of frames, got {text!r}; the keys are "
+            f"`script` must consist of parts such as up+right*10 (keys and a number of frames), got {text!r}; the keys are "
             f"hold, {', '.join(names)}."
         )
     return {names[key] for key in pressed if key != "hold"}, int(match[2] or 1)

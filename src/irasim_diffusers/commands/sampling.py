@@ -82,7 +82,7 @@ def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
     Call `check_sampling_flags` first.
 
     Raises:
-        ValueError: If the pipeline or the LoRA weights cannot be loaded, or a flag does not fit the pipeline.
+        ValueError: If the pipeline or the LoRA weights cannot be loaded, or a flag is not compatible with the pipeline.
     """
     import torch
 
@@ -132,7 +132,7 @@ def _check_steps(scheduler: Any, steps: int) -> None:
     try:
         scheduler.set_timesteps(steps)
     except ValueError as error:
-        raise ValueError(f"--steps {steps} does not fit {type(scheduler).__name__}: {error}") from error
+        raise ValueError(f"--steps {steps} is not supported by {type(scheduler).__name__}: {error}") from error
     if scheduler.timesteps.max() >= most:  # `steps_offset` moves the timesteps
         raise ValueError(f"--steps must be less than {steps} for the {type(scheduler).__name__} of this model.")
 
@@ -144,7 +144,7 @@ def open_start(arguments: argparse.Namespace) -> tuple[IRASimPipeline, np.ndarra
         The pipeline, the video (T, H, W, 3), uint8, and the number of its history frames.
 
     Raises:
-        ValueError: If a file cannot be read, or the flags do not fit the pipeline.
+        ValueError: If a file cannot be read, or a flag is not compatible with the pipeline.
     """
     views = read_views(frame_files(arguments))  # before the model is loaded
     pipeline = load_pipeline(arguments)

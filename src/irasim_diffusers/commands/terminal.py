@@ -34,7 +34,7 @@ def check_terminal() -> None:
     """Check that standard input and output are a terminal that can be read key by key.
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If one of them is not, or on Windows.
     """
     if importlib.util.find_spec("termios") is None:
         raise ValueError("driving with keys requires a Unix terminal, got Windows: use WSL, or --script.")

@@ -41,7 +41,7 @@ RELEASED_DATASETS: dict[str, dict[str, Any]] = {
         "fps": 10.0,
     }
 }
-"""Latent size and action space of the datasets of the released checkpoints, as in the released data classes."""
+"""Latent size, action space and frame rate of each released dataset, as in the dataset classes of the release."""
 
 EMA_DRIFT = 1e-3
 """Tolerance for position tables. The release also applies EMA to its fixed tables, which changes them by about 2e-4."""
@@ -85,7 +85,7 @@ def load_released_irasim(
         path: `.pt` file with `model` and `ema`, or with the weights only.
         dataset: `"rt1"`, `"bridge"` or `"languagetable"`.
         final_frame_ada: Whether the final layer is conditioned on the actions. False for the published files.
-        weights: `"ema"` or `"model"`.
+        weights: Which weights to load: `"ema"` or `"model"`.
         report: Filled with the mapping of the tensors.
         config: Config entries that replace derived ones, such as `num_attention_heads` for a width that is not in the paper.
 
@@ -93,7 +93,7 @@ def load_released_irasim(
         The model, float32, in evaluation mode.
 
     Raises:
-        ValueError: If the file is not such a checkpoint, or if tensors are unknown, missing or of another shape (up to 100
+        ValueError: If the file is not such a checkpoint, or if tensors are unknown or missing, or have the wrong shape (up to 100
             are listed).
     """
     if dataset not in RELEASED_DATASETS:
@@ -112,11 +112,9 @@ def _read_state(path: Path, weights: str) -> dict[str, torch.Tensor]:
     elif all(torch.is_tensor(value) for value in content.values()):
         state = content
     else:
-        raise ValueError(
-            f"{str(path)!r} contains no {weights!r} weights, only {sorted(content)}: choose other `weights`."
-        )
+        raise ValueError(f"{str(path)!r} contains no {weights!r} weights, only {sorted(content)}: change `weights`.")
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
-        raise ValueError(f"{str(path)!r} contains no weights: it must have a dictionary of tensors.")
+        raise ValueError(f"{str(path)!r} contains no weights: it must contain a dictionary of tensors.")
     check_weights(state, path)
     renamed = {key.removeprefix("module."): value for key, value in state.items()}
     if len(renamed) < len(state):

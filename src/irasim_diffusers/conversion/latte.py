@@ -34,7 +34,7 @@ def load_latte(
 ) -> IRASimTransformer3DModel:
     """Load the weights of Latte-1, except its text layers, as initial weights.
 
-    Before training, the model computes the same as Latte without cross-attention and ignores the actions.
+    Before training, the model computes the same function as Latte without cross-attention and ignores the actions.
 
     Args:
         path: The folder `transformer`, or its safetensors file.
@@ -45,7 +45,7 @@ def load_latte(
         The model, float32.
 
     Raises:
-        ValueError: If tensors are unknown, missing or of another shape (up to 100 are listed).
+        ValueError: If tensors are unknown or missing, or have the wrong shape (up to 100 are listed).
     """
     state = read_safetensors(Path(path))
     require(state, "Latte", {"pos_embed.proj.weight": 4, "proj_out.weight": 2, "adaln_single.linear.weight": 2})

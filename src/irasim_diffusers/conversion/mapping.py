@@ -18,7 +18,7 @@ Conversion: TypeAlias = dict[str, torch.Tensor] | str | None
 Converter: TypeAlias = Callable[[str, torch.Tensor, IRASimTransformer3DModel], Conversion]
 
 MAX_NEW_ELEMENTS = 1 << 29
-"""Maximum number of parameters that are missing in a file. The largest action encoder of the paper has 3e8."""
+"""Maximum number of parameters that a file may lack. The largest action encoder of the paper has 3e8."""
 MAX_PROBLEMS = 100
 
 
@@ -44,18 +44,18 @@ def require(state: dict[str, torch.Tensor], family: str, dimensions: dict[str, i
         dimensions: Number of dimensions of each required tensor.
 
     Raises:
-        ValueError: If a tensor is missing or has another number of dimensions.
+        ValueError: If a tensor is missing or has the wrong number of dimensions.
     """
     missing = [key for key, number in dimensions.items() if key not in state or state[key].ndim != number]
     if missing:
         raise ValueError(
             f"the file must contain {family} weights, got {len(state)} tensors in which {missing} are missing or have "
-            "another number of dimensions."
+            "the wrong number of dimensions."
         )
 
 
 def count(state: dict[str, torch.Tensor], prefix: str) -> int:
-    """Return the number of blocks with tensor names that start with `prefix`."""
+    """Return the number of blocks whose tensor names start with `prefix`."""
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
 
 
@@ -129,7 +129,7 @@ def is_action(key: str) -> bool:
 
 
 def zero_actions(model: IRASimTransformer3DModel) -> None:
-    """Zero the action embeddings, so that a converted model initially computes the same as its source."""
+    """Zero the action embeddings, so that the model initially computes the same function as its source."""
     encoder = getattr(model, "trajectory_embed", model.action_embed)
     for parameter in (encoder.linear_2.weight, encoder.linear_2.bias, model.null_action):
         torch.nn.init.zeros_(parameter)
@@ -168,7 +168,7 @@ def build(
         The model, float32.
 
     Raises:
-        ValueError: If the config is invalid, or if tensors are unknown, missing, not finite, or of another shape.
+        ValueError: If the config is invalid, or if tensors are unknown, missing or not finite, or have the wrong shape.
     """
     check_config(config)
     with torch.device("meta"):

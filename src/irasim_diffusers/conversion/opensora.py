@@ -45,8 +45,8 @@ def load_opensora(
 ) -> IRASimTransformer3DModel:
     """Load the weights of Open-Sora 1.2 (STDiT3), except its text layers, as initial weights.
 
-    Before training, the model computes the same as STDiT3 without cross-attention and ignores the actions: the last layer of
-    the action encoder and the null action are zero. Sample it with `FlowMatchEulerDiscreteScheduler`.
+    Before training, the model computes the same function as STDiT3 without cross-attention and ignores the actions: the last
+    layer of the action encoder and the null action are zero. Sample with `FlowMatchEulerDiscreteScheduler`.
 
     Args:
         path: `model.safetensors`, or a folder that contains it.
@@ -58,7 +58,7 @@ def load_opensora(
         The model, float32.
 
     Raises:
-        ValueError: If tensors are unknown, missing or of another shape (up to 100 are listed).
+        ValueError: If tensors are unknown or missing, or have the wrong shape (up to 100 are listed).
     """
     state = read_safetensors(Path(path))
     model = build(_derive_config(state, config), state, _convert_tensor, report, new=is_action)
@@ -76,8 +76,7 @@ def _derive_config(state: dict[str, torch.Tensor], config: dict[str, Any]) -> di
     norm = state.get("spatial_blocks.0.attn.q_norm.weight")
     if norm is None and "num_attention_heads" not in config:
         raise ValueError(
-            "the number of heads cannot be derived from weights without norms of query and key: pass "
-            "`num_attention_heads`."
+            "the number of heads cannot be derived from weights without query and key norms: pass `num_attention_heads`."
         )
     heads = config.get("num_attention_heads", None if norm is None else width // max(norm.numel(), 1))
     derived = {

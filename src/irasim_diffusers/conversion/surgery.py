@@ -35,8 +35,8 @@ def change_patch_size(
     Args:
         model: The trained model, with `spatial_position="grid"`.
         patch_size: Side of the new patches, in latent pixels.
-        action_frequencies: Octaves of sines and cosines of the actions. Added octaves have no effect until the model is
-            trained. None keeps their number.
+        action_frequencies: Number of octaves of the actions' sine and cosine features. Added octaves have no effect until the
+            model is trained. None to keep the number.
 
     Returns:
         A new model. The input model is not modified.
@@ -88,7 +88,7 @@ def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel
     """Change a model that predicts velocities to one that predicts samples.
 
     A sample prediction does not have to pass the noise of high-resolution latents through the width of the model. At the last
-    timestep a velocity is the negated sample, so the output layer is negated. The model must then be trained briefly.
+    timestep, a velocity is the negated sample, so the output layer is negated. The model must then be trained briefly.
 
     Args:
         model: The trained model, with `prediction_type="v_prediction"`.
@@ -155,7 +155,7 @@ def change_autoencoder(
 def fit_autoencoder(
     model: IRASimTransformer3DModel, own: AutoencoderKL, other: AutoencoderKL, images: torch.Tensor
 ) -> IRASimTransformer3DModel:
-    """Adapt a trained model to another autoencoder, fitted to images; see `change_autoencoder`.
+    """Adapt a trained model to another autoencoder by a fit on images; see `change_autoencoder`.
 
     Args:
         model: The trained model.
@@ -173,8 +173,8 @@ def fit_autoencoder(
     patch_size, remainder = divmod(model.config.patch_size * after.shape[-1], before.shape[-1])
     if remainder or not patch_size:
         raise ValueError(
-            f"`other` must allow patches of the same size in pixels as the model's, got latents {tuple(after.shape[1:])} for "
-            f"{tuple(before.shape[1:])} in patches of {model.config.patch_size}: use another autoencoder."
+            f"`other` must allow patches that cover the same area as the model's patches of {model.config.patch_size} latent "
+            f"pixels, got latents {tuple(after.shape[1:])} instead of {tuple(before.shape[1:])}: use another autoencoder."
         )
     return change_autoencoder(model, patch_size, before, after)
 
@@ -224,7 +224,7 @@ def change_action_dim(model: IRASimTransformer3DModel, action_dim: int) -> IRASi
         action_dim: Number of components of the new actions.
 
     Returns:
-        A new model without scale, names and `target_extent` of the actions. The input model is not modified.
+        A new model without the scale, names, bounds and `target_extent` of the actions. The input model is not modified.
     """
     new = IRASimTransformer3DModel.from_config(model.config, action_dim=action_dim, **ACTION_ENTRIES)
     encoder = ("action_embed.", "trajectory_embed.", "target_embed.")

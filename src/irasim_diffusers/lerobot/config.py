@@ -25,7 +25,7 @@ from .env import STATE, LeRobotVectorEnv, make_env
 @EnvConfig.register_subclass("irasim")
 @dataclass
 class IRASimEnvConfig(EnvConfig):
-    """Configuration of environments of a world model.
+    """Configuration of environments that are backed by a world model.
 
     The features are read from the model when the environments are created.
 
@@ -41,7 +41,7 @@ class IRASimEnvConfig(EnvConfig):
         success: Success function as `module:name`, a callable (B, n, 3, H, W) -> bool (B, n), or a class that is called without
             arguments to create one. None for the success function that is stored with the model.
         num_inference_steps: Denoising steps per frame; None for the checkpoint's setting.
-        device: Device of the world model; None for CUDA if available.
+        device: Device of the world model; None for CUDA if available, else the CPU.
     """
 
     task: str | None = ""

@@ -26,7 +26,7 @@ class LeRobotVectorEnv(WorldModelVectorEnv):
         model: A world model.
         num_envs: Number of rows.
         task: Task description, for policies that read it.
-        options: Arguments of `WorldModelVectorEnv`.
+        options: Further arguments of `WorldModelVectorEnv`.
     """
 
     def __init__(self, model: Any, num_envs: int = 1, task: str = "", **options: Any) -> None:
@@ -46,7 +46,7 @@ class LeRobotVectorEnv(WorldModelVectorEnv):
 
 
 def make_env(n_envs: int = 1, use_async_envs: bool = False, cfg: Any = None) -> dict[str, dict[int, LeRobotVectorEnv]]:
-    """Create the environments, as LeRobot's EnvHub calls it.
+    """Create the environments; LeRobot's EnvHub calls this function.
 
     Args:
         n_envs: Number of rows, which are predicted together.
