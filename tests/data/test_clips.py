@@ -226,7 +226,8 @@ def test_incomplete_caches_and_short_episodes_raise(dataset, tmp_path):
     with pytest.raises(ValueError, match=r"no episode .* as long as a window of 10 frames"):
         LatentClips(cache, sample_frames=10)
     with pytest.raises(
-        ValueError, match=r"2 episodes .* shorter than a window of 8 frames, the first episode 0 with 5"
+        ValueError,
+        match=r"at least as long as a window of 8 frames, but 2 of \d are shorter, .* episode 0 with 5 frames",
     ):
         LatentClips(cache, sample_frames=8)
     clips = LatentClips(cache, sample_frames=8, skip_short=True)
@@ -265,15 +266,17 @@ def test_constant_states_become_zero(dataset, tmp_path):
 def test_non_finite_states_raise(dataset, tmp_path):
     path = tmp_path / "set/data/chunk-000/file-000.parquet"
     edit_table(path, lambda row: row["observation.state"].__setitem__(0, [1.0, float("nan")][row["index"] == 13]))
-    with pytest.raises(ValueError, match=r"episode 1 of .*'observation.state' at frame 8 is \[nan, "):
+    with pytest.raises(
+        ValueError, match=r"episode 1 of .*'observation.state' must be finite in float32, got \[nan, .* at frame 8"
+    ):
         standardised_states([dataset[0]], ["observation.state"])
 
 
 @pytest.mark.parametrize(
     ("keys", "angles", "message"),
     [
-        (["observation.pose"], [], "no vector feature 'observation.pose'"),
-        (["action"], ["yaw"], r"no components \['yaw'\]"),
+        (["observation.pose"], [], r"`keys` \(--state_keys\) must be among .*, got 'observation.pose'"),
+        (["action"], ["yaw"], r"`angles` \(--state_angles\) must be among .*, got \['yaw'\]"),
     ],
 )
 def test_unknown_states_raise(dataset, keys, angles, message):

@@ -275,7 +275,7 @@ def test_surplus_last_frame_is_ignored_and_reported_once(tmp_path, caplog):
             assert np.array_equal(source[number].frames[:, :10], frames)
             assert np.array_equal(source.window(number, 3, 3).frames[:, :10], frames[3:])
             assert len(source[number].actions) == 6
-    assert len([record for record in caplog.records if "one frame more than the 6" in record.message]) == 1
+    assert len([record for record in caplog.records if "one more frame than the 6" in record.message]) == 1
     write_video(tmp_path / "videos/train/0.mp4", np.concatenate([longer, frames[:1]]), 5, lossless=True)
     with pytest.raises(
         ValueError, match=r"10\.json': 8 frames must have 7 actions .* got 5, in .*0\.mp4' \('video_length' is 7\)"
@@ -298,13 +298,13 @@ def test_values_must_be_finite_in_float32(key, value, tmp_path):
     source = LeRobotFolder(tmp_path / "lerobot")
     assert len(source[0]) == 5
     with pytest.raises(
-        ValueError, match=rf"episode 1 of .*file-000\.parquet': '{key}' at frame 4 is .* must be finite"
+        ValueError, match=rf"episode 1 of .*file-000\.parquet': '{key}' must be finite in float32, got .* at frame 4"
     ):
         source.vectors(1)
     if value is not None:
         write_release(tmp_path / "release", "rt1")
         change(tmp_path / "release", continuous_gripper_state=[0, 0, 0, value, 0, 0])
-        with pytest.raises(ValueError, match=r"10\.json': 'state' at frame 3 is .* must be finite"):
+        with pytest.raises(ValueError, match=r"10\.json': 'state' must be finite in float32, got .* at frame 3"):
             open_dataset(tmp_path / "release")[1]
 
 

@@ -80,7 +80,7 @@ def test_unknown_splits_raise(tmp_path, split):
 
 def test_empty_parts_raise(tmp_path):
     write_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"`split` 'train\[3:\]' has no episodes"):
+    with pytest.raises(ValueError, match=r"`split` must contain at least one episode of .*, got 'train\[3:\]'"):
         LeRobotFolder(tmp_path, split="train[3:]")
 
 

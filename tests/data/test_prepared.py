@@ -137,7 +137,9 @@ def test_windows_of_skipped_frames_start_at_any_frame(tmp_path):
             first_phase = PreparedEpisodes(source, frame_skip=3, composition="relative_planar")[number]
             assert np.array_equal(clips[index]["actions"], first_phase.actions[:2])
     assert len(clips.actions) == 9 - 3 + 7 - 3, "no window extends beyond its episode"
-    with pytest.raises(ValueError, match=r"1 episodes .* shorter than a window of 3 frames, every 3th, the first"):
+    with pytest.raises(
+        ValueError, match=r"at least as long as a window of 3 frames with `frame_skip` 3, but 1 of \d+ are shorter"
+    ):
         LatentClips(folder, 3, frame_skip=3)
     plain = PreparedEpisodes(source)
     assert PreparedEpisodes(source, all_phases=True).identity == plain.identity, (

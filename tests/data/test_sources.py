@@ -302,7 +302,7 @@ def test_broken_episodes_are_skipped_and_listed(tmp_path):
     write_folder(tmp_path / "set")
     break_action(tmp_path / "set", 1)
     data = LeRobotFolder(tmp_path / "set")
-    with pytest.raises(ValueError, match=r"episode 1 of .* 'action' at frame 1 is"):
+    with pytest.raises(ValueError, match=r"episode 1 of .* 'action' must be finite in float32, got .* at frame 1"):
         cache_latents(data, tiny_vae(), tmp_path / "cache")
     folder = cache_latents(data, tiny_vae(), tmp_path / "cache", skip_broken=True)
     assert list(json.loads((folder / "manifest.json").read_text())["broken"]) == ["1"]
@@ -334,7 +334,7 @@ def test_every_kind_of_broken_episode_raises_or_is_skipped(tmp_path):
         1: r"episode 1 of .*right/episode_000001\.mp4",
         2: r"episode 2 of .*cannot read .*left/episode_000002\.mp4",
         3: r"episode 3 of .* expected 9 frames, found 8 rows in .*episode_000003\.parquet",
-        4: r"episode 4 of .* 'action' at frame 0 is \[1\.0, nan, 2\.0\]",
+        4: r"episode 4 of .* 'action' must be finite in float32, got \[1\.0, nan, 2\.0\]",
     }
     data = LeRobotFolder(root, ["left", "right"])
     for number, message in messages.items():
@@ -349,7 +349,8 @@ def test_every_kind_of_broken_episode_raises_or_is_skipped(tmp_path):
     for number, message in messages.items():
         assert re.search(message, broken[str(number)])
     with pytest.raises(
-        ValueError, match=r"1 episodes .* shorter than a window of 5 frames, the first episode 5 with 3"
+        ValueError,
+        match=r"at least as long as a window of 5 frames, but 1 of \d are shorter, .* episode 5 with 3 frames",
     ):
         LatentClips(folder, 5)
     clips = LatentClips(folder, 5, skip_short=True)

@@ -1,4 +1,4 @@
-"""Robot clips: video files, episodes from many sources, latents and windows."""
+"""Datasets of robot episodes: readers, writers, cached latents, and clips for training."""
 
 from .action_kind import infer_action_space
 from .clips import LatentClips, MixedClips, action_normalisation, standardised_states

@@ -9,19 +9,19 @@ import numpy as np
 from .episode import EpisodeSource
 
 EPISODES = 20
-"""Number of episodes that are compared."""
+"""Maximum number of episodes that are compared."""
 
 
 def infer_action_space(source: EpisodeSource) -> str | None:
-    """Infer the kind of recorded actions from the states that follow them.
+    """Infer from the states whether recorded actions are target positions or motions.
 
-    Targets correlate with the next state, and motions with the change of the state. Correlation does not depend on units, and a
-    robot that follows its targets with a delay still correlates. The median over the components decides, because a gripper may
-    be controlled differently from the arm.
+    Target positions correlate with the next state, and motions with the change of the state. Correlation does not depend on
+    units, and remains high if the robot follows its targets with a delay. The median over the components decides, because a
+    gripper may be controlled differently from the arm.
 
     Args:
-        source: Data source with recorded actions and states. A state is compared if it contains the components of the actions
-            by name, or has the same number of components.
+        source: Data source with recorded actions and states. A state is compared if it contains all action components
+            by name, or has as many components as the actions.
 
     Returns:
         `"absolute"`, `"relative"`, or None if no state can be compared or the result is not clear.

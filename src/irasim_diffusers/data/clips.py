@@ -26,8 +26,9 @@ def standardised_states(
 
     Args:
         datasets: The datasets.
-        keys: Vector features that are concatenated to the state.
-        angles: Names of components in radians. They are replaced by their cosines and sines at the end of the state.
+        keys: Names of the vector features that are concatenated to form the state.
+        angles: Names of the components that are angles in radians. They are replaced by their cosines and sines, which are at the
+            end of the state.
         numbers: Indices of the episodes of each dataset; None for all.
 
     Returns:
@@ -56,10 +57,12 @@ def _episode_states(
     names: list[str] = []
     for key in keys:
         if key not in first:
-            raise ValueError(f"{dataset.name!r} has no vector feature {key!r}; it has {sorted(first)}.")
+            raise ValueError(f"`keys` (--state_keys) must be among {sorted(first)} in {dataset.name!r}, got {key!r}.")
         names += dataset.component_names(key) or [f"{key}.{index}" for index in range(first[key].shape[1])]
     if not set(angles) <= set(names):
-        raise ValueError(f"{dataset.name!r} has no components {sorted(set(angles) - set(names))} among {names}.")
+        raise ValueError(
+            f"`angles` (--state_angles) must be among {names} in {dataset.name!r}, got {sorted(set(angles) - set(names))}."
+        )
     columns = [index for index, name in enumerate(names) if name in angles]
     episodes = {}
     for number in numbers:
@@ -68,8 +71,8 @@ def _episode_states(
             if not np.isfinite(vectors[key]).all():
                 frame = int(np.nonzero(~np.isfinite(vectors[key]).all(axis=1))[0][0])
                 raise ValueError(
-                    f"episode {number} of {dataset.name!r}: {key!r} at frame {frame} is {vectors[key][frame].tolist()}: "
-                    "repair the recording or skip the episode."
+                    f"episode {number} of {dataset.name!r}: {key!r} must be finite, got {vectors[key][frame].tolist()} at frame "
+                    f"{frame}: repair the recording, or remove the episode."
                 )
         states = np.concatenate([vectors[key] for key in keys], axis=1)
         radians = states[:, columns]
@@ -82,7 +85,7 @@ def _episode_states(
 class LatentClips(Dataset):
     """Windows of cached latents with the actions between their frames.
 
-    Files are mapped into memory: processes share them, and the system reads only the windows that are used.
+    Files are memory-mapped: processes share them, and only the windows that are used are read from disk.
 
     Args:
         folder: Folder written by `cache_latents`.
@@ -112,19 +115,19 @@ class LatentClips(Dataset):
                 raise ValueError(f"`{name}` must be at least {least}, got {count}.")
         self.stride = stride
         self.frame_skip = frame_skip
-        self.span = (sample_frames - 1) * frame_skip + 1  # from the first frame of a window to its last
+        self.span = (sample_frames - 1) * frame_skip + 1  # number of frames of a window, including skipped ones
         self.states = states
         self.episodes = _read_episodes(Path(folder))
         lengths = {number: len(latents) for number, (latents, _) in self.episodes.items()}
         self.short = [number for number, length in lengths.items() if length < self.span]
-        window = f"window of {sample_frames} frames" + (f", every {frame_skip}th" if frame_skip > 1 else "")
+        window = f"window of {sample_frames} frames" + (f" with `frame_skip` {frame_skip}" if frame_skip > 1 else "")
         if len(self.short) == len(lengths):
-            raise ValueError(f"no episode of {str(folder)!r} is as long as a {window}; train with fewer frames.")
+            raise ValueError(f"no episode of {str(folder)!r} is as long as a {window}: use a smaller `sample_frames`.")
         if self.short and not skip_short:
             raise ValueError(
-                f"{len(self.short)} episodes of {str(folder)!r} are shorter than a {window}, the first "
-                f"episode {self.short[0]} with {lengths[self.short[0]]}; train with fewer frames, or skip them with "
-                "`skip_short` (`--skip_broken`)."
+                f"episodes of {str(folder)!r} must be at least as long as a {window}, but {len(self.short)} of {len(lengths)} are "
+                f"shorter, for example episode {self.short[0]} with {lengths[self.short[0]]} frames: use a smaller "
+                "`sample_frames`, or skip these episodes with `skip_short` (--skip_broken)."
             )
         for number in self.short:
             del self.episodes[number]
@@ -155,7 +158,7 @@ class LatentClips(Dataset):
         return torch.cat([actions[: -self.frame_skip] for _, actions in self.episodes.values()])
 
     def changes(self) -> np.ndarray:
-        """Return the change (N,) of every window: summed mean absolute differences of successive frames."""
+        """Return the change (N,) of every window: the sum of mean absolute differences of successive frames."""
         changes = []
         for latents, _ in self.episodes.values():
             parts = zip(latents[: -self.frame_skip].split(256), latents[self.frame_skip :].split(256), strict=True)
@@ -219,7 +222,7 @@ def _check_shapes(episodes: Mapping[int, tuple[torch.Tensor, torch.Tensor]], fol
 
 
 class MixedClips(Dataset):
-    """Mixture of several sets of clips, each with its share.
+    """Mixture of several sets of clips in given proportions.
 
     Args:
         clips: The sets. Their latents, actions and windows must have the same shapes.
@@ -227,8 +230,8 @@ class MixedClips(Dataset):
             windows as all sets together. Windows of a set are repeated if its share exceeds its size; if the share is smaller,
             each epoch omits different windows.
         seed: Seed that selects the windows, together with the epoch.
-        change_share: Fraction of the windows that are drawn with a probability proportional to their change, see
-            `LatentClips.changes`; the other windows are drawn uniformly.
+        change_share: Fraction of the windows that are drawn with a probability proportional to their change (see
+            `LatentClips.changes`). The other windows are drawn uniformly.
 
     Raises:
         ValueError: If the shapes differ, a weight is missing, not positive or not finite, or `change_share` is not in [0, 1].
@@ -295,7 +298,8 @@ def action_normalisation(actions: torch.Tensor, kind: str = "std") -> tuple[list
         ValueError: If the kind is unknown, or actions are empty or not finite.
     """
     if not (actions.numel() and torch.isfinite(actions).all()):
-        raise ValueError(f"`actions` must be finite numbers (N, A) with N > 0, got {tuple(actions.shape)}.")
+        found = "NaN or infinity" if actions.numel() else tuple(actions.shape)
+        raise ValueError(f"`actions` must be finite numbers (N, A) with N > 0, got {found}.")
     values = actions.double()
     if kind == "std":
         offset, spread = values.mean(0), values.std(0, correction=0)

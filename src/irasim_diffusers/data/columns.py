@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 
 ACTION_NAME = re.compile(r"actions?([._/].+)?")
-"""Names under which recordings store actions; flags such as `action_is_pad` are excluded."""
+"""Names under which datasets store actions; names that match `PADDING_NAME` are excluded."""
 PADDING_NAME = re.compile(r".*(is_pad|pad_mask|mask)")
+"""Names of padding masks, such as `action_is_pad`."""
 
 
 def choose_action_columns(
     action_column: str | Sequence[str] | None, columns: Sequence[str], name: str
 ) -> tuple[str, ...]:
-    """Choose the columns of actions, which are concatenated in this order.
+    """Choose the action columns, in the order in which they are concatenated.
 
     Args:
         action_column: Requested columns; None or empty selects `action`, or the only column with a similar name.
@@ -24,7 +25,7 @@ def choose_action_columns(
         name: Name of the dataset, for error messages.
 
     Raises:
-        ValueError: If a column does not exist, or the column of actions is missing or ambiguous.
+        ValueError: If a column does not exist, or the action column is missing or ambiguous.
     """
     if action_column:
         chosen = (action_column,) if isinstance(action_column, str) else tuple(action_column)
@@ -42,7 +43,7 @@ def choose_action_columns(
     found = f"the candidates are {candidates}" if candidates else f"no action column was found in {list(columns)}"
     raise ValueError(
         f"{name!r} has no column 'action', and {found}: select one or more with `action_column` (--action_column); "
-        "they are concatenated."
+        "several are concatenated."
     )
 
 
@@ -52,7 +53,7 @@ def component_names_of(columns: Mapping[str, tuple[Any, int]]) -> list[str] | No
     The result is None if no column has names.
 
     Args:
-        columns: Component names, in any form that LeRobot uses, and width of each column.
+        columns: For each column, its component names, in any form that LeRobot uses, and its width.
     """
     known = {column: _flat_names(names, width) for column, (names, width) in columns.items()}
     if all(names is None for names in known.values()):
@@ -65,7 +66,7 @@ def component_names_of(columns: Mapping[str, tuple[Any, int]]) -> list[str] | No
 
 
 def _flat_names(names: Any, width: int) -> list[str] | None:
-    """Return the names of the components from a list, a list under a heading, or indices by name."""
+    """Return the names from a list, a list under a key, or a mapping of names to indices; otherwise None."""
     if isinstance(names, Mapping):
         values = list(names.values())
         names = list(names) if all(isinstance(value, int) for value in values) else values[0]
@@ -78,9 +79,9 @@ def finite_vector(values: Any, key: str, place: str = "") -> np.ndarray:
     """Convert numbers (T, D) to float32.
 
     Args:
-        values: The numbers; None counts as missing.
+        values: The numbers; None counts as a missing number.
         key: Name of the vector, for error messages.
-        place: The file, for errors.
+        place: The file, for error messages.
 
     Raises:
         ValueError: If a value is missing, is not a number, or is not finite in float32.
@@ -100,7 +101,7 @@ def finite_vector(values: Any, key: str, place: str = "") -> np.ndarray:
     if not finite.all():
         frame = int(np.argmin(finite))
         raise ValueError(
-            f"{where}{key!r} at frame {frame} is {np.asarray(values)[frame].tolist()}, but must be finite in float32: fix the "
+            f"{where}{key!r} must be finite in float32, got {np.asarray(values)[frame].tolist()} at frame {frame}: fix the "
             "recording, or omit the episode or the column."
         )
     return result

@@ -1,4 +1,4 @@
-"""Hashes of datasets, without reading whole videos, and of weights."""
+"""Hashes of datasets and weights; of large media files, only a part is read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 from ..files import file_hash
 
 ENDS = 1 << 16
-"""Bytes that are hashed at the start and at the end of a video."""
+"""Number of bytes that are hashed at the start and at the end of a video."""
 
 
 def content_hash(root: Path, files: Iterable[Path]) -> str:
     """Hash the names and the content of files.
 
-    Small tables are hashed completely, videos by their fingerprint (`media_stamp`).
+    JSON and Parquet files are hashed completely, except for embedded images. Other files are represented by `media_stamp`.
 
     Args:
         root: The folder to which names are relative, so that a moved dataset keeps its hash.
@@ -104,7 +104,7 @@ def _whole_hash(path: Path) -> str | None:
 
 
 def _parquet_hash(path: Path) -> Any:
-    """Hash a Parquet file; with embedded images, hash its fingerprint and the other columns instead.
+    """Hash a Parquet file or, if it embeds images, its other columns and its `media_stamp`.
 
     Embedded images may be as large as videos.
     """

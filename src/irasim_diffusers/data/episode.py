@@ -35,7 +35,7 @@ class EpisodeSource(Protocol):
 
     @property
     def name(self) -> str:
-        """Path or name of the data, for messages."""
+        """Path or name of the dataset, for messages."""
 
     @property
     def fps(self) -> float | None:
@@ -47,13 +47,13 @@ class EpisodeSource(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """JSON-serializable description that changes with the content, for caches."""
+        """JSON-serializable description that identifies the content; it changes if the content changes."""
 
     def __len__(self) -> int:
         """Number of episodes."""
 
     def __getitem__(self, number: int) -> Episode:
-        """Read one episode; raise ValueError that names the file and the episode if it is broken."""
+        """Read one episode; raise a ValueError that names the file and the episode if it is broken."""
 
     def __iter__(self) -> Iterator[Episode]:
         """Iterate over the episodes in order."""
@@ -102,22 +102,24 @@ def window_slice(start: int, length: int | None, frames: int) -> slice:
 
     Args:
         start: First frame of the window.
-        length: Number of frames of the window; None for all frames from `start`.
-        frames: Number of frames of the episode.
+        length: Number of frames in the window; None for all frames from `start`.
+        frames: Number of frames in the episode.
 
     Raises:
         ValueError: If the window is empty or exceeds the episode.
     """
     stop = frames if length is None else start + length
     if not 0 <= start < stop <= frames:
-        raise ValueError(f"a window must be within the {frames} frames, got `start` {start}, `length` {length}.")
+        raise ValueError(
+            f"a window must be within the {frames} frames of its episode, got `start` {start}, `length` {length}."
+        )
     return slice(start, stop)
 
 
 def check_mixture(sources: Sequence[EpisodeSource]) -> None:
     """Check that datasets can be mixed, apart from array shapes, which are checked later.
 
-    Single cameras may have different names. Padding components of actions match any component.
+    The cameras of datasets with a single camera may have different names. A padding component matches any component.
 
     Raises:
         ValueError: If frame rates, cameras, names of the action components or action derivations differ; the message names two
@@ -129,7 +131,7 @@ def check_mixture(sources: Sequence[EpisodeSource]) -> None:
             if ours[what] != theirs[what] and not (what == "action components" and _fit(ours[what], theirs[what])):
                 raise ValueError(
                     f"{first.name!r} and {second.name!r} cannot be mixed: their {what} are {ours[what]} and {theirs[what]}; "
-                    "convert one of them, or train on one of them."
+                    "convert one of them, or use only one of them."
                 )
 
 
@@ -176,15 +178,15 @@ def camera_layout(cameras: str | Sequence[str] | Sequence[Sequence[str]]) -> Cam
 
 
 def format_cameras(layout: Sequence[Sequence[str]]) -> str:
-    """Format a layout like the flag `--cameras`: rows separated by spaces, cameras by commas."""
+    """Format a layout as a value of `--cameras`: rows separated by spaces, cameras by commas."""
     return " ".join(",".join(row) for row in layout)
 
 
 def tile(layout: CameraLayout, views: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Tile the videos (T, H, W, 3) of several cameras into one, by their layout.
+    """Tile the videos (T, H, W, 3) of several cameras into one video, as given by the layout.
 
     Raises:
-        ValueError: If their lengths differ, or their sizes do not fit together.
+        ValueError: If the videos have different lengths, or their images do not form a rectangle.
     """
     sizes = {name: views[name].shape for row in layout for name in row}
     if len({shape[0] for shape in sizes.values()}) > 1:
@@ -198,6 +200,7 @@ def tile(layout: CameraLayout, views: Mapping[str, np.ndarray]) -> np.ndarray:
     if any(len(height) > 1 for height in heights) or len(widths) > 1:
         shapes = ", ".join(f"{name} {shape[1]}x{shape[2]}" for name, shape in sizes.items())
         raise ValueError(
-            f"images of the cameras must form a rectangle in the layout {format_cameras(layout)!r}, got {shapes} (height x width): change `cameras`."
+            f"images of the cameras must form a rectangle in the layout {format_cameras(layout)!r}, got {shapes} (height x width): "
+            "change `cameras` (--cameras)."
         )
     return np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1)

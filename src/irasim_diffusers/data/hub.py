@@ -1,4 +1,4 @@
-"""Temporary downloads of the files of a Hub dataset."""
+"""Temporary downloads of the files in a Hub dataset."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 
 @dataclass(eq=False)
 class HubFiles:
-    """Files of a Hub dataset, downloaded on demand; at most one file per kind is kept.
+    """Files in a Hub dataset, downloaded on demand; at most one file per kind is kept.
 
     Every process downloads separately, because processes need a file at different times. The files are stored in the assets cache
-    of the Hub and deleted with the process; leftovers of killed processes are removed at the next start.
+    of the Hub and deleted when the process ends. Files of killed processes are deleted at the next start.
 
     Args:
         repo_id: Name of the dataset on the Hub.
-        revision: Commit.
+        revision: Commit of the dataset.
     """
 
     repo_id: str
@@ -33,7 +33,7 @@ class HubFiles:
     _folders: dict[int, Path] = field(default_factory=dict, init=False)  # by process: a fork copies the object
 
     def fetch(self, name: str, kind: str) -> Path:
-        """Download a file, after deleting the previous one of its kind.
+        """Return a file; if necessary, download it after deleting the previous one of its kind.
 
         Args:
             name: Path of the file in the repository.

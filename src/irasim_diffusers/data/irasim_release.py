@@ -42,8 +42,8 @@ class IRASimFolder(InOrder):
     """A dataset in the format of the IRASim release.
 
     Actions that are derived from poses consist of the motion in the frame of the previous pose and the next gripper state; see
-    `actions.derive_actions`. The last action has no next frame and is set to no motion. A video may have one frame more than
-    its annotation; this frame is ignored, and a warning is logged once.
+    `actions.derive_actions`. The last action has no next frame and is set to no motion. A video may have one more frame
+    than its annotation; this frame is ignored, and a warning is logged once.
 
     Args:
         root: The folder that contains `annotation`.
@@ -71,7 +71,7 @@ class IRASimFolder(InOrder):
         known = [str(number) for number in range(len(_media(self._first, "video")))]
         if self.cameras is None and len(known) != 1:
             raise ValueError(
-                f"`cameras` must name one or more of {known} in {self.name!r}: pass `cameras` (--cameras)."
+                f"`cameras` must name one or more of {known} in {self.name!r}, got None: pass `cameras` (--cameras)."
             )
         layout = camera_layout(known[0] if self.cameras is None else self.cameras)
         for camera in [camera for row in layout for camera in row]:
@@ -127,7 +127,7 @@ class IRASimFolder(InOrder):
         return self._read(number, None)
 
     def window(self, number: int, start: int, length: int) -> Episode:
-        """Read a part of an episode; other frames are not decoded unnecessarily.
+        """Read a part of an episode; avoid decoding other frames.
 
         Args:
             number: Index of the episode.
@@ -166,7 +166,7 @@ class IRASimFolder(InOrder):
         if found == total + 1:
             if not self.__dict__.get("_reported"):
                 logger.warning(
-                    f"{str(path)!r} has one frame more than the {total} of its annotation: the last frame is ignored."
+                    f"{str(path)!r} has one more frame than the {total} in its annotation: the last frame is ignored."
                 )
                 self.__dict__["_reported"] = True
         elif found != total:
@@ -189,7 +189,7 @@ class IRASimFolder(InOrder):
             raise ValueError(f"{str(self.files[number])!r}: {error}") from error
 
     def component_names(self, key: str) -> list[str] | None:
-        """Planar x and y, or position, Euler angles and gripper; None for other actions."""
+        """Names of the components: x and y, or position, Euler angles and gripper; None if unknown."""
         names = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
         width = first_readable(self, self.vectors)[key].shape[1]
         if self.action_derivation == "recorded":
@@ -264,7 +264,7 @@ def _read_latents(path: Path, length: int) -> torch.Tensor:
         raise ValueError(f"{str(path)!r} must contain latents ({length}, C, h, w), alone or as 'obs', got {found}.")
     if latents.dtype not in FLOATS or latents.layout != torch.strided:
         raise ValueError(f"{str(path)!r} must contain floating-point latents of 16 to 64 bits, got {latents.dtype}.")
-    latents = latents[:length].to(torch.float32, copy=True)  # the file may be replaced
+    latents = latents[:length].to(torch.float32, copy=True)  # of the memory-mapped file, which may be replaced
     if not torch.isfinite(latents).all():
         raise ValueError(f"{str(path)!r} must contain finite latents, got NaN or infinity: encode the video again.")
     return latents
@@ -275,7 +275,7 @@ def _vectors(annotation: dict[str, Any]) -> dict[str, np.ndarray]:
     if "actions" in annotation:
         between, vectors = _numbers(annotation, "actions"), {}
         if between.ndim != 2:
-            raise ValueError(f"actions must be (n, A), got {between.shape}.")
+            raise ValueError(f"'actions' must be (n, A), got {between.shape}.")
         last = np.zeros_like(between[:1])
     else:
         states = _states(annotation)
@@ -293,7 +293,9 @@ def _states(annotation: dict[str, Any]) -> np.ndarray:
         poses = _numbers(annotation, "state")
         gripper = _numbers(annotation, "continuous_gripper_state").reshape(-1, 1)
         if poses.ndim != 2 or len(poses) != len(gripper):
-            raise ValueError(f"poses {poses.shape} do not match {len(gripper)} gripper states.")
+            raise ValueError(
+                f"'state' must be ({len(gripper)}, 6), one pose per 'continuous_gripper_state', got {poses.shape}."
+            )
         return np.concatenate([poses[:, :6], gripper], axis=1)
     raise ValueError(
         "an annotation must have 'actions', 'states', or 'state' and 'continuous_gripper_state', got only "
@@ -307,7 +309,7 @@ def _numbers(annotation: dict[str, Any], key: str) -> np.ndarray:
     except ValueError as error:
         raise ValueError(f"{key!r} must be numbers in rows of equal length: {error}") from error
     if values.dtype.kind not in "iuf":
-        raise ValueError(f"{key!r} must be numbers in rows of equal length, got values of the type {values.dtype}.")
+        raise ValueError(f"{key!r} must be numbers in rows of equal length, got values of type {values.dtype}.")
     if values.ndim == 0:
         raise ValueError(f"{key!r} must be numbers in rows of equal length, got {values.item()!r}.")
     return values.astype(np.float64)

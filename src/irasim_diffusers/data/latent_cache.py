@@ -66,7 +66,7 @@ def cache_latents(
     Returns:
         The folder of the cache. Its safetensors files contain `latents.<episode>` (T, C, h, w), float16 and unscaled (uint8
         without an autoencoder), and `actions.<episode>` (T, A), float32. `manifest.json` marks the cache as complete. It
-        holds the number of `episodes`, the `broken` ones, the `autoencoder`, the `dtype` of the latents and the `files`.
+        holds the number of `episodes`, the errors of `broken` ones, the `autoencoder`, the latents' `dtype` and the `files`.
 
     Raises:
         ValueError: If an argument is out of range, an episode is broken and `skip_broken` is False (also if an earlier run
@@ -248,8 +248,8 @@ def _checked(folder: Path, skip_broken: bool) -> Path:
         raise ValueError(f"no episode can be read: {next(iter(broken.values()), 'the dataset is empty.')}")
     if broken and not skip_broken:
         raise ValueError(
-            f"{len(broken)} episodes were skipped as broken, the first: {next(iter(broken.values()))} Skip them again, or "
-            f"repair them and delete {str(folder)!r}."
+            f"{len(broken)} episodes were skipped as broken, the first: {next(iter(broken.values()))} Skip them again with "
+            f"`skip_broken` (--skip_broken), or repair them and delete {str(folder)!r}."
         )
     return folder
 
@@ -305,7 +305,7 @@ def _encode_recorded(dataset: EpisodeSource, vae: AutoencoderKL, number: int) ->
 
 
 def _finite(latents: torch.Tensor, dataset: EpisodeSource, number: int, remedy: str) -> torch.Tensor:
-    """Return latents (T, C, h, w), float16, if they are finite."""
+    """Return latents (T, C, h, w), float16; raise ValueError if they are not finite."""
     finite = torch.isfinite(latents).flatten(1).all(1)
     if not finite.all():
         frame = int(torch.nonzero(~finite)[0])

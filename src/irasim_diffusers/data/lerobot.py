@@ -96,7 +96,7 @@ class LeRobotFolder(InOrder):
             object.__setattr__(self, "cameras", written)
         if self.cameras is None and len(known) != 1:
             raise ValueError(
-                f"`cameras` must name one or more of {known} in {self.name!r}: pass `cameras` (--cameras)."
+                f"`cameras` must name one or more of {known} in {self.name!r}, got None: pass `cameras` (--cameras)."
             )
         layout = camera_layout(known[0] if self.cameras is None else self.cameras)
         for key in [key for row in layout for key in row]:
@@ -111,7 +111,7 @@ class LeRobotFolder(InOrder):
                     f"`state_columns` (--state_columns) must be among {vectors} in {self.name!r}, got {key!r}."
                 )
         if self.split is not None and not self.rows:
-            raise ValueError(f"`split` {self.split!r} has no episodes in {self.name!r}.")
+            raise ValueError(f"`split` must contain at least one episode of {self.name!r}, got {self.split!r}.")
 
     @property
     def name(self) -> str:
@@ -142,7 +142,7 @@ class LeRobotFolder(InOrder):
 
     @property
     def _states(self) -> tuple[str, ...]:
-        """The selected states, or all float features; `flags` reads the other features."""
+        """The selected states, or all float features except actions; `flags` reads the other features."""
         return tuple(self.state_columns) or tuple(
             key
             for key in self._vector_features
@@ -151,7 +151,7 @@ class LeRobotFolder(InOrder):
 
     @property
     def _flag_features(self) -> list[str]:
-        """Bool, integer and string features that are neither actions nor states."""
+        """Vector and string features that are neither actions nor states."""
         others = [key for key in self._vector_features if key not in (*self.action_column, *self._states)]
         texts = [key for key, feature in self._features.items() if feature["dtype"] == "string"]
         return [*others, *(key for key in texts if self._features[key].get("shape") in (None, [], [1]))]
@@ -283,13 +283,12 @@ class LeRobotFolder(InOrder):
         """Read one episode; only its part of the videos is decoded.
 
         Raises:
-            ValueError: If a video is unreadable or shorter than the episode, a camera is missing, or vectors or timestamps are
-                missing or invalid.
+            ValueError: If a video is unreadable or too short, a camera is missing, or vectors or timestamps are missing or invalid.
         """
         return self.window(number, 0)
 
     def window(self, number: int, start: int, length: int | None = None) -> Episode:
-        """Read a part of an episode; other frames are not decoded unnecessarily.
+        """Read a part of an episode; avoid decoding other frames.
 
         Args:
             number: Index of the episode.
@@ -315,15 +314,15 @@ class LeRobotFolder(InOrder):
         """Read `action` and the states (T, D) of one episode, float32.
 
         Raises:
-            ValueError: If rows are missing, or a vector is missing, of another width, or not finite.
+            ValueError: If rows are missing, or a vector is missing, has the wrong width, or is not finite.
         """
         row = self.rows[number]
         try:
             table, length = self._table(row), row_number(row, "length")
             if len(table) != length:
                 raise ValueError(
-                    f"expected {length} frames, found {len(table)} rows in {str(self._path(row))!r}: remove the episode, or record it "
-                    "again."
+                    f"expected {length} frames, found {len(table)} rows in {str(self._path(row))!r}: remove the episode, or "
+                    "record it again."
                 )
             vectors = {key: self._matrix(row, key, table[key]) for key in (*self.action_column, *self._states)}
             action = np.concatenate([vectors[key] for key in self.action_column], axis=1)
@@ -332,7 +331,7 @@ class LeRobotFolder(InOrder):
             raise ValueError(f"episode {row['episode_index']} of {self.name!r}: {error}") from error
 
     def flags(self, number: int) -> dict[str, np.ndarray]:
-        """Read bool, integer and string features (T, D), such as `next.done`, in the recorded type.
+        """Read features (T, D) that are neither actions nor states, such as `next.done`, as recorded.
 
         Raises:
             ValueError: If a value is missing or has another type.
@@ -377,7 +376,8 @@ class LeRobotFolder(InOrder):
             first, found = round(begin * self.fps), round((end - begin) * self.fps)
             if found < length:
                 raise ValueError(
-                    f"expected {length} frames, found {found} in {str(self._path(row, key))!r}: remove the episode, or record it again."
+                    f"expected {length} frames, found {found} in {str(self._path(row, key))!r}: remove the episode, or "
+                    "record it again."
                 )
             if found <= numbers[-1]:
                 raise ValueError(

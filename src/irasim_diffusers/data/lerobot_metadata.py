@@ -31,7 +31,7 @@ def check_info(info: Mapping[str, Any], path: Path, needed: Sequence[str]) -> No
 
     Args:
         info: The content.
-        path: The file, for errors.
+        path: The file, for error messages.
         needed: Entries that must exist.
 
     Raises:
@@ -59,7 +59,9 @@ def check_info(info: Mapping[str, Any], path: Path, needed: Sequence[str]) -> No
         require(template is None or isinstance(template, str), repr(key), "a path", template)
         for field in PATH_FIELD.findall(template or ""):
             if field not in PATH_FIELDS:
-                raise ValueError(f"{str(path)!r}: {key!r} has the unknown field {field!r}.")
+                raise ValueError(
+                    f"{str(path)!r}: the fields of {key!r} must be among {sorted(PATH_FIELDS)}, got {field!r}."
+                )
         plain = not any(character in PATH_FIELD.sub("", template or "") for character in "{}\0")
         require(plain, repr(key), "a path with fields such as {file_index:03d}", template)
     require(isinstance(features, dict), "'features'", "an object", features)
@@ -78,7 +80,7 @@ def check_info(info: Mapping[str, Any], path: Path, needed: Sequence[str]) -> No
 
 
 def _check_own_entry(own: Any, require: Any) -> None:
-    """Check what `write_lerobot` adds to the feature `action`."""
+    """Check the entry that `write_lerobot` adds to the feature `action`."""
     place = f"{OWN_ENTRY!r} of the feature 'action'"
     require(isinstance(own, dict), place, "an object", own)
     derivation, units, cameras = (own.get(key) for key in ("action_derivation", "action_units", "cameras"))

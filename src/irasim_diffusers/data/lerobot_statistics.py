@@ -47,7 +47,7 @@ def image_statistics(frames: np.ndarray) -> dict[str, list]:
 def pool(parts: Sequence[Mapping[str, Any]]) -> dict[str, list]:
     """Pool the statistics of several episodes.
 
-    Quantiles are means weighted by the number of rows, as in LeRobot.
+    Quantiles are averaged with weights proportional to the number of samples, as in LeRobot.
     """
     counts = np.array([part["count"][0] for part in parts], dtype=np.float64)
     weights = counts / counts.sum()

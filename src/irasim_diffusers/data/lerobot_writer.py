@@ -51,18 +51,18 @@ def write_file(
     Args:
         root: The folder of the dataset.
         file_index: Index of the file.
-        episodes: Episodes of the file. Only one is in memory at a time if the iterable reads them on demand. States keep their
-            type if they are bool, integers or strings, and become float32 otherwise.
+        episodes: Episodes of the file. Only one is in memory at a time if the iterable reads them on demand. Bool, integer and
+            string states keep their type; all other states become float32.
         fps: Frames per second.
         camera: Feature key of the frames, for example `observation.image`; or the regions of several cameras in the frames,
             which are written as separate features.
         tasks: Tasks of the dataset, as given to `write_metadata`. The iterable may append the task of an episode before
-            it returns the episode.
+            it yields the episode.
         first_episode: Index of the first episode in the dataset.
         first_frame: Index of the first frame in the dataset.
 
     Raises:
-        ValueError: If the task of an episode is not among `tasks`, or frames differ in size.
+        ValueError: If the task of an episode is not in `tasks`, frames differ in size, or vectors do not have one row per frame.
     """
     root = Path(root)
     regions = _regions(camera)
@@ -118,7 +118,7 @@ def write_metadata(
     action_derivation: str = "recorded",
     action_units: Sequence[str | None] | None = None,
 ) -> None:
-    """Complete a folder of files written by `write_file`: info.json, stats.json and tasks.parquet.
+    """Write info.json, stats.json and tasks.parquet for the files that `write_file` has written.
 
     Args:
         root: The folder of the dataset.
@@ -128,7 +128,7 @@ def write_metadata(
         names: Component names of vector features, for example `{"action": ["x", "y"]}`; other features have none.
         tasks: Tasks of the dataset, in the order of their indices.
         robot_type: Name of the robot.
-        action_derivation: How the actions follow from states, one of `actions.DERIVATIONS`.
+        action_derivation: How the actions are computed from states, one of `actions.DERIVATIONS`.
         action_units: Units of the action components, None where they are unknown.
 
     Raises:

@@ -27,9 +27,9 @@ def read_picture(
     """Decode an image with its EXIF orientation applied. An alpha channel is dropped.
 
     Args:
-        source: The image file, or an open one.
+        source: Path of the image, or an open binary file.
         name: Name in error messages (default: the path).
-        formats: Accepted formats of Pillow; None for all.
+        formats: Pillow formats that are accepted; None for all.
         max_pixels: Maximum number of pixels, checked before decoding.
 
     Returns:
@@ -60,6 +60,6 @@ def _problem(image: PIL.Image.Image, max_pixels: int) -> str | None:
     if image.mode not in MODES:
         return f"has mode {image.mode!r}; 8-bit RGB or grayscale is required: convert depth to 8 bits, or select another camera."
     frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # photos of phones have a preview as their second image
+    if frames > 1 and image.format != "MPO":  # phone photos may contain a preview as a second image
         return f"is animated ({frames} frames): convert it to a video, or save one frame."
     return None

@@ -16,18 +16,20 @@ from .episode import CameraLayout, Episode, EpisodeSource, InOrder, first_readab
 
 @dataclass(frozen=True)
 class PreparedEpisodes(InOrder):
-    """A data source with derived actions, fewer frames per second, or frames of another size.
+    """A data source with derived actions, fewer frames per second, or resized frames.
 
     Args:
         source: Any data source.
         derivation: `"recorded"`, or how actions are computed from the states of successive frames; see
             `actions.derive_actions`.
         state_key: The state from which actions are derived; None selects the only one.
-        frame_skip: Keep every n-th frame. Recorded actions are composed over the skipped frames: of absolute targets the last
-            one is used, planar motions are added, and pose motions are multiplied.
-        composition: Kind of the recorded actions, one of `actions.DERIVATIONS` except `"recorded"`; required to compose them.
-            A derivation that is stored in the source takes precedence.
-        action_dim: Number of action components after padding with zeros, as for the robots of RoboNet, which use up to five.
+        frame_skip: Keep every n-th frame. Recorded actions are composed over the skipped frames: the last absolute target is
+            used, planar motions are added, and pose motions are composed as rigid transformations.
+        composition: Derivation of the recorded actions, which determines how they are composed: one of `actions.DERIVATIONS`
+            except `"recorded"`. A derivation that is stored in the source takes precedence; without one, `composition` is
+            required if `frame_skip` is greater than 1.
+        action_dim: Number of action components after padding with zeros, as for RoboNet, whose robots use up to five
+            components; None for no padding.
         frame_size: Height and width to which frames are resized; None keeps their size.
         all_phases: Keep the skipped frames as well, so that windows may start at any frame. Row t of `action` then leads
             from frame t to frame t + `frame_skip`, and a clip takes every `frame_skip`-th frame; see `LatentClips`.
@@ -72,15 +74,16 @@ class PreparedEpisodes(InOrder):
             object.__setattr__(self, "composition", known)
         elif self.frame_skip > 1 and self.composition is None:
             raise ValueError(
-                f"`composition` (--action_composition) is required with frame_skip={self.frame_skip}: absolute, relative_planar, "
-                "relative_euler or relative_6d."
+                f"`composition` (--action_composition) is required with frame_skip={self.frame_skip}: pass absolute, "
+                "relative_planar, relative_euler or relative_6d."
             )
 
     def _select_state(self) -> None:
         states = sorted(set(first_readable(self.source, self.source.vectors)) - {"action"})
         if not states:
             raise ValueError(
-                f"`derivation` {self.derivation!r} requires states, which {self.source.name!r} does not have."
+                f"`derivation` {self.derivation!r} requires states, which {self.source.name!r} does not have: select them with "
+                "--state_columns, or use recorded actions."
             )
         key = self.state_key or (states[0] if len(states) == 1 else None)
         if key not in states:
@@ -89,7 +92,7 @@ class PreparedEpisodes(InOrder):
 
     @property
     def name(self) -> str:
-        """Path or name of the data, for messages."""
+        """Path or name of the dataset, for messages."""
         return self.source.name
 
     @property
@@ -163,7 +166,7 @@ class PreparedEpisodes(InOrder):
         return self._prepare(self.source.vectors(number), number)
 
     def flags(self, number: int) -> dict[str, np.ndarray]:
-        """Read bool and integer features (T, D) of one episode.
+        """Read the features (T, D) of one episode that are neither actions nor states.
 
         A bool is true if it is true in the kept frame or in one of the frames skipped after it.
         """
@@ -217,7 +220,8 @@ class PreparedEpisodes(InOrder):
         missing = (self.action_dim or 0) - kept["action"].shape[1]
         if missing < 0 < (self.action_dim or 0):
             raise ValueError(
-                f"`action_dim` (--pad_actions_to) must be at least {kept['action'].shape[1]} for {self.name!r}, got {self.action_dim}."
+                f"`action_dim` (--pad_actions_to) must be at least {kept['action'].shape[1]} for {self.name!r}, got "
+                f"{self.action_dim}."
             )
         padding = ((0, 0), (0, max(missing, 0)))
         return kept | {"action": np.pad(kept["action"], padding).astype(np.float32)}
@@ -235,7 +239,7 @@ def frame_skip_for(source_fps: float | None, target_fps: float) -> int:
     """
     if source_fps is None:
         raise ValueError(
-            f"`target_fps` {target_fps:g} requires the frame rate of the data, which is unknown: pass `fps`."
+            f"`target_fps` {target_fps:g} requires the frame rate of the data, which is unknown: pass `fps` (--fps)."
         )
     ratio = source_fps / target_fps if target_fps > 0 else 0.0
     skip = round(ratio) if math.isfinite(ratio) else 0

@@ -40,8 +40,8 @@ DERIVATION_TEXTS = {
 CARD = """
 # {title}
 
-{episodes} episodes, {frames} frames of {height}x{width} pixels at {fps:g} frames per second, as a LeRobotDataset v3.0. Videos are
-lossless H.264{layout}.
+This LeRobotDataset v3.0 contains {episodes} episodes with {frames} frames of {height}x{width} pixels (height x width) at {fps:g}
+frames per second. The videos are lossless H.264{layout}.
 
 | camera | height x width |
 |---|---|
@@ -69,7 +69,7 @@ def write_lerobot(
     skip_broken: bool = False,
     on_episode: Callable[[int, str | None], None] = lambda number, error: None,
 ) -> LeRobotFolder:
-    """Write every episode of a source into a LeRobotDataset v3.0.
+    """Write every episode of a data source to a LeRobotDataset v3.0.
 
     An interrupted run resumes at the first missing file. Several cameras are written as separate features
     `observation.images.<name>`. The folder stores their layout, and how the actions follow from states;
@@ -81,14 +81,14 @@ def write_lerobot(
         robot_type: Name of the robot.
         camera: Feature key of the images of a single camera, or of tiled images that have been resized.
         skip_broken: Skip episodes that cannot be read.
-        on_episode: Called with the index of each episode, and the reason if it is skipped.
+        on_episode: Function that is called with the index of each episode and the reason why it is skipped, or None.
 
     Returns:
         The folder, with the camera layout of the source.
 
     Raises:
-        ValueError: If the source has no valid frame rate, another process writes the folder, it contains another dataset, an
-            episode is broken, or no episode can be read.
+        ValueError: If the source has no valid frame rate, another process writes the folder, the folder contains another
+            dataset, an episode is broken and `skip_broken` is False, or no episode can be read.
     """
     fps, root = _frame_rate(source), Path(root)
     is_new = not root.exists()
@@ -122,7 +122,9 @@ def write_lerobot(
 def _frame_rate(source: EpisodeSource) -> float:
     fps = source.fps
     if fps is None or not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"{source.name!r} must have a positive number of frames per second, got {fps}: pass `fps`.")
+        raise ValueError(
+            f"{source.name!r} must have a positive number of frames per second, got {fps}: pass `fps` (--fps)."
+        )
     return fps
 
 
@@ -181,15 +183,15 @@ def _write_files(
 
 
 def _read_episode(source: EpisodeSource, number: int, frame_size: tuple[int, int] | None = None) -> Episode:
-    """Read an episode with its bool, integer and string features.
+    """Read an episode with the features that are neither actions nor states.
 
-    Its frames must have the size of the dataset.
+    The frames must have the height and width `frame_size`, unless it is None.
     """
     episode = source[number]
     if frame_size not in (None, episode.frames.shape[1:3]):
         raise ValueError(
             f"episode {number} of {source.name!r} must have frames of height and width {frame_size} like the first episode, got "
-            f"{episode.frames.shape[1:3]}: resize the videos, or skip the episode with `skip_broken`."
+            f"{episode.frames.shape[1:3]}: resize the videos, or skip the episode with `skip_broken` (--skip_broken)."
         )
     flags = source.flags(number) if hasattr(source, "flags") else {}
     return dataclasses.replace(episode, states=episode.states | flags)
@@ -272,7 +274,7 @@ def _clear(root: Path, remove: bool = False) -> None:
 
 
 def write_dataset_card(folder: LeRobotFolder, repo_id: str) -> None:
-    """Write README.md of a LeRobotDataset from its metadata.
+    """Write the dataset card, README.md, from the metadata of a LeRobotDataset.
 
     Args:
         folder: The dataset.
@@ -298,7 +300,7 @@ def write_dataset_card(folder: LeRobotFolder, repo_id: str) -> None:
         fps=folder.fps,
         height=sum(sizes[row[0]][0] for row in folder.cameras),
         width=sum(sizes[key][1] for key in folder.cameras[0]),
-        layout=f". A frame consists of the cameras, tiled by rows: {layout}" if len(sizes) > 1 else "",
+        layout=f". A frame consists of the images of all cameras, tiled by rows: {layout}" if len(sizes) > 1 else "",
         cameras="\n".join(f"| `{key}` | {height} x {width} |" for key, (height, width) in sizes.items()),
         features="\n".join(rows),
         derivation=folder.action_derivation,

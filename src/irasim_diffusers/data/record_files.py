@@ -13,7 +13,7 @@ from ..json_files import parse_json, read_text
 
 
 def path_inside(root: Path, path: str) -> Path:
-    """Return the path of a file from a path in metadata, relative to the folder of the metadata.
+    """Return the path of a file from a path in the metadata, which is relative to the dataset folder.
 
     Symbolic links in the folder are followed: the Hub's cache consists of them.
 

@@ -1,4 +1,4 @@
-"""Open datasets of every format by folder or Hub id."""
+"""Open datasets of all supported formats from a folder or the Hub."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def open_dataset(
 ) -> EpisodeSource:
     """Open a dataset of any supported format, from a folder or the Hub.
 
-    A folder with `meta/info.json` is a LeRobotDataset, and one with `annotation` has the format of the IRASim release. Tables of
-    `datasets` are folders of `Dataset.save_to_disk`, folders of Parquet files such as downloaded Hub repositories, and all other
-    Hub repositories. Only the requested cameras and episodes of a LeRobotDataset on the Hub are downloaded. With `streaming`, only
-    the files that are read are downloaded, and they are deleted afterward.
+    A folder or Hub repository with `meta/info.json` is a LeRobotDataset, and a folder with `annotation` has the format of the
+    IRASim release. All other Hub repositories, folders written by `Dataset.save_to_disk`, and folders of Parquet, Arrow or JSON
+    Lines files are tables of `datasets`. Only the requested cameras and episodes of a LeRobotDataset on the Hub are downloaded.
+    With `streaming`, only the files that are read are downloaded, and they are deleted afterward.
 
     Args:
         name: Folder or Hub id.
@@ -111,7 +111,7 @@ def _open_folder(folder: Path, *, split: str | None, fps: float | None, **option
         return _table(_load_table(str(folder), split), fps=fps, **options)
     raise ValueError(
         f"{str(folder)!r} contains no supported dataset: 'meta/info.json' (LeRobotDataset), 'annotation' (IRASim), "
-        f"'dataset_info.json' (datasets) and files {', '.join(TABLE_FILES)} are missing."
+        f"'dataset_info.json' (datasets) and table files ({', '.join(TABLE_FILES)}) are missing."
     )
 
 
@@ -158,7 +158,7 @@ def _table(
     origin: str | None = None,
     **selection: Any,
 ) -> TableEpisodes:
-    """Open a table, or a stream of a table with its `origin`."""
+    """Open a table; with `origin`, a streamed table."""
     length = None if origin is None else _declared_rows(table, max_episodes)
     if origin is None and max_episodes is not None:
         table = table.select(range(min(max_episodes, len(table))))
@@ -167,7 +167,7 @@ def _table(
 
 
 def _declared_rows(table: Any, max_episodes: int | None) -> int:
-    """Return the number of rows to read from a stream."""
+    """Return the number of rows to read from a streamed table."""
     known = (table.info.splits or {}).get(str(table.split))
     counts = [count for count in (known.num_examples if known else None, max_episodes) if count is not None]
     if not counts:

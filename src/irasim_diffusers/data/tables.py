@@ -27,9 +27,9 @@ from .pictures import read_picture
 from .video import count_frames, read_frames, read_video
 
 MAX_DOWNLOAD = 1 << 30
-"""Maximum bytes of a remote video or image, which is read into memory."""
+"""Maximum size of a remote video or image in bytes; it is read into memory."""
 MAX_KEPT = 1 << 28
-"""Maximum bytes of the downloads that are kept in memory; the last download is always kept."""
+"""Maximum total size in bytes of the downloads kept in memory; the last download is always kept."""
 TIMEOUT = 60.0  # seconds
 
 
@@ -42,16 +42,18 @@ class TableEpisodes(InOrder):
 
     Args:
         dataset: The table.
-        cameras: Columns: one camera, several stacked cameras, or rows of cameras. After construction, the layout.
-        action_column: Column of actions, (T, A) or (T - 1, A), or several that are concatenated; None selects `actions`, or the only
-            column with a similar name. After construction, a tuple.
+        cameras: Columns: one camera, several stacked cameras, or rows of cameras. After construction, the layout as a tuple of
+            rows.
+        action_column: Column of actions, (T, A) or (T - 1, A), or several that are concatenated; None selects `actions`, or the
+            only column with a similar name. After construction, a tuple.
         state_columns: Columns of states, (T, S).
         fps: Frames per second.
         length: Number of rows of an `IterableDataset`, which is fast to read only in order.
         origin: Text that identifies the rows of an `IterableDataset`, for example a name and a commit.
 
     Raises:
-        ValueError: If a column does not exist, or the length of an `IterableDataset` is missing.
+        ValueError: If a column does not exist or has the wrong type, the action column is missing or ambiguous, or `length` or
+            `origin` is missing for an `IterableDataset`.
     """
 
     dataset: Any
@@ -66,13 +68,13 @@ class TableEpisodes(InOrder):
         dataset, layout = self.dataset, camera_layout(self.cameras)
         if self._streams and (self.length is None or self.origin is None):
             raise ValueError(f"`length` and `origin` are required for the streamed table {self.name!r}.")
-        if dataset.column_names is None:  # a stream without a description
+        if dataset.column_names is None:  # the card of a streamed table does not declare its columns
             dataset = dataset._resolve_features()
         names, known = [name for row in layout for name in row], dataset.column_names
         for column in (*names, *self.state_columns):
             if column not in known:
                 raise ValueError(
-                    f"column {column!r} does not exist in {self.name!r}; it has {known}: select others with --cameras, "
+                    f"column {column!r} does not exist in {self.name!r}, which has {known}: select others with --cameras, "
                     "--action_column or --state_columns."
                 )
         actions = self.action_column or ("actions" if "actions" in known else None)
@@ -107,7 +109,7 @@ class TableEpisodes(InOrder):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Columns with a hash of actions, states and fingerprints of videos and images, or the origin."""
+        """Columns, fingerprint and a hash of vectors and media; for a streamed table, columns and origin."""
         columns = {"cameras": self.cameras, "action": self.action_column, "states": list(self.state_columns)}
         content = {} if self._streams else {"content": self._content_hash()}
         return {"fingerprint": self._fingerprint, **columns, **content}
@@ -152,7 +154,7 @@ class TableEpisodes(InOrder):
         return self._read(number, None)
 
     def window(self, number: int, start: int, length: int) -> Episode:
-        """Read a part of an episode; other frames are not decoded unnecessarily.
+        """Read a part of an episode; avoid decoding other frames.
 
         Args:
             number: Index of the episode.
@@ -255,7 +257,7 @@ class _StreamedRows:
 
 
 def _content(value: dict[str, Any]) -> BinaryIO | str:
-    """Return the file of a video or an image: in the table, local or remote.
+    """Return a video or an image as a binary file, or the path of a local file.
 
     A table may be untrusted: its paths must open neither devices nor other protocols of `fsspec`.
     """
@@ -272,7 +274,7 @@ def _content(value: dict[str, Any]) -> BinaryIO | str:
 
 
 _downloads: dict[str, bytes] = {}
-"""The last downloads, oldest first: the cameras of an episode are read more than once."""
+"""The last downloads, oldest first, kept because the cameras of an episode are read more than once."""
 
 
 def _download(url: str) -> bytes:
@@ -313,14 +315,14 @@ def _frames(value: Any, part: slice, total: int | None) -> np.ndarray:
     Args:
         value: The video or the images.
         part: The frames to decode.
-        total: Number of all frames; None to decode all.
+        total: Total number of frames; None to decode all of them.
     """
     if isinstance(value, dict):
         if total is None:
             return read_video(_content(value))
         return read_frames(_content(value), part.start, part.stop - part.start, whole=part.stop == total)
     if not value or not all(isinstance(picture, dict) for picture in value):
-        raise ValueError("an image is missing: fill the gap, or remove the episode.")
+        raise ValueError("an image is missing: add it, or remove the episode.")
     return np.stack([read_picture(_content(picture), repr(picture.get("path"))) for picture in value[part]])
 
 

@@ -18,7 +18,7 @@ from ..files import temporary_path
 
 VideoFile: TypeAlias = str | os.PathLike | BinaryIO
 PLAYLISTS = ("concat", "dash", "hls", "imf")
-"""Formats of FFmpeg that read other files."""
+"""FFmpeg formats that refer to other files."""
 ITU601, ITU709, MPEG_RANGE, JPEG_RANGE = 5, 1, 1, 2
 """FFmpeg enum values: color matrices and YUV ranges."""
 
@@ -33,7 +33,7 @@ def read_video(path: VideoFile) -> np.ndarray:
         Frames (T, H, W, 3), uint8 RGB.
 
     Raises:
-        ValueError: If the file is missing, is not a video, is damaged, contains no frame, or has 16-bit gray frames.
+        ValueError: If the file is missing, is not a video, is damaged, contains no frame, or has gray frames of more than 8 bits.
     """
     frames = list(iterate_video(path))
     if not frames:
@@ -78,8 +78,8 @@ def read_numbered_frames(
     """Decode the frames with these indices, in increasing order; see `read_frames`.
 
     Raises:
-        ValueError: If the file is missing, is not a video, is damaged, or does not contain one of the frames, or continues although
-            `whole` is set.
+        ValueError: If the file is missing, is not a video, is damaged, does not contain one of the frames, or continues after
+            them although `whole` is set.
     """
     wanted = [int(number) for number in numbers]
     frames: list[np.ndarray] = []
@@ -95,8 +95,8 @@ def read_numbered_frames(
             if not abs(number - following) <= 0.5:
                 rate = "" if fps is None else f" at {fps:g} frames/s"
                 raise ValueError(
-                    f"{str(path)!r} has no frame {following}{rate}: frames are missing, or the frame rate differs; encode the video "
-                    "again at a constant rate."
+                    f"{str(path)!r} has no frame {following}{rate}: frames are missing, or the frame rate differs; encode the "
+                    "video again at a constant rate."
                 )
             frames.append(_pixels(_undamaged(frame, path), path))
             if len(frames) == len(wanted) and not whole:
@@ -161,7 +161,7 @@ def _pixels(frame: Any, path: VideoFile) -> np.ndarray:
     converted = frame.reformat(
         format="rgb24",
         src_colorspace=matrix,
-        dst_colorspace=ITU709 if matrix == ITU601 else ITU601,  # PyAV before 17 ignores the source's if both are equal
+        dst_colorspace=ITU709 if matrix == ITU601 else ITU601,  # PyAV < 17 ignores the source matrix if both are equal
         src_color_range=JPEG_RANGE if full else MPEG_RANGE,
         dst_color_range=MPEG_RANGE,
     )

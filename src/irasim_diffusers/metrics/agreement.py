@@ -10,20 +10,20 @@ from scipy import stats
 
 
 def pearson(real: np.ndarray, model: np.ndarray) -> float:
-    """Pearson correlation of the scores of policies (P,); NaN if all scores of one environment are equal."""
+    """Pearson correlation of policy scores (P,); NaN if all scores of one environment are equal."""
     return _correlation(stats.pearsonr, real, model)
 
 
 def spearman(real: np.ndarray, model: np.ndarray) -> float:
-    """Spearman rank correlation of policy scores (P,); NaN if the scores of one environment are equal."""
+    """Spearman rank correlation of policy scores (P,); NaN if all scores of one environment are equal."""
     return _correlation(stats.spearmanr, real, model)
 
 
 def mmrv(real: np.ndarray, model: np.ndarray) -> float:
-    """Mean maximum rank violation (SIMPLER, arXiv 2405.05941).
+    """Mean maximum rank violation (SIMPLER, https://arxiv.org/abs/2405.05941).
 
     It is 0 if the model ranks all policies as the real environment does. A pair of policies that is ranked differently
-    costs the difference of the real scores. The maximum cost of each policy is averaged over the policies.
+    costs the difference between the real scores. The maximum cost of each policy is averaged over the policies.
 
     Args:
         real: Scores in the real environment (P,), such as success rates.

@@ -43,7 +43,7 @@ def load_lpips(backbone: str | None = None, device: str | torch.device = "cpu") 
         device: Device of the network.
 
     Raises:
-        ValueError: If the package or the weights are missing.
+        ValueError: If the package or the weights are missing, or the weights do not match the network.
     """
     try:
         import lpips
@@ -57,7 +57,8 @@ def load_lpips(backbone: str | None = None, device: str | torch.device = "cpu") 
                 f"the weights of AlexNet cannot be downloaded ({error}): pass the file alexnet-owt-7be5be79.pth as `lpips`."
             ) from error
     network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    layers = {name.split(".", 1)[1]: name for name in network.net.state_dict()}  # 3.weight: slice2.3.weight
+    # torchvision's names to those of the package, for example 3.weight to slice2.3.weight
+    layers = {name.split(".", 1)[1]: name for name in network.net.state_dict()}
     state = _load_state(find_weights(backbone, "lpips"), "lpips")
     features = {name.removeprefix("features."): value for name, value in state.items() if name.startswith("features.")}
     _load_strictly(network.net, {layers.get(name, name): value for name, value in features.items()}, "lpips")
@@ -145,7 +146,7 @@ def load_i3d(path: str, device: str | torch.device = "cpu") -> Callable[[np.ndar
 def _load_state(path: Path, argument: str) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged archives, and pickles that `weights_only` rejects, raise many types
+    except Exception as error:  # damaged archives, and pickles that `weights_only` rejects, raise errors of many types
         raise ValueError(f"`{argument}` must be a file with weights, got {str(path)!r}: {error}") from error
 
 

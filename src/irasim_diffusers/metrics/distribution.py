@@ -4,7 +4,7 @@ import numpy as np
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray, ddof: int = 1) -> float:
-    """Compute the Frechet distance of two sets of features.
+    """Compute the Fréchet distance between two sets of features.
 
     The features are modeled as normal distributions. For centered features A and B, the trace of the square root of the product
     of their covariances is the sum of the singular values of A B^T. No matrix square root is computed, so the result is also
@@ -37,12 +37,12 @@ def frechet_distance(first: np.ndarray, second: np.ndarray, ddof: int = 1) -> fl
 
 
 def fid(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Compute FID like pytorch-fid, from Inception features (N, 2048), (M, 2048); see `load_inception`."""
+    """Compute FID as in pytorch-fid, from Inception features (N, 2048), (M, 2048); see `load_inception`."""
     return frechet_distance(prediction, truth, ddof=1)
 
 
 def fvd(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Compute FVD like StyleGAN-V, from I3D features (N, 400) and (M, 400); see `load_i3d`."""
+    """Compute FVD as in StyleGAN-V, from I3D features (N, 400) and (M, 400); see `load_i3d`."""
     return frechet_distance(prediction, truth, ddof=0)
 
 

@@ -77,7 +77,7 @@ def counterfactual_actions(
 
 
 def similar_clips(last_frames: np.ndarray, number: int) -> np.ndarray:
-    """Return the indices (N, number) of the other frames most similar to each of (N, H, W, 3)."""
+    """Return, for each frame (N, H, W, 3), the indices (N, number) of the most similar other frames."""
     step = max(1, last_frames.shape[1] // 64)
     pixels = last_frames[:, ::step, ::step].reshape(len(last_frames), -1).astype(np.float64) / 255
     squares = np.square(pixels).sum(axis=1)
@@ -96,12 +96,14 @@ def future_errors(predict: Predict, history: np.ndarray, sequences: np.ndarray, 
         history: History frames (h, H, W, 3), uint8.
         sequences: Actions (K, n, A).
         truth: True future (n, H, W, 3), uint8.
+
+    Raises:
+        ValueError: If the futures do not have the length and frame size of `truth`.
     """
     futures = _eight_bits(predict(history, sequences))  # (K, n, H, W, 3)
     if futures.shape[1:] != truth.shape:
-        raise ValueError(
-            f"`predict` must return futures (K, {', '.join(map(str, truth.shape))}), got {futures.shape}."
-        )
+        (n, height, width, _), found = truth.shape, futures.transpose(0, 1, 4, 2, 3).shape
+        raise ValueError(f"`predict` must return futures (K, {n}, 3, {height}, {width}), got {found}.")
     return np.array([np.square(future - truth.astype(np.float64) / 255).mean() for future in futures])
 
 

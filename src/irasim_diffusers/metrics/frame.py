@@ -46,6 +46,9 @@ def frame_ssim(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     Returns:
         SSIM (...).
+
+    Raises:
+        ImportError: If scikit-image is not installed.
     """
     try:
         from skimage.metrics import structural_similarity

@@ -12,7 +12,7 @@ def bootstrap(
     """Compute a statistic with its 95 % percentile bootstrap interval.
 
     Args:
-        values: One value per independent unit, such as a clip (n,).
+        values: Values (n,), one per independent unit such as a clip.
         rng: Random generator that draws the samples.
         statistic: `numpy.mean`, `numpy.median` or another function with an `axis` argument. Its name is the key of its value.
         num_samples: Number of samples with replacement.

@@ -11,10 +11,10 @@ from torch import nn
 class ProprioceptionModel(ModelMixin, ConfigMixin):
     """Regresses the robot state, such as the position of a gripper, from one frame.
 
-    Convolutions and a spatial softmax locate keypoints, and a perceptron maps them to the state
-    (https://arxiv.org/abs/1509.06113). A world model predicts frames only. If actions are target positions, the state after
-    a step cannot be computed from the action, because the robot may not have reached the target. This model reads the state
-    from the predicted frame.
+    Convolutions and a spatial softmax locate keypoints (https://arxiv.org/abs/1509.06113). The sum of a linear layer and a
+    perceptron maps the keypoints to the state. A world model predicts frames only. If actions are target positions, the state
+    after a step cannot be computed from the action, because the robot may not have reached the target. This model reads the
+    state from the predicted frame.
 
     Args:
         state_names: Names of the S state components.
@@ -24,7 +24,7 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         state_scale: `normalized = (state - state_offset) * state_scale`.
         block_out_channels: Channels of the convolutions. The first two convolutions have stride 2.
         num_keypoints: Number of keypoints.
-        hidden_dim: Width of the perceptron.
+        hidden_dim: Width of the perceptron's hidden layer.
     """
 
     @register_to_config

@@ -50,7 +50,7 @@ ACTION_ENCODER = ("action_embed.", "trajectory_embed.", "null_action")
 """Name prefixes of the action encoder weights."""
 
 TARGET_OCTAVES = 6
-"""Octaves of the Fourier features of a patch's offset from the target. The longest wavelength is four times the frame."""
+"""Number of octaves of the Fourier features of a patch's offset from the target. The longest wavelength is four times the frame."""
 
 LIMITS = {
     "num_attention_heads": 256,
@@ -92,7 +92,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 """Valid values of config entries."""
 
 SHORT = 4
-"""Maximum number of frames for `short_attention` (compiled model on a CPU)."""
+"""Maximum number of frames for `short_attention`, which a compiled model uses on a CPU."""
 
 CPU = torch.device("cpu")
 INF = float("inf")
@@ -120,12 +120,14 @@ class IRASimAttnProcessor:
         hidden_states: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Attend among tokens (B, S, D), with rotary positions if their cosines and sines are given."""
+        """Apply self-attention to tokens (B, S, D), with rotary positions given by cosines and sines."""
         query, key, value = self.project(attn, hidden_states)  # (B, S, heads, head_dim)
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
-            pairs = -1 if attn.temporal else -2  # rotate adjacent channels (Open-Sora) or the halves of a head
+            pairs = (
+                -1 if attn.temporal else -2
+            )  # rotate pairs of adjacent channels (Open-Sora) or of the halves of a head
             query = apply_rotary_emb(query, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
 
@@ -183,7 +185,7 @@ class IRASimAttention(nn.Module, AttentionModuleMixin):
     def forward(
         self, hidden_states: torch.Tensor, image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """Attend among tokens (B, S, D)."""
+        """Apply self-attention to tokens (B, S, D)."""
         return self.processor(self, hidden_states, image_rotary_emb)
 
 
@@ -270,14 +272,14 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     Video-Ada: every block is modulated by the timestep embedding plus one embedding of all actions; their number is fixed.
 
     Args:
-        num_attention_heads: Number of heads of every attention.
+        num_attention_heads: Number of attention heads.
         attention_head_dim: Number of channels per head; the model width is heads x channels.
         num_layers: Number of pairs of a spatial and a temporal block.
         in_channels: Number of channels of the latents.
-        patch_size: Side of a patch, in latent pixels.
+        patch_size: Side length of a patch, in latent pixels.
         sample_height: Height of the latents in training; other sizes are supported.
         sample_width: Width of the latents in training; other sizes are supported.
-        sample_frames: Number of frames per window in training, history and predicted.
+        sample_frames: Number of frames of a window in training, including the history.
         num_history_frames: Maximum number of history frames in training; for Video-Ada the exact number.
         conditioning: `"frame"` for Frame-Ada, `"video"` for Video-Ada.
         final_frame_ada: Whether Frame-Ada's final layer receives the actions; False in the released weights.
@@ -294,7 +296,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         use_fps: Whether frames per second are embedded (Open-Sora).
         history_timestep: Timestep of history frames: `"same"` as the predicted frames, or `"zero"`.
         action_activation: Activation of the action encoder, `"gelu_tanh"`. None for the released Language-Table weights,
-            which have no activation; their Video-Ada combines the embedded actions with another network.
+            which have no activation; in their Video-Ada variant, a second network combines the embedded actions.
         action_frequencies: Number of octaves of sines and cosines of the scaled actions that are added to the action features,
             the lowest with a wavelength of 16. They resolve the exact position of an absolute target. 0 in the paper.
         target_extent: Left, top, right and bottom edges of a frame of `sample_height` x `sample_width` in the units of the first
@@ -306,7 +308,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_names: Names of the components.
         action_units: Units of the components.
         action_low: Lower bound of the data or the robot, in raw units, one number or one per component; None if unknown.
-        action_high: Upper bound, likewise.
+        action_high: Upper bound; see `action_low`.
         action_space: `"relative"` if zero is no motion, `"absolute"` if an action is a target position.
         action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
         cameras: Names of the cameras as tiled in a frame: rows from top to bottom, each from left to right.
@@ -635,7 +637,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         if height % patch_size or width % patch_size:
             raise ValueError(
                 f"`hidden_states` must have a height and width divisible by the patch size {patch_size}, got "
-                f"{height}x{width}."
+                f"{height}x{width}: resize or crop the frames."
             )
         if self._parallel_config is not None and (self.config.ff_conv or self.config.spatial_position == "rope"):
             raise ValueError(
@@ -755,7 +757,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     def _spatial_positions(
         self, rows: int, columns: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """Return sines and cosines of the patch positions (1, rows columns, D), first of the columns."""
+        """Return sines and cosines of the patch positions (1, S, D); those of the columns come first."""
         config, exact = self.config, maybe_adjust_dtype_for_device(torch.float64, device)
         down, across = (torch.arange(number, dtype=exact, device=device) for number in (rows, columns))
         if config.base_patch_size is not None:  # centers of the patches in units of the pretrained grid

@@ -53,7 +53,7 @@ class UNetLinearAttnProcessor(IRASimAttnProcessor):
         hidden_states: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Attend among tokens (B, S, D)."""
+        """Apply linear self-attention to tokens (B, S, D)."""
         query, key, value = self.project(attn, hidden_states)  # (B, S, heads, head_dim)
         query = query.float().softmax(-1) * query.shape[-1] ** -0.5
         key = key.float().softmax(1)
@@ -140,7 +140,7 @@ class UNetTrajectoryBlock(nn.Module):
         Args:
             hidden_states: Features (B F, C, H, W).
             temb: Condition of each frame (B F, D).
-            num_frames: Frames F of a window.
+            num_frames: Number of frames F of a window.
             image_rotary_emb: Cosines and sines (F, head_dim) of the frames' positions.
 
         Returns:
@@ -164,22 +164,22 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
     concatenated embeddings of trajectory and timestep scale and shift the features of every residual block. All frames thus
     receive all actions, as in Video-Ada.
 
-    Residual blocks and samplers are those of diffusers. Differences from the released code of the baselines: residual blocks
-    normalize each frame separately, before the convolution; temporal positions are rotary, without a learned bias. With the
-    paper's settings on RT-1 (15 actions of 7 components) VDM has 44,518,595 parameters and LVDM 687,572,260. The paper
-    reports 40M and 687M; the layers of the released code add up to 44.50M and 687.52M.
+    Residual blocks and samplers are those of diffusers. Unlike in the released code of the baselines, residual blocks normalize
+    each frame separately, before the convolution, and temporal positions are rotary, without a learned bias. With the paper's
+    settings on RT-1 (15 actions of 7 components), VDM has 44,518,595 parameters and LVDM 687,572,260. The paper reports 40M and
+    687M; the layers of the released code add up to 44.50M and 687.52M.
 
     Args:
         block_out_channels: Channels of each resolution, the finest first; each resolution halves the height and width.
-        num_attention_heads: Number of heads of every attention.
+        num_attention_heads: Number of attention heads.
         attention_head_dim: Number of channels per head.
         condition_dim: Size of the trajectory embedding.
         in_channels: Number of channels of the latents, or 3 for a model in pixel space.
         sample_height: Height of the latents in training; other sizes are supported.
         sample_width: Width of the latents in training; other sizes are supported.
-        sample_frames: Number of frames per window in training, history and predicted.
+        sample_frames: Number of frames of a window in training, including the history.
         num_history_frames: Exact number of history frames.
-        conditioning: `"video"`: the whole trajectory conditions all frames.
+        conditioning: `"video"`, the only choice: the whole trajectory conditions all frames.
         action_frequencies: Number of octaves of sines and cosines of the scaled actions that are added to the action features,
             the lowest with a wavelength of 16. 0 in the paper.
         action_dim: Number of action components.
@@ -188,7 +188,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         action_names: Names of the components.
         action_units: Units of the components.
         action_low: Lower bound of the data or the robot, in raw units, one number or one per component; None if unknown.
-        action_high: Upper bound, likewise.
+        action_high: Upper bound; see `action_low`.
         action_space: `"relative"` if zero is no motion, `"absolute"` if an action is a target position.
         action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
         cameras: Names of the cameras as tiled in a frame: rows from top to bottom, each from left to right.
@@ -270,7 +270,10 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         self.gradient_checkpointing = False
 
     def _init_blocks(self, block: Callable[..., UNetTrajectoryBlock]) -> None:
-        """Create the blocks and samplers of all resolutions, from the numbers of input and output channels."""
+        """Create the blocks and samplers of all resolutions.
+
+        `block` creates a block from its numbers of input and output channels.
+        """
         channels = self.config.block_out_channels
         widths = list(zip([channels[0], *channels[:-1]], channels, strict=True))
         self.down_blocks = nn.ModuleList([block(before, after) for before, after in widths])
@@ -294,7 +297,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         action_mask: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """Embed a trajectory in raw units.
+        """Embed the actions of a trajectory, in raw units.
 
         Args:
             actions: Actions (B, n, A), or None.
@@ -321,7 +324,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         if actions.shape[1:] != (number, self.config.action_dim) or number > num_frames:
             raise ValueError(
                 f"`actions` must be (batch, {number}, {self.config.action_dim}) for a window of at least {number} frames, got "
-                f"{tuple(actions.shape)} for {num_frames}: the U-Net requires this number of actions."
+                f"{tuple(actions.shape)} for a window of {num_frames}: the U-Net requires this number of actions."
             )
 
     @apply_lora_scale("attention_kwargs")
@@ -402,11 +405,12 @@ def _check_config(config: Any) -> None:
         sizes and len(widths) <= MAX_RESOLUTIONS and all(type(size) is int and 0 < size <= MAX_WIDTH for size in sizes)
     ):
         raise ValueError(
-            f"`block_out_channels` must be 1 to {MAX_RESOLUTIONS} integers and `condition_dim` one integer, all in [1, {MAX_WIDTH}], got "
-            f"{widths!r:.60} and {config.condition_dim!r:.60}."
+            f"`block_out_channels` must be 1 to {MAX_RESOLUTIONS} integers and `condition_dim` one integer, all in "
+            f"[1, {MAX_WIDTH}], got {widths!r:.60} and {config.condition_dim!r:.60}."
         )
     if any(channels % NORM_GROUPS for channels in config.block_out_channels):
         raise ValueError(
-            f"`block_out_channels` must be multiples of {NORM_GROUPS}, the number of groups of a norm, got {config.block_out_channels}."
+            f"`block_out_channels` must be multiples of {NORM_GROUPS}, the number of groups of a normalization layer, got "
+            f"{config.block_out_channels}."
         )
     check_shared_config(config)

@@ -51,7 +51,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class CEM:
-    """Cross-entropy method: sample around a plan, and move the distribution to the best candidates.
+    """Cross-entropy method: sample around a plan, and move the distribution toward the best candidates.
 
     Args:
         horizon: Number of actions of a plan.
@@ -97,7 +97,7 @@ class CEM:
                 outside the bounds are clipped. None for no motion, or the middle of the bounds of absolute targets.
 
         Returns:
-            The best plan of all that were scored.
+            The best of all plans that were scored.
 
         Raises:
             ValueError: Before any prediction, if the state, the plans or the objective are invalid.
@@ -154,11 +154,12 @@ class MPPI:
 class Gradient:
     """Gradient ascent on the actions through the model, with Adam.
 
-    This is GPC-RANK+OPT if `init` contains samples of a policy.
+    If `init` contains samples of a policy, this is GPC-RANK+OPT (https://arxiv.org/abs/2502.00622): each sample is improved,
+    and the best one is returned.
 
     Args:
         horizon: Number of actions of a plan.
-        num_iterations: Number of steps.
+        num_iterations: Number of gradient steps.
         learning_rate: Step size in normalized units.
         scoring: How candidates are scored. Memory grows with the horizon, because gradients need every step.
     """
@@ -182,7 +183,9 @@ class Gradient:
         """Improve each plan of `init` and return the best; see `CEM.__call__`.
 
         Raises:
-            ValueError: Before any prediction, if the state, the plans or the objective are invalid, or the objective is not differentiable.
+            ValueError: Before any prediction, if the state, the plans or the objective are invalid; after the first prediction,
+                if the objective is not differentiable.
+            NoPlanError: If no candidate has a finite score.
         """
         candidates = _initial(model.action_space, init, self.horizon)
         check_objective(model, state, objective)

@@ -20,7 +20,7 @@ SEED_STRIDE = 1_000_003  # difference between the seeds of successive members of
 
 
 class NoPlanError(ValueError):
-    """Raised if no candidate has a finite score: the objective is NaN, or the guard rejects all."""
+    """Raised if no candidate has a finite score: the objective is NaN, or the guard rejects them all."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Scoring:
         reduction: How the scores of the frames are reduced to the score of a sequence: `"last"` (as in the paper; only the last
             frame is decoded), `"mean"` or `"max"`.
         batch_size: Maximum number of candidates that are predicted together; it bounds the memory, not the result.
-        chunk_length: Actions per chunk; None for the model's maximum.
+        chunk_length: Number of actions per chunk; None for the model's maximum.
         guard: Guard against plans that exploit model errors; None for no guard.
         sampling: Keyword arguments of `model.advance`, such as `{"num_inference_steps": 5}`.
 
