@@ -185,7 +185,8 @@ def test_published_dataset_has_card_and_loads_by_repo_id(hub, tmp_path):
     card = files["README.md"].decode()
     for line in (
         "LeRobot",
-        "2 episodes with 12 frames of 20x14 pixels (height x width) at 5 frames",
+        "2 episodes with 12 frames of 20x14 pixels (height x width)",
+        "5 frames per second",
         "tiled by rows: observation.images.0; observation.images.1",
         "yaw, gripper",
     ):

@@ -40,8 +40,8 @@ DERIVATION_TEXTS = {
 CARD = """
 # {title}
 
-This LeRobotDataset v3.0 contains {episodes} episodes with {frames} frames of {height}x{width} pixels (height x width) at {fps:g}
-frames per second. The videos are lossless H.264{layout}.
+This LeRobotDataset v3.0 contains {episodes} episodes with {frames} frames of {height}x{width} pixels (height x width) at
+{fps:g} frames per second. The videos are lossless H.264{layout}.
 
 | camera | height x width |
 |---|---|
