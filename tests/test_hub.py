@@ -1,9 +1,8 @@
 """Publishing and loading through the Hub's HTTP endpoints, in separate processes like two users."""
 
+import functools
 import json
-import os
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import tiny_vae
+from fork_server import MODULES, ForkServer
 from hub_server import HubServer
 from test_lerobot import CAMERA, NAMES, TASKS, make_episode, write_folder
 from test_release import write_release
@@ -59,24 +59,27 @@ def published(hub, tmp_path_factory):
     return folder / "expected.pt"
 
 
-def run(hub, folder: Path, code: str, *arguments: str) -> str:
-    """Run code in a new process that uses the local Hub server and the cache in `folder`."""
-    lines = [line.removeprefix("        ") for line in code.splitlines()]
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(folder / "hf"),
+@functools.cache
+def user_server(endpoint: str, offline: bool) -> tuple[ForkServer, Path]:
+    """Start a server for processes that use the local Hub server; return it and the path of their cache."""
+    home = Path(tempfile.mkdtemp(prefix="home-")) / "hf"
+    environment = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
         "HF_TOKEN": "hf_local",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", START + "\n".join(lines), *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return ForkServer(environment | ({"HF_HUB_OFFLINE": "1"} if offline else {}), ("conftest", *MODULES)), home
+
+
+def run(hub, folder: Path, code: str, *arguments: str, offline: bool = False) -> str:
+    """Run code in a new process that uses the local Hub server and the cache in `folder`."""
+    lines = [line.removeprefix("        ") for line in code.splitlines()]
+    server, home = user_server(hub.endpoint, offline)
+    (folder / "hf").mkdir(exist_ok=True)
+    home.unlink(missing_ok=True)
+    home.symlink_to(folder / "hf")
+    done = server.run("-c", START + "\n".join(lines), *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -344,16 +347,15 @@ def publish_table(hub, folder, episodes, repository, card=True):
     hub.commit(f"datasets/{repository}", files)
 
 
-def test_cached_table_opens_offline(hub, tmp_path, monkeypatch):
+def test_cached_table_opens_offline(hub, tmp_path):
     publish_table(hub, tmp_path, [make_episode(number, 5 + number) for number in range(3)], "lab/cached")
     read = """
         from irasim_diffusers.data import open_dataset
         assert [len(episode) for episode in open_dataset("lab/cached")] == [5, 6, 7]
         """
     run(hub, tmp_path, read)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hub.requests.clear()
-    run(hub, tmp_path, read)
+    run(hub, tmp_path, read, offline=True)
     assert not hub.requests
 
 

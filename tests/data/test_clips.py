@@ -1,16 +1,14 @@
 import json
 import os
-import subprocess
-import sys
 import time
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_vae
 from diffusers import AutoencoderKL
+from fork_server import fork_server
 from safetensors.torch import save_file
 from test_lerobot import CAMERA, edit_table, write_folder
 
@@ -193,9 +191,7 @@ def test_manifest_contains_autoencoder_and_dtype(dataset, tmp_path):
 
 def test_killed_encoding_resumes(dataset, tmp_path):
     folder, episodes = dataset
-    paths = filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    encoder = subprocess.Popen([sys.executable, "-W", "ignore", "-c", ENCODE_SLOWLY], cwd=tmp_path, env=environment)
+    encoder = fork_server().start("-c", ENCODE_SLOWLY, cwd=tmp_path)
     try:
         while not (finished := list(tmp_path.glob("cache/*/latents-*.safetensors"))):
             assert encoder.poll() is None, "the encoder ended before it was killed"

@@ -1,8 +1,7 @@
 import os
-import subprocess
-import sys
 
 import pytest
+from fork_server import fork_server
 
 FORK = """
 import gc, os, sys
@@ -42,6 +41,5 @@ def test_forked_process_has_a_separate_folder(tmp_path):
 
     The fork is made in a new process, because the threads of this one would not exist in it.
     """
-    command = [sys.executable, "-W", "ignore", "-c", FORK, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = fork_server().run("-c", FORK, tmp_path)
     assert result.stdout == "done\n", result.stderr

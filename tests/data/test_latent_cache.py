@@ -1,13 +1,10 @@
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from conftest import tiny_vae
+from fork_server import fork_server
 from safetensors.torch import load, save, save_file
 from test_lerobot import write_folder
 
@@ -34,12 +31,6 @@ def counting_vae():
     vae, encoded = tiny_vae(), []
     vae.encoder.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
     return vae, encoded
-
-
-def start_encoder(folder, seconds):
-    paths = filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", ENCODE, str(seconds)], cwd=folder, env=environment)
 
 
 def flip_a_bit(path):
@@ -136,7 +127,7 @@ def test_damaged_cache_error_names_file_and_remedy(dataset, tmp_path):
 
 def test_two_processes_build_one_cache_after_a_kill(dataset, tmp_path):
     """One process is killed while both write; the other one completes the cache."""
-    processes = [start_encoder(tmp_path, seconds) for seconds in (0.3, 0.5)]
+    processes = [fork_server().start("-c", ENCODE, seconds, cwd=tmp_path) for seconds in (0.3, 0.5)]
     try:
         while not list(tmp_path.glob("cache/*/latents-*.safetensors")):
             assert all(process.poll() is None for process in processes)

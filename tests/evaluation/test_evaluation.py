@@ -5,8 +5,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import tiny_pipeline
+from fork_server import fork_server
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.cli import _parser, main
@@ -170,10 +169,10 @@ def test_whole_episodes_are_rolled_out(workspace, evaluated, capsys):
 
 
 def test_two_processes_match_one(workspace, evaluated):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CPU_CONFIG, "-m"]
+    command = ["-m", "accelerate.commands.launch", "--config_file", CPU_CONFIG, "-m"]
     command += ["irasim_diffusers.cli", "evaluate", "--dataset", workspace / "data", "--model", workspace / "model"]
     command += ["--output", workspace / "two", "--ways", 3, "--batch-size", 1]
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    result = fork_server().run(*command)
     assert result.returncode == 0, result.stderr[-3000:]
     report = load(workspace / "two")
     # each process has one thread, which rounds differently: a pixel may differ by one level of 255

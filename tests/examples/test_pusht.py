@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 import train_vae as train_vae_script
 from accelerate.state import AcceleratorState, GradientState
 from collect import TASKS
+from fork_server import fork_server
 from huggingface_hub import DatasetCard
 from poses import pose_errors, read_poses, true_poses
 from simulator import Simulator
@@ -38,11 +38,10 @@ SPACE = ["--action_offset", "256", "--action_scale", "0.03125", "--action_space"
 
 
 def run(script, *arguments, launch=None):
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch] if launch else [sys.executable]
-    command += [str(EXAMPLES / script), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout + result.stderr
+    launcher = ["-m", "accelerate.commands.launch", *launch] if launch else []
+    process = fork_server().run(*launcher, EXAMPLES / script, *arguments)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout + process.stderr
 
 
 def call(script, *arguments):

@@ -5,13 +5,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from fork_server import fork_server
 from test_pusht import EXAMPLES, call
 from test_train import MODEL, SHORT, TWO, train_robot, write_workspace
 from train import TrainingArguments
@@ -63,25 +62,22 @@ def test_damaged_checkpoint_is_skipped(workspace):
 
 def test_sigterm_saves_a_checkpoint(workspace):
     output = workspace / "terminated"
-    command = [sys.executable, EXAMPLES / "train.py", "--dataset", workspace / "first", "--vae", workspace / "vae"]
+    command = [EXAMPLES / "train.py", "--dataset", workspace / "first", "--vae", workspace / "vae"]
     command += ["--output_dir", output, "--cameras", 0, 1, *MODEL, *SHORT, "--max_train_steps", 100_000]
     command += ["--checkpointing_steps", 100_000, "--logging_steps", 1]
-    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
-        # wait until the training loop runs; the progress bar ends in a carriage return
-        while "loss=" not in (line := process.stderr.readline()):
-            assert line or process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        rest = process.stderr.read()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM at step" in rest
-    assert "Traceback" not in rest
+    process = fork_server().start(*command)
+    process.wait_for("loss=")  # the training loop runs
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM at step" in process.stderr
+    assert "Traceback" not in process.stderr
     assert len(list(output.glob("checkpoint-*"))) == 1
 
 
 def test_sigterm_of_the_launcher_saves_a_checkpoint_of_two_processes(workspace):
     """After SIGTERM to `accelerate launch`, the same command with fewer steps resumes the training."""
     output = workspace / "preempted"
-    command = [sys.executable, "-m", "accelerate.commands.launch", *TWO, EXAMPLES / "train.py"]
+    command = ["-m", "accelerate.commands.launch", *TWO, EXAMPLES / "train.py"]
     command += [
         "--dataset",
         workspace / "first",
@@ -95,20 +91,15 @@ def test_sigterm_of_the_launcher_saves_a_checkpoint_of_two_processes(workspace):
     ]
     command += [*MODEL, "--train_batch_size", 1, "--mixed_precision", "no", "--checkpointing_steps", 100_000]
     command += ["--cache_dir", workspace / "preempted-latents", "--logging_steps", 1]
-    endless = list(map(str, [*command, "--max_train_steps", 100_000]))
-    with subprocess.Popen(endless, stderr=subprocess.PIPE, text=True) as process:
-        while "loss=" not in (line := process.stderr.readline()):
-            assert line or process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        rest = process.stderr.read()
-    assert process.returncode
-    assert "stopped by SIGTERM at step" in rest
+    process = fork_server().start(*command, "--max_train_steps", 100_000)
+    process.wait_for("loss=")
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait()
+    assert "stopped by SIGTERM at step" in process.stderr
     (checkpoint,) = output.glob("checkpoint-*")
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     assert not list(output.glob(".*.partial"))
-    resumed = subprocess.run(
-        list(map(str, [*command, "--max_train_steps", step + 1])), capture_output=True, text=True, check=False
-    )
+    resumed = fork_server().run(*command, "--max_train_steps", step + 1)
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed from {checkpoint}" in resumed.stderr
     assert (output / "model_index.json").is_file()
@@ -134,10 +125,7 @@ def test_killed_and_resumed_run_matches_uninterrupted_run(workspace):
     reached = [0]
     for _ in range(3):
         script, *rest = arguments(output)
-        command = [sys.executable, str(EXAMPLES / script)]
-        process = subprocess.Popen(
-            [*command, *map(str, rest)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+        process = fork_server().start(EXAMPLES / script, *rest)
         while process.poll() is None and newest() <= reached[-1]:
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.3))

@@ -4,8 +4,6 @@ import contextlib
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -17,6 +15,7 @@ import train_lora
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.tracking import get_available_trackers
 from conftest import tiny_pipeline, tiny_transformer
+from fork_server import fork_server
 from test_lerobot import write_folder
 from test_pusht import EXAMPLES
 from test_train import CONFIGS, SHORT, train_robot, write_robot, write_workspace
@@ -226,8 +225,7 @@ def test_autoencoder_of_pretrained_pipeline(tmp_path):
 
 def test_invalid_input_prints_one_line_and_exits_with_2(workspace, monkeypatch, capsys):
     flags = ["--dataset", workspace / "first", "--vae", workspace / "vae", "--output_dir", workspace / "refused"]
-    command = [sys.executable, EXAMPLES / "train.py", *flags, "--cameras", 3]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    result = fork_server().run(EXAMPLES / "train.py", *flags, "--cameras", 3)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("train.py: error: ")
     assert "Traceback" not in result.stderr
@@ -240,10 +238,10 @@ def test_invalid_input_prints_one_line_and_exits_with_2(workspace, monkeypatch, 
 
 
 def test_cpu_launch_with_single_process_raises(workspace):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     command = [*launch, EXAMPLES / "train.py", "--dataset", workspace / "first", "--vae", workspace / "vae"]
     command += ["--output_dir", workspace / "single", *SHORT]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    result = fork_server().run(*command)
     assert result.returncode
     assert "starts only one process: start several with `--config_file" in result.stderr
 

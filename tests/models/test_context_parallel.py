@@ -9,6 +9,7 @@ import torch.distributed as dist
 from conftest import ARCHITECTURES, tiny_pipeline, tiny_transformer
 from diffusers import ContextParallelConfig, FirstBlockCacheConfig, ParallelConfig
 from diffusers.hooks.context_parallel import apply_context_parallel
+from fork_server import fork_server
 from torch.distributed.device_mesh import init_device_mesh
 
 FRAMES = np.random.default_rng(2).integers(0, 256, (2, 8, 12, 3), dtype=np.uint8)
@@ -69,8 +70,9 @@ def work(rank, folder):
 def parallel(tmp_path_factory):
     """Results of two processes."""
     folder = tmp_path_factory.mktemp("parallel")
-    # a fork could deadlock, because OpenMP threads are running
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    code = "import sys; from test_context_parallel import work; work(int(sys.argv[1]), sys.argv[2])"
+    processes = [fork_server().start("-c", code, rank, folder) for rank in range(2)]
+    assert [process.wait() for process in processes] == [0, 0], [process.stderr for process in processes]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

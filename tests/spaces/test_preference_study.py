@@ -1,8 +1,8 @@
 import csv
 import json
-import multiprocessing
 
 import pytest
+from fork_server import fork_server
 from preference_study import Comparison, PreferenceStudy
 
 CLIPS = [f"clip-{number}" for number in range(40)]
@@ -47,19 +47,15 @@ def test_incomplete_line_does_not_affect_others(tmp_path):
     assert [answer.choice for answer in study(tmp_path).answers()] == ["left", "right"]
 
 
-def _answer_all(folder, rater):
+def answer_all(folder, rater):
     for comparison in study(folder).comparisons(rater):
         study(folder).answer(rater, comparison, "similar")
 
 
 def test_several_processes_serve_one_study(tmp_path):
-    workers = [
-        multiprocessing.get_context("spawn").Process(target=_answer_all, args=(tmp_path, name)) for name in "xyz"
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    code = "import sys; from test_preference_study import answer_all; answer_all(*sys.argv[1:])"
+    workers = [fork_server().start("-c", code, tmp_path, name) for name in "xyz"]
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
     assert len(study(tmp_path).answers()) == 3 * 80
     assert not any(study(tmp_path).remaining(name) for name in "xyz")
 

@@ -1,7 +1,5 @@
 import hashlib
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from accelerate import Accelerator
 from conftest import tiny_pipeline, tiny_transformer
 from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
+from fork_server import fork_server
 from safetensors.torch import save_file
 
 from irasim_diffusers.data.content_hash import tensors_hash
@@ -62,7 +61,7 @@ def test_second_run_in_the_same_folder_raises(tmp_path):
     code = f"from pathlib import Path; from irasim_diffusers.training import lock_output; lock_output(Path({str(tmp_path)!r}))"
     lock_output(tmp_path)
     lock_output(tmp_path)  # a second run of this process
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = fork_server().run("-c", code)
     assert "is in use by another training run: wait for it, or use another folder" in result.stderr
 
 
