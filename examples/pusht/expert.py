@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from simulator import ARENA, Pusher, State
 
-from irasim_diffusers.training import exit_without_extra
-
 try:
     import pymunk
     import shapely
     from gym_pusht.envs.pusht import PushTEnv
 except ModuleNotFoundError as error:
+    from irasim_diffusers.training import exit_without_extra
+
     exit_without_extra(error, "pusht")
 
 GOAL = np.array([256.0, 256.0, np.pi / 4])  # pose of the goal: x, y, angle

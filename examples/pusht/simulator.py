@@ -6,12 +6,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from irasim_diffusers.training import exit_without_extra
-
 try:
     import pymunk
     from gym_pusht.envs.pusht import PushTEnv
 except ModuleNotFoundError as error:
+    from irasim_diffusers.training import exit_without_extra
+
     exit_without_extra(error, "pusht")
 
 ARENA = 512  # side of the arena, in the units of actions and states

@@ -9,11 +9,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -23,6 +22,9 @@ from ..json_files import read_json_object
 from ..latents import check_latent_scaling, latent_scaling, unscale_latents
 from .content_hash import tensors_hash
 from .episode import Episode, EpisodeSource
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 FORMAT = 1
 """Version of the cached values; increment it whenever decoding, tiling or resizing changes."""
