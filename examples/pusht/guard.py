@@ -146,21 +146,22 @@ def main() -> None:
         arguments,
         not_negative=("first_seed", "seed"),
         at_least_1=("num_states", "horizon", "num_candidates", "num_iterations"),
+        positive=("margin",),
     )
     setting = {name: value for name, value in asdict(arguments).items() if name not in ("output", "num_states")}
     done: dict[str, list] = {}
+    report: dict[str, Any] = {}
     if arguments.output.is_file():
         stored = read_json_object(arguments.output)
         if stored.get("setting") != setting:
             raise ValueError(f"`output` {str(arguments.output)!r} was written with other settings: choose a new file.")
-        done = stored["plans"]
+        done, report = stored["plans"], stored["report"]
     dataset, model = open_dataset(arguments.dataset), load_world_model(arguments.model, "cpu")["model"]
     reward = FrameRegressor.from_pretrained(
         arguments.reward or embedded_checkpoint(), subfolder=None if arguments.reward else "reward"
     ).eval()
     guards = {"seeds": Disagreement(num_seeds=4)}
     guards |= {Path(path).name: Disagreement([load_world_model(path, "cpu")["model"]]) for path in arguments.others}
-    report: dict[str, Any] = {}
     for number in tqdm(range(len(dataset)), unit="episode"):
         if sum(bool(rows) for rows in done.values()) >= arguments.num_states:
             break

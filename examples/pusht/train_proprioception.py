@@ -145,7 +145,7 @@ def train(
             prediction = model(augment(torch.cat(frames).float() / 255, generator))
         loss = functional.smooth_l1_loss(prediction * scale, torch.cat(states) * scale, beta=0.02)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: use a lower `learning_rate`.")
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}: use a lower `learning_rate`.")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

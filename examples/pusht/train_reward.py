@@ -116,7 +116,7 @@ def train(network: FrameRegressor, frames: torch.Tensor, values: torch.Tensor, a
         error = network(augment(frames[rows].float() / 255)) - values[rows]
         loss = error.square().mean()
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}: use a lower `learning_rate`.")
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}: use a lower `learning_rate`.")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

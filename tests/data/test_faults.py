@@ -308,6 +308,13 @@ def test_values_must_be_finite_in_float32(key, value, tmp_path):
             open_dataset(tmp_path / "release")[1]
 
 
+def test_unselected_features_may_be_nan(tmp_path):
+    write_folder(tmp_path)
+    put(tmp_path, "action", [float("nan"), 0.5, 0.5])
+    source = LeRobotFolder(tmp_path, action_column=["observation.state"], state_columns=["observation.state"])
+    assert np.isnan(source.flags(1)["action"][4, 0])
+
+
 @pytest.mark.parametrize(
     ("task", "result"), [(None, ""), ([], ""), (["a"], "a"), ("a", "a"), ([None], None), ([3], None)]
 )

@@ -173,8 +173,10 @@ def test_errors_and_motion_are_mean_squares():
     errors = future_errors(lambda *_: futures, truth[:1], np.zeros((2, STEPS, 1)), truth)
     assert errors == pytest.approx([0, 0.04])
     assert motion(np.zeros((2, 3, 3), dtype=np.uint8), truth) == pytest.approx(0.04)
-    with pytest.raises(ValueError, match=r"must return futures \(K, 4, 3, 2, 3\), got \(2, 3, 3, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"must return futures \(2, 4, 3, 2, 3\), got \(2, 3, 3, 2, 3\)"):
         future_errors(lambda *_: futures[:, 1:], truth[:1], np.zeros((2, STEPS, 1)), truth)
+    with pytest.raises(ValueError, match=r"must return futures \(3, 4, 3, 2, 3\), got \(2, 4, 3, 2, 3\)"):
+        future_errors(lambda *_: futures, truth[:1], np.zeros((3, STEPS, 1)), truth)
 
 
 def test_gap_of_perfect_model_is_finite():

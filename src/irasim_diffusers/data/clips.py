@@ -67,13 +67,6 @@ def _episode_states(
     episodes = {}
     for number in numbers:
         vectors = dataset.vectors(number)
-        for key in keys:
-            if not np.isfinite(vectors[key]).all():
-                frame = int(np.nonzero(~np.isfinite(vectors[key]).all(axis=1))[0][0])
-                raise ValueError(
-                    f"episode {number} of {dataset.name!r}: {key!r} must be finite, got {vectors[key][frame].tolist()} at frame "
-                    f"{frame}: repair the recording, or remove the episode."
-                )
         states = np.concatenate([vectors[key] for key in keys], axis=1)
         radians = states[:, columns]
         episodes[number] = np.concatenate(

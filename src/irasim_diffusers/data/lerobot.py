@@ -353,7 +353,7 @@ class LeRobotFolder(InOrder):
             raise ValueError(f"{str(self._path(row))!r}: {key!r} must be of type {dtype} in every row.")
         with np.errstate(invalid="ignore"):
             result = values if dtype == "string" else values.astype(dtype)
-        if not (result == values).all():
+        if not ((result == values) | (result != result)).all():  # a float may be NaN
             raise ValueError(f"{str(self._path(row))!r}: {key!r} must be of type {dtype} in every row.")
         return result
 

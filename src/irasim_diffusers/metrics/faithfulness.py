@@ -98,12 +98,12 @@ def future_errors(predict: Predict, history: np.ndarray, sequences: np.ndarray, 
         truth: True future (n, H, W, 3), uint8.
 
     Raises:
-        ValueError: If the futures do not have the length and frame size of `truth`.
+        ValueError: If there is not one future per sequence, or they do not have the length and frame size of `truth`.
     """
     futures = _eight_bits(predict(history, sequences))  # (K, n, H, W, 3)
-    if futures.shape[1:] != truth.shape:
+    if futures.shape != (len(sequences), *truth.shape):
         (n, height, width, _), found = truth.shape, futures.transpose(0, 1, 4, 2, 3).shape
-        raise ValueError(f"`predict` must return futures (K, {n}, 3, {height}, {width}), got {found}.")
+        raise ValueError(f"`predict` must return futures ({len(sequences)}, {n}, 3, {height}, {width}), got {found}.")
     return np.array([np.square(future - truth.astype(np.float64) / 255).mean() for future in futures])
 
 
