@@ -24,6 +24,7 @@ from transformers import HfArgumentParser
 
 from irasim_diffusers import PRESETS, UNET_PRESETS, IRASimTransformer3DModel, UNetTrajectoryModel
 from irasim_diffusers.data import PreparedEpisodes, action_normalisation, infer_action_space
+from irasim_diffusers.models import Denoiser
 from irasim_diffusers.training import (
     RunArguments,
     TrainingData,
@@ -192,7 +193,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "unet": (UNetTrajectoryModel, NEW_UNET, UNET_PRESETS),
 }
 """Class, default config and presets by `model`."""
-FOREIGN = {
+INAPPLICABLE = {
     "transformer": ("block_out_channels", "condition_dim"),
     "unet": (
         "pretrained_model_name_or_path",
@@ -243,12 +244,14 @@ def check_model_arguments(arguments: TrainingArguments) -> None:
     Raises:
         ValueError: If an argument is invalid or does not apply to the model.
     """
-    foreign = [name for name in FOREIGN[arguments.model] if getattr(arguments, name)]
+    inapplicable = [name for name in INAPPLICABLE[arguments.model] if getattr(arguments, name)]
     if arguments.model == "unet":
-        foreign += ["conditioning"] if arguments.conditioning == "frame" else []
-        foreign += ["optimizer"] if arguments.optimizer == "muon" else []
-    if foreign:
-        raise ValueError(f"`{foreign[0]}` does not apply to `model` {arguments.model}: omit {', '.join(foreign)}.")
+        inapplicable += ["conditioning"] if arguments.conditioning == "frame" else []
+        inapplicable += ["optimizer"] if arguments.optimizer == "muon" else []
+    if inapplicable:
+        raise ValueError(
+            f"`{inapplicable[0]}` does not apply to `model` {arguments.model}: omit {', '.join(inapplicable)}."
+        )
     if arguments.snr_gamma is not None and arguments.prediction_type == "flow_prediction":
         raise ValueError("`snr_gamma` must be omitted for flow matching, which has no min-SNR weights.")
     if arguments.scale_noisy_latents and arguments.prediction_type != "sample":
@@ -324,7 +327,7 @@ def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel:
 
 def build_transformer(
     arguments: TrainingArguments, data: TrainingData, pretrained: IRASimTransformer3DModel | None
-) -> IRASimTransformer3DModel | UNetTrajectoryModel:
+) -> Denoiser:
     """Create the model, or update the config of the pretrained one from the data.
 
     Raises:

@@ -42,7 +42,7 @@ from irasim_diffusers.training import (
 )
 
 OCTAVES = 6  # frequencies of the action map
-FOREIGN = (  # options of train.py that do not apply
+INAPPLICABLE = (  # options of train.py that do not apply
     *("pretrained_model_name_or_path", "vae", "recorded_latents", "state_keys", "gradient_checkpointing"),
     *("attention_backend", "push_to_hub"),
 )
@@ -176,7 +176,7 @@ def main() -> None:
     (arguments,) = HfArgumentParser(BaselineArguments).parse_args_into_dataclasses()
     check_run_arguments(arguments)
     check_ranges(arguments, at_least_1=("channels",))
-    for name in FOREIGN:
+    for name in INAPPLICABLE:
         if getattr(arguments, name):
             raise ValueError(f"`{name}` does not apply to the convolutional baseline: omit it.")
     accelerator = start_accelerator(arguments)

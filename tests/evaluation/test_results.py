@@ -1,38 +1,38 @@
 import pytest
 
-from irasim_diffusers.evaluation.results import claim_folder, read_result
+from irasim_diffusers.evaluation.results import check_result_folder, read_result
 
 
 def test_folder_belongs_to_the_settings_of_its_first_result(tmp_path):
     folder, setting = tmp_path / "out", {"seeds": (1, 2), "model": "a"}
-    claim_folder(folder, setting, "results")
+    check_result_folder(folder, setting, "results")
     assert not folder.exists()  # the settings are written with the first result
-    claim_folder(folder, setting, "results", write=True)
-    claim_folder(folder, {"model": "b"}, "results")  # without a result, the settings are not binding
+    check_result_folder(folder, setting, "results", write=True)
+    check_result_folder(folder, {"model": "b"}, "results")  # without a result, the settings are not binding
     (folder / "results").mkdir()
-    claim_folder(folder, setting, "results")
+    check_result_folder(folder, setting, "results")
     with pytest.raises(ValueError, match="contains an evaluation with other settings: model was 'a', now 'b': choose"):
-        claim_folder(folder, setting | {"model": "b"}, "results", write=True)
+        check_result_folder(folder, setting | {"model": "b"}, "results", write=True)
     for content in ("", "[]", '{"model": NaN}'):
         (folder / "setting.json").write_text(content)
         with pytest.raises(
             ValueError,
             match=r"cannot be resumed: .*setting.json.* (is not valid JSON|must contain a JSON object).*; choose a new folder",
         ):
-            claim_folder(folder, setting, "results")
+            check_result_folder(folder, setting, "results")
     (folder / "setting.json").unlink()
-    claim_folder(folder, setting, "results")
+    check_result_folder(folder, setting, "results")
     (folder / "results" / "0.json").touch()
     with pytest.raises(ValueError, match=r"contains results but no setting.json: choose a new folder"):
-        claim_folder(folder, setting, "results", write=True)
+        check_result_folder(folder, setting, "results", write=True)
 
 
 def test_folder_with_other_files_is_not_claimed(tmp_path):
     (tmp_path / "clips.json").touch()
-    claim_folder(tmp_path, {}, "results", own=("clips.json",))
+    check_result_folder(tmp_path, {}, "results", own=("clips.json",))
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"must be a new folder or one of an earlier run, .* contains 'thesis.tex'"):
-        claim_folder(tmp_path, {}, "results", own=("clips.json",))
+        check_result_folder(tmp_path, {}, "results", own=("clips.json",))
 
 
 @pytest.mark.parametrize(

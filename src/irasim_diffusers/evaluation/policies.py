@@ -25,7 +25,7 @@ from ..metrics import agreement, bootstrap
 from ..policies import Policy
 from ..starts import Start
 from ..version import INSTALL
-from .results import claim_folder, has_kinds, read_result
+from .results import check_result_folder, has_types, read_result
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -96,7 +96,7 @@ def evaluate_policies(evaluation: PolicyEvaluation) -> dict[str, Any]:
     """
     state, output = PartialState(), Path(evaluation.output)
     _check(evaluation)
-    claim_folder(output, _setting(evaluation), EPISODES)
+    check_result_folder(output, _setting(evaluation), EPISODES)
     size = evaluation.real.num_envs
     batches = [evaluation.seeds[first : first + size] for first in range(0, len(evaluation.seeds), size)]
     jobs = [(name, batch) for name in evaluation.policies for batch in batches]
@@ -323,7 +323,7 @@ def _run_batch(evaluation: PolicyEvaluation, name: str, policy: Policy, batch: S
     except ValueError as error:
         raise ValueError(f"policy {name!r}, seeds {batch[0]} to {batch[-1]}: {error}") from error
     fps = evaluation.model.metadata["render_fps"]
-    claim_folder(evaluation.output, _setting(evaluation), EPISODES, write=True)
+    check_result_folder(evaluation.output, _setting(evaluation), EPISODES, write=True)
     for row, seed in enumerate(batch):
         path = _path(Path(evaluation.output), name, seed)
         if record:
@@ -388,8 +388,8 @@ def _is_finished(evaluation: PolicyEvaluation, name: str, seed: int) -> bool:
 def _read_outcome(output: Path, name: str, seed: int) -> dict[str, Any] | None:
     """Read the outcome of a finished episode; None if it is missing or damaged."""
     found = read_result(_path(output, name, seed), {"seed": int, **dict.fromkeys(ENVIRONMENTS, dict)})
-    kinds = {"success": bool, "score": float, "length": int}
-    if not found or found["seed"] != seed or not all(has_kinds(found[place], kinds) for place in ENVIRONMENTS):
+    types = {"success": bool, "score": float, "length": int}
+    if not found or found["seed"] != seed or not all(has_types(found[place], types) for place in ENVIRONMENTS):
         return None
     return found if all(found[place]["length"] > 0 for place in ENVIRONMENTS) else None
 

@@ -31,7 +31,7 @@ def check_new_folder(folder: str | os.PathLike, own: Collection[str]) -> None:
         )
 
 
-def claim_folder(
+def check_result_folder(
     folder: str | os.PathLike, setting: dict[str, Any], results: str, own: Collection[str] = (), write: bool = False
 ) -> None:
     """Check that an output folder is new or contains results of the same settings.
@@ -74,28 +74,28 @@ def claim_folder(
         check_new_folder(folder, {"setting.json", results, *own})
 
 
-def read_result(path: Path, kinds: dict[str, type]) -> dict[str, Any] | None:
+def read_result(path: Path, types: dict[str, type]) -> dict[str, Any] | None:
     """Read a result of an earlier run; None if it is missing or damaged, so that it is computed again.
 
     Args:
         path: JSON file.
-        kinds: Type of each required entry; `float` stands for any number, and `list` for a list of numbers or of lists.
+        types: Type of each required entry; `float` stands for any number, and `list` for a list of numbers or of lists.
     """
     try:
         found = read_json_object(path, finite=True)
     except ValueError:
         return None
-    return found if has_kinds(found, kinds) else None
+    return found if has_types(found, types) else None
 
 
-def has_kinds(found: dict[str, Any], kinds: dict[str, type]) -> bool:
+def has_types(found: dict[str, Any], types: dict[str, type]) -> bool:
     """Check that a dictionary contains entries of the given types; see `read_result`."""
-    return all(name in found and _is_kind(found[name], kind) for name, kind in kinds.items())
+    return all(name in found and _is_type(found[name], expected) for name, expected in types.items())
 
 
-def _is_kind(value: Any, kind: type) -> bool:
-    if kind is float:
+def _is_type(value: Any, expected: type) -> bool:
+    if expected is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is list and isinstance(value, list):
-        return len(value) > 0 and all(_is_kind(each, list if isinstance(each, list) else float) for each in value)
-    return isinstance(value, kind)
+    if expected is list and isinstance(value, list):
+        return len(value) > 0 and all(_is_type(each, list if isinstance(each, list) else float) for each in value)
+    return isinstance(value, expected)

@@ -34,7 +34,7 @@ from ..version import INSTALL
 from .predictors import ClipData, ClipReader, FolderPredictor, Prediction, WorldModelPredictor, save_prediction
 from .protocols import Clip, EvaluationProtocol, find_clips, published_figures
 from .report import summarise, write_report
-from .results import claim_folder, has_kinds, read_result
+from .results import check_result_folder, has_types, read_result
 from .scores import Backbones, features_of_clip, score_clip
 
 MAPS = 8
@@ -110,7 +110,7 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     if not evaluation.skip_broken:
         _check_clip(evaluation, reader(0))
     if state.is_main_process:
-        claim_folder(output, setting, "figures", _own_files(evaluation))
+        check_result_folder(output, setting, "figures", _own_files(evaluation))
         write_text(output / "clips.json", json.dumps([asdict(clip) for clip in clips]))
     state.wait_for_everyone()
     _score(evaluation, reader, setting)
@@ -242,7 +242,7 @@ def _score_clip(evaluation: Evaluation, data: ClipData, prediction: Prediction, 
 
 def _write_figures(evaluation: Evaluation, clip: Clip, entry: dict[str, Any], setting: dict[str, Any]) -> None:
     """Write the metrics of a clip; the first one claims the output folder."""
-    claim_folder(evaluation.output, setting, "figures", write=True)
+    check_result_folder(evaluation.output, setting, "figures", write=True)
     write_text(_figures(evaluation.output, clip), json.dumps(entry))
 
 
@@ -251,13 +251,15 @@ def _is_finished(evaluation: Evaluation, clip: Clip) -> bool:
     saved = [each / f"{clip.name}.npz" for each in (evaluation.save_predictions, evaluation.save_truth) if each]
     if not all(path.is_file() for path in saved):
         return False
-    kinds: dict[str, type] = {"psnr": list, "ssim": list, "clip_psnr": float}
+    types: dict[str, type] = {"psnr": list, "ssim": list, "clip_psnr": float}
     optional: dict[str, type] = {"latent_l2": float} if evaluation.encode is not None else {}
     optional |= {"lpips": list} if evaluation.backbones.lpips is not None else {}
-    found = read_result(_figures(evaluation.output, clip), {"name": str, "last_frame": dict} | kinds | optional)
-    if found is None or found["name"] != clip.name or not has_kinds(found["last_frame"], kinds):
+    found = read_result(_figures(evaluation.output, clip), {"name": str, "last_frame": dict} | types | optional)
+    if found is None or found["name"] != clip.name or not has_types(found["last_frame"], types):
         return False
-    lists = [each[name] for each in (found, found["last_frame"]) for name, kind in kinds.items() if kind is list]
+    lists = [
+        each[name] for each in (found, found["last_frame"]) for name, expected in types.items() if expected is list
+    ]
     if any(len(values) != clip.predicted for values in lists):
         return False
     stamp = _file_stamp(evaluation, clip)

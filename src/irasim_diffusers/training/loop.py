@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..data import MixedClips
 from ..data.content_hash import tensors_hash
 from ..latents import scale_latents
-from ..models import IRASimTransformer3DModel, UNetTrajectoryModel, noise_process, public_config
+from ..models import Denoiser, noise_process, public_config
 from .arguments import RunArguments
 from .checkpoints import (
     averaged_state,
@@ -76,11 +76,11 @@ class TrainingRun:
         self,
         accelerator: Accelerator,
         arguments: RunArguments,
-        transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
+        transformer: Denoiser,
         clips: MixedClips,
         vae: AutoencoderKL | None,
         folders: list[Path],
-        copy: Callable[[], IRASimTransformer3DModel | UNetTrajectoryModel],
+        copy: Callable[[], Denoiser],
     ) -> None:
         _check_batch_size(arguments, clips, accelerator)
         self.accelerator, self.arguments, self.vae, self.clips = accelerator, arguments, vae, clips
@@ -294,7 +294,7 @@ def _check_batch_size(arguments: RunArguments, clips: MixedClips, accelerator: A
         )
 
 
-def _configure(transformer: IRASimTransformer3DModel | UNetTrajectoryModel, arguments: RunArguments) -> None:
+def _configure(transformer: Denoiser, arguments: RunArguments) -> None:
     """Apply the options of the model that do not change its results."""
     if arguments.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -306,7 +306,7 @@ def _configure(transformer: IRASimTransformer3DModel | UNetTrajectoryModel, argu
 
 
 def log_size(
-    transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
+    transformer: Denoiser,
     clips: MixedClips,
     num_episodes: int,
     accelerator: Accelerator,

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 from torch import nn
 
-from ..models import IRASimTransformer3DModel, UNetTrajectoryModel
+from ..models import Denoiser, UNetTrajectoryModel
 
 
 class StateReadout(nn.Module):
@@ -25,7 +25,7 @@ class StateReadout(nn.Module):
         num_components: Number of state components.
     """
 
-    def __init__(self, transformer: IRASimTransformer3DModel | UNetTrajectoryModel, num_components: int) -> None:
+    def __init__(self, transformer: Denoiser, num_components: int) -> None:
         super().__init__()
         self._no_split_modules = transformer._no_split_modules  # read by FSDP
         config = transformer.config

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
 from ..data import LatentClips, MixedClips, PreparedEpisodes
-from ..models import IRASimTransformer3DModel, UNetTrajectoryModel
+from ..models import Denoiser
 from .arguments import RunArguments, check_crop
 from .datasets import cache_sources, cached_clips, check_frames, validation_clips
 from .launch import prepare_output
@@ -65,9 +65,9 @@ def encode_data(
 
 
 def train(
-    transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
+    transformer: Denoiser,
     data: TrainingData,
-    copy: Callable[[], IRASimTransformer3DModel | UNetTrajectoryModel],
+    copy: Callable[[], Denoiser],
     arguments: RunArguments,
     accelerator: Accelerator,
 ) -> TrainingRun:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import diffusers
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
-from ..models import IRASimTransformer3DModel, UNetTrajectoryModel, noise_process
+from ..models import Denoiser, noise_process
 from ..pipelines import IRASimPipeline
 from ..pipelines.pipeline_irasim import SETTINGS
 from .pretrained import is_pipeline
@@ -18,7 +18,7 @@ Sampler: TypeAlias = tuple[Any, dict[str, Any]]
 
 def make_pipeline(
     vae: AutoencoderKL | None,
-    transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
+    transformer: Denoiser,
     scheduler_class: Any = PNDMScheduler,
 ) -> IRASimPipeline:
     """Build a pipeline with the default sampler of the model.
@@ -68,7 +68,7 @@ def load_sampler(pretrained: str | None, revision: str | None = None) -> Sampler
 
 def finished_pipeline(
     vae: AutoencoderKL | None,
-    transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
+    transformer: Denoiser,
     sampler: Sampler | None = None,
 ) -> IRASimPipeline:
     """Build the pipeline of a trained model, with the pretrained pipeline's sampler if it still fits.
