@@ -65,9 +65,12 @@ CASES = {
 def test_plan_writes_actions_video_and_strip(name, folder, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out.mp4"
     assert plan(folder, monkeypatch, output, **CASES[name]) == 0
-    found = re.match(r"score (-?[\d.]+), best of (\d+) candidates of 5 actions", capsys.readouterr().out)
+    printed = capsys.readouterr()
+    found = re.match(r"score (-?[\d.]+), best of (\d+) candidates of 5 actions", printed.out)
     counts = {"gradient": 1, "lines": 3}
     assert int(found[2]) == counts.get(name, 1 + 2 * 3 + 1)  # the start, both iterations and the final mean
+    scored = {"gradient": 1 + 2}.get(name, int(found[2]))
+    assert f" {scored}/{scored} [" in printed.err
     actions = read_actions(tmp_path / "out.csv")
     assert actions.shape == (5, 3)
     seen = 2 if name == "mppi" else 1

@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
     loaded = time.perf_counter()
     state = pipeline.start(video[:history], [arguments.seed], arguments.resize)
     target = named_flags(objective="--goal" if arguments.reward is None else "--reward")
-    with target, tqdm(desc="planning", unit="candidate", total=_num_candidates(arguments)) as bar:
+    with target, tqdm(desc="planning", unit="candidate", total=_num_scored(arguments)) as bar:
         plan = planner(pipeline, state, Progress(objective, bar), init)
     seconds = time.perf_counter() - loaded
     _write(arguments.output, plan, goal, pipeline)
@@ -125,24 +125,32 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class Progress:
-    """Wrapper of an objective that advances a progress bar by the number of scored candidates."""
+    """Wrapper of an objective that advances a progress bar by the number of scored candidates.
+
+    The first call is not counted: planners check the objective on the current frame.
+    """
 
     def __init__(self, objective: Any, bar: tqdm) -> None:
-        self.objective, self.bar = objective, bar
+        self.objective, self.bar, self.checked = objective, bar, False
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
         """Score frames or latents."""
         scores = self.objective(frames)
-        self.bar.update(len(frames))
+        self.bar.update(len(frames) if self.checked else 0)
+        self.checked = True
         return scores
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.objective, name)
 
 
-def _num_candidates(arguments: argparse.Namespace) -> int:
-    """Return the number of candidates that the planner samples."""
-    return (arguments.candidates or 1) * (1 if arguments.planner == "lines" else arguments.iterations)
+def _num_scored(arguments: argparse.Namespace) -> int:
+    """Return the number of action sequences that the planner scores."""
+    if arguments.planner == "lines":
+        return arguments.candidates
+    if arguments.planner == "gradient":
+        return arguments.iterations + 1
+    return arguments.candidates * arguments.iterations + 2  # also the initial plan and the last mean
 
 
 def _check_planner_flags(arguments: argparse.Namespace) -> None:
