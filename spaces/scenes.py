@@ -47,7 +47,9 @@ def upload_scene(path: str, world: World) -> Scene:
     config = world.pipeline.transformer.config
     frames = read_clip(path, world.pipeline.frame_size, config.num_history_frames + MAX_ACTIONS)
     if config.conditioning == "video" and len(frames) < config.num_history_frames:
-        raise ValueError(f"This model starts from {config.num_history_frames} frames: upload a video.")
+        raise ValueError(
+            f"This model needs at least {config.num_history_frames} frames, got {len(frames)}: upload a longer video."
+        )
     return Scene(frames[: config.num_history_frames], frames[config.num_history_frames :])
 
 

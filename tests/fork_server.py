@@ -1,9 +1,12 @@
 """Start Python processes by forking a server that has already imported the package.
 
 Importing torch, diffusers and the package takes several seconds of CPU time, more than most commands of the tests. A forked
-process skips the imports; otherwise it behaves like a new process with its own files, signals and exit status.
+process skips the imports. It has its own files, arguments, environment variables, signals and exit status. It shares the hash seed,
+the warning filters and everything that modules read during their import with the server.
 """
 
+import atexit
+import contextlib
 import functools
 import gc
 import json
@@ -47,61 +50,72 @@ class ForkedProcess:
             self.returncode = self.server.request(poll=self.pid)
         return self.returncode
 
-    def wait(self, timeout: float = 600.0) -> int:
-        end = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > end:
-                self.kill()
-                raise subprocess.TimeoutExpired(str(self.folder), timeout)
-            time.sleep(0.02)
+    def kill(self) -> None:
+        """Kill the process and its children."""
+        if self.poll() is None:
+            kill_group(self.pid)
+
+    def wait(self, timeout: float = 300.0) -> int:
+        self._wait_until(lambda: False, timeout)
         return self.returncode
 
-    def kill(self) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
-
-    def wait_for(self, text: str) -> None:
+    def wait_for(self, text: str, timeout: float = 300.0) -> None:
         """Wait until the process writes `text` to its standard error."""
-        while text not in self.stderr:
-            assert self.poll() is None, self.stderr
+        self._wait_until(lambda: text in self.stderr, timeout)
+        assert text in self.stderr, self.stderr
+
+    def _wait_until(self, reached: Any, timeout: float) -> None:
+        """Wait until a condition is true or the process has ended."""
+        end = time.monotonic() + timeout
+        while self.poll() is None and not reached():
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(self.stderr)
             time.sleep(0.02)
 
 
 class ForkServer:
-    """A server process.
+    """A server that has imported modules and forks a process for each command.
 
     Args:
-        environment: Environment variables that the imported modules read, such as `HF_HOME`.
+        environment: Environment variables of the server and its processes, such as `HF_HOME`.
         modules: Modules that the server imports.
     """
 
-    def __init__(self, environment: Mapping[str, str] = {}, modules: tuple[str, ...] = MODULES) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, modules: tuple[str, ...] = MODULES) -> None:
+        self.environment, self.folder = dict(environment or {}), tempfile.TemporaryDirectory(prefix="fork-server-")
+        # otherwise, `torch.cuda.is_available()` during an import makes CUDA unusable in forked processes
+        cuda = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         self.server = subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__, *modules],
-            env={**os.environ, **environment},
+            env={**os.environ, **cuda, **self.environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+        atexit.register(self.close)
 
     def request(self, **request: Any) -> Any:
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
+        answer = self.server.stdout.readline()
+        assert answer, "the fork server has ended"
+        return json.loads(answer)
 
     def start(self, *command: Any, cwd: Path | None = None) -> ForkedProcess:
-        """Start a process.
+        """Start a process with the current environment variables.
 
         Args:
             command: Arguments of the Python interpreter: a script, `-c` and code, or `-m` and a module, and their arguments. Code can
                 import the modules of the tests.
             cwd: Working directory.
         """
-        folder = Path(tempfile.mkdtemp(prefix="process-"))
+        folder = Path(tempfile.mkdtemp(dir=self.folder.name))
         for name in ("stdout", "stderr"):
             (folder / name).touch()
         place = {"cwd": str(cwd or Path.cwd()), "folder": str(folder), "path": sys.path}
-        pid = self.request(command=list(map(str, command)), **place)
+        environment = {**os.environ, **self.environment}
+        pid = self.request(command=list(map(str, command)), environment=environment, **place)
         return ForkedProcess(self, pid, folder)
 
     def run(self, *command: Any, cwd: Path | None = None) -> ForkedProcess:
@@ -111,9 +125,11 @@ class ForkServer:
         return process
 
     def close(self) -> None:
+        """End the server and all its processes."""
         self.server.stdin.close()
         self.server.wait()
         self.server.stdout.close()
+        self.folder.cleanup()
 
 
 @functools.cache
@@ -122,26 +138,43 @@ def fork_server() -> ForkServer:
     return ForkServer()
 
 
+def kill_group(pid: int) -> None:
+    """Kill a forked process and its children."""
+    for kill in (os.kill, os.killpg):  # a process that has just been forked has no group yet
+        with contextlib.suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
+
+
 def serve() -> dict[str, Any]:
     """Answer requests until the client closes the connection; return a request in each forked process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C, the client closes the connection
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    running = set()
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         if "poll" in request:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
+            running.discard(pid)
         elif (answer := os.fork()) == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             answers.close()
             return request
+        else:
+            running.add(answer)
         print(json.dumps(answer), file=answers, flush=True)
+    for pid in running:
+        kill_group(pid)
     os._exit(0)
 
 
-def execute(command: list[str], cwd: str, folder: str, path: list[str]) -> None:
+def execute(command: list[str], environment: dict[str, str], cwd: str, folder: str, path: list[str]) -> None:
     """Run a command in this process as the Python interpreter would."""
     os.setsid()
     os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
     for number, name in ((0, os.devnull), (1, f"{folder}/stdout"), (2, f"{folder}/stderr")):
         opened = os.open(name, os.O_RDWR)
         os.dup2(opened, number)
@@ -162,5 +195,6 @@ def execute(command: list[str], cwd: str, folder: str, path: list[str]) -> None:
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         __import__(name)
+    assert not sys.modules["torch"].cuda.is_initialized()
     gc.freeze()  # a collection in a child would copy the pages of all imported objects
     execute(**serve())

@@ -202,7 +202,7 @@ def test_policies_run_on_the_device_of_the_model(command, tmp_path, folder):
         ({"env-kwargs": '{"wrong": 1}'}, "--env 'gym_pusht:gym_pusht/PushT-v0' with"),
         ({"model": "missing"}, "--model must be a pipeline folder or Hub id, got 'missing'"),
         ({"reward": "missing"}, "--reward must be a FrameRegressor, got 'missing'"),
-        ({"reward": None, "model": "tiny"}, "--reward is required: no reward is stored with the model 'tiny'"),
+        ({"reward": None, "model": "tiny"}, "--reward is required, because 'tiny' contains no reward model"),
         ({"success-threshold": "nan"}, "--success-threshold must be finite, got nan"),
         ({"num-episodes": 0}, "--num-episodes must be at least 1, got 0"),
         ({"max-episode-steps": 0}, "--max-episode-steps must be at least 1, got 0"),

@@ -164,6 +164,12 @@ def test_help_of_every_command_imports_no_torch():
     assert result.stdout.endswith("False\n"), result.stderr
 
 
+def test_reading_data_imports_no_diffusers():
+    code = "import sys\nimport irasim_diffusers.data\nprint('diffusers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "False\n", result.stderr
+
+
 def test_public_names_exist():
     for name in irasim_diffusers.__all__:
         assert getattr(irasim_diffusers, name) is not None

@@ -263,7 +263,7 @@ def test_no_code_named_by_a_lerobot_policy_is_executed(act_policy, tmp_path, fil
     content = json.loads((folder / file).read_text())
     step = {"class": "subprocess.Popen", "config": {"args": ["touch", str(tmp_path / "executed")]}}
     (folder / file).write_text(json.dumps(content | {"steps": [step, *content["steps"]]}))
-    with pytest.raises(ValueError, match=r"must be a LeRobot policy: .* got 'subprocess.Popen', which could execute"):
+    with pytest.raises(ValueError, match=r"could not be loaded: .* got 'subprocess.Popen', which could execute"):
         LeRobotPolicy.from_pretrained(str(folder), SPACE)
     assert not (tmp_path / "executed").exists()
 

@@ -46,7 +46,8 @@ class ImproveArguments:
     output_dir: Path = field(metadata={"help": "folder for the policy and report.json"})
     model: str = field(default=str(embedded_checkpoint()), metadata={"help": "world model, folder or Hub id"})
     reward: str | None = field(
-        default=None, metadata={"help": "FrameRegressor folder (default: the reward stored with the model)"}
+        default=None,
+        metadata={"help": "FrameRegressor folder (default: the reward model stored with the world model)"},
     )
     num_iterations: int = field(default=20, metadata={"help": "number of iterations"})
     num_states: int = field(default=8, metadata={"help": "number of states per iteration"})
@@ -183,7 +184,9 @@ def main() -> None:
         stored.get("reward") if arguments.reward is None else FrameRegressor.from_pretrained(arguments.reward).eval()
     )
     if reward is None:
-        raise ValueError(f"`reward` is required: no reward is stored with the model {arguments.model!r}.")
+        raise ValueError(
+            f"`reward` is required, because {arguments.model!r} contains no reward model: pass a FrameRegressor folder."
+        )
     if not run.before:
         run.before = evaluate(run.policy, arguments)
         run.save()

@@ -267,7 +267,7 @@ class WorldModelVectorEnv(VectorEnv):
             Observations, rewards (num_envs,), terminated, truncated, and `{"is_success": ...}`.
 
         Raises:
-            ValueError: If actions have another shape, are not finite or are out of bounds, if a row has not been reset, or if a
+            ValueError: If actions have the wrong shape, are not finite or are out of bounds, if a row has not been reset, or if a
                 prediction, reward or success is not finite. The state of the environment does not change.
         """
         finished = self._terminated | self._truncated

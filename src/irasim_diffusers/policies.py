@@ -163,7 +163,7 @@ class LeRobotPolicy:
             overrides = {"device_processor": {"device": device}}
             before, after = make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
         except Exception as error:  # the loaders raise errors of many types for damaged files
-            raise ValueError(f"{name!r} must be a LeRobot policy: {error}") from error
+            raise ValueError(f"the LeRobot policy {name!r} could not be loaded: {error}") from error
         cameras = [key for key, feature in config.input_features.items() if feature.type.name == "VISUAL"]
         if len(cameras) != 1:
             raise ValueError(f"{name!r} must take one camera, got {', '.join(cameras) or 'none'}.")
@@ -294,10 +294,11 @@ class PlannerPolicy:
     def select_action(self, observation: Observation) -> torch.Tensor:
         """Return the next action of each row (B, A) in raw units.
 
-        A new plan is made when all actions of the current plan have been executed.
+        A new plan is made every `num_executed` steps.
 
         Raises:
-            ValueError: If the number of rows changes within an episode, or the input of the planner is invalid.
+            ValueError: If the number of rows changes within an episode, the input of the planner is invalid, or a plan has fewer than
+                `num_executed` actions.
             NoPlanError: If the planner finds no plan.
         """
         rows = num_rows(observation)

@@ -127,8 +127,8 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         success_threshold: float | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(channels, list | tuple) or not all(_is_count(each) for each in channels):
-            raise ValueError(f"`channels` must be a list of positive integers, got {channels!r}.")
+        if not isinstance(channels, list | tuple) or not channels or not all(_is_count(each) for each in channels):
+            raise ValueError(f"`channels` must be a non-empty list of positive integers, got {channels!r}.")
         if not (_is_count(feature_dim) and _is_count(sample_height) and _is_count(sample_width)):
             raise ValueError(
                 "`feature_dim`, `sample_height` and `sample_width` must be positive integers, got "
@@ -138,10 +138,10 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         if threshold is not None and not (type(threshold) in (int, float) and math.isfinite(threshold)):
             raise ValueError(f"`success_threshold` must be a finite number or None, got {threshold!r}.")
         shrink = 2 ** (len(channels) + 1)
-        if not channels or min(sample_height, sample_width) < shrink:
+        if min(sample_height, sample_width) < shrink:
             raise ValueError(
-                f"`sample_height` and `sample_width` must be at least {shrink} for {len(channels)} `channels`, got "
-                f"{sample_height} and {sample_width}: use fewer stages."
+                f"`sample_height` and `sample_width` must be at least {shrink} for {len(channels)} entries in `channels`, got "
+                f"{sample_height} and {sample_width}: use fewer entries."
             )
         self.stem = nn.Conv2d(3, channels[0], 6, stride=4, padding=1)
         self.stages = nn.ModuleList(

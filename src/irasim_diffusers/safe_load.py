@@ -97,7 +97,7 @@ class PickleOutline:
     """
 
     records: dict[str, int]
-    settings: set[str] = field(default_factory=set)  # names that `torch.load` must replace with `Settings`
+    settings: set[str] = field(default_factory=set)  # names that `torch.load` must replace with inert objects
     stack: list[Any] = field(default_factory=list)
     marks: list[list[Any]] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class PickleOutline:
         """Evaluate a pickle.
 
         Raises:
-            ValueError: If the pickle contains other objects, or a tensor that does not match the size of its record.
+            ValueError: If the pickle contains anything other than containers, tensors and settings, or a tensor that does not match the size of its record.
         """
         instructions: Iterator[tuple[Any, Any, Any]] = pickletools.genops(pickled)
         for opcode, argument, _ in instructions:

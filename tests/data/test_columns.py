@@ -12,7 +12,7 @@ from test_lerobot import make_episode, write_folder
 from test_release import write_release
 from test_tables import make_table
 
-from irasim_diffusers.data import TableEpisodes, infer_action_space, open_dataset
+from irasim_diffusers.data import LeRobotFolder, TableEpisodes, infer_action_space, open_dataset, write_lerobot
 
 
 def rename_features(root, names):
@@ -95,6 +95,15 @@ def test_ambiguous_or_missing_actions_name_the_flag(names, asked, message, tmp_p
     rename_features(tmp_path, names)
     with pytest.raises(ValueError, match=message):
         open_dataset(tmp_path, action_column=asked)
+
+
+def test_unselected_actions_do_not_replace_the_selected_ones(tmp_path):
+    write_folder(tmp_path / "set")
+    source = LeRobotFolder(tmp_path / "set", action_column=["observation.state"])
+    assert "action" in source.unread_features
+    copy = write_lerobot(source, tmp_path / "copy")
+    for before, after in zip(source, copy, strict=True):
+        assert np.array_equal(after.actions, before.actions)
 
 
 def test_state_columns_are_selected(tmp_path):

@@ -308,11 +308,14 @@ def test_values_must_be_finite_in_float32(key, value, tmp_path):
             open_dataset(tmp_path / "release")[1]
 
 
-def test_unselected_features_may_be_nan(tmp_path):
+def test_nan_in_an_unselected_feature_raises(tmp_path):
     write_folder(tmp_path)
-    put(tmp_path, "action", [float("nan"), 0.5, 0.5])
-    source = LeRobotFolder(tmp_path, action_column=["observation.state"], state_columns=["observation.state"])
-    assert np.isnan(source.flags(1)["action"][4, 0])
+    put(tmp_path, "observation.state", [float("nan"), 0.5])
+    source = LeRobotFolder(tmp_path, action_column=["action"], state_columns=["action"])
+    with pytest.raises(
+        ValueError, match=r"episode 1 of .*'observation\.state' must be of type float32 in every row, and not NaN"
+    ):
+        source.flags(1)
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_folder_without_a_complete_file_is_reused(tmp_path):
     copy = write_lerobot(LeRobotFolder(tmp_path / "set"), tmp_path / "copy")
     assert len(copy) == 3
     assert not video.exists()
-    with pytest.raises(ValueError, match="already contains another dataset, or the same one with other content"):
+    with pytest.raises(ValueError, match="is not empty and was not written from this dataset with these settings"):
         write_lerobot(LeRobotFolder(tmp_path / "other"), tmp_path / "copy")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")

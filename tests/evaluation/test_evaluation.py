@@ -328,7 +328,7 @@ BAD = [
     (["--split", "train"], "--split must be one of"),
     (["--dataset", "nowhere"], "--dataset must be a folder or a Hub id"),
     (["--predictions", "nowhere"], "--predictions must be a folder, got 'nowhere'"),
-    (["--i3d", "nowhere.pt"], "`i3d` must be the file i3d_torchscript.pt"),
+    (["--i3d", "nowhere.pt"], "`i3d` must be a TorchScript file such as i3d_torchscript.pt"),
     (["--ways", "1"], "--ways must be at least 2, got 1"),
     (["--model", "nowhere"], "--model must be a pipeline folder or Hub id"),
 ]
@@ -388,7 +388,7 @@ def test_damaged_metrics_are_computed_again(workspace, evaluated, tmp_path, cont
 
 
 def test_failed_evaluation_leaves_its_folder_to_the_corrected_one(workspace, evaluated, tmp_path, capsys):
-    """The first clip that is scored claims the folder."""
+    """The settings are written with the first clip that is scored."""
     shutil.copytree(workspace / "predictions", tmp_path / "predictions")
     broken = tmp_path / "predictions" / "000000-000000.npz"
     whole = broken.read_bytes()

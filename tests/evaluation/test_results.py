@@ -27,7 +27,7 @@ def test_folder_belongs_to_the_settings_of_its_first_result(tmp_path):
         check_result_folder(folder, setting, "results", write=True)
 
 
-def test_folder_with_other_files_is_not_claimed(tmp_path):
+def test_folder_with_other_files_raises(tmp_path):
     (tmp_path / "clips.json").touch()
     check_result_folder(tmp_path, {}, "results", own=("clips.json",))
     (tmp_path / "thesis.tex").touch()

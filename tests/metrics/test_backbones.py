@@ -25,7 +25,9 @@ def test_i3d_from_torchscript_file(tmp_path):
 
 
 def test_i3d_is_not_downloaded(tmp_path):
-    with pytest.raises(ValueError, match=r"`i3d` must be the file i3d_torchscript.pt, got 'org/name:i3d.pt'"):
+    with pytest.raises(
+        ValueError, match=r"`i3d` must be a TorchScript file such as i3d_torchscript.pt, got 'org/name:i3d.pt'"
+    ):
         load_i3d("org/name:i3d.pt")
     (tmp_path / "text.pt").write_text("no script")
     with pytest.raises(ValueError, match=r"`i3d` must be a TorchScript file, got .*text.pt"):

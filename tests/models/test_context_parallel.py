@@ -1,6 +1,7 @@
 """One model on several processes, each with a share of the patches of every frame."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -72,7 +73,14 @@ def parallel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     code = "import sys; from test_context_parallel import work; work(int(sys.argv[1]), sys.argv[2])"
     processes = [fork_server().start("-c", code, rank, folder) for rank in range(2)]
-    assert [process.wait() for process in processes] == [0, 0], [process.stderr for process in processes]
+    try:
+        while None in (statuses := [process.poll() for process in processes]):
+            assert set(statuses) <= {None, 0}, "\n".join(process.stderr for process in processes)
+            time.sleep(0.05)
+        assert statuses == [0, 0], "\n".join(process.stderr for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

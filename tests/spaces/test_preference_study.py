@@ -55,7 +55,7 @@ def answer_all(folder, rater):
 def test_several_processes_serve_one_study(tmp_path):
     code = "import sys; from test_preference_study import answer_all; answer_all(*sys.argv[1:])"
     workers = [fork_server().start("-c", code, tmp_path, name) for name in "xyz"]
-    assert [worker.wait() for worker in workers] == [0, 0, 0]
+    assert [worker.wait() for worker in workers] == [0, 0, 0], [worker.stderr for worker in workers]
     assert len(study(tmp_path).answers()) == 3 * 80
     assert not any(study(tmp_path).remaining(name) for name in "xyz")
 

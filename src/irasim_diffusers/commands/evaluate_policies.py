@@ -245,7 +245,7 @@ def _reward_and_success(arguments: argparse.Namespace, stored: dict[str, Any]) -
     if arguments.reward is not None:
         reward = load_reward(arguments.reward, stored["model"].device)
     if reward is None:
-        raise ValueError(f"--reward is required: no reward is stored with the model {arguments.model!r}.")
+        raise ValueError(f"--reward is required, because {arguments.model!r} contains no reward model.")
     threshold = arguments.success_threshold
     if threshold is None:
         threshold = reward.config.success_threshold

@@ -141,7 +141,7 @@ def _read_json(path: Path) -> np.ndarray:
             raise ValueError("the object has no entry `actions`")
         content = content["actions"]
     if not isinstance(content, list) or not all(isinstance(row, list) for row in content):
-        raise ValueError("a list of lists is required")
+        raise ValueError(f"the content must be a list of rows, got {_shorten(content)}")
     for number, row in enumerate(content, 1):
         for value in row:
             if not isinstance(value, int | float) or isinstance(value, bool):

@@ -113,8 +113,8 @@ def run(arguments: argparse.Namespace) -> None:
         init = _initial(arguments, pipeline)
     loaded = time.perf_counter()
     state = pipeline.start(video[:history], [arguments.seed], arguments.resize)
-    target = named_flags(objective="--goal" if arguments.reward is None else "--reward")
-    with target, tqdm(desc="planning", unit="candidate", total=_num_scored(arguments)) as bar:
+    source = "--reward" if arguments.reward else "--encoder" if arguments.encoder else "--goal"
+    with named_flags(objective=source), tqdm(desc="planning", unit="candidate", total=_num_scored(arguments)) as bar:
         plan = planner(pipeline, state, Progress(objective, bar), init)
     seconds = time.perf_counter() - loaded
     _write(arguments.output, plan, goal, pipeline)

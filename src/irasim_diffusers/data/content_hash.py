@@ -1,4 +1,4 @@
-"""Hashes of datasets and weights; of large media files, only a part is read."""
+"""Hashes of datasets and weights; only a part of each media file is read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import torch
 from ..files import file_hash
 
 ENDS = 1 << 16
-"""Number of bytes that are hashed at the start and at the end of a video."""
+"""Number of bytes that are hashed at the start and at the end of a media file."""
 
 
 def content_hash(root: Path, files: Iterable[Path]) -> str:
     """Hash the names and the content of files.
 
-    JSON and Parquet files are hashed completely, except for embedded images. Other files are represented by `media_stamp`.
+    JSON and Parquet files are hashed completely, except for embedded images. Other files are represented by `media_stamp`, and
+    files in the Hub's cache by the name of their blob.
 
     Args:
         root: The folder to which names are relative, so that a moved dataset keeps its hash.

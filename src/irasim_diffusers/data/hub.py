@@ -30,7 +30,9 @@ class HubFiles:
     repo_id: str
     revision: str
     _held: dict[tuple[Path, str], str] = field(default_factory=dict, init=False)
-    _folders: dict[int, Path] = field(default_factory=dict, init=False)  # by process: a fork copies the object
+    _folders: dict[int, Path] = field(
+        default_factory=dict, init=False
+    )  # by process ID: a forked process inherits them
 
     def fetch(self, name: str, kind: str) -> Path:
         """Return a file; if necessary, download it after deleting the previous one of its kind.

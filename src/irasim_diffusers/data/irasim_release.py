@@ -71,7 +71,7 @@ class IRASimFolder(InOrder):
         known = [str(number) for number in range(len(_media(self._first, "video")))]
         if self.cameras is None and len(known) != 1:
             raise ValueError(
-                f"`cameras` must name one or more of {known} in {self.name!r}, got None: pass `cameras` (--cameras)."
+                f"`cameras` must name one or more of {known} in {self.name!r}, got none: pass `cameras` (--cameras)."
             )
         layout = camera_layout(known[0] if self.cameras is None else self.cameras)
         for camera in [camera for row in layout for camera in row]:
@@ -264,7 +264,9 @@ def _read_latents(path: Path, length: int) -> torch.Tensor:
         raise ValueError(f"{str(path)!r} must contain latents ({length}, C, h, w), alone or as 'obs', got {found}.")
     if latents.dtype not in FLOATS or latents.layout != torch.strided:
         raise ValueError(f"{str(path)!r} must contain floating-point latents of 16 to 64 bits, got {latents.dtype}.")
-    latents = latents[:length].to(torch.float32, copy=True)  # of the memory-mapped file, which may be replaced
+    latents = latents[:length].to(
+        torch.float32, copy=True
+    )  # copy, because the file is memory-mapped and may be replaced
     if not torch.isfinite(latents).all():
         raise ValueError(f"{str(path)!r} must contain finite latents, got NaN or infinity: encode the video again.")
     return latents

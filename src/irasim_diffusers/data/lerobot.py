@@ -96,7 +96,7 @@ class LeRobotFolder(InOrder):
             object.__setattr__(self, "cameras", written)
         if self.cameras is None and len(known) != 1:
             raise ValueError(
-                f"`cameras` must name one or more of {known} in {self.name!r}, got None: pass `cameras` (--cameras)."
+                f"`cameras` must name one or more of {known} in {self.name!r}, got none: pass `cameras` (--cameras)."
             )
         layout = camera_layout(known[0] if self.cameras is None else self.cameras)
         for key in [key for row in layout for key in row]:
@@ -152,14 +152,15 @@ class LeRobotFolder(InOrder):
     @property
     def _flag_features(self) -> list[str]:
         """Vector and string features that are neither actions nor states."""
-        others = [key for key in self._vector_features if key not in (*self.action_column, *self._states)]
+        used = {"action", *self.action_column, *self._states}  # "action" is the name of the selected actions
+        others = [key for key in self._vector_features if key not in used]
         texts = [key for key, feature in self._features.items() if feature["dtype"] == "string"]
         return [*others, *(key for key in texts if self._features[key].get("shape") in (None, [], [1]))]
 
     @property
     def unread_features(self) -> list[str]:
         """Features that no method reads, for example matrices; image and index features are not included."""
-        read = {*INDEX_FEATURES, *self._vector_features, *self._flag_features}
+        read = {*INDEX_FEATURES, *self.action_column, *self._states, *self._flag_features}
         return [
             key for key, one in self._features.items() if key not in read and one["dtype"] not in ("video", "image")
         ]
@@ -345,16 +346,14 @@ class LeRobotFolder(InOrder):
             raise ValueError(f"episode {row['episode_index']} of {self.name!r}: {error}") from error
 
     def _flag(self, row: dict[str, Any], key: str, column: pa.ChunkedArray) -> np.ndarray:
-        """Convert a column of bools, integers or strings to (T, D)."""
+        """Convert a column of numbers, bools or strings to (T, D)."""
         values, dtype = self._values(row, key, column), self._features[key]["dtype"]
         kind: Any = str if dtype == "string" else (int, float, np.number, np.bool_)
-        checked = dtype == "string" or values.dtype == object
-        if checked and not all(isinstance(value, kind) for value in values.flat):
-            raise ValueError(f"{str(self._path(row))!r}: {key!r} must be of type {dtype} in every row.")
+        typed = (dtype != "string" and values.dtype != object) or all(isinstance(value, kind) for value in values.flat)
         with np.errstate(invalid="ignore"):
-            result = values if dtype == "string" else values.astype(dtype)
-        if not ((result == values) | (result != result)).all():  # a float may be NaN
-            raise ValueError(f"{str(self._path(row))!r}: {key!r} must be of type {dtype} in every row.")
+            result = values if dtype == "string" or not typed else values.astype(dtype)
+        if not typed or not (result == values).all():
+            raise ValueError(f"{str(self._path(row))!r}: {key!r} must be of type {dtype} in every row, and not NaN.")
         return result
 
     def component_names(self, key: str) -> list[str] | None:

@@ -254,8 +254,7 @@ def _claim(root: Path, identity: dict) -> None:
             not marker.is_file() and root.is_dir() and any(root.iterdir())
         ):
             raise ValueError(
-                f"{str(root)!r} already contains another dataset, or the same one with other content or settings: pass a new "
-                "folder."
+                f"{str(root)!r} is not empty and was not written from this dataset with these settings: pass a new folder."
             )
         _clear(root)
         with temporary_path(marker) as temporary:

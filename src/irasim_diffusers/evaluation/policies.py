@@ -340,7 +340,7 @@ def _run_batch(evaluation: PolicyEvaluation, name: str, policy: Policy, batch: S
 
 
 def _check_actions(actions: np.ndarray, environment: VectorEnv, step: int) -> None:
-    """Raise ValueError if actions have another shape, or exceed a bound by more than the range width."""
+    """Raise ValueError if actions have the wrong shape, or exceed a bound by more than the range width."""
     space: Any = environment.action_space
     if actions.shape != space.shape:
         raise ValueError(f"the policy must return actions {space.shape}, got {actions.shape} at step {step}.")

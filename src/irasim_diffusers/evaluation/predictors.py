@@ -400,14 +400,15 @@ def _npz_header(path: Path, data: ClipData) -> tuple[tuple[int, ...], np.dtype]:
         raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`: {error}") from error
     if "frames.npy" not in found:
         raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`, got {sorted(found)}.")
-    for name, (shape, kind) in found.items():
-        # latents have fewer values than the frames, and a hash has at most 64 characters
-        is_hash = name == "autoencoder.npy"
-        limit, code, wanted = (256, "U", "text") if is_hash else (8 * data.truth.size, "f", "floating-point")
-        size = math.prod(shape) * kind.itemsize
-        if name in ("latents.npy", "autoencoder.npy") and (kind.kind != code or size > limit):
+    others = {  # latents have fewer values than the frames, and a hash has at most 64 characters
+        "latents.npy": (8 * data.truth.size, "f", "floating-point numbers"),
+        "autoencoder.npy": (256, "U", "text"),
+    }
+    for name in others.keys() & found.keys():
+        (limit, code, wanted), (shape, kind) = others[name], found[name]
+        if kind.kind != code or math.prod(shape) * kind.itemsize > limit:
             raise ValueError(
-                f"`{name.removesuffix('.npy')}` in {str(path)!r} must be {wanted} with at most {limit} bytes, got {shape}, {kind}."
+                f"`{name.removesuffix('.npy')}` in {str(path)!r} must be {wanted} of at most {limit} bytes, got shape {shape} and type {kind}."
             )
     return found["frames.npy"]
 

@@ -17,10 +17,10 @@ def check_new_folder(folder: str | os.PathLike, own: Collection[str]) -> None:
 
     Args:
         folder: The folder; it need not exist.
-        own: Names that an interrupted run may have left. Hidden files are ignored.
+        own: Names of files that an interrupted run may have left. Hidden files are ignored.
 
     Raises:
-        ValueError: If it contains another name.
+        ValueError: If the folder contains any other file.
     """
     folder = Path(folder)
     others = [path.name for path in folder.iterdir() if path.name not in own] if folder.is_dir() else []
@@ -34,7 +34,7 @@ def check_new_folder(folder: str | os.PathLike, own: Collection[str]) -> None:
 def check_result_folder(
     folder: str | os.PathLike, setting: dict[str, Any], results: str, own: Collection[str] = (), write: bool = False
 ) -> None:
-    """Check that an output folder is new or contains results of the same settings.
+    """Check that an output folder is new or contains results of the same settings, and store the settings.
 
     Args:
         folder: The folder; it need not exist.

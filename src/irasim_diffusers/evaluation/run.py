@@ -241,7 +241,7 @@ def _score_clip(evaluation: Evaluation, data: ClipData, prediction: Prediction, 
 
 
 def _write_figures(evaluation: Evaluation, clip: Clip, entry: dict[str, Any], setting: dict[str, Any]) -> None:
-    """Write the metrics of a clip; the first one claims the output folder."""
+    """Write the metrics of a clip; the first one also writes the settings."""
     check_result_folder(evaluation.output, setting, "figures", write=True)
     write_text(_figures(evaluation.output, clip), json.dumps(entry))
 

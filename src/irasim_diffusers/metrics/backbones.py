@@ -127,7 +127,9 @@ def load_i3d(path: str, device: str | torch.device = "cpu") -> Callable[[np.ndar
         ValueError: If the file does not exist or is not a TorchScript file.
     """
     if not Path(path).is_file():
-        raise ValueError(f"`i3d` must be the file i3d_torchscript.pt, got {str(path)!r}, which does not exist.")
+        raise ValueError(
+            f"`i3d` must be a TorchScript file such as i3d_torchscript.pt, got {str(path)!r}, which is not a file."
+        )
     try:
         network = torch.jit.load(str(path), map_location=device).eval()
     except RuntimeError as error:

@@ -125,9 +125,8 @@ class IRASimAttnProcessor:
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
-            pairs = (
-                -1 if attn.temporal else -2
-            )  # rotate pairs of adjacent channels (Open-Sora) or of the halves of a head
+            # rotate pairs of adjacent channels (Open-Sora), or of the two halves of a head
+            pairs = -1 if attn.temporal else -2
             query = apply_rotary_emb(query, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
 

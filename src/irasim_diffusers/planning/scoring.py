@@ -179,7 +179,7 @@ def frame_scores(model: WorldModel, latents: torch.Tensor, objective: Objective)
     Frames are decoded only if the objective needs them.
 
     Raises:
-        ValueError: If the objective returns another shape.
+        ValueError: If the objective returns scores of the wrong shape.
     """
     scores = objective(model.decode(latents) if getattr(objective, "needs_pixels", True) else latents)
     expected = (latents.shape[0], latents.shape[2])

@@ -311,7 +311,7 @@ def check_frame_size(arguments: DataArguments) -> None:
     """
     if (arguments.height is None) != (arguments.width is None):
         raise ValueError(
-            f"`height` and `width` must be given together, got {arguments.height} and {arguments.width}: pass both or none."
+            f"`height` and `width` must be given together, got {arguments.height} and {arguments.width}: pass both or neither."
         )
 
 

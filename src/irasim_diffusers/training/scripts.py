@@ -1,4 +1,4 @@
-"""Errors, interruptions and checks that the example scripts share."""
+"""Error handling, signal handling and argument checks of the example scripts."""
 
 from __future__ import annotations
 
