@@ -647,7 +647,7 @@ ROWS += [
     ("generate", {"--frames": None}, "--frames is required with --model"),
     ("data", {"--output": "data"}, "--output must differ from --dataset, got 'data' for both"),
     ("data", {"--output": None}, "the following arguments are required: --output"),
-    ("data", {"--output": "full"}, "'full' already contains another dataset"),
+    ("data", {"--output": "full"}, "'full' is not empty and was not written from this dataset"),
     ("data", {"--robot-type": None, "--push-to-hub": "a/b/c"}, "--push-to-hub must be ORG/NAME, got 'a/b/c'"),
     ("data", {"--push-to-hub": "../name"}, "--push-to-hub must be ORG/NAME"),
     ("data", {"--push-to-hub": ""}, "--push-to-hub must be ORG/NAME"),

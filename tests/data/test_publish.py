@@ -180,7 +180,7 @@ def test_folder_without_a_complete_file_is_reused(tmp_path):
         write_lerobot(LeRobotFolder(tmp_path / "other"), tmp_path / "copy")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="already contains another dataset"):
+    with pytest.raises(ValueError, match="is not empty and was not written from this dataset"):
         write_lerobot(LeRobotFolder(tmp_path / "set"), tmp_path / "mine")
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
 

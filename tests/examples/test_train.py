@@ -17,7 +17,7 @@ from hub_server import HubServer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_lerobot import write_folder
-from test_pusht import EXAMPLES, call, run
+from test_pusht import EXAMPLES, ONE, call, run
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.cli import main
@@ -177,7 +177,7 @@ def read_log(folder):
 
 @contextlib.contextmanager
 def local_hub(home):
-    """Local Hub server with a separate cache."""
+    """Local Hub server with a separate cache, for processes that are started by `accelerate launch`."""
     hub = HubServer()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
@@ -240,6 +240,7 @@ def test_training_with_validation_and_push_to_hub(workspace):
             *("--report_to", "tensorboard", "--logging_steps", 1, "--fps", 5),
             *("--validation_dataset", workspace / "held-out", "--validation_steps", 2, "--num_validation_clips", 2),
             *("--validation_inference_steps", 2, "--push_to_hub", "--hub_model_id", "lab/arm"),
+            launch=ONE,
         )
     video = read_video(workspace / "logged" / "validation" / "step-2.mp4")
     assert video.shape == (3, 64, 64, 3)  # the predictions of two clips side by side, below the ground truth
@@ -385,21 +386,12 @@ def test_streamed_dataset_matches_local_folder(workspace):
     root = workspace / "files"
     write_folder(root)
 
-    def train_files(dataset, output, *arguments, start=run):
-        return start(
-            *(
-                "train.py" if start is run else "train",
-                "--dataset",
-                dataset,
-                "--vae",
-                workspace / "vae",
-                "--output_dir",
-                workspace / output,
-            ),
-            *("--patch_size", 1, *MODEL, *SHORT, "--max_train_steps", 4, *arguments),
-        )
+    def train_files(dataset, output, *arguments):
+        flags = ["--dataset", dataset, "--vae", workspace / "vae", "--output_dir", workspace / output]
+        flags += ["--patch_size", 1, *MODEL, *SHORT, "--max_train_steps", 4, *arguments]
+        return call("train", *flags) if dataset == root else run("train.py", *flags, launch=ONE)
 
-    train_files(root, "from-disk", start=call)
+    train_files(root, "from-disk")
     with local_hub(workspace / "streaming") as hub:
         files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
         pinned = ["--streaming", "--dataset_revision", hub.commit("datasets/lab/files", files)]

@@ -146,7 +146,7 @@ class LeRobotFolder(InOrder):
         return tuple(self.state_columns) or tuple(
             key
             for key in self._vector_features
-            if key not in self.action_column and self._features[key]["dtype"].startswith("float")
+            if key not in ("action", *self.action_column) and self._features[key]["dtype"].startswith("float")
         )
 
     @property
