@@ -385,7 +385,7 @@ FILE_ROWS = [  # frames, for every command that starts from frames
 
 CAMERA_ROWS = [
     ({"--frames": ["frame.png", "frame.png"]}, "must be 8x12 (height x width) for this checkpoint, got 16x12"),
-    ({"--frames": ["frame.png", "large.png"]}, "form a rectangle in the layout '0 1', got 0 8x12, 1 "),
+    ({"--frames": ["frame.png", "large.png"]}, "form a rectangle when tiled, got 8x12, "),
     (
         {"--frames": ["frame.png", "video.mp4"]},
         "--frames must have the same number of frames for each camera, got 1, 6",
@@ -543,7 +543,7 @@ ROWS = [
         {"--config": [*SIZES, "action_dim=[1]"]},
         "`action_dim` must be an integer of at least 1 and at most 1024",
     ),
-    ("convert", {"--config": [*SIZES, "action_scale=NaN"]}, "with finite numbers, got nan"),
+    ("convert", {"--config": [*SIZES, "action_scale=NaN"]}, "finite in float32, got nan"),
     ("convert", {"--config": [*SIZES, "action_scale=[1,2"]}, "--config action_scale must be"),
     (
         "convert",

@@ -72,16 +72,16 @@ ENTRIES = [  # format, file, entry, value, message
     ("v3.0", INFO, "features/action", None, "feature 'action' must be an object with a 'dtype', got None"),
     ("v3.0", INFO, "features/action/dtype", 5, "feature 'action' must be an object with a 'dtype'"),
     ("v3.0", INFO, "features/action/dtype", "text", "no column 'action'"),
-    ("v3.0", INFO, "features/action/shape", "three", "'shape' of feature 'action' must be a list of integers"),
-    ("v3.0", INFO, "features/action/shape", [None], "'shape' of feature 'action' must be a list of integers"),
-    ("v3.0", INFO, "features/action/shape", [-3], "'shape' of feature 'action' must be a list of integers"),
-    ("v3.0", INFO, "features/action/shape", [2], "'action' must be 2 numbers in every row, got [3]"),
+    ("v3.0", INFO, "features/action/shape", "three", "feature 'action' must be a list of non-negative integers"),
+    ("v3.0", INFO, "features/action/shape", [None], "feature 'action' must be a list of non-negative integers"),
+    ("v3.0", INFO, "features/action/shape", [-3], "feature 'action' must be a list of non-negative integers"),
+    ("v3.0", INFO, "features/action/shape", [2], "'action' must be 2 numbers in every row, got lengths [3]"),
     ("v3.0", INFO, "features/action/irasim", "x", "'irasim' of the feature 'action' must be an object"),
     ("v3.0", INFO, "features/action/irasim", {"cameras": 3}, "must be rows of feature names, got 3"),
     ("v3.0", INFO, "features/action/irasim", {"cameras": [[]]}, "must be rows of feature names"),
     ("v3.0", INFO, "features/action/irasim", {"action_derivation": "fast"}, "must be one of ('recorded'"),
     ("v3.0", INFO, "features/action/irasim", {"action_derivation": []}, "must be one of ('recorded'"),
-    ("v3.0", INFO, "features/action/irasim", {"action_units": [1]}, "must be a list of strings, got [1]"),
+    ("v3.0", INFO, "features/action/irasim", {"action_units": [1]}, "must be a list of strings or null, got [1]"),
     ("v3.0", INFO, "splits", "train", "'splits' must be an object, got 'train'"),
     ("v3.0", INFO, "splits", ["train"], "'splits' must be an object"),
     ("v3.0", INFO, "splits/train", 3, "the split 'train' must be two episode indices such as '0:10', got 3"),
@@ -107,9 +107,9 @@ ENTRIES = [  # format, file, entry, value, message
     ("v2.1", ROW, "episode_index", "0", "'episode_index' must be a non-negative integer in every row, got '0'"),
     ("v2.1", ROW, "episode_index", 7, "episode_000007.parquet"),
     ("v2.1", ROW, "length", None, "'length' is missing in 'meta/episodes'"),
-    ("v2.1", ROW, "length", "5", "'length' in 'meta/episodes' must be a non-negative integer, got '5'"),
-    ("v2.1", ROW, "length", 5.5, "'length' in 'meta/episodes' must be a non-negative integer, got 5.5"),
-    ("v2.1", ROW, "length", -1, "'length' in 'meta/episodes' must be a non-negative integer, got -1"),
+    ("v2.1", ROW, "length", "5", "'length' in 'meta/episodes' must be a non-negative integer below 2**53, got '5'"),
+    ("v2.1", ROW, "length", 5.5, "'length' in 'meta/episodes' must be a non-negative integer below 2**53, got 5.5"),
+    ("v2.1", ROW, "length", -1, "'length' in 'meta/episodes' must be a non-negative integer below 2**53, got -1"),
     ("v2.1", ROW, "length", [5], "'length' in 'meta/episodes' must be a non-negative integer"),
     ("v2.1", ROW, "length", HUGE, "'length' in 'meta/episodes' must be a non-negative integer"),
     ("v2.1", ROW, "length", float("inf"), "'length' in 'meta/episodes' must be a non-negative integer"),
@@ -158,8 +158,8 @@ COLUMNS = [  # file, column, value of all rows, message
         "'episode_index' must be a non-negative integer in every row, got 1.0",
     ),
     (EPISODES, "length", None, "'length' is missing in 'meta/episodes'"),
-    (EPISODES, "length", pa.scalar("5"), "'length' in 'meta/episodes' must be a non-negative integer, got '5'"),
-    (EPISODES, "length", pa.scalar([5]), "'length' in 'meta/episodes' must be a non-negative integer, got [5]"),
+    (EPISODES, "length", pa.scalar("5"), "'meta/episodes' must be a non-negative integer below 2**53, got '5'"),
+    (EPISODES, "length", pa.scalar([5]), "'meta/episodes' must be a non-negative integer below 2**53, got [5]"),
     (EPISODES, "data/file_index", None, "'data/file_index' is missing in 'meta/episodes'"),
     (
         EPISODES,
@@ -179,10 +179,10 @@ COLUMNS = [  # file, column, value of all rows, message
         pa.scalar(-1),
         f"'{FILM}/file_index' in 'meta/episodes' must be a non-negative integer",
     ),
-    (EPISODES, f"{FILM}/from_timestamp", pa.scalar("0"), "must be a non-negative number of seconds, got '0'"),
-    (EPISODES, f"{FILM}/from_timestamp", pa.scalar(1e300), "must be a non-negative number of seconds, got 1e+300"),
-    (EPISODES, f"{FILM}/to_timestamp", pa.scalar(float("nan")), "must be a non-negative number of seconds, got nan"),
-    (EPISODES, f"{FILM}/to_timestamp", pa.scalar(-1.0), "must be a non-negative number of seconds, got -1.0"),
+    (EPISODES, f"{FILM}/from_timestamp", pa.scalar("0"), "must be a number of seconds from 0 to 1e+07, got '0'"),
+    (EPISODES, f"{FILM}/from_timestamp", pa.scalar(1e300), "must be a number of seconds from 0 to 1e+07, got 1e+300"),
+    (EPISODES, f"{FILM}/to_timestamp", pa.scalar(float("nan")), "seconds from 0 to 1e+07, got nan"),
+    (EPISODES, f"{FILM}/to_timestamp", pa.scalar(-1.0), "must be a number of seconds from 0 to 1e+07, got -1.0"),
     (EPISODES, "tasks", pa.scalar(3), "the task must be a string, got 3"),
     (EPISODES, "tasks", pa.scalar([[1]]), "the task must be a string, got [1]"),
     (DATA, "action", None, "file-000.parquet"),
@@ -190,9 +190,9 @@ COLUMNS = [  # file, column, value of all rows, message
     (DATA, "action", pa.scalar([None, 0.0, 0.0]), "'action' must be finite in float32, got [nan, 0.0, 0.0]"),
     (DATA, "action", pa.scalar(["1", "2", "3"]), "'action' must contain numbers, got string"),
     (DATA, "action", pa.scalar([[1.0], [2.0], [3.0]]), "'action' must contain numbers, got list<"),
-    (DATA, "action", pa.scalar(0.5), "'action' must be 3 numbers in every row, got [1]"),
-    (DATA, "action", pa.scalar([], pa.list_(pa.float32())), "'action' must be 3 numbers in every row, got [0]"),
-    (DATA, "action", pa.scalar(None, pa.list_(pa.float32())), "'action' must be 3 numbers in every row, got [None]"),
+    (DATA, "action", pa.scalar(0.5), "'action' must be 3 numbers in every row, got lengths [1]"),
+    (DATA, "action", pa.scalar([], pa.list_(pa.float32())), "must be 3 numbers in every row, got lengths [0]"),
+    (DATA, "action", pa.scalar(None, pa.list_(pa.float32())), "must be 3 numbers in every row, got lengths [None]"),
     (DATA, "action", pa.scalar({"x": 1.0}), "'action' must be 3 numbers in every row"),
     (DATA, "observation.state", pa.scalar("ab"), "'observation.state' must be 2 numbers in every row"),
     (DATA, "observation.state", pa.scalar([1e39, 0.0]), "'observation.state' must be finite in float32, got"),
@@ -288,9 +288,9 @@ def test_contents_of_files(originals, tmp_path, capfd, form, file, content):
     [
         (INFO, lambda path: path.write_bytes(b"{"), "info.json', line 1, is not valid JSON"),
         (INFO, lambda path: set_entry(path, "splits", []), "'splits' must be an object, got []"),
-        (INFO, lambda path: set_entry(path, "features/action/shape", {}), "must be a list of integers, got {}"),
+        (INFO, lambda path: set_entry(path, "features/action/shape", {}), "list of non-negative integers, got {}"),
         (EPISODES, lambda path: path.write_bytes(b"PAR1"), "file-000.parquet': Parquet"),
-        (EPISODES, lambda path: set_column(path, "length", pa.scalar("5")), "must be a non-negative integer, got '5'"),
+        (EPISODES, lambda path: set_column(path, "length", pa.scalar("5")), "integer below 2**53, got '5'"),
         (DATA, lambda path: set_column(path, "action", pa.scalar([1e39, 0.0, 0.0])), "must be finite in float32"),
     ],
 )
@@ -306,7 +306,7 @@ def test_other_commands(originals, tmp_path, tmp_path_factory, capfd, command, f
     assert main([*flags, "--output", str(tmp_path / "out")]) == 2
     captured = capfd.readouterr()
     unread = command == "adapt" and "can be read" in captured.err
-    refused(root, captured, "none of the first 32 episodes of" if unread else message)
+    refused(root, captured, "none of the first" if unread else message)
 
 
 def test_broken_rows_can_be_skipped(originals, tmp_path, capfd):
@@ -317,7 +317,7 @@ def test_broken_rows_can_be_skipped(originals, tmp_path, capfd):
     assert convert(root, "--skip-broken") == 0
     captured = capfd.readouterr()
     assert "2 episodes written" in captured.out
-    assert "'length' in 'meta/episodes' must be a non-negative integer, got -5" in captured.out
+    assert "'length' in 'meta/episodes' must be a non-negative integer below 2**53, got -5" in captured.out
 
 
 def test_integral_floats_are_integers(originals, tmp_path):

@@ -272,8 +272,8 @@ def test_absurd_weights_raise(name, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"action_scale": float("nan")}, "`action_scale` must be .* with finite numbers, got nan"),
-        ({"action_scale": [20.0] * 6 + [float("inf")]}, "`action_scale` must be .* with finite numbers"),
+        ({"action_scale": float("nan")}, "`action_scale` must be .* finite in float32, got nan"),
+        ({"action_scale": [20.0] * 6 + [float("inf")]}, "`action_scale` must be .* finite in float32"),
         ({"action_low": [1e300] * 7}, "`action_low` must be"),
         ({"fps": 0}, r"`fps` must be in \[0.001, 100000\], got 0"),
         ({"fps": True}, "`fps` must be"),

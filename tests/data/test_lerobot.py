@@ -175,7 +175,7 @@ def edit_vectors(key, value):
         ),
         (
             edit_episode(f"videos/{CAMERA}/file_index", float("nan")),
-            r"episode 1 of .*file_index' in 'meta/episodes' must be a non-negative integer, got nan",
+            r"episode 1 of .*file_index' in 'meta/episodes' must be a non-negative integer below 2\*\*53, got nan",
         ),
         (edit_episode("data/file_index", None), r"episode 1 of .*'data/file_index' is missing in 'meta/episodes'"),
         (edit_episode("length", None), r"episode 1 of .*'length' is missing"),

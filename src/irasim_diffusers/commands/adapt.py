@@ -142,7 +142,7 @@ def _images(arguments: argparse.Namespace) -> torch.Tensor:
 
     size = frame_size(arguments)
     source = PreparedEpisodes(open_dataset(arguments), frame_size=size)
-    parts, reason = [], "the dataset has no episodes"
+    parts, reason = [], "the dataset has no episodes."
     for index in range(min(len(source), EPISODES)):
         try:
             frames = source[index].frames
@@ -151,5 +151,7 @@ def _images(arguments: argparse.Namespace) -> torch.Tensor:
             continue
         parts.append(frames[np.linspace(0, len(frames) - 1, FRAMES).astype(int)])
     if not parts:
-        raise ValueError(f"none of the first {EPISODES} episodes of {arguments.dataset!r} can be read: {reason}")
+        raise ValueError(
+            f"none of the first {min(len(source), EPISODES)} episodes of {arguments.dataset!r} can be read: {reason}"
+        )
     return torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2) / 127.5 - 1

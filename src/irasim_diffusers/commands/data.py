@@ -15,9 +15,9 @@ def add_parser(subparsers: Any) -> None:
     """Add `data` to the subparsers of `irasim`."""
     parser = subparsers.add_parser(
         "data",
-        help="convert clips to a LeRobotDataset, and publish it",
-        description="Convert clips in any format that train.py reads to a LeRobotDataset v3.0 with a card. --push-to-hub publishes "
-        "the dataset. Run the same command again to resume.",
+        help="convert episodes to a LeRobotDataset, and publish it",
+        description="Convert episodes in any format that train.py reads to a LeRobotDataset v3.0 with a card. --push-to-hub "
+        "publishes the dataset. Run the same command again to resume.",
     )
     parser.set_defaults(run=run)
     add_dataset_flags(parser, "train", "skip_broken")
@@ -93,7 +93,7 @@ class _Progress:
 
         if self._repo_id:
             HfApi().create_repo(self._repo_id, repo_type="dataset", exist_ok=True)
-        self._bar = tqdm(total=self._total, desc="writing clips", unit="episode")
+        self._bar = tqdm(total=self._total, desc="writing episodes", unit="episode")
 
     def close(self) -> None:
         """Close the bar."""

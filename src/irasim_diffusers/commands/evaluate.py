@@ -68,7 +68,7 @@ def add_parser(subparsers: Any) -> None:
         nargs="?",
         const="",
         metavar="ALEXNET",
-        help="compute LPIPS, with AlexNet weights from a file or org/name:file (default: download)",
+        help="compute LPIPS, with AlexNet weights from a file or org/name:file (downloaded if omitted)",
     )
     add("--inception", metavar="WEIGHTS", help="compute FID with pytorch-fid's weights, a file or org/name:file")
     add(

@@ -82,7 +82,10 @@ def tile_views(views: list[list[np.ndarray]], cameras: list[list[str]] | None) -
     try:
         return tile(layout, {str(number): view for number, view in enumerate(flat)})
     except ValueError as error:
-        raise ValueError(f"--frames must form a rectangle when tiled: {error}") from error
+        sizes = ", ".join(f"{view.shape[1]}x{view.shape[2]}" for view in flat)
+        raise ValueError(
+            f"--frames must form a rectangle when tiled, got {sizes} (height x width): resize the files."
+        ) from error
 
 
 def history_length(arguments: argparse.Namespace, pipeline: IRASimPipeline, num_frames: int) -> int:

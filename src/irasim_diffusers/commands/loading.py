@@ -28,7 +28,7 @@ def load_checked(flag: str, wanted: str, name: str, kind: Any, remedy: str = "",
         options: Options of `from_pretrained`.
 
     Raises:
-        ValueError: If it cannot be loaded, or its weights are invalid.
+        ValueError: If the model or pipeline cannot be loaded, or its weights are invalid.
     """
     try:
         with quiet_loading() as messages:
@@ -44,7 +44,7 @@ def load_vae(name: str) -> AutoencoderKL:
     """Load the autoencoder of `--vae`: a folder or Hub id, optionally with `:<subfolder>`.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        ValueError: If the autoencoder cannot be loaded, or its weights are invalid.
     """
     from diffusers import AutoencoderKL
 
@@ -59,7 +59,7 @@ def load_reward(name: str, device: Any) -> FrameRegressor:
     """Load the reward model of `--reward`.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        ValueError: If the reward model cannot be loaded, or its weights are invalid.
     """
     from ..rewards import FrameRegressor
 

@@ -99,7 +99,9 @@ def run(arguments: argparse.Namespace) -> None:
     if (arguments.goal is None) == (arguments.reward is None):
         raise ValueError("pass exactly one of --goal and --reward.")
     if arguments.encoder is not None and arguments.goal is None:
-        raise ValueError("--encoder requires --goal: it compares features of the goal image.")
+        raise ValueError(
+            "--encoder requires --goal: features of the predicted frames are compared with those of the goal image."
+        )
     _check_planner_flags(arguments)
     check_flag_ranges(arguments, LIMITS)
     if arguments.std is not None and not 0 < arguments.std < float("inf"):
@@ -197,7 +199,7 @@ def _planner(arguments: argparse.Namespace) -> Any:
 def _objective(
     arguments: argparse.Namespace, goal: np.ndarray | None, pipeline: IRASimPipeline
 ) -> tuple[Any, np.ndarray | None]:
-    """Return the objective, and the goal image (H, W, 3) in the model's size; None instead for a reward."""
+    """Return the objective, and the goal image (H, W, 3) in the model's size or, for a reward, None."""
     import PIL.Image
 
     from ..rewards import GoalImage, pretrained_encoder

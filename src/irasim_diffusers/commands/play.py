@@ -140,7 +140,7 @@ def play(session: DrivingSession, chunk_length: int = 2) -> tuple[float, bool]:
         Frames shown per second, measured over the last 20, and whether Ctrl-C or SIGTERM ended the session.
 
     Raises:
-        ValueError: If there is no terminal.
+        ValueError: If standard input or output is not a terminal, or on Windows.
     """
     check_terminal()
     screen = _Screen(session)
@@ -177,7 +177,7 @@ def follow(session: DrivingSession, script: str, chunk_length: int = 2) -> float
 
     Args:
         session: The driving session, which also records the frames.
-        script: Parts of keys joined by +, or `hold`, each with a number of frames: `"right*10 hold*5 up+right*10"`.
+        script: Parts of keys joined by +, or `hold`, each with a number of frames (default: 1): `"right*10 hold*5 up+right*10"`.
         chunk_length: Frames per chunk.
 
     Returns:

@@ -23,7 +23,7 @@ HELD = 0.25
 
 Terminals do not report when a key is released. A held key repeats every 30 to 50 ms, and in bursts over a slow connection; HELD
 must be longer than these gaps, or the motion is interrupted. Motion continues for HELD seconds after a key is released, so HELD should
-be as short as possible. The delay before the first repeat (0.25 to 0.7 s) is longer than HELD: the motion pauses once.
+be as short as possible. The delay before the first repeat (0.25 to 0.7 s) is usually longer than HELD: the motion then pauses once.
 """
 
 ARROWS = ("ArrowUp", "ArrowDown", "ArrowRight", "ArrowLeft")  # in the order of their escape codes A to D
@@ -34,7 +34,7 @@ def check_terminal() -> None:
     """Check that standard input and output are a terminal that can be read key by key.
 
     Raises:
-        ValueError: If one of them is not, or on Windows.
+        ValueError: If standard input or output is not a terminal, or on Windows.
     """
     if importlib.util.find_spec("termios") is None:
         raise ValueError("driving with keys requires a Unix terminal, got Windows: use WSL, or --script.")

@@ -93,8 +93,8 @@ def load_released_irasim(
         The model, float32, in evaluation mode.
 
     Raises:
-        ValueError: If the file is not such a checkpoint, or if tensors are unknown or missing, or have the wrong shape (up to 100
-            are listed).
+        ValueError: If an argument is invalid, if the file is not such a checkpoint, or if tensors are unknown, missing or not
+            finite, or have the wrong shape (up to 100 are listed).
     """
     if dataset not in RELEASED_DATASETS:
         raise ValueError(f"`dataset` must be one of {sorted(RELEASED_DATASETS)}, got {dataset!r}.")

@@ -45,7 +45,8 @@ def load_latte(
         The model, float32.
 
     Raises:
-        ValueError: If tensors are unknown or missing, or have the wrong shape (up to 100 are listed).
+        ValueError: If the file is not such a checkpoint, if `config` is invalid, or if tensors are unknown, missing or not finite,
+            or have the wrong shape (up to 100 are listed).
     """
     state = read_safetensors(Path(path))
     require(state, "Latte", {"pos_embed.proj.weight": 4, "proj_out.weight": 2, "adaln_single.linear.weight": 2})

@@ -18,7 +18,7 @@ Conversion: TypeAlias = dict[str, torch.Tensor] | str | None
 Converter: TypeAlias = Callable[[str, torch.Tensor, IRASimTransformer3DModel], Conversion]
 
 MAX_NEW_ELEMENTS = 1 << 29
-"""Maximum number of parameters that a file may lack. The largest action encoder of the paper has 3e8."""
+"""Maximum number of elements in parameters that a file may lack. The largest action encoder of the paper has 3e8."""
 MAX_PROBLEMS = 100
 
 
@@ -88,7 +88,8 @@ def check_config(config: dict[str, Any]) -> None:
         kind = parameters[name].annotation
         if name not in LIMITS and not _matches(value, kind):
             wanted = kind.__name__ if isinstance(kind, type) else kind
-            raise ValueError(f"`{name}` must be {wanted} with finite numbers, got {value!r}.")
+            finite = " with numbers that are finite in float32" if "float" in str(wanted) else ""
+            raise ValueError(f"`{name}` must be {wanted}{finite}, got {value!r}.")
 
 
 def _matches(value: Any, kind: Any) -> bool:
@@ -168,7 +169,8 @@ def build(
         The model, float32.
 
     Raises:
-        ValueError: If the config is invalid, or if tensors are unknown, missing or not finite, or have the wrong shape.
+        ValueError: If the config is invalid, if tensors are unknown, missing or not finite, or have the wrong shape (up to 100 are
+            listed), or if the file lacks more than `MAX_NEW_ELEMENTS` elements.
     """
     check_config(config)
     with torch.device("meta"):

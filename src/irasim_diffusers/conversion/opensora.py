@@ -58,7 +58,8 @@ def load_opensora(
         The model, float32.
 
     Raises:
-        ValueError: If tensors are unknown or missing, or have the wrong shape (up to 100 are listed).
+        ValueError: If the file is not such a checkpoint, if `config` is invalid, or if tensors are unknown, missing or not finite,
+            or have the wrong shape (up to 100 are listed).
     """
     state = read_safetensors(Path(path))
     model = build(_derive_config(state, config), state, _convert_tensor, report, new=is_action)

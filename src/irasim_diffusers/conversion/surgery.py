@@ -42,7 +42,8 @@ def change_patch_size(
         A new model. The input model is not modified.
 
     Raises:
-        ValueError: If the model is not Frame-Ada with grid positions, or if octaves would be removed.
+        ValueError: If the model is not Frame-Ada with grid positions, if octaves would be removed, or if an argument is
+            out of range.
     """
     config = model.config
     before = config["action_frequencies"]
@@ -167,7 +168,7 @@ def fit_autoencoder(
         A new model. Its patches cover the same area of the image as before. The input model is not modified.
 
     Raises:
-        ValueError: If patches of the new latents cannot cover the same area.
+        ValueError: If patches of the new latents cannot cover the same area, or if latents are not finite.
     """
     before, after = (scaled_latents(vae, images) for vae in (own, other))
     patch_size, remainder = divmod(model.config.patch_size * after.shape[-1], before.shape[-1])
@@ -224,7 +225,7 @@ def change_action_dim(model: IRASimTransformer3DModel, action_dim: int) -> IRASi
         action_dim: Number of components of the new actions.
 
     Returns:
-        A new model without the scale, names, bounds and `target_extent` of the actions. The input model is not modified.
+        A new model, whose config entries in `ACTION_ENTRIES` have the values given there. The input model is not modified.
     """
     new = IRASimTransformer3DModel.from_config(model.config, action_dim=action_dim, **ACTION_ENTRIES)
     encoder = ("action_embed.", "trajectory_embed.", "target_embed.")

@@ -21,7 +21,7 @@ def infer_action_space(source: EpisodeSource) -> str | None:
 
     Args:
         source: Data source with recorded actions and states. A state is compared if it contains all action components
-            by name, or has as many components as the actions.
+            by name, or has as many components as the actions. States whose names start with `next.` are ignored.
 
     Returns:
         `"absolute"`, `"relative"`, or None if no state can be compared or the result is not clear.
@@ -60,7 +60,7 @@ def _matching_columns(source: EpisodeSource, key: str, vectors: dict[str, np.nda
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the median correlation of two series (T, A) over the components that change."""
+    """Return the median correlation of two series (T, A) over the components that change; 0 if none does."""
     first, second = first - first.mean(0), second - second.mean(0)
     scales = np.sqrt((first**2).sum(0) * (second**2).sum(0))
     moving = scales > 1e-9

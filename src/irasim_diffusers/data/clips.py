@@ -35,7 +35,7 @@ def standardised_states(
         For each dataset, states (T, S), float32, by episode index. A constant component is zero.
 
     Raises:
-        ValueError: If a feature or component does not exist, or a state is not finite.
+        ValueError: If a feature or component does not exist, or the vectors of an episode cannot be read or are not finite.
     """
     chosen = [list(part) for part in numbers] if numbers else [list(range(len(dataset))) for dataset in datasets]
     parts = [_episode_states(dataset, keys, angles, part) for dataset, part in zip(datasets, chosen, strict=True)]
@@ -220,14 +220,14 @@ class MixedClips(Dataset):
     Args:
         clips: The sets. Their latents, actions and windows must have the same shapes.
         weights: Relative share of each set; None for shares proportional to the numbers of windows. The mixture has as many
-            windows as all sets together. Windows of a set are repeated if its share exceeds its size; if the share is smaller,
-            each epoch omits different windows.
+            windows as all sets together, up to rounding. Windows of a set are repeated if its share exceeds its size; if the share
+            is smaller, each epoch omits different windows.
         seed: Seed that selects the windows, together with the epoch.
         change_share: Fraction of the windows that are drawn with a probability proportional to their change (see
             `LatentClips.changes`). The other windows are drawn uniformly.
 
     Raises:
-        ValueError: If the shapes differ, a weight is missing, not positive or not finite, or `change_share` is not in [0, 1].
+        ValueError: If the shapes differ, `weights` are not one positive finite number per set, or `change_share` is not in [0, 1].
     """
 
     def __init__(

@@ -21,7 +21,7 @@ def choose_action_columns(
 
     Args:
         action_column: Requested columns; None or empty selects `action`, or the only column with a similar name.
-        columns: Names of the numeric columns of the dataset.
+        columns: Names of the columns that may contain actions.
         name: Name of the dataset, for error messages.
 
     Raises:
@@ -66,7 +66,7 @@ def component_names_of(columns: Mapping[str, tuple[Any, int]]) -> list[str] | No
 
 
 def _flat_names(names: Any, width: int) -> list[str] | None:
-    """Return the names from a list, a list under a key, or a mapping of names to indices; otherwise None."""
+    """Return `width` names from a list, a list under a key, or a mapping of names to indices; else None."""
     if isinstance(names, Mapping):
         values = list(names.values())
         names = list(names) if all(isinstance(value, int) for value in values) else values[0]
@@ -76,10 +76,10 @@ def _flat_names(names: Any, width: int) -> list[str] | None:
 
 
 def finite_vector(values: Any, key: str, place: str = "") -> np.ndarray:
-    """Convert numbers (T, D) to float32.
+    """Convert the numbers of a vector, one row per frame, to float32.
 
     Args:
-        values: The numbers; None counts as a missing number.
+        values: Numbers (T, D) or (T,); an entry None counts as a missing number.
         key: Name of the vector, for error messages.
         place: The file, for error messages.
 

@@ -83,7 +83,7 @@ def tensors_hash(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None 
 
 
 def _hub_blob(path: Path) -> str | None:
-    """Return the name of the blob that a link in the Hub's cache points to."""
+    """Return the name of the blob that a link in the Hub's cache points to; None for another file."""
     real = path.resolve()
     return real.name if real.parent.name == "blobs" and path.is_symlink() else None
 

@@ -53,7 +53,7 @@ class EpisodeSource(Protocol):
         """Number of episodes."""
 
     def __getitem__(self, number: int) -> Episode:
-        """Read one episode; raise a ValueError that names the file and the episode if it is broken."""
+        """Read one episode; raise a ValueError that names the file or the episode if an episode is broken."""
 
     def __iter__(self) -> Iterator[Episode]:
         """Iterate over the episodes in order."""
@@ -85,7 +85,7 @@ def first_readable(source: EpisodeSource, read: Callable[[int], Value], attempts
         attempts: Maximum number of episodes to try.
 
     Raises:
-        ValueError: If none of these episodes can be read; the message contains the first error.
+        ValueError: If the source is empty, or none of the tried episodes can be read; the message contains the first error.
     """
     errors: list[ValueError] = []
     for number in range(min(len(source), attempts)):
@@ -146,7 +146,7 @@ def _traits(source: EpisodeSource) -> dict[str, Any]:
 
 
 def _fit(ours: list[str] | None, theirs: list[str] | None) -> bool:
-    """Return whether the known names of components agree, except for padding components."""
+    """Return whether the known names of components agree in number and, except for padding, in content."""
     if ours is None or theirs is None:
         return True
     used = [pair for pair in zip(ours, theirs, strict=False) if not any(name.startswith("unused ") for name in pair)]

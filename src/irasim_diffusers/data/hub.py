@@ -20,7 +20,8 @@ class HubFiles:
     """Files in a Hub dataset, downloaded on demand; at most one file per kind is kept.
 
     Every process downloads separately, because processes need a file at different times. The files are stored in the assets cache
-    of the Hub and deleted when the process ends. Files of killed processes are deleted at the next start.
+    of the Hub, and deleted with this object or when the process ends. The files of a killed process are deleted by the next process
+    that downloads from the dataset on the same machine.
 
     Args:
         repo_id: Name of the dataset on the Hub.
@@ -60,7 +61,7 @@ class HubFiles:
         return place / name
 
     def _folder(self) -> Path:
-        """Return the folder of this process, which is deleted with the object or by a later process."""
+        """Return the folder of this process; delete the folders of killed processes."""
         if os.getpid() in self._folders:
             return self._folders[os.getpid()]
         parent = cached_assets_path("irasim_diffusers", namespace=self.repo_id, subfolder=platform.node())

@@ -54,7 +54,7 @@ class IRASimFolder(InOrder):
         max_episodes: Maximum number of episodes, counted from the first.
 
     Raises:
-        ValueError: If the split does not exist, or a camera is missing or ambiguous.
+        ValueError: If the split does not exist, no annotation can be read, or a camera is missing or ambiguous.
     """
 
     root: Path
@@ -100,7 +100,7 @@ class IRASimFolder(InOrder):
 
     @property
     def action_derivation(self) -> str:
-        """`"relative_euler"` if poses are recorded, else `"recorded"`."""
+        """`"recorded"` if the annotations contain `actions`, else `"relative_euler"`."""
         return "recorded" if "actions" in self._first else "relative_euler"
 
     @property
@@ -122,7 +122,8 @@ class IRASimFolder(InOrder):
         """Read one episode.
 
         Raises:
-            ValueError: If a file is missing or unreadable, a number is not finite, or the numbers of frames and actions disagree.
+            ValueError: If a file is missing or unreadable, a number is missing or not finite, the task is not a string, the numbers
+                of frames and actions disagree, or the images of the cameras cannot be tiled.
         """
         return self._read(number, None)
 
@@ -177,10 +178,10 @@ class IRASimFolder(InOrder):
             )
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
-        """Read `action` (T, A) and, if poses are recorded, `state` (T, 7) of one episode, float32.
+        """Read `action` (T, A) and, if actions are derived from poses, `state` (T, 7) of one episode, float32.
 
         Raises:
-            ValueError: If a number is missing or not finite.
+            ValueError: If the annotation cannot be read, or an entry or a number is missing or invalid.
         """
         annotation = self._annotation(number)
         try:
@@ -203,7 +204,7 @@ class IRASimFolder(InOrder):
             The latents; None if there are none, or if several cameras are tiled.
 
         Raises:
-            ValueError: If the file cannot be read, or does not contain latents of this episode.
+            ValueError: If the annotation or the file cannot be read, or the file does not contain latents of this episode.
         """
         annotation = self._annotation(number)
         camera, *others = [camera for row in self.cameras for camera in row]
@@ -263,7 +264,9 @@ def _read_latents(path: Path, length: int) -> torch.Tensor:
         found = tuple(latents.shape) if torch.is_tensor(latents) else "no tensor"
         raise ValueError(f"{str(path)!r} must contain latents ({length}, C, h, w), alone or as 'obs', got {found}.")
     if latents.dtype not in FLOATS or latents.layout != torch.strided:
-        raise ValueError(f"{str(path)!r} must contain floating-point latents of 16 to 64 bits, got {latents.dtype}.")
+        raise ValueError(
+            f"{str(path)!r} must contain dense floating-point latents of 16 to 64 bits, got {latents.dtype} ({latents.layout})."
+        )
     latents = latents[:length].to(
         torch.float32, copy=True
     )  # copy, because the file is memory-mapped and may be replaced
@@ -273,7 +276,7 @@ def _read_latents(path: Path, length: int) -> torch.Tensor:
 
 
 def _vectors(annotation: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Return `action` and, if poses are recorded, `state` of an annotation."""
+    """Return `action` and, if actions are derived from poses, `state` of an annotation."""
     if "actions" in annotation:
         between, vectors = _numbers(annotation, "actions"), {}
         if between.ndim != 2:

@@ -55,7 +55,8 @@ def cache_latents(
     Args:
         dataset: The dataset.
         vae: The frozen autoencoder, on the device that encodes. None caches the frames as uint8, for pixel-space models.
-        cache_dir: Parent folder of the cache. The name of the cache depends on the dataset and the autoencoder.
+        cache_dir: Parent folder of the cache. The name of the cache depends on the dataset, the autoencoder, `mixed_precision`,
+            `recorded` and `episodes_per_file`.
         batch_size: Number of frames per call of the autoencoder.
         mixed_precision: Encode under bfloat16 autocast.
         skip_broken: Skip episodes that cannot be read and list them in the manifest, instead of raising an error.
@@ -67,12 +68,14 @@ def cache_latents(
 
     Returns:
         The folder of the cache. Its safetensors files contain `latents.<episode>` (T, C, h, w), float16 and unscaled (uint8
-        without an autoencoder), and `actions.<episode>` (T, A), float32. `manifest.json` marks the cache as complete. It
-        holds the number of `episodes`, the errors of `broken` ones, the `autoencoder`, the latents' `dtype` and the `files`.
+        without an autoencoder), and `actions.<episode>` (T, A), float32. `manifest.json` marks the cache as complete. The
+        manifest holds the number of `episodes`, the errors of `broken` ones, the `autoencoder`, the latents' `dtype` and
+        the `files`.
 
     Raises:
         ValueError: If an argument is out of range, an episode is broken and `skip_broken` is False (also if an earlier run
-            skipped it), no episode can be read, or `recorded` is given without an autoencoder.
+            skipped it), no episode can be read, the scaling of the autoencoder is invalid, or `recorded` is set without an
+            autoencoder.
     """
     _check_arguments(vae, recorded, batch_size, episodes_per_file, process_index, num_processes)
     identity = _identity(dataset, vae, recorded, mixed_precision, episodes_per_file)
@@ -180,7 +183,7 @@ def _write_manifest(
     vae: AutoencoderKL | None,
     episodes: int,
 ) -> None:
-    """Write the manifest of a complete cache unless it is `written` already."""
+    """Write the manifest of a complete cache, unless it is equal to `written`, the existing one."""
     name = None if vae is None else str(vae.config.get("_name_or_path") or type(vae).__name__)
     dtype = "uint8" if vae is None else "float16"
     content = identity | {"episodes": episodes, "broken": {}, "autoencoder": name, "dtype": dtype, "files": {}}
@@ -298,16 +301,16 @@ def _encode_recorded(dataset: EpisodeSource, vae: AutoencoderKL, number: int) ->
     latents = dataset.latents(number) if hasattr(dataset, "latents") else None
     if latents is None:
         raise ValueError(
-            f"episode {number} of {dataset.name!r} has no latents next to its video: use `recorded=False` (without "
+            f"episode {number} of {dataset.name!r} has no recorded latents of its frames: use `recorded=False` (omit "
             "--recorded_latents) to encode the frames."
         )
     unscaled = unscale_latents(vae, latents)
-    remedy = "use `recorded=False` (without --recorded_latents) to encode the frames"
+    remedy = "use `recorded=False` (omit --recorded_latents) to encode the frames"
     return _finite(unscaled.half(), dataset, number, remedy), dataset.vectors(number)["action"]
 
 
 def _finite(latents: torch.Tensor, dataset: EpisodeSource, number: int, remedy: str) -> torch.Tensor:
-    """Return latents (T, C, h, w), float16; raise ValueError if they are not finite."""
+    """Return latents (T, C, h, w) unchanged; raise ValueError if a value is not finite."""
     finite = torch.isfinite(latents).flatten(1).all(1)
     if not finite.all():
         frame = int(torch.nonzero(~finite)[0])

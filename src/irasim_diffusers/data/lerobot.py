@@ -63,11 +63,11 @@ class LeRobotFolder(InOrder):
         split: A split in `info.json`, or a part of one as in `datasets`, `"train[:90%]"`; None for all episodes.
         action_column: Vector feature of the actions, or several that are concatenated; None selects `action`, or the only feature
             with a similar name. After construction, a tuple.
-        state_columns: Vector features of the states; empty for all.
+        state_columns: Vector features of the states; empty for all float features except the actions.
 
     Raises:
         ValueError: If the folder is not a LeRobotDataset of these versions, its metadata are invalid, a camera or the action
-            feature is missing or ambiguous, or the split does not exist.
+            feature is missing or ambiguous, a state does not exist, or the split is empty or does not exist.
     """
 
     root: Path
@@ -335,7 +335,7 @@ class LeRobotFolder(InOrder):
         """Read features (T, D) that are neither actions nor states, such as `next.done`, as recorded.
 
         Raises:
-            ValueError: If a value is missing or has another type.
+            ValueError: If a value is missing or NaN, or does not have the type in `info.json`.
         """
         row = self.rows[number]
         try:
@@ -434,7 +434,7 @@ class LeRobotFolder(InOrder):
         )
         widths = pc.unique(pc.list_value_length(array)).to_pylist() if lists else [1]
         if width is not None and widths != [width]:
-            raise ValueError(f"{path!r}: {key!r} must be {width} numbers in every row, got {widths}.")
+            raise ValueError(f"{path!r}: {key!r} must be {width} numbers in every row, got lengths {widths}.")
         array = array.flatten() if lists else array
         if width is not None:
             _check_numbers(array.type, key, path)
@@ -482,7 +482,7 @@ class LeRobotFolder(InOrder):
         try:
             return path_inside(self.root, template.format(video_key=camera, **place))
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{str(self._info_path)!r}: {entry!r} has an invalid field or path: {error}.") from error
+            raise ValueError(f"{str(self._info_path)!r}: {entry!r} has an invalid field or path: {error}") from error
 
     def _file(self, row: dict[str, Any], camera: str | None = None) -> Path:
         """Return the local path of the file of `_path`; download it if necessary."""

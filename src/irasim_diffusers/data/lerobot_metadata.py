@@ -20,7 +20,7 @@ OWN_ENTRY = "irasim"
 """Entry of the feature `action` in info.json for what LeRobot does not store: derivation, units and camera layout."""
 MIN_FPS, MAX_FPS = 1e-3, 100_000
 MAX_SECONDS = 1e7
-"""Maximum time in a video file: four months."""
+"""Maximum time in a video file, in seconds: about four months."""
 PATH_FIELD = re.compile(r"\{(\w+)(?::\d{1,2}d?)?\}")
 """A field of a path in info.json, for example `{file_index:03d}`."""
 PATH_FIELDS = {"chunk_index", "file_index", "video_key", "episode_chunk", "episode_index"}
@@ -35,7 +35,7 @@ def check_info(info: Mapping[str, Any], path: Path, needed: Sequence[str]) -> No
         needed: Entries that must exist.
 
     Raises:
-        ValueError: If an entry is missing, or has another type or range.
+        ValueError: If an entry is missing or invalid.
     """
     for key in needed:
         if info.get(key) is None:
@@ -71,7 +71,7 @@ def check_info(info: Mapping[str, Any], path: Path, needed: Sequence[str]) -> No
         if NUMBERS.fullmatch(feature["dtype"]):
             shape = feature.get("shape")
             sizes = shape is None or (isinstance(shape, list) and all(_is_number(n, int) and n >= 0 for n in shape))
-            require(sizes, f"the 'shape' of feature {key!r}", "a list of integers", shape)
+            require(sizes, f"the 'shape' of feature {key!r}", "a list of non-negative integers", shape)
     require(splits is None or isinstance(splits, dict), "'splits'", "an object", splits)
     for name, part in (splits or {}).items():
         bounds = isinstance(part, str) and re.fullmatch(r"\d{1,12}:\d{1,12}", part) is not None
@@ -86,7 +86,7 @@ def _check_own_entry(own: Any, require: Any) -> None:
     derivation, units, cameras = (own.get(key) for key in ("action_derivation", "action_units", "cameras"))
     require(derivation in (None, *DERIVATIONS), f"'action_derivation' in {place}", f"one of {DERIVATIONS}", derivation)
     texts = units is None or (isinstance(units, list) and all(isinstance(unit, str | None) for unit in units))
-    require(texts, f"'action_units' in {place}", "a list of strings", units)
+    require(texts, f"'action_units' in {place}", "a list of strings or null", units)
     layout = cameras is None or (
         isinstance(cameras, list)
         and all(isinstance(row, list) and row and all(isinstance(key, str) for key in row) for row in cameras)
@@ -119,7 +119,9 @@ def row_number(row: Mapping[str, Any], name: str) -> int:
     """
     value = _entry(row, name)
     if not _is_number(value) or value != int(value) or not 0 <= value < 2**53:
-        raise ValueError(f"{name!r} in 'meta/episodes' must be a non-negative integer, got {_short(value)}.")
+        raise ValueError(
+            f"{name!r} in 'meta/episodes' must be a non-negative integer below 2**53, got {_short(value)}."
+        )
     return int(value)
 
 
@@ -131,7 +133,9 @@ def row_seconds(row: Mapping[str, Any], name: str) -> float:
     """
     value = _entry(row, name)
     if not _is_number(value) or not 0 <= value <= MAX_SECONDS:
-        raise ValueError(f"{name!r} in 'meta/episodes' must be a non-negative number of seconds, got {_short(value)}.")
+        raise ValueError(
+            f"{name!r} in 'meta/episodes' must be a number of seconds from 0 to {MAX_SECONDS:g}, got {_short(value)}."
+        )
     return float(value)
 
 

@@ -56,8 +56,8 @@ def write_file(
         fps: Frames per second.
         camera: Feature key of the frames, for example `observation.image`; or the regions of several cameras in the frames,
             which are written as separate features.
-        tasks: Tasks of the dataset, as given to `write_metadata`. The iterable may append the task of an episode before
-            it yields the episode.
+        tasks: Tasks of the dataset, as given to `write_metadata`. The iterable may append the task of an episode to
+            this list before it yields the episode.
         first_episode: Index of the first episode in the dataset.
         first_frame: Index of the first frame in the dataset.
 

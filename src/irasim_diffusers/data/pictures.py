@@ -12,7 +12,7 @@ import PIL.Image
 import PIL.ImageOps
 
 MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
-"""Pillow's modes of images with at most 8 bits per channel."""
+"""Accepted Pillow modes, all with at most 8 bits per channel."""
 MAX_PIXELS = 64_000_000
 """Maximum number of pixels of an image. Pillow uses several bytes per pixel."""
 

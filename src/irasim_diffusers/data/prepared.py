@@ -35,7 +35,8 @@ class PreparedEpisodes(InOrder):
             from frame t to frame t + `frame_skip`, and a clip takes every `frame_skip`-th frame; see `LatentClips`.
 
     Raises:
-        ValueError: If an argument is out of range, the source does not have the state, or the composition is unknown.
+        ValueError: If an argument or the frame rate of the source is invalid, no episode can be read, the state does not
+            exist or is ambiguous, or the composition is missing.
     """
 
     source: EpisodeSource
@@ -179,12 +180,15 @@ class PreparedEpisodes(InOrder):
         }
 
     def latents(self, number: int) -> torch.Tensor | None:
-        """Read the latents of the kept frames; None if no latents are stored with the video."""
+        """Read the latents of the kept frames; None if the source has none."""
         latents = self.source.latents(number) if hasattr(self.source, "latents") else None
         return None if latents is None else latents[:: self._step]
 
     def component_names(self, key: str) -> list[str] | None:
-        """Return the component names; derived actions except `relative_6d` have the names of the state."""
+        """Return the component names; None if unknown.
+
+        Derived actions have the names of the state, except that the names for `relative_6d` are unknown.
+        """
         if key != "action" or self.derivation == "recorded":
             names = self.source.component_names(key)
         else:

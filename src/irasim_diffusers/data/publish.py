@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 EPISODES_PER_FILE = 50
 SOURCE_FILE = ".irasim-source.json"
-"""File that identifies the source of a dataset folder that is being written; it is never published."""
+"""File in a dataset folder that identifies the source of its episodes; the file is never published."""
 DERIVATION_TEXTS = {
     "recorded": "as recorded; their relation to the states is unknown",
     "relative_euler": "motions in the frame of the previous pose: translation, and extrinsic xyz Euler angles of the rotation",
@@ -72,8 +72,8 @@ def write_lerobot(
     """Write every episode of a data source to a LeRobotDataset v3.0.
 
     An interrupted run resumes at the first missing file. Several cameras are written as separate features
-    `observation.images.<name>`. The folder stores their layout, and how the actions follow from states;
-    `LeRobotFolder` reads both.
+    `observation.images.<name>`; names that start with `observation.` are kept. The folder stores the layout of the cameras, and how
+    the actions follow from states; `LeRobotFolder` reads both.
 
     Args:
         source: The data source.

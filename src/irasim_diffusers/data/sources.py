@@ -52,12 +52,13 @@ def open_dataset(
             `actions` (table), or the only one with a similar name.
         state_columns: Columns or features of the states; empty for all of a LeRobotDataset and none of a table.
         revision: Branch, tag or commit on the Hub.
-        streaming: Keep at most one file per camera, for data on the Hub that are larger than the disk. Only reading episodes in
-            order is then fast.
+        streaming: Keep at most one file of vectors and one video file per camera, for data on the Hub that are larger than the
+            disk. Only reading episodes in order is then fast.
 
     Raises:
-        ValueError: If the folder contains no dataset, a camera, split or column does not exist, columns are given for the IRASim
-            format, or a streamed table does not declare its number of rows.
+        ValueError: If the folder contains no dataset, the dataset is invalid, `max_episodes` is less than 1, a camera, split or
+            column does not exist, columns are given for the IRASim format, or `max_episodes` is None for a streamed table that does
+            not declare its number of rows.
     """
     if max_episodes is not None and max_episodes < 1:
         raise ValueError(f"`max_episodes` (--max_train_episodes) must be at least 1, got {max_episodes}.")

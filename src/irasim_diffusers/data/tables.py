@@ -74,8 +74,8 @@ class TableEpisodes(InOrder):
         for column in (*names, *self.state_columns):
             if column not in known:
                 raise ValueError(
-                    f"column {column!r} does not exist in {self.name!r}, which has {known}: select others with --cameras, "
-                    "--action_column or --state_columns."
+                    f"column {column!r} does not exist in {self.name!r}, which has {known}: select others with --cameras or "
+                    "--state_columns."
                 )
         actions = self.action_column or ("actions" if "actions" in known else None)
         others = [column for column in known if column not in (*names, *self.state_columns)]
@@ -138,7 +138,7 @@ class TableEpisodes(InOrder):
 
     @cached_property
     def _rows(self) -> Any:
-        """Rows with undecoded images."""
+        """Rows with undecoded videos and images."""
         return _StreamedRows(self.dataset) if self._streams else self.dataset.with_format("arrow")
 
     def __len__(self) -> int:
@@ -149,7 +149,8 @@ class TableEpisodes(InOrder):
         """Read one episode.
 
         Raises:
-            ValueError: If a video is unreadable, a number is not finite, or the numbers of frames and actions disagree.
+            ValueError: If a video or an image is missing or unreadable, a number is missing or not finite, or the numbers of
+                frames, actions and states disagree.
         """
         return self._read(number, None)
 
@@ -170,7 +171,8 @@ class TableEpisodes(InOrder):
         """Read `action` and the states of one episode, each (T, D), float32.
 
         Raises:
-            ValueError: If their numbers of rows disagree, or a number is missing or not finite.
+            ValueError: If the numbers of frames, actions and states disagree, a number is missing or not finite, or a video is
+                unreadable.
         """
         row = self._row(number)
         try:
@@ -203,7 +205,7 @@ class TableEpisodes(InOrder):
         return Episode(frames, vectors.pop("action"), vectors)
 
     def _vectors(self, row: dict[str, Any], length: int) -> dict[str, np.ndarray]:
-        """Check the actions and states of a row.
+        """Check the actions and states of a row, and convert them to float32.
 
         If no action is recorded after the last frame, the last action is repeated.
         """
@@ -322,7 +324,7 @@ def _frames(value: Any, part: slice, total: int | None) -> np.ndarray:
             return read_video(_content(value))
         return read_frames(_content(value), part.start, part.stop - part.start, whole=part.stop == total)
     if not value or not all(isinstance(picture, dict) for picture in value):
-        raise ValueError("an image is missing: add it, or remove the episode.")
+        raise ValueError("a video or an image is missing: add the file, or remove the episode.")
     return np.stack([read_picture(_content(picture), repr(picture.get("path"))) for picture in value[part]])
 
 

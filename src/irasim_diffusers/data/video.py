@@ -45,7 +45,7 @@ def iterate_video(path: VideoFile) -> Iterator[np.ndarray]:
     """Decode a video file one frame (H, W, 3), uint8 RGB, at a time.
 
     Raises:
-        ValueError: If the file is missing, is not a video, or is damaged.
+        ValueError: If the file is missing, is not a video, is damaged, or has gray frames of more than 8 bits.
     """
     with _open(path) as (container, stream):
         for frame in container.decode(stream):
@@ -67,7 +67,8 @@ def read_frames(path: VideoFile, start: int, count: int, fps: float | None = Non
         Frames (count, H, W, 3), uint8 RGB.
 
     Raises:
-        ValueError: If the file is missing, is not a video, is damaged, ends too early, or continues although `whole` is set.
+        ValueError: If the file is missing, is not a video, is damaged, has gray frames of more than 8 bits, does not contain one of
+            the frames, or continues after them although `whole` is set.
     """
     return read_numbered_frames(path, range(start, start + count), fps, whole)
 
@@ -78,8 +79,8 @@ def read_numbered_frames(
     """Decode the frames with these indices, in increasing order; see `read_frames`.
 
     Raises:
-        ValueError: If the file is missing, is not a video, is damaged, does not contain one of the frames, or continues after
-            them although `whole` is set.
+        ValueError: If the file is missing, is not a video, is damaged, has gray frames of more than 8 bits, does not contain one of
+            the frames, or continues after them although `whole` is set.
     """
     wanted = [int(number) for number in numbers]
     frames: list[np.ndarray] = []
@@ -169,7 +170,7 @@ def _pixels(frame: Any, path: VideoFile) -> np.ndarray:
 
 
 def _upright(frame: Any, pixels: np.ndarray) -> np.ndarray:
-    """Apply the display matrix of a frame, which phones write, if it is a quarter turn or a reflection."""
+    """Apply the display matrix of a frame, which phones write, as quarter turns and reflections."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels
