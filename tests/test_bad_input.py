@@ -725,8 +725,16 @@ ROWS += [
     ("plan", {"--encoder": "model"}, "--encoder must be a vision model, got 'model'"),
     ("plan", {"--planner": "guess"}, "argument --planner: invalid choice: 'guess'"),
     ("plan", {"--planner": "lines", "--iterations": None}, "--planner lines requires --radius"),
-    ("plan", {"--planner": "lines", "--iterations": None, "--radius": "nan"}, "--radius must be positive, got nan"),
-    ("plan", {"--planner": "lines", "--iterations": None, "--radius": "-1"}, "--radius must be positive, got -1.0"),
+    (
+        "plan",
+        {"--planner": "lines", "--iterations": None, "--radius": "nan"},
+        "--radius must be positive and finite, got nan",
+    ),
+    (
+        "plan",
+        {"--planner": "lines", "--iterations": None, "--radius": "-1"},
+        "--radius must be positive and finite, got -1.0",
+    ),
     ("plan", {"--planner": "lines"}, "--iterations is not supported by --planner lines"),
     ("plan", {"--horizon": "0"}, "--horizon must be at least 1, got 0"),
     ("plan", {"--horizon": "-1"}, "--horizon must be at least 1, got -1"),

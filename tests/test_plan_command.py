@@ -126,8 +126,8 @@ BAD = [
     ({"knots": "9"}, r"--knots must be None or in \[1, 5\], got 9"),
     ({"batch_size": "0"}, "--batch-size must be at least 1, got 0"),
     ({"planner": "lines", "iterations": None}, "--planner lines requires --radius"),
-    ({"planner": "lines", "radius": "0", "iterations": None}, "--radius must be positive, got 0"),
-    ({"planner": "lines", "radius": "nan", "iterations": None}, "--radius must be positive, got nan"),
+    ({"planner": "lines", "radius": "0", "iterations": None}, "--radius must be positive and finite, got 0"),
+    ({"planner": "lines", "radius": "nan", "iterations": None}, "--radius must be positive and finite, got nan"),
     (
         {"planner": "gradient", "candidates": "-5"},
         "--candidates is not supported by --planner gradient .*cem, mppi",

@@ -143,10 +143,13 @@ BAD = [
         lambda clip: FrameRegressor(16, 24).success(clip),
         "`success_threshold` of this regressor must be a score, got None",
     ),
-    (lambda clip: FrameRegressor(channels="x"), "`channels` must be a non-empty list of positive integers, got 'x'"),
-    (lambda clip: FrameRegressor(channels=[8, 0]), "`channels` must be a non-empty list of positive integers"),
-    (lambda clip: FrameRegressor(channels=[10**9]), "`channels` must be a non-empty list of positive integers"),
-    (lambda clip: FrameRegressor(feature_dim=True), "`feature_dim`, .* must be positive integers, got True"),
+    (
+        lambda clip: FrameRegressor(channels="x"),
+        r"`channels` must be a non-empty list of integers in \[1, 8192\], got 'x'",
+    ),
+    (lambda clip: FrameRegressor(channels=[8, 0]), "`channels` must be a non-empty list of integers"),
+    (lambda clip: FrameRegressor(channels=[10**9]), "`channels` must be a non-empty list of integers"),
+    (lambda clip: FrameRegressor(feature_dim=True), "`feature_dim`, .* must be integers in .*, got True"),
     (
         lambda clip: FrameRegressor(success_threshold=float("nan")),
         "`success_threshold` must be a finite number or None",

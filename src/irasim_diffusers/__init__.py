@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .pipelines import IRASimPipeline, IRASimPipelineOutput
     from .rollout import RolloutState, WorldModel, roll
 
-# modules of the public names: they are imported on first use, so that `irasim --help` does not wait for torch
+# modules of the public names; each module is imported on first use, so that `irasim --help` does not wait for torch
 _MODULES = {
     "ActionSpace": "action_space",
     "DrivingSession": "driving",

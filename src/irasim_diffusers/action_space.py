@@ -28,7 +28,7 @@ Actions = TypeVar("Actions", np.ndarray, torch.Tensor)
 class ActionSpace:
     """The action space of a checkpoint. Tuples have one entry per component.
 
-    Methods take and return arrays or tensors (..., A) of any batch shape.
+    `hold`, `normalise`, `denormalise` and `clip` take and return arrays or tensors (..., A) of any batch shape.
     """
 
     names: tuple[str, ...]
@@ -110,8 +110,8 @@ class ActionSpace:
             last_action: Actions (..., A), raw units.
 
         Returns:
-            Actions (..., A): the same targets in an absolute space, and no motion in a relative one. Components that are not
-            motions, such as a gripper opening, are unchanged.
+            Actions (..., A): unchanged if they are target positions, otherwise no motion. Components that follow the motion of a
+            pose, such as a gripper opening, are also unchanged; see `actions.hold_action`.
         """
         held = hold_action(torch.as_tensor(last_action), self.kind, self.derivation)
         return held if torch.is_tensor(last_action) else held.numpy()
@@ -164,8 +164,8 @@ class ActionSpace:
             least, most = (least if math.isfinite(least) else lowest), (most if math.isfinite(most) else highest)
             raise ValueError(
                 f"`actions` must be near the bounds of this checkpoint, [{least:g}, {most:g}] for {self.names[component]!r}, got "
-                f"{checked[place].item():g} at index {place}; {lowest:g} to {highest:g} are accepted: check the units, or call "
-                "`action_space.clip(actions)`."
+                f"{checked[place].item():g} at index {place}; {lowest:g} to {highest:g} are accepted: check the units; "
+                "`action_space.clip(actions)` limits components that have bounds."
             )
         return checked
 

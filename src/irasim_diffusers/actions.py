@@ -38,12 +38,17 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{wanted}, all numbers and all sequences of equal length: {error}.") from error
     if actions.ndim not in (2, 3) or 0 in actions.shape[:-1] or actions.shape[-1] != action_dim:
-        remedy = "there is nothing to predict" if 0 in actions.shape else "pass one row for each frame to predict"
+        remedy = (
+            "there is nothing to predict"
+            if 0 in actions.shape
+            else f"pass one row of {action_dim} components for each frame to predict"
+        )
         raise ValueError(f"{wanted}, got {tuple(actions.shape)}: {remedy}.")
     if not torch.isfinite(actions).all():
         place = tuple(torch.nonzero(~torch.isfinite(actions))[0].tolist())
         raise ValueError(
-            f"`actions` must be finite, got {actions[place].item()} at index {place}: fix the recording, or remove these rows."
+            f"`actions` must be finite, got {actions[place].item()} at index {place}: check the recording or policy "
+            "that they come from."
         )
     return actions if actions.ndim == 3 else actions.unsqueeze(0)
 
@@ -57,8 +62,9 @@ def hold_action(last_action: torch.Tensor, action_space: str, derivation: str = 
         derivation: One of `DERIVATIONS`.
 
     Returns:
-        Actions (..., A): the last action in an absolute space and zero in a relative one. For motions of poses: no translation,
-        the identity rotation, and the other components (such as a gripper opening) of the last action.
+        Actions (..., A): the last action if the space or the derivation is `"absolute"`, and zero otherwise. For motions of
+        poses (`MOTION_COMPONENTS`): no translation, the identity rotation, and the other components (such as a gripper opening)
+        of the last action.
     """
     hold = last_action.clone()
     if action_space != "absolute" and derivation != "absolute":
@@ -81,8 +87,8 @@ def derive_actions(states: np.ndarray, derivation: str) -> np.ndarray:
     - `"relative_euler"`: states are (x, y, z, roll, pitch, yaw, rest...) in meters and radians, with extrinsic xyz Euler angles.
       Actions are motions in the frame of the previous pose (paper, appendix 9): R[k-1]^T (p[k] - p[k-1]), the Euler angles of
       R[k-1]^T R[k], and the rest (such as the gripper opening) of the next frame.
-    - `"relative_6d"`: the same, with the first two columns of the relative rotation matrix instead of Euler angles. This
-      representation has no singularities (https://arxiv.org/abs/1812.07035).
+    - `"relative_6d"`: as `"relative_euler"`, with the first two columns of the relative rotation matrix instead of Euler
+      angles. This representation has no singularities (https://arxiv.org/abs/1812.07035).
     - `"relative_planar"`: the differences between successive states.
     - `"absolute"`: the next states.
 

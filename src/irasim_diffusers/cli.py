@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _sigterm_as_exception():
             arguments.run(arguments)
-    except (ValueError, OSError, SafetensorError) as error:  # SafetensorError is raised if the disk is full
+    except (ValueError, OSError, SafetensorError) as error:  # SafetensorError: damaged file or full disk
         message = " ".join(str(error).split()) or type(error).__name__
         message = EXAMPLE_FLAG.sub(lambda flag: flag[0].replace("_", "-"), message)
         print(f"irasim: error: {message}", file=sys.stderr)

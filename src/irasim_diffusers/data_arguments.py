@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class DataArguments:
-    """Arguments of all training scripts that select the data; the help texts describe them."""
+    """Arguments that select the data, common to all training scripts; the help texts describe them."""
 
     validation_dataset: str | None = field(
         default=None, metadata={"help": "dataset of held-out episodes, in any format of --dataset"}

@@ -14,7 +14,8 @@ def default_device() -> str:
 def fast_dtype(device: str | torch.device) -> torch.dtype:
     """Return bfloat16 if the device supports it in hardware, float32 otherwise.
 
-    A CPU without AVX-512 BF16 or AMX emulates bfloat16, and is then much slower than in float32.
+    A CPU without AVX-512 BF16 or AMX emulates bfloat16, and is then much slower than in float32. Device types other than CUDA
+    and CPU are not checked; bfloat16 is returned for them.
     """
     device = torch.device(device)
     if device.type == "cuda":

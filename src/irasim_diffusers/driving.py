@@ -24,9 +24,9 @@ from .rollout import RolloutState, WorldModel, roll
 class Steering:
     """Converts commands in [-1, 1] to actions of an action space.
 
-    A relative component becomes a motion proportional to the command. A target (a component of an absolute
-    space, or an arm's gripper) moves from its last value and stays within the bounds of the space. The command 0 means no
-    motion and an unchanged target.
+    A relative component becomes a motion proportional to the command. A target (a component of an absolute space, or one that
+    follows the motion of a pose, such as a gripper opening) moves from its last value. The command 0 means no motion and an
+    unchanged target. Actions stay within the bounds of the space; a last value beyond the bounds does not move further out.
 
     Args:
         action_space: The action space of the world model, `model.action_space`.
@@ -97,7 +97,7 @@ class DrivingSession:
     user: neither it nor its model may be used by two threads at once.
 
     Args:
-        model: The world model, such as `IRASimPipeline`. The history has as many frames as its `num_history_frames`; without
+        model: The world model, such as `IRASimPipeline`. The history has at most `model.num_history_frames` frames; without
             this attribute, as many as `frames`.
         frames: History frames: one frame or a history of PIL images, arrays (..., H, W, 3) or tensors (..., 3, H, W).
         steering: Converts commands to actions.
@@ -185,7 +185,7 @@ class DrivingSession:
         """Predict the next frames under a constant command; see `Steering.action` and `step`.
 
         Raises:
-            ValueError: If the command is invalid, or `num_frames` is out of range.
+            ValueError: If the command is invalid, `num_frames` is out of range, or the prediction is not finite.
         """
         if not 1 <= num_frames <= self.max_chunk:
             raise ValueError(f"`num_frames` must be in [1, {self.max_chunk}], got {num_frames}.")
@@ -202,7 +202,8 @@ class DrivingSession:
             The n predicted frames.
 
         Raises:
-            ValueError: If the actions do not match the model or are too many; the session is then unchanged.
+            ValueError: If the actions do not match the model or are too many, or the prediction is not finite; the session is then
+                unchanged.
         """
         try:
             return self._predict(actions)
@@ -213,8 +214,8 @@ class DrivingSession:
         checked = self.model.action_space.prepare(actions)
         if len(checked) != 1 or checked.shape[1] > self.max_chunk:
             raise ValueError(
-                f"`actions` must be one sequence of at most {self.max_chunk} actions, got {tuple(checked.shape[:2])}: pass "
-                "the rest in another call."
+                f"`actions` must be one sequence of at most {self.max_chunk} actions, got {tuple(checked.shape[:2])} (sequences, "
+                "actions): split a longer sequence into several calls."
             )
         state = self._state()
         chunks = [latents for _, latents in roll(self.model, state, checked, **self._sampling)]
@@ -241,7 +242,7 @@ class DrivingSession:
             actions: The actions (n, A) in raw units that led to them.
 
         Raises:
-            ValueError: If there are no frames, their number differs from that of the actions, or a frame has the wrong size. In
+            ValueError: If the actions are invalid, their number differs from that of the frames, or a frame has the wrong size. In
                 these cases, nothing is appended.
         """
         checked = self.model.action_space.prepare(actions)

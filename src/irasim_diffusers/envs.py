@@ -34,10 +34,10 @@ COMPOSED = ("relative_planar", "relative_euler", "relative_6d")
 class WorldModelVectorEnv(VectorEnv):
     """Vectorized environment backed by a world model; each step is one batched model call.
 
-    Row i with seed s shows the same episode as `WorldModelEnv` with seed s. The observation is a dict. `pixels` (H, W, 3), uint8, is
-    the last frame. `agent_pos` (S,), float32, is the robot state, if it is available: `proprioception` predicts it from the frame,
-    or it is composed from the start state and the actions if these are relative poses. A commanded target is never reported as
-    a state.
+    Row i with seed s shows the same episode as `WorldModelEnv` with seed s. The observation is a dict. `pixels` (H, W, 3),
+    uint8, is the last frame. `agent_pos` (S,), float32, is the robot state, if it is available: `proprioception` predicts it from
+    the frame, or it is composed from the start state and the actions if the action derivation is one of `COMPOSED`. A commanded
+    target is never reported as a state.
 
     With the autoreset mode `DISABLED`, a finished row keeps its last observation and flags, with reward 0, until it is reset by
     `reset(options={"reset_mask": mask})`. A step after all rows have finished raises an error.
@@ -161,7 +161,7 @@ class WorldModelVectorEnv(VectorEnv):
         Args:
             seed: One seed, from which row i gets `seed + i`, or one seed per row. The seed of a row determines its start and its
                 noise.
-            options: `reset_mask`, bool (num_envs,), selects the rows to restart; by default all are. `frames` contains the starts of
+            options: `reset_mask`, bool (num_envs,), selects the rows to restart, by default all. `frames` contains the starts of
                 these rows, which are drawn by default: (rows, h, H, W, 3), or a list of `Start`s or frames.
 
         Returns:
@@ -267,8 +267,9 @@ class WorldModelVectorEnv(VectorEnv):
             Observations, rewards (num_envs,), terminated, truncated, and `{"is_success": ...}`.
 
         Raises:
-            ValueError: If actions have the wrong shape, are not finite or are out of bounds, if a row has not been reset, or if a
-                prediction, reward or success is not finite. The state of the environment does not change.
+            ValueError: If actions have the wrong shape, are not finite or are out of bounds, if a row has not been reset or all
+                episodes have ended, or if a prediction, reward or success is not finite. The state of the environment does not
+                change in these cases. The automatic reset of a finished row raises an error if there are no `starts`.
         """
         finished = self._terminated | self._truncated
         if any(state is None for state in self._states):
@@ -395,7 +396,10 @@ class WorldModelVectorEnv(VectorEnv):
         return tuple(self._pixels.copy())
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Return an attribute, or the result of a method, once per row, as `SyncVectorEnv` does."""
+        """Return a tuple with one entry per row, like `SyncVectorEnv.call`.
+
+        An attribute is repeated, and so is None from a method. Any other result of a method must have one entry per row.
+        """
         value = getattr(self, name)
         if callable(value):
             value = value(*args, **kwargs)
@@ -426,8 +430,8 @@ class WorldModelVectorEnv(VectorEnv):
 class WorldModelEnv(gymnasium.Env):
     """Single environment backed by a world model.
 
-    `reset(options={"frames": ...})` starts from the given history (H, W, 3) or (h, H, W, 3), or from a `Start`. A step after the end of
-    the episode raises an error.
+    `reset(options={"frames": ...})` starts from the given history (H, W, 3) or (h, H, W, 3), or from a `Start`. A step after the
+    end of the episode raises an error.
 
     Args:
         model: A world model, such as `IRASimPipeline`.
@@ -468,7 +472,7 @@ class WorldModelEnv(gymnasium.Env):
         return self._only(observation), float(reward[0]), bool(terminated[0]), bool(truncated[0]), success
 
     def render(self) -> np.ndarray:
-        """Return the last frame (H, W, 3), uint8."""
+        """Return the last frame (H, W, 3), uint8; see `WorldModelVectorEnv.render`."""
         return self._rows.render()[0]
 
     def _only(self, observation: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -98,7 +98,8 @@ def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
     `path` must not exist or must be an empty folder.
 
     Raises:
-        ValueError: If another process has written `path` in the meantime.
+        ValueError: If `path` is a folder with content when the temporary folder is renamed, such as one that another process has
+            written in the meantime.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ def read_text(path: Path) -> str:
     """Read the text of a JSON file in UTF-8, with or without a byte-order mark.
 
     Raises:
-        ValueError: If the file cannot be read or is not UTF-8; the message names the file and the line.
+        ValueError: If the file cannot be read or is not UTF-8; the message names the file, and the line that is not UTF-8.
     """
     try:
         content = path.read_bytes()
@@ -35,7 +35,8 @@ def parse_json(text: str, path: Path, line: int = 1, finite: bool = False) -> An
         finite: Whether to reject NaN, infinite values and numbers that exceed the range of a float.
 
     Raises:
-        ValueError: If the text is not JSON, or a key occurs twice; the message names the file and the line.
+        ValueError: If the text is not JSON, a key occurs twice, or `finite` is True and a number is not finite. The message names
+            the file and the line; for a repeated key, such a number or too deep nesting, this is the first line of the text.
     """
     hooks: dict[str, Any] = (
         {"parse_float": _finite, "parse_int": _integer, "parse_constant": _finite} if finite else {}
@@ -91,6 +92,6 @@ def _finite(text: str) -> float:
 
 
 def _integer(text: str) -> int:
-    if len(text) > 300:  # beyond the range of a float
+    if len(text) > 300:  # near or beyond the largest float, which has 309 digits
         raise ValueError(f"got an integer of {len(text)} digits")
     return int(text)

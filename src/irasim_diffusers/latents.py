@@ -13,9 +13,9 @@ def check_latent_scaling(vae: Any) -> None:
     """Check the scaling of an autoencoder's latents.
 
     Raises:
-        ValueError: If the factor, the shift, or the mean or standard deviation of a channel is not a number or is out of range,
-            or if the autoencoder has both a shift and channel means. The shift may be None, and so may the means and standard
-            deviations together.
+        ValueError: If the factor, the shift, or the mean or standard deviation of a channel is missing, not a number or out of
+            range, or if the autoencoder has both a shift and channel means. The shift may be None, and so may the means and
+            standard deviations together.
     """
     shift, factor, mean, std = latent_scaling(vae)
     if not _is_number(factor) or not MIN_FACTOR <= factor <= MAX_FACTOR:

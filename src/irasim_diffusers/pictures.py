@@ -38,11 +38,11 @@ def resize_video(frames: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 def film_strip(rows: dict[str, np.ndarray], num_seen: int, columns: int = 10) -> PIL.Image.Image:
-    """Draw evenly spaced frames of videos, with one labeled row per video.
+    """Draw evenly spaced frames of videos from the last history frame on, one labeled row per video.
 
     Args:
         rows: Videos (T, H, W, 3), uint8, by name. All must have the same shape.
-        num_seen: Number of history frames at the start of each video; they are labeled "history".
+        num_seen: Number of history frames at the start of each video; the last of them is drawn with the label "history".
         columns: Maximum number of frames per row.
     """
     length = len(next(iter(rows.values())))

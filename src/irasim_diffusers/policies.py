@@ -82,8 +82,8 @@ class ChunkPolicy:
         """Return the next action of each row (B, A), raw units.
 
         Raises:
-            ValueError: If the actions that the function returns have the wrong shape, are not finite, are far out of bounds, or
-                are fewer than `num_executed`.
+            ValueError: If the observation has no valid `pixels`, or the actions that the function returns have the wrong shape,
+                are not finite, are far out of bounds, or are fewer than `num_executed`.
         """
         if not self._queue:
             rows = num_rows(observation)
@@ -217,8 +217,8 @@ def check_processor(path: Path, steps: Mapping[str, type]) -> None:
         steps: LeRobot's registered processor steps by name.
 
     Raises:
-        ValueError: If the file has no list `steps`, or a step is not one of LeRobot's own registered steps or loads code from
-            another repository.
+        ValueError: If the file cannot be read or has no list `steps`, or if a step is not one of LeRobot's own registered steps
+            or loads code from another repository.
     """
     content = read_json(path)
     entries = content.get("steps") if isinstance(content, dict) else None
@@ -230,8 +230,8 @@ def check_processor(path: Path, steps: Mapping[str, type]) -> None:
         if step is None or step.__module__.partition(".")[0] != "lerobot":
             found = name if "registry_name" in entry else entry.get("class")
             raise ValueError(
-                f"{path.name} must contain only registered steps of LeRobot, got {found!r}, which could execute arbitrary code: load "
-                "the policy yourself and pass it to `LeRobotPolicy`."
+                f"{path.name} must contain only registered steps of LeRobot, got {found!r}, which could execute arbitrary code: "
+                "load the policy yourself and pass it to `LeRobotPolicy`."
             )
         if str(name).startswith(REMOTE_CODE_STEPS):
             raise ValueError(
@@ -253,7 +253,7 @@ class PlannerPolicy:
         num_executed: Number of actions that are executed before the next plan.
         num_history_frames: Maximum number of observed frames from which the model starts.
         propose: Maps an observation of one row to candidates (K, n, A) in raw units, such as samples of a policy. None to start
-            from the previous plan.
+            from the remaining actions of the previous plan, followed by hold actions.
         seed: Seed of the model's noise; plan k of an episode uses `seed + k`.
 
     Raises:
@@ -297,14 +297,15 @@ class PlannerPolicy:
         A new plan is made every `num_executed` steps.
 
         Raises:
-            ValueError: If the number of rows changes within an episode, the input of the planner is invalid, or a plan has fewer than
-                `num_executed` actions.
+            ValueError: If the observation has no valid `pixels`, its number of rows changes within an episode, the input of the
+                planner is invalid, or a plan has fewer than `num_executed` actions.
             NoPlanError: If the planner finds no plan.
         """
         rows = num_rows(observation)
         if self._frames and len(self._frames[0]) != rows:
             raise ValueError(
-                f"`observation` must have {len(self._frames[0])} rows as in the previous steps of this episode, got {rows}: call `reset`."
+                f"`observation` must have {len(self._frames[0])} rows as in the previous steps of this episode, got {rows}: call "
+                "`reset` before a new episode."
             )
         self._frames.append(torch.as_tensor(observation["pixels"]).movedim(-1, -3))  # (B, 3, H, W)
         if not self._queue:
@@ -337,7 +338,7 @@ def num_rows(observation: Observation) -> int:
     """Return the number of rows of an observation.
 
     Raises:
-        ValueError: If it has no `pixels` (B, H, W, 3).
+        ValueError: If the observation has no `pixels` (B, H, W, 3) with at least one row.
     """
     pixels = observation.get("pixels")
     if pixels is None or len(pixels.shape) != 4 or pixels.shape[-1] != 3 or not len(pixels):
@@ -350,7 +351,7 @@ def check_chunk(chunk: torch.Tensor, space: ActionSpace, rows: int) -> torch.Ten
     """Check the actions (B, n, A) of a policy and return them as float32.
 
     Raises:
-        ValueError: If they have the wrong shape, are not finite, or are far out of bounds.
+        ValueError: If the actions have the wrong shape, are not finite, or are far out of bounds.
     """
     if chunk.ndim != 3 or len(chunk) != rows or chunk.shape[2] != len(space):
         raise ValueError(

@@ -25,15 +25,15 @@ def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
     """Load a pipeline with its stored proprioception model, reward and start frames, as keyword arguments.
 
     Args:
-        model: Folder or Hub id of a pipeline. A world model is returned as it is.
+        model: Folder or Hub id of a pipeline. A world model is returned as `model`, without other entries.
         device: Device of the model; None for CUDA if available, else the CPU.
 
     Returns:
-        `model` and, if stored with it, `proprioception` (folder `proprioception/`), `reward` and `success` (a `FrameRegressor` in
-        `reward/`), and `starts` (`starts.png`, one column of frames).
+        `model` and, if stored with it, `proprioception` (folder `proprioception/`), `reward` (a `FrameRegressor` in `reward/`),
+        `success` (if this regressor has a `success_threshold`), and `starts` (`starts.png`, one column of frames).
 
     Raises:
-        ValueError: If the stored proprioception model or the start frames are invalid.
+        ValueError: If the pipeline or a stored model is invalid, or the start frames cannot be read.
     """
     if not isinstance(model, str | Path):
         return {"model": model}
@@ -94,7 +94,7 @@ def import_callable(argument: str, path: str) -> Callable[..., Any]:
         path: `module:name`; the name may be dotted.
 
     Raises:
-        ValueError: If the module or the name does not exist, or the name is not a callable.
+        ValueError: If the module cannot be imported, or the name does not exist or is not a callable.
     """
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:

@@ -45,7 +45,7 @@ class GoalImage:
             `FrameRegressor.features`. None for the MSE.
 
     Raises:
-        ValueError: If the goal is not one RGB image, or the goal or its features are not finite.
+        ValueError: If the goal is not one RGB image, its values are not finite or not in [0, 1], or its features are not finite.
     """
 
     needs_pixels = True
@@ -128,10 +128,10 @@ class FrameRegressor(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if not isinstance(channels, list | tuple) or not channels or not all(_is_count(each) for each in channels):
-            raise ValueError(f"`channels` must be a non-empty list of positive integers, got {channels!r}.")
+            raise ValueError(f"`channels` must be a non-empty list of integers in [1, {MAX_SIZE}], got {channels!r}.")
         if not (_is_count(feature_dim) and _is_count(sample_height) and _is_count(sample_width)):
             raise ValueError(
-                "`feature_dim`, `sample_height` and `sample_width` must be positive integers, got "
+                f"`feature_dim`, `sample_height` and `sample_width` must be integers in [1, {MAX_SIZE}], got "
                 f"{feature_dim!r}, {sample_height!r} and {sample_width!r}."
             )
         threshold = success_threshold
@@ -204,7 +204,7 @@ class LeRobotReward:
         camera: Key of the image in the batch.
         preprocessor: Preprocessor of the reward model, which normalizes the batch; optional.
         extra: Other entries of the batch, the same for every frame, such as `{"task": "push the block"}`. Tensors are
-            expanded to the batch; strings are repeated.
+            expanded to the batch; other values are repeated.
 
     Raises:
         ValueError: If the model has neither method.
@@ -282,10 +282,10 @@ def _image(goal: Any) -> torch.Tensor:
     if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.is_floating_point():
         raise ValueError(
             f"`goal` must be one RGB image, uint8 or floats in [0, 1], got {pixels.dtype} {tuple(pixels.shape)} (channels "
-            "first): convert it with `image.convert('RGB')`."
+            "first): convert the image with `image.convert('RGB')`, or integers to uint8."
         )
     if not torch.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
         raise ValueError(
-            f"`goal` must be finite and in [0, 1], got values in [{pixels.min():g}, {pixels.max():g}]: divide by 255."
+            f"`goal` must be finite and in [0, 1], got values in [{pixels.min():g}, {pixels.max():g}]: divide 8-bit values by 255."
         )
     return pixels.float()

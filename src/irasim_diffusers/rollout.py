@@ -24,7 +24,7 @@ class RolloutState:
         step: Frames predicted so far (B,), int64, on the CPU.
 
     Raises:
-        ValueError: If the batch sizes differ, or a seed is negative.
+        ValueError: If the latents do not have 5 dimensions, the batch sizes differ, or a seed is negative.
     """
 
     latents: torch.Tensor
@@ -67,7 +67,8 @@ class RolloutState:
             other: State with as many rows and the same shape of latents.
 
         Raises:
-            ValueError: If rows repeat or are out of range, or the shapes of the states differ.
+            ValueError: If rows repeat or are out of range, their number is not that of `other`, or the shapes of the latents
+                differ.
         """
         rows = self._check_rows(rows)
         if len(set(rows)) != len(rows) or len(rows) != len(other):
@@ -86,7 +87,7 @@ class RolloutState:
     def append(self, future: torch.Tensor, num_history_frames: int) -> RolloutState:
         """Return the state after predicted latents (B, C, n, H, W).
 
-        Its history is the last `num_history_frames` frames.
+        The history of the new state is the last `num_history_frames` frames, old and predicted.
         """
         latents = torch.cat([self.latents.to(future), future], dim=2)[:, :, -num_history_frames:]
         return RolloutState(latents, self.seeds, self.step + future.shape[2])

@@ -106,7 +106,8 @@ class PickleOutline:
         """Evaluate a pickle.
 
         Raises:
-            ValueError: If the pickle contains anything other than containers, tensors and settings, or a tensor that does not match the size of its record.
+            ValueError: If the pickle contains anything other than containers, tensors and settings, or a tensor that does not match
+                the size of its record.
         """
         instructions: Iterator[tuple[Any, Any, Any]] = pickletools.genops(pickled)
         for opcode, argument, _ in instructions:
@@ -204,7 +205,7 @@ class PickleOutline:
 def _tensor(
     storage: Storage, offset: int, shape: tuple, stride: tuple, requires_grad: bool, hooks: dict
 ) -> tuple[int, ...]:
-    """Return the shape of a tensor after checking that it fits into its storage and repeats no element."""
+    """Return the shape of a tensor after checking its layout and size against its storage."""
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, Storage) or len(shape) != len(stride) or {*map(type, numbers)} != {int}:
         raise ValueError("it contains a tensor without a storage, shape or stride")
@@ -345,7 +346,8 @@ def check_weights(state: dict[str, torch.Tensor], path: Path) -> None:
     """Check names, types and total size of weights. Values are checked after the conversion to float32.
 
     Raises:
-        ValueError: If a name cannot be that of a parameter, a tensor is not floating-point, or tensors share memory.
+        ValueError: If a name cannot be that of a parameter, a tensor is not a dense floating-point tensor on the CPU, or tensors
+            share memory.
     """
     for key, tensor in state.items():
         if type(key) is not str or not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", key):
@@ -364,7 +366,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file, or all safetensors files of a folder except hidden ones.
 
     Raises:
-        ValueError: If there is no such file, a file is damaged, a tensor occurs twice, or a tensor is not floating-point.
+        ValueError: If there is no such file, a file is damaged, a tensor occurs twice, or `check_weights` rejects a tensor.
     """
     files = [path]
     if path.is_dir():

@@ -72,7 +72,7 @@ class EpisodeStarts(Sequence[Start]):
         """Decode the start of one episode.
 
         Raises:
-            ValueError: If the episode has no state `state_key`.
+            ValueError: If the episode cannot be read or is too short, or has no state `state_key`.
         """
         window = self.episodes.window(int(index), self.first_frame, self.num_frames)
         if self.state_key is None:

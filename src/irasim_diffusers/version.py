@@ -1,4 +1,4 @@
-"""Package version and install command; importing it does not import torch."""
+"""Package version and install command; importing this module does not import torch."""
 
 __version__ = "0.1.0"
 

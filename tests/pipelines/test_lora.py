@@ -254,7 +254,7 @@ def test_adapter_with_action_encoder(frames, actions, tmp_path):
     other = tiny_pipeline(action_dim=5, action_scale=1.0, action_offset=0.0)
     with pytest.raises(
         ValueError,
-        match=r"must have the same shapes as this model's, got other shapes for \['action_embed.linear_1.weight'\]",
+        match=r"must have the names and shapes of this model's, which differ for \['action_embed.linear_1.weight'\]",
     ):
         other.load_lora_weights(tmp_path)
     pipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers | {"proj_out.bias": torch.zeros(3)})

@@ -34,7 +34,7 @@ class IRASimEnvConfig(EnvConfig):
         dataset: Folder or Hub id of a LeRobotDataset; episodes start from the first frames of its episodes. None for the starts
             that are stored with the model.
         num_history_frames: Number of history frames of a start from `dataset`.
-        state_key: Key of the robot state in `dataset`, for action spaces of relative poses.
+        state_key: Key of the robot state in `dataset`, for actions that are motions derived from states.
         episode_length: Steps after which an episode is truncated.
         reward: Reward of the frames as `module:name`, a callable (B, n, 3, H, W) -> (B, n), or a class that is called without
             arguments to create one. None for the reward that is stored with the model.

@@ -56,7 +56,7 @@ def counterfactual_actions(
         seed: Seed of the shuffling, which gives each clip the actions of another clip.
 
     Raises:
-        ValueError: If there are fewer clips than ways, or the shapes do not match.
+        ValueError: If there are fewer than two ways, fewer clips than ways, or the shapes do not match.
     """
     if not 2 <= ways <= len(actions):
         raise ValueError(f"`ways` must be in [2, {len(actions)}], the number of clips, got {ways}.")
@@ -110,7 +110,7 @@ def future_errors(predict: Predict, history: np.ndarray, sequences: np.ndarray, 
 def motion(last_frame: np.ndarray, truth: np.ndarray) -> float:
     """Return the mean squared change of the true future (n, H, W, 3) since the last history frame.
 
-    Values are scaled to [0, 1].
+    Pixel values are scaled to [0, 1].
     """
     return float(np.square((truth.astype(np.float64) - last_frame) / 255).mean())
 
@@ -139,8 +139,8 @@ def summarise_faithfulness(errors: np.ndarray, motions: np.ndarray, ways: int, s
         seed: Seed of the bootstrap.
 
     Returns:
-        `identification`: rates; `gap`: decrease of the PSNR in dB for each alteration; both with intervals over `all` clips and
-        over each of `STRATA`. `verdict`: whether the model follows its actions (None if undecided), with a text.
+        `ways`, as given. `identification`: rates; `gap`: decrease of the PSNR in dB for each alteration; both with intervals over `all`
+        clips and over each of `STRATA`. `verdict`: whether the model follows its actions (None if undecided), with a text.
     """
     decibels = -10 * np.log10(np.maximum(errors, ROUNDING))
     credit = identified(errors[:, :ways], np.zeros(len(errors), dtype=int))
@@ -163,8 +163,9 @@ def summarise_faithfulness(errors: np.ndarray, motions: np.ndarray, ways: int, s
 def verdict(summary: dict[str, Any]) -> dict[str, Any]:
     """Decide from the clips with much motion whether the model follows its actions.
 
-    It does if three 95 % intervals exclude chance: the identification rate exceeds 1 / W, and the gaps for shuffled and for hold
-    actions exceed 0. It does not if none of the three does.
+    The model follows them if three 95 % intervals exclude chance: the identification rate exceeds 1 / W, and the gaps for
+    shuffled and for hold actions exceed 0. The model does not follow them if none of the three intervals excludes chance.
+    Otherwise, or with fewer than `FEWEST` clips with much motion, the verdict is undecided.
     """
     chance, last = 1 / summary["ways"], STRATA[-1]
     rate = summary["identification"].get(last)

@@ -49,6 +49,7 @@ def frame_ssim(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     Raises:
         ImportError: If scikit-image is not installed.
+        ValueError: If the shapes differ.
     """
     try:
         from skimage.metrics import structural_similarity

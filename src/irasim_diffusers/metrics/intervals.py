@@ -21,7 +21,7 @@ def bootstrap(
         The statistic under its name, `low`, `high` and `n`.
 
     Raises:
-        ValueError: If there are no values.
+        ValueError: If the values are not a vector with at least one entry.
     """
     values = np.asarray(values)
     if values.ndim != 1 or not len(values):

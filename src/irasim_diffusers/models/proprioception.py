@@ -25,6 +25,9 @@ class ProprioceptionModel(ModelMixin, ConfigMixin):
         block_out_channels: Channels of the convolutions. The first two convolutions have stride 2.
         num_keypoints: Number of keypoints.
         hidden_dim: Width of the perceptron's hidden layer.
+
+    Raises:
+        ValueError: If a list of state properties does not have one entry per state component.
     """
 
     @register_to_config

@@ -125,7 +125,7 @@ class IRASimAttnProcessor:
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
-            # rotate pairs of adjacent channels (Open-Sora), or of the two halves of a head
+            # rotated pairs: adjacent channels in temporal attention (Open-Sora), one channel of each half of a head in spatial attention
             pairs = -1 if attn.temporal else -2
             query = apply_rotary_emb(query, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
@@ -268,7 +268,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
     Frame-Ada: the spatial blocks of frame i are modulated by the sum of the timestep embedding and the embedding of the action
     that leads to frame i. History frames receive a learned null action. Temporal blocks receive the timestep embedding only.
-    Video-Ada: every block is modulated by the timestep embedding plus one embedding of all actions; their number is fixed.
+    Video-Ada: every block is modulated by the timestep embedding plus one embedding of all actions, whose number is fixed.
 
     Args:
         num_attention_heads: Number of attention heads.
@@ -324,6 +324,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         beta_start: First noise variance.
         beta_end: Last noise variance.
         beta_schedule: Schedule of the variances from `beta_start` to `beta_end`.
+
+    Raises:
+        ValueError: If an entry of the config is invalid, or entries are inconsistent.
     """
 
     _supports_gradient_checkpointing = True
@@ -880,5 +883,5 @@ def _check_target_extent(config: Any) -> None:
         )
 
 
-# used by caches that skip blocks
+# caches that skip blocks read this registry
 TransformerBlockRegistry.register(IRASimTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))

@@ -161,16 +161,16 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
 
     It predicts the noise of the future frames. Space and time are factorized: convolutions and attention within frames,
     attention between the frames of a pixel. An MLP embeds the trajectory, which has a fixed number of actions. The
-    concatenated embeddings of trajectory and timestep scale and shift the features of every residual block. All frames thus
-    receive all actions, as in Video-Ada.
+    concatenated embeddings of trajectory and timestep scale and shift the features of every residual block but the last. All
+    frames thus receive all actions, as in Video-Ada.
 
-    Residual blocks and samplers are those of diffusers. Unlike in the released code of the baselines, residual blocks normalize
-    each frame separately, before the convolution, and temporal positions are rotary, without a learned bias. With the paper's
-    settings on RT-1 (15 actions of 7 components), VDM has 44,518,595 parameters and LVDM 687,572,260. The paper reports 40M and
-    687M; the layers of the released code add up to 44.50M and 687.52M.
+    Residual blocks, downsamplers and upsamplers are those of diffusers. Unlike in the released code of the baselines, residual
+    blocks normalize each frame separately, before the convolution, and temporal positions are rotary, without a learned bias.
+    With the paper's settings on RT-1 (15 actions of 7 components), VDM has 44,518,595 parameters and LVDM 687,572,260. The paper
+    reports 40M and 687M; the layers of the released code add up to 44.50M and 687.52M.
 
     Args:
-        block_out_channels: Channels of each resolution, the finest first; each resolution halves the height and width.
+        block_out_channels: Channels of each resolution, the finest first; each further one halves height and width.
         num_attention_heads: Number of attention heads.
         attention_head_dim: Number of channels per head.
         condition_dim: Size of the trajectory embedding.
@@ -201,6 +201,9 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         beta_start: First noise variance.
         beta_end: Last noise variance.
         beta_schedule: Schedule of the variances from `beta_start` to `beta_end`.
+
+    Raises:
+        ValueError: If an entry of the config is invalid, or entries are inconsistent.
     """
 
     _supports_gradient_checkpointing = True
@@ -270,7 +273,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         self.gradient_checkpointing = False
 
     def _init_blocks(self, block: Callable[..., UNetTrajectoryBlock]) -> None:
-        """Create the blocks and samplers of all resolutions.
+        """Create the blocks, downsamplers and upsamplers of all resolutions.
 
         `block` creates a block from its numbers of input and output channels.
         """

@@ -1,4 +1,4 @@
-"""Coercion and checks of the pipeline's arguments; every error is raised before any computation."""
+"""Coercion and checks of the pipeline's arguments before any computation, and of the prediction after it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def stack_frames(frames: Any) -> torch.Tensor:
         Histories (B, h, 3, H, W), float32 in [0, 1].
 
     Raises:
-        ValueError: If there is no frame, or frames are not RGB, differ in size, or are out of range.
+        ValueError: If there is no frame, or frames have another type, are not RGB, differ in size, or are out of range.
     """
     pixels = _to_tensor(frames)
     if pixels.ndim not in (3, 4, 5) or pixels.shape[-3] != 3 or 0 in pixels.shape:
@@ -55,8 +55,8 @@ def stack_frames(frames: Any) -> torch.Tensor:
         )
     if not torch.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
         raise ValueError(
-            f"`frames` must be uint8, or floats in [0, 1], got floats in [{pixels.min():g}, {pixels.max():g}]: divide by "
-            "255 or convert to uint8."
+            f"`frames` must be uint8, or floats in [0, 1], got floats in [{pixels.min():g}, {pixels.max():g}]: divide "
+            "8-bit values by 255, or convert them to uint8."
         )
     return pixels[(None,) * (5 - pixels.ndim)]
 
@@ -134,7 +134,8 @@ def check_batch(num_histories: int, num_sequences: int, num_videos: int, generat
     """Return the number of videos of a call.
 
     Raises:
-        ValueError: If the numbers of histories, action sequences and generators do not match.
+        ValueError: If the numbers of histories, action sequences and generators do not match, or a generator is not a
+            `torch.Generator`.
     """
     if num_histories not in (1, num_sequences) and num_sequences != 1:
         raise ValueError(
@@ -163,7 +164,7 @@ def check_steps(num_inference_steps: Any, config: Any) -> None:
         config: The transformer's config.
 
     Raises:
-        ValueError: If it is not an integer in [1, `num_train_timesteps`].
+        ValueError: If the number is not an integer in [1, `num_train_timesteps`].
     """
     most = config.num_train_timesteps
     if not _is_count(num_inference_steps) or num_inference_steps > most:
@@ -205,7 +206,7 @@ def check_prediction(latents: torch.Tensor) -> torch.Tensor:
     """Return predicted latents if all are finite.
 
     Raises:
-        ValueError: If some are NaN or infinite, which would become arbitrary pixels.
+        ValueError: If some values are NaN or infinite, which would become arbitrary pixels.
     """
     if not torch.isfinite(latents).all():
         raise ValueError(
@@ -229,10 +230,10 @@ def check_outputs(output_type: str, requested: Sequence[str], available: Sequenc
 
 
 def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
-    """Check the shape of given initial noise.
+    """Check given initial noise; None is accepted.
 
     Raises:
-        ValueError: If the noise is not a finite tensor of this shape.
+        ValueError: If the noise is not a finite tensor of the given shape.
     """
     if latents is None:
         return
@@ -268,7 +269,8 @@ def check_fps(fps: float | None, config: Any) -> None:
     """Check the frames per second of a call against the checkpoint.
 
     Raises:
-        ValueError: If the checkpoint embeds frames per second and `fps` is unknown, or if it does not and `fps` is given.
+        ValueError: If the checkpoint embeds frames per second and `fps` is unknown or not positive, or if the checkpoint does not
+            embed them and `fps` is given.
     """
     embedded = config.get("use_fps")
     if fps is not None and not embedded:
@@ -285,7 +287,7 @@ def check_cache(transformer: Any, guidance_scale: float) -> None:
     """Check that the enabled cache supports the guidance scale and context parallelism.
 
     Raises:
-        ValueError: If it does not support them.
+        ValueError: If the cache does not support them, or is a FasterCache without `is_guidance_distilled`.
     """
     cache = getattr(transformer, "_cache_config", None)
     if guidance_scale > 1 and isinstance(cache, PyramidAttentionBroadcastConfig | FasterCacheConfig):
@@ -357,7 +359,7 @@ def check_model_files(folder: Path) -> None:
         folder: The folder of the pipeline; nothing is checked if it is not a local folder.
 
     Raises:
-        ValueError: If the autoencoder has too many layers, or the weights of a model that is not quantized are not
+        ValueError: If the autoencoder has too many or too large layers, or the weights of a model that is not quantized are not
             floating-point.
     """
     for name in ("vae", "transformer"):

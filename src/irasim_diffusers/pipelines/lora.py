@@ -38,7 +38,9 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         affect the LoRA layers only. A `.bin` file is read only if the path names it.
 
         Raises:
-            ValueError: If the file contains other weights, or an action encoder that does not match or cannot be replaced.
+            ValueError: If the file contains no LoRA layers or other weights, its LoRA layers do not match the transformer, the
+                PEFT config in the file is invalid or a required `lora_alpha` is missing, or the action encoder does not match or
+                cannot be replaced.
         """
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, dict) or not str(source).endswith(".bin"):
@@ -66,7 +68,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         misshapen = [key for key, value in encoder.items() if key not in own or own[key].shape != value.shape]
         if misshapen:
             raise ValueError(
-                f"the action encoder in the file must have the same shapes as this model's, got other shapes for {misshapen}."
+                f"the action encoder in the file must have the names and shapes of this model's, which differ for {misshapen}."
             )
         self.load_lora_into_transformer(
             layers,
@@ -174,7 +176,8 @@ def _checked_metadata(metadata: dict[str, Any], layers: dict[str, torch.Tensor])
         for value in [safe.get(f"{prefix}{name}", 1), *patterns.values()]:
             if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= most:
                 raise ValueError(
-                    f"`{name}` of the LoRA file must be a positive number of at most {most:g}, got {value!r:.60}."
+                    f"`{name}` of the LoRA file must be a positive {'integer' if kind is int else 'number'} of at most {most:g}, "
+                    f"got {value!r:.60}."
                 )
     return safe
 

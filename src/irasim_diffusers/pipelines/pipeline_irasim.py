@@ -77,6 +77,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         timesteps: `num_inference_steps` timesteps that replace the scheduler's own spacing in calls with as many steps, if
             the scheduler accepts custom timesteps. None for the scheduler's spacing.
         window_length: Deprecated; in checkpoints of earlier versions, `chunk_length` plus the number of history frames.
+
+    Raises:
+        ValueError: If a setting, or the scaling of the autoencoder's latents, is invalid.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -127,7 +130,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         """Load a pipeline like `DiffusionPipeline.from_pretrained`, and check its files and weights.
 
         Raises:
-            ValueError: If the autoencoder has too many layers, or weights are not floating-point, NaN or infinite.
+            ValueError: If the autoencoder has too many or too large layers, or if weights are not floating-point or not finite.
         """
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for name in ("vae", "transformer"):
@@ -149,7 +152,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     def guidance_scale(self) -> float:
         """Classifier-free guidance scale; values above 1 enable guidance.
 
-        Callbacks may set it.
+        A callback may set `pipe._guidance_scale`.
         """
         return self._guidance_scale
 
@@ -293,7 +296,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
         Raises:
             ValueError: If the prediction type or the noise process differs from the checkpoint's, or the scheduler clips
-                samples.
+                samples or has another setting that the pipeline does not support; see `schedulers.check_scheduler`.
         """
         schedulers.check_scheduler(self.scheduler, self.transformer.config)
 
@@ -308,7 +311,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             Histories (B, h, 3, H, W), float32 in [-1, 1].
 
         Raises:
-            ValueError: If there is no frame or too many, or frames are not RGB, out of range, or of another size.
+            ValueError: If the number of frames does not match the checkpoint, frames are not RGB, out of range, or of another
+                size, or the autoencoder is missing.
         """
         config = self.transformer.config
         inputs.check_autoencoder(self.vae, config.in_channels)
@@ -317,7 +321,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         return self.video_processor.normalize(inputs.fit_frames(pixels, self.frame_size, resize))
 
     def encode_history(self, pixels: torch.Tensor, decode_chunk_size: int = 16) -> torch.Tensor:
-        """Encode histories (B, h, 3, H, W) in [-1, 1] to scaled latents (B, C, h, H / f, W / f), float32."""
+        """Encode histories (B, h, 3, H, W) in [-1, 1] to scaled latents (B, C, h, H / f, W / f), float32.
+
+        Raises:
+            ValueError: If the autoencoder overflows in float16.
+        """
         if self.vae is None:
             return pixels.to(self._execution_device).float().transpose(1, 2)
         pixels = pixels.to(self._execution_device, self.vae.dtype)
@@ -335,6 +343,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         """Decode scaled latents (B, C, F, h, w) to pixels (B, 3, F, H, W) in [-1, 1].
 
         `decode_chunk_size` frames are decoded at a time.
+
+        Raises:
+            ValueError: If the autoencoder overflows in float16.
         """
         if self.vae is None:
             return latents
@@ -506,8 +517,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             sigmas: Custom sigmas, for schedulers that accept them.
             eta: Eta of DDIM, in [0, 1].
             decode_chunk_size: Number of frames that the autoencoder encodes or decodes at a time; bounds its memory.
-            chunk_length: Number of actions per chunk, at most `max_chunk`. Fewer actions per chunk give more and shorter
-                windows. None for the pipeline's default.
+            chunk_length: Number of actions per chunk, at most `max_chunk`; Video-Ada and the U-Net require `max_chunk`. Fewer
+                actions per chunk give more and shorter windows. None for the pipeline's default.
             fps: Frames per second of history and actions, for checkpoints that embed them (Open-Sora). None for
                 the value in the config.
             attention_kwargs: `{"scale": s}` scales LoRA layers.
@@ -520,7 +531,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             The predicted frames of each trajectory, one per action.
 
         Raises:
-            ValueError: If an argument is invalid, before any computation.
+            ValueError: If an argument is invalid, before any computation; later, if the prediction is not finite or the
+                autoencoder overflows in float16.
 
         Examples:
         """  # noqa: D414 (filled by the decorator)
@@ -615,7 +627,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             The state of `len(seeds)` rollouts.
 
         Raises:
-            ValueError: If the frames do not match the checkpoint, or if there is neither one history nor one per seed.
+            ValueError: If the frames do not match the checkpoint, there is neither one history nor one per seed, or `seeds`
+                is empty or contains a negative number.
         """
         seeds = [int(seed) for seed in seeds]
         if not seeds or min(seeds) < 0:
@@ -643,7 +656,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     ) -> tuple[RolloutState, torch.Tensor]:
         """Predict one chunk. Gradients flow to the actions and the history unless the caller disables them.
 
-        A CPU predicts at most `CPU_ROWS` rows together, which is faster and does not change the result.
+        Unless `generator`, `latents` or `on_step_end` is given, a CPU predicts at most `CPU_ROWS` rows together, which is faster
+        and does not change the result.
 
         Args:
             state: The state of B rollouts.
@@ -658,7 +672,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             The state after the chunk, and its scaled latents (B, C, n, H, W), float32.
 
         Raises:
-            ValueError: If there are too many actions, or not one sequence per row, or if the number of steps is invalid.
+            ValueError: If there are no or too many actions, or not one sequence per row, or if the number of steps is invalid.
         """
         config, steps = self.transformer.config, num_inference_steps
         steps = self.config.num_inference_steps if steps is None else steps
@@ -746,7 +760,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             An iterator over predicted frames, one per action.
 
         Raises:
-            ValueError: If an argument is invalid, immediately; if an action is invalid, when it arrives.
+            ValueError: If an argument is invalid, immediately; if an action is invalid or a prediction is not finite, when the
+                chunk is predicted.
 
         Examples:
             ```py

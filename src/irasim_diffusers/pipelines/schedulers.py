@@ -20,7 +20,7 @@ PROCESS = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "
 
 
 def exchange(scheduler: Any, kind: str | type[SchedulerMixin], config: Any, **changes: Any) -> Any:
-    """Build a scheduler of another class with the noise process of the current one.
+    """Build a scheduler of a given class with the noise process of the current one.
 
     Args:
         scheduler: The current scheduler.
@@ -62,7 +62,8 @@ def check_scheduler(scheduler: Any, config: Any) -> None:
         config: The transformer's config.
 
     Raises:
-        ValueError: If the prediction type or the noise process differs from the checkpoint's, or the scheduler clips samples.
+        ValueError: If the prediction type or the noise process differs from the checkpoint's, or the scheduler clips samples,
+            does not support predicted samples or a given generator, or has an invalid `steps_offset`.
     """
     name = type(scheduler).__name__
     found = getattr(scheduler.config, "prediction_type", None)
@@ -171,7 +172,7 @@ def set_timesteps(
     if hasattr(scheduler, "alphas_cumprod") and scheduler.timesteps.max() >= most:
         raise ValueError(
             f"the timesteps of {type(scheduler).__name__} must be less than {most}, got {scheduler.timesteps.max().item()}: use "
-            "fewer steps or a smaller `steps_offset`."
+            "smaller `timesteps`, fewer steps or a smaller `steps_offset`."
         )
     return scheduler.timesteps
 

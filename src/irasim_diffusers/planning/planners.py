@@ -93,8 +93,9 @@ class CEM:
             model: The world model.
             state: A state with one row.
             objective: Function that scores frames or latents; higher is better.
-            init: Plan (n, A) to start from, or several (K, n, A), of which the best is taken; raw units. Actions slightly
-                outside the bounds are clipped. None for no motion, or the middle of the bounds of absolute targets.
+            init: Plan (n, A) to start from, or several (K, n, A), of which the best is taken; raw units. Actions outside the
+                bounds are clipped if `ActionSpace.prepare` accepts them. None for no motion, with absolute targets in the
+                middle of their bounds.
 
         Returns:
             The best of all plans that were scored.
@@ -137,7 +138,12 @@ class MPPI:
 
     def __post_init__(self) -> None:
         _check_search(self)
-        require(math.isfinite(self.temperature) and self.temperature > 0, "temperature", "positive", self.temperature)
+        require(
+            math.isfinite(self.temperature) and self.temperature > 0,
+            "temperature",
+            "positive and finite",
+            self.temperature,
+        )
 
     def __call__(self, model: WorldModel, state: RolloutState, objective: Objective, init: Any = None) -> Plan:
         """Plan from one state; see `CEM.__call__`."""
@@ -175,7 +181,7 @@ class Gradient:
         require(
             math.isfinite(self.learning_rate) and self.learning_rate > 0,
             "learning_rate",
-            "positive",
+            "positive and finite",
             self.learning_rate,
         )
 
@@ -250,11 +256,11 @@ def straight_lines(
         Candidates (K, n, A) for `Rank`, raw units, within the bounds.
 
     Raises:
-        ValueError: If a value is out of range, or `start` is missing for absolute targets.
+        ValueError: If a value is out of range, or `start` is invalid, or is missing for absolute targets.
     """
     require(horizon >= 1, "horizon", "at least 1", horizon)
     require(num_candidates >= 1, "num_candidates", "at least 1", num_candidates)
-    require(math.isfinite(radius) and radius > 0, "radius", "positive", radius)
+    require(math.isfinite(radius) and radius > 0, "radius", "positive and finite", radius)
     places = list(components)
     valid = bool(places) and len(set(places)) == len(places) and all(0 <= place < len(space) for place in places)
     require(valid, "components", f"different indices in [0, {len(space) - 1}]", places)

@@ -16,11 +16,11 @@ Objective = Callable[[torch.Tensor], torch.Tensor]
 """Maps frames (B, n, 3, H, W) to scores (B, n), or latents (B, C, n, h, w) if its attribute `needs_pixels` is False."""
 
 REDUCTIONS = ("last", "mean", "max")
-SEED_STRIDE = 1_000_003  # difference between the seeds of successive members of a guard
+SEED_STRIDE = 1_000_003  # difference between successive seeds of one model in a guard
 
 
 class NoPlanError(ValueError):
-    """Raised if no candidate has a finite score: the objective is NaN, or the guard rejects them all."""
+    """Raised if no candidate has a finite score: scores are NaN or infinite, or the guard rejects them all."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Scoring:
     Args:
         reduction: How the scores of the frames are reduced to the score of a sequence: `"last"` (as in the paper; only the last
             frame is decoded), `"mean"` or `"max"`.
-        batch_size: Maximum number of candidates that are predicted together; it bounds the memory, not the result.
+        batch_size: Maximum number of candidates that are predicted together; it bounds the memory and does not change the result.
         chunk_length: Number of actions per chunk; None for the model's maximum.
         guard: Guard against plans that exploit model errors; None for no guard.
         sampling: Keyword arguments of `model.advance`, such as `{"num_inference_steps": 5}`.
@@ -133,7 +133,7 @@ class Plan:
 
     actions: torch.Tensor  # (n, A), the best sequence
     score: float
-    candidates: torch.Tensor  # (K, n, A), every sequence that was scored
+    candidates: torch.Tensor  # (K, n, A), every scored sequence; for `Gradient`, the best iterate of each plan
     scores: torch.Tensor  # (K,), not finite where a candidate was rejected
     model: WorldModel = field(repr=False)
     state: RolloutState = field(repr=False)
