@@ -39,7 +39,9 @@ class EpisodeArguments(DataArguments):
     """Arguments that also determine frame rate, states and actions; the help texts describe them."""
 
     fps: float | None = field(default=None, metadata={"help": "frame rate, if the dataset does not store it"})
-    frame_skip: int = field(default=1, metadata={"help": "use every n-th frame; training uses all offsets"})
+    frame_skip: int = field(
+        default=1, metadata={"help": "use every n-th frame; windows for training may start at any frame"}
+    )
     state_columns: list[str] = field(
         default_factory=list, metadata={"help": "state columns (default: all of a LeRobotDataset, none of a table)"}
     )

@@ -37,7 +37,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray, ddof: int = 1) -> fl
 
 
 def fid(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Compute FID as in pytorch-fid, from Inception features (N, 2048) and (M, 2048); see `load_inception`."""
+    """Compute FID as in pytorch-fid, from features (N, 2048) and (M, 2048) of `load_inception`."""
     return frechet_distance(prediction, truth, ddof=1)
 
 

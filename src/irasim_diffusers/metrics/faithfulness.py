@@ -139,8 +139,9 @@ def summarise_faithfulness(errors: np.ndarray, motions: np.ndarray, ways: int, s
         seed: Seed of the bootstrap.
 
     Returns:
-        `ways`, as given. `identification`: rates; `gap`: decrease of the PSNR in dB for each alteration; both with intervals over `all`
-        clips and over each of `STRATA`. `verdict`: whether the model follows its actions (None if undecided), with a text.
+        `ways`, as given. `identification`: rates; `gap`: decrease of the PSNR in dB for each alteration; both with intervals
+        over `all` clips and over each of `STRATA`. `verdict`: whether the model follows its actions (None if undecided), with a
+        text.
     """
     decibels = -10 * np.log10(np.maximum(errors, ROUNDING))
     credit = identified(errors[:, :ways], np.zeros(len(errors), dtype=int))

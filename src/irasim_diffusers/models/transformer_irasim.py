@@ -125,7 +125,7 @@ class IRASimAttnProcessor:
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
-            # rotated pairs: adjacent channels in temporal attention (Open-Sora), one channel of each half of a head in spatial attention
+            # temporal attention rotates pairs of adjacent channels (Open-Sora), spatial attention pairs from both halves of a head
             pairs = -1 if attn.temporal else -2
             query = apply_rotary_emb(query, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)

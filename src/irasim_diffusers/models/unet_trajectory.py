@@ -170,7 +170,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
     reports 40M and 687M; the layers of the released code add up to 44.50M and 687.52M.
 
     Args:
-        block_out_channels: Channels of each resolution, the finest first; each further one halves height and width.
+        block_out_channels: Channels of each resolution, the finest first; each further resolution halves height and width.
         num_attention_heads: Number of attention heads.
         attention_head_dim: Number of channels per head.
         condition_dim: Size of the trajectory embedding.

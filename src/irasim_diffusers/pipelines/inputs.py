@@ -1,4 +1,4 @@
-"""Coercion and checks of the pipeline's arguments before any computation, and of the prediction after it."""
+"""Coercion and checks of the pipeline's arguments before any computation; check of the prediction."""
 
 from __future__ import annotations
 

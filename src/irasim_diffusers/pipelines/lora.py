@@ -38,9 +38,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         affect the LoRA layers only. A `.bin` file is read only if the path names it.
 
         Raises:
-            ValueError: If the file contains no LoRA layers or other weights, its LoRA layers do not match the transformer, the
-                PEFT config in the file is invalid or a required `lora_alpha` is missing, or the action encoder does not match or
-                cannot be replaced.
+            ValueError: If LoRA layers are missing or invalid, the action encoder does not fit, or there are other weights.
         """
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, dict) or not str(source).endswith(".bin"):

@@ -20,7 +20,7 @@ SEED_STRIDE = 1_000_003  # difference between successive seeds of one model in a
 
 
 class NoPlanError(ValueError):
-    """Raised if no candidate has a finite score: scores are NaN or infinite, or the guard rejects them all."""
+    """Raised if no candidate has a finite score: scores are NaN or infinite, or the guard rejects all."""
 
 
 @dataclass(frozen=True)
