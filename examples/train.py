@@ -8,8 +8,8 @@ The autoencoder is frozen, and every frame is encoded once. The objective and th
 resumes from the newest complete checkpoint, also after Ctrl-C or SIGTERM. At the end, `<output_dir>` is a complete
 pipeline.
 
-`--pretrained_model_name_or_path` continues from a trained model. `irasim adapt` changes its patch size, autoencoder or
-number of action components, and `train_lora.py` trains LoRA adapters instead of all weights.
+`--pretrained_model_name_or_path` continues from a trained model. `irasim adapt` changes, for example, its patch size,
+autoencoder or number of action components, and `train_lora.py` trains LoRA adapters instead of all weights.
 """
 
 import functools
@@ -88,12 +88,15 @@ class TrainingArguments(RunArguments):
     num_history_frames: int | None = field(
         default=None,
         metadata={
-            "help": "maximum number of history frames (default: 1); 70 %% of the steps use the maximum, the others a random number "
-            "of at least 1"
+            "help": "maximum number of history frames (default: 1, or that of the pretrained model); 70 %% of the steps use the "
+            "maximum, the others a random number of at least 1"
         },
     )
     conditioning: str | None = field(
-        default=None, metadata={"help": "frame for Frame-Ada (default), video for Video-Ada"}
+        default=None,
+        metadata={
+            "help": "frame for Frame-Ada, video for Video-Ada (default: frame, or that of the pretrained model)"
+        },
     )
     action_normalisation: str = field(
         default="std",
@@ -129,7 +132,10 @@ class TrainingArguments(RunArguments):
         },
     )
     spatial_position: str | None = field(
-        default=None, metadata={"help": "grid (default), or rope for rotary positions in the spatial blocks"}
+        default=None,
+        metadata={
+            "help": "grid, or rope for rotary positions in the spatial blocks (default: grid, or that of the pretrained model)"
+        },
     )
     ff_conv: bool = field(
         default=False, metadata={"help": "depthwise 3x3 convolution in the feed-forward of the spatial blocks"}
@@ -307,7 +313,7 @@ def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel:
     """Load the pretrained model, and update the config entries that may differ.
 
     Raises:
-        ValueError: If an argument differs from a config entry that cannot be changed.
+        ValueError: If the model cannot be loaded, or an argument differs from a config entry that cannot be changed.
     """
     name, model = arguments.pretrained_model_name_or_path, load_transformer(arguments)
     may_change = {"action_space", "relative_latents", *(WINDOW if model.config.conditioning == "frame" else ())}
@@ -393,7 +399,9 @@ def data_settings(
 def find_action_space(
     arguments: TrainingArguments, source: PreparedEpisodes, pretrained: IRASimTransformer3DModel | None
 ) -> str | None:
-    """Return the action space of the arguments or the data; None if it cannot be determined.
+    """Return the action space of the arguments or the data.
+
+    The result is None if it cannot be determined, or is that of the pretrained model.
 
     Raises:
         ValueError: If the argument contradicts the derivation of the actions.

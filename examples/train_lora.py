@@ -80,9 +80,12 @@ def check_config(transformer: IRASimTransformer3DModel, data: TrainingData) -> N
         found["action_derivation"] = derivation
     for name, value in found.items():
         if transformer.config[name] != value:
+            remedy = (
+                "change the model with `irasim adapt`" if name == "action_dim" else "train all weights with train.py"
+            )
             raise ValueError(
                 f"`{name}` must be {transformer.config[name]!r} as in the pretrained model, got {value!r}: use matching data, or "
-                "train all weights with train.py."
+                f"{remedy}."
             )
 
 
@@ -90,7 +93,7 @@ def add_lora(transformer: IRASimTransformer3DModel, arguments: LoraArguments) ->
     """Add LoRA adapters, and freeze all weights except adapters, action encoder and null action.
 
     Raises:
-        ValueError: If `lora_target_modules` includes the action encoder.
+        ValueError: If `lora_target_modules` includes the action encoder, or matches no layer.
     """
     transformer.add_adapter(
         LoraConfig(

@@ -160,7 +160,11 @@ def latent_std(vae: AutoencoderKL, frames: torch.Tensor, device: torch.device) -
 
 
 def build_vae(arguments: VAEArguments, sample_size: int) -> AutoencoderKL:
-    """Create a new autoencoder, or load the pretrained one and freeze its encoder if requested."""
+    """Create a new autoencoder, or load the pretrained one and freeze its encoder if requested.
+
+    Raises:
+        ValueError: If the pretrained autoencoder cannot be loaded.
+    """
     if arguments.pretrained:
         vae = load_autoencoder(arguments.pretrained, "pretrained").requires_grad_(True)
         if arguments.freeze_encoder:
@@ -234,7 +238,7 @@ class Frames:
 def open_data(arguments: VAEArguments) -> tuple[PreparedEpisodes, PreparedEpisodes]:
     """Open the training and the validation data.
 
-    Without a validation dataset, the first 64 training episodes are the validation data.
+    The validation data are the first 64 episodes of the validation dataset, or, without one, of the training dataset.
 
     Raises:
         ValueError: If the data cannot be opened, or training and validation share episodes.

@@ -81,7 +81,7 @@ def trust_proxy() -> None:
     """Trust `X-Forwarded-For` only from the addresses in FORWARDED_ALLOW_IPS; none by default.
 
     Raises:
-        ValueError: If an entry is not an address or a network, or the network is so large, such as `*`, that visitors may be in it
+        ValueError: If an entry is not an address or a network, such as `*`, or is a network so large that visitors may be in it
             and could choose their address.
     """
     trusted = os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # uvicorn's default trusts every local process
@@ -92,8 +92,8 @@ def trust_proxy() -> None:
             prefix = 0
         if prefix < SHORTEST_PREFIX:
             raise ValueError(
-                "FORWARDED_ALLOW_IPS must be addresses or networks of proxies, such as 192.0.2.7 or 10.1.0.0/16, "
-                f"separated by commas, got {entry!r}."
+                f"FORWARDED_ALLOW_IPS must be addresses, or networks with prefixes of at least {SHORTEST_PREFIX} bits, of proxies, "
+                f"such as 192.0.2.7 or 10.1.0.0/16, separated by commas, got {entry!r}."
             )
 
 

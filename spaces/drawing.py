@@ -54,7 +54,7 @@ def canvas(
         hint: Text shown until the visitor draws.
         enabled: Whether the visitor can draw.
         starts: Start images to select from, shown below the drawing.
-        chosen: Index of the start image in `picture`.
+        chosen: Index in `starts` of the image that `picture` shows; None for another image.
     """
     return {
         "image": picture_url(picture),

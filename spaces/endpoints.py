@@ -56,7 +56,7 @@ class Endpoints:
             seed: Seed of the noise.
 
         Returns:
-            Name of the session, the first frame as a data URL, and the action space.
+            Name of the session, the first frame as a data URL, and a description of the action space and the session's limits.
         """
         world = self.worlds.named(model)
         seed = _whole_number("seed", seed, 0, 2**32 - 1)

@@ -30,7 +30,7 @@ class Sessions:
     """All driving sessions.
 
     Args:
-        most: Maximum number of sessions; `start` raises an error beyond it.
+        most: Maximum number of sessions; `open` raises an error beyond it.
         idle_seconds: A session without requests for this long is deleted.
         bytes_each: Maximum memory of the frames of a session.
         most_each: Maximum number of sessions of one visitor.

@@ -71,7 +71,10 @@ def _read(path: Path) -> np.ndarray:
 
 
 def owner_key(folder: str | None) -> str | None:
-    """Return the key for a study's results: IRASIM_STUDY_KEY, or a random one that is printed."""
+    """Return the key for a study's results: IRASIM_STUDY_KEY, or a random one that is printed.
+
+    A demonstration, which has no folder, has no key.
+    """
     if not folder:
         return None
     key = os.environ.get("IRASIM_STUDY_KEY")
@@ -101,7 +104,7 @@ def demonstration(world: World, folder: str | Path) -> tuple[PreferenceStudy, Vi
         folder: Folder of the answers.
 
     Raises:
-        ValueError: If the model has no example clip with actions, or does not accept the samplers.
+        ValueError: If the model has no example clip with actions, the clip is too short, or the model does not accept the samplers.
     """
     if world.clip is None or world.clip_actions is None:
         raise ValueError(f"{world.name} has no example clip with actions for the demonstration of a study.")

@@ -40,7 +40,7 @@ class Start:
     name: str
     frames: np.ndarray  # (h, H, W, 3), uint8: the model's history; the last frame is the start image
     action: np.ndarray | None  # (A,): the action that led to it, raw units; None if unknown
-    demo: np.ndarray | None  # (m, A): the recorded actions after it
+    demo: np.ndarray | None  # (m, A): the recorded actions after it; None if unknown
 
 
 @dataclass
@@ -77,7 +77,7 @@ class World:
     async def run_long(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Call `work(*arguments)` in the model's thread.
 
-        Requests of `run` are served between its network evaluations.
+        Requests of `run` are served between the network evaluations of `work`.
         """
         long_work = partial(self._run_interruptibly, partial(_context().run, work, *arguments))
         return await asyncio.get_running_loop().run_in_executor(self._thread, long_work)
@@ -127,7 +127,7 @@ class Worlds(dict[str, World]):
     Args:
         models: Pipeline folders or Hub ids; `"push-t"` is the embedded model.
         dtype: None for the fastest dtype of the device.
-        device: None for CUDA if available.
+        device: None for CUDA if available, else the CPU.
 
     Attributes:
         failures: Models that could not be loaded, with the reason; the page shows them.

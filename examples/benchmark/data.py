@@ -28,7 +28,7 @@ class DataArguments:
     vae: str | None = field(default=None, metadata={"help": "autoencoder folder or Hub id"})
     cache_dir: str = field(default="runs/latents", metadata={"help": "folder of the latent cache"})
     num_episodes: int | None = field(default=None, metadata={"help": "number of episodes to use (default: all)"})
-    cameras: list[str] = field(default_factory=list, metadata={"help": "cameras to use (default: all)"})
+    cameras: list[str] = field(default_factory=list, metadata={"help": "cameras to use (default: the only camera)"})
     model: str = field(
         default=str(embedded_checkpoint()),
         metadata={"help": "pipeline folder or Hub id; determines the window length and the training step"},

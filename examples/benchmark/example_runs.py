@@ -18,6 +18,9 @@ def run_once(marker: Path, script: str, *arguments: object, config_file: str | N
         script: Path of the script relative to `examples`.
         arguments: Command-line arguments of the script.
         config_file: Config file of `accelerate launch`. None runs the script in one process.
+
+    Raises:
+        CalledProcessError: If the script fails.
     """
     given = [script, *map(str, arguments)]
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == given:

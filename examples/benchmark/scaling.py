@@ -51,7 +51,9 @@ def size_flags(size: str) -> list[str]:
         return ["--preset", size]
     numbers = size.split("x")
     if len(numbers) != 3 or not all(number.isdigit() for number in numbers):
-        raise ValueError(f"`sizes` must be presets ({', '.join(PRESETS)}) or sizes such as 4x3x64, got {size!r}.")
+        raise ValueError(
+            f"`sizes` must be presets ({', '.join((*PRESETS, *UNET_PRESETS))}) or sizes such as 4x3x64, got {size!r}."
+        )
     names = ("--num_layers", "--num_attention_heads", "--attention_head_dim")
     return [part for flag in zip(names, numbers, strict=True) for part in flag]
 

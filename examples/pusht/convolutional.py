@@ -3,8 +3,8 @@
     accelerate launch --config_file examples/accelerate_configs/cpu.yaml examples/pusht/convolutional.py \
         --dataset data/pusht-train --output_dir runs/pusht-convolutional --max_train_steps 3000 --learning_rate 1e-3
 
-The baseline is a residual network without attention at a quarter of the frame resolution. Data, loss, rollouts and
-checkpoints are those of `train.py`, so the same options train both. The result is a pipeline; programs that load it
+The baseline is a residual network without attention at a quarter of the frame resolution. Data, loss, rollouts,
+checkpoints and most options are those of `train.py`. The result is a pipeline; programs that load the pipeline
 must import this module first, as `evaluate.py` does.
 """
 

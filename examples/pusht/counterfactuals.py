@@ -10,7 +10,7 @@ from irasim_diffusers.metrics import psnr
 
 WAYS = 8  # futures per history
 MOVED = 5.0
-"""The block has moved if it is displaced by more arena units or turned by more hundredths of a radian; about a pixel."""
+"""Minimum displacement (arena units) or turn (hundredths of a radian) of a moved block; about a pixel."""
 DISTINCT = 30.0
 """Two simulated futures are different if the PSNR between them is at most this value, in dB."""
 
@@ -73,7 +73,7 @@ def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | N
 def candidate(rng: np.random.Generator, state: State, num_actions: int) -> np.ndarray:
     """Draw a random action sequence (n, 2) that probably pushes the block.
 
-    The sequence depends on the start state only.
+    The pusher does not observe the result of its actions: it always receives the start state.
     """
     pusher = push_at(rng, state) if rng.random() < 0.8 else push_about(rng, state)
     return np.stack([next(pusher), *(pusher.send(state) for _ in range(num_actions - 1))])

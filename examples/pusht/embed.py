@@ -2,8 +2,8 @@
 
     python examples/pusht/embed.py --model runs/pusht --dataset data/pusht-test --episode 3 --start 20
 
-Weights are stored in bfloat16. The clip consists of a lossless video of the history frames and 60 further frames, the
-60 actions, and a film strip and an animation of the prediction. `starts.png` contains the first frames of
+Weights are stored in bfloat16. The clip consists of a lossless video of the history frames and `--num_actions` further
+frames, the actions, and a film strip and an animation of the prediction. `starts.png` contains the first frames of
 `--num_starts` episodes, from which environments start. The folders `proprioception` and `reward`
 (`train_proprioception.py`, `train_reward.py`) are copied if the trained model contains them; otherwise, the embedded
 ones are kept. The package is changed only after all files have been written.

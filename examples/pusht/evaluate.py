@@ -171,7 +171,7 @@ def expert_episodes(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
     """Return histories, actions (N, 60, 2), first and last states (N, 5) of expert episodes.
 
-    The result is None if there are no such episodes.
+    The result is None if there are no such episodes, or `num_rollouts` is 0.
     """
     parts: list[tuple[np.ndarray, ...]] = []
     start = 10  # after the pusher has started to move
@@ -384,7 +384,7 @@ class Evaluation:
     def expert_rollouts(self) -> dict[str, Any]:
         """Score the poses after expert actions; the baseline is a block that does not move.
 
-        The result is empty if there are no such episodes.
+        The result is empty if there are no expert episodes, or `num_rollouts` is 0.
         """
         arguments, rng = self.arguments, self.rng
         expert = expert_episodes(self.dataset, arguments.num_rollouts, self.history)
@@ -402,7 +402,7 @@ class Evaluation:
         return {"expert_rollout": figures}
 
     def drives(self) -> dict[str, Any]:
-        """Score episodes driven by random keys at each speed."""
+        """Score episodes driven by random keys at each speed; the result is empty if `num_drives` is 0."""
         arguments, report = self.arguments, {}
         for speed in SPEEDS if arguments.num_drives else ():
             actions, frames, states = driven_episodes(arguments.num_drives, speed, arguments.pusher_radius)
@@ -428,7 +428,7 @@ class Evaluation:
     def identification(self) -> dict[str, Any]:
         """Measure how often, of 8 simulated futures, that of the same actions is closest to the prediction.
 
-        The result is empty if no history has 8 different futures.
+        The result is empty if no history has 8 different futures, or `num_histories` is 0.
         """
         arguments, history = self.arguments, self.history
         if not arguments.num_histories:

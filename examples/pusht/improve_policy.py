@@ -6,7 +6,7 @@
 Each iteration draws recorded frames, samples a group of chunks from the policy for each frame, and predicts the result
 of every chunk with the world model. The reward of a chunk is that of its last frame. As in GRPO, the advantage of a
 chunk is the difference between its reward and the mean of its group, in standard deviations. The denoising loss of
-each chunk is weighted by its advantage if that is positive, and by 0 otherwise. The training uses no simulator. The
+each chunk is weighted by its advantage, limited to [0, 3]. The training uses no simulator. The
 simulator evaluates the policy before and after the training, from the same starts, and the report contains both
 results.
 
@@ -102,7 +102,11 @@ class Improvement:
         self.rewards, self.before = state["rewards"], state["before"]
 
     def iterate(self, model: Any, reward: Any, dataset: EpisodeSource) -> None:
-        """Sample, predict and score one group per state, and update the policy."""
+        """Sample, predict and score one group per state, and update the policy.
+
+        Raises:
+            FloatingPointError: If a reward is not finite.
+        """
         arguments, iteration = self.arguments, len(self.rewards)
         rng = np.random.default_rng([arguments.seed, iteration])
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))

@@ -423,7 +423,9 @@ def run_study(arguments: StudyArguments, size: Size) -> None:
         if not (path / "meta" / "info.json").is_file():
             raise ValueError(f"{str(path)!r} must be a complete LeRobotDataset folder: create it with collect.py.")
     if arguments.policies and not (arguments.policies / "report.json").is_file():
-        raise ValueError(f"`policies` must be a folder of train_policy.py, got {str(arguments.policies)!r}.")
+        raise ValueError(
+            f"`policies` must be a folder of train_policy.py with report.json, got {str(arguments.policies)!r}."
+        )
     study = Study(arguments, size)
     for name in {later for stage in arguments.redo for later in (stage, *USED_BY.get(stage, ()))}:
         remove_stage(study.folder(name))

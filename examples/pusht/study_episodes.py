@@ -176,8 +176,8 @@ def push_to_image(
     among the candidates.
 
     Returns:
-        Fractions of the executed lines that reach the goal: `mse` (ranked by mean squared error), `features` and `random`. Empty
-        if no line moves the block.
+        Fractions of lines that reach the goal: `mse` and `features` of the five best, ranked by mean squared error or by
+        features, and `random` of all candidates. Empty if none of the lines for the goal image moves the block.
     """
     real, rng = Simulator(), np.random.default_rng(seed)
     frames, state = contact(real, rng, seed)
@@ -209,7 +209,7 @@ def push_to_image(
 
 
 def contact(real: Simulator, rng: np.random.Generator, seed: int) -> tuple[list[np.ndarray], State]:
-    """Push the block at random for more than 20 steps, until it moves.
+    """Push the block at random for more than 20 steps, until it moves, but at most 200 steps.
 
     Returns the last frames and the state.
     """

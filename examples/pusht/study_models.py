@@ -32,7 +32,7 @@ def run_example(*command: Any) -> None:
     """Run an example script in its own process.
 
     Raises:
-        ValueError: If it fails.
+        ValueError: If the script fails.
     """
     arguments = [sys.executable, *map(str, command)]
     if subprocess.run(arguments, check=False).returncode:
@@ -113,7 +113,8 @@ class Solved:
 def success_threshold(folder: Path, dataset: Path, max_episodes: int) -> dict[str, float]:
     """Choose the threshold on the largest predicted IoU that best classifies success in the simulator.
 
-    Only episodes of the expert and the noisy expert are used. Among equally good thresholds, the middle one is returned.
+    Only episodes of the expert and the noisy expert are used. Among equally good thresholds, the middle one is returned. If
+    all or none of the episodes are solved, the threshold is 0.9.
 
     Returns:
         `threshold`, `accuracy` on these episodes, `solved` (fraction of solved episodes) and their number `n`.
@@ -196,7 +197,7 @@ def _write(root: Path, episodes: list[Episode], task: str) -> None:
 
 
 def write_random_pipeline(root: Path, base: Path, seed: int) -> None:
-    """Write a pipeline like `base` with random weights, and copy its proprioception model."""
+    """Write the pipeline `base` with a transformer of random weights, and copy its proprioception model."""
     if (root / "proprioception").is_dir():
         return
     pipeline = IRASimPipeline.from_pretrained(base)
@@ -215,7 +216,7 @@ def copy_proprioception(base: Path, root: Path) -> None:
 def fine_tune(root: Path, base: Path, datasets: list[Path], max_train_steps: int, cache: Path, seed: int) -> None:
     """Fine-tune the world model `base`, and copy its proprioception model.
 
-    An interrupted run resumes.
+    An interrupted run resumes. With `max_train_steps` 0, `base` is copied without training.
     """
     if max_train_steps:
         run_example(

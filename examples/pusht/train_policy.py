@@ -3,7 +3,7 @@
     python examples/pusht/train_policy.py --datasets data/pusht-expert --output_dir runs/policy
 
 First, the encoder learns to find keypoints of the block in frames of all kinds of episodes. The labels come from the
-recorded states, which the policy never reads. Then the encoder is frozen, and the denoiser learns from the expert's
+recorded block poses, which the policy never reads. Then the encoder is frozen, and the denoiser learns from the expert's
 episodes and their mirror images. Checkpoints with averaged weights (EMA) are saved at several stages (`checkpoint-250`
 and so on), to compare policies of different quality. Each stage is evaluated on the same held-out starts: the largest
 IoU of block and goal, and the fraction of episodes in which the coverage of the goal exceeds 95 %. The same command
@@ -85,7 +85,7 @@ def load_state(path: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class Training:
-    """A policy with its optimizer, averaged weights and progress, which `save` and `resume` store."""
+    """Policy with optimizer, averaged weights and progress, which `save` stores and `resume` restores."""
 
     def __init__(self, arguments: PolicyArguments) -> None:
         self.arguments, self.path = arguments, arguments.output_dir / "training.pt"
@@ -170,7 +170,11 @@ class Training:
         return torch.cat([torch.cat(parts) for parts in zip(*found, strict=True)])
 
     def update(self, keypoints: torch.Tensor, positions: torch.Tensor, chunks: torch.Tensor) -> float:
-        """Make one step on a random batch of the demonstrations; return the loss."""
+        """Make one step on a random batch of the demonstrations; return the loss.
+
+        Raises:
+            FloatingPointError: If the loss is not finite.
+        """
         arguments, policy = self.arguments, self.policy
         self.step += 1
         for group in self.optimizer.param_groups:  # warmup, and cosine decay over the whole training

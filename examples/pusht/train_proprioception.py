@@ -4,9 +4,9 @@
         --model src/irasim_diffusers/checkpoints/pusht
 
 Half of each batch consists of recorded frames, the other half of frames that the world model predicts from recorded
-histories and actions. The targets are the recorded states. The network is stored in the folder `proprioception` of the
-world model, where `irasim_diffusers.envs` finds it. The errors on recorded and predicted validation frames are printed
-and stored in `metrics.json` in this folder.
+histories and actions. The targets are the recorded states. By default, the network is stored in the folder `proprioception`
+of the world model, where `irasim_diffusers.envs` finds it. The errors on recorded and predicted validation frames are
+printed, and stored in `metrics.json` next to the network.
 """
 
 import json

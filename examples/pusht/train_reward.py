@@ -9,7 +9,7 @@ receives only the frame. Frames are augmented with blur, color shifts and noise,
 frames of a world model. The report compares the error on held-out simulator frames with the error on frames that the
 world model predicts for held-out actions.
 
-The network is stored in the folder `reward` of the world model, where `irasim_diffusers.envs` finds it.
+By default, the network is stored in the folder `reward` of the world model, where `irasim_diffusers.envs` finds it.
 `--max_train_steps 0` only repeats the evaluation, for example after a change of the world model.
 """
 
@@ -52,7 +52,8 @@ class RewardArguments:
         metadata={"help": "folder for the network and report.json (default: the folder reward of --model)"},
     )
     test_dataset: str | None = field(
-        default=None, metadata={"help": "held-out dataset for the report (default: no report)"}
+        default=None,
+        metadata={"help": "held-out dataset on which the errors are measured (default: none are measured)"},
     )
     target: str = field(default="iou", metadata={"help": "iou or closeness"})
     max_episodes: int = field(default=1500, metadata={"help": "maximum number of training episodes"})

@@ -78,7 +78,7 @@ FRAMES = ((15, 8, 12, 3), "|u1", 15 * 8 * 12 * 3)
         ),
         ({"frames": ((15, 10**6, 10**6, 3), "|u1", 0)}, r"must contain the 15 predicted frames .* got \(15, 1000000"),
         ({"frames": ((15, 8, 12, 3), "|O", 9)}, "must contain the 15 predicted frames .* got .*object"),
-        ({"frames": ((15, 8, 12, 3), "|u1", 9)}, "must be an npz file with an array `frames`"),
+        ({"frames": ((15, 8, 12, 3), "|u1", 9)}, "must be an npz file with undamaged arrays"),
         ({"frames": FRAMES, "latents": ((4, 15, 10**6, 10**6), "<f4", 0)}, "`latents` in .* must be floating-point"),
         ({"frames": FRAMES, "latents": ((4, 15, 4, 6), "<c8", 8)}, "`latents` in .* must be floating-point"),
         ({"frames": FRAMES, "autoencoder": ((10**9,), "<U16", 0)}, "`autoencoder` in .* must be text"),

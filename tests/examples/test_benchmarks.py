@@ -47,7 +47,9 @@ def test_size_flags(size, flags):
 
 @pytest.mark.parametrize("size", ["M", "4x3", "4x3x", "4x3x6.4"])
 def test_invalid_sizes_raise(size):
-    with pytest.raises(ValueError, match=r"`sizes` must be presets \(S, B, L, XL\) or sizes such as 4x3x64, got"):
+    with pytest.raises(
+        ValueError, match=r"`sizes` must be presets \(S, B, L, XL, VDM, LVDM\) or sizes such as 4x3x64, got"
+    ):
         scaling.size_flags(size)
 
 

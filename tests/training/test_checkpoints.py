@@ -122,7 +122,9 @@ def test_foreign_checkpoints_are_kept(output):
 @pytest.mark.parametrize("name", ["checkpoint-9", "partial-4", ".finished", "transformer"])
 def test_files_with_names_of_folders_raise(name, tmp_path):
     (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=f"{name}' must be a folder: remove it, or choose another `output_dir`"):
+    with pytest.raises(
+        ValueError, match=f"{name}' must be a folder and not a link: remove it, or choose another `output_dir`"
+    ):
         lock_output(tmp_path)
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to(tmp_path / "nowhere")

@@ -42,8 +42,8 @@ class PolicyEvaluation:
     """Arguments of a policy evaluation.
 
     Args:
-        policies: Policies by name. A value may also be a function without arguments that loads the policy lazily. All policies
-            are loaded and called once before the first episode.
+        policies: Policies by name. A value may also be a function without arguments that loads the policy lazily. Each policy
+            with missing episodes is loaded and called once before the first episode.
         real: The real environment: a Gymnasium vector environment with observations `pixels` (B, H, W, 3), uint8, and
             usually `agent_pos`, and with `is_success` in `info`; without the latter, termination counts as success.
         model: The environment of the world model, with the same number of rows. An episode starts from the first real frame of the
@@ -89,10 +89,10 @@ def evaluate_policies(evaluation: PolicyEvaluation) -> dict[str, Any]:
     Under `accelerate launch`, the processes share the episodes. Running the same command again resumes the evaluation.
 
     Returns:
-        The report, as in `report.json`.
+        The report, as in `report.json`; empty in all processes but the main one.
 
     Raises:
-        ValueError: If an argument is invalid, a policy fails, or the output folder contains another evaluation.
+        ValueError: If an argument is invalid, a policy or its episode fails, or the output folder contains another evaluation.
     """
     state, output = PartialState(), Path(evaluation.output)
     _check(evaluation)
@@ -138,7 +138,7 @@ def run_episodes(
 
     Args:
         environment: Gymnasium vector environment with B rows, see `PolicyEvaluation`.
-        policy: The policy. Random numbers that it draws from torch or NumPy depend only on the seeds.
+        policy: The policy. Random numbers that it draws from torch or NumPy depend only on the first seed.
         seeds: Seeds of the episodes (B,).
         max_episode_steps: Steps after which an episode ends.
         starts: Starts of the rows, for environments of a world model. None if the seeds determine them.
@@ -148,7 +148,7 @@ def run_episodes(
         The outcomes of the episodes.
 
     Raises:
-        ValueError: If there are not as many seeds as rows, the policy fails, or an action or a reward is not finite.
+        ValueError: If there are not as many seeds as rows, the policy fails, an action is invalid, or a reward is not finite.
     """
     rows = environment.num_envs
     if len(seeds) != rows:
@@ -233,7 +233,9 @@ def _check(evaluation: PolicyEvaluation) -> None:
         raise ValueError(f"the comparison of policies requires matplotlib: {INSTALL.format('evaluation')}.")
     for name in evaluation.policies:
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
-            raise ValueError(f"the name of a policy must consist of letters, digits, '.', '-' and '_', got {name!r}.")
+            raise ValueError(
+                f"the name of a policy must consist of letters, digits, '_', '.' and '-', not only of '.' and '-', got {name!r}."
+            )
     seeds = list(evaluation.seeds)
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ValueError(f"`seeds` must be one or more distinct non-negative integers, got {seeds[:8]}.")
@@ -277,7 +279,7 @@ def _setting(evaluation: PolicyEvaluation) -> dict[str, Any]:
 
 
 class _LoadedPolicies:
-    """Policies by name. A policy given as a loader is loaded on access and replaces the previous one."""
+    """Policies by name. A policy given as a loader is loaded on access and replaces the last loaded one."""
 
     def __init__(self, policies: Mapping[str, Any]) -> None:
         self._policies, self._name, self._loaded = policies, "", None
@@ -356,10 +358,7 @@ def _check_actions(actions: np.ndarray, environment: VectorEnv, step: int) -> No
 
 
 def _successes(info: Mapping[str, Any], terminated: np.ndarray) -> np.ndarray:
-    """Return the successes of the rows in a step.
-
-    An environment that does not report successes is assumed to terminate at success.
-    """
+    """Return the successes of the rows in a step; without reported ones, termination counts as success."""
     if "is_success" in info:
         return np.asarray(info["is_success"], bool)
     final = info.get("final_info", {})
@@ -466,7 +465,7 @@ def policies_markdown(report: dict[str, Any]) -> str:
 
 def _agreement_cell(found: Mapping[str, Any]) -> str:
     if found["value"] is None:
-        return "undefined (constant scores)"
+        return "undefined (constant values)"
     interval = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
     return f"{found['value']:.3f}{interval}"
 

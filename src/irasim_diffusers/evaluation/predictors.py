@@ -157,10 +157,11 @@ class WorldModelPredictor:
         space = self.model.action_space
         fps = self.model.fps or dataset.fps
         padding = "--pad-actions-to" if dim < len(space) else "a dataset or model with the same actions"
+        skipping = "--frame-skip" if (dataset.fps or 0) > (fps or 0) else "a dataset or model with the same frame rate"
         for name, wanted, found, flags in (
             ("action components", len(space), dim, padding),
-            ("action derivation", space.derivation, derivation, "--action-derivation, --action-composition"),
-            ("frames per second", fps, dataset.fps or fps, "--frame-skip"),
+            ("action derivation", space.derivation, derivation, "--action-derivation or --action-composition"),
+            ("frames per second", fps, dataset.fps or fps, skipping),
         ):
             if wanted != found:
                 raise ValueError(
@@ -310,6 +311,9 @@ class FolderPredictor:
         folder: The folder.
         resize: Resize predictions to the size of the true frames instead of raising an error.
         autoencoder: Hash of the autoencoder that encodes the true frames. Latents of another autoencoder are ignored.
+
+    Raises:
+        ValueError: If `folder` is not a folder.
     """
 
     def __init__(self, folder: Path, resize: bool = False, autoencoder: str | None = None) -> None:
@@ -329,11 +333,16 @@ class FolderPredictor:
                 return path
         raise ValueError(
             f"`predictions` must contain {clip.name}.npz or {clip.name}.mp4, with {clip.predicted} frames from frame "
-            f"{clip.start + clip.history} of episode {clip.episode}; clips.json in the output folder lists all clips."
+            f"{clip.start + clip.history} of episode {clip.episode}: files are named <episode>-<first frame of the clip>, "
+            "each with 6 digits."
         )
 
     def predict(self, clips: Sequence[ClipData]) -> list[Prediction]:
-        """Read the predictions of clips."""
+        """Read the predictions of clips.
+
+        Raises:
+            ValueError: If a file is missing, damaged, or does not match its clip.
+        """
         return [self._read(clip) for clip in clips]
 
     def _read(self, data: ClipData) -> Prediction:
@@ -352,7 +361,7 @@ class FolderPredictor:
         ):
             raise ValueError(
                 f"{str(path)!r} must contain the {wanted[0]} predicted frames (n, H, W, 3), uint8, without the history, got "
-                f"{shape}, {kind}."
+                f"{shape}, {kind}; sides can have at most {MAX_SIDE} pixels."
             )
         if shape != wanted and not self.resize:
             raise ValueError(
@@ -429,7 +438,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, torch.Tensor | None, str | None]:
             autoencoder = str(file["autoencoder"]) if "autoencoder" in file else None
             frames = file["frames"]
     except UNREADABLE as error:
-        raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`: {error}") from error
+        raise ValueError(f"{str(path)!r} must be an npz file with undamaged arrays: {error}") from error
     if latents is not None and not torch.isfinite(latents).all():
         raise ValueError(f"`latents` in {str(path)!r} must be finite, got NaN or infinity.")
     return frames, latents, autoencoder or None

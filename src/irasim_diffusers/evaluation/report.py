@@ -40,9 +40,9 @@ def summarise(
         published: Dataset whose results in the paper are shown for comparison.
 
     Returns:
-        `metrics`: mean of each metric with its interval over clips; `last_frame`: the same for repeating the last history frame;
-        `gain_over_last_frame`; `horizon`: PSNR by index of the predicted frame; `clips`: the best, median and worst clip;
-        `published`: results of the paper; `protocol` and `network_evaluations_per_window`.
+        `n`: number of clips; `metrics`: mean of each metric with its interval over clips; `last_frame`: the same for repeating
+        the last history frame; `gain_over_last_frame`; `horizon`: PSNR by index of the predicted frame; `clips`: the best, median
+        and worst clip; `published`: results of the paper; `protocol` and `network_evaluations_per_window`.
     """
 
     def interval(values: Any) -> dict[str, float]:
@@ -88,7 +88,7 @@ def write_report(
 
     Args:
         report: Report of `evaluate`.
-        output: The folder.
+        output: The folder, which contains `sensitivity.npy` if the report includes the faithfulness.
         clips: All clips.
         reader: Reader of the clips.
         predictor: Predictor; the best, median and worst clip are predicted again for their images.

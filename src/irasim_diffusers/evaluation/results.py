@@ -79,7 +79,8 @@ def read_result(path: Path, types: dict[str, type]) -> dict[str, Any] | None:
 
     Args:
         path: JSON file.
-        types: Type of each required entry; `float` stands for any number, and `list` for a list of numbers or of lists.
+        types: Type of each required entry; `float` stands for any number, and `list` for a non-empty list of numbers
+            or of such lists.
     """
     try:
         found = read_json_object(path, finite=True)
@@ -89,7 +90,7 @@ def read_result(path: Path, types: dict[str, type]) -> dict[str, Any] | None:
 
 
 def has_types(found: dict[str, Any], types: dict[str, type]) -> bool:
-    """Check that a dictionary contains entries of the given types; see `read_result`."""
+    """Return whether a dictionary contains entries of the given types; see `read_result`."""
     return all(name in found and _is_type(found[name], expected) for name, expected in types.items())
 
 

@@ -58,14 +58,14 @@ class Evaluation:
         encode: Function from frames to latents for latent L2; see `score_clip`.
         backbones: Pretrained networks of LPIPS, FID and FVD.
         faithfulness_clips: Maximum number of clips of the faithfulness report, which requires a world model and clips of
-            equal length; 0 omits the report.
+            equal length; 0 or 1 omits the report.
         ways: Number of action sequences in the identification test.
         skip_broken: Skip episodes that cannot be read and list them in the report, instead of raising an error.
         save_predictions: Folder for the predictions, in the format of `FolderPredictor`.
-        save_truth: Folder for the true frames in the same format, for a preference study.
+        save_truth: Folder for the true frames, in the format of `FolderPredictor`, for a preference study.
         published: Dataset whose results in the paper are shown for comparison.
         setting: Further JSON-serializable entries of the report. An output folder with other settings is not accepted.
-        unchecked: Further entries that may differ when an evaluation is resumed, such as the command and versions.
+        unchecked: Further entries of the report that may differ when an evaluation is resumed, such as the command and versions.
     """
 
     dataset: EpisodeSource
@@ -94,10 +94,11 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
     command again resumes the evaluation.
 
     Returns:
-        The report, as in `report.json`.
+        The report, as in `report.json`; empty in all processes but the first one.
 
     Raises:
-        ValueError: If an argument is invalid, an episode cannot be read, or the output folder contains another evaluation.
+        ValueError: If an argument is invalid, an episode or a prediction cannot be read, or the output folder contains another
+            evaluation.
     """
     state, output = PartialState(), evaluation.output
     _check(evaluation)

@@ -46,7 +46,10 @@ def score_clip(
 
     Returns:
         `psnr`, `ssim` and `lpips` of each frame, `clip_psnr` and `latent_l2` of the clip, and in `last_frame` the PSNR and
-        SSIM of repeating the last history frame.
+        SSIM of repeating the last history frame. If known, `network_evaluations` of the prediction.
+
+    Raises:
+        ValueError: If `protocol.as_released` is set and the sides of the frames are not divisible by 16.
     """
     repeated = np.broadcast_to(data.history[-1], data.truth.shape)
     figures = _compare(data, prediction.frames, protocol) | {"last_frame": _compare(data, repeated, protocol)}

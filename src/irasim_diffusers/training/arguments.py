@@ -153,8 +153,8 @@ class RunArguments(EpisodeArguments):
     mixed_precision: str | None = field(
         default=None,
         metadata={
-            "help": "no, fp16 or bf16 (default: the fp16 or bf16 of `accelerate launch`; without it, bf16 if the device supports "
-            "it in hardware)"
+            "help": "no, fp16 or bf16 (default: the fp16 or bf16 of `accelerate launch`, else bf16 if the device supports it in "
+            "hardware)"
         },
     )
     allow_tf32: bool = field(default=False, metadata={"help": "allow TF32 matrix products"})

@@ -28,7 +28,7 @@ FINISHED = ".finished"
 """Temporary subfolder in which the final model is saved."""
 
 SETTINGS = "settings.json"
-"""File with the settings of the run, the training time, and the size and SHA-256 hash of every file of the checkpoint."""
+"""File with settings, step, training time, and the size and SHA-256 hash of every other file."""
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -72,7 +72,7 @@ def newest_checkpoint(
 
 
 def _problem(checkpoint: Path) -> str | None:
-    """Describe the first missing or damaged file of a checkpoint; None if all files are intact."""
+    """Describe the first problem of a checkpoint, such as a missing file; None if it is intact."""
     try:
         stored = read_json_object(checkpoint / SETTINGS)
         sizes, hashes = stored["files"], stored.get("hashes", {})  # earlier versions stored no hashes
@@ -96,9 +96,9 @@ def _problem(checkpoint: Path) -> str | None:
 
 
 def check_resume(output: Path, settings: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
-    """Compare settings with those of the newest checkpoint, before the data are read.
+    """Compare settings with those of the newest checkpoint whose settings file is readable.
 
-    Without a checkpoint, nothing is checked.
+    This check comes before the data are read. Without such a checkpoint, nothing is checked.
 
     Raises:
         ValueError: If a setting differs.
@@ -149,7 +149,7 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint under a temporary name, flush and rename it, and delete the oldest checkpoints.
 
-    Checkpoints of this step and of later ones are replaced. Such checkpoints exist only if they are damaged.
+    Existing checkpoints of this step or a later one are deleted, too. Such checkpoints exist only if they are damaged.
 
     Args:
         accelerator: Accelerator whose state is saved. Every process must call this function.
@@ -158,6 +158,10 @@ def save_checkpoint(
         limit: Maximum number of checkpoints to keep.
         settings: Settings that `newest_checkpoint` compares.
         add: Function that writes more files to the folder of the checkpoint.
+
+    Raises:
+        OSError: If a file cannot be written, for example on a full disk.
+        SafetensorError: If the weights cannot be written.
     """
     partial = output / f"partial-{step}"
     try:
@@ -195,7 +199,7 @@ def save_checkpoint(
 
 
 def remove_leftovers(output: Path) -> None:
-    """Delete the temporary folders of interrupted runs in an output folder, and nothing else."""
+    """Delete the temporary files and folders of interrupted runs in an output folder, and nothing else."""
     remove_abandoned(output)
     for path in output.iterdir():
         if path.is_dir() and (path.name == FINISHED or re.fullmatch(r"partial-\d+", path.name)):

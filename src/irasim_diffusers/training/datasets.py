@@ -39,7 +39,7 @@ def open_source(
         arguments: Arguments of the run.
         split: Split of the dataset, or a part such as `train[:90%]`.
         max_episodes: Maximum number of episodes; None for all.
-        all_phases: Keep all frames, so that windows of skipped frames can start at any frame.
+        all_phases: Keep all frames, so that windows with skipped frames can start at any frame.
     """
     source = open_dataset(
         name,
@@ -211,7 +211,11 @@ def cache_sources(
 def cached_clips(
     folders: list[Path], sources: list[PreparedEpisodes], arguments: RunArguments, length: int
 ) -> list[LatentClips]:
-    """Open each dataset's cached latents as clips of `length` frames, with the states of `state_keys`."""
+    """Open each dataset's cached latents as clips of `length` frames, with the states of `state_keys`.
+
+    Raises:
+        ValueError: If the clips or the states do not match the arguments, or `crop_size` is larger than the latents.
+    """
     parts = [
         LatentClips(folder, length, skip_short=arguments.skip_broken, frame_skip=source.frame_skip)
         for folder, source in zip(folders, sources, strict=True)
@@ -229,7 +233,9 @@ def cached_clips(
 
 
 def validation_clips(arguments: RunArguments, config: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """Read one held-out clip from the middle of each episode, as long as a training clip.
+    """Read held-out clips as long as training clips, each from the middle of an episode.
+
+    At most `num_validation_clips` clips are read, from the first episodes.
 
     Args:
         arguments: Arguments of the run.
@@ -264,5 +270,7 @@ def validation_clips(arguments: RunArguments, config: Any) -> tuple[np.ndarray, 
         if len(frames) == arguments.num_validation_clips:
             break
     if not frames:
-        raise ValueError(f"no episode of {arguments.validation_dataset!r} has {wanted} frames, the length of a clip.")
+        raise ValueError(
+            f"no episode of {arguments.validation_dataset!r} is readable and has at least {wanted} frames, the length of a clip."
+        )
     return np.stack(frames), np.stack(actions)

@@ -142,7 +142,8 @@ def check_output_dir(output: Path) -> None:
     """Check that an output folder is not a dataset, and that no file in it blocks the checkpoints.
 
     Raises:
-        ValueError: If it contains a dataset, or a file with the name of a checkpoint or of a subfolder of the pipeline.
+        ValueError: If it contains a dataset, or a file or symbolic link in the place of a checkpoint, a temporary folder or a
+            subfolder of the pipeline.
     """
     for name in ("meta/info.json", "annotation", "dataset_info.json", "dataset_dict.json"):
         if (output / name).exists():
@@ -150,7 +151,9 @@ def check_output_dir(output: Path) -> None:
     places = [*output.glob("checkpoint-*"), *output.glob("partial-*"), *(output / name for name in (FINISHED, *PARTS))]
     for path in places:
         if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise ValueError(f"{str(path)!r} must be a folder: remove it, or choose another `output_dir`.")
+            raise ValueError(
+                f"{str(path)!r} must be a folder and not a link: remove it, or choose another `output_dir`."
+            )
 
 
 def prepare_output(accelerator: Accelerator, output: Path, hub_model_id: str | None = None) -> None:
@@ -163,6 +166,7 @@ def prepare_output(accelerator: Accelerator, output: Path, hub_model_id: str | N
 
     Raises:
         ValueError: If the folder cannot be created, or if `lock_output` fails.
+        HfHubHTTPError: If the repository cannot be created.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)

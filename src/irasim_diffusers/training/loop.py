@@ -70,6 +70,10 @@ class TrainingRun:
     Attributes:
         step: Number of completed steps.
         seconds: Training time, including earlier parts of a resumed run.
+
+    Raises:
+        ValueError: If the clips do not fill one batch per process, the optimizer does not support the model, or the checkpoints
+            are damaged or belong to another run.
     """
 
     def __init__(
@@ -183,8 +187,8 @@ class TrainingRun:
             raise  # the checkpoint is intact
         except UNREADABLE as error:
             raise ValueError(
-                f"{str(newest)!r} cannot be loaded: {type(error).__name__}: {error} If it is not a checkpoint of this run, delete "
-                "it to resume from an earlier one."
+                f"{str(newest)!r} cannot be loaded: {type(error).__name__}: {str(error).strip().rstrip('.')}. If it is not a "
+                "checkpoint of this run, delete it to resume from an earlier one."
             ) from error
         logger.info(f"resumed from {newest}")
 
@@ -279,7 +283,7 @@ class TrainingRun:
 
 
 def frozen_weights(transformer: torch.nn.Module) -> dict[str, str]:
-    """Return the hash of the frozen weights to which adapters belong; empty if all weights are trained."""
+    """Return the hash of the frozen weights as a setting; an empty dictionary if all weights are trained."""
     frozen = {name: each for name, each in transformer.named_parameters() if not each.requires_grad}
     if not frozen:
         return {}

@@ -14,7 +14,7 @@ from .objective import NoiseProcess, diffusion_loss
 from .rollouts import crop, predict_chunk
 
 FULL_HISTORY = 0.7
-"""Fraction of the steps that use all history frames; the other steps draw their number uniformly."""
+"""Probability that a step uses all history frames; otherwise, their number is drawn uniformly."""
 TRUE_HISTORY = 0.3
 """Fraction of clips that keep the true history in a rollout step."""
 

@@ -10,7 +10,7 @@ import torch
 from ..devices import fast_dtype
 
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic polynomial."""
+"""Coefficients of the quintic polynomial in `orthogonalize`."""
 
 
 class Muon(torch.optim.Optimizer):

@@ -137,6 +137,9 @@ def diffusion_loss(
 
     Returns:
         The loss, a float32 scalar.
+
+    Raises:
+        ValueError: If `snr_gamma` is given for a flow, or the prediction type is unknown.
     """
     num_history_frames = latents.shape[2] - actions.shape[1]
     history, future = latents[:, :, :num_history_frames], latents[:, :, num_history_frames:]

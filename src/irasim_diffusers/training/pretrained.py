@@ -24,7 +24,7 @@ def is_pipeline(name: str, revision: str | None = None) -> bool:
     """Return whether a pretrained model, a folder or Hub repository, is a pipeline.
 
     Raises:
-        ValueError: If the folder or repository does not exist.
+        ValueError: If `name` is neither a folder nor a repository that can be accessed.
     """
     if Path(name).is_dir():
         return (Path(name) / "model_index.json").is_file()
@@ -45,10 +45,11 @@ def is_pipeline(name: str, revision: str | None = None) -> bool:
 
 
 def load_vae(arguments: RunArguments) -> AutoencoderKL | None:
-    """Load the frozen autoencoder of a run; None for a pretrained pixel-space pipeline.
+    """Load the frozen autoencoder: `vae`, or that of the pretrained pipeline; None for pixel space.
 
     Raises:
-        ValueError: If `vae` is given and has other latents than the autoencoder of the pretrained pipeline.
+        ValueError: If `vae` cannot be loaded, has other latents than the autoencoder of the pretrained pipeline, or is given for a
+            pixel-space pipeline.
     """
     name, revision = arguments.pretrained_model_name_or_path, arguments.revision
     own = _pretrained_vae(name, revision) if name is not None and is_pipeline(name, revision) else None
@@ -90,7 +91,7 @@ def split_subfolder(name: str, argument: str) -> tuple[str, str | None]:
     """Split `<folder or Hub id>:<subfolder>`; the subfolder is None if `name` has none.
 
     Raises:
-        ValueError: If the folder is empty, or does not contain the subfolder.
+        ValueError: If the name before the colon is empty, or is a local folder without this subfolder.
     """
     if ":" not in name or Path(name).is_dir():
         return name, None

@@ -49,7 +49,7 @@ def encode_data(
         accelerator: Accelerator of the run. Every process must call this function.
 
     Raises:
-        ValueError: If the data or `crop_size` do not match the model.
+        ValueError: If the data or `crop_size` do not match the model, the data cannot be read, or `prepare_output` fails.
     """
     check_crop(arguments.crop_size, config)
     if not arguments.recorded_latents:
@@ -84,7 +84,9 @@ def train(
         The finished run.
 
     Raises:
-        ValueError: If the validation data do not match the model, or a checkpoint belongs to a run with other settings.
+        ValueError: If a validation episode cannot be read or is too short, or `TrainingRun` cannot be created.
+        FloatingPointError: If the loss or the gradient is not finite.
+        SystemExit: After Ctrl-C or SIGTERM, when the checkpoint has been written.
     """
     clips = MixedClips(data.parts, arguments.dataset_weights or None, arguments.seed, arguments.change_share)
     held_out = validation_clips(arguments, transformer.config) if accelerator.is_main_process else None

@@ -54,7 +54,7 @@ def load_sampler(pretrained: str | None, revision: str | None = None) -> Sampler
         revision: Revision of the pretrained pipeline.
 
     Raises:
-        ValueError: If the scheduler is not a class of diffusers.
+        ValueError: If `pretrained` cannot be accessed, or its scheduler is not a class of diffusers.
     """
     if pretrained is None or not is_pipeline(pretrained, revision):
         return None

@@ -73,7 +73,7 @@ def validate(
 
 
 def log_video(accelerator: Accelerator, video: np.ndarray, path: Path, fps: float, step: int) -> None:
-    """Write the validation video, and log it to the trackers; TensorBoard receives the last frame."""
+    """Write the validation video, and log it to wandb or Trackio; TensorBoard receives the last frame."""
     write_video(path, video, fps)
     for tracker in accelerator.trackers:
         if tracker.name in ("wandb", "trackio"):
