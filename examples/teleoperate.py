@@ -284,6 +284,9 @@ def teleoperate(arguments: TeleoperateArguments) -> tuple[Path, Path] | None:
     """Drive until the input ends or Ctrl-C is pressed; return the paths of the video and its actions.
 
     The result is None if no frame was predicted.
+
+    Raises:
+        ValueError: If the Space is not running, or the input of the device is invalid.
     """
     try:
         client = Client(arguments.space, verbose=False)

@@ -254,7 +254,12 @@ def open_data(arguments: VAEArguments) -> tuple[PreparedEpisodes, PreparedEpisod
 def train(
     accelerator: Accelerator, arguments: VAEArguments, vae: AutoencoderKL, frames: Frames, newest: Path | None
 ) -> None:
-    """Train the autoencoder, starting from the newest checkpoint if one exists."""
+    """Train the autoencoder, starting from the newest checkpoint if one exists.
+
+    Raises:
+        FloatingPointError: If the loss is not finite.
+        SystemExit: After Ctrl-C or SIGTERM, when the checkpoint has been written.
+    """
     output, settings = Path(arguments.output_dir), run_settings(arguments, accelerator.num_processes)
     trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=arguments.learning_rate, weight_decay=0.0)

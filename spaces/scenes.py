@@ -23,7 +23,10 @@ class Scene:
 
 
 def examples(world: World) -> list[Scene]:
-    """Select evenly spaced scenes of a model's example clip, each followed by recorded actions."""
+    """Select evenly spaced scenes of a model's example clip, each followed by recorded actions.
+
+    The list is empty if the model has no example clip with actions.
+    """
     if world.clip is None or world.clip_actions is None:
         return []
     length = world.pipeline.transformer.config.num_history_frames

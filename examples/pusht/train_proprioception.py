@@ -191,7 +191,7 @@ def check_arguments(arguments: ProprioceptionArguments) -> None:
         )
     if arguments.model is None and arguments.output_dir is None:
         raise ValueError(
-            "`output_dir` or `model` is required: pass --output_dir to keep the proprioception of the embedded model."
+            "`output_dir` or `model` is required: pass --output_dir to keep the proprioception model of the embedded pipeline."
         )
 
 

@@ -401,7 +401,7 @@ def save_prediction(folder: Path, clip: Clip, prediction: Prediction) -> None:
 
 
 def _npz_header(path: Path, data: ClipData) -> tuple[tuple[int, ...], np.dtype]:
-    """Return the shape and type of `frames`, and check the other arrays, before anything is decompressed."""
+    """Return the shape and type of `frames`, and check the other arrays, before the values are read."""
     try:
         with zipfile.ZipFile(path) as file:
             found = {name: _array_header(file, name) for name in file.namelist()}

@@ -294,7 +294,7 @@ def _check_batch_size(arguments: RunArguments, clips: MixedClips, accelerator: A
     if len(clips) < arguments.train_batch_size * accelerator.num_processes:
         raise ValueError(
             f"`train_batch_size` times the number of processes must be at most the number of windows, {len(clips)}, got "
-            f"{arguments.train_batch_size} times {accelerator.num_processes}: use a smaller batch."
+            f"{arguments.train_batch_size} times {accelerator.num_processes}: use a smaller batch or fewer processes."
         )
 
 

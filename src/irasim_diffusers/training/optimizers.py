@@ -16,6 +16,8 @@ from .muon import Muon
 def build_optimizers(model: nn.Module, arguments: RunArguments) -> list[torch.optim.Optimizer]:
     """Build AdamW for all trained parameters, or Muon for the blocks' matrices and AdamW for the rest.
 
+    The optimizer `adamw8bit` is AdamW with 8-bit moments.
+
     Raises:
         ValueError: If the optimizer is Muon and the model has no transformer blocks.
     """
