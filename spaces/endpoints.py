@@ -181,7 +181,8 @@ def _check_lengths(actions: Any, most: int) -> None:
 def _new_session(world: World, frames: Any, start: Any, seed: int, max_frames: int) -> DrivingSession:
     if isinstance(frames, str):
         if frames not in world.starts:
-            raise ValueError(f"`frames` must be an upload or one of {', '.join(world.starts)}, got {frames!r}.")
+            wanted = f"an upload or one of {', '.join(world.starts)}" if world.starts else "an upload"
+            raise ValueError(f"`frames` must be {wanted}, got {frames!r}.")
         history = world.starts[frames].frames
         start = world.starts[frames].action if start is None else start
     else:
