@@ -13,11 +13,13 @@ import torch
 from conftest import tiny_vae
 from fork_server import MODULES, ForkServer
 from hub_server import HubServer
+from huggingface_hub.errors import LocalEntryNotFoundError
 from test_lerobot import CAMERA, NAMES, TASKS, make_episode, write_folder
 from test_release import write_release
 from test_sources import write_v21
 
 from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents, write_file, write_metadata, write_video
+from irasim_diffusers.hub import missing_reason
 
 START = """
 import sys
@@ -39,6 +41,14 @@ def hub():
     server = HubServer()
     yield server
     server.close()
+
+
+def test_unreachable_hub_is_not_a_missing_model():
+    error = LocalEntryNotFoundError("not in the cache")
+    error.__cause__ = ConnectionRefusedError()
+    assert "in the local cache (the Hub cannot be reached)" in missing_reason("lab/robot", error)
+    assert "on the Hub or in the local cache" in missing_reason("lab/robot", LocalEntryNotFoundError("not found"))
+    assert missing_reason("lab/robot", ValueError("damaged")) is None
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,12 @@ def missing_reason(name: str, error: BaseException | None) -> str | None:
         return None
     missing = (errors.HFValidationError, errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError)
     unreachable = (errors.OfflineModeIsEnabled, socket.gaierror, ConnectionError, TimeoutError)
+    causes = []
     while error is not None:
-        if isinstance(error, (*missing, *unreachable)):
-            offline = constants.HF_HUB_OFFLINE or isinstance(error, unreachable)
-            place = "in the local cache (the Hub cannot be reached)" if offline else "on the Hub or in the local cache"
-            return f"the folder does not exist, and the model is not {place}."
+        causes.append(error)
         error = error.__cause__ or error.__context__
-    return None
+    if not any(isinstance(cause, (*missing, *unreachable)) for cause in causes):
+        return None
+    offline = constants.HF_HUB_OFFLINE or any(isinstance(cause, unreachable) for cause in causes)
+    place = "in the local cache (the Hub cannot be reached)" if offline else "on the Hub or in the local cache"
+    return f"the folder does not exist, and the model is not {place}."

@@ -85,7 +85,7 @@ def write_model_card(pipeline: Any, repo_id: str) -> ModelCard:
         action=[round(float(offset), 3) for offset in space.offset],
         num_actions=config.sample_frames - config.num_history_frames,
         space="Absolute: an action is a target position."
-        if space.kind == "absolute"
+        if space.has_targets
         else f"Relative: {HOLD.get(space.derivation, 'zero')} means no motion.",
         components="\n".join(f"| {name} | {unit} | {offset:g} | {scale:g} |" for name, unit, offset, scale in rows),
         network=describe_network(config),
