@@ -138,6 +138,12 @@ def fork_server() -> ForkServer:
     return ForkServer()
 
 
+def run_forked(command: list[str], check: bool) -> None:
+    """Run a command of the Python interpreter in a forked process, as `subprocess.run` would in a new one."""
+    process = fork_server().run(*command[1:])
+    assert process.returncode == 0 or not check, process.stderr
+
+
 def kill_group(pid: int) -> None:
     """Kill a forked process and its children."""
     for kill in (os.kill, os.killpg):  # a process that has just been forked has no group yet

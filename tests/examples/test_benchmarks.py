@@ -1,12 +1,14 @@
 """Tests of the benchmark scripts that train and compare several models."""
 
 import json
+from types import SimpleNamespace
 
 import conditioning
 import numpy as np
 import PIL.Image
 import pytest
 import scaling
+from fork_server import run_forked
 from scipy import stats
 from test_train import write_robot
 
@@ -21,6 +23,7 @@ def test_scaling_trains_once_and_plots(tmp_path, monkeypatch, capsys):
         *("--sample_frames", 4, "--train_batch_size", 2, "--max_train_steps", 3, "--mixed_precision", "no"),
     ]
     monkeypatch.setattr("sys.argv", [*map(str, arguments)])
+    monkeypatch.setattr("example_runs.subprocess", SimpleNamespace(run=run_forked))
     scaling.main()
     assert "| 1x2x12 | " in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "runs" / "scaling.json").read_text())["rows"]

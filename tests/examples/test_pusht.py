@@ -10,6 +10,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import collect
 import conditioning
@@ -22,7 +23,7 @@ import torch
 import train_vae as train_vae_script
 from accelerate.state import AcceleratorState, GradientState
 from collect import TASKS
-from fork_server import fork_server
+from fork_server import fork_server, run_forked
 from huggingface_hub import DatasetCard
 from poses import pose_errors, read_poses, true_poses
 from simulator import Simulator
@@ -468,6 +469,7 @@ def test_unet_is_trained_for_given_time_and_evaluated(workspace, monkeypatch, ca
         *("--train_batch_size", 2, "--mixed_precision", "no"),
     ]
     monkeypatch.setattr("sys.argv", [*map(str, arguments)])
+    monkeypatch.setattr("example_runs.subprocess", SimpleNamespace(run=run_forked))
     conditioning.main()
     report = json.loads((workspace / "conditioning" / "conditioning.json").read_text())
     assert report["flags"]["LVDM"][-2:] == ["8", "16"]
