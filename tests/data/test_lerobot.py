@@ -181,11 +181,11 @@ def edit_vectors(key, value):
         (edit_episode("length", None), r"episode 1 of .*'length' is missing"),
         (
             edit_vectors("action", [1.0]),
-            r"episode 1 of .*file-000\.parquet': 'action' must be 3 numbers .* got \[3, 1\]",
+            r"episode 1 of .*file-000\.parquet': 'action' must be 3 numbers .* got lengths \[3, 1\]",
         ),
         (
             edit_vectors("observation.state", None),
-            r"episode 1 of .*'observation.state' must be 2 numbers .* got \[2, None\]",
+            r"episode 1 of .*'observation.state' must be 2 numbers .* got lengths \[2, None\]",
         ),
         (
             lambda root: (root / "data/chunk-000/file-000.parquet").write_bytes(b"PAR1"),

@@ -156,14 +156,6 @@ def test_videos_of_another_model_are_scored(workspace, evaluated, capsys):
     assert len(json.loads((workspace / "lacking" / "clips.json").read_text(encoding="utf-8"))) == 3
 
 
-def test_empty_folder_of_predictions_lists_the_clips(workspace, evaluated, tmp_path, capsys):
-    (tmp_path / "predictions").mkdir()
-    assert run(workspace, tmp_path / "report", "--predictions", tmp_path / "predictions") == 2
-    assert "must contain 000000-000000.npz or 000000-000000.mp4" in capsys.readouterr().err
-    listed = json.loads((tmp_path / "report" / "clips.json").read_text(encoding="utf-8"))
-    assert [(clip["episode"], clip["start"]) for clip in listed] == [(0, 0), (0, 16), (1, 0)]
-
-
 def test_whole_episodes_are_rolled_out(workspace, evaluated, capsys):
     arguments = ["--model", workspace / "model", "--protocol", "irasim-long", "--num-clips", 2]
     assert run(workspace, workspace / "long", *arguments) == 0

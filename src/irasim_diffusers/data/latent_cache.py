@@ -55,8 +55,7 @@ def cache_latents(
     Args:
         dataset: The dataset.
         vae: The frozen autoencoder, on the device that encodes. None caches the frames as uint8, for pixel-space models.
-        cache_dir: Parent folder of the cache. The name of the cache depends on the dataset, the autoencoder, `mixed_precision`,
-            `recorded` and `episodes_per_file`.
+        cache_dir: Parent folder of the cache, whose name depends on the dataset, the autoencoder and the options of its content.
         batch_size: Number of frames per call of the autoencoder.
         mixed_precision: Encode under bfloat16 autocast.
         skip_broken: Skip episodes that cannot be read and list them in the manifest, instead of raising an error.
@@ -68,14 +67,12 @@ def cache_latents(
 
     Returns:
         The folder of the cache. Its safetensors files contain `latents.<episode>` (T, C, h, w), float16 and unscaled (uint8
-        without an autoencoder), and `actions.<episode>` (T, A), float32. `manifest.json` marks the cache as complete. The
-        manifest holds the number of `episodes`, the errors of `broken` ones, the `autoencoder`, the latents' `dtype` and
-        the `files`.
+        without an autoencoder), and `actions.<episode>` (T, A), float32. `manifest.json` marks the cache as complete and
+        lists the files and the errors of broken episodes.
 
     Raises:
-        ValueError: If an argument is out of range, an episode is broken and `skip_broken` is False (also if an earlier run
-            skipped it), no episode can be read, the scaling of the autoencoder is invalid, or `recorded` is set without an
-            autoencoder.
+        ValueError: If an argument is invalid, an episode is broken and `skip_broken` is False (also if an earlier run skipped
+            it), or no episode can be read.
     """
     _check_arguments(vae, recorded, batch_size, episodes_per_file, process_index, num_processes)
     identity = _identity(dataset, vae, recorded, mixed_precision, episodes_per_file)

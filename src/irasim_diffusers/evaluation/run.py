@@ -157,13 +157,12 @@ def _check(evaluation: Evaluation) -> None:
 
 
 def _check_clip(evaluation: Evaluation, data: ClipData) -> None:
-    """Check the first clip before anything is written or a progress bar appears.
-
-    Missing predictions are reported later, because clips.json tells which ones are required.
-    """
+    """Check the first clip before anything is written or a progress bar appears."""
     _check_size(evaluation.protocol, data.frames)
     if isinstance(evaluation.predictor, WorldModelPredictor):
         evaluation.predictor.check_clip(data)
+    else:
+        evaluation.predictor.path(data.clip)
 
 
 def _setting(evaluation: Evaluation, num_clips: int) -> dict[str, Any]:
