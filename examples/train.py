@@ -213,8 +213,8 @@ INAPPLICABLE = {
     ),
 }
 """Options that do not apply, by `model`."""
-ADAPTABLE = ("patch_size", "action_frequencies", "prediction_type")
-"""Config entries of a pretrained model that `irasim adapt` can change; `prediction_type` only from velocities to samples."""
+ADAPTABLE = ("patch_size", "action_frequencies")
+"""Config entries of a pretrained model that `irasim adapt` can change."""
 
 
 def check_arguments(arguments: TrainingArguments) -> None:
@@ -322,10 +322,7 @@ def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel:
         value, stored = getattr(arguments, flag), model.config[flag]
         omitted = value is None or value is False or value == []
         if not omitted and value != stored:
-            adaptable = flag in ADAPTABLE and (
-                flag != "prediction_type" or (stored, value) == ("v_prediction", "sample")
-            )
-            remedy = ", or change it with `irasim adapt`" if adaptable else ""
+            remedy = ", or change it with `irasim adapt`" if flag in ADAPTABLE else ""
             raise ValueError(
                 f"`{flag}` is {stored!r} in {name!r} and cannot be changed to {value!r}: omit it{remedy}."
             )

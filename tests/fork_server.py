@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class ForkedProcess:
         self._wait_until(lambda: text in self.stderr, timeout)
         assert text in self.stderr, self.stderr
 
-    def _wait_until(self, reached: Any, timeout: float) -> None:
+    def _wait_until(self, reached: Callable[[], bool], timeout: float) -> None:
         """Wait until a condition is true or the process has ended."""
         end = time.monotonic() + timeout
         while self.poll() is None and not reached():

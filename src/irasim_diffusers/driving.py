@@ -295,12 +295,11 @@ class DrivingSession:
 def _finite_vector(name: str, value: Any, size: int) -> np.ndarray:
     """Convert an action or a command to an array (A,), float64; errors name the argument."""
     try:
-        actions = prepare_actions([value], size)
-    except ValueError:
-        actions = torch.empty(0, 0, 0)
-    if actions.shape[:2] != (1, 1):
-        raise ValueError(f"`{name}` must be {size} finite numbers, one per action component, got {value!r:.80}.")
-    return actions[0, 0].double().numpy()
+        return prepare_actions([value], size).reshape(size).double().numpy()
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"`{name}` must be {size} finite numbers, one per action component, got {value!r:.80}."
+        ) from error
 
 
 def _images(frames: torch.Tensor) -> list[PIL.Image.Image]:

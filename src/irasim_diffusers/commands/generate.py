@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     prediction, figures = _predict(arguments, pipeline, video[:history], actions)
     seen = video[:history]
     if seen.shape[1:] != prediction.shape[1:]:
-        seen, truth = prediction[:0], truth[:0]  # with --resize the truth has another size
+        seen, truth = prediction[:0], truth[:0]  # with --resize, the true frames have a different size
     fps = (frame_rate(rows[0][0]) if rows else None) or pipeline.transformer.config.fps or 10.0
     _write_outputs(arguments.output, strip_path, seen, prediction, truth, fps)
     if len(truth):

@@ -88,8 +88,7 @@ def check_config(config: dict[str, Any]) -> None:
         kind = parameters[name].annotation
         if name not in LIMITS and not _matches(value, kind):
             wanted = kind.__name__ if isinstance(kind, type) else kind
-            finite = " with numbers that are finite in float32" if "float" in str(wanted) else ""
-            raise ValueError(f"`{name}` must be {wanted}{finite}, got {value!r}.")
+            raise ValueError(f"`{name}` must be {wanted}, and numbers must be finite in float32, got {value!r}.")
 
 
 def _matches(value: Any, kind: Any) -> bool:

@@ -178,7 +178,7 @@ class WorldModelPredictor:
         """Check that the model can predict a clip.
 
         Raises:
-            ValueError: If frames have another size than the model's and `resize` is False, or actions are invalid.
+            ValueError: If frames do not have the model's size and `resize` is False, or actions are invalid.
         """
         size, found = tuple(self.model.frame_size), clip.frames.shape[1:3]
         if found != size and not self.resize:
@@ -325,7 +325,7 @@ class FolderPredictor:
         """Return the file of a clip.
 
         Raises:
-            ValueError: If there is no such file.
+            ValueError: If the file is missing.
         """
         for suffix in (".npz", ".mp4"):
             path = self.folder / (clip.name + suffix)

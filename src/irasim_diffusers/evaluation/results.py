@@ -34,7 +34,7 @@ def check_new_folder(folder: str | os.PathLike, own: Collection[str]) -> None:
 def check_result_folder(
     folder: str | os.PathLike, setting: dict[str, Any], results: str, own: Collection[str] = (), write: bool = False
 ) -> None:
-    """Check that an output folder is new or contains results of the same settings, and store the settings.
+    """Check that an output folder is new or contains results of the same settings.
 
     Args:
         folder: The folder; it need not exist.

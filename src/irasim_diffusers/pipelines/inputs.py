@@ -45,7 +45,7 @@ def stack_frames(frames: Any) -> torch.Tensor:
         Histories (B, h, 3, H, W), float32 in [0, 1].
 
     Raises:
-        ValueError: If there is no frame, or frames have another type, are not RGB, differ in size, or are out of range.
+        ValueError: If there are no frames, or frames have an unsupported type, are not RGB, differ in size, or are out of range.
     """
     pixels = _to_tensor(frames)
     if pixels.ndim not in (3, 4, 5) or pixels.shape[-3] != 3 or 0 in pixels.shape:

@@ -305,7 +305,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
         Args:
             frames: See `__call__`.
-            resize: Resize frames of another size than the checkpoint's instead of raising an error.
+            resize: Resize frames that do not have the checkpoint's size, instead of raising an error.
 
         Returns:
             Histories (B, h, 3, H, W), float32 in [-1, 1].
@@ -512,7 +512,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             latents: Initial noise (B, C, n, h, w) of unit variance.
             output_type: `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict: Return an `IRASimPipelineOutput` instead of a tuple.
-            resize: Resize frames of another size instead of raising an error.
+            resize: Resize frames of the wrong size instead of raising an error.
             timesteps: Custom timesteps, for schedulers that accept them.
             sigmas: Custom sigmas, for schedulers that accept them.
             eta: Eta of DDIM, in [0, 1].
@@ -621,7 +621,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         Args:
             frames: One history, or one per seed; see `__call__`. One history is encoded once for all seeds.
             seeds: Non-negative seeds, one per row of the state.
-            resize: Resize frames of another size instead of raising an error.
+            resize: Resize frames of the wrong size instead of raising an error.
 
         Returns:
             The state of `len(seeds)` rollouts.
@@ -752,7 +752,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             guidance_scale: See `__call__`.
             generator: Seeded generator.
             output_type: `"pil"` for images, `"np"` (H, W, 3) or `"pt"` (3, H, W) in [0, 1], `"latent"` (C, h, w).
-            resize: Resize frames of another size instead of raising an error.
+            resize: Resize frames of the wrong size instead of raising an error.
             fps: See `__call__`.
             attention_kwargs: See `__call__`.
 

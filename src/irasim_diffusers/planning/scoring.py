@@ -194,7 +194,7 @@ def check_objective(model: WorldModel, state: RolloutState, objective: Objective
     """Check the state, and the objective on the last history frame, before anything is predicted.
 
     Raises:
-        ValueError: If the state does not have one row, the objective is for frames of another size, or its score has the
+        ValueError: If the state does not have one row, the objective is for frames of a different size, or its score has the
             wrong shape or is not finite.
     """
     if len(state) != 1:
