@@ -114,7 +114,7 @@ def add_lora(transformer: IRASimTransformer3DModel, arguments: LoraArguments) ->
 
 
 def save_lora(transformer: IRASimTransformer3DModel, output: Path) -> None:
-    """Save the adapters and the action encoder in the format of `IRASimPipeline.load_lora_weights`."""
+    """Save the adapters, the action encoder and the null action for `IRASimPipeline.load_lora_weights`."""
     encoder = {name: value for name, value in transformer.state_dict().items() if name.startswith(ACTION_ENCODER)}
     IRASimPipeline.save_lora_weights(
         output,

@@ -173,13 +173,13 @@ def errors(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def error_table(errors: dict[str, np.ndarray]) -> pd.DataFrame:
-    """Convert the PSNR of each frame of each video to a table in the long format of a plot."""
+    """Convert the PSNR of each frame of each video to a table with one row per frame and video, for a line plot."""
     rows = [(number + 1, value, name) for name, values in errors.items() for number, value in enumerate(values)]
     return pd.DataFrame(rows, columns=["frame", "PSNR (dB)", "video"]).astype({"PSNR (dB)": float, "frame": int})
 
 
 def action_table(actions: np.ndarray, names: list[str] | None) -> pd.DataFrame:
-    """Convert actions (n, A) to a table in the long format of a plot."""
+    """Convert actions (n, A) to a table with one row per action and component, for a line plot."""
     names = names or [f"action {index}" for index in range(actions.shape[1])]
     columns = zip(names, actions.T, strict=True)
     rows = [(row + 1, float(value), name) for name, column in columns for row, value in enumerate(column)]

@@ -21,7 +21,7 @@ OUTCOMES = ("win", "tie", "loss")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two predictions of one clip, shown next to the ground truth; model names are hidden."""
+    """Two predictions of one clip, shown with the ground truth; raters do not see the model names."""
 
     clip: str
     left: str  # name of a model

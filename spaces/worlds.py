@@ -110,7 +110,7 @@ class World:
             return
         try:
             future.set_result(work())
-        except BaseException as error:  # raised in the caller, as by an executor
+        except BaseException as error:  # raised in the caller, as an executor does
             future.set_exception(error)
         self._trim_memory()
 

@@ -34,7 +34,7 @@ def test_from_absolute_to_relative_and_back(derivation):
 
 
 def test_relative_euler_is_the_papers_formula():
-    def matrix(angles):  # written out: rotations about the fixed x, then y, then z
+    def matrix(angles):  # written out: rotations about the fixed x, y and z axes, in this order
         (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
         about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
         about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])

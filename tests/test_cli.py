@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import signal
+from argparse import Namespace
 
 import av
 import numpy as np
@@ -18,6 +19,7 @@ from test_latte import latte_model
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, embedded_checkpoint
 from irasim_diffusers.cli import main
 from irasim_diffusers.commands.files import read_actions, read_media
+from irasim_diffusers.commands.history import history_length
 from irasim_diffusers.commands.loading import check_weights
 from irasim_diffusers.commands.sampling import DTYPE_REMEDY
 from irasim_diffusers.data import read_video, write_video
@@ -68,8 +70,25 @@ def test_generate_from_video_and_actions(workspace, capsys):
     frames = read_video("irasim.mp4")
     assert len(frames) == 6  # history of two, four predicted
     assert PIL.Image.open("irasim.png").size[0] == 12 * 5
-    assert re.search(r"PSNR \d+\.\d\d dB over 4 frames", out)
-    assert re.search(r"4 frames in .* s, .* frames/s, 6 network evaluations with PNDMScheduler", out)
+    assert re.search(r"PSNR \d+\.\d\d dB against the true frames \(frames compared: 4; ", out)
+    assert re.search(r"predicted: 4 in .* s, .* frames/s; network evaluations: 6 with PNDMScheduler", out)
+
+
+@pytest.mark.parametrize(
+    ("history", "num_frames", "message"),
+    [
+        (0, 5, "--history must be 2 for this model, got 0"),
+        (1, 5, "--history must be 2 for this model, got 1"),
+        (3, 5, "--history must be 2 for this model, got 3"),
+        (None, 1, r"got 1: use a longer video\.$"),
+    ],
+)
+def test_length_of_a_history_of_video_ada(history, num_frames, message):
+    pipeline = tiny_pipeline(conditioning="video")
+    arguments = Namespace(history=history, frames=["clip.mp4"])
+    with pytest.raises(ValueError, match=message):
+        history_length(arguments, pipeline, num_frames)
+    assert history_length(Namespace(history=None, frames=["clip.mp4"]), pipeline, 2) == 2
 
 
 def test_every_format_of_actions_gives_the_same_video(workspace):
@@ -395,7 +414,7 @@ def test_the_embedded_model_predicts_its_held_out_clip(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     assert generate() == 0
     out = capsys.readouterr().out
-    found = re.search(r"PSNR ([\d.]+) dB over 60 frames .*last-frame baseline: ([\d.]+) dB", out)
+    found = re.search(r"PSNR ([\d.]+) dB .*compared: 60; last-frame baseline: ([\d.]+) dB", out)
     assert float(found[1]) > float(found[2]) + 2
     frames = read_video("irasim.mp4")
     assert len(frames) >= 61

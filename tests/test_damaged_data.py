@@ -143,7 +143,7 @@ ENTRIES = [  # format, file, entry, value, message
 ]
 
 FILM = f"videos/{CAMERA}"
-COLUMNS = [  # file, column, value of all rows, message
+COLUMNS = [  # file, column, value of all rows (None drops the column), message
     (EPISODES, "episode_index", None, "'episode_index' must be a non-negative integer"),
     (
         EPISODES,
@@ -316,7 +316,7 @@ def test_broken_rows_can_be_skipped(originals, tmp_path, capfd):
     pq.write_table(pa.Table.from_pylist(rows), root / EPISODES)
     assert convert(root, "--skip-broken") == 0
     captured = capfd.readouterr()
-    assert "2 episodes written" in captured.out
+    assert ": 2; skipped: 1" in captured.out
     assert "'length' in 'meta/episodes' must be a non-negative integer below 2**53, got -5" in captured.out
 
 

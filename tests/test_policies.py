@@ -283,7 +283,9 @@ def test_bad_input(observation):
     with pytest.raises(ValueError, match="`num_executed` must be at least 1"):
         ChunkPolicy(lambda given: given, SPACE, num_executed=0)
     policy = PlannerPolicy(world, planner, GOAL)
-    with pytest.raises(ValueError, match=r"`observation` must have `pixels` \(B, H, W, 3\), got \['state'\]"):
+    with pytest.raises(
+        ValueError, match=r"`observation` must have `pixels` \(B, H, W, 3\) with B at least 1, got \['state'\]"
+    ):
         policy.select_action({"state": np.zeros((1, 2))})
     with pytest.raises(ValueError, match=r"`pixels` \(B, H, W, 3\), got \(2, 4, 3\)"):
         policy.select_action({"pixels": observation["pixels"][0]})

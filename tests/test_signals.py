@@ -118,7 +118,7 @@ def workspace(tmp_path_factory):
 
 
 def raise_at_call(monkeypatch, owner, name, number, sent):
-    """Send a signal to this process at the given call of a function; return the list of calls."""
+    """Patch a function so that its given call ends with a signal to this process; return the list of calls."""
     original, calls = getattr(owner, name), []
 
     def call(*arguments, **options):
@@ -159,7 +159,7 @@ def test_signals_leave_nothing_half_written(workspace, monkeypatch, tmp_path, ca
         if command not in RESUMED:
             assert list(tmp_path.iterdir()) == []
         if command == "play":
-            assert captured.out.startswith("2 frames; wrote ")
+            assert captured.out.startswith("frames predicted: 2; wrote ")
             assert len(read_video(tmp_path / "out.mp4")) == len(np.load(tmp_path / "out.npy")) + 1 == 3
     assert main(argv) == 0
     assert sorted(workspace.rglob("*")) == before

@@ -34,10 +34,11 @@ def moved(before: np.ndarray, after: np.ndarray) -> bool:
 
 
 def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Simulate 8 different futures of one history.
+    """Simulate 8 different futures of one history, in each of which the block moves.
 
     Returns:
-        History (h, 96, 96, 3), actions (8, n, 2) and frames (8, n, 96, 96, 3); None if 8 different futures are not found.
+        History (h, 96, 96, 3), actions (8, n, 2) and frames (8, n, 96, 96, 3), uint8; None if 60 action sequences do not
+        give 8 such futures.
 
     Raises:
         ValueError: If the simulator does not reproduce the recorded episode.
@@ -92,4 +93,5 @@ def identification_tasks(
         if starts:
             actions = vectors["action"]
             tasks.append(Task(first_seed + number, pusher_radius, actions, block, starts[0], num_actions, history))
-    return tasks[: 2 * num_histories]  # spare histories, because some have fewer than 8 different futures
+    # spare histories, because some have fewer than 8 different futures with a moving block
+    return tasks[: 2 * num_histories]

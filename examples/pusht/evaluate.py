@@ -10,9 +10,9 @@ Metrics, with bootstrap 95 % intervals over clips:
   clips in which the block moves, and the same number of clips in which it rests.
 - The same pose errors after rollouts of 60 expert actions. The baseline is a block that does not move.
 - Driving: 60 frames predicted from one frame with arrow keys that are held at random, at three speeds of the Space. Reported
-  are the fraction of frames with exactly one pusher and the pose errors.
-- Counterfactual identification: 8 action sequences that lead from one history to 8 different futures in the simulator. A
-  prediction is correct if, of the 8 futures, the simulated future of the same actions is the closest.
+  are the fraction of frames with exactly one pusher, the pose errors, and the PSNR of frames 1, 15, 30 and 60.
+- Counterfactual identification: 8 action sequences that move the block and lead from one history to 8 different futures in
+  the simulator. A prediction is correct if, of the 8 futures, the simulated future of the same actions is the closest.
 The ground truth is always the simulator's frame before any compression. History frames are not scored.
 """
 
@@ -217,9 +217,10 @@ def driving_figures(
 ) -> dict[str, Any]:
     """Compare predicted frames (N, n, H, W, 3) of driven episodes with the simulator.
 
-    Intervals are over the N episodes. A frame counts only if the pusher (or block) is found in the simulator's frame,
-    because at the edges of the arena only a part of the pusher is visible. If it is not found in the predicted frame,
-    the error is `WORST`.
+    Intervals are over the N episodes. The fraction of frames with one pusher is over the frames in which the simulator shows
+    exactly one. A pose error counts only if the pusher (or block) is found in the simulator's frame, because at the edges
+    of the arena only a part of the pusher is visible. If it is not found in the predicted frame, the error is `WORST`.
+    PSNR is averaged over all episodes.
 
     Returns:
         The metrics; empty if no frame of the simulator shows exactly one pusher.
@@ -253,7 +254,11 @@ def driving_figures(
 
 @torch.no_grad()
 def reconstruction(pipeline: IRASimPipeline, frames: np.ndarray) -> dict[str, float]:
-    """Return the PSNR of clips (N, F, H, W, 3), uint8, after encoding and decoding."""
+    """Encode and decode clips (N, F, H, W, 3), uint8.
+
+    Returns:
+        `mean`, the PSNR in dB of the squared error averaged over all frames, and `n`, the number of frames.
+    """
     pixels = torch.from_numpy(frames).permute(0, 1, 4, 2, 3).flatten(0, 1)
     latents = pipeline.encode_history(pixels[:, None].float() / 127.5 - 1)
     decoded = (pipeline.decode_latents(latents)[:, :, 0].clamp(-1, 1) + 1) / 2
@@ -428,7 +433,7 @@ class Evaluation:
     def identification(self) -> dict[str, Any]:
         """Measure how often, of 8 simulated futures, that of the same actions is closest to the prediction.
 
-        The result is empty if no history has 8 different futures, or `num_histories` is 0.
+        The result is empty if no history has 8 different futures with a moving block, or `num_histories` is 0.
         """
         arguments, history = self.arguments, self.history
         if not arguments.num_histories:
@@ -450,7 +455,10 @@ class Evaluation:
                     break
             pool.shutdown(cancel_futures=True)
         if not right:
-            print(f"identification: omitted, because no history has {WAYS} different futures", flush=True)
+            print(
+                f"identification: omitted, because no history has {WAYS} different futures in which the block moves",
+                flush=True,
+            )
             return {}
         rates = np.stack(right).mean(1)  # per history, because its 8 predictions are not independent
         figures = bootstrap(rates, self.rng)

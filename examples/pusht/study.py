@@ -186,7 +186,9 @@ class Study:
             report = read_json(root / "report.json")
             ious = {name: figures["max_iou"]["mean"] for name, figures in report.items() if name != "setting"}
             if len(ious) < 2:
-                raise ValueError("`policies` must contain at least two evaluated stages of train_policy.py.")
+                raise ValueError(
+                    f"`policies` must contain at least two evaluated stages of train_policy.py, got {len(ious)} in {str(root)!r}."
+                )
             planned = min(ious, key=lambda name: abs(ious[name] - 0.6))  # the paper's policy has an IoU of 0.637
             paths = {name: str(root / f"checkpoint-{name}") for name in ious}
             return {"paths": paths, "ious": ious, "planned": planned}

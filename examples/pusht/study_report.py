@@ -184,7 +184,7 @@ def reaching_section(result: Any, root: Path) -> tuple[str, Any]:
 
 
 def implausible_section(result: Any, root: Path) -> tuple[str, Any]:
-    """Report the rates of implausible frames in the models and in the simulator."""
+    """Report the rates of implausible frames in the predictions of the models and in the simulator."""
     rng, rows, figures = np.random.default_rng(0), [], {}
     for cell, found in result["results"].items():
         kind, model = cell.split("-", 1)

@@ -224,7 +224,7 @@ def _texts(name: str, value: Any, size: int) -> list[str | None]:
 
 
 def _floating(actions: Any) -> Any:
-    """Convert a tensor of integers to float32; arrays are converted by arithmetic."""
+    """Convert a tensor of integers to float32; integer arrays become floats in the caller's arithmetic."""
     return actions.float() if torch.is_tensor(actions) and not actions.is_floating_point() else actions
 
 

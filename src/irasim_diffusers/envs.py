@@ -116,13 +116,16 @@ class WorldModelVectorEnv(VectorEnv):
 
     @classmethod
     def from_pretrained(cls, model: Any, num_envs: int = 1, device: Any = None, **options: Any) -> Self:
-        """Load a pipeline and the models stored with it; see `load_world_model`.
+        """Create environments from a pipeline and the models stored with it; see `load_world_model`.
 
         Args:
             model: Folder or Hub id of a pipeline, or a world model.
             num_envs: Number of rows.
             device: Device of the model; None for CUDA if available, else the CPU.
             options: Arguments of the class. They take precedence over the models stored with the pipeline.
+
+        Raises:
+            ValueError: If the pipeline, a stored model or an argument is invalid.
         """
         return cls(num_envs=num_envs, **load_world_model(model, device) | options)
 
@@ -450,7 +453,10 @@ class WorldModelEnv(gymnasium.Env):
 
     @classmethod
     def from_pretrained(cls, model: Any, device: Any = None, **options: Any) -> Self:
-        """Load a pipeline and the models stored with it; see `WorldModelVectorEnv.from_pretrained`."""
+        """Create an environment from a pipeline and the models stored with it.
+
+        Arguments and errors are those of `WorldModelVectorEnv.from_pretrained`, without `num_envs` and `autoreset_mode`.
+        """
         return cls(**load_world_model(model, device) | options)
 
     def reset(

@@ -343,7 +343,7 @@ def num_rows(observation: Observation) -> int:
     pixels = observation.get("pixels")
     if pixels is None or len(pixels.shape) != 4 or pixels.shape[-1] != 3 or not len(pixels):
         found = sorted(observation) if pixels is None else tuple(pixels.shape)
-        raise ValueError(f"`observation` must have `pixels` (B, H, W, 3), got {found}.")
+        raise ValueError(f"`observation` must have `pixels` (B, H, W, 3) with B at least 1, got {found}.")
     return len(pixels)
 
 

@@ -354,7 +354,8 @@ def check_weights(state: dict[str, torch.Tensor], path: Path) -> None:
             raise ValueError(f"{str(path)!r} has a tensor with an invalid name, {str(key)[:50]!r}.")
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise ValueError(
-                f"{str(path)!r} must have floating-point weights of 16 to 64 bits, got {tensor.dtype}: {key}."
+                f"tensor {key!r} in {str(path)!r} must be dense and floating-point with 16 to 64 bits, got {tensor.dtype} "
+                f"({tensor.layout})."
             )
     if (size := sum(tensor.nbytes for tensor in state.values())) > path.stat().st_size:
         raise ValueError(

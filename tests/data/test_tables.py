@@ -1,5 +1,7 @@
 """Tables of the `datasets` library as sources of episodes."""
 
+import io
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -29,7 +31,9 @@ def make_table(folder, episodes):
 
 def test_streamed_tables_require_a_length(tmp_path):
     table = make_table(tmp_path, [make_episode(0, 5)]).to_iterable_dataset()
-    with pytest.raises(ValueError, match="`length` and `origin` are required"):
+    with pytest.raises(
+        ValueError, match="`length` and `origin` are required for an `IterableDataset`, got None and None"
+    ):
         TableEpisodes(table)
     with pytest.raises(ValueError, match="the dataset has only 1 rows"):
         list(TableEpisodes(table, length=2, origin="here"))
@@ -54,6 +58,34 @@ def test_tables_with_videos_and_with_pictures(tmp_path):
     for number in range(2):
         with pytest.raises(ValueError, match=rf"episode {number} of "):
             TableEpisodes(ragged).vectors(number)
+
+
+def test_unreadable_content_of_a_table_is_named():
+    datasets = pytest.importorskip("datasets")
+    numbers = datasets.List(datasets.List(datasets.Value("float32")))
+    picture = io.BytesIO()
+    PIL.Image.new("RGB", (12, 8)).save(picture, "PNG")
+    bad = b"nothing" * 100
+    for path, name in ((None, "column 'video'"), ("a.mp4", "'a.mp4'")):
+        features = datasets.Features(
+            video=datasets.Video(decode=False), pictures=datasets.List(datasets.Image(decode=False)), actions=numbers
+        )
+        row = {
+            "video": {"bytes": bad, "path": path},
+            "pictures": [{"bytes": content, "path": path} for content in (picture.getvalue(), bad, bad)],
+            "actions": [[0.0, 1.0]] * 2,
+        }
+        table = datasets.Dataset.from_list([row], features=features)
+        source = TableEpisodes(table)
+        for read in (source.__getitem__, source.vectors, lambda number, source=source: source.window(number, 0, 2)):
+            with pytest.raises(ValueError, match=rf"episode 0 of .*: cannot read {name} as a video: Invalid data"):
+                read(0)
+        source = TableEpisodes(table, "pictures")
+        for read, frame in ((source.__getitem__, 1), (lambda number, source=source: source.window(number, 2, 1), 2)):
+            with pytest.raises(
+                ValueError, match=rf"cannot read image 'pictures' at frame {frame}: its format is unknown"
+            ):
+                read(0)
 
 
 def test_saved_table_is_read_from_its_folder(tmp_path):

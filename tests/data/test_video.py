@@ -1,3 +1,4 @@
+import functools
 import os
 import struct
 from pathlib import Path
@@ -271,6 +272,10 @@ def test_unreadable_video_names_the_file(tmp_path):
         read_video(broken)
     with pytest.raises(ValueError, match=r"missing\.mp4"):
         list(iterate_video(tmp_path / "missing.mp4"))
+    for name, message in ((None, "the video"), ("camera 1", "camera 1")):
+        for read in (read_video, count_frames, functools.partial(read_frames, start=0, count=1)):
+            with broken.open("rb") as file, pytest.raises(ValueError, match=f"cannot read {message} as a video"):
+                read(file, name=name)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA is not a folder of robot clips")

@@ -1,4 +1,4 @@
-"""End-to-end tests of the Push-T example: real simulator, `accelerate launch`, tiny networks."""
+"""End-to-end tests of the Push-T example: real simulator, tiny networks, partly with `accelerate launch`."""
 
 import contextlib
 import importlib

@@ -45,7 +45,10 @@ def test_metrics_without_data_are_omitted(capsys):
     still = Recording([])
     evaluation = evaluate.Evaluation(arguments, still, None, None, 1, np.random.default_rng(0))
     assert evaluation.identification() == {}
-    assert "identification: omitted, because no history has 8 different futures" in capsys.readouterr().out
+    assert (
+        "identification: omitted, because no history has 8 different futures in which the block moves"
+        in capsys.readouterr().out
+    )
 
 
 def test_last_frames():

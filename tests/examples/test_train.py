@@ -1,4 +1,4 @@
-"""Training on robot clips with `accelerate launch`."""
+"""Training on robot clips, in this process and with `accelerate launch`."""
 
 import contextlib
 import functools

@@ -1,3 +1,5 @@
+import re
+
 import diffusers
 import numpy as np
 import pytest
@@ -57,6 +59,22 @@ def test_every_scheduler_accepts_predicted_samples(name, frames, actions):
     video = run(pipeline, frames, actions[:3], num_inference_steps=40, generator=seeded(0), output_type="latent")
     tolerance = 0.05 if name == "PNDMScheduler" else 2e-3  # PNDM extrapolates velocities
     torch.testing.assert_close(video, sample[:, :, 2:], atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", *WITHOUT_SAMPLE])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"prediction_type": "sample"}, {"prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}],
+)
+def test_remedy_of_a_wrong_scheduler_works(name, wrong, frames, actions):
+    pipeline = tiny_pipeline(prediction_type="sample")
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **{"beta_end": 0.5} | wrong)
+    with pytest.raises(ValueError, match="`scheduler` must") as caught:
+        run(pipeline, frames, actions[:1])
+    assert "noise process (prediction_type" not in str(caught.value)
+    remedy = re.search("create it with `(.*?)`", str(caught.value))[1]
+    pipeline.scheduler = eval(remedy, {"pipe": pipeline, name: getattr(diffusers, name)})
+    assert torch.isfinite(run(pipeline, frames, actions[:1])).all()
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

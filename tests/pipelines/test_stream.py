@@ -122,6 +122,8 @@ def test_video_ada_rolls_out_with_full_windows(frames, actions):
     assert video.shape[1] == len(actions)
     with pytest.raises(ValueError, match="must contain 2 history frames for Video-Ada and the U-Net, got 1"):
         run(pipeline, frames[:1], actions)
+    with pytest.raises(ValueError, match="must contain 2 history frames for this checkpoint, got 3: pass the last 2"):
+        run(pipeline, np.zeros((3, 8, 12, 3)), actions)
     with pytest.raises(ValueError, match=r"`chunk_length` must be an integer in \[3, 3\] for this checkpoint, got 2"):
         pipeline.stream(frames, actions, chunk_length=2)
 

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
             on_episode=progress.on_episode,
         )
     write_dataset_card(folder, arguments.push_to_hub or str(output))
-    print(f"{len(folder)} episodes written to {output}, {progress.num_skipped} skipped")
+    print(f"episodes written to {output}: {len(folder)}; skipped: {progress.num_skipped}")
     if arguments.push_to_hub:
         publish_lerobot(folder, arguments.push_to_hub)
         print(f"published as {arguments.push_to_hub}")

@@ -66,7 +66,7 @@ def frame_rate(path: Path) -> float | None:
 def read_actions(path: Path) -> np.ndarray:
     """Read a table of actions from a .npy, .csv or .json file.
 
-    A .csv file may have a header; a .json file contains a list or `{"actions": list}`. Text is read as UTF-8.
+    A .csv file may have a header; a .json file contains a list of rows, or `{"actions": rows}`. Text is read as UTF-8.
 
     Returns:
         Actions (n, A), float64.

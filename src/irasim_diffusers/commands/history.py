@@ -30,7 +30,12 @@ def add_history_flags(parser: argparse.ArgumentParser) -> None:
         help="image, or video that starts with the history frames; for several cameras, one file each, in the order of the "
         "model's `cameras`. Without this config entry, the files are stacked vertically; left.mp4,right.mp4 joins two horizontally",
     )
-    add("--history", type=int, help="number of history frames to take from a video (default: the model's maximum)")
+    add(
+        "--history",
+        type=int,
+        help="number of history frames to take from a video (default: the model's maximum; Video-Ada and the U-Net accept no "
+        "other number)",
+    )
     add("--resize", action="store_true", help="resize the frames to the model's size")
 
 
@@ -95,7 +100,10 @@ def history_length(arguments: argparse.Namespace, pipeline: IRASimPipeline, num_
         ValueError: If `--history` is out of range, or the video is too short.
     """
     most = pipeline.transformer.config.num_history_frames
+    is_exact = pipeline.transformer.config.conditioning == "video"
     wanted = most if arguments.history is None else arguments.history
+    if is_exact and wanted != most:
+        raise ValueError(f"--history must be {most} for this model, got {wanted}.")
     if wanted < 1:
         raise ValueError(f"--history must be at least 1, got {wanted}.")
     if wanted > most:
@@ -104,8 +112,6 @@ def history_length(arguments: argparse.Namespace, pipeline: IRASimPipeline, num_
     if arguments.history is None and files and all(path.suffix.lower() in IMAGE_SUFFIXES for path in files):
         return 1
     if num_frames < wanted:
-        raise ValueError(
-            f"--frames must contain at least {wanted} frames (the history), got {num_frames}: use a longer video, or "
-            f"--history {num_frames}."
-        )
+        remedy = "use a longer video" + ("" if is_exact else f", or --history {num_frames}")
+        raise ValueError(f"--frames must contain at least {wanted} frames (the history), got {num_frames}: {remedy}.")
     return wanted

@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     finally:  # also after a signal
         if len(session):
             wrote = session.save(arguments.output)
-            print(f"{len(session)} frames{pace}; wrote {' and '.join(map(str, wrote))}")
+            print(f"frames predicted: {len(session)}{pace}; wrote {' and '.join(map(str, wrote))}")
     if not len(session):
         print("no frames were predicted; nothing was written")
     if interrupted:

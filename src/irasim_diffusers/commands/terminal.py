@@ -78,7 +78,7 @@ class Keys:
     """Keys of a terminal, named like a browser's KeyboardEvent.key; a key counts as held while it repeats.
 
     Args:
-        descriptor: File descriptor of a terminal without buffering and echo.
+        descriptor: File descriptor of a terminal without buffering or echo.
     """
 
     def __init__(self, descriptor: int) -> None:

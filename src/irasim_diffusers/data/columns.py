@@ -66,7 +66,10 @@ def component_names_of(columns: Mapping[str, tuple[Any, int]]) -> list[str] | No
 
 
 def _flat_names(names: Any, width: int) -> list[str] | None:
-    """Return `width` names from a list, a list under a key, or a mapping of names to indices; else None."""
+    """Return `width` names from a list or from a mapping of names to indices; None for anything else.
+
+    The list may be nested in another list or under a key.
+    """
     if isinstance(names, Mapping):
         values = list(names.values())
         names = list(names) if all(isinstance(value, int) for value in values) else values[0]

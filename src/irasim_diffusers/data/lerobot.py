@@ -1,8 +1,7 @@
 """Read LeRobotDataset folders, v3.0 and v2.1, without a dependency on lerobot.
 
 Format: https://huggingface.co/docs/lerobot/lerobot-dataset-v3. In v3.0 several episodes share a Parquet file (vectors, one row
-per frame) and an mp4 file for each camera; `meta/episodes` holds the position of each episode in these files. In v2.1 each
-episode has separate files.
+per frame) and an mp4 file for each camera; `meta/episodes` holds the episodes' positions. In v2.1 each episode has separate files.
 """
 
 from __future__ import annotations
@@ -284,7 +283,8 @@ class LeRobotFolder(InOrder):
         """Read one episode; only its part of the videos is decoded.
 
         Raises:
-            ValueError: If a video is unreadable or too short, a camera is missing, or vectors or timestamps are missing or invalid.
+            ValueError: If a video or an image is missing or unreadable, a video is too short, rows are missing, vectors or timestamps
+                are missing or invalid, the task is not a string, or the images of the cameras cannot be tiled.
         """
         return self.window(number, 0)
 
@@ -315,7 +315,7 @@ class LeRobotFolder(InOrder):
         """Read `action` and the states (T, D) of one episode, float32.
 
         Raises:
-            ValueError: If rows are missing, or a vector is missing, has the wrong width, or is not finite.
+            ValueError: If the file is unreadable, rows are missing, or a vector is missing, has the wrong width, or is not finite.
         """
         row = self.rows[number]
         try:
@@ -335,7 +335,7 @@ class LeRobotFolder(InOrder):
         """Read features (T, D) that are neither actions nor states, such as `next.done`, as recorded.
 
         Raises:
-            ValueError: If a value is missing or NaN, or does not have the type in `info.json`.
+            ValueError: If the file is unreadable, or a value is missing or NaN, or does not have the type in `info.json`.
         """
         row = self.rows[number]
         try:

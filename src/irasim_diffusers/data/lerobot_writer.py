@@ -266,7 +266,7 @@ def _write_frames(
 
 
 def _row(episode: Episode, number: int, first_frame: int) -> dict[str, Any]:
-    """Return the row of `meta/episodes` without statistics and location."""
+    """Return the row of `meta/episodes` without statistics or location."""
     return {
         "episode_index": number,
         "tasks": [episode.task],

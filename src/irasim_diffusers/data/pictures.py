@@ -47,6 +47,8 @@ def read_picture(
                 problem = _problem(image, max_pixels)
                 if problem is None:
                     return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError(f"cannot read image {name}: its format is unknown or not accepted.") from error
     except Exception as error:  # Pillow raises errors of many types for damaged files
         raise ValueError(f"cannot read image {name}: {str(error) or type(error).__name__}") from error
     raise ValueError(f"image {name} {problem}")

@@ -136,7 +136,11 @@ class PreparedEpisodes(InOrder):
         return len(self.source)
 
     def __getitem__(self, number: int) -> Episode:
-        """Read one episode and prepare it."""
+        """Read one episode and prepare it.
+
+        Raises:
+            ValueError: If the episode is broken, or `action_dim` is too small.
+        """
         episode = self.source[number]
         vectors = self._prepare({"action": episode.actions, **episode.states}, number)
         return self._episode(episode.frames, vectors, episode.task)
@@ -145,7 +149,7 @@ class PreparedEpisodes(InOrder):
         """Read `length` kept frames from index `start`, with their actions and states.
 
         Raises:
-            ValueError: If the episode is broken, or the window exceeds it.
+            ValueError: If the episode is broken, the window exceeds it, or `action_dim` is too small.
         """
         vectors = self.vectors(number)
         try:
@@ -163,13 +167,20 @@ class PreparedEpisodes(InOrder):
         return Episode(frames, vectors.pop("action"), vectors, task)
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
-        """Read and prepare `action` and the states of one episode."""
+        """Read and prepare `action` and the states of one episode.
+
+        Raises:
+            ValueError: If the episode is broken, or `action_dim` is too small.
+        """
         return self._prepare(self.source.vectors(number), number)
 
     def flags(self, number: int) -> dict[str, np.ndarray]:
         """Read the features (T, D) of one episode that are neither actions nor states.
 
         A bool is true if it is true in the kept frame or in one of the frames skipped after it.
+
+        Raises:
+            ValueError: If the source cannot read them.
         """
         flags = self.source.flags(number) if hasattr(self.source, "flags") else {}
         return {
@@ -180,7 +191,11 @@ class PreparedEpisodes(InOrder):
         }
 
     def latents(self, number: int) -> torch.Tensor | None:
-        """Read the latents of the kept frames; None if the source has none."""
+        """Read the latents of the kept frames; None if the source has none.
+
+        Raises:
+            ValueError: If the source cannot read them.
+        """
         latents = self.source.latents(number) if hasattr(self.source, "latents") else None
         return None if latents is None else latents[:: self._step]
 

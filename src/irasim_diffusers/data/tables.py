@@ -67,7 +67,9 @@ class TableEpisodes(InOrder):
     def __post_init__(self) -> None:
         dataset, layout = self.dataset, camera_layout(self.cameras)
         if self._streams and (self.length is None or self.origin is None):
-            raise ValueError(f"`length` and `origin` are required for the streamed table {self.name!r}.")
+            raise ValueError(
+                f"`length` and `origin` are required for an `IterableDataset`, got {self.length!r} and {self.origin!r}."
+            )
         if dataset.column_names is None:  # the card of a streamed table does not declare its columns
             dataset = dataset._resolve_features()
         names, known = [name for row in layout for name in row], dataset.column_names
@@ -149,8 +151,8 @@ class TableEpisodes(InOrder):
         """Read one episode.
 
         Raises:
-            ValueError: If a video or an image is missing or unreadable, a number is missing or not finite, or the numbers of
-                frames, actions and states disagree.
+            ValueError: If a video or an image is missing or unreadable, a number is missing or not finite, the numbers of frames,
+                actions and states disagree, or the images of the cameras cannot be tiled.
         """
         return self._read(number, None)
 
@@ -176,7 +178,7 @@ class TableEpisodes(InOrder):
         """
         row = self._row(number)
         try:
-            return self._vectors(row, _length(row[self.cameras[0][0]]))
+            return self._vectors(row, self._num_frames(row))
         except (ValueError, TypeError) as error:
             raise ValueError(f"episode {number} of {self.name!r}: {error}") from error
 
@@ -194,15 +196,20 @@ class TableEpisodes(InOrder):
     def _read(self, number: int, window: tuple[int, int] | None) -> Episode:
         row = self._row(number)
         try:
-            total = None if window is None else _length(row[self.cameras[0][0]])
+            total = None if window is None else self._num_frames(row)
             part = slice(None) if window is None or total is None else window_slice(*window, total)
-            views = {name: _frames(row[name], part, total) for names in self.cameras for name in names}
+            views = {name: _frames(row[name], name, part, total) for names in self.cameras for name in names}
             frames = tile(self.cameras, views)
             vectors = self._vectors(row, len(frames) if total is None else total)
         except (ValueError, TypeError) as error:
             raise ValueError(f"episode {number} of {self.name!r}: {error}") from error
         vectors = {key: value[part] for key, value in vectors.items()}
         return Episode(frames, vectors.pop("action"), vectors)
+
+    def _num_frames(self, row: dict[str, Any]) -> int:
+        key = self.cameras[0][0]
+        value = row[key]
+        return count_frames(_content(value), _video_name(value, key)) if isinstance(value, dict) else len(value or ())
 
     def _vectors(self, row: dict[str, Any], length: int) -> dict[str, np.ndarray]:
         """Check the actions and states of a row, and convert them to float32.
@@ -306,26 +313,34 @@ def _read_url(url: str) -> bytes:
     return content
 
 
-def _length(value: Any) -> int:
-    """Return the number of frames of a video or a list of images."""
-    return count_frames(_content(value)) if isinstance(value, dict) else len(value or ())
+def _video_name(video: dict[str, Any], key: str) -> str:
+    """Return the path of a video, or its column, for error messages."""
+    path = video.get("path")
+    return repr(path[:200]) if isinstance(path, str) and path else f"column {key!r}"
 
 
-def _frames(value: Any, part: slice, total: int | None) -> np.ndarray:
+def _frames(value: Any, key: str, part: slice, total: int | None) -> np.ndarray:
     """Decode a part of a video or a list of images.
 
     Args:
         value: The video or the images.
+        key: Name of the column, for error messages.
         part: The frames to decode.
         total: Total number of frames; None to decode all of them.
     """
     if isinstance(value, dict):
+        name = _video_name(value, key)
         if total is None:
-            return read_video(_content(value))
-        return read_frames(_content(value), part.start, part.stop - part.start, whole=part.stop == total)
+            return read_video(_content(value), name)
+        return read_frames(_content(value), part.start, part.stop - part.start, whole=part.stop == total, name=name)
     if not value or not all(isinstance(picture, dict) for picture in value):
         raise ValueError("a video or an image is missing: add the file, or remove the episode.")
-    return np.stack([read_picture(_content(picture), repr(picture.get("path"))) for picture in value[part]])
+    return np.stack(
+        [
+            read_picture(_content(picture), f"{key!r} at frame {frame}")
+            for frame, picture in enumerate(value[part], part.start or 0)
+        ]
+    )
 
 
 def _outside_files(column: pa.ChunkedArray) -> list[str]:

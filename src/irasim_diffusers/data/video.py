@@ -23,11 +23,12 @@ ITU601, ITU709, MPEG_RANGE, JPEG_RANGE = 5, 1, 1, 2
 """FFmpeg enum values: color matrices and YUV ranges."""
 
 
-def read_video(path: VideoFile) -> np.ndarray:
-    """Decode every frame of a video file, with the rotation metadata applied.
+def read_video(path: VideoFile, name: str | None = None) -> np.ndarray:
+    """Decode every frame of a video file, with its display matrix applied.
 
     Args:
         path: Path of the video, or an open binary file, in any format that FFmpeg reads.
+        name: Name in error messages (default: the path).
 
     Returns:
         Frames (T, H, W, 3), uint8 RGB.
@@ -35,24 +36,32 @@ def read_video(path: VideoFile) -> np.ndarray:
     Raises:
         ValueError: If the file is missing, is not a video, is damaged, contains no frame, or has gray frames of more than 8 bits.
     """
-    frames = list(iterate_video(path))
+    frames = list(iterate_video(path, name))
     if not frames:
-        raise ValueError(f"{str(path)!r} contains no video frame: pass a readable video file.")
+        raise ValueError(f"{_name_of(path, name)} contains no video frame: pass a readable video file.")
     return np.stack(frames)
 
 
-def iterate_video(path: VideoFile) -> Iterator[np.ndarray]:
-    """Decode a video file one frame (H, W, 3), uint8 RGB, at a time.
+def iterate_video(path: VideoFile, name: str | None = None) -> Iterator[np.ndarray]:
+    """Decode a video file one frame (H, W, 3), uint8 RGB, at a time; see `read_video`.
 
     Raises:
         ValueError: If the file is missing, is not a video, is damaged, or has gray frames of more than 8 bits.
     """
-    with _open(path) as (container, stream):
+    name = _name_of(path, name)
+    with _open(path, name) as (container, stream):
         for frame in container.decode(stream):
-            yield _pixels(_undamaged(frame, path), path)
+            yield _pixels(_undamaged(frame, name), name)
 
 
-def read_frames(path: VideoFile, start: int, count: int, fps: float | None = None, whole: bool = False) -> np.ndarray:
+def read_frames(
+    path: VideoFile,
+    start: int,
+    count: int,
+    fps: float | None = None,
+    whole: bool = False,
+    name: str | None = None,
+) -> np.ndarray:
     """Decode consecutive frames of a video, starting at the keyframe before them.
 
     Args:
@@ -62,6 +71,7 @@ def read_frames(path: VideoFile, start: int, count: int, fps: float | None = Non
         fps: Frame rate that determines the index of a frame from its time. None numbers the frames in display order; the whole
             file is then read, but not decoded.
         whole: Whether the video must end after these frames.
+        name: Name in error messages (default: the path).
 
     Returns:
         Frames (count, H, W, 3), uint8 RGB.
@@ -70,11 +80,15 @@ def read_frames(path: VideoFile, start: int, count: int, fps: float | None = Non
         ValueError: If the file is missing, is not a video, is damaged, has gray frames of more than 8 bits, does not contain one of
             the frames, or continues after them although `whole` is set.
     """
-    return read_numbered_frames(path, range(start, start + count), fps, whole)
+    return read_numbered_frames(path, range(start, start + count), fps, whole, name)
 
 
 def read_numbered_frames(
-    path: VideoFile, numbers: Sequence[int], fps: float | None = None, whole: bool = False
+    path: VideoFile,
+    numbers: Sequence[int],
+    fps: float | None = None,
+    whole: bool = False,
+    name: str | None = None,
 ) -> np.ndarray:
     """Decode the frames with these indices, in increasing order; see `read_frames`.
 
@@ -82,45 +96,50 @@ def read_numbered_frames(
         ValueError: If the file is missing, is not a video, is damaged, has gray frames of more than 8 bits, does not contain one of
             the frames, or continues after them although `whole` is set.
     """
-    wanted = [int(number) for number in numbers]
+    wanted, name = [int(number) for number in numbers], _name_of(path, name)
     frames: list[np.ndarray] = []
-    with closing(_numbered_frames(path, wanted[0], fps)) as decoded:
+    with closing(_numbered_frames(path, wanted[0], fps, name)) as decoded:
         for number, frame in decoded:
             following = wanted[len(frames)] if len(frames) < len(wanted) else None
             if following is None:
-                raise ValueError(f"{str(path)!r} continues after the {len(wanted)} frames of its episode.")
+                raise ValueError(f"{name} continues after the {len(wanted)} frames of its episode.")
             gap = not frames or following - wanted[len(frames) - 1] > 1
             if gap and number < following - 0.5:
-                _undamaged(frame, path)  # later frames are predicted from it
+                _undamaged(frame, name)  # later frames are predicted from it
                 continue
             if not abs(number - following) <= 0.5:
                 rate = "" if fps is None else f" at {fps:g} frames/s"
                 raise ValueError(
-                    f"{str(path)!r} has no frame {following}{rate}: frames are missing, or the frame rate differs; encode the "
+                    f"{name} has no frame {following}{rate}: frames are missing, or the frame rate differs; encode the "
                     "video again at a constant rate."
                 )
-            frames.append(_pixels(_undamaged(frame, path), path))
+            frames.append(_pixels(_undamaged(frame, name), name))
             if len(frames) == len(wanted) and not whole:
                 break
     if len(frames) < len(wanted):
         raise ValueError(
-            f"{str(path)!r} ends early: {len(wanted)} frames required from index {wanted[0]}, {len(frames)} found."
+            f"{name} ends early: {len(wanted)} frames required from index {wanted[0]}, {len(frames)} found."
         )
     return np.stack(frames)
 
 
-def count_frames(path: VideoFile) -> int:
-    """Count the frames of a video file without decoding them.
+def count_frames(path: VideoFile, name: str | None = None) -> int:
+    """Count the frames of a video file without decoding them; see `read_video`.
 
     Raises:
         ValueError: If the file is missing or is not a video.
     """
-    with _open(path) as (container, stream):
+    with _open(path, _name_of(path, name)) as (container, stream):
         return sum(1 for _ in _timestamps(container, stream))
 
 
+def _name_of(path: VideoFile, name: str | None) -> str:
+    """Return the name of a video in error messages."""
+    return name or (repr(os.fspath(path)) if isinstance(path, str | os.PathLike) else "the video")
+
+
 @contextmanager
-def _open(path: VideoFile) -> Iterator[tuple[Any, Any]]:
+def _open(path: VideoFile, name: str) -> Iterator[tuple[Any, Any]]:
     """Open a file and its first video stream; FFmpeg's errors become ValueError."""
     if isinstance(path, str | os.PathLike):
         source: Any = os.fspath(path)
@@ -130,35 +149,33 @@ def _open(path: VideoFile) -> Iterator[tuple[Any, Any]]:
     try:
         with av.open(source) as container:
             if container.format.name in PLAYLISTS:
-                raise ValueError(
-                    f"{str(source)!r} must be a video, got a list of other files ({container.format.name})."
-                )
+                raise ValueError(f"{name} must be a video, got a list of other files ({container.format.name}).")
             if not container.streams.video:
-                raise ValueError(f"{str(source)!r} has no video stream: pass a video or image file.")
+                raise ValueError(f"{name} has no video stream: pass a video or image file.")
             yield container, container.streams.video[0]
     except (av.error.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot read {str(source)!r} as a video: {reason}.") from error
+        raise ValueError(f"cannot read {name} as a video: {reason}.") from error
 
 
-def _undamaged(frame: Any, path: VideoFile) -> Any:
+def _undamaged(frame: Any, name: str) -> Any:
     if frame.is_corrupt:  # the decoder concealed errors
-        raise ValueError(f"{str(path)!r} is damaged: a frame cannot be decoded completely.")
+        raise ValueError(f"{name} is damaged: a frame cannot be decoded completely.")
     return frame
 
 
-def _pixels(frame: Any, path: VideoFile) -> np.ndarray:
-    """Convert a decoded frame to RGB (H, W, 3), uint8, with its color matrix and range, and rotate it."""
-    name = frame.format.name
-    if name.startswith("gray") and name not in ("gray", "gray8"):
+def _pixels(frame: Any, name: str) -> np.ndarray:
+    """Convert a decoded frame to RGB (H, W, 3), uint8, by its color matrix and range, and apply its display matrix."""
+    pixel_format = frame.format.name
+    if pixel_format.startswith("gray") and pixel_format not in ("gray", "gray8"):
         raise ValueError(
-            f"{str(path)!r} has frames of the format {name!r}, for example depth: 8-bit frames are required. Convert them "
+            f"{name} has frames of the format {pixel_format!r}, for example depth: 8-bit frames are required. Convert them "
             "to 8 bits, or select another camera."
         )
-    if not name.startswith(("yuv", "nv", "p0")):
+    if not pixel_format.startswith(("yuv", "nv", "p0")):
         return _upright(frame, frame.to_ndarray(format="rgb24"))
     matrix = int(frame.colorspace)
-    full = name.startswith("yuvj") or int(frame.color_range) == JPEG_RANGE
+    full = pixel_format.startswith("yuvj") or int(frame.color_range) == JPEG_RANGE
     converted = frame.reformat(
         format="rgb24",
         src_colorspace=matrix,
@@ -181,20 +198,26 @@ def _upright(frame: Any, pixels: np.ndarray) -> np.ndarray:
 
 
 def _timestamps(container: Any, stream: Any) -> Iterator[int | None]:
-    """Yield the presentation time of each frame in the order of the file, in the stream's time base."""
+    """Yield the presentation time of each frame in the order of the file, in the stream's time base; None if unknown.
+
+    Discarded packets are skipped.
+    """
     return (packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard)
 
 
-def _numbered_frames(path: VideoFile, start: int, fps: float | None) -> Generator[tuple[float, Any], None, None]:
+def _numbered_frames(
+    path: VideoFile, start: int, fps: float | None, name: str
+) -> Generator[tuple[float, Any], None, None]:
     """Yield decoded frames with their indices, from a keyframe at or before index `start`."""
-    with _open(path) as (container, stream):
+    with _open(path, name) as (container, stream):
         times = list(islice(_timestamps(container, stream), None if fps is None else 16))
         reordered = container.format.name == "avi" and stream.codec_context.has_b_frames  # AVI has only decoding times
         known = [time for time in times if time is not None]
         if not reordered and len(known) == len(times):
             yield from _from_keyframe(container, stream, start, fps, known)
             return
-    with _open(path) as (container, stream):  # without presentation times, as in raw H.264, the decoder's order counts
+    # without presentation times, as in raw H.264, the decoder's order counts
+    with _open(path, name) as (container, stream):
         yield from enumerate(container.decode(stream))
 
 
@@ -239,7 +262,7 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
         path: The file to write; its suffix selects the container.
         frames: Frames (T, H, W, 3), uint8 RGB, or an iterable of frames.
         fps: Frames per second.
-        lossless: Keep every RGB value, without chroma subsampling and quantization. Browsers play only lossy videos, which are
+        lossless: Keep every RGB value, without chroma subsampling or quantization. Browsers play only lossy videos, which are
             padded to an even height and width.
 
     Returns:

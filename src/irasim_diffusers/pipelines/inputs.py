@@ -98,13 +98,13 @@ def check_history(pixels: torch.Tensor, config: Any) -> None:
     Raises:
         ValueError: If there are more frames than the checkpoint supports, or fewer for Video-Ada and the U-Net.
     """
-    longest, given = config.num_history_frames, pixels.shape[1]
+    longest, given, is_exact = config.num_history_frames, pixels.shape[1], config.conditioning == "video"
     if given > longest:
         raise ValueError(
-            f"`frames` must contain 1 to {longest} history frames for this checkpoint, got {given}: pass the last {longest} (a "
-            "list of lists is a batch)."
+            f"`frames` must contain {'' if is_exact else '1 to '}{longest} history frames for this checkpoint, got {given}: pass "
+            f"the last {longest} (a list of lists is a batch)."
         )
-    if config.conditioning == "video" and given != longest:
+    if is_exact and given != longest:
         raise ValueError(f"`frames` must contain {longest} history frames for Video-Ada and the U-Net, got {given}.")
 
 

@@ -24,9 +24,9 @@ from diffusers.utils import load_image
 from irasim_diffusers import IRASimPipeline
 
 pipe = IRASimPipeline.from_pretrained("{repo_id}")
-frame = load_image("frame.png")  # {width}x{height}
+{images}  # {width}x{height}
 actions = [{action}] * {num_actions}
-video = pipe(frame, actions).frames[0]
+video = pipe({frames_name}, actions).frames[0]
 ```
 
 ## Actions
@@ -43,7 +43,7 @@ video = pipe(frame, actions).frames[0]
 |---|---|
 | network | {network}; {parameters:.2f} M parameters |
 | autoencoder | {autoencoder} |
-| window | {frames} frames, at most {num_history} of them history{fps} |
+| window | {frames} frames, {num_history} of them history{fps} |
 | objective | {objective} |
 | sampler | {scheduler}, {steps} steps |
 """
@@ -75,15 +75,21 @@ def write_model_card(pipeline: Any, repo_id: str) -> ModelCard:
     units = [unit or "as recorded" for unit in space.units]
     rows = zip(space.names, units, space.offset, space.scale, strict=True)
     flow = config.prediction_type == "flow_prediction"
+    longest, is_exact = config.num_history_frames, config.conditioning == "video"
+    is_list = is_exact and longest > 1
     text = TEXT.format(
         title=repo_id.split("/")[-1],
         repo_id=repo_id,
-        history="one frame" if config.num_history_frames == 1 else f"1 to {config.num_history_frames} frames",
+        history="one frame" if longest == 1 else f"{longest} frames" if is_exact else f"1 to {longest} frames",
         height=height,
         width=width,
         method=describe_method(config),
         action=[round(float(offset), 3) for offset in space.offset],
-        num_actions=config.sample_frames - config.num_history_frames,
+        images=f'frames = [load_image(f"frame-{{k}}.png") for k in range({longest})]'
+        if is_list
+        else 'frame = load_image("frame.png")',
+        frames_name="frames" if is_list else "frame",
+        num_actions=config.sample_frames - longest,
         space="Absolute: an action is a target position."
         if space.has_targets
         else f"Relative: {HOLD.get(space.derivation, 'zero')} means no motion.",
@@ -94,7 +100,7 @@ def write_model_card(pipeline: Any, repo_id: str) -> ModelCard:
         if pipeline.vae is None
         else f"{type(pipeline.vae).__name__}, {pipeline.vae_scale_factor} times smaller latents of {config.in_channels} channels",
         frames=config.sample_frames,
-        num_history=config.num_history_frames,
+        num_history=longest if is_exact else f"at most {longest}",
         fps="" if config.fps is None else f", {config.fps:g} frames per second",
         objective="rectified flow"
         if flow

@@ -204,7 +204,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     @property
     def num_history_frames(self) -> int:
-        """Maximum number of history frames."""
+        """Maximum number of history frames; the exact number for Video-Ada and the U-Net."""
         return self.transformer.config.num_history_frames
 
     @property

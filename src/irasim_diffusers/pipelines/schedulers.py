@@ -16,7 +16,8 @@ from ..models import noise_process
 WITHOUT_SAMPLE = ("PNDMScheduler", "HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler")
 """Schedulers that do not support predicted samples; with `v_prediction` the pipeline converts samples for them."""
 
-PROCESS = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+"""Config entries of the noise process."""
 
 
 def exchange(scheduler: Any, kind: str | type[SchedulerMixin], config: Any, **changes: Any) -> Any:
@@ -78,7 +79,7 @@ def check_scheduler(scheduler: Any, config: Any) -> None:
             )
         return
     settings = ", ".join(f"{key}={config[key]!r}" for key in PROCESS)
-    remedy = f"create it with `{name}.from_config(pipe.scheduler.config, {settings}, clip_sample=False)`."
+    remedy = _remedy(name, config.prediction_type, settings)
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if alphas_cumprod is None or is_flow:
         raise ValueError(
@@ -94,9 +95,8 @@ def check_scheduler(scheduler: Any, config: Any) -> None:
         )
     if found == "sample" and name in WITHOUT_SAMPLE:
         raise ValueError(
-            f"`scheduler` must support predicted samples, which {name} does not: create it with "
-            f"`{name}.from_config(pipe.scheduler.config, prediction_type='v_prediction')`; the pipeline then converts the "
-            "predicted samples."
+            f"`scheduler` must support predicted samples, which {name} does not: {remedy} The pipeline then "
+            "converts the predicted samples."
         )
     offset = getattr(scheduler.config, "steps_offset", 0)
     if not isinstance(offset, int) or not 0 <= offset < config.num_train_timesteps:
@@ -113,6 +113,14 @@ def check_scheduler(scheduler: Any, config: Any) -> None:
         raise ValueError(
             f"`scheduler` must not clip samples, got {name} with clip_sample=True: latents exceed [-1, 1]; {remedy}"
         )
+
+
+def _remedy(name: str, prediction_type: str, settings: str) -> str:
+    """Describe how to create a scheduler of a class for a checkpoint with this prediction type and noise process."""
+    if prediction_type == "sample" and name in WITHOUT_SAMPLE:
+        prediction_type = "v_prediction"
+    entries = f"prediction_type={prediction_type!r}, {settings}, clip_sample=False"
+    return f"create it with `{name}.from_config(pipe.scheduler.config, {entries})`."
 
 
 def check_warmup(scheduler: Any, num_inference_steps: int) -> None:

@@ -18,7 +18,7 @@ from .scripts import require_finite
 
 @dataclass(kw_only=True)
 class RunArguments(EpisodeArguments):
-    """Arguments of `train.py` and `train_lora.py`; the help texts describe them."""
+    """Arguments that `train.py`, `train_lora.py` and `pusht/convolutional.py` share; the help texts describe them."""
 
     # data
     dataset: list[str] = field(
@@ -77,7 +77,8 @@ class RunArguments(EpisodeArguments):
     crop_size: int | None = field(
         default=None,
         metadata={
-            "help": "train on square crops of this side length (latent pixels) around moving patches; requires --spatial_position rope"
+            "help": "train on square crops of this side length (latent pixels, a multiple of the patch size) around patches that "
+            "change; a transformer must have spatial_position rope"
         },
     )
     rollout_chunks: int = field(

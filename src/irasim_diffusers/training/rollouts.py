@@ -1,4 +1,4 @@
-"""Windows for training on predicted histories, and crops around moving parts."""
+"""Windows for training on predicted histories, and crops around patches that change."""
 
 from __future__ import annotations
 
