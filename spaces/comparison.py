@@ -173,7 +173,7 @@ def errors(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def error_table(errors: dict[str, np.ndarray]) -> pd.DataFrame:
-    """Convert the PSNR of each frame of each video to a table with one row per frame and video, for a line plot."""
+    """Convert PSNR values by video to a table with one row per frame and video, for a line plot."""
     rows = [(number + 1, value, name) for name, values in errors.items() for number, value in enumerate(values)]
     return pd.DataFrame(rows, columns=["frame", "PSNR (dB)", "video"]).astype({"PSNR (dB)": float, "frame": int})
 

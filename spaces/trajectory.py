@@ -406,7 +406,7 @@ def _is_scaled(world: World) -> bool:
 
 
 def _summary(frames: int, seconds: float, figures: dict[str, np.ndarray]) -> str:
-    parts = [f"{frames} frames in {seconds:.1f} s"]
+    parts = [f"{frames} {'frame' if frames == 1 else 'frames'} in {seconds:.1f} s"]
     parts += [f"{name} ({np.nanmean(values):.1f} dB)" for name, values in figures.items() if np.isfinite(values).any()]
     return " · ".join(html.escape(part) for part in parts)
 

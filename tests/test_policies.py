@@ -287,7 +287,7 @@ def test_bad_input(observation):
         ValueError, match=r"`observation` must have `pixels` \(B, H, W, 3\) with B at least 1, got \['state'\]"
     ):
         policy.select_action({"state": np.zeros((1, 2))})
-    with pytest.raises(ValueError, match=r"`pixels` \(B, H, W, 3\), got \(2, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"`pixels` \(B, H, W, 3\) with B at least 1, got \(2, 4, 3\)"):
         policy.select_action({"pixels": observation["pixels"][0]})
     with pytest.raises(ValueError, match="at least `num_executed` = 8 actions, got 4"):
         policy.select_action(observation)

@@ -234,7 +234,10 @@ WEIGHTS = {
         "NaN or infinite",
     ),
     "NaN position table": (replaced(temp_embed=torch.full((1, 5, 24), torch.nan)), "different from what the model"),
-    "integer": (replaced(x_embedder__proj__bias=torch.ones(24, dtype=torch.int64)), "got torch.int64: x_embedder"),
+    "integer": (
+        replaced(x_embedder__proj__bias=torch.ones(24, dtype=torch.int64)),
+        "tensor 'x_embedder.* got torch.int64",
+    ),
     "bool": (replaced(x_embedder__proj__bias=torch.ones(24, dtype=torch.bool)), "got torch.bool"),
     "complex": (replaced(x_embedder__proj__bias=torch.ones(24, dtype=torch.complex64)), "got torch.complex64"),
     "invented blocks": (

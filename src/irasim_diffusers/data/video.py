@@ -165,7 +165,7 @@ def _undamaged(frame: Any, name: str) -> Any:
 
 
 def _pixels(frame: Any, name: str) -> np.ndarray:
-    """Convert a decoded frame to RGB (H, W, 3), uint8, by its color matrix and range, and apply its display matrix."""
+    """Convert a decoded frame to RGB (H, W, 3), uint8, by its color matrix, range and display matrix."""
     pixel_format = frame.format.name
     if pixel_format.startswith("gray") and pixel_format not in ("gray", "gray8"):
         raise ValueError(
@@ -198,9 +198,9 @@ def _upright(frame: Any, pixels: np.ndarray) -> np.ndarray:
 
 
 def _timestamps(container: Any, stream: Any) -> Iterator[int | None]:
-    """Yield the presentation time of each frame in the order of the file, in the stream's time base; None if unknown.
+    """Yield the presentation time of each frame in the order of the file, in the stream's time base.
 
-    Discarded packets are skipped.
+    A time is None if it is unknown. Discarded packets are skipped.
     """
     return (packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard)
 

@@ -116,7 +116,7 @@ def check_scheduler(scheduler: Any, config: Any) -> None:
 
 
 def _remedy(name: str, prediction_type: str, settings: str) -> str:
-    """Describe how to create a scheduler of a class for a checkpoint with this prediction type and noise process."""
+    """Describe how to create a scheduler for a checkpoint with this prediction type and noise process."""
     if prediction_type == "sample" and name in WITHOUT_SAMPLE:
         prediction_type = "v_prediction"
     entries = f"prediction_type={prediction_type!r}, {settings}, clip_sample=False"

@@ -18,7 +18,7 @@ from .scripts import require_finite
 
 @dataclass(kw_only=True)
 class RunArguments(EpisodeArguments):
-    """Arguments that `train.py`, `train_lora.py` and `pusht/convolutional.py` share; the help texts describe them."""
+    """Arguments that `train.py`, `train_lora.py` and `pusht/convolutional.py` share; see the help texts."""
 
     # data
     dataset: list[str] = field(
