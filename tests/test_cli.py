@@ -322,11 +322,11 @@ def test_resize(workspace):
 
 GOOD = {"--model": "model", "--frames": "frame.png", "--actions": "actions.npy", "--steps": "2"}
 BAD = [
-    ({"--actions": "wide.npy"}, r"`actions` must be \(n, 3\) .* got \(4, 2\)"),
+    ({"--actions": "wide.npy"}, r"--actions must be \(n, 3\) .* got \(4, 2\)"),
     ({"--actions": "flat.npy"}, r"--actions must be \(n, A\), one row per frame, got \(3,\)"),
     ({"--actions": "empty.npy"}, "nothing to predict"),
-    ({"--actions": "nan.npy"}, r"`actions` must be finite, got nan at index \(2, 1\)"),
-    ({"--actions": "inf.npy"}, "`actions` must be finite, got inf"),
+    ({"--actions": "nan.npy"}, r"--actions must be finite, got nan at index \(2, 1\)"),
+    ({"--actions": "inf.npy"}, "--actions must be finite, got inf"),
     ({"--actions": "objects.npy"}, "--actions must be a table of numbers"),
     ({"--actions": "text.csv"}, "--actions must be a table of numbers.* line 2: 'three'"),
     ({"--actions": "broken.json"}, "--actions must be a table of numbers"),
@@ -345,7 +345,7 @@ BAD = [
     ({"--output": "clip.txt"}, "--output must end in .mp4, got 'clip.txt'"),
     ({"--output": "/proc/clip.mp4"}, "--output must be writable, got '/proc/clip.mp4'"),
     ({"--model": "nowhere"}, "--model must be a pipeline folder or Hub id, got 'nowhere'"),
-    ({"--scheduler": "flow-euler"}, "`scheduler` must have"),
+    ({"--scheduler": "flow-euler"}, "--scheduler must have"),
     ({"--steps": "0"}, "--steps must be at least 1, got 0"),
     ({"--frames": "video.mp4", "--history": "3"}, "--history must be at most 2 for this model, got 3"),
     ({"--device": "abacus"}, "--device must be a device of this machine, got 'abacus'"),
@@ -455,12 +455,18 @@ def test_quantized_weights_are_accepted():
 
 
 def test_messages_name_the_flags_of_the_commands(tmp_path, capsys, monkeypatch):
-    """The library names flags of the examples, with underscores."""
+    """The library names its arguments, and flags of the examples with underscores."""
 
     def fail(arguments):
-        raise ValueError("`composition` (--action_composition) is required for 'data--of_mine/--x_y': see --help.")
+        raise ValueError(
+            "`composition` (--action_composition) is required with `frame_skip` for 'data--of_mine/--x_y', omit `crop`: see --help "
+            "and --rollout_chunks."
+        )
 
     monkeypatch.setattr("irasim_diffusers.commands.evaluate.run", fail)
     assert main(["evaluate", "--dataset", str(tmp_path), "--model", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "(--action-composition) is required for 'data--of_mine/--x_y': see --help." in error
+    assert (
+        "error: --action-composition is required with --frame-skip for 'data--of_mine/--x_y', omit `crop`: see --help and "
+        "--rollout-chunks." in error
+    )

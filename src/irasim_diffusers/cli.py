@@ -7,9 +7,10 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -20,6 +21,8 @@ from .commands.files import read_media as read_frames  # noqa: F401
 
 __all__ = ["main"]
 
+ARGUMENT = re.compile(r"`([a-z_]+)`(?: \(--([a-z_-]+)\))?")
+"""Pattern of an argument of the library in error messages, optionally with its flag."""
 EXAMPLE_FLAG = re.compile(r"(?<![\w/-])--[a-z]+(?:_[a-z]+)+")
 """Pattern of the example scripts' flags in error messages. The commands spell the same flags with hyphens."""
 
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.run(arguments)
     except (ValueError, OSError, SafetensorError) as error:  # SafetensorError: damaged file or full disk
         message = " ".join(str(error).split()) or type(error).__name__
-        message = EXAMPLE_FLAG.sub(lambda flag: flag[0].replace("_", "-"), message)
+        message = _name_flags(message, vars(arguments))
         print(f"irasim: error: {message}", file=sys.stderr)
         return 2
     except _Terminated:
@@ -52,6 +55,17 @@ def main(argv: list[str] | None = None) -> int:
         print("irasim: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+def _name_flags(message: str, flags: Mapping[str, Any]) -> str:
+    """Name the flags of the command in an error message, instead of arguments of the library or flags of the examples."""
+
+    def flag(found: re.Match) -> str:
+        names = (name.replace("-", "_") for name in (found[2], found[1]) if name)
+        return next((f"--{name.replace('_', '-')}" for name in names if name in flags), found[0])
+
+    message = ARGUMENT.sub(flag, message)
+    return EXAMPLE_FLAG.sub(lambda flag: flag[0].replace("_", "-"), message)
 
 
 class _Terminated(BaseException):

@@ -323,7 +323,7 @@ BAD = [
     (["--height", "16", "--width", "24"], "must be 8x12 .* got 16x24: .*--resize"),
     (["--protocol", "robonet"], r"must be \(256, 256\) .* for the protocol robonet, got \(8, 12\)"),
     (["--protocol", "irasim-short-release"], "sides divisible by 16"),
-    (["--published", "robonet"], "`published` must be one of"),
+    (["--published", "robonet"], "--published must be one of"),
     (["--pad-actions-to", "4"], "action components of .* must be 3 like the model's, got 4: use a dataset or model"),
     (["--split", "train"], "--split must be one of"),
     (["--dataset", "nowhere"], "--dataset must be a folder or a Hub id"),

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     model, wanted = arguments.model, "a pipeline folder or Hub id"
     pipeline = load_checked("--model", wanted, model, IRASimPipeline, dtype=torch.float32)
-    with named_flags(model="--model", other="--vae", action_frequencies="--action-frequencies"):
+    with named_flags(other="--vae"):
         transformer, vae = _adapted(arguments, pipeline)
     with temporary_folder(arguments.output) as partial:
         finished_pipeline(vae, transformer, load_sampler(arguments.model)).save_pretrained(partial)

@@ -116,7 +116,7 @@ def _load_transformer(
     released = {name: getattr(arguments, name) for name in ("dataset", "weights", "final_frame_ada")}
     options = released if arguments.source == "irasim" else {}
     try:
-        with named_flags(path="--checkpoint", weights="--weights", num_attention_heads="--config num_attention_heads"):
+        with named_flags(path="--checkpoint", num_attention_heads="--config num_attention_heads"):
             return loaders[arguments.source](arguments.checkpoint, report=report, **options, **config)
     except (TypeError, ZeroDivisionError, RuntimeError) as error:  # raised by layers for invalid sizes
         if config and not isinstance(error, torch.OutOfMemoryError):

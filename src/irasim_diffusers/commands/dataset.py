@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from typing import Any, get_args, get_origin
 
 from ..data_arguments import EpisodeArguments
-from .files import check_flag_ranges, check_name, named_flags
+from .files import check_flag_ranges, check_name
 
 MAX_SIDE = 8192
 """Maximum height and width of resized frames, in pixels, which bounds the memory that a flag can request."""
@@ -67,15 +67,14 @@ def open_dataset(arguments: argparse.Namespace) -> Any:
         raise ValueError("--split must be the name of a split, got an empty name.")
     if arguments.fps is not None and not 0 < arguments.fps < math.inf:
         raise ValueError(f"--fps must be positive, got {arguments.fps:g}.")
-    with named_flags(dataset="--dataset", split="--split", cameras="--cameras"):
-        dataset = open_dataset(
-            arguments.dataset,
-            arguments.cameras or None,
-            split=arguments.split,
-            fps=arguments.fps,
-            action_column=arguments.action_column,
-            state_columns=arguments.state_columns,
-        )
+    dataset = open_dataset(
+        arguments.dataset,
+        arguments.cameras or None,
+        split=arguments.split,
+        fps=arguments.fps,
+        action_column=arguments.action_column,
+        state_columns=arguments.state_columns,
+    )
     if arguments.fps is not None and dataset.fps != arguments.fps:
         raise ValueError(
             f"--fps must be omitted for {arguments.dataset!r}, which stores {dataset.fps:g} fps, got {arguments.fps:g}."

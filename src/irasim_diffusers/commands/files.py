@@ -138,7 +138,7 @@ def _read_json(path: Path) -> np.ndarray:
     content = json.loads(_read_text(path), object_pairs_hook=unique_keys)
     if isinstance(content, dict):
         if "actions" not in content:
-            raise ValueError("the object has no entry `actions`")
+            raise ValueError("the object has no entry 'actions'")
         content = content["actions"]
     if not isinstance(content, list) or not all(isinstance(row, list) for row in content):
         raise ValueError(f"the content must be a list of rows, got {_shorten(content)}")

@@ -111,8 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
     goal = None if arguments.goal is None else read_media(arguments.goal, "--goal")[-1]
     pipeline, video, history = open_start(arguments)
     objective, goal = _objective(arguments, goal, pipeline)
-    with named_flags(radius="--radius"):
-        init = _initial(arguments, pipeline)
+    init = _initial(arguments, pipeline)
     loaded = time.perf_counter()
     state = pipeline.start(video[:history], [arguments.seed], arguments.resize)
     source = "--reward" if arguments.reward else "--encoder" if arguments.encoder else "--goal"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 
 from .. import embedded_checkpoint
-from .files import check_flag_ranges, check_output, named_flags, read_actions
+from .files import check_flag_ranges, check_output, read_actions
 from .history import add_history_flags, frame_files
 from .keys import SAME_KEYS, key_command, key_controls
 from .sampling import add_sampling_flags, check_sampling_flags, open_start
@@ -90,8 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.script is None:
             rate, interrupted = play(session, arguments.chunk_length)
         else:
-            with named_flags(script="--script"):
-                rate = follow(session, arguments.script, arguments.chunk_length)
+            rate = follow(session, arguments.script, arguments.chunk_length)
         pace = f", {rate:.1f} frames/s"
     finally:  # also after a signal
         if len(session):
@@ -114,8 +113,7 @@ def _open_session(arguments: argparse.Namespace) -> DrivingSession:
     config = pipeline.transformer.config
     if start is not None and len(start) != config.action_dim:
         raise ValueError(f"--start must have {config.action_dim} values, one per action component, got {len(start)}.")
-    with named_flags(start="--start"):
-        steering = Steering(pipeline.action_space, arguments.speed, start)
+    steering = Steering(pipeline.action_space, arguments.speed, start)
     return DrivingSession(
         pipeline,
         video[:history],

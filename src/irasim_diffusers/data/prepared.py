@@ -75,7 +75,7 @@ class PreparedEpisodes(InOrder):
             object.__setattr__(self, "composition", known)
         elif self.frame_skip > 1 and self.composition is None:
             raise ValueError(
-                f"`composition` (--action_composition) is required with frame_skip={self.frame_skip}: pass absolute, "
+                f"`composition` (--action_composition) is required with a `frame_skip` of {self.frame_skip}: pass absolute, "
                 "relative_planar, relative_euler or relative_6d."
             )
 
@@ -83,7 +83,7 @@ class PreparedEpisodes(InOrder):
         states = sorted(set(first_readable(self.source, self.source.vectors)) - {"action"})
         if not states:
             raise ValueError(
-                f"`derivation` {self.derivation!r} requires states, which {self.source.name!r} does not have: select them with "
+                f"`derivation` (--action_derivation) {self.derivation!r} requires states, which {self.source.name!r} does not have: select them with "
                 "--state_columns, or use recorded actions."
             )
         key = self.state_key or (states[0] if len(states) == 1 else None)
