@@ -89,8 +89,8 @@ def _predict(
         ).frames[0]
     seconds = time.perf_counter() - start
     figures = (
-        f"frames predicted: {len(frames)} in {seconds:.1f} s, {len(frames) / seconds:.1f} frames/s; network evaluations: "
-        f"{evaluations.count} with {type(pipeline.scheduler).__name__}"
+        f"{len(frames)} frames in {seconds:.1f} s, {len(frames) / seconds:.1f} frames/s, {evaluations.count} network "
+        f"evaluations with {type(pipeline.scheduler).__name__}"
     )
     return (frames * 255).round().astype(np.uint8), figures
 
@@ -100,8 +100,8 @@ def _print_psnr(prediction: np.ndarray, seen: np.ndarray, truth: np.ndarray) -> 
 
     last = np.broadcast_to(seen[-1:], truth.shape)
     print(
-        f"PSNR {psnr(prediction / 255.0, truth / 255.0):.2f} dB against the true frames (frames compared: {len(truth)}; "
-        f"last-frame baseline: {psnr(last / 255.0, truth / 255.0):.2f} dB)"
+        f"PSNR {psnr(prediction / 255.0, truth / 255.0):.2f} dB over {len(truth)} frames against the true frames "
+        f"(last-frame baseline: {psnr(last / 255.0, truth / 255.0):.2f} dB)"
     )
 
 
