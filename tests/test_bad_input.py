@@ -593,7 +593,7 @@ DATA_ROWS = [  # for every command that reads episodes
     ({"--dataset": "file"}, "'file' contains no supported dataset"),
     ({"--dataset": "loop"}, "--dataset must be a folder"),
     ({"--dataset": "a\0b"}, "--dataset must be a path without NUL"),
-    ({"--dataset": "no-episodes"}, "--split must be one of [] in 'no-episodes', got 'test'"),
+    ({"--dataset": "no-episodes"}, "'no-episodes' has no annotation 'annotation/<split>/<id>.json'"),
     ({"--dataset": "cut-annotation"}, "0.json', line 1, is not valid JSON: Expecting ':' delimiter"),
     ({"--dataset": "latin-annotation"}, "0.json', line 1: the file is not JSON in UTF-8"),
     ({"--dataset": "list-annotation"}, "0.json' must name a video in 'video_path' or 'videos'"),

@@ -111,12 +111,12 @@ def test_a_folder_written_twice_has_each_task_once(tmp_path):
 
 
 def test_repeated_or_missing_tasks_raise(tmp_path):
-    with pytest.raises(ValueError, match=r"`tasks` must contain the task .* without 'tidy up'"):
+    with pytest.raises(ValueError, match=r"`tasks` must contain the task .* tasks without 'tidy up'"):
         write_file(tmp_path / "set", 0, [make_episode(0, 5)], fps=10, camera=CAMERA, tasks=["another"])
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     write_file(tmp_path, 0, [make_episode(0, 5)], fps=10, camera=CAMERA, tasks=TASKS)
     settings = {"fps": 10, "camera": CAMERA, "frame_size": (10, 14), "names": NAMES, "robot_type": "test"}
-    with pytest.raises(ValueError, match="`tasks` must be unique"):
+    with pytest.raises(ValueError, match=r"`tasks` must be unique, got '.*' more than once"):
         write_metadata(tmp_path, tasks=["tidy up", "tidy up"], **settings)
     with pytest.raises(ValueError, match="`action_derivation` must be one of"):
         write_metadata(tmp_path, tasks=TASKS, action_derivation="relative", **settings)

@@ -36,13 +36,13 @@ def source(tmp_path_factory):
         ({"frame_skip": True}, "`frame_skip` must be an integer of at least 1, got True"),
         ({"action_dim": 0}, "`action_dim` must be an integer of at least 1, got 0"),
         ({"action_dim": -1}, "`action_dim` must be an integer of at least 1, got -1"),
-        ({"frame_size": (0, 16)}, "`frame_size` must be an integer of at least 1, got 0"),
-        ({"frame_size": (16, -16)}, "`frame_size` must be an integer of at least 1, got -16"),
+        ({"frame_size": (0, 16)}, "each side of `frame_size` must be an integer of at least 1, got 0"),
+        ({"frame_size": (16, -16)}, "each side of `frame_size` must be an integer of at least 1, got -16"),
         ({"frame_size": (16, 16.5)}, "`frame_size` must be an integer of at least 1, got 16.5"),
         ({"frame_size": (16,)}, "`frame_size` must be height and width"),
         ({"frame_size": (16, 16, 3)}, "`frame_size` must be height and width"),
         ({"derivation": "none"}, "`derivation` .* must be one of"),
-        ({"composition": "recorded"}, "`composition` .* got 'recorded' and 'recorded'|`composition`"),
+        ({"composition": "recorded"}, "`composition` .* must be one of .*, got 'recorded'"),
         ({"frame_skip": 2}, "`composition` .* is required with a `frame_skip` of 2"),
         ({"derivation": "absolute", "state_key": "pose"}, r"`state_key` must be one of \['observation.state'\]"),
     ],
@@ -55,7 +55,7 @@ def test_out_of_range_arguments_raise(source, options, message):
 @pytest.mark.parametrize("fps", [0, -1.0, float("nan"), float("inf")])
 def test_out_of_range_frame_rates_raise(fps, tmp_path):
     write_release(tmp_path, "rt1")
-    with pytest.raises(ValueError, match=r"`fps` of .* must be a positive number, got"):
+    with pytest.raises(ValueError, match=r"`fps` of .* must be a positive finite number, got"):
         PreparedEpisodes(replace(open_dataset(tmp_path, fps=5), fps=fps))
 
 

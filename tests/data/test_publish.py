@@ -189,7 +189,9 @@ def test_folder_without_a_complete_file_is_reused(tmp_path):
 def test_out_of_range_frame_rates_raise(fps, tmp_path):
     write_release(tmp_path / "release", "rt1")
     source = replace(open_dataset(tmp_path / "release", fps=5), fps=fps)
-    with pytest.raises(ValueError, match="must have a positive number of frames per second"):
+    with pytest.raises(
+        ValueError, match=f"must have a positive finite frame rate, got {'none' if fps is None else fps}"
+    ):
         write_lerobot(source, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 

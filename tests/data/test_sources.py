@@ -423,7 +423,7 @@ def test_data_sets_are_mixed_by_weight():
     mixed.set_epoch(0)
     assert drawn(mixed) == first
     assert sorted(drawn(MixedClips([Windows(0, 30), Windows(100, 10)]))) == [*range(30), *range(100, 110)]
-    with pytest.raises(ValueError, match="`weights` must be 2 positive numbers"):
+    with pytest.raises(ValueError, match="`weights` must be 2 positive finite numbers"):
         MixedClips([Windows(0, 3), Windows(5, 1)], [1, 0])
     with pytest.raises(ValueError, match="`clips` must have windows of the same shapes"):
         MixedClips([Windows(0, 3), Windows(5, 1, width=7)])

@@ -53,7 +53,8 @@ def workspace(tmp_path_factory):
         ({"max_train_minutes": 1, "lr_scheduler": "cosine"}, "`lr_scheduler` must be constant or .* got 'cosine'"),
         ({"snr_gamma": 5, "prediction_type": "flow_prediction"}, "`snr_gamma` must be omitted for flow matching"),
         ({"dataset_weights": [1, 2]}, r"`dataset_weights` must contain one number per dataset \(1\), got \[1, 2\]"),
-        ({"height": 32}, "`height` and `width` must be given together"),
+        ({"height": 32}, "`height` and `width` must be given together, got only `height`"),
+        ({"lr_scheduler": "piecewise_constant"}, "`lr_scheduler` must be one of .*, got 'piecewise_constant'"),
         ({"preset": "S", "pretrained_model_name_or_path": "model"}, "`preset` is for a new model"),
         ({"frame_skip": 2, "target_fps": 5}, "`frame_skip` and `target_fps` are mutually exclusive"),
         ({"terminal_share": 1.5}, r"`terminal_share` must be in \[0, 1\], got 1.5"),
@@ -103,6 +104,10 @@ def workspace(tmp_path_factory):
 def test_invalid_arguments_raise(changes, message):
     with pytest.raises(ValueError, match=message):
         check_arguments(TrainingArguments(**{"dataset": ["set"], "output_dir": "out", "vae": "vae"} | changes))
+
+
+def test_the_current_folder_may_be_the_dataset():
+    check_arguments(TrainingArguments(dataset=["."], output_dir="out", vae="vae"))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ def standardised_states(
         For each dataset, states (T, S), float32, by episode index. A constant component is zero.
 
     Raises:
-        ValueError: If a feature or component does not exist, or the vectors of an episode cannot be read or are not finite.
+        ValueError: If a feature or component does not exist, the vectors of an episode cannot be read or are not finite, or the
+            states of two datasets differ in width.
     """
     chosen = [list(part) for part in numbers] if numbers else [list(range(len(dataset))) for dataset in datasets]
     parts = [_episode_states(dataset, keys, angles, part) for dataset, part in zip(datasets, chosen, strict=True)]
@@ -210,7 +211,7 @@ def _check_shapes(episodes: Mapping[int, tuple[torch.Tensor, torch.Tensor]], fol
         if shape != shapes[first]:
             raise ValueError(
                 f"episodes {first} and {number} of {folder!r} have different shapes: latents {shapes[first][0]} and {shape[0]}, "
-                f"{shapes[first][1]} and {shape[1]} action components; train on episodes of one size."
+                f"{shapes[first][1]} and {shape[1]} action components; use episodes with equal frame sizes and action components."
             )
 
 
@@ -242,8 +243,8 @@ class MixedClips(Dataset):
         if weights is not None:
             shares = np.asarray(weights, dtype=np.float64)
             if shares.shape != (len(clips),) or not (np.isfinite(shares) & (shares > 0)).all():
-                raise ValueError(f"`weights` must be {len(clips)} positive numbers, got {list(weights)}.")
-        shapes = [{name: value.shape for name, value in part[0].items()} for part in clips]
+                raise ValueError(f"`weights` must be {len(clips)} positive finite numbers, got {list(weights)}.")
+        shapes = [{name: tuple(value.shape) for name, value in part[0].items()} for part in clips]
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(f"`clips` must have windows of the same shapes, got {shapes}.")
         self.clips = clips
@@ -285,14 +286,15 @@ def action_normalisation(actions: torch.Tensor, kind: str = "std") -> tuple[list
             is robust to outliers.
 
     Returns:
-        Offset and scale per component. The scale of a constant component is 1.
+        Offset and scale per component. The scale is 1 if the standard deviation or half the distance of the quantiles is at most
+        1e-6, for example for a constant component.
 
     Raises:
         ValueError: If the kind is unknown, or actions are empty or not finite.
     """
     if not (actions.numel() and torch.isfinite(actions).all()):
         found = "NaN or infinity" if actions.numel() else tuple(actions.shape)
-        raise ValueError(f"`actions` must be finite numbers (N, A) with N > 0, got {found}.")
+        raise ValueError(f"`actions` must be finite numbers (N, A) and not empty, got {found}.")
     values = actions.double()
     if kind == "std":
         offset, spread = values.mean(0), values.std(0, correction=0)

@@ -87,7 +87,7 @@ def finite_vector(values: Any, key: str, place: str = "") -> np.ndarray:
         place: The file, for error messages.
 
     Raises:
-        ValueError: If a value is missing, is not a number, or is not finite in float32.
+        ValueError: If rows differ in length, or a value is missing, is not a number, or is not finite in float32.
     """
     where = f"{place!r}: " if place else ""
     try:

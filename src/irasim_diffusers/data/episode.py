@@ -53,7 +53,7 @@ class EpisodeSource(Protocol):
         """Number of episodes."""
 
     def __getitem__(self, number: int) -> Episode:
-        """Read one episode; raise a ValueError that names the file or the episode if an episode is broken."""
+        """Read one episode; raise a ValueError that names the file or the episode if it is broken."""
 
     def __iter__(self) -> Iterator[Episode]:
         """Iterate over the episodes in order."""
@@ -93,8 +93,9 @@ def first_readable(source: EpisodeSource, read: Callable[[int], Value], attempts
             return read(number)
         except ValueError as error:
             errors.append(error)
-    reason = errors[0] if errors else "the dataset is empty."
-    raise ValueError(f"none of the first {len(errors)} episodes of {source.name!r} can be read: {reason}")
+    if not errors:
+        raise ValueError(f"{source.name!r} has no episode.")
+    raise ValueError(f"none of the first {len(errors)} episodes of {source.name!r} can be read: {errors[0]}")
 
 
 def window_slice(start: int, length: int | None, frames: int) -> slice:
@@ -111,7 +112,7 @@ def window_slice(start: int, length: int | None, frames: int) -> slice:
     stop = frames if length is None else start + length
     if not 0 <= start < stop <= frames:
         raise ValueError(
-            f"a window must be within the {frames} frames of its episode, got `start` {start}, `length` {length}."
+            f"a window must be within the {frames} frames of its episode and not empty, got `start` {start}, `length` {length}."
         )
     return slice(start, stop)
 
@@ -138,7 +139,7 @@ def check_mixture(sources: Sequence[EpisodeSource]) -> None:
 def _traits(source: EpisodeSource) -> dict[str, Any]:
     """Return the properties that all datasets of a mixture must share."""
     return {
-        "frames per second": source.fps,
+        "frames per second": "unknown" if source.fps is None else source.fps,
         "cameras": source.cameras if sum(len(row) for row in source.cameras) > 1 else "single",
         "action components": source.component_names("action"),
         "action derivations": getattr(source, "action_derivation", "recorded"),

@@ -47,6 +47,7 @@ class HubFiles:
 
         Raises:
             ValueError: If the file does not exist.
+            OSError: If it cannot be downloaded for another reason.
         """
         folder = self._folder()
         place, held = folder / kind, (folder, kind)

@@ -54,7 +54,7 @@ class IRASimFolder(InOrder):
         max_episodes: Maximum number of episodes, counted from the first.
 
     Raises:
-        ValueError: If the split does not exist, no annotation can be read, or a camera is missing or ambiguous.
+        ValueError: If the split does not exist, none of its first 20 annotations can be read, or a camera is missing or ambiguous.
     """
 
     root: Path
@@ -67,6 +67,8 @@ class IRASimFolder(InOrder):
         object.__setattr__(self, "root", Path(self.root))
         if not self.files:
             splits = sorted({path.parent.name for path in (self.root / "annotation").glob("*/[!.]*.json")})
+            if not splits:
+                raise ValueError(f"{str(self.root)!r} has no annotation 'annotation/<split>/<id>.json'.")
             raise ValueError(f"`split` must be one of {splits} in {str(self.root)!r}, got {self.split!r}.")
         known = [str(number) for number in range(len(_media(self._first, "video")))]
         if self.cameras is None and len(known) != 1:
@@ -136,7 +138,7 @@ class IRASimFolder(InOrder):
             length: Number of frames.
 
         Raises:
-            ValueError: If the episode is broken, or the window exceeds it.
+            ValueError: If the episode is broken, or the window is empty or exceeds it.
         """
         return self._read(number, (start, length))
 
@@ -178,7 +180,7 @@ class IRASimFolder(InOrder):
             )
 
     def vectors(self, number: int) -> dict[str, np.ndarray]:
-        """Read `action` (T, A) and, if actions are derived from poses, `state` (T, 7) of one episode, float32.
+        """Read `action` (T, A) and, if actions are derived from poses, `state` (T, S) of one episode, float32.
 
         Raises:
             ValueError: If the annotation cannot be read, or an entry or a number is missing or invalid.
@@ -204,7 +206,8 @@ class IRASimFolder(InOrder):
             The latents; None if there are none, or if several cameras are tiled.
 
         Raises:
-            ValueError: If the annotation or the file cannot be read, or the file does not contain latents of this episode.
+            ValueError: If the annotation or the file cannot be read, the annotation names only latents of other cameras, or the
+                file does not contain finite latents of this episode.
         """
         annotation = self._annotation(number)
         camera, *others = [camera for row in self.cameras for camera in row]
@@ -291,13 +294,13 @@ def _vectors(annotation: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _states(annotation: dict[str, Any]) -> np.ndarray:
-    """Return the poses and gripper states (T, 7) of an annotation."""
+    """Return the poses and gripper states (T, S) of an annotation; S is 7 unless `states` differs."""
     if "states" in annotation:
         return _numbers(annotation, "states")
     if "state" in annotation and "continuous_gripper_state" in annotation:
         poses = _numbers(annotation, "state")
         gripper = _numbers(annotation, "continuous_gripper_state").reshape(-1, 1)
-        if poses.ndim != 2 or len(poses) != len(gripper):
+        if poses.ndim != 2 or len(poses) != len(gripper) or poses.shape[1] < 6:
             raise ValueError(
                 f"'state' must be ({len(gripper)}, 6), one pose per 'continuous_gripper_state', got {poses.shape}."
             )

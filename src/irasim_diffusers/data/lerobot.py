@@ -46,7 +46,7 @@ MAX_TOLERANCE = 0.25
 MIN_STRIDE_ROWS = 4
 """Above this number of rows, a constant distance of several frames indicates a wrong frame rate."""
 MAX_ROWS = 1_000_000
-"""Maximum number of rows of a Parquet file, in addition to ten times the frames of its episodes in `meta/episodes`."""
+"""Maximum number of rows of a `meta/episodes` file; for a data file, ten times the frames of its episodes are added."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class LeRobotFolder(InOrder):
 
     Args:
         root: The folder that contains `meta`, `data` and, for video features, `videos`.
-        cameras: Feature keys: one camera, several stacked cameras, or rows of cameras; None selects the only one. After
-            construction, the layout as a tuple of rows.
+        cameras: Feature keys: one camera, several stacked cameras, or rows of cameras; None selects the layout stored by
+            `write_lerobot`, or the only camera. After construction, the layout as a tuple of rows.
         max_episodes: Maximum number of episodes, counted from the first.
         remote: Hub repository from which all files except `meta` are downloaded; None if the folder contains all files.
         split: A split in `info.json`, or a part of one as in `datasets`, `"train[:90%]"`; None for all episodes.
         action_column: Vector feature of the actions, or several that are concatenated; None selects `action`, or the only feature
             with a similar name. After construction, a tuple.
-        state_columns: Vector features of the states; empty for all float features except the actions.
+        state_columns: Vector features of the states; empty for all float ones except the actions.
 
     Raises:
         ValueError: If the folder is not a LeRobotDataset of these versions, its metadata are invalid, a camera or the action
@@ -81,7 +81,7 @@ class LeRobotFolder(InOrder):
         object.__setattr__(self, "root", Path(self.root))
         if not self._info_path.is_file():
             raise ValueError(f"{self.name!r} is not a LeRobotDataset folder: {str(self._info_path)!r} is missing.")
-        version = self.info.get("codebase_version")
+        version = self.info.get("codebase_version") or "of unknown version"
         if version not in READABLE_VERSIONS:
             raise ValueError(
                 f"{self.name!r} is a LeRobotDataset {version}; {' and '.join(READABLE_VERSIONS)} are supported: convert it with "
@@ -165,7 +165,7 @@ class LeRobotFolder(InOrder):
         ]
 
     def _width(self, key: str) -> int | None:
-        """Return the number of components of a numeric feature; None for other features."""
+        """Return the number of components of a numeric vector; None for other features."""
         feature = self._features[key]
         shape = feature.get("shape") or [1]
         return shape[0] if NUMBERS.fullmatch(feature["dtype"]) and len(shape) == 1 else None
@@ -283,8 +283,8 @@ class LeRobotFolder(InOrder):
         """Read one episode; only its part of the videos is decoded.
 
         Raises:
-            ValueError: If a video or an image is missing or unreadable, a video is too short, rows are missing, vectors or timestamps
-                are missing or invalid, the task is not a string, or the images of the cameras cannot be tiled.
+            ValueError: If a file or image is missing or unreadable, a video or the table has the wrong length, a vector is missing,
+                a vector or timestamp is invalid, the task is not a string, or the images of the cameras cannot be tiled.
         """
         return self.window(number, 0)
 
@@ -297,7 +297,7 @@ class LeRobotFolder(InOrder):
             length: Number of frames; None for all remaining frames.
 
         Raises:
-            ValueError: If the episode is broken, or the window exceeds it.
+            ValueError: If the episode is broken, or the window is empty or exceeds it.
         """
         row = self.rows[number]
         vectors = self.vectors(number)
@@ -315,7 +315,7 @@ class LeRobotFolder(InOrder):
         """Read `action` and the states (T, D) of one episode, float32.
 
         Raises:
-            ValueError: If the file is unreadable, rows are missing, or a vector is missing, has the wrong width, or is not finite.
+            ValueError: If the file is unreadable or has the wrong number of rows, or a vector is missing, invalid or not finite.
         """
         row = self.rows[number]
         try:

@@ -35,7 +35,7 @@ def check_info(info: Mapping[str, Any], path: Path, needed: Sequence[str]) -> No
         needed: Entries that must exist.
 
     Raises:
-        ValueError: If an entry is missing or invalid.
+        ValueError: If an entry is missing or invalid, or no feature contains videos or images.
     """
     for key in needed:
         if info.get(key) is None:
@@ -72,6 +72,8 @@ def check_info(info: Mapping[str, Any], path: Path, needed: Sequence[str]) -> No
             shape = feature.get("shape")
             sizes = shape is None or (isinstance(shape, list) and all(_is_number(n, int) and n >= 0 for n in shape))
             require(sizes, f"the 'shape' of feature {key!r}", "a list of non-negative integers", shape)
+    if not any(feature["dtype"] in ("video", "image") for feature in features.values()):
+        raise ValueError(f"{str(path)!r} has no feature of type 'video' or 'image': use a dataset with a camera.")
     require(splits is None or isinstance(splits, dict), "'splits'", "an object", splits)
     for name, part in (splits or {}).items():
         bounds = isinstance(part, str) and re.fullmatch(r"\d{1,12}:\d{1,12}", part) is not None

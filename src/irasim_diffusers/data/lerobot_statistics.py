@@ -26,7 +26,8 @@ def vector_statistics(values: np.ndarray) -> dict[str, list]:
 def image_statistics(frames: np.ndarray) -> dict[str, list]:
     """Statistics of an episode's frames (T, H, W, 3), uint8, scaled to [0, 1].
 
-    The statistics are nested lists of shape (3, 1, 1).
+    They are computed from evenly spaced frames, and from a part of the pixels of large frames. Except for `count`, the number of
+    these frames, the statistics are nested lists of shape (3, 1, 1).
     """
     length = len(frames)
     samples = max(min(100, length), min(int(length**0.75), 10_000))

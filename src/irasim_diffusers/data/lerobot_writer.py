@@ -58,8 +58,8 @@ def write_file(
             which are written as separate features.
         tasks: Tasks of the dataset, as given to `write_metadata`. The iterable may append the task of an episode to
             this list before it yields the episode.
-        first_episode: Index of the first episode in the dataset.
-        first_frame: Index of the first frame in the dataset.
+        first_episode: Index of the file's first episode in the dataset.
+        first_frame: Index of the file's first frame in the dataset.
 
     Raises:
         ValueError: If the task of an episode is not in `tasks`, frames differ in size, or vectors do not have one row per frame.
@@ -135,8 +135,8 @@ def write_metadata(
         ValueError: If tasks repeat, the derivation is unknown, or the folder has no episode.
     """
     root, regions = Path(root), _regions(camera)
-    if len(set(tasks)) < len(tasks):
-        raise ValueError(f"`tasks` must be unique, got {list(tasks)}.")
+    if repeated := [task for number, task in enumerate(tasks) if task in tasks[:number]]:
+        raise ValueError(f"`tasks` must be unique, got {repeated[0]!r} more than once.")
     if action_derivation not in DERIVATIONS:
         raise ValueError(f"`action_derivation` must be one of {DERIVATIONS}, got {action_derivation!r}.")
     files = sorted(root.glob("meta/episodes/chunk-*/file-*.parquet"))
@@ -233,7 +233,7 @@ def _vectors(
     length = len(episode)
     if episode.task not in tasks:
         raise ValueError(
-            f"`tasks` must contain the task of every episode, got {list(tasks)} without {episode.task!r}."
+            f"`tasks` must contain the task of every episode, got {len(tasks)} tasks without {episode.task!r}."
         )
     vectors = {}
     for key, values in {"action": episode.actions, **episode.states}.items():

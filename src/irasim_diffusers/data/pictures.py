@@ -36,8 +36,8 @@ def read_picture(
         Pixels (H, W, 3), uint8 RGB.
 
     Raises:
-        ValueError: If the file is missing, is not an image, is damaged, is too large, is animated, or has more than 8 bits per
-            channel, such as depth.
+        ValueError: If the file is missing or damaged, is not an image of `formats`, has too many pixels, is animated, or has a mode
+            that is not in `MODES`, such as depth with 16 bits.
     """
     name = repr(os.fspath(source) if isinstance(source, str | Path) else "") if name is None else name
     try:

@@ -35,8 +35,8 @@ class PreparedEpisodes(InOrder):
             from frame t to frame t + `frame_skip`, and a clip takes every `frame_skip`-th frame; see `LatentClips`.
 
     Raises:
-        ValueError: If an argument or the frame rate of the source is invalid, no episode can be read, the state does not
-            exist or is ambiguous, or the composition is missing.
+        ValueError: If an argument or the frame rate of the source is invalid, the composition is missing, or actions are derived
+            and no state can be read, `state_key` does not exist, or the state is ambiguous.
     """
 
     source: EpisodeSource
@@ -49,21 +49,24 @@ class PreparedEpisodes(InOrder):
     all_phases: bool = False
 
     def __post_init__(self) -> None:
-        if self.derivation not in DERIVATIONS or self.composition not in (None, *DERIVATIONS[1:]):
+        if self.derivation not in DERIVATIONS:
             raise ValueError(
-                f"`derivation` (--action_derivation) must be one of {DERIVATIONS} and `composition` (--action_composition) None "
-                f"or one of {DERIVATIONS[1:]}, got {self.derivation!r} and {self.composition!r}."
+                f"`derivation` (--action_derivation) must be one of {DERIVATIONS}, got {self.derivation!r}."
             )
-        _check_count("frame_skip", self.frame_skip)
+        if self.composition not in (None, *DERIVATIONS[1:]):
+            raise ValueError(
+                f"`composition` (--action_composition) must be one of {DERIVATIONS[1:]}, got {self.composition!r}."
+            )
+        _check_count("`frame_skip`", self.frame_skip)
         if self.action_dim is not None:
-            _check_count("action_dim", self.action_dim)
+            _check_count("`action_dim`", self.action_dim)
         if self.frame_size is not None:
             if len(self.frame_size) != 2:
                 raise ValueError(f"`frame_size` must be height and width, got {self.frame_size}.")
             for size in self.frame_size:
-                _check_count("frame_size", size)
+                _check_count("each side of `frame_size`", size)
         if self.source.fps is not None and not (math.isfinite(self.source.fps) and self.source.fps > 0):
-            raise ValueError(f"`fps` of {self.source.name!r} must be a positive number, got {self.source.fps}.")
+            raise ValueError(f"`fps` of {self.source.name!r} must be a positive finite number, got {self.source.fps}.")
         if self.derivation == "recorded":
             self._select_composition()
         else:
@@ -83,12 +86,13 @@ class PreparedEpisodes(InOrder):
         states = sorted(set(first_readable(self.source, self.source.vectors)) - {"action"})
         if not states:
             raise ValueError(
-                f"`derivation` (--action_derivation) {self.derivation!r} requires states, which {self.source.name!r} does not have: select them with "
-                "--state_columns, or use recorded actions."
+                f"`derivation` (--action_derivation) {self.derivation!r} requires states, but none of {self.source.name!r} is read: "
+                "select columns of a table or LeRobotDataset with --state_columns, or use recorded actions."
             )
         key = self.state_key or (states[0] if len(states) == 1 else None)
         if key not in states:
-            raise ValueError(f"`state_key` must be one of {states} in {self.source.name!r}, got {self.state_key!r}.")
+            found = "none" if self.state_key is None else repr(self.state_key)
+            raise ValueError(f"`state_key` must be one of {states} in {self.source.name!r}, got {found}.")
         object.__setattr__(self, "state_key", key)
 
     @property
@@ -139,7 +143,8 @@ class PreparedEpisodes(InOrder):
         """Read one episode and prepare it.
 
         Raises:
-            ValueError: If the episode is broken, or `action_dim` is too small.
+            ValueError: If the episode is broken, its states or actions have too few components for the derivation, or `action_dim`
+                is too small.
         """
         episode = self.source[number]
         vectors = self._prepare({"action": episode.actions, **episode.states}, number)
@@ -149,7 +154,8 @@ class PreparedEpisodes(InOrder):
         """Read `length` kept frames from index `start`, with their actions and states.
 
         Raises:
-            ValueError: If the episode is broken, the window exceeds it, or `action_dim` is too small.
+            ValueError: If the episode is broken, its states or actions have too few components for the derivation, the window is
+                empty or exceeds the episode, or `action_dim` is too small.
         """
         vectors = self.vectors(number)
         try:
@@ -170,7 +176,8 @@ class PreparedEpisodes(InOrder):
         """Read and prepare `action` and the states of one episode.
 
         Raises:
-            ValueError: If the episode is broken, or `action_dim` is too small.
+            ValueError: If the episode is broken, its states or actions have too few components for the derivation, or `action_dim`
+                is too small.
         """
         return self._prepare(self.source.vectors(number), number)
 
@@ -202,7 +209,8 @@ class PreparedEpisodes(InOrder):
     def component_names(self, key: str) -> list[str] | None:
         """Return the component names; None if unknown.
 
-        Derived actions have the names of the state, except that the names for `relative_6d` are unknown.
+        Derived actions have the names of the state, except that the names for `relative_6d` are unknown. Padding components are
+        named `unused <index>`.
         """
         if key != "action" or self.derivation == "recorded":
             names = self.source.component_names(key)
@@ -272,7 +280,7 @@ def frame_skip_for(source_fps: float | None, target_fps: float) -> int:
 
 def _check_count(name: str, value: Any) -> None:
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
 
 
 def _compose(actions: np.ndarray, skip: int, composition: str) -> np.ndarray:

@@ -87,8 +87,9 @@ def write_lerobot(
         The folder, with the camera layout of the source.
 
     Raises:
-        ValueError: If the source has no valid frame rate, another process writes the folder, the folder contains another
-            dataset, an episode is broken and `skip_broken` is False, or no episode can be read.
+        ValueError: If the source has no valid frame rate, another process writes the folder, the folder contains anything else,
+            none of the first 20 episodes can be read, an episode is broken and `skip_broken` is False, or the image of one of
+            several cameras changes its size.
     """
     fps, root = _frame_rate(source), Path(root)
     is_new = not root.exists()
@@ -123,7 +124,7 @@ def _frame_rate(source: EpisodeSource) -> float:
     fps = source.fps
     if fps is None or not (math.isfinite(fps) and fps > 0):
         raise ValueError(
-            f"{source.name!r} must have a positive number of frames per second, got {fps}: pass `fps` (--fps)."
+            f"{source.name!r} must have a positive finite frame rate, got {'none' if fps is None else fps}: pass `fps` (--fps)."
         )
     return fps
 

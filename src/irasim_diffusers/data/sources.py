@@ -43,22 +43,24 @@ def open_dataset(
 
     Args:
         name: Folder or Hub id.
-        cameras: One camera, several stacked cameras, or rows of cameras; None selects the only one.
-        split: Name of the split. For a LeRobotDataset, and for a table on the Hub or in Parquet files, also a part of a split
-            such as `"train[:90%]"`. None selects `test`, or all episodes of a LeRobotDataset without this split.
+        cameras: One camera, several stacked cameras, or rows of cameras; None selects the layout stored by `write_lerobot` or the
+            only camera, and in a table the column `video`.
+        split: Name of the split. For a LeRobotDataset, and for a table that is neither streamed nor from `save_to_disk`, also a
+            part of a split such as `"train[:90%]"`. None selects `test`, or all episodes of a LeRobotDataset without it.
         max_episodes: Maximum number of episodes, counted from the first.
         fps: Frames per second, for formats that do not record them.
         action_column: Column or feature of the actions, or several that are concatenated; None selects `action` (LeRobotDataset) or
             `actions` (table), or the only one with a similar name.
-        state_columns: Columns or features of the states; empty for all of a LeRobotDataset and none of a table.
+        state_columns: Columns or features of the states; empty for all float ones of a LeRobotDataset and none of a table.
         revision: Branch, tag or commit on the Hub.
         streaming: Keep at most one file of vectors and one video file per camera, for data on the Hub that are larger than the
             disk. Only reading episodes in order is then fast.
 
     Raises:
-        ValueError: If the folder contains no dataset, the dataset is invalid, `max_episodes` is less than 1, a camera, split or
-            column does not exist, columns are given for the IRASim format, or `max_episodes` is None for a streamed table that does
-            not declare its number of rows.
+        ValueError: If `name` is neither a folder nor a Hub id, the folder contains no dataset, the dataset is invalid,
+            `max_episodes` is less than 1, a camera, split or column does not exist or is ambiguous, columns are given for the IRASim
+            format, or `max_episodes` is None for a streamed table that does not declare its number of rows.
+        OSError: If a Hub repository cannot be accessed or downloaded.
     """
     if max_episodes is not None and max_episodes < 1:
         raise ValueError(f"`max_episodes` (--max_train_episodes) must be at least 1, got {max_episodes}.")
@@ -174,7 +176,7 @@ def _declared_rows(table: Any, max_episodes: int | None) -> int:
     if not counts:
         raise ValueError(
             f"`max_episodes` (--max_train_episodes) must be given for {table.info.dataset_name!r}, because its card does "
-            "not declare the number of rows."
+            "not declare the number of rows; for validation data, omit `streaming` (--streaming) instead."
         )
     return min(counts)
 

@@ -106,7 +106,7 @@ class TableEpisodes(InOrder):
 
     @property
     def name(self) -> str:
-        """Name of the table, or its fingerprint."""
+        """Name of the table; without one, its fingerprint, or `origin` of a streamed table."""
         return self.dataset.info.dataset_name or self._fingerprint
 
     @property
@@ -151,8 +151,8 @@ class TableEpisodes(InOrder):
         """Read one episode.
 
         Raises:
-            ValueError: If a video or an image is missing or unreadable, a number is missing or not finite, the numbers of frames,
-                actions and states disagree, or the images of the cameras cannot be tiled.
+            ValueError: If the table has fewer rows than `length`, a video or an image is missing or unreadable, a number is missing
+                or not finite, the numbers of frames, actions and states disagree, or the images of the cameras cannot be tiled.
         """
         return self._read(number, None)
 
@@ -165,7 +165,7 @@ class TableEpisodes(InOrder):
             length: Number of frames.
 
         Raises:
-            ValueError: If the episode is broken, or the window exceeds it.
+            ValueError: If the episode is broken, or the window is empty or exceeds it.
         """
         return self._read(number, (start, length))
 
@@ -173,8 +173,8 @@ class TableEpisodes(InOrder):
         """Read `action` and the states of one episode, each (T, D), float32.
 
         Raises:
-            ValueError: If the numbers of frames, actions and states disagree, a number is missing or not finite, or a video is
-                unreadable.
+            ValueError: If the table has fewer rows than `length`, the numbers of frames, actions and states disagree, a number is
+                missing or not finite, or a video is unreadable.
         """
         row = self._row(number)
         try:
@@ -260,7 +260,10 @@ class _StreamedRows:
         while self.number < number:
             row = next(self.following, None)
             if row is None:
-                raise EOFError(f"the dataset has only {self.number + 1} rows: pass `max_episodes={self.number + 1}`.")
+                raise EOFError(
+                    f"the dataset has only {self.number + 1} rows: pass at most this number as `max_episodes` "
+                    "(--max_train_episodes)."
+                )
             self.row, self.number = row, self.number + 1
         return self.row
 

@@ -62,7 +62,7 @@ def read_frames(
     whole: bool = False,
     name: str | None = None,
 ) -> np.ndarray:
-    """Decode consecutive frames of a video, starting at the keyframe before them.
+    """Decode consecutive frames of a video, starting at a keyframe at or before the first one.
 
     Args:
         path: Path of the video, or an open binary file.
@@ -127,7 +127,7 @@ def count_frames(path: VideoFile, name: str | None = None) -> int:
     """Count the frames of a video file without decoding them; see `read_video`.
 
     Raises:
-        ValueError: If the file is missing or is not a video.
+        ValueError: If the file is missing, is not a video, or its packets cannot be read.
     """
     with _open(path, _name_of(path, name)) as (container, stream):
         return sum(1 for _ in _timestamps(container, stream))

@@ -24,16 +24,16 @@ class RunArguments(EpisodeArguments):
     dataset: list[str] = field(
         metadata={"help": "LeRobotDataset, IRASim-format or `datasets` folder, or Hub id; several datasets are mixed"}
     )
-    output_dir: str = field(metadata={"help": "folder for checkpoints and the finished pipeline"})
+    output_dir: str = field(metadata={"help": "folder for checkpoints and the finished pipeline or adapters"})
     vae: str | None = field(
         default=None,
         metadata={
             "help": "frozen autoencoder: folder or Hub id, optionally with ':<subfolder>' (default: that of the pretrained "
-            "pipeline)"
+            "pipeline; required without one, except in pixel space)"
         },
     )
     dataset_revision: str | None = field(
-        default=None, metadata={"help": "branch, tag or commit of the datasets on the Hub"}
+        default=None, metadata={"help": "branch, tag or commit of the training datasets on the Hub"}
     )
     dataset_weights: list[float] = field(
         default_factory=list, metadata={"help": "sampling weight of each dataset (default: its number of windows)"}
@@ -53,7 +53,7 @@ class RunArguments(EpisodeArguments):
         metadata={"help": "download datasets from the Hub file by file, encode them, and keep only the latents"},
     )
     recorded_latents: bool = field(
-        default=False, metadata={"help": "use the latents that are stored with IRASim-format data"}
+        default=False, metadata={"help": "use the latents that are stored with IRASim-format data of one camera"}
     )
     target_fps: float | None = field(
         default=None, metadata={"help": "frame rate after skipping frames, as an alternative to --frame_skip"}
@@ -66,19 +66,20 @@ class RunArguments(EpisodeArguments):
         default=None,
         metadata={
             "aliases": ["--pretrained"],
-            "help": "pretrained pipeline or transformer: folder or Hub id; see also `irasim adapt`",
+            "help": "pretrained pipeline or transformer: folder or Hub id (required by train_lora.py); see also `irasim adapt`",
         },
     )
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the pretrained model"})
     variant: str | None = field(
-        default=None, metadata={"help": "variant of the pretrained model's files, such as fp16"}
+        default=None, metadata={"help": "variant of the pretrained transformer's files, such as fp16"}
     )
     # objective
     crop_size: int | None = field(
         default=None,
         metadata={
             "help": "train on square crops of this side length (latent pixels, a multiple of the patch size) around patches that "
-            "change; a transformer must have spatial_position rope"
+            "change; a transformer must have spatial_position rope and, for absolute actions, target_extent; not for a U-Net or "
+            "--state_keys"
         },
     )
     rollout_chunks: int = field(
@@ -99,7 +100,10 @@ class RunArguments(EpisodeArguments):
         },
     )
     snr_gamma: float | None = field(
-        default=None, metadata={"help": "gamma of min-SNR loss weights, for example 5 (default: equal weights)"}
+        default=None,
+        metadata={
+            "help": "gamma of min-SNR loss weights, for example 5; not for flow_prediction (default: equal weights)"
+        },
     )
     huber_c: float | None = field(
         default=None, metadata={"help": "scale of the pseudo-Huber loss (default: the loss is the squared error)"}
@@ -126,22 +130,30 @@ class RunArguments(EpisodeArguments):
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per process and step"})
     max_train_steps: int = field(default=300_000, metadata={"help": "total number of steps"})
     max_train_minutes: float | None = field(
-        default=None, metadata={"help": "stop after this time, including validation and checkpoints"}
+        default=None,
+        metadata={
+            "help": "stop after this time, including validation and checkpoints; requires a constant learning rate schedule"
+        },
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "learning rate after the warmup"})
     lr_scheduler: str = field(
-        default="constant_with_warmup", metadata={"help": "learning rate schedule of diffusers' get_scheduler"}
+        default="constant_with_warmup",
+        metadata={"help": "learning rate schedule of diffusers' get_scheduler, except piecewise_constant"},
     )
-    lr_warmup_steps: int = field(default=0, metadata={"help": "steps of linear warmup"})
+    lr_warmup_steps: int = field(
+        default=0, metadata={"help": "steps of linear warmup; without effect on the schedule constant"}
+    )
     lr_num_cycles: int = field(default=1, metadata={"help": "number of cycles of the cosine_with_restarts schedule"})
     lr_power: float = field(default=1.0, metadata={"help": "power of the polynomial schedule"})
     optimizer: str = field(
         default="adamw",
-        metadata={"help": "adamw, adamw8bit (bitsandbytes), or muon for the blocks' matrices and adamw for the rest"},
+        metadata={
+            "help": "adamw, adamw8bit (bitsandbytes), or muon for the matrices of transformer blocks and adamw for the rest"
+        },
     )
     adam_beta1: float = field(default=0.9, metadata={"help": "beta1 of AdamW"})
     adam_beta2: float = field(default=0.999, metadata={"help": "beta2 of AdamW"})
-    adam_weight_decay: float = field(default=0.0, metadata={"help": "weight decay of AdamW"})
+    adam_weight_decay: float = field(default=0.0, metadata={"help": "weight decay of AdamW and Muon"})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "epsilon of AdamW"})
     max_grad_norm: float = field(default=0.1, metadata={"help": "maximum norm of the gradient"})
     ema_decay: float = field(default=0.9999, metadata={"help": "decay of the averaged weights (EMA)"})
@@ -162,7 +174,7 @@ class RunArguments(EpisodeArguments):
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "recompute activations in the backward pass, to save memory"}
     )
-    compile: bool = field(default=False, metadata={"help": "compile the model with torch.compile"})
+    compile: bool = field(default=False, metadata={"help": "compile the blocks of the model with torch.compile"})
     attention_backend: str | None = field(
         default=None, metadata={"help": "attention backend of diffusers; _native_math trains twice as fast on a CPU"}
     )
@@ -172,7 +184,9 @@ class RunArguments(EpisodeArguments):
     checkpointing_steps: int = field(default=500, metadata={"help": "steps between checkpoints"})
     checkpoints_total_limit: int = field(default=2, metadata={"help": "maximum number of checkpoints that are kept"})
     validation_steps: int = field(default=2000, metadata={"help": "steps between validations"})
-    num_validation_clips: int = field(default=16, metadata={"help": "number of validation clips"})
+    num_validation_clips: int = field(
+        default=16, metadata={"help": "maximum number of validation clips, one per episode"}
+    )
     validation_inference_steps: int = field(default=16, metadata={"help": "number of denoising steps in validation"})
     report_to: str | None = field(
         default=None, metadata={"help": "tracker of accelerate, for example tensorboard or wandb"}
@@ -210,7 +224,7 @@ POSITIVE = (
 CHOICES = {
     "optimizer": ("adamw", "adamw8bit", "muon"),
     "mixed_precision": ("no", "fp16", "bf16"),
-    "lr_scheduler": tuple(each.value for each in SchedulerType),
+    "lr_scheduler": tuple(each.value for each in SchedulerType if each != SchedulerType.PIECEWISE_CONSTANT),
     "attention_backend": tuple(each.value for each in AttentionBackendName),
     "report_to": ("all", *LOGGER_TYPE_TO_CLASS),
 }
@@ -260,7 +274,7 @@ def check_run_arguments(arguments: RunArguments) -> None:
     """Check the shared arguments before anything is read.
 
     Raises:
-        ValueError: If a value is invalid or does not apply to the other arguments.
+        ValueError: If a value is invalid or does not apply to the other arguments, or an optional package is not installed.
     """
     fractions = ("change_share", "terminal_share", "action_dropout", "ema_decay")
     check_ranges(arguments, NOT_NEGATIVE, AT_LEAST_1, POSITIVE, fractions, CHOICES)
@@ -293,8 +307,9 @@ def _check_data_arguments(arguments: RunArguments) -> None:
         raise ValueError(
             f"`dataset_weights` must contain one number per dataset ({len(arguments.dataset)}), got {arguments.dataset_weights}."
         )
-    held_out = os.path.realpath(arguments.validation_dataset or "")
-    if held_out in map(os.path.realpath, arguments.dataset) and arguments.validation_split == arguments.split:
+    known = [os.path.realpath(name) for name in arguments.dataset]
+    shared = arguments.validation_dataset is not None and os.path.realpath(arguments.validation_dataset) in known
+    if shared and arguments.validation_split == arguments.split:
         raise ValueError(
             f"`validation_split` must differ from `split` for a dataset that is also in `dataset`, got {arguments.split!r} for "
             f"both in {arguments.validation_dataset!r}: for example, use 'train[:90%]' and 'train[90%:]'."
@@ -311,9 +326,8 @@ def check_frame_size(arguments: DataArguments) -> None:
         ValueError: If only one of them is given.
     """
     if (arguments.height is None) != (arguments.width is None):
-        raise ValueError(
-            f"`height` and `width` must be given together, got {arguments.height} and {arguments.width}: pass both or neither."
-        )
+        found = "width" if arguments.height is None else "height"
+        raise ValueError(f"`height` and `width` must be given together, got only `{found}`: pass both or neither.")
 
 
 def check_crop(crop_size: int | None, config: Mapping[str, Any]) -> None:
@@ -324,7 +338,7 @@ def check_crop(crop_size: int | None, config: Mapping[str, Any]) -> None:
         config: Config of the model, or the entries of a new one.
 
     Raises:
-        ValueError: If the model does not allow crops of this size.
+        ValueError: If the model cannot be trained on crops, or its patch size does not divide `crop_size`.
     """
     if crop_size is None:
         return

@@ -53,7 +53,7 @@ def newest_checkpoint(
         defaults: Values of settings that a checkpoint of an earlier version does not contain.
 
     Raises:
-        ValueError: If no checkpoint is complete, or if the settings of the newest complete one differ.
+        ValueError: If there are checkpoints but none is complete, or the settings of the newest complete one differ.
     """
     found = checkpoints(output)
     damaged = []
@@ -209,7 +209,7 @@ def remove_leftovers(output: Path) -> None:
 def save_finished(output: Path, save: Callable[[Path], None]) -> None:
     """Save the final model to the output folder.
 
-    `model_index.json`, which marks it as complete, is written last.
+    `model_index.json`, which marks a pipeline as complete, is moved there last.
 
     Args:
         output: Output folder, which also contains the checkpoints.
@@ -254,6 +254,7 @@ def load_average(ema: EMAModel, model: nn.Module, folder: Path) -> None:
 
     Raises:
         ValueError: If the file does not store the number of steps.
+        SafetensorError: If the file is damaged, or the average of a parameter is missing.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     with safe_open(folder / "ema.safetensors", "pt") as file:

@@ -40,6 +40,10 @@ def open_source(
         split: Split of the dataset, or a part such as `train[:90%]`.
         max_episodes: Maximum number of episodes; None for all.
         all_phases: Keep all frames, so that windows with skipped frames can start at any frame.
+
+    Raises:
+        ValueError: If the dataset cannot be opened or does not match the arguments.
+        OSError: If it cannot be downloaded.
     """
     source = open_dataset(
         name,
@@ -69,7 +73,9 @@ def open_sources(arguments: RunArguments) -> list[PreparedEpisodes]:
     """Open the training datasets; check them against arguments and validation data before any work.
 
     Raises:
-        ValueError: If the datasets cannot be mixed, or do not match the arguments or the validation data.
+        ValueError: If a dataset cannot be opened, or the datasets cannot be mixed or do not match the arguments or the
+            validation data.
+        OSError: If a dataset cannot be downloaded.
     """
     sources = [
         open_source(name, arguments, arguments.split, arguments.max_train_episodes, all_phases=True)
@@ -84,8 +90,9 @@ def check_data(sources: list[PreparedEpisodes], arguments: RunArguments) -> None
     """Check the arguments and the validation data against the training data, before encoding.
 
     Raises:
-        ValueError: If the action components, state features or frame sizes do not match, or if training and validation data
-            share episodes.
+        ValueError: If the action components or state features do not match the arguments, or the validation data cannot be read,
+            share episodes with the training data, or differ from them in frame rate, cameras, actions or frame size.
+        OSError: If the validation data cannot be downloaded.
     """
     vectors = first_readable(sources[0], sources[0].vectors)
     action_dim = vectors["action"].shape[1]
@@ -176,7 +183,7 @@ def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | None, patch_size
         patch_size: Side of the patches in latent pixels.
 
     Raises:
-        ValueError: If the height or the width is not divisible by the size of a patch in pixels.
+        ValueError: If no frame can be read, or its height or width is not divisible by the size of a patch in pixels.
     """
     height, width = first_readable(source, functools.partial(_first_frame, source)).shape[:2]
     multiple = patch_size if vae is None else 2 ** (len(vae.config.block_out_channels) - 1) * patch_size
@@ -191,7 +198,7 @@ def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | None, patch_size
 def cache_sources(
     sources: list[PreparedEpisodes], vae: AutoencoderKL | None, arguments: RunArguments, accelerator: Accelerator
 ) -> list[Path]:
-    """Encode the datasets, split over the processes, and return the folders of their latents."""
+    """Encode the datasets with `cache_latents`, split over the processes; return the folders."""
     return [
         cache_latents(
             source,
@@ -245,7 +252,8 @@ def validation_clips(arguments: RunArguments, config: Any) -> tuple[np.ndarray, 
         Frames (N, F, H, W, 3), uint8, and actions (N, F - h, A); None without a validation dataset.
 
     Raises:
-        ValueError: If an episode cannot be read or is too short, unless `skip_broken` is set, or if no episode is left.
+        ValueError: If an episode cannot be read or is too short, unless `skip_broken` is set, if no episode is left, or if the
+            frames of two episodes differ in size.
     """
     if arguments.validation_dataset is None:
         return None
@@ -258,7 +266,7 @@ def validation_clips(arguments: RunArguments, config: Any) -> tuple[np.ndarray, 
             if length < wanted:
                 raise ValueError(
                     f"episode {number} of {arguments.validation_dataset!r} has {length} frames, fewer than a clip of "
-                    f"{wanted}: use a smaller `sample_frames` or `rollout_chunks`, or skip it with --skip_broken."
+                    f"{wanted}: use a smaller `rollout_chunks` or, in train.py, `sample_frames`, or skip it with --skip_broken."
                 )
             clip = source.window(number, (length - wanted) // 2, wanted)
         except ValueError:

@@ -41,8 +41,8 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
     """Create the accelerator of a training run, and set the seed.
 
     Raises:
-        ValueError: If the launcher or the distributed type does not match the arguments, or if the output folder contains a run
-            with other arguments.
+        ValueError: If the launcher, the precision or the distributed type does not match the arguments, or if the output folder
+            contains a run with other arguments.
     """
     output = Path(arguments.output_dir)
     accelerator = Accelerator(
@@ -65,7 +65,7 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
 
 
 def default_mixed_precision() -> str:
-    """Return the precision of `accelerate launch` if it is fp16 or bf16, else the fastest of the device."""
+    """Return the precision of `accelerate launch`; if that is no, bf16 or no, depending on the device."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":
         return launched
@@ -119,6 +119,8 @@ def _check_accelerator(accelerator: Accelerator, arguments: RunArguments) -> Non
 
 def lock_output(output: Path) -> None:
     """Lock an output folder until this process ends, so that two runs do not write the same checkpoints.
+
+    On Windows and on file systems without locks, the folder is only checked.
 
     Raises:
         ValueError: If another process trains in the folder, or `check_output_dir` fails.

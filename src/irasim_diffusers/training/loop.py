@@ -139,6 +139,7 @@ class TrainingRun:
 
         Raises:
             FloatingPointError: If the loss or the gradient is not finite.
+            OSError, SafetensorError: If a checkpoint cannot be written.
             SystemExit: After Ctrl-C or SIGTERM, when the checkpoint has been written.
         """
         arguments, accumulation = self.arguments, self.accelerator.gradient_accumulation_steps

@@ -14,7 +14,7 @@ from .objective import NoiseProcess, diffusion_loss
 from .rollouts import crop, predict_chunk
 
 FULL_HISTORY = 0.7
-"""Probability that a step uses all history frames; otherwise, their number is drawn uniformly."""
+"""Probability that a step uses all history frames; otherwise, their number is drawn uniformly (`conditioning` frame only)."""
 TRUE_HISTORY = 0.3
 """Fraction of clips that keep the true history in a rollout step."""
 
@@ -117,7 +117,7 @@ def _draw_lengths(config: Any, arguments: RunArguments, step: int) -> tuple[int,
     """Draw the numbers of history frames and of predicted chunks of a step, the same in every process."""
     rng = np.random.default_rng([arguments.seed, 0, step])
     most = config["num_history_frames"]
-    shortest = 1 if config["conditioning"] == "frame" else most  # Video-Ada has a fixed number
+    shortest = 1 if config["conditioning"] == "frame" else most  # Video-Ada and the U-Net have a fixed number
     num_history = most if rng.random() < FULL_HISTORY else int(rng.integers(shortest, most + 1))
     started = step >= arguments.rollout_start_step
     return num_history, int(rng.integers(0, arguments.rollout_chunks + 1)) if started else 0

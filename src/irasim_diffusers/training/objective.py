@@ -47,7 +47,7 @@ class StateReadout(nn.Module):
         """Return the model prediction (B, C, F, H, W) and the state of each frame (B, F, S)."""
         prediction = self.transformer(*args, **kwargs | {"return_dict": False})[0]
         features = self.features.pop().float()
-        if self.is_unet:  # (B F, D, H, W) to (B, F, S, D), as in a transformer
+        if self.is_unet:  # (B F, D, H, W) to (B, F, H W, D), as in a transformer
             features = features.flatten(2).mT.unflatten(0, (-1, prediction.shape[2]))
         return prediction, self.readout(features.mean(2))
 
@@ -119,6 +119,8 @@ def diffusion_loss(
     huber_c: float | None = None,
 ) -> torch.Tensor:
     """Compute the mean squared or pseudo-Huber error of the predicted frames (paper, section 3.3).
+
+    With `states`, the error of the readout is added.
 
     Args:
         transformer: The model, possibly wrapped by accelerate; a `StateReadout` if `states` are given.

@@ -49,7 +49,8 @@ def load_vae(arguments: RunArguments) -> AutoencoderKL | None:
 
     Raises:
         ValueError: If `vae` cannot be loaded, has other latents than the autoencoder of the pretrained pipeline, or is given for a
-            pixel-space pipeline.
+            pixel-space pipeline, or if the pretrained model cannot be accessed.
+        OSError: If the autoencoder of the pretrained pipeline cannot be loaded.
     """
     name, revision = arguments.pretrained_model_name_or_path, arguments.revision
     own = _pretrained_vae(name, revision) if name is not None and is_pipeline(name, revision) else None
@@ -62,7 +63,7 @@ def load_vae(arguments: RunArguments) -> AutoencoderKL | None:
         if not same_latents(own, vae):
             raise ValueError(
                 f"`vae` must have the same latents as the autoencoder of {name!r}: omit it, or convert the model with "
-                f"`irasim adapt --model {name} --vae {arguments.vae} --dataset <data>`."
+                f"`irasim adapt --model {name} --vae {arguments.vae} --dataset <data> --output <folder>`."
             )
     return vae
 
@@ -122,7 +123,7 @@ def same_latents(first: AutoencoderKL, second: AutoencoderKL) -> bool:
 
 
 def load_transformer(arguments: RunArguments) -> IRASimTransformer3DModel:
-    """Load the pretrained transformer from a pipeline or from its own folder.
+    """Load the pretrained transformer from a pipeline, or from a folder or Hub repository of its own.
 
     Raises:
         ValueError: If it cannot be loaded.

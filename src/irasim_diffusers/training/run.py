@@ -1,4 +1,4 @@
-"""Data, training loop and validation of a run, shared by `train.py` and `train_lora.py`."""
+"""Data, training loop and validation, shared by train.py, train_lora.py and pusht/convolutional.py."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def encode_data(
 
     Raises:
         ValueError: If the data or `crop_size` do not match the model, the data cannot be read, or `prepare_output` fails.
+        HfHubHTTPError: If the repository for `push_to_hub` cannot be created.
     """
     check_crop(arguments.crop_size, config)
     if not arguments.recorded_latents:
@@ -84,8 +85,10 @@ def train(
         The finished run.
 
     Raises:
-        ValueError: If a validation episode cannot be read or is too short, or `TrainingRun` cannot be created.
+        ValueError: If the datasets differ in the shapes of their clips, the validation clips cannot be read, or `TrainingRun`
+            cannot be created.
         FloatingPointError: If the loss or the gradient is not finite.
+        OSError, SafetensorError: If a checkpoint cannot be written.
         SystemExit: After Ctrl-C or SIGTERM, when the checkpoint has been written.
     """
     clips = MixedClips(data.parts, arguments.dataset_weights or None, arguments.seed, arguments.change_share)

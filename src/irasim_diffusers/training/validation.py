@@ -47,7 +47,7 @@ def validate(
 
     The metrics are the PSNR of predictions from the clips' own actions, of predictions from the actions of other clips, and of
     the repeated last history frame.
-    The video (n, H, W, 3), uint8, shows the true frames in the first row and the predictions in the second.
+    The video (n, 2 H, up to 4 W, 3), uint8, shows the true frames in the first row and the predictions in the second.
 
     Args:
         pipeline: The pipeline.
