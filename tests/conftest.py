@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the CPU cores
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# all sizes differ, so that tests detect transposed axes: latents 4x6, frames 8x12, window 5 = 2 + 3, 3 action components
+# most sizes differ, so that tests detect transposed axes: latents 4x6, frames 8x12, window 5 = 2 + 3, 3 action components
 TINY = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
@@ -29,7 +29,7 @@ TINY = {
 }
 
 
-# model families that IRASimTransformer3DModel supports
+# config entries of each variant of IRASimTransformer3DModel, in addition to TINY
 ARCHITECTURES = {
     "Frame-Ada": {},
     "Video-Ada": {"conditioning": "video"},

@@ -65,7 +65,7 @@ class ForkedProcess:
         assert text in self.stderr, self.stderr
 
     def _wait_until(self, reached: Callable[[], bool], timeout: float) -> None:
-        """Wait until a condition is true or the process has ended."""
+        """Wait until a condition is true or the process has ended; after `timeout` seconds, kill it and raise."""
         end = time.monotonic() + timeout
         while self.poll() is None and not reached():
             if time.monotonic() > end:

@@ -42,7 +42,7 @@ class HubServer:
 
 
 def _entries(files: Files, name: str) -> list[dict[str, object]]:
-    """Return the tree entry of a file or folder, empty if it does not exist."""
+    """Return a list with the tree entry of a file or folder; empty if it does not exist."""
     if name in files:
         oid = hashlib.sha1(files[name]).hexdigest()
         return [{"type": "file", "path": name, "size": len(files[name]), "oid": oid}]

@@ -7,7 +7,7 @@ from irasim_diffusers.actions import derive_actions, hold_action, integrate_acti
 
 
 def trajectories(count=300):
-    """Random poses with a gripper; every third wrist points straight up or down, where Euler angles are singular."""
+    """Random poses with a gripper; one pose in every third trajectory has (nearly) singular Euler angles."""
     generator = np.random.default_rng(7)
     for number in range(count):
         states = np.concatenate(

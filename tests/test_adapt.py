@@ -1,4 +1,4 @@
-"""Invalid input of `irasim adapt`; tests/examples/test_train.py trains adapted models."""
+"""Invalid input and results of `irasim adapt`; tests/examples/test_train.py trains adapted models."""
 
 import numpy as np
 import pytest
@@ -38,13 +38,13 @@ def model(tmp_path_factory):
         ),
     ],
 )
-def test_invalid_flags_print_one_line(model, tmp_path, capsys, flags, message):
+def test_invalid_flags_end_in_one_line(model, tmp_path, capsys, flags, message):
     assert main(["adapt", "--model", str(model), "--output", str(tmp_path / "out"), *flags]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
-def test_invalid_models_and_outputs_print_one_line(model, tmp_path, capsys):
+def test_invalid_models_and_outputs_are_named(model, tmp_path, capsys):
     unet = tiny_unet()
     IRASimPipeline(None, unet, noise_process(unet.config)).save_pretrained(tmp_path / "unet")
     flags = ["--output", str(tmp_path / "out"), "--action-dim", "2"]

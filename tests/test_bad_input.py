@@ -1,4 +1,4 @@
-"""Bad input of every command of `irasim`: exit status 2, one line on stderr, and no file written.
+"""Bad input of all `irasim` commands but evaluate-policies: exit status 2, one line, no file written.
 
 The file exceeds 500 lines because all inputs are rows of one table.
 """
@@ -298,7 +298,7 @@ def write_checkpoints(root):
 
 RELEASED = {"--source": None, "--dataset": "rt1", "--checkpoint": "released.pt", "--config": ["num_attention_heads=2"]}
 
-MODEL_ROWS = [  # for every command that loads a model
+MODEL_ROWS = [  # models, for `generate`, `evaluate` and `adapt`
     ({"--model": "nowhere"}, "--model must be a pipeline folder or Hub id, got 'nowhere'"),
     ({"--model": ""}, "--model must be"),
     ({"--model": "empty"}, "--model must be a pipeline folder or Hub id, got 'empty'"),
@@ -361,7 +361,7 @@ SAMPLER_ROWS = [
     ({"--dtype": "int8"}, "argument --dtype: invalid choice: 'int8'"),
 ]
 
-FILE_ROWS = [  # frames, for every command that starts from frames
+FILE_ROWS = [  # frames, for `generate`, `play` and `plan`
     ({"--frames": "missing.png"}, "--frames must be an image or video file, got 'missing.png', which does not exist"),
     ({"--frames": "empty"}, "--frames must be an image or video file, got 'empty'"),
     ({"--frames": "loop"}, "--frames must be an image or video file, got 'loop'"),
@@ -581,7 +581,7 @@ ROWS = [
     ("convert", {"--source": "opensora"}, "--source opensora requires --config fps"),
 ]
 
-DATA_ROWS = [  # for every command that reads episodes
+DATA_ROWS = [  # datasets and outputs, for `data` and `evaluate`
     ({"--dataset": None}, "the following arguments are required: --dataset"),
     ({"--dataset": "nowhere"}, "--dataset must be a folder or a Hub id"),
     (

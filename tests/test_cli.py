@@ -28,7 +28,7 @@ from irasim_diffusers.metrics import psnr
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """Current folder of the commands, with a tiny model, a video, a picture and actions."""
+    """Current folder of the commands, with a tiny model, and good and bad videos, pictures and actions."""
     monkeypatch.chdir(tmp_path)
     tiny_pipeline().save_pretrained("model")
     rng = np.random.default_rng(0)
@@ -179,7 +179,7 @@ def test_byte_order_mark_of_a_spreadsheet_is_not_a_header(workspace):
 def test_alpha_is_dropped_and_exif_orientation_applied(workspace):
     picture = PIL.Image.open("frame.png")
     exif = picture.getexif()
-    exif[0x0112] = 6  # stored with its left side on top
+    exif[0x0112] = 6  # stored with its right side on top
     picture.transpose(PIL.Image.Transpose.ROTATE_90).save("turned.png", exif=exif)
     picture.convert("P", palette=PIL.Image.Palette.ADAPTIVE).save("palette.png")
     expected = read_media(workspace / "frame.png")
@@ -235,7 +235,7 @@ def test_lora_from_a_folder_or_file_is_applied(workspace, capsys):
 @pytest.mark.parametrize(
     ("number", "status", "message"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
-def test_signals_print_one_line(workspace, monkeypatch, capfd, request, number, status, message):
+def test_signals_end_in_one_line(workspace, monkeypatch, capfd, request, number, status, message):
     if number == signal.SIGINT:  # background jobs of a shell ignore SIGINT
         request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
         signal.signal(number, signal.default_int_handler)
@@ -353,7 +353,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD)
-def test_bad_input_prints_one_line_and_exits_with_2(workspace, capsys, change, message):
+def test_bad_input_ends_in_one_line_and_exits_with_2(workspace, capsys, change, message):
     before = sorted(workspace.rglob("*"))
     arguments = [text for name, value in (GOOD | change).items() if value is not None for text in (name, value)]
     assert generate(*arguments) == 2
@@ -367,7 +367,7 @@ def test_bad_input_prints_one_line_and_exits_with_2(workspace, capsys, change, m
 
 @pytest.mark.parametrize("name", ["out.mp4", "out.png"])
 def test_folder_in_the_place_of_an_output_is_named(workspace, tmp_path, capsys, name):
-    """The message names the strip, which is written next to the video and was not passed by the user."""
+    """The message names the video, or the strip, which is written next to it without a flag."""
     (tmp_path / name).mkdir()
     assert generate("--output", str(tmp_path / "out.mp4")) == 2
     expected = f"must be a {name[-4:]} file, got the folder '{tmp_path / name}': pass a file name, such as"
@@ -437,7 +437,7 @@ def test_the_embedded_model_follows_actions():
 
 def test_quantized_weights_are_accepted():
     class Quantized(torch.Tensor):
-        """Tensor on which every operation fails, like some quantized tensors."""
+        """Tensor for which `torch.isfinite` is not implemented, like some quantized tensors."""
 
         @classmethod
         def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -455,7 +455,7 @@ def test_quantized_weights_are_accepted():
 
 
 def test_messages_name_the_flags_of_the_commands(tmp_path, capsys, monkeypatch):
-    """The library names its arguments, and flags of the examples with underscores."""
+    """The library names its arguments, and flags with underscores as in the examples."""
 
     def fail(arguments):
         raise ValueError(

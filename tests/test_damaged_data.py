@@ -25,7 +25,7 @@ HUGE = 10**400
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """One dataset of each format."""
+    """A LeRobotDataset of each version, and a dataset in the IRASim release format."""
     root = tmp_path_factory.mktemp("originals")
     write_folder(root / "v3.0", (5, 4, 3))
     episode = LeRobotFolder(root / "v3.0")[0]
@@ -232,7 +232,7 @@ PROBLEMS = (  # reasons why a file cannot be read at all
 
 
 def refused(root, captured, message, name=None):
-    """Check that a command has printed one line with the message, and has written nothing."""
+    """Check that a command has printed one line with the message and a name, and has written nothing."""
     lines = captured.err.splitlines()
     assert len(lines) == 1, captured.err
     assert lines[0].startswith("irasim: error: ")
@@ -323,7 +323,7 @@ def test_broken_rows_can_be_skipped(originals, tmp_path, capfd):
 
 
 def test_integral_floats_are_integers(originals, tmp_path):
-    """pandas turns integers into floats when a row is missing."""
+    """pandas turns integers into floats when a value is missing."""
     root = copy(originals, "v3.0", tmp_path)
     before = [episode.frames for episode in LeRobotFolder(root)]
     for name in ("length", "data/file_index", f"{FILM}/chunk_index"):

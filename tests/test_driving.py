@@ -31,7 +31,7 @@ def session(pipe, clip):
 
 
 def drive(session, pressed, num_frames=1):
-    """Drive with keys, as the terminal and the Space do."""
+    """Drive with keys, as `irasim play` does."""
     return session.drive(key_command(session.steering.action_space, pressed), num_frames)
 
 

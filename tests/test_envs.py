@@ -140,7 +140,7 @@ def test_reward_success_and_the_end_of_an_episode(model, starts):
 
 
 def first_row_succeeds():
-    """The first row succeeds at its second step."""
+    """Return a success function that is true for the first row at its second step."""
     calls = []
 
     def success(frames):
@@ -226,7 +226,7 @@ def test_relative_poses_are_composed_from_the_first_state(derivation, starts):
 
 @pytest.mark.parametrize("kind", ["absolute", "relative"])
 def test_commanded_target_is_not_reported_as_state(kind):
-    """Without a proprioception model, recorded actions say nothing about the state."""
+    """Without a proprioception model, neither recorded nor absolute actions tell the state."""
     starts = [Start(np.zeros((8, 12, 3), np.uint8), np.zeros(3))]
     model = tiny_pipeline(action_space=kind)
     assert list(WorldModelEnv(model, starts).observation_space) == ["pixels"]
@@ -403,7 +403,7 @@ def test_starts_of_a_data_set():
 
 
 def test_registered_environments(tmp_path, model, starts):
-    """They load a pipeline with the reward and the proprioception model stored in its folder."""
+    """`irasim/PushT-v0` loads the reward and the proprioception model in the folder of its pipeline."""
     env = gymnasium.make("irasim_diffusers.envs:irasim/PushT-v0", render_mode="rgb_array")
     observation, _ = env.reset(seed=1)
     observation, reward, *_ = env.step(env.action_space.sample())

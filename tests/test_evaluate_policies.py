@@ -124,7 +124,7 @@ def test_failed_command_leaves_the_folder_to_the_corrected_one(command, capsys, 
 
 
 @pytest.mark.parametrize("num_videos", [0, 1])
-def test_another_folder_with_setting_but_without_episodes_is_used(command, tmp_path, num_videos):
+def test_folder_with_other_settings_but_without_episodes_is_used(command, tmp_path, num_videos):
     """Earlier versions left a settings file if a run failed before its first episode."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "setting.json").write_text('{"policies": ["x"]}')

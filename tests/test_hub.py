@@ -53,7 +53,7 @@ def test_unreachable_hub_is_not_a_missing_model():
 
 @pytest.fixture(scope="module")
 def published(hub, tmp_path_factory):
-    """A published pipeline: in float32, as a float16 variant, and in shards in another repository."""
+    """Publish a pipeline in float32, as a float16 variant and in float16 shards; return its video's path."""
     folder = tmp_path_factory.mktemp("publisher")
     run(
         hub,

@@ -21,7 +21,7 @@ LATTE_CASES = [
 
 
 def latte_model(heads, head, depth, patch, channels, frames):
-    """Diffusers' Latte with random weights, an independent implementation."""
+    """Diffusers' Latte, an independent implementation, with random weights and no effect of the text."""
     latte = LatteTransformer3DModel(
         num_attention_heads=heads, attention_head_dim=head, in_channels=channels, out_channels=2 * channels,
         num_layers=depth, patch_size=patch, sample_size=64, cross_attention_dim=head * heads, caption_channels=5,

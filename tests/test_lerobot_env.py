@@ -18,7 +18,7 @@ TASK = {"task": "push the block"}
 
 
 def first_row_succeeds_once():
-    """The first row succeeds at the second step."""
+    """Return a success function that is true for the first row at the second step."""
     calls = iter([False, False, True])  # called at the reset and in two steps
     return lambda frames: torch.tensor([[row == 0 and next(calls, False)] for row in range(len(frames))])
 

@@ -156,7 +156,7 @@ def test_first_use_prints_no_warnings(tmp_path):
         assert re.fullmatch(bar, line.strip()) or not line.strip(), line
 
 
-def test_help_of_every_command_imports_no_torch():
+def test_help_imports_no_torch():
     code = (
         "import sys\nfrom irasim_diffusers.cli import _parser\nprint(_parser().format_help(), 'torch' in sys.modules)"
     )

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a tiny model, pictures, a regressor and an encoder."""
+    """A folder with tiny models, pictures, a video, regressors and an encoder."""
     root = tmp_path_factory.mktemp("plan")
     tiny_pipeline(num_inference_steps=1).save_pretrained(root / "model")
     bounds = {"action_low": [-9.0, -9.0, -9.0], "action_high": [9.0, 9.0, 9.0]}
@@ -159,7 +159,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD)
-def test_bad_input_prints_one_line_and_exits_with_2(change, message, folder, tmp_path, monkeypatch, capsys):
+def test_bad_input_ends_in_one_line_and_exits_with_2(change, message, folder, tmp_path, monkeypatch, capsys):
     assert plan(folder, monkeypatch, tmp_path / "out.mp4", **change) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -59,7 +59,7 @@ def test_planners_reach_the_goal(name, world, state):
 
 @pytest.mark.parametrize("name", PLANNERS)
 def test_candidates_respect_the_bounds(name, world, state, samples):
-    """The goal is out of reach, and samples of the policy are out of bounds."""
+    """The goal is out of reach, and some samples of the policy are out of bounds."""
     plan = PLANNERS[name](world, state, GoalLatents(world, image(-60.0, 60.0)), init=samples)
     assert torch.equal(plan.candidates, SPACE.clip(plan.candidates))
     assert not torch.equal(samples, SPACE.clip(samples))
@@ -200,7 +200,7 @@ def test_no_finite_score_raises(name, world, state, samples):
 
 
 def test_guard_prefers_plans_on_which_the_models_agree(world, state):
-    """The other model is wrong for large steps in y: its point moves further."""
+    """The other model moves the point three times as far, so that they disagree more on the longer plan."""
     other = PointWorld(gain=3.0)
     near, far = torch.zeros(2, 3, 2)
     near[:, 0], far[:, 0], far[:, 1] = 0.1, 0.17, -0.08

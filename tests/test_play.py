@@ -207,7 +207,7 @@ def test_key_presses_and_repeats(terminal):
         (b"a\x1b", ["a"], b"\x1b"),
         (b"a\x1b[1;", ["a"], b"\x1b[1;"),
         (b"\x1b[3~\x1b[15~q", ["q"], b""),  # Delete, F5
-        (b"\x1bq", ["q"], b""),  # Escape before it
+        (b"\x1bq", ["q"], b""),  # Escape, then q
         (b"\x1b\x1b[A", ["ArrowUp"], b""),
         (b"\x1b[\x03", ["[", "\x03"], b""),
         (b"\xc3\xa4", ["\xe3", "\xa4"], b""),
@@ -299,7 +299,7 @@ def test_a_script_is_the_same_as_driving_with_its_keys(session):
         (["--script", "up", "--model", "nowhere"], "--model must be a pipeline folder"),
     ],
 )
-def test_bad_options_print_one_line_and_exit_with_2(tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_options_end_in_one_line_and_exit_with_2(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     PIL.Image.new("RGB", (96, 96)).save("frame.png")
     assert main(["play", *arguments]) == 2

@@ -11,7 +11,7 @@ HEIGHT, WIDTH = 16, 24
 
 @pytest.fixture
 def clip():
-    """Frames (B, n, 3, H, W) of different sizes."""
+    """Frames (B, n, 3, H, W) in [0, 1]; all axes differ in size."""
     return torch.rand(2, 5, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
@@ -89,7 +89,7 @@ def test_regressor_round_trip(tmp_path, clip, regressor):
     assert torch.equal(loaded(clip), regressor(clip))
 
 
-def test_success_is_a_score_above_the_threshold(clip, regressor):
+def test_success_is_a_score_of_at_least_the_threshold(clip, regressor):
     scores = regressor(clip)
     limit = scores.median().item()
     other = FrameRegressor(HEIGHT, WIDTH, channels=(4, 6), feature_dim=7, success_threshold=limit).eval()
@@ -98,7 +98,7 @@ def test_success_is_a_score_above_the_threshold(clip, regressor):
 
 
 def test_regressor_learns_a_position(clip):
-    """The label is the brightness of one corner, which depends on the position of the pixels."""
+    """The label is the red value of one corner, which depends on the position of the pixels."""
     torch.manual_seed(0)
     regressor = FrameRegressor(HEIGHT, WIDTH, channels=(8, 8), feature_dim=16)
     optimizer = torch.optim.Adam(regressor.parameters(), lr=5e-3)

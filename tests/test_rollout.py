@@ -131,7 +131,7 @@ def test_one_history_for_all_seeds_or_one_each(pipeline, frames):
 
 
 class CumulativeModel:
-    """World model that adds up its actions."""
+    """World model that predicts the cumulative sums of the actions of a chunk."""
 
     max_chunk = 4
 

@@ -197,7 +197,7 @@ FILES = {
     "memo": (lambda path: archive(path, entry(b"Nr\xff\xff\xff\x7f0")), "pickle instruction POP"),
     "large pickle": (lambda path: archive(path, b"\x80\x02" + b"}" * MAX_HEADER + b"."), "data.pkl must have 1 to"),
     "truncated": (lambda path: path.write_bytes(saved(path, {"ema": {}}).read_bytes()[:-9]), FORM),
-    # the file replaces methods of the state dict
+    # attributes and hooks of objects in the file
     "attributes": (
         lambda path: archive(path, b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsNsb."),
         "sets attributes",

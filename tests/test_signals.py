@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 SIGNALS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 SIZES = ["num_attention_heads=2", "action_dim=3", "sample_height=4", "sample_width=6"]
 DATA = ["--dataset", "data", "--fps", "5"]
-COMMANDS = {  # arguments; object and function during which the signal arrives; number of the call
+COMMANDS = {  # arguments; object, function and number of the call that ends with the signal
     "data": ([*DATA], lerobot_writer, "image_statistics", 2),
     "evaluate": (["--model", "model", *DATA, "--split", "train"], IRASimTransformer3DModel, "forward", 6),
     "plan": (
@@ -80,7 +80,7 @@ COMMANDS = {  # arguments; object and function during which the signal arrives; 
 }
 OUTPUTS = dict.fromkeys(("plan", "generate", "play"), "out.mp4")
 RESUMED = ("evaluate", "play")
-"""Commands that keep their finished results."""
+"""Commands that have results to keep when the signal arrives."""
 
 
 class Noise(gymnasium.Env):

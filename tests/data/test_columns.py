@@ -16,7 +16,7 @@ from irasim_diffusers.data import LeRobotFolder, TableEpisodes, infer_action_spa
 
 
 def rename_features(root, names):
-    """Rename the features of `write_folder`, or split `action` into several columns of different types."""
+    """Replace the feature `action` of `write_folder` by features with the given columns and types."""
     info = json.loads((root / "meta/info.json").read_text())
     action = info["features"].pop("action")
     for key, (columns, dtype) in names.items():

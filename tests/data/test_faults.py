@@ -101,7 +101,7 @@ def test_other_numbers_of_episodes_cause_a_warning(total, tmp_path):
 
 
 @pytest.mark.parametrize("part", [DATA, EPISODES])
-def test_more_rows_than_the_episodes_have_raise(part, tmp_path, monkeypatch):
+def test_files_with_too_many_rows_raise(part, tmp_path, monkeypatch):
     """A small compressed file can contain many rows, which would fill the memory."""
     monkeypatch.setattr("irasim_diffusers.data.lerobot.MAX_ROWS", 10)
     write_folder(tmp_path)

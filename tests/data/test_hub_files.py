@@ -37,9 +37,9 @@ print("done")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="requires os.fork")
 def test_forked_process_has_a_separate_folder(tmp_path):
-    """DataLoader workers are forks; with a shared folder, one process would delete files that another one reads.
+    """DataLoader workers may be forks; with one folder, a process would delete files that another reads.
 
-    The fork is made in a new process, because the threads of this one would not exist in it.
+    A new process makes the fork, because a fork of this process would lack its threads.
     """
     result = fork_server().run("-c", FORK, tmp_path)
     assert result.stdout == "done\n", result.stderr

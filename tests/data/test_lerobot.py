@@ -143,7 +143,7 @@ def edit_table(path, change):
 
 
 def edit_episode(name, value):
-    """Change the entry of episode 1, which shares a file with episode 0, in `meta/episodes`."""
+    """Return a function that sets an entry in `meta/episodes` of episode 1, which shares files with episode 0."""
 
     def change(row):
         row[name] = value if row["episode_index"] == 1 else row[name]
@@ -152,7 +152,7 @@ def edit_episode(name, value):
 
 
 def edit_vectors(key, value):
-    """Change a vector of episode 1."""
+    """Return a function that sets a vector in frame 4 of episode 1."""
 
     def change(row):
         row[key] = value if row["index"] == 9 else row[key]

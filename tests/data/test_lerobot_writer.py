@@ -13,7 +13,7 @@ QUANTILES = ("q01", "q10", "q50", "q90", "q99")
 
 
 def narrow_episode(number, length=6):
-    """An episode with features of width 1 and of several types."""
+    """An episode with features of several types, most of them of width 1."""
     rng = np.random.default_rng(number)
     return Episode(
         frames=rng.integers(0, 256, (length, 10, 14, 3), dtype=np.uint8),
@@ -73,7 +73,7 @@ def test_bool_and_integer_features_survive_a_copy(tmp_path):
 
 
 def test_statistics_by_hand():
-    """Each integer from 0 to 99 occurs once; a quantile is the upper edge of a narrow histogram bin."""
+    """Each integer from 0 to 99 occurs once; quantiles above q01 are upper edges of narrow histogram bins."""
     values = np.arange(100, dtype=np.float32).reshape(-1, 1)
     statistics = vector_statistics(np.concatenate([values, np.full_like(values, 7)], axis=1))
     assert statistics["count"] == [100]

@@ -136,7 +136,7 @@ def test_windows_of_skipped_frames_start_at_any_frame(tmp_path):
         if start == 0:
             first_phase = PreparedEpisodes(source, frame_skip=3, composition="relative_planar")[number]
             assert np.array_equal(clips[index]["actions"], first_phase.actions[:2])
-    assert len(clips.actions) == 9 - 3 + 7 - 3, "no window extends beyond its episode"
+    assert len(clips.actions) == 9 - 3 + 7 - 3, "the last three actions of an episode lead beyond its end"
     with pytest.raises(
         ValueError, match=r"at least as long as a window of 3 frames with `frame_skip` 3, but 1 of \d+ are shorter"
     ):
@@ -149,7 +149,7 @@ def test_windows_of_skipped_frames_start_at_any_frame(tmp_path):
 
 
 @pytest.mark.parametrize("derivation", ["relative_euler", "relative_6d", "relative_planar", "absolute"])
-def test_last_action_of_an_episode_is_hold(derivation, tmp_path):
+def test_last_action_of_an_episode_holds_the_pose(derivation, tmp_path):
     _, poses, gripper = write_release(tmp_path, "droid", length=4)
     last = np.concatenate([poses, gripper], axis=1)[-1]
     for skip in (1, 2, 5):  # with a skip of 5, a single frame remains

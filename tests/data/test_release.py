@@ -12,7 +12,7 @@ from irasim_diffusers.data import IRASimFolder, open_dataset, write_video
 
 
 def write_release(root, flavor, length=6):
-    """Write two episodes in IRASim's format; return their frames and annotations."""
+    """Write two equal episodes in IRASim's format; return their frames, poses and gripper openings."""
     generator = np.random.default_rng(3)
     poses = np.concatenate([generator.normal(size=(length, 3)), generator.uniform(-3, 3, (length, 3))], axis=1)
     gripper = generator.uniform(size=(length, 1))

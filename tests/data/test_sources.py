@@ -1,4 +1,4 @@
-"""Reading of every dataset format."""
+"""Reading of every dataset format, broken episodes, and mixtures of datasets."""
 
 import io
 import json
@@ -43,7 +43,7 @@ needs_clips = pytest.mark.skipif(not SHARED.is_dir(), reason="IRASIM_TEST_DATA i
 
 
 def write_v21(root, episodes, cameras=("left", "right")):
-    """Write a LeRobotDataset v2.1 with one file per episode; camera 2 shows the negative of camera 1."""
+    """Write a LeRobotDataset v2.1, with separate files per episode; camera 2 is the negative of camera 1."""
     vector = {"dtype": "float32", "shape": [3], "names": {"motors": ["x", "y", "grip"]}}
     info = {
         "codebase_version": "v2.1",
@@ -184,7 +184,7 @@ def test_first_readable_episode_is_searched_among_the_first(tmp_path):
 
 
 def sources_of_every_form(folder, form):
-    """One source of each format, with two or three short episodes."""
+    """Write a dataset of the given format with two or three short episodes; return its source."""
     episodes = [make_episode(number, length) for number, length in enumerate((5, 9, 7))]
     if form == "v3.0":
         write_folder(folder)
@@ -257,7 +257,7 @@ def test_unknown_split_and_folder(tmp_path):
 
 @pytest.fixture
 def mixture(tmp_path):
-    """Datasets with 10 frames per second and one camera: three named actions, and two with padding."""
+    """Datasets at 10 frames/s with one camera: three action components, and two padded to three."""
     write_folder(tmp_path / "lerobot")
     write_release(tmp_path / "planar", "planar")
     padded = PreparedEpisodes(open_dataset(tmp_path / "planar", fps=10), action_dim=3)
@@ -289,7 +289,7 @@ def test_different_data_sets_cannot_be_mixed(mixture, tmp_path):
 
 
 def break_action(root, episode):
-    """Put a NaN into the second action of an episode of `write_folder`."""
+    """Set the second action of an episode in the first file of `write_folder` to NaN."""
     path = root / "data" / "chunk-000" / "file-000.parquet"
     table = pq.read_table(path)
     actions = table["action"].to_pylist()
@@ -397,7 +397,7 @@ def test_each_process_encodes_its_share(tmp_path):
 
 
 class Windows:
-    """Dataset of windows that contain their own index."""
+    """Dataset of windows whose actions are the index of the window plus `first`."""
 
     def __init__(self, first, size, width=2):
         self.first, self.size, self.width = first, size, width

@@ -88,7 +88,7 @@ def test_downloads_in_memory_are_limited(server, monkeypatch):
     size = len(tables._download(names[0]))
     monkeypatch.setattr(tables, "MAX_KEPT", 2 * size)
     tables._download(names[1])
-    tables._download(names[0])  # uses the first file again, so that the second one is the oldest
+    tables._download(names[0])  # uses the first file again, so that the second one is the least recently used
     tables._download(names[2])
     assert list(tables._downloads) == [names[0], names[2]]
     monkeypatch.setattr(tables, "MAX_KEPT", 1)

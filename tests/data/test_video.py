@@ -23,7 +23,7 @@ def test_lossless_video_keeps_every_value(frames, tmp_path):
 
 
 def encode(path, codec, options, frames=40):
-    """Encode a video of a smooth moving picture, which codecs preserve well."""
+    """Encode a video of a random picture that moves and becomes brighter."""
     picture = np.random.default_rng(1).integers(0, 128, (48, 64, 3), dtype=np.uint8)
     with av.open(str(path), mode="w") as container:
         stream = container.add_stream(codec, rate=30, options=options)

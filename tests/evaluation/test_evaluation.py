@@ -38,7 +38,7 @@ LENGTHS = (34, 16, 9)  # frames of the episodes, which contain two, one and no c
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A tiny model, and episodes of the release with 8x12 pixels and three recorded action components."""
+    """A tiny model, and random episodes in the release format: 8x12 pixels, three recorded actions."""
     root = tmp_path_factory.mktemp("evaluation")
     tiny_pipeline(num_inference_steps=1).save_pretrained(root / "model")
     rng = np.random.default_rng(0)
@@ -175,7 +175,7 @@ def test_two_processes_match_one(workspace, evaluated):
     result = fork_server().run(*command)
     assert result.returncode == 0, result.stderr[-3000:]
     report = load(workspace / "two")
-    # each process has one thread, which rounds differently: a pixel may differ by one level of 255
+    # each process uses one thread, which changes the rounding: a pixel may differ by one level of 255
     for name in ("metrics", "last_frame"):
         assert report[name].keys() == evaluated[name].keys()
         for metric, value in report[name].items():
@@ -335,7 +335,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_invalid_input_prints_one_line(workspace, tmp_path, capsys, arguments, message):
+def test_invalid_input_ends_in_one_line(workspace, tmp_path, capsys, arguments, message):
     assert run(workspace, tmp_path / "out", "--model", workspace / "model", *arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert re.search(message, lines[-1]), lines[-1]

@@ -51,7 +51,7 @@ def success(frames):
 
 
 class Proportional:
-    """Policy that moves by a fraction of the distance to the goal."""
+    """Policy that moves by a fraction of the distance to the goal, at most 0.12 per component."""
 
     def __init__(self, gain):
         self.gain, self.calls = gain, 0
@@ -163,7 +163,7 @@ def test_damaged_episodes_are_repeated(evaluation, tmp_path, damage):
     assert path.with_suffix(".mp4").stat().st_size > 0
 
 
-def test_policies_are_loaded_before_the_episodes(evaluation, tmp_path):
+def test_policies_are_loaded_once(evaluation, tmp_path):
     loaded = []
 
     def load():
@@ -194,7 +194,7 @@ class Broken(Proportional):
 
 
 class FailsLater(Proportional):
-    """Policy that returns a given value, or raises an exception, from the third step on."""
+    """Policy that returns a given value, or raises RuntimeError, from the third step after its check on."""
 
     def __init__(self, value):
         super().__init__(0)

@@ -57,7 +57,7 @@ def test_pipeline_rollout_matches_pipeline_call(length):
 
 
 def write_npz(path, **members):
-    """Write an npz file from headers (shape, type) with zeros in place of the values."""
+    """Write an npz file of array headers (shape, type), each followed by a given number of zero bytes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for name, (shape, kind, size) in members.items():
             with file.open(f"{name}.npy", "w", force_zip64=True) as member:

@@ -1,4 +1,4 @@
-"""The scripts of the closed loop: proprioception training and the benchmark of environments."""
+"""Scripts of the closed loop: proprioception, reward, policy improvement, guards and benchmark."""
 
 import json
 
@@ -62,7 +62,7 @@ def test_proprioception_is_trained_measured_and_found(stored, monkeypatch):
     train_proprioception.main()
     report = json.loads((stored / "proprioception" / "metrics.json").read_text())
     assert report["recorded"]["frames"] == report["predicted"]["frames"] == 15
-    assert report["recorded"]["median"] < 1.2  # predicting the mean position gives 1.9
+    assert report["recorded"]["median"] < 1.2  # predicting the mean position gives about 2
     # a pixel corresponds to one unit
     assert report["recorded"]["median_px"] == pytest.approx(report["recorded"]["median"], abs=1e-3)
     weights = stored / "proprioception" / "diffusion_pytorch_model.safetensors"
@@ -109,7 +109,7 @@ def test_errors_are_distances():
 
 
 def test_stored_reward_reads_the_iou_and_the_success():
-    """Measure the errors of the reward of `irasim/PushT-v0` on simulator frames near the goal."""
+    """The reward of `irasim/PushT-v0` on simulator frames is close to the IoU, near and far from the goal."""
     stored = load_world_model(embedded_checkpoint(), "cpu")
     simulator, rng = Simulator(), np.random.default_rng(0)
     frames, true = [], []

@@ -1,4 +1,4 @@
-"""Run the code blocks of examples/closed_loop.md with smaller numbers, on two models."""
+"""Run the code blocks of closed_loop.md with smaller numbers, on two models, and that of convert.md."""
 
 import re
 import shutil

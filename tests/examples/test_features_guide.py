@@ -1,4 +1,4 @@
-"""Run the code blocks of examples/features.md."""
+"""Run the code blocks of examples/features.md, except those that other tests cover."""
 
 import re
 from functools import partialmethod
@@ -22,7 +22,7 @@ def test_block(needs, code, tmp_path, monkeypatch):
     if "torchao" in code:
         pytest.importorskip("torchao")
     monkeypatch.chdir(tmp_path)
-    # traces the whole graph without generating code, which tests/pipelines/test_features.py covers
+    # traces the whole graph, but generates no code
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     namespace: dict = {}
     exec(START[1], namespace)

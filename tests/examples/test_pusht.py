@@ -46,7 +46,7 @@ def run(script, *arguments, launch=None):
 
 
 def call(script, *arguments):
-    """Run the main function of a training script in this process, and return what it prints and logs."""
+    """Run the main function of a script in this process, and return what it prints and logs."""
     output, root = io.StringIO(), logging.getLogger()
     handler, level = logging.StreamHandler(output), root.level
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -137,7 +137,7 @@ def test_collect_adds_episodes(workspace, tmp_path):
     assert "4 episodes" in (tmp_path / "set" / "README.md").read_text()
 
 
-def test_two_processes_collect_two_files(tmp_path):
+def test_two_processes_collect_the_same_episodes_as_one(tmp_path):
     shares = ["--aimless", 1, "--expert", 0, "--noisy", 0, "--keys", 0, "--jumps", 0, "--episodes", 51, "--length", 4]
     run("pusht/collect.py", "--output", tmp_path / "two", "--num_workers", 2, *shares)
     call("collect", "--output", tmp_path / "one", "--num_workers", 1, *shares)

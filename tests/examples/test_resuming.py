@@ -106,7 +106,7 @@ def test_sigterm_of_the_launcher_saves_a_checkpoint_of_two_processes(workspace):
 
 
 def test_killed_and_resumed_run_matches_uninterrupted_run(workspace):
-    """Checkpoints are written every step, so that some runs are killed while writing one."""
+    """Checkpoints are written every step, so that a run may be killed while it writes one."""
 
     def arguments(output):
         return [

@@ -32,7 +32,7 @@ SHORT = ["--train_batch_size", 4, "--max_train_steps", 2, "--checkpointing_steps
 
 
 def write_robot(root, seed, episodes=3, cameras=2, width=32):
-    """Write clips of the IRASim release with a square that moves by the first two action components."""
+    """Write clips in the IRASim release format; a square moves by the first two components of the states."""
     generator = np.random.default_rng(seed)
     (root / "annotation" / "train").mkdir(parents=True)
     for number in range(episodes):
@@ -49,7 +49,7 @@ def write_robot(root, seed, episodes=3, cameras=2, width=32):
 
 
 def write_workspace(root):
-    """Write the clips of two robots and of held-out episodes, and an autoencoder."""
+    """Write clips of two robots, the second with a broken video, held-out clips, and an autoencoder."""
     write_robot(root / "first", 1)
     write_robot(root / "second", 2, episodes=2)
     write_robot(root / "held-out", 4, episodes=2)
@@ -219,7 +219,7 @@ def test_two_processes_match_one_at_same_global_batch_size(workspace):
 
 
 def test_compiled_training_matches_eager_training(workspace, monkeypatch):
-    # traces and differentiates the graph without generating code, which tests/models/test_model_features.py covers
+    # traces and differentiates the graph, but generates no code
     compile_module = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
     train_robot(workspace, "eager")

@@ -135,7 +135,7 @@ def test_incompatible_data_raise_before_encoding(workspace, changes, message):
 
 @pytest.fixture(scope="module")
 def episodes(tmp_path_factory):
-    """Ten episodes as a LeRobotDataset and as a table, and ten in the format of the IRASim release."""
+    """Ten episodes as a LeRobotDataset, also by a link, and as a table; one in the IRASim release format."""
     root = tmp_path_factory.mktemp("episodes")
     write_folder(root / "lerobot", (4,) * 10)
     frames = [[np.full((8, 8, 3), number, np.uint8)] * 3 for number in range(10)]
@@ -228,7 +228,7 @@ def test_autoencoder_of_pretrained_pipeline(tmp_path):
     assert torch.equal(load_vae(arguments).encoder.conv_in.weight, pipeline.vae.encoder.conv_in.weight)
 
 
-def test_invalid_input_prints_one_line_and_exits_with_2(workspace, monkeypatch, capsys):
+def test_invalid_input_ends_in_one_line_and_exits_with_2(workspace, monkeypatch, capsys):
     flags = ["--dataset", workspace / "first", "--vae", workspace / "vae", "--output_dir", workspace / "refused"]
     result = fork_server().run(EXAMPLES / "train.py", *flags, "--cameras", 3)
     assert result.returncode == 2
@@ -288,7 +288,7 @@ def test_invalid_lora_arguments_raise(changes, message):
 
 
 def documented_commands():
-    """Yield the page, program and flags of the training commands in the guides."""
+    """Yield the program and flags of each training or `irasim adapt` command in README.md and the guides."""
     root = EXAMPLES.parent
     for page in (root / "README.md", *sorted(EXAMPLES.rglob("*.md"))):
         blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)

@@ -53,7 +53,7 @@ def test_missing_package_raises(monkeypatch, tmp_path, load, package, message):
 
 
 def backbones():
-    """Skip the test unless the extra is installed with a matching torchvision."""
+    """Return pytorch-fid's module; skip the test without the extra and a matching torchvision."""
     pytest.importorskip("lpips", exc_type=(ImportError, RuntimeError))
     return pytest.importorskip("pytorch_fid.inception", exc_type=(ImportError, RuntimeError))
 
@@ -68,7 +68,7 @@ def test_lpips_with_alexnet_from_file(tmp_path):
     assert network(one, one).abs().max() < 1e-6
     assert network(one, other).shape == (3, 1, 1, 1)
     again = load_lpips(str(tmp_path / "alexnet.pth"))
-    torch.testing.assert_close(network(one, other), again(one, other))  # all weights come from the file
+    torch.testing.assert_close(network(one, other), again(one, other))  # no weight is random
 
 
 def test_inception_matches_pytorch_fid(tmp_path, monkeypatch):

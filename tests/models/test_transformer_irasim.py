@@ -240,7 +240,7 @@ def test_final_layer_with_actions(inputs):
     plain, seeing = tiny_transformer(), tiny_transformer(final_frame_ada=True)
     assert not torch.allclose(plain(*inputs).sample, seeing(*inputs).sample)
     nothing = torch.zeros_like(actions) + torch.tensor(TINY["action_offset"])
-    for model in (plain, seeing):  # with zero action embeddings, only the targets remain
+    for model in (plain, seeing):  # with zero action embeddings, both final layers depend on the timestep alone
         torch.nn.init.zeros_(model.action_embed.linear_2.weight)
         torch.nn.init.zeros_(model.action_embed.linear_2.bias)
         torch.nn.init.zeros_(model.null_action)

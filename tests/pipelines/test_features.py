@@ -32,7 +32,7 @@ WINDOW = 1
 def load(**kwargs) -> IRASimPipeline:
     pipeline = IRASimPipeline.from_pretrained(embedded_checkpoint(), **kwargs)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.register_to_config(num_inference_steps=2)  # steps differ between schedulers
+    pipeline.register_to_config(num_inference_steps=2)  # with a single step, many schedulers give the same video
     return pipeline
 
 
@@ -299,7 +299,7 @@ def test_single_state_caches_with_guidance_raise(kind):
 
 
 def test_guidance_has_its_own_cache_state(plain):
-    """Cached guidance evaluates two networks; with one cache for both, their difference would vanish."""
+    """Guidance evaluates the network with and without actions; a common cache would remove the difference."""
     expected = generate(plain, guidance_scale=3.0, num_inference_steps=16)
     pipeline = load()
     pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))

@@ -1,4 +1,4 @@
-"""Checkpoints that would fill the memory, load for hours, or predict noise are rejected before any work."""
+"""Checkpoints that would fill the memory, load for hours, or predict NaN raise errors."""
 
 import json
 import shutil
@@ -109,7 +109,7 @@ def test_weights_of_other_types_raise(copy, name, dtype):
         IRASimPipeline.from_pretrained(copy)
 
 
-def test_weights_of_16_bits_and_old_checkpoints_load(copy):
+def test_weights_of_other_floating_point_types_load(copy):
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         tensors = {key: value.to(dtype) for key, value in load_file(copy / WEIGHTS).items()}
         save_file(tensors, copy / WEIGHTS, metadata={"format": "pt"})
@@ -127,7 +127,7 @@ def test_absurd_unets_raise(entries):
 
 
 def lora(folder, metadata=None, dtype=torch.float32):
-    """A LoRA file with one layer and a PEFT config."""
+    """Write a LoRA file with one layer and a PEFT config; return its folder."""
     tensors = {
         f"transformer.{LAYER}.lora_A.weight": torch.ones(2, 24).to(dtype),
         f"transformer.{LAYER}.lora_B.weight": torch.ones(24, 2).to(dtype),

@@ -74,7 +74,7 @@ def test_files_with_another_key_prefix_have_the_same_effect(adapted, frames, act
         ("unet.", "no modules named"),
     ],
 )
-def test_files_without_effect_raise(adapted, tmp_path, prefix, message):
+def test_files_without_alpha_or_known_modules_raise(adapted, tmp_path, prefix, message):
     weights = load_file(adapted[0] / "pytorch_lora_weights.safetensors")
     (tmp_path / "other").mkdir()
     renamed = {key.replace("transformer.", prefix, 1): value for key, value in weights.items()}

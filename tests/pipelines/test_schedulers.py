@@ -41,7 +41,7 @@ def test_every_scheduler_keeps_the_history_clean(name, prediction_type, frames, 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_accepts_predicted_samples(name, frames, actions):
-    """If a network always predicts one sample, every scheduler returns it, also with velocity prediction."""
+    """If a network always predicts one sample, every scheduler with velocity prediction returns it."""
     pipeline = tiny_pipeline(prediction_type="sample")
     sample = torch.randn(1, 4, 5, 4, 6, generator=torch.Generator().manual_seed(5))
     pipeline.transformer.register_forward_hook(lambda *_: (sample,))
@@ -212,7 +212,7 @@ def test_with_scheduler_shares_weights(name, prediction_type, frames, actions):
     assert torch.isfinite(run(other, frames, actions[:1])).all()
 
 
-def test_with_scheduler_keeps_prediction_type_of_its_own_class(pipeline):
+def test_with_scheduler_of_the_same_class_keeps_the_config(pipeline):
     direct = pipeline.with_scheduler(diffusers.DDIMScheduler, timestep_spacing="trailing")
     again = direct.with_scheduler("DDIMScheduler")
     assert again.scheduler is not direct.scheduler

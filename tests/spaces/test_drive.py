@@ -128,7 +128,7 @@ def test_last_chosen_start_is_used(drive):
     assert np.linalg.norm(pusher(drive) - TARGET) < 20
 
 
-def test_keys_act_anywhere_while_the_drive_page_is_visible(drive):
+def test_keys_act_only_on_the_drive_page_and_not_in_a_slider(drive):
     choose(drive, OPEN)
     drive.get_by_role("slider", name="Speed").focus()
     drive.keyboard.press("ArrowRight")

@@ -210,7 +210,7 @@ class TestFiles:
         np.testing.assert_array_equal(clip[2:-2], np.broadcast_to([255, 0, 0], (6, 30, 3)))
 
     def test_images_and_videos_are_cropped_alike(self, tmp_path):
-        """A gray square between red margins, in a wide picture: only the square is left, undistorted."""
+        """A gray square with a black center, between red margins: only the square is left, undistorted."""
         frames = np.zeros((3, 48, 96, 3), np.uint8)
         frames[:] = (200, 0, 0)
         frames[:, :, 24:72] = 128
@@ -453,7 +453,7 @@ def test_invalid_starts_are_refused(trajectory, tmp_path):
 
 
 def assert_idle(page):
-    """Check that Predict is enabled and that no earlier prediction is shown."""
+    """Check that Predict is visible, no prediction is running, and no earlier result is shown."""
     page.locator("#trajectory-run").wait_for()
     page.locator("#trajectory-stop").wait_for(state="hidden")
     for part in ("errors", "strip", "picture", "video", "table"):

@@ -71,7 +71,7 @@ def test_frozen_weights_define_a_run():
     model.weight.requires_grad_(False)
     before = frozen_weights(model)
     with torch.no_grad():
-        model.bias.add_(1)  # is trained
+        model.bias.add_(1)  # the bias is trained
         assert frozen_weights(model) == before
         model.weight[0, 0] += 1
     assert frozen_weights(model) != before

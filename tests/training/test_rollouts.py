@@ -68,7 +68,7 @@ def test_prediction_for_crop_matches_whole_frame():
 
 
 class TrueFrames(torch.nn.Module):
-    """Model that predicts the change to the next frame in clips that get brighter by one per frame."""
+    """Model that predicts changes from the last history frame in clips that get brighter by 1 per frame."""
 
     def __init__(self):
         super().__init__()
