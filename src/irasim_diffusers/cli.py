@@ -21,7 +21,7 @@ from .commands.files import read_media as read_frames  # noqa: F401
 
 __all__ = ["main"]
 
-ARGUMENT = re.compile(r"`([a-z_]+)`(?: \(--([a-z_-]+)\))?")
+ARGUMENT = re.compile(r"`([a-z0-9_]+)`(?: \(--([a-z0-9_-]+)\))?")
 """Pattern of an argument of the library in error messages, optionally with its flag."""
 EXAMPLE_FLAG = re.compile(r"(?<![\w/-])--[a-z]+(?:_[a-z]+)+")
 """Pattern of the example scripts' flags in error messages. The commands spell the same flags with hyphens."""
