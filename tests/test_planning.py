@@ -314,13 +314,16 @@ BAD = [
     (lambda world, state: CEM(5)(world, state, lambda frames: GOAL(frames) * torch.nan), "`objective` must be finite"),
     (lambda world, state: CEM(5)(world, state, lambda frames: GOAL(frames)[0]), r"`objective` must return one score"),
     (lambda world, state: CEM(5)(world, state, lambda frames: 1.0), "`objective` must return one score .* float"),
-    (lambda world, state: Gradient(5)(world, state, lambda frames: GOAL(frames).detach()), "must be differentiable"),
+    (
+        lambda world, state: Gradient(5)(world, state, lambda frames: GOAL(frames).detach()),
+        "and `objective` must be differentiable",
+    ),
     (lambda *_: straight_lines(SPACE, 0, 1.0), "`horizon` must be at least 1"),
     (lambda *_: straight_lines(SPACE, 5, 0.0), "`radius` must be positive"),
     (lambda *_: straight_lines(SPACE, 5, 1.0, num_candidates=0), "`num_candidates` must be at least 1"),
     (
         lambda *_: straight_lines(SPACE, 5, 1.0, components=(0, 2)),
-        r"`components` must be different indices in \[0, 1\]",
+        r"`components` must be one or more different indices in \[0, 1\]",
     ),
     (lambda *_: straight_lines(replace(SPACE, kind="absolute"), 5, 1.0), "`start` must be the current position"),
 ]

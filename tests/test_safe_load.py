@@ -278,7 +278,7 @@ def test_absurd_weights_raise(name, tmp_path):
         ({"action_scale": float("nan")}, "`action_scale` must be .* finite in float32, got nan"),
         ({"action_scale": [20.0] * 6 + [float("inf")]}, "`action_scale` must be .* finite in float32"),
         ({"action_low": [1e300] * 7}, "`action_low` must be"),
-        ({"fps": 0}, r"`fps` must be in \[0.001, 100000\], got 0"),
+        ({"fps": 0}, r"`fps` must be a number in \[0.001, 100000\], got 0"),
         ({"fps": True}, "`fps` must be"),
         ({"final_frame_ada": "yes"}, "`final_frame_ada` must be bool"),
         ({"use_fps": "yes"}, "`use_fps` must be bool"),
@@ -294,7 +294,7 @@ def test_absurd_weights_raise(name, tmp_path):
         ({"action_frequencies": 10**6}, "`action_frequencies` must be in"),
         ({"beta_end": 7.0}, "`beta_end` must be in"),
         ({"base_patch_size": 0.0}, "`base_patch_size` must be in"),
-        ({"base_patch_size": 1001.0}, r"`base_patch_size` must be in \[0.001, 1000\], got 1001.0"),
+        ({"base_patch_size": 1001.0}, r"`base_patch_size` must be a number in \[0.001, 1000\], got 1001.0"),
         ({"color": 3}, "`color` must be an entry of the config"),
     ],
 )

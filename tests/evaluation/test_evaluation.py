@@ -301,6 +301,8 @@ def test_published_figures():
     assert published_figures(PROTOCOLS["irasim-long"], "rt1")["LVDM"] == {"latent_l2": 0.2567, "psnr": 23.573}
     with pytest.raises(ValueError, match=r"`published` must be one of \['robonet'\] for the protocol robonet"):
         published_figures(PROTOCOLS["robonet"], "rt1")
+    with pytest.raises(ValueError, match="`published` must be omitted for the protocol own, got 'rt1'"):
+        published_figures(EvaluationProtocol("own", "own clips"), "rt1")
 
 
 @pytest.mark.parametrize(
@@ -312,6 +314,15 @@ def test_other_cameras_cause_a_warning(workspace, caplog, cameras, warned):
     PipelinePredictor(tiny_pipeline(cameras=cameras)).check_dataset(dataset)
     message = f"was trained on the cameras {','.join(cameras[0]) if cameras else ''}, but the evaluation uses 0 of "
     assert (message in caplog.text) == warned
+
+
+@pytest.mark.parametrize(("fps", "remedy"), [(5.0, "use --frame-skip"), (4.0, "use a dataset or model with the same")])
+def test_frames_can_be_skipped_only_at_integer_ratios(workspace, fps, remedy):
+    dataset = open_dataset(workspace / "data", split="test", fps=10.0)
+    with pytest.raises(
+        ValueError, match=f"frames per second of .* must be {fps} like the model's, got 10.0: {remedy}"
+    ):
+        PipelinePredictor(tiny_pipeline(fps=fps)).check_dataset(dataset)
 
 
 BAD = [
@@ -350,7 +361,7 @@ def test_invalid_input_ends_in_one_line(workspace, tmp_path, capsys, arguments, 
             r"must contain the 15 predicted frames .* got \(16, 8, 12, 3\)",
         ),
         ({"frames": np.zeros((15, 8, 12, 3))}, "uint8, without the history, got .* float64"),
-        ({"frames": np.zeros((15, 16, 24, 3), np.uint8)}, "must be 8x12 .* got 16x24: pass --resize"),
+        ({"frames": np.zeros((15, 16, 24, 3), np.uint8)}, "must be 8x12 .* got 16x24: pass resize=True .--resize on"),
         ({"video": np.zeros((15, 8, 12, 3), np.uint8)}, "must be an npz file with an array `frames`"),
     ],
 )

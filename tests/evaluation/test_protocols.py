@@ -87,6 +87,11 @@ class Lengths:
         return {"action": np.zeros((self.lengths[number], 2))}
 
 
+class Damaged(Lengths):
+    def vectors(self, number):
+        raise ValueError("the file is damaged")
+
+
 def starts(clips):
     return [(clip.episode, clip.start, clip.history, clip.predicted) for clip in clips]
 
@@ -102,5 +107,7 @@ def test_clips_of_each_protocol():
         ValueError, match=r"no episode of 'lengths' is as long as a clip of irasim-short \(1 history frame"
     ):
         find_clips(Lengths(15, 3), PROTOCOLS["irasim-short"])
+    with pytest.raises(ValueError, match="no episode of 'lengths' can be read: the file is damaged"):
+        find_clips(Damaged(33, 33), PROTOCOLS["irasim-short"], broken={})
     with pytest.raises(ValueError, match="`num_clips` must be at least 1, got 0"):
         find_clips(dataset, PROTOCOLS["irasim-short"], 0)

@@ -190,10 +190,10 @@ def test_gap_of_perfect_model_is_finite():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ways": 6}, r"`ways` must be in \[2, 5\], the number of clips, got 6"),
+        ({"ways": 6}, "`ways` must be at least 2 and at most 5, the number of clips, got 6"),
         ({"ways": 1}, "got 1"),
-        ({"holds": np.zeros((5, 3))}, r"must belong to the same clips, got \(5, 2, 2, 3\), \(5, 4, 2\) and \(5, 3\)"),
-        ({"last_frames": np.zeros((4, 2, 2, 3))}, "must belong to the same clips"),
+        ({"holds": np.zeros((5, 3))}, r"and \(N, A\), got \(5, 2, 2, 3\), \(5, 4, 2\) and \(5, 3\)"),
+        ({"last_frames": np.zeros((4, 2, 2, 3))}, r"must be \(N, H, W, 3\), .* got \(4, 2, 2, 3\)"),
     ],
 )
 def test_bad_input(changes, message):

@@ -160,7 +160,7 @@ def test_one_timestep_for_the_batch(transformer, inputs, shape):
         ({"action_dim": 0}, "`action_dim` must be an integer of at least 1 and at most 1024, got 0"),
         ({"patch_size": 1.5}, "`patch_size` must be an integer of at least 1 and at most 64, got 1.5"),
         ({"num_history_frames": 5}, "`num_history_frames` must be less than `sample_frames` = 5, .* got 5"),
-        ({"fps": -3.0}, r"`fps` must be in \[0.001, 100000\], got -3.0"),
+        ({"fps": -3.0}, r"`fps` must be a number in \[0.001, 100000\], got -3.0"),
         ({"cameras": 5}, "`cameras` must be rows of camera names, or None, got 5"),
         ({"cameras": "ab"}, "`cameras` must be rows of camera names, or None, got 'ab'"),
         ({"cameras": [[5]]}, "`cameras` must be rows of camera names"),

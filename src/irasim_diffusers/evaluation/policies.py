@@ -44,10 +44,10 @@ class PolicyEvaluation:
     Args:
         policies: Policies by name. A value may also be a function without arguments that loads the policy lazily. Each policy
             with missing episodes is loaded and called once before the first episode.
-        real: The real environment: a Gymnasium vector environment with observations `pixels` (B, H, W, 3), uint8, and
-            usually `agent_pos`, and with `is_success` in `info`; without the latter, termination counts as success.
-        model: The environment of the world model, with the same number of rows. An episode starts from the first real frame of the
-            same seed.
+        real: The real environment: a Gymnasium vector environment (autoreset mode not `SameStep`) with observations
+            `pixels` (B, H, W, 3), uint8, and usually `agent_pos`. Without `is_success` in `info`, termination counts as success.
+        model: The environment of the world model (autoreset mode `Disabled`, or `NextStep` with `starts`), with as many rows and
+            at least `max_episode_steps` steps per episode. An episode starts from the first real frame and state of the same seed.
         output: Folder of the report and of the episodes.
         seeds: Seeds of the episodes, held out from the training data.
         max_episode_steps: Steps after which an episode ends in both environments.
@@ -92,7 +92,7 @@ def evaluate_policies(evaluation: PolicyEvaluation) -> dict[str, Any]:
         The report, as in `report.json`; empty in all processes but the main one.
 
     Raises:
-        ValueError: If an argument is invalid, a policy or its episode fails, or the output folder contains another evaluation.
+        ValueError: If an argument is invalid, matplotlib is missing, a policy or episode fails, or `output` contains other files.
     """
     state, output = PartialState(), Path(evaluation.output)
     _check(evaluation)
@@ -137,7 +137,7 @@ def run_episodes(
     """Run one episode of a policy in each row of an environment.
 
     Args:
-        environment: Gymnasium vector environment with B rows, see `PolicyEvaluation`.
+        environment: Gymnasium vector environment with B rows, like `real` or `model` of `PolicyEvaluation`.
         policy: The policy. Random numbers that it draws from torch or NumPy depend only on the first seed.
         seeds: Seeds of the episodes (B,).
         max_episode_steps: Steps after which an episode ends.
@@ -238,9 +238,9 @@ def _check(evaluation: PolicyEvaluation) -> None:
             )
     seeds = list(evaluation.seeds)
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ValueError(f"`seeds` must be one or more distinct non-negative integers, got {seeds[:8]}.")
-    for name in ("max_episode_steps", "num_videos"):
-        least = 1 if name == "max_episode_steps" else 0
+        wrong = [seed for seed in seeds if seed < 0 or seeds.count(seed) > 1][:8]
+        raise ValueError(f"`seeds` must be one or more distinct non-negative integers, got {wrong or 'none'}.")
+    for name, least in (("max_episode_steps", 1), ("num_videos", 0)):
         if getattr(evaluation, name) < least:
             raise ValueError(f"`{name}` must be at least {least}, got {getattr(evaluation, name)}.")
     if evaluation.real.num_envs != evaluation.model.num_envs:
@@ -258,7 +258,7 @@ def _check(evaluation: PolicyEvaluation) -> None:
     if not keys[0] <= keys[1]:
         raise ValueError(
             f"the observations of `model` must contain {', '.join(sorted(keys[0]))}, like those of `real`, got "
-            f"{', '.join(sorted(keys[1]))}: `agent_pos` requires a proprioception model."
+            f"{', '.join(sorted(keys[1]))}: `agent_pos` requires a proprioception model or `starts` with states; omit others."
         )
     if spaces[0]["pixels"].shape != spaces[1]["pixels"].shape:
         raise ValueError(
@@ -352,8 +352,8 @@ def _check_actions(actions: np.ndarray, environment: VectorEnv, step: int) -> No
     outside = (actions < space.low - width) | (actions > space.high + width)
     if outside.any():
         raise ValueError(
-            "the policy must return actions within or near the bounds of the environment, got "
-            f"{actions[outside][0]:g} at step {step}."
+            "the policy must return actions within or near the bounds of the environment, "
+            f"[{space.low[outside][0]:g}, {space.high[outside][0]:g}], got {actions[outside][0]:g} at step {step}."
         )
 
 
@@ -394,7 +394,7 @@ def _read_outcome(output: Path, name: str, seed: int) -> dict[str, Any] | None:
 
 
 def _write_report(report: dict[str, Any], evaluation: PolicyEvaluation) -> None:
-    """Write `report.json`, `report.md` and the plot."""
+    """Write `report.json`, `report.md` and, for at least two policies, the plot."""
     output = Path(evaluation.output)
     report["videos"] = _choose_videos(evaluation)
     write_text(output / "report.json", json.dumps(report, indent=2))
@@ -432,7 +432,7 @@ def policies_markdown(report: dict[str, Any]) -> str:
         "# Policy evaluation",
         "",
         f"All policies use the same {report['num_seeds']} seeds in both environments. Intervals are 95 % bootstrap intervals over "
-        "seeds.",
+        "seeds. The score of an episode is its largest reward.",
         "",
         "| policy | success, real | success, model | score, real | score, model | same outcome |",
         "|---|---|---|---|---|---|",

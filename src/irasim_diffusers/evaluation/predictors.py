@@ -64,7 +64,7 @@ class Prediction:
     """Predicted future of one clip."""
 
     frames: np.ndarray  # (n, H, W, 3), uint8
-    latents: torch.Tensor | None = None  # (C, n, h, w), scaled; None if the latents are not comparable
+    latents: torch.Tensor | None = None  # (C, n, h, w), scaled; None if unknown or not comparable
     network_evaluations: float | None = None  # per window, if known
     autoencoder: str | None = None  # hash of the autoencoder of the latents, if known
 
@@ -143,21 +143,22 @@ class WorldModelPredictor:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """JSON-serializable settings that determine the metrics."""
+        """JSON-serializable entries for `Evaluation.setting`, without the seed and the weights."""
         return {"chunk_length": self.chunk_length, "resize": self.resize}
 
     def check_dataset(self, dataset: EpisodeSource) -> None:
         """Check that a dataset matches the data that the model was trained on; other cameras cause a warning.
 
         Raises:
-            ValueError: If the number of action components, their derivation or the frame rate differ.
+            ValueError: If the number of action components, their derivation or the frame rate differs, or no episode can be read.
         """
         dim = first_readable(dataset, dataset.vectors)["action"].shape[1]
         derivation = getattr(dataset, "action_derivation", "recorded")
         space = self.model.action_space
         fps = self.model.fps or dataset.fps
         padding = "--pad-actions-to" if dim < len(space) else "a dataset or model with the same actions"
-        skipping = "--frame-skip" if (dataset.fps or 0) > (fps or 0) else "a dataset or model with the same frame rate"
+        multiple = (dataset.fps or 0) % (fps or 1) == 0  # frames can be skipped only if the ratio is an integer
+        skipping = "--frame-skip" if multiple else "a dataset or model with the same frame rate"
         for name, wanted, found, flags in (
             ("action components", len(space), dim, padding),
             ("action derivation", space.derivation, derivation, "--action-derivation or --action-composition"),
@@ -267,7 +268,7 @@ class PipelinePredictor(WorldModelPredictor):
 
     @property
     def setting(self) -> dict[str, Any]:
-        """JSON-serializable settings that determine the metrics; weights and configs are hashed."""
+        """JSON-serializable entries for `Evaluation.setting`, with hashed weights and without the seed."""
         pipeline = self.pipeline
         return {
             "weights": pipeline_hash(pipeline),
@@ -296,7 +297,7 @@ class PipelinePredictor(WorldModelPredictor):
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray) -> torch.Tensor:
-        """Encode frames (T, H, W, 3), uint8, to scaled latents (C, T, h, w)."""
+        """Resize frames (T, H, W, 3), uint8, to the model's size; encode them to scaled latents (C, T, h, w)."""
         pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
         return self.pipeline.encode_history(resize(pixels, self.pipeline.frame_size)[None])[0].cpu()
 
@@ -310,7 +311,7 @@ class FolderPredictor:
     Args:
         folder: The folder.
         resize: Resize predictions to the size of the true frames instead of raising an error.
-        autoencoder: Hash of the autoencoder that encodes the true frames. Latents of another autoencoder are ignored.
+        autoencoder: Hash of the autoencoder that encodes the true frames. Latents with another hash are ignored.
 
     Raises:
         ValueError: If `folder` is not a folder.
@@ -318,7 +319,7 @@ class FolderPredictor:
 
     def __init__(self, folder: Path, resize: bool = False, autoencoder: str | None = None) -> None:
         if not folder.is_dir():
-            raise ValueError(f"--predictions must be a folder, got {str(folder)!r}.")
+            raise ValueError(f"`predictions` must be a folder, got {str(folder)!r}.")
         self.folder, self.resize, self.autoencoder = folder, resize, autoencoder
 
     def path(self, clip: Clip) -> Path:
@@ -366,7 +367,7 @@ class FolderPredictor:
         if shape != wanted and not self.resize:
             raise ValueError(
                 f"frames of {str(path)!r} must be {wanted[1]}x{wanted[2]} (height x width) like the true frames, got "
-                f"{shape[1]}x{shape[2]}: pass --resize to resize them."
+                f"{shape[1]}x{shape[2]}: pass resize=True (--resize on the command line) to resize them."
             )
         if frames is None:
             frames, latents, autoencoder = _read_npz(path)
@@ -378,7 +379,7 @@ class FolderPredictor:
 
 
 def pipeline_hash(pipeline: IRASimPipeline) -> str:
-    """Return a hash of the weights and configs of a pipeline, and of its sampler."""
+    """Return a hash of a pipeline's weights, the configs of its models and scheduler, and its timesteps."""
     settings = [public_config(pipeline.scheduler.config), pipeline.config.timesteps]
     return weights_hash([pipeline.vae, pipeline.transformer], settings)
 
@@ -408,7 +409,7 @@ def _npz_header(path: Path, data: ClipData) -> tuple[tuple[int, ...], np.dtype]:
     except UNREADABLE as error:
         raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`: {error}") from error
     if "frames.npy" not in found:
-        raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`, got {sorted(found)}.")
+        raise ValueError(f"{str(path)!r} must be an npz file with an array `frames`, got {sorted(found)[:8]}.")
     others = {  # latents have fewer values than the frames, and a hash has at most 64 characters
         "latents.npy": (8 * data.truth.size, "f", "floating-point numbers"),
         "autoencoder.npy": (256, "U", "text"),

@@ -23,8 +23,9 @@ class EvaluationProtocol:
         predicted: Number of predicted frames; None for the rest of the episode, predicted chunk by chunk.
         stride: Number of frames between the starts of clips in an episode; None for one clip per episode.
         frame_size: Height and width of the frames; None for any size.
-        as_released: Compute PSNR and SSIM like the script of the IRASim release: on gray frames after a lossy mp4 compression
-            of both videos. FVD then includes each true video twice, the second time mirrored.
+        as_released: Compute PSNR and SSIM of frames like the script of the IRASim release: in gray, after a lossy mp4
+            compression of both videos; the PSNR of a clip is not affected. FVD then includes each true video twice, the second
+            time mirrored.
     """
 
     name: str
@@ -42,8 +43,8 @@ PROTOCOLS = {
         EvaluationProtocol("irasim-short", "1 history frame, 15 predicted frames, a clip every 16 frames"),
         EvaluationProtocol(
             "irasim-short-release",
-            "1 history frame, 15 predicted frames, a clip every 16 frames; PSNR and SSIM on gray frames after mp4 compression, as in "
-            "the script of the release",
+            "1 history frame, 15 predicted frames, a clip every 16 frames; PSNR and SSIM of frames in gray after mp4 compression, "
+            "as in the script of the release",
             as_released=True,
         ),
         EvaluationProtocol(
@@ -120,11 +121,12 @@ def published_figures(protocol: EvaluationProtocol, dataset: str) -> dict[str, d
     Raises:
         ValueError: If the paper reports no results for this protocol and dataset.
     """
-    metrics, table = _TABLES[protocol.name]
+    metrics, table = _TABLES.get(protocol.name, ((), {}))
     if dataset not in table:
+        wanted = f"one of {sorted(table)}" if table else "omitted"
         raise ValueError(
-            f"`published` must be one of {sorted(table)} for the protocol {protocol.name}, got {dataset!r}: the paper "
-            "reports no other results."
+            f"`published` must be {wanted} for the protocol {protocol.name}, got {dataset!r}: the paper reports no such "
+            "results."
         )
     return {model: dict(zip(metrics, values, strict=True)) for model, values in table[dataset].items()}
 
@@ -152,11 +154,12 @@ def find_clips(
         dataset: The dataset; frames are not decoded.
         protocol: Protocol that determines the starts and lengths of the clips.
         num_clips: Maximum number of clips, evenly spaced; None for all.
-        broken: Dictionary to which the errors of unreadable episodes are added by index; these episodes are skipped. None to
-            raise the errors instead.
+        broken: Empty dictionary to which the errors of unreadable episodes are added by index; these episodes are skipped.
+            None to raise the errors instead.
 
     Raises:
-        ValueError: If no episode is long enough, `num_clips` is not positive, or an episode cannot be read.
+        ValueError: If no readable episode is long enough, `num_clips` is not positive, or `broken` is None and an episode cannot
+            be read.
     """
     if num_clips is not None and num_clips < 1:
         raise ValueError(f"`num_clips` must be at least 1, got {num_clips}.")
@@ -176,11 +179,13 @@ def find_clips(
             for start in starts
             if predicted > 0
         ]
+    if broken and len(broken) == len(dataset):
+        raise ValueError(f"no episode of {dataset.name!r} can be read: {next(iter(broken.values()))}")
     if not clips:
         skipped = f", and {len(broken)} episodes cannot be read" if broken else ""
         raise ValueError(
-            f"no episode of {dataset.name!r} is as long as a clip of {protocol.name} ({protocol.text}){skipped}: choose another "
-            "protocol."
+            f"no episode of {dataset.name!r} is as long as a clip of {protocol.name} ({protocol.text}){skipped}: use longer "
+            "episodes or another protocol."
         )
     if num_clips is None or num_clips >= len(clips):
         return clips

@@ -38,7 +38,7 @@ from .results import check_result_folder, has_types, read_result
 from .scores import Backbones, features_of_clip, score_clip
 
 MAPS = 8
-"""Number of clips over which the sensitivity is averaged."""
+"""Maximum number of clips over which the sensitivity is averaged."""
 ERRORS = {"errors": list, "motion": float}
 """Entries of the file that contains the errors of a clip under other actions."""
 
@@ -54,12 +54,12 @@ class Evaluation:
         output: Folder of the report and of the metrics of each clip.
         num_clips: Maximum number of clips, evenly spaced; None for all.
         batch_size: Number of clips per batch; whole episodes are predicted one by one.
-        seed: Seed of noise, shuffling and bootstrap.
+        seed: Seed of shuffling and bootstrap. The predictor has its own seed of the noise.
         encode: Function from frames to latents for latent L2; see `score_clip`.
         backbones: Pretrained networks of LPIPS, FID and FVD.
         faithfulness_clips: Maximum number of clips of the faithfulness report, which requires a world model and clips of
             equal length; 0 or 1 omits the report.
-        ways: Number of action sequences in the identification test.
+        ways: Number of action sequences in the identification test, limited to the number of its clips.
         skip_broken: Skip episodes that cannot be read and list them in the report, instead of raising an error.
         save_predictions: Folder for the predictions, in the format of `FolderPredictor`.
         save_truth: Folder for the true frames, in the format of `FolderPredictor`, for a preference study.
@@ -97,8 +97,8 @@ def evaluate(evaluation: Evaluation) -> dict[str, Any]:
         The report, as in `report.json`; empty in all processes but the first one.
 
     Raises:
-        ValueError: If an argument is invalid, an episode or a prediction cannot be read, or the output folder contains another
-            evaluation.
+        ValueError: If an argument is invalid, a package is missing, a prediction or (without `skip_broken`) an episode cannot be
+            read, no clip can be read, frames have the wrong size, or the output folder contains another evaluation or other files.
     """
     state, output = PartialState(), evaluation.output
     _check(evaluation)
@@ -152,7 +152,7 @@ def _check(evaluation: Evaluation) -> None:
     if (evaluation.backbones.inception or evaluation.backbones.i3d) and evaluation.protocol.predicted is None:
         raise ValueError(
             f"FID and FVD require clips of equal length, but the clips of {evaluation.protocol.name} have different lengths: omit "
-            "--inception and --i3d."
+            "`inception` and `i3d`."
         )
 
 
@@ -281,7 +281,7 @@ def _is_inside(folder: Path, evaluation: Evaluation) -> bool:
 
 
 def _file_stamp(evaluation: Evaluation, clip: Clip) -> list[Any] | None:
-    """Return name, size and time of the prediction file of a clip, which change if the file is replaced."""
+    """Return name, size and time of a clip's prediction file, to detect changes; None for a world model."""
     if not isinstance(evaluation.predictor, FolderPredictor):
         return None
     path = evaluation.predictor.path(clip)

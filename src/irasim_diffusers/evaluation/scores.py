@@ -34,7 +34,7 @@ def score_clip(
     encode: Callable[[np.ndarray], torch.Tensor] | None = None,
     backbones: Backbones = Backbones(),
 ) -> dict[str, Any]:
-    """Compute all metrics of one clip. History frames are never scored.
+    """Compute the metrics of one clip, without FID and FVD. History frames are never scored.
 
     Args:
         data: The clip.
@@ -45,11 +45,13 @@ def score_clip(
         backbones: Optional networks, of which LPIPS is used.
 
     Returns:
-        `psnr`, `ssim` and `lpips` of each frame, `clip_psnr` and `latent_l2` of the clip, and in `last_frame` the PSNR and
-        SSIM of repeating the last history frame. If known, `network_evaluations` of the prediction.
+        `psnr` and `ssim` of each frame and `clip_psnr`, also in `last_frame` for repeating the last history frame. With LPIPS,
+        `lpips` of each frame; with `encode`, `latent_l2`; if known, `network_evaluations` of the prediction. The PSNR of equal
+        frames is finite: as if one value differed by one gray level.
 
     Raises:
-        ValueError: If `protocol.as_released` is set and the sides of the frames are not divisible by 16.
+        ValueError: If frames or latents of prediction and truth differ in shape, or if `protocol.as_released` is set and the
+            sides of the frames are not divisible by 16.
     """
     repeated = np.broadcast_to(data.history[-1], data.truth.shape)
     figures = _compare(data, prediction.frames, protocol) | {"last_frame": _compare(data, repeated, protocol)}
@@ -67,7 +69,7 @@ def score_clip(
 def features_of_clip(
     data: ClipData, prediction: Prediction, protocol: EvaluationProtocol, backbones: Backbones
 ) -> dict[str, np.ndarray]:
-    """Return FID features (n, 2048) and FVD features (1, 400), predicted and true.
+    """Return FID features (n, 2048) and FVD features (1, 400), predicted and true, of the given networks.
 
     With `protocol.as_released` there are two true videos, and their FVD features are (2, 400).
     """
@@ -101,7 +103,7 @@ def _finite(decibels: np.ndarray, size: int) -> np.ndarray:
 
 
 def through_mp4(history: np.ndarray, frames: np.ndarray) -> np.ndarray:
-    """Compress frames (n, H, W, 3), uint8, like the mp4 files that the IRASim release scores.
+    """Compress and decode frames (n, H, W, 3), uint8, like the mp4 files that the IRASim release scores.
 
     The release writes history and prediction with the defaults of imageio: H.264 with rate factor 25, half the color
     resolution and 4 frames per second.

@@ -20,7 +20,8 @@ class LeRobotVectorEnv(WorldModelVectorEnv):
     """Vector environment of a world model with the conventions of LeRobot's rollouts.
 
     Finished rows are frozen, because LeRobot also sums rewards after the end of an episode. Actions are clipped
-    to the bounds. Observations also contain the robot state as `observation.state`, the key that recordings use.
+    to the bounds. Observations also contain the robot state, if it is available, as `observation.state`, the key that recordings
+    use.
 
     Args:
         model: A world model.

@@ -44,8 +44,9 @@ def agreement(
     """Pearson, Spearman and MMRV of the mean scores of policies, with 95 % bootstrap intervals.
 
     The intervals resample the seeds, together for all policies and both environments, because the episodes are paired. They do
-    not account for the choice of the policies. For at least 4 policies, `fisher_low` and `fisher_high` are the 95 % interval of
-    Pearson's correlation by Fisher's transformation, which treats the policies as the sample.
+    not account for the choice of the policies. Samples with an undefined correlation are left out. For at least 4 policies and
+    a defined correlation, `fisher_low` and `fisher_high` are the 95 % interval of Pearson's correlation by Fisher's
+    transformation, which treats the policies as the sample.
 
     Args:
         real: Score of each episode in the real environment (P, n).
@@ -62,7 +63,7 @@ def agreement(
     real, model = np.asarray(real, dtype=float), np.asarray(model, dtype=float)
     if real.ndim != 2 or real.shape != model.shape or len(real) < 2 or not real.shape[1]:
         raise ValueError(
-            f"`real` and `model` must both be (P, n) with P at least 2, got {real.shape} and {model.shape}."
+            f"`real` and `model` must both be (P, n) with P at least 2 and n at least 1, got {real.shape} and {model.shape}."
         )
     draws = rng.integers(real.shape[1], size=(num_samples, real.shape[1]))
     samples = [(real[:, draw].mean(1), model[:, draw].mean(1)) for draw in draws]

@@ -149,11 +149,11 @@ def _load_state(path: Path, argument: str) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged archives, and pickles that `weights_only` rejects, raise errors of many types
-        raise ValueError(f"`{argument}` must be a file with weights, got {str(path)!r}: {error}") from error
+        raise ValueError(f"`{argument}` must be a file with weights, got {str(path)!r}: {error!s:.300}") from error
 
 
 def _load_strictly(network: torch.nn.Module, state: dict[str, Any], argument: str) -> None:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"`{argument}` must contain the weights of this network: {error}") from error
+        raise ValueError(f"`{argument}` must contain the weights of this network: {error!s:.300}") from error

@@ -24,7 +24,7 @@ ALTERATIONS = ("shuffled", "held", "reversed")
 STRATA = ("little motion", "some motion", "much motion")
 """Thirds of the clips by the motion in the true frames. Clips with little motion contain little information."""
 FEWEST = 8
-"""Minimum number of clips per third for a verdict."""
+"""Minimum number of clips with much motion for a verdict."""
 ROUNDING = (1 / 255) ** 2 / 12
 """Mean squared rounding error of 8-bit images, the smallest error that is distinguished."""
 
@@ -59,11 +59,11 @@ def counterfactual_actions(
         ValueError: If there are fewer than two ways, fewer clips than ways, or the shapes do not match.
     """
     if not 2 <= ways <= len(actions):
-        raise ValueError(f"`ways` must be in [2, {len(actions)}], the number of clips, got {ways}.")
+        raise ValueError(f"`ways` must be at least 2 and at most {len(actions)}, the number of clips, got {ways}.")
     if len(last_frames) != len(actions) or holds.shape != (len(actions), actions.shape[-1]):
         raise ValueError(
-            f"`last_frames`, `actions` and `holds` must belong to the same clips, got {last_frames.shape}, {actions.shape} and "
-            f"{holds.shape}."
+            "`last_frames`, `actions` and `holds` must be (N, H, W, 3), (N, n, A) and (N, A), got "
+            f"{last_frames.shape}, {actions.shape} and {holds.shape}."
         )
     order = np.random.default_rng(seed).permutation(len(actions))
     partner = np.empty_like(order)
@@ -140,8 +140,8 @@ def summarise_faithfulness(errors: np.ndarray, motions: np.ndarray, ways: int, s
 
     Returns:
         `ways`, as given. `identification`: rates; `gap`: decrease of the PSNR in dB for each alteration; both with intervals
-        over `all` clips and over each of `STRATA`. `verdict`: whether the model follows its actions (None if undecided), with a
-        text.
+        over `all` clips and over each of `STRATA` that contains clips. `verdict`: whether the model follows its actions (None if
+        undecided), with a text.
     """
     decibels = -10 * np.log10(np.maximum(errors, ROUNDING))
     credit = identified(errors[:, :ways], np.zeros(len(errors), dtype=int))
@@ -164,8 +164,8 @@ def summarise_faithfulness(errors: np.ndarray, motions: np.ndarray, ways: int, s
 def verdict(summary: dict[str, Any]) -> dict[str, Any]:
     """Decide from the clips with much motion whether the model follows its actions.
 
-    The model follows them if three 95 % intervals exclude chance: the identification rate exceeds 1 / W, and the gaps for
-    shuffled and for hold actions exceed 0. The model does not follow them if none of the three intervals excludes chance.
+    The model follows them if three 95 % intervals lie above chance: that of the identification rate above 1 / W, and those of
+    the gaps for shuffled and for hold actions above 0. The model does not follow them if none of the three lies above chance.
     Otherwise, or with fewer than `FEWEST` clips with much motion, the verdict is undecided.
     """
     chance, last = 1 / summary["ways"], STRATA[-1]
@@ -211,6 +211,9 @@ def action_faithfulness(
 
     Returns:
         See `summarise_faithfulness`.
+
+    Raises:
+        ValueError: If `ways` is less than 2 or greater than the number of clips, or the shapes do not match.
     """
     others = counterfactual_actions(histories[:, -1], actions, holds, ways, seed)
     clips = list(enumerate(zip(histories, truths, strict=True)))

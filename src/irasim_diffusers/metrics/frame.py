@@ -20,6 +20,9 @@ def psnr(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     Returns:
         PSNR of each clip (...), in dB; infinite if the clips are equal.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
     return _decibels(_squared_error(prediction, truth).mean(axis=(-4, -3, -2, -1)))
 
@@ -33,6 +36,9 @@ def frame_psnr(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     Returns:
         PSNR (...) as in scikit-image; infinite if two frames are equal.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
     return _decibels(_squared_error(prediction, truth).mean(axis=(-3, -2, -1)))
 
@@ -49,7 +55,7 @@ def frame_ssim(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     Raises:
         ImportError: If scikit-image is not installed.
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or a side is less than 7 pixels.
     """
     try:
         from skimage.metrics import structural_similarity
@@ -94,6 +100,9 @@ def frame_lpips(
 
     Returns:
         Distances (T,), float64.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
     _check_shapes(prediction, truth)
     pair = [

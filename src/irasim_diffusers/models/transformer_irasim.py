@@ -1,4 +1,4 @@
-"""The IRASim transformer: alternating spatial and temporal blocks; each action modulates its frame.
+"""The IRASim transformer: alternating spatial and temporal blocks, modulated by timestep and actions.
 
 Reference: "IRASim: A Fine-Grained World Model for Robot Manipulation" (https://arxiv.org/abs/2406.14540), section 3 and
 appendix 8. Where the paper and its released code differ, this file follows the code, because the released weights were trained
@@ -264,7 +264,7 @@ class IRASimTransformerBlock(nn.Module):
 
 
 class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
-    """IRASim: predicts the noise of future frames from the clean history and one action per frame.
+    """IRASim: denoises the future frames of a window, given the clean history and one action per frame.
 
     Frame-Ada: the spatial blocks of frame i are modulated by the sum of the timestep embedding and the embedding of the action
     that leads to frame i. History frames receive a learned null action. Temporal blocks receive the timestep embedding only.
@@ -274,7 +274,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         num_attention_heads: Number of attention heads.
         attention_head_dim: Number of channels per head; the model width is heads x channels.
         num_layers: Number of pairs of a spatial and a temporal block.
-        in_channels: Number of channels of the latents.
+        in_channels: Number of channels of the latents, or 3 for a model in pixel space.
         patch_size: Side length of a patch, in latent pixels.
         sample_height: Height of the latents in training; other sizes are supported.
         sample_width: Width of the latents in training; other sizes are supported.
@@ -299,8 +299,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_frequencies: Number of octaves of sines and cosines of the scaled actions that are added to the action features,
             the lowest with a wavelength of 16. They resolve the exact position of an absolute target. 0 in the paper.
         target_extent: Left, top, right and bottom edges of a frame of `sample_height` x `sample_width` in the units of the first
-            two action components, for actions that are target positions in the image plane. Every patch of a predicted frame
-            then receives an embedding of its offset from the target of that frame. None (as in the paper) disables it.
+            two action components, for Frame-Ada and absolute actions that begin with a target in the image plane. Every patch of
+            a predicted frame then receives an embedding of its offset from the target of that frame. None (as in the paper)
+            disables it.
         action_dim: Number of action components.
         action_scale: The network receives `(action - action_offset) * action_scale`; one number, or one per component.
         action_offset: See `action_scale`.
@@ -316,7 +317,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             are zero. Training subtracts that frame, and sampling adds it again. False in the paper.
         scale_noisy_latents: Whether the latents of predicted frames are first multiplied by the square root of the cumulative
             alpha of their timestep, the best linear estimate of clean latents of unit variance. The input is then almost zero
-            for pure noise, so that one denoising step is sufficient. False in the paper.
+            for pure noise, so that one denoising step is sufficient. Not for rectified flow. False in the paper.
         prediction_type: Output of the network, as in diffusers' schedulers; `"flow_prediction"` for rectified flow, which has
             no betas.
         num_train_timesteps: Number of timesteps of the noise process in training; this entry and the next three are as in
@@ -486,6 +487,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
         Returns:
             Frame-Ada: one embedding per frame (B, F, D). Video-Ada: one per trajectory (B, 1, D). Without actions, B is 1.
+
+        Raises:
+            ValueError: If the shape of the actions is wrong.
         """
         video = self.config.conditioning == "video"
         if actions is None:
@@ -560,8 +564,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         ):
             number = f"at most {num_frames}" if fixed is None else f"{fixed} (fixed for Video-Ada)"
             raise ValueError(
-                f"`actions` must be (batch, {number}, {config.action_dim}), got {tuple(actions.shape)}: pass one action per "
-                "predicted frame of the window."
+                f"`actions` must be (batch, {number}, {config.action_dim}), got {tuple(actions.shape)} for a window of "
+                f"{num_frames} frames: pass one action per predicted frame of the window."
             )
 
     def _embed_trajectory(self, actions: torch.Tensor) -> torch.Tensor:
@@ -581,20 +585,24 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict noise, velocity or sample, depending on the config, for each frame of a window.
+        """Predict noise, velocity, sample or flow, as in `prediction_type`, for each frame of a window.
 
         Args:
             hidden_states: Latents (B, C, F, H, W), the clean history first; any F, and any H and W divisible by the patch size.
             timestep: Diffusion timesteps (B,), or one per frame (B, F); see `history_timestep`.
-            actions: Actions (B, n, A) in raw units, n <= F. They lead to the last n frames; the first F - n are history. None
-                gives every frame the null action and treats no frame as history.
-            action_mask: Booleans (B, n); actions at False are replaced by the null action (action dropout).
+            actions: Actions (B, n, A) in raw units, n <= F; Video-Ada has a fixed n. They lead to the last n frames; the first
+                F - n are history. None gives every frame the null action and treats no frame as history.
+            action_mask: Booleans (B, n); actions at False are replaced by the null action (action dropout); see
+                `encode_actions`.
             fps: Frames per second, one number or (B,), for models that embed them; None for the value in the config.
             attention_kwargs: `{"scale": s}` scales the LoRA layers.
             return_dict: Return a `Transformer2DModelOutput` instead of a tuple.
 
         Returns:
             The prediction (B, C, F, H, W); the values at history frames are undefined.
+
+        Raises:
+            ValueError: If the shape of latents or actions is wrong, `fps` is missing, or context parallelism is not supported.
         """
         batch_size, _, num_frames, height, width = hidden_states.shape
         grid = self._check_size(height, width)
@@ -829,12 +837,12 @@ def check_shared_config(config: Any) -> None:
     """Check the config entries that the transformer and the U-Net share.
 
     Raises:
-        ValueError: If an entry is invalid.
+        ValueError: If an entry is invalid, or entries are inconsistent.
     """
     for name, most in LIMITS.items():
         value = config.get(name, 1)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise ValueError(f"`{name}` must be an integer of at least 1 and at most {most}, got {value!r}.")
+            raise ValueError(f"`{name}` must be an integer of at least 1 and at most {most}, got {value!r:.60}.")
     window = config.in_channels * config.sample_frames * config.sample_height * config.sample_width
     if window > MAX_WINDOW:
         raise ValueError(
@@ -852,12 +860,12 @@ def check_shared_config(config: Any) -> None:
         if value is None and (name in ("fps", "base_patch_size") or name not in config):
             continue
         if not (number and low <= value <= high):
-            raise ValueError(f"`{name}` must be in [{low:g}, {high:g}], got {repr(value)[:60]}.")
+            raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}], got {value!r:.60}.")
     if config.cameras is not None and not _are_rows_of_names(config.cameras):
-        raise ValueError(f"`cameras` must be rows of camera names, or None, got {config.cameras!r}.")
+        raise ValueError(f"`cameras` must be rows of camera names, or None, got {config.cameras!r:.60}.")
     for name, choices in CHOICES.items():
         if name in config and config[name] not in choices:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {config[name]!r}.")
+            raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {config[name]!r:.60}.")
     ActionSpace.from_config(config)
 
 
@@ -878,7 +886,7 @@ def _check_target_extent(config: Any) -> None:
     if not is_frame or (space, conditioning) != ("absolute", "frame") or config.action_dim < 2:
         raise ValueError(
             "`target_extent` must be the finite left, top, right and bottom edges of the frame, for a Frame-Ada model of "
-            f"absolute actions that begin with a target position, got {extent} with `action_space` {space!r}, `conditioning` "
+            f"absolute actions that begin with a target position, got {extent!r:.60} with `action_space` {space!r}, `conditioning` "
             f"{conditioning!r} and `action_dim` {config.action_dim}."
         )
 

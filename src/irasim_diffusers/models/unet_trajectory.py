@@ -159,7 +159,7 @@ class UNetTrajectoryBlock(nn.Module):
 class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """The U-Net of VDM and LVDM, conditioned on the clean history and a whole trajectory.
 
-    It predicts the noise of the future frames. Space and time are factorized: convolutions and attention within frames,
+    It denoises the future frames. Space and time are factorized: convolutions and attention within frames,
     attention between the frames of a pixel. An MLP embeds the trajectory, which has a fixed number of actions. The
     concatenated embeddings of trajectory and timestep scale and shift the features of every residual block but the last. All
     frames thus receive all actions, as in Video-Ada.
@@ -340,10 +340,10 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> UNet3DConditionOutput | tuple[torch.Tensor]:
-        """Predict noise, velocity or sample, depending on the config, for each frame of a window.
+        """Predict noise, velocity, sample or flow, as in `prediction_type`, for each frame of a window.
 
         Args:
-            hidden_states: Latents or pixels (B, C, F, H, W), the clean history first; any F, H and W.
+            hidden_states: Latents or pixels (B, C, F, H, W), the clean history first; any H and W, and any F of at least n.
             timestep: Diffusion timesteps (B,), or one per frame (B, F).
             actions: Actions (B, n, A) in raw units; n must be `sample_frames - num_history_frames`. They lead to the last n
                 frames. None selects the null action.
@@ -353,6 +353,9 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
 
         Returns:
             The prediction (B, C, F, H, W); the values at history frames are undefined.
+
+        Raises:
+            ValueError: If the shape of the actions is wrong.
         """
         batch_size, _, num_frames, height, width = hidden_states.shape
         if actions is not None:
@@ -386,9 +389,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         hidden_states = self.conv_out(hidden_states)
 
         sample = hidden_states.unflatten(0, (batch_size, num_frames)).transpose(1, 2)[..., :height, :width]
-        if not return_dict:
-            return (sample,)
-        return UNet3DConditionOutput(sample=sample)
+        return UNet3DConditionOutput(sample=sample) if return_dict else (sample,)
 
     def _run(self, block: nn.Module, *inputs: Any) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:

@@ -22,6 +22,9 @@ class Rank:
     Args:
         spread: Factor that scales the distance of the candidates from their mean; 1 leaves them unchanged.
         scoring: How candidates are scored.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
     spread: float = 1.0
@@ -34,7 +37,7 @@ class Rank:
         """Rank the sequences `init` (K, n, A), raw units.
 
         Raises:
-            ValueError: Before any prediction, if the state, the sequences or the objective are invalid.
+            ValueError: Before any prediction, if the state, the sequences, the objective or `scoring.chunk_length` is invalid.
             NoPlanError: If no sequence has a finite score.
         """
         if init is None:
@@ -64,6 +67,9 @@ class CEM:
             action.
         seed: Seed of the candidates.
         scoring: How candidates are scored.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
     horizon: int
@@ -94,15 +100,15 @@ class CEM:
             state: A state with one row.
             objective: Function that scores frames or latents; higher is better.
             init: Plan (n, A) to start from, or several (K, n, A), of which the best is taken; raw units. Actions outside the
-                bounds are clipped if `ActionSpace.prepare` accepts them. None for no motion, with absolute targets in the
-                middle of their bounds.
+                bounds are clipped if `ActionSpace.prepare` accepts them. None for no motion; components that are not motions,
+                such as absolute targets, are in the middle of their bounds or, without two finite bounds, at `offset`.
 
         Returns:
             The best of all plans that were scored.
 
         Raises:
-            ValueError: Before any prediction, if the state, the plans or the objective are invalid.
-            NoPlanError: If no candidate has a finite score.
+            ValueError: Before any prediction, if the state, the plans, the objective or `scoring.chunk_length` is invalid.
+            NoPlanError: If no candidate, or none of several plans `init`, has a finite score.
         """
 
         def update(offsets: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,6 +131,9 @@ class MPPI:
         num_knots: See `CEM`.
         seed: Seed of the candidates.
         scoring: How candidates are scored.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
     horizon: int
@@ -168,6 +177,9 @@ class Gradient:
         num_iterations: Number of gradient steps.
         learning_rate: Step size in normalized units.
         scoring: How candidates are scored. Memory grows with the horizon, because gradients need every step.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
     horizon: int
@@ -189,8 +201,8 @@ class Gradient:
         """Improve each plan of `init` and return the best; see `CEM.__call__`.
 
         Raises:
-            ValueError: Before any prediction, if the state, the plans or the objective are invalid; after the first prediction,
-                if the objective is not differentiable.
+            ValueError: Before any prediction, if the state, the plans, the objective or `scoring.chunk_length` is invalid; after
+                the first prediction, if the model or the objective is not differentiable.
             NoPlanError: If no candidate has a finite score.
         """
         candidates = _initial(model.action_space, init, self.horizon)
@@ -221,7 +233,8 @@ class Gradient:
                 break
             if not scores.requires_grad:
                 raise ValueError(
-                    "`objective` must be differentiable for the gradient planner, got scores without gradients: use CEM or MPPI."
+                    "`model` and `objective` must be differentiable for the gradient planner, got scores without gradients: use "
+                    "CEM or MPPI."
                 )
             usable = torch.where(scores.isfinite(), scores, torch.zeros_like(scores))
             point.grad = torch.autograd.grad(-usable.sum(), point)[0].nan_to_num(0.0, 0.0, 0.0)
@@ -263,7 +276,7 @@ def straight_lines(
     require(math.isfinite(radius) and radius > 0, "radius", "positive and finite", radius)
     places = list(components)
     valid = bool(places) and len(set(places)) == len(places) and all(0 <= place < len(space) for place in places)
-    require(valid, "components", f"different indices in [0, {len(space) - 1}]", places)
+    require(valid, "components", f"one or more different indices in [0, {len(space) - 1}]", places)
     if space.has_targets and start is None:
         raise ValueError("`start` must be the current position (A,) for absolute targets, got None.")
     held = torch.zeros(len(space)) if start is None else space.prepare([start])[0, 0]
@@ -330,11 +343,11 @@ def _initial(space: ActionSpace, init: Any, horizon: int) -> torch.Tensor:
 
 
 def _prepare(space: ActionSpace, init: Any) -> torch.Tensor:
-    """Check given plans (n, A) or (K, n, A); return (K, n, A), clipped to the bounds."""
+    """Check given plans (n, A) or (K, n, A); return (K, n, A), clipped to the bounds, on the CPU."""
     if hasattr(init, "__len__") and not len(init):
         raise ValueError("`init` must contain at least one action sequence, got none.")
     try:
-        return space.clip(space.prepare(init))
+        return space.clip(space.prepare(init)).cpu()
     except ValueError as error:
         raise ValueError(f"`init` is invalid: {error}") from error
 

@@ -30,7 +30,7 @@ class Disagreement:
     The score becomes `mean - weight * std` over the members; for two members and weight 1 this is the lower score.
 
     Args:
-        models: Other world models with the same action space. They start from the decoded history frames.
+        models: Other world models with the same action space and frame size. They start from the decoded history frames.
         num_seeds: Number of noise seeds per model.
         weight: Weight of the standard deviation.
         limit: Maximum standard deviation at which a candidate is accepted; None for no limit. A planner raises `NoPlanError` if
@@ -79,13 +79,14 @@ class Scoring:
     Args:
         reduction: How the scores of the frames are reduced to the score of a sequence: `"last"` (as in the paper; only the last
             frame is decoded), `"mean"` or `"max"`.
-        batch_size: Maximum number of candidates that are predicted together; it bounds the memory and does not change the result.
+        batch_size: Maximum number of candidates that are predicted together; it bounds the memory and changes the result by
+            rounding at most.
         chunk_length: Number of actions per chunk; None for the model's maximum.
         guard: Guard against plans that exploit model errors; None for no guard.
         sampling: Keyword arguments of `model.advance`, such as `{"num_inference_steps": 5}`.
 
     Raises:
-        ValueError: If a value is out of range.
+        ValueError: If `reduction` or `batch_size` is invalid.
     """
 
     reduction: str = "last"
@@ -166,8 +167,8 @@ def best_plan(
     """
     if not scores.isfinite().any():
         raise NoPlanError(
-            f"none of the {len(scores)} candidates has a finite score: the objective or the prediction is NaN, or the guard's "
-            "`limit` rejects every candidate."
+            f"none of the {len(scores)} candidates has a finite score: the objective or the prediction is NaN or infinite, or "
+            "the guard's `limit` rejects every candidate."
         )
     index = int(torch.where(scores.isfinite(), scores, -math.inf).argmax())
     return Plan(candidates[index], float(scores[index]), candidates, scores, model, state, scoring)
@@ -179,7 +180,7 @@ def frame_scores(model: WorldModel, latents: torch.Tensor, objective: Objective)
     Frames are decoded only if the objective needs them.
 
     Raises:
-        ValueError: If the objective returns scores of the wrong shape.
+        ValueError: If the objective does not return a tensor (B, n).
     """
     scores = objective(model.decode(latents) if getattr(objective, "needs_pixels", True) else latents)
     expected = (latents.shape[0], latents.shape[2])
