@@ -41,9 +41,9 @@ def summarise(
 
     Returns:
         `n`: number of clips; `metrics`: mean of each metric with its interval over clips; `last_frame`: means of `COMPARED` for
-        repeating the last history frame; `gain_over_last_frame`: mean difference of `clip_psnr`; `horizon`: PSNR of
-        the predictions and of the last history frame by index of the predicted frame; `clips`: the best, median and worst clip by `clip_psnr`; `published`: results of the paper;
-        `protocol` and `network_evaluations_per_window`.
+        repeating the last history frame; `gain_over_last_frame`: mean difference of `clip_psnr`; `horizon`: PSNR of the
+        predictions and of the last history frame by index of the predicted frame; `clips`: the best, median and worst clip by
+        `clip_psnr`; `published`: results of the paper; `protocol` and `network_evaluations_per_window`.
 
     Raises:
         ValueError: If the paper reports no results for this protocol and `published`.

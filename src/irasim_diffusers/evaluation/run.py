@@ -152,7 +152,7 @@ def _check(evaluation: Evaluation) -> None:
     if (evaluation.backbones.inception or evaluation.backbones.i3d) and evaluation.protocol.predicted is None:
         raise ValueError(
             f"FID and FVD require clips of equal length, but the clips of {evaluation.protocol.name} have different lengths: omit "
-            "`inception` and `i3d`."
+            "`inception` (--inception) and `i3d` (--i3d)."
         )
 
 
