@@ -550,7 +550,7 @@ ROWS = [
         {"--config": [*SIZES, "sample_height=5"]},
         "sample_height and sample_width must be divisible by the patch size 2",
     ),
-    ("convert", {"--config": [*SIZES, "fps=-1"]}, "`fps` must be in [0.001, "),
+    ("convert", {"--config": [*SIZES, "fps=-1"]}, "`fps` must be a number in [0.001, "),
     ("convert", {"--config": [*SIZES, 'action_names=["a"]']}, "`action_names` must have `action_dim` = 3 entries"),
     ("convert", {"--output": None}, "the following arguments are required: --output"),
     ("convert", {"--output": "full"}, "--output must be a new or empty folder, got 'full'"),

@@ -122,7 +122,7 @@ def test_weights_of_other_floating_point_types_load(copy):
 def test_absurd_unets_raise(entries):
     with pytest.raises(ValueError, match=r"must be (an integer of at least 1 and at most|1 to)"):
         tiny_unet(**entries)
-    with pytest.raises(ValueError, match="`action_frequencies` must be in"):
+    with pytest.raises(ValueError, match="`action_frequencies` must be a number in"):
         tiny_transformer(action_frequencies=10**6)
 
 
