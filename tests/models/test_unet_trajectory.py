@@ -2,9 +2,11 @@ import pytest
 import torch
 from conftest import tiny_transformer, tiny_unet
 from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
 from irasim_diffusers import UNET_PRESETS, UNetTrajectoryModel
 from irasim_diffusers.models import noise_process
+from irasim_diffusers.models.unet_trajectory import UNetTrajectoryAttention
 from irasim_diffusers.training import diffusion_loss
 
 
@@ -34,6 +36,17 @@ def test_any_size_and_number_of_frames(unet, shape):
     sample = unet(hidden_states, torch.ones(shape[0]), torch.randn(shape[0], 3, 3)).sample
     assert sample.shape == shape
     assert torch.isfinite(sample).all()
+
+
+def test_temporal_attention_depends_only_on_differences_of_positions():
+    attention = UNetTrajectoryAttention(6, 2, 8, temporal=True)
+    cos, sin = get_1d_rotary_pos_embed(8, 9, use_real=True)
+    features = torch.randn(4, 6, 2, 3)
+    first, later, reversed_ = (
+        attention(features, 4, (cos[places], sin[places])) for places in (range(4), range(5, 9), range(3, -1, -1))
+    )
+    torch.testing.assert_close(first, later)
+    assert not torch.allclose(first, reversed_)
 
 
 def test_same_result_alone_and_in_a_batch(unet, inputs):

@@ -72,7 +72,7 @@ class UNetTrajectoryAttention(nn.Module):
         super().__init__()
         self.temporal = temporal
         self.norm = nn.LayerNorm(channels)
-        self.attn = IRASimAttention(channels, num_heads, head_dim)
+        self.attn = IRASimAttention(channels, num_heads, head_dim, temporal=temporal)
         if linear:
             self.attn.processor = UNetLinearAttnProcessor()
 
