@@ -69,12 +69,14 @@ class TeleoperateArguments:
         default=Path("drive.mp4"),
         metadata={"help": "mp4 file to write; the actions are written to a .npy file of the same name"},
     )
-    chunk_length: int = field(default=2, metadata={"help": "frames per request"})
+    chunk_length: int = field(default=2, metadata={"help": "frames per request; at most 16, the limit of the Space"})
     gamepad: Path = field(default=Path("/dev/input/js0"), metadata={"help": "Linux joystick device"})
     dead_zone: float = field(
         default=0.15, metadata={"help": "stick deflection below which a stick counts as at rest, in [0, 1)"}
     )
-    speed: float = field(default=0.5, metadata={"help": "speed at full deflection, in normalized actions per frame"})
+    speed: float = field(
+        default=0.5, metadata={"help": "gamepad speed at full deflection, in normalized actions per frame"}
+    )
     udp: int | None = field(
         default=None, metadata={"help": "UDP port that receives the poses (default: standard input)"}
     )
@@ -154,10 +156,10 @@ def read_pose(line: str, axes: np.ndarray, scale: float) -> tuple[float, np.ndar
         values = np.array([pose["time"], *position, *turn.as_quat(), pose.get("gripper", 0.0)], dtype=np.float64)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"a pose must be a line of JSON with time, position and optional rotation and gripper, got {line!r}: {error}."
+            f"a pose must be a line of JSON with time, position and optional rotation and gripper, got {line!r:.200}: {error}."
         ) from error
     if not np.isfinite(values).all():
-        raise ValueError(f"a pose must contain finite numbers only, got {line!r}.")
+        raise ValueError(f"a pose must contain finite numbers only, got {line!r:.200}.")
     turn = Rotation.from_matrix(axes @ turn.as_matrix() @ axes.T)
     return values[0], np.concatenate([scale * axes @ position, turn.as_euler("xyz"), values[-1:]])
 
@@ -209,7 +211,8 @@ def _between(before: tuple[float, np.ndarray], after: tuple[float, np.ndarray], 
 def actions_of_poses(states: np.ndarray, last: np.ndarray, space: dict[str, Any]) -> np.ndarray:
     """Compute actions (n, A) from the states (n + 1, 7) of a hand.
 
-    Each motion is expressed in the frame of the previous pose.
+    Each motion is expressed in the frame of the previous pose; a planar motion is a difference of positions. Actions are clipped
+    to the bounds of the space.
 
     Args:
         states: States from `at_rate`, in the units of the space.
@@ -286,7 +289,7 @@ def teleoperate(arguments: TeleoperateArguments) -> tuple[Path, Path] | None:
     The result is None if no frame was predicted.
 
     Raises:
-        ValueError: If the Space is not running, or the input of the device is invalid.
+        ValueError: If the Space is not running or reports an error, or the input of the device is invalid.
     """
     try:
         client = Client(arguments.space, verbose=False)

@@ -59,17 +59,25 @@ class TrainingArguments(RunArguments):
     pixel_space: bool = field(default=False, metadata={"help": "train on pixels, without an autoencoder"})
     num_layers: int | None = field(
         default=None,
-        metadata={"help": "number of pairs of spatial and temporal blocks (default without --preset: 4)"},
+        metadata={
+            "help": "number of pairs of spatial and temporal blocks (default: 4, or that of --preset or the pretrained model)"
+        },
     )
     num_attention_heads: int | None = field(
-        default=None, metadata={"help": "number of attention heads (default without --preset: 3; U-Net: 4)"}
+        default=None,
+        metadata={
+            "help": "number of attention heads (default: 3, U-Net 4, or that of --preset or the pretrained model)"
+        },
     )
     attention_head_dim: int | None = field(
-        default=None, metadata={"help": "channels per attention head (default without --preset: 64; U-Net: 32)"}
+        default=None,
+        metadata={
+            "help": "channels per attention head (default: 64, U-Net 32, or that of --preset or the pretrained model)"
+        },
     )
     block_out_channels: list[int] = field(
         default_factory=list,
-        metadata={"help": "channels at each resolution of the U-Net (default without --preset: 48 96 168)"},
+        metadata={"help": "channels at each resolution of the U-Net (default: 48 96 168, or those of --preset)"},
     )
     condition_dim: int | None = field(
         default=None,
@@ -88,8 +96,8 @@ class TrainingArguments(RunArguments):
     num_history_frames: int | None = field(
         default=None,
         metadata={
-            "help": "maximum number of history frames (default: 1, or that of the pretrained model); 70 %% of the steps use the "
-            "maximum, the others a random number of at least 1"
+            "help": "maximum number of history frames (default: 1, or that of the pretrained model); Frame-Ada uses a random "
+            "number in 30 %% of the steps; other steps, Video-Ada and the U-Net use the maximum"
         },
     )
     conditioning: str | None = field(
@@ -107,8 +115,8 @@ class TrainingArguments(RunArguments):
     action_scale: list[float] = field(
         default_factory=list,
         metadata={
-            "help": "factor of the actions after --action_offset is subtracted: one number, or one per component (default: that of the "
-            "pretrained model, or from the data)"
+            "help": "factor of the actions after --action_offset is subtracted: one number, or one per component (default: "
+            "that of the pretrained model, or from the data)"
         },
     )
     action_offset: list[float] = field(
@@ -121,14 +129,15 @@ class TrainingArguments(RunArguments):
     action_space: str | None = field(
         default=None,
         metadata={
-            "help": "relative, or absolute for recorded target positions (default: that of the pretrained model; for a new model, "
-            "inferred from actions and states, or relative if that fails)"
+            "help": "relative, or absolute for target positions (default: that of --action_derivation or the pretrained model; for "
+            "recorded actions and a new model, inferred from actions and states, or relative if that fails)"
         },
     )
     action_frequencies: int | None = field(
         default=None,
         metadata={
-            "help": "number of frequencies of the sine and cosine features of the actions (default: 0, or that of the pretrained model)"
+            "help": "number of frequencies of the sine and cosine features of the actions (default: 0, or that of the "
+            "pretrained model)"
         },
     )
     spatial_position: str | None = field(
@@ -144,7 +153,7 @@ class TrainingArguments(RunArguments):
         default_factory=list,
         metadata={
             "help": "edges of the frame (left, top, right, bottom) in units of the first two action components, which must be a "
-            "target position; every patch receives its offset from the target"
+            "target position; every patch receives its offset from the target; requires --action_space absolute"
         },
     )
     relative_latents: bool = field(
@@ -153,7 +162,10 @@ class TrainingArguments(RunArguments):
     )
     scale_noisy_latents: bool = field(
         default=False,
-        metadata={"help": "multiply noisy latents by sqrt(alpha_bar) at the input, for one-step sampling"},
+        metadata={
+            "help": "multiply noisy latents by sqrt(alpha_bar) at the input, for one-step sampling; requires "
+            "--prediction_type sample"
+        },
     )
     prediction_type: str | None = field(
         default=None,
@@ -213,8 +225,6 @@ INAPPLICABLE = {
     ),
 }
 """Options that do not apply, by `model`."""
-ADAPTABLE = ("patch_size", "action_frequencies")
-"""Config entries of a pretrained model that `irasim adapt` can change."""
 
 
 def check_arguments(arguments: TrainingArguments) -> None:
@@ -262,14 +272,16 @@ def check_model_arguments(arguments: TrainingArguments) -> None:
         raise ValueError("`snr_gamma` must be omitted for flow matching, which has no min-SNR weights.")
     if arguments.scale_noisy_latents and arguments.prediction_type != "sample":
         raise ValueError(
-            f"`scale_noisy_latents` must be used with `prediction_type` sample, got {arguments.prediction_type!r}."
+            f"`scale_noisy_latents` must be used with `prediction_type` sample, got {arguments.prediction_type or 'none'}."
         )
     if len(arguments.target_extent) not in (0, 4):
         raise ValueError(
             f"`target_extent` must be 4 numbers, left, top, right and bottom, got {arguments.target_extent}."
         )
     if arguments.target_extent and arguments.action_space != "absolute":
-        raise ValueError(f"`target_extent` must be used with `action_space` absolute, got {arguments.action_space!r}.")
+        raise ValueError(
+            f"`target_extent` must be used with `action_space` absolute, got {arguments.action_space or 'none'}."
+        )
     if 0 in arguments.action_scale:
         raise ValueError(f"`action_scale` must not be 0, got {arguments.action_scale}.")
 
@@ -322,13 +334,21 @@ def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel:
         value, stored = getattr(arguments, flag), model.config[flag]
         omitted = value is None or value is False or value == []
         if not omitted and value != stored:
-            remedy = ", or change it with `irasim adapt`" if flag in ADAPTABLE else ""
+            remedy = ", or change it with `irasim adapt`" if can_adapt(model.config, flag, value) else ""
             raise ValueError(
                 f"`{flag}` is {stored!r} in {name!r} and cannot be changed to {value!r}: omit it{remedy}."
             )
     changed = {flag: getattr(arguments, flag) for flag in (*WINDOW, "relative_latents", "target_extent")}
     model.register_to_config(**{flag: value for flag, value in changed.items() if value})
     return model
+
+
+def can_adapt(config: Mapping[str, Any], flag: str, value: Any) -> bool:
+    """Return whether `irasim adapt` can change a config entry of a model to `value`."""
+    if flag == "prediction_type":
+        return (config[flag], value) == ("v_prediction", "sample")
+    has_grid = (config["conditioning"], config["spatial_position"]) == ("frame", "grid")
+    return has_grid and (flag == "patch_size" or (flag == "action_frequencies" and value > config[flag]))
 
 
 def build_transformer(
@@ -353,9 +373,10 @@ def build_transformer(
         return MODELS[arguments.model][0](**settings, in_channels=channels, action_dim=action_dim)
     config = pretrained.config
     if config.action_dim != action_dim:
+        padding = "pad them with `pad_actions_to`, or " if action_dim < config.action_dim else ""
         raise ValueError(
             f"the data must have {config.action_dim} action components, as many as {arguments.pretrained_model_name_or_path!r}, "
-            f"got {action_dim}: pad them with `pad_actions_to`, or change the model with `irasim adapt --action-dim {action_dim}`."
+            f"got {action_dim}: {padding}change the model with `irasim adapt --action-dim {action_dim}`."
         )
     if not is_trained_on_actions(pretrained):
         known |= measured
@@ -438,7 +459,7 @@ def check_action_space(
         if wanted not in (None, "recorded", config[name]) and config[name] != "recorded":
             raise ValueError(
                 f"`{name}` is {config[name]!r} in {arguments.pretrained_model_name_or_path!r} and cannot be changed to "
-                f"{wanted!r}: use data with the same kind of actions."
+                f"{wanted!r}: use data with the same kind of actions, and omit `{name}`."
             )
 
 

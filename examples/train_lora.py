@@ -80,12 +80,14 @@ def check_config(transformer: IRASimTransformer3DModel, data: TrainingData) -> N
         found["action_derivation"] = derivation
     for name, value in found.items():
         if transformer.config[name] != value:
-            remedy = (
-                "change the model with `irasim adapt`" if name == "action_dim" else "train all weights with train.py"
-            )
+            remedies = {
+                "action_dim": ", or change the model with `irasim adapt`",
+                "action_derivation": " or another `action_derivation`",  # train.py does not change it either
+            }
+            remedy = remedies.get(name, ", or train all weights with train.py")
             raise ValueError(
-                f"`{name}` must be {transformer.config[name]!r} as in the pretrained model, got {value!r}: use matching data, or "
-                f"{remedy}."
+                f"`{name}` must be {transformer.config[name]!r} as in the pretrained model, got {value!r}: use matching "
+                f"data{remedy}."
             )
 
 

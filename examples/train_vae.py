@@ -3,10 +3,10 @@
     accelerate launch examples/train_vae.py --dataset data/pusht-train --output_dir runs/pusht-vae
 
 Large models use the frozen SDXL VAE, as in the paper. For simple images, a small VAE is much faster. The loss is MSE +
-0.1 L1 + `--kl_weight` KL. `scaling_factor` is computed from the data so that scaled latents have the standard
-deviation `--latent_std`. The same command resumes from the newest complete checkpoint, also after Ctrl-C or SIGTERM.
-With `--pretrained` and `--freeze_encoder`, only the decoder is trained, so latents and the world models trained on
-them stay valid.
+0.1 L1 + `--kl_weight` KL. At the end, `scaling_factor` is computed from the validation frames so that scaled latents
+have the standard deviation `--latent_std`. The same command resumes from the newest complete checkpoint, also after
+Ctrl-C or SIGTERM. With `--pretrained` and `--freeze_encoder`, only the decoder is trained and `scaling_factor` is kept,
+so latents and the world models trained on them stay valid.
 """
 
 import math
@@ -58,29 +58,39 @@ class VAEArguments(DataArguments):
     )
     freeze_encoder: bool = field(default=False, metadata={"help": "train only the decoder of --pretrained"})
     frames_per_episode: int = field(
-        default=24, metadata={"help": "number of evenly spaced training frames per episode"}
+        default=24, metadata={"help": "maximum number of evenly spaced training frames per episode"}
     )
     block_out_channels: list[int] = field(
         default_factory=lambda: [32, 64, 96, 128],
-        metadata={"help": "channels at each resolution; each entry after the first halves the resolution"},
+        metadata={
+            "help": "channels at each resolution of a new autoencoder; each entry after the first halves the resolution"
+        },
     )
-    latent_channels: int = field(default=4, metadata={"help": "channels of the latents"})
+    latent_channels: int = field(default=4, metadata={"help": "channels of the latents of a new autoencoder"})
     norm_num_groups: int = field(
-        default=32, metadata={"help": "number of GroupNorm groups; with 1, the latents depend least on distant pixels"}
+        default=32,
+        metadata={
+            "help": "number of GroupNorm groups of a new autoencoder; with 1, latents depend least on distant pixels"
+        },
     )
     latent_std: float = field(
         default=1.0,
-        metadata={"help": "standard deviation of scaled latents; use 0.25 if most of each image is empty"},
+        metadata={
+            "help": "standard deviation of scaled latents, unless the encoder is frozen; use 0.25 if most of each image is empty"
+        },
     )
     train_batch_size: int = field(default=16, metadata={"help": "frames per step and process"})
     max_train_steps: int = field(default=2800, metadata={"help": "total number of steps"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "learning rate after the warmup"})
+    learning_rate: float = field(
+        default=2e-3, metadata={"help": "learning rate after the warmup; it then decays as a cosine"}
+    )
     lr_warmup_steps: int = field(default=100, metadata={"help": "steps of linear warmup"})
     kl_weight: float = field(default=1e-6, metadata={"help": "weight of the KL loss"})
     mixed_precision: str | None = field(
         default=None,
         metadata={
-            "help": "no, fp16 or bf16 (default: the fp16 or bf16 of `accelerate launch`, else bf16 if the device supports it in hardware)"
+            "help": "no, fp16 or bf16 (default: the fp16 or bf16 of `accelerate launch`, else bf16 if the device supports it "
+            "in hardware)"
         },
     )
     compile: bool = field(default=False, metadata={"help": "compile encoder and decoder"})

@@ -55,7 +55,7 @@ LAUNCH: dict[str, Any] = {
     "ssr_mode": False,
     "footer_links": ["api"],
     "run_history": False,
-    "state_session_capacity": 100,  # visitors with stored uploads, up to 252 frames each
+    "state_session_capacity": 100,  # visitors with stored uploads: the history and up to 240 frames each
 }
 
 
@@ -124,7 +124,7 @@ def check_port(port: int | None) -> None:
     """Check that a server can listen on a port; None stands for the first free port.
 
     Raises:
-        ValueError: If the port is not in [1, 65535], or is in use.
+        ValueError: If the port is not in [1, 65535], is in use, or is reserved for privileged users.
     """
     if port is None:
         return

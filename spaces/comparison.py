@@ -100,7 +100,7 @@ async def predict(
         actions: Actions (n, A).
 
     Yields:
-        The predicted frames of a chunk (m, H, W, 3), uint8.
+        The predicted frames of a chunk (m, H, W, 3), uint8; with ZeroGPU, those of the whole video.
     """
     chunk_length = pipeline.chunk_length
     generator = torch.Generator().manual_seed(setting.seed)

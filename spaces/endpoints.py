@@ -34,6 +34,8 @@ def add_endpoints(worlds: Worlds, sessions: Sessions) -> None:
 class Endpoints:
     """The endpoints of the API, one method each.
 
+    Invalid arguments raise ValueError, whose message the client receives.
+
     Args:
         worlds: The models.
         sessions: The sessions of all visitors.

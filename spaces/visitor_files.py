@@ -27,8 +27,8 @@ def read_action_file(path: str | Path, action_dim: int) -> np.ndarray:
     """Read actions (n, A), float64, from an uploaded .npy (without pickles), .csv or .json file.
 
     Raises:
-        ValueError: If the file has another format, or if there are too many actions, or they are not finite or do not have
-            `action_dim` components.
+        ValueError: If the file is too large or has another format, if there are no or too many actions, or if they are not finite
+            or do not have `action_dim` components.
     """
     path = Path(path)
     if path.suffix.lower() not in ACTION_SUFFIXES:
@@ -100,7 +100,7 @@ def read_clip(path: str | Path, size: tuple[int, int], length: int) -> np.ndarra
         Frames (T, H, W, 3), uint8.
 
     Raises:
-        ValueError: If the file is too large, damaged, or neither a video nor an image.
+        ValueError: If the file is too large, damaged or empty, or neither a video nor an image.
     """
     path = Path(path)
     if path.suffix.lower() in IMAGE_SUFFIXES:

@@ -39,7 +39,7 @@ class Start:
 
     name: str
     frames: np.ndarray  # (h, H, W, 3), uint8: the model's history; the last frame is the start image
-    action: np.ndarray | None  # (A,): the action that led to it, raw units; None if unknown
+    action: np.ndarray | None  # (A,): the action that led to it (or else the next one), raw units; None if unknown
     demo: np.ndarray | None  # (m, A): the recorded actions after it; None if unknown
 
 

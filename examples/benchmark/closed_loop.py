@@ -61,7 +61,7 @@ def speed(environments: WorldModelVectorEnv, num_steps: int) -> dict[str, float]
 
 
 def memory(environments: WorldModelVectorEnv, num_steps: int) -> list[dict[str, float]]:
-    """Measure the resident memory in MB at five or more points of a long episode."""
+    """Measure the resident memory in MiB at several points of a long episode."""
     process, readings = psutil.Process(), []
     environments.reset(seed=0)
     for step in range(1, num_steps + 1):

@@ -83,7 +83,7 @@ class ConditioningArguments:
     num_histories: int = field(default=50, metadata={"help": "number of histories for the identification"})
     scheduler: str | None = field(default=None, metadata={"help": "diffusers scheduler class (default: the model's)"})
     timestep_spacing: str | None = field(
-        default=None, metadata={"help": "timestep spacing of `scheduler` (default: the model's)"}
+        default=None, metadata={"help": "timestep spacing of --scheduler (default: the model's)"}
     )
     num_inference_steps: int | None = field(default=None, metadata={"help": "denoising steps (default: the model's)"})
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})

@@ -1,9 +1,10 @@
 """Measure data loading from video and from cached latents, and its share of a training step.
 
-    python examples/benchmark/data.py --dataset data/pusht-test --vae runs/pusht-vae --cache_dir runs/latents
+    python examples/benchmark/data.py --dataset data/pusht-test --model runs/robot --vae runs/vae
 
 The script runs in one process and prints a Markdown table. Rates are per second of CPU time, because video decoders
-use all cores. Without `--vae`, only video decoding is measured; this works for any dataset.
+use all cores. Without `--vae`, only video decoding is measured, which works for any dataset. With it, the model must be
+in the latent space of this autoencoder, and its actions must be those of the dataset.
 """
 
 import time

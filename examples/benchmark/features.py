@@ -1,9 +1,9 @@
-"""Compare the precisions, quantization and caching methods of examples/features.md.
+"""Compare precisions, quantization and caches that examples/features.md describes.
 
     python examples/benchmark/features.py --dataset data/pusht-test
 
 The script prints a table for held-out clips of 15 predicted frames: PSNR, number of computed attention layers, time in
-seconds, and memory of the transformer's weights.
+seconds, and memory of the transformer's weights. It requires `pip install torchao`.
 """
 
 import time
@@ -30,7 +30,7 @@ from irasim_diffusers.training import run_script
 class FeatureArguments:
     dataset: str = field(metadata={"help": "held-out dataset"})
     model: str = field(default=str(embedded_checkpoint()), metadata={"help": "pipeline folder or Hub id"})
-    num_clips: int = field(default=12, metadata={"help": "number of clips"})
+    num_clips: int = field(default=12, metadata={"help": "maximum number of clips, one per episode"})
     cache_steps: int = field(
         default=16, metadata={"help": "denoising steps of the measurements with caches, and of their baseline"}
     )

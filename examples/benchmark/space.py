@@ -42,9 +42,11 @@ class SpaceArguments:
     presses: int = field(default=20, metadata={"help": "number of key presses in the browser; 0 skips the browser"})
     users: int = field(default=10, metadata={"help": "number of concurrent gradio_client users"})
     seconds: float = field(default=60.0, metadata={"help": "duration of the test with concurrent users in seconds"})
-    chunk_length: int = field(default=4, metadata={"help": "actions per request"})
+    chunk_length: int = field(default=4, metadata={"help": "frames per request of a user"})
     output: Path | None = field(default=None, metadata={"help": "JSON report to write"})
-    screenshot: Path | None = field(default=None, metadata={"help": "PNG file to write a screenshot of the page to"})
+    screenshot: Path | None = field(
+        default=None, metadata={"help": "PNG file to write a screenshot of the page to, unless --presses is 0"}
+    )
 
 
 def serve(log: Path, *flags: str, **environment: str) -> tuple[subprocess.Popen, str]:
@@ -85,7 +87,7 @@ def serve(log: Path, *flags: str, **environment: str) -> tuple[subprocess.Popen,
 
 
 def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> dict[str, float]:
-    """Measure the latency of key presses, and the frame rate while a key is held."""
+    """Measure the latency of key presses and the frame rate while a key is held; write a screenshot."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:

@@ -3,7 +3,8 @@
     python examples/benchmark/speed.py --model runs/pusht --schedulers PNDMScheduler:50 DPMSolverMultistepScheduler:8
 
 All schedulers are measured in one run, so that their times are comparable. Times include decoding and are medians over
-`--repeats` runs after one warm-up run. A batch predicts `--num_actions` frames for each action sequence from one
+`--repeats` runs (5 times as many chunks of the stream) after one warm-up run. The memory is that of the process, without
+the memory of a GPU. A batch predicts `--num_actions` frames for each action sequence from one
 history: `--batch_sizes 50` corresponds to one decision of a planner among 50 candidates.
 """
 

@@ -64,7 +64,7 @@ pusher in the arena, 0 to 512 from the top left. The pusher's radius is {pusher_
 {rows}
 
 `observation.state` is the pusher's position. `observation.environment_state` is the position and angle (radians) of the
-block; the origin of the block's frame is the middle of the bar's upper edge. Videos are lossless.
+block; positions are in arena units, and the origin of the block's frame is the middle of the bar's upper edge. Videos are lossless.
 
 Created with `{command}` from irasim-diffusers. Episode k uses seed {first_seed} + k.
 """
@@ -73,7 +73,7 @@ BEHAVIORS = {
     "expert": "pushes the block to the goal and waits",
     "noisy": "the expert with noise on every target (standard deviation 5 to 40 units)",
     "keys": "follows held arrow keys at 4 to 64 units per step, or waits",
-    "jumps": "moves to targets anywhere in the arena, including edges, corners and the block",
+    "jumps": "moves to targets anywhere in the arena, including edges, corners and the block, or waits",
 }
 
 

@@ -83,7 +83,7 @@ def candidate(rng: np.random.Generator, state: State, num_actions: int) -> np.nd
 def identification_tasks(
     dataset: LeRobotFolder, num_histories: int, length: int, history: int, first_seed: int, pusher_radius: float
 ) -> list[Task]:
-    """Select from each episode one history after which the recorded block moves."""
+    """Select from each of up to `2 * num_histories` episodes a history after which the block moves."""
     tasks = []
     for number in range(len(dataset)):
         vectors = dataset.vectors(number)

@@ -50,8 +50,8 @@ def check_arguments(arguments: EmbedArguments, dataset: LeRobotFolder, num_histo
     length, needed = len(dataset.vectors(arguments.episode)["action"]), num_history_frames + arguments.num_actions
     if arguments.start + needed > length:
         raise ValueError(
-            f"`start` must be at most {length - needed} for {needed} of the {length} frames of episode {arguments.episode}, got "
-            f"{arguments.start}: use an earlier start or fewer `num_actions`."
+            f"`start` plus {needed} frames must be at most {length}, the length of episode {arguments.episode}, got "
+            f"{arguments.start + needed}: use an earlier start or fewer `num_actions`."
         )
 
 

@@ -2,12 +2,12 @@
 
     python examples/pusht/evaluate.py --model runs/pusht --dataset data/pusht-test --output runs/pusht/report.json
 
-Metrics, with bootstrap 95 % intervals over clips:
-- VAE reconstruction: PSNR of held-out frames after encoding and decoding.
+Metrics, most of them with bootstrap 95 % intervals over clips, episodes or histories:
+- VAE reconstruction (not in pixel space): PSNR of held-out frames after encoding and decoding.
 - Clip PSNR: PSNR of the predicted frames of clips in which the block moves. Baselines are the repeated last history frame and
   the prediction for the actions of another clip.
 - Pose errors of pusher and block in the last predicted frame, and the fraction of frames in which both poses are found; over
-  clips in which the block moves, and the same number of clips in which it rests.
+  clips in which the block moves, and over these together with clips in which it rests.
 - The same pose errors after rollouts of 60 expert actions. The baseline is a block that does not move.
 - Driving: 60 frames predicted from one frame with arrow keys that are held at random, at three speeds of the Space. Reported
   are the fraction of frames with exactly one pusher, the pose errors, and the PSNR of frames 1, 15, 30 and 60.
@@ -73,25 +73,25 @@ class EvaluationArguments:
     output: str | None = field(default=None, metadata={"help": "JSON report to write"})
     scheduler: str | None = field(default=None, metadata={"help": "diffusers scheduler class (default: the model's)"})
     timestep_spacing: str | None = field(
-        default=None, metadata={"help": "timestep spacing of `scheduler`; use trailing for few steps"}
+        default=None, metadata={"help": "timestep spacing of --scheduler; use trailing for few steps"}
     )
     num_inference_steps: int | None = field(default=None, metadata={"help": "denoising steps (default: the model's)"})
     chunk_length: int | None = field(default=None, metadata={"help": "actions per chunk (default: the model's)"})
-    num_history_frames: int = field(default=1, metadata={"help": "history frames given to the model"})
+    num_history_frames: int = field(default=1, metadata={"help": "history frames for the model; in driving always 1"})
     num_seen_frames: int | None = field(
         default=None,
         metadata={
-            "help": "frames of a clip before the scored frames (default: `num_history_frames`); the model receives the last "
-            "`num_history_frames` of them, so models with different histories can be scored on the same frames"
+            "help": "frames of a clip before the scored frames (default: --num_history_frames); the model receives the last "
+            "--num_history_frames of them, so models with different histories can be scored on the same frames"
         },
     )
     num_clips: int = field(
-        default=200, metadata={"help": "number of clips in which the block moves, and of clips in which it rests"}
+        default=200, metadata={"help": "maximum number of clips with a moving block, and with a resting block"}
     )
-    num_rollouts: int = field(default=50, metadata={"help": "expert rollouts; 0 skips them"})
+    num_rollouts: int = field(default=50, metadata={"help": "maximum number of expert rollouts; 0 skips them"})
     num_drives: int = field(default=32, metadata={"help": "driven episodes per speed; 0 skips them"})
     num_histories: int = field(default=50, metadata={"help": "histories for identification; 0 skips it"})
-    batch_size: int = field(default=8, metadata={"help": "batch size"})
+    batch_size: int = field(default=8, metadata={"help": "clips or driven episodes predicted together"})
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
     first_seed: int = field(default=1_000_000, metadata={"help": "seed of the first episode of the dataset"})
@@ -104,7 +104,7 @@ class EvaluationArguments:
 def held_out_clips(
     dataset: LeRobotFolder, num_clips: int, length: int, history: int, moving: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Select clips in which the block moves, or rests, spread over the episodes.
+    """Select up to `num_clips` clips in which the block moves, or rests, spread over the episodes.
 
     Returns:
         Frames (N, length, 96, 96, 3), actions (N, length - history, 2) and last states (N, 5).
@@ -147,6 +147,8 @@ def pose_figures(
 ) -> dict[str, dict[str, float]]:
     """Return median pose errors of frames (N, 96, 96, 3), and the fraction with both poses found.
 
+    All values have intervals. If a pose is not found, its errors are `WORST`.
+
     Args:
         frames: Frames, uint8 or floats in [0, 1].
         states: True states (N, 5) of pusher and block.
@@ -171,7 +173,7 @@ def expert_episodes(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
     """Return histories, actions (N, 60, 2), first and last states (N, 5) of expert episodes.
 
-    The result is None if there are no such episodes, or `num_rollouts` is 0.
+    The result is None if no expert episode is long enough, or `num_rollouts` is 0.
     """
     parts: list[tuple[np.ndarray, ...]] = []
     start = 10  # after the pusher has started to move
@@ -218,9 +220,9 @@ def driving_figures(
     """Compare predicted frames (N, n, H, W, 3) of driven episodes with the simulator.
 
     Intervals are over the N episodes. The fraction of frames with one pusher is over the frames in which the simulator shows
-    exactly one. A pose error counts only if the pusher (or block) is found in the simulator's frame, because at the edges
-    of the arena only a part of the pusher is visible. If it is not found in the predicted frame, the error is `WORST`.
-    PSNR is averaged over all episodes.
+    exactly one. Pose errors are those of the last 5 frames. They count only if the pusher (or block) is found in the simulator's
+    frame, because at the edges of the arena only a part of the pusher is visible. If it is not found in the predicted frame, the
+    error is `WORST`. PSNR is averaged over all episodes.
 
     Returns:
         The metrics; empty if no frame of the simulator shows exactly one pusher.
@@ -389,7 +391,7 @@ class Evaluation:
     def expert_rollouts(self) -> dict[str, Any]:
         """Score the poses after expert actions; the baseline is a block that does not move.
 
-        The result is empty if there are no expert episodes, or `num_rollouts` is 0.
+        The result is empty if no expert episode is long enough, or `num_rollouts` is 0.
         """
         arguments, rng = self.arguments, self.rng
         expert = expert_episodes(self.dataset, arguments.num_rollouts, self.history)

@@ -43,7 +43,7 @@ class Lookahead:
     def run(self, start: np.ndarray, block: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Return the block poses (n, 3) after each of the targets (n, 2).
 
-        The pusher is initially at rest at `start` (2,).
+        The pusher at `start` (2,) and the block at pose `block` (3,) are initially at rest.
         """
         self.agent.position, self.agent.velocity = tuple(start), (0, 0)
         self.block.angle = block[2]  # set first: the rotation about the center of mass moves the origin
@@ -72,7 +72,7 @@ def outline(poses: np.ndarray) -> np.ndarray:
 
 
 def distance_to_goal(poses: np.ndarray) -> np.ndarray:
-    """Return the mean distance of the corners of blocks (..., 3) from the goal, in arena units."""
+    """Return the mean distance of the corners of blocks (..., 3) from their goal positions, arena units."""
     return np.linalg.norm(outline(poses) - outline(GOAL), axis=-1).mean(-1)
 
 
@@ -93,7 +93,8 @@ def push_to_goal(rng: np.random.Generator, state: State, noise: float = 0.0) -> 
     """Yield the targets of an expert that pushes the block to the goal; send each new `State` back.
 
     Before each push, the expert simulates a few hundred pushes from points around the block, in three directions and at two
-    speeds. It chooses one of the best by remaining distance and number of steps. At the goal, the pusher waits.
+    speeds. It chooses one of the best by remaining distance and number of steps. If no push helps, the pusher moves away from
+    the block; at the goal, it waits.
 
     Args:
         rng: Generator for the choice among nearly equal pushes and for the noise.

@@ -43,8 +43,8 @@ def read_poses(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> Pose
     """Estimate the poses in each frame.
 
     The pusher is found if a window contains a blue area of 0.5 to 1.6 times the pusher's area, and the blue area
-    elsewhere is less than half the pusher's area. The block is found if the intersection over union of the fitted
-    block and the gray area exceeds 0.7.
+    elsewhere is at most half the pusher's area. The block is found if the gray area is at least half the block's area, and
+    the intersection over union of the fitted block and the gray area exceeds 0.7.
 
     Args:
         frames: Frames (N, 96, 96, 3), uint8 or floats in [0, 1].

@@ -167,7 +167,7 @@ def hold_keys(rng: np.random.Generator, state: State) -> Pusher:
 
 
 def jump_to_targets(rng: np.random.Generator, state: State) -> Pusher:
-    """Yield targets anywhere in the arena, also at edges, corners and the block, each for several steps."""
+    """Yield targets anywhere in the arena, also at edges, corners, block or pusher, each for some steps."""
     while True:
         draw = rng.random()
         target = rng.uniform(0, ARENA, 2)

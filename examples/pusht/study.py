@@ -133,7 +133,10 @@ class StudyArguments:
             "help": "vision model of transformers for goal images, such as microsoft/resnet-50 (default: the reward network)"
         },
     )
-    stages: list[str] = field(default_factory=list, metadata={"help": "stages to run (default: all)"})
+    stages: list[str] = field(
+        default_factory=list,
+        metadata={"help": "stages to run, after the stages whose results they use (default: all)"},
+    )
     redo: list[str] = field(
         default_factory=list,
         metadata={"help": "stages to compute again, together with the stages that use their results"},
@@ -414,7 +417,8 @@ def run_study(arguments: StudyArguments, size: Size) -> None:
     """Run the stages that are not complete, and write the report of all complete stages.
 
     Raises:
-        ValueError: If a stage is unknown, an input does not exist, or a stage was computed with other settings.
+        ValueError: If an argument is out of range, a stage is unknown, an input does not exist, a stage was computed with other
+            settings, or a script fails.
     """
     check_ranges(arguments, not_negative=("seed",), at_least_1=("num_workers",))
     for name in ("stages", "redo"):

@@ -35,8 +35,9 @@ def write_report(root: Path, stages: Sequence[str]) -> None:
         [
             "# Push-T study",
             "",
-            "Intervals are 95 % bootstrap intervals over episodes. `P0` is the world model without policy rollouts in its training "
-            "set, `P100` the one with 100, and so on. `simulator` is the upper bound.",
+            "Unless stated otherwise, intervals are 95 % bootstrap intervals over clips, episodes or, for correlations, seeds. "
+            "`P0` is the world model without policy rollouts in its training set, `P100` the one with 100, and so on. "
+            "`simulator` is the upper bound.",
         ],
         {},
     )
@@ -161,7 +162,8 @@ def image_section(result: Any, root: Path) -> tuple[str, Any]:
         rows.append([model, *(interval(figures[model][name]) for name in ("mse", "features", "random"))])
         rows[-1] += [str(len(kept)), str(len(found) - len(kept))]
     header = ["world model", "MSE", "features", "random", "n", "excluded"]
-    note = "Success of the five best straight lines. Starts from which no line moves the block are excluded."
+    note = "Success of the five best straight lines, and of all lines (random). "
+    note += "Starts from which no line for the goal image moves the block are excluded."
     return f"## Goal images\n\n{note}\n\n{markdown((header, rows))}", figures
 
 

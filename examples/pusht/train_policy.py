@@ -56,8 +56,8 @@ class PolicyArguments:
         default=1500, metadata={"help": "training steps of the encoder, on batches of 64 frames"}
     )
     encoder_episodes: int = field(default=400, metadata={"help": "maximum number of episodes to train the encoder on"})
-    batch_size: int = field(default=256, metadata={"help": "batch size"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "learning rate"})
+    batch_size: int = field(default=256, metadata={"help": "chunks per training step of the denoiser"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "maximum learning rate of the denoiser"})
     ema_decay: float = field(default=0.999, metadata={"help": "decay of the averaged weights (EMA)"})
     num_executed: int = field(default=8, metadata={"help": "number of targets of a chunk that are executed"})
     num_episodes: int = field(
@@ -76,9 +76,13 @@ def load_state(path: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     state = torch.load(path, weights_only=True)
-    if state["setting"] != setting:
+    before = state["setting"]
+    changed = [
+        f"{name} was {before.get(name)!r}" for name in before | setting if before.get(name) != setting.get(name)
+    ]
+    if changed:
         raise ValueError(
-            f"`output_dir` {str(path.parent)!r} contains a run with other settings, {state['setting']}: use these, or choose a "
+            f"`output_dir` {str(path.parent)!r} contains a run with other settings: {', '.join(changed)}. Use these, or choose a "
             "new folder."
         )
     return state

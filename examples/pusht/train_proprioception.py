@@ -58,7 +58,7 @@ class ProprioceptionArguments:
         default=500, metadata={"help": "number of training steps; 0 only evaluates the stored network"}
     )
     batch_size: int = field(default=32, metadata={"help": "frames per step, half recorded and half predicted"})
-    learning_rate: float = field(default=4e-3, metadata={"help": "learning rate"})
+    learning_rate: float = field(default=4e-3, metadata={"help": "maximum learning rate"})
     seed: int = field(default=0, metadata={"help": "random seed"})
 
 
@@ -157,6 +157,8 @@ def train(
 
 def errors(model: ProprioceptionModel, frames: torch.Tensor, states: torch.Tensor, unit: float) -> dict[str, float]:
     """Return distances between predicted and true states (N, S): median, mean and 95th percentile.
+
+    Each value is in units of the state and, with the suffix `_px`, in pixels. `frames` is the number of frames.
 
     Args:
         model: The trained network.

@@ -6,8 +6,8 @@ The label is the intersection over union (IoU) of block and goal in the simulato
 closeness: 1 minus the mean distance of the block's corners from their goal positions divided by 256 arena units. The
 IoU is zero in most frames, so the closeness guides a planner better if the block is far from the goal. The network
 receives only the frame. Frames are augmented with blur, color shifts and noise, so that the network also works on
-frames of a world model. The report compares the error on held-out simulator frames with the error on frames that the
-world model predicts for held-out actions.
+frames of a world model. With `--test_dataset`, the report compares the error on held-out simulator frames with the
+error on frames that the world model predicts for held-out actions.
 
 By default, the network is stored in the folder `reward` of the world model, where `irasim_diffusers.envs` finds it.
 `--max_train_steps 0` only repeats the evaluation, for example after a change of the world model.
@@ -61,8 +61,8 @@ class RewardArguments:
     max_train_steps: int = field(
         default=4000, metadata={"help": "number of training steps; 0 only evaluates the stored network"}
     )
-    batch_size: int = field(default=64, metadata={"help": "batch size"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "learning rate"})
+    batch_size: int = field(default=64, metadata={"help": "frames per training step"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "maximum learning rate"})
     success_threshold: float = field(
         default=0.9, metadata={"help": "minimum score of a success; an IoU of 0.905 corresponds to 95 %% coverage"}
     )
@@ -151,9 +151,9 @@ def predicted_clips(
 
 @torch.no_grad()
 def evaluate(network: FrameRegressor, dataset: EpisodeSource, arguments: RewardArguments) -> dict[str, dict]:
-    """Measure the mean absolute error with a 95 % interval over clips, the correlation and the successes.
+    """Measure the mean absolute error with a 95 % interval over clips, correlation, bias and successes.
 
-    The metrics are computed for frames of the simulator and of the model.
+    The metrics are computed for frames of the simulator and of the model, over all frames and over the last frame of each clip.
     """
     predicted, true, values = predicted_clips(dataset, arguments)
     rng = np.random.default_rng(arguments.seed)
@@ -184,7 +184,8 @@ def main() -> None:
     )
     if arguments.model is None and arguments.output_dir is None:
         raise ValueError(
-            "`output_dir` or `model` is required: pass --output_dir to save the network in a new folder, or --model to add it to a pipeline."
+            "`output_dir` or `model` is required: pass --output_dir to save the network in a new folder, or --model to add it to a "
+            "pipeline."
         )
     torch.manual_seed(arguments.seed)
     started = time.perf_counter()

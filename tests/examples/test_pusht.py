@@ -439,7 +439,7 @@ def test_embedding_changes_the_package_only_at_the_end(workspace, trained, tmp_p
 
     for flags, message in (
         (["--episode", 3], r"`episode` must be in 0\.\.2, got 3"),
-        (["--start", 60, "--num_actions", 5], "`start` must be at most 53 for 7 of the 60 frames .*, got 60"),
+        (["--start", 60, "--num_actions", 5], "`start` plus 7 frames must be at most 60, .*, got 67"),
         (["--num_actions", 0], "`num_actions` must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):

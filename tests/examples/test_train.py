@@ -299,7 +299,8 @@ def test_other_number_of_action_components(workspace):
         workspace / "five"
     )
     with pytest.raises(
-        ValueError, match=r"must have 5 action components, as many as .*, got 7: .*`irasim adapt --action-dim 7`"
+        ValueError,
+        match=r"must have 5 action components, as many as .*, got 7: change .*`irasim adapt --action-dim 7`",
     ):
         call(
             "train",

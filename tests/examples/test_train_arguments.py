@@ -61,9 +61,9 @@ def workspace(tmp_path_factory):
         ({"rollout_chunks": -1}, "`rollout_chunks` must be at least 0, got -1"),
         ({"rollout_inference_steps": 0}, "`rollout_inference_steps` must be at least 1, got 0"),
         ({"crop_size": 8, "state_keys": ["joints"]}, "`crop_size` and `state_keys` are mutually exclusive"),
-        ({"scale_noisy_latents": True}, "`scale_noisy_latents` must be used with `prediction_type` sample, got None"),
+        ({"scale_noisy_latents": True}, "`scale_noisy_latents` must be used with `prediction_type` sample, got none"),
         ({"spatial_position": "area"}, "`spatial_position` must be one of grid, rope, got 'area'"),
-        ({"target_extent": [0, 0, 1, 1]}, "`target_extent` must be used with `action_space` absolute, got None"),
+        ({"target_extent": [0, 0, 1, 1]}, "`target_extent` must be used with `action_space` absolute, got none"),
         ({"rollout_start_step": 5}, "require `rollout_chunks` > 0, got 0"),
         ({"model": "unet", "crop_size": 8}, "`crop_size` does not apply to `model` unet"),
         ({"target_extent": [0, 1], "action_space": "absolute"}, r"`target_extent` must be 4 numbers, .* got \[0, 1\]"),
@@ -255,10 +255,10 @@ def test_zero_does_not_count_as_an_omitted_argument(workspace):
     """An explicit `--action_frequencies 0` is compared with the pretrained model, although 0 == False."""
     tiny_transformer(action_frequencies=2).save_pretrained(workspace / "octaves")
     flags = {"dataset": ["set"], "output_dir": "out", "pretrained_model_name_or_path": str(workspace / "octaves")}
-    with pytest.raises(
-        ValueError, match=r"`action_frequencies` is 2 in .* cannot be changed to 0: omit it, or change it"
-    ):
+    with pytest.raises(ValueError, match=r"`action_frequencies` is 2 in .* cannot be changed to 0: omit it\.$"):
         train.load_pretrained(TrainingArguments(**flags, action_frequencies=0))
+    with pytest.raises(ValueError, match="cannot be changed to 3: omit it, or change it with `irasim adapt`"):
+        train.load_pretrained(TrainingArguments(**flags, action_frequencies=3))
     assert train.load_pretrained(TrainingArguments(**flags)).config.action_frequencies == 2
 
 
