@@ -60,7 +60,8 @@ class TrainingArguments(RunArguments):
     num_layers: int | None = field(
         default=None,
         metadata={
-            "help": "number of pairs of spatial and temporal blocks (default: 4, or that of --preset or the pretrained model)"
+            "help": "transformer: number of pairs of spatial and temporal blocks (default: 4, or that of --preset or the "
+            "pretrained model)"
         },
     )
     num_attention_heads: int | None = field(
@@ -85,7 +86,9 @@ class TrainingArguments(RunArguments):
     )
     patch_size: int | None = field(
         default=None,
-        metadata={"help": "size of a patch in latent pixels (default: 2, or that of the pretrained model)"},
+        metadata={
+            "help": "transformer: side of a patch in latent pixels (default: 2, or that of the pretrained model)"
+        },
     )
     sample_frames: int | None = field(
         default=None,
@@ -143,17 +146,19 @@ class TrainingArguments(RunArguments):
     spatial_position: str | None = field(
         default=None,
         metadata={
-            "help": "grid, or rope for rotary positions in the spatial blocks (default: grid, or that of the pretrained model)"
+            "help": "transformer: grid, or rope for rotary positions in the spatial blocks (default: grid, or that of the "
+            "pretrained model)"
         },
     )
     ff_conv: bool = field(
-        default=False, metadata={"help": "depthwise 3x3 convolution in the feed-forward of the spatial blocks"}
+        default=False,
+        metadata={"help": "transformer: depthwise 3x3 convolution in the feed-forward of the spatial blocks"},
     )
     target_extent: list[float] = field(
         default_factory=list,
         metadata={
-            "help": "edges of the frame (left, top, right, bottom) in units of the first two action components, which must be a "
-            "target position; every patch receives its offset from the target; requires --action_space absolute"
+            "help": "transformer: edges of the frame (left, top, right, bottom) in units of the first two action components, "
+            "which must be a target position; every patch receives its offset from the target; requires --action_space absolute"
         },
     )
     relative_latents: bool = field(
@@ -163,7 +168,7 @@ class TrainingArguments(RunArguments):
     scale_noisy_latents: bool = field(
         default=False,
         metadata={
-            "help": "multiply noisy latents by sqrt(alpha_bar) at the input, for one-step sampling; requires "
+            "help": "transformer: multiply noisy latents by sqrt(alpha_bar) at the input, for one-step sampling; requires "
             "--prediction_type sample"
         },
     )
@@ -314,11 +319,9 @@ def check_pretrained_arguments(arguments: TrainingArguments) -> None:
 def new_settings(arguments: TrainingArguments) -> dict[str, Any]:
     """Return the config entries of a new model that do not depend on the data."""
     _, defaults, presets = MODELS[arguments.model]
-    settings = {
-        name: default if getattr(arguments, name) in (None, []) else getattr(arguments, name)
-        for name, default in defaults.items()
-    }
-    return settings | (presets[arguments.preset] if arguments.preset else {})
+    settings = defaults | (presets[arguments.preset] if arguments.preset else {})
+    given = {name: getattr(arguments, name, None) for name in settings}
+    return settings | {name: value for name, value in given.items() if value not in (None, [])}
 
 
 def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel:
@@ -369,8 +372,8 @@ def build_transformer(
     action_dim = len(measured["action_offset"])
     if pretrained is None:
         channels = 3 if data.vae is None else data.vae.config.latent_channels
-        settings = new_settings(arguments) | known | measured | given
-        return MODELS[arguments.model][0](**settings, in_channels=channels, action_dim=action_dim)
+        settings = new_settings(arguments) | known | measured | given  # presets also contain channels
+        return MODELS[arguments.model][0](**settings | {"in_channels": channels, "action_dim": action_dim})
     config = pretrained.config
     if config.action_dim != action_dim:
         padding = "pad them with `pad_actions_to`, or " if action_dim < config.action_dim else ""

@@ -150,7 +150,8 @@ def test_pretrained_model_with_other_autoencoder_and_patch_size(workspace, train
 def test_unet_in_pixel_space(workspace):
     call(
         *("train", "--dataset", workspace / "first", "--output_dir", workspace / "pixels", "--cameras", 0),
-        *("--model", "unet", "--pixel_space", "--block_out_channels", 8, 16, "--sample_frames", 4, *SHORT),
+        *("--model", "unet", "--preset", "VDM", "--pixel_space"),
+        *("--block_out_channels", 8, 16, "--sample_frames", 4, *SHORT),  # a flag takes precedence over the preset
         *("--fps", 5, "--gradient_checkpointing", "--validation_dataset", workspace / "held-out"),
         *("--validation_steps", 2, "--num_validation_clips", 1, "--validation_inference_steps", 1),
     )
