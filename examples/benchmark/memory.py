@@ -3,11 +3,11 @@
     python examples/benchmark/memory.py                  # estimate, takes a few seconds
     python examples/benchmark/memory.py --measure        # measure training steps on a CUDA device
 
-The estimate contains the weights, gradients, AdamW moments (8-bit AdamW: one byte each) and EMA in float32, and the
-tensors that autograd saves in pure bfloat16 without fused attention, counted on the meta device. Autocast
-additionally keeps bfloat16 copies of the weights, and fused attention saves no attention matrices; for one window of
-XL the two effects roughly cancel. Temporary kernel memory, fragmentation and a frozen autoencoder (SDXL: 0.33 GB) are
-not included. Windows have 16 frames of 256x320, as in the paper's RT-1 experiments.
+The estimate contains the weights, gradients, AdamW moments (8-bit AdamW: one byte each) and EMA of all weights, also
+frozen ones, in float32, and the tensors that autograd saves in pure bfloat16 without fused attention, counted on the
+meta device. Autocast additionally keeps bfloat16 copies of the weights, and fused attention saves no attention
+matrices; for one window of XL the two effects roughly cancel. Temporary kernel memory, fragmentation and a frozen
+autoencoder (SDXL: 0.33 GB) are not included. Windows have 16 frames of 256x320, as in the paper's RT-1 experiments.
 """
 
 import gc

@@ -52,8 +52,8 @@ def run_stage(folder: Path, setting: Mapping[str, Any], work: Callable[[], Any])
             first = differing[0]
             raise ValueError(
                 f"the stage {folder.name!r} in {str(folder.parent)!r} was computed with other settings: {', '.join(differing)} "
-                f"differ, `{first}` was {found.get(first)!r} and is {wanted.get(first)!r}. Use a new `output_dir`, or compute "
-                f"it again with `--redo {folder.name}`."
+                f"differ, `{first}` was {found.get(first)!r:.80} and is {wanted.get(first)!r:.80}. Use a new `output_dir`, or "
+                f"compute it again with `--redo {folder.name}`."
             )
     else:
         write_json(folder / SETTING, wanted)
