@@ -335,7 +335,7 @@ LORA_ROWS = [
     ({"--lora": "lora/empty"}, "no file named pytorch_lora_weights.safetensors found"),
     ({"--lora": "lora/cut.safetensors"}, "Error while deserializing header: header too small"),
     ({"--lora": "lora/nan"}, "weights must be finite"),
-    ({"--lora": "lora/other-model"}, "the LoRA weights do not match this model: no modules named"),
+    ({"--lora": "lora/other-model"}, "the LoRA weights do not match this model: no modules for"),
     ({"--lora": "lora/other-size"}, "size mismatch for transformer_blocks.0.attn1.to_q.lora_A"),
     ({"--lora": "lora/no-layer"}, "must contain LoRA layers of an IRASim transformer"),
     ({"--lora": "frame.png"}, "Error while deserializing header: header too large"),
@@ -407,7 +407,7 @@ HISTORY_ROWS = [
 ]
 
 OUTPUT_ROWS = [
-    ({"--output": "folder.mp4"}, "--output must be a .mp4 file, got the folder 'folder.mp4'"),
+    ({"--output": "folder.mp4"}, "--output must be a file, but 'folder.mp4' is a folder: choose another name"),
     ({"--output": "new.txt"}, "--output must end in .mp4, got 'new.txt'"),
     ({"--output": "new"}, "--output must end in .mp4, got 'new'"),
     ({"--output": "/proc/new.mp4"}, "--output must be writable, got '/proc/new.mp4'"),
@@ -415,7 +415,7 @@ OUTPUT_ROWS = [
     ({"--output": "loop/new.mp4"}, "--output must be writable, got 'loop/new.mp4'"),
     ({"--output": "a\0b.mp4"}, "--output must be a path without NUL"),
     ({"--output": "x" * 300 + ".mp4"}, "File name too long"),
-    ({"--frames": "video.mp4", "--output": "video.mp4"}, "--output must not overwrite an input, got 'video.mp4'"),
+    ({"--frames": "video.mp4", "--output": "video.mp4"}, "--output must not overwrite the input 'video.mp4'"),
     ({"--unknown": "1"}, "unrecognized arguments: --unknown 1"),
 ]
 
@@ -479,7 +479,7 @@ ROWS = [
     *(("generate", change, message) for change, message in MODEL_ROWS + VALUE_ROWS + SAMPLING_ROWS + FRAME_ROWS),
     *(("generate", {"--actions": name}, message) for name, message in ACTION_ROWS),
     ("generate", {"--actions": None}, "--frames requires --actions"),
-    ("generate", {"--output": "frame.mp4"}, "--output must not overwrite an input, got 'frame.png'"),
+    ("generate", {"--output": "frame.mp4"}, "--output must not overwrite the input 'frame.png'"),
     *(("play", change, message) for change, message in FILE_ROWS + CAMERA_ROWS + OUTPUT_ROWS + SAMPLING_ROWS),
     ("play", {"--model": "nowhere"}, "--model must be a pipeline folder or Hub id, got 'nowhere'"),
     ("play", {"--script": ""}, "--script must not be empty; example: right*10"),
@@ -573,11 +573,11 @@ ROWS = [
     (
         "convert",
         RELEASED | {"--checkpoint": "list.pt"},
-        "contains no weights: it must contain a dictionary of tensors",
+        "contains no weights: it must contain a dictionary of tensors by name",
     ),
     ("convert", RELEASED | {"--checkpoint": "nan.pt"}, "NaN or infinite values"),
     ("convert", RELEASED | {"--checkpoint": "no-ema.pt"}, "contains no 'ema' weights"),
-    ("convert", RELEASED | {"--dataset": "languagetable"}, "tensors cannot be mapped"),
+    ("convert", RELEASED | {"--dataset": "languagetable"}, "the weights cannot be converted"),
     ("convert", {"--source": "opensora"}, "--source opensora requires --config fps"),
 ]
 
@@ -630,10 +630,10 @@ DATA_ROWS = [  # datasets and outputs, for `data` and `evaluate`
     ),
     ({"--cameras": "wrist"}, "--cameras must be among ['0'] in 'data/annotation/test', got 'wrist'"),
     ({"--cameras": ","}, "--cameras must be among ['0'] in 'data/annotation/test', got ''"),
-    ({"--fps": "0"}, "--fps must be positive, got 0"),
-    ({"--fps": "-5"}, "--fps must be positive, got -5"),
-    ({"--fps": "nan"}, "--fps must be positive, got nan"),
-    ({"--fps": "inf"}, "--fps must be positive, got inf"),
+    ({"--fps": "0"}, "--fps must be positive and finite, got 0"),
+    ({"--fps": "-5"}, "--fps must be positive and finite, got -5"),
+    ({"--fps": "nan"}, "--fps must be positive and finite, got nan"),
+    ({"--fps": "inf"}, "--fps must be positive and finite, got inf"),
     ({"--fps": "fast"}, "argument --fps: invalid float value: 'fast'"),
     ({"--output": "file"}, "--output must be a folder, got the file 'file'"),
     ({"--output": "/proc/new"}, "--output must be writable"),
@@ -717,7 +717,7 @@ ROWS += [
     ("plan", {"--goal": "large.png"}, "--goal must be 8x12"),
     ("plan", {"--goal": "text.png"}, "--goal must be a readable image"),
     ("plan", {"--goal": "a\0b.png"}, "--goal must be an image or video file"),
-    ("plan", {"--output": "frame.mp4"}, "--output must not overwrite an input, got 'frame.png'"),
+    ("plan", {"--output": "frame.mp4"}, "--output must not overwrite the input 'frame.png'"),
     ("plan", {"--goal": None, "--reward": "nowhere"}, "--reward must be a FrameRegressor, got 'nowhere'"),
     ("plan", {"--goal": None, "--reward": "model"}, "--reward must be a FrameRegressor, got 'model'"),
     ("plan", {"--goal": None, "--reward": "empty"}, "--reward must be a FrameRegressor, got 'empty'"),

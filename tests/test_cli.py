@@ -152,7 +152,9 @@ def test_converted_scheduler_has_noise_process_of_config(workspace, capsys):
     for scheduler in ("ddim", "ddpm"):  # schedulers whose `clip_sample` is True by default
         assert generate(*arguments, "--scheduler", scheduler) == 0, capsys.readouterr().err
     assert generate(*arguments) == 2
-    assert "at least 4 for PNDMScheduler with its Runge-Kutta warm-up, got 3" in capsys.readouterr().err
+    assert (
+        "--steps must be at least 4 for PNDMScheduler with its Runge-Kutta warm-up, got 3" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -341,7 +343,7 @@ BAD = [
     ({"--frames": "short.mp4"}, r"--frames must contain at least 2 frames \(the history\), got 1"),
     ({"--frames": "video.mp4", "--history": "0"}, "--history must be at least 1, got 0"),
     ({"--frames": "frame.png", "--history": "-1"}, "--history must be at least 1, got -1"),
-    ({"--output": "folder.mp4"}, "--output must be a .mp4 file, got the folder 'folder.mp4'"),
+    ({"--output": "folder.mp4"}, "--output must be a file, but 'folder.mp4' is a folder"),
     ({"--output": "clip.txt"}, "--output must end in .mp4, got 'clip.txt'"),
     ({"--output": "/proc/clip.mp4"}, "--output must be writable, got '/proc/clip.mp4'"),
     ({"--model": "nowhere"}, "--model must be a pipeline folder or Hub id, got 'nowhere'"),
@@ -370,7 +372,7 @@ def test_folder_in_the_place_of_an_output_is_named(workspace, tmp_path, capsys, 
     """The message names the video, or the strip, which is written next to it without a flag."""
     (tmp_path / name).mkdir()
     assert generate("--output", str(tmp_path / "out.mp4")) == 2
-    expected = f"must be a {name[-4:]} file, got the folder '{tmp_path / name}': pass a file name, such as"
+    expected = f"--output must be a file, but '{tmp_path / name}' is a folder: choose another name."
     assert expected in capsys.readouterr().err
 
 

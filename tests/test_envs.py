@@ -330,7 +330,7 @@ BAD = [
     (lambda model, starts: WorldModelEnv(model, starts).step([0, 0, 1]), "`reset` must be called before `step`"),
     (lambda model, starts: WorldModelEnv(model).reset(), "`reset` requires frames to start from, got None"),
     (lambda model, starts: WorldModelEnv(model, starts[:, :, :6]).reset(), "`frames` must be 8x12 .* got 6x12"),
-    (lambda model, starts: WorldModelEnv(model, starts / 255).reset(), r"`frames` must be uint8 .* got float64"),
+    (lambda model, starts: WorldModelEnv(model, starts / 255).reset(), r"`frames` must be .* uint8 .* got float64"),
     (lambda model, starts: WorldModelEnv(model, []), "`starts` must contain at least one start"),
     (lambda model, starts: WorldModelEnv(model, starts, max_episode_steps=0), "`max_episode_steps` must be at least"),
     (lambda model, starts: WorldModelEnv(model, starts, render_mode="human"), "`render_mode` must be 'rgb_array'"),
@@ -338,14 +338,14 @@ BAD = [
     (lambda model, starts: WorldModelVectorEnv(model, 0, starts), "`num_envs` must be at least 1, got 0"),
     (lambda model, starts: Start(starts[0], [np.nan]), "`state` must be a finite vector"),
     (bad_reset(seed=-1), "`seed` must not be negative"),
-    (bad_reset(seed=[1, 2, 3]), "`seed` must be one integer or 2"),
+    (bad_reset(seed=[1, 2, 3]), "`seed` must be one integer or a list of 2"),
     (bad_reset(options={"frames": np.zeros((3, 8, 12, 3), np.uint8)}), "`frames` must be 2 histories, .* got 3"),
     (bad_reset(options={"frames": np.zeros((2, 8, 9, 3), np.uint8)}), "`frames` must be 8x12 .* got 8x9"),
     (
         bad_reset(options={"frames": np.zeros((2, 3, 8, 12, 3), np.uint8)}),
         "`frames` must contain 1 to 2 history frames",
     ),
-    (bad_reset(options={"reset_mask": np.zeros(2, bool)}), "`reset_mask` must be bool .* at least one True"),
+    (bad_reset(options={"reset_mask": np.zeros(2, bool)}), "`reset_mask` must be bool .* one True, got .* with 0"),
     (bad_reset(options={"reset_mask": np.ones(3, bool)}), "`reset_mask` must be bool"),
     (bad_reset(options={"reset_mask": np.ones(2)}), "`reset_mask` must be bool"),
     (
@@ -398,7 +398,7 @@ def test_starts_of_a_data_set():
     np.testing.assert_array_equal(starts[1].frames, dataset[1].frames[3:5])
     np.testing.assert_allclose(starts[1].state, dataset[1].states["observation.state"][4])
     assert EpisodeStarts(dataset)[2].state is None
-    with pytest.raises(ValueError, match=r"`state_key` must be one of .*observation\.state"):
+    with pytest.raises(ValueError, match=r"`state_key` must be None or one of .*observation\.state"):
         EpisodeStarts(dataset, state_key="state")[0]
 
 

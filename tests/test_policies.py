@@ -172,6 +172,8 @@ def test_wrong_actions_of_a_lerobot_policy_raise(observation):
     policy.camera = "observation.images.top"
     with pytest.raises(ValueError, match="invalid actions"):
         policy.select_action(observation)
+    with pytest.raises(ValueError, match=r"`observation` must have `pixels` .* got \['agent_pos'\]"):
+        policy.select_action({"agent_pos": observation["agent_pos"]})
 
 
 class Step:

@@ -193,7 +193,10 @@ BAD = [
     (lambda pipe, state, plans: state.put([1, 1], state_of(1, 2)), "`rows` must be 2 distinct rows"),
     (lambda pipe, state, plans: state.put([1], state_of(1, 2)), "`rows` must be 2 distinct rows"),
     (lambda pipe, state, plans: state.put([0], RolloutState.first(torch.zeros(1, 4, 1, 4, 6), [1])), "history frames"),
-    (lambda pipe, state, plans: RolloutState.first(torch.zeros(1, 4, 1, 4, 6), [1, 2]), "same number of rows"),
+    (
+        lambda pipe, state, plans: RolloutState.first(torch.zeros(1, 4, 1, 4, 6), [1, 2]),
+        "`latents` must be .* with B entries",
+    ),
 ]
 
 

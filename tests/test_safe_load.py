@@ -185,7 +185,7 @@ FILES = {
     "offset": (lambda path: archive(path, entry(tensor(4, [2], [1], offset=3)), **FLOATS), "declares a tensor"),
     "negative offset": (lambda path: archive(path, entry(tensor(4, [2], [1], offset=-1)), **FLOATS), "negative"),
     "storage": (lambda path: archive(path, entry(tensor(1 << 40, [4], [1])), **FLOATS), "record of 16 bytes"),
-    "no record": (lambda path: archive(path, entry(tensor(4, [4], [1]))), "record of None bytes"),
+    "no record": (lambda path: archive(path, entry(tensor(4, [4], [1]))), "the record 'data/0', which does not exist"),
     "bytearray": (lambda path: archive(path, entry(b"cbuiltins\nbytearray\n\x8a\x06\0\0\0\0\1\0\x85R")), "bytearray"),
     "tensor class": (lambda path: archive(path, entry(b"ctorch\nTensor\n\x8a\x06\0\0\0\0\1\0\x85\x81")), "Tensor"),
     "untyped": (
@@ -242,7 +242,7 @@ WEIGHTS = {
     "complex": (replaced(x_embedder__proj__bias=torch.ones(24, dtype=torch.complex64)), "got torch.complex64"),
     "invented blocks": (
         replaced(**{f"blocks__{index}__a": torch.zeros(1) for index in range(400)}),
-        "cannot be mapped",
+        "cannot be converted",
     ),
     "thousands of blocks": (
         replaced(**{f"blocks__{index}__a": torch.zeros(1) for index in range(3000)}),
@@ -257,7 +257,7 @@ WEIGHTS = {
     "control characters": (replaced(**{"\x1b[2J": torch.zeros(1)}), "invalid name"),
     "long name": (replaced(a=torch.zeros(1)) | {"a" * 10**5: torch.zeros(1)}, "invalid name"),
     "numbers as names": ({3: torch.zeros(1)}, "invalid name"),
-    "scalars": (replaced(final_layer__linear__bias=torch.tensor(1.0)), "cannot be mapped"),
+    "scalars": (replaced(final_layer__linear__bias=torch.tensor(1.0)), "cannot be converted"),
     "shared memory": (dict.fromkeys(map(str, range(1000)), torch.zeros(10**4)), "share memory"),
     "sparse": (replaced(x_embedder__proj__bias=torch.ones(24).to_sparse()), "refers to 'torch._utils._rebuild_sparse"),
     "meta": (replaced(x_embedder__proj__bias=torch.ones(24, device="meta")), "refers to 'torch._utils._rebuild_meta"),
@@ -318,8 +318,8 @@ def header(length, text=b""):
         (b"", "not a safetensors file"),
         ({"rope.freqs": torch.ones(3, dtype=torch.int32)}, "got torch.int32"),
         ({"t_block.1.bias": torch.full((144,), torch.nan)}, "ada_norm_single.1.bias: NaN or infinite"),
-        ({"final_layer.linear.bias": torch.tensor(1.0)}, "cannot be mapped"),
-        ({"spatial_blocks.0.attn.q_norm.weight": torch.zeros(0)}, "cannot be mapped"),
+        ({"final_layer.linear.bias": torch.tensor(1.0)}, "cannot be converted"),
+        ({"spatial_blocks.0.attn.q_norm.weight": torch.zeros(0)}, "cannot be converted"),
         ({f"spatial_blocks.{index}.a": torch.zeros(1) for index in range(300)}, "`num_layers` must be"),
         ({"\n": torch.zeros(1)}, "invalid name"),
     ],

@@ -32,7 +32,9 @@ def test_finer_patches_keep_their_position_and_scale():
 
 @pytest.mark.parametrize("changes", [{"conditioning": "video"}, {"spatial_position": "fixed"}])
 def test_unsupported_models_cannot_change_their_patch_size(changes):
-    with pytest.raises(ValueError, match="the patch size of this model cannot be changed: its `"):
+    with pytest.raises(
+        ValueError, match="the patch size and action frequencies of this model cannot be changed: its `"
+    ):
         change_patch_size(tiny_transformer(**changes), 1)
 
 

@@ -37,7 +37,7 @@ class ActionSpace:
     high: tuple[float, ...]  # raw units; inf where unknown
     scale: tuple[float, ...]  # normalized = (raw - offset) * scale
     offset: tuple[float, ...]
-    kind: str = "relative"  # "relative": zero is no motion; "absolute": actions are target positions
+    kind: str = "relative"  # "relative": motions, unless `derivation` is "absolute"; "absolute": target positions
     derivation: str = "recorded"  # "recorded", or how actions are computed from states, see `actions.DERIVATIONS`
 
     @classmethod
@@ -48,8 +48,8 @@ class ActionSpace:
             config: Config of a model: a mapping or an object with the attributes `action_dim`, `action_scale` and so on.
 
         Raises:
-            ValueError: If `action_dim` is missing or too small for the derivation, the kind or the derivation is unknown, an entry
-                does not have `action_dim` values, or a value is invalid.
+            ValueError: If `action_dim` is not a positive integer or too small for the derivation, the kind or the derivation is
+                unknown, an entry does not have `action_dim` values, or a value is invalid.
         """
 
         def read(name: str, default: Any = None) -> Any:
@@ -141,7 +141,7 @@ class ActionSpace:
         """Check raw actions and convert them to a batch.
 
         The bounds are usually those of the training data. Actions may exceed them by the width of the bounds, or by 10
-        normalized units if that is more. Without bounds, a component is limited to 10,000 normalized units.
+        normalized units if that is more. In a direction without a bound, the limit is 10,000 normalized units.
 
         Args:
             actions: Actions (n, A) or (B, n, A): arrays, tensors or nested lists, raw units.
@@ -150,7 +150,8 @@ class ActionSpace:
             Actions (B, n, A), float32.
 
         Raises:
-            ValueError: If actions are empty, ragged or not finite, do not have A components, or are far outside the bounds.
+            ValueError: If actions are empty, ragged, not numbers or not finite, do not have A components, or are far outside the
+                bounds.
         """
         checked = prepare_actions(actions, len(self))
         limits = self._limits()
@@ -211,7 +212,7 @@ def _numbers(name: str, value: Any, size: int, default: float) -> tuple[float, .
     try:
         return tuple(float(entry) for entry in entries)
     except OverflowError as error:
-        raise ValueError(f"`{name}` must contain numbers in the range of a float.") from error
+        raise ValueError(f"`{name}` must contain numbers in the range of a float, got a larger integer.") from error
 
 
 def _texts(name: str, value: Any, size: int) -> list[str | None]:

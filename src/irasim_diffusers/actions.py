@@ -19,7 +19,7 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
         Actions (B, n, A), float32.
 
     Raises:
-        ValueError: If actions are empty, ragged or not finite, or do not have A components.
+        ValueError: If actions are empty, ragged, not numbers or not finite, or do not have the shape (n, A) or (B, n, A).
     """
     wanted = f"`actions` must be (n, {action_dim}) or (batch, n, {action_dim})"
     try:
@@ -36,11 +36,13 @@ def prepare_actions(actions: Any, action_dim: int) -> torch.Tensor:
             raise TypeError(f"got values of type {actions.dtype}")
         actions = actions.to(torch.float32)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{wanted}, all numbers and all sequences of equal length: {error}.") from error
+        raise ValueError(
+            f"{wanted}, all numbers and all sequences of equal length: {str(error).rstrip('.')}."
+        ) from error
     if actions.ndim not in (2, 3) or 0 in actions.shape[:-1] or actions.shape[-1] != action_dim:
         remedy = (
             "there is nothing to predict"
-            if 0 in actions.shape
+            if 0 in (actions.shape[:-1] or actions.shape)
             else f"pass one row of {action_dim} components for each frame to predict"
         )
         raise ValueError(f"{wanted}, got {tuple(actions.shape)}: {remedy}.")

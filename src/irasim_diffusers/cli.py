@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         Exit status: 0 on success; 2 after an error, which is reported in one line on stderr; 130 after Ctrl-C; 143 after SIGTERM.
+
+    Raises:
+        SystemExit: After `--help`, `--version` (status 0) or arguments that cannot be parsed (status 2).
     """
     arguments, unknown = _parser().parse_known_args(argv)
     if unknown:  # print the usage of the command, not of `irasim` as argparse would
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _name_flags(message: str, flags: Mapping[str, Any]) -> str:
-    """Name the flags of the command in an error message, instead of arguments of the library or flags of the examples."""
+    """Replace arguments of the library and flags of the examples in an error by flags of the command."""
 
     def flag(found: re.Match) -> str:
         names = (name.replace("-", "_") for name in (found[2], found[1]) if name)

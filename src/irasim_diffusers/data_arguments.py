@@ -14,7 +14,12 @@ class DataArguments:
         default_factory=list,
         metadata={"help": "cameras, stacked vertically; left,right joins two horizontally (default: the only camera)"},
     )
-    split: str = field(default="train", metadata={"help": "split of the dataset, or a part such as train[:90%%]"})
+    split: str = field(
+        default="train",
+        metadata={
+            "help": "split of the dataset, or a part such as train[:90%%] (LeRobotDataset, table on the Hub or of Parquet files)"
+        },
+    )
     validation_split: str = field(
         default="train", metadata={"help": "split of the validation dataset, or a part such as train[90%%:]"}
     )
@@ -25,7 +30,11 @@ class DataArguments:
     )
     width: int | None = field(default=None, metadata={"help": "width in pixels; requires --height"})
     action_column: list[str] = field(
-        default_factory=list, metadata={"help": "action columns, concatenated (default: action or actions)"}
+        default_factory=list,
+        metadata={
+            "help": "action columns of a LeRobotDataset or table, concatenated (default: action, or the only column with a similar "
+            "name)"
+        },
     )
 
     @property
@@ -43,7 +52,8 @@ class EpisodeArguments(DataArguments):
         default=1, metadata={"help": "use every n-th frame; windows for training may start at any frame"}
     )
     state_columns: list[str] = field(
-        default_factory=list, metadata={"help": "state columns (default: all of a LeRobotDataset, none of a table)"}
+        default_factory=list,
+        metadata={"help": "state columns of a LeRobotDataset (default: all) or a table (default: none)"},
     )
     action_derivation: str = field(
         default="recorded",
@@ -53,10 +63,12 @@ class EpisodeArguments(DataArguments):
         default=None,
         metadata={
             "help": "derivation of recorded actions, which determines how they compose over skipped frames: relative_euler, "
-            "relative_6d, relative_planar or absolute"
+            "relative_6d, relative_planar or absolute; required to skip frames, unless the dataset stores it"
         },
     )
-    state_key: str | None = field(default=None, metadata={"help": "state feature that actions are derived from"})
+    state_key: str | None = field(
+        default=None, metadata={"help": "state feature that actions are derived from (default: the only one)"}
+    )
     pad_actions_to: int | None = field(
         default=None, metadata={"help": "pad actions with zeros to this number of components"}
     )

@@ -31,10 +31,12 @@ class Steering:
     Args:
         action_space: The action space of the world model, `model.action_space`.
         speed: Motion per step for a command of 1, in normalized actions: `speed / action_scale` in raw units.
-        start: Action (A,) for the robot's current position; required for spaces with targets.
+        start: Action (A,) for the robot's current position; required if `action_space.has_targets`. None for zero, clipped to the
+            bounds.
 
     Raises:
-        ValueError: If `start` is missing for a space with targets, does not have A finite components, or is far outside the bounds.
+        ValueError: If `start` is missing although the space has targets, does not have A finite components, or is far outside the
+            bounds.
     """
 
     def __init__(self, action_space: ActionSpace, speed: float = 1.0, start: Any = None) -> None:
@@ -107,7 +109,8 @@ class DrivingSession:
         resize: Resize the history to the model's frame size.
 
     Raises:
-        ValueError: If `frames` does not match the model or contains several histories, or if `max_frames` is less than 1.
+        ValueError: If `frames` is invalid, does not match the model or contains several histories, if `seed` is negative, or if
+            `max_frames` is less than 1.
     """
 
     max_chunk = 16
@@ -185,7 +188,7 @@ class DrivingSession:
         """Predict the next frames under a constant command; see `Steering.action` and `step`.
 
         Raises:
-            ValueError: If the command is invalid, `num_frames` is out of range, or the prediction is not finite.
+            ValueError: If the command is invalid, `num_frames` is out of range, or `step` raises the error.
         """
         if not 1 <= num_frames <= self.max_chunk:
             raise ValueError(f"`num_frames` must be in [1, {self.max_chunk}], got {num_frames}.")
@@ -202,8 +205,8 @@ class DrivingSession:
             The n predicted frames.
 
         Raises:
-            ValueError: If the actions do not match the model or are too many, or the prediction is not finite; the session is then
-                unchanged.
+            ValueError: If the actions are not one valid sequence of at most `max_chunk`, or the prediction is not finite; the
+                session is then unchanged.
         """
         try:
             return self._predict(actions)
@@ -272,11 +275,14 @@ class DrivingSession:
     def save(self, path: str | Path) -> tuple[Path, Path]:
         """Write the recording: an mp4 of n + 1 frames, and a `.npy` of the actions (n, A) next to it.
 
+        Args:
+            path: Path of the mp4; another suffix is replaced.
+
         Returns:
             Paths of both files.
 
         Raises:
-            ValueError: If nothing has been predicted.
+            ValueError: If there are no predicted frames in memory.
         """
         from .data import write_video  # its libraries take seconds to import
 

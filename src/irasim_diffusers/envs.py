@@ -28,7 +28,7 @@ FrameFunction = Callable[[torch.Tensor], torch.Tensor]
 """Maps frames (B, n, 3, H, W) in [0, 1] to one value per frame (B, n)."""
 
 COMPOSED = ("relative_planar", "relative_euler", "relative_6d")
-"""Action derivations for which all states follow from the first state and the actions."""
+"""Derivations of motions: all states follow from the first state and the actions."""
 
 
 class WorldModelVectorEnv(VectorEnv):
@@ -36,8 +36,8 @@ class WorldModelVectorEnv(VectorEnv):
 
     Row i with seed s shows the same episode as `WorldModelEnv` with seed s. The observation is a dict. `pixels` (H, W, 3),
     uint8, is the last frame. `agent_pos` (S,), float32, is the robot state, if it is available: `proprioception` predicts it from
-    the frame, or it is composed from the start state and the actions if the action derivation is one of `COMPOSED`. A commanded
-    target is never reported as a state.
+    the frame, or it is composed from the start state and the actions if `starts` have states and the action derivation is one of
+    `COMPOSED`. A commanded target is never reported as a state.
 
     With the autoreset mode `DISABLED`, a finished row keeps its last observation and flags, with reward 0, until it is reset by
     `reset(options={"reset_mask": mask})`. A step after all rows have finished raises an error.
@@ -52,7 +52,7 @@ class WorldModelVectorEnv(VectorEnv):
         proprioception: Model that predicts the robot state from a frame.
         max_episode_steps: Steps after which an episode is truncated.
         rescale_actions: Take actions in [-1, 1] and map them linearly to the bounds; 1 is one normalized unit for a component
-            without bounds.
+            that lacks a bound.
         clip_actions: Clip actions to the bounds instead of raising an error.
         autoreset_mode: Gymnasium's `NextStep`, `SameStep` or `Disabled`.
         render_mode: `"rgb_array"` or None.
@@ -126,6 +126,7 @@ class WorldModelVectorEnv(VectorEnv):
 
         Raises:
             ValueError: If the pipeline, a stored model or an argument is invalid.
+            OSError: If the pipeline is not found.
         """
         return cls(num_envs=num_envs, **load_world_model(model, device) | options)
 
@@ -180,7 +181,9 @@ class WorldModelVectorEnv(VectorEnv):
         else:
             seeds = [None if each is None else int(each) for each in seed]
         if len(seeds) != self.num_envs:
-            raise ValueError(f"`seed` must be one integer or {self.num_envs}, one per row, got {len(seeds)}.")
+            raise ValueError(
+                f"`seed` must be one integer or a list of {self.num_envs}, one per row, got {len(seeds)}."
+            )
         if any(each is not None and each < 0 for each in seeds):
             raise ValueError(f"`seed` must not be negative, got {seed}.")
         given = options.get("frames")
@@ -208,7 +211,8 @@ class WorldModelVectorEnv(VectorEnv):
         mask = np.asarray(mask)
         if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
             raise ValueError(
-                f"`reset_mask` must be bool ({self.num_envs},) with at least one True, got {mask.dtype} {mask.shape}."
+                f"`reset_mask` must be bool ({self.num_envs},) with at least one True, got {mask.dtype} {mask.shape} with "
+                f"{np.count_nonzero(mask)}."
             )
         others = [str(row) for row in np.nonzero(~mask)[0] if self._states[row] is None]
         if others:
@@ -227,7 +231,7 @@ class WorldModelVectorEnv(VectorEnv):
         if composed and (start.state is None or len(start.state) != self._state_dim):
             got = "none" if start.state is None else len(start.state)
             raise ValueError(
-                f"`state` of a start must have {self._state_dim} components, got {got}: pass `Start`s with states."
+                f"`state` of a start must have {self._state_dim} components, got {got}: pass `Start(frames, state)`."
             )
 
     @torch.no_grad()
@@ -271,8 +275,8 @@ class WorldModelVectorEnv(VectorEnv):
 
         Raises:
             ValueError: If actions have the wrong shape, are not finite or are out of bounds, if a row has not been reset or all
-                episodes have ended, or if a prediction, reward or success is not finite. The state of the environment does not
-                change in these cases. The automatic reset of a finished row raises an error if there are no `starts`.
+                episodes have ended (mode `DISABLED`), or if a prediction, reward or success is not finite or has the wrong shape.
+                The state does not change in these cases. The automatic reset of a row raises an error if there are no `starts`.
         """
         finished = self._terminated | self._truncated
         if any(state is None for state in self._states):
@@ -303,7 +307,7 @@ class WorldModelVectorEnv(VectorEnv):
         try:
             actions = np.asarray(actions, dtype=np.float32)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{wanted}, all numbers: {error}.") from error
+            raise ValueError(f"{wanted}, all numbers: {str(error).rstrip('.')}.") from error
         if actions.shape != self.action_space.shape:
             raise ValueError(f"{wanted}, one action per row, got {actions.shape}.")
         space = self.single_action_space
@@ -366,7 +370,7 @@ class WorldModelVectorEnv(VectorEnv):
         if values.shape != frames.shape[:2]:
             raise ValueError(f"`{name}` must return {tuple(frames.shape[:2])}, got {tuple(values.shape)}.")
         if not torch.isfinite(values).all():
-            raise ValueError(f"`{name}` must return finite values, got {values.flatten().tolist()}.")
+            raise ValueError(f"`{name}` must return finite values, got {values.flatten().tolist()!r:.80}.")
         return values[:, 0].double().numpy()
 
     def _observation(self) -> dict[str, np.ndarray]:
@@ -425,7 +429,7 @@ class WorldModelVectorEnv(VectorEnv):
         rows = values if isinstance(values, list | tuple) else [values] * self.num_envs
         if len(rows) != self.num_envs or any(not np.array_equal(each, rows[0]) for each in rows):
             raise ValueError(
-                f"`values` must be one value for all {self.num_envs} rows, which share {name!r}, got {values}."
+                f"`values` must be one value for all {self.num_envs} rows, which share {name!r}, got {values!r:.80}."
             )
         setattr(self, name, rows[0])
 

@@ -22,7 +22,7 @@ except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)(?:-(?P<host>[0-9a-f]{8})-[0-9a-f]{8})?\.partial(?:\.[^.]+)?")
-"""Names of temporary files and folders, which contain the id of the writing process and a hash of the machine."""
+"""Names of temporary files and folders, with the id of the writing process and (except early versions) a hash of the machine."""
 ABANDONED_AFTER = 24 * 3600
 """Seconds without a change after which the temporary file of another machine counts as abandoned."""
 
@@ -115,7 +115,9 @@ def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            raise ValueError(f"{str(path)!r} was written by another process: choose a new folder.") from error
+            raise ValueError(
+                f"{str(path)!r} must be a new or empty folder, but contains files, perhaps of another process: choose a new folder."
+            ) from error
         flush(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

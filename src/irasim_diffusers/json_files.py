@@ -1,4 +1,4 @@
-"""Read JSON files; errors name the file and the line."""
+"""Read JSON files; errors name the file and, for invalid text, the line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def parse_json(text: str, path: Path, line: int = 1, finite: bool = False) -> An
         text: The text.
         path: The file, for error messages.
         line: Line number of the start of the text in the file, counted from 1.
-        finite: Whether to reject NaN, infinite values and numbers that exceed the range of a float.
+        finite: Whether to reject NaN, infinite values, numbers that exceed the range of a float, and integers of more than 300
+            digits.
 
     Raises:
         ValueError: If the text is not JSON, a key occurs twice, or `finite` is True and a number is not finite. The message names
@@ -87,11 +88,11 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"got {text}")
+        raise ValueError(f"numbers must be finite, got {text[:40]}")
     return value
 
 
 def _integer(text: str) -> int:
     if len(text) > 300:  # near or beyond the largest float, which has 309 digits
-        raise ValueError(f"got an integer of {len(text)} digits")
+        raise ValueError(f"integers must have at most 300 digits, got {len(text)}")
     return int(text)

@@ -14,18 +14,18 @@ def check_latent_scaling(vae: Any) -> None:
 
     Raises:
         ValueError: If the factor, the shift, or the mean or standard deviation of a channel is missing, not a number or out of
-            range, or if the autoencoder has both a shift and channel means. The shift may be None, and so may the means and
-            standard deviations together.
+            range, or if the autoencoder has both a nonzero shift and channel means. The shift may be None, and so may the means
+            and standard deviations together.
     """
     shift, factor, mean, std = latent_scaling(vae)
     if not _is_number(factor) or not MIN_FACTOR <= factor <= MAX_FACTOR:
         raise ValueError(
-            f"`scaling_factor` of the autoencoder must be a positive number, got {factor!r}: set it to 1 / the standard deviation "
-            f"of its latents, in [{MIN_FACTOR:g}, {MAX_FACTOR:g}]."
+            f"`scaling_factor` of the autoencoder must be a number in [{MIN_FACTOR:g}, {MAX_FACTOR:g}], got {factor!r:.40}: set it "
+            "to 1 / the standard deviation of its latents."
         )
     if shift is not None and not (_is_number(shift) and abs(shift) <= MAX_SHIFT):
         raise ValueError(
-            f"`shift_factor` of the autoencoder must be a number in [{-MAX_SHIFT:g}, {MAX_SHIFT:g}] or None, got {shift!r}."
+            f"`shift_factor` of the autoencoder must be a number in [{-MAX_SHIFT:g}, {MAX_SHIFT:g}] or None, got {shift!r:.40}."
         )
     if mean is None and std is None:
         return
@@ -35,10 +35,10 @@ def check_latent_scaling(vae: Any) -> None:
         if not valid or not all(_is_number(value) and low <= value <= MAX_SHIFT for value in values):
             raise ValueError(
                 f"`{name}` of the autoencoder must be a list of {channels} numbers in [{low:g}, {MAX_SHIFT:g}], one for each "
-                f"channel of the latents, got {values!r}."
+                f"channel of the latents, got {values!r:.100}."
             )
     if shift:
-        raise ValueError("the autoencoder must have `shift_factor` or `latents_mean`, not both.")
+        raise ValueError(f"`shift_factor` of the autoencoder must be None or 0 with `latents_mean`, got {shift!r}.")
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

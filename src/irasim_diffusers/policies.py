@@ -136,7 +136,7 @@ class LeRobotPolicy:
 
         Raises:
             ValueError: If LeRobot is not installed, the policy cannot be loaded or does not take exactly one camera, or loading
-                the policy could execute code from its repository.
+                the policy could execute code from a repository.
         """
         try:
             from lerobot.configs.policies import PreTrainedConfig
@@ -178,12 +178,14 @@ class LeRobotPolicy:
         """Return the next action of each row (B, A), raw units.
 
         Raises:
-            ValueError: If the actions that the policy returns have the wrong shape, are not finite, or are far out of bounds.
+            ValueError: If the observation has no valid `pixels`, or the actions that the policy returns have the wrong shape, are
+                not finite, or are far out of bounds.
         """
+        rows = num_rows(observation)
         actions = self.policy.select_action(self._batch(observation))
         if self.postprocessor is not None:
             actions = self.postprocessor(actions)
-        return check_chunk(torch.as_tensor(actions)[:, None], self.action_space, num_rows(observation))[:, 0]
+        return check_chunk(torch.as_tensor(actions)[:, None], self.action_space, rows)[:, 0]
 
     def _batch(self, observation: Observation) -> dict[str, Any]:
         pixels = torch.as_tensor(observation["pixels"])
@@ -230,8 +232,8 @@ def check_processor(path: Path, steps: Mapping[str, type]) -> None:
         if step is None or step.__module__.partition(".")[0] != "lerobot":
             found = name if "registry_name" in entry else entry.get("class")
             raise ValueError(
-                f"{path.name} must contain only registered steps of LeRobot, got {found!r}, which could execute arbitrary code: "
-                "load the policy yourself and pass it to `LeRobotPolicy`."
+                f"{path.name} must contain only registered steps of LeRobot, got {found!r:.80}, which could execute arbitrary "
+                "code: load the policy yourself and pass it to `LeRobotPolicy`."
             )
         if str(name).startswith(REMOTE_CODE_STEPS):
             raise ValueError(
@@ -253,7 +255,8 @@ class PlannerPolicy:
         num_executed: Number of actions that are executed before the next plan.
         num_history_frames: Maximum number of observed frames from which the model starts.
         propose: Maps an observation of one row to candidates (K, n, A) in raw units, such as samples of a policy. None to start
-            from the remaining actions of the previous plan, followed by hold actions.
+            from the remaining actions of the previous plan, followed by hold actions; the planner chooses the start of the first
+            plan.
         seed: Seed of the model's noise; plan k of an episode uses `seed + k`.
 
     Raises:
@@ -297,8 +300,8 @@ class PlannerPolicy:
         A new plan is made every `num_executed` steps.
 
         Raises:
-            ValueError: If the observation has no valid `pixels`, its number of rows changes within an episode, the input of the
-                planner is invalid, or a plan has fewer than `num_executed` actions.
+            ValueError: If the observation has no valid `pixels`, its number of rows changes within an episode, its frames do not
+                match the model, the input of the planner is invalid, or a plan has fewer than `num_executed` actions.
             NoPlanError: If the planner finds no plan.
         """
         rows = num_rows(observation)

@@ -26,7 +26,7 @@ def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
 
     Args:
         model: Folder or Hub id of a pipeline. A world model is returned as `model`, without other entries.
-        device: Device of the model; None for CUDA if available, else the CPU.
+        device: Device of a loaded pipeline; None for CUDA if available, else the CPU.
 
     Returns:
         `model` and, if stored with it, `proprioception` (folder `proprioception/`), `reward` (a `FrameRegressor` in `reward/`),
@@ -34,6 +34,7 @@ def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
 
     Raises:
         ValueError: If the pipeline or a stored model is invalid, or the start frames cannot be read.
+        OSError: If the pipeline is not found, or a file of a stored model is missing.
     """
     if not isinstance(model, str | Path):
         return {"model": model}

@@ -110,8 +110,8 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         success_threshold: Minimum score at which a frame counts as a success; None if no success is defined.
 
     Raises:
-        ValueError: If a size is not a positive integer or is too large, the frames are too small for the number of stages, or the
-            threshold is not finite.
+        ValueError: If `channels` is not a non-empty list, a size is not a positive integer or is too large, the frames are too
+            small for the number of stages, or the threshold is not finite.
     """
 
     needs_pixels = True
@@ -180,14 +180,14 @@ class FrameRegressor(ModelMixin, ConfigMixin):
         return functional.silu(self.project(functional.silu(hidden).flatten(1))).reshape(*frames.shape[:-3], -1)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """Return the scores (...) in [0, 1] of frames (..., 3, H, W) in [0, 1]."""
+        """Return the scores (...) in [0, 1] of frames (..., 3, H, W) in [0, 1]; see `features` for the errors."""
         return torch.sigmoid(self.out(self.features(frames)).float()).squeeze(-1)
 
     def success(self, frames: torch.Tensor) -> torch.Tensor:
         """Return whether each of the frames (..., 3, H, W) in [0, 1] is a success: (...), bool.
 
         Raises:
-            ValueError: If the regressor has no `success_threshold`.
+            ValueError: If the regressor has no `success_threshold`, or the size of the frames is not `frame_size`.
         """
         if self.config.success_threshold is None:
             raise ValueError(
@@ -245,7 +245,7 @@ def pretrained_encoder(
     Frames are resized to 224x224 and normalized. Gradients flow to the frames.
 
     Args:
-        name_or_path: Hub id or folder.
+        name_or_path: Hub id or folder of a model whose output has `pooler_output`.
         mean: Mean of the RGB channels in the model's training data.
         std: Standard deviation of the RGB channels in the model's training data.
 

@@ -34,7 +34,7 @@ class RolloutState:
     def __post_init__(self) -> None:
         if self.latents.ndim != 5 or not len(self.latents) == len(self.seeds) == len(self.step):
             raise ValueError(
-                "`latents` (B, C, h, H, W), `seeds` and `step` must have the same number of rows, got "
+                "`latents` must be (B, C, h, H, W), with B entries in `seeds` and in `step`, got "
                 f"{tuple(self.latents.shape)}, {len(self.seeds)} and {len(self.step)}."
             )
         if any(seed < 0 for seed in self.seeds):
@@ -49,13 +49,21 @@ class RolloutState:
         return len(self.seeds)
 
     def repeat(self, k: int) -> RolloutState:
-        """Repeat each row `k` times, consecutively, to B * k rows. Copies share the seed and thus the noise."""
+        """Repeat each row `k` times, consecutively, to B * k rows. Copies share the seed and thus the noise.
+
+        Raises:
+            ValueError: If `k` is less than 1.
+        """
         if k < 1:
             raise ValueError(f"`k` must be at least 1, got {k}.")
         return self.select([row for row in range(len(self)) for _ in range(k)])
 
     def select(self, rows: Sequence[int]) -> RolloutState:
-        """Take rows in the given order; a row may occur more than once."""
+        """Take rows in the given order; a row may occur more than once.
+
+        Raises:
+            ValueError: If there are no rows, or a row is out of range.
+        """
         rows = self._check_rows(rows)
         return RolloutState(self.latents[rows], tuple(self.seeds[row] for row in rows), self.step[rows])
 
@@ -139,7 +147,7 @@ class WorldModel(Protocol):
     def advance(
         self, state: RolloutState, actions: torch.Tensor, **sampling: Any
     ) -> tuple[RolloutState, torch.Tensor]:
-        """Return the state after a chunk of actions (B, n, A), raw units, and its latents (B, C, n, h, w)."""
+        """Return the state after actions (B, n, A), raw units, and the latents (B, C, n, h, w) of the chunk."""
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -165,7 +173,8 @@ def roll(
         An iterator over the state after each chunk and the latents (B, C, m, h, w) of the chunk.
 
     Raises:
-        ValueError: Immediately, if `chunk_length` is out of range, or there is not one action sequence per row of the state.
+        ValueError: Immediately, if `chunk_length` is out of range, or `actions` is not (B, n, A) with one sequence per row of the
+            state.
     """
     length = model.max_chunk if chunk_length is None else chunk_length
     if not 1 <= length <= model.max_chunk:
@@ -173,7 +182,7 @@ def roll(
     if actions.ndim != 3 or len(actions) != len(state):
         raise ValueError(
             f"`actions` must be (B, n, A), one sequence for each of the {len(state)} rows of the state, got "
-            f"{tuple(actions.shape)}: repeat the state for several candidates."
+            f"{tuple(actions.shape)}: add a missing batch dimension, or repeat the state for several candidates."
         )
 
     def chunks(state: RolloutState) -> Iterator[tuple[RolloutState, torch.Tensor]]:

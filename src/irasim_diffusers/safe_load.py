@@ -107,7 +107,7 @@ class PickleOutline:
 
         Raises:
             ValueError: If the pickle contains anything other than containers, tensors and settings, or a tensor that does not match
-                the size of its record.
+                the size of its record. A damaged pickle may raise an error of any type.
         """
         instructions: Iterator[tuple[Any, Any, Any]] = pickletools.genops(pickled)
         for opcode, argument, _ in instructions:
@@ -197,6 +197,8 @@ class PickleOutline:
         if kind != "storage" or storage.name not in STORAGES or type(key) is not str or type(numel) is not int:
             raise ValueError("it contains a reference that is not a storage")
         size = self.records.get(f"data/{key}")
+        if size is None:
+            raise ValueError(f"it refers to the record 'data/{key[:50]}', which does not exist")
         if size != numel * STORAGES[storage.name]:
             raise ValueError(f"it declares {numel} elements of {storage.name} in a record of {size} bytes")
         return Storage(numel)
@@ -208,12 +210,15 @@ def _tensor(
     """Return the shape of a tensor after checking its layout and size against its storage."""
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, Storage) or len(shape) != len(stride) or {*map(type, numbers)} != {int}:
-        raise ValueError("it contains a tensor without a storage, shape or stride")
+        raise ValueError("it contains a tensor with an invalid storage, shape or stride")
     if min(numbers) < 0 or type(requires_grad) is not bool or hooks != {}:
-        raise ValueError("it contains a tensor with a negative size or with hooks")
+        raise ValueError("it contains a tensor with a negative size or stride, hooks or an invalid `requires_grad`")
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     if len(shape) > 8 or (0 not in shape and not (last < storage.numel and math.prod(shape) <= storage.numel)):
-        raise ValueError(f"it declares a tensor {shape} with stride {stride} in a storage of {storage.numel} elements")
+        raise ValueError(
+            f"it declares a tensor that has more than 8 dimensions or exceeds its storage of {storage.numel} elements: shape "
+            f"{shape}, stride {stride}"
+        )
     return shape
 
 
@@ -223,7 +228,7 @@ def _ordered_dict() -> dict:
 
 def _parameter(shape: tuple, requires_grad: bool, hooks: dict) -> tuple:
     if type(shape) is not tuple or type(requires_grad) is not bool or hooks != {}:
-        raise ValueError("it contains a parameter without a tensor, or with hooks")
+        raise ValueError("it contains a parameter without a tensor, or with hooks or an invalid `requires_grad`")
     return shape
 
 
@@ -253,7 +258,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     content = read_torch_file(path)
     if not isinstance(content, dict) or not all(type(key) is str for key in content):
-        raise ValueError(f"{str(path)!r} contains no weights: it must contain a dictionary of tensors.")
+        raise ValueError(f"{str(path)!r} contains no weights: it must contain a dictionary of tensors by name.")
     return content
 
 
@@ -267,7 +272,7 @@ def read_torch_file(path: Path) -> Any:
         The content. Its tensors are mapped from the file; settings objects are inert.
 
     Raises:
-        ValueError: If the file is not such an archive, is damaged, references code, or has inconsistent sizes.
+        ValueError: If the file is missing, is not such an archive, is damaged, references code, or has inconsistent sizes.
     """
     if not path.is_file():
         found = "a folder" if path.is_dir() else "which is not a file" if path.exists() else "which does not exist"
@@ -310,7 +315,7 @@ def _read_archive(path: Path) -> tuple[dict[str, int], bytes]:
             raise ValueError("it has compressed or overlapping records: save it again with torch.save")
         records = {entry.filename.removeprefix(top): entry.file_size for entry in entries}
         if not 0 < records.get("data.pkl", 0) <= MAX_HEADER:
-            raise ValueError(f"its data.pkl must have 1 to {MAX_HEADER} bytes, got {records.get('data.pkl')}")
+            raise ValueError(f"its data.pkl must have 1 to {MAX_HEADER} bytes, got {records.get('data.pkl', 0)}")
         return records, archive.read(f"{top}data.pkl")
 
 
@@ -346,8 +351,8 @@ def check_weights(state: dict[str, torch.Tensor], path: Path) -> None:
     """Check names, types and total size of weights. Values are checked after the conversion to float32.
 
     Raises:
-        ValueError: If a name cannot be that of a parameter, a tensor is not a dense floating-point tensor on the CPU, or tensors
-            share memory.
+        ValueError: If a name cannot be that of a parameter, a tensor is not a dense floating-point tensor of 16 to 64 bits on the
+            CPU, or the tensors exceed the size of the file, because they share memory.
     """
     for key, tensor in state.items():
         if type(key) is not str or not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", key):
@@ -367,7 +372,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file, or all safetensors files of a folder except hidden ones.
 
     Raises:
-        ValueError: If the file is missing, a file is damaged, a tensor occurs twice, or `check_weights` rejects a tensor.
+        ValueError: If there is no such file, a file is damaged, a tensor occurs twice, or `check_weights` rejects a tensor.
     """
     files = [path]
     if path.is_dir():
@@ -379,8 +384,8 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         with file.open("rb") as opened:
             header = int.from_bytes(opened.read(8), "little")
         try:
-            if header > min(MAX_HEADER, file.stat().st_size):
-                raise ValueError(f"its header has {header} bytes")
+            if header > (most := min(MAX_HEADER, file.stat().st_size)):
+                raise ValueError(f"its header has {header} bytes, more than {most}")
             part = load_file(file)
         except (SafetensorError, ValueError, KeyError) as error:
             raise ValueError(

@@ -19,7 +19,7 @@ class Start:
         state: Robot state (S,) at the last frame, if known.
 
     Raises:
-        ValueError: If the frames are not uint8 RGB images or the state is not a finite vector.
+        ValueError: If the frames are empty, not uint8 RGB images or of different sizes, or the state is not a finite vector.
     """
 
     frames: Any  # (h, H, W, 3), uint8, after construction
@@ -34,18 +34,21 @@ class Start:
         try:
             pixels = np.asarray(frames)
         except ValueError as error:
-            raise ValueError(f"`frames` must all have the same size: {error}.") from error
+            raise ValueError(f"`frames` must all have the same size: {str(error).rstrip('.')}.") from error
         pixels = pixels[None] if pixels.ndim == 3 else pixels
         if pixels.ndim != 4 or pixels.dtype != np.uint8 or pixels.shape[-1] != 3 or 0 in pixels.shape:
             raise ValueError(
-                f"`frames` must be uint8 (H, W, 3) or (h, H, W, 3), got {pixels.dtype} {pixels.shape}: convert floats in "
-                "[0, 1] by `(255 * frames).round().astype('uint8')`."
+                f"`frames` must be non-empty uint8 RGB images (H, W, 3) or (h, H, W, 3), got {pixels.dtype} {pixels.shape}: "
+                "convert floats in [0, 1] by `(255 * frames).round().astype('uint8')`, and other images with "
+                "`image.convert('RGB')`."
             )
         object.__setattr__(self, "frames", pixels)
         if self.state is not None:
             state = np.asarray(self.state, dtype=np.float64)
             if state.ndim != 1 or not len(state) or not np.isfinite(state).all():
-                raise ValueError(f"`state` must be a finite vector (S,), got {state.tolist()}.")
+                raise ValueError(
+                    f"`state` must be a finite vector (S,) with S at least 1, got {state.tolist()!r:.80}."
+                )
             object.__setattr__(self, "state", state)
 
 
@@ -78,5 +81,5 @@ class EpisodeStarts(Sequence[Start]):
         if self.state_key is None:
             return Start(window.frames)
         if self.state_key not in window.states:
-            raise ValueError(f"`state_key` must be one of {sorted(window.states)}, got {self.state_key!r}.")
+            raise ValueError(f"`state_key` must be None or one of {sorted(window.states)}, got {self.state_key!r}.")
         return Start(window.frames, window.states[self.state_key][-1])

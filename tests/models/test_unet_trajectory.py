@@ -90,7 +90,7 @@ def test_only_temporal_attention_mixes_frames_and_depends_on_their_order(unet, i
     plain, swapped = unet(hidden_states, timestep).sample, unet(hidden_states[:, :, order], timestep).sample
     assert not torch.allclose(plain[:, :, order], swapped, atol=1e-4)
     for module in unet.modules():
-        if getattr(module, "temporal", False):
+        if isinstance(module, UNetTrajectoryAttention) and module.temporal:
             torch.nn.init.zeros_(module.attn.to_out[0].weight)
             torch.nn.init.zeros_(module.attn.to_out[0].bias)
     changed = hidden_states.clone()

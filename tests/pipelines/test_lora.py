@@ -71,7 +71,7 @@ def test_files_with_another_key_prefix_have_the_same_effect(adapted, frames, act
     ("prefix", "message"),
     [
         ("base_model.model.", "needs the `lora_alpha` of its adapter_config.json"),
-        ("unet.", "no modules named"),
+        ("unet.", "no modules for"),
     ],
 )
 def test_files_without_alpha_or_known_modules_raise(adapted, tmp_path, prefix, message):

@@ -1,8 +1,8 @@
 """Subcommands of `irasim`, one module each, with `add_parser` and `run`.
 
-The subcommands share the modules dataset, files, history, keys, loading, sampling and terminal. The names below are public, because
-the Space and the examples use them, too. No module here may import torch, directly or through another module, when it is imported
-or in `add_parser`, so that `irasim --help` starts fast; `run` and the other functions import what they need.
+The modules dataset, files, history, keys, loading, sampling and terminal contain parts of subcommands. The names below are public,
+because the Space and the examples use them, too. No module here may import torch, directly or through another module, when it is
+imported or in `add_parser`, so that `irasim --help` starts fast; `run` and the other functions import what they need.
 """
 
 from .files import IMAGE_SUFFIXES, read_actions

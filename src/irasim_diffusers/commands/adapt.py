@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
     """Add `adapt` to the subparsers of `irasim`."""
     parser = subparsers.add_parser(
         "adapt",
-        help="change patch size, autoencoder or actions of a trained model",
+        help="change patch size, autoencoder, actions or prediction type of a trained model",
         description="Change the architecture of a trained model before further training: patch size, autoencoder, number of "
         "action components, action frequencies or prediction type. Weights that the change does not affect are kept.",
     )
@@ -43,16 +43,23 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("--model", required=True, help="pipeline folder or Hub id")
     add("--output", type=Path, required=True, help="pipeline folder to write")
-    add("--patch-size", type=int, help="side of the patches in latent pixels")
+    add(
+        "--patch-size",
+        type=int,
+        help="side of the patches in latent pixels; only for Frame-Ada with fixed positions on a grid (spatial_position grid)",
+    )
     add(
         "--vae",
-        help="new autoencoder: folder or Hub id, optionally with ':<subfolder>'; patch layers are fitted to frames of --dataset",
+        help="new autoencoder: folder or Hub id, optionally with ':<subfolder>'; requires --dataset, to whose frames the patch "
+        "layers are fitted",
     )
-    add("--action-dim", type=int, help="number of action components; the action encoder is reinitialized")
+    add(
+        "--action-dim", type=int, help="number of action components; the action encoder and the action space are reset"
+    )
     add(
         "--action-frequencies",
         type=int,
-        help="number of octaves of the actions' sine and cosine features; at least the model's number",
+        help="number of octaves of the actions' sine and cosine features, at least the model's; same models as --patch-size",
     )
     add("--prediction-type", choices=("sample",), help="predict samples instead of velocities")
     add_dataset_flags(parser, "train", "height", "width", required=False)
@@ -135,7 +142,7 @@ def _check_patch_size(patch_size: int, config: Any) -> None:
 
 
 def _images(arguments: argparse.Namespace) -> torch.Tensor:
-    """Read evenly spaced frames of the first readable episodes; return (N, 3, H, W) in [-1, 1]."""
+    """Read frames (N, 3, H, W) in [-1, 1] of the readable episodes among the first `EPISODES`."""
     import torch
 
     from ..data import PreparedEpisodes

@@ -35,22 +35,22 @@ def add_parser(subparsers: Any) -> None:
         default="irasim",
         help="origin of the weights (default: %(default)s)",
     )
-    add("--checkpoint", type=Path, required=True, help=".pt file of the release, or a safetensors file or folder")
+    add("--checkpoint", type=Path, required=True, help="irasim: .pt file; opensora, latte: safetensors file or folder")
     add(
         "--dataset",
         choices=("rt1", "bridge", "languagetable"),
-        help="dataset on which the released IRASim checkpoint was trained",
+        help="irasim (required): dataset on which the released checkpoint was trained",
     )
     add(
         "--weights",
         choices=("ema", "model"),
         default="ema",
-        help="which weights of the released checkpoint to use (default: %(default)s)",
+        help="irasim: which weights of the released checkpoint to use (default: %(default)s)",
     )
     add(
         "--final-frame-ada",
         action="store_true",
-        help="the final layer of the released checkpoint is also conditioned on actions",
+        help="irasim: the final layer of the released Frame-Ada checkpoint is also conditioned on actions",
     )
     add("--vae", required=True, help="SDXL autoencoder: folder or Hub id, optionally with ':<subfolder>'")
     add(
@@ -58,7 +58,7 @@ def add_parser(subparsers: Any) -> None:
         nargs="*",
         default=[],
         metavar="KEY=VALUE",
-        help="entries of the model's config with values in JSON, such as action_dim=7",
+        help="entries of the model's config with values in JSON, such as action_dim=7; opensora requires fps",
     )
     add("--output", type=Path, required=True, help="pipeline folder to write")
 

@@ -25,7 +25,7 @@ def add_dataset_flags(parser: argparse.ArgumentParser, split: str | None, *names
         names: Names of the other fields.
         required: Whether `--dataset` is required.
     """
-    dataset = "folder or Hub id: LeRobotDataset, IRASim format or `datasets`"
+    dataset = "folder or Hub id: LeRobotDataset, table of `datasets`, or (folder only) IRASim format"
     parser.add_argument("--dataset", required=required, help=dataset)
     for each in fields(EpisodeArguments):
         if each.name not in (*OPENED, *names):
@@ -66,7 +66,7 @@ def open_dataset(arguments: argparse.Namespace) -> Any:
     if arguments.split == "":
         raise ValueError("--split must be the name of a split, got an empty name.")
     if arguments.fps is not None and not 0 < arguments.fps < math.inf:
-        raise ValueError(f"--fps must be positive, got {arguments.fps:g}.")
+        raise ValueError(f"--fps must be positive and finite, got {arguments.fps:g}.")
     dataset = open_dataset(
         arguments.dataset,
         arguments.cameras or None,

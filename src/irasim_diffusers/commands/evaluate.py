@@ -43,7 +43,8 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add(
         "--model",
-        help="pipeline folder or Hub id (default: the embedded Push-T model); with --predictions, only its autoencoder is used",
+        help="pipeline folder or Hub id (default: the embedded Push-T model); with --predictions, only the autoencoder of a given "
+        "model is used",
     )
     add("--predictions", type=Path, help="score the files <clip>.npz or <clip>.mp4 in this folder instead of a model")
     add(
@@ -55,12 +56,15 @@ def add_parser(subparsers: Any) -> None:
     add("--output", type=Path, default=Path("irasim-evaluation"), help="folder to write (default: %(default)s)")
     add("--save-predictions", type=Path, help="folder for the predictions, in the format of --predictions")
     add("--save-truth", type=Path, help="folder for the true frames in the same format, for a preference study")
-    add("--published", help="also list the paper's results on rt1, bridge, languagetable or robonet")
+    add(
+        "--published", help="also list the paper's results on rt1, bridge or languagetable (protocol robonet: robonet)"
+    )
     add(
         "--faithfulness-clips",
         type=int,
         default=200,
-        help="clips on which action faithfulness is measured; 0 disables it (default: %(default)s)",
+        help="clips on which action faithfulness is measured, without --predictions and for clips of equal length; 0 or 1 disables "
+        "it (default: %(default)s)",
     )
     add("--ways", type=int, default=4, help="number of alternatives in the identification test (default: %(default)s)")
     add(
@@ -76,7 +80,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="compute FVD with StyleGAN-V's i3d_torchscript.pt; loading this file executes code in it",
     )
-    add("--batch-size", type=int, default=8, help="number of windows predicted together (default: %(default)s)")
+    add("--batch-size", type=int, default=8, help="number of clips per batch (default: %(default)s)")
     add(
         "--resize",
         action="store_true",

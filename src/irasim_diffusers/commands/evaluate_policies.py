@@ -35,7 +35,7 @@ LIMITS = {
     "first_seed": (0, 2**31 - 1),  # some environments accept only 32-bit seeds
     "num_videos": (0, None),
 }
-"""Lowest and highest value of each flag; except for the seed, the highest bounds the memory and the time that a flag can request."""
+"""Lowest and highest value of each flag; except for the seed, the highest bounds the memory and time that a flag can request."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -55,7 +55,11 @@ def add_parser(subparsers: Any) -> None:
         required=True,
         help="folders or Hub ids of LeRobot policies, or paths for --loader",
     )
-    add("--loader", metavar="MODULE:FUNCTION", help="function that loads a policy from its path and an ActionSpace")
+    add(
+        "--loader",
+        metavar="MODULE:FUNCTION",
+        help="function that loads a policy from its path, an ActionSpace and optionally `device`",
+    )
     add("--env", required=True, help="Gymnasium id with image observations, such as gym_pusht:gym_pusht/PushT-v0")
     add(
         "--env-kwargs",
@@ -199,7 +203,7 @@ def _load_world_model(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _weights(stored: dict[str, Any]) -> dict[str, str]:
-    """Return hashes of all weights that determine the results."""
+    """Return hashes of the weights of the pipeline, the proprioception model and the reward."""
     from ..evaluation.predictors import pipeline_hash, weights_hash
 
     others = {name: weights_hash([stored.get(name)]) for name in ("proprioception", "reward")}

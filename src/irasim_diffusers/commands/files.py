@@ -178,13 +178,13 @@ def check_output(path: Path, suffix: str, inputs: Sequence[Path | None] = ()) ->
     """
     check_name("--output", path)
     if path.is_dir():
-        raise ValueError(
-            f"--output must be a {suffix} file, got the folder {str(path)!r}: pass a file name, such as {str(path / ('out' + suffix))!r}."
-        )
+        named = path.suffix.lower() == suffix  # possibly a file next to --output
+        remedy = "choose another name" if named else f"pass a file name, such as {str(path / ('out' + suffix))!r}"
+        raise ValueError(f"--output must be a file, but {str(path)!r} is a folder: {remedy}.")
     if path.suffix.lower() != suffix:
         raise ValueError(f"--output must end in {suffix}, got {str(path)!r}.")
     if any(given is not None and given.exists() and path.exists() and given.samefile(path) for given in inputs):
-        raise ValueError(f"--output must not overwrite an input, got {str(path)!r}: choose another name.")
+        raise ValueError(f"--output must not overwrite the input {str(path)!r}: choose another name.")
     check_writable("--output", path, path.parent)
     remove_abandoned(path.parent)
 

@@ -29,7 +29,11 @@ def add_parser(subparsers: Any) -> None:
     add_history_flags(parser)
     add_sampling_flags(parser, dtype="float32")
     add = parser.add_argument
-    add("--actions", type=Path, help=".npy, .csv or .json of actions (n, A), in the units of the model's action space")
+    add(
+        "--actions",
+        type=Path,
+        help=".npy, .csv or .json of actions (n, A), in the units of the model's action space; required with --frames",
+    )
     add(
         "--output",
         type=Path,

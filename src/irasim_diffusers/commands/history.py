@@ -36,7 +36,7 @@ def add_history_flags(parser: argparse.ArgumentParser) -> None:
         help="number of history frames to take from a video (default: the model's maximum; Video-Ada and the U-Net accept no "
         "other number)",
     )
-    add("--resize", action="store_true", help="resize the frames to the model's size")
+    add("--resize", action="store_true", help="resize the input images to the model's size")
 
 
 def frame_files(arguments: argparse.Namespace) -> list[list[Path]]:

@@ -45,7 +45,7 @@ def add_parser(subparsers: Any) -> None:
     """Add `plan` to the subparsers of `irasim`."""
     parser = subparsers.add_parser(
         "plan",
-        help="choose actions that lead to a goal image",
+        help="choose actions that lead to a goal image or a high reward",
         description="Plan actions with the world model, so that the last predicted frame is similar to a goal image or has a high "
         "reward. Writes the actions, and a video and a film strip of the predicted frames.",
     )
@@ -56,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
     add("--goal", type=Path, help="goal image, or video whose last frame is the goal")
     add(
         "--encoder",
-        help="folder or Hub id of a transformers vision model, whose features are compared instead of pixels",
+        help="folder or Hub id of a transformers vision model, whose features are compared with the goal's instead of pixels",
     )
     add("--reward", help="folder or Hub id of a FrameRegressor, instead of --goal")
     add(
@@ -65,9 +65,9 @@ def add_parser(subparsers: Any) -> None:
         default="cem",
         help="planner; `lines` ranks straight-line candidates, as in the paper (default: %(default)s)",
     )
-    add("--position", help="current position as an action, such as 84,384; required for absolute targets")
+    add("--position", help="current position as an action, such as 84,384; required for absolute actions")
     add("--horizon", type=int, default=15, help="number of actions (default: %(default)s)")
-    add("--candidates", type=int, help="cem, mppi, lines: number of action sequences per iteration (default: 50)")
+    add("--candidates", type=int, help="cem, mppi: action sequences per iteration; lines: in total (default: 50)")
     add("--iterations", type=int, help="cem, mppi, gradient: number of iterations (default: 5)")
     add("--std", type=float, help="cem, mppi: initial standard deviation in normalized units (default: 1)")
     add(
@@ -75,7 +75,7 @@ def add_parser(subparsers: Any) -> None:
         type=int,
         help="cem, mppi: number of sampled time points; other actions are interpolated (default: all)",
     )
-    add("--radius", type=float, help="lines: length of the lines, in the units of the actions")
+    add("--radius", type=float, help="lines (required): length of the lines, in the units of the actions")
     add("--batch-size", type=int, default=64, help="number of candidates predicted together (default: %(default)s)")
     add(
         "--output",

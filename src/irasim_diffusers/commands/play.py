@@ -48,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
         type=float,
         nargs="+",
         metavar="VALUE",
-        help="current position as an action; required for absolute actions",
+        help="current position as an action; required for absolute actions with --frames",
     )
     add(
         "--speed",
@@ -135,10 +135,11 @@ def play(session: DrivingSession, chunk_length: int = 2) -> tuple[float, bool]:
         chunk_length: Frames per chunk. Larger chunks increase throughput and latency.
 
     Returns:
-        Frames shown per second, measured over the last 20, and whether Ctrl-C or SIGTERM ended the session.
+        Frames shown per second, measured over the last 20, and whether Ctrl-C, SIGTERM or the loss of the terminal ended the
+        session.
 
     Raises:
-        ValueError: If standard input or output is not a terminal, or on Windows.
+        ValueError: If standard input or output is not a terminal, on Windows, or if a prediction is not finite.
     """
     check_terminal()
     screen = _Screen(session)
@@ -182,7 +183,7 @@ def follow(session: DrivingSession, script: str, chunk_length: int = 2) -> float
         Frames predicted per second.
 
     Raises:
-        ValueError: If the script is empty or has an unknown key, before anything is predicted.
+        ValueError: If the script is empty or a part is invalid, before anything is predicted; later, if a prediction is not finite.
     """
     parts = [_read_part(text, session) for text in script.split()]
     if not parts:
@@ -191,7 +192,7 @@ def follow(session: DrivingSession, script: str, chunk_length: int = 2) -> float
     for pressed, count in parts:
         for done in range(0, count, chunk_length):
             session.drive(key_command(space, pressed), min(chunk_length, count - done))
-    return len(session) / (time.perf_counter() - start)
+    return sum(count for _, count in parts) / (time.perf_counter() - start)
 
 
 def _read_part(text: str, session: DrivingSession) -> tuple[set[str], int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..hub import missing_reason
-from .files import check_flag_ranges, check_name
+from .files import check_flag_ranges, check_name, named_flags
 from .history import frame_files, history_length, read_views, tile_views
 from .loading import check_weights, load_checked, quiet_loading
 
@@ -41,7 +41,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, dtype: str) -> None:
     add("--lora", metavar="PATH", help="LoRA weights: folder, .safetensors file or Hub id, as for load_lora_weights")
     add("--steps", type=int, help="denoising steps per chunk (default: the model's)")
     add("--scheduler", choices=SCHEDULERS, help="sampler (default: the model's)")
-    add("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the noise and other random numbers (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, ... (default: cuda if available)")
     add(
         "--dtype",
@@ -128,7 +128,8 @@ def _check_steps(scheduler: Any, steps: int) -> None:
         raise ValueError(f"--steps must be at most {most}, the number of training timesteps, got {steps}.")
     if not hasattr(scheduler, "alphas_cumprod"):
         return
-    check_warmup(scheduler, steps)
+    with named_flags(num_inference_steps="--steps"):
+        check_warmup(scheduler, steps)
     try:
         scheduler.set_timesteps(steps)
     except ValueError as error:

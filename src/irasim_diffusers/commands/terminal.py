@@ -22,8 +22,9 @@ HELD = 0.25
 """Seconds for which a key counts as held after its last press or repeat.
 
 Terminals do not report when a key is released. A held key repeats every 30 to 50 ms, and in bursts over a slow connection; HELD
-must be longer than these gaps, or the motion is interrupted. Motion continues for HELD seconds after a key is released, so HELD should
-be as short as possible. The delay before the first repeat (0.25 to 0.7 s) is usually longer than HELD: the motion then pauses once.
+must be longer than these gaps, or the motion is interrupted. Motion continues for HELD seconds after a key is released, so HELD
+should be as short as possible. The delay before the first repeat (0.25 to 0.7 s) is usually longer than HELD: the motion then
+pauses once.
 """
 
 ARROWS = ("ArrowUp", "ArrowDown", "ArrowRight", "ArrowLeft")  # in the order of their escape codes A to D

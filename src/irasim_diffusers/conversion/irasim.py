@@ -78,13 +78,13 @@ def load_released_irasim(
 ) -> IRASimTransformer3DModel:
     """Load a checkpoint of the IRASim release.
 
-    Width, depth, patch size and conditioning (Frame-Ada or Video-Ada) are derived from the weights, the action space from the
-    dataset. No code in the file is executed.
+    Width, depth, patch size, window and conditioning (Frame-Ada or Video-Ada) are derived from the weights; the action space, the
+    latent size and the frame rate from the dataset. No code in the file is executed.
 
     Args:
         path: `.pt` file with `model` and `ema`, or with the weights only.
         dataset: `"rt1"`, `"bridge"` or `"languagetable"`.
-        final_frame_ada: Whether the final layer is conditioned on the actions. False for the published files.
+        final_frame_ada: Whether the final layer of Frame-Ada is conditioned on the actions. False for the published files.
         weights: Which weights to load: `"ema"` or `"model"`.
         report: Filled with the mapping of the tensors.
         config: Config entries that replace derived ones, such as `num_attention_heads` for a width that is not in the paper.
@@ -112,9 +112,12 @@ def _read_state(path: Path, weights: str) -> dict[str, torch.Tensor]:
     elif all(torch.is_tensor(value) for value in content.values()):
         state = content
     else:
-        raise ValueError(f"{str(path)!r} contains no {weights!r} weights, only {sorted(content)}: change `weights`.")
+        raise ValueError(
+            f"{str(path)!r} contains no {weights!r} weights, only {sorted(content)!r:.200}: change `weights`, or use a file with "
+            "`model`, `ema` or tensors only."
+        )
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
-        raise ValueError(f"{str(path)!r} contains no weights: it must contain a dictionary of tensors.")
+        raise ValueError(f"{str(path)!r} contains no weights: it must contain a dictionary of tensors by name.")
     check_weights(state, path)
     renamed = {key.removeprefix("module."): value for key, value in state.items()}
     if len(renamed) < len(state):

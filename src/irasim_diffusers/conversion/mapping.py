@@ -88,7 +88,7 @@ def check_config(config: dict[str, Any]) -> None:
         kind = parameters[name].annotation
         if name not in LIMITS and not _matches(value, kind):
             wanted = kind.__name__ if isinstance(kind, type) else kind
-            raise ValueError(f"`{name}` must be {wanted}, and numbers must be finite in float32, got {value!r}.")
+            raise ValueError(f"`{name}` must be {wanted}, and numbers must be finite in float32, got {value!r:.100}.")
 
 
 def _matches(value: Any, kind: Any) -> bool:
@@ -129,7 +129,7 @@ def is_action(key: str) -> bool:
 
 
 def zero_actions(model: IRASimTransformer3DModel) -> None:
-    """Zero the action embeddings, so that the model initially computes the same function as its source."""
+    """Zero the last layer of the action encoder and the null action, so that actions have no effect."""
     encoder = getattr(model, "trajectory_embed", model.action_embed)
     for parameter in (encoder.linear_2.weight, encoder.linear_2.bias, model.null_action):
         torch.nn.init.zeros_(parameter)
@@ -192,7 +192,7 @@ def build(
     if problems:
         more = len(problems) - MAX_PROBLEMS
         shown = problems[:MAX_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
-        raise ValueError(f"{len(problems)} tensors cannot be mapped:\n" + "\n".join(shown))
+        raise ValueError(f"the weights cannot be converted (problems: {len(problems)}):\n" + "\n".join(shown))
     model = IRASimTransformer3DModel(**config)
     model.load_state_dict(converted, strict=False)
     return model

@@ -51,7 +51,8 @@ def change_patch_size(
     for name, wanted in (("conditioning", "frame"), ("spatial_position", "grid")):
         if config[name] != wanted:
             raise ValueError(
-                f"the patch size of this model cannot be changed: its `{name}` must be {wanted!r}, got {config[name]!r}."
+                f"the patch size and action frequencies of this model cannot be changed: its `{name}` must be {wanted!r}, got "
+                f"{config[name]!r}."
             )
     if after < before:
         raise ValueError(f"`action_frequencies` must be at least {before}, as in the model, got {after}.")
@@ -127,7 +128,7 @@ def change_autoencoder(
         A new model. The input model is not modified.
 
     Raises:
-        ValueError: If the grids of patches differ, or if latents are not finite.
+        ValueError: If the numbers of images or the grids of patches differ, or if latents are not finite.
     """
     config, old = model.config, model.config["patch_size"]
     grids = [(len(x), x.shape[2] / size, x.shape[3] / size) for x, size in ((before, old), (after, patch_size))]
@@ -226,6 +227,9 @@ def change_action_dim(model: IRASimTransformer3DModel, action_dim: int) -> IRASi
 
     Returns:
         A new model, whose config entries in `ACTION_ENTRIES` have the values given there. The input model is not modified.
+
+    Raises:
+        ValueError: If `action_dim` is out of range.
     """
     new = IRASimTransformer3DModel.from_config(model.config, action_dim=action_dim, **ACTION_ENTRIES)
     encoder = ("action_embed.", "trajectory_embed.", "target_embed.")

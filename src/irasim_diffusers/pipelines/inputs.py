@@ -50,8 +50,8 @@ def stack_frames(frames: Any) -> torch.Tensor:
     pixels = _to_tensor(frames)
     if pixels.ndim not in (3, 4, 5) or pixels.shape[-3] != 3 or 0 in pixels.shape:
         raise ValueError(
-            "`frames` must be RGB images: one, a history (h, ...) or a batch of histories (B, h, ...), got shape "
-            f"{tuple(pixels.shape)} (channels first): convert with `image.convert('RGB')`."
+            "`frames` must be at least one RGB image: one, a history (h, ...) or a batch of histories (B, h, ...), got shape "
+            f"{tuple(pixels.shape)} (channels first): convert other images with `image.convert('RGB')`."
         )
     if not torch.isfinite(pixels).all() or pixels.min() < 0 or pixels.max() > 1:
         raise ValueError(
@@ -149,8 +149,9 @@ def check_batch(num_histories: int, num_sequences: int, num_videos: int, generat
             f"`generator` must be one generator, or a list of {batch_size}, got a list of {len(generator)}."
         )
     if generator is not None and not all(isinstance(each, torch.Generator) for each in generators):
+        found = {type(each).__name__ for each in generators}
         raise ValueError(
-            f"`generator` must be a torch.Generator or a list of them, got {generator!r}: use "
+            f"`generator` must be a torch.Generator or a list of generators, got {', '.join(sorted(found))}: use "
             "`torch.Generator().manual_seed(seed)`."
         )
     return batch_size
@@ -253,8 +254,8 @@ def check_chunk(chunk_length: Any, config: Any, longest: float | None = None) ->
         longest: Maximum number; None for the number of predicted frames of a window. Ignored for Video-Ada and the U-Net.
 
     Raises:
-        ValueError: If the number is less than 1 or too large, or, for Video-Ada and the U-Net, differs from the number of
-            predicted frames of a window.
+        ValueError: If the number is not an integer, is less than 1 or too large, or, for Video-Ada and the U-Net, differs from the
+            number of predicted frames of a window.
     """
     window = config.sample_frames - config.num_history_frames
     fixed = config.conditioning == "video"
@@ -269,8 +270,8 @@ def check_fps(fps: float | None, config: Any) -> None:
     """Check the frames per second of a call against the checkpoint.
 
     Raises:
-        ValueError: If the checkpoint embeds frames per second and `fps` is unknown or not positive, or if the checkpoint does not
-            embed them and `fps` is given.
+        ValueError: If the checkpoint embeds frames per second and the value of `fps` or the config is missing, not positive or not
+            finite, or if the checkpoint does not embed them and `fps` is given.
     """
     embedded = config.get("use_fps")
     if fps is not None and not embedded:
@@ -278,8 +279,8 @@ def check_fps(fps: float | None, config: Any) -> None:
     rate = config.fps if fps is None else fps
     if embedded and (rate is None or not 0 < rate < float("inf")):
         raise ValueError(
-            f"`fps` must be positive, got {rate}: this model is conditioned on the frame rate. Pass `fps`, or set it in the "
-            "config."
+            f"`fps` must be positive and finite, got {rate}: this model is conditioned on the frame rate. Pass `fps`, or set it in "
+            "the config."
         )
 
 
@@ -384,7 +385,7 @@ def _check_layers(config: dict[str, Any]) -> None:
         sizes = sizes if isinstance(sizes, list) else [sizes]
         if len(sizes) > MAX_BLOCKS or not all(type(size) is int and 0 <= size <= most for size in sizes):
             raise ValueError(
-                f"`{key}` of the autoencoder must be at most {MAX_BLOCKS} integers of at most {most}, got {config[key]!r:.60}."
+                f"`{key}` of the autoencoder must be at most {MAX_BLOCKS} integers in [0, {most}], got {config[key]!r:.60}."
             )
 
 

@@ -33,12 +33,13 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
     ) -> None:
         """Load LoRA weights like `~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights` of diffusers.
 
-        If the file contains the action encoder and the null action, they replace those of the model until
-        `unload_lora_weights`; the last loaded file takes precedence. `disable_lora`, `set_adapters` and `delete_adapters`
-        affect the LoRA layers only. A `.bin` file is read only if the path names it.
+        If the file contains the action encoder and the null action, they replace those of the model until `unload_lora_weights`;
+        the last loaded file takes precedence. `disable_lora`, `set_adapters` and `delete_adapters` affect the LoRA layers only.
+        A `.bin` file is read only if the path names it.
 
         Raises:
-            ValueError: If LoRA layers are missing or invalid, the action encoder does not fit, or there are other weights.
+            ValueError: If LoRA layers or metadata are missing or invalid, the action encoder does not fit or cannot be replaced
+                (it is quantized or offloaded, or LoRA layers are fused), or there are other weights.
         """
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, dict) or not str(source).endswith(".bin"):
@@ -78,8 +79,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             hotswap=hotswap,
         )
         if encoder:
-            # stored in the transformer, which several pipelines may share
-            transformer = unwrap_module(self.transformer)
+            transformer = unwrap_module(self.transformer)  # several pipelines may share it
             kept = {key: own[key].clone() for key in encoder} | getattr(transformer, "_own_action_encoder", {})
             transformer._own_action_encoder = kept
             self._set_weights(encoder)
@@ -100,7 +100,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         }
         unknown = [key for key in layers if key.removeprefix("transformer.").split(".lora")[0] not in modules]
         if unknown:
-            raise ValueError(f"the LoRA weights do not match this model: no modules named {unknown[:3]}.")
+            raise ValueError(f"the LoRA weights do not match this model: no modules for {unknown[:3]}.")
         for key, value in layers.items():
             if not value.is_floating_point():
                 raise ValueError(f"LoRA weights must be floating-point, got {value.dtype} for {key!r}.")

@@ -130,7 +130,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         """Load a pipeline like `DiffusionPipeline.from_pretrained`, and check its files and weights.
 
         Raises:
-            ValueError: If the autoencoder has too many or too large layers, or if weights are not floating-point or not finite.
+            ValueError: If the autoencoder has too many or too large layers, if weights are not floating-point or not finite, or if
+                a setting or the scaling of the latents is invalid.
+            OSError: If the pipeline is not found.
         """
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for name in ("vae", "transformer"):
@@ -408,8 +410,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         Args:
             history: Clean history (B, C, h, H, W), scaled latents.
             actions: Actions (B, n, A) in raw units.
-            latents: Noise (B, C, n, H, W) of unit variance, from `prepare_latents`. This method scales it as the scheduler
-                requires.
+            latents: Noise (B, C, n, H, W) of unit variance, from `prepare_latents`; it is scaled for the scheduler here.
             num_inference_steps: Number of denoising steps.
             guidance_scale: Above 1 the network is evaluated twice per step, with and without actions. None keeps the current
                 scale.
@@ -424,6 +425,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
         Returns:
             The future (B, C, n, H, W), scaled latents, float32.
+
+        Raises:
+            ValueError: If the scheduler does not accept `timesteps` or `sigmas`, both are given, or a timestep is too large.
         """
         schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # this factor depends on the timesteps
@@ -528,7 +532,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             callback_on_step_end_tensor_inputs: Names of the tensors for the callback: `["latents"]` (default) or an empty list.
 
         Returns:
-            The predicted frames of each trajectory, one per action.
+            The predicted frames of each trajectory, one per action; fewer if a callback interrupts the call.
 
         Raises:
             ValueError: If an argument is invalid, before any computation; later, if the prediction is not finite or the
@@ -627,8 +631,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             The state of `len(seeds)` rollouts.
 
         Raises:
-            ValueError: If the frames do not match the checkpoint, there is neither one history nor one per seed, or `seeds`
-                is empty or contains a negative number.
+            ValueError: If the frames do not match the checkpoint, there is neither one history nor one per seed, `seeds` is empty
+                or contains a negative number, or the autoencoder overflows in float16.
         """
         seeds = [int(seed) for seed in seeds]
         if not seeds or min(seeds) < 0:
@@ -672,7 +676,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             The state after the chunk, and its scaled latents (B, C, n, H, W), float32.
 
         Raises:
-            ValueError: If there are no or too many actions, or not one sequence per row, or if the number of steps is invalid.
+            ValueError: If there are no or too many actions, or not one sequence per row, or if the number of steps or an argument
+                of `denoise_window` is invalid.
         """
         config, steps = self.transformer.config, num_inference_steps
         steps = self.config.num_inference_steps if steps is None else steps

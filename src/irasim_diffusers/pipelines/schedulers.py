@@ -38,7 +38,7 @@ def exchange(scheduler: Any, kind: str | type[SchedulerMixin], config: Any, **ch
     found = getattr(diffusers, kind, None) if isinstance(kind, str) else kind
     if not isinstance(found, type) or not issubclass(found, SchedulerMixin):
         raise ValueError(
-            f"`scheduler` must be a scheduler class of diffusers or its name, such as 'DDIMScheduler', got {kind!r}."
+            f"`scheduler` must be a scheduler class of diffusers or its name, such as 'DDIMScheduler', got {kind!r:.80}."
         )
     scheduler_class: Any = found
     known = list(inspect.signature(scheduler_class.__init__).parameters)[1:]
@@ -153,7 +153,8 @@ def set_timesteps(
         num_inference_steps: Number of steps, if neither `timesteps` nor `sigmas` is given.
         timesteps: Custom timesteps, for schedulers that accept them.
         sigmas: Custom sigmas, for schedulers that accept them.
-        preferred: Timesteps of the checkpoint, used if `num_inference_steps` is their number. None for the scheduler's spacing.
+        preferred: Timesteps of the checkpoint, used if `num_inference_steps` is their number and the scheduler accepts timesteps.
+            None for the scheduler's spacing.
         is_flow: Whether the model predicts a flow; its sigmas are linear.
         device: Device of the timesteps.
 
