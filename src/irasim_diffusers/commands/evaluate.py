@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--protocol",
         default="irasim-short",
-        help="irasim-short, irasim-short-release, irasim-long or robonet (default: %(default)s)",
+        help="irasim-short, irasim-short-release, irasim-long (no FID, FVD or faithfulness) or robonet (default: %(default)s)",
     )
     add("--num-clips", type=int, help="clips to score, spread evenly over the data (default: all)")
     add("--output", type=Path, default=Path("irasim-evaluation"), help="folder to write (default: %(default)s)")
@@ -63,8 +63,8 @@ def add_parser(subparsers: Any) -> None:
         "--faithfulness-clips",
         type=int,
         default=200,
-        help="clips on which action faithfulness is measured, without --predictions and for clips of equal length; 0 or 1 disables "
-        "it (default: %(default)s)",
+        help="clips on which action faithfulness is measured, except with --predictions; 0 or 1 disables it "
+        "(default: %(default)s)",
     )
     add("--ways", type=int, default=4, help="number of alternatives in the identification test (default: %(default)s)")
     add(

@@ -31,7 +31,7 @@ video = pipe({frames_name}, actions).frames[0]
 
 ## Actions
 
-{space}
+{space} The network receives `(action - offset) * scale`.
 
 | component | unit | offset | scale |
 |---|---|---|---|
