@@ -91,9 +91,9 @@ def test_actions_far_outside_the_bounds_raise(value, component):
 
 def test_actions_somewhat_outside_the_bounds_are_accepted():
     wide = ActionSpace.from_config({"action_dim": 1, "action_low": -100.0, "action_high": 300.0})
-    assert wide.prepare([[-499.0], [699.0]]).shape == (1, 2, 1)
-    for far in (-501.0, 701.0):
-        with pytest.raises(ValueError, match=r"\[-100, 300\] for 'action 0', .* -500 to 700 are accepted"):
+    assert wide.prepare([[-1099.0], [1299.0]]).shape == (1, 2, 1)
+    for far in (-1101.0, 1301.0):
+        with pytest.raises(ValueError, match=r"\[-100, 300\] for 'action 0', .* -1100 to 1300 are accepted"):
             wide.prepare([[far]])
 
 

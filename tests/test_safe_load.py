@@ -204,7 +204,7 @@ FILES = {
     ),
     "hooks": (
         lambda path: archive(path, entry(tensor(4, [4], [1]).replace(b")RtR", b")Rq\1X\1\0\0\0aNstR")), **FLOATS),
-        "with hooks",
+        "hooks",
     ),
 }
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 import torch
-from diffusers.utils import logging
+from diffusers.utils import is_bitsandbytes_available, logging
 from peft import LoraConfig
 from transformers import HfArgumentParser
 
@@ -119,6 +119,8 @@ def main() -> None:
     (arguments,) = HfArgumentParser(MemoryArguments).parse_args_into_dataclasses()
     if arguments.measure and not torch.cuda.is_available():
         raise ValueError("`measure` requires a CUDA device, but none is available: omit it for an estimate.")
+    if arguments.measure and not is_bitsandbytes_available():
+        raise ValueError("`measure` requires bitsandbytes for 8-bit AdamW: pip install bitsandbytes")
     logging.set_verbosity_error()
     memory = measured if arguments.measure else computed
     columns = list(product((False, True), (False, True)))  # checkpointing, 8-bit moments

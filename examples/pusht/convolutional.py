@@ -44,7 +44,7 @@ from irasim_diffusers.training import (
 OCTAVES = 6  # frequencies of the action map
 INAPPLICABLE = (  # options of train.py that do not apply
     *("pretrained_model_name_or_path", "vae", "recorded_latents", "state_keys", "gradient_checkpointing"),
-    *("attention_backend", "push_to_hub"),
+    *("attention_backend", "push_to_hub", "revision", "variant", "terminal_share"),
 )
 
 

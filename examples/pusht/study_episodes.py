@@ -233,10 +233,16 @@ def pushed_to(poses: np.ndarray, goal: np.ndarray) -> np.ndarray:
 
 
 def reaching_tasks(dataset: Path, kinds: list[str], number: int, ahead: int) -> list[dict[str, int]]:
-    """Choose starts (episode and frame), spread evenly over the held-out episodes of some kinds."""
+    """Choose starts (episode and frame), spread evenly over the held-out episodes of some kinds.
+
+    Raises:
+        ValueError: If there is no episode of these kinds.
+    """
     rng = np.random.default_rng(0)
     tasks = [TASKS[kind] for kind in kinds]
     rows = [(index, row) for index, row in enumerate(LeRobotFolder(dataset).rows) if row["tasks"][0] in tasks]
+    if not rows:
+        raise ValueError(f"{str(dataset)!r} must have episodes of the kinds {kinds}, got none: collect more episodes.")
     chosen = [rows[int(place)] for place in np.linspace(0, len(rows) - 1, number)]
     return [
         {"episode": index, "frame": int(rng.integers(HISTORY - 1, row["length"] - ahead))} for index, row in chosen

@@ -204,6 +204,12 @@ def main() -> None:
     pipeline = IRASimPipeline.from_pretrained(arguments.model or embedded_checkpoint(), dtype=fast_dtype("cpu"))
     pipeline.set_progress_bar_config(disable=True)
     training, validation = open_dataset(arguments.dataset), open_dataset(arguments.validation_dataset)
+    for source in (training, validation):
+        known = sorted(source.vectors(0).keys() - {"action"})
+        if arguments.state_key not in known:
+            raise ValueError(
+                f"`state_key` must be among the states {known} of {source.name!r}, got {arguments.state_key!r}."
+            )
     count = arguments.num_validation_windows
     held_out = draw_windows(validation, pipeline, arguments, count, count, seed=1)
     output = arguments.output_dir or Path(arguments.model or "") / "proprioception"

@@ -130,7 +130,11 @@ def train(network: FrameRegressor, frames: torch.Tensor, values: torch.Tensor, a
 def predicted_clips(
     dataset: EpisodeSource, arguments: RewardArguments
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return predicted frames (N, n, 3, H, W), the simulator frames, and their labels (N, n)."""
+    """Return predicted frames (N, n, 3, H, W), the simulator frames, and their labels (N, n).
+
+    Raises:
+        ValueError: If an episode is too short.
+    """
     pipeline = IRASimPipeline.from_pretrained(arguments.model or embedded_checkpoint())
     pipeline.set_progress_bar_config(disable=True)
     history, length = pipeline.transformer.config.num_history_frames, arguments.num_predicted_frames
@@ -138,6 +142,11 @@ def predicted_clips(
     predicted, true, values = [], [], []
     for number in tqdm(range(arguments.num_clips), desc="predicting", unit="clip"):
         episode = dataset[int(number % len(dataset))]
+        if len(episode) < history + length:
+            raise ValueError(
+                f"episodes of {dataset.name!r} must have at least {history + length} frames, got {len(episode)}: use a smaller "
+                "`num_predicted_frames`."
+            )
         last = int(rng.integers(history - 1, len(episode) - length))
         state = pipeline.start(episode.frames[last - history + 1 : last + 1], [number])
         actions = torch.from_numpy(episode.actions[None, last : last + length]).float()
@@ -150,12 +159,15 @@ def predicted_clips(
 
 
 @torch.no_grad()
-def evaluate(network: FrameRegressor, dataset: EpisodeSource, arguments: RewardArguments) -> dict[str, dict]:
+def evaluate(
+    network: FrameRegressor, clips: tuple[torch.Tensor, torch.Tensor, torch.Tensor], arguments: RewardArguments
+) -> dict[str, dict]:
     """Measure the mean absolute error with a 95 % interval over clips, correlation, bias and successes.
 
     The metrics are computed for frames of the simulator and of the model, over all frames and over the last frame of each clip.
+    `clips` is the result of `predicted_clips`.
     """
-    predicted, true, values = predicted_clips(dataset, arguments)
+    predicted, true, values = clips
     rng = np.random.default_rng(arguments.seed)
     report = {}
     for name, frames in (("simulator", true), ("model", predicted)):
@@ -189,7 +201,8 @@ def main() -> None:
         )
     torch.manual_seed(arguments.seed)
     started = time.perf_counter()
-    test = open_dataset(arguments.test_dataset) if arguments.test_dataset else None
+    # predicted first, so that a short episode is found before the training
+    clips = predicted_clips(open_dataset(arguments.test_dataset), arguments) if arguments.test_dataset else None
     output_dir = arguments.output_dir or Path(arguments.model or "") / "reward"
     if arguments.max_train_steps:
         frames, values = read_labeled_frames(open_dataset(arguments.dataset), arguments)
@@ -200,7 +213,7 @@ def main() -> None:
         network.eval().save_pretrained(output_dir)
     else:
         network = FrameRegressor.from_pretrained(output_dir).eval()
-    report = {} if test is None else evaluate(network, test, arguments)
+    report = {} if clips is None else evaluate(network, clips, arguments)
     for name, metrics in report.items():
         print(f"{name}: MAE {metrics['mean']:.4f} [{metrics['low']:.4f}, {metrics['high']:.4f}]", end=", ")
         print(f"Pearson {metrics['pearson']:.3f}, bias {metrics['bias']:+.4f}, n {metrics['n']},", end=" ")

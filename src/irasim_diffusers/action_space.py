@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import gymnasium
 
 KINDS = ("relative", "absolute")
-MARGIN = 10.0
+MARGIN = 1000.0
 """Number of normalized units by which an action may exceed the bounds, if their width is smaller."""
 UNBOUNDED_LIMIT = 1e4
 """Maximum absolute normalized action of an unbounded component."""
@@ -140,7 +140,7 @@ class ActionSpace:
     def prepare(self, actions: Any) -> torch.Tensor:
         """Check raw actions and convert them to a batch.
 
-        The bounds are usually those of the training data. Actions may exceed them by the width of the bounds, or by 10
+        The bounds are usually those of the training data. Actions may exceed them by the width of the bounds, or by 1,000
         normalized units if that is more. In a direction without a bound, the limit is 10,000 normalized units.
 
         Args:

@@ -339,7 +339,7 @@ BAD = [
     (["--split", "train"], "--split must be one of"),
     (["--dataset", "nowhere"], "--dataset must be a folder or a Hub id"),
     (["--predictions", "nowhere"], "--predictions must be a folder, got 'nowhere'"),
-    (["--i3d", "nowhere.pt"], "`i3d` must be a TorchScript file such as i3d_torchscript.pt"),
+    (["--i3d", "nowhere.pt"], "--i3d must be a TorchScript file such as i3d_torchscript.pt"),
     (["--ways", "1"], "--ways must be at least 2, got 1"),
     (["--model", "nowhere"], "--model must be a pipeline folder or Hub id"),
 ]

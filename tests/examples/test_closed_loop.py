@@ -32,7 +32,7 @@ class Dots:
         return np.random.default_rng(number).uniform(1, 6, (8, 2)).astype(np.float32)
 
     def vectors(self, number):
-        return {"action": np.zeros((8, 3), np.float32)}
+        return {"action": np.zeros((8, 3), np.float32), "observation.state": self.states(number)}
 
     def window(self, number, start, length):
         rows = slice(start, start + length)
@@ -79,6 +79,7 @@ def test_proprioception_is_trained_measured_and_found(stored, monkeypatch):
     ("flags", "error", "message"),
     [
         (["--output_dir", ""], ValueError, "`output_dir` or `model` is required: pass --output_dir"),
+        (["--state_key", "pose"], ValueError, "`state_key` must be among the states .* of .*, got 'pose'"),
         (["--batch_size", 1], ValueError, "`batch_size` must be at least 2"),
         (["--num_rollouts", 300], ValueError, r"`num_rollouts` must be at most `num_windows` \(250\), got 300"),
         (["--learning_rate", "nan"], ValueError, "`learning_rate` must be finite, got nan"),

@@ -68,6 +68,11 @@ def test_augmented_frames_stay_similar_and_in_range():
 def test_reward_script(demonstrations, tmp_path, monkeypatch):
     flags = ["--dataset", demonstrations, "--test_dataset", demonstrations, "--output_dir", tmp_path]
     flags += ["--max_train_steps", 3, "--batch_size", 8, "--frames_per_episode", 5, "--target", "closeness"]
+    with pytest.raises(
+        ValueError, match="must have at least 1002 frames, got 40: use a smaller `num_predicted_frames`"
+    ):
+        run(train_reward, monkeypatch, *flags, "--num_clips", 2, "--num_predicted_frames", 1000)
+    assert not list(tmp_path.iterdir())
     run(train_reward, monkeypatch, *flags, "--num_clips", 2, "--num_predicted_frames", 2)
     report = json.loads((tmp_path / "report.json").read_text())
     for name in ("simulator_frames", "simulator_last_frame", "model_frames", "model_last_frame"):

@@ -51,7 +51,7 @@ BAD_INPUTS = [
     ({"frames": np.zeros((1, 16, 12, 3))}, r"must be 8x12 .* got 16x12: pass resize=True \(--resize"),
     ({"frames": RGBA}, "must be RGB, got an image of mode RGBA"),
     ({"frames": GRAY}, "must be RGB, got an image of mode L"),
-    ({"frames": np.zeros((8, 12, 4))}, "must be RGB"),
+    ({"frames": np.zeros((8, 12, 4))}, "must be at least one RGB image"),
     ({"frames": np.zeros((8, 12))}, "must be .*H, W, 3"),
     ({"frames": np.full((8, 12, 3), 255.0)}, r"floats in \[0, 1\], got floats in \[255, 255\]"),
     ({"frames": np.full((8, 12, 3), np.nan)}, "floats in"),

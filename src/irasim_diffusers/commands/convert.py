@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ..conversion import ConversionReport
 
 
+RELEASED = ("dataset", "weights", "final_frame_ada")
+"""Flags of released IRASim weights."""
+
+
 def add_parser(subparsers: Any) -> None:
     """Add `convert` to the subparsers of `irasim`."""
     parser = subparsers.add_parser(
@@ -44,8 +48,7 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--weights",
         choices=("ema", "model"),
-        default="ema",
-        help="irasim: which weights of the released checkpoint to use (default: %(default)s)",
+        help="irasim: which weights of the released checkpoint to use (default: ema)",
     )
     add(
         "--final-frame-ada",
@@ -78,6 +81,12 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if arguments.source == "irasim" and arguments.dataset is None:
         raise ValueError("--source irasim requires --dataset: rt1, bridge or languagetable.")
+    given = [name for name in RELEASED if getattr(arguments, name)]
+    if arguments.source != "irasim" and given:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise ValueError(
+            f"{flag} must be omitted with --source {arguments.source}: only released IRASim weights use it."
+        )
 
     from .. import IRASimPipeline
     from ..conversion import ConversionReport
@@ -113,8 +122,7 @@ def _load_transformer(
         "opensora": load_opensora,
         "latte": load_latte,
     }
-    released = {name: getattr(arguments, name) for name in ("dataset", "weights", "final_frame_ada")}
-    options = released if arguments.source == "irasim" else {}
+    options = {name: getattr(arguments, name) for name in RELEASED if getattr(arguments, name)}
     try:
         with named_flags(path="--checkpoint", num_attention_heads="--config num_attention_heads"):
             return loaders[arguments.source](arguments.checkpoint, report=report, **options, **config)
