@@ -13,6 +13,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -102,19 +103,22 @@ class ForkServer:
         assert answer, "the fork server has ended"
         return json.loads(answer)
 
-    def start(self, *command: Any, cwd: Path | None = None) -> ForkedProcess:
+    def start(
+        self, *command: Any, cwd: Path | None = None, variables: Mapping[str, str] | None = None
+    ) -> ForkedProcess:
         """Start a process with the current environment variables.
 
         Args:
             command: Arguments of the Python interpreter: a script, `-c` and code, or `-m` and a module, and their arguments. Code can
                 import the modules of the tests.
             cwd: Working directory.
+            variables: Additional environment variables.
         """
         folder = Path(tempfile.mkdtemp(dir=self.folder.name))
         for name in ("stdout", "stderr"):
             (folder / name).touch()
         place = {"cwd": str(cwd or Path.cwd()), "folder": str(folder), "path": sys.path}
-        environment = {**os.environ, **self.environment}
+        environment = {**os.environ, **self.environment, **(variables or {})}
         pid = self.request(command=list(map(str, command)), environment=environment, **place)
         return ForkedProcess(self, pid, folder)
 
@@ -123,6 +127,16 @@ class ForkServer:
         process = self.start(*command, cwd=cwd)
         process.wait()
         return process
+
+    def run_ranks(self, *command: Any) -> list[ForkedProcess]:
+        """Run a command in two ranks on the CPU, with the environment variables that `accelerate launch` sets; wait for both."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        place |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        ranks = [self.start(*command, variables=place | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+        for process in ranks:
+            process.wait()
+        return ranks
 
     def close(self) -> None:
         """End the server and all its processes."""

@@ -39,8 +39,12 @@ SPACE = ["--action_offset", "256", "--action_scale", "0.03125", "--action_space"
 
 
 def run(script, *arguments, launch=None):
+    """Run a script in a new process, or with `accelerate launch` and the arguments `launch`; return its output."""
     launcher = ["-m", "accelerate.commands.launch", *launch] if launch else []
-    process = fork_server().run(*launcher, EXAMPLES / script, *arguments)
+    return output_of(fork_server().run(*launcher, EXAMPLES / script, *arguments))
+
+
+def output_of(process):
     assert process.returncode == 0, process.stderr[-3000:]
     return process.stdout + process.stderr
 
@@ -74,16 +78,12 @@ def _reset_accelerate():
     GradientState._reset_state()
 
 
-ONE = ["--cpu", "--num_processes", "1"]
-
-
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     root = tmp_path_factory.mktemp("pusht")
     call("collect", "--output", root / "set", "--episodes", 3, "--length", 60, "--first_seed", 5, *SHARES)
-    run(
-        "train_vae.py", *vae_flags(root, "vae"), launch=["--config_file", EXAMPLES / "accelerate_configs" / "cpu.yaml"]
-    )
+    for rank in fork_server().run_ranks(EXAMPLES / "train_vae.py", *vae_flags(root, "vae")):
+        output_of(rank)
     return root
 
 
@@ -331,20 +331,29 @@ def test_resuming_is_exact_with_all_objectives_and_muon(workspace):
         assert torch.equal(weights(workspace / "muon-parts")[name], tensor), name
 
 
-def test_recipe_of_embedded_model(workspace):
-    """Train with the flags of the recipe, then fine-tune with LoRA and with another action space."""
-    common = ["--cache_dir", workspace / "frames", "--max_train_steps", 2, "--train_batch_size", 2]
-    common += ["--rollout_chunks", 2, "--action_dropout", 0]
+def recipe(root):
+    return [
+        *("--cache_dir", root / "frames", "--max_train_steps", 2, "--train_batch_size", 2),
+        *("--rollout_chunks", 2, "--action_dropout", 0, "--dataset", root / "set"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def targets(workspace):
+    """Pipeline in pixel space, trained with the flags of the recipe."""
     run(
-        *("train.py", *common, "--dataset", workspace / "set", "--output_dir", workspace / "targets", *SPACE),
-        "--pixel_space",
+        *("train.py", *recipe(workspace), "--output_dir", workspace / "targets", *SPACE, "--pixel_space"),
         *("--patch_size", 16, "--num_layers", 1, "--num_attention_heads", 2, "--attention_head_dim", 12),
         *("--sample_frames", 3, "--num_history_frames", 2, "--target_extent", 0, 0, 512, 512, "--ff_conv"),
         *("--spatial_position", "rope", "--prediction_type", "sample", "--relative_latents", "--scale_noisy_latents"),
         *("--terminal_share", 0.7, "--crop_size", 64, "--optimizer", "muon", "--attention_backend", "_native_math"),
-        launch=ONE,
     )
-    pipeline = IRASimPipeline.from_pretrained(workspace / "targets")
+    return workspace / "targets"
+
+
+def test_recipe_of_embedded_model(workspace, targets):
+    """Fine-tune the model with LoRA and with another action space."""
+    pipeline = IRASimPipeline.from_pretrained(targets)
     config = pipeline.transformer.config
     assert (config.target_extent, config.ff_conv, config.spatial_position) == ([0, 0, 512, 512], True, "rope")
     assert (type(pipeline.scheduler).__name__, pipeline.config.num_inference_steps) == ("DDIMScheduler", 1)
@@ -358,15 +367,15 @@ def test_recipe_of_embedded_model(workspace):
         3,
     )
     call(
-        *("train_lora", *common, "--dataset", workspace / "set", "--output_dir", workspace / "targets-lora"),
-        *("--pretrained", workspace / "targets", "--rank", 2, "--crop_size", 64),
+        *("train_lora", *recipe(workspace), "--output_dir", workspace / "targets-lora"),
+        *("--pretrained", targets, "--rank", 2, "--crop_size", 64),
     )
     pipeline.load_lora_weights(workspace / "targets-lora")
-    adapt = ["--model", workspace / "targets", "--action-dim", 3, "--output", workspace / "adapted"]
+    adapt = ["--model", targets, "--action-dim", 3, "--output", workspace / "adapted"]
     assert main(["adapt", *map(str, adapt)]) == 0
     call(
-        *("train", *common, "--dataset", workspace / "set", "--output_dir", workspace / "states"),
-        *("--pretrained", workspace / "adapted", "--pad_actions_to", 3),
+        *("train", *recipe(workspace), "--output_dir", workspace / "states", "--pretrained", workspace / "adapted"),
+        *("--pad_actions_to", 3),
     )
     changed = IRASimPipeline.from_pretrained(workspace / "states").transformer.config
     assert (changed.action_dim, changed.target_extent) == (3, None)
@@ -380,12 +389,21 @@ def test_video_ada_with_flow_matching(workspace):
     pipeline(np.zeros((2, 96, 96, 3), np.uint8), np.zeros((14, 2)), num_inference_steps=1)
 
 
-def test_evaluation_reports_all_metrics(workspace, trained):
+def test_evaluation_measures_the_autoencoder(workspace, trained):
+    call(
+        *("evaluate", "--model", trained, "--dataset", workspace / "set", "--output", workspace / "latents.json"),
+        *("--num_inference_steps", 1, "--num_clips", 2, "--num_histories", 0, "--num_drives", 0),
+    )
+    figures = json.loads((workspace / "latents.json").read_text())
+    assert figures["clip_psnr"]["n"] == 2
+    assert figures["vae_psnr"]["n"] > 0
+
+
+def test_evaluation_reports_all_metrics(workspace, targets):
     report = workspace / "report.json"
     call(
-        *("evaluate", "--model", trained, "--dataset", workspace / "set", "--output", report),
-        *("--num_inference_steps", 1, "--num_clips", 2, "--num_histories", 1, "--first_seed", 5),
-        *("--num_seen_frames", 2, "--num_drives", 1),
+        *("evaluate", "--model", targets, "--dataset", workspace / "set", "--output", report),
+        *("--num_clips", 2, "--num_histories", 1, "--first_seed", 5, "--num_seen_frames", 2, "--num_drives", 1),
     )
     figures = json.loads(report.read_text())
     assert figures["clip_psnr"]["n"] == 2

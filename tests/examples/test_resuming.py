@@ -99,7 +99,7 @@ def test_sigterm_of_the_launcher_saves_a_checkpoint_of_two_processes(workspace):
     (checkpoint,) = output.glob("checkpoint-*")
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     assert not list(output.glob(".*.partial"))
-    resumed = fork_server().run(*command, "--max_train_steps", step + 1)
+    resumed, _ = fork_server().run_ranks(*command[2 + len(TWO) :], "--max_train_steps", step + 1)
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed from {checkpoint}" in resumed.stderr
     assert (output / "model_index.json").is_file()

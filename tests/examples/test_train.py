@@ -1,6 +1,5 @@
 """Training on robot clips, in this process and with `accelerate launch`."""
 
-import contextlib
 import functools
 import json
 import os
@@ -13,11 +12,12 @@ import pytest
 import torch
 from conftest import tiny_pipeline, tiny_transformer, tiny_vae
 from diffusers import AutoencoderKL, DDIMScheduler
+from fork_server import ForkServer
 from hub_server import HubServer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_lerobot import write_folder
-from test_pusht import EXAMPLES, ONE, call, run
+from test_pusht import EXAMPLES, call, output_of, run
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.cli import main
@@ -176,19 +176,14 @@ def read_log(folder):
     return {name: [event.value for event in log.Scalars(name)] for log in logs for name in log.Tags()["scalars"]}
 
 
-@contextlib.contextmanager
-def local_hub(home):
-    """Local Hub server with a separate cache, for processes that are started by `accelerate launch`."""
+@pytest.fixture(scope="module")
+def local_hub(workspace):
+    """Local Hub server, and a server of processes that use it, with a separate cache."""
     hub = HubServer()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(home),
-            "HF_TOKEN": "hf_local",
-            "HF_HUB_OFFLINE": "0",
-        }.items():
-            patch.setenv(name, value)
-        yield hub
+    variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(workspace / "hf"), "HF_TOKEN": "hf_local"}
+    processes = ForkServer(variables | {"HF_HUB_OFFLINE": "0"})
+    yield hub, processes
+    processes.close()
     hub.close()
 
 
@@ -234,15 +229,15 @@ def test_compiled_training_matches_eager_training(workspace, monkeypatch):
         torch.testing.assert_close(compiled[name], value, msg=name)
 
 
-def test_training_with_validation_and_push_to_hub(workspace):
-    with local_hub(workspace / "hf") as hub:
-        run(
-            *("train.py", *robot_flags(workspace, "logged")),
-            *("--report_to", "tensorboard", "--logging_steps", 1, "--fps", 5),
-            *("--validation_dataset", workspace / "held-out", "--validation_steps", 2, "--num_validation_clips", 2),
-            *("--validation_inference_steps", 2, "--push_to_hub", "--hub_model_id", "lab/arm"),
-            launch=ONE,
-        )
+def test_training_with_validation_and_push_to_hub(workspace, local_hub):
+    hub, processes = local_hub
+    process = processes.run(
+        *(EXAMPLES / "train.py", *robot_flags(workspace, "logged")),
+        *("--report_to", "tensorboard", "--logging_steps", 1, "--fps", 5),
+        *("--validation_dataset", workspace / "held-out", "--validation_steps", 2, "--num_validation_clips", 2),
+        *("--validation_inference_steps", 2, "--push_to_hub", "--hub_model_id", "lab/arm"),
+    )
+    output_of(process)
     video = read_video(workspace / "logged" / "validation" / "step-2.mp4")
     assert video.shape == (3, 64, 64, 3)  # the predictions of two clips side by side, below the ground truth
     log = read_log(workspace / "logged")
@@ -383,7 +378,7 @@ def test_recorded_latents_of_real_clips(tmp_path):
     assert (config.action_names, config.action_derivation) == (["x", "y"], "recorded")
 
 
-def test_streamed_dataset_matches_local_folder(workspace):
+def test_streamed_dataset_matches_local_folder(workspace, local_hub):
     """A streamed and resumed run gives the same weights as an uninterrupted run from disk."""
     root = workspace / "files"
     write_folder(root)
@@ -391,21 +386,21 @@ def test_streamed_dataset_matches_local_folder(workspace):
     def train_files(dataset, output, *arguments):
         flags = ["--dataset", dataset, "--vae", workspace / "vae", "--output_dir", workspace / output]
         flags += ["--patch_size", 1, *MODEL, *SHORT, "--max_train_steps", 4, *arguments]
-        return call("train", *flags) if dataset == root else run("train.py", *flags, launch=ONE)
+        return call("train", *flags) if dataset == root else output_of(processes.run(EXAMPLES / "train.py", *flags))
 
+    hub, processes = local_hub
     train_files(root, "from-disk")
-    with local_hub(workspace / "streaming") as hub:
-        files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
-        pinned = ["--streaming", "--dataset_revision", hub.commit("datasets/lab/files", files)]
-        output = train_files("lab/files", "streamed", *pinned, "--max_train_steps", 2)
-        assert "12 windows of 3 episodes, 0 episodes skipped" in output
-        hub.commit("datasets/lab/files", {"README.md": b"edited"})
-        assert "resumed from" in train_files("lab/files", "streamed", *pinned)
+    files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
+    pinned = ["--streaming", "--dataset_revision", hub.commit("datasets/lab/files", files)]
+    output = train_files("lab/files", "streamed", *pinned, "--max_train_steps", 2)
+    assert "12 windows of 3 episodes, 0 episodes skipped" in output
+    hub.commit("datasets/lab/files", {"README.md": b"edited"})
+    assert "resumed from" in train_files("lab/files", "streamed", *pinned)
     fetched = [request.split("/")[-1] for request in hub.requests if request.startswith("GET") and ".mp4" in request]
     assert fetched == [f"file-{number:03d}.mp4" for number in (0, 1, 0)], (
         "each file is downloaded once, plus one download for the frame size"
     )
-    assert not list((workspace / "streaming").rglob("*.mp4"))
+    assert not list((workspace / "hf").rglob("*.mp4"))
     expected, streamed = (
         IRASimPipeline.from_pretrained(workspace / folder).transformer for folder in ("from-disk", "streamed")
     )
