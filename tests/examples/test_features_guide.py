@@ -26,5 +26,6 @@ def test_block(needs, code, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     namespace: dict = {}
     exec(START[1], namespace)
+    namespace["actions"] = namespace["actions"][:4]  # the guide predicts 28 frames
     exec(code, namespace)
-    assert len(namespace["video"]) == 28
+    assert len(namespace["video"]) == 4
