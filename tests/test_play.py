@@ -12,7 +12,6 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 from poses import read_poses
 
 from irasim_diffusers import DrivingSession, IRASimPipeline, Steering, embedded_checkpoint
@@ -21,6 +20,7 @@ from irasim_diffusers.commands.files import read_actions
 from irasim_diffusers.commands.play import follow, play
 from irasim_diffusers.commands.terminal import HELD, Keys, decode_keys, draw
 from irasim_diffusers.data import read_video
+from irasim_diffusers.devices import fast_dtype
 
 UP, RIGHT = b"\x1b[A", b"\x1bOC"  # plain, and in the keypad's application mode
 
@@ -96,7 +96,7 @@ def test_pusher_follows_the_keys_of_a_terminal(terminal, tmp_path):
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = IRASimPipeline.from_pretrained(embedded_checkpoint(), dtype=torch.bfloat16)
+    pipe = IRASimPipeline.from_pretrained(embedded_checkpoint(), dtype=fast_dtype("cpu"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
