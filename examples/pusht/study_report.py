@@ -134,7 +134,7 @@ def planning_section(result: Any, root: Path) -> tuple[str, Any]:
         if cell.endswith(f"-K{most}") and bound > base
     }
     note = ", ".join(f"{cell} {gain:.0%}" for cell, gain in gains.items())
-    plot(root / "planning.png", lambda axes: draw_planning(axes, figures))
+    plot(root / "planning.png", lambda axes: draw_planning(axes, figures, result["cells"]))
     folder = root / "planning" / "videos"
     shown = ["policy", *(cell for cell in figures if cell.endswith(f"-K{most}"))]
     strip = film_strip({cell: read_video(folder / f"{cell}.mp4") for cell in shown}, 1, columns=9)
@@ -261,8 +261,8 @@ def draw_agreement(axes: Axes, reports: Any) -> None:
     axes.legend(fontsize=7)
 
 
-def draw_planning(axes: Axes, figures: Any) -> None:
-    """Plot the IoU against the number of candidates, one line per model."""
+def draw_planning(axes: Axes, figures: Any, cells: Any) -> None:
+    """Plot the IoU against the number of candidates, one line per model; `cells` are the options of each cell."""
     lines: dict[str, dict[int, Any]] = {}
     for cell, found in figures.items():
         if "-K" in cell:
@@ -273,8 +273,7 @@ def draw_planning(axes: Axes, figures: Any) -> None:
         axes.errorbar(list(points), values, yerr=error_bars(list(points.values())), fmt="o-", capsize=2, label=model)
     for cell, marker in (("random", "x"), ("optimised", "^"), ("guarded", "v")):
         if cell in figures:
-            numbers = [number for points in lines.values() for number in points]
-            axes.plot(max(numbers), figures[cell]["iou"]["mean"], marker, color="k", label=cell)
+            axes.plot(cells[cell]["num_candidates"], figures[cell]["iou"]["mean"], marker, color="k", label=cell)
     axes.set(xscale="log", xlabel="candidates K", ylabel="IoU")
     axes.set_xticks(sorted(next(iter(lines.values()))), [str(number) for number in sorted(next(iter(lines.values())))])
     axes.minorticks_off()
