@@ -1,6 +1,6 @@
 """The Preference page: raters compare two predictions with the ground truth.
 
-They do not see the model names (paper, section 13).
+They do not see the model names (paper, appendix 13).
 """
 
 import asyncio

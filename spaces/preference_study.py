@@ -1,4 +1,4 @@
-"""Human preference study of the videos of several models (paper, section 13)."""
+"""Human preference study of the videos of several models (paper, appendix 13)."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_appended_frames_continue_an_earlier_session(pipe, clip, session):
     drive(session, {"ArrowUp"}, 4)
     later = DrivingSession(pipe, clip[0][:2], Steering(pipe.action_space, start=clip[1][0]), seed=3, max_frames=3)
     later.append(session.frames, session.actions)
-    assert len(later) == 3  # the oldest frame is dropped, but still belongs to the history
+    assert len(later) == 3  # the oldest frame is dropped, but still counts as a step, which determines the noise
     np.testing.assert_array_equal(later.steering.hold(), session.steering.hold())
     np.testing.assert_array_equal(later.actions, session.actions[1:])
     expected = [np.asarray(frame, dtype=float) for frame in drive(session, {"ArrowRight"}, 2)]

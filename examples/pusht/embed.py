@@ -51,7 +51,7 @@ def check_arguments(arguments: EmbedArguments, dataset: LeRobotFolder, num_histo
     if arguments.start + needed > length:
         raise ValueError(
             f"`start` plus {needed} frames must be at most {length}, the length of episode {arguments.episode}, got "
-            f"{arguments.start + needed}: use an earlier start or fewer `num_actions`."
+            f"{arguments.start + needed}: use an earlier start or a smaller `num_actions`."
         )
 
 

@@ -352,7 +352,7 @@ class Evaluation:
         report: dict[str, Any] = {}
         if self.pipeline.vae is not None:
             report["vae_psnr"] = reconstruction(self.pipeline, frames[:, ::5])
-            print(f"VAE {report['vae_psnr']['mean']:.2f} dB", flush=True)
+            print(f"PSNR of the VAE {report['vae_psnr']['mean']:.2f} dB", flush=True)
         truth = frames[:, history:] / 255.0
         start = time.perf_counter()
         with EvaluationCounter(self.pipeline.transformer) as evaluations:
@@ -389,7 +389,7 @@ class Evaluation:
         return report
 
     def expert_rollouts(self) -> dict[str, Any]:
-        """Score the poses after expert actions; the baseline is a block that does not move.
+        """Score the poses after expert actions; the baseline is that nothing moves.
 
         The result is empty if no expert episode is long enough, or `num_rollouts` is 0.
         """

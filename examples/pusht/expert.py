@@ -24,7 +24,7 @@ OUTLINE = np.array([[-60, 0], [60, 0], [60, 30], [15, 30], [15, 120], [-15, 120]
 SPEEDS = {"far": (6.0, 14.0), "near": (2.5, 7.0)}  # advance of the target per step
 SPACING = {"far": 15.0, "near": 9.0}  # distance between the start points of pushes
 LONGEST = 12  # maximum length of a push in steps
-STEP_COST = 0.25  # distance in arena units by which a step must bring the block closer
+STEP_COST = 0.25  # cost of a step, as a distance of the block from the goal in arena units
 WALK = 20.0  # advance of the target per step between pushes
 
 

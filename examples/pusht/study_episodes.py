@@ -36,7 +36,7 @@ except ModuleNotFoundError as error:
     exit_without_extra(error, "pusht")
 
 HISTORY = 2  # history frames of the world models
-SIMULATOR = "simulator"  # name of the upper bound, instead of the folder of a world model
+SIMULATOR = "simulator"  # value of `model` for the upper bound, instead of the folder of a world model
 POSITION, ANGLE = 20.0, np.pi / 9  # tolerances of DINO-WM's protocol, arena units and radians
 PUSHED, TURNED = 10.0, np.pi / 18  # tolerances of a push to a goal image, arena units and radians
 MOVED = 20.0  # minimum movement of the block toward a goal image, arena units

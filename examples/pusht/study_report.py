@@ -215,7 +215,7 @@ def interval(figure: Any) -> str:
 
 
 def estimate(figure: Any) -> str:
-    """Format a correlation with its interval over seeds, and over policies if known."""
+    """Format an agreement metric with its interval over seeds, and over policies if known."""
     if figure["value"] is None:
         return "undefined"
     text = f"{figure['value']:.3f}"

@@ -246,8 +246,8 @@ def pretrained_encoder(
 
     Args:
         name_or_path: Hub id or folder of a model whose output has `pooler_output`.
-        mean: Mean of the RGB channels in the model's training data.
-        std: Standard deviation of the RGB channels in the model's training data.
+        mean: Mean of each RGB channel for the normalization, `image_mean` of the model's image processor.
+        std: Standard deviation of each RGB channel for the normalization, `image_std` of the model's image processor.
 
     Returns:
         A function from frames (N, 3, H, W) in [0, 1] to pooled features (N, D).

@@ -268,7 +268,7 @@ class PipelinePredictor(WorldModelPredictor):
 
     @property
     def setting(self) -> dict[str, Any]:
-        """JSON-serializable entries for `Evaluation.setting`, with hashed weights and without the seed."""
+        """JSON-serializable entries for `Evaluation.setting`, with a hash of the weights and without the seed."""
         pipeline = self.pipeline
         return {
             "weights": pipeline_hash(pipeline),

@@ -385,7 +385,7 @@ def _check_layers(config: dict[str, Any]) -> None:
         sizes = sizes if isinstance(sizes, list) else [sizes]
         if len(sizes) > MAX_BLOCKS or not all(type(size) is int and 0 <= size <= most for size in sizes):
             raise ValueError(
-                f"`{key}` of the autoencoder must be at most {MAX_BLOCKS} integers in [0, {most}], got {config[key]!r:.60}."
+                f"`{key}` of the autoencoder must be one to {MAX_BLOCKS} integers in [0, {most}], got {config[key]!r:.60}."
             )
 
 

@@ -325,6 +325,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
     def encode_history(self, pixels: torch.Tensor, decode_chunk_size: int = 16) -> torch.Tensor:
         """Encode histories (B, h, 3, H, W) in [-1, 1] to scaled latents (B, C, h, H / f, W / f), float32.
 
+        `f` is the downscaling factor of the autoencoder.
+
         Raises:
             ValueError: If the autoencoder overflows in float16.
         """
