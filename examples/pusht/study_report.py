@@ -262,7 +262,7 @@ def draw_agreement(axes: Axes, reports: Any) -> None:
 
 
 def draw_planning(axes: Axes, figures: Any, cells: Any) -> None:
-    """Plot the IoU against the number of candidates, one line per model; `cells` are the options of each cell."""
+    """Plot the IoU against the number of candidates, one line per model, from metrics and options by cell."""
     lines: dict[str, dict[int, Any]] = {}
     for cell, found in figures.items():
         if "-K" in cell:

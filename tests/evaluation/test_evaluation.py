@@ -27,7 +27,6 @@ from irasim_diffusers.evaluation import (
     PipelinePredictor,
     evaluate,
     find_clips,
-    published_figures,
 )
 from irasim_diffusers.metrics import frame_psnr, frame_ssim, latent_l2
 
@@ -300,15 +299,6 @@ def test_documented_commands_are_valid(page):
     for command in commands:
         arguments = _parser().parse_args(["evaluate", *shlex.split(command, comments=True)])
         assert arguments.run is run_evaluate
-
-
-def test_published_figures():
-    assert published_figures(PROTOCOLS["irasim-short"], "bridge")["IRASim Frame-Ada"]["fvd"] == 20.91
-    assert published_figures(PROTOCOLS["irasim-long"], "rt1")["LVDM"] == {"latent_l2": 0.2567, "psnr": 23.573}
-    with pytest.raises(ValueError, match=r"`published` must be one of \['robonet'\] for the protocol robonet"):
-        published_figures(PROTOCOLS["robonet"], "rt1")
-    with pytest.raises(ValueError, match="`published` must be omitted for the protocol own, got 'rt1'"):
-        published_figures(EvaluationProtocol("own", "own clips"), "rt1")
 
 
 @pytest.mark.parametrize(

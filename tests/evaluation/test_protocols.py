@@ -9,9 +9,11 @@ from irasim_diffusers.evaluation import (
     Backbones,
     Clip,
     ClipData,
+    EvaluationProtocol,
     Prediction,
     features_of_clip,
     find_clips,
+    published_figures,
     score_clip,
 )
 from irasim_diffusers.evaluation.scores import through_mp4
@@ -111,3 +113,12 @@ def test_clips_of_each_protocol():
         find_clips(Damaged(33, 33), PROTOCOLS["irasim-short"], broken={})
     with pytest.raises(ValueError, match="`num_clips` must be at least 1, got 0"):
         find_clips(dataset, PROTOCOLS["irasim-short"], 0)
+
+
+def test_published_figures():
+    assert published_figures(PROTOCOLS["irasim-short"], "bridge")["IRASim Frame-Ada"]["fvd"] == 20.91
+    assert published_figures(PROTOCOLS["irasim-long"], "rt1")["LVDM"] == {"latent_l2": 0.2567, "psnr": 23.573}
+    with pytest.raises(ValueError, match=r"`published` must be one of \['robonet'\] for the protocol robonet"):
+        published_figures(PROTOCOLS["robonet"], "rt1")
+    with pytest.raises(ValueError, match="`published` must be omitted for the protocol own, got 'rt1'"):
+        published_figures(EvaluationProtocol("own", "own clips"), "rt1")

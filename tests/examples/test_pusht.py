@@ -137,15 +137,6 @@ def test_collect_adds_episodes(workspace, tmp_path):
     assert "4 episodes" in (tmp_path / "set" / "README.md").read_text()
 
 
-def test_two_processes_collect_the_same_episodes_as_one(tmp_path):
-    shares = ["--aimless", 1, "--expert", 0, "--noisy", 0, "--keys", 0, "--jumps", 0, "--episodes", 51, "--length", 4]
-    run("pusht/collect.py", "--output", tmp_path / "two", "--num_workers", 2, *shares)
-    call("collect", "--output", tmp_path / "one", "--num_workers", 1, *shares)
-    for one, two in zip(LeRobotFolder(tmp_path / "one"), LeRobotFolder(tmp_path / "two"), strict=True):
-        assert np.array_equal(one.frames, two.frames)
-        assert np.array_equal(one.actions, two.actions)
-
-
 def test_card_counts_policies(workspace):
     card = DatasetCard.load(workspace / "set" / "README.md")
     tasks = [row["tasks"][0] for row in LeRobotFolder(workspace / "set").rows]

@@ -9,9 +9,10 @@ import torch
 from expert import Lookahead, outline, push_to_goal
 from poses import one_pusher, pose_errors, read_poses, true_poses
 from simulator import Simulator, hold_keys, jump_to_targets, push_about, push_at
+from test_pusht import call, run
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
-from irasim_diffusers.data import read_video
+from irasim_diffusers.data import LeRobotFolder, read_video
 
 
 def test_simulator_matches_gym_pusht():
@@ -183,3 +184,12 @@ def test_embedded_model_keeps_untouched_regions():
     still = (np.linalg.norm(places[:, :, None] - way, axis=-1) > 8).all(axis=-1)
     assert np.linalg.norm(read_poses(last[None]).pusher[0] - way[-1]) < 2
     assert np.square(last[still] - seen[1][still] / 255).mean() < 10**-3.4  # PSNR above 34 dB
+
+
+def test_two_processes_collect_the_same_episodes_as_one(tmp_path):
+    shares = ["--aimless", 1, "--expert", 0, "--noisy", 0, "--keys", 0, "--jumps", 0, "--episodes", 51, "--length", 4]
+    run("pusht/collect.py", "--output", tmp_path / "two", "--num_workers", 2, *shares)
+    call("collect", "--output", tmp_path / "one", "--num_workers", 1, *shares)
+    for one, two in zip(LeRobotFolder(tmp_path / "one"), LeRobotFolder(tmp_path / "two"), strict=True):
+        assert np.array_equal(one.frames, two.frames)
+        assert np.array_equal(one.actions, two.actions)
