@@ -4,7 +4,6 @@ import builtins
 import collections
 import pickle
 import struct
-import subprocess
 import sys
 import zipfile
 from argparse import Namespace
@@ -15,6 +14,7 @@ import omegaconf
 import pytest
 import torch
 from conftest import tiny_vae
+from fork_server import fork_server
 from safetensors.torch import save_file
 from test_conversion import case, write
 from test_latte import latte_model
@@ -417,7 +417,8 @@ def test_rejected_files_take_little_memory(tmp_path):
     torch.save({"ema": {"w": torch.zeros(4)}}, tmp_path / "bomb.pt")
     rewrite(tmp_path / "bomb.pt", zipfile.ZIP_DEFLATED, {"bomb/data/0": b"\0" * (1 << 29)})
     paths = sorted(map(str, tmp_path.iterdir()))
-    result = subprocess.run([sys.executable, "-c", LIMITED, *paths], capture_output=True, text=True, check=True)
+    result = fork_server().run("-c", LIMITED, *paths)
+    assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("refused:")]
     assert len(lines) == len(paths) == 6, result.stdout + result.stderr
     assert not any("MemoryError" in line or "allocate" in line for line in lines)
