@@ -257,6 +257,9 @@ def check_arguments(arguments: TrainingArguments) -> None:
     )
     check_model_arguments(arguments)
     check_pretrained_arguments(arguments)
+    if arguments.pretrained_model_name_or_path is None:
+        with torch.device("meta"):  # the model checks its config
+            MODELS[arguments.model][0](**new_settings(arguments))
 
 
 def check_model_arguments(arguments: TrainingArguments) -> None:
@@ -308,12 +311,8 @@ def check_pretrained_arguments(arguments: TrainingArguments) -> None:
         raise ValueError("`vae` is required, except with `pixel_space` or a pretrained pipeline.")
     if pretrained is not None and arguments.preset:
         raise ValueError("`preset` is for a new model: omit it with `pretrained_model_name_or_path`.")
-    frames, history = (getattr(arguments, name) or NEW_MODEL[name] for name in WINDOW)
-    if pretrained is None and frames <= history:
-        raise ValueError(
-            f"`sample_frames` must be larger than `num_history_frames`, got {frames} and {history}: a window has at least one "
-            "predicted frame."
-        )
+    if pretrained is None and (arguments.revision or arguments.variant):
+        raise ValueError("`revision` and `variant` require `pretrained_model_name_or_path`.")
 
 
 def new_settings(arguments: TrainingArguments) -> dict[str, Any]:
@@ -355,14 +354,16 @@ def can_adapt(config: Mapping[str, Any], flag: str, value: Any) -> bool:
 
 
 def build_transformer(
-    arguments: TrainingArguments, data: TrainingData, pretrained: IRASimTransformer3DModel | None
+    arguments: TrainingArguments,
+    data: TrainingData,
+    action_space: str | None,
+    pretrained: IRASimTransformer3DModel | None,
 ) -> Denoiser:
-    """Create the model, or update the config of the pretrained one from the data.
+    """Create the model, or update the config of the pretrained one from the data and its action space.
 
     Raises:
         ValueError: If the actions of the data do not match the arguments or the pretrained model.
     """
-    action_space = find_action_space(arguments, data.sources[0], pretrained)
     known, measured = data_settings(arguments, data, action_space)
     given = {
         name: values[0] if len(values) == 1 else values
@@ -475,9 +476,11 @@ def main() -> None:
     pretrained = load_pretrained(arguments) if arguments.pretrained_model_name_or_path else None
     # loaded before the training, so that a run on an offline node cannot fail when it saves its result
     sampler = load_sampler(arguments.pretrained_model_name_or_path, arguments.revision)
-    config = pretrained.config if pretrained else new_settings(arguments)
+    action_space = find_action_space(arguments, sources[0], pretrained)
+    config = dict(pretrained.config if pretrained else new_settings(arguments))
+    config |= {"action_space": action_space} if action_space else {}
     data = encode_data(sources, vae, config, arguments, accelerator)
-    transformer = build_transformer(arguments, data, pretrained)
+    transformer = build_transformer(arguments, data, action_space, pretrained)
     copy = functools.partial(type(transformer).from_config, transformer.config)
     run = train(transformer, data, copy, arguments, accelerator)
     averaged = run.averaged()

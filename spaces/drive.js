@@ -406,7 +406,7 @@ file.addEventListener("change", async () => {
   if (!picture) return;
   await halt();
   const sent = await during("Uploading\u2026", async () => {
-    if (picture.size > 1e7) throw new Error(`The image must have at most 10 MB, got ${(picture.size / 1e6).toFixed(2)} MB.`);
+    if (picture.size > 1e7) throw new Error(`The image must have at most 10 MB, got ${Math.ceil(picture.size / 1e4) / 100} MB.`);
     return upload(picture);
   });
   if (!sent) return;

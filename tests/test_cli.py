@@ -347,7 +347,7 @@ BAD = [
     ({"--output": "clip.txt"}, "--output must end in .mp4, got 'clip.txt'"),
     ({"--output": "/proc/clip.mp4"}, "--output must be writable, got '/proc/clip.mp4'"),
     ({"--model": "nowhere"}, "--model must be a pipeline folder or Hub id, got 'nowhere'"),
-    ({"--scheduler": "flow-euler"}, "--scheduler must have"),
+    ({"--scheduler": "flow-euler"}, "--scheduler flow-euler is not compatible with the model: `scheduler` must have"),
     ({"--steps": "0"}, "--steps must be at least 1, got 0"),
     ({"--frames": "video.mp4", "--history": "3"}, "--history must be at most 2 for this model, got 3"),
     ({"--device": "abacus"}, "--device must be a device of this machine, got 'abacus'"),
@@ -461,7 +461,7 @@ def test_messages_name_the_flags_of_the_commands(tmp_path, capsys, monkeypatch):
 
     def fail(arguments):
         raise ValueError(
-            "`composition` (--action_composition) is required with `frame_skip` for 'data--of_mine/--x_y', omit `crop`: see --help "
+            "`composition` (--action_composition) is required with `frame_skip` (--frame_skip) for 'data--of_mine/--x_y', omit `crop`: see --help "
             "and --rollout_chunks."
         )
 

@@ -289,6 +289,7 @@ def test_contents_of_files(originals, tmp_path, capfd, form, file, content):
     ("file", "change", "message"),
     [
         (INFO, lambda path: path.write_bytes(b"{"), "info.json', line 1, is not valid JSON"),
+        (INFO, lambda path: path.unlink(), "must contain 'meta/info.json' like every LeRobotDataset"),
         (INFO, lambda path: set_entry(path, "splits", []), "'splits' must be an object, got []"),
         (INFO, lambda path: set_entry(path, "features/action/shape", {}), "list of non-negative integers, got {}"),
         (EPISODES, lambda path: path.write_bytes(b"PAR1"), "file-000.parquet': Parquet"),

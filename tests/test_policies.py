@@ -199,8 +199,8 @@ STEPS = {"normalizer_processor": Step, "action_tokenizer_processor": Step, "groo
         ([{"registry_name": "action_tokenizer_processor"}], "executes code from the repository that it names"),
         ([{"registry_name": "groot_pack"}], "executes code from the repository that it names"),
         ([{}], "only registered steps of LeRobot, got None"),
-        (["normalizer_processor"], "must contain a list `steps` of objects"),
-        ({"registry_name": "normalizer_processor"}, "must contain a list `steps` of objects"),
+        (["normalizer_processor"], "must contain a list 'steps' of objects"),
+        ({"registry_name": "normalizer_processor"}, "must contain a list 'steps' of objects"),
     ],
 )
 def test_processors_that_could_execute_code_are_rejected(tmp_path, steps, message):

@@ -21,8 +21,8 @@ from .commands.files import read_media as read_frames  # noqa: F401
 
 __all__ = ["main"]
 
-ARGUMENT = re.compile(r"`([a-z0-9_]+)`(?: \(--([a-z0-9_-]+)\))?")
-"""Pattern of an argument of the library in error messages, optionally with its flag."""
+ARGUMENT = re.compile(r"^`([a-z0-9_]+)`(?! \()|`[a-z0-9_]+` \(--([a-z0-9_-]+)\)")
+"""Pattern of an argument of the library at the start of an error message, or with its flag anywhere."""
 EXAMPLE_FLAG = re.compile(r"(?<![\w/-])--[a-z]+(?:_[a-z]+)+")
 """Pattern of the example scripts' flags in error messages. The commands spell the same flags with hyphens."""
 
@@ -61,11 +61,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _name_flags(message: str, flags: Mapping[str, Any]) -> str:
-    """Replace arguments of the library and flags of the examples in an error by flags of the command."""
+    """Replace arguments of the library and flags of the examples in an error by flags of the command.
+
+    Other names, and flags that were not passed, may be entries of a file.
+    """
 
     def flag(found: re.Match) -> str:
-        names = (name.replace("-", "_") for name in (found[2], found[1]) if name)
-        return next((f"--{name.replace('_', '-')}" for name in names if name in flags), found[0])
+        name = (found[1] or found[2]).replace("-", "_")
+        passed = name in flags and (found[2] or not any(flags[name] is unset for unset in (None, False)))
+        return f"--{name.replace('_', '-')}" if passed else found[0]
 
     message = ARGUMENT.sub(flag, message)
     return EXAMPLE_FLAG.sub(lambda flag: flag[0].replace("_", "-"), message)

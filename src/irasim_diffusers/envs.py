@@ -212,7 +212,7 @@ class WorldModelVectorEnv(VectorEnv):
         if mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
             raise ValueError(
                 f"`reset_mask` must be bool ({self.num_envs},) with at least one True, got {mask.dtype} {mask.shape} with "
-                f"{np.count_nonzero(mask)}."
+                f"{np.count_nonzero(mask)} True."
             )
         others = [str(row) for row in np.nonzero(~mask)[0] if self._states[row] is None]
         if others:

@@ -225,7 +225,7 @@ def check_processor(path: Path, steps: Mapping[str, type]) -> None:
     content = read_json(path)
     entries = content.get("steps") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{path.name} must contain a list `steps` of objects.")
+        raise ValueError(f"{path.name} must contain a list 'steps' of objects.")
     for entry in entries:
         name = entry.get("registry_name")
         step = steps.get(name) if isinstance(name, str) else None

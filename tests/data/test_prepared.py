@@ -43,7 +43,7 @@ def source(tmp_path_factory):
         ({"frame_size": (16, 16, 3)}, "`frame_size` must be height and width"),
         ({"derivation": "none"}, "`derivation` .* must be one of"),
         ({"composition": "recorded"}, "`composition` .* must be one of .*, got 'recorded'"),
-        ({"frame_skip": 2}, "`composition` .* is required with a `frame_skip` of 2"),
+        ({"frame_skip": 2}, r"`composition` .* is required with a `frame_skip` \(--frame_skip\) of 2"),
         ({"derivation": "absolute", "state_key": "pose"}, r"`state_key` must be one of \['observation.state'\]"),
     ],
 )
@@ -175,7 +175,10 @@ def test_actions_are_padded(tmp_path):
     ("changes", "message"),
     [
         ({"derivation": "guess"}, r"`derivation` \(--action_derivation\) must be one of"),
-        ({"frame_skip": 2}, r"`composition` \(--action_composition\) is required with a `frame_skip` of 2"),
+        (
+            {"frame_skip": 2},
+            r"`composition` \(--action_composition\) is required with a `frame_skip` \(--frame_skip\) of 2",
+        ),
         ({"frame_skip": 0}, "`frame_skip` must be an integer of at least 1"),
         ({"derivation": "absolute", "state_key": "pose"}, r"`state_key` must be one of \['observation.state'\]"),
     ],

@@ -65,6 +65,10 @@ def workspace(tmp_path_factory):
         ({"spatial_position": "area"}, "`spatial_position` must be one of grid, rope, got 'area'"),
         ({"target_extent": [0, 0, 1, 1]}, "`target_extent` must be used with `action_space` absolute, got none"),
         ({"rollout_start_step": 5}, "require `rollout_chunks` > 0, got 0"),
+        ({"model": "unet", "attention_head_dim": 7}, "`attention_head_dim` must be even for rotary positions, got 7"),
+        ({"model": "unet", "block_out_channels": [7, 9]}, "`block_out_channels` must be multiples of"),
+        ({"num_attention_heads": 2, "attention_head_dim": 7}, "must be divisible by 4 .*, got 2 times 7"),
+        ({"revision": "main"}, "`revision` and `variant` require `pretrained_model_name_or_path`"),
         ({"model": "unet", "crop_size": 8}, "`crop_size` does not apply to `model` unet"),
         ({"target_extent": [0, 1], "action_space": "absolute"}, r"`target_extent` must be 4 numbers, .* got \[0, 1\]"),
         ({"action_normalisation": "max"}, "`action_normalisation` must be one of std, quantile, got 'max'"),
@@ -98,7 +102,7 @@ def workspace(tmp_path_factory):
         ({"lr_scheduler": "sine"}, "`lr_scheduler` must be one of linear, .*, got 'sine'"),
         ({"attention_backend": "fast"}, "`attention_backend` must be one of .*, got 'fast'"),
         ({"prediction_type": "noise"}, "`prediction_type` must be one of epsilon, .*, got 'noise'"),
-        ({"sample_frames": 4, "num_history_frames": 4}, "`sample_frames` must be larger than `num_history_frames`"),
+        ({"sample_frames": 4, "num_history_frames": 4}, "`num_history_frames` must be less than `sample_frames` = 4"),
     ],
 )
 def test_invalid_arguments_raise(changes, message):

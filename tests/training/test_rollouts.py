@@ -4,6 +4,7 @@ from conftest import tiny_transformer
 from train import TrainingArguments
 
 from irasim_diffusers.models import noise_process
+from irasim_diffusers.training.arguments import check_crop
 from irasim_diffusers.training.loss import training_loss
 from irasim_diffusers.training.rollouts import clip_length, crop
 
@@ -161,3 +162,19 @@ def test_all_weights_have_gradients_after_bfloat16_rollout():
             training_loss(model, process, clip, dict(model.config), settings, step=step, position=0).backward()
         missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
         assert not missing
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spatial_position": "grid"}, "`crop_size` requires `spatial_position='rope'`, got 'grid'"),
+        ({"patch_size": 3}, "`crop_size` must be a multiple of the patch size 3, got 8"),
+        ({"action_space": "absolute"}, "`crop_size` with absolute actions requires `target_extent`"),
+    ],
+)
+def test_crops_require_a_suitable_model(changes, message):
+    config = {"spatial_position": "rope", "patch_size": 2, "action_space": "relative", "target_extent": None}
+    check_crop(8, config)
+    check_crop(None, config | changes)
+    with pytest.raises(ValueError, match=message):
+        check_crop(8, config | changes)

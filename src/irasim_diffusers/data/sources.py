@@ -100,6 +100,10 @@ def _open_folder(folder: Path, *, split: str | None, fps: float | None, **option
     """Detect the format of a folder and open it."""
     if (folder / "meta" / "info.json").is_file():
         return _lerobot(folder, split=split, **options)
+    if (folder / "meta").is_dir() and any((folder / "data").glob("chunk-*")):
+        raise ValueError(
+            f"{str(folder)!r} must contain 'meta/info.json' like every LeRobotDataset, but it is missing."
+        )
     split = split or "test"
     if (folder / "annotation").is_dir():
         if options["action_column"] or options["state_columns"]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ..data import EpisodeSource, first_readable, format_cameras, read_video
+from ..data import EpisodeSource, first_readable, format_cameras, frame_skip_for, read_video
 from ..data.content_hash import tensors_hash
 from ..files import temporary_path
 from ..models import public_config
@@ -157,8 +157,10 @@ class WorldModelPredictor:
         space = self.model.action_space
         fps = self.model.fps or dataset.fps
         padding = "--pad-actions-to" if dim < len(space) else "a dataset or model with the same actions"
-        multiple = (dataset.fps or 0) % (fps or 1) == 0  # frames can be skipped only if the ratio is an integer
-        skipping = "--frame-skip" if multiple else "a dataset or model with the same frame rate"
+        try:
+            skipping = f"--frame-skip {frame_skip_for(dataset.fps, fps)}" if fps else "--fps"
+        except ValueError:  # frames can be skipped only if the ratio is an integer
+            skipping = "a dataset or model with the same frame rate"
         for name, wanted, found, flags in (
             ("action components", len(space), dim, padding),
             ("action derivation", space.derivation, derivation, "--action-derivation or --action-composition"),

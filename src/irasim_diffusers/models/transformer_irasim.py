@@ -827,6 +827,16 @@ def _check_config(config: Any) -> None:
         raise ValueError("`scale_noisy_latents` must be False with flow_prediction, which has no alphas.")
     if config.target_extent is not None:
         _check_target_extent(config)
+    if config.temporal_position == "rope" and config.attention_head_dim % 2:
+        raise ValueError(
+            f"`attention_head_dim` must be even with `temporal_position='rope'`, got {config.attention_head_dim}."
+        )
+    heads, head_dim = config.num_attention_heads, config.attention_head_dim
+    if config.spatial_position != "rope" and heads * head_dim % 4:  # sines and cosines of two coordinates
+        raise ValueError(
+            "`num_attention_heads` times `attention_head_dim` must be divisible by 4 without `spatial_position='rope'`, got "
+            f"{heads} times {head_dim}."
+        )
     if config.spatial_position == "rope" and config.attention_head_dim % 4:
         raise ValueError(
             f"`attention_head_dim` must be divisible by 4 with `spatial_position='rope'`, got {config.attention_head_dim}."

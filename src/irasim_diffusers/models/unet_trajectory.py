@@ -418,3 +418,5 @@ def _check_config(config: Any) -> None:
             f"{config.block_out_channels}."
         )
     check_shared_config(config)
+    if config.attention_head_dim % 2:
+        raise ValueError(f"`attention_head_dim` must be even for rotary positions, got {config.attention_head_dim}.")

@@ -85,13 +85,12 @@ def train(
         The finished run.
 
     Raises:
-        ValueError: If the model cannot be trained on crops, the datasets differ in the shapes of their clips, the validation clips
-            cannot be read, or `TrainingRun` cannot be created.
+        ValueError: If the datasets differ in the shapes of their clips, the validation clips cannot be read, or `TrainingRun`
+            cannot be created.
         FloatingPointError: If the loss or the gradient is not finite.
         OSError, SafetensorError: If a checkpoint cannot be written.
         SystemExit: After Ctrl-C or SIGTERM, when the checkpoint has been written.
     """
-    check_crop(arguments.crop_size, transformer.config)  # again: `action_space` may have been inferred from the data
     clips = MixedClips(data.parts, arguments.dataset_weights or None, arguments.seed, arguments.change_share)
     held_out = validation_clips(arguments, transformer.config) if accelerator.is_main_process else None
     log_size(transformer, clips, sum(map(len, data.sources)), accelerator)
