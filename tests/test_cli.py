@@ -461,8 +461,8 @@ def test_messages_name_the_flags_of_the_commands(tmp_path, capsys, monkeypatch):
 
     def fail(arguments):
         raise ValueError(
-            "`composition` (--action_composition) is required with `frame_skip` (--frame_skip) for 'data--of_mine/--x_y', omit `crop`: see --help "
-            "and --rollout_chunks."
+            "`composition` (--action_composition) is required with `frame_skip` (--frame_skip) for 'data--of_mine/--x_y', "
+            "omit `crop`: see --help and --rollout_chunks."
         )
 
     monkeypatch.setattr("irasim_diffusers.commands.evaluate.run", fail)

@@ -58,8 +58,8 @@ class EpisodeArguments(DataArguments):
     action_derivation: str = field(
         default="recorded",
         metadata={
-            "help": "recorded, or derived from states: relative_euler, relative_6d, relative_planar, absolute (IRASim folders without "
-            "recorded actions: relative_euler by default)"
+            "help": "recorded, or derived from states: relative_euler, relative_6d, relative_planar, absolute (IRASim folders "
+            "without recorded actions: relative_euler by default)"
         },
     )
     action_composition: str | None = field(

@@ -78,8 +78,8 @@ class PreparedEpisodes(InOrder):
             object.__setattr__(self, "composition", known)
         elif self.frame_skip > 1 and self.composition is None:
             raise ValueError(
-                f"`composition` (--action_composition) is required with a `frame_skip` (--frame_skip) of {self.frame_skip}: pass absolute, "
-                "relative_planar, relative_euler or relative_6d."
+                f"`composition` (--action_composition) is required with a `frame_skip` (--frame_skip) of {self.frame_skip}: pass "
+                "absolute, relative_planar, relative_euler or relative_6d."
             )
 
     def _select_state(self) -> None:

@@ -258,7 +258,8 @@ def _check(evaluation: PolicyEvaluation) -> None:
     if not keys[0] <= keys[1]:
         raise ValueError(
             f"the observations of `model` must contain {', '.join(sorted(keys[0]))}, like those of `real`, got "
-            f"{', '.join(sorted(keys[1]))}: `agent_pos` requires a proprioception model or `starts` with states; remove other observations from `real`."
+            f"{', '.join(sorted(keys[1]))}: `agent_pos` requires a proprioception model or `starts` with states; "
+            "remove other observations from `real`."
         )
     if spaces[0]["pixels"].shape != spaces[1]["pixels"].shape:
         raise ValueError(

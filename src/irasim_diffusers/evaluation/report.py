@@ -121,7 +121,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"# {report['setting'].get('predictions') or report['setting'].get('model', 'Predictions')} on "
         f"{report['setting'].get('dataset', 'clips')}",
         f"Protocol {report['protocol']['name']}: {report['protocol']['text']}. {report['n']} clips. Means with bootstrap 95 % "
-        "intervals over clips. The history is never scored. The ground truth consists of recorded frames, not of reconstructions by the autoencoder.",
+        "intervals over clips. The history is never scored. The ground truth consists of recorded frames, not of reconstructions by "
+        "the autoencoder.",
         _table(report),
     ]
     if report["published"]:
