@@ -134,7 +134,7 @@ def test_pictures_inside_parquet(tmp_path):
     with pytest.raises(ValueError, match=rf"episode 1 of .*file-000\.parquet' has no image '{CAMERA}' at frame 4"):
         open_dataset(tmp_path)[1]
     pq.write_table(pq.read_table(tmp_path / names[1]).drop_columns([CAMERA]), tmp_path / names[1])
-    with pytest.raises(ValueError, match=r"episode 2 of .*file-001\.parquet': No match for .*image"):
+    with pytest.raises(ValueError, match=r"episode 2 of .*file-001\.parquet' has no column '.*image"):
         open_dataset(tmp_path)[2]
 
 

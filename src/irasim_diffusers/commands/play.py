@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 
 from .. import embedded_checkpoint
-from .files import check_flag_ranges, check_output, read_actions
+from .files import check_flag_ranges, check_output, named_flags, read_actions
 from .history import add_history_flags, frame_files
 from .keys import SAME_KEYS, key_command, key_controls
 from .sampling import add_sampling_flags, check_sampling_flags, open_start
@@ -113,7 +113,8 @@ def _open_session(arguments: argparse.Namespace) -> DrivingSession:
     config = pipeline.transformer.config
     if start is not None and len(start) != config.action_dim:
         raise ValueError(f"--start must have {config.action_dim} values, one per action component, got {len(start)}.")
-    steering = Steering(pipeline.action_space, arguments.speed, start)
+    with named_flags(start="--start"):  # also if it was not passed
+        steering = Steering(pipeline.action_space, arguments.speed, start)
     return DrivingSession(
         pipeline,
         video[:history],

@@ -56,9 +56,14 @@ def read_parquet(
         ValueError: If the file or a column is missing, or the file is damaged or has too many rows.
     """
     try:
-        rows = 0 if max_rows is None else pq.read_metadata(path).num_rows
-        if max_rows is not None and rows > max_rows:
-            raise ValueError(f"{str(path)!r} must have at most {max_rows} rows for its episodes, got {rows}.")
+        metadata = pq.read_metadata(path)
+        if max_rows is not None and metadata.num_rows > max_rows:
+            raise ValueError(
+                f"{str(path)!r} must have at most {max_rows} rows for its episodes, got {metadata.num_rows}."
+            )
+        missing = set(columns or ()) - set(metadata.schema.to_arrow_schema().names)
+        if missing:
+            raise ValueError(f"{str(path)!r} has no column {min(missing)!r}.")
         return pq.read_table(path, columns=columns, **options)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
