@@ -129,7 +129,7 @@ class ForkServer:
         return process
 
     def run_ranks(self, *command: Any) -> list[ForkedProcess]:
-        """Run a command in two ranks on the CPU, with the environment variables of a rank but without a launcher; wait for both."""
+        """Run a command in two ranks on the CPU, without a launcher, and wait for both."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         place |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -236,7 +236,7 @@ def reaching_tasks(dataset: Path, kinds: list[str], number: int, ahead: int) -> 
     """Choose starts (episode and frame), spread evenly over the held-out episodes of some kinds.
 
     Raises:
-        ValueError: If there is no episode of these kinds.
+        ValueError: If the dataset has no episode of these kinds.
     """
     rng = np.random.default_rng(0)
     tasks = [TASKS[kind] for kind in kinds]

@@ -68,7 +68,8 @@ def _name_flags(message: str, flags: Mapping[str, Any]) -> str:
 
     def flag(found: re.Match) -> str:
         name = (found[1] or found[2]).replace("-", "_")
-        passed = name in flags and (found[2] or not any(flags[name] is unset for unset in (None, False)))
+        value = flags.get(name)
+        passed = name in flags and (found[2] or not (value is None or value is False))
         return f"--{name.replace('_', '-')}" if passed else found[0]
 
     message = ARGUMENT.sub(flag, message)

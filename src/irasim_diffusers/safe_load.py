@@ -372,7 +372,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file, or all safetensors files of a folder except hidden ones.
 
     Raises:
-        ValueError: If there is no such file, a file is damaged, a tensor occurs twice, or `check_weights` rejects a tensor.
+        ValueError: If a file is missing or damaged, a tensor occurs twice, or `check_weights` rejects a tensor.
     """
     files = [path]
     if path.is_dir():

@@ -123,7 +123,7 @@ def same_latents(first: AutoencoderKL, second: AutoencoderKL) -> bool:
 
 
 def load_transformer(arguments: RunArguments) -> IRASimTransformer3DModel:
-    """Load the pretrained transformer from a pipeline, or from a folder or Hub repository of its own.
+    """Load the pretrained transformer from a pipeline, or from a folder or repository of a transformer.
 
     Raises:
         ValueError: If it cannot be loaded.
