@@ -205,12 +205,11 @@ class TrajectoryPage:
             "concurrency_limit": 1,  # limits the load of this page, whatever the number of visitors
             "concurrency_id": "predict",
         } | private
-        drawn = self.pad.drawn(self.take_drawn, outputs=[self.kind, self.path], **quiet).then(
-            trigger_mode="multiple", **predict
-        )
-        pressed = self.run.click(self.interrupt, **quiet).then(trigger_mode="multiple", **predict)
-        stopped = self.stop.click(self.interrupt, cancels=[drawn, pressed], **quiet)
-        # in a second event, because the last output of the canceled prediction may arrive after the first event
+        drawn = self.pad.drawn(self.take_drawn, outputs=[self.kind, self.path], **quiet)
+        for started in (drawn, self.run.click(self.interrupt, **quiet)):
+            started.then(trigger_mode="multiple", **predict)
+        # without `cancels`, because a canceled event can end with the status "Error" if the server is busy
+        stopped = self.stop.click(self.interrupt, **quiet)
         stopped = stopped.then(lambda: self._idle("Stopped."), outputs=made, **quiet)
         # the focused button is hidden, so move the focus
         stopped.then(None, js="() => document.querySelector('#trajectory-run').focus()", **private)
@@ -308,6 +307,7 @@ class TrajectoryPage:
             async for shown in self._predict(task, panels, progress, lambda: self.running.get(visitor) is mine):
                 yield {self.view: shown}
             if self.running.get(visitor) is not mine:  # stopped, or replaced by a new path
+                yield self._idle("Stopped.")  # Gradio sends the last output again when the generator ends
                 return
             with tempfile.TemporaryDirectory() as folder:  # Gradio copies the files that it serves
                 report = await asyncio.to_thread(self._report, Path(folder), task, panels, time.perf_counter() - begin)
