@@ -79,3 +79,8 @@ def test_no_motion_gives_the_hold_action():
 def test_bad_states(states, derivation, message):
     with pytest.raises(ValueError, match=message):
         derive_actions(states, derivation)
+
+
+def test_bad_first_state():
+    with pytest.raises(ValueError, match=r"`state` must be \(6 or more,\) for 'relative_6d', got \(5,\)"):
+        integrate_actions(np.zeros(5), np.zeros((2, 9)), "relative_6d")

@@ -337,7 +337,7 @@ LORA_ROWS = [
     ({"--lora": "lora/nan"}, "weights must be finite"),
     ({"--lora": "lora/other-model"}, "the LoRA weights do not match this model: no modules for"),
     ({"--lora": "lora/other-size"}, "size mismatch for transformer_blocks.0.attn1.to_q.lora_A"),
-    ({"--lora": "lora/no-layer"}, "must contain LoRA layers of an IRASim transformer"),
+    ({"--lora": "lora/no-layer"}, "must contain LoRA layers of the pipeline's transformer"),
     ({"--lora": "frame.png"}, "Error while deserializing header: header too large"),
     ({"--lora": "a\0b"}, "--lora must be a path without NUL"),
 ]

@@ -309,9 +309,12 @@ BAD = [
     (lambda world, state: CEM(5)(world, state, GoalImage(torch.zeros(3, 4, 2))), "must be for frames of 2x4"),
     (
         lambda world, state: CEM(5)(world, state, lambda frames: GOAL(frames) / 0),
-        "`objective` must be finite, got -inf",
+        "`objective` must return finite scores, got -inf",
     ),
-    (lambda world, state: CEM(5)(world, state, lambda frames: GOAL(frames) * torch.nan), "`objective` must be finite"),
+    (
+        lambda world, state: CEM(5)(world, state, lambda frames: GOAL(frames) * torch.nan),
+        "`objective` must return finite",
+    ),
     (lambda world, state: CEM(5)(world, state, lambda frames: GOAL(frames)[0]), r"`objective` must return one score"),
     (lambda world, state: CEM(5)(world, state, lambda frames: 1.0), "`objective` must return one score .* float"),
     (
@@ -326,6 +329,7 @@ BAD = [
         r"`components` must be one or more different indices in \[0, 1\]",
     ),
     (lambda *_: straight_lines(replace(SPACE, kind="absolute"), 5, 1.0), "`start` must be the current position"),
+    (lambda *_: straight_lines(SPACE, 5, 1.0, start=[1.0]), "`start` is invalid: .*2"),
 ]
 
 

@@ -153,7 +153,7 @@ def test_history_frames_are_those_observed(pipeline):
 WRONG = [
     (lambda given: np.full((3, 2), np.nan), "invalid actions: .*finite"),
     (lambda given: np.full((3, 2), 1e9), "invalid actions: .*bounds"),
-    (lambda given: np.zeros((2, 2)), r"must return actions \(3, 2\) or a chunk \(3, n, 2\), got \(2, 1, 2\)"),
+    (lambda given: np.zeros((2, 2)), r"must return actions \(3, 2\) or a chunk \(3, n, 2\), got \(2, 2\)"),
     (lambda given: np.zeros((3, 5)), r"must return actions \(3, 2\)"),
     (lambda given: np.zeros(2), r"must return actions \(3, 2\).*got \(2,\)"),
     (lambda given: np.zeros((3, 0, 2)), "invalid actions"),
@@ -174,6 +174,9 @@ def test_wrong_actions_of_a_lerobot_policy_raise(observation):
         policy.select_action(observation)
     with pytest.raises(ValueError, match=r"`observation` must have `pixels` .* got \['agent_pos'\]"):
         policy.select_action({"agent_pos": observation["agent_pos"]})
+    policy.postprocessor = lambda actions: actions[:, None]
+    with pytest.raises(ValueError, match=r"must return actions \(3, 2\), got \(3, 1, 2\)"):
+        policy.select_action(observation)
 
 
 class Step:

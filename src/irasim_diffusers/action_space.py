@@ -19,7 +19,7 @@ KINDS = ("relative", "absolute")
 MARGIN = 1000.0
 """Number of normalized units by which an action may exceed the bounds, if their width is smaller."""
 UNBOUNDED_LIMIT = 1e4
-"""Maximum absolute normalized action of an unbounded component."""
+"""Normalized units by which an action may lie beyond the offset, or the other bound if it is farther, where a bound is missing."""
 
 Actions = TypeVar("Actions", np.ndarray, torch.Tensor)
 
@@ -48,8 +48,8 @@ class ActionSpace:
             config: Config of a model: a mapping or an object with the attributes `action_dim`, `action_scale` and so on.
 
         Raises:
-            ValueError: If `action_dim` is not a positive integer or too small for the derivation, the kind or the derivation is
-                unknown, an entry does not have `action_dim` values, or a value is invalid.
+            ValueError: If `action_dim` is not a positive integer or too small for `relative_6d`, the kind or the derivation is
+                unknown, a list does not have `action_dim` entries, or a value is invalid.
         """
 
         def read(name: str, default: Any = None) -> Any:
@@ -81,7 +81,7 @@ class ActionSpace:
         for index, (least, most) in enumerate(zip(low, high, strict=True)):
             if not least <= most:
                 raise ValueError(
-                    f"`action_low` must not exceed `action_high`, got {least} and {most} for component {index}."
+                    f"`action_low` must be at most `action_high`, got {least} and {most} for component {index}."
                 )
         names, units = (_texts(name, read(name), size) for name in ("action_names", "action_units"))
         return cls(
@@ -141,7 +141,8 @@ class ActionSpace:
         """Check raw actions and convert them to a batch.
 
         The bounds are usually those of the training data. Actions may exceed them by the width of the bounds, or by 1,000
-        normalized units if that is more. In a direction without a bound, the limit is 10,000 normalized units.
+        normalized units if that is more. In a direction without a bound, they may lie up to 10,000 normalized units beyond the
+        offset, or beyond the other bound if it is farther.
 
         Args:
             actions: Actions (n, A) or (B, n, A): arrays, tensors or nested lists, raw units.
@@ -150,8 +151,8 @@ class ActionSpace:
             Actions (B, n, A), float32.
 
         Raises:
-            ValueError: If actions are empty, ragged, not numbers or not finite, do not have A components, or are far outside the
-                bounds.
+            ValueError: If actions are empty, ragged, not numbers or not finite, do not have one of these shapes, or are far outside
+                the bounds.
         """
         checked = prepare_actions(actions, len(self))
         limits = self._limits()
@@ -165,8 +166,8 @@ class ActionSpace:
             least, most = (least if math.isfinite(least) else lowest), (most if math.isfinite(most) else highest)
             raise ValueError(
                 f"`actions` must be near the bounds of this checkpoint, [{least:g}, {most:g}] for {self.names[component]!r}, got "
-                f"{checked[place].item():g} at index {place}; {lowest:g} to {highest:g} are accepted: check the units; "
-                "`action_space.clip(actions)` limits components that have bounds."
+                f"{checked[place].item():g} at index {place} of (B, n, A); {lowest:g} to {highest:g} are accepted: check the "
+                "units; `action_space.clip(actions)` limits components that have bounds."
             )
         return checked
 

@@ -102,7 +102,7 @@ def derive_actions(states: np.ndarray, derivation: str) -> np.ndarray:
         Actions (T - 1, A), float64. Row k leads from frame k to frame k + 1.
 
     Raises:
-        ValueError: If the derivation is unknown, or the states are not finite or have too few components.
+        ValueError: If the derivation is `"recorded"` or unknown, or the states are not a finite matrix with enough components.
     """
     states = np.asarray(states, dtype=np.float64)
     _check_derivation(derivation, states)
@@ -129,10 +129,10 @@ def integrate_actions(state: np.ndarray, actions: np.ndarray, derivation: str) -
         States (n + 1, S), float64, including the first one.
 
     Raises:
-        ValueError: If the derivation is unknown, or the state is not finite or has too few components.
+        ValueError: If the derivation is `"recorded"` or unknown, or the state is not a finite vector with enough components.
     """
     state, actions = np.asarray(state, dtype=np.float64), np.asarray(actions, dtype=np.float64)
-    _check_derivation(derivation, state[None])
+    _check_derivation(derivation, state[None], "state")
     if derivation == "absolute":
         return np.concatenate([state[None], actions])
     if derivation == "relative_planar":
@@ -146,15 +146,18 @@ def integrate_actions(state: np.ndarray, actions: np.ndarray, derivation: str) -
     return np.stack(states)
 
 
-def _check_derivation(derivation: str, states: np.ndarray) -> None:
+def _check_derivation(derivation: str, states: np.ndarray, name: str = "states") -> None:
     if derivation not in DERIVATIONS[1:]:
         raise ValueError(f"`derivation` must be one of {DERIVATIONS[1:]}, got {derivation!r}.")
     least = 6 if derivation in ("relative_euler", "relative_6d") else 1
     if states.ndim != 2 or states.shape[1] < least:
-        raise ValueError(f"`states` must be (T, {least} or more) for {derivation!r}, got {states.shape}.")
+        wanted, found = (
+            (f"({least} or more,)", states.shape[1:]) if name == "state" else (f"(T, {least} or more)", states.shape)
+        )
+        raise ValueError(f"`{name}` must be {wanted} for {derivation!r}, got {found}.")
     if not np.isfinite(states).all():
         frame = int(np.nonzero(~np.isfinite(states).all(axis=1))[0][0])
-        raise ValueError(f"`states` must be finite, got {states[frame].tolist()} at frame {frame}.")
+        raise ValueError(f"`{name}` must be finite, got {states[frame].tolist()} at frame {frame}.")
 
 
 def _rotations(states: np.ndarray) -> Rotation:

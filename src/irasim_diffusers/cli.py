@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 def _name_flags(message: str, flags: Mapping[str, Any]) -> str:
     """Replace arguments of the library and flags of the examples in an error by flags of the command.
 
-    Other names, and flags that were not passed, may be entries of a file.
+    Names without a flag, and names whose flag was not passed, are kept, because they may be entries of a file.
     """
 
     def flag(found: re.Match) -> str:

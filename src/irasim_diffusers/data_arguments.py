@@ -5,19 +5,26 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class DataArguments:
-    """Arguments that select the data, common to all training scripts; the help texts describe them."""
+    """Arguments that select the data; the help texts describe them.
+
+    The scripts `train.py`, `train_lora.py`, `train_vae.py` and `pusht/convolutional.py` share them.
+    """
 
     validation_dataset: str | None = field(
         default=None, metadata={"help": "dataset of held-out episodes, in any format of --dataset"}
     )
     cameras: list[str] = field(
         default_factory=list,
-        metadata={"help": "cameras, stacked vertically; left,right joins two horizontally (default: the only camera)"},
+        metadata={
+            "help": "cameras, stacked vertically; left,right joins two horizontally (default: the stored layout, the only camera, "
+            "or the column video of a table)"
+        },
     )
     split: str = field(
         default="train",
         metadata={
-            "help": "split of the dataset, or a part such as train[:90%%] (LeRobotDataset, table on the Hub or of Parquet files)"
+            "help": "split of the dataset, or a part such as train[:90%%] (not of an IRASim folder, a `save_to_disk` folder or a "
+            "streamed table)"
         },
     )
     validation_split: str = field(
@@ -32,8 +39,8 @@ class DataArguments:
     action_column: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "action columns of a LeRobotDataset or table, concatenated (default: action, or the only column with a similar "
-            "name)"
+            "help": "action columns of a LeRobotDataset or table, concatenated (default: action of a LeRobotDataset, actions of a "
+            "table, or the only column with a similar name)"
         },
     )
 

@@ -188,7 +188,7 @@ class DrivingSession:
         """Predict the next frames under a constant command; see `Steering.action` and `step`.
 
         Raises:
-            ValueError: If the command is invalid, `num_frames` is out of range, or `step` raises the error.
+            ValueError: If the command is invalid, `num_frames` is out of range, or the prediction is not finite.
         """
         if not 1 <= num_frames <= self.max_chunk:
             raise ValueError(f"`num_frames` must be in [1, {self.max_chunk}], got {num_frames}.")

@@ -32,15 +32,15 @@ COMPOSED = ("relative_planar", "relative_euler", "relative_6d")
 
 
 class WorldModelVectorEnv(VectorEnv):
-    """Vectorized environment backed by a world model; each step is one batched model call.
+    """Vectorized environment backed by a world model; a step is one model call per length of history.
 
     Row i with seed s shows the same episode as `WorldModelEnv` with seed s. The observation is a dict. `pixels` (H, W, 3),
     uint8, is the last frame. `agent_pos` (S,), float32, is the robot state, if it is available: `proprioception` predicts it from
     the frame, or it is composed from the start state and the actions if `starts` have states and the action derivation is one of
     `COMPOSED`. A commanded target is never reported as a state.
 
-    With the autoreset mode `DISABLED`, a finished row keeps its last observation and flags, with reward 0, until it is reset by
-    `reset(options={"reset_mask": mask})`. A step after all rows have finished raises an error.
+    With the autoreset mode `DISABLED`, a finished row keeps its last observation and flags, with reward 0, until it is reset, for
+    example by `reset(options={"reset_mask": mask})`. A step after all rows have finished raises an error.
 
     Args:
         model: A world model, such as `IRASimPipeline`.
@@ -121,12 +121,12 @@ class WorldModelVectorEnv(VectorEnv):
         Args:
             model: Folder or Hub id of a pipeline, or a world model.
             num_envs: Number of rows.
-            device: Device of the model; None for CUDA if available, else the CPU.
+            device: Device of a loaded pipeline; None for CUDA if available, else the CPU.
             options: Arguments of the class. They take precedence over the models stored with the pipeline.
 
         Raises:
-            ValueError: If the pipeline, a stored model or an argument is invalid.
-            OSError: If the pipeline is not found.
+            ValueError: If the pipeline, a stored model, the stored start frames or an argument is invalid.
+            OSError: If the pipeline or a file of a stored model is not found.
         """
         return cls(num_envs=num_envs, **load_world_model(model, device) | options)
 
@@ -169,10 +169,10 @@ class WorldModelVectorEnv(VectorEnv):
                 these rows, which are drawn by default: (rows, h, H, W, 3), or a list of `Start`s or frames.
 
         Returns:
-            Observations of all rows, and `{"is_success": ...}`.
+            Observations of all rows, and `{"is_success": ..., "_is_success": ...}`, both (num_envs,), bool.
 
         Raises:
-            ValueError: If an argument is invalid, or there are no frames to start from.
+            ValueError: If an argument, a start or the result of `success` is invalid, or there are no frames to start from.
         """
         options = options or {}
         rows = self._rows_to_reset(options.get("reset_mask"))
@@ -271,7 +271,8 @@ class WorldModelVectorEnv(VectorEnv):
             actions: Actions (num_envs, A) within the action space. Those of finished rows are ignored.
 
         Returns:
-            Observations, rewards (num_envs,), terminated, truncated, and `{"is_success": ...}`.
+            Observations, rewards (num_envs,), terminated, truncated, and the infos of `reset`; in the mode `SAME_STEP` also
+            `final_obs` and `final_info` of finished episodes.
 
         Raises:
             ValueError: If actions have the wrong shape, are not finite or are out of bounds, if a row has not been reset or all
@@ -424,7 +425,7 @@ class WorldModelVectorEnv(VectorEnv):
             values: The value, or a list with the same value for each row.
 
         Raises:
-            ValueError: If the values of the rows differ.
+            ValueError: If the values of the rows differ, or a list does not have one value per row.
         """
         rows = values if isinstance(values, list | tuple) else [values] * self.num_envs
         if len(rows) != self.num_envs or any(not np.array_equal(each, rows[0]) for each in rows):

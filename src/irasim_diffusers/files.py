@@ -22,7 +22,7 @@ except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)(?:-(?P<host>[0-9a-f]{8})-[0-9a-f]{8})?\.partial(?:\.[^.]+)?")
-"""Names of temporary files and folders, with the id of the writing process and (except early versions) a hash of the machine."""
+"""Names of temporary files and folders, with the id of the writing process and (except in early versions) a hash of the machine."""
 ABANDONED_AFTER = 24 * 3600
 """Seconds without a change after which the temporary file of another machine counts as abandoned."""
 

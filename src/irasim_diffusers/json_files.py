@@ -36,8 +36,8 @@ def parse_json(text: str, path: Path, line: int = 1, finite: bool = False) -> An
             digits.
 
     Raises:
-        ValueError: If the text is not JSON, a key occurs twice, or `finite` is True and a number is not finite. The message names
-            the file and the line; for a repeated key, such a number or too deep nesting, this is the first line of the text.
+        ValueError: If the text is not JSON or is nested too deeply, a key occurs twice, or `finite` rejects a number. The message
+            names the file and the line: the first line of the text for a repeated key, a rejected number or too deep nesting.
     """
     hooks: dict[str, Any] = (
         {"parse_float": _finite, "parse_int": _integer, "parse_constant": _finite} if finite else {}

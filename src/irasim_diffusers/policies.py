@@ -87,8 +87,7 @@ class ChunkPolicy:
         """
         if not self._queue:
             rows = num_rows(observation)
-            chunk = torch.as_tensor(self.function(observation))
-            chunk = check_chunk(chunk[:, None] if chunk.ndim == 2 else chunk, self.action_space, rows)
+            chunk = check_chunk(torch.as_tensor(self.function(observation)), self.action_space, rows)
             number = chunk.shape[1] if self.num_executed is None else self.num_executed
             if number > chunk.shape[1]:
                 raise ValueError(
@@ -185,7 +184,7 @@ class LeRobotPolicy:
         actions = self.policy.select_action(self._batch(observation))
         if self.postprocessor is not None:
             actions = self.postprocessor(actions)
-        return check_chunk(torch.as_tensor(actions)[:, None], self.action_space, rows)[:, 0]
+        return check_chunk(torch.as_tensor(actions), self.action_space, rows, single=True)[:, 0]
 
     def _batch(self, observation: Observation) -> dict[str, Any]:
         pixels = torch.as_tensor(observation["pixels"])
@@ -350,18 +349,16 @@ def num_rows(observation: Observation) -> int:
     return len(pixels)
 
 
-def check_chunk(chunk: torch.Tensor, space: ActionSpace, rows: int) -> torch.Tensor:
-    """Check the actions (B, n, A) of a policy and return them as float32.
+def check_chunk(actions: torch.Tensor, space: ActionSpace, rows: int, single: bool = False) -> torch.Tensor:
+    """Check the actions (B, A) of a policy, or (B, n, A) unless `single`; return (B, n, A), float32.
 
     Raises:
         ValueError: If the actions have the wrong shape, are not finite, or are far out of bounds.
     """
-    if chunk.ndim != 3 or len(chunk) != rows or chunk.shape[2] != len(space):
-        raise ValueError(
-            f"the policy must return actions ({rows}, {len(space)}) or a chunk ({rows}, n, {len(space)}), got "
-            f"{tuple(chunk.shape)}."
-        )
+    if actions.ndim not in ((2,) if single else (2, 3)) or len(actions) != rows or actions.shape[-1] != len(space):
+        chunk = "" if single else f" or a chunk ({rows}, n, {len(space)})"
+        raise ValueError(f"the policy must return actions ({rows}, {len(space)}){chunk}, got {tuple(actions.shape)}.")
     try:
-        return space.prepare(chunk)
+        return space.prepare(actions[:, None] if actions.ndim == 2 else actions)
     except ValueError as error:
         raise ValueError(f"the policy returned invalid actions: {error}") from error

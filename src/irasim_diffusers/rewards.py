@@ -80,6 +80,8 @@ class GoalImage:
 class GoalLatents:
     """Negative MSE between predicted latents and the latents of a goal image; no frame is decoded.
 
+    This reward is for planners only: environments pass frames.
+
     Args:
         model: The world model, which encodes the goal.
         goal: The goal image in any form that `model.start` accepts.

@@ -21,7 +21,7 @@ class RolloutState:
     Args:
         latents: Clean history (B, C, h, H, W), scaled latents.
         seeds: B non-negative seeds.
-        step: Frames predicted so far (B,), int64, on the CPU.
+        step: Number of frames predicted so far (B,), int64, on the CPU.
 
     Raises:
         ValueError: If the latents do not have 5 dimensions, the batch sizes differ, or a seed is negative.
@@ -194,6 +194,6 @@ def roll(
 
 
 def concatenate(states: list[RolloutState]) -> RolloutState:
-    """Concatenate the rows of several states."""
+    """Concatenate the rows of several states, whose latents have the same shape per row."""
     latents, steps = torch.cat([state.latents for state in states]), torch.cat([state.step for state in states])
     return RolloutState(latents, tuple(seed for state in states for seed in state.seeds), steps)

@@ -210,9 +210,11 @@ def _tensor(
     """Return the shape of a tensor after checking its layout and size against its storage."""
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, Storage) or len(shape) != len(stride) or {*map(type, numbers)} != {int}:
-        raise ValueError("it contains a tensor with an invalid storage, shape or stride")
+        raise ValueError("it contains a tensor with an invalid storage, offset, shape or stride")
     if min(numbers) < 0 or type(requires_grad) is not bool or hooks != {}:
-        raise ValueError("it contains a tensor with a negative size or stride, hooks or an invalid `requires_grad`")
+        raise ValueError(
+            "it contains a tensor with a negative offset, size or stride, with hooks or an invalid `requires_grad`"
+        )
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     if len(shape) > 8 or (0 not in shape and not (last < storage.numel and math.prod(shape) <= storage.numel)):
         raise ValueError(

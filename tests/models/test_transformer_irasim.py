@@ -150,7 +150,7 @@ def test_one_timestep_for_the_batch(transformer, inputs, shape):
         ({"action_offset": [0.0] * 4}, "`action_offset` must have .* got 4"),
         ({"action_names": ["x"]}, "`action_names` must have .* got 1"),
         ({"action_units": ["m"] * 2}, "`action_units` must have .* got 2"),
-        ({"action_low": [0.0, 2.0, None], "action_high": 1.0}, "`action_low` must not exceed .* 2.0 and 1.0 .* 1"),
+        ({"action_low": [0.0, 2.0, None], "action_high": 1.0}, "`action_low` must be at most .* 2.0 and 1.0 .* 1"),
         ({"prediction_type": "noise"}, "`prediction_type` must be one of epsilon, .* got 'noise'"),
         ({"beta_schedule": "cosine"}, "`beta_schedule` must be one of linear, .* got 'cosine'"),
         (

@@ -93,7 +93,7 @@ def test_card_describes_the_model(pipeline):
     text = write_model_card(pipeline, "lab/baseline").text
     assert "the U-Net of [Video Diffusion Models]" in text
     assert "U-Net of 8-16 channels, 2 heads; 0.0" in text
-    assert "from 2 frames of 8x12 pixels" in text
+    assert "from 2 frames of 8x12 pixels (height x width)" in text
     assert "5 frames, 2 of them history" in text
     assert 'frames = [load_image(f"frame-{k}.png") for k in range(2)]' in text
     assert "pipe(frames, actions)" in text

@@ -33,8 +33,8 @@ class IRASimEnvConfig(EnvConfig):
         task: Task description, for policies that read it.
         fps: Frames per second; replaced by those of the model when the environments are created.
         model: Folder or Hub id of a pipeline; the embedded Push-T model by default.
-        dataset: Folder or Hub id of a LeRobotDataset; episodes start from the first frames of its episodes. None for the starts
-            that are stored with the model.
+        dataset: Folder or Hub id of a LeRobotDataset; episodes start from the first frames of the episodes in its split `train`.
+            None for the starts that are stored with the model.
         num_history_frames: Number of history frames of a start from `dataset`.
         state_key: Key of the robot state in `dataset`, for actions that are motions derived from states; None for no states.
         episode_length: Steps after which an episode is truncated.

@@ -10,12 +10,18 @@ from scipy import stats
 
 
 def pearson(real: np.ndarray, model: np.ndarray) -> float:
-    """Pearson correlation of policy scores (P,); NaN if all scores of one environment are equal."""
+    """Pearson correlation of policy scores (P,); NaN if all scores of one environment are equal.
+
+    Arguments and errors are those of `mmrv`.
+    """
     return _correlation(stats.pearsonr, real, model)
 
 
 def spearman(real: np.ndarray, model: np.ndarray) -> float:
-    """Spearman rank correlation of policy scores (P,); NaN if all scores of one environment are equal."""
+    """Spearman rank correlation of policy scores (P,); NaN if all scores of one environment are equal.
+
+    Arguments and errors are those of `mmrv`.
+    """
     return _correlation(stats.spearmanr, real, model)
 
 

@@ -43,7 +43,7 @@ def load_lpips(backbone: str | None = None, device: str | torch.device = "cpu") 
         device: Device of the network.
 
     Raises:
-        ValueError: If the package or the weights are missing, or the weights do not match the network.
+        ValueError: If the package or the weights are missing, or the weights are damaged or do not match the network.
     """
     try:
         import lpips
@@ -54,7 +54,8 @@ def load_lpips(backbone: str | None = None, device: str | torch.device = "cpu") 
             return lpips.LPIPS(net="alex", verbose=False).to(device)
         except OSError as error:
             raise ValueError(
-                f"the weights of AlexNet cannot be downloaded ({error}): pass the file alexnet-owt-7be5be79.pth as `lpips`."
+                f"the weights of AlexNet cannot be downloaded ({error}): pass the file alexnet-owt-7be5be79.pth as `backbone` "
+                "(--lpips)."
             ) from error
     network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     # torchvision's names to those of the package, for example 3.weight to slice2.3.weight
@@ -76,7 +77,7 @@ def load_inception(weights: str, device: str | torch.device = "cpu") -> Callable
         A function from frames (T, H, W, 3), uint8, to features (T, 2048).
 
     Raises:
-        ValueError: If the package or the weights are missing, or the weights do not match the network.
+        ValueError: If the package or the weights are missing, or the weights are damaged or do not match the network.
     """
     path = find_weights(weights, "inception")
     try:

@@ -19,7 +19,7 @@ def frechet_distance(first: np.ndarray, second: np.ndarray, ddof: int = 1) -> fl
         The squared distance, at least 0, computed in float64.
 
     Raises:
-        ValueError: If the features have different sizes, are too few, or are not finite.
+        ValueError: If the features are not two matrices with the same D, are too few, or are not finite.
     """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
@@ -37,12 +37,18 @@ def frechet_distance(first: np.ndarray, second: np.ndarray, ddof: int = 1) -> fl
 
 
 def fid(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Compute FID as in pytorch-fid, from features (N, 2048) and (M, 2048) of `load_inception`."""
+    """Compute FID as in pytorch-fid, from features (N, 2048) and (M, 2048) of `load_inception`.
+
+    Errors are those of `frechet_distance`.
+    """
     return frechet_distance(prediction, truth, ddof=1)
 
 
 def fvd(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Compute FVD as in StyleGAN-V, from I3D features (N, 400) and (M, 400); see `load_i3d`."""
+    """Compute FVD as in StyleGAN-V, from I3D features (N, 400) and (M, 400) of `load_i3d`.
+
+    Errors are those of `frechet_distance`.
+    """
     return frechet_distance(prediction, truth, ddof=0)
 
 

@@ -233,7 +233,7 @@ def sensitivity_maps(predict: Predict, history: np.ndarray, actions: np.ndarray,
             standard deviation.
 
     Returns:
-        Maps (A, H, W) in [0, 1]: mean absolute change of a pixel per step, over frames and channels.
+        Maps (A, H, W) in [0, 0.5]: mean absolute change of a pixel per step, over frames and channels.
     """
     changes = np.diag(steps)[:, None]  # (A, 1, A)
     futures = _eight_bits(predict(history, np.concatenate([actions + changes, actions - changes])))

@@ -72,7 +72,11 @@ def frame_ssim(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def latent_l2(prediction: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference (...) of the scaled latents (..., C, T, h, w) of each clip, float64."""
+    """Mean squared difference (...) of the scaled latents (..., C, T, h, w) of each clip, float64.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
     _check_shapes(prediction, truth)
     return (prediction.double() - truth.double()).square().mean(dim=(-4, -3, -2, -1))
 

@@ -309,7 +309,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_units: Units of the components.
         action_low: Lower bound of the data or the robot, in raw units, one number or one per component; None if unknown.
         action_high: Upper bound; see `action_low`.
-        action_space: `"relative"` if zero is no motion, `"absolute"` if an action is a target position.
+        action_space: `"relative"` if an action is a motion, `"absolute"` if it is a target position.
         action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
         cameras: Names of the cameras as tiled in a frame: rows from top to bottom, each from left to right.
         fps: Frames per second of the data, if known.
@@ -562,10 +562,15 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             or actions.shape[1] > num_frames
             or fixed not in (None, actions.shape[1])
         ):
-            number = f"at most {num_frames}" if fixed is None else f"{fixed} (fixed for Video-Ada)"
+            number, remedy = f"at most {num_frames}", "pass one action per predicted frame of the window"
+            if fixed is not None:
+                number, remedy = (
+                    f"{fixed} (fixed for Video-Ada)",
+                    f"pass {fixed} actions, in a window of at least as many frames",
+                )
             raise ValueError(
                 f"`actions` must be (batch, {number}, {config.action_dim}), got {tuple(actions.shape)} for a window of "
-                f"{num_frames} frames: pass one action per predicted frame of the window."
+                f"{num_frames} frames: {remedy}."
             )
 
     def _embed_trajectory(self, actions: torch.Tensor) -> torch.Tensor:

@@ -189,7 +189,7 @@ class UNetTrajectoryModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin,
         action_units: Units of the components.
         action_low: Lower bound of the data or the robot, in raw units, one number or one per component; None if unknown.
         action_high: Upper bound; see `action_low`.
-        action_space: `"relative"` if zero is no motion, `"absolute"` if an action is a target position.
+        action_space: `"relative"` if an action is a motion, `"absolute"` if it is a target position.
         action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
         cameras: Names of the cameras as tiled in a frame: rows from top to bottom, each from left to right.
         fps: Frames per second of the data, if known.

@@ -100,9 +100,10 @@ def check_history(pixels: torch.Tensor, config: Any) -> None:
     """
     longest, given, is_exact = config.num_history_frames, pixels.shape[1], config.conditioning == "video"
     if given > longest:
+        wanted = "one history frame" if longest == 1 else f"{'' if is_exact else '1 to '}{longest} history frames"
         raise ValueError(
-            f"`frames` must contain {'' if is_exact else '1 to '}{longest} history frames for this checkpoint, got {given}: pass "
-            f"the last {longest} (a list of lists is a batch)."
+            f"`frames` must contain {wanted} for this checkpoint, got {given}: pass the last {longest} (a list of lists is a "
+            "batch)."
         )
     if is_exact and given != longest:
         raise ValueError(f"`frames` must contain {longest} history frames for Video-Ada and the U-Net, got {given}.")

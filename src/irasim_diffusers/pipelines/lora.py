@@ -35,11 +35,13 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
         If the file contains the action encoder and the null action, they replace those of the model until `unload_lora_weights`;
         the last loaded file takes precedence. `disable_lora`, `set_adapters` and `delete_adapters` affect the LoRA layers only.
-        A `.bin` file is read only if the path names it.
+        A `.bin` file is read only if the path or `weight_name` names it, or with `use_safetensors=False`.
 
         Raises:
-            ValueError: If LoRA layers or metadata are missing or invalid, the action encoder does not fit or cannot be replaced
-                (it is quantized or offloaded, or LoRA layers are fused), or there are other weights.
+            ValueError: If LoRA layers are missing or invalid, metadata is invalid or (for keys of PEFT) missing, the action encoder
+                does not fit or cannot be replaced (it is quantized or not in memory, or LoRA layers are fused), or there are other
+                weights.
+            OSError: If the file is not found.
         """
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, dict) or not str(source).endswith(".bin"):
@@ -55,8 +57,8 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         unknown = [key for key in encoder if not key.startswith(ACTION_ENCODER)]
         if unknown or not layers:
             raise ValueError(
-                "the file must contain LoRA layers of an IRASim transformer and may contain its action encoder, got other keys "
-                f"{unknown[:3]} and {len(layers)} LoRA tensors."
+                "the file must contain LoRA layers of the pipeline's transformer and may contain its action encoder, got other "
+                f"keys {unknown[:3]} and {len(layers)} LoRA tensors."
             )
         if encoder and self._is_fused():
             raise ValueError(

@@ -15,8 +15,8 @@ HOLD = {
 TEXT = """
 # {title}
 
-A world model of a robot: from {history} of {height}x{width} pixels and a sequence of actions, it predicts the next
-frames, one per action. The model is {method}. It is a diffusers pipeline of
+A world model of a robot: from {history} of {height}x{width} pixels (height x width) and a sequence of actions, it
+predicts the next frames, one per action. The model is {method}. It is a diffusers pipeline of
 irasim-diffusers. Install the package with `pip install .` in a clone of its repository.
 
 ```python
@@ -24,7 +24,7 @@ from diffusers.utils import load_image
 from irasim_diffusers import IRASimPipeline
 
 pipe = IRASimPipeline.from_pretrained("{repo_id}")
-{images}  # {width}x{height}
+{images}  # {width} pixels wide, {height} high
 actions = [{action}] * {num_actions}
 video = pipe({frames_name}, actions).frames[0]
 ```
@@ -98,9 +98,9 @@ def write_model_card(pipeline: Any, repo_id: str) -> ModelCard:
         parameters=sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e6,
         autoencoder="none; the model predicts pixels"
         if pipeline.vae is None
-        else f"{type(pipeline.vae).__name__}, {pipeline.vae_scale_factor} times smaller latents of {config.in_channels} channels",
+        else f"{type(pipeline.vae).__name__}, {config.in_channels} channels at 1/{pipeline.vae_scale_factor} of the frame size",
         frames=config.sample_frames,
-        num_history=longest if is_exact else f"at most {longest}",
+        num_history=longest if is_exact or longest == 1 else f"at most {longest}",
         fps="" if config.fps is None else f", {config.fps:g} frames per second",
         objective="rectified flow"
         if flow

@@ -141,7 +141,12 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load the config of a pipeline, after a check of its model files if they are local or downloaded."""
+        """Load the config of a pipeline, after a check of its model files if they are local or downloaded.
+
+        Raises:
+            ValueError: See `inputs.check_model_files`.
+            OSError: If the config is not found or damaged.
+        """
         inputs.check_model_files(Path(pretrained_model_name_or_path))
         return super().load_config(pretrained_model_name_or_path, **kwargs)
 
@@ -429,7 +434,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             The future (B, C, n, H, W), scaled latents, float32.
 
         Raises:
-            ValueError: If the scheduler does not accept `timesteps` or `sigmas`, both are given, or a timestep is too large.
+            ValueError: If the scheduler does not accept `timesteps` or `sigmas`, both are given, a timestep is too large, or the
+                shape of the actions is wrong.
         """
         schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # this factor depends on the timesteps
@@ -534,7 +540,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             callback_on_step_end_tensor_inputs: Names of the tensors for the callback: `["latents"]` (default) or an empty list.
 
         Returns:
-            The predicted frames of each trajectory, one per action; fewer if a callback interrupts the call.
+            The predicted frames of each trajectory, one per action. If a callback interrupts the call, the frames of the current
+            window are not fully denoised, and later frames are missing.
 
         Raises:
             ValueError: If an argument is invalid, before any computation; later, if the prediction is not finite or the
@@ -728,7 +735,11 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         return self.denoise_window(history, actions.to(history.device), noise, generator=generator, **sampling)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode scaled latents (B, C, n, h, w) to frames (B, n, 3, H, W) in [0, 1]."""
+        """Decode scaled latents (B, C, n, h, w) to frames (B, n, 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: If the autoencoder overflows in float16.
+        """
         return self.video_processor.postprocess_video(self.decode_latents(latents), "pt")
 
     def stream(
@@ -767,8 +778,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             An iterator over predicted frames, one per action.
 
         Raises:
-            ValueError: If an argument is invalid, immediately; if an action is invalid or a prediction is not finite, when the
-                chunk is predicted.
+            ValueError: If an argument is invalid, immediately; if an action is invalid, a prediction is not finite or the
+                autoencoder overflows in float16, when the chunk is predicted.
 
         Examples:
             ```py

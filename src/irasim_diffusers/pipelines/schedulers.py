@@ -84,7 +84,7 @@ def check_scheduler(scheduler: Any, config: Any) -> None:
     if alphas_cumprod is None or is_flow:
         raise ValueError(
             f"`scheduler` must have the checkpoint's noise process ({settings}), got {name} with a flow or continuous "
-            "process: use a scheduler with betas."
+            "process: use a scheduler with betas and without `use_flow_sigmas`."
         )
     if name == "DPMSolverSDEScheduler":
         raise ValueError(f"`scheduler` must draw its noise from the given generator, which {name} does not support.")

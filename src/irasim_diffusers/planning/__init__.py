@@ -4,8 +4,8 @@
     plan = CEM(horizon=15)(model, state, GoalImage(goal), init=hold_actions)
     robot.execute(plan.actions)
 
-Every planner has the signature `planner(model, state, objective, init=None) -> Plan`. Candidates are sampled in the normalized
-units of the action space, stay within its bounds, and are compared under the same noise.
+Every planner has the signature `planner(model, state, objective, init=None) -> Plan`. Candidates stay within the bounds of the
+action space and are compared under the same noise. `CEM` and `MPPI` sample them in normalized units.
 """
 
 from .planners import CEM, MPPI, Gradient, Rank, straight_lines

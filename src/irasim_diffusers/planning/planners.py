@@ -279,8 +279,10 @@ def straight_lines(
     require(valid, "components", f"one or more different indices in [0, {len(space) - 1}]", places)
     if space.has_targets and start is None:
         raise ValueError("`start` must be the current position (A,) for absolute targets, got None.")
-    held = torch.zeros(len(space)) if start is None else space.prepare([start])[0, 0]
-    held = space.hold(held)
+    try:
+        held = space.hold(torch.zeros(len(space)) if start is None else space.prepare([start])[0, 0])
+    except ValueError as error:
+        raise ValueError(f"`start` is invalid: {error}") from error
     directions = torch.randn(num_candidates, 1, len(places), generator=torch.Generator().manual_seed(seed))
     directions = directions / directions.norm(dim=-1, keepdim=True)
     steps = torch.arange(1, horizon + 1)[:, None] if space.has_targets else torch.ones(horizon, 1)

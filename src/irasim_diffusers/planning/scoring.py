@@ -208,7 +208,7 @@ def check_objective(model: WorldModel, state: RolloutState, objective: Objective
         )
     score = frame_scores(model, state.latents[:, :, -1:], objective)
     if not torch.isfinite(score).all():
-        raise ValueError(f"`objective` must be finite, got {score.item()} for the current frame.")
+        raise ValueError(f"`objective` must return finite scores, got {score.item()} for the current frame.")
 
 
 def require(valid: bool, name: str, wanted: str, found: Any) -> None:
