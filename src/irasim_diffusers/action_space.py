@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 KINDS = ("relative", "absolute")
 MARGIN = 1000.0
-"""Number of normalized units by which an action may exceed the bounds, if their width is smaller."""
+"""Number of normalized units by which an action may exceed the bounds, if their width is smaller or infinite."""
 UNBOUNDED_LIMIT = 1e4
 """Normalized units by which an action may lie beyond the offset, or the other bound if it is farther, where a bound is missing."""
 

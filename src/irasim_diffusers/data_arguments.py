@@ -60,7 +60,7 @@ class EpisodeArguments(DataArguments):
     )
     state_columns: list[str] = field(
         default_factory=list,
-        metadata={"help": "state columns of a LeRobotDataset (default: all) or a table (default: none)"},
+        metadata={"help": "state columns of a LeRobotDataset (default: all float ones) or a table (default: none)"},
     )
     action_derivation: str = field(
         default="recorded",

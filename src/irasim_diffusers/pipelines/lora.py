@@ -35,7 +35,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
         If the file contains the action encoder and the null action, they replace those of the model until `unload_lora_weights`;
         the last loaded file takes precedence. `disable_lora`, `set_adapters` and `delete_adapters` affect the LoRA layers only.
-        A `.bin` file is read only if the path or `weight_name` names it, or with `use_safetensors=False`.
+        A `.bin` file is read only if the path or `weight_name` names it, or `use_safetensors` is passed as False or None.
 
         Raises:
             ValueError: If LoRA layers are missing or invalid, metadata is invalid or (for keys of PEFT) missing, the action encoder

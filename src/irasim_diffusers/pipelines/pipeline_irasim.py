@@ -541,7 +541,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
         Returns:
             The predicted frames of each trajectory, one per action. If a callback interrupts the call, the frames of the current
-            window are not fully denoised, and later frames are missing.
+            window are denoised only up to this step, and later frames are missing.
 
         Raises:
             ValueError: If an argument is invalid, before any computation; later, if the prediction is not finite or the
