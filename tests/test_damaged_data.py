@@ -194,7 +194,7 @@ COLUMNS = [  # file, column, value of all rows (None drops the column), message
     (DATA, "action", pa.scalar([[1.0], [2.0], [3.0]]), "'action' must contain numbers, got list<"),
     (DATA, "action", pa.scalar(0.5), "'action' must be 3 numbers in every row, got lengths [1]"),
     (DATA, "action", pa.scalar([], pa.list_(pa.float32())), "must be 3 numbers in every row, got lengths [0]"),
-    (DATA, "action", pa.scalar(None, pa.list_(pa.float32())), "must be 3 numbers in every row, got lengths [None]"),
+    (DATA, "action", pa.scalar(None, pa.list_(pa.float32())), "must be 3 numbers in every row, got lengths [missing]"),
     (DATA, "action", pa.scalar({"x": 1.0}), "'action' must be 3 numbers in every row"),
     (DATA, "observation.state", pa.scalar("ab"), "'observation.state' must be 2 numbers in every row"),
     (DATA, "observation.state", pa.scalar([1e39, 0.0]), "'observation.state' must be finite in float32, got"),

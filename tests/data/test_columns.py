@@ -97,11 +97,13 @@ def test_ambiguous_or_missing_actions_name_the_flag(names, asked, message, tmp_p
         open_dataset(tmp_path, action_column=asked)
 
 
-def test_unselected_actions_do_not_replace_the_selected_ones(tmp_path):
+def test_unselected_actions_do_not_replace_the_selected_ones(tmp_path, caplog):
     write_folder(tmp_path / "set")
     source = LeRobotFolder(tmp_path / "set", action_column=["observation.state"])
     assert "action" in source.unread_features
     copy = write_lerobot(source, tmp_path / "copy")
+    assert "or that the selected actions replace, are omitted: " in caplog.text
+    assert "'action' (float32" in caplog.text
     for before, after in zip(source, copy, strict=True):
         assert np.array_equal(after.actions, before.actions)
 

@@ -171,7 +171,7 @@ def edit_vectors(key, value):
         (edit_episode(f"videos/{CAMERA}/from_timestamp", None), r"episode 1 of .*from_timestamp' is missing in 'meta"),
         (
             edit_episode(f"videos/{CAMERA}/to_timestamp", 1.0),
-            r"episode 1 of .* expected 9 frames, found 5 in .*000\.mp4",
+            r"episode 1 of .* expected 9 frames, found 5 in .*000\.mp4' according to 'meta/episodes': remove",
         ),
         (
             edit_episode(f"videos/{CAMERA}/file_index", float("nan")),
@@ -185,7 +185,7 @@ def edit_vectors(key, value):
         ),
         (
             edit_vectors("observation.state", None),
-            r"episode 1 of .*'observation.state' must be 2 numbers .* got lengths \[2, None\]",
+            r"episode 1 of .*'observation.state' must be 2 numbers .* got lengths \[2, missing\]",
         ),
         (
             lambda root: (root / "data/chunk-000/file-000.parquet").write_bytes(b"PAR1"),

@@ -32,7 +32,7 @@ def make_table(folder, episodes):
 def test_streamed_tables_require_a_length(tmp_path):
     table = make_table(tmp_path, [make_episode(0, 5)]).to_iterable_dataset()
     with pytest.raises(
-        ValueError, match="`length` and `origin` are required for an `IterableDataset`, got None and None"
+        ValueError, match="`length` and `origin` are required for an `IterableDataset`, got no length and origin"
     ):
         TableEpisodes(table)
     with pytest.raises(ValueError, match="the dataset has only 1 rows"):

@@ -1,4 +1,5 @@
 import functools
+import io
 import os
 import struct
 from pathlib import Path
@@ -185,6 +186,8 @@ def test_8_bit_pictures_are_converted_to_rgb(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"cannot read image .*broken\.png"):
         read_picture(tmp_path / "broken.png")
+    with pytest.raises(ValueError, match="cannot read image in the open file: its format is unknown"):
+        read_picture(io.BytesIO(b"nothing"))
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "gif", "tiff"])
@@ -205,6 +208,8 @@ def test_large_pictures_raise_before_they_are_decoded(tmp_path):
     PIL.Image.new("1", (10_000, 6_401)).save(tmp_path / "large.png")
     with pytest.raises(ValueError, match=r"at most 64 million pixels, got 10000x6401: resize it"):
         read_picture(tmp_path / "large.png")
+    with pytest.raises(ValueError, match=r"at most 0\.5 million pixels"):
+        read_picture(tmp_path / "large.png", max_pixels=500_000)
 
 
 def test_frames_at_uneven_times_are_numbered_in_their_order(frames, tmp_path):

@@ -17,7 +17,7 @@ from fork_server import fork_server
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.cli import _parser, main
 from irasim_diffusers.commands.evaluate import run as run_evaluate
-from irasim_diffusers.data import open_dataset, write_video
+from irasim_diffusers.data import PreparedEpisodes, open_dataset, write_video
 from irasim_diffusers.evaluation import (
     PROTOCOLS,
     ClipReader,
@@ -313,6 +313,16 @@ def test_frames_can_be_skipped_only_at_integer_ratios(workspace, fps, remedy):
         ValueError, match=f"frames per second of .* must be {fps} like the model's, got 10.0: {remedy}"
     ):
         PipelinePredictor(tiny_pipeline(fps=fps)).check_dataset(dataset)
+
+
+def test_remedy_for_derived_actions_depends_on_the_model(workspace):
+    dataset = PreparedEpisodes(open_dataset(workspace / "data", split="test"), composition="absolute")
+    for derivation, remedy in (
+        ("recorded", "recorded actions, or a dataset"),
+        ("relative_planar", "--action-derivation"),
+    ):
+        with pytest.raises(ValueError, match=f"must be {derivation} like the model's, got absolute: use {remedy}"):
+            PipelinePredictor(tiny_pipeline(action_derivation=derivation)).check_dataset(dataset)
 
 
 BAD = [

@@ -13,6 +13,8 @@ def test_folder_belongs_to_the_settings_of_its_first_result(tmp_path):
     check_result_folder(folder, setting, "results")
     with pytest.raises(ValueError, match="contains an evaluation with other settings: model was 'a', now 'b': choose"):
         check_result_folder(folder, setting | {"model": "b"}, "results", write=True)
+    with pytest.raises(ValueError, match="other settings: steps was not set, now 4: choose"):
+        check_result_folder(folder, setting | {"steps": 4}, "results", write=True)
     for content in ("", "[]", '{"model": NaN}'):
         (folder / "setting.json").write_text(content)
         with pytest.raises(

@@ -60,7 +60,7 @@ def _matching_columns(source: EpisodeSource, key: str, vectors: dict[str, np.nda
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the median correlation of two series (T, A) over the components that change; 0 if none does."""
+    """Return the median correlation of two series (T, A) over components that change in both; else 0."""
     first, second = first - first.mean(0), second - second.mean(0)
     scales = np.sqrt((first**2).sum(0) * (second**2).sum(0))
     moving = scales > 1e-9

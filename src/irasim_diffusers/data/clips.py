@@ -15,6 +15,9 @@ from torch.utils.data import Dataset
 from ..json_files import read_json_object
 from .episode import EpisodeSource
 
+SHORTER = "shorten the windows (`sample_frames`, `frame_skip`; in the training scripts also `rollout_chunks`)"
+"""Remedy for episodes that are shorter than a window."""
+
 
 def standardised_states(
     datasets: Sequence[EpisodeSource],
@@ -116,12 +119,12 @@ class LatentClips(Dataset):
         self.short = [number for number, length in lengths.items() if length < self.span]
         window = f"window of {sample_frames} frames" + (f" with `frame_skip` {frame_skip}" if frame_skip > 1 else "")
         if len(self.short) == len(lengths):
-            raise ValueError(f"no episode of {str(folder)!r} is as long as a {window}: use a smaller `sample_frames`.")
+            raise ValueError(f"no episode of {str(folder)!r} is as long as a {window}: {SHORTER}.")
         if self.short and not skip_short:
             raise ValueError(
                 f"episodes of {str(folder)!r} must be at least as long as a {window}, but {len(self.short)} of {len(lengths)} are "
-                f"shorter, for example episode {self.short[0]} with {lengths[self.short[0]]} frames: use a smaller "
-                "`sample_frames`, or skip these episodes with `skip_short` (--skip_broken)."
+                f"shorter, for example episode {self.short[0]} with {lengths[self.short[0]]} frames: {SHORTER}, or skip these "
+                "episodes with `skip_short` (--skip_broken)."
             )
         for number in self.short:
             del self.episodes[number]
@@ -286,8 +289,8 @@ def action_normalisation(actions: torch.Tensor, kind: str = "std") -> tuple[list
             is robust to outliers.
 
     Returns:
-        Offset and scale per component. The scale is 1 if the standard deviation or half the distance of the quantiles is at most
-        1e-6, for example for a constant component.
+        Offset and scale per component. The scale is 1 if the standard deviation or half the distance between the quantiles is at
+        most 1e-6, for example for a constant component.
 
     Raises:
         ValueError: If the kind is unknown, or actions are empty or not finite.

@@ -87,7 +87,8 @@ def finite_vector(values: Any, key: str, place: str = "") -> np.ndarray:
         place: The file, for error messages.
 
     Raises:
-        ValueError: If rows differ in length, or a value is missing, is not a number, or is not finite in float32.
+        ValueError: If there is only a single number, rows differ in length, or a value is missing, is not a number, or is not
+            finite in float32.
     """
     where = f"{place!r}: " if place else ""
     try:
@@ -99,7 +100,9 @@ def finite_vector(values: Any, key: str, place: str = "") -> np.ndarray:
         with np.errstate(over="ignore"):
             result = array.astype(np.float32)
     except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{where}{key!r} must be numbers in rows of equal length: {error}.") from error
+        raise ValueError(
+            f"{where}{key!r} must be numbers in rows of equal length: {str(error).rstrip('.')}."
+        ) from error
     finite = np.isfinite(result).reshape(len(result), -1).all(axis=1)
     if not finite.all():
         frame = int(np.argmin(finite))

@@ -23,7 +23,7 @@ class Episode:
 
     frames: np.ndarray  # (T, H, W, 3), uint8 RGB
     actions: np.ndarray  # (T, A), float32, units of the dataset
-    states: dict[str, np.ndarray] = field(default_factory=dict)  # key -> (T, S), float32
+    states: dict[str, np.ndarray] = field(default_factory=dict)  # key -> (T, S), float32; others in `write_file`
     task: str = ""
 
     def __len__(self) -> int:
@@ -111,8 +111,9 @@ def window_slice(start: int, length: int | None, frames: int) -> slice:
     """
     stop = frames if length is None else start + length
     if not 0 <= start < stop <= frames:
+        shown = "" if length is None else f", `length` {length}"
         raise ValueError(
-            f"a window must be within the {frames} frames of its episode and not empty, got `start` {start}, `length` {length}."
+            f"a window must be within the {frames} frames of its episode and not empty, got `start` {start}{shown}."
         )
     return slice(start, stop)
 
@@ -120,7 +121,8 @@ def window_slice(start: int, length: int | None, frames: int) -> slice:
 def check_mixture(sources: Sequence[EpisodeSource]) -> None:
     """Check that datasets can be mixed, apart from array shapes, which are checked later.
 
-    The cameras of datasets with a single camera may have different names. A padding component matches any component.
+    The cameras of datasets with a single camera may have different names. A padding component matches any component, and
+    unknown component names match any names.
 
     Raises:
         ValueError: If frame rates, cameras, names of the action components or action derivations differ; the message names two
@@ -165,7 +167,9 @@ def first_task(tasks: Any) -> str:
     """
     task = "" if not tasks else tasks if isinstance(tasks, str) else tasks[0] if isinstance(tasks, list) else tasks
     if not isinstance(task, str):
-        raise ValueError(f"the task must be a string, got {task!r}: fix the metadata, or set it to an empty string.")
+        raise ValueError(
+            f"the task must be a string, got {task!r:.60}: fix the metadata, or set it to an empty string."
+        )
     return task
 
 

@@ -124,8 +124,8 @@ class IRASimFolder(InOrder):
         """Read one episode.
 
         Raises:
-            ValueError: If a file is missing or unreadable, a number is missing or not finite, the task is not a string, the numbers
-                of frames and actions disagree, or the images of the cameras cannot be tiled.
+            ValueError: If a file is missing, unreadable or outside the folder, an entry or a number of the annotation is missing or
+                invalid, the numbers of frames and actions disagree, or the images of the cameras cannot be tiled.
         """
         return self._read(number, None)
 

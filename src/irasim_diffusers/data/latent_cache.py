@@ -30,7 +30,7 @@ FORMAT = 1
 """Version of the cached values; increment it whenever decoding, tiling or resizing changes."""
 
 FRAMES_AT_ONCE = 256
-"""Maximum number of frames decoded at a time."""
+"""Maximum number of frames decoded at a time, unless `batch_size` is larger."""
 
 
 def cache_latents(
@@ -58,7 +58,7 @@ def cache_latents(
         cache_dir: Parent folder of the cache, whose name depends on the dataset, the autoencoder and the options of its content.
         batch_size: Number of frames per call of the autoencoder.
         mixed_precision: Encode under bfloat16 autocast.
-        skip_broken: Skip episodes that cannot be read and list them in the manifest, instead of raising an error.
+        skip_broken: Skip episodes that cannot be read or have no finite latents, and list them in the manifest.
         recorded: Use the latents that are stored with the videos (`IRASimFolder`), scaled by the factor of `vae`.
         episodes_per_file: Number of episodes per file. A file is the unit of work of a process and of an interrupted run.
         process_index: Index of this process.
@@ -71,8 +71,8 @@ def cache_latents(
         lists the files and the errors of broken episodes.
 
     Raises:
-        ValueError: If an argument is invalid, an episode is broken and `skip_broken` is False (also if an earlier run skipped
-            it), or no episode can be read.
+        ValueError: If an argument is invalid, an episode cannot be read or has no finite latents and `skip_broken` is False (also
+            if an earlier run skipped it), or no episode is left.
     """
     _check_arguments(vae, recorded, batch_size, episodes_per_file, process_index, num_processes)
     identity = _identity(dataset, vae, recorded, mixed_precision, episodes_per_file)

@@ -209,7 +209,7 @@ class LeRobotFolder(InOrder):
 
     @property
     def files(self) -> list[Path]:
-        """Files that are read for these episodes and cameras, except `info.json`."""
+        """Files that are read for these episodes and cameras, except `info.json` and separate image files."""
         keys = [key for row in self.cameras for key in row if self._features[key]["dtype"] == "video"]
         files = set(self._episode_files)
         for row in self.rows:
@@ -283,8 +283,8 @@ class LeRobotFolder(InOrder):
         """Read one episode; only its part of the videos is decoded.
 
         Raises:
-            ValueError: If a file or image is missing or unreadable, a video or the table has the wrong length, a vector is missing,
-                a vector or timestamp is invalid, the task is not a string, or the images of the cameras cannot be tiled.
+            ValueError: If a file, an image, a vector or a metadata entry is missing or invalid, a video or the table has the wrong
+                length, a timestamp is invalid, the task is not a string, or the images of the cameras cannot be tiled.
         """
         return self.window(number, 0)
 
@@ -315,7 +315,7 @@ class LeRobotFolder(InOrder):
         """Read `action` and the states (T, D) of one episode, float32.
 
         Raises:
-            ValueError: If the file is unreadable or has the wrong number of rows, or a vector is missing, invalid or not finite.
+            ValueError: If a vector or metadata is missing or invalid, or the file is unreadable or has the wrong number of rows.
         """
         row = self.rows[number]
         try:
@@ -335,7 +335,7 @@ class LeRobotFolder(InOrder):
         """Read features (T, D) that are neither actions nor states, such as `next.done`, as recorded.
 
         Raises:
-            ValueError: If the file is unreadable, or a value is missing or NaN, or does not have the type in `info.json`.
+            ValueError: If the file is unreadable, or a value is missing or NaN, or does not have the type or shape in `info.json`.
         """
         row = self.rows[number]
         try:
@@ -375,8 +375,8 @@ class LeRobotFolder(InOrder):
             first, found = round(begin * self.fps), round((end - begin) * self.fps)
             if found < length:
                 raise ValueError(
-                    f"expected {length} frames, found {found} in {str(self._path(row, key))!r}: remove the episode, or "
-                    "record it again."
+                    f"expected {length} frames, found {found} in {str(self._path(row, key))!r} according to 'meta/episodes': "
+                    "remove the episode, or record it again."
                 )
             if found <= numbers[-1]:
                 raise ValueError(
@@ -429,12 +429,12 @@ class LeRobotFolder(InOrder):
     def _values(self, row: dict[str, Any], key: str, column: pa.ChunkedArray) -> np.ndarray:
         """Convert a column of numbers, or of lists with the length given in `info.json`, to (T, D)."""
         array, path, width = column.combine_chunks(), str(self._path(row)), self._width(key)
-        lists = any(
-            check(array.type) for check in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-        )
+        kinds = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
+        lists = any(check(array.type) for check in kinds)
         widths = pc.unique(pc.list_value_length(array)).to_pylist() if lists else [1]
         if width is not None and widths != [width]:
-            raise ValueError(f"{path!r}: {key!r} must be {width} numbers in every row, got lengths {widths}.")
+            found = str(widths).replace("None", "missing")
+            raise ValueError(f"{path!r}: {key!r} must be {width} numbers in every row, got lengths {found}.")
         array = array.flatten() if lists else array
         if width is not None:
             _check_numbers(array.type, key, path)

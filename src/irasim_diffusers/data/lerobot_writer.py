@@ -52,7 +52,7 @@ def write_file(
         root: The folder of the dataset.
         file_index: Index of the file.
         episodes: Episodes of the file. Only one is in memory at a time if the iterable reads them on demand. Bool, integer and
-            string states keep their type; all other states become float32.
+            string (dtype object) states keep their type; all other states become float32.
         fps: Frames per second.
         camera: Feature key of the frames, for example `observation.image`; or the regions of several cameras in the frames,
             which are written as separate features.
@@ -62,7 +62,7 @@ def write_file(
         first_frame: Index of the file's first frame in the dataset.
 
     Raises:
-        ValueError: If the task of an episode is not in `tasks`, frames differ in size, or vectors do not have one row per frame.
+        ValueError: If a task is missing in `tasks`, frames or vectors differ in size, or vectors do not have one row per frame.
     """
     root = Path(root)
     regions = _regions(camera)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -28,7 +27,7 @@ def read_picture(
 
     Args:
         source: Path of the image, or an open binary file.
-        name: Name in error messages (default: the path).
+        name: Name in error messages (default: the path, or "in the open file" for an open file).
         formats: Pillow formats that are accepted; None for all.
         max_pixels: Maximum number of pixels, checked before decoding.
 
@@ -39,7 +38,8 @@ def read_picture(
         ValueError: If the file is missing or damaged, is not an image of `formats`, has too many pixels, is animated, or has a mode
             that is not in `MODES`, such as depth with 16 bits.
     """
-    name = repr(os.fspath(source) if isinstance(source, str | Path) else "") if name is None else name
+    if name is None:
+        name = repr(os.fspath(source)) if isinstance(source, str | os.PathLike) else "in the open file"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # `_problem` has a lower limit
@@ -58,7 +58,7 @@ def _problem(image: PIL.Image.Image, max_pixels: int) -> str | None:
     """Return why an open image cannot be used, or None."""
     if image.width * image.height > max_pixels:
         size = f"{image.width}x{image.height}"
-        return f"must have at most {max_pixels // 10**6} million pixels, got {size}: resize it."
+        return f"must have at most {max_pixels / 1e6:g} million pixels, got {size}: resize it."
     if image.mode not in MODES:
         return f"has mode {image.mode!r}; 8-bit RGB or grayscale is required: convert depth to 8 bits, or select another camera."
     frames = getattr(image, "n_frames", 1)

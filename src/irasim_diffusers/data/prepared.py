@@ -86,8 +86,8 @@ class PreparedEpisodes(InOrder):
         states = sorted(set(first_readable(self.source, self.source.vectors)) - {"action"})
         if not states:
             raise ValueError(
-                f"`derivation` (--action_derivation) {self.derivation!r} requires states, but none of {self.source.name!r} is read: "
-                "select columns of a table or LeRobotDataset with --state_columns, or use recorded actions."
+                f"`derivation` (--action_derivation) {self.derivation!r} requires states, but none of {self.source.name!r} is "
+                "read: select columns of a table or LeRobotDataset with --state_columns, or use recorded actions."
             )
         key = self.state_key or (states[0] if len(states) == 1 else None)
         if key not in states:

@@ -33,8 +33,8 @@ SOURCE_FILE = ".irasim-source.json"
 DERIVATION_TEXTS = {
     "recorded": "as recorded; their relation to the states is unknown",
     "relative_euler": "motions in the frame of the previous pose: translation, and extrinsic xyz Euler angles of the rotation",
-    "relative_6d": "motions in the frame of the previous pose: translation, and two columns of the rotation matrix",
-    "relative_planar": "differences of successive states",
+    "relative_6d": "motions in the frame of the previous pose: translation, and the first two columns of the rotation matrix",
+    "relative_planar": "differences between successive states",
     "absolute": "absolute targets: the next state",
 }
 CARD = """
@@ -80,16 +80,17 @@ def write_lerobot(
         root: The folder to write.
         robot_type: Name of the robot.
         camera: Feature key of the images of a single camera, or of tiled images that have been resized.
-        skip_broken: Skip episodes that cannot be read.
-        on_episode: Function that is called with the index of each episode and the reason why it is skipped, or None.
+        skip_broken: Skip episodes that cannot be read, or whose frames differ in size from those of the first episode.
+        on_episode: Function that is called with the index of each episode and the reason why it is skipped, or None. It is
+            always None for episodes in files of an earlier run.
 
     Returns:
         The folder, with the camera layout of the source.
 
     Raises:
         ValueError: If the source has no valid frame rate, another process writes the folder, the folder contains anything else,
-            none of the first 20 episodes can be read, an episode is broken and `skip_broken` is False, or the image of one of
-            several cameras changes its size.
+            none of the first 20 episodes can be read, an episode is broken or has another frame size and `skip_broken` is False, or
+            the image of one of several cameras changes its size.
     """
     fps, root = _frame_rate(source), Path(root)
     is_new = not root.exists()
@@ -203,7 +204,10 @@ def _report_unread(source: Any) -> None:
     unread = {key: source.info["features"][key] for key in getattr(source, "unread_features", ())}
     if unread:
         found = ", ".join(f"{key!r} ({one['dtype']}, shape {one.get('shape')})" for key, one in unread.items())
-        logger.warning(f"{source.name!r}: features that are not vectors, strings or images are omitted: {found}.")
+        logger.warning(
+            f"{source.name!r}: features that are not vectors, strings or images, or that the selected actions replace, are "
+            f"omitted: {found}."
+        )
 
 
 def _camera_regions(source: EpisodeSource, camera: str, frame_size: tuple[int, int]) -> str | Regions:
@@ -277,7 +281,7 @@ def write_dataset_card(folder: LeRobotFolder, repo_id: str) -> None:
     """Write the dataset card, README.md, from the metadata of a LeRobotDataset.
 
     Args:
-        folder: The dataset.
+        folder: The dataset, as returned by `write_lerobot`.
         repo_id: Name of the dataset on the Hub, or of the folder.
     """
     features = folder.info["features"]
@@ -315,7 +319,7 @@ def write_dataset_card(folder: LeRobotFolder, repo_id: str) -> None:
 
 
 def publish_lerobot(folder: LeRobotFolder, repo_id: str) -> None:
-    """Upload a LeRobotDataset with the version tag that LeRobot requires."""
+    """Upload a LeRobotDataset v3.0 with the version tag that LeRobot requires."""
     hub = HfApi()
     hub.create_repo(repo_id, repo_type="dataset", exist_ok=True)
     hub.upload_folder(

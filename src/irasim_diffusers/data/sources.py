@@ -58,8 +58,8 @@ def open_dataset(
 
     Raises:
         ValueError: If `name` is neither a folder nor a Hub id, the folder contains no dataset, the dataset is invalid,
-            `max_episodes` is less than 1, a camera, split or column does not exist or is ambiguous, columns are given for the IRASim
-            format, or `max_episodes` is None for a streamed table that does not declare its number of rows.
+            `max_episodes` is less than 1, a camera, split or column does not exist or is ambiguous, columns are given for the
+            IRASim format, or `max_episodes` is None for a streamed table that does not declare its number of rows.
         OSError: If a Hub repository cannot be accessed or downloaded.
     """
     if max_episodes is not None and max_episodes < 1:

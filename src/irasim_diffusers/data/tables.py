@@ -67,9 +67,8 @@ class TableEpisodes(InOrder):
     def __post_init__(self) -> None:
         dataset, layout = self.dataset, camera_layout(self.cameras)
         if self._streams and (self.length is None or self.origin is None):
-            raise ValueError(
-                f"`length` and `origin` are required for an `IterableDataset`, got {self.length!r} and {self.origin!r}."
-            )
+            missing = " and ".join(name for name in ("length", "origin") if getattr(self, name) is None)
+            raise ValueError(f"`length` and `origin` are required for an `IterableDataset`, got no {missing}.")
         if dataset.column_names is None:  # the card of a streamed table does not declare its columns
             dataset = dataset._resolve_features()
         names, known = [name for row in layout for name in row], dataset.column_names

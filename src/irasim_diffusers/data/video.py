@@ -28,7 +28,7 @@ def read_video(path: VideoFile, name: str | None = None) -> np.ndarray:
 
     Args:
         path: Path of the video, or an open binary file, in any format that FFmpeg reads.
-        name: Name in error messages (default: the path).
+        name: Name in error messages (default: the path, or "the video" for an open file).
 
     Returns:
         Frames (T, H, W, 3), uint8 RGB.
@@ -71,7 +71,7 @@ def read_frames(
         fps: Frame rate that determines the index of a frame from its time. None numbers the frames in display order; the whole
             file is then read, but not decoded.
         whole: Whether the video must end after these frames.
-        name: Name in error messages (default: the path).
+        name: Name in error messages (default: the path, or "the video" for an open file).
 
     Returns:
         Frames (count, H, W, 3), uint8 RGB.

@@ -46,8 +46,8 @@ class PolicyEvaluation:
             with missing episodes is loaded and called once before the first episode.
         real: The real environment: a Gymnasium vector environment (autoreset mode not `SameStep`) with observations
             `pixels` (B, H, W, 3), uint8, and usually `agent_pos`. Without `is_success` in `info`, termination counts as success.
-        model: The environment of the world model (autoreset mode `Disabled`, or `NextStep` with `starts`), with as many rows and
-            at least `max_episode_steps` steps per episode. An episode starts from the first real frame and state of the same seed.
+        model: The environment of the world model (autoreset mode `Disabled`, or `NextStep` with `starts`), with as many rows as
+            `real` and at least `max_episode_steps` steps. An episode starts from the first real frame and state of the same seed.
         output: Folder of the report and of the episodes.
         seeds: Seeds of the episodes, held out from the training data.
         max_episode_steps: Steps after which an episode ends in both environments.
@@ -92,7 +92,7 @@ def evaluate_policies(evaluation: PolicyEvaluation) -> dict[str, Any]:
         The report, as in `report.json`; empty in all processes but the main one.
 
     Raises:
-        ValueError: If an argument is invalid, matplotlib is missing, a policy or episode fails, or `output` contains other files.
+        ValueError: If an argument is invalid, a package is missing, a policy or episode fails, or `output` has other content.
     """
     state, output = PartialState(), Path(evaluation.output)
     _check(evaluation)
@@ -172,8 +172,9 @@ def run_episodes(
         if len(invalid):
             raise ValueError(f"the policy must return finite actions, got {actions[invalid[0]]} at step {step}.")
         observation, reward, terminated, truncated, info = environment.step(actions)
-        if not np.isfinite(reward[running]).all():
-            raise ValueError(f"the environment must return finite rewards, got {reward} at step {step}.")
+        invalid = np.nonzero(~np.isfinite(reward) & running)[0]
+        if len(invalid):
+            raise ValueError(f"the environment must return finite rewards, got {reward[invalid[0]]} at step {step}.")
         ended = terminated | truncated
         score[running] = np.maximum(score, reward)[running]
         success[running] = _successes(info, terminated)[running]
@@ -258,8 +259,8 @@ def _check(evaluation: PolicyEvaluation) -> None:
     if not keys[0] <= keys[1]:
         raise ValueError(
             f"the observations of `model` must contain {', '.join(sorted(keys[0]))}, like those of `real`, got "
-            f"{', '.join(sorted(keys[1]))}: `agent_pos` requires a proprioception model or `starts` with states; "
-            "remove other observations from `real`."
+            f"{', '.join(sorted(keys[1]))}: `agent_pos` requires a proprioception model, or `starts` with states "
+            "and motions of known derivation; remove other observations from `real`."
         )
     if spaces[0]["pixels"].shape != spaces[1]["pixels"].shape:
         raise ValueError(
@@ -432,8 +433,8 @@ def policies_markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Policy evaluation",
         "",
-        f"All policies use the same {report['num_seeds']} seeds in both environments. Intervals are 95 % bootstrap intervals over "
-        "seeds. The score of an episode is its largest reward.",
+        f"All policies use the same {report['num_seeds']} seeds in both environments. Values are means over the seeds with 95 % "
+        "bootstrap intervals. The score of an episode is its largest reward.",
         "",
         "| policy | success, real | success, model | score, real | score, model | same outcome |",
         "|---|---|---|---|---|---|",
@@ -445,7 +446,7 @@ def policies_markdown(report: dict[str, Any]) -> str:
     if "agreement" in report:
         lines += [
             "",
-            f"Agreement over {len(report['policies'])} policies:",
+            f"Agreement of the two environments in the means of {len(report['policies'])} policies:",
             "",
             "| metric | success | score |",
             "|---|---|---|",

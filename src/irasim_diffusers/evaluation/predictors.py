@@ -150,20 +150,24 @@ class WorldModelPredictor:
         """Check that a dataset matches the data that the model was trained on; other cameras cause a warning.
 
         Raises:
-            ValueError: If the number of action components, their derivation or the frame rate differs, or no episode can be read.
+            ValueError: If the number of action components, their derivation or the known frame rates differ, or no episode can be
+                read.
         """
         dim = first_readable(dataset, dataset.vectors)["action"].shape[1]
         derivation = getattr(dataset, "action_derivation", "recorded")
         space = self.model.action_space
         fps = self.model.fps or dataset.fps
         padding = "--pad-actions-to" if dim < len(space) else "a dataset or model with the same actions"
+        derived = "--action-derivation or --action-composition"
+        if space.derivation == "recorded":
+            derived = "recorded actions, or a dataset or model with the same actions"
         try:
             skipping = f"--frame-skip {frame_skip_for(dataset.fps, fps)}" if fps else "--fps"
         except ValueError:  # frames can be skipped only if the ratio is an integer
             skipping = "a dataset or model with the same frame rate"
         for name, wanted, found, flags in (
             ("action components", len(space), dim, padding),
-            ("action derivation", space.derivation, derivation, "--action-derivation or --action-composition"),
+            ("action derivation", space.derivation, derivation, derived),
             ("frames per second", fps, dataset.fps or fps, skipping),
         ):
             if wanted != found:
@@ -420,7 +424,8 @@ def _npz_header(path: Path, data: ClipData) -> tuple[tuple[int, ...], np.dtype]:
         (limit, code, wanted), (shape, kind) = others[name], found[name]
         if kind.kind != code or math.prod(shape) * kind.itemsize > limit:
             raise ValueError(
-                f"`{name.removesuffix('.npy')}` in {str(path)!r} must be {wanted} of at most {limit} bytes, got shape {shape} and type {kind}."
+                f"`{name.removesuffix('.npy')}` in {str(path)!r} must be {wanted} of at most {limit} bytes, got shape {shape} "
+                f"and type {kind}."
             )
     return found["frames.npy"]
 

@@ -120,9 +120,9 @@ def markdown(report: dict[str, Any]) -> str:
     parts = [
         f"# {report['setting'].get('predictions') or report['setting'].get('model', 'Predictions')} on "
         f"{report['setting'].get('dataset', 'clips')}",
-        f"Protocol {report['protocol']['name']}: {report['protocol']['text']}. {report['n']} clips. Means with bootstrap 95 % "
-        "intervals over clips. The history is never scored. The ground truth consists of recorded frames, not of reconstructions by "
-        "the autoencoder.",
+        f"Protocol {report['protocol']['name']}: {report['protocol']['text']}. {report['n']} clips. Means over clips "
+        "with bootstrap 95 % intervals; n is the number of clips (for FID, of frames). The history is never scored. The ground "
+        "truth consists of recorded frames, not of reconstructions by the autoencoder.",
         _table(report),
     ]
     if report["published"]:
@@ -215,7 +215,7 @@ def _faithfulness_text(found: dict[str, Any]) -> str:
     )
     maps = (
         "![sensitivity](sensitivity.png)\n\nSensitivity: mean absolute pixel change (0 to 255) per standard deviation of one "
-        "action component."
+        f"action component, averaged over {found['sensitivity']['n']} clips."
     )
     return "\n\n".join([f"**{found['verdict']['text']}**", table, explanation, maps])
 

@@ -61,7 +61,7 @@ def check_result_folder(
         differing = [name for name in setting if found.get(name) != setting[name]]
         if differing:
             changes = ", ".join(
-                f"{name} was {found.get(name)!r:.80}, now {setting[name]!r:.80}" for name in differing[:3]
+                f"{name} was {_shown(found.get(name))}, now {_shown(setting[name])}" for name in differing[:3]
             )
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise ValueError(
@@ -72,6 +72,10 @@ def check_result_folder(
         write_text(path, json.dumps(setting, indent=2))
     else:
         check_new_folder(folder, {"setting.json", results, *own})
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else f"{value!r:.80}"
 
 
 def read_result(path: Path, types: dict[str, type]) -> dict[str, Any] | None:

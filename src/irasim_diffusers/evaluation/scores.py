@@ -50,8 +50,8 @@ def score_clip(
         frames is finite: as if one value differed by one gray level.
 
     Raises:
-        ValueError: If frames or latents of prediction and truth differ in shape, or if `protocol.as_released` is set and the
-            sides of the frames are not divisible by 16.
+        ValueError: If frames or latents of prediction and truth differ in shape, a side of the frames is less than 7 pixels, or
+            `protocol.as_released` is set and the sides are not divisible by 16.
     """
     repeated = np.broadcast_to(data.history[-1], data.truth.shape)
     figures = _compare(data, prediction.frames, protocol) | {"last_frame": _compare(data, repeated, protocol)}
