@@ -192,7 +192,11 @@ class IRASimFolder(InOrder):
             raise ValueError(f"{str(self.files[number])!r}: {error}") from error
 
     def component_names(self, key: str) -> list[str] | None:
-        """Names of the components: x and y, or position, Euler angles and gripper; None if unknown."""
+        """Names of the components: x and y, or position, Euler angles and gripper; None if unknown.
+
+        Raises:
+            ValueError: If none of the first 20 episodes has valid actions.
+        """
         names = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
         width = first_readable(self, self.vectors)[key].shape[1]
         if self.action_derivation == "recorded":

@@ -126,7 +126,7 @@ class PreparedEpisodes(InOrder):
 
     @property
     def action_derivation(self) -> str:
-        """`derivation`, or for recorded actions `composition`; see `actions.DERIVATIONS`."""
+        """`derivation`, or for recorded actions `composition` if it is known; see `actions.DERIVATIONS`."""
         return (self.composition or "recorded") if self.derivation == "recorded" else self.derivation
 
     @property

@@ -259,8 +259,8 @@ def _check(evaluation: PolicyEvaluation) -> None:
     if not keys[0] <= keys[1]:
         raise ValueError(
             f"the observations of `model` must contain {', '.join(sorted(keys[0]))}, like those of `real`, got "
-            f"{', '.join(sorted(keys[1]))}: `agent_pos` requires a proprioception model, or `starts` with states "
-            "and motions of known derivation; remove other observations from `real`."
+            f"{', '.join(sorted(keys[1]))}: create `real` without the other observations (`agent_pos` requires a "
+            "proprioception model, or `starts` with states and motions of known derivation)."
         )
     if spaces[0]["pixels"].shape != spaces[1]["pixels"].shape:
         raise ValueError(

@@ -84,7 +84,11 @@ class ClipReader:
         self.episode = lru_cache(maxsize=1)(dataset.__getitem__)
 
     def __call__(self, number: int) -> ClipData:
-        """Read the clip with this index."""
+        """Read the clip with this index.
+
+        Raises:
+            ValueError: If its episode cannot be read.
+        """
         clip = self.clips[number]
         episode = self.episode(clip.episode)
         first = clip.start + clip.history - 1  # the action at the last history frame
@@ -196,7 +200,11 @@ class WorldModelPredictor:
         self.model.action_space.prepare(clip.actions)
 
     def predict(self, clips: Sequence[ClipData]) -> list[Prediction]:
-        """Predict the future frames of clips of equal length."""
+        """Predict the future frames of clips of equal length.
+
+        Raises:
+            ValueError: If the model cannot predict one of the clips; see `check_clip`.
+        """
         for clip in clips:
             self.check_clip(clip)
         histories = np.stack([self.history(clip) for clip in clips])

@@ -105,8 +105,8 @@ def _finite(decibels: np.ndarray, size: int) -> np.ndarray:
 def through_mp4(history: np.ndarray, frames: np.ndarray) -> np.ndarray:
     """Compress and decode frames (n, H, W, 3), uint8, like the mp4 files that the IRASim release scores.
 
-    The release writes history and prediction with the defaults of imageio: H.264 with rate factor 25, half the color
-    resolution and 4 frames per second.
+    The release writes history and prediction at 4 frames per second with the defaults of imageio: H.264 with rate factor 25 and
+    half the color resolution.
 
     Raises:
         ValueError: If a side is not divisible by 16, because imageio would resize the video.
