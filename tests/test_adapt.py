@@ -49,7 +49,7 @@ def test_invalid_models_and_outputs_are_named(model, tmp_path, capsys):
     IRASimPipeline(None, unet, noise_process(unet.config)).save_pretrained(tmp_path / "unet")
     flags = ["--output", str(tmp_path / "out"), "--action-dim", "2"]
     assert main(["adapt", "--model", str(tmp_path / "unet"), *flags]) == 2
-    assert "--model must be a transformer, got UNetTrajectoryModel" in capsys.readouterr().err
+    assert "--model must be a pipeline with a transformer, got UNetTrajectoryModel" in capsys.readouterr().err
     assert main(["adapt", "--model", str(model), "--output", str(model), "--action-dim", "2"]) == 2
     assert "--output must be a new or empty folder" in capsys.readouterr().err
 

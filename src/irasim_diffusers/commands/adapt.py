@@ -61,7 +61,11 @@ def add_parser(subparsers: Any) -> None:
         type=int,
         help="number of octaves of the actions' sine and cosine features, at least the model's; same models as --patch-size",
     )
-    add("--prediction-type", choices=("sample",), help="predict samples instead of velocities")
+    add(
+        "--prediction-type",
+        choices=("sample",),
+        help="predict samples instead of velocities; only for v_prediction models",
+    )
     add_dataset_flags(parser, "train", "height", "width", required=False)
 
 
@@ -117,7 +121,9 @@ def _adapted(
 
     transformer, vae = pipeline.transformer, pipeline.vae
     if not isinstance(transformer, IRASimTransformer3DModel):
-        raise ValueError(f"--model must be a transformer, got {type(transformer).__name__} in {arguments.model!r}.")
+        raise ValueError(
+            f"--model must be a pipeline with a transformer, got {type(transformer).__name__} in {arguments.model!r}."
+        )
     if arguments.prediction_type:
         transformer = predict_samples(transformer)
     if arguments.vae:

@@ -55,7 +55,11 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="irasim: the final layer of the released Frame-Ada checkpoint is also conditioned on actions",
     )
-    add("--vae", required=True, help="SDXL autoencoder: folder or Hub id, optionally with ':<subfolder>'")
+    add(
+        "--vae",
+        required=True,
+        help="autoencoder, for released IRASim weights that of SDXL: folder or Hub id, optionally with ':<subfolder>'",
+    )
     add(
         "--config",
         nargs="*",

@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
     add_dataset_flags(parser, "train", "skip_broken")
     add = parser.add_argument
-    add("--robot-type", default="unknown", help="name of the robot")
+    add("--robot-type", default="unknown", help="name of the robot (default: %(default)s)")
     add("--output", type=Path, required=True, help="folder to write")
     add("--push-to-hub", metavar="ORG/NAME", help="Hub repository to which the dataset is pushed")
 

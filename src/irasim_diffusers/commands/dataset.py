@@ -59,6 +59,7 @@ def open_dataset(arguments: argparse.Namespace) -> Any:
 
     Raises:
         ValueError: If a flag is invalid, or the dataset cannot be opened or stores another frame rate.
+        OSError: If the dataset cannot be downloaded.
     """
     from ..data import open_dataset
 

@@ -52,7 +52,7 @@ def add_parser(subparsers: Any) -> None:
         default="irasim-short",
         help="irasim-short, irasim-short-release, irasim-long (no FID, FVD or faithfulness) or robonet (default: %(default)s)",
     )
-    add("--num-clips", type=int, help="clips to score, spread evenly over the data (default: all)")
+    add("--num-clips", type=int, help="maximum number of clips to score, spread evenly over the data (default: all)")
     add("--output", type=Path, default=Path("irasim-evaluation"), help="folder to write (default: %(default)s)")
     add("--save-predictions", type=Path, help="folder for the predictions, in the format of --predictions")
     add("--save-truth", type=Path, help="folder for the true frames in the same format, for a preference study")
@@ -63,8 +63,8 @@ def add_parser(subparsers: Any) -> None:
         "--faithfulness-clips",
         type=int,
         default=200,
-        help="clips on which action faithfulness is measured, except with --predictions; 0 or 1 disables it "
-        "(default: %(default)s)",
+        help="maximum number of clips on which action faithfulness is measured, except with --predictions and irasim-long; 0 or 1 "
+        "disables it (default: %(default)s)",
     )
     add("--ways", type=int, default=4, help="number of alternatives in the identification test (default: %(default)s)")
     add(
@@ -160,7 +160,7 @@ def _check_flags(arguments: argparse.Namespace) -> Any:
 
 
 def _open_prepared(arguments: argparse.Namespace) -> tuple[Any, str]:
-    """Open the episodes in the format of the model; also return the name of their split."""
+    """Open the episodes with the requested actions, frame rate and frame size; also return their split."""
     from ..data import PreparedEpisodes
 
     source = open_dataset(arguments)

@@ -38,7 +38,7 @@ def read_media(path: Path, flag: str = "--frames") -> np.ndarray:
         Frames (T, H, W, 3), uint8, RGB.
 
     Raises:
-        ValueError: If the file is missing or unreadable, has more than 8 bits per channel, or is an animated or too large image.
+        ValueError: If the file is missing or unreadable, has gray values of more than 8 bits, or is an animated or too large image.
     """
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "does not exist"

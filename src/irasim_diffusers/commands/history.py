@@ -28,7 +28,8 @@ def add_history_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="FILE",
         help="image, or video that starts with the history frames; for several cameras, one file each, in the order of the "
-        "model's `cameras`. Without this config entry, the files are stacked vertically; left.mp4,right.mp4 joins two horizontally",
+        "model's `cameras`. Without this config entry, the files are stacked vertically; left.mp4,right.mp4 joins two horizontally "
+        "(default, except for plan: the held-out clip of the embedded model)",
     )
     add(
         "--history",

@@ -56,7 +56,8 @@ def add_parser(subparsers: Any) -> None:
     add("--goal", type=Path, help="goal image, or video whose last frame is the goal")
     add(
         "--encoder",
-        help="folder or Hub id of a transformers vision model, whose features are compared with the goal's instead of pixels",
+        help="folder or Hub id of a transformers vision model; its features of the predicted frames and of --goal are compared "
+        "instead of pixels",
     )
     add("--reward", help="folder or Hub id of a FrameRegressor, instead of --goal")
     add(
@@ -69,13 +70,13 @@ def add_parser(subparsers: Any) -> None:
     add("--horizon", type=int, default=15, help="number of actions (default: %(default)s)")
     add("--candidates", type=int, help="cem, mppi: action sequences per iteration; lines: in total (default: 50)")
     add("--iterations", type=int, help="cem, mppi, gradient: number of iterations (default: 5)")
-    add("--std", type=float, help="cem, mppi: initial standard deviation in normalized units (default: 1)")
+    add("--std", type=float, help="cem (initial), mppi: standard deviation in normalized units (default: 1)")
     add(
         "--knots",
         type=int,
         help="cem, mppi: number of sampled time points; other actions are interpolated (default: all)",
     )
-    add("--radius", type=float, help="lines (required): length of the lines, in the units of the actions")
+    add("--radius", type=float, help="lines (required): length of the lines, in the units of the first two components")
     add("--batch-size", type=int, default=64, help="number of candidates predicted together (default: %(default)s)")
     add(
         "--output",

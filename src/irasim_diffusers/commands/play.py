@@ -177,7 +177,8 @@ def follow(session: DrivingSession, script: str, chunk_length: int = 2) -> float
 
     Args:
         session: The driving session, which also records the frames.
-        script: Parts of keys joined by +, or `hold`, each with a number of frames (default: 1): `"right*10 hold*5 up+right*10"`.
+        script: Parts separated by spaces, each with keys joined by +, or `hold`, and 1 to 999999 frames (default: 1):
+            `"right*10 hold*5 up+right*10"`.
         chunk_length: Frames per chunk.
 
     Returns:
@@ -205,7 +206,7 @@ def _read_part(text: str, session: DrivingSession) -> tuple[set[str], int]:
     pressed = match[1].split("+") if match else []
     if not match or set(pressed) - {"hold", *names}:
         raise ValueError(
-            f"`script` must consist of parts such as up+right*10 (keys and a number of frames), got {text!r}; the keys are "
+            f"`script` must consist of parts such as up+right*10 (keys and 1 to 999999 frames), got {text!r}; the keys are "
             f"hold, {', '.join(names)}."
         )
     return {names[key] for key in pressed if key != "hold"}, int(match[2] or 1)
@@ -228,7 +229,7 @@ class _Ahead:
             self._prediction = self._worker.submit(self._session.drive, command, self._chunk_length)
 
     def due(self) -> PIL.Image.Image | None:
-        """Return the next frame if it is time to show it."""
+        """Return the next frame if it is time to show it, None otherwise."""
         if self._prediction is not None and self._prediction.done():
             self._ready.extend(self._prediction.result())
             self._prediction = None

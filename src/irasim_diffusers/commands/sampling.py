@@ -135,7 +135,10 @@ def _check_steps(scheduler: Any, steps: int) -> None:
     except ValueError as error:
         raise ValueError(f"--steps {steps} is not supported by {type(scheduler).__name__}: {error}") from error
     if scheduler.timesteps.max() >= most:  # `steps_offset` moves the timesteps
-        raise ValueError(f"--steps must be less than {steps} for the {type(scheduler).__name__} of this model.")
+        raise ValueError(
+            f"--steps must be less than {steps} for the {type(scheduler).__name__} of this model, got {steps}: its timesteps "
+            f"would exceed {most - 1}."
+        )
 
 
 def open_start(arguments: argparse.Namespace) -> tuple[IRASimPipeline, np.ndarray, int]:

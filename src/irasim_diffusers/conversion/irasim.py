@@ -85,7 +85,7 @@ def load_released_irasim(
         path: `.pt` file with `model` and `ema`, or with the weights only.
         dataset: `"rt1"`, `"bridge"` or `"languagetable"`.
         final_frame_ada: Whether the final layer of Frame-Ada is conditioned on the actions. False for the published files.
-        weights: Which weights to load: `"ema"` or `"model"`.
+        weights: Which weights to load: `"ema"` or `"model"`; without effect on a file with the weights only.
         report: Filled with the mapping of the tensors.
         config: Config entries that replace derived ones, such as `num_attention_heads` for a width that is not in the paper.
 
@@ -113,15 +113,17 @@ def _read_state(path: Path, weights: str) -> dict[str, torch.Tensor]:
         state = content
     else:
         raise ValueError(
-            f"{str(path)!r} contains no {weights!r} weights, only {sorted(content)!r:.200}: change `weights`, or use a file with "
-            "`model`, `ema` or tensors only."
+            f"{str(path)!r} contains no {weights!r} weights, only {sorted(content)!r:.200}: change `weights` (--weights), or use a "
+            "file with `model`, `ema` or tensors only."
         )
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{str(path)!r} contains no weights: it must contain a dictionary of tensors by name.")
     check_weights(state, path)
     renamed = {key.removeprefix("module."): value for key, value in state.items()}
     if len(renamed) < len(state):
-        raise ValueError(f"{str(path)!r} has tensors with and without the prefix 'module.': remove one of them.")
+        raise ValueError(
+            f"{str(path)!r} has tensors of one name with and without the prefix 'module.': remove one of each pair."
+        )
     return renamed
 
 

@@ -39,7 +39,7 @@ def load_latte(
     Args:
         path: The folder `transformer`, or its safetensors file.
         report: Filled with the mapping of the tensors.
-        config: As for `load_opensora`; also `num_attention_heads`, by default 16.
+        config: As for `load_opensora`, except that `num_attention_heads` is 16 by default.
 
     Returns:
         The model, float32.

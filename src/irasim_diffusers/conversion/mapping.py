@@ -111,10 +111,10 @@ def computed(
         tensor: Table of the file.
         shape: Shape of the model's table. It is compared first, so that a large table is not computed unnecessarily.
         table: Returns the model's table.
-        tolerance: Maximum absolute difference.
+        tolerance: Maximum absolute difference, raised to the machine epsilon of 16-bit tables.
 
     Returns:
-        The reason, or None if the tables differ.
+        The reason, or None if the tables differ in shape or value, or `tensor` is not floating-point.
     """
     if tensor.shape != shape or not tensor.is_floating_point():
         return None
@@ -138,7 +138,8 @@ def zero_actions(model: IRASimTransformer3DModel) -> None:
 def without_sigma(tensor: torch.Tensor, model: IRASimTransformer3DModel) -> torch.Tensor:
     """Return the rows for the mean of an output layer that predicts mean and variance.
 
-    Rows are ordered by pixel of the patch, then by channel: first the channels of the mean, then of the variance.
+    Rows are ordered by pixel of the patch, then by channel: first the channels of the mean, then of the variance. A tensor with
+    another number of rows is returned unchanged.
     """
     channels = model.config.in_channels
     if tensor.shape[0] != 2 * channels * model.config.patch_size**2:

@@ -45,14 +45,16 @@ def load_opensora(
 ) -> IRASimTransformer3DModel:
     """Load the weights of Open-Sora 1.2 (STDiT3), except its text layers, as initial weights.
 
-    Before training, the model computes the same function as STDiT3 without cross-attention and ignores the actions: the last
-    layer of the action encoder and the null action are zero. Sample with `FlowMatchEulerDiscreteScheduler`.
+    Before training, the model computes the same function as STDiT3 without cross-attention, except that the velocity has the
+    opposite sign, as in diffusers. It ignores the actions: the last layer of the action encoder and the null action are zero.
+    Sample with `FlowMatchEulerDiscreteScheduler`.
 
     Args:
-        path: `model.safetensors`, or a folder that contains it.
+        path: `model.safetensors`, or a folder of safetensors files.
         report: Filled with the mapping of the tensors.
-        config: Action space, size, number of frames and frame rate of the training data: `action_dim`, `action_scale`,
-            `sample_height`, `sample_width`, `sample_frames`, `fps` and so on.
+        config: Action space, latent size, number of frames and frame rate of the training data: `action_dim`, `action_scale`,
+            `sample_height`, `sample_width`, `sample_frames`, `fps` and so on; also `num_attention_heads`, which is required for
+            weights without query and key norms.
 
     Returns:
         The model, float32.

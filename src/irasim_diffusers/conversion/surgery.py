@@ -1,4 +1,4 @@
-"""Changes to trained models: patch size, autoencoder, action dimension and prediction type."""
+"""Changes to trained models: patch size, autoencoder, action encoder and prediction type."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ ACTION_ENTRIES = {
 def change_patch_size(
     model: IRASimTransformer3DModel, patch_size: int, action_frequencies: int | None = None
 ) -> IRASimTransformer3DModel:
-    """Change the patch size of a trained model.
+    """Change the patch size and, optionally, the action frequencies of a trained model.
 
     Large patches are cheap to train; small patches give sharp images. Patches keep their position in the image. The
     layers that read and write patches are interpolated around the center of a patch. (FlexiViT,
     https://arxiv.org/abs/2212.08013, changes the scale of the patches instead.) The model must then be trained briefly.
 
     Args:
-        model: The trained model, with `spatial_position="grid"`.
+        model: The trained model, Frame-Ada with `spatial_position="grid"`.
         patch_size: Side of the new patches, in latent pixels.
         action_frequencies: Number of octaves of the actions' sine and cosine features. Added octaves have no effect until the
             model is trained. None to keep the number.
@@ -125,17 +125,19 @@ def change_autoencoder(
         after: Scaled latents (N, C', h', w') of the same images from the new autoencoder.
 
     Returns:
-        A new model. The input model is not modified.
+        A new model for latents of the size of `after`. The input model is not modified.
 
     Raises:
-        ValueError: If the numbers of images or the grids of patches differ, or if latents are not finite.
+        ValueError: If the numbers of images or the grids of patches differ, if latents are not finite, or if `patch_size` or the
+            size of the latents is out of range.
     """
     config, old = model.config, model.config["patch_size"]
     grids = [(len(x), x.shape[2] / size, x.shape[3] / size) for x, size in ((before, old), (after, patch_size))]
     if grids[0] != grids[1]:
         raise ValueError(
-            f"`after` must have as many images and patches as `before`, {grids[0]}, got {grids[1]}: choose `patch_size` so "
-            "that a patch covers the same area of the image as before."
+            f"`after` must have as many images and patches as `before`, {grids[0]}, got {grids[1]} (images, rows, "
+            "columns): choose `patch_size` so that a patch covers the same area of the image as before, and images that consist "
+            "of whole patches."
         )
     for name, latents in (("before", before), ("after", after)):
         if not bool(torch.isfinite(latents).all()):
@@ -166,10 +168,12 @@ def fit_autoencoder(
         images: A few hundred images (N, 3, H, W) in [-1, 1] from different episodes of the model's data.
 
     Returns:
-        A new model. Its patches cover the same area of the image as before. The input model is not modified.
+        A new model for frames of the size of `images`. Its patches cover the same area of the image as before. The input model
+        is not modified.
 
     Raises:
-        ValueError: If patches of the new latents cannot cover the same area, or if latents are not finite.
+        ValueError: If patches of the new latents cannot cover the same area, if latents are not finite, or if the new patch size or
+            the size of the latents is out of range.
     """
     before, after = (scaled_latents(vae, images) for vae in (own, other))
     patch_size, remainder = divmod(model.config.patch_size * after.shape[-1], before.shape[-1])

@@ -18,7 +18,10 @@ from .scripts import require_finite
 
 @dataclass(kw_only=True)
 class RunArguments(EpisodeArguments):
-    """Arguments that `train.py`, `train_lora.py` and `pusht/convolutional.py` share; see the help texts."""
+    """Arguments that `train.py`, `train_lora.py` and `pusht/convolutional.py` share; see the help texts.
+
+    `convolutional.py` rejects those that do not apply to it.
+    """
 
     # data
     dataset: list[str] = field(
@@ -29,7 +32,7 @@ class RunArguments(EpisodeArguments):
         default=None,
         metadata={
             "help": "frozen autoencoder: folder or Hub id, optionally with ':<subfolder>' (default: that of the pretrained "
-            "pipeline; required without one, except in pixel space)"
+            "pipeline; required without one, except in pixel space, where it must be omitted)"
         },
     )
     dataset_revision: str | None = field(
@@ -53,10 +56,14 @@ class RunArguments(EpisodeArguments):
         metadata={"help": "download datasets from the Hub file by file, encode them, and keep only the latents"},
     )
     recorded_latents: bool = field(
-        default=False, metadata={"help": "use the latents that are stored with IRASim-format data of one camera"}
+        default=False,
+        metadata={"help": "use the latents that are stored with IRASim-format data of one camera; not in pixel space"},
     )
     target_fps: float | None = field(
-        default=None, metadata={"help": "frame rate after skipping frames, as an alternative to --frame_skip"}
+        default=None,
+        metadata={
+            "help": "frame rate after skipping frames, which must divide that of the data; replaces --frame_skip"
+        },
     )
     cache_dir: str | None = field(
         default=None, metadata={"help": "folder of the latent cache (default: output_dir/latents)"}
@@ -66,7 +73,8 @@ class RunArguments(EpisodeArguments):
         default=None,
         metadata={
             "aliases": ["--pretrained"],
-            "help": "pretrained pipeline or transformer: folder or Hub id (required by train_lora.py); see also `irasim adapt`",
+            "help": "pretrained pipeline or transformer: folder or Hub id (required by train_lora.py; not for a U-Net or "
+            "convolutional.py); see also `irasim adapt`",
         },
     )
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the pretrained model"})
@@ -111,7 +119,8 @@ class RunArguments(EpisodeArguments):
     terminal_share: float = field(
         default=0.0,
         metadata={
-            "help": "fraction of windows at the last timestep, where sampling starts; the other timesteps are drawn uniformly"
+            "help": "fraction of windows at the last timestep, where sampling starts; the other timesteps are drawn uniformly; "
+            "not for convolutional.py"
         },
     )
     action_dropout: float = field(
@@ -119,7 +128,9 @@ class RunArguments(EpisodeArguments):
     )
     state_keys: list[str] = field(
         default_factory=list,
-        metadata={"help": "state features to predict from intermediate features as an auxiliary loss"},
+        metadata={
+            "help": "state features to predict from intermediate features as an auxiliary loss; not for convolutional.py"
+        },
     )
     state_angles: list[str] = field(
         default_factory=list, metadata={"help": "components of --state_keys that are angles in radians"}
@@ -132,7 +143,8 @@ class RunArguments(EpisodeArguments):
     max_train_minutes: float | None = field(
         default=None,
         metadata={
-            "help": "stop after this time, including validation and checkpoints; requires a constant learning rate schedule"
+            "help": "stop after this training time, including validation, checkpoints and, when resumed, earlier runs; requires "
+            "the schedule constant or constant_with_warmup"
         },
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "learning rate after the warmup"})
@@ -148,7 +160,8 @@ class RunArguments(EpisodeArguments):
     optimizer: str = field(
         default="adamw",
         metadata={
-            "help": "adamw, adamw8bit (bitsandbytes), or muon for the matrices of transformer blocks and adamw for the rest"
+            "help": "adamw, adamw8bit (bitsandbytes), or muon for the matrices of transformer blocks and adamw for the rest; muon "
+            "does not support models without such blocks, fp16, FSDP or DeepSpeed"
         },
     )
     adam_beta1: float = field(default=0.9, metadata={"help": "beta1 of AdamW"})
@@ -167,16 +180,20 @@ class RunArguments(EpisodeArguments):
         default=None,
         metadata={
             "help": "no, fp16 or bf16 (default: the fp16 or bf16 of `accelerate launch`, else bf16 if the device supports it in "
-            "hardware)"
+            "hardware, else no)"
         },
     )
     allow_tf32: bool = field(default=False, metadata={"help": "allow TF32 matrix products"})
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "recompute activations in the backward pass, to save memory"}
+        default=False,
+        metadata={"help": "recompute activations in the backward pass, to save memory; not for convolutional.py"},
     )
     compile: bool = field(default=False, metadata={"help": "compile the blocks of the model with torch.compile"})
     attention_backend: str | None = field(
-        default=None, metadata={"help": "attention backend of diffusers; _native_math trains twice as fast on a CPU"}
+        default=None,
+        metadata={
+            "help": "attention backend of diffusers; _native_math trains twice as fast on a CPU; not for convolutional.py"
+        },
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "worker processes that load batches"})
     # bookkeeping
@@ -191,9 +208,11 @@ class RunArguments(EpisodeArguments):
     report_to: str | None = field(
         default=None, metadata={"help": "tracker of accelerate, for example tensorboard or wandb"}
     )
-    push_to_hub: bool = field(default=False, metadata={"help": "push the trained model to the Hub, with a card"})
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "push the trained model to the Hub, with a card; not for convolutional.py"}
+    )
     hub_model_id: str | None = field(
-        default=None, metadata={"help": "Hub repository (default: the name of output_dir)"}
+        default=None, metadata={"help": "Hub repository of --push_to_hub (default: the name of output_dir)"}
     )
     seed: int = field(default=0, metadata={"help": "random seed"})
 
@@ -241,7 +260,7 @@ def check_ranges(
     """Check the values of arguments one by one. None, the default of many arguments, is always accepted.
 
     Args:
-        arguments: Object with the arguments as attributes: numbers, names, or lists of numbers.
+        arguments: Object with the arguments as attributes. Of a list of numbers, each is checked.
         not_negative: Names of arguments that must be at least 0.
         at_least_1: Names of arguments that must be at least 1.
         positive: Names of arguments that must be larger than 0.
@@ -274,7 +293,7 @@ def check_run_arguments(arguments: RunArguments) -> None:
     """Check the shared arguments before anything is read.
 
     Raises:
-        ValueError: If a value is invalid or does not apply to the other arguments, or an optional package is not installed.
+        ValueError: If a value is invalid or conflicts with another argument, or an optional package is not installed.
     """
     fractions = ("change_share", "terminal_share", "action_dropout", "ema_decay")
     check_ranges(arguments, NOT_NEGATIVE, AT_LEAST_1, POSITIVE, fractions, CHOICES)
@@ -289,9 +308,7 @@ def check_run_arguments(arguments: RunArguments) -> None:
             f"`report_to` {arguments.report_to} is not installed: run `pip install {arguments.report_to}`, or omit the argument."
         )
     if arguments.crop_size and arguments.state_keys:
-        raise ValueError(
-            "`crop_size` and `state_keys` are mutually exclusive: the states are positions in the whole frame."
-        )
+        raise ValueError("`crop_size` and `state_keys` are mutually exclusive: the states refer to the whole frame.")
     if arguments.max_train_minutes is not None and not arguments.lr_scheduler.startswith("constant"):
         raise ValueError(
             f"`lr_scheduler` must be constant or constant_with_warmup with `max_train_minutes`, got "
@@ -312,7 +329,8 @@ def _check_data_arguments(arguments: RunArguments) -> None:
     if shared and arguments.validation_split == arguments.split:
         raise ValueError(
             f"`validation_split` must differ from `split` for a dataset that is also in `dataset`, got {arguments.split!r} for "
-            f"both in {arguments.validation_dataset!r}: for example, use 'train[:90%]' and 'train[90%:]'."
+            f"both in {arguments.validation_dataset!r}: use two splits, or parts such as 'train[:90%]' and 'train[90%:]' if the "
+            "format supports them."
         )
     check_frame_size(arguments)
     if arguments.frame_skip > 1 and arguments.target_fps is not None:

@@ -135,7 +135,7 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def seconds_trained(checkpoint: Path) -> float:
-    """Return the training time at a checkpoint, in seconds."""
+    """Return the training time at a checkpoint, in seconds; 0 if an earlier version did not store it."""
     return json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8")).get("seconds", 0.0)
 
 
@@ -155,7 +155,7 @@ def save_checkpoint(
         accelerator: Accelerator whose state is saved. Every process must call this function.
         output: Folder of the checkpoints.
         step: Number of completed steps.
-        limit: Maximum number of checkpoints to keep.
+        limit: Maximum number of checkpoints to keep; at least one is kept.
         settings: Settings that `newest_checkpoint` compares.
         add: Function that writes more files to the folder of the checkpoint.
 
@@ -209,11 +209,14 @@ def remove_leftovers(output: Path) -> None:
 def save_finished(output: Path, save: Callable[[Path], None]) -> None:
     """Save the final model to the output folder.
 
-    `model_index.json`, which marks a pipeline as complete, is moved there last.
+    Files and folders of the same names are replaced. `model_index.json`, which marks a pipeline as complete, is moved there last.
 
     Args:
         output: Output folder, which also contains the checkpoints.
         save: Function that writes the model to a given folder, for example `pipeline.save_pretrained`.
+
+    Raises:
+        OSError: If a file cannot be written, for example on a full disk.
     """
     finished = output / FINISHED
     with temporary_folder(finished) as partial:
@@ -241,7 +244,11 @@ def averaged_state(ema: EMAModel, model: ModelMixin | nn.Module) -> dict[str, to
 
 
 def save_average(accelerator: Accelerator, ema: EMAModel, model: nn.Module, folder: Path) -> None:
-    """Write the averaged weights to `ema.safetensors`; every process must call this function."""
+    """Write the averaged weights to `ema.safetensors`; every process must call this function.
+
+    Raises:
+        SafetensorError: If the file cannot be written.
+    """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     averages = [whole(shadow).cpu().contiguous() for shadow in ema.shadow_params]
     if accelerator.is_main_process:
@@ -255,6 +262,7 @@ def load_average(ema: EMAModel, model: nn.Module, folder: Path) -> None:
     Raises:
         ValueError: If the file does not store the number of steps.
         SafetensorError: If the file is damaged, or the average of a parameter is missing.
+        RuntimeError: If an average has another shape than its parameter.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     with safe_open(folder / "ema.safetensors", "pt") as file:

@@ -73,7 +73,7 @@ def open_sources(arguments: RunArguments) -> list[PreparedEpisodes]:
     """Open the training datasets; check them against arguments and validation data before any work.
 
     Raises:
-        ValueError: If a dataset cannot be opened, or the datasets cannot be mixed or do not match the arguments or the
+        ValueError: If a dataset cannot be opened or read, or the datasets cannot be mixed or do not match the arguments or the
             validation data.
         OSError: If a dataset cannot be downloaded.
     """
@@ -90,8 +90,9 @@ def check_data(sources: list[PreparedEpisodes], arguments: RunArguments) -> None
     """Check the arguments and the validation data against the training data, before encoding.
 
     Raises:
-        ValueError: If the action components or state features do not match the arguments, or the validation data cannot be read,
-            share episodes with the training data, or differ from them in frame rate, cameras, actions or frame size.
+        ValueError: If the training or validation data cannot be read, the action components or state features do not match the
+            arguments, or the validation data share episodes with the training data, or differ from them in frame rate, cameras,
+            actions or frame size.
         OSError: If the validation data cannot be downloaded.
     """
     vectors = first_readable(sources[0], sources[0].vectors)
@@ -123,7 +124,10 @@ def check_data(sources: list[PreparedEpisodes], arguments: RunArguments) -> None
         first_readable(source, functools.partial(_first_frame, source)).shape[:2] for source in (sources[0], held_out)
     ]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"`validation_dataset` must have frames of size {sizes[0]} (height, width), got {sizes[1]}.")
+        raise ValueError(
+            f"`validation_dataset` must have frames of size {sizes[0]} (height, width) like the training data, got {sizes[1]}: "
+            "resize both with `height` and `width`."
+        )
 
 
 def check_held_out(
@@ -147,8 +151,8 @@ def check_held_out(
         if shared:
             raise ValueError(
                 f"`split` and `validation_split` must not share episodes of the same dataset, got {arguments.split!r} and "
-                f"{arguments.validation_split!r} of {name!r}, which share {len(shared)}: for example, use 'train[:90%]' and "
-                "'train[90%:]'."
+                f"{arguments.validation_split!r} of {name!r}, which share {len(shared)}: use disjoint splits, or parts "
+                "such as 'train[:90%]' and 'train[90%:]' if the format supports them."
             )
 
 
@@ -175,7 +179,7 @@ def _first_frame(source: PreparedEpisodes, number: int) -> np.ndarray:
 
 
 def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | None, patch_size: int) -> None:
-    """Check that frames can be divided into patches, before they are encoded.
+    """Check that the first readable frame can be divided into patches, before frames are encoded.
 
     Args:
         source: The dataset.
@@ -183,7 +187,8 @@ def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | None, patch_size
         patch_size: Side of the patches in latent pixels.
 
     Raises:
-        ValueError: If no frame can be read, or its height or width is not divisible by the size of a patch in pixels.
+        ValueError: If no frame can be read, or the height or width of the first one is not divisible by the size of a patch in
+            pixels.
     """
     height, width = first_readable(source, functools.partial(_first_frame, source)).shape[:2]
     multiple = patch_size if vae is None else 2 ** (len(vae.config.block_out_channels) - 1) * patch_size
@@ -198,7 +203,12 @@ def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | None, patch_size
 def cache_sources(
     sources: list[PreparedEpisodes], vae: AutoencoderKL | None, arguments: RunArguments, accelerator: Accelerator
 ) -> list[Path]:
-    """Encode the datasets with `cache_latents`, split over the processes; return the folders."""
+    """Encode the datasets with `cache_latents`, split over the processes; return the folders.
+
+    Raises:
+        ValueError: If an episode cannot be encoded and `skip_broken` is not set, or none can.
+        OSError: If a file cannot be downloaded or written.
+    """
     return [
         cache_latents(
             source,
@@ -221,7 +231,8 @@ def cached_clips(
     """Open each dataset's cached latents as clips of `length` frames, with the states of `state_keys`.
 
     Raises:
-        ValueError: If the clips or the states do not match the arguments, or `crop_size` is larger than the latents.
+        ValueError: If a cache is damaged, its episodes differ in shape, an episode is shorter than a clip and `skip_broken` is not
+            set, all are shorter, the states cannot be read or do not match the arguments, or `crop_size` exceeds the latents.
     """
     parts = [
         LatentClips(folder, length, skip_short=arguments.skip_broken, frame_skip=source.frame_skip)
@@ -249,11 +260,13 @@ def validation_clips(arguments: RunArguments, config: Any) -> tuple[np.ndarray, 
         config: Config of the model.
 
     Returns:
-        Frames (N, F, H, W, 3), uint8, and actions (N, F - h, A); None without a validation dataset.
+        Frames (N, F, H, W, 3), uint8, of which the first h are history, and actions (N, F - h, A); None without a validation
+        dataset.
 
     Raises:
-        ValueError: If an episode cannot be read or is too short, unless `skip_broken` is set, if no episode is left, or if the
-            frames of two episodes differ in size.
+        ValueError: If the dataset cannot be opened, an episode cannot be read or is too short (unless `skip_broken` is set), no
+            episode is left, or the frames of two episodes differ in size.
+        OSError: If the dataset cannot be downloaded.
     """
     if arguments.validation_dataset is None:
         return None

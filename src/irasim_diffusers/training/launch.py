@@ -1,4 +1,4 @@
-"""Create the accelerator of a training script, and check how it was launched."""
+"""Create the accelerator and the output folder of a training script, and check how it was launched."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _LOCKED: list[IO[str]] = []
 
 
 def start_accelerator(arguments: RunArguments) -> Accelerator:
-    """Create the accelerator of a training run, and set the seed.
+    """Create the accelerator of a training run; set up the log, TF32 and the seed.
 
     Raises:
         ValueError: If the launcher, the precision or the distributed type does not match the arguments, or if the output folder
@@ -81,18 +81,21 @@ def fixed_settings(arguments: RunArguments, accelerator: Accelerator) -> dict[st
 
 
 def default_settings(arguments: RunArguments) -> dict[str, Any]:
-    """Return the argument defaults, for settings that a checkpoint of an earlier version does not have."""
+    """Return the defaults of arguments other than lists, for settings that older checkpoints do not have."""
     return {each.name: each.default for each in fields(arguments) if each.default is not MISSING}
 
 
 def _check_accelerator(accelerator: Accelerator, arguments: RunArguments) -> None:
-    """Check that the distributed type supports the arguments, and keep raw actions in float32 with FSDP."""
+    """Check precision, accumulation and distributed type, and set up FSDP and DeepSpeed.
+
+    With FSDP, raw actions stay in float32. DeepSpeed clips the gradient to `max_grad_norm`.
+    """
     if arguments.optimizer == "muon" and accelerator.mixed_precision == "fp16":
         raise ValueError("`optimizer` muon does not support `mixed_precision` fp16: use bf16 or no.")
     if accelerator.gradient_accumulation_steps != arguments.gradient_accumulation_steps:
         raise ValueError(
-            f"`gradient_accumulation_steps` must be {accelerator.gradient_accumulation_steps} like that of `accelerate launch`, got "
-            f"{arguments.gradient_accumulation_steps}: pass the same value to both, or remove it from the accelerate config."
+            f"`gradient_accumulation_steps` must be {accelerator.gradient_accumulation_steps} like that of `accelerate launch`, "
+            f"got {arguments.gradient_accumulation_steps}: pass the same value to both, or remove it from the accelerate config."
         )
     kind = accelerator.distributed_type
     if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -124,6 +127,7 @@ def lock_output(output: Path) -> None:
 
     Raises:
         ValueError: If another process trains in the folder, or `check_output_dir` fails.
+        OSError: If the lock file cannot be created.
     """
     check_output_dir(output)
     if fcntl is None:
@@ -164,11 +168,11 @@ def prepare_output(accelerator: Accelerator, output: Path, hub_model_id: str | N
     Args:
         accelerator: Accelerator of the run. Every process must call this function.
         output: The folder.
-        hub_model_id: Repository to create on the Hub, so that a missing permission is noticed before the training.
+        hub_model_id: Repository to create on the Hub, so that a missing permission is noticed before the training, or None.
 
     Raises:
-        ValueError: If the folder cannot be created, or if `lock_output` fails.
-        HfHubHTTPError: If the repository cannot be created.
+        ValueError: If the folder cannot be created, `lock_output` fails, or `hub_model_id` is not a valid name.
+        OSError: If the folder cannot be written, or the repository cannot be created (HfHubHTTPError).
     """
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ UNREADABLE = (
 
 
 class TrainingRun:
-    """A training run that starts from its newest checkpoint.
+    """A training run, which continues from its newest checkpoint if there is one.
 
     Args:
         accelerator: The accelerator.

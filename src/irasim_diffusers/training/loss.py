@@ -14,7 +14,10 @@ from .objective import NoiseProcess, diffusion_loss
 from .rollouts import crop, predict_chunk
 
 FULL_HISTORY = 0.7
-"""Probability that a step uses all history frames; otherwise, their number is drawn uniformly (`conditioning` frame only)."""
+"""Probability that a step uses the maximum number of history frames without a draw.
+
+Otherwise, the number is drawn uniformly from 1 to the maximum. Video-Ada and the U-Net always use the maximum.
+"""
 TRUE_HISTORY = 0.3
 """Fraction of clips that keep the true history in a rollout step."""
 
@@ -38,7 +41,7 @@ def training_loss(
         noise_scheduler: The model's noise process, from `models.noise_process`.
         clip: `latents` (B, C, F, H, W), scaled; `actions` (B, F - 1, A) in raw units; `states` (B, F, S) with `state_keys`.
         config: Config of the model.
-        arguments: Arguments of the run.
+        arguments: Arguments of the run; ValueError is raised if `snr_gamma` is given for a flow.
         step: Number of completed steps.
         position: Index of the first clip of the batch in the run.
 

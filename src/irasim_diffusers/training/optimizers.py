@@ -19,7 +19,7 @@ def build_optimizers(model: nn.Module, arguments: RunArguments) -> list[torch.op
     The optimizer `adamw8bit` is AdamW with 8-bit moments.
 
     Raises:
-        ValueError: If the optimizer is Muon and the model has no transformer blocks.
+        ValueError: If the optimizer is Muon and no trained matrix is in a transformer block, or if a value of AdamW is invalid.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = {
@@ -36,7 +36,7 @@ def build_optimizers(model: nn.Module, arguments: RunArguments) -> list[torch.op
         return [bitsandbytes.optim.AdamW8bit(rest, **adam, **settings)]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, fused=True, **adam, **settings)]
     if arguments.optimizer == "muon" and not matrices:
-        raise ValueError("`optimizer` muon requires a model with transformer blocks: use adamw.")
+        raise ValueError("`optimizer` muon requires trained matrices in transformer blocks: use adamw.")
     if matrices:  # both optimizers use the same learning rate
         optimizers.append(Muon(list(matrices.values()), **settings))
     return optimizers

@@ -45,7 +45,7 @@ def is_pipeline(name: str, revision: str | None = None) -> bool:
 
 
 def load_vae(arguments: RunArguments) -> AutoencoderKL | None:
-    """Load the frozen autoencoder: `vae`, or that of the pretrained pipeline; None for pixel space.
+    """Load the frozen autoencoder: `vae`, or that of the pretrained pipeline; None without either.
 
     Raises:
         ValueError: If `vae` cannot be loaded, has other latents than the autoencoder of the pretrained pipeline, or is given for a

@@ -49,8 +49,9 @@ def encode_data(
         accelerator: Accelerator of the run. Every process must call this function.
 
     Raises:
-        ValueError: If the data or `crop_size` do not match the model, the data cannot be read, or `prepare_output` fails.
-        HfHubHTTPError: If the repository for `push_to_hub` cannot be created.
+        ValueError: If the data or `crop_size` do not match the model, the data cannot be read or are shorter than a clip, or
+            `prepare_output` fails.
+        OSError: If a file cannot be downloaded or written, or the repository for `push_to_hub` cannot be created.
     """
     check_crop(arguments.crop_size, config)
     if not arguments.recorded_latents:
@@ -85,10 +86,10 @@ def train(
         The finished run.
 
     Raises:
-        ValueError: If the datasets differ in the shapes of their clips, the validation clips cannot be read, or `TrainingRun`
-            cannot be created.
+        ValueError: If the datasets differ in the shapes of their clips, the validation clips cannot be read, `TrainingRun`
+            cannot be created, or `snr_gamma` is given for a flow.
         FloatingPointError: If the loss or the gradient is not finite.
-        OSError, SafetensorError: If a checkpoint cannot be written.
+        OSError, SafetensorError: If a checkpoint or a validation video cannot be written.
         SystemExit: After Ctrl-C or SIGTERM, when the checkpoint has been written.
     """
     clips = MixedClips(data.parts, arguments.dataset_weights or None, arguments.seed, arguments.change_share)

@@ -55,6 +55,7 @@ def load_sampler(pretrained: str | None, revision: str | None = None) -> Sampler
 
     Raises:
         ValueError: If `pretrained` cannot be accessed, or its scheduler is not a class of diffusers.
+        OSError: If the config of the scheduler cannot be read.
     """
     if pretrained is None or not is_pipeline(pretrained, revision):
         return None

@@ -25,7 +25,7 @@ REPEATED_SIGNAL_DELAY = 5.0
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run the main function of a script, and report invalid input in one line.
+    """Run the main function of a script, and report invalid input and other expected errors in one line.
 
     Under `accelerate launch`, an error that occurs in every process is printed once.
 
@@ -66,9 +66,9 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 class Interruption:
     """Context in which Ctrl-C and SIGTERM request a stop after the current step.
 
-    A second Ctrl-C interrupts at once, if it comes later than `REPEATED_SIGNAL_DELAY` seconds after the first. A repeated SIGTERM
-    is ignored: a preemption sends it to the launcher and to its processes, and the launcher sends it again. After the context,
-    both signals have their previous effect. Outside the main thread, where Python does not allow signal handlers, nothing changes.
+    A Ctrl-C that comes more than `REPEATED_SIGNAL_DELAY` seconds after the first signal interrupts at once. A later SIGTERM is
+    ignored: a preemption sends it to the launcher and to its processes, and the launcher sends it again. After the context, both
+    signals have their previous effect. Outside the main thread, where Python does not allow signal handlers, nothing changes.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,8 @@ class Interruption:
         if not self.number:
             self.number, self._time = number, time.monotonic()
             if not int(os.environ.get("RANK", "0")):
-                again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+                delay = f"{REPEATED_SIGNAL_DELAY:g} s"
+                again = f"; Ctrl-C again after {delay} stops at once" if number == signal.SIGINT else ""
                 message = f"\n{signal.Signals(number).name}: finishing the step and saving a checkpoint{again}\n"
                 os.write(2, message.encode())  # `sys.stderr.write` must not be called again while it is running
         elif number == signal.SIGINT and time.monotonic() - self._time > REPEATED_SIGNAL_DELAY:

@@ -19,7 +19,7 @@ from .saving import make_pipeline
 
 
 def validate_run(run: TrainingRun, held_out: tuple[np.ndarray, np.ndarray] | None) -> None:
-    """Log metrics and a video of the averaged model. Every process must call this function.
+    """Log metrics of the averaged model, and write and log a video. Every process must call this function.
 
     Args:
         run: The run.
@@ -45,14 +45,15 @@ def validate(
 ) -> tuple[dict[str, float], np.ndarray]:
     """Compute metrics on held-out clips, and a video of the first four.
 
-    The metrics are the PSNR of predictions from the clips' own actions, of predictions from the actions of other clips, and of
-    the repeated last history frame.
-    The video (n, 2 H, up to 4 W, 3), uint8, shows the true frames in the first row and the predictions in the second.
-
     Args:
         pipeline: The pipeline.
-        clips: Frames (N, F, H, W, 3), uint8, history first, and actions (N, F - h, A).
+        clips: Frames (N, F, H, W, 3), uint8, of which the first h are history, and actions (N, n, A) with n = F - h.
         steps: Denoising steps.
+
+    Returns:
+        The mean PSNR in dB of predictions from the clips' own actions, of predictions from the actions of another clip (with a
+        single clip, its own), and of the repeated last history frame; and a video (n, 2 H, up to 4 W, 3), uint8, of the true
+        frames in the first row and the predictions in the second.
     """
     frames, actions = clips
     num_history_frames = frames.shape[1] - actions.shape[1]
@@ -68,7 +69,7 @@ def validate(
         "psnr_shuffled_actions": psnr(predict(np.roll(actions, 1, axis=0)), truth).mean(),
         "psnr_last_frame": psnr(np.broadcast_to(history[:, -1:] / 255.0, truth.shape), truth).mean(),
     }
-    rows = [np.concatenate(list(clips[:4]), axis=2) for clips in (truth, own)]  # (n, H, 4 W, 3) each
+    rows = [np.concatenate(list(clips[:4]), axis=2) for clips in (truth, own)]  # (n, H, up to 4 W, 3) each
     return metrics, (np.concatenate(rows, axis=1) * 255).round().astype(np.uint8)
 
 
