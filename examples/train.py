@@ -54,7 +54,7 @@ class TrainingArguments(RunArguments):
     )
     preset: str | None = field(
         default=None,
-        metadata={"help": f"model size of the paper: {', '.join(PRESETS)}; U-Net: {', '.join(UNET_PRESETS)}"},
+        metadata={"help": f"size in the paper of a new model: {', '.join(PRESETS)}; U-Net: {', '.join(UNET_PRESETS)}"},
     )
     pixel_space: bool = field(default=False, metadata={"help": "train on pixels, without an autoencoder"})
     num_layers: int | None = field(
@@ -112,7 +112,8 @@ class TrainingArguments(RunArguments):
     action_normalisation: str = field(
         default="std",
         metadata={
-            "help": "offset and scale from the data: std (mean and standard deviation), or quantile (1 %% and 99 %%)"
+            "help": "offset and scale from the data: std (mean and standard deviation), or quantile (1 %% and 99 %%); without "
+            "effect on a trained action encoder"
         },
     )
     action_scale: list[float] = field(
@@ -236,7 +237,8 @@ def check_arguments(arguments: TrainingArguments) -> None:
     """Check the arguments before anything is read.
 
     Raises:
-        ValueError: If a value is invalid or conflicts with other arguments.
+        ValueError: If a value is missing, invalid or in conflict with other arguments, the pretrained model cannot be accessed, or
+            an optional package is not installed.
     """
     check_run_arguments(arguments)
     presets = MODELS[arguments.model][2] if arguments.model in MODELS else {}
@@ -298,12 +300,13 @@ def check_pretrained_arguments(arguments: TrainingArguments) -> None:
     """Check the arguments that depend on whether the model is pretrained or new.
 
     Raises:
-        ValueError: If an argument is missing or must be omitted.
+        ValueError: If an argument is missing or must be omitted, or the pretrained model cannot be accessed.
     """
     pretrained = arguments.pretrained_model_name_or_path
     if arguments.pixel_space and (arguments.vae or arguments.recorded_latents or pretrained):
         raise ValueError(
-            "`pixel_space` is for a new model: omit `vae`, `recorded_latents` and `pretrained_model_name_or_path`."
+            "`pixel_space` is for a new model without latents: omit `vae`, `recorded_latents` and "
+            "`pretrained_model_name_or_path`."
         )
     if not (arguments.pixel_space or arguments.vae) and not (
         pretrained and is_pipeline(pretrained, arguments.revision)

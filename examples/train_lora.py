@@ -56,7 +56,8 @@ def check_arguments(arguments: LoraArguments) -> None:
     """Check the arguments before anything is read.
 
     Raises:
-        ValueError: If a value is invalid or conflicts with other arguments.
+        ValueError: If a value is missing, invalid or in conflict with other arguments, the pretrained model cannot be accessed, or
+            an optional package is not installed.
     """
     check_run_arguments(arguments)
     check_ranges(arguments, at_least_1=("lora_rank", "lora_alpha"), fractions=("lora_dropout",))

@@ -203,7 +203,7 @@ def check_arguments(arguments: VAEArguments) -> None:
     """Check the arguments before anything is read.
 
     Raises:
-        ValueError: If a value is invalid.
+        ValueError: If a value is invalid or requires another argument.
     """
     check_ranges(
         arguments,

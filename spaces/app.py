@@ -60,7 +60,7 @@ LAUNCH: dict[str, Any] = {
 
 
 def build_app(worlds: Worlds, sessions: Sessions, study: tuple[Any, ...] | None = None) -> gr.Blocks:
-    """Build all pages and endpoints for the loaded models."""
+    """Build all pages and endpoints for the loaded models; without `study`, there is no Preference page."""
     with gr.Blocks(title="Drive a robot's world model", delete_cache=(300, 1800)) as app:
         gr.HTML(HEADER)
         add_endpoints(worlds, sessions)
@@ -147,7 +147,8 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         nargs="+",
         default=models,
-        help=f"pipeline folders or Hub ids (default: the environment variable IRASIM_MODELS, or {EMBEDDED})",
+        help=f"pipeline folders, Hub ids, or {EMBEDDED} for the embedded model (default: the environment variable IRASIM_MODELS, "
+        f"or {EMBEDDED})",
     )
     parser.add_argument("--port", type=int, help="port (default: the first free port, starting at 7860)")
     parser.add_argument(

@@ -91,7 +91,7 @@ def name_settings(first: Setting, second: Setting | None) -> dict[str, Setting]:
 async def predict(
     pipeline: IRASimPipeline, setting: Setting, history: np.ndarray, actions: np.ndarray
 ) -> AsyncIterator[np.ndarray]:
-    """Predict chunk by chunk. Driving requests are served between network evaluations.
+    """Predict chunk by chunk. Except with ZeroGPU, driving requests are served between evaluations.
 
     Args:
         pipeline: Pipeline of the setting; another thread may set its `_interrupt`.

@@ -54,7 +54,8 @@ class Endpoints:
             request: The visitor's request.
             model: Name of a model.
             frames: Name of an example, or an uploaded image (`gradio_client.handle_file`).
-            start: Action at the robot's position, raw units; None for that of the example, or the middle of a bounded space.
+            start: Action at the robot's position, raw units; None for that of the example if known, else the middle of a bounded
+                absolute space, or zero in a relative space.
             seed: Seed of the noise.
 
         Returns:
@@ -80,6 +81,8 @@ class Endpoints:
         self, session: str, command: Any, frames: int = 1, speed: float = 1.0
     ) -> tuple[list[str], list[list[float]]]:
         """Predict the next frames for a command (A,) in [-1, 1]; a command of zeros gives the hold action.
+
+        The motion per frame is proportional to `speed`, in (0, 10]. At most 16 frames are predicted.
 
         Returns:
             A data URL for each frame, and the resulting actions (n, A).
@@ -161,7 +164,7 @@ def _numbers(values: Iterable[float]) -> list[float | None]:
 
 
 def address(request: gr.Request) -> str:
-    """Return a visitor's address.
+    """Return a visitor's address; empty if unknown.
 
     It comes from `X-Forwarded-For` only if uvicorn trusts the proxy; see `app.trust_proxy`.
     """

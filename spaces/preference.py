@@ -23,10 +23,13 @@ FPS = 10
 RATER = re.compile(r"[0-9a-f]{16}")
 INTRODUCTION = """## Which prediction is closer to the recording?
 
-In the upper row, two models predict a video from the same first frames and actions. The recording is below. Select the prediction
+The upper row shows two predictions from the same first frames and actions. The recording is below. Select the prediction
 that is closer to the recording. Compare the robot's path, the objects it touches, and the sharpness. You can replay the videos,
 pause them, and step through the frames. If you see no clear difference, select Similar."""
-PRIVACY = "*Your answers are stored under a random number in this browser. You can close the page and continue later.*"
+PRIVACY = (
+    "*The server stores your answers under a random number, which this browser remembers. You can close the page and continue "
+    "later.*"
+)
 CSS = (Path(__file__).parent / "preference.css").read_text(encoding="utf-8")
 OUTCOMES = {"win": "better", "tie": "similar", "loss": "worse"}
 

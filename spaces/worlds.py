@@ -48,8 +48,8 @@ class World:
     """A model, its example clip, and the thread in which it computes.
 
     Predictions run one at a time, because a pipeline's scheduler has state, and in one thread, because torch keeps memory and
-    worker threads for each computing thread. Driving requests interrupt a long prediction: waiting requests are served before
-    each of its network evaluations.
+    worker threads for each computing thread. Except with ZeroGPU, driving requests interrupt a long prediction: waiting requests
+    are served before each of its network evaluations.
     """
 
     name: str
@@ -77,7 +77,7 @@ class World:
     async def run_long(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Call `work(*arguments)` in the model's thread.
 
-        Requests of `run` are served between the network evaluations of `work`.
+        Requests of `run` are served between the network evaluations of `work`, or with ZeroGPU after `work`.
         """
         long_work = partial(self._run_interruptibly, partial(_context().run, work, *arguments))
         return await asyncio.get_running_loop().run_in_executor(self._thread, long_work)
@@ -166,7 +166,7 @@ def load_world(name: str, dtype: torch.dtype | None = None, device: str | torch.
     """Load a model with its example clip.
 
     Raises:
-        OSError: If the model does not exist.
+        OSError: If the model does not exist or cannot be downloaded.
         ValueError: If its files are invalid.
     """
     folder = str(embedded_checkpoint()) if name == EMBEDDED else name

@@ -1,4 +1,4 @@
-"""Support for ZeroGPU, which runs a call in another process with a GPU; unused elsewhere."""
+"""Support for ZeroGPU, which runs a call in another process with a GPU; elsewhere, in this process."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _PIPELINES: dict[str, IRASimPipeline] = {}  # of this process; forked processes 
 
 
 class LentPipeline:
-    """Pipeline that runs its computing methods in the process with the GPU.
+    """Pipeline whose computing methods run, with ZeroGPU, in the process with the GPU.
 
-    Arguments and results are copied.
+    There, arguments and results are copied.
     """
 
     def __init__(self, name: str, pipeline: IRASimPipeline) -> None:

@@ -2,8 +2,8 @@
 
     python examples/benchmark/closed_loop.py --num_envs 1 8 --memory_steps 2000
 
-Speed is the number of rows times steps per second. CPU time counts this process only, so it does not depend on other
-work of the machine; with `--num_threads 1`, it is the time on one idle core.
+Speed is the number of rows times steps per second of wall-clock time and of CPU time. CPU time counts this process only,
+so it does not depend on other work of the machine; on a CPU with `--num_threads 1`, it is the time on one idle core.
 """
 
 import json

@@ -13,8 +13,9 @@ so that changes in machine speed affect all of them. Completed runs are skipped.
 `conditioning.json` and `conditioning.md`. A pose that is not found counts with an error of 96 px.
 
 Confidence intervals use Student's t distribution over seeds; differences are paired by seed. With one seed, and in the
-table of single runs, intervals are over clips, as evaluate.py reports them, and differences have no interval. With
-several numbers of history frames, all models are scored on the frames after the longest history.
+table of single runs, intervals are those of evaluate.py, over clips or, for the identification, over histories. With one
+seed, differences have no interval. With several numbers of history frames, all models are scored on the frames after the
+longest history.
 """
 
 import json

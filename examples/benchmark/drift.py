@@ -2,8 +2,8 @@
 
     python examples/benchmark/drift.py --dataset data/pusht-test --num_episodes 16
 
-The script prints the PSNR of each quarter of the rollout for each chunk length. The baseline is the repeated last
-history frame.
+The script prints the PSNR of each quarter of the rollout, averaged over episodes, for each chunk length. The baseline is
+the repeated last history frame.
 """
 
 from dataclasses import dataclass, field
@@ -22,8 +22,10 @@ from irasim_diffusers.training import run_script
 class DriftArguments:
     dataset: str = field(metadata={"help": "held-out dataset"})
     model: str = field(default=str(embedded_checkpoint()), metadata={"help": "pipeline folder or Hub id"})
-    num_episodes: int = field(default=16, metadata={"help": "number of episodes"})
-    num_actions: int = field(default=56, metadata={"help": "number of actions per episode"})
+    num_episodes: int = field(
+        default=16, metadata={"help": "maximum number of episodes; those that are too short are skipped"}
+    )
+    num_actions: int = field(default=56, metadata={"help": "number of actions per episode, divisible by 4"})
     chunk_lengths: list[int] = field(default_factory=lambda: [1], metadata={"help": "actions per predicted chunk"})
     dtype: str = field(default="bfloat16", metadata={"help": "float32 or bfloat16"})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
@@ -78,7 +80,8 @@ def main() -> None:
                 errors.setdefault((name, length), []).append(by_part(video))
     if not errors:
         raise ValueError(
-            f"`num_actions` must be smaller: no episode of {arguments.dataset!r} has {seen + arguments.num_actions} frames."
+            f"`num_actions` must be smaller, got {arguments.num_actions}: each of the first {len(source)} episodes of "
+            f"{arguments.dataset!r} has fewer than {seen + arguments.num_actions} frames."
         )
     quarter = arguments.num_actions // 4
     titles = " | ".join(f"actions {k * quarter + 1} to {(k + 1) * quarter}" for k in range(4))

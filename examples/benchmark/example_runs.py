@@ -1,4 +1,4 @@
-"""Run example scripts from benchmarks; completed runs are skipped, interrupted ones resume."""
+"""Run example scripts from benchmarks; completed runs are skipped, interrupted trainings resume."""
 
 import json
 import subprocess

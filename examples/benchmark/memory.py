@@ -3,9 +3,9 @@
     python examples/benchmark/memory.py                  # estimate, takes a few seconds
     python examples/benchmark/memory.py --measure        # measure training steps on a CUDA device
 
-The estimate contains the weights, gradients, AdamW moments (8-bit AdamW: one byte each) and EMA of all weights, also
-frozen ones, in float32, and the tensors that autograd saves in pure bfloat16 without fused attention, counted on the
-meta device. Autocast additionally keeps bfloat16 copies of the weights, and fused attention saves no attention
+The estimate contains all weights and their EMA, the gradients and AdamW moments of the trained weights, all in float32
+(8-bit AdamW: one byte per moment), and the tensors that autograd saves in pure bfloat16 without fused attention, counted
+on the meta device. Autocast additionally keeps bfloat16 copies of the weights, and fused attention saves no attention
 matrices; for one window of XL the two effects roughly cancel. Temporary kernel memory, fragmentation and a frozen
 autoencoder (SDXL: 0.33 GB) are not included. Windows have 16 frames of 256x320, as in the paper's RT-1 experiments.
 """
@@ -26,7 +26,7 @@ from irasim_diffusers.training import diffusion_loss, run_script
 
 @dataclass
 class MemoryArguments:
-    measure: bool = field(default=False, metadata={"help": "measure on a CUDA device instead of estimating"})
+    measure: bool = field(default=False, metadata={"help": "measure on a CUDA device; requires bitsandbytes"})
     batch_size: int = field(default=1, metadata={"help": "windows per batch"})
     lora_rank: int = field(default=16, metadata={"help": "rank of the LoRA adapters"})
     presets: list[str] = field(default_factory=lambda: list(PRESETS), metadata={"help": "model sizes of the paper"})

@@ -4,7 +4,8 @@ r"""Train several model sizes on one dataset, and plot loss and PSNR against siz
         --dataset data/pusht-train --validation_dataset data/pusht-test --vae runs/pusht-vae \
         --max_train_steps 4000 --validation_steps 500
 
-A size is a preset of the paper, or layers x heads x channels per head. All other flags are passed to train.py. All
+A size is a preset of the paper or, for the transformer, layers x heads x channels per head. The presets VDM and LVDM
+require `--model unet`, which supports no other sizes. All other flags are passed to train.py. All
 sizes are trained on the same windows, noise and timesteps in the same order. Completed sizes are skipped, and
 interrupted ones resume. The output folder receives `scaling.json`, `scaling.md` and `scaling.png`. The script
 requires `pip install ".[benchmark]"`.
@@ -32,7 +33,12 @@ except ModuleNotFoundError as error:
 @dataclass
 class ScalingArguments:
     output_dir: Path = field(metadata={"help": "folder for the runs and the report"})
-    sizes: list[str] = field(metadata={"help": "presets, or layers x heads x channels per head, for example 4x3x64"})
+    sizes: list[str] = field(
+        metadata={
+            "help": "presets or, for the transformer, layers x heads x channels per head, for example 4x3x64; VDM and LVDM require "
+            "--model unet"
+        }
+    )
     config_file: str | None = field(
         default=None, metadata={"help": "config file of `accelerate launch` (default: one process)"}
     )

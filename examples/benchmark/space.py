@@ -40,9 +40,9 @@ KEYS = ("ArrowRight", "ArrowLeft", "ArrowDown", "ArrowUp")
 class SpaceArguments:
     model: str = field(default="push-t", metadata={"help": "name of the model; see app.py"})
     presses: int = field(default=20, metadata={"help": "number of key presses in the browser; 0 skips the browser"})
-    users: int = field(default=10, metadata={"help": "number of concurrent gradio_client users"})
+    users: int = field(default=10, metadata={"help": "number of concurrent gradio_client users, at most 32"})
     seconds: float = field(default=60.0, metadata={"help": "duration of the test with concurrent users in seconds"})
-    chunk_length: int = field(default=4, metadata={"help": "frames per request of a user"})
+    chunk_length: int = field(default=4, metadata={"help": "frames per request of a user, at most 16"})
     output: Path | None = field(default=None, metadata={"help": "JSON report to write"})
     screenshot: Path | None = field(
         default=None, metadata={"help": "PNG file to write a screenshot of the page to, unless --presses is 0"}
@@ -87,7 +87,10 @@ def serve(log: Path, *flags: str, **environment: str) -> tuple[subprocess.Popen,
 
 
 def drive_in_browser(url: str, presses: int, screenshot: Path | None = None) -> dict[str, float]:
-    """Measure the latency of key presses and the frame rate while a key is held; write a screenshot."""
+    """Measure the latency of key presses and the frame rate while a key is held.
+
+    With `screenshot`, also write a screenshot of the page.
+    """
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
@@ -158,7 +161,7 @@ class User(threading.Thread):
 
 
 def drive_together(url: str, arguments: SpaceArguments, process: psutil.Process) -> dict[str, Any]:
-    """Run concurrent users; return their frame rates, waits and errors, and the memory of the server."""
+    """Run concurrent users; return frame rates, waits and errors, and the server's memory and CPU use."""
     before, until = process.memory_info().rss, threading.Event()
     users = [User(url, arguments, until) for _ in range(arguments.users)]
     for user in users:

@@ -3,9 +3,9 @@
     python examples/benchmark/speed.py --model runs/pusht --schedulers PNDMScheduler:50 DPMSolverMultistepScheduler:8
 
 All schedulers are measured in one run, so that their times are comparable. Times include decoding and are medians over
-`--repeats` runs (5 times as many chunks of the stream) after one warm-up run. The memory is that of the process, without
-the memory of a GPU. A batch predicts `--num_actions` frames for each action sequence from one
-history: `--batch_sizes 50` corresponds to one decision of a planner among 50 candidates.
+`--repeats` runs (5 times as many chunks of the stream) after one warm-up run; the slowest chunk is also reported. The
+memory is the peak of the process over all schedulers, without the memory of a GPU. A batch predicts `--num_actions` frames
+for each action sequence from one history: `--batch_sizes 50` corresponds to one decision of a planner among 50 candidates.
 """
 
 import json
@@ -104,7 +104,7 @@ def main() -> None:
             f"{row['slowest_chunk_ms']:.0f} |",
             flush=True,
         )
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux returns KiB
     print(
         f"peak memory {memory:.2f} GB, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     )

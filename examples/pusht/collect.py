@@ -103,7 +103,8 @@ def prepare_folder(arguments: CollectArguments) -> None:
     If the existing folder has fewer episodes, its info.json is deleted, which marks the folder as incomplete.
 
     Raises:
-        ValueError: If the folder contains other files, or if any setting differs, except for a larger number of episodes.
+        ValueError: If the folder contains files but no valid settings file, or if any setting differs, except for a larger number
+            of episodes.
     """
     root = arguments.output
     names = ("episodes", "length", "first_seed", *TASKS, "pusher_radius")
@@ -132,11 +133,16 @@ def read_settings(root: Path) -> dict[str, Any]:
     """Read the settings that determine the episodes of a folder.
 
     Raises:
-        ValueError: If the folder was not created by this script.
+        ValueError: If the folder was not created by this script, or its settings file is damaged.
     """
     if not (root / SOURCE_FILE).is_file():
         raise ValueError(f"{str(root)!r} must be a folder of collect.py: it has no settings file {SOURCE_FILE!r}.")
-    return read_json_object(root / SOURCE_FILE)
+    settings = read_json_object(root / SOURCE_FILE)
+    if "first_seed" not in settings:  # `write_lerobot` writes a file of the same name
+        raise ValueError(
+            f"{str(root)!r} must be a folder of collect.py: another program wrote {SOURCE_FILE!r}. Choose another folder."
+        )
+    return settings
 
 
 def pusher_of(kind: str, rng: np.random.Generator, state: State) -> Pusher:

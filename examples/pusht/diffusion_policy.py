@@ -109,7 +109,7 @@ class DiffusionPolicy(ModelMixin, ConfigMixin):
         return self.observation(torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1))
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, observation: torch.Tensor) -> torch.Tensor:
-        """Predict clean chunks (B, n, 2).
+        """Predict clean chunks (B, n, 2), normalized.
 
         Args:
             sample: Noisy chunks (B, n, 2), normalized.

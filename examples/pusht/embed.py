@@ -4,7 +4,7 @@
 
 Weights are stored in bfloat16. The clip consists of a lossless video of the history frames and `--num_actions` further
 frames, the actions, and a film strip and an animation of the prediction. `starts.png` contains the first frames of
-`--num_starts` episodes, from which environments start. The folders `proprioception` and `reward`
+up to `--num_starts` episodes, from which environments start. The folders `proprioception` and `reward`
 (`train_proprioception.py`, `train_reward.py`) are copied if the trained model contains them; otherwise, the embedded
 ones are kept. The package is changed only after all files have been written.
 """
@@ -34,7 +34,7 @@ class EmbedArguments:
     start: int = field(default=20, metadata={"help": "first frame of the clip"})
     num_actions: int = field(default=60, metadata={"help": "number of actions of the clip"})
     num_starts: int = field(
-        default=64, metadata={"help": "number of episodes whose first frames are stored in starts.png"}
+        default=64, metadata={"help": "maximum number of episodes whose first frames are stored in starts.png"}
     )
 
 
@@ -72,7 +72,7 @@ def save_model(arguments: EmbedArguments, pipeline: IRASimPipeline, target: Path
 def save_clip(arguments: EmbedArguments, dataset: LeRobotFolder, target: Path) -> None:
     """Write start frames, a held-out clip, its actions, and pictures of its prediction.
 
-    The prediction is that of the stored bfloat16 model.
+    The prediction uses the stored bfloat16 weights.
     """
     starts = [dataset.window(number, 0, 1).frames[0] for number in range(min(arguments.num_starts, len(dataset)))]
     PIL.Image.fromarray(np.concatenate(starts)).save(target / "starts.png", optimize=True)

@@ -8,7 +8,7 @@ Metrics, most of them with bootstrap 95 % intervals over clips, episodes or hist
   the prediction for the actions of another clip.
 - Pose errors of pusher and block in the last predicted frame, and the fraction of frames in which both poses are found; over
   clips in which the block moves, and over these together with clips in which it rests.
-- The same pose errors after rollouts of 60 expert actions. The baseline is a block that does not move.
+- The same pose errors after rollouts of 60 expert actions. The baseline is that neither pusher nor block moves.
 - Driving: 60 frames predicted from one frame with arrow keys that are held at random, at three speeds of the Space. Reported
   are the fraction of frames with exactly one pusher, the pose errors, and the PSNR of frames 1, 15, 30 and 60.
 - Counterfactual identification: 8 action sequences that move the block and lead from one history to 8 different futures in
@@ -90,7 +90,7 @@ class EvaluationArguments:
     )
     num_rollouts: int = field(default=50, metadata={"help": "maximum number of expert rollouts; 0 skips them"})
     num_drives: int = field(default=32, metadata={"help": "driven episodes per speed; 0 skips them"})
-    num_histories: int = field(default=50, metadata={"help": "histories for identification; 0 skips it"})
+    num_histories: int = field(default=50, metadata={"help": "maximum number of histories; 0 skips identification"})
     batch_size: int = field(default=8, metadata={"help": "clips or driven episodes predicted together"})
     dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16"})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
@@ -219,10 +219,10 @@ def driving_figures(
 ) -> dict[str, Any]:
     """Compare predicted frames (N, n, H, W, 3) of driven episodes with the simulator.
 
-    Intervals are over the N episodes. The fraction of frames with one pusher is over the frames in which the simulator shows
-    exactly one. Pose errors are those of the last 5 frames. They count only if the pusher (or block) is found in the simulator's
-    frame, because at the edges of the arena only a part of the pusher is visible. If it is not found in the predicted frame, the
-    error is `WORST`. PSNR is averaged over all episodes.
+    Intervals are over the episodes. The fraction of frames with one pusher is over the frames of an episode in which the
+    simulator shows exactly one. Pose errors are medians over the last 5 frames of an episode. A frame counts only if the pusher
+    (or block) is found in the simulator's frame, because at the edges of the arena only a part of the pusher is visible. If it is
+    not found in the predicted frame, the error is `WORST`. PSNR is averaged over all episodes.
 
     Returns:
         The metrics; empty if no frame of the simulator shows exactly one pusher.
@@ -324,7 +324,7 @@ def check_arguments(arguments: EvaluationArguments) -> None:
 
 @dataclass
 class Evaluation:
-    """A model and the held-out data; each method computes one group of metrics and prints the main ones."""
+    """A model and the held-out data; the methods compute groups of metrics and print the main ones."""
 
     arguments: EvaluationArguments
     dataset: LeRobotFolder
@@ -409,7 +409,7 @@ class Evaluation:
         return {"expert_rollout": figures}
 
     def drives(self) -> dict[str, Any]:
-        """Score episodes driven by random keys at each speed; the result is empty if `num_drives` is 0."""
+        """Score episodes driven by random keys at each speed; the result is empty if no frame can be scored."""
         arguments, report = self.arguments, {}
         for speed in SPEEDS if arguments.num_drives else ():
             actions, frames, states = driven_episodes(arguments.num_drives, speed, arguments.pusher_radius)

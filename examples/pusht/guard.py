@@ -57,7 +57,7 @@ class GuardArguments:
         metadata={"help": "other world models, folders or Hub ids; for each, one guard compares it with --model"},
     )
     first_seed: int = field(default=1_000_000, metadata={"help": "seed of the first episode of the dataset"})
-    num_states: int = field(default=24, metadata={"help": "number of start states, one per episode"})
+    num_states: int = field(default=24, metadata={"help": "maximum number of start states, one per episode"})
     horizon: int = field(default=10, metadata={"help": "number of actions of a plan"})
     num_candidates: int = field(default=24, metadata={"help": "number of candidates per iteration"})
     num_iterations: int = field(default=4, metadata={"help": "number of iterations of the cross-entropy method"})

@@ -4,11 +4,11 @@
         --reward runs/reward-closeness --output_dir runs/improved
 
 Each iteration draws recorded frames, samples a group of chunks from the policy for each frame, and predicts the result
-of every chunk with the world model. The reward of a chunk is that of its last frame. As in GRPO, the advantage of a
-chunk is the difference between its reward and the mean of its group, in standard deviations. The denoising loss of
-each chunk is weighted by its advantage, limited to [0, 3]. The training uses no simulator. The
-simulator evaluates the policy before and after the training, from the same starts, and the report contains both
-results.
+of every chunk with the world model. The reward of a chunk is that of the frame after its first `--num_executed`
+targets. As in GRPO, the advantage of a chunk is the difference between its reward and the mean of its group, in
+standard deviations. The denoising loss of each chunk is weighted by its advantage, limited to [0, 3]. The training uses
+no simulator. The simulator evaluates the policy before and after the training, from the same starts, and the report
+contains both results.
 
 If the block is far from the goal, the policy needs a dense reward: train one with `train_reward.py --target
 closeness`. The same command resumes from the last finished iteration.

@@ -24,7 +24,7 @@ CENTRE_OF_MASS = np.array([0.0, 45.0])  # of the block, in the block's frame
 
 @dataclass(frozen=True)
 class State:
-    """The simulator's state after a step, in arena units and radians."""
+    """Poses of pusher and block after a step or a reset, in arena units and radians."""
 
     agent: np.ndarray  # (2,)
     block: np.ndarray  # (3,): x, y, angle

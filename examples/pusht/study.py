@@ -119,10 +119,15 @@ class StudyArguments:
         },
     )
     policies: Path | None = field(
-        default=None, metadata={"help": "finished folder of train_policy.py (default: train policies)"}
+        default=None,
+        metadata={"help": "folder of train_policy.py with two or more evaluated stages (default: train policies)"},
     )
     rewards: Path | None = field(
-        default=None, metadata={"help": "folder with `iou` and `closeness` of train_reward.py (default: train both)"}
+        default=None,
+        metadata={
+            "help": "folder with `iou` and `closeness` of train_reward.py with --test_dataset; missing ones are trained there "
+            "(default: train both)"
+        },
     )
     convolutional: Path | None = field(
         default=None, metadata={"help": "folder of convolutional.py that is also compared (default: none)"}
@@ -165,7 +170,7 @@ class Study:
         return self.arguments.output_dir / stage
 
     def run(self, stage: str, work: Callable[[], Any], sizes: list[str], **inputs: Any) -> Any:
-        """Return the result of a stage; entries of `Size` and `inputs` determine it."""
+        """Return the result of a stage; entries of `Size`, the seed and `inputs` determine it."""
         setting = {name: value for name, value in asdict(self.size).items() if name in sizes}
         return run_stage(self.folder(stage), setting | {"seed": self.arguments.seed} | inputs, work)
 
@@ -226,7 +231,7 @@ class Study:
 
     @functools.cached_property
     def world_models(self) -> dict[str, str]:
-        """Stage: folders of the world models `P0`, `P100` and so on, and of the convolutional baseline."""
+        """Stage: folders of the world models `P0`, `P100` and so on, and of a convolutional baseline, if any."""
         root, size, other = self.folder("world_models"), self.size, self.arguments.convolutional
 
         def work() -> dict[str, str]:
@@ -417,8 +422,8 @@ def run_study(arguments: StudyArguments, size: Size) -> None:
     """Run the stages that are not complete, and write the report of all complete stages.
 
     Raises:
-        ValueError: If an argument is out of range, a stage is unknown, an input does not exist, a stage was computed with other
-            settings, or a script fails.
+        ValueError: If an argument is out of range, a stage is unknown, an input does not exist or lacks required episodes or
+            policies, a stage was computed with other settings, or a script fails.
     """
     check_ranges(arguments, not_negative=("seed",), at_least_1=("num_workers",))
     for name in ("stages", "redo"):

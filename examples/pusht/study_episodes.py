@@ -101,8 +101,8 @@ def plan_episode(
         video: Path of a video to write; None for no video.
 
     Returns:
-        `score`, `iou` (maximum of the episode), `iou_stopped` (maximum until the first success), `success` (0 or 1), and
-        `seconds` per decision.
+        `score` (largest coverage divided by 0.95, at most 1), `iou` (maximum of the episode), `iou_stopped` (maximum until the
+        first success), `success` (0 or 1), and `seconds` per decision.
     """
     real, generator = Simulator(), torch.Generator().manual_seed(seed)
     state, network = real.reset(seed), load_policy(policy)

@@ -50,10 +50,12 @@ def run_stage(folder: Path, setting: Mapping[str, Any], work: Callable[[], Any])
         differing = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
         if differing:
             first = differing[0]
+            was, now = (
+                "omitted" if given.get(first) is None else f"{given[first]!r:.80}" for given in (found, wanted)
+            )
             raise ValueError(
-                f"the stage {folder.name!r} in {str(folder.parent)!r} was computed with other settings: {', '.join(differing)} "
-                f"differ, `{first}` was {found.get(first)!r:.80} and is {wanted.get(first)!r:.80}. Use a new `output_dir`, or "
-                f"compute it again with `--redo {folder.name}`."
+                f"the stage {folder.name!r} in {str(folder.parent)!r} was computed with other settings ({', '.join(differing)}): "
+                f"`{first}` was {was} and is {now}. Use a new `output_dir`, or compute the stage again with `--redo {folder.name}`."
             )
     else:
         write_json(folder / SETTING, wanted)

@@ -50,11 +50,11 @@ def write_report(root: Path, stages: Sequence[str]) -> None:
 
 
 def policy_section(result: Any, root: Path) -> tuple[str, Any]:
-    """Report the IoU of the policies in the simulator."""
+    """Report the largest IoU of an episode of each policy in the simulator, averaged over episodes."""
     rows = [[name, f"{iou:.3f}"] for name, iou in result["ious"].items()]
     return (
         f"## Policies\n\nPlanners improve policy {result['planned']}.\n\n"
-        + markdown((["policy (training steps)", "IoU in the simulator"], rows)),
+        + markdown((["policy (training steps)", "largest IoU in the simulator (mean over episodes)"], rows)),
         result["ious"],
     )
 
@@ -133,7 +133,10 @@ def planning_section(result: Any, root: Path) -> tuple[str, Any]:
         for cell, found in figures.items()
         if cell.endswith(f"-K{most}") and bound > base
     }
-    note = ", ".join(f"{cell} {gain:.0%}" for cell, gain in gains.items())
+    note = (
+        ", ".join(f"{cell} {gain:.0%}" for cell, gain in gains.items())
+        or "undefined, because the latter is not positive"
+    )
     plot(root / "planning.png", lambda axes: draw_planning(axes, figures, result["cells"]))
     folder = root / "planning" / "videos"
     shown = ["policy", *(cell for cell in figures if cell.endswith(f"-K{most}"))]

@@ -6,8 +6,8 @@ First, the encoder learns to find keypoints of the block in frames of all kinds 
 recorded block poses, which the policy never reads. Then the encoder is frozen, and the denoiser learns from the expert's
 episodes and their mirror images. Checkpoints with averaged weights (EMA) are saved at several stages (`checkpoint-250`
 and so on), to compare policies of different quality. Each stage is evaluated on the same held-out starts: the largest
-IoU of block and goal, and the fraction of episodes in which the coverage of the goal exceeds 95 %. The same command
-resumes an interrupted run, with the same result.
+and the final IoU of block and goal, and the fraction of episodes in which the coverage of the goal exceeds 95 %. The same
+command resumes an interrupted run, with the same result.
 """
 
 import json
@@ -43,7 +43,9 @@ ENCODER_BATCH, ENCODER_FRAMES = 64, 48  # frames per step, and frames per episod
 
 @dataclass
 class PolicyArguments:
-    datasets: list[Path] = field(metadata={"help": "LeRobotDataset folders made by collect.py"})
+    datasets: list[Path] = field(
+        metadata={"help": "LeRobotDataset folders made by collect.py; they must contain expert episodes"}
+    )
     output_dir: Path = field(metadata={"help": "folder for the checkpoints and report.json"})
     max_demonstrations: int = field(default=400, metadata={"help": "maximum number of expert episodes"})
     stages: list[int] = field(
@@ -78,7 +80,9 @@ def load_state(path: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
     state = torch.load(path, weights_only=True)
     before = state["setting"]
     changed = [
-        f"{name} was {before.get(name)!r}" for name in before | setting if before.get(name) != setting.get(name)
+        f"{name} was {'omitted' if before.get(name) in (None, 'None') else repr(before[name])}"
+        for name in before | setting
+        if before.get(name) != setting.get(name)
     ]
     if changed:
         raise ValueError(
@@ -108,7 +112,7 @@ class Training:
         return values | {"datasets": [str(path) for path in self.arguments.datasets]}
 
     def save_stage(self) -> None:
-        """Write the averaged weights, the report, and then the state from which the run resumes."""
+        """Write and evaluate the averaged weights; write the report, then the state for resuming."""
         arguments = self.arguments
         self.average.store(self.policy.parameters())
         self.average.copy_to(self.policy.parameters())
@@ -144,7 +148,11 @@ class Training:
         torch.set_rng_state(state["random"])
 
     def fit_encoder(self, frames: torch.Tensor, keypoints: torch.Tensor) -> None:
-        """Train the encoder on frames (N, 3, H, W), uint8, with keypoints (N, K, 2)."""
+        """Train the encoder on frames (N, 3, H, W), uint8, with keypoints (N, K, 2).
+
+        Raises:
+            RuntimeError: If a gradient is not finite.
+        """
         encoder, steps = self.policy.encoder.requires_grad_(True), self.arguments.encoder_steps
         optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-3, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)

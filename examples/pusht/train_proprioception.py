@@ -5,7 +5,7 @@
 
 Half of each batch consists of recorded frames, the other half of frames that the world model predicts from recorded
 histories and actions. The targets are the recorded states. By default, the network is stored in the folder `proprioception`
-of the world model, where `irasim_diffusers.envs` finds it. The errors on recorded and predicted validation frames are
+of `--model`, where `irasim_diffusers.envs` finds it. The errors on recorded and predicted validation frames are
 printed, and stored in `metrics.json` next to the network.
 """
 
@@ -37,7 +37,9 @@ class ProprioceptionArguments:
     )
     output_dir: Path | None = field(
         default=None,
-        metadata={"help": "folder for the network and metrics.json (default: the folder proprioception of --model)"},
+        metadata={
+            "help": "folder for the network and metrics.json (required without --model; default: its folder proprioception)"
+        },
     )
     state_key: str = field(default="observation.state", metadata={"help": "feature that contains the robot state"})
     state_low: list[float] = field(

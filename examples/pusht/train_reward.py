@@ -3,13 +3,13 @@
     python examples/pusht/train_reward.py --dataset data/pusht-train --test_dataset data/pusht-test --model runs/pusht
 
 The label is the intersection over union (IoU) of block and goal in the simulator (paper, section 4.3), or their
-closeness: 1 minus the mean distance of the block's corners from their goal positions divided by 256 arena units. The
+closeness: 1 - d / 256, at least 0, for a mean distance of d arena units of the block's corners from their goal positions. The
 IoU is zero in most frames, so the closeness guides a planner better if the block is far from the goal. The network
 receives only the frame. Frames are augmented with blur, color shifts and noise, so that the network also works on
 frames of a world model. With `--test_dataset`, the report compares the error on held-out simulator frames with the
 error on frames that the world model predicts for held-out actions.
 
-By default, the network is stored in the folder `reward` of the world model, where `irasim_diffusers.envs` finds it.
+By default, the network is stored in the folder `reward` of `--model`, where `irasim_diffusers.envs` finds it.
 `--max_train_steps 0` only repeats the evaluation, for example after a change of the world model.
 """
 
@@ -49,7 +49,9 @@ class RewardArguments:
     )
     output_dir: Path | None = field(
         default=None,
-        metadata={"help": "folder for the network and report.json (default: the folder reward of --model)"},
+        metadata={
+            "help": "folder for the network and report.json (required without --model; default: its folder reward)"
+        },
     )
     test_dataset: str | None = field(
         default=None,

@@ -171,6 +171,8 @@ def test_a_policy_is_improved_in_the_model_and_resumes(tmp_path, monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(whole.parameters(), parts.parameters(), strict=True))
     with pytest.raises(ValueError, match=r"contains a run with other settings: seed was '0'\."):
         improve(monkeypatch, tmp_path / "parts", "--seed", 1)
+    with pytest.raises(ValueError, match=r"contains a run with other settings: reward was omitted\."):
+        improve(monkeypatch, tmp_path / "parts", "--reward", tmp_path / "reward")
     with pytest.raises(ValueError, match="`group_size` must be at least 2, got 1"):
         improve(monkeypatch, tmp_path / "new", "--group_size", 1)
 

@@ -67,6 +67,9 @@ def inputs(tmp_path_factory):
 def test_dataset_of_another_program_raises(tmp_path):
     with pytest.raises(ValueError, match="it has no settings file"):
         collect.read_settings(tmp_path)
+    (tmp_path / collect.SOURCE_FILE).write_text('{"fps": 10}')
+    with pytest.raises(ValueError, match=r"another program wrote '\.irasim-source\.json'"):
+        collect.read_settings(tmp_path)
 
 
 def arguments(inputs, output, **changes):

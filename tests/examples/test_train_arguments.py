@@ -49,7 +49,7 @@ def workspace(tmp_path_factory):
             "does not apply to `model` unet: omit num_layers, optimizer",
         ),
         ({"block_out_channels": [8, 16]}, "`block_out_channels` does not apply to `model` transformer"),
-        ({"pixel_space": True}, "`pixel_space` is for a new model: omit `vae`"),
+        ({"pixel_space": True}, "`pixel_space` is for a new model without latents: omit `vae`"),
         ({"max_train_minutes": 1, "lr_scheduler": "cosine"}, "`lr_scheduler` must be constant or .* got 'cosine'"),
         ({"snr_gamma": 5, "prediction_type": "flow_prediction"}, "`snr_gamma` must be omitted for flow matching"),
         ({"dataset_weights": [1, 2]}, r"`dataset_weights` must contain one number per dataset \(1\), got \[1, 2\]"),
