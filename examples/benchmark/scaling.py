@@ -100,7 +100,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
 def main() -> None:
     parser = HfArgumentParser(ScalingArguments, allow_abbrev=False)
     arguments, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if "--validation_dataset" not in flags:
+    if not any(flag.split("=")[0] == "--validation_dataset" for flag in flags):
         raise ValueError("`validation_dataset` is required: the PSNR is measured on it. Add --validation_dataset.")
     chosen = {size: size_flags(size) for size in arguments.sizes}
     rows = []
@@ -111,7 +111,7 @@ def main() -> None:
         psnr = read_scalars(folder, "psnr")
         if not psnr:
             raise ValueError(
-                f"{str(folder)!r} contains no PSNR: `validation_steps` must be at most `max_train_steps`."
+                f"{str(folder)!r} contains no PSNR: `validation_steps` must be at most the number of training steps."
             )
         rows.append(
             {

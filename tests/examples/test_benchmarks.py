@@ -56,6 +56,20 @@ def test_invalid_sizes_raise(size):
         scaling.size_flags(size)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "`validation_dataset` is required"),
+        (["--validation_dataset=data"], "`sizes` must be"),
+        (["--validation_dataset", "data"], "`sizes` must be"),
+    ],
+)
+def test_scaling_requires_a_validation_dataset(flags, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--output_dir", str(tmp_path), "--sizes", "M", *flags])
+    with pytest.raises(ValueError, match=message):
+        scaling.main()
+
+
 def test_averaged_uses_equal_intervals():
     assert scaling.averaged({1: 4.0, 2: 2.0, 3: 1.0, 4: 0.0}, 2) == [[2, 3.0], [4, 0.5]]
     assert scaling.averaged({7: 4.0}, 20) == [[7, 4.0]]
