@@ -33,7 +33,7 @@ MODULES = (
 
 
 class ForkedProcess:
-    """A forked process with the methods of `subprocess.Popen` that the tests use; its output goes to files."""
+    """A forked process with methods of `subprocess.Popen`; its output goes to files."""
 
     def __init__(self, server: "ForkServer", pid: int, folder: Path) -> None:
         self.server, self.pid, self.folder, self.returncode = server, pid, folder, None

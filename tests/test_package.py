@@ -182,7 +182,7 @@ def test_auto_model_loads_from_pipeline_folder(tmp_path, pipeline):
 
 
 def imported_names(path):
-    """Yield the imports of a script from the package, each as a module and a name; the name is None for `import module`."""
+    """Yield a script's imports from the package as (module, name); `import module` gives the name None."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "irasim_diffusers":
             yield from ((node.module, alias.name) for alias in node.names)
@@ -192,7 +192,7 @@ def imported_names(path):
 
 @pytest.mark.parametrize("folder", ["examples", "spaces"])
 def test_examples_use_only_public_names(folder):
-    """Public are modules directly in the package, and the names in `__all__` of the package and its subpackages."""
+    """Modules directly in the package are public, and the names in `__all__` of it and its subpackages."""
     found = [(path, *each) for path in (ROOT / folder).rglob("*.py") for each in imported_names(path)]
     assert len(found) > 20
     for path, module, name in found:

@@ -349,7 +349,7 @@ def test_hidden_files_are_not_read_as_shards(tmp_path):
 
 
 def test_settings_of_a_checkpoint_are_inert(tmp_path):
-    """Settings of training scripts (OmegaConf, argparse, paths, NumPy scalars) and optimizer state do not prevent loading."""
+    """Settings (OmegaConf, argparse, paths, NumPy scalars) and optimizer state do not prevent loading."""
     _, overrides, state = case("rt1")
     settings = omegaconf.OmegaConf.create({"a": [1, "b", None, {"c": 2.5}], "d": "${a}", "e": Path("runs"), "f": b"x"})
     others = {

@@ -118,7 +118,7 @@ def workspace(tmp_path_factory):
 
 
 def raise_at_call(monkeypatch, owner, name, number, sent):
-    """Patch a function so that its given call ends with a signal to this process; return the list of calls."""
+    """Patch a function so that its call `number` ends with a signal; return the list of calls."""
     original, calls = getattr(owner, name), []
 
     def call(*arguments, **options):

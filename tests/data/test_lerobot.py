@@ -143,7 +143,7 @@ def edit_table(path, change):
 
 
 def edit_episode(name, value):
-    """Return a function that sets an entry in `meta/episodes` of episode 1, which shares files with episode 0."""
+    """Return a function that sets an entry of episode 1, which shares files with episode 0."""
 
     def change(row):
         row[name] = value if row["episode_index"] == 1 else row[name]

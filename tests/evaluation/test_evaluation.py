@@ -37,7 +37,7 @@ LENGTHS = (34, 16, 9)  # frames of the episodes, which contain two, one and no c
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A tiny model, and random episodes in the release format: 8x12 pixels, three recorded actions."""
+    """A tiny model, and random episodes in the release format: 8x12 pixels, three action components."""
     root = tmp_path_factory.mktemp("evaluation")
     tiny_pipeline(num_inference_steps=1).save_pretrained(root / "model")
     rng = np.random.default_rng(0)

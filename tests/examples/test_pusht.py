@@ -1,4 +1,4 @@
-"""End-to-end tests of the Push-T example: real simulator, tiny networks, partly with `accelerate launch`."""
+"""End-to-end tests of the Push-T example: real simulator and tiny networks."""
 
 import contextlib
 import importlib
@@ -39,7 +39,7 @@ SPACE = ["--action_offset", "256", "--action_scale", "0.03125", "--action_space"
 
 
 def run(script, *arguments, launch=None):
-    """Run a script in a new process, or with `accelerate launch` and the arguments `launch`; return its output."""
+    """Run a script in a new process, with `launch` under `accelerate launch`; return its output."""
     launcher = ["-m", "accelerate.commands.launch", *launch] if launch else []
     return output_of(fork_server().run(*launcher, EXAMPLES / script, *arguments))
 
@@ -343,7 +343,7 @@ def targets(workspace):
 
 
 def test_recipe_of_embedded_model(workspace, targets):
-    """Fine-tune the model with LoRA and with another action space."""
+    """The trained model can also be fine-tuned with LoRA, and with more action components."""
     pipeline = IRASimPipeline.from_pretrained(targets)
     config = pipeline.transformer.config
     assert (config.target_extent, config.ff_conv, config.spatial_position) == ([0, 0, 512, 512], True, "rope")

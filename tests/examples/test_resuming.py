@@ -75,7 +75,7 @@ def test_sigterm_saves_a_checkpoint(workspace):
 
 
 def test_sigterm_of_the_launcher_saves_a_checkpoint_of_two_processes(workspace):
-    """After SIGTERM to `accelerate launch`, the same command with fewer steps resumes the training."""
+    """After SIGTERM to `accelerate launch`, two processes with the same flags and fewer steps resume."""
     output = workspace / "preempted"
     command = ["-m", "accelerate.commands.launch", *TWO, EXAMPLES / "train.py"]
     command += [

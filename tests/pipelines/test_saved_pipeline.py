@@ -1,6 +1,6 @@
 """A pipeline with random weights, saved by an earlier version together with its prediction.
 
-Its config has the features of the embedded model.
+Its transformer has the architecture options of the embedded model, in latent space.
 """
 
 from pathlib import Path

@@ -151,7 +151,7 @@ def test_missing_settings_of_earlier_versions_had_their_default_values(tmp_path)
 
 @pytest.mark.parametrize(("loss", "norm", "name"), [(1.0, np.inf, "gradient norm"), (np.nan, np.nan, "loss")])
 def test_gradient_norms_may_be_floats(tmp_path, loss, norm, name):
-    """DeepSpeed returns the norm as a float; a loss that is not finite is named before the gradients that it causes."""
+    """DeepSpeed returns the norm as a float. A non-finite loss is named before the gradient norm."""
     run = TrainingRun.__new__(TrainingRun)
     run.accelerator, run.output, run.step, run.total = Accelerator(cpu=True), tmp_path, 3, torch.tensor(loss)
     with pytest.raises(FloatingPointError, match=f"^the {name} is (nan|inf) at step 4; there is no checkpoint"):
