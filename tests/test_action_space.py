@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline, tiny_transformer, tiny_unet
+from tiny_models import tiny_pipeline, tiny_transformer, tiny_unet
 
 from irasim_diffusers import DrivingSession, IRASimPipeline, Steering, embedded_checkpoint
 from irasim_diffusers.action_space import ActionSpace

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import tiny_pipeline, tiny_transformer, tiny_unet
+from tiny_models import tiny_pipeline, tiny_transformer, tiny_unet
 
 from irasim_diffusers import ActionSpace, IRASimPipeline
 from irasim_diffusers.cli import main

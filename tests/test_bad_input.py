@@ -13,10 +13,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import tiny_pipeline
 from safetensors.torch import load_file, save_file
 from test_conversion import released_state
 from test_latte import latte_model
+from tiny_models import tiny_pipeline
 
 from irasim_diffusers.cli import main
 from irasim_diffusers.data import write_video

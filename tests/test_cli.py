@@ -10,11 +10,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import tiny_pipeline
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 from test_latte import latte_model
+from tiny_models import tiny_pipeline
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, embedded_checkpoint
 from irasim_diffusers.cli import main

@@ -10,8 +10,8 @@ import omegaconf
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_vae
 from diffusers import AutoencoderKL
+from tiny_models import tiny_vae
 
 from irasim_diffusers import PRESETS, IRASimPipeline, IRASimTransformer3DModel
 from irasim_diffusers.cli import main

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import tiny_pipeline
 from test_lerobot import CAMERA, write_folder
 from test_release import write_release
 from test_sources import write_v21
+from tiny_models import tiny_pipeline
 
 from irasim_diffusers.cli import main
 from irasim_diffusers.data import Episode, LeRobotFolder, write_file, write_lerobot, write_metadata

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
+from tiny_models import tiny_pipeline
 
 from irasim_diffusers import ActionSpace, DrivingSession, IRASimPipeline, Steering, embedded_checkpoint
 from irasim_diffusers.actions import integrate_actions

@@ -8,9 +8,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import tiny_pipeline
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
+from tiny_models import tiny_pipeline
 
 from irasim_diffusers import ProprioceptionModel
 from irasim_diffusers.actions import derive_actions

@@ -5,8 +5,8 @@ import signal
 import textwrap
 
 import pytest
-from conftest import tiny_pipeline
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_pipeline
 
 from irasim_diffusers import embedded_checkpoint
 from irasim_diffusers.cli import main

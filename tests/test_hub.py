@@ -2,6 +2,9 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -10,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import tiny_vae
 from fork_server import MODULES, ForkServer
 from hub_server import HubServer
 from huggingface_hub.errors import LocalEntryNotFoundError
 from test_lerobot import CAMERA, NAMES, TASKS, make_episode, write_folder
 from test_release import write_release
 from test_sources import write_v21
+from tiny_models import tiny_vae
 
 from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents, write_file, write_metadata, write_video
 from irasim_diffusers.hub import missing_reason
@@ -24,7 +27,7 @@ from irasim_diffusers.hub import missing_reason
 START = """
 import sys
 import numpy as np, torch
-from conftest import tiny_pipeline
+from tiny_models import tiny_pipeline
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel
 
 def sample(pipeline):
@@ -69,23 +72,27 @@ def published(hub, tmp_path_factory):
     return folder / "expected.pt"
 
 
-@functools.cache
-def user_server(endpoint: str, offline: bool) -> tuple[ForkServer, Path]:
-    """Start a server for processes that use the local Hub server; return it and the path of their cache."""
-    home = Path(tempfile.mkdtemp(prefix="home-")) / "hf"
-    environment = {
+def user_environment(endpoint: str, home: Path) -> dict[str, str]:
+    """Return the environment variables of a user of the local Hub server with the cache in `home`."""
+    return {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
         "HF_TOKEN": "hf_local",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    return ForkServer(environment | ({"HF_HUB_OFFLINE": "1"} if offline else {}), ("conftest", *MODULES)), home
 
 
-def run(hub, folder: Path, code: str, *arguments: str, offline: bool = False) -> str:
+@functools.cache
+def user_server(endpoint: str) -> tuple[ForkServer, Path]:
+    """Start a server for processes that use the local Hub server; return it and the path of their cache."""
+    home = Path(tempfile.mkdtemp(prefix="home-")) / "hf"
+    return ForkServer(user_environment(endpoint, home), ("tiny_models", *MODULES)), home
+
+
+def run(hub, folder: Path, code: str, *arguments: str) -> str:
     """Run code in a new process that uses the local Hub server and the cache in `folder`."""
     lines = [line.removeprefix("        ") for line in code.splitlines()]
-    server, home = user_server(hub.endpoint, offline)
+    server, home = user_server(hub.endpoint)
     (folder / "hf").mkdir(exist_ok=True)
     home.unlink(missing_ok=True)
     home.symlink_to(folder / "hf")
@@ -268,7 +275,7 @@ ENCODE = """
         from multiprocessing import get_context
         from pathlib import Path
         import torch.distributed
-        from conftest import tiny_vae
+        from tiny_models import tiny_vae
         from irasim_diffusers.data import cache_latents, open_dataset
 
         assets, most = Path(os.environ["HF_HOME"]) / "assets", int(sys.argv[1])
@@ -359,13 +366,12 @@ def publish_table(hub, folder, episodes, repository, card=True):
 
 def test_cached_table_opens_offline(hub, tmp_path):
     publish_table(hub, tmp_path, [make_episode(number, 5 + number) for number in range(3)], "lab/cached")
-    read = """
-        from irasim_diffusers.data import open_dataset
-        assert [len(episode) for episode in open_dataset("lab/cached")] == [5, 6, 7]
-        """
+    read = "from irasim_diffusers.data import open_dataset\n"
+    read += "assert [len(episode) for episode in open_dataset('lab/cached')] == [5, 6, 7]"
     run(hub, tmp_path, read)
     hub.requests.clear()
-    run(hub, tmp_path, read, offline=True)
+    environment = os.environ | user_environment(hub.endpoint, tmp_path / "hf") | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", read], env=environment, check=True)
     assert not hub.requests
 
 

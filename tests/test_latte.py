@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import tiny_vae
 from diffusers import LatteTransformer3DModel
 from safetensors.torch import save_file
+from tiny_models import tiny_vae
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.cli import main

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_vae
 from safetensors.torch import save_file
 from test_conversion import CASES, case, table, write
 from test_latte import LATTE_CASES
+from tiny_models import tiny_vae
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.cli import main

@@ -4,7 +4,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import tiny_pipeline
+from tiny_models import tiny_pipeline
 from transformers import ResNetConfig, ResNetModel
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint

@@ -2,7 +2,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_pipeline
+from tiny_models import ARCHITECTURES, tiny_pipeline
 
 from irasim_diffusers import IRASimPipeline, RolloutState, roll
 

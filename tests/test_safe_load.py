@@ -13,12 +13,12 @@ import numpy as np
 import omegaconf
 import pytest
 import torch
-from conftest import tiny_vae
 from fork_server import fork_server
 from safetensors.torch import save_file
 from test_conversion import case, write
 from test_latte import latte_model
 from test_opensora import opensora_state
+from tiny_models import tiny_vae
 
 from irasim_diffusers.cli import main
 from irasim_diffusers.conversion import load_latte, load_opensora, load_released_irasim

@@ -11,9 +11,9 @@ import gymnasium
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import tiny_pipeline
 from gymnasium.envs.registration import EnvSpec
 from test_latte import latte_model
+from tiny_models import tiny_pipeline
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel
 from irasim_diffusers.cli import main

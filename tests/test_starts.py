@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import tiny_pipeline
+from tiny_models import tiny_pipeline
 
 from irasim_diffusers.envs import WorldModelVectorEnv
 

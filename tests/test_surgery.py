@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_transformer
+from tiny_models import tiny_transformer
 
 from irasim_diffusers.conversion import change_autoencoder, change_patch_size, predict_samples
 

@@ -6,11 +6,11 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_vae
 from diffusers import AutoencoderKL
 from fork_server import fork_server
 from safetensors.torch import save_file
 from test_lerobot import CAMERA, edit_table, write_folder
+from tiny_models import tiny_vae
 
 from irasim_diffusers.data import (
     LatentClips,
@@ -24,7 +24,7 @@ from irasim_diffusers.data import (
 
 ENCODE_SLOWLY = """
 import time
-from conftest import tiny_vae
+from tiny_models import tiny_vae
 from irasim_diffusers.data import LeRobotFolder, cache_latents
 
 vae = tiny_vae()

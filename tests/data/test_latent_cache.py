@@ -3,16 +3,16 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import tiny_vae
 from fork_server import fork_server
 from safetensors.torch import load, save, save_file
 from test_lerobot import write_folder
+from tiny_models import tiny_vae
 
 from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents
 
 ENCODE = """
 import sys, time
-from conftest import tiny_vae
+from tiny_models import tiny_vae
 from irasim_diffusers.data import LeRobotFolder, cache_latents
 
 vae = tiny_vae()

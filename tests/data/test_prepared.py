@@ -3,10 +3,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_vae
 from test_lerobot import write_folder
 from test_lerobot_writer import write_narrow
 from test_release import write_release
+from tiny_models import tiny_vae
 
 from irasim_diffusers.actions import integrate_actions
 from irasim_diffusers.data import (

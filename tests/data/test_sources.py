@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import tiny_vae
 from test_lerobot import CAMERA, edit_table, make_episode, write_folder
 from test_release import write_release
 from test_tables import make_table
+from tiny_models import tiny_vae
 
 from irasim_diffusers.actions import integrate_actions
 from irasim_diffusers.data import (

@@ -11,8 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import tiny_pipeline
 from fork_server import fork_server
+from tiny_models import tiny_pipeline
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.cli import _parser, main

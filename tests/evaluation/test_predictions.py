@@ -5,10 +5,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
 from convolutional import ConvolutionalModel
 from diffusers import DDIMScheduler
 from test_protocols import clip_data
+from tiny_models import tiny_pipeline
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.evaluation import Clip, ClipData, FolderPredictor, PipelinePredictor, WorldModelPredictor

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import train_proprioception
-from conftest import tiny_pipeline
 from diffusion_policy import DiffusionPolicy
 from simulator import Simulator
+from tiny_models import tiny_pipeline
 from train_reward import ious
 
 from irasim_diffusers import ProprioceptionModel, embedded_checkpoint

@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import tiny_pipeline
+from tiny_models import tiny_pipeline
 
 import irasim_diffusers
 import irasim_diffusers.envs  # registers the environments

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline, tiny_transformer, tiny_vae
 from diffusers import AutoencoderKL, DDIMScheduler
 from fork_server import ForkServer
 from hub_server import HubServer
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_lerobot import write_folder
 from test_pusht import EXAMPLES, call, output_of, run
+from tiny_models import tiny_pipeline, tiny_transformer, tiny_vae
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.cli import main

@@ -14,11 +14,11 @@ import train
 import train_lora
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.tracking import get_available_trackers
-from conftest import tiny_pipeline, tiny_transformer
 from fork_server import fork_server
 from test_lerobot import write_folder
 from test_pusht import EXAMPLES
 from test_train import CONFIGS, SHORT, train_robot, write_robot, write_workspace
+from tiny_models import tiny_pipeline, tiny_transformer
 from train import TrainingArguments, check_arguments
 from train_vae import VAEArguments, build_vae, check_divisible, open_data
 from transformers import HfArgumentParser

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ARCHITECTURES, tiny_pipeline, tiny_transformer
 from diffusers import ContextParallelConfig, FirstBlockCacheConfig, ParallelConfig
 from diffusers.hooks.context_parallel import apply_context_parallel
 from fork_server import fork_server
+from tiny_models import ARCHITECTURES, tiny_pipeline, tiny_transformer
 from torch.distributed.device_mesh import init_device_mesh
 
 FRAMES = np.random.default_rng(2).integers(0, 256, (2, 8, 12, 3), dtype=np.uint8)

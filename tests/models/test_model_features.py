@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from conftest import ARCHITECTURES, tiny_transformer
 from diffusers import TorchAoConfig
 from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
+from tiny_models import ARCHITECTURES, tiny_transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from irasim_diffusers import IRASimTransformer3DModel

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARCHITECTURES, TINY, tiny_transformer
 from diffusers.models.embeddings import apply_rotary_emb
+from tiny_models import ARCHITECTURES, TINY, tiny_transformer
 
 from irasim_diffusers import PRESETS, IRASimTransformer3DModel
 from irasim_diffusers.models import noise_process

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import tiny_transformer, tiny_unet
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from tiny_models import tiny_transformer, tiny_unet
 
 from irasim_diffusers import UNET_PRESETS, UNetTrajectoryModel
 from irasim_diffusers.models import noise_process

@@ -9,7 +9,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_pipeline
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -20,6 +19,7 @@ from diffusers import (
     TorchAoConfig,
 )
 from peft import LoraConfig, get_peft_model_state_dict
+from tiny_models import ARCHITECTURES, tiny_pipeline
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, embedded_checkpoint
 from irasim_diffusers.data import read_video

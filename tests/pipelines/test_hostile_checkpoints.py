@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_pipeline, tiny_transformer, tiny_unet
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_pipeline, tiny_transformer, tiny_unet
 
 from irasim_diffusers import IRASimPipeline
 

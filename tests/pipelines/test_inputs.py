@@ -2,8 +2,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import tiny_pipeline
 from test_pipeline_irasim import run, seeded
+from tiny_models import tiny_pipeline
 
 
 def test_every_form_of_frames_gives_the_same_video(pipeline, frames):

@@ -2,10 +2,10 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_pipeline
 
 from irasim_diffusers import IRASimPipeline
 

@@ -5,8 +5,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import tiny_pipeline, tiny_transformer
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from tiny_models import tiny_pipeline, tiny_transformer
 
 from irasim_diffusers import IRASimPipeline
 

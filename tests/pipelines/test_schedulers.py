@@ -4,8 +4,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
 from test_pipeline_irasim import run, seeded
+from tiny_models import tiny_pipeline
 
 from irasim_diffusers import IRASimPipeline
 from irasim_diffusers.pipelines.schedulers import WITHOUT_SAMPLE

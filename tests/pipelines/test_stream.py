@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
 from test_pipeline_irasim import leading, run, seeded
+from tiny_models import tiny_pipeline
 
 
 def test_interrupted_stream_ends(pipeline, frames, actions):

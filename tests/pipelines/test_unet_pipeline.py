@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_unet, tiny_vae
 from diffusers import AutoModel, DDIMScheduler
+from tiny_models import tiny_unet, tiny_vae
 
 from irasim_diffusers import IRASimPipeline, UNetTrajectoryModel
 from irasim_diffusers.models import noise_process

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import tiny_pipeline
+from tiny_models import tiny_pipeline
 
 from irasim_diffusers import ActionSpace, IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.data import write_video

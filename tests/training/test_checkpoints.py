@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import tiny_pipeline, tiny_transformer
 from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
 from fork_server import fork_server
 from safetensors.torch import save_file
+from tiny_models import tiny_pipeline, tiny_transformer
 
 from irasim_diffusers.data.content_hash import tensors_hash
 from irasim_diffusers.training import lock_output, newest_checkpoint

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import tiny_pipeline, tiny_transformer, tiny_unet
 from diffusers import DDIMScheduler
+from tiny_models import tiny_pipeline, tiny_transformer, tiny_unet
 
 from irasim_diffusers.models import noise_process
 from irasim_diffusers.training import diffusion_loss, remove_leftovers

@@ -2,7 +2,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import tiny_pipeline, tiny_transformer
+from tiny_models import tiny_pipeline, tiny_transformer
 
 from irasim_diffusers.data import Episode, LeRobotFolder, PreparedEpisodes, write_file, write_metadata
 from irasim_diffusers.training import is_pipeline, load_autoencoder

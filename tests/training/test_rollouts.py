@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_transformer
+from tiny_models import tiny_transformer
 from train import TrainingArguments
 
 from irasim_diffusers.models import noise_process
