@@ -30,6 +30,7 @@ from irasim_diffusers.training import (
     TrainingData,
     check_ranges,
     check_run_arguments,
+    check_snr_gamma,
     encode_data,
     finished_pipeline,
     is_pipeline,
@@ -278,8 +279,7 @@ def check_model_arguments(arguments: TrainingArguments) -> None:
         raise ValueError(
             f"`{inapplicable[0]}` does not apply to `model` {arguments.model}: omit {', '.join(inapplicable)}."
         )
-    if arguments.snr_gamma is not None and arguments.prediction_type == "flow_prediction":
-        raise ValueError("`snr_gamma` must be omitted for flow matching, which has no min-SNR weights.")
+    check_snr_gamma(arguments.snr_gamma, arguments.prediction_type)
     if arguments.scale_noisy_latents and arguments.prediction_type != "sample":
         raise ValueError(
             f"`scale_noisy_latents` must be used with `prediction_type` sample, got {arguments.prediction_type or 'none'}."

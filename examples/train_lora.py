@@ -152,9 +152,9 @@ def main() -> None:
     vae = load_vae(arguments)
     transformer = load_transformer(arguments)
     copy = functools.partial(type(transformer).from_config, transformer.config)
+    add_lora(transformer, arguments)  # before the data are encoded, because `lora_target_modules` may match no layer
     data = encode_data(sources, vae, transformer.config, arguments, accelerator)
     check_config(transformer, data)
-    add_lora(transformer, arguments)
     run = train(transformer, data, lambda: add_lora(copy(), arguments), arguments, accelerator)
     averaged = run.averaged()
     if accelerator.is_main_process:

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from irasim_diffusers.data import PreparedEpisodes, first_readable, open_dataset
+from irasim_diffusers.data.episode import check_equal_size
 from irasim_diffusers.training import (
     DataArguments,
     Interruption,
@@ -128,7 +129,8 @@ def load_frames(dataset: PreparedEpisodes, per_episode: int, skip_broken: bool) 
     """Read evenly spaced frames (N, 3, H, W), uint8, of each episode.
 
     Raises:
-        ValueError: If an episode cannot be read and `skip_broken` is False, or if no episode can be read.
+        ValueError: If an episode cannot be read and `skip_broken` is False, no episode can be read, or the frames of two episodes
+            differ in size.
     """
     frames = []
     for number in tqdm(range(len(dataset)), desc="reading frames", unit="episode"):
@@ -140,10 +142,11 @@ def load_frames(dataset: PreparedEpisodes, per_episode: int, skip_broken: bool) 
             tqdm.write(f"skipped: {error}")
             continue
         chosen = np.linspace(0, len(episode) - 1, min(per_episode, len(episode))).astype(int)
-        frames.append(torch.from_numpy(episode.frames[chosen]).permute(0, 3, 1, 2))
+        frames.append(episode.frames[chosen])
+        check_equal_size(frames[0], frames[-1], f"episode {number} of {dataset.name!r}")
     if not frames:
         raise ValueError(f"no episode of {dataset.name!r} can be read.")
-    return torch.cat(frames)
+    return torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2)
 
 
 def to_model(frames: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -172,13 +172,26 @@ def build_model(arguments: BaselineArguments, data: TrainingData) -> Convolution
     return ConvolutionalModel(channels=arguments.channels, sample_height=height, sample_width=width, **known)
 
 
-def main() -> None:
-    (arguments,) = HfArgumentParser(BaselineArguments).parse_args_into_dataclasses()
+def check_arguments(arguments: BaselineArguments) -> None:
+    """Check the arguments before anything is read.
+
+    Raises:
+        ValueError: If a value is invalid, or an option does not apply to the baseline.
+    """
     check_run_arguments(arguments)
     check_ranges(arguments, at_least_1=("channels",))
     for name in INAPPLICABLE:
         if getattr(arguments, name):
             raise ValueError(f"`{name}` does not apply to the convolutional baseline: omit it.")
+    if arguments.optimizer == "muon":
+        raise ValueError(
+            "`optimizer` must be adamw or adamw8bit, got 'muon': the convolutional baseline has no transformer blocks."
+        )
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(BaselineArguments).parse_args_into_dataclasses()
+    check_arguments(arguments)
     accelerator = start_accelerator(arguments)
     sources = open_sources(arguments)
     data = encode_data(sources, None, ConvolutionalModel().config, arguments, accelerator)

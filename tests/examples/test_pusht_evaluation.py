@@ -74,6 +74,11 @@ def test_num_seen_frames_below_history_raises(tmp_path, monkeypatch):
             ["--terminal_share", 0.5],
             "`terminal_share` does not apply to the convolutional baseline: omit it.",
         ),
+        (
+            convolutional,
+            ["--optimizer", "muon"],
+            "`optimizer` must be adamw or adamw8bit, got 'muon': the convolutional",
+        ),
         (convolutional, ["--vae", "folder"], "`vae` does not apply to the convolutional baseline: omit it."),
         (evaluate, ["--batch_size", 0], "`batch_size` must be at least 1, got 0"),
         (evaluate, ["--num_clips", 0], "`num_clips` must be at least 1, got 0"),

@@ -20,14 +20,15 @@ from test_pusht import EXAMPLES
 from test_train import CONFIGS, SHORT, train_robot, write_robot, write_workspace
 from tiny_models import tiny_pipeline, tiny_transformer
 from train import TrainingArguments, check_arguments
-from train_vae import VAEArguments, build_vae, check_divisible, open_data
+from train_vae import VAEArguments, build_vae, check_divisible, load_frames, open_data
 from transformers import HfArgumentParser
 
 from irasim_diffusers.cli import _parser
+from irasim_diffusers.commands import adapt
 from irasim_diffusers.commands.adapt import check_flags
-from irasim_diffusers.data import PreparedEpisodes, open_dataset
+from irasim_diffusers.data import PreparedEpisodes, open_dataset, write_video
 from irasim_diffusers.training import check_held_out, check_run_arguments, load_vae, open_sources, run_script
-from irasim_diffusers.training.datasets import check_data, open_source
+from irasim_diffusers.training.datasets import check_data, open_source, validation_clips
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,8 @@ def workspace(tmp_path_factory):
         ({"block_out_channels": [8, 16]}, "`block_out_channels` does not apply to `model` transformer"),
         ({"pixel_space": True}, "`pixel_space` is for a new model without latents: omit `vae`"),
         ({"max_train_minutes": 1, "lr_scheduler": "cosine"}, "`lr_scheduler` must be constant or .* got 'cosine'"),
+        ({"adam_beta1": 1.0}, r"`adam_beta1` must be in \[0, 1\), got 1.0"),
+        ({"adam_beta2": -0.1}, r"`adam_beta2` must be in \[0, 1\), got -0.1"),
         ({"snr_gamma": 5, "prediction_type": "flow_prediction"}, "`snr_gamma` must be omitted for flow matching"),
         ({"dataset_weights": [1, 2]}, r"`dataset_weights` must contain one number per dataset \(1\), got \[1, 2\]"),
         ({"height": 32}, "`height` and `width` must be given together, got only `height`"),
@@ -196,6 +199,46 @@ def test_shared_episodes_are_found_for_other_spellings_of_a_folder(episodes, nam
     with pytest.raises(ValueError, match=f"which share {len(source)}: "):
         check_held_out([source], [str(episodes / name)], held_out, arguments)
     check_held_out([source], ["another"], held_out, arguments)
+
+
+def test_frames_of_different_sizes_raise(workspace, tmp_path):
+    """The message is that of validation, of the autoencoder's training data and of `irasim adapt`."""
+    write_robot(tmp_path / "mixed", 3, cameras=1)
+    write_video(tmp_path / "mixed/videos/train/1/0.mp4", np.zeros((9, 16, 24, 3), np.uint8), 5, lossless=True)
+    mixed = str(tmp_path / "mixed")
+    message = "frames of episode 1 of .* must be 16x32 .* like those of earlier episodes, got 16x24: resize all with --height"
+    arguments = TrainingArguments(
+        dataset=["set"], output_dir="out", validation_dataset=mixed, validation_split="train"
+    )
+    with pytest.raises(ValueError, match=message):
+        validation_clips(arguments, {"num_history_frames": 1, "sample_frames": 3})
+    with pytest.raises(ValueError, match=message):
+        load_frames(PreparedEpisodes(open_dataset(mixed)), 2, skip_broken=False)
+    flags = ["adapt", "--model", "none", "--output", "none", "--vae", "none", "--dataset", mixed]
+    with pytest.raises(ValueError, match=message):
+        adapt._images(_parser().parse_args(flags))
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (train, ["--snr_gamma", 5], "`snr_gamma` must be omitted for flow matching, .*, got 5"),
+        (train_lora, ["--snr_gamma", 5], "`snr_gamma` must be omitted for flow matching, .*, got 5"),
+        (train, ["--validation_dataset", "mixed"], "frames of episode 1 of .*mixed' must be 16x32"),
+        (train_lora, ["--lora_target_modules", "none"], "Target modules .*none.* not found in the base model"),
+    ],
+)
+def test_faults_of_training_are_found_before_encoding(workspace, tmp_path, monkeypatch, script, flags, message):
+    tiny_transformer(prediction_type="flow_prediction").save_pretrained(tmp_path / "flow")
+    write_robot(tmp_path / "mixed", 3)
+    write_video(tmp_path / "mixed/videos/train/1/0.mp4", np.zeros((9, 16, 24, 3), np.uint8), 5, lossless=True)
+    flags = [tmp_path / "mixed" if each == "mixed" else each for each in flags]
+    command = [script.__name__, "--dataset", workspace / "first", "--cameras", 0, "--vae", workspace / "vae", *flags]
+    command += ["--pretrained_model_name_or_path", tmp_path / "flow", "--output_dir", tmp_path / "out", "--fps", 5]
+    monkeypatch.setattr("sys.argv", [*map(str, command)])
+    with pytest.raises(ValueError, match=message):
+        script.main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_frames_must_match_the_autoencoder():

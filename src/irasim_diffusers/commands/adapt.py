@@ -148,10 +148,15 @@ def _check_patch_size(patch_size: int, config: Any) -> None:
 
 
 def _images(arguments: argparse.Namespace) -> torch.Tensor:
-    """Read frames (N, 3, H, W) in [-1, 1] of the readable episodes among the first `EPISODES`."""
+    """Read frames (N, 3, H, W) in [-1, 1] of the readable episodes among the first `EPISODES`.
+
+    Raises:
+        ValueError: If no episode can be read, or the frames of two episodes differ in size.
+    """
     import torch
 
     from ..data import PreparedEpisodes
+    from ..data.episode import check_equal_size
 
     size = frame_size(arguments)
     source = PreparedEpisodes(open_dataset(arguments), frame_size=size)
@@ -163,6 +168,7 @@ def _images(arguments: argparse.Namespace) -> torch.Tensor:
             reason = str(error)
             continue
         parts.append(frames[np.linspace(0, len(frames) - 1, FRAMES).astype(int)])
+        check_equal_size(parts[0], frames, f"episode {index} of {arguments.dataset!r}")
     if not parts:
         raise ValueError(
             f"none of the first {min(len(source), EPISODES)} episodes of {arguments.dataset!r} can be read: {reason}"

@@ -118,6 +118,25 @@ def window_slice(start: int, length: int | None, frames: int) -> slice:
     return slice(start, stop)
 
 
+def check_equal_size(first: np.ndarray, frames: np.ndarray, name: str) -> None:
+    """Check that frames (T, H, W, 3) of an episode have the size of those of the first episode.
+
+    Args:
+        first: Frames of the first episode.
+        frames: Frames of another episode.
+        name: Name of the other episode, for the message.
+
+    Raises:
+        ValueError: If the sizes differ.
+    """
+    wanted, size = ("x".join(map(str, each.shape[1:3])) for each in (first, frames))
+    if size != wanted:
+        raise ValueError(
+            f"frames of {name} must be {wanted} (height x width) like those of earlier episodes, got {size}: resize all with "
+            "--height and --width."
+        )
+
+
 def check_mixture(sources: Sequence[EpisodeSource]) -> None:
     """Check that datasets can be mixed, apart from array shapes, which are checked later.
 

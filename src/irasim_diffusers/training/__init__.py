@@ -1,6 +1,13 @@
 """Training loop, arguments and checkpoints shared by the example scripts."""
 
-from .arguments import DataArguments, RunArguments, check_frame_size, check_ranges, check_run_arguments
+from .arguments import (
+    DataArguments,
+    RunArguments,
+    check_frame_size,
+    check_ranges,
+    check_run_arguments,
+    check_snr_gamma,
+)
 from .checkpoints import (
     checkpoints,
     newest_checkpoint,
@@ -28,6 +35,7 @@ __all__ = [
     "check_launch",
     "check_ranges",
     "check_run_arguments",
+    "check_snr_gamma",
     "checkpoints",
     "default_mixed_precision",
     "diffusion_loss",

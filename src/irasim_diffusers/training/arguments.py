@@ -228,8 +228,8 @@ MAY_CHANGE = {
 """Arguments that may change when a run is resumed."""
 
 NOT_NEGATIVE = (
-    *("rollout_chunks", "rollout_start_step", "lr_warmup_steps", "history_noise", "adam_weight_decay", "adam_beta1"),
-    *("adam_beta2", "state_loss_weight", "dataloader_num_workers", "seed"),
+    *("rollout_chunks", "rollout_start_step", "lr_warmup_steps", "history_noise", "adam_weight_decay"),
+    *("state_loss_weight", "dataloader_num_workers", "seed"),
 )
 AT_LEAST_1 = (
     *("rollout_inference_steps", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "frame_skip"),
@@ -301,6 +301,9 @@ def check_run_arguments(arguments: RunArguments) -> None:
         raise ValueError(
             f"`validation_inference_steps` must be in [1, 1000], got {arguments.validation_inference_steps}."
         )
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(arguments, name) < 1:
+            raise ValueError(f"`{name}` must be in [0, 1), got {getattr(arguments, name)}.")
     if arguments.optimizer == "adamw8bit" and not is_bitsandbytes_available():
         raise ValueError("`optimizer` adamw8bit requires bitsandbytes: run `pip install bitsandbytes`.")
     if arguments.report_to not in (None, "all", *map(str, get_available_trackers())):
@@ -346,6 +349,18 @@ def check_frame_size(arguments: DataArguments) -> None:
     if (arguments.height is None) != (arguments.width is None):
         found = "width" if arguments.height is None else "height"
         raise ValueError(f"`height` and `width` must be given together, got only `{found}`: pass both or neither.")
+
+
+def check_snr_gamma(snr_gamma: float | None, prediction_type: str | None) -> None:
+    """Check that `snr_gamma` is not given for flow matching.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if snr_gamma is not None and prediction_type == "flow_prediction":
+        raise ValueError(
+            f"`snr_gamma` must be omitted for flow matching, which has no min-SNR weights, got {snr_gamma:g}."
+        )
 
 
 def check_crop(crop_size: int | None, config: Mapping[str, Any]) -> None:

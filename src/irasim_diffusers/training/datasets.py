@@ -25,6 +25,7 @@ from ..data import (
     open_dataset,
     standardised_states,
 )
+from ..data.episode import check_equal_size
 from .arguments import DataArguments, RunArguments
 from .rollouts import clip_length
 
@@ -288,6 +289,7 @@ def validation_clips(arguments: RunArguments, config: Any) -> tuple[np.ndarray, 
             continue
         frames.append(clip.frames)
         actions.append(clip.actions[config["num_history_frames"] - 1 : -1])
+        check_equal_size(frames[0], frames[-1], f"episode {number} of {arguments.validation_dataset!r}")
         if len(frames) == arguments.num_validation_clips:
             break
     if not frames:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 
 from ..data import LatentClips, MixedClips, PreparedEpisodes
 from ..models import Denoiser
-from .arguments import RunArguments, check_crop
+from .arguments import RunArguments, check_crop, check_snr_gamma
 from .datasets import cache_sources, cached_clips, check_frames, validation_clips
 from .launch import prepare_output
 from .loop import TrainingRun, log_size
@@ -30,6 +31,8 @@ class TrainingData:
     """Folders of the cached latents."""
     parts: list[LatentClips]
     """Clips of each dataset."""
+    held_out: tuple[np.ndarray, np.ndarray] | None
+    """Clips from `validation_clips` in the main process; None in the others."""
 
 
 def encode_data(
@@ -39,7 +42,7 @@ def encode_data(
     arguments: RunArguments,
     accelerator: Accelerator,
 ) -> TrainingData:
-    """Check the data against the model, create the output folder, and encode the data.
+    """Check the data against the model, read the validation clips, and encode the training data.
 
     Args:
         sources: Datasets from `open_sources`.
@@ -49,21 +52,23 @@ def encode_data(
         accelerator: Accelerator of the run. Every process must call this function.
 
     Raises:
-        ValueError: If the data or `crop_size` do not match the model, the data cannot be read or are shorter than a clip, or
-            `prepare_output` fails.
+        ValueError: If the data, `crop_size` or `snr_gamma` do not match the model, the data cannot be read or are shorter than a
+            clip, the validation clips differ in shape, or `prepare_output` fails.
         OSError: If a file cannot be downloaded or written, or the repository for `push_to_hub` cannot be created.
     """
     check_crop(arguments.crop_size, config)
+    check_snr_gamma(arguments.snr_gamma, config["prediction_type"])
     if not arguments.recorded_latents:
         for source in sources:
             check_frames(source, vae, config.get("patch_size", 1))
+    held_out = validation_clips(arguments, config) if accelerator.is_main_process else None
     output = Path(arguments.output_dir)
     prepare_output(accelerator, output, (arguments.hub_model_id or output.name) if arguments.push_to_hub else None)
     if vae is not None:
         vae.to(accelerator.device)
     folders = cache_sources(sources, vae, arguments, accelerator)
     parts = cached_clips(folders, sources, arguments, clip_length(config, arguments.rollout_chunks))
-    return TrainingData(sources, vae, folders, parts)
+    return TrainingData(sources, vae, folders, parts, held_out)
 
 
 def train(
@@ -86,17 +91,15 @@ def train(
         The finished run.
 
     Raises:
-        ValueError: If the datasets differ in the shapes of their clips, the validation clips cannot be read, `TrainingRun`
-            cannot be created, or `snr_gamma` is given for a flow.
+        ValueError: If the datasets differ in the shapes of their clips, or `TrainingRun` cannot be created.
         FloatingPointError: If the loss or the gradient is not finite.
         OSError, SafetensorError: If a checkpoint or a validation video cannot be written.
         SystemExit: After Ctrl-C or SIGTERM, when the checkpoint has been written.
     """
     clips = MixedClips(data.parts, arguments.dataset_weights or None, arguments.seed, arguments.change_share)
-    held_out = validation_clips(arguments, transformer.config) if accelerator.is_main_process else None
     log_size(transformer, clips, sum(map(len, data.sources)), accelerator)
     run = TrainingRun(accelerator, arguments, transformer, clips, data.vae, data.folders, copy)
     for step in run.steps():
         if arguments.validation_dataset and step % arguments.validation_steps == 0:
-            validate_run(run, held_out)
+            validate_run(run, data.held_out)
     return run
