@@ -3,7 +3,9 @@ import os
 import time
 import tracemalloc
 
+import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -16,7 +18,9 @@ from irasim_diffusers.data import (
     LatentClips,
     LeRobotFolder,
     MixedClips,
+    TableEpisodes,
     cache_latents,
+    infer_action_space,
     latent_cache,
     standardised_states,
     write_video,
@@ -278,3 +282,24 @@ def test_non_finite_states_raise(dataset, tmp_path):
 def test_unknown_states_raise(dataset, keys, angles, message):
     with pytest.raises(ValueError, match=message):
         standardised_states([dataset[0]], keys, angles)
+
+
+def test_states_of_different_widths_raise():
+    """The action space is not inferred from such episodes; the error is raised when the states are read."""
+
+    def table(*widths):
+        rows = [[[float(frame)] * width for frame in range(4)] for width in widths]
+        columns = {"pictures": [[PIL.Image.new("RGB", (8, 8))] * 4] * len(rows), "actions": rows, "state": rows}
+        numbers = datasets.List(datasets.List(datasets.Value("float32")))
+        features = datasets.Features(pictures=datasets.List(datasets.Image()), actions=numbers, state=numbers)
+        dataset = datasets.Dataset.from_dict(columns, features=features)
+        return TableEpisodes(dataset, "pictures", state_columns=["state"])
+
+    message = "states must have 2 components, as in episode 0 of .*, got 1 in episode 1: remove the episode"
+    with pytest.raises(ValueError, match=message):
+        standardised_states([table(2, 1)], ["state"], ["state.1"])
+    message = "states must have the same number of components in all datasets, got 2 in .*, 1 in "
+    with pytest.raises(ValueError, match=message):
+        standardised_states([table(2), table(1)], ["state"])
+    assert infer_action_space(table(2, 2)) == "absolute"
+    assert infer_action_space(table(2, 1)) is None

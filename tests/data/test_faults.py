@@ -3,6 +3,7 @@
 import json
 import logging
 
+import av
 import datasets
 import numpy as np
 import PIL.Image
@@ -14,7 +15,7 @@ from test_release import change, write_release
 from test_sources import write_v21
 from test_tables import make_table
 
-from irasim_diffusers.data import LeRobotFolder, TableEpisodes, open_dataset, write_video
+from irasim_diffusers.data import IRASimFolder, LeRobotFolder, TableEpisodes, open_dataset, write_video
 
 DATA = "data/chunk-000/file-000.parquet"
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
@@ -354,13 +355,64 @@ def test_depth_pictures_in_data_sets_raise(tmp_path):
         TableEpisodes(table, "pictures")[0]
 
 
+def test_pictures_of_different_sizes_raise():
+    features = datasets.Features(
+        pictures=datasets.List(datasets.Image()), actions=datasets.List(datasets.List(datasets.Value("float32")))
+    )
+    pictures = [PIL.Image.new("RGB", size) for size in ((8, 6), (8, 6), (4, 6))]
+    table = datasets.Dataset.from_dict({"pictures": [pictures], "actions": [[[0.0]] * 3]}, features=features)
+    with pytest.raises(
+        ValueError,
+        match=r"frames of 'pictures' must have one size, got 6x8 and, at frame 2, 6x4 .*: remove the episode",
+    ):
+        TableEpisodes(table, "pictures")[0]
+
+
 def test_numbers_of_episodes_must_be_positive(tmp_path):
     write_folder(tmp_path)
     for number in (0, -1):
-        with pytest.raises(
-            ValueError, match=rf"`max_episodes` \(--max_train_episodes\) must be at least 1, got {number}"
-        ):
-            open_dataset(tmp_path, max_episodes=number)
+        for opened in (open_dataset, LeRobotFolder, IRASimFolder):
+            with pytest.raises(
+                ValueError, match=rf"`max_episodes` \(--max_train_episodes\) must be at least 1, got {number}"
+            ):
+                opened(tmp_path, max_episodes=number)
+
+
+def test_videos_without_packets_raise(tmp_path):
+    write_release(tmp_path, "planar")
+    path = tmp_path / "videos/train/0.mp4"
+    with av.open(str(path), "w", format="avi") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height = 16, 16
+        container.start_encoding()
+    source = IRASimFolder(tmp_path)
+    table = datasets.Dataset.from_dict({"video": [str(path)], "actions": [[[0.0]]]})
+    for read in (
+        lambda: source[0],
+        lambda: TableEpisodes(table.cast_column("video", datasets.Video())).vectors(0),
+    ):
+        with pytest.raises(ValueError, match=r"0\.mp4' contains no video frame"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("frames", "actions", "message"),
+    [
+        (1, 0, "one frame requires one action, got 0 in 'actions': remove the episode"),
+        (4, 2, "4 frames require 4 actions, or one fewer, got 2 in 'actions': remove the episode"),
+        (0, 2, "a video or an image is missing: add the file, or remove the episode"),
+    ],
+)
+def test_wrong_numbers_of_actions_in_tables_raise(frames, actions, message):
+    picture = PIL.Image.new("RGB", (8, 8))
+    features = datasets.Features(
+        pictures=datasets.List(datasets.Image()), actions=datasets.List(datasets.List(datasets.Value("float32")))
+    )
+    columns = {"pictures": [[picture] * frames], "actions": [[[0.0]] * actions]}
+    source = TableEpisodes(datasets.Dataset.from_dict(columns, features=features), "pictures")
+    for read in (source.vectors, source.__getitem__, lambda number: source.window(number, 0, 1)):
+        with pytest.raises(ValueError, match=f"episode 0 of .*: {message}"):
+            read(0)
 
 
 @pytest.mark.parametrize("value", [5, None, [[10**400] * 7] * 3, {"a": 1}])

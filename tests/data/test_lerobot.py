@@ -179,6 +179,7 @@ def edit_vectors(key, value):
         ),
         (edit_episode("data/file_index", None), r"episode 1 of .*'data/file_index' is missing in 'meta/episodes'"),
         (edit_episode("length", None), r"episode 1 of .*'length' is missing"),
+        (edit_episode("length", 0), r"episode 1 of .*'length' in 'meta/episodes' must be at least 1, got 0: remove"),
         (
             edit_vectors("action", [1.0]),
             r"episode 1 of .*file-000\.parquet': 'action' must be 3 numbers .* got lengths \[3, 1\]",

@@ -77,6 +77,7 @@ FRAMES = ((15, 8, 12, 3), "|u1", 15 * 8 * 12 * 3)
             r"must contain the 15 predicted frames .* got \(1000000000000, 8",
         ),
         ({"frames": ((15, 10**6, 10**6, 3), "|u1", 0)}, r"must contain the 15 predicted frames .* got \(15, 1000000"),
+        ({"frames": ((15, 0, 12, 3), "|u1", 0)}, r"got \(15, 0, 12, 3\), uint8; sides must have 1 to \d+ pixels"),
         ({"frames": ((15, 8, 12, 3), "|O", 9)}, "must contain the 15 predicted frames .* got .*object"),
         ({"frames": ((15, 8, 12, 3), "|u1", 9)}, "must be an npz file with undamaged arrays"),
         ({"frames": FRAMES, "latents": ((4, 15, 10**6, 10**6), "<f4", 0)}, "`latents` in .* must be floating-point"),

@@ -64,6 +64,7 @@ def copy(saved, tmp_path):
             "`num_train_timesteps` must be an integer of at least 1 and at most 100000",
         ),
         (TRANSFORMER, {"base_patch_size": 0}, r"`base_patch_size` must be a number in \[0.001, 1000\], got 0"),
+        (TRANSFORMER, {"action_frequencies": 1.5}, r"`action_frequencies` must be an integer in \[0, 32\], got 1.5"),
         (TRANSFORMER, {"base_patch_size": "a"}, r"`base_patch_size` must be a number in \[0.001, 1000\], got 'a'"),
         (TRANSFORMER, {"target_extent": 5}, "`target_extent` must be the finite left, top, right and bottom edge"),
         (TRANSFORMER, {"target_extent": ["a", 0, 1, 1]}, "`target_extent` must be the finite left, top, right"),
@@ -122,7 +123,7 @@ def test_weights_of_other_floating_point_types_load(copy):
 def test_absurd_unets_raise(entries):
     with pytest.raises(ValueError, match=r"must be (an integer of at least 1 and at most|1 to)"):
         tiny_unet(**entries)
-    with pytest.raises(ValueError, match="`action_frequencies` must be a number in"):
+    with pytest.raises(ValueError, match="`action_frequencies` must be an integer in"):
         tiny_transformer(action_frequencies=10**6)
 
 

@@ -41,6 +41,9 @@ def _compare(source: EpisodeSource, key: str, episodes: Sequence[dict[str, np.nd
     columns = _matching_columns(source, key, episodes[0])
     if columns is None:
         return None
+    widths = [(vectors["action"].shape[1], vectors[key].shape[1]) for vectors in episodes]
+    if len(set(widths)) > 1:  # reported when the episodes are mixed
+        return None
     actions = np.concatenate([vectors["action"][:-1] for vectors in episodes]).astype(np.float64)
     states = np.concatenate([vectors[key][1:, columns] for vectors in episodes]).astype(np.float64)
     changes = np.concatenate([np.diff(vectors[key][:, columns], axis=0) for vectors in episodes]).astype(np.float64)

@@ -39,10 +39,16 @@ def standardised_states(
 
     Raises:
         ValueError: If a feature or component does not exist, the vectors of an episode cannot be read or are not finite, or the
-            states of two datasets differ in width.
+            states of two episodes or datasets differ in width.
     """
     chosen = [list(part) for part in numbers] if numbers else [list(range(len(dataset))) for dataset in datasets]
     parts = [_episode_states(dataset, keys, angles, part) for dataset, part in zip(datasets, chosen, strict=True)]
+    widths = [next(iter(part.values())).shape[1] for part in parts]
+    if len(set(widths)) > 1:
+        found = ", ".join(f"{width} in {dataset.name!r}" for width, dataset in zip(widths, datasets, strict=True))
+        raise ValueError(
+            f"states must have the same number of components in all datasets, got {found}: use other `keys` (--state_keys)."
+        )
     pooled = np.concatenate([states for part in parts for states in part.values()], dtype=np.float64)
     mean, deviation = pooled.mean(0), pooled.std(0)
     deviation = np.where(deviation > 1e-6, deviation, 1)
@@ -72,6 +78,11 @@ def _episode_states(
     for number in numbers:
         vectors = dataset.vectors(number)
         states = np.concatenate([vectors[key] for key in keys], axis=1)
+        if states.shape[1] != len(names):
+            raise ValueError(
+                f"states must have {len(names)} components, as in episode {numbers[0]} of {dataset.name!r}, got {states.shape[1]} in "
+                f"episode {number}: remove the episode, or use other `keys` (--state_keys)."
+            )
         radians = states[:, columns]
         episodes[number] = np.concatenate(
             [np.delete(states, columns, axis=1), np.cos(radians), np.sin(radians)], axis=1

@@ -103,7 +103,7 @@ def finite_vector(values: Any, key: str, place: str = "") -> np.ndarray:
         raise ValueError(
             f"{where}{key!r} must be numbers in rows of equal length: {str(error).rstrip('.')}."
         ) from error
-    finite = np.isfinite(result).reshape(len(result), -1).all(axis=1)
+    finite = np.isfinite(result).all(axis=tuple(range(1, result.ndim)))
     if not finite.all():
         frame = int(np.argmin(finite))
         raise ValueError(

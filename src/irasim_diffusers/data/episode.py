@@ -118,6 +118,12 @@ def window_slice(start: int, length: int | None, frames: int) -> slice:
     return slice(start, stop)
 
 
+def check_max_episodes(max_episodes: int | None) -> None:
+    """Raise ValueError if the maximum number of episodes is not positive; None is accepted."""
+    if max_episodes is not None and max_episodes < 1:
+        raise ValueError(f"`max_episodes` (--max_train_episodes) must be at least 1, got {max_episodes}.")
+
+
 def check_equal_size(first: np.ndarray, frames: np.ndarray, name: str) -> None:
     """Check that frames (T, H, W, 3) of an episode have the size of those of the first episode.
 

@@ -27,7 +27,16 @@ from ..json_files import read_json
 from ..safe_load import FLOATS, read_torch_file
 from .columns import finite_vector
 from .content_hash import media_stamp
-from .episode import Episode, InOrder, camera_layout, first_readable, first_task, tile, window_slice
+from .episode import (
+    Episode,
+    InOrder,
+    camera_layout,
+    check_max_episodes,
+    first_readable,
+    first_task,
+    tile,
+    window_slice,
+)
 from .record_files import path_inside
 from .video import count_frames, read_frames
 
@@ -54,7 +63,7 @@ class IRASimFolder(InOrder):
         max_episodes: Maximum number of episodes, counted from the first.
 
     Raises:
-        ValueError: If the split does not exist, none of its first 20 annotations can be read, or a camera is missing or ambiguous.
+        ValueError: If `max_episodes` is less than 1, the split does not exist, none of its first 20 annotations can be read, or a camera is missing or ambiguous.
     """
 
     root: Path
@@ -64,6 +73,7 @@ class IRASimFolder(InOrder):
     max_episodes: int | None = None
 
     def __post_init__(self) -> None:
+        check_max_episodes(self.max_episodes)
         object.__setattr__(self, "root", Path(self.root))
         if not self.files:
             splits = sorted({path.parent.name for path in (self.root / "annotation").glob("*/[!.]*.json")})

@@ -23,10 +23,10 @@ import pyarrow.compute as pc
 from ..json_files import read_json_object
 from .columns import choose_action_columns, component_names_of, finite_vector
 from .content_hash import content_hash
-from .episode import Episode, InOrder, camera_layout, first_task, tile, window_slice
+from .episode import Episode, InOrder, camera_layout, check_max_episodes, first_task, tile, window_slice
 from .hub import HubFiles
-from .lerobot_metadata import NUMBERS, OWN_ENTRY, check_info, check_rows, row_number, row_seconds
-from .pictures import read_picture
+from .lerobot_metadata import NUMBERS, OWN_ENTRY, check_info, check_rows, row_length, row_number, row_seconds
+from .pictures import read_picture, stack_frames
 from .record_files import parquet_columns, path_inside, read_json_lines, read_parquet
 from .video import read_numbered_frames
 
@@ -65,8 +65,8 @@ class LeRobotFolder(InOrder):
         state_columns: Vector features of the states; empty for all float ones except the actions.
 
     Raises:
-        ValueError: If the folder is not a LeRobotDataset of these versions, its metadata are invalid, a camera or the action
-            feature is missing or ambiguous, a state does not exist, or the split is empty or does not exist.
+        ValueError: If `max_episodes` is less than 1, the folder is not a LeRobotDataset of these versions, its metadata are invalid,
+            a camera or the action is missing or ambiguous, a state does not exist, or the split is empty or does not exist.
     """
 
     root: Path
@@ -78,6 +78,7 @@ class LeRobotFolder(InOrder):
     state_columns: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        check_max_episodes(self.max_episodes)
         object.__setattr__(self, "root", Path(self.root))
         if not self._info_path.is_file():
             raise ValueError(f"{self.name!r} is not a LeRobotDataset folder: {str(self._info_path)!r} is missing.")
@@ -302,7 +303,7 @@ class LeRobotFolder(InOrder):
         row = self.rows[number]
         vectors = self.vectors(number)
         try:
-            part = window_slice(start, length, row_number(row, "length"))
+            part = window_slice(start, length, row_length(row))
             views = {key: self._frames(row, key, part) for rows in self.cameras for key in rows}
             frames = tile(self.cameras, views)
             task = first_task(row.get("tasks"))
@@ -319,13 +320,14 @@ class LeRobotFolder(InOrder):
         """
         row = self.rows[number]
         try:
-            table, length = self._table(row), row_number(row, "length")
+            table, length = self._table(row), row_length(row)
             if len(table) != length:
                 raise ValueError(
                     f"expected {length} frames, found {len(table)} rows in {str(self._path(row))!r}: remove the episode, or "
                     "record it again."
                 )
-            vectors = {key: self._matrix(row, key, table[key]) for key in (*self.action_column, *self._states)}
+            keys, path = (*self.action_column, *self._states), str(self._path(row))
+            vectors = {key: finite_vector(self._values(row, key, table[key]), key, path) for key in keys}
             action = np.concatenate([vectors[key] for key in self.action_column], axis=1)
             return {"action": action} | {key: vectors[key] for key in self._states}
         except ValueError as error:
@@ -366,8 +368,9 @@ class LeRobotFolder(InOrder):
         if self._features[key]["dtype"] == "image":
             only = [("episode_index", "=", row["episode_index"])]
             pictures = read_parquet(self._file(row), [key], filters=only)[key].to_pylist()[part]
-            return np.stack([self._picture(row, key, *numbered) for numbered in enumerate(pictures, part.start)])
-        table, length = self._table(row), row_number(row, "length")
+            found = [self._picture(row, key, *numbered) for numbered in enumerate(pictures, part.start)]
+            return stack_frames(found, repr(key))
+        table, length = self._table(row), row_length(row)
         path, timed, first = self._file(row, key), "timestamp" in table.column_names, 0
         numbers = self._numbers(row, table["timestamp"]) if timed else np.arange(length)
         if self._shares_files:  # the frames of the next episode follow in the same file
@@ -422,10 +425,6 @@ class LeRobotFolder(InOrder):
         source: Any = io.BytesIO(picture["bytes"]) if picture.get("bytes") else path_inside(self.root, picture["path"])
         return read_picture(source, f"{key!r} at frame {frame} in {str(self._path(row))!r}")
 
-    def _matrix(self, row: dict[str, Any], key: str, column: pa.ChunkedArray) -> np.ndarray:
-        """Convert a column to finite numbers (T, D), float32."""
-        return finite_vector(self._values(row, key, column), key, str(self._path(row)))
-
     def _values(self, row: dict[str, Any], key: str, column: pa.ChunkedArray) -> np.ndarray:
         """Convert a column of numbers, or of lists with the length given in `info.json`, to (T, D)."""
         array, path, width = column.combine_chunks(), str(self._path(row)), self._width(key)
@@ -464,7 +463,7 @@ class LeRobotFolder(InOrder):
         lengths: Counter[Path] = Counter()
         for row in self._all_rows:
             with suppress(ValueError):  # errors are reported when the episode is read
-                lengths[self._path(row)] += row_number(row, "length")
+                lengths[self._path(row)] += row_length(row)
         return lengths
 
     def _path(self, row: dict[str, Any], camera: str | None = None) -> Path:

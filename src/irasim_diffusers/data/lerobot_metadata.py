@@ -127,6 +127,18 @@ def row_number(row: Mapping[str, Any], name: str) -> int:
     return int(value)
 
 
+def row_length(row: Mapping[str, Any]) -> int:
+    """Return the number of frames in a row of `meta/episodes`.
+
+    Raises:
+        ValueError: If the entry is missing or invalid, or is 0.
+    """
+    length = row_number(row, "length")
+    if not length:
+        raise ValueError("'length' in 'meta/episodes' must be at least 1, got 0: remove the episode.")
+    return length
+
+
 def row_seconds(row: Mapping[str, Any], name: str) -> float:
     """Return a time in a row of `meta/episodes`, in seconds.
 

@@ -1,9 +1,10 @@
-"""Decode images to 8-bit RGB with the EXIF orientation applied."""
+"""Decode images to 8-bit RGB with the EXIF orientation applied, and stack them."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -65,3 +66,23 @@ def _problem(image: PIL.Image.Image, max_pixels: int) -> str | None:
     if frames > 1 and image.format != "MPO":  # phone photos may contain a preview as a second image
         return f"is animated ({frames} frames): convert it to a video, or save one frame."
     return None
+
+
+def stack_frames(frames: Sequence[np.ndarray], name: str) -> np.ndarray:
+    """Stack frames (H, W, 3) of a video or a list of images.
+
+    Args:
+        frames: The frames.
+        name: Name of the video or the images, for the message.
+
+    Raises:
+        ValueError: If the frames differ in size.
+    """
+    for number, frame in enumerate(frames):
+        if frame.shape != frames[0].shape:
+            first, other = ("x".join(map(str, each.shape[:2])) for each in (frames[0], frame))
+            raise ValueError(
+                f"frames of {name} must have one size, got {first} and, at frame {number}, {other} (height x width): remove the "
+                "episode, or resize its frames."
+            )
+    return np.stack(frames)

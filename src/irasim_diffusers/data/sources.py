@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..json_files import read_json_object
-from .episode import EpisodeSource
+from .episode import EpisodeSource, check_max_episodes
 from .hub import HubFiles
 from .irasim_release import IRASimFolder
 from .lerobot import LeRobotFolder
@@ -62,8 +62,7 @@ def open_dataset(
             IRASim format, or `max_episodes` is None for a streamed table that does not declare its number of rows.
         OSError: If a Hub repository cannot be accessed or downloaded.
     """
-    if max_episodes is not None and max_episodes < 1:
-        raise ValueError(f"`max_episodes` (--max_train_episodes) must be at least 1, got {max_episodes}.")
+    check_max_episodes(max_episodes)
     if not os.fspath(name):
         raise ValueError("`dataset` must be a folder or a Hub id such as org/name, got an empty name.")
     selection = {"action_column": action_column, "state_columns": state_columns}

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from .columns import choose_action_columns, finite_vector
 from .content_hash import media_stamp, table_hash
 from .episode import Episode, InOrder, camera_layout, tile, window_slice
-from .pictures import read_picture
+from .pictures import read_picture, stack_frames
 from .video import count_frames, read_frames, read_video
 
 MAX_DOWNLOAD = 1 << 30
@@ -208,7 +208,9 @@ class TableEpisodes(InOrder):
     def _num_frames(self, row: dict[str, Any]) -> int:
         key = self.cameras[0][0]
         value = row[key]
-        return count_frames(_content(value), _video_name(value, key)) if isinstance(value, dict) else len(value or ())
+        if not value:
+            raise ValueError("a video or an image is missing: add the file, or remove the episode.")
+        return count_frames(_content(value), _video_name(value, key)) if isinstance(value, dict) else len(value)
 
     def _vectors(self, row: dict[str, Any], length: int) -> dict[str, np.ndarray]:
         """Check the actions and states of a row, and convert them to float32.
@@ -221,9 +223,9 @@ class TableEpisodes(InOrder):
             if len(part) == length - 1:
                 part = np.concatenate([part, part[-1:]])  # the action after the last frame is never used
             if len(part) != length:
-                raise ValueError(
-                    f"{length} frames require {length} actions, or one fewer, got {len(part)} in {key!r}."
-                )
+                wanted = f"{length} frames require {length} actions, or one fewer"
+                wanted = "one frame requires one action" if length == 1 else wanted
+                raise ValueError(f"{wanted}, got {len(part)} in {key!r}: remove the episode.")
             parts.append(part)
         states = {key: _matrix(row[key], key) for key in self.state_columns}
         for key, value in states.items():
@@ -337,12 +339,9 @@ def _frames(value: Any, key: str, part: slice, total: int | None) -> np.ndarray:
         return read_frames(_content(value), part.start, part.stop - part.start, whole=part.stop == total, name=name)
     if not value or not all(isinstance(picture, dict) for picture in value):
         raise ValueError("a video or an image is missing: add the file, or remove the episode.")
-    return np.stack(
-        [
-            read_picture(_content(picture), f"{key!r} at frame {frame}")
-            for frame, picture in enumerate(value[part], part.start or 0)
-        ]
-    )
+    numbered = enumerate(value[part], part.start or 0)
+    frames = [read_picture(_content(picture), f"{key!r} at frame {frame}") for frame, picture in numbered]
+    return stack_frames(frames, repr(key))
 
 
 def _outside_files(column: pa.ChunkedArray) -> list[str]:

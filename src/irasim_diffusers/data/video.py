@@ -15,6 +15,7 @@ import av
 import numpy as np
 
 from ..files import temporary_path
+from .pictures import stack_frames
 
 VideoFile: TypeAlias = str | os.PathLike | BinaryIO
 PLAYLISTS = ("concat", "dash", "hls", "imf")
@@ -39,7 +40,7 @@ def read_video(path: VideoFile, name: str | None = None) -> np.ndarray:
     frames = list(iterate_video(path, name))
     if not frames:
         raise ValueError(f"{_name_of(path, name)} contains no video frame: pass a readable video file.")
-    return np.stack(frames)
+    return stack_frames(frames, _name_of(path, name))
 
 
 def iterate_video(path: VideoFile, name: str | None = None) -> Iterator[np.ndarray]:
@@ -120,17 +121,21 @@ def read_numbered_frames(
         raise ValueError(
             f"{name} ends early: {len(wanted)} frames required from index {wanted[0]}, {len(frames)} found."
         )
-    return np.stack(frames)
+    return stack_frames(frames, name)
 
 
 def count_frames(path: VideoFile, name: str | None = None) -> int:
     """Count the frames of a video file without decoding them; see `read_video`.
 
     Raises:
-        ValueError: If the file is missing, is not a video, or its packets cannot be read.
+        ValueError: If the file is missing, is not a video, contains no frame, or its packets cannot be read.
     """
-    with _open(path, _name_of(path, name)) as (container, stream):
-        return sum(1 for _ in _timestamps(container, stream))
+    name = _name_of(path, name)
+    with _open(path, name) as (container, stream):
+        count = sum(1 for _ in _timestamps(container, stream))
+    if not count:
+        raise ValueError(f"{name} contains no video frame: pass a readable video file.")
+    return count
 
 
 def _name_of(path: VideoFile, name: str | None) -> str:

@@ -372,11 +372,11 @@ class FolderPredictor:
             or shape[0] != wanted[0]
             or shape[-1] != 3
             or kind != np.uint8
-            or not 0 < max(shape[1:]) <= MAX_SIDE
+            or not 0 < min(shape[1:]) <= max(shape[1:]) <= MAX_SIDE
         ):
             raise ValueError(
                 f"{str(path)!r} must contain the {wanted[0]} predicted frames (n, H, W, 3), uint8, without the history, got "
-                f"{shape}, {kind}; sides can have at most {MAX_SIDE} pixels."
+                f"{shape}, {kind}; sides must have 1 to {MAX_SIDE} pixels."
             )
         if shape != wanted and not self.resize:
             raise ValueError(

@@ -871,11 +871,11 @@ def check_shared_config(config: Any) -> None:
         )
     for name, (low, high) in RANGES.items():
         value = config.get(name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        kind, wanted = (int, "an integer") if name == "action_frequencies" else (int | float, "a number")
         if value is None and (name in ("fps", "base_patch_size") or name not in config):
             continue
-        if not (number and low <= value <= high):
-            raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}], got {value!r:.60}.")
+        if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"`{name}` must be {wanted} in [{low:g}, {high:g}], got {value!r:.60}.")
     if config.cameras is not None and not _are_rows_of_names(config.cameras):
         raise ValueError(f"`cameras` must be rows of camera names, or None, got {config.cameras!r:.60}.")
     for name, choices in CHOICES.items():
