@@ -114,7 +114,7 @@ ENTRIES = [  # format, file, entry, value, message
     ("v2.1", ROW, "length", [5], "'length' in 'meta/episodes' must be a non-negative integer"),
     ("v2.1", ROW, "length", HUGE, "'length' in 'meta/episodes' must be a non-negative integer"),
     ("v2.1", ROW, "length", float("inf"), "'length' in 'meta/episodes' must be a non-negative integer"),
-    ("v2.1", ROW, "length", 0, "expected 0 frames, found 5 rows"),
+    ("v2.1", ROW, "length", 0, "'length' in 'meta/episodes' must be at least 1, got 0: remove"),
     ("v2.1", ROW, "tasks", 3, "the task must be a string, got 3"),
     ("v2.1", ROW, "tasks", {"a": 1}, "the task must be a string, got {'a': 1}"),
     ("release", ANNOTATION, "videos", 3, "must name a video"),

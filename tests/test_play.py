@@ -296,7 +296,8 @@ def test_a_script_is_the_same_as_driving_with_its_keys(session):
         (["--script", "up", "--frames", "frame.png"], "--start must be the current position .*target_x, target_y"),
         (["--script", "up", "--steps", "0"], "--steps must be at least 1, got 0"),
         (["--script", "up", "--output", "clip.png"], "--output must end in .mp4, got 'clip.png'"),
-        (["--script", "up", "--model", "nowhere"], "--model must be a pipeline folder"),
+        (["--script", "up", "--model", "nowhere", "--frames", "frame.png"], "--model must be a pipeline folder"),
+        (["--script", "up", "--model", "nowhere"], "--frames is required with --model: an image or video"),
     ],
 )
 def test_bad_options_end_in_one_line_and_exit_with_2(tmp_path, monkeypatch, capsys, arguments, message):

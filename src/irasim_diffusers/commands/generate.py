@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import embedded_checkpoint
 from .files import check_output, frame_rate, read_actions
-from .history import add_history_flags, frame_files
+from .history import add_history_flags, check_start, frame_files
 from .sampling import add_sampling_flags, check_sampling_flags, open_start
 
 if TYPE_CHECKING:
@@ -53,10 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_sampling_flags(arguments)
     if rows and arguments.actions is None:
         raise ValueError("--frames requires --actions: a .npy, .csv or .json file of actions, one row per frame.")
-    if not rows and arguments.model != str(embedded_checkpoint()):
-        raise ValueError(
-            "--frames is required with --model: an image or video of the robot from which the prediction starts."
-        )
+    check_start(arguments)
     actions = read_actions(arguments.actions or embedded_checkpoint() / "example_actions.csv")
     pipeline, video, history = open_start(arguments)
     # later frames are ground truth only if frames and actions come from the same recording

@@ -29,7 +29,7 @@ def add_history_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="image, or video that starts with the history frames; for several cameras, one file each, in the order of the "
         "model's `cameras`. Without this config entry, the files are stacked vertically; left.mp4,right.mp4 joins two horizontally "
-        "(default, except for plan: the held-out clip of the embedded model)",
+        "(default, except for plan and with --model: the held-out clip of the embedded model)",
     )
     add(
         "--history",
@@ -46,6 +46,14 @@ def frame_files(arguments: argparse.Namespace) -> list[list[Path]]:
         [Path(row)] if Path(row).exists() else [Path(name) for name in row.split(",")]
         for row in arguments.frames or []
     ]
+
+
+def check_start(arguments: argparse.Namespace) -> None:
+    """Raise ValueError if `--frames` is missing and the model is not the embedded one, whose clip is the default."""
+    if not arguments.frames and arguments.model != str(embedded_checkpoint()):
+        raise ValueError(
+            "--frames is required with --model: an image or video of the robot from which the prediction starts."
+        )
 
 
 def read_views(rows: list[list[Path]]) -> list[list[np.ndarray]]:

@@ -15,7 +15,7 @@ import PIL.Image
 
 from .. import embedded_checkpoint
 from .files import check_flag_ranges, check_output, named_flags, read_actions
-from .history import add_history_flags, frame_files
+from .history import add_history_flags, check_start, frame_files
 from .keys import SAME_KEYS, key_command, key_controls
 from .sampling import add_sampling_flags, check_sampling_flags, open_start
 from .terminal import ARROWS, Keys, check_terminal, draw, open_terminal, write
@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_output(arguments.output, ".mp4", inputs)
     check_output(arguments.output.with_suffix(".npy"), ".npy", inputs)
     check_sampling_flags(arguments)
+    check_start(arguments)
     if not 0 < arguments.speed <= MAX_SPEED:
         raise ValueError(f"--speed must be positive and at most {MAX_SPEED}, got {arguments.speed}.")
     check_flag_ranges(arguments, {"chunk_length": (1, DrivingSession.max_chunk)})
