@@ -30,7 +30,7 @@ from scipy import stats
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline
-from irasim_diffusers.training import checkpoints, run_script, seconds_trained, step_of
+from irasim_diffusers.training import check_ranges, checkpoints, run_script, seconds_trained, step_of
 
 MODELS = {
     "Frame-Ada": ["--conditioning", "frame"],
@@ -260,19 +260,39 @@ def evaluate(arguments: ConditioningArguments, folder: Path, model: str, history
     }
 
 
+def check_arguments(arguments: ConditioningArguments, own: dict[str, list[str]]) -> None:
+    """Check the arguments, including those of the evaluation, before the training.
+
+    Args:
+        arguments: The arguments.
+        own: Flags of train.py for each model.
+
+    Raises:
+        ValueError: If a value is invalid, or a flag must be omitted.
+    """
+    check_ranges(
+        arguments,
+        not_negative=("seeds", "first_seed", "num_histories"),
+        at_least_1=("rounds", "num_history_frames", "num_clips", "num_inference_steps"),
+        positive=("max_train_minutes", "pusher_radius"),
+        choices={"dtype": ("float32", "bfloat16")},
+    )
+    if arguments.timestep_spacing and not arguments.scheduler:
+        raise ValueError("`timestep_spacing` requires `scheduler`: also pass --scheduler.")
+    if any(flag.split("=")[0] in ("--max_train_steps", "--max-train-steps") for part in own.values() for flag in part):
+        raise ValueError(
+            "`max_train_steps` must be omitted: `max_train_minutes` determines the length of the training."
+        )
+
+
 def main() -> None:
     parser = HfArgumentParser(ConditioningArguments, allow_abbrev=False)
     arguments, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if arguments.rounds < 1:
-        raise ValueError(f"`rounds` must be at least 1, got {arguments.rounds}.")
     unknown = [model for model in arguments.models if model not in MODELS]
     if unknown:
         raise ValueError(f"`models` must be among {', '.join(MODELS)}, got {', '.join(unknown)}.")
     own = model_flags(arguments, flags)
-    if any("--max_train_steps" in part for part in own.values()):
-        raise ValueError(
-            "`max_train_steps` must be omitted: `max_train_minutes` determines the length of the training."
-        )
+    check_arguments(arguments, own)
     runs = [
         evaluate(arguments, folder, model, history, seed)
         for history in arguments.num_history_frames

@@ -100,7 +100,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
 def main() -> None:
     parser = HfArgumentParser(ScalingArguments, allow_abbrev=False)
     arguments, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if not any(flag.split("=")[0] == "--validation_dataset" for flag in flags):
+    if not any(flag.split("=")[0] in ("--validation_dataset", "--validation-dataset") for flag in flags):
         raise ValueError("`validation_dataset` is required: the PSNR is measured on it. Add --validation_dataset.")
     chosen = {size: size_flags(size) for size in arguments.sizes}
     rows = []

@@ -160,6 +160,11 @@ def test_model_flags(tmp_path):
         (conditioning, ["--models", "GAN"], "`models` must be among Frame-Ada, Video-Ada, LVDM, got GAN"),
         (conditioning, ["--rounds", "0"], "`rounds` must be at least 1, got 0"),
         (conditioning, ["--max_train_steps", "5"], "`max_train_steps` must be omitted: `max_train_minutes`"),
+        (conditioning, ["--max_train_steps=5"], "`max_train_steps` must be omitted: `max_train_minutes`"),
+        (conditioning, ["--unet_flags=--max-train-steps=5"], "`max_train_steps` must be omitted: `max_train_minutes`"),
+        (conditioning, ["--timestep_spacing", "trailing"], "`timestep_spacing` requires `scheduler`: also pass"),
+        (conditioning, ["--num_clips", "0"], "`num_clips` must be at least 1, got 0"),
+        (conditioning, ["--dtype", "int8"], "`dtype` must be one of float32, bfloat16, got 'int8'"),
         (
             conditioning,
             ["--unet_flags=--max_train_steps 5"],
