@@ -51,9 +51,17 @@ def rate(step: Callable[[], int], seconds: float, clock: Callable[[], float] = t
 
 
 def measure_decoding(source: EpisodeSource, length: int, seconds: float) -> None:
-    """Measure decoding of random windows and, for comparison, of complete episodes."""
+    """Measure decoding of random windows and, for comparison, of complete episodes.
+
+    Raises:
+        ValueError: If all episodes are shorter than a window.
+    """
     lengths = [len(source.vectors(number)["action"]) for number in range(len(source))]
     long_enough = [number for number, frames in enumerate(lengths) if frames >= length]
+    if not long_enough:
+        raise ValueError(
+            f"{source.name!r} must have an episode of at least {length} frames, got at most {max(lengths)}."
+        )
     rng = np.random.default_rng(0)
 
     def window() -> int:

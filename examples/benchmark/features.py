@@ -101,6 +101,8 @@ def main() -> None:
     seen = config.num_history_frames
     length = seen + 15
     episodes = list(open_dataset(arguments.dataset, max_episodes=arguments.num_clips))
+    if min(map(len, episodes)) < length:
+        raise ValueError(f"the first {len(episodes)} episodes of `dataset` must have at least {length} frames each.")
     starts = [(len(episode) - length) // 2 for episode in episodes]
     clips = np.stack([episode.frames[k : k + length] for episode, k in zip(episodes, starts, strict=True)])
     actions = np.stack(

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 SCALE = 100.0  # arena units per unit of a normalized target
 NUM_KEYPOINTS = 4
+HORIZON = 16  # targets in a chunk
 NUM_FREQUENCIES = 6  # number of sine and cosine frequencies per coordinate
 
 
@@ -76,7 +77,7 @@ class DiffusionPolicy(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        horizon: int = 16,
+        horizon: int = HORIZON,
         channels: Sequence[int] = (32, 64),
         width: int = 256,
         num_blocks: int = 4,

@@ -149,10 +149,16 @@ class Improvement:
 
 
 def draw_states(dataset: EpisodeSource, rng: np.random.Generator, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw histories (N, 2, H, W, 3), uint8, of random episodes, and their last pusher positions (N, 2)."""
+    """Draw histories (N, 2, H, W, 3), uint8, of random episodes, and their last pusher positions (N, 2).
+
+    Raises:
+        ValueError: If an episode has only one frame.
+    """
     histories, positions = [], []
     for episode in rng.integers(len(dataset), size=number):
         length = len(dataset.vectors(int(episode))["action"])
+        if length < 2:
+            raise ValueError(f"episodes of {dataset.name!r} must have at least 2 frames, got 1 in episode {episode}.")
         window = dataset.window(int(episode), int(rng.integers(length - 1)), 2)
         histories.append(window.frames)
         positions.append(window.states["observation.state"][-1])

@@ -25,6 +25,7 @@ from collect import read_settings
 from simulator import SUCCESS, Simulator
 from study_jobs import fingerprint, remove_stage, run_jobs, run_stage
 from study_models import (
+    expert_episodes,
     fine_tune,
     run_example,
     success_threshold,
@@ -212,6 +213,7 @@ class Study:
 
         def work() -> dict[str, Any]:
             found: dict[str, Any] = {"folder": str(root)}
+            numbers = expert_episodes(arguments.test_dataset)[: self.size.reward_clips]  # before the training
             for target in ("iou", "closeness"):
                 if not (root / target / "report.json").is_file():
                     run_example(
@@ -222,7 +224,7 @@ class Study:
                         *("--num_clips", self.size.reward_clips),
                     )
                 found[target] = read_json(root / target / "report.json")
-            found["success"] = success_threshold(root / "iou", arguments.test_dataset, self.size.reward_clips)
+            found["success"] = success_threshold(root / "iou", arguments.test_dataset, numbers)
             return found
 
         sizes = ["reward_clips", *([] if arguments.rewards else ["reward_steps", "reward_episodes"])]

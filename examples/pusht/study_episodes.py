@@ -236,7 +236,7 @@ def reaching_tasks(dataset: Path, kinds: list[str], number: int, ahead: int) -> 
     """Choose starts (episode and frame), spread evenly over the held-out episodes of some kinds.
 
     Raises:
-        ValueError: If the dataset has no episode of these kinds.
+        ValueError: If the dataset has no episode of these kinds, or a chosen episode is too short.
     """
     rng = np.random.default_rng(0)
     tasks = [TASKS[kind] for kind in kinds]
@@ -244,6 +244,12 @@ def reaching_tasks(dataset: Path, kinds: list[str], number: int, ahead: int) -> 
     if not rows:
         raise ValueError(f"{str(dataset)!r} must have episodes of the kinds {kinds}, got none: collect more episodes.")
     chosen = [rows[int(place)] for place in np.linspace(0, len(rows) - 1, number)]
+    for index, row in chosen:
+        if row["length"] < HISTORY + ahead:
+            raise ValueError(
+                f"episodes of {str(dataset)!r} must have at least {HISTORY + ahead} frames, got {row['length']} in episode {index}: "
+                "collect longer episodes."
+            )
     return [
         {"episode": index, "frame": int(rng.integers(HISTORY - 1, row["length"] - ahead))} for index, row in chosen
     ]

@@ -109,19 +109,36 @@ class Solved:
         return self.network(frames) > self.threshold
 
 
+def expert_episodes(dataset: Path) -> list[int]:
+    """Return the indices of the episodes of the expert and the noisy expert.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    kinds = [TASKS["expert"], TASKS["noisy"]]
+    numbers = [number for number, row in enumerate(LeRobotFolder(dataset).rows) if row["tasks"][0] in kinds]
+    if not numbers:
+        raise ValueError(
+            f"{str(dataset)!r} must have episodes of the expert, got none: collect some with `collect.py --expert 1`."
+        )
+    return numbers
+
+
 @torch.no_grad()
-def success_threshold(folder: Path, dataset: Path, max_episodes: int) -> dict[str, float]:
+def success_threshold(folder: Path, dataset: Path, numbers: list[int]) -> dict[str, float]:
     """Choose the threshold on the largest predicted IoU that best classifies success in the simulator.
 
-    Only episodes of the expert and the noisy expert are used. Among equally good thresholds, the middle one is returned. If
-    all or none of the episodes are solved, the threshold is 0.9.
+    Among equally good thresholds, the middle one is returned. If all or none of the episodes are solved, the threshold is 0.9.
+
+    Args:
+        folder: Folder of the network that predicts the IoU.
+        dataset: Folder of the episodes.
+        numbers: Indices of the episodes, from `expert_episodes`.
 
     Returns:
         `threshold`, `accuracy` on these episodes, `solved` (fraction of solved episodes) and their number `n`.
     """
     network, source = FrameRegressor.from_pretrained(folder).eval(), LeRobotFolder(dataset)
-    kinds = [TASKS["expert"], TASKS["noisy"]]
-    numbers = [number for number, row in enumerate(source.rows) if row["tasks"][0] in kinds][:max_episodes]
     predicted, solved = [], []
     for number in numbers:
         episode = source[number]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from collect import TASKS
 from diffusers.training_utils import EMAModel
-from diffusion_policy import NUM_KEYPOINTS, SCALE, DiffusionPolicy
+from diffusion_policy import HORIZON, NUM_KEYPOINTS, SCALE, DiffusionPolicy
 from expert import coverage, outline
 from simulator import ARENA, SUCCESS, Simulator
 from torch.nn import functional
@@ -151,7 +151,7 @@ class Training:
         """Train the encoder on frames (N, 3, H, W), uint8, with keypoints (N, K, 2).
 
         Raises:
-            RuntimeError: If a gradient is not finite.
+            FloatingPointError: If a gradient is not finite.
         """
         encoder, steps = self.policy.encoder.requires_grad_(True), self.arguments.encoder_steps
         optimizer = torch.optim.AdamW(encoder.parameters(), lr=2e-3, weight_decay=1e-4)
@@ -165,7 +165,11 @@ class Training:
             distances = (encoder(augment(images)) - labels).square().sum(-1)
             optimizer.zero_grad()
             (distances + 1).sqrt().mean().backward()
-            torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0, error_if_nonfinite=True)
+            norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(
+                    f"the gradient norm of the encoder is {norm:g} at step {step + 1}: check the data."
+                )
             optimizer.step()
             schedule.step()
             errors.append(distances.detach().sqrt().mean().item())
@@ -293,7 +297,7 @@ def evaluate(policy: DiffusionPolicy, arguments: PolicyArguments) -> dict[str, d
     return {name: bootstrap(figure, rng) for name, figure in figures.items()}
 
 
-def check(arguments: PolicyArguments, horizon: int) -> None:
+def check(arguments: PolicyArguments) -> None:
     """Check the arguments before any work.
 
     Raises:
@@ -311,23 +315,24 @@ def check(arguments: PolicyArguments, horizon: int) -> None:
     )
     if not (stages := arguments.stages) or stages[0] < 1 or sorted(set(stages)) != stages:
         raise ValueError(f"`stages` must be positive numbers of steps in increasing order, got {stages}.")
-    if arguments.num_executed > horizon:
-        raise ValueError(f"`num_executed` must be at most {horizon}, got {arguments.num_executed}.")
+    if arguments.num_executed > HORIZON:
+        raise ValueError(f"`num_executed` must be at most {HORIZON}, got {arguments.num_executed}.")
 
 
 def main() -> None:
     (arguments,) = HfArgumentParser(PolicyArguments).parse_args_into_dataclasses()
+    check(arguments)
     training = Training(arguments)
-    check(arguments, training.policy.config.horizon)
     training.resume()
     earlier, started = training.minutes, time.perf_counter()
     if training.step == arguments.stages[-1]:
         return
+    # read first, so that missing expert episodes are found before the training
+    frames, *others = demonstrations(arguments, HORIZON)
     if math.isnan(training.encoder_error):
         training.fit_encoder(*labelled_frames(arguments))
         training.minutes = (time.perf_counter() - started) / 60
         training.save()
-    frames, *others = demonstrations(arguments, training.policy.config.horizon)
     data = training.find_keypoints(frames), *(torch.cat([part, mirror(part)]) for part in others)
     for step in trange(training.step + 1, arguments.stages[-1] + 1, desc="training", unit="step"):
         loss = training.update(*data)

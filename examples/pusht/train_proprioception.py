@@ -33,12 +33,14 @@ class ProprioceptionArguments:
     dataset: str = field(metadata={"help": "LeRobotDataset folder with states"})
     validation_dataset: str = field(metadata={"help": "held-out LeRobotDataset folder"})
     model: str | None = field(
-        default=None, metadata={"help": "pipeline that predicts frames (default: the embedded model)"}
+        default=None,
+        metadata={"help": "pipeline that predicts frames, folder or Hub id (default: the embedded model)"},
     )
     output_dir: Path | None = field(
         default=None,
         metadata={
-            "help": "folder for the network and metrics.json (required without --model; default: its folder proprioception)"
+            "help": "folder for the network and metrics.json (default: the folder proprioception of --model; required unless "
+            "--model is a local folder)"
         },
     )
     state_key: str = field(default="observation.state", metadata={"help": "feature that contains the robot state"})
@@ -85,12 +87,14 @@ def draw_windows(
     drawn = []
     for _ in tqdm(range(windows), desc="windows"):
         number = int(rng.integers(len(source)))
-        num_starts = len(source.vectors(number)["action"]) - history - length + 1
-        if num_starts < 1:
+        frames = len(source.vectors(number)["action"])
+        if frames < history + length:
+            remedy = "use a smaller `num_predicted`" if frames > history else "use longer episodes"
             raise ValueError(
-                f"`num_predicted` must be at most {length + num_starts - 1} for episode {number} of {source.name!r}, got {length}."
+                f"episodes of {source.name!r} must have at least {history + length} frames, got {frames} in episode {number}: "
+                f"{remedy}."
             )
-        start = int(rng.integers(num_starts))
+        start = int(rng.integers(frames - history - length + 1))
         drawn.append(source.window(number, start, history + length))
     predicted = []
     for first in tqdm(range(0, rollouts, 16), desc="rollouts"):
@@ -193,9 +197,10 @@ def check_arguments(arguments: ProprioceptionArguments) -> None:
         raise ValueError(
             f"`num_rollouts` must be at most `num_windows` ({arguments.num_windows}), got {arguments.num_rollouts}."
         )
-    if arguments.model is None and arguments.output_dir is None:
+    if arguments.output_dir is None and not (arguments.model and Path(arguments.model).is_dir()):
         raise ValueError(
-            "`output_dir` or `model` is required: pass --output_dir to keep the proprioception model of the embedded pipeline."
+            f"`output_dir` is required unless `model` is the folder of a pipeline, got `model` {arguments.model!r}: pass --output_dir "
+            "to save the network in a new folder, or --model to add it to a pipeline."
         )
 
 

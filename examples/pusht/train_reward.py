@@ -50,7 +50,8 @@ class RewardArguments:
     output_dir: Path | None = field(
         default=None,
         metadata={
-            "help": "folder for the network and report.json (required without --model; default: its folder reward)"
+            "help": "folder for the network and report.json (default: the folder reward of --model; required unless --model is a "
+            "local folder)"
         },
     )
     test_dataset: str | None = field(
@@ -145,9 +146,9 @@ def predicted_clips(
     for number in tqdm(range(arguments.num_clips), desc="predicting", unit="clip"):
         episode = dataset[int(number % len(dataset))]
         if len(episode) < history + length:
+            remedy = "use a smaller `num_predicted_frames`" if len(episode) > history else "use longer episodes"
             raise ValueError(
-                f"episodes of {dataset.name!r} must have at least {history + length} frames, got {len(episode)}: use a smaller "
-                "`num_predicted_frames`."
+                f"episodes of {dataset.name!r} must have at least {history + length} frames, got {len(episode)}: {remedy}."
             )
         last = int(rng.integers(history - 1, len(episode) - length))
         state = pipeline.start(episode.frames[last - history + 1 : last + 1], [number])
@@ -196,10 +197,10 @@ def main() -> None:
         positive=("learning_rate",),
         choices={"target": TARGETS},
     )
-    if arguments.model is None and arguments.output_dir is None:
+    if arguments.output_dir is None and not (arguments.model and Path(arguments.model).is_dir()):
         raise ValueError(
-            "`output_dir` or `model` is required: pass --output_dir to save the network in a new folder, or --model to add it to a "
-            "pipeline."
+            f"`output_dir` is required unless `model` is the folder of a pipeline, got `model` {arguments.model!r}: pass --output_dir "
+            "to save the network in a new folder, or --model to add it to a pipeline."
         )
     torch.manual_seed(arguments.seed)
     started = time.perf_counter()

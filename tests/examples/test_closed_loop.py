@@ -78,22 +78,26 @@ def test_proprioception_is_trained_measured_and_found(stored, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
-        (["--output_dir", ""], ValueError, "`output_dir` or `model` is required: pass --output_dir"),
+        (["--model", ""], ValueError, r"`output_dir` is required unless .*: pass --output_dir .*, or --model"),
+        (["--model", "org/name"], ValueError, r"`output_dir` is required unless .*, got `model` 'org/name': pass"),
         (["--state_key", "pose"], ValueError, "`state_key` must be among the states .* of .*, got 'pose'"),
         (["--batch_size", 1], ValueError, "`batch_size` must be at least 2"),
         (["--num_rollouts", 300], ValueError, r"`num_rollouts` must be at most `num_windows` \(250\), got 300"),
         (["--learning_rate", "nan"], ValueError, "`learning_rate` must be finite, got nan"),
-        (["--num_predicted", 1000], ValueError, "`num_predicted` must be at most .* for episode .*, got 1000"),
+        (
+            ["--num_predicted", 1000],
+            ValueError,
+            "must have at least 1002 frames, got .*: use a smaller `num_predicted`",
+        ),
         (["--learning_rate", 1e30], FloatingPointError, r"the loss is (nan|inf) at step \d+: use a lower"),
     ],
 )
 def test_failed_proprioception_training_writes_nothing(stored, monkeypatch, flags, error, message):
     monkeypatch.setattr(train_proprioception, "open_dataset", lambda path: Dots())
-    model = [] if flags[0] == "--output_dir" else ["--model", stored]
     sizes = [] if "at most `num_windows`" in message else ["--num_windows", 4, "--num_rollouts", 1]
-    command = ["train_proprioception.py", "--dataset", "a", "--validation_dataset", "b", *model, *sizes]
+    command = ["train_proprioception.py", "--dataset", "a", "--validation_dataset", "b", "--model", stored, *sizes]
     command += ["--num_validation_windows", 2, "--num_predicted", 3, "--max_train_steps", 30, "--state_high", 12, 12]
-    monkeypatch.setattr("sys.argv", [*map(str, command), *(str(flag) for flag in flags if flags[0] != "--output_dir")])
+    monkeypatch.setattr("sys.argv", [str(part) for part in (*command, *flags)])
     with pytest.raises(error, match=message):
         train_proprioception.main()
     assert not (stored / "proprioception").exists()

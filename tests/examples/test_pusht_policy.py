@@ -136,6 +136,13 @@ def test_encoder_learns_keypoints_also_of_mirror_images(demonstrations, tmp_path
     assert error < 0.8 * spread
 
 
+def test_gradients_that_are_not_finite_raise(tmp_path):
+    training = train_policy.Training(train_policy.PolicyArguments([tmp_path], tmp_path, encoder_steps=1))
+    frames, keypoints = torch.zeros(2, 3, 96, 96, dtype=torch.uint8), torch.full((2, 4, 2), torch.nan)
+    with pytest.raises(FloatingPointError, match="the gradient norm of the encoder is nan at step 1: check the data"):
+        training.fit_encoder(frames, keypoints)
+
+
 def test_policy_script(demonstrations, tmp_path, monkeypatch):
     flags = ["--datasets", demonstrations, "--output_dir", tmp_path, "--batch_size", 8, "--stages", 2, 3]
     flags += ["--encoder_steps", 2]
@@ -229,14 +236,16 @@ BAD = [
 ]
 
 
-def test_reward_of_the_package_is_not_replaced_by_default(monkeypatch):
-    with pytest.raises(ValueError, match="`output_dir` or `model` is required: pass --output_dir"):
-        run(train_reward, monkeypatch, "--dataset", "nowhere")
+@pytest.mark.parametrize("flags", [[], ["--model", "org/name"]])
+def test_reward_is_stored_only_in_a_given_folder(flags, monkeypatch):
+    with pytest.raises(ValueError, match=r"`output_dir` is required unless .*: pass --output_dir .*, or --model"):
+        run(train_reward, monkeypatch, "--dataset", "nowhere", *flags)
 
 
 @pytest.mark.parametrize(("script", "change", "message"), BAD)
 def test_bad_arguments_raise_before_any_work(script, change, message, tmp_path, monkeypatch):
     name = "--dataset" if script is train_reward else "--datasets"
+    monkeypatch.setattr(train_policy, "Training", None)  # must not be created
     with pytest.raises(ValueError, match=message):
         run(script, monkeypatch, name, "nowhere", "--output_dir", tmp_path / "out", *change)
     assert not (tmp_path / "out").exists()

@@ -179,6 +179,16 @@ def test_true_frames_of_implausible_targets_are_plausible():
     assert study_episodes.violations(frames) == {"found": 0, "outside": 0, "inside": 0}
 
 
+def test_short_or_missing_episodes_raise(inputs, tmp_path):
+    with pytest.raises(ValueError, match="must have at least 42 frames, got 32 in episode 0: collect longer episodes"):
+        study_episodes.reaching_tasks(inputs / "data", ["aimless", "expert"], 2, ahead=40)
+    shares = ["--aimless", 1, "--expert", 0, "--noisy", 0, "--keys", 0, "--jumps", 0]
+    flags = ["--episodes", 1, "--length", 2, "--first_seed", 3, "--num_workers", 1]
+    run(collect, "--output", tmp_path / "aimless", *flags, *shares)
+    with pytest.raises(ValueError, match="must have episodes of the expert, got none: collect some with"):
+        study_models.expert_episodes(tmp_path / "aimless")
+
+
 def test_goal_tolerances():
     state = study_episodes.State(np.array([100.0, 100.0]), np.array([200.0, 200.0, 0.1]))
     near = study_episodes.State(np.array([110.0, 100.0]), np.array([200.0, 210.0, 0.1 + 2 * np.pi]))
