@@ -24,8 +24,7 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from irasim_diffusers.data import PreparedEpisodes, first_readable, open_dataset
-from irasim_diffusers.data.episode import check_equal_size
+from irasim_diffusers.data import PreparedEpisodes, check_equal_size, first_readable, open_dataset
 from irasim_diffusers.training import (
     DataArguments,
     Interruption,

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import conditioning
+import data
 import numpy as np
 import PIL.Image
 import pytest
@@ -11,6 +12,8 @@ import scaling
 from fork_server import run_forked
 from scipy import stats
 from test_train import write_robot
+
+from irasim_diffusers.data import open_dataset
 
 
 def test_scaling_trains_once_and_plots(tmp_path, monkeypatch, capsys):
@@ -183,3 +186,9 @@ def test_invalid_flags_raise(tmp_path, monkeypatch, script, flags, message):
 
 def test_models_of_a_seed_are_trained_in_alternating_rounds():
     assert conditioning.turns(["a", "b"], 2, 1.0) == [("a", 0.5), ("b", 0.5), ("a", 1.0), ("b", 1.0)]
+
+
+def test_episodes_shorter_than_a_window_raise(tmp_path):
+    write_robot(tmp_path, 1, cameras=1)
+    with pytest.raises(ValueError, match="must have an episode of at least 10 frames, got at most 9"):
+        data.measure_decoding(open_dataset(tmp_path), 10, 0.1)

@@ -15,7 +15,7 @@ from simulator import Simulator
 from tiny_models import tiny_pipeline
 from train_reward import ious
 
-from irasim_diffusers import ProprioceptionModel, embedded_checkpoint
+from irasim_diffusers import IRASimPipeline, ProprioceptionModel, embedded_checkpoint
 from irasim_diffusers.data import Episode
 from irasim_diffusers.envs import WorldModelVectorEnv, load_world_model
 
@@ -101,6 +101,20 @@ def test_failed_proprioception_training_writes_nothing(stored, monkeypatch, flag
     with pytest.raises(error, match=message):
         train_proprioception.main()
     assert not (stored / "proprioception").exists()
+
+
+def test_histories_require_two_frames(monkeypatch):
+    monkeypatch.setattr(Dots, "vectors", lambda self, number: {"action": np.zeros((1, 3), np.float32)})
+    with pytest.raises(ValueError, match="episodes of 'dots' must have at least 2 frames, got 1 in episode"):
+        improve_policy.draw_states(Dots(), np.random.default_rng(0), 1)
+
+
+@pytest.mark.parametrize("length", [100, 7])
+def test_windows_longer_than_the_episodes_raise(stored, length):
+    arguments = train_proprioception.ProprioceptionArguments("a", "b", num_predicted=length)
+    pipeline = IRASimPipeline.from_pretrained(stored)
+    with pytest.raises(ValueError, match=f"of 'dots' must have at least {2 + length} frames, got 8 in episode"):
+        train_proprioception.draw_windows(Dots(), pipeline, arguments, 1, 1, seed=0)
 
 
 def test_errors_are_distances():

@@ -157,6 +157,14 @@ def episodes(tmp_path_factory):
     return root
 
 
+def test_numbers_of_action_components_must_agree(episodes):
+    sources = [PreparedEpisodes(open_dataset(episodes / name)) for name in ("lerobot", "table")]
+    with pytest.raises(
+        ValueError, match="must have the same number of action components, got 3 and 2: pad the actions"
+    ):
+        check_data(sources, TrainingArguments(dataset=["lerobot", "table"], output_dir="out"))
+
+
 @pytest.mark.parametrize("name", ["lerobot", "table"])
 @pytest.mark.parametrize(
     ("split", "validation_split", "max_episodes", "shared"),

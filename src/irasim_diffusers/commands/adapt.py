@@ -155,8 +155,7 @@ def _images(arguments: argparse.Namespace) -> torch.Tensor:
     """
     import torch
 
-    from ..data import PreparedEpisodes
-    from ..data.episode import check_equal_size
+    from ..data import PreparedEpisodes, check_equal_size
 
     size = frame_size(arguments)
     source = PreparedEpisodes(open_dataset(arguments), frame_size=size)

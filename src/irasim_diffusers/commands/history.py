@@ -49,7 +49,7 @@ def frame_files(arguments: argparse.Namespace) -> list[list[Path]]:
 
 
 def check_start(arguments: argparse.Namespace) -> None:
-    """Raise ValueError if `--frames` is missing and the model is not the embedded one, whose clip is the default."""
+    """Raise ValueError if `--frames` is missing; only the embedded model has default frames."""
     if not arguments.frames and arguments.model != str(embedded_checkpoint()):
         raise ValueError(
             "--frames is required with --model: an image or video of the robot from which the prediction starts."

@@ -19,13 +19,13 @@ from ..data import (
     PreparedEpisodes,
     TableEpisodes,
     cache_latents,
+    check_equal_size,
     check_mixture,
     first_readable,
     frame_skip_for,
     open_dataset,
     standardised_states,
 )
-from ..data.episode import check_equal_size
 from .arguments import DataArguments, RunArguments
 from .rollouts import clip_length
 
@@ -92,8 +92,8 @@ def check_data(sources: list[PreparedEpisodes], arguments: RunArguments) -> None
 
     Raises:
         ValueError: If the training or validation data cannot be read, the action components or state features do not match the
-            arguments, or the validation data share episodes with the training data, or differ from them in frame rate, cameras,
-            actions or frame size.
+            arguments, the training datasets differ in their number of action components, or the validation data share episodes
+            with the training data, or differ from them in frame rate, cameras, actions or frame size.
         OSError: If the validation data cannot be downloaded.
     """
     vectors = first_readable(sources[0], sources[0].vectors)
@@ -109,6 +109,13 @@ def check_data(sources: list[PreparedEpisodes], arguments: RunArguments) -> None
         raise ValueError(
             f"`state_keys` must be among the vector features {sorted(vectors)} of {sources[0].name!r}, got {missing[0]!r}."
         )
+    for source in sources[1:]:
+        found = first_readable(source, source.vectors)["action"].shape[1]
+        if found != action_dim:
+            raise ValueError(
+                f"{sources[0].name!r} and {source.name!r} must have the same number of action components, got {action_dim} and "
+                f"{found}: pad the actions with `pad_actions_to`, or use only one of them."
+            )
     if arguments.validation_dataset is None:
         return
     held_out = open_source(arguments.validation_dataset, arguments, arguments.validation_split, None, all_phases=False)
