@@ -247,8 +247,8 @@ def reaching_tasks(dataset: Path, kinds: list[str], number: int, ahead: int) -> 
     for index, row in chosen:
         if row["length"] < HISTORY + ahead:
             raise ValueError(
-                f"episodes of {str(dataset)!r} must have at least {HISTORY + ahead} frames, got {row['length']} in episode {index}: "
-                "collect longer episodes."
+                f"episodes of {str(dataset)!r} must have at least {HISTORY + ahead} frames, got {row['length']} in episode "
+                f"{index}: collect longer episodes."
             )
     return [
         {"episode": index, "frame": int(rng.integers(HISTORY - 1, row["length"] - ahead))} for index, row in chosen

@@ -199,8 +199,8 @@ def check_arguments(arguments: ProprioceptionArguments) -> None:
         )
     if arguments.output_dir is None and not (arguments.model and Path(arguments.model).is_dir()):
         raise ValueError(
-            f"`output_dir` is required unless `model` is the folder of a pipeline, got `model` {arguments.model!r}: pass --output_dir "
-            "to save the network in a new folder, or --model to add it to a pipeline."
+            f"`output_dir` is required unless `model` is the folder of a pipeline, got `model` {arguments.model!r}: pass "
+            "--output_dir to save the network in a new folder, or --model to add it to a pipeline."
         )
 
 

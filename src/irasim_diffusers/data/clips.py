@@ -80,8 +80,8 @@ def _episode_states(
         states = np.concatenate([vectors[key] for key in keys], axis=1)
         if states.shape[1] != len(names):
             raise ValueError(
-                f"states must have {len(names)} components, as in episode {numbers[0]} of {dataset.name!r}, got {states.shape[1]} in "
-                f"episode {number}: remove the episode, or use other `keys` (--state_keys)."
+                f"states must have {len(names)} components, as in episode {numbers[0]} of {dataset.name!r}, got {states.shape[1]} "
+                f"in episode {number}: remove the episode, or use other `keys` (--state_keys)."
             )
         radians = states[:, columns]
         episodes[number] = np.concatenate(

@@ -63,7 +63,8 @@ class IRASimFolder(InOrder):
         max_episodes: Maximum number of episodes, counted from the first.
 
     Raises:
-        ValueError: If `max_episodes` is less than 1, the split does not exist, none of its first 20 annotations can be read, or a camera is missing or ambiguous.
+        ValueError: If `max_episodes` is less than 1, the split does not exist, none of its first 20 annotations can be read, or a
+            camera is missing or ambiguous.
     """
 
     root: Path

@@ -65,8 +65,8 @@ class LeRobotFolder(InOrder):
         state_columns: Vector features of the states; empty for all float ones except the actions.
 
     Raises:
-        ValueError: If `max_episodes` is less than 1, the folder is not a LeRobotDataset of these versions, its metadata are invalid,
-            a camera or the action is missing or ambiguous, a state does not exist, or the split is empty or does not exist.
+        ValueError: If `max_episodes` is less than 1, the folder is not a LeRobotDataset of these versions, its metadata are
+            invalid, a camera or the action is missing or ambiguous, a state does not exist, or the split is empty or does not exist.
     """
 
     root: Path
@@ -368,8 +368,8 @@ class LeRobotFolder(InOrder):
         if self._features[key]["dtype"] == "image":
             only = [("episode_index", "=", row["episode_index"])]
             pictures = read_parquet(self._file(row), [key], filters=only)[key].to_pylist()[part]
-            found = [self._picture(row, key, *numbered) for numbered in enumerate(pictures, part.start)]
-            return stack_frames(found, repr(key))
+            frames = [self._picture(row, key, *numbered) for numbered in enumerate(pictures, part.start)]
+            return stack_frames(frames, repr(key))
         table, length = self._table(row), row_length(row)
         path, timed, first = self._file(row, key), "timestamp" in table.column_names, 0
         numbers = self._numbers(row, table["timestamp"]) if timed else np.arange(length)
