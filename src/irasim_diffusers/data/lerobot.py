@@ -66,7 +66,7 @@ class LeRobotFolder(InOrder):
 
     Raises:
         ValueError: If `max_episodes` is less than 1, the folder is not a LeRobotDataset of these versions, its metadata are
-            invalid, a camera or the action is missing or ambiguous, a state does not exist, or the split is empty or does not exist.
+            invalid, a camera or the action is missing or ambiguous, a state does not exist, or the split is empty or unknown.
     """
 
     root: Path
