@@ -38,9 +38,8 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         A `.bin` file is read only if the path or `weight_name` names it, or `use_safetensors` is passed as False or None.
 
         Raises:
-            ValueError: If LoRA layers are missing or invalid, metadata is invalid or (for keys of PEFT) missing, the action encoder
-                does not fit or cannot be replaced (it is quantized or not in memory, or LoRA layers are fused), or there are other
-                weights.
+            ValueError: If LoRA layers are missing or invalid, metadata is invalid or (for keys of PEFT) missing, there are other
+                weights, or the action encoder does not fit or cannot be replaced (quantized, not in memory, or fused layers).
             OSError: If the file is not found.
         """
         source = pretrained_model_name_or_path_or_dict
