@@ -30,7 +30,7 @@ def pytest_collection_finish():
     """Exclude the imported modules from garbage collection, which otherwise takes a sixth of the time of the tests."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 50)
+    gc.set_threshold(10_000, 10, 10)
 
 
 def pytest_collection_modifyitems(items):

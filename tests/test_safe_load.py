@@ -291,7 +291,7 @@ def test_absurd_weights_raise(name, tmp_path):
         ({"sample_frames": 10**10}, "`sample_frames` must be an integer"),
         ({"sample_height": -2}, "`sample_height` must be an integer"),
         ({"num_train_timesteps": 10**9}, "`num_train_timesteps` must be an integer"),
-        ({"action_frequencies": 10**6}, "`action_frequencies` must be a number in"),
+        ({"action_frequencies": 10**6}, "`action_frequencies` must be an integer in"),
         ({"beta_end": 7.0}, "`beta_end` must be a number in"),
         ({"base_patch_size": 0.0}, "`base_patch_size` must be a number in"),
         ({"base_patch_size": 1001.0}, r"`base_patch_size` must be a number in \[0.001, 1000\], got 1001.0"),

@@ -53,8 +53,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         if metadata is not None:
             metadata = _checked_metadata({_standard_key(key): value for key, value in metadata.items()}, layers)
         encoder = {key.removeprefix("transformer."): value for key, value in state_dict.items() if key not in layers}
-        unknown = [key for key in encoder if not key.startswith(ACTION_ENCODER)]
-        if unknown or not layers:
+        if (unknown := [key for key in encoder if not key.startswith(ACTION_ENCODER)]) or not layers:
             raise ValueError(
                 "the file must contain LoRA layers of the pipeline's transformer and may contain its action encoder, got other "
                 f"keys {unknown[:3]} and {len(layers)} LoRA tensors."
