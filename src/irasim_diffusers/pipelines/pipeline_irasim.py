@@ -434,8 +434,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             The future (B, C, n, H, W), scaled latents, float32.
 
         Raises:
-            ValueError: If the scheduler does not accept `timesteps` or `sigmas`, both are given, a timestep is too large, or the
-                shape of the actions is wrong.
+            ValueError: If `timesteps`, `sigmas` or the shape of the actions are invalid.
         """
         schedule = self._set_timesteps(num_inference_steps, timesteps, sigmas)
         latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # this factor depends on the timesteps
