@@ -1,12 +1,13 @@
-"""Train a small AutoencoderKL on single frames of robot clips.
+"""Train a small autoencoder on single frames of robot clips.
 
     accelerate launch examples/train_vae.py --dataset data/pusht-train --output_dir runs/pusht-vae
 
-Large models use the frozen SDXL VAE, as in the paper. For simple images, a small VAE is much faster. The loss is MSE +
-0.1 L1 + `--kl_weight` KL. At the end, `scaling_factor` is computed from the validation frames so that scaled latents
-have the standard deviation `--latent_std`. The same command resumes from the newest complete checkpoint, also after
-Ctrl-C or SIGTERM. With `--pretrained` and `--freeze_encoder`, only the decoder is trained and `scaling_factor` is kept,
-so latents and the world models trained on them stay valid.
+Large models use the frozen SDXL VAE, as in the paper. For simple images, a small autoencoder is much faster: an
+AutoencoderKL, or with `--tiny` an AutoencoderTiny, which has no normalization and can be trained on crops. The loss is
+MSE + 0.1 L1 + `--kl_weight` KL. At the end, `scaling_factor` is computed from the validation frames so that scaled
+latents have the standard deviation `--latent_std`. The same command resumes from the newest complete checkpoint, also
+after Ctrl-C or SIGTERM. With `--pretrained` and `--freeze_encoder`, only the decoder is trained and `scaling_factor` is
+kept, so latents and the world models trained on them stay valid.
 """
 
 import math
@@ -19,12 +20,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from irasim_diffusers.autoencoders import Autoencoder
 from irasim_diffusers.data import PreparedEpisodes, check_equal_size, first_readable, open_dataset
+from irasim_diffusers.latents import downsampling_factor, encode_images
 from irasim_diffusers.training import (
     DataArguments,
     Interruption,
@@ -43,6 +46,9 @@ from irasim_diffusers.training import (
     stop_training,
 )
 
+NO_CROPS = (
+    "`crop_size` must be omitted for an AutoencoderKL, whose normalization depends on the whole frame: use `tiny`."
+)
 MAY_CHANGE = (
     *("output_dir", "max_train_steps", "checkpointing_steps", "compile"),
     *("validation_dataset", "validation_split", "validation_steps"),
@@ -60,23 +66,35 @@ class VAEArguments(DataArguments):
     frames_per_episode: int = field(
         default=24, metadata={"help": "maximum number of evenly spaced training frames per episode"}
     )
+    tiny: bool = field(default=False, metadata={"help": "train a new AutoencoderTiny instead of an AutoencoderKL"})
     block_out_channels: list[int] = field(
         default_factory=lambda: [32, 64, 96, 128],
         metadata={
-            "help": "channels at each resolution of a new autoencoder; each entry after the first halves the resolution"
+            "help": "channels at each resolution of a new autoencoder; each entry after the first halves the resolution (--tiny: "
+            "all entries must be equal)"
         },
     )
     latent_channels: int = field(default=4, metadata={"help": "channels of the latents of a new autoencoder"})
     norm_num_groups: int = field(
         default=32,
         metadata={
-            "help": "number of GroupNorm groups of a new autoencoder; with 1, latents depend least on distant pixels"
+            "help": "number of GroupNorm groups of a new AutoencoderKL; with 1, latents depend least on distant pixels"
         },
     )
     latent_std: float = field(
         default=1.0,
         metadata={
             "help": "standard deviation of scaled latents, unless the encoder is frozen; use 0.25 if most of each image is empty"
+        },
+    )
+    latent_noise: float = field(
+        default=0.1,
+        metadata={"help": "standard deviation of the noise that AutoencoderTiny adds to latents in training"},
+    )
+    crop_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "train AutoencoderTiny on square crops of this side, in pixels, around pixels that differ from the mean frame"
         },
     )
     train_batch_size: int = field(default=16, metadata={"help": "frames per step and process"})
@@ -100,16 +118,25 @@ class VAEArguments(DataArguments):
 
 
 class Autoencoding(torch.nn.Module):
-    """Encoder and decoder in one forward pass, as distributed wrappers require."""
+    """Encoder and decoder in one forward pass, as distributed wrappers require.
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    Args:
+        vae: The autoencoder.
+        noise: Standard deviation of the posterior of an AutoencoderTiny, which has a fixed variance.
+    """
+
+    def __init__(self, vae: Autoencoder, noise: float) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, self.noise = vae, noise
 
     def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the reconstruction (B, 3, H, W) and the KL divergence of each frame (B,)."""
-        posterior = self.vae.encode(pictures).latent_dist
-        return self.vae.decode(posterior.sample()).sample, posterior.kl()
+        """Return the reconstruction (B, 3, H, W) and the KL divergence of each frame (B,), up to a constant."""
+        if isinstance(self.vae, AutoencoderKL):
+            posterior = self.vae.encode(pictures).latent_dist
+            return self.vae.decode(posterior.sample()).sample, posterior.kl()
+        latents = self.vae.encode(pictures).latents
+        noisy = latents + self.noise * torch.randn_like(latents)
+        return self.vae.decode(noisy).sample, latents.square().sum((1, 2, 3)) / 2
 
 
 def open_frames(arguments: VAEArguments, name: str, split: str, episodes: int | None = None) -> PreparedEpisodes:
@@ -154,39 +181,51 @@ def to_model(frames: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderKL, frames: torch.Tensor, device: torch.device) -> float:
+def reconstruction_psnr(vae: Autoencoder, frames: torch.Tensor, device: torch.device) -> float:
     """Return the PSNR of the mean squared error of 8-bit reconstructions, in dB."""
     errors = []
     for batch in frames.split(32):
-        decoded = vae.decode(vae.encode(to_model(batch, device)).latent_dist.mode()).sample.float()
+        decoded = vae.decode(encode_images(vae, to_model(batch, device))).sample.float()
         decoded = (decoded.clamp(-1, 1) + 1).mul(127.5).round()
         errors.append(((decoded - batch.to(device).float()) / 255).square().mean().item() * len(batch))
     return -10 * math.log10(sum(errors) / len(frames))
 
 
 @torch.no_grad()
-def latent_std(vae: AutoencoderKL, frames: torch.Tensor, device: torch.device) -> float:
+def latent_std(vae: Autoencoder, frames: torch.Tensor, device: torch.device) -> float:
     """Return the standard deviation of the latents over frames, positions and channels."""
-    latents = torch.cat([vae.encode(to_model(batch, device)).latent_dist.mode().float() for batch in frames.split(32)])
+    latents = torch.cat([encode_images(vae, to_model(batch, device)).float() for batch in frames.split(32)])
     return latents.std().item()
 
 
-def build_vae(arguments: VAEArguments, sample_size: int) -> AutoencoderKL:
+def build_vae(arguments: VAEArguments, sample_size: int) -> Autoencoder:
     """Create a new autoencoder, or load the pretrained one and freeze its encoder if requested.
 
     Raises:
-        ValueError: If the pretrained autoencoder cannot be loaded.
+        ValueError: If the pretrained autoencoder cannot be loaded, or is an AutoencoderKL and `crop_size` is passed.
     """
     if arguments.pretrained:
         vae = load_autoencoder(arguments.pretrained, "pretrained").requires_grad_(True)
+        if arguments.crop_size and isinstance(vae, AutoencoderKL):
+            raise ValueError(NO_CROPS)
         if arguments.freeze_encoder:
-            for module in filter(None, (vae.encoder, vae.quant_conv)):
+            for module in filter(None, (vae.encoder, getattr(vae, "quant_conv", None))):
                 module.requires_grad_(False)
         return vae
+    channels = tuple(arguments.block_out_channels)
+    if arguments.tiny:
+        blocks = (1, *(2,) * (len(channels) - 1))
+        return AutoencoderTiny(
+            encoder_block_out_channels=channels,
+            decoder_block_out_channels=channels,
+            num_encoder_blocks=blocks,
+            num_decoder_blocks=blocks[::-1],
+            latent_channels=arguments.latent_channels,
+        )
     return AutoencoderKL(
-        block_out_channels=tuple(arguments.block_out_channels),
-        down_block_types=("DownEncoderBlock2D",) * len(arguments.block_out_channels),
-        up_block_types=("UpDecoderBlock2D",) * len(arguments.block_out_channels),
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
         layers_per_block=1,
         latent_channels=arguments.latent_channels,
         norm_num_groups=arguments.norm_num_groups,
@@ -209,27 +248,36 @@ def check_arguments(arguments: VAEArguments) -> None:
     """
     check_ranges(
         arguments,
-        not_negative=("kl_weight", "lr_warmup_steps", "seed"),
+        not_negative=("kl_weight", "latent_noise", "lr_warmup_steps", "seed"),
         at_least_1=(
             *("train_batch_size", "max_train_steps", "checkpointing_steps", "validation_steps", "frames_per_episode"),
-            *("latent_channels", "norm_num_groups", "height", "width"),
+            *("latent_channels", "norm_num_groups", "height", "width", "crop_size"),
         ),
         positive=("learning_rate", "latent_std"),
         choices={"mixed_precision": ("no", "fp16", "bf16")},
     )
     channels = arguments.block_out_channels
-    if not channels or any(number < 1 or number % arguments.norm_num_groups for number in channels):
+    if arguments.tiny and (len(set(channels)) != 1 or channels[0] < 1):
+        raise ValueError(f"`block_out_channels` must be equal positive numbers with `tiny`, got {channels}.")
+    if not arguments.tiny and any(number < 1 or number % arguments.norm_num_groups for number in channels or [0]):
         raise ValueError(
             f"`block_out_channels` must be positive multiples of `norm_num_groups` = {arguments.norm_num_groups}, got {channels}."
         )
+    if arguments.crop_size and not (arguments.tiny or arguments.pretrained):
+        raise ValueError(NO_CROPS)
     if arguments.freeze_encoder and not arguments.pretrained:
         raise ValueError("`freeze_encoder` requires `pretrained`: a new encoder must be trained.")
     check_frame_size(arguments)
 
 
-def check_divisible(vae: AutoencoderKL, height: int, width: int) -> None:
-    """Raise ValueError if the autoencoder changes the size of frames."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+def check_divisible(vae: Autoencoder, height: int, width: int, crop_size: int | None = None) -> None:
+    """Raise ValueError if the autoencoder changes the size of frames or crops, or crops are larger than frames."""
+    factor = downsampling_factor(vae)
+    if crop_size and (crop_size % factor or crop_size > min(height, width)):
+        raise ValueError(
+            f"`crop_size` must be a multiple of {factor} and at most {min(height, width)}, the smaller side of the frames, got "
+            f"{crop_size}."
+        )
     if height % factor or width % factor:
         lower = [max(side // factor, 1) * factor for side in (height, width)]
         raise ValueError(
@@ -244,6 +292,7 @@ class Frames:
 
     training: torch.Tensor  # (N, 3, H, W), uint8
     held_out: torch.Tensor  # (M, 3, H, W), uint8
+    mean: torch.Tensor  # (3, H, W), mean of the training frames
     is_held_out: bool  # False if the validation frames are training frames
 
 
@@ -264,7 +313,7 @@ def open_data(arguments: VAEArguments) -> tuple[PreparedEpisodes, PreparedEpisod
 
 
 def train(
-    accelerator: Accelerator, arguments: VAEArguments, vae: AutoencoderKL, frames: Frames, newest: Path | None
+    accelerator: Accelerator, arguments: VAEArguments, vae: Autoencoder, frames: Frames, newest: Path | None
 ) -> None:
     """Train the autoencoder, starting from the newest checkpoint if one exists.
 
@@ -282,7 +331,9 @@ def train(
         num_warmup_steps=arguments.lr_warmup_steps * accelerator.num_processes,
         num_training_steps=arguments.max_train_steps * accelerator.num_processes,
     )
-    autoencoding, optimizer, schedule = accelerator.prepare(Autoencoding(vae), optimizer, schedule)
+    autoencoding, optimizer, schedule = accelerator.prepare(
+        Autoencoding(vae, arguments.latent_noise), optimizer, schedule
+    )
 
     step = 0
     if newest:
@@ -292,7 +343,7 @@ def train(
     start = time.perf_counter()
     with Interruption() as interruption:
         while step < arguments.max_train_steps:
-            loss = batch_loss(accelerator, autoencoding, frames.training, arguments, step)
+            loss = batch_loss(accelerator, autoencoding, frames, arguments, step)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(autoencoding.parameters(), 1.0)
             optimizer.step()
@@ -314,18 +365,21 @@ def train(
 
 
 def batch_loss(
-    accelerator: Accelerator, autoencoding: torch.nn.Module, frames: torch.Tensor, arguments: VAEArguments, step: int
+    accelerator: Accelerator, autoencoding: torch.nn.Module, frames: Frames, arguments: VAEArguments, step: int
 ) -> torch.Tensor:
     """Return the loss of a step.
 
-    The frames depend only on seed, step and process, so that a resumed run uses the same frames.
+    The frames and crops depend only on seed, step and process, so that a resumed run uses the same ones.
 
     Raises:
         FloatingPointError: If the loss is not finite.
     """
     rng = np.random.default_rng([arguments.seed, step, accelerator.process_index])
-    chosen = torch.from_numpy(rng.integers(len(frames), size=arguments.train_batch_size))
-    pictures = to_model(frames[chosen], accelerator.device)
+    chosen = torch.from_numpy(rng.integers(len(frames.training), size=arguments.train_batch_size))
+    pictures = frames.training[chosen]
+    if arguments.crop_size:
+        pictures = crop_frames(pictures, frames.mean, arguments.crop_size, rng)
+    pictures = to_model(pictures, accelerator.device)
     with accelerator.autocast():
         reconstruction, kl = autoencoding(pictures)
     difference = reconstruction.float() - pictures
@@ -335,7 +389,34 @@ def batch_loss(
     return loss
 
 
-def describe_psnr(vae: AutoencoderKL, frames: Frames, device: torch.device) -> str:
+def crop_frames(pictures: torch.Tensor, mean: torch.Tensor, size: int, rng: np.random.Generator) -> torch.Tensor:
+    """Cut a square out of each frame around a random pixel.
+
+    Args:
+        pictures: Frames (B, 3, H, W), uint8.
+        mean: Mean frame (3, H, W). A pixel is drawn with a probability proportional to its difference from the mean frame plus 1.
+        size: Side of the squares in pixels.
+        rng: Source of the pixels and of their places in the squares.
+
+    Returns:
+        The squares (B, 3, size, size), uint8.
+    """
+    height, width = pictures.shape[2:]
+    shares = ((pictures - mean).abs().mean(1) + 1).flatten(1).double().cumsum(1)
+    drawn = torch.from_numpy(rng.random((len(pictures), 1))) * shares[:, -1:]
+    pixels = torch.searchsorted(shares, drawn)[:, 0].clamp(max=height * width - 1).numpy()
+    places = rng.integers(size, size=(2, len(pictures)))
+    tops = np.clip(pixels // width - places[0], 0, height - size)
+    lefts = np.clip(pixels % width - places[1], 0, width - size)
+    return torch.stack(
+        [
+            picture[:, top : top + size, left : left + size]
+            for picture, top, left in zip(pictures, tops, lefts, strict=True)
+        ]
+    )
+
+
+def describe_psnr(vae: Autoencoder, frames: Frames, device: torch.device) -> str:
     """Return the PSNR of the validation frames as text."""
     which = "held-out" if frames.is_held_out else "training"
     return f"{which} PSNR {reconstruction_psnr(vae, frames.held_out, device):.2f} dB"
@@ -352,12 +433,15 @@ def main() -> None:
     source, held_out_source = open_data(arguments)
     height, width = first_readable(source, source.__getitem__).frames.shape[1:3]
     vae = build_vae(arguments, max(height, width))
-    check_divisible(vae, height, width)
+    check_divisible(vae, height, width, arguments.crop_size)
     prepare_output(accelerator, output)
-    newest = newest_checkpoint(output, run_settings(arguments, accelerator.num_processes))
+    defaults = asdict(VAEArguments(dataset="", output_dir=""))
+    newest = newest_checkpoint(output, run_settings(arguments, accelerator.num_processes), defaults)
+    training = load_frames(source, arguments.frames_per_episode, arguments.skip_broken)
     frames = Frames(
-        load_frames(source, arguments.frames_per_episode, arguments.skip_broken),
+        training,
         load_frames(held_out_source, 4, arguments.skip_broken),
+        sum(part.float().sum(0) for part in training.split(256)) / len(training),
         arguments.validation_dataset is not None,
     )
     if arguments.compile:
@@ -367,9 +451,9 @@ def main() -> None:
     if accelerator.is_main_process:
         if not arguments.freeze_encoder:
             deviation = latent_std(vae, frames.held_out, accelerator.device)
-            vae.register_to_config(
-                scaling_factor=arguments.latent_std / deviation, shift_factor=None, latents_mean=None, latents_std=None
-            )
+            vae.register_to_config(scaling_factor=arguments.latent_std / deviation)
+            if isinstance(vae, AutoencoderKL):
+                vae.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)
         save_finished(output, vae.save_pretrained)
         psnr = describe_psnr(vae, frames, accelerator.device)
         print(f"{psnr} in float32; scaling_factor {vae.config.scaling_factor:.4f}; {output}")

@@ -34,7 +34,7 @@ def model(tmp_path_factory):
         (["--action-dim", "2", "--model", "nowhere"], "--model must be a pipeline folder or Hub id, got 'nowhere'"),
         (
             ["--vae", "nowhere", "--dataset", "nowhere"],
-            "--vae must be the folder or Hub id of an AutoencoderKL, got 'nowhere': the folder does not exist",
+            "--vae must be the folder or Hub id of an AutoencoderKL or AutoencoderTiny, got 'nowhere': the folder does not exist",
         ),
     ],
 )

@@ -519,9 +519,13 @@ ROWS = [
     (
         "convert",
         {"--vae": "nowhere"},
-        "--vae must be the folder or Hub id of an AutoencoderKL, got 'nowhere': the folder does not exist",
+        "--vae must be the folder or Hub id of an AutoencoderKL or AutoencoderTiny, got 'nowhere': the folder does not exist",
     ),
-    ("convert", {"--vae": "model"}, "--vae must be the folder or Hub id of an AutoencoderKL, got 'model'"),
+    (
+        "convert",
+        {"--vae": "model"},
+        "--vae must be the folder or Hub id of an AutoencoderKL or AutoencoderTiny, got 'model'",
+    ),
     ("convert", {"--vae": "model:nowhere"}, "got 'model:nowhere': there is no subfolder 'nowhere'"),
     ("convert", {"--vae": ":vae"}, "got ':vae': the name before the colon is empty"),
     ("convert", {"--config": "num_layers=" + 5000 * "["}, "--config num_layers must be int in JSON, got '[["),

@@ -72,6 +72,22 @@ def unscale_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return latents / factor + shift
 
 
+def encode_images(vae: Any, images: torch.Tensor) -> torch.Tensor:
+    """Encode images (N, 3, H, W) in [-1, 1] to unscaled latents (N, C, H / f, W / f).
+
+    The latents of an AutoencoderKL are the means of its posterior.
+    """
+    encoded = vae.encode(images)
+    return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+
+
+def downsampling_factor(vae: Any) -> int:
+    """Return the number of pixels of an image for each latent pixel, horizontally and vertically; 1 without autoencoder."""
+    config = vae.config if vae is not None else {}
+    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (None,)
+    return 2 ** (len(levels) - 1)
+
+
 def _affine(vae: Any, latents: torch.Tensor) -> tuple[Any, Any]:
     """Return the shift and the factor of scaled latents, numbers or tensors (C, 1, ...)."""
     shift, factor, mean, std = latent_scaling(vae)

@@ -265,7 +265,9 @@ def test_pretrained_vae_is_read_from_a_subfolder(tmp_path):
     torch.testing.assert_close(loaded.state_dict(), vae.state_dict())
     trained = {name.split(".")[0] for name, parameter in loaded.named_parameters() if parameter.requires_grad}
     assert trained == {"decoder", "post_quant_conv"}
-    with pytest.raises(ValueError, match="`pretrained` must be the folder or Hub id of an AutoencoderKL, got"):
+    with pytest.raises(
+        ValueError, match="`pretrained` must be the folder or Hub id of an AutoencoderKL or AutoencoderTiny, got"
+    ):
         train_vae_script.build_vae(replace(arguments, pretrained=str(tmp_path)), 16)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
 from fork_server import ForkServer
 from hub_server import HubServer
 from safetensors.torch import load_file
@@ -145,6 +145,35 @@ def test_pretrained_model_with_other_autoencoder_and_patch_size(workspace, train
     assert (config.in_channels, config.patch_size, config.base_patch_size) == (3, 2, 4)
     assert (config.relative_latents, pipeline.frame_size) == (True, (32, 32))
     assert (pipeline.config.num_inference_steps, pipeline.scheduler.config.timestep_spacing) == (3, "trailing")
+
+
+def test_tiny_autoencoder_is_trained_on_crops(workspace):
+    call(
+        *("train_vae", "--dataset", workspace / "first", "--cameras", 0, "--output_dir", workspace / "tiny", "--tiny"),
+        *("--block_out_channels", 8, 8, "--latent_channels", 5, "--crop_size", 8, "--latent_std", 0.5, *SHORT),
+    )
+    call(
+        *(
+            "train",
+            "--dataset",
+            workspace / "first",
+            "--vae",
+            workspace / "tiny",
+            "--output_dir",
+            workspace / "on-tiny",
+        ),
+        *("--cameras", 0, "--fps", 5, "--patch_size", 1, "--crop_size", 4, "--spatial_position", "rope"),
+        *("--cache_dir", workspace / "tiny-latents", *MODEL, *SHORT),
+    )
+    pipeline = IRASimPipeline.from_pretrained(workspace / "on-tiny")
+    assert isinstance(pipeline.vae, AutoencoderTiny)
+    config = pipeline.transformer.config
+    assert (config.in_channels, config.sample_height, config.sample_width) == (5, 8, 16)
+    frames = IRASimFolder(workspace / "first", cameras=["0"], fps=5)[0].frames
+    latents = pipeline.encode_history(pipeline.preprocess_frames(frames[:1]))[0]
+    assert 0.2 < latents.std() < 1
+    cached = LatentClips(next((workspace / "tiny-latents").iterdir()), 4)[0]["latents"][:, :1]
+    torch.testing.assert_close(cached * pipeline.vae.config.scaling_factor, latents, atol=2e-3, rtol=2e-3)
 
 
 def test_unet_in_pixel_space(workspace):

@@ -18,9 +18,10 @@ from fork_server import fork_server
 from test_lerobot import write_folder
 from test_pusht import EXAMPLES
 from test_train import CONFIGS, SHORT, train_robot, write_robot, write_workspace
-from tiny_models import tiny_pipeline, tiny_transformer
+from tiny_models import tiny_pipeline, tiny_transformer, tiny_vae
 from train import TrainingArguments, check_arguments
-from train_vae import VAEArguments, build_vae, check_divisible, load_frames, open_data
+from train_vae import VAEArguments, build_vae, check_divisible, crop_frames, load_frames, open_data
+from train_vae import check_arguments as check_autoencoder_arguments
 from transformers import HfArgumentParser
 
 from irasim_diffusers.cli import _parser
@@ -254,6 +255,43 @@ def test_frames_must_match_the_autoencoder():
     check_divisible(vae, 176, 320)
     with pytest.raises(ValueError, match=r"sides divisible by 8 .*, got 180x320: .* --height 176 --width 320"):
         check_divisible(vae, 180, 320)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"crop_size": 48}, "`crop_size` must be omitted for an AutoencoderKL, .*: use `tiny`"),
+        ({"tiny": True, "block_out_channels": [8, 16]}, "must be equal positive numbers with `tiny`, got \\[8, 16\\]"),
+        ({"tiny": True, "block_out_channels": []}, "must be equal positive numbers with `tiny`"),
+        ({"latent_noise": -0.1}, "`latent_noise` must"),
+    ],
+)
+def test_invalid_autoencoder_arguments(flags, message):
+    with pytest.raises(ValueError, match=message):
+        check_autoencoder_arguments(VAEArguments(dataset="set", output_dir="out", **flags))
+
+
+def test_crops_of_frames(tmp_path):
+    """Crops contain the changed pixel; a pretrained tiny autoencoder can be trained on crops, an AutoencoderKL cannot."""
+    flags = {"dataset": "set", "output_dir": "out", "block_out_channels": [4, 4, 4], "crop_size": 8}
+    tiny = build_vae(VAEArguments(**flags, tiny=True), 32)
+    check_divisible(tiny, 16, 20, 8)
+    for size, sides in ((6, (16, 20)), (24, (20, 40))):
+        with pytest.raises(
+            ValueError, match=f"`crop_size` must be a multiple of 4 and at most {sides[0]}, .* got {size}"
+        ):
+            check_divisible(tiny, *sides, size)
+    tiny.save_pretrained(tmp_path / "tiny")
+    tiny_vae().save_pretrained(tmp_path / "kl")
+    loaded = build_vae(VAEArguments(**flags, pretrained=str(tmp_path / "tiny"), freeze_encoder=True), 32)
+    assert {name.split(".")[0] for name, value in loaded.named_parameters() if value.requires_grad} == {"decoder"}
+    with pytest.raises(ValueError, match="`crop_size` must be omitted for an AutoencoderKL"):
+        build_vae(VAEArguments(**flags, pretrained=str(tmp_path / "kl")), 32)
+    frames = torch.zeros(50, 3, 16, 20, dtype=torch.uint8)
+    frames[:, :, 3, 17] = 255
+    crops = crop_frames(frames, torch.zeros(3, 16, 20), 8, np.random.default_rng(0))
+    assert crops.shape == (50, 3, 8, 8)
+    assert (crops.amax((1, 2, 3)) == 255).sum() > 20  # half of the pixels are drawn by the change
 
 
 def test_autoencoder_is_not_validated_on_training_episodes(episodes):

@@ -27,7 +27,7 @@ def test_pipelines_models_and_missing_folders_are_told_apart(tmp_path):
 def test_missing_autoencoders_raise_one_line(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     load_autoencoder(f"{tmp_path / 'model'}:vae")
-    message = "`pretrained` must be the folder or Hub id of an AutoencoderKL, got 'nowhere': the folder does not exist"
+    message = "`pretrained` must be the folder or Hub id of an AutoencoderKL or AutoencoderTiny, got 'nowhere': the folder does not exist"
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         load_autoencoder("nowhere", "pretrained")
     assert "\n" not in str(caught.value)

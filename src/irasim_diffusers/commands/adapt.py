@@ -14,9 +14,9 @@ from .loading import load_checked, load_vae
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL
 
     from .. import IRASimPipeline, IRASimTransformer3DModel
+    from ..autoencoders import Autoencoder
 
 CHANGES = ("prediction_type", "vae", "patch_size", "action_frequencies", "action_dim")
 LIMITS = {
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..training import finished_pipeline, load_sampler
 
     model, wanted = arguments.model, "a pipeline folder or Hub id"
-    pipeline = load_checked("--model", wanted, model, IRASimPipeline, dtype=torch.float32)
+    pipeline = load_checked("--model", wanted, model, IRASimPipeline.from_pretrained, dtype=torch.float32)
     with named_flags(other="--vae"):
         transformer, vae = _adapted(arguments, pipeline)
     with temporary_folder(arguments.output) as partial:
@@ -114,7 +114,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
 
 def _adapted(
     arguments: argparse.Namespace, pipeline: IRASimPipeline
-) -> tuple[IRASimTransformer3DModel, AutoencoderKL | None]:
+) -> tuple[IRASimTransformer3DModel, Autoencoder | None]:
     """Apply the changes in the order of `CHANGES`; return the new transformer and its autoencoder."""
     from .. import IRASimTransformer3DModel
     from ..conversion import change_action_dim, change_patch_size, fit_autoencoder, predict_samples

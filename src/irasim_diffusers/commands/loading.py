@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..hub import missing_reason
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
+    from ..autoencoders import Autoencoder
     from ..rewards import FrameRegressor
 
 
-def load_checked(flag: str, wanted: str, name: str, kind: Any, remedy: str = "", **options: Any) -> Any:
+def load_checked(flag: str, wanted: str, name: str, load: Callable[..., Any], remedy: str = "", **options: Any) -> Any:
     """Load a model or a pipeline without output, and check its weights.
 
     Args:
         flag: Flag to name in errors.
         wanted: Expected value, for errors.
         name: Folder or Hub id.
-        kind: Class with `from_pretrained`.
+        load: Function that loads it, such as `IRASimPipeline.from_pretrained`.
         remedy: See `check_weights`.
-        options: Options of `from_pretrained`.
+        options: Options of `load`.
 
     Raises:
         ValueError: If the model or pipeline cannot be loaded, or its weights are invalid.
     """
     try:
         with quiet_loading() as messages:
-            loaded = kind.from_pretrained(name, **options)
+            loaded = load(name, **options)
         check_weights(getattr(loaded, "components", {flag.removeprefix("--"): loaded}), messages, remedy)
     except Exception as error:  # the loaders raise errors of many types for damaged files
         reason = missing_reason(name, error) or error
@@ -40,19 +39,18 @@ def load_checked(flag: str, wanted: str, name: str, kind: Any, remedy: str = "",
     return loaded
 
 
-def load_vae(name: str) -> AutoencoderKL:
+def load_vae(name: str) -> Autoencoder:
     """Load the autoencoder of `--vae`: a folder or Hub id, optionally with `:<subfolder>`.
 
     Raises:
         ValueError: If the autoencoder cannot be loaded, or its weights are invalid.
     """
-    from diffusers import AutoencoderKL
-
+    from .. import autoencoders
     from ..training.pretrained import split_subfolder
 
     folder, subfolder = split_subfolder(name, "--vae")
-    wanted = "the folder or Hub id of an AutoencoderKL"
-    return load_checked("--vae", wanted, folder, AutoencoderKL, use_safetensors=True, subfolder=subfolder)
+    wanted = "the folder or Hub id of an AutoencoderKL or AutoencoderTiny"
+    return load_checked("--vae", wanted, folder, autoencoders.load, use_safetensors=True, subfolder=subfolder)
 
 
 def load_reward(name: str, device: Any) -> FrameRegressor:
@@ -63,7 +61,7 @@ def load_reward(name: str, device: Any) -> FrameRegressor:
     """
     from ..rewards import FrameRegressor
 
-    return load_checked("--reward", "a FrameRegressor", name, FrameRegressor).eval().to(device)
+    return load_checked("--reward", "a FrameRegressor", name, FrameRegressor.from_pretrained).eval().to(device)
 
 
 @contextmanager

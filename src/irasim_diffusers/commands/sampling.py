@@ -94,7 +94,12 @@ def load_pipeline(arguments: argparse.Namespace) -> IRASimPipeline:
     if dtype == torch.float16:  # SDXL's autoencoder overflows in float16
         dtype = {"default": dtype, "vae": torch.float32}
     pipeline = load_checked(
-        "--model", "a pipeline folder or Hub id", arguments.model, IRASimPipeline, DTYPE_REMEDY, dtype=dtype
+        "--model",
+        "a pipeline folder or Hub id",
+        arguments.model,
+        IRASimPipeline.from_pretrained,
+        DTYPE_REMEDY,
+        dtype=dtype,
     )
     if arguments.lora:
         try:

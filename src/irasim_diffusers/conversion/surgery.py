@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL
 
-from ..latents import scale_latents
+from ..autoencoders import Autoencoder
+from ..latents import encode_images, scale_latents
 from ..models import IRASimTransformer3DModel
 
 ACTION_ENTRIES = {
@@ -157,7 +157,7 @@ def change_autoencoder(
 
 @torch.no_grad()
 def fit_autoencoder(
-    model: IRASimTransformer3DModel, own: AutoencoderKL, other: AutoencoderKL, images: torch.Tensor
+    model: IRASimTransformer3DModel, own: Autoencoder, other: Autoencoder, images: torch.Tensor
 ) -> IRASimTransformer3DModel:
     """Adapt a trained model to another autoencoder by a fit on images; see `change_autoencoder`.
 
@@ -186,9 +186,9 @@ def fit_autoencoder(
 
 
 @torch.no_grad()
-def scaled_latents(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+def scaled_latents(vae: Autoencoder, images: torch.Tensor) -> torch.Tensor:
     """Encode images (N, 3, H, W) in [-1, 1] to scaled latents, float32 on the CPU."""
-    latents = [vae.encode(part.to(vae.device)).latent_dist.mode().float().cpu() for part in images.split(16)]
+    latents = [encode_images(vae, part.to(vae.device)).float().cpu() for part in images.split(16)]
     return scale_latents(vae, torch.cat(latents))
 
 

@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 
 from ..files import remove_abandoned, temporary_path
 from ..json_files import read_json_object
-from ..latents import check_latent_scaling, latent_scaling, unscale_latents
+from ..latents import check_latent_scaling, encode_images, latent_scaling, unscale_latents
 from .content_hash import tensors_hash
 from .episode import Episode, EpisodeSource
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from ..autoencoders import Autoencoder
 
 FORMAT = 1
 """Version of the cached values; increment it whenever decoding, tiling or resizing changes."""
@@ -35,7 +35,7 @@ FRAMES_AT_ONCE = 256
 
 def cache_latents(
     dataset: EpisodeSource,
-    vae: AutoencoderKL | None,
+    vae: Autoencoder | None,
     cache_dir: str | os.PathLike,
     *,
     batch_size: int = 40,
@@ -125,7 +125,7 @@ def _encode_share(
 
 
 def _check_arguments(
-    vae: AutoencoderKL | None,
+    vae: Autoencoder | None,
     recorded: bool,
     batch_size: int,
     episodes_per_file: int,
@@ -146,7 +146,7 @@ def _check_arguments(
 
 def _identity(
     dataset: EpisodeSource,
-    vae: AutoencoderKL | None,
+    vae: Autoencoder | None,
     recorded: bool,
     mixed_precision: bool,
     episodes_per_file: int,
@@ -177,7 +177,7 @@ def _write_manifest(
     files: Iterable[Path],
     identity: dict[str, Any],
     written: dict[str, Any],
-    vae: AutoencoderKL | None,
+    vae: Autoencoder | None,
     episodes: int,
 ) -> None:
     """Write the manifest of a complete cache, unless it is equal to `written`, the existing one."""
@@ -281,7 +281,7 @@ def _encode_episodes(
 
 
 def _encode_episode(
-    dataset: EpisodeSource, vae: AutoencoderKL | None, batch_size: int, mixed_precision: bool, number: int
+    dataset: EpisodeSource, vae: Autoencoder | None, batch_size: int, mixed_precision: bool, number: int
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Encode one episode; return latents (T, C, h, w) and actions (T, A)."""
     parts = [
@@ -293,7 +293,7 @@ def _encode_episode(
     return _finite(latents, dataset, number, remedy), np.concatenate([actions for _, actions in parts])
 
 
-def _encode_recorded(dataset: EpisodeSource, vae: AutoencoderKL, number: int) -> tuple[torch.Tensor, np.ndarray]:
+def _encode_recorded(dataset: EpisodeSource, vae: Autoencoder, number: int) -> tuple[torch.Tensor, np.ndarray]:
     """Return the unscaled latents (T, C, h, w) stored with the video, and actions (T, A) of one episode."""
     latents = dataset.latents(number) if hasattr(dataset, "latents") else None
     if latents is None:
@@ -326,7 +326,7 @@ def _parts(dataset: EpisodeSource, number: int, batch_size: int) -> Iterator[Epi
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKL | None, frames: np.ndarray, batch_size: int, mixed_precision: bool) -> torch.Tensor:
+def _encode(vae: Autoencoder | None, frames: np.ndarray, batch_size: int, mixed_precision: bool) -> torch.Tensor:
     """Encode frames (T, H, W, 3), uint8, to latents (T, C, h, w), float16.
 
     Without `vae`, the frames (T, 3, H, W) themselves are returned.
@@ -338,5 +338,5 @@ def _encode(vae: AutoencoderKL | None, frames: np.ndarray, batch_size: int, mixe
     for batch in pixels.split(batch_size):
         batch = batch.to(vae.device).to(vae.dtype) / 127.5 - 1
         with torch.autocast(vae.device.type, torch.bfloat16, enabled=mixed_precision):
-            latents.append(vae.encode(batch).latent_dist.mode().to("cpu", torch.float16))
+            latents.append(encode_images(vae, batch).to("cpu", torch.float16))
     return torch.cat(latents).contiguous()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import replace_example_docstring
@@ -23,7 +23,8 @@ from diffusers.video_processor import VideoProcessor
 from huggingface_hub import file_exists
 
 from ..action_space import ActionSpace
-from ..latents import check_latent_scaling, scale_latents, unscale_latents
+from ..autoencoders import Autoencoder
+from ..latents import check_latent_scaling, downsampling_factor, encode_images, scale_latents, unscale_latents
 from ..models import IRASimTransformer3DModel, UNetTrajectoryModel
 from ..rollout import RolloutState, roll
 from . import inputs, schedulers
@@ -90,7 +91,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     def __init__(
         self,
-        vae: AutoencoderKL | AutoencoderTiny | None,
+        vae: Autoencoder | None,
         transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
         scheduler: SchedulerMixin,
         num_inference_steps: int | None = None,
@@ -120,9 +121,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         self.register_to_config(
             num_inference_steps=num_inference_steps, chunk_length=chunk_length, timesteps=timesteps
         )
-        config = self.vae.config if getattr(self, "vae", None) else {}
-        levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (None,)
-        self.vae_scale_factor = 2 ** (len(levels) - 1)
+        self.vae_scale_factor = downsampling_factor(getattr(self, "vae", None))
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
@@ -339,14 +338,10 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             return pixels.to(self._execution_device).float().transpose(1, 2)
         pixels = pixels.to(self._execution_device, self.vae.dtype)
         flat = pixels.flatten(0, 1).to(memory_format=torch.channels_last)  # convolutions are faster in this layout
-        latents = torch.cat([self._encode(chunk) for chunk in flat.split(decode_chunk_size)])
+        latents = torch.cat([encode_images(self.vae, chunk) for chunk in flat.split(decode_chunk_size)])
         latents = latents.to(self._execution_device, torch.float32)  # the autoencoder may be on another device
         self._check_overflow(latents)
         return scale_latents(self.vae, latents).unflatten(0, pixels.shape[:2]).transpose(1, 2)
-
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        encoded = self.vae.encode(pixels)
-        return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
 
     def decode_latents(self, latents: torch.Tensor, decode_chunk_size: int = 16) -> torch.Tensor:
         """Decode scaled latents (B, C, F, h, w) to pixels (B, 3, F, H, W) in [-1, 1].

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from datasets import ReadInstruction
-from diffusers import AutoencoderKL
 
+from ..autoencoders import Autoencoder
 from ..data import (
     IRASimFolder,
     LatentClips,
@@ -26,6 +26,7 @@ from ..data import (
     open_dataset,
     standardised_states,
 )
+from ..latents import downsampling_factor
 from .arguments import DataArguments, RunArguments
 from .rollouts import clip_length
 
@@ -186,7 +187,7 @@ def _first_frame(source: PreparedEpisodes, number: int) -> np.ndarray:
     return source.window(number, 0, 1).frames[0]
 
 
-def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | None, patch_size: int) -> None:
+def check_frames(source: PreparedEpisodes, vae: Autoencoder | None, patch_size: int) -> None:
     """Check that the first readable frame can be divided into patches, before frames are encoded.
 
     Args:
@@ -199,7 +200,7 @@ def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | None, patch_size
             pixels.
     """
     height, width = first_readable(source, functools.partial(_first_frame, source)).shape[:2]
-    multiple = patch_size if vae is None else 2 ** (len(vae.config.block_out_channels) - 1) * patch_size
+    multiple = downsampling_factor(vae) * patch_size
     if height % multiple or width % multiple:
         nearest = [max(round(side / multiple), 1) * multiple for side in (height, width)]
         raise ValueError(
@@ -209,7 +210,7 @@ def check_frames(source: PreparedEpisodes, vae: AutoencoderKL | None, patch_size
 
 
 def cache_sources(
-    sources: list[PreparedEpisodes], vae: AutoencoderKL | None, arguments: RunArguments, accelerator: Accelerator
+    sources: list[PreparedEpisodes], vae: Autoencoder | None, arguments: RunArguments, accelerator: Accelerator
 ) -> list[Path]:
     """Encode the datasets with `cache_latents`, split over the processes; return the folders.
 

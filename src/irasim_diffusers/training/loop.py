@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..autoencoders import Autoencoder
 from ..data import MixedClips
 from ..data.content_hash import tensors_hash
 from ..latents import scale_latents
@@ -82,7 +82,7 @@ class TrainingRun:
         arguments: RunArguments,
         transformer: Denoiser,
         clips: MixedClips,
-        vae: AutoencoderKL | None,
+        vae: Autoencoder | None,
         folders: list[Path],
         copy: Callable[[], Denoiser],
     ) -> None:

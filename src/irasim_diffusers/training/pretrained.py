@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from .. import autoencoders
+from ..autoencoders import Autoencoder
 from ..conversion import scaled_latents
 from ..hub import missing_reason
 from ..models import IRASimTransformer3DModel
@@ -44,7 +45,7 @@ def is_pipeline(name: str, revision: str | None = None) -> bool:
     return True
 
 
-def load_vae(arguments: RunArguments) -> AutoencoderKL | None:
+def load_vae(arguments: RunArguments) -> Autoencoder | None:
     """Load the frozen autoencoder: `vae`, or that of the pretrained pipeline; None without either.
 
     Raises:
@@ -68,7 +69,7 @@ def load_vae(arguments: RunArguments) -> AutoencoderKL | None:
     return vae
 
 
-def load_autoencoder(name: str, argument: str = "vae") -> AutoencoderKL:
+def load_autoencoder(name: str, argument: str = "vae") -> Autoencoder:
     """Load a frozen autoencoder.
 
     Args:
@@ -80,11 +81,11 @@ def load_autoencoder(name: str, argument: str = "vae") -> AutoencoderKL:
     """
     folder, subfolder = split_subfolder(name, f"`{argument}`")
     try:
-        return _frozen(AutoencoderKL.from_pretrained(folder, subfolder=subfolder))
+        return _frozen(autoencoders.load(folder, subfolder=subfolder))
     except Exception as error:  # the loaders raise errors of many types for damaged files
         reason = missing_reason(folder, error) or error
         raise ValueError(
-            f"`{argument}` must be the folder or Hub id of an AutoencoderKL, got {name!r}: {reason}"
+            f"`{argument}` must be the folder or Hub id of an AutoencoderKL or AutoencoderTiny, got {name!r}: {reason}"
         ) from error
 
 
@@ -99,23 +100,25 @@ def split_subfolder(name: str, argument: str) -> tuple[str, str | None]:
     folder, _, subfolder = name.rpartition(":")
     if not folder or (Path(folder).is_dir() and not (subfolder and (Path(folder) / subfolder).is_dir())):
         reason = f"there is no subfolder {subfolder!r}" if folder else "the name before the colon is empty"
-        raise ValueError(f"{argument} must be the folder or Hub id of an AutoencoderKL, got {name!r}: {reason}.")
+        raise ValueError(
+            f"{argument} must be the folder or Hub id of an AutoencoderKL or AutoencoderTiny, got {name!r}: {reason}."
+        )
     return folder, subfolder
 
 
-def _pretrained_vae(name: str, revision: str | None) -> AutoencoderKL | None:
+def _pretrained_vae(name: str, revision: str | None) -> Autoencoder | None:
     """Load the frozen autoencoder of a pretrained pipeline; None for pixel space."""
     if IRASimPipeline.load_config(name, revision=revision)["vae"][1] is None:
         return None
-    return _frozen(AutoencoderKL.from_pretrained(name, subfolder="vae", revision=revision))
+    return _frozen(autoencoders.load(name, subfolder="vae", revision=revision))
 
 
-def _frozen(vae: AutoencoderKL) -> AutoencoderKL:
+def _frozen(vae: Autoencoder) -> Autoencoder:
     return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def same_latents(first: AutoencoderKL, second: AutoencoderKL) -> bool:
+def same_latents(first: Autoencoder, second: Autoencoder) -> bool:
     """Return whether two autoencoders map images to the same scaled latents, tested with random images."""
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     one, other = scaled_latents(first, images), scaled_latents(second, images)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 
+from ..autoencoders import Autoencoder
 from ..data import LatentClips, MixedClips, PreparedEpisodes
 from ..models import Denoiser
 from .arguments import RunArguments, check_crop, check_snr_gamma
@@ -26,7 +26,7 @@ class TrainingData:
     """The encoded datasets of a run."""
 
     sources: list[PreparedEpisodes]
-    vae: AutoencoderKL | None
+    vae: Autoencoder | None
     folders: list[Path]
     """Folders of the cached latents."""
     parts: list[LatentClips]
@@ -37,7 +37,7 @@ class TrainingData:
 
 def encode_data(
     sources: list[PreparedEpisodes],
-    vae: AutoencoderKL | None,
+    vae: Autoencoder | None,
     config: Mapping[str, Any],
     arguments: RunArguments,
     accelerator: Accelerator,

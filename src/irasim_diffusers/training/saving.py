@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import diffusers
-from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
+from ..autoencoders import Autoencoder
 from ..models import Denoiser, noise_process
 from ..pipelines import IRASimPipeline
 from ..pipelines.pipeline_irasim import SETTINGS
@@ -17,7 +18,7 @@ Sampler: TypeAlias = tuple[Any, dict[str, Any]]
 
 
 def make_pipeline(
-    vae: AutoencoderKL | None,
+    vae: Autoencoder | None,
     transformer: Denoiser,
     scheduler_class: Any = PNDMScheduler,
 ) -> IRASimPipeline:
@@ -68,7 +69,7 @@ def load_sampler(pretrained: str | None, revision: str | None = None) -> Sampler
 
 
 def finished_pipeline(
-    vae: AutoencoderKL | None,
+    vae: Autoencoder | None,
     transformer: Denoiser,
     sampler: Sampler | None = None,
 ) -> IRASimPipeline:
