@@ -29,7 +29,7 @@ class BodyLimit:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer a request, or pass it to the app with its body."""
+        """Refuse a request whose body is too large or slow; pass any other to the app."""
         if scope["type"] != "http" or scope["path"].removeprefix(scope.get("root_path", "")) == UPLOAD_PATH:
             await self.app(scope, receive, send)
             return

@@ -112,7 +112,7 @@ def prepare_folder(arguments: CollectArguments) -> None:
     if not (root / SOURCE_FILE).is_file():
         if root.is_dir() and any(root.iterdir()):
             raise ValueError(
-                f"`output` must be a new folder or one of collect.py, got {str(root)!r}, which contains files but no settings file."
+                f"`output` must be a new folder or one written by collect.py, got {str(root)!r}, which contains files but no settings file."
             )
         write_text(root / SOURCE_FILE, json.dumps(wanted))
     written = read_settings(root)
@@ -136,11 +136,13 @@ def read_settings(root: Path) -> dict[str, Any]:
         ValueError: If the folder was not created by this script, or its settings file is damaged.
     """
     if not (root / SOURCE_FILE).is_file():
-        raise ValueError(f"{str(root)!r} must be a folder of collect.py: it has no settings file {SOURCE_FILE!r}.")
+        raise ValueError(
+            f"{str(root)!r} must be a folder written by collect.py: it has no settings file {SOURCE_FILE!r}."
+        )
     settings = read_json_object(root / SOURCE_FILE)
     if "first_seed" not in settings:  # `write_lerobot` writes a file of the same name
         raise ValueError(
-            f"{str(root)!r} must be a folder of collect.py: another program wrote {SOURCE_FILE!r}. Choose another folder."
+            f"{str(root)!r} must be a folder written by collect.py: another program wrote {SOURCE_FILE!r}. Choose another folder."
         )
     return settings
 

@@ -121,7 +121,9 @@ class StudyArguments:
     )
     policies: Path | None = field(
         default=None,
-        metadata={"help": "folder of train_policy.py with two or more evaluated stages (default: train policies)"},
+        metadata={
+            "help": "folder written by train_policy.py with two or more evaluated stages (default: train policies)"
+        },
     )
     rewards: Path | None = field(
         default=None,
@@ -131,7 +133,7 @@ class StudyArguments:
         },
     )
     convolutional: Path | None = field(
-        default=None, metadata={"help": "folder of convolutional.py that is also compared (default: none)"}
+        default=None, metadata={"help": "folder written by convolutional.py that is also compared (default: none)"}
     )
     encoder: str | None = field(
         default=None,
@@ -416,7 +418,7 @@ def group(results: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def fingerprint_all(folder: Path) -> dict[str, str]:
-    """Return the fingerprint of each policy in a folder of train_policy.py."""
+    """Return the fingerprint of each policy in a folder written by train_policy.py."""
     return {path.name: fingerprint(path) for path in sorted(folder.glob("checkpoint-*"))}
 
 
@@ -437,7 +439,7 @@ def run_study(arguments: StudyArguments, size: Size) -> None:
             raise ValueError(f"{str(path)!r} must be a complete LeRobotDataset folder: create it with collect.py.")
     if arguments.policies and not (arguments.policies / "report.json").is_file():
         raise ValueError(
-            f"`policies` must be a folder of train_policy.py with report.json, got {str(arguments.policies)!r}."
+            f"`policies` must be a folder written by train_policy.py with report.json, got {str(arguments.policies)!r}."
         )
     study = Study(arguments, size)
     for name in {later for stage in arguments.redo for later in (stage, *USED_BY.get(stage, ()))}:

@@ -40,7 +40,7 @@ SIMULATOR = "simulator"  # value of `model` for the upper bound, instead of the 
 POSITION, ANGLE = 20.0, np.pi / 9  # tolerances of DINO-WM's protocol, arena units and radians
 PUSHED, TURNED = 10.0, np.pi / 18  # tolerances of a push to a goal image, arena units and radians
 MOVED = 20.0  # minimum movement of the block toward a goal image, arena units
-OUTSIDE = 8.0  # depth in a wall or in the block from which a pose is implausible, arena units; 1.5 pixels
+OUTSIDE = 8.0  # smallest depth of an implausible pose in a wall or in the block, arena units; 1.5 pixels
 
 
 def evaluate_policy(

@@ -210,7 +210,7 @@ BAD = [
     ({"redo": ["x", "y"]}, "`redo` must be among policies, .*, got x, y"),
     ({"num_workers": 0}, "`num_workers` must be at least 1, got 0"),
     ({"test_dataset": study.SCRIPTS}, "must be a complete LeRobotDataset folder"),
-    ({"policies": study.SCRIPTS}, "`policies` must be a folder of train_policy.py"),
+    ({"policies": study.SCRIPTS}, "`policies` must be a folder written by train_policy.py"),
 ]
 
 

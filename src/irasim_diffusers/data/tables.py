@@ -69,7 +69,7 @@ class TableEpisodes(InOrder):
         if self._streams and (self.length is None or self.origin is None):
             missing = " and ".join(name for name in ("length", "origin") if getattr(self, name) is None)
             raise ValueError(f"`length` and `origin` are required for an `IterableDataset`, got no {missing}.")
-        if dataset.column_names is None:  # the card of a streamed table does not declare its columns
+        if dataset.column_names is None:  # a streamed table whose card does not declare its columns
             dataset = dataset._resolve_features()
         names, known = [name for row in layout for name in row], dataset.column_names
         for column in (*names, *self.state_columns):

@@ -305,7 +305,7 @@ class PipelinePredictor(WorldModelPredictor):
         return clip.history[-self.config.num_history_frames :]
 
     def sampling(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """Return the denoising steps and one seeded generator per rollout."""
+        """Return the number of denoising steps and one seeded generator per rollout."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return {"num_inference_steps": self.num_inference_steps, "generator": generators}
 
