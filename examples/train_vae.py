@@ -25,9 +25,8 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from irasim_diffusers.autoencoders import Autoencoder
 from irasim_diffusers.data import PreparedEpisodes, check_equal_size, first_readable, open_dataset
-from irasim_diffusers.latents import downsampling_factor, encode_images
+from irasim_diffusers.latents import Autoencoder, downsampling_factor, encode_images
 from irasim_diffusers.training import (
     DataArguments,
     Interruption,
@@ -271,7 +270,7 @@ def check_arguments(arguments: VAEArguments) -> None:
 
 
 def check_divisible(vae: Autoencoder, height: int, width: int, crop_size: int | None = None) -> None:
-    """Raise ValueError if the autoencoder changes the size of frames or crops, or crops are larger than frames."""
+    """Raise ValueError if the autoencoder changes the size of frames or crops, or crops are too large."""
     factor = downsampling_factor(vae)
     if crop_size and (crop_size % factor or crop_size > min(height, width)):
         raise ValueError(

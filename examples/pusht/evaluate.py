@@ -275,7 +275,7 @@ def load_model(arguments: EvaluationArguments) -> tuple[IRASimPipeline, Predict]
         "--model",
         "a pipeline folder or Hub id",
         arguments.model,
-        IRASimPipeline,
+        IRASimPipeline.from_pretrained,
         dtype=getattr(torch, arguments.dtype),
     )
     pipeline.to(arguments.device)

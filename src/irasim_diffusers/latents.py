@@ -1,8 +1,15 @@
-"""Scale the latents of an autoencoder."""
+"""Load autoencoders, encode images, and scale latents."""
 
-from typing import Any, TypeGuard
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import torch
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+Autoencoder: TypeAlias = "AutoencoderKL | AutoencoderTiny"
 
 MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
 """Range of the scaling factor; latents in bfloat16 and float32 keep their precision within it."""
@@ -72,6 +79,23 @@ def unscale_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return latents / factor + shift
 
 
+def load_any_autoencoder(name: str, **options: Any) -> Autoencoder:
+    """Load an autoencoder of the class that its config names.
+
+    Args:
+        name: Folder or Hub id.
+        options: Options of `from_pretrained`, such as `subfolder` and `revision`.
+
+    Raises:
+        OSError: If the autoencoder is not found.
+    """
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    place = {key: options[key] for key in ("subfolder", "revision") if key in options}
+    is_tiny = AutoencoderKL.load_config(name, **place).get("_class_name") == "AutoencoderTiny"
+    return (AutoencoderTiny if is_tiny else AutoencoderKL).from_pretrained(name, **options)
+
+
 def encode_images(vae: Any, images: torch.Tensor) -> torch.Tensor:
     """Encode images (N, 3, H, W) in [-1, 1] to unscaled latents (N, C, H / f, W / f).
 
@@ -82,7 +106,7 @@ def encode_images(vae: Any, images: torch.Tensor) -> torch.Tensor:
 
 
 def downsampling_factor(vae: Any) -> int:
-    """Return the number of pixels of an image for each latent pixel, horizontally and vertically; 1 without autoencoder."""
+    """Return the ratio of the height of images to the height of their latents; 1 if `vae` is None."""
     config = vae.config if vae is not None else {}
     levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or (None,)
     return 2 ** (len(levels) - 1)

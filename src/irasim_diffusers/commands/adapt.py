@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from .. import IRASimPipeline, IRASimTransformer3DModel
-    from ..autoencoders import Autoencoder
+    from ..latents import Autoencoder
 
 CHANGES = ("prediction_type", "vae", "patch_size", "action_frequencies", "action_dim")
 LIMITS = {

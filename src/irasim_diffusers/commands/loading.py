@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..hub import missing_reason
 
 if TYPE_CHECKING:
-    from ..autoencoders import Autoencoder
+    from ..latents import Autoencoder
     from ..rewards import FrameRegressor
 
 
@@ -45,12 +45,12 @@ def load_vae(name: str) -> Autoencoder:
     Raises:
         ValueError: If the autoencoder cannot be loaded, or its weights are invalid.
     """
-    from .. import autoencoders
+    from ..latents import load_any_autoencoder
     from ..training.pretrained import split_subfolder
 
     folder, subfolder = split_subfolder(name, "--vae")
     wanted = "the folder or Hub id of an AutoencoderKL or AutoencoderTiny"
-    return load_checked("--vae", wanted, folder, autoencoders.load, use_safetensors=True, subfolder=subfolder)
+    return load_checked("--vae", wanted, folder, load_any_autoencoder, use_safetensors=True, subfolder=subfolder)
 
 
 def load_reward(name: str, device: Any) -> FrameRegressor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..autoencoders import Autoencoder
-from ..latents import encode_images, scale_latents
+from ..latents import Autoencoder, encode_images, scale_latents
 from ..models import IRASimTransformer3DModel
 
 ACTION_ENTRIES = {

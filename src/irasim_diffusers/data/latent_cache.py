@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +19,9 @@ from tqdm.auto import tqdm
 
 from ..files import remove_abandoned, temporary_path
 from ..json_files import read_json_object
-from ..latents import check_latent_scaling, encode_images, latent_scaling, unscale_latents
+from ..latents import Autoencoder, check_latent_scaling, encode_images, latent_scaling, unscale_latents
 from .content_hash import tensors_hash
 from .episode import Episode, EpisodeSource
-
-if TYPE_CHECKING:
-    from ..autoencoders import Autoencoder
 
 FORMAT = 1
 """Version of the cached values; increment it whenever decoding, tiling or resizing changes."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import replace_example_docstring
@@ -23,7 +23,6 @@ from diffusers.video_processor import VideoProcessor
 from huggingface_hub import file_exists
 
 from ..action_space import ActionSpace
-from ..autoencoders import Autoencoder
 from ..latents import check_latent_scaling, downsampling_factor, encode_images, scale_latents, unscale_latents
 from ..models import IRASimTransformer3DModel, UNetTrajectoryModel
 from ..rollout import RolloutState, roll
@@ -91,7 +90,7 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     def __init__(
         self,
-        vae: Autoencoder | None,
+        vae: AutoencoderKL | AutoencoderTiny | None,
         transformer: IRASimTransformer3DModel | UNetTrajectoryModel,
         scheduler: SchedulerMixin,
         num_inference_steps: int | None = None,

@@ -11,7 +11,6 @@ import numpy as np
 from accelerate import Accelerator
 from datasets import ReadInstruction
 
-from ..autoencoders import Autoencoder
 from ..data import (
     IRASimFolder,
     LatentClips,
@@ -26,7 +25,7 @@ from ..data import (
     open_dataset,
     standardised_states,
 )
-from ..latents import downsampling_factor
+from ..latents import Autoencoder, downsampling_factor
 from .arguments import DataArguments, RunArguments
 from .rollouts import clip_length
 

@@ -18,10 +18,9 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..autoencoders import Autoencoder
 from ..data import MixedClips
 from ..data.content_hash import tensors_hash
-from ..latents import scale_latents
+from ..latents import Autoencoder, scale_latents
 from ..models import Denoiser, noise_process, public_config
 from .arguments import RunArguments
 from .checkpoints import (

@@ -9,10 +9,9 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from .. import autoencoders
-from ..autoencoders import Autoencoder
 from ..conversion import scaled_latents
 from ..hub import missing_reason
+from ..latents import Autoencoder, load_any_autoencoder
 from ..models import IRASimTransformer3DModel
 from ..pipelines import IRASimPipeline
 from .arguments import RunArguments
@@ -81,7 +80,7 @@ def load_autoencoder(name: str, argument: str = "vae") -> Autoencoder:
     """
     folder, subfolder = split_subfolder(name, f"`{argument}`")
     try:
-        return _frozen(autoencoders.load(folder, subfolder=subfolder))
+        return _frozen(load_any_autoencoder(folder, subfolder=subfolder))
     except Exception as error:  # the loaders raise errors of many types for damaged files
         reason = missing_reason(folder, error) or error
         raise ValueError(
@@ -110,7 +109,7 @@ def _pretrained_vae(name: str, revision: str | None) -> Autoencoder | None:
     """Load the frozen autoencoder of a pretrained pipeline; None for pixel space."""
     if IRASimPipeline.load_config(name, revision=revision)["vae"][1] is None:
         return None
-    return _frozen(autoencoders.load(name, subfolder="vae", revision=revision))
+    return _frozen(load_any_autoencoder(name, subfolder="vae", revision=revision))
 
 
 def _frozen(vae: Autoencoder) -> Autoencoder:

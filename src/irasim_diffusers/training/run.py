@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from ..autoencoders import Autoencoder
 from ..data import LatentClips, MixedClips, PreparedEpisodes
+from ..latents import Autoencoder
 from ..models import Denoiser
 from .arguments import RunArguments, check_crop, check_snr_gamma
 from .datasets import cache_sources, cached_clips, check_frames, validation_clips

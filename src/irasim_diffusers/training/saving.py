@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import diffusers
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
-from ..autoencoders import Autoencoder
+from ..latents import Autoencoder
 from ..models import Denoiser, noise_process
 from ..pipelines import IRASimPipeline
 from ..pipelines.pipeline_irasim import SETTINGS
