@@ -66,11 +66,11 @@ class VAEArguments(DataArguments):
         default=24, metadata={"help": "maximum number of evenly spaced training frames per episode"}
     )
     tiny: bool = field(default=False, metadata={"help": "train a new AutoencoderTiny instead of an AutoencoderKL"})
-    block_out_channels: list[int] = field(
-        default_factory=lambda: [32, 64, 96, 128],
+    block_out_channels: list[int] | None = field(
+        default=None,
         metadata={
-            "help": "channels at each resolution of a new autoencoder; each entry after the first halves the resolution (--tiny: "
-            "all entries must be equal)"
+            "help": "channels at each resolution of a new autoencoder; each entry after the first halves the resolution (default: 32 64 "
+            "96 128; --tiny: 32 32 32 32, the entries must be equal)"
         },
     )
     latent_channels: int = field(default=4, metadata={"help": "channels of the latents of a new autoencoder"})
@@ -114,6 +114,10 @@ class VAEArguments(DataArguments):
     checkpointing_steps: int = field(default=400, metadata={"help": "steps between checkpoints"})
     validation_steps: int = field(default=400, metadata={"help": "steps between validations"})
     seed: int = field(default=0, metadata={"help": "random seed"})
+
+    def __post_init__(self) -> None:
+        if self.block_out_channels is None:
+            self.block_out_channels = [32, 32, 32, 32] if self.tiny else [32, 64, 96, 128]
 
 
 class Autoencoding(torch.nn.Module):
@@ -211,7 +215,7 @@ def build_vae(arguments: VAEArguments, sample_size: int) -> Autoencoder:
             for module in filter(None, (vae.encoder, getattr(vae, "quant_conv", None))):
                 module.requires_grad_(False)
         return vae
-    channels = tuple(arguments.block_out_channels)
+    channels = tuple(arguments.block_out_channels or ())
     if arguments.tiny:
         blocks = (1, *(2,) * (len(channels) - 1))
         return AutoencoderTiny(
@@ -255,7 +259,7 @@ def check_arguments(arguments: VAEArguments) -> None:
         positive=("learning_rate", "latent_std"),
         choices={"mixed_precision": ("no", "fp16", "bf16")},
     )
-    channels = arguments.block_out_channels
+    channels = arguments.block_out_channels or []
     if arguments.tiny and (len(set(channels)) != 1 or channels[0] < 1):
         raise ValueError(f"`block_out_channels` must be equal positive numbers with `tiny`, got {channels}.")
     if not arguments.tiny and any(number < 1 or number % arguments.norm_num_groups for number in channels or [0]):

@@ -275,6 +275,7 @@ def test_crops_of_frames(tmp_path):
     """Crops contain the changed pixel; a pretrained tiny autoencoder can be trained on crops, an AutoencoderKL cannot."""
     flags = {"dataset": "set", "output_dir": "out", "block_out_channels": [4, 4, 4], "crop_size": 8}
     tiny = build_vae(VAEArguments(**flags, tiny=True), 32)
+    assert VAEArguments(dataset="set", output_dir="out", tiny=True).block_out_channels == [32] * 4
     check_divisible(tiny, 16, 20, 8)
     for size, sides in ((6, (16, 20)), (24, (20, 40))):
         with pytest.raises(
