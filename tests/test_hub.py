@@ -121,6 +121,13 @@ def test_published_pipeline_gives_same_video(hub, published, tmp_path):
     )
 
 
+def test_subfolder_gets_no_card_or_code(hub, tmp_path):
+    run(hub, tmp_path, 'tiny_pipeline().push_to_hub("lab/robots", subfolder="arm")')
+    names = set(hub.repositories["lab/robots"]["main"])
+    assert "arm/model_index.json" in names
+    assert not {"arm/README.md", "arm/pipeline.py"} & names
+
+
 def test_variant_dtype_and_revision(hub, published, tmp_path):
     hub.repositories["lab/robot"]["v1"] = hub.repositories["lab/robot"]["main"]
     sha = hub.sha("lab/robot", "v1")

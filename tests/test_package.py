@@ -1,5 +1,6 @@
 import ast
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import diffusers
 import pytest
 
 import irasim_diffusers
-from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, UNetTrajectoryModel
+from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, UNetTrajectoryModel, training
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "irasim_diffusers"
@@ -165,14 +166,19 @@ def test_help_imports_no_torch():
 
 
 def test_reading_data_imports_no_diffusers():
-    code = "import sys\nimport irasim_diffusers.data\nprint('diffusers' in sys.modules)"
+    """Nor do scripts that do not train, such as the worker processes of `collect.py`."""
+    imports = (
+        "import sys\nimport irasim_diffusers.data\nfrom irasim_diffusers.training import check_ranges, run_script\n"
+    )
+    code = imports + "print('diffusers' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "False\n", result.stderr
 
 
-def test_public_names_exist():
-    for name in irasim_diffusers.__all__:
-        assert getattr(irasim_diffusers, name) is not None
+@pytest.mark.parametrize("package", [irasim_diffusers, training])
+def test_public_names_exist(package):
+    for name in package.__all__:
+        assert not inspect.ismodule(getattr(package, name))
 
 
 def test_auto_model_loads_from_pipeline_folder(tmp_path, pipeline):

@@ -30,7 +30,7 @@ from scipy import stats
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline
-from irasim_diffusers.training import check_ranges, checkpoints, run_script, seconds_trained, step_of
+from irasim_diffusers.training import check_ranges, list_checkpoints, run_script, seconds_trained, step_of
 
 MODELS = {
     "Frame-Ada": ["--conditioning", "frame"],
@@ -208,7 +208,7 @@ def train_in_turn(
     """Train the models of one seed and number of history frames alternately; return their folders."""
     folders = {model: arguments.output_dir / f"{model}-history-{history}-seed-{seed}" for model in flags}
     for model, minutes in turns(list(flags), arguments.rounds, arguments.max_train_minutes):
-        found = checkpoints(folders[model])
+        found = list_checkpoints(folders[model])
         if minutes < arguments.max_train_minutes and found and seconds_trained(found[-1]) >= 60 * minutes:
             continue
         train_once(
@@ -235,7 +235,7 @@ def evaluate(arguments: ConditioningArguments, folder: Path, model: str, history
     )
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     # the number of steps is part of the file name, because a longer training time adds steps
-    steps = step_of(checkpoints(folder)[-1])
+    steps = step_of(list_checkpoints(folder)[-1])
     name, seen = str(steps), max(arguments.num_history_frames)
     if history < seen:
         given["num_seen_frames"] = seen

@@ -122,9 +122,10 @@ def test_mirror_images_show_mirrored_states():
     torch.testing.assert_close(train_policy.mirror(corners)[train_policy.MIRRORED], expected_corners)
 
 
-def test_encoder_learns_keypoints_also_of_mirror_images(demonstrations, tmp_path):
+def test_encoder_learns_keypoints_also_of_mirror_images(demonstrations, tmp_path, monkeypatch):
     """The error falls below 80 % of that of the mean position of each keypoint."""
-    arguments = train_policy.PolicyArguments([demonstrations], tmp_path, encoder_steps=40, encoder_episodes=2)
+    monkeypatch.setattr(train_policy, "ENCODER_BATCH", 24)
+    arguments = train_policy.PolicyArguments([demonstrations], tmp_path, encoder_steps=20, encoder_episodes=2)
     training = train_policy.Training(arguments)
     frames, keypoints = train_policy.labelled_frames(arguments)
     assert frames.shape == (96, 3, 96, 96)

@@ -337,11 +337,11 @@ def test_invalid_input_ends_in_one_line_and_exits_with_2(workspace, monkeypatch,
 
 
 def test_cpu_launch_with_single_process_raises(workspace):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command = [*launch, EXAMPLES / "train.py", "--dataset", workspace / "first", "--vae", workspace / "vae"]
-    command += ["--output_dir", workspace / "single", *SHORT]
-    result = fork_server().run(*command)
-    assert result.returncode
+    """`accelerate launch --cpu --num_processes 2` sets these variables and starts one process."""
+    launched = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    command = [EXAMPLES / "train.py", "--dataset", workspace / "first", "--vae", workspace / "vae"]
+    result = fork_server().start(*command, "--output_dir", workspace / "single", *SHORT, variables=launched)
+    assert result.wait()
     assert "starts only one process: start several with `--config_file" in result.stderr
 
 

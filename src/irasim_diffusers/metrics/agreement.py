@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ def pearson(real: np.ndarray, model: np.ndarray) -> float:
 
     Arguments and errors are those of `mmrv`.
     """
-    return _correlation(stats.pearsonr, real, model)
+    return float(_correlations(*_check(real, model)))
 
 
 def spearman(real: np.ndarray, model: np.ndarray) -> float:
@@ -22,7 +21,7 @@ def spearman(real: np.ndarray, model: np.ndarray) -> float:
 
     Arguments and errors are those of `mmrv`.
     """
-    return _correlation(stats.spearmanr, real, model)
+    return float(_rank_correlations(*_check(real, model)))
 
 
 def mmrv(real: np.ndarray, model: np.ndarray) -> float:
@@ -38,10 +37,7 @@ def mmrv(real: np.ndarray, model: np.ndarray) -> float:
     Raises:
         ValueError: If the scores are not two vectors of the same length, at least 2.
     """
-    real, model = _check(real, model)
-    differences = np.abs(real[:, None] - real[None])
-    violated = (model[:, None] < model[None]) != (real[:, None] < real[None])
-    return float((differences * violated).max(axis=1).mean())
+    return float(_rank_violations(*_check(real, model)))
 
 
 def agreement(
@@ -72,14 +68,15 @@ def agreement(
             f"`real` and `model` must both be (P, n) with P at least 2 and n at least 1, got {real.shape} and {model.shape}."
         )
     draws = rng.integers(real.shape[1], size=(num_samples, real.shape[1]))
-    samples = [(real[:, draw].mean(1), model[:, draw].mean(1)) for draw in draws]
+    samples = [np.stack([scores[:, draw].mean(1) for draw in draws]) for scores in (real, model)]
     means = real.mean(1), model.mean(1)
+    metrics = {"pearson": _correlations, "spearman": _rank_correlations, "mmrv": _rank_violations}
     found: dict[str, dict[str, Any]] = {}
-    for metric in (pearson, spearman, mmrv):
-        values = np.array([metric(*sample) for sample in samples])
+    for name, metric in metrics.items():
+        values = metric(*samples)
         values = values[np.isfinite(values)]
         low, high = np.percentile(values, [2.5, 97.5]) if len(values) else (np.nan, np.nan)
-        found[metric.__name__] = _numbers(value=metric(*means), low=low, high=high) | {"n": len(real)}
+        found[name] = _numbers(value=metric(*means), low=low, high=high) | {"n": len(real)}
     value = found["pearson"]["value"]
     if value is not None and len(real) >= 4:
         low, high = stats.pearsonr(*means).confidence_interval()
@@ -87,13 +84,23 @@ def agreement(
     return found
 
 
-def _correlation(function: Any, real: np.ndarray, model: np.ndarray) -> float:
-    real, model = _check(real, model)
-    if np.ptp(real) == 0 or np.ptp(model) == 0:
-        return float("nan")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
-        return float(function(real, model).statistic)
+def _correlations(real: np.ndarray, model: np.ndarray) -> np.ndarray:
+    """Pearson correlations of scores (..., P) as (...); NaN where the scores of one environment are equal."""
+    constant = (np.ptp(real, -1) == 0) | (np.ptp(model, -1) == 0)
+    real, model = (scores - scores.mean(-1, keepdims=True) for scores in (real, model))
+    norms = np.linalg.norm(real, axis=-1) * np.linalg.norm(model, axis=-1)
+    return np.where(constant, np.nan, ((real * model).sum(-1) / np.where(constant, 1, norms)).clip(-1, 1))
+
+
+def _rank_correlations(real: np.ndarray, model: np.ndarray) -> np.ndarray:
+    return _correlations(stats.rankdata(real, axis=-1), stats.rankdata(model, axis=-1))
+
+
+def _rank_violations(real: np.ndarray, model: np.ndarray) -> np.ndarray:
+    """MMRV of scores (..., P) as (...)."""
+    differences = np.abs(real[..., :, None] - real[..., None, :])
+    violated = (model[..., :, None] < model[..., None, :]) != (real[..., :, None] < real[..., None, :])
+    return (differences * violated).max(axis=-1).mean(axis=-1)
 
 
 def _check(real: np.ndarray, model: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

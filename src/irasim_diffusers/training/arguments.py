@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from diffusers.optimization import SchedulerType
 from diffusers.utils import is_bitsandbytes_available
 
 from ..data_arguments import DataArguments, EpisodeArguments
-from .scripts import require_finite
+from .scripts import check_ranges
 
 
 @dataclass(kw_only=True)
@@ -247,46 +247,6 @@ CHOICES = {
     "attention_backend": tuple(each.value for each in AttentionBackendName),
     "report_to": ("all", *LOGGER_TYPE_TO_CLASS),
 }
-
-
-def check_ranges(
-    arguments: Any,
-    not_negative: Iterable[str] = (),
-    at_least_1: Iterable[str] = (),
-    positive: Iterable[str] = (),
-    fractions: Iterable[str] = (),
-    choices: Mapping[str, Iterable[str]] = {},
-) -> None:
-    """Check the values of arguments one by one. None, the default of many arguments, is always accepted.
-
-    Args:
-        arguments: Object with the arguments as attributes. Of a list of numbers, each is checked.
-        not_negative: Names of arguments that must be at least 0.
-        at_least_1: Names of arguments that must be at least 1.
-        positive: Names of arguments that must be larger than 0.
-        fractions: Names of arguments that must be in [0, 1].
-        choices: Accepted values by the name of the argument.
-
-    Raises:
-        ValueError: If a value is not finite, out of range or unknown.
-    """
-    require_finite(vars(arguments))
-    tests: tuple[tuple[Iterable[str], str, Any], ...] = (
-        (not_negative, "at least 0", lambda value: value >= 0),
-        (at_least_1, "at least 1", lambda value: value >= 1),
-        (positive, "positive", lambda value: value > 0),
-        (fractions, "in [0, 1]", lambda value: 0 <= value <= 1),
-    )
-    for names, wanted, accepts in tests:
-        for name in names:
-            given = getattr(arguments, name)
-            for value in given if isinstance(given, list) else [given]:
-                if value is not None and not accepts(value):
-                    raise ValueError(f"`{name}` must be {wanted}, got {value}.")
-    for name, known in choices.items():
-        value = getattr(arguments, name)
-        if value is not None and value not in known:
-            raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
 
 
 def check_run_arguments(arguments: RunArguments) -> None:

@@ -31,7 +31,7 @@ SETTINGS = "settings.json"
 """File with settings, step, training time, and the size and SHA-256 hash of every other file."""
 
 
-def checkpoints(output: Path) -> list[Path]:
+def list_checkpoints(output: Path) -> list[Path]:
     """Return the checkpoints `checkpoint-<step>` in a folder, oldest first."""
     found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=step_of)
@@ -55,7 +55,7 @@ def newest_checkpoint(
     Raises:
         ValueError: If there are checkpoints but none is complete, or the settings of the newest complete one differ.
     """
-    found = checkpoints(output)
+    found = list_checkpoints(output)
     damaged = []
     for path in reversed(found):
         problem = _problem(path)
@@ -103,7 +103,7 @@ def check_resume(output: Path, settings: dict[str, Any], defaults: Mapping[str, 
     Raises:
         ValueError: If a setting differs.
     """
-    for path in reversed(checkpoints(output)):
+    for path in reversed(list_checkpoints(output)):
         try:
             read_json_object(path / SETTINGS)
         except ValueError:
@@ -188,11 +188,11 @@ def save_checkpoint(
         }
         (partial / SETTINGS).write_text(json.dumps(settings | content, indent=2), encoding="utf-8")
         flush(partial / SETTINGS)
-        for stale in checkpoints(output):
+        for stale in list_checkpoints(output):
             if step_of(stale) >= step:
                 shutil.rmtree(stale)
         partial.rename(output / f"checkpoint-{step}")
-        own = [path for path in checkpoints(output) if (path / SETTINGS).is_file()]
+        own = [path for path in list_checkpoints(output) if (path / SETTINGS).is_file()]
         for old in own[: -max(limit, 1)]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()

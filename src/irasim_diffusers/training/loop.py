@@ -25,7 +25,7 @@ from ..models import Denoiser, noise_process, public_config
 from .arguments import RunArguments
 from .checkpoints import (
     averaged_state,
-    checkpoints,
+    list_checkpoints,
     load_average,
     newest_checkpoint,
     save_average,
@@ -246,7 +246,7 @@ class TrainingRun:
             return
         index = int(everywhere.nonzero()[0])  # the loss first: if it is not finite, neither are the gradients
         name, value = list(values.items())[index]
-        found = checkpoints(self.output)
+        found = list_checkpoints(self.output)
         where = "" if bad[index] else ", and not finite in another process"
         last = f"the last checkpoint is {str(found[-1])!r}" if found else "there is no checkpoint"
         raise FloatingPointError(

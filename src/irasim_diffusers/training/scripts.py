@@ -8,15 +8,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from ..version import INSTALL
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 OTHER_RANK_DELAY = 5.0
 """Seconds that other processes wait before they print an error that the main process has probably printed."""
@@ -101,6 +102,8 @@ class Interruption:
         """Return the signal that any process has received, 0 if none; every process must call this method."""
         if accelerator.num_processes == 1:
             return self.number
+        import torch
+
         numbers = accelerator.gather(torch.tensor([self.number], device=accelerator.device))
         return int(numbers.max())
 
@@ -155,6 +158,46 @@ def exit_without_extra(error: ModuleNotFoundError, extra: str) -> NoReturn:
     script, package = os.path.basename(sys.argv[0]), str(error.name).split(".")[0]
     sys.stderr.write(f"{script}: error: {package} is missing: {INSTALL.format(extra)}.\n")
     raise SystemExit(2) from None
+
+
+def check_ranges(
+    arguments: Any,
+    not_negative: Iterable[str] = (),
+    at_least_1: Iterable[str] = (),
+    positive: Iterable[str] = (),
+    fractions: Iterable[str] = (),
+    choices: Mapping[str, Iterable[str]] = {},
+) -> None:
+    """Check the values of arguments one by one. None, the default of many arguments, is always accepted.
+
+    Args:
+        arguments: Object with the arguments as attributes. Of a list of numbers, each is checked.
+        not_negative: Names of arguments that must be at least 0.
+        at_least_1: Names of arguments that must be at least 1.
+        positive: Names of arguments that must be larger than 0.
+        fractions: Names of arguments that must be in [0, 1].
+        choices: Accepted values by the name of the argument.
+
+    Raises:
+        ValueError: If a value is not finite, out of range or unknown.
+    """
+    require_finite(vars(arguments))
+    tests: tuple[tuple[Iterable[str], str, Any], ...] = (
+        (not_negative, "at least 0", lambda value: value >= 0),
+        (at_least_1, "at least 1", lambda value: value >= 1),
+        (positive, "positive", lambda value: value > 0),
+        (fractions, "in [0, 1]", lambda value: 0 <= value <= 1),
+    )
+    for names, wanted, accepts in tests:
+        for name in names:
+            given = getattr(arguments, name)
+            for value in given if isinstance(given, list) else [given]:
+                if value is not None and not accepts(value):
+                    raise ValueError(f"`{name}` must be {wanted}, got {value}.")
+    for name, known in choices.items():
+        value = getattr(arguments, name)
+        if value is not None and value not in known:
+            raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
 
 
 def require_finite(arguments: Mapping[str, Any]) -> None:
