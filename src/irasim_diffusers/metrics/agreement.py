@@ -76,7 +76,7 @@ def agreement(
         values = metric(*samples)
         values = values[np.isfinite(values)]
         low, high = np.percentile(values, [2.5, 97.5]) if len(values) else (np.nan, np.nan)
-        found[name] = _numbers(value=metric(*means), low=low, high=high) | {"n": len(real)}
+        found[name] = _numbers(value=float(metric(*means)), low=low, high=high) | {"n": len(real)}
     value = found["pearson"]["value"]
     if value is not None and len(real) >= 4:
         low, high = stats.pearsonr(*means).confidence_interval()
