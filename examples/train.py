@@ -55,7 +55,7 @@ class TrainingArguments(RunArguments):
     )
     preset: str | None = field(
         default=None,
-        metadata={"help": f"size in the paper of a new model: {', '.join(PRESETS)}; U-Net: {', '.join(UNET_PRESETS)}"},
+        metadata={"help": f"size of a new model in the paper: {', '.join(PRESETS)}; U-Net: {', '.join(UNET_PRESETS)}"},
     )
     pixel_space: bool = field(default=False, metadata={"help": "train on pixels, without an autoencoder"})
     num_layers: int | None = field(

@@ -45,9 +45,7 @@ from irasim_diffusers.training import (
     stop_training,
 )
 
-NO_CROPS = (
-    "`crop_size` must be omitted for an AutoencoderKL, whose normalization depends on the whole frame: use `tiny`."
-)
+NO_CROPS = "`crop_size` must be omitted for an AutoencoderKL, whose normalization depends on the whole frame"
 MAY_CHANGE = (
     *("output_dir", "max_train_steps", "checkpointing_steps", "compile"),
     *("validation_dataset", "validation_split", "validation_steps"),
@@ -210,7 +208,7 @@ def build_vae(arguments: VAEArguments, sample_size: int) -> Autoencoder:
     if arguments.pretrained:
         vae = load_autoencoder(arguments.pretrained, "pretrained").requires_grad_(True)
         if arguments.crop_size and isinstance(vae, AutoencoderKL):
-            raise ValueError(NO_CROPS)
+            raise ValueError(f"{NO_CROPS}: omit it, or train a new autoencoder with `tiny` instead of `pretrained`.")
         if arguments.freeze_encoder:
             for module in filter(None, (vae.encoder, getattr(vae, "quant_conv", None))):
                 module.requires_grad_(False)
@@ -267,7 +265,9 @@ def check_arguments(arguments: VAEArguments) -> None:
             f"`block_out_channels` must be positive multiples of `norm_num_groups` = {arguments.norm_num_groups}, got {channels}."
         )
     if arguments.crop_size and not (arguments.tiny or arguments.pretrained):
-        raise ValueError(NO_CROPS)
+        raise ValueError(f"{NO_CROPS}: use `tiny`.")
+    if arguments.tiny and arguments.pretrained:
+        raise ValueError("`tiny` must be omitted with `pretrained`, which determines the class of the autoencoder.")
     if arguments.freeze_encoder and not arguments.pretrained:
         raise ValueError("`freeze_encoder` requires `pretrained`: a new encoder must be trained.")
     check_frame_size(arguments)

@@ -37,7 +37,7 @@ def scheduler_names(pipeline: IRASimPipeline) -> tuple[str, ...]:
     for kind in pipeline.scheduler.compatibles:
         try:
             pipeline.with_scheduler(kind)
-        except (ValueError, ImportError):  # another noise process, or a package that is not installed
+        except (ValueError, ImportError):  # does not fit the model, or requires a package that is not installed
             continue
         fitting.append(kind.__name__)
     return own, *sorted(set(fitting) - {own})
@@ -91,7 +91,7 @@ def name_settings(first: Setting, second: Setting | None) -> dict[str, Setting]:
 async def predict(
     pipeline: IRASimPipeline, setting: Setting, history: np.ndarray, actions: np.ndarray
 ) -> AsyncIterator[np.ndarray]:
-    """Predict chunk by chunk. Except with ZeroGPU, driving requests are served between evaluations.
+    """Predict chunk by chunk. Except with ZeroGPU, driving requests are served in between.
 
     Args:
         pipeline: Pipeline of the setting; another thread may set its `_interrupt`.

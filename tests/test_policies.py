@@ -76,7 +76,7 @@ def test_lerobot_policy(observation):
 
 
 def run(policy, positions, steps):
-    """Execute a policy in the exact world model."""
+    """Execute a policy in the exact dynamics: an action moves the point."""
     positions = torch.tensor(positions)
     trace = [positions]
     for _ in range(steps):

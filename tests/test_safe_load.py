@@ -319,7 +319,7 @@ def header(length, text=b""):
         ({"rope.freqs": torch.ones(3, dtype=torch.int32)}, "got torch.int32"),
         ({"t_block.1.bias": torch.full((144,), torch.nan)}, "ada_norm_single.1.bias: NaN or infinite"),
         ({"final_layer.linear.bias": torch.tensor(1.0)}, "cannot be converted"),
-        ({"spatial_blocks.0.attn.q_norm.weight": torch.zeros(0)}, "`attention_head_dim` must be even"),
+        ({"spatial_blocks.0.attn.q_norm.weight": torch.zeros(0)}, "q_norm.weight' must contain a value per channel"),
         ({f"spatial_blocks.{index}.a": torch.zeros(1) for index in range(300)}, "`num_layers` must be"),
         ({"\n": torch.zeros(1)}, "invalid name"),
     ],

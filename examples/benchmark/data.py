@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
 from irasim_diffusers.data import EpisodeSource, LatentClips, cache_latents, open_dataset
 from irasim_diffusers.models import noise_process
-from irasim_diffusers.training import diffusion_loss, run_script
+from irasim_diffusers.training import diffusion_loss, load_autoencoder, run_script
 
 
 @dataclass
@@ -91,7 +90,7 @@ def main() -> None:
     if arguments.vae is None:
         return
     clips = LatentClips(
-        cache_latents(source, AutoencoderKL.from_pretrained(arguments.vae), arguments.cache_dir),
+        cache_latents(source, load_autoencoder(arguments.vae, "vae"), arguments.cache_dir),
         config.sample_frames,
         skip_short=True,
     )

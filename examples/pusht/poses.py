@@ -61,8 +61,8 @@ def one_pusher(frames: np.ndarray, pusher_radius: float = PUSHER_RADIUS) -> np.n
     """Return whether exactly one pusher is visible (N,) in frames (N, 96, 96, 3).
 
     Frames are uint8, or floats in [0, 1]. A pusher is a connected region of at least 4 pixels, each of which is more than
-    half blue. There must be exactly one such region, with less than 1.6 times the pusher's area. The area has no other lower
-    bound, because only a part of the pusher is visible at the edges of the arena.
+    half blue. There must be exactly one such region, with less than 1.6 times the pusher's area. Apart from the 4 pixels, the
+    area has no lower bound, because only a part of the pusher is visible at the edges of the arena.
     """
     area = np.pi * (pusher_radius * UNIT) ** 2
     found = []

@@ -51,7 +51,7 @@ def run_stage(folder: Path, setting: Mapping[str, Any], work: Callable[[], Any])
         if differing:
             first = differing[0]
             was, now = (
-                "omitted" if given.get(first) is None else f"{given[first]!r:.80}" for given in (found, wanted)
+                "not set" if given.get(first) is None else f"{given[first]!r:.80}" for given in (found, wanted)
             )
             raise ValueError(
                 f"the stage {folder.name!r} in {str(folder.parent)!r} was computed with other settings ({', '.join(differing)}): "

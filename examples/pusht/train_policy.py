@@ -80,7 +80,7 @@ def load_state(path: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
     state = torch.load(path, weights_only=True)
     before = state["setting"]
     changed = [
-        f"{name} was {'omitted' if before.get(name) in (None, 'None') else repr(before[name])}"
+        f"{name} was {'not set' if before.get(name) is None else repr(before[name])}"
         for name in before | setting
         if before.get(name) != setting.get(name)
     ]

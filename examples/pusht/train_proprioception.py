@@ -1,7 +1,7 @@
 """Train the proprioception model of a world model, which predicts the robot state from a frame.
 
     python examples/pusht/train_proprioception.py --dataset data/pusht-train --validation_dataset data/pusht-test \
-        --model src/irasim_diffusers/checkpoints/pusht
+        --model runs/pusht
 
 Half of each batch consists of recorded frames, the other half of frames that the world model predicts from recorded
 histories and actions. The targets are the recorded states. By default, the network is stored in the folder `proprioception`

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 KINDS = ("relative", "absolute")
 MARGIN = 1000.0
-"""Number of normalized units by which an action may exceed the bounds, if their width is smaller or infinite."""
+"""Margin beyond finite bounds, in normalized units, unless their width is larger."""
 UNBOUNDED_LIMIT = 1e4
-"""Normalized units by which an action may lie beyond the offset, or the other bound if it is farther, where a bound is missing."""
+"""Margin where a bound is missing, in normalized units; see `ActionSpace.prepare`."""
 
 Actions = TypeVar("Actions", np.ndarray, torch.Tensor)
 

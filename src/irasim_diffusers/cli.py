@@ -63,14 +63,15 @@ def main(argv: list[str] | None = None) -> int:
 def _name_flags(message: str, flags: Mapping[str, Any]) -> str:
     """Replace arguments of the library and flags of the examples in an error by flags of the command.
 
-    Names without a flag, and names whose flag was not passed, are kept, because they may be entries of a file.
+    A name at the start of the message is replaced if its flag has a value; otherwise, it may be an entry of a file. A name that
+    is followed by `(--flag)` is always replaced.
     """
 
     def flag(found: re.Match) -> str:
         name = (found[1] or found[2]).replace("-", "_")
         value = flags.get(name)
-        passed = name in flags and (found[2] or not (value is None or value is False))
-        return f"--{name.replace('_', '-')}" if passed else found[0]
+        is_flag = name in flags and (found[2] or not (value is None or value is False))
+        return f"--{name.replace('_', '-')}" if is_flag else found[0]
 
     message = ARGUMENT.sub(flag, message)
     return EXAMPLE_FLAG.sub(lambda flag: flag[0].replace("_", "-"), message)

@@ -32,7 +32,7 @@ COMPOSED = ("relative_planar", "relative_euler", "relative_6d")
 
 
 class WorldModelVectorEnv(VectorEnv):
-    """Vectorized environment backed by a world model; a step is one model call per length of history.
+    """Vectorized environment backed by a world model; rows with equally long histories share one model call per step.
 
     Row i with seed s shows the same episode as `WorldModelEnv` with seed s. The observation is a dict. `pixels` (H, W, 3),
     uint8, is the last frame. `agent_pos` (S,), float32, is the robot state, if it is available: `proprioception` predicts it from

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny
 
 Autoencoder: TypeAlias = "AutoencoderKL | AutoencoderTiny"
+AUTOENCODER = "the folder or Hub id of an AutoencoderKL or AutoencoderTiny"
+"""What the argument of an autoencoder must be, for error messages."""
 
 MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
 """Range of the scaling factor; latents in bfloat16 and float32 keep their precision within it."""
@@ -79,21 +81,25 @@ def unscale_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return latents / factor + shift
 
 
-def load_any_autoencoder(name: str, **options: Any) -> Autoencoder:
-    """Load an autoencoder of the class that its config names.
+def load_any_autoencoder(name: str, subfolder: str | None = None, revision: str | None = None) -> Autoencoder:
+    """Load an autoencoder of the class that its config names, from safetensors files.
 
     Args:
         name: Folder or Hub id.
-        options: Options of `from_pretrained`, such as `subfolder` and `revision`.
+        subfolder: Folder of the autoencoder in it.
+        revision: Branch, tag or commit on the Hub.
 
     Raises:
+        ValueError: If the config names another class than AutoencoderKL and AutoencoderTiny.
         OSError: If the autoencoder is not found.
     """
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    place = {key: options[key] for key in ("subfolder", "revision") if key in options}
-    is_tiny = AutoencoderKL.load_config(name, **place).get("_class_name") == "AutoencoderTiny"
-    return (AutoencoderTiny if is_tiny else AutoencoderKL).from_pretrained(name, **options)
+    found = AutoencoderKL.load_config(name, subfolder=subfolder, revision=revision).get("_class_name")
+    for kind in (AutoencoderKL, AutoencoderTiny):
+        if found == kind.__name__:
+            return kind.from_pretrained(name, subfolder=subfolder, revision=revision, use_safetensors=True)
+    raise ValueError(f"the class in its config is {found!r}")
 
 
 def encode_images(vae: Any, images: torch.Tensor) -> torch.Tensor:

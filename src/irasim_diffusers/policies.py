@@ -350,7 +350,13 @@ def num_rows(observation: Observation) -> int:
 
 
 def check_chunk(actions: torch.Tensor, space: ActionSpace, rows: int, single: bool = False) -> torch.Tensor:
-    """Check the actions (B, A) of a policy, or (B, n, A) unless `single`; return (B, n, A), float32.
+    """Check the actions of a policy and return them as (B, n, A), float32.
+
+    Args:
+        actions: One action (B, A) or a chunk (B, n, A) for each row.
+        space: Action space of the world model or environment.
+        rows: Number of rows B.
+        single: Whether chunks are rejected.
 
     Raises:
         ValueError: If the actions have the wrong shape, are not finite, or are far out of bounds.

@@ -116,7 +116,7 @@ def test_state_columns_are_selected(tmp_path):
     with pytest.raises(ValueError, match=r"--state_columns\) must be among .* got 'pose'"):
         open_dataset(tmp_path, state_columns=["pose"])
     write_release(tmp_path / "release", "planar")
-    with pytest.raises(ValueError, match=r"`action_column` and `state_columns` .* must be omitted"):
+    with pytest.raises(ValueError, match=r"`action_column` .* and `state_columns` .* must be omitted"):
         open_dataset(tmp_path / "release", action_column="actions")
 
 

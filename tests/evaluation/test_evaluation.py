@@ -22,7 +22,6 @@ from irasim_diffusers.evaluation import (
     PROTOCOLS,
     ClipReader,
     Evaluation,
-    EvaluationCounter,
     EvaluationProtocol,
     PipelinePredictor,
     evaluate,
@@ -304,13 +303,19 @@ def test_other_cameras_cause_a_warning(workspace, caplog, cameras, warned):
     assert (message in caplog.text) == warned
 
 
-@pytest.mark.parametrize(("fps", "remedy"), [(5.0, "use --frame-skip"), (4.0, "use a dataset or model with the same")])
-def test_frames_can_be_skipped_only_at_integer_ratios(workspace, fps, remedy):
+@pytest.mark.parametrize(
+    ("fps", "skip", "remedy"),
+    [
+        (5.0, 1, "got 10.0: use --frame-skip 2"),
+        (5.0 / 3, 2, "got 5.0: use --frame-skip 6"),
+        (4.0, 1, "got 10.0: use a dataset or model with the same"),
+    ],
+)
+def test_frames_can_be_skipped_only_at_integer_ratios(workspace, fps, skip, remedy):
     dataset = open_dataset(workspace / "data", split="test", fps=10.0)
-    with pytest.raises(
-        ValueError, match=f"frames per second of .* must be {fps} like the model's, got 10.0: {remedy}"
-    ):
-        PipelinePredictor(tiny_pipeline(fps=fps)).check_dataset(dataset)
+    dataset = PreparedEpisodes(dataset, frame_skip=skip, composition="absolute")
+    with pytest.raises(ValueError, match=f"frames per second of .* must be {fps} like the model's, {remedy}"):
+        PipelinePredictor(tiny_pipeline(fps=fps, action_derivation="absolute")).check_dataset(dataset)
 
 
 def test_remedy_for_derived_actions_depends_on_the_model(workspace):
@@ -420,17 +425,6 @@ def test_batches_are_predicted_whole_after_an_interruption(workspace, evaluated,
         evaluate(Evaluation(dataset, PROTOCOLS["irasim-short"], predictor, tmp_path, **options))
         assert predictor.predicted[:3] == names
         (tmp_path / "figures" / "000000-000016.json").unlink()
-
-
-def test_counter_removes_its_hook():
-    model = torch.nn.Linear(2, 2)
-    counter = EvaluationCounter(model)
-    model(torch.zeros(2))
-    assert counter.count == 0
-    with counter:
-        model(torch.zeros(2))
-    model(torch.zeros(2))
-    assert counter.count == 1
 
 
 def test_replaced_predictions_are_scored_again(workspace, evaluated, tmp_path):

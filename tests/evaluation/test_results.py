@@ -1,5 +1,7 @@
 import pytest
+import torch
 
+from irasim_diffusers.evaluation import EvaluationCounter
 from irasim_diffusers.evaluation.results import check_result_folder, read_result
 
 
@@ -57,3 +59,14 @@ def test_damaged_results_do_not_count(tmp_path, content):
     assert read_result(path, kinds) == {"v": 1, "n": [1, [2.5]]}
     path.write_text(content)
     assert read_result(path, kinds) is None
+
+
+def test_counter_removes_its_hook():
+    model = torch.nn.Linear(2, 2)
+    counter = EvaluationCounter(model)
+    model(torch.zeros(2))
+    assert counter.count == 0
+    with counter:
+        model(torch.zeros(2))
+    model(torch.zeros(2))
+    assert counter.count == 1

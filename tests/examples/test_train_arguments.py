@@ -215,7 +215,7 @@ def test_frames_of_different_sizes_raise(workspace, tmp_path):
     write_robot(tmp_path / "mixed", 3, cameras=1)
     write_video(tmp_path / "mixed/videos/train/1/0.mp4", np.zeros((9, 16, 24, 3), np.uint8), 5, lossless=True)
     mixed = str(tmp_path / "mixed")
-    message = "frames of episode 1 of .* must be 16x32 .* like those of earlier episodes, got 16x24: resize all with --height"
+    message = "frames of episode 1 of .* must be 16x32 .* like those of earlier episodes, got 16x24: resize all with `height`"
     arguments = TrainingArguments(
         dataset=["set"], output_dir="out", validation_dataset=mixed, validation_split="train"
     )

@@ -45,3 +45,8 @@ def test_equal_scores_have_no_correlation():
 def test_wrong_shapes_raise(shapes):
     with pytest.raises(ValueError, match="`real` and `model` must both be"):
         agreement(np.zeros(shapes[0]), np.zeros(shapes[1]), np.random.default_rng(0))
+
+
+def test_no_samples_raise():
+    with pytest.raises(ValueError, match="`num_samples` must be at least 1, got 0"):
+        agreement(np.zeros((3, 4)), np.zeros((3, 4)), np.random.default_rng(0), num_samples=0)

@@ -45,12 +45,11 @@ def load_vae(name: str) -> Autoencoder:
     Raises:
         ValueError: If the autoencoder cannot be loaded, or its weights are invalid.
     """
-    from ..latents import load_any_autoencoder
+    from ..latents import AUTOENCODER, load_any_autoencoder
     from ..training.pretrained import split_subfolder
 
     folder, subfolder = split_subfolder(name, "--vae")
-    wanted = "the folder or Hub id of an AutoencoderKL or AutoencoderTiny"
-    return load_checked("--vae", wanted, folder, load_any_autoencoder, use_safetensors=True, subfolder=subfolder)
+    return load_checked("--vae", AUTOENCODER, folder, load_any_autoencoder, subfolder=subfolder)
 
 
 def load_reward(name: str, device: Any) -> FrameRegressor:

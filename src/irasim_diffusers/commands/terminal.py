@@ -48,7 +48,7 @@ def check_terminal() -> None:
 
 @contextmanager
 def open_terminal() -> Iterator[Keys]:
-    """Switch the terminal to the alternate screen and to single keys without echo; restore it on exit.
+    """Switch to the alternate screen, and read single keys without echo; restore the terminal on exit.
 
     SIGTERM raises KeyboardInterrupt inside the context unless the program handles it, so that the recording is saved.
     """

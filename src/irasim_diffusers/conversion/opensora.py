@@ -81,7 +81,11 @@ def _derive_config(state: dict[str, torch.Tensor], config: dict[str, Any]) -> di
         raise ValueError(
             "the number of heads cannot be derived from weights without query and key norms: pass `num_attention_heads`."
         )
-    heads = config.get("num_attention_heads", None if norm is None else width // max(norm.numel(), 1))
+    if norm is not None and (norm.ndim != 1 or norm.numel() < 2):
+        raise ValueError(
+            f"'spatial_blocks.0.attn.q_norm.weight' must contain a value per channel of a head, got shape {tuple(norm.shape)}."
+        )
+    heads = config.get("num_attention_heads", None if norm is None else width // norm.numel())
     derived = {
         "num_attention_heads": heads,
         "attention_head_dim": head_dim(width, heads),

@@ -139,7 +139,7 @@ def check_equal_size(first: np.ndarray, frames: np.ndarray, name: str) -> None:
     if size != wanted:
         raise ValueError(
             f"frames of {name} must be {wanted} (height x width) like those of earlier episodes, got {size}: resize all with "
-            "--height and --width."
+            "`height` (--height) and `width` (--width)."
         )
 
 

@@ -26,7 +26,7 @@ from .content_hash import content_hash
 from .episode import Episode, InOrder, camera_layout, check_max_episodes, first_task, tile, window_slice
 from .hub import HubFiles
 from .lerobot_metadata import NUMBERS, OWN_ENTRY, check_info, check_rows, row_length, row_number, row_seconds
-from .pictures import read_picture, stack_frames
+from .pictures import read_picture, stack_pictures
 from .record_files import parquet_columns, path_inside, read_json_lines, read_parquet
 from .video import read_numbered_frames
 
@@ -369,7 +369,7 @@ class LeRobotFolder(InOrder):
             only = [("episode_index", "=", row["episode_index"])]
             pictures = read_parquet(self._file(row), [key], filters=only)[key].to_pylist()[part]
             frames = [self._picture(row, key, *numbered) for numbered in enumerate(pictures, part.start)]
-            return stack_frames(frames, repr(key))
+            return stack_pictures(frames, repr(key), part.start)
         table, length = self._table(row), row_length(row)
         path, timed, first = self._file(row, key), "timestamp" in table.column_names, 0
         numbers = self._numbers(row, table["timestamp"]) if timed else np.arange(length)

@@ -68,21 +68,22 @@ def _problem(image: PIL.Image.Image, max_pixels: int) -> str | None:
     return None
 
 
-def stack_frames(frames: Sequence[np.ndarray], name: str) -> np.ndarray:
+def stack_pictures(frames: Sequence[np.ndarray], name: str, first: int) -> np.ndarray:
     """Stack frames (H, W, 3) of a video or a list of images.
 
     Args:
         frames: The frames.
         name: Name of the video or the images, for the message.
+        first: Index of the first frame in the episode or video, for the message.
 
     Raises:
         ValueError: If the frames differ in size.
     """
-    for number, frame in enumerate(frames):
+    for number, frame in enumerate(frames, first):
         if frame.shape != frames[0].shape:
-            first, other = ("x".join(map(str, each.shape[:2])) for each in (frames[0], frame))
+            size, other = ("x".join(map(str, each.shape[:2])) for each in (frames[0], frame))
             raise ValueError(
-                f"frames of {name} must have one size, got {first} and, at frame {number}, {other} (height x width): remove the "
+                f"frames of {name} must have one size, got {size} and, at frame {number}, {other} (height x width): remove the "
                 "episode, or resize its frames."
             )
     return np.stack(frames)

@@ -191,9 +191,11 @@ def _read_episode(source: EpisodeSource, number: int, frame_size: tuple[int, int
     """
     episode = source[number]
     if frame_size not in (None, episode.frames.shape[1:3]):
+        wanted, size = ("x".join(map(str, each)) for each in (frame_size, episode.frames.shape[1:3]))
         raise ValueError(
-            f"episode {number} of {source.name!r} must have frames of height and width {frame_size} like the first episode, got "
-            f"{episode.frames.shape[1:3]}: resize the videos, or skip the episode with `skip_broken` (--skip_broken)."
+            f"frames of episode {number} of {source.name!r} must be {wanted} (height x width) like those of the first episode, got "
+            f"{size}: resize all with `height` (--height) and `width` (--width), or skip the episode with `skip_broken` "
+            "(--skip_broken)."
         )
     flags = source.flags(number) if hasattr(source, "flags") else {}
     return dataclasses.replace(episode, states=episode.states | flags)

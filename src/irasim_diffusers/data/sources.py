@@ -107,7 +107,7 @@ def _open_folder(folder: Path, *, split: str | None, fps: float | None, **option
     if (folder / "annotation").is_dir():
         if options["action_column"] or options["state_columns"]:
             raise ValueError(
-                f"`action_column` and `state_columns` (--action_column, --state_columns) must be omitted for {str(folder)!r}: "
+                f"`action_column` (--action_column) and `state_columns` (--state_columns) must be omitted for {str(folder)!r}: "
                 "the IRASim format defines its actions and states."
             )
         return IRASimFolder(folder, split, options["cameras"], fps, options["max_episodes"])

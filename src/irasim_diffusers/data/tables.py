@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from .columns import choose_action_columns, finite_vector
 from .content_hash import media_stamp, table_hash
 from .episode import Episode, InOrder, camera_layout, tile, window_slice
-from .pictures import read_picture, stack_frames
+from .pictures import read_picture, stack_pictures
 from .video import count_frames, read_frames, read_video
 
 MAX_DOWNLOAD = 1 << 30
@@ -339,9 +339,10 @@ def _frames(value: Any, key: str, part: slice, total: int | None) -> np.ndarray:
         return read_frames(_content(value), part.start, part.stop - part.start, whole=part.stop == total, name=name)
     if not value or not all(isinstance(picture, dict) for picture in value):
         raise ValueError("a video or an image is missing: add the file, or remove the episode.")
-    numbered = enumerate(value[part], part.start or 0)
+    first = part.start or 0
+    numbered = enumerate(value[part], first)
     frames = [read_picture(_content(picture), f"{key!r} at frame {frame}") for frame, picture in numbered]
-    return stack_frames(frames, repr(key))
+    return stack_pictures(frames, repr(key), first)
 
 
 def _outside_files(column: pa.ChunkedArray) -> list[str]:

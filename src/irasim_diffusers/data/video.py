@@ -15,7 +15,7 @@ import av
 import numpy as np
 
 from ..files import temporary_path
-from .pictures import stack_frames
+from .pictures import stack_pictures
 
 VideoFile: TypeAlias = str | os.PathLike | BinaryIO
 PLAYLISTS = ("concat", "dash", "hls", "imf")
@@ -40,7 +40,7 @@ def read_video(path: VideoFile, name: str | None = None) -> np.ndarray:
     frames = list(iterate_video(path, name))
     if not frames:
         raise ValueError(f"{_name_of(path, name)} contains no video frame: pass a readable video file.")
-    return stack_frames(frames, _name_of(path, name))
+    return stack_pictures(frames, _name_of(path, name), 0)
 
 
 def iterate_video(path: VideoFile, name: str | None = None) -> Iterator[np.ndarray]:
@@ -121,7 +121,7 @@ def read_numbered_frames(
         raise ValueError(
             f"{name} ends early: {len(wanted)} frames required from index {wanted[0]}, {len(frames)} found."
         )
-    return stack_frames(frames, name)
+    return stack_pictures(frames, name, wanted[0] if wanted else 0)
 
 
 def count_frames(path: VideoFile, name: str | None = None) -> int:

@@ -165,8 +165,8 @@ class WorldModelPredictor:
         derived = "--action-derivation or --action-composition"
         if space.derivation == "recorded":
             derived = "recorded actions, or a dataset or model with the same actions"
-        try:
-            skipping = f"--frame-skip {frame_skip_for(dataset.fps, fps)}" if fps else "--fps"
+        try:  # the flag replaces the current frame skip
+            skipping = f"--frame-skip {getattr(dataset, 'frame_skip', 1) * frame_skip_for(dataset.fps, fps or 0)}"
         except ValueError:  # frames can be skipped only if the ratio is an integer
             skipping = "a dataset or model with the same frame rate"
         for name, wanted, found, flags in (

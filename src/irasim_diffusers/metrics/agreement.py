@@ -60,13 +60,16 @@ def agreement(
         For each metric, `value`, `low`, `high` and the number of policies `n`; NaN is replaced by None.
 
     Raises:
-        ValueError: If the scores are not two matrices of the same shape, with at least 2 policies and 1 seed.
+        ValueError: If the scores are not two matrices of the same shape, with at least 2 policies and 1 seed, or `num_samples` is
+            less than 1.
     """
     real, model = np.asarray(real, dtype=float), np.asarray(model, dtype=float)
     if real.ndim != 2 or real.shape != model.shape or len(real) < 2 or not real.shape[1]:
         raise ValueError(
             f"`real` and `model` must both be (P, n) with P at least 2 and n at least 1, got {real.shape} and {model.shape}."
         )
+    if num_samples < 1:
+        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
     draws = rng.integers(real.shape[1], size=(num_samples, real.shape[1]))
     samples = [np.stack([scores[:, draw].mean(1) for draw in draws]) for scores in (real, model)]
     means = real.mean(1), model.mean(1)

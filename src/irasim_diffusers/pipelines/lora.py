@@ -39,7 +39,7 @@ class IRASimLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
         Raises:
             ValueError: If LoRA layers are missing or invalid, metadata is invalid or (for keys of PEFT) missing, there are other
-                weights, or the action encoder does not fit or cannot be replaced (quantized, not in memory, or fused layers).
+                weights, or the action encoder does not fit, or cannot be replaced because it is quantized or offloaded, or layers are fused.
             OSError: If the file is not found.
         """
         source = pretrained_model_name_or_path_or_dict

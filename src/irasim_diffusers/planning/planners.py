@@ -359,7 +359,7 @@ def _raw(space: ActionSpace, normalized: torch.Tensor) -> torch.Tensor:
 
 
 def _bounds(space: ActionSpace, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the bounds (A,) in normalized units; a negative scale swaps them."""
+    """Return the lower and the upper bounds (A,) in normalized units, also for a negative scale."""
     ends = torch.stack([space.normalise(like.new_tensor(bound)) for bound in (space.low, space.high)])
     return ends.amin(0), ends.amax(0)
 

@@ -144,7 +144,7 @@ class RunArguments(EpisodeArguments):
         default=None,
         metadata={
             "help": "stop after this training time, including validation, checkpoints and, when resumed, earlier runs; requires "
-            "the schedule constant or constant_with_warmup"
+            "--lr_scheduler constant or constant_with_warmup"
         },
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "learning rate after the warmup"})

@@ -132,9 +132,10 @@ def check_data(sources: list[PreparedEpisodes], arguments: RunArguments) -> None
         first_readable(source, functools.partial(_first_frame, source)).shape[:2] for source in (sources[0], held_out)
     ]
     if sizes[0] != sizes[1]:
+        wanted, size = ("x".join(map(str, each)) for each in sizes)
         raise ValueError(
-            f"`validation_dataset` must have frames of size {sizes[0]} (height, width) like the training data, got {sizes[1]}: "
-            "resize both with `height` and `width`."
+            f"`validation_dataset` must have frames of {wanted} (height x width) like the training data, got {size}: resize both "
+            "with `height` and `width`."
         )
 
 

@@ -33,15 +33,15 @@ def training_loss(
 ) -> torch.Tensor:
     """Compute the loss of a batch of clips.
 
-    The numbers of history frames and of predicted chunks depend only on the seed and the step; noise, timesteps and action
-    dropout depend only on the seed and the index of the clip in the run. None of them depends on the number of processes.
+    The numbers of history frames and chunks depend only on the seed and the step; noise, timesteps and action dropout only on
+    the seed and the index of the clip in the run. None of them depends on the number of processes.
 
     Args:
         model: The model, possibly wrapped by accelerate; a `StateReadout` with `state_keys`.
         noise_scheduler: The model's noise process, from `models.noise_process`.
         clip: `latents` (B, C, F, H, W), scaled; `actions` (B, F - 1, A) in raw units; `states` (B, F, S) with `state_keys`.
         config: Config of the model.
-        arguments: Arguments of the run; ValueError is raised if `snr_gamma` is given for a flow.
+        arguments: Arguments of the run.
         step: Number of completed steps.
         position: Index of the first clip of the batch in the run.
 

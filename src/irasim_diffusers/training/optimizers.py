@@ -19,7 +19,7 @@ def build_optimizers(model: nn.Module, arguments: RunArguments) -> list[torch.op
     The optimizer `adamw8bit` is AdamW with 8-bit moments.
 
     Raises:
-        ValueError: If the optimizer is Muon and no trained matrix is in a transformer block, or if a value of AdamW is invalid.
+        ValueError: If the optimizer is Muon and no trained matrix is in a transformer block, or if a hyperparameter of AdamW is invalid.
     """
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = {

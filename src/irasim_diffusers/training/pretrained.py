@@ -11,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from ..conversion import scaled_latents
 from ..hub import missing_reason
-from ..latents import Autoencoder, load_any_autoencoder
+from ..latents import AUTOENCODER, Autoencoder, load_any_autoencoder
 from ..models import IRASimTransformer3DModel
 from ..pipelines import IRASimPipeline
 from .arguments import RunArguments
@@ -83,9 +83,7 @@ def load_autoencoder(name: str, argument: str = "vae") -> Autoencoder:
         return _frozen(load_any_autoencoder(folder, subfolder=subfolder))
     except Exception as error:  # the loaders raise errors of many types for damaged files
         reason = missing_reason(folder, error) or error
-        raise ValueError(
-            f"`{argument}` must be the folder or Hub id of an AutoencoderKL or AutoencoderTiny, got {name!r}: {reason}"
-        ) from error
+        raise ValueError(f"`{argument}` must be {AUTOENCODER}, got {name!r}: {reason}") from error
 
 
 def split_subfolder(name: str, argument: str) -> tuple[str, str | None]:
@@ -99,9 +97,7 @@ def split_subfolder(name: str, argument: str) -> tuple[str, str | None]:
     folder, _, subfolder = name.rpartition(":")
     if not folder or (Path(folder).is_dir() and not (subfolder and (Path(folder) / subfolder).is_dir())):
         reason = f"there is no subfolder {subfolder!r}" if folder else "the name before the colon is empty"
-        raise ValueError(
-            f"{argument} must be the folder or Hub id of an AutoencoderKL or AutoencoderTiny, got {name!r}: {reason}."
-        )
+        raise ValueError(f"{argument} must be {AUTOENCODER}, got {name!r}: {reason}.")
     return folder, subfolder
 
 

@@ -32,7 +32,7 @@ class TrainingData:
     parts: list[LatentClips]
     """Clips of each dataset."""
     held_out: tuple[np.ndarray, np.ndarray] | None
-    """Clips from `validation_clips` in the main process; None in the others."""
+    """Clips from `validation_clips`; None without a validation dataset, and in all processes but the main one."""
 
 
 def encode_data(
@@ -42,7 +42,9 @@ def encode_data(
     arguments: RunArguments,
     accelerator: Accelerator,
 ) -> TrainingData:
-    """Check the data against the model, read the validation clips, and encode the training data.
+    """Check the data, read the validation clips, create the output folder, and encode the training data.
+
+    With `push_to_hub`, the repository is created, too.
 
     Args:
         sources: Datasets from `open_sources`.

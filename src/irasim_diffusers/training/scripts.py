@@ -171,7 +171,7 @@ def check_ranges(
     """Check the values of arguments one by one. None, the default of many arguments, is always accepted.
 
     Args:
-        arguments: Object with the arguments as attributes. Of a list of numbers, each is checked.
+        arguments: Object with the arguments as attributes. Each number of a list is checked.
         not_negative: Names of arguments that must be at least 0.
         at_least_1: Names of arguments that must be at least 1.
         positive: Names of arguments that must be larger than 0.
