@@ -32,12 +32,12 @@ COMPOSED = ("relative_planar", "relative_euler", "relative_6d")
 
 
 class WorldModelVectorEnv(VectorEnv):
-    """Vectorized environment backed by a world model; rows with equally long histories share one model call per step.
+    """Vectorized environment backed by a world model.
 
-    Row i with seed s shows the same episode as `WorldModelEnv` with seed s. The observation is a dict. `pixels` (H, W, 3),
-    uint8, is the last frame. `agent_pos` (S,), float32, is the robot state, if it is available: `proprioception` predicts it from
-    the frame, or it is composed from the start state and the actions if `starts` have states and the action derivation is one of
-    `COMPOSED`. A commanded target is never reported as a state.
+    In each step, rows with equally long histories share one model call. Row i with seed s shows the same episode as `WorldModelEnv`
+    with seed s. The observation is a dict. `pixels` (H, W, 3), uint8, is the last frame. `agent_pos` (S,), float32, is the robot
+    state, if it is available: `proprioception` predicts it from the frame, or it is composed from the start state and the actions
+    if `starts` have states and the action derivation is one of `COMPOSED`. A commanded target is never reported as a state.
 
     With the autoreset mode `DISABLED`, a finished row keeps its last observation and flags, with reward 0, until it is reset, for
     example by `reset(options={"reset_mask": mask})`. A step after all rows have finished raises an error.

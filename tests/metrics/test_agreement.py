@@ -18,6 +18,8 @@ def test_correlations_equal_scipy():
     assert pearson(REAL, MODEL) == pytest.approx(stats.pearsonr(REAL, MODEL).statistic)
     assert spearman(REAL, MODEL) == pytest.approx(0.5)
     assert np.isnan(pearson([1, 1, 1], MODEL))
+    for scale in (1e-200, 1e300):
+        assert pearson(scale * REAL, MODEL) == pytest.approx(pearson(REAL, MODEL))
     assert np.isnan(spearman(REAL, [0, 0, 0]))
 
 
@@ -29,7 +31,8 @@ def test_intervals_shrink_with_more_seeds():
         real, model = rng.random((2, 5, seeds)) < rates
         found = agreement(real, model, rng, num_samples=300)
         assert found["pearson"]["low"] <= found["pearson"]["value"] <= found["pearson"]["high"]
-        assert found["pearson"]["fisher_low"] < found["pearson"]["value"]
+        fisher = stats.pearsonr(real.mean(1), model.mean(1)).confidence_interval()
+        assert (found["pearson"]["fisher_low"], found["pearson"]["fisher_high"]) == pytest.approx(fisher)
         assert found["mmrv"]["n"] == 5
         widths.append(found["pearson"]["high"] - found["pearson"]["low"])
     assert widths[1] < 0.5 * widths[0]
@@ -45,6 +48,14 @@ def test_equal_scores_have_no_correlation():
 def test_wrong_shapes_raise(shapes):
     with pytest.raises(ValueError, match="`real` and `model` must both be"):
         agreement(np.zeros(shapes[0]), np.zeros(shapes[1]), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_scores_that_are_not_finite_raise(value):
+    with pytest.raises(ValueError, match="must be finite"):
+        mmrv([0, value, 1], MODEL)
+    with pytest.raises(ValueError, match="must be finite"):
+        agreement([[0, value], [1, 2]], [[0, 1], [1, 2]], np.random.default_rng(0))
 
 
 def test_no_samples_raise():

@@ -78,7 +78,10 @@ def _statistics(values: np.ndarray, counts: np.ndarray) -> dict[str, float]:
 
 
 def _quantiles(values: np.ndarray, counts: np.ndarray, mean: float) -> dict[str, float]:
-    """Quantiles read from a histogram, as LeRobot estimates them; of a single value or a mean that is not finite, the mean."""
+    """Quantiles read from a histogram, as LeRobot estimates them.
+
+    Of a single value, or if the mean is not finite, all are the mean.
+    """
     total = counts.sum()
     if total < 2 or not np.isfinite(mean):
         return dict.fromkeys(QUANTILES, mean)

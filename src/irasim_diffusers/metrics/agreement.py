@@ -35,7 +35,7 @@ def mmrv(real: np.ndarray, model: np.ndarray) -> float:
         model: Scores in the world model (P,).
 
     Raises:
-        ValueError: If the scores are not two vectors of the same length, at least 2.
+        ValueError: If the scores are not two vectors of the same length, at least 2, or are not finite.
     """
     return float(_rank_violations(*_check(real, model)))
 
@@ -60,14 +60,15 @@ def agreement(
         For each metric, `value`, `low`, `high` and the number of policies `n`; NaN is replaced by None.
 
     Raises:
-        ValueError: If the scores are not two matrices of the same shape, with at least 2 policies and 1 seed, or `num_samples` is
-            less than 1.
+        ValueError: If the scores are not two matrices of the same shape, with at least 2 policies and 1 seed, or are not finite,
+            or if `num_samples` is less than 1.
     """
     real, model = np.asarray(real, dtype=float), np.asarray(model, dtype=float)
     if real.ndim != 2 or real.shape != model.shape or len(real) < 2 or not real.shape[1]:
         raise ValueError(
             f"`real` and `model` must both be (P, n) with P at least 2 and n at least 1, got {real.shape} and {model.shape}."
         )
+    _check_finite(real, model)
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
     draws = rng.integers(real.shape[1], size=(num_samples, real.shape[1]))
@@ -82,17 +83,26 @@ def agreement(
         found[name] = _numbers(value=float(metric(*means)), low=low, high=high) | {"n": len(real)}
     value = found["pearson"]["value"]
     if value is not None and len(real) >= 4:
-        low, high = stats.pearsonr(*means).confidence_interval()
-        found["pearson"] |= _numbers(fisher_low=low, fisher_high=high)
+        with np.errstate(divide="ignore"):  # the transform of 1 is infinite
+            ends = np.arctanh(value) + stats.norm.ppf([0.025, 0.975]) / np.sqrt(len(real) - 3)
+        found["pearson"] |= _numbers(fisher_low=np.tanh(ends[0]), fisher_high=np.tanh(ends[1]))
     return found
 
 
 def _correlations(real: np.ndarray, model: np.ndarray) -> np.ndarray:
     """Pearson correlations of scores (..., P) as (...); NaN where the scores of one environment are equal."""
     constant = (np.ptp(real, -1) == 0) | (np.ptp(model, -1) == 0)
-    real, model = (scores - scores.mean(-1, keepdims=True) for scores in (real, model))
-    norms = np.linalg.norm(real, axis=-1) * np.linalg.norm(model, axis=-1)
-    return np.where(constant, np.nan, ((real * model).sum(-1) / np.where(constant, 1, norms)).clip(-1, 1))
+    product = _standardised(real) * _standardised(model)
+    return np.where(constant, np.nan, product.sum(-1).clip(-1, 1))
+
+
+def _standardised(scores: np.ndarray) -> np.ndarray:
+    """Scores (..., P) with mean 0 and norm 1 over the policies; 0 for equal scores."""
+    scores = scores / np.abs(scores).max(-1, keepdims=True).clip(
+        np.finfo(float).tiny
+    )  # products neither overflow nor vanish
+    scores = scores - scores.mean(-1, keepdims=True)
+    return scores / np.linalg.norm(scores, axis=-1, keepdims=True).clip(np.finfo(float).tiny)
 
 
 def _rank_correlations(real: np.ndarray, model: np.ndarray) -> np.ndarray:
@@ -112,7 +122,13 @@ def _check(real: np.ndarray, model: np.ndarray) -> tuple[np.ndarray, np.ndarray]
         raise ValueError(
             f"`real` and `model` must both be (P,) with P at least 2, got {real.shape} and {model.shape}."
         )
+    _check_finite(real, model)
     return real, model
+
+
+def _check_finite(real: np.ndarray, model: np.ndarray) -> None:
+    if not (np.isfinite(real).all() and np.isfinite(model).all()):
+        raise ValueError("`real` and `model` must be finite, got NaN or infinite scores.")
 
 
 def _numbers(**values: float) -> dict[str, float | None]:

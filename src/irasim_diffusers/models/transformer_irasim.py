@@ -574,7 +574,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             )
 
     def _embed_trajectory(self, actions: torch.Tensor) -> torch.Tensor:
-        """Return one embedding (B, D) of a trajectory; `actions` are the features (B, n, K) of `action_features`."""
+        """Return one embedding (B, D) of the action features (B, n, K) of a trajectory; see `action_features`."""
         if self.config.action_activation is not None:
             return self.action_embed(actions.flatten(1))
         return self.trajectory_embed(self.action_embed(actions).flatten(1))
