@@ -1,8 +1,16 @@
 """Fixtures: the Space in a separate process, and a browser."""
 
+import contextlib
+import os
 import shutil
+import signal
+import socket
+import time
+import urllib.request
+from pathlib import Path
 
 import pytest
+from fork_server import fork_server
 
 BROWSER_ARGUMENTS = [
     "--headless",
@@ -20,15 +28,26 @@ BROWSER_ARGUMENTS = [
 def app_url(tmp_path_factory):
     """URL of the Space with the embedded model, for all tests of the run."""
     pytest.importorskip("gradio")
-    from space import serve  # imported here: some tests start processes that do not have examples/ on their path
-
     folder = tmp_path_factory.mktemp("space")
-    places = {"GRADIO_TEMP_DIR": str(folder / "files"), "TMPDIR": str(folder)}
-    process, url = serve(
-        folder / "space.log", "--visitor-sessions", "32", HF_HUB_OFFLINE="1", FORWARDED_ALLOW_IPS="127.0.0.2", **places
-    )
+    variables = {
+        "GRADIO_TEMP_DIR": str(folder / "files"),
+        "TMPDIR": str(folder),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "FORWARDED_ALLOW_IPS": "127.0.0.2",
+    }
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [Path(__file__).parents[1] / "spaces" / "app.py", "--port", port, "--visitor-sessions", "32"]
+    process = fork_server().start(*command, variables=variables)
+    url = f"http://127.0.0.1:{port}/"
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(url, timeout=5).close()
+            break
+        time.sleep(0.2)
+    assert process.poll() is None, process.stderr
     yield url
-    process.terminate()
+    os.kill(process.pid, signal.SIGTERM)
     process.wait(20)
 
 

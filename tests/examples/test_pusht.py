@@ -38,10 +38,9 @@ SHARES = ["--aimless", "0.5", "--expert", "0.25", "--noisy", "0.25", "--keys", "
 SPACE = ["--action_offset", "256", "--action_scale", "0.03125", "--action_space", "absolute"]
 
 
-def run(script, *arguments, launch=None):
-    """Run a script in a new process, with `launch` under `accelerate launch`; return its output."""
-    launcher = ["-m", "accelerate.commands.launch", *launch] if launch else []
-    return output_of(fork_server().run(*launcher, EXAMPLES / script, *arguments))
+def run(script, *arguments):
+    """Run a script in a new process; return its output."""
+    return output_of(fork_server().run(EXAMPLES / script, *arguments))
 
 
 def output_of(process):

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
-from fork_server import ForkServer
+from fork_server import ForkServer, fork_server
 from hub_server import HubServer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_lerobot import write_folder
-from test_pusht import EXAMPLES, call, output_of, run
+from test_pusht import EXAMPLES, call, output_of
 from tiny_models import tiny_pipeline, tiny_transformer, tiny_vae
 
 from irasim_diffusers import IRASimPipeline
@@ -223,9 +223,8 @@ def robot_flags(workspace, output):
     ]
 
 
-def train_robot(workspace, output, *arguments, launch=None):
-    flags = [*robot_flags(workspace, output), *arguments]
-    return run("train.py", *flags, launch=launch) if launch else call("train", *flags)
+def train_robot(workspace, output, *arguments):
+    return call("train", *robot_flags(workspace, output), *arguments)
 
 
 def test_two_processes_match_one_at_same_global_batch_size(workspace):
@@ -233,9 +232,10 @@ def test_two_processes_match_one_at_same_global_batch_size(workspace):
     flags += ["--num_history_frames", 2, "--rollout_chunks", 4, "--rollout_start_step", 1, "--terminal_share", 0.5]
     flags += ["--history_noise", 0.2, "--learning_rate", 1e-3]
     one = train_robot(workspace, "one", *flags, "--train_batch_size", 4, "--gradient_accumulation_steps", 2)
-    two = train_robot(workspace, "two", *flags, "--train_batch_size", 4, launch=TWO)
+    command = [EXAMPLES / "train.py", *robot_flags(workspace, "two"), *flags, "--train_batch_size", 4]
+    two = [output_of(rank) for rank in fork_server().run_ranks(*command)]
     assert "1 processes (NO)" in one
-    assert "2 processes (MULTI_CPU)" in two
+    assert "2 processes (MULTI_CPU)" in two[0]
     losses = [read_log(workspace / folder)["loss"] for folder in ("one", "two")]
     assert len(losses[0]) == 5
     np.testing.assert_allclose(*losses, rtol=1e-5)
