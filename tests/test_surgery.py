@@ -77,3 +77,6 @@ def test_latents_of_the_autoencoders_must_be_finite(name):
     latents[name][3, 0, 2, 5] = torch.nan
     with pytest.raises(ValueError, match=f"`{name}` must be finite latents"):
         change_autoencoder(tiny_transformer(), 4, **latents)
+    latents[name].zero_()
+    with pytest.raises(ValueError, match=f"`{name}` must be latents that depend on the images, got only zeros"):
+        change_autoencoder(tiny_transformer(), 4, **latents)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import torch
+
+from .safe_load import find_nonfinite_weight
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny
@@ -16,6 +19,33 @@ AUTOENCODER = "the folder or Hub id of an AutoencoderKL or AutoencoderTiny"
 MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
 """Range of the scaling factor; latents in bfloat16 and float32 keep their precision within it."""
 MAX_SHIFT = 1e6
+AUTOENCODER_LIMITS = {
+    "latent_channels": 1024,
+    "layers_per_block": 64,
+    "num_encoder_blocks": 64,
+    "num_decoder_blocks": 64,
+    "block_out_channels": 16384,
+    "encoder_block_out_channels": 16384,
+    "decoder_block_out_channels": 16384,
+}
+"""Upper limits of sizes in the config of an autoencoder."""
+MAX_BLOCKS = 8
+"""Maximum number of resolutions of an autoencoder."""
+
+
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """Check the sizes in the config of an autoencoder, which bound its memory.
+
+    Raises:
+        ValueError: If there are too many resolutions, or a size is too large or not an integer.
+    """
+    for key, most in AUTOENCODER_LIMITS.items():
+        sizes = config.get(key, [])
+        sizes = sizes if isinstance(sizes, list) else [sizes]
+        if len(sizes) > MAX_BLOCKS or not all(type(size) is int and 0 <= size <= most for size in sizes):
+            raise ValueError(
+                f"`{key}` of the autoencoder must be one to {MAX_BLOCKS} integers in [0, {most}], got {config[key]!r:.60}."
+            )
 
 
 def check_latent_scaling(vae: Any) -> None:
@@ -82,7 +112,7 @@ def unscale_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def load_any_autoencoder(name: str, subfolder: str | None = None, revision: str | None = None) -> Autoencoder:
-    """Load an autoencoder of the class that its config names, from safetensors files.
+    """Load an autoencoder of the class that its config names, from safetensors files, and check it.
 
     Args:
         name: Folder or Hub id.
@@ -90,16 +120,53 @@ def load_any_autoencoder(name: str, subfolder: str | None = None, revision: str 
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: If the config names another class than AutoencoderKL and AutoencoderTiny.
+        ValueError: If the config names another class than AutoencoderKL and AutoencoderTiny, its sizes or the scaling of the
+            latents are invalid, weights are missing, unknown or not finite, or images cannot be encoded and decoded.
         OSError: If the autoencoder is not found.
     """
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    found = AutoencoderKL.load_config(name, subfolder=subfolder, revision=revision).get("_class_name")
-    for kind in (AutoencoderKL, AutoencoderTiny):
-        if found == kind.__name__:
-            return kind.from_pretrained(name, subfolder=subfolder, revision=revision, use_safetensors=True)
-    raise ValueError(f"the class in its config is {found!r}")
+    options: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
+    config = AutoencoderKL.load_config(name, **options)
+    classes = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
+    found = config.get("_class_name") if isinstance(config, dict) else None
+    if found not in classes:
+        raise ValueError(f"the class in its config is {found!r}")
+    check_sizes(config)
+    vae, info = classes[found].from_pretrained(name, **options, use_safetensors=True, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"the weights file does not contain {missing[0]}.")
+    if unknown := sorted(info["unexpected_keys"]):
+        raise ValueError(f"the config does not match the weights: {unknown[0]} is not a weight of this autoencoder.")
+    if (damaged := find_nonfinite_weight(vae)) is not None:
+        raise ValueError(f"weights must be finite, got NaN or infinity in {damaged}: use an earlier checkpoint.")
+    check_latent_scaling(vae)
+    _check_reconstruction(vae)
+    return vae
+
+
+@torch.no_grad()
+def _check_reconstruction(vae: Autoencoder) -> None:
+    """Check that the autoencoder encodes and decodes a small image of 2 x 3 latent pixels.
+
+    Raises:
+        ValueError: If it does not accept RGB images, or the latents or the reconstruction have the wrong shape or are not finite.
+    """
+    factor = downsampling_factor(vae)
+    image = torch.linspace(-1, 1, 18 * factor**2, dtype=vae.dtype).view(1, 3, 2 * factor, 3 * factor)
+    try:
+        latents = encode_images(vae, image)
+        decoded = vae.decode(latents).sample
+    except RuntimeError as error:
+        raise ValueError(f"it must encode and decode RGB images: {error}") from error
+    shapes = tuple(latents.shape), tuple(decoded.shape)
+    if shapes != (wanted := ((1, vae.config.latent_channels, 2, 3), tuple(image.shape))):
+        raise ValueError(
+            f"it must map an image of shape {wanted[1]} to latents of shape {wanted[0]} and back, got latents of shape "
+            f"{shapes[0]} and an image of shape {shapes[1]}."
+        )
+    if not all(bool(torch.isfinite(each).all()) for each in (latents, decoded)):
+        raise ValueError("its latents and its reconstruction of an image must be finite, got NaN or infinite values.")
 
 
 def encode_images(vae: Any, images: torch.Tensor) -> torch.Tensor:

@@ -370,6 +370,20 @@ def check_weights(state: dict[str, torch.Tensor], path: Path) -> None:
         )
 
 
+def find_nonfinite_weight(module: torch.nn.Module) -> str | None:
+    """Return the name of a weight that is NaN or infinite, or None. The cost is one sum per tensor.
+
+    Weights on the meta device, 8-bit weights and quantized weights are not checked.
+    """
+    for key, value in module.state_dict(keep_vars=True).items():
+        plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.is_floating_point() and value.itemsize > 1
+        if not plain or value.is_meta or torch.isfinite(value.detach().sum(dtype=torch.float32)):
+            continue
+        if not torch.isfinite(value).all():  # the sum of large finite values may overflow
+            return key
+    return None
+
+
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file, or all safetensors files of a folder except hidden ones.
 

@@ -100,7 +100,7 @@ def check_weights(components: Mapping[str, Any], messages: list[str], remedy: st
     """
     import torch
 
-    from ..pipelines.inputs import find_nonfinite_weight
+    from ..safe_load import find_nonfinite_weight
 
     for message in messages:
         if "were not used" in message:

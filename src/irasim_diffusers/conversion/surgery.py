@@ -127,8 +127,8 @@ def change_autoencoder(
         A new model for latents of the size of `after`. The input model is not modified.
 
     Raises:
-        ValueError: If the numbers of images or the grids of patches differ, if latents are not finite, or if `patch_size` or the
-            size of the latents is out of range.
+        ValueError: If the numbers of images or the grids of patches differ, if latents are not finite or all zero, or if `patch_size`
+            or the size of the latents is out of range.
     """
     config, old = model.config, model.config["patch_size"]
     grids = [(len(x), x.shape[2] / size, x.shape[3] / size) for x, size in ((before, old), (after, patch_size))]
@@ -141,6 +141,10 @@ def change_autoencoder(
     for name, latents in (("before", before), ("after", after)):
         if not bool(torch.isfinite(latents).all()):
             raise ValueError(f"`{name}` must be finite latents, got NaN or infinite values: check the autoencoder.")
+        if not bool(latents.any()):
+            raise ValueError(
+                f"`{name}` must be latents that depend on the images, got only zeros: check the autoencoder."
+            )
     base = config["base_patch_size"]
     new = IRASimTransformer3DModel.from_config(
         config,
@@ -171,8 +175,8 @@ def fit_autoencoder(
         is not modified.
 
     Raises:
-        ValueError: If patches of the new latents cannot cover the same area, if latents are not finite, or if the new patch size or
-            the size of the latents is out of range.
+        ValueError: If patches of the new latents cannot cover the same area, if latents are not finite or all zero, or if the new patch
+            size or the size of the latents is out of range.
     """
     before, after = (scaled_latents(vae, images) for vae in (own, other))
     patch_size, remainder = divmod(model.config.patch_size * after.shape[-1], before.shape[-1])

@@ -16,20 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..json_files import read_json
+from ..latents import check_sizes
 from ..pictures import resize as resize_frames
+from ..safe_load import find_nonfinite_weight
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-AUTOENCODER_LIMITS = {
-    "layers_per_block": 64,
-    "num_encoder_blocks": 64,
-    "num_decoder_blocks": 64,
-    "block_out_channels": 16384,
-    "encoder_block_out_channels": 16384,
-    "decoder_block_out_channels": 16384,
-}
-"""Upper limits of sizes in the config of an autoencoder."""
-MAX_BLOCKS = 16
 FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """Floating-point types in safetensors files."""
 
@@ -322,20 +314,6 @@ def check_autoencoder(vae: Any, in_channels: int) -> None:
         )
 
 
-def find_nonfinite_weight(module: nn.Module) -> str | None:
-    """Return the name of a weight that is NaN or infinite, or None. The cost is one sum per tensor.
-
-    Weights on the meta device, 8-bit weights and quantized weights are not checked.
-    """
-    for key, value in module.state_dict(keep_vars=True).items():
-        plain = type(value) in (torch.Tensor, nn.Parameter) and value.is_floating_point() and value.itemsize > 1
-        if not plain or value.is_meta or torch.isfinite(value.detach().sum(dtype=torch.float32)):
-            continue
-        if not torch.isfinite(value).all():  # the sum of large finite values may overflow
-            return key
-    return None
-
-
 def check_finite_weights(module: Any, name: str) -> None:
     """Check that all weights of a module are finite; see `find_nonfinite_weight`.
 
@@ -373,21 +351,10 @@ def check_model_files(folder: Path) -> None:
         if not isinstance(config, dict):
             continue
         if name == "vae":
-            _check_layers(config)
+            check_sizes(config)
         if "quantization_config" not in config:
             for file in sorted((folder / name).glob("[!.]*.safetensors")):
                 _check_types(file)
-
-
-def _check_layers(config: dict[str, Any]) -> None:
-    """Check the sizes that determine how long it takes to build an autoencoder."""
-    for key, most in AUTOENCODER_LIMITS.items():
-        sizes = config.get(key, [])
-        sizes = sizes if isinstance(sizes, list) else [sizes]
-        if len(sizes) > MAX_BLOCKS or not all(type(size) is int and 0 <= size <= most for size in sizes):
-            raise ValueError(
-                f"`{key}` of the autoencoder must be one to {MAX_BLOCKS} integers in [0, {most}], got {config[key]!r:.60}."
-            )
 
 
 def _check_types(file: Path) -> None:

@@ -49,8 +49,8 @@ def load_vae(arguments: RunArguments) -> Autoencoder | None:
 
     Raises:
         ValueError: If `vae` cannot be loaded, has other latents than the autoencoder of the pretrained pipeline, or is given for a
-            pixel-space pipeline, or if the pretrained model cannot be accessed.
-        OSError: If the autoencoder of the pretrained pipeline cannot be loaded.
+            pixel-space pipeline, or if the pretrained model cannot be accessed or its autoencoder is invalid.
+        OSError: If the config of the pretrained pipeline is not found or damaged.
     """
     name, revision = arguments.pretrained_model_name_or_path, arguments.revision
     own = _pretrained_vae(name, revision) if name is not None and is_pipeline(name, revision) else None
@@ -102,10 +102,20 @@ def split_subfolder(name: str, argument: str) -> tuple[str, str | None]:
 
 
 def _pretrained_vae(name: str, revision: str | None) -> Autoencoder | None:
-    """Load the frozen autoencoder of a pretrained pipeline; None for pixel space."""
+    """Load the frozen autoencoder of a pretrained pipeline; None for pixel space.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+        OSError: If the config of the pipeline is not found or damaged.
+    """
     if IRASimPipeline.load_config(name, revision=revision)["vae"][1] is None:
         return None
-    return _frozen(load_any_autoencoder(name, subfolder="vae", revision=revision))
+    try:
+        return _frozen(load_any_autoencoder(name, subfolder="vae", revision=revision))
+    except Exception as error:  # the loaders raise errors of many types for damaged files
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must be a pipeline with a valid autoencoder, got {name!r}: {error}"
+        ) from error
 
 
 def _frozen(vae: Autoencoder) -> Autoencoder:
