@@ -25,8 +25,15 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from irasim_diffusers.data import PreparedEpisodes, check_equal_size, first_readable, open_dataset
-from irasim_diffusers.latents import Autoencoder, downsampling_factor, encode_images
+from irasim_diffusers.data import PreparedEpisodes, first_readable, open_dataset
+from irasim_diffusers.latents import (
+    MAX_FACTOR,
+    MIN_FACTOR,
+    Autoencoder,
+    check_sizes,
+    downsampling_factor,
+    encode_images,
+)
 from irasim_diffusers.training import (
     DataArguments,
     Interruption,
@@ -34,8 +41,10 @@ from irasim_diffusers.training import (
     check_held_out,
     check_launch,
     check_ranges,
+    check_same_size,
     default_mixed_precision,
     load_autoencoder,
+    load_frames,
     newest_checkpoint,
     prepare_output,
     run_script,
@@ -46,8 +55,10 @@ from irasim_diffusers.training import (
 )
 
 NO_CROPS = "`crop_size` must be omitted for an AutoencoderKL, whose normalization depends on the whole frame"
+NEW_ONLY = ("tiny", "block_out_channels", "latent_channels", "norm_num_groups")
+"""Arguments that apply only to a new autoencoder."""
 MAY_CHANGE = (
-    *("output_dir", "max_train_steps", "checkpointing_steps", "compile"),
+    *("output_dir", "max_train_steps", "checkpointing_steps", "compile", "latent_std"),
     *("validation_dataset", "validation_split", "validation_steps"),
 )
 
@@ -71,11 +82,14 @@ class VAEArguments(DataArguments):
             "96 128; --tiny: 32 32 32 32, the entries must be equal)"
         },
     )
-    latent_channels: int = field(default=4, metadata={"help": "channels of the latents of a new autoencoder"})
-    norm_num_groups: int = field(
-        default=32,
+    latent_channels: int | None = field(
+        default=None, metadata={"help": "channels of the latents of a new autoencoder (default: 4)"}
+    )
+    norm_num_groups: int | None = field(
+        default=None,
         metadata={
-            "help": "number of GroupNorm groups of a new AutoencoderKL; with 1, latents depend least on distant pixels"
+            "help": "number of GroupNorm groups of a new AutoencoderKL; with 1, latents depend least on distant pixels "
+            "(default: 32)"
         },
     )
     latent_std: float = field(
@@ -114,8 +128,11 @@ class VAEArguments(DataArguments):
     seed: int = field(default=0, metadata={"help": "random seed"})
 
     def __post_init__(self) -> None:
-        if self.block_out_channels is None:
-            self.block_out_channels = [32, 32, 32, 32] if self.tiny else [32, 64, 96, 128]
+        widths = [32, 32, 32, 32] if self.tiny else [32, 64, 96, 128]
+        new = {"block_out_channels": widths, "latent_channels": 4, "norm_num_groups": None if self.tiny else 32}
+        for name, value in new.items():
+            if getattr(self, name) is None and not self.pretrained:
+                setattr(self, name, value)
 
 
 class Autoencoding(torch.nn.Module):
@@ -143,37 +160,9 @@ class Autoencoding(torch.nn.Module):
 def open_frames(arguments: VAEArguments, name: str, split: str, episodes: int | None = None) -> PreparedEpisodes:
     """Open a dataset with the requested cameras and frame size."""
     source = open_dataset(
-        name,
-        arguments.cameras or None,
-        split=split,
-        max_episodes=episodes,
-        action_column=arguments.action_column,
+        name, arguments.cameras or None, split=split, max_episodes=episodes, action_column=arguments.action_column
     )
     return PreparedEpisodes(source, frame_size=arguments.frame_size)
-
-
-def load_frames(dataset: PreparedEpisodes, per_episode: int, skip_broken: bool) -> torch.Tensor:
-    """Read evenly spaced frames (N, 3, H, W), uint8, of each episode.
-
-    Raises:
-        ValueError: If an episode cannot be read and `skip_broken` is False, no episode can be read, or the frames of two episodes
-            differ in size.
-    """
-    frames = []
-    for number in tqdm(range(len(dataset)), desc="reading frames", unit="episode"):
-        try:
-            episode = dataset[number]
-        except ValueError as error:
-            if not skip_broken:
-                raise
-            tqdm.write(f"skipped: {error}")
-            continue
-        chosen = np.linspace(0, len(episode) - 1, min(per_episode, len(episode))).astype(int)
-        frames.append(episode.frames[chosen])
-        check_equal_size(frames[0], frames[-1], f"episode {number} of {dataset.name!r}")
-    if not frames:
-        raise ValueError(f"no episode of {dataset.name!r} can be read.")
-    return torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2)
 
 
 def to_model(frames: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -183,13 +172,14 @@ def to_model(frames: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @torch.no_grad()
 def reconstruction_psnr(vae: Autoencoder, frames: torch.Tensor, device: torch.device) -> float:
-    """Return the PSNR of the mean squared error of 8-bit reconstructions, in dB."""
+    """Return the PSNR of the mean squared error of 8-bit reconstructions, in dB; may be infinite."""
     errors = []
     for batch in frames.split(32):
         decoded = vae.decode(encode_images(vae, to_model(batch, device))).sample.float()
         decoded = (decoded.clamp(-1, 1) + 1).mul(127.5).round()
         errors.append(((decoded - batch.to(device).float()) / 255).square().mean().item() * len(batch))
-    return -10 * math.log10(sum(errors) / len(frames))
+    error = sum(errors) / len(frames)
+    return -10 * math.log10(error) if error else math.inf
 
 
 @torch.no_grad()
@@ -237,7 +227,8 @@ def build_vae(arguments: VAEArguments, sample_size: int) -> Autoencoder:
 
 def run_settings(arguments: VAEArguments, processes: int) -> dict[str, Any]:
     """Return the settings that must not change when a run is resumed."""
-    flags = {name: value for name, value in asdict(arguments).items() if name not in MAY_CHANGE}
+    omitted = {name for name in NEW_ONLY if getattr(arguments, name) is None}  # earlier versions stored other defaults
+    flags = {name: value for name, value in asdict(arguments).items() if name not in omitted.union(MAY_CHANGE)}
     return flags | {"processes": processes}
 
 
@@ -257,20 +248,37 @@ def check_arguments(arguments: VAEArguments) -> None:
         positive=("learning_rate", "latent_std"),
         choices={"mixed_precision": ("no", "fp16", "bf16")},
     )
-    channels = arguments.block_out_channels or []
-    if arguments.tiny and (len(set(channels)) != 1 or channels[0] < 1):
-        raise ValueError(f"`block_out_channels` must be equal positive numbers with `tiny`, got {channels}.")
-    if not arguments.tiny and any(number < 1 or number % arguments.norm_num_groups for number in channels or [0]):
-        raise ValueError(
-            f"`block_out_channels` must be positive multiples of `norm_num_groups` = {arguments.norm_num_groups}, got {channels}."
-        )
+    if not MIN_FACTOR <= arguments.latent_std <= MAX_FACTOR:
+        raise ValueError(f"`latent_std` must be in [{MIN_FACTOR:g}, {MAX_FACTOR:g}], got {arguments.latent_std:g}.")
+    check_new_autoencoder(arguments)
     if arguments.crop_size and not (arguments.tiny or arguments.pretrained):
         raise ValueError(f"{NO_CROPS}: use `tiny`.")
-    if arguments.tiny and arguments.pretrained:
-        raise ValueError("`tiny` must be omitted with `pretrained`, which determines the class of the autoencoder.")
     if arguments.freeze_encoder and not arguments.pretrained:
         raise ValueError("`freeze_encoder` requires `pretrained`: a new encoder must be trained.")
     check_frame_size(arguments)
+
+
+def check_new_autoencoder(arguments: VAEArguments) -> None:
+    """Check the arguments in `NEW_ONLY`.
+
+    Raises:
+        ValueError: If one is out of range or does not apply.
+    """
+    if arguments.pretrained:
+        if given := [name for name in NEW_ONLY if getattr(arguments, name) not in (None, False)]:
+            raise ValueError(f"`{given[0]}` must be omitted with `pretrained`, which determines the layers.")
+        return
+    channels = arguments.block_out_channels or []
+    check_sizes({"block_out_channels": channels, "latent_channels": arguments.latent_channels})
+    if arguments.tiny and (len(set(channels)) != 1 or channels[0] < 1):
+        raise ValueError(f"`block_out_channels` must be equal positive numbers with `tiny`, got {channels}.")
+    if arguments.tiny and arguments.norm_num_groups is not None:
+        raise ValueError("`norm_num_groups` must be omitted with `tiny`: an AutoencoderTiny has no normalization.")
+    groups = arguments.norm_num_groups
+    if groups and any(number < 1 or number % groups for number in channels or [0]):
+        raise ValueError(
+            f"`block_out_channels` must be positive multiples of `norm_num_groups` = {groups}, got {channels}."
+        )
 
 
 def check_divisible(vae: Autoencoder, height: int, width: int, crop_size: int | None = None) -> None:
@@ -305,20 +313,21 @@ def open_data(arguments: VAEArguments) -> tuple[PreparedEpisodes, PreparedEpisod
     The validation data are the first 64 episodes of the validation dataset, or, without one, of the training dataset.
 
     Raises:
-        ValueError: If the data cannot be opened, or training and validation share episodes.
+        ValueError: If the data cannot be opened or read, or training and validation share episodes or differ in frame size.
     """
     source = open_frames(arguments, arguments.dataset, arguments.split)
     if arguments.validation_dataset is None:
         return source, open_frames(arguments, arguments.dataset, arguments.split, episodes=64)
     held_out = open_frames(arguments, arguments.validation_dataset, arguments.validation_split, episodes=64)
     check_held_out([source], [arguments.dataset], held_out, arguments)
+    check_same_size(source, held_out)
     return source, held_out
 
 
 def train(
     accelerator: Accelerator, arguments: VAEArguments, vae: Autoencoder, frames: Frames, newest: Path | None
-) -> None:
-    """Train the autoencoder, starting from the newest checkpoint if one exists.
+) -> int:
+    """Train the autoencoder, starting from the newest checkpoint if one exists; return the last step.
 
     Raises:
         FloatingPointError: If the loss is not finite.
@@ -365,6 +374,7 @@ def train(
                     psnr = describe_psnr(vae, frames, accelerator.device)
                 bar.write(f"step {step}: {psnr}, {time.perf_counter() - start:.0f} s")
     accelerator.wait_for_everyone()
+    return step
 
 
 def batch_loss(
@@ -425,6 +435,28 @@ def describe_psnr(vae: Autoencoder, frames: Frames, device: torch.device) -> str
     return f"{which} PSNR {reconstruction_psnr(vae, frames.held_out, device):.2f} dB"
 
 
+def set_scaling(accelerator: Accelerator, arguments: VAEArguments, vae: Any, frames: Frames, step: int) -> None:
+    """Set the scaling factor, so that scaled latents have the requested standard deviation.
+
+    Every process must call this function. If the factor is out of range, a checkpoint of the last step is written first.
+
+    Raises:
+        ValueError: If the factor is out of range.
+    """
+    deviation = latent_std(vae, frames.held_out, accelerator.device)
+    if not MIN_FACTOR * deviation <= arguments.latent_std <= MAX_FACTOR * deviation:
+        settings = run_settings(arguments, accelerator.num_processes)
+        save_checkpoint(accelerator, Path(arguments.output_dir), step, limit=2, settings=settings)
+        raise ValueError(
+            f"`latent_std` divided by the standard deviation of the latents must be in [{MIN_FACTOR:g}, {MAX_FACTOR:g}], got "
+            f"{arguments.latent_std:g} and {deviation:g}: resume with another `latent_std`, or, if the latents do not depend on "
+            "the frames, train with a lower `learning_rate` and another `output_dir`."
+        )
+    vae.register_to_config(scaling_factor=arguments.latent_std / deviation)
+    if isinstance(vae, AutoencoderKL):
+        vae.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)
+
+
 def main() -> None:
     (arguments,) = HfArgumentParser(VAEArguments).parse_args_into_dataclasses()
     check_arguments(arguments)
@@ -441,6 +473,11 @@ def main() -> None:
     defaults = asdict(VAEArguments(dataset="", output_dir=""))
     newest = newest_checkpoint(output, run_settings(arguments, accelerator.num_processes), defaults)
     training = load_frames(source, arguments.frames_per_episode, arguments.skip_broken)
+    if arguments.train_batch_size > len(training):
+        raise ValueError(
+            f"`train_batch_size` must be at most the number of training frames, {len(training)}, got "
+            f"{arguments.train_batch_size}: use a smaller batch or more `frames_per_episode`."
+        )
     frames = Frames(
         training,
         load_frames(held_out_source, 4, arguments.skip_broken),
@@ -450,13 +487,10 @@ def main() -> None:
     if arguments.compile:
         vae.encoder.compile()
         vae.decoder.compile()
-    train(accelerator, arguments, vae, frames, newest)
+    step = train(accelerator, arguments, vae, frames, newest)
+    if not arguments.freeze_encoder:
+        set_scaling(accelerator, arguments, vae, frames, step)
     if accelerator.is_main_process:
-        if not arguments.freeze_encoder:
-            deviation = latent_std(vae, frames.held_out, accelerator.device)
-            vae.register_to_config(scaling_factor=arguments.latent_std / deviation)
-            if isinstance(vae, AutoencoderKL):
-                vae.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)
         save_finished(output, vae.save_pretrained)
         psnr = describe_psnr(vae, frames, accelerator.device)
         print(f"{psnr} in float32; scaling_factor {vae.config.scaling_factor:.4f}; {output}")

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+MAX_SIDE = 8192
+"""Maximum height and width of resized frames, in pixels, which bounds the memory that an argument can request."""
+
 
 @dataclass(kw_only=True)
 class DataArguments:

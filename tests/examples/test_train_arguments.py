@@ -16,11 +16,20 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.tracking import get_available_trackers
 from fork_server import fork_server
 from test_lerobot import write_folder
-from test_pusht import EXAMPLES
+from test_pusht import EXAMPLES, call
 from test_train import CONFIGS, SHORT, train_robot, write_robot, write_workspace
 from tiny_models import tiny_pipeline, tiny_transformer, tiny_vae
 from train import TrainingArguments, check_arguments
-from train_vae import VAEArguments, build_vae, check_divisible, crop_frames, load_frames, open_data
+from train_vae import (
+    Frames,
+    VAEArguments,
+    build_vae,
+    check_divisible,
+    crop_frames,
+    describe_psnr,
+    load_frames,
+    open_data,
+)
 from train_vae import check_arguments as check_autoencoder_arguments
 from transformers import HfArgumentParser
 
@@ -125,7 +134,7 @@ def test_the_current_folder_may_be_the_dataset():
         ({"state_keys": ["joints"]}, "`state_keys` must be among the vector features .*, got 'joints'"),
         (
             {"validation_dataset": "other"},
-            r"`validation_dataset` must have frames of size \(16, 32\).*, got \(16, 24\)",
+            "`validation_dataset` must have frames of 16x32 .*, got 16x24",
         ),
     ],
 )
@@ -264,6 +273,16 @@ def test_frames_must_match_the_autoencoder():
         ({"tiny": True, "block_out_channels": [8, 16]}, "must be equal positive numbers with `tiny`, got \\[8, 16\\]"),
         ({"tiny": True, "block_out_channels": []}, "must be equal positive numbers with `tiny`"),
         ({"latent_noise": -0.1}, "`latent_noise` must"),
+        ({"latent_std": 1e30}, r"`latent_std` must be in \[1e-06, 1e\+06\], got 1e\+30"),
+        ({"latent_std": 1e-30}, r"`latent_std` must be in \[1e-06, 1e\+06\], got 1e-30"),
+        ({"latent_channels": 10**11}, "`latent_channels` of the autoencoder must be .*, got 100000000000"),
+        ({"block_out_channels": [4 * 10**6] * 2}, "`block_out_channels` of the autoencoder must be .*, got .4000000"),
+        ({"height": 32768, "width": 32768}, "`height` must be at most 8192, got 32768"),
+        ({"tiny": True, "norm_num_groups": 8}, "`norm_num_groups` must be omitted with `tiny`"),
+        ({"pretrained": "vae", "tiny": True}, "`tiny` must be omitted with `pretrained`"),
+        ({"pretrained": "vae", "block_out_channels": [16]}, "`block_out_channels` must be omitted with `pretrained`"),
+        ({"pretrained": "vae", "latent_channels": 4}, "`latent_channels` must be omitted with `pretrained`"),
+        ({"pretrained": "vae", "norm_num_groups": 32}, "`norm_num_groups` must be omitted with `pretrained`"),
     ],
 )
 def test_invalid_autoencoder_arguments(flags, message):
@@ -293,6 +312,32 @@ def test_crops_of_frames(tmp_path):
     crops = crop_frames(frames, torch.zeros(3, 16, 20), 8, np.random.default_rng(0))
     assert crops.shape == (50, 3, 8, 8)
     assert (crops.amax((1, 2, 3)) == 255).sum() > 20  # half of the pixels are drawn by the change
+
+
+def test_constant_latents_end_in_an_error_and_keep_the_checkpoint(workspace, tmp_path):
+    """The autoencoder reconstructs black frames without an error, so their PSNR is infinite."""
+    black = build_vae(VAEArguments(dataset="set", output_dir="out", tiny=True, block_out_channels=[4, 4]), 32)
+    for parameter in black.parameters():
+        torch.nn.init.zeros_(parameter)
+    black.save_pretrained(tmp_path / "black")
+    frames = torch.zeros(2, 3, 16, 32, dtype=torch.uint8)
+    text = describe_psnr(black, Frames(frames, frames, frames[0], is_held_out=True), torch.device("cpu"))
+    assert text == "held-out PSNR inf dB"
+    flags = ["--dataset", workspace / "first", "--cameras", 0, "--output_dir", tmp_path / "out", *SHORT]
+    flags += ["--pretrained", tmp_path / "black"]
+    with pytest.raises(ValueError, match="must be at most the number of training frames, 27, got 28: use a smaller"):
+        call("train_vae", *flags, "--train_batch_size", 28)
+    for deviation in (1.0, 0.5):
+        with pytest.raises(ValueError, match=rf"`latent_std` divided by .* 1e\+06\], got {deviation:g} and 0: resume"):
+            call("train_vae", *flags, "--latent_std", deviation)
+        assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_autoencoder_is_not_validated_on_frames_of_another_size(workspace, tmp_path):
+    write_robot(tmp_path / "narrow", 3, episodes=1, width=24)
+    flags = {"dataset": str(workspace / "first"), "output_dir": "out", "cameras": ["0"]}
+    with pytest.raises(ValueError, match=r"must have frames of 16x32 .*, got 16x24: resize both"):
+        open_data(VAEArguments(**flags, validation_dataset=str(tmp_path / "narrow")))
 
 
 def test_autoencoder_is_not_validated_on_training_episodes(episodes):

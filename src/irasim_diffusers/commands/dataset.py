@@ -7,11 +7,9 @@ import math
 from dataclasses import MISSING, fields
 from typing import Any, get_args, get_origin
 
-from ..data_arguments import EpisodeArguments
+from ..data_arguments import MAX_SIDE, EpisodeArguments
 from .files import check_flag_ranges, check_name
 
-MAX_SIDE = 8192
-"""Maximum height and width of resized frames, in pixels, which bounds the memory that a flag can request."""
 OPENED = ("cameras", "split", "fps", "action_column", "state_columns")
 """Fields of `EpisodeArguments` that `open_dataset` reads."""
 

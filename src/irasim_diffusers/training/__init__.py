@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         seconds_trained,
         step_of,
     )
-    from .datasets import check_held_out, open_sources
+    from .datasets import check_held_out, check_same_size, load_frames, open_sources
     from .launch import default_mixed_precision, lock_output, prepare_output, start_accelerator
     from .objective import diffusion_loss
     from .pretrained import is_pipeline, load_autoencoder, load_transformer, load_vae
@@ -33,6 +33,7 @@ _MODULES = {
     "check_launch": "scripts",
     "check_ranges": "scripts",
     "check_run_arguments": "arguments",
+    "check_same_size": "datasets",
     "check_snr_gamma": "arguments",
     "default_mixed_precision": "launch",
     "diffusion_loss": "objective",
@@ -42,6 +43,7 @@ _MODULES = {
     "is_pipeline": "pretrained",
     "list_checkpoints": "checkpoints",
     "load_autoencoder": "pretrained",
+    "load_frames": "datasets",
     "load_sampler": "saving",
     "load_transformer": "pretrained",
     "load_vae": "pretrained",
@@ -77,6 +79,7 @@ __all__ = [
     "check_launch",
     "check_ranges",
     "check_run_arguments",
+    "check_same_size",
     "check_snr_gamma",
     "default_mixed_precision",
     "diffusion_loss",
@@ -86,6 +89,7 @@ __all__ = [
     "is_pipeline",
     "list_checkpoints",
     "load_autoencoder",
+    "load_frames",
     "load_sampler",
     "load_transformer",
     "load_vae",

@@ -12,7 +12,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.optimization import SchedulerType
 from diffusers.utils import is_bitsandbytes_available
 
-from ..data_arguments import DataArguments, EpisodeArguments
+from ..data_arguments import MAX_SIDE, DataArguments, EpisodeArguments
 from .scripts import check_ranges
 
 
@@ -301,14 +301,17 @@ def _check_data_arguments(arguments: RunArguments) -> None:
 
 
 def check_frame_size(arguments: DataArguments) -> None:
-    """Check that `height` and `width` are given together.
+    """Check that `height` and `width` are given together, and limit the memory of a frame.
 
     Raises:
-        ValueError: If only one of them is given.
+        ValueError: If only one of them is given, or one is too large.
     """
     if (arguments.height is None) != (arguments.width is None):
         found = "width" if arguments.height is None else "height"
         raise ValueError(f"`height` and `width` must be given together, got only `{found}`: pass both or neither.")
+    for name in ("height", "width"):
+        if (getattr(arguments, name) or 0) > MAX_SIDE:
+            raise ValueError(f"`{name}` must be at most {MAX_SIDE}, got {getattr(arguments, name)}.")
 
 
 def check_snr_gamma(snr_gamma: float | None, prediction_type: str | None) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from datasets import ReadInstruction
+from tqdm.auto import tqdm
 
 from ..data import (
     IRASimFolder,
@@ -128,9 +130,16 @@ def check_data(sources: list[PreparedEpisodes], arguments: RunArguments) -> None
         )
     if arguments.recorded_latents or arguments.streaming:  # frames may be absent or must be downloaded
         return
-    sizes = [
-        first_readable(source, functools.partial(_first_frame, source)).shape[:2] for source in (sources[0], held_out)
-    ]
+    check_same_size(sources[0], held_out)
+
+
+def check_same_size(source: PreparedEpisodes, held_out: PreparedEpisodes) -> None:
+    """Check that the frames of training and validation data have the same size.
+
+    Raises:
+        ValueError: If the first readable frames differ in size, or no frame can be read.
+    """
+    sizes = [first_readable(each, functools.partial(_first_frame, each)).shape[:2] for each in (source, held_out)]
     if sizes[0] != sizes[1]:
         wanted, size = ("x".join(map(str, each)) for each in sizes)
         raise ValueError(
@@ -257,6 +266,30 @@ def cached_clips(
             f"`crop_size` must be at most the smaller side of the latents {parts[0].latent_size}, got {arguments.crop_size}."
         )
     return parts
+
+
+def load_frames(dataset: PreparedEpisodes, per_episode: int, skip_broken: bool) -> torch.Tensor:
+    """Read evenly spaced frames (N, 3, H, W), uint8, of each episode.
+
+    Raises:
+        ValueError: If an episode cannot be read and `skip_broken` is False, no episode can be read, or the frames of two episodes
+            differ in size.
+    """
+    frames = []
+    for number in tqdm(range(len(dataset)), desc="reading frames", unit="episode"):
+        try:
+            episode = dataset[number]
+        except ValueError as error:
+            if not skip_broken:
+                raise
+            tqdm.write(f"skipped: {error}")
+            continue
+        chosen = np.linspace(0, len(episode) - 1, min(per_episode, len(episode))).astype(int)
+        frames.append(episode.frames[chosen])
+        check_equal_size(frames[0], frames[-1], f"episode {number} of {dataset.name!r}")
+    if not frames:
+        raise ValueError(f"no episode of {dataset.name!r} can be read.")
+    return torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2)
 
 
 def validation_clips(arguments: RunArguments, config: Any) -> tuple[np.ndarray, np.ndarray] | None:
