@@ -179,7 +179,7 @@ def test_reading_data_imports_no_diffusers():
 def test_public_names_exist(package):
     for name in package.__all__:
         assert not inspect.ismodule(getattr(package, name))
-    assert set(package._MODULES) <= set(package.__all__)
+    assert set(package._MODULES) <= set(package.__all__) <= set(dir(package))
 
 
 def test_auto_model_loads_from_pipeline_folder(tmp_path, pipeline):

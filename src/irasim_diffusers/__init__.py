@@ -37,6 +37,10 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
+
 def embedded_checkpoint() -> Path:
     """Return the folder of the Push-T world model in this package, for `IRASimPipeline.from_pretrained`."""
     return Path(__file__).parent / "checkpoints" / "pusht"

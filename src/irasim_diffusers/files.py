@@ -9,6 +9,7 @@ import platform
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ TEMPORARY = re.compile(r"\..*\.(?P<pid>\d+)(?:-(?P<host>[0-9a-f]{8})-[0-9a-f]{8}
 """Names of temporary files and folders, with the id of the writing process and (except in early versions) a hash of the machine."""
 ABANDONED_AFTER = 24 * 3600
 """Seconds without a change after which the temporary file of another machine counts as abandoned."""
+TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""Parts of the RuntimeErrors with which versions of `torch.save` hide an OSError."""
 
 
 @contextmanager
@@ -55,14 +58,20 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _full_disk_named(path: Path) -> Iterator[None]:
-    """Raise an OSError that names the file if the disk is full; the errors of some writers do not name it."""
+def write_errors_named(path: Path) -> Iterator[None]:
+    """Raise an OSError that names the file if it cannot be written; the errors of some writers do not name it.
+
+    Raises:
+        OSError: If the disk is full, or `torch.save` cannot write.
+    """
     try:
         yield
     except Exception as error:  # safetensors and PyArrow raise their own types
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left on device" not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
+        if isinstance(error, RuntimeError) and any(name in str(error) for name in TORCH_SAVE):
+            raise OSError(f"cannot write {str(path)!r}: {str(error).splitlines()[0]}") from error
+        raise
 
 
 def file_hash(path: Path) -> str:
@@ -82,7 +91,7 @@ def temporary_path(path: str | os.PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{_temporary_name(path.stem)}{path.suffix}")
     try:
-        with _full_disk_named(path):
+        with write_errors_named(path):
             yield partial
             flush(partial)
         partial.replace(path)
@@ -106,7 +115,7 @@ def temporary_folder(path: str | os.PathLike) -> Iterator[Path]:
     partial = path.with_name(_temporary_name(path.name))
     partial.mkdir()
     try:
-        with _full_disk_named(path):
+        with write_errors_named(path):
             yield partial
             for written in [*partial.rglob("*"), partial]:
                 flush(written)
@@ -127,6 +136,22 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file under a temporary name, then rename it."""
     with temporary_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def check_writable(flag: str, path: Path, folder: Path) -> None:
+    """Raise ValueError if no file can be written in a folder or its nearest existing parent.
+
+    The error names `path`.
+    """
+    folder = folder.absolute()
+    while not folder.exists() and not folder.is_symlink():
+        folder = folder.parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # permission bits are not sufficient, for example on /proc
+    except OSError as error:
+        raise ValueError(
+            f"{flag} must be writable, got {str(path)!r}: {error.strerror} in {str(folder)!r}; choose another folder."
+        ) from error
 
 
 def remove_abandoned(folder: str | os.PathLike) -> None:

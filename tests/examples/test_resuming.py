@@ -33,6 +33,11 @@ def test_resuming_with_other_settings_raises(workspace):
         # the settings are checked before the data are opened
         train_robot(workspace, "settled", "--learning_rate", 1e-5, "--dataset", "missing")
     train_robot(workspace, "settled", "--logging_steps", 1, "--max_train_steps", 4)
+    weights = (workspace / "settled" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"`max_train_steps` must be at least 4, the step of '.*checkpoint-4', got 3"):
+        train_robot(workspace, "settled", "--max_train_steps", 3, "--dataset", "missing")
+    train_robot(workspace, "settled", "--max_train_steps", 4)  # only writes the pipeline again
+    assert (workspace / "settled" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
     settings = json.loads((workspace / "settled" / "checkpoint-4" / "settings.json").read_text())
     flags = {each.name for each in dataclasses.fields(TrainingArguments)}
     assert flags & settings.keys() == flags - MAY_CHANGE

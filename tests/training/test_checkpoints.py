@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny_models import tiny_pipeline, tiny_transformer
 
 from irasim_diffusers.data.content_hash import tensors_hash
-from irasim_diffusers.training import lock_output, newest_checkpoint
+from irasim_diffusers.training import check_output_dir, lock_output, newest_checkpoint, save_finished
 from irasim_diffusers.training.checkpoints import SETTINGS, check_resume, load_average, save_checkpoint
 from irasim_diffusers.training.loop import TrainingRun, frozen_weights
 from irasim_diffusers.training.saving import finished_pipeline
@@ -130,6 +130,71 @@ def test_files_with_names_of_folders_raise(name, tmp_path):
     (tmp_path / name).symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=f"{name}' must be a folder"):
         lock_output(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors", "model_index.json"])
+def test_folders_with_names_of_files_are_kept(name, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=f"{name}' must be a file, but is a folder: rename it, or choose another"):
+        check_output_dir(tmp_path)
+    with pytest.raises(ValueError, match=f"{name}' must be a file, but is a folder"):
+        save_finished(tmp_path, lambda folder: (folder / name).touch())
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [name, f"{name}/notes.txt"]
+
+
+@pytest.mark.parametrize("kind", ["file", "loop", "dangling"])
+def test_unusable_output_folders_raise(kind, tmp_path):
+    output = tmp_path / "out"
+    if kind == "file":
+        output.touch()
+    else:
+        output.symlink_to(output if kind == "loop" else tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"`output_dir` must be (a folder, got the file|writable, got) '.*out'"):
+        check_output_dir(output)
+    check_output_dir(tmp_path / "new" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_fewer_steps_than_those_of_a_checkpoint_raise(output):
+    check_resume(output, {}, None, 4)
+    with pytest.raises(ValueError, match=r"`max_train_steps` must be at least 4, the step of '.*checkpoint-4', got 3"):
+        check_resume(output, {}, None, 3)
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from irasim_diffusers.training import run_script, save_checkpoint
+
+accelerator, model = Accelerator(cpu=True), torch.nn.Linear(100, 100)
+optimizer = torch.optim.AdamW(model.parameters())
+model, optimizer = accelerator.prepare(model, optimizer)
+model(torch.ones(1, 100)).sum().backward()
+optimizer.step()
+save_checkpoint(accelerator, Path("whole"), 4, 2, {})
+missing = int(sys.argv[1])
+limit = Path("whole/checkpoint-4/optimizer.bin").stat().st_size - missing  # more than the weights
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+run_script(lambda: save_checkpoint(accelerator, Path("."), 4, 2, {}))
+"""
+
+
+@pytest.mark.parametrize("missing", [30_000, 100])
+def test_full_disk_ends_in_one_line(tmp_path, missing):
+    """The limit on the size of a file has the effect of a full disk on the optimizer's file, which torch writes.
+
+    The error of torch is another one if only the end of the file cannot be written.
+    """
+    result = fork_server().run("-c", FULL_DISK, missing, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("-c: error: cannot write 'partial-4': ")
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
 @pytest.mark.parametrize("name", ["meta/info.json", "annotation/0.json", "dataset_info.json"])

@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import re
-import tempfile
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import remove_abandoned
+from ..files import check_writable, remove_abandoned
 from ..json_files import unique_keys
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -246,19 +245,3 @@ def check_name(flag: str, path: Path | str) -> None:
     """Raise ValueError if a path contains a NUL character, which no file system accepts."""
     if "\0" in str(path):
         raise ValueError(f"{flag} must be a path without NUL characters, got {str(path)!r}.")
-
-
-def check_writable(flag: str, path: Path, folder: Path) -> None:
-    """Raise ValueError if no file can be written in a folder or its nearest existing parent.
-
-    The error names `path`.
-    """
-    folder = folder.absolute()
-    while not folder.exists() and not folder.is_symlink():
-        folder = folder.parent
-    try:
-        tempfile.TemporaryFile(dir=folder).close()  # permission bits are not sufficient, for example on /proc
-    except OSError as error:
-        raise ValueError(
-            f"{flag} must be writable, got {str(path)!r}: {error.strerror} in {str(folder)!r}; choose another folder."
-        ) from error

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         step_of,
     )
     from .datasets import check_held_out, check_same_size, load_frames, open_sources
-    from .launch import default_mixed_precision, lock_output, prepare_output, start_accelerator
+    from .launch import check_output_dir, default_mixed_precision, lock_output, prepare_output, start_accelerator
     from .objective import diffusion_loss
     from .pretrained import is_pipeline, load_autoencoder, load_transformer, load_vae
     from .run import TrainingData, encode_data, train
@@ -31,6 +31,7 @@ _MODULES = {
     "check_frame_size": "arguments",
     "check_held_out": "datasets",
     "check_launch": "scripts",
+    "check_output_dir": "launch",
     "check_ranges": "scripts",
     "check_run_arguments": "arguments",
     "check_same_size": "datasets",
@@ -69,6 +70,10 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
+
 __all__ = [
     "DataArguments",
     "Interruption",
@@ -77,6 +82,7 @@ __all__ = [
     "check_frame_size",
     "check_held_out",
     "check_launch",
+    "check_output_dir",
     "check_ranges",
     "check_run_arguments",
     "check_same_size",

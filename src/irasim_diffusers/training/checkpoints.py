@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..files import file_hash, flush, remove_abandoned, temporary_folder
+from ..files import file_hash, flush, remove_abandoned, temporary_folder, write_errors_named
 from ..json_files import read_json_object
 
 logger = logging.getLogger(__name__)
@@ -95,20 +95,37 @@ def _problem(checkpoint: Path) -> str | None:
     return None
 
 
-def check_resume(output: Path, settings: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+def check_resume(
+    output: Path,
+    settings: dict[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    max_train_steps: int | None = None,
+) -> None:
     """Compare settings with those of the newest checkpoint whose settings file is readable.
 
     This check comes before the data are read. Without such a checkpoint, nothing is checked.
 
+    Args:
+        output: Folder of the checkpoints.
+        settings: Settings that define the run.
+        defaults: Values of settings that a checkpoint of an earlier version does not contain.
+        max_train_steps: Number of steps after which the run ends; None if the checkpoint may be of any step.
+
     Raises:
-        ValueError: If a setting differs.
+        ValueError: If a setting differs, or the checkpoint is of a later step than `max_train_steps`.
     """
     for path in reversed(list_checkpoints(output)):
         try:
             read_json_object(path / SETTINGS)
         except ValueError:
             continue  # `newest_checkpoint` reports a damaged checkpoint
-        return _check_settings(path, settings, defaults)
+        _check_settings(path, settings, defaults)
+        if max_train_steps is not None and step_of(path) > max_train_steps:  # its model would replace a finished one
+            raise ValueError(
+                f"`max_train_steps` must be at least {step_of(path)}, the step of {str(path)!r}, got {max_train_steps}: use more "
+                "steps, or another `output_dir`."
+            )
+        return
 
 
 def _check_settings(checkpoint: Path, settings: dict[str, Any], defaults: Mapping[str, Any] | None) -> None:
@@ -165,15 +182,13 @@ def save_checkpoint(
     """
     partial = output / f"partial-{step}"
     try:
-        accelerator.save_state(str(partial))
-        if add is not None:
-            add(partial)
-    except (OSError, SafetensorError, RuntimeError) as error:
+        with write_errors_named(partial):
+            accelerator.save_state(str(partial))
+            if add is not None:
+                add(partial)
+    except (OSError, SafetensorError, RuntimeError):
         # on a full disk, the incomplete files would occupy the remaining space
         shutil.rmtree(partial, ignore_errors=True)
-        hidden = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container"))
-        if isinstance(error, RuntimeError) and hidden:  # torch.save hides the OSError
-            raise OSError(f"cannot write {str(partial)!r}: {str(error).splitlines()[0]}") from error
         raise
     accelerator.wait_for_everyone()  # every process writes its own random state
     if accelerator.is_main_process:
@@ -209,18 +224,23 @@ def remove_leftovers(output: Path) -> None:
 def save_finished(output: Path, save: Callable[[Path], None]) -> None:
     """Save the final model to the output folder.
 
-    Files and folders of the same names are replaced. `model_index.json`, which marks a pipeline as complete, is moved there last.
+    Files and folders of the same names are replaced, but no folder by a file. `model_index.json`, which marks a pipeline as
+    complete, is moved there last.
 
     Args:
         output: Output folder, which also contains the checkpoints.
         save: Function that writes the model to a given folder, for example `pipeline.save_pretrained`.
 
     Raises:
+        ValueError: If a folder is in the place of a file.
         OSError: If a file cannot be written, for example on a full disk.
     """
     finished = output / FINISHED
     with temporary_folder(finished) as partial:
         save(partial)
+        for path in partial.iterdir():
+            if path.is_file() and (output / path.name).is_dir():
+                raise ValueError(f"{str(output / path.name)!r} must be a file, but is a folder: rename or remove it.")
     for path in sorted(finished.iterdir(), key=lambda path: path.name == DiffusionPipeline.config_name):
         if (output / path.name).is_dir():
             shutil.rmtree(output / path.name)

@@ -21,6 +21,7 @@ from accelerate.utils import (
 from huggingface_hub import create_repo
 
 from ..devices import fast_dtype
+from ..files import check_writable
 from .arguments import MAY_CHANGE, RunArguments
 from .checkpoints import FINISHED, check_resume, remove_leftovers
 from .scripts import check_launch
@@ -33,6 +34,11 @@ except ModuleNotFoundError:  # Windows
 
 PARTS = ("transformer", "vae", "scheduler")
 """Subfolders of a trained pipeline."""
+FILES = (
+    *("model_index.json", "config.json", "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"),
+    "README.md",
+)
+"""Files of a trained pipeline, model or adapter."""
 _LOCKED: list[IO[str]] = []
 """Lock files, which stay open until the process ends."""
 
@@ -42,7 +48,7 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
 
     Raises:
         ValueError: If the launcher, the precision or the distributed type does not match the arguments, or if the output folder
-            contains a run with other arguments.
+            contains a run with other arguments or more steps.
     """
     output = Path(arguments.output_dir)
     accelerator = Accelerator(
@@ -59,7 +65,8 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
     check_launch(accelerator)
     _check_accelerator(accelerator, arguments)
     torch.backends.cuda.matmul.allow_tf32 = arguments.allow_tf32
-    check_resume(output, fixed_settings(arguments, accelerator), default_settings(arguments))
+    settings = fixed_settings(arguments, accelerator)
+    check_resume(output, settings, default_settings(arguments), arguments.max_train_steps)
     set_seed(arguments.seed)
     return accelerator
 
@@ -145,12 +152,18 @@ def lock_output(output: Path) -> None:
 
 
 def check_output_dir(output: Path) -> None:
-    """Check that an output folder is not a dataset, and that no file in it blocks the checkpoints.
+    """Check that an output folder can be written and is not a dataset, and that nothing in it blocks the results.
+
+    Args:
+        output: The folder; it need not exist.
 
     Raises:
-        ValueError: If it contains a dataset, or a file or symbolic link in the place of a checkpoint, a temporary folder or a
-            subfolder of the pipeline.
+        ValueError: If it is a file or cannot be written, contains a dataset, a file or symbolic link in the place of a checkpoint,
+            a temporary folder or a subfolder of the pipeline, or a folder in the place of a file of the result.
     """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"`output_dir` must be a folder, got the file {str(output)!r}.")
+    check_writable("`output_dir`", output, output)
     for name in ("meta/info.json", "annotation", "dataset_info.json", "dataset_dict.json"):
         if (output / name).exists():
             raise ValueError(f"`output_dir` must not be a dataset, got {str(output)!r}, which contains {name!r}.")
@@ -159,6 +172,11 @@ def check_output_dir(output: Path) -> None:
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise ValueError(
                 f"{str(path)!r} must be a folder and not a link: remove it, or choose another `output_dir`."
+            )
+    for path in (output / name for name in FILES):
+        if path.is_dir():
+            raise ValueError(
+                f"{str(path)!r} must be a file, but is a folder: rename it, or choose another `output_dir`."
             )
 
 
