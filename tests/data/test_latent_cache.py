@@ -5,10 +5,10 @@ import pytest
 import torch
 from fork_server import fork_server
 from safetensors.torch import load, save, save_file
-from test_lerobot import write_folder
+from test_lerobot import CAMERA, write_folder
 from tiny_models import tiny_vae
 
-from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents
+from irasim_diffusers.data import LatentClips, LeRobotFolder, cache_latents, write_video
 
 ENCODE = """
 import sys, time
@@ -25,6 +25,33 @@ cache_latents(LeRobotFolder("set"), vae, "cache", episodes_per_file=1)
 def dataset(tmp_path):
     write_folder(tmp_path / "set", lengths=(5, 9, 7))
     return LeRobotFolder(tmp_path / "set")
+
+
+@pytest.mark.parametrize("kind", ["file", "loop", "dangling"])
+def test_unusable_folder_raises_before_encoding(dataset, tmp_path, kind):
+    place, (vae, encoded) = tmp_path / "cache", counting_vae()
+    if kind == "file":
+        place.touch()
+    else:
+        place.symlink_to(place if kind == "loop" else tmp_path / "nowhere")
+    with pytest.raises(
+        ValueError, match=r"`cache_dir` must be a folder that can be created and written, got .*cache'"
+    ):
+        cache_latents(dataset, vae, place)
+    assert not encoded
+
+
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_frames_of_another_size_raise_at_their_episode(dataset, tmp_path, skip_broken):
+    video = tmp_path / "set/videos" / CAMERA / "chunk-000/file-001.mp4"
+    write_video(video, dataset[2].frames[:, ::2, ::2], 10, lossless=True)
+    message = "frames of episode 2 of .*set' must be 10x14 .* like those of earlier episodes, got 5x7: resize all"
+    source, flags = LeRobotFolder(tmp_path / "set"), {"episodes_per_file": 1, "skip_broken": skip_broken}
+    for _ in range(2):  # also if earlier episodes are already in the cache
+        with pytest.raises(ValueError, match=message):
+            cache_latents(source, tiny_vae(), tmp_path / "cache", **flags)
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["latents-00000.safetensors", "latents-00001.safetensors"]
 
 
 def counting_vae():

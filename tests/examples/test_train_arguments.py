@@ -134,7 +134,7 @@ def test_the_current_folder_may_be_the_dataset():
         ({"state_keys": ["joints"]}, "`state_keys` must be among the vector features .*, got 'joints'"),
         (
             {"validation_dataset": "other"},
-            "`validation_dataset` must have frames of 16x32 .*, got 16x24",
+            r"`validation_dataset` must have frames of 16x32 \(height x width\) like .*, got 16x24: resize both",
         ),
     ],
 )

@@ -7,9 +7,9 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,13 +21,16 @@ from ..files import remove_abandoned, temporary_path
 from ..json_files import read_json_object
 from ..latents import Autoencoder, check_latent_scaling, encode_images, latent_scaling, unscale_latents
 from .content_hash import tensors_hash
-from .episode import Episode, EpisodeSource
+from .episode import Episode, EpisodeSource, check_equal_size, first_readable
 
 FORMAT = 1
 """Version of the cached values; increment it whenever decoding, tiling or resizing changes."""
 
 FRAMES_AT_ONCE = 256
 """Maximum number of frames decoded at a time, unless `batch_size` is larger."""
+
+Encoded: TypeAlias = tuple[torch.Tensor, np.ndarray, np.ndarray | None]
+"""Latents (T, C, h, w), actions (T, A) and the first frame (1, H, W, 3) of an episode; None with recorded latents."""
 
 
 def cache_latents(
@@ -68,13 +71,14 @@ def cache_latents(
         lists the files and the errors of broken episodes.
 
     Raises:
-        ValueError: If an argument is invalid, an episode cannot be read or has no finite latents and `skip_broken` is False (also
-            if an earlier run skipped it), or no episode is left.
+        ValueError: If an argument is invalid, `cache_dir` cannot be created, an episode cannot be read or has no finite latents and
+            `skip_broken` is False (also if an earlier run skipped it), no episode is left, or frames of two episodes differ in size.
     """
     _check_arguments(vae, recorded, batch_size, episodes_per_file, process_index, num_processes)
     identity = _identity(dataset, vae, recorded, mixed_precision, episodes_per_file)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache_dir) / f"{Path(dataset.name).name}-{digest}"
+    _create(folder, cache_dir)
     manifest = _read_manifest(folder)
     if process_index == 0:
         remove_abandoned(folder)
@@ -84,12 +88,23 @@ def cache_latents(
     ours = partial(_encode_episode, dataset, vae, batch_size, mixed_precision)
     encode = partial(_encode_recorded, dataset, vae) if recorded else ours
     share = [list(files)[index] for index in np.array_split(range(len(files)), num_processes)[process_index]]
-    _encode_share({path: files[path] for path in share}, manifest, encode, skip_broken, process_index > 0)
+    check = partial(_check_size, dataset, cache(partial(_first_frame, dataset)))
+    _encode_share({path: files[path] for path in share}, manifest, encode, check, skip_broken, process_index > 0)
     wait_for_everyone()
     if process_index == 0:
         _write_manifest(folder, files, identity, manifest, vae, len(dataset))
     wait_for_everyone()
     return _checked(folder, skip_broken)
+
+
+def _create(folder: Path, cache_dir: str | os.PathLike) -> None:
+    """Create the folder of a cache before anything is encoded."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`cache_dir` must be a folder that can be created and written, got {str(cache_dir)!r}: {error.strerror}."
+        ) from error
 
 
 def _files(folder: Path, num_episodes: int, episodes_per_file: int) -> dict[Path, range]:
@@ -104,7 +119,8 @@ def _files(folder: Path, num_episodes: int, episodes_per_file: int) -> dict[Path
 def _encode_share(
     files: dict[Path, range],
     manifest: dict[str, Any],
-    encode: Callable[[int], tuple[torch.Tensor, np.ndarray]],
+    encode: Callable[[int], Encoded],
+    check: Callable[[int, np.ndarray | None], None],
     skip_broken: bool,
     quiet: bool,
 ) -> None:
@@ -118,7 +134,7 @@ def _encode_share(
             if path.is_file() or manifest:
                 state = "damaged" if path.is_file() else "missing"
                 bar.write(f"{str(path)!r} is {state}: its {len(files[path])} episodes are encoded again.")
-            _write_file(path, *_encode_episodes(files[path], encode, skip_broken, bar))
+            _write_file(path, *_encode_episodes(files[path], encode, check, skip_broken, bar))
 
 
 def _check_arguments(
@@ -255,22 +271,27 @@ def _checked(folder: Path, skip_broken: bool) -> Path:
 
 def _encode_episodes(
     numbers: range,
-    encode: Callable[[int], tuple[torch.Tensor, np.ndarray]],
+    encode: Callable[[int], Encoded],
+    check: Callable[[int, np.ndarray | None], None],
     skip_broken: bool,
     bar: tqdm,
 ) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
-    """Return the latents and actions of some episodes, and the error messages of the broken ones."""
+    """Return the latents and actions of some episodes, and the error messages of the broken ones.
+
+    `check` receives the index and the first frame of each readable episode; its errors are not skipped.
+    """
     tensors: dict[str, torch.Tensor] = {}
     broken: dict[int, str] = {}
     for number in numbers:
         try:
-            latents, actions = encode(number)
+            latents, actions, frame = encode(number)
         except ValueError as error:
             if not skip_broken:
                 raise
             broken[number] = str(error)
             bar.write(f"skipped: {error}")
         else:
+            check(number, frame)
             tensors[f"latents.{number}"] = latents
             tensors[f"actions.{number}"] = torch.from_numpy(np.ascontiguousarray(actions))
         bar.update()
@@ -279,19 +300,20 @@ def _encode_episodes(
 
 def _encode_episode(
     dataset: EpisodeSource, vae: Autoencoder | None, batch_size: int, mixed_precision: bool, number: int
-) -> tuple[torch.Tensor, np.ndarray]:
-    """Encode one episode; return latents (T, C, h, w) and actions (T, A)."""
+) -> Encoded:
+    """Encode one episode."""
     parts = [
-        (_encode(vae, part.frames, batch_size, mixed_precision), part.actions)
+        (_encode(vae, part.frames, batch_size, mixed_precision), part.actions, part.frames[:1].copy())
         for part in _parts(dataset, number, batch_size)
     ]
-    latents = torch.cat([latents for latents, _ in parts])
+    latents = torch.cat([latents for latents, *_ in parts])
     remedy = "use float32 weights, or weights that are stable in half precision"
-    return _finite(latents, dataset, number, remedy), np.concatenate([actions for _, actions in parts])
+    actions = np.concatenate([actions for _, actions, _ in parts])
+    return _finite(latents, dataset, number, remedy), actions, parts[0][2]
 
 
-def _encode_recorded(dataset: EpisodeSource, vae: Autoencoder, number: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Return the unscaled latents (T, C, h, w) stored with the video, and actions (T, A) of one episode."""
+def _encode_recorded(dataset: EpisodeSource, vae: Autoencoder, number: int) -> Encoded:
+    """Return the unscaled latents stored with the video, and the actions of one episode."""
     latents = dataset.latents(number) if hasattr(dataset, "latents") else None
     if latents is None:
         raise ValueError(
@@ -300,7 +322,20 @@ def _encode_recorded(dataset: EpisodeSource, vae: Autoencoder, number: int) -> t
         )
     unscaled = unscale_latents(vae, latents)
     remedy = "use `recorded=False` (omit --recorded_latents) to encode the frames"
-    return _finite(unscaled.half(), dataset, number, remedy), dataset.vectors(number)["action"]
+    return _finite(unscaled.half(), dataset, number, remedy), dataset.vectors(number)["action"], None
+
+
+def _first_frame(dataset: EpisodeSource) -> np.ndarray:
+    """Return the first frame (1, H, W, 3) of the first readable episode."""
+    return first_readable(dataset, lambda number: dataset.window(number, 0, 1).frames, attempts=len(dataset))
+
+
+def _check_size(
+    dataset: EpisodeSource, first: Callable[[], np.ndarray], number: int, frame: np.ndarray | None
+) -> None:
+    """Compare the size of an episode's frame with that of the first episode; recorded latents have no frame."""
+    if frame is not None:
+        check_equal_size(first(), frame, f"episode {number} of {dataset.name!r}")
 
 
 def _finite(latents: torch.Tensor, dataset: EpisodeSource, number: int, remedy: str) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -139,12 +138,11 @@ def check_same_size(source: PreparedEpisodes, held_out: PreparedEpisodes) -> Non
     Raises:
         ValueError: If the first readable frames differ in size, or no frame can be read.
     """
-    sizes = [first_readable(each, functools.partial(_first_frame, each)).shape[:2] for each in (source, held_out)]
-    if sizes[0] != sizes[1]:
-        wanted, size = ("x".join(map(str, each)) for each in sizes)
+    wanted, size = _frame_size(source), _frame_size(held_out)
+    if size != wanted:
         raise ValueError(
-            f"`validation_dataset` must have frames of {wanted} (height x width) like the training data, got {size}: resize both "
-            "with `height` and `width`."
+            f"`validation_dataset` must have frames of {_shown(wanted)} (height x width) like the training data, got "
+            f"{_shown(size)}: resize both with `height` and `width`."
         )
 
 
@@ -192,24 +190,41 @@ def _episodes(prepared: PreparedEpisodes, split: str) -> set[Any]:
     return set(rows[: len(source)])
 
 
-def _first_frame(source: PreparedEpisodes, number: int) -> np.ndarray:
-    return source.window(number, 0, 1).frames[0]
-
-
-def check_frames(source: PreparedEpisodes, vae: Autoencoder | None, patch_size: int) -> None:
-    """Check that the first readable frame can be divided into patches, before frames are encoded.
+def check_frames(sources: list[PreparedEpisodes], vae: Autoencoder | None, patch_size: int) -> None:
+    """Check that the first readable frames can be divided into patches and have equal sizes, before encoding.
 
     Args:
-        source: The dataset.
+        sources: The training datasets.
         vae: Autoencoder of the latents; None for pixel space.
         patch_size: Side of the patches in latent pixels.
 
     Raises:
-        ValueError: If no frame can be read, or the height or width of the first one is not divisible by the size of a patch in
-            pixels.
+        ValueError: If no frame of a dataset can be read, the height or width of its first one is not divisible by the size of a
+            patch in pixels, or the frames of two datasets differ in size.
     """
-    height, width = first_readable(source, functools.partial(_first_frame, source)).shape[:2]
     multiple = downsampling_factor(vae) * patch_size
+    sizes = [_frame_size(source) for source in sources]
+    for source, size in zip(sources, sizes, strict=True):
+        _check_divisible(source, size, multiple)
+        if size != sizes[0]:
+            raise ValueError(
+                f"{sources[0].name!r} and {source.name!r} must have frames of the same size, got {_shown(sizes[0])} and "
+                f"{_shown(size)} (height x width): resize both with `height` and `width`."
+            )
+
+
+def _frame_size(source: PreparedEpisodes) -> tuple[int, int]:
+    """Return the height and width of the first readable frame."""
+    height, width = first_readable(source, lambda number: source.window(number, 0, 1)).frames.shape[1:3]
+    return height, width
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _check_divisible(source: PreparedEpisodes, size: tuple[int, int], multiple: int) -> None:
+    height, width = size
     if height % multiple or width % multiple:
         nearest = [max(round(side / multiple), 1) * multiple for side in (height, width)]
         raise ValueError(

@@ -61,8 +61,7 @@ def encode_data(
     check_crop(arguments.crop_size, config)
     check_snr_gamma(arguments.snr_gamma, config["prediction_type"])
     if not arguments.recorded_latents:
-        for source in sources:
-            check_frames(source, vae, config.get("patch_size", 1))
+        check_frames(sources, vae, config.get("patch_size", 1))
     held_out = validation_clips(arguments, config) if accelerator.is_main_process else None
     output = Path(arguments.output_dir)
     prepare_output(accelerator, output, (arguments.hub_model_id or output.name) if arguments.push_to_hub else None)
