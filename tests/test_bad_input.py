@@ -93,6 +93,8 @@ def write_models(root):
     (copy("no-weights") / weights).unlink()
     (copy("no-config") / "transformer" / "config.json").unlink()
     (copy("cut-config") / "transformer" / "config.json").write_text("{", encoding="utf-8")
+    (copy("null-config") / "transformer" / "config.json").write_text("null", encoding="utf-8")
+    (copy("list-vae") / "vae" / "config.json").write_text("[]", encoding="utf-8")
     cut = copy("cut-weights") / weights
     cut.write_bytes(cut.read_bytes()[:1000])
     (copy("empty-weights") / weights).write_bytes(b"")
@@ -306,7 +308,9 @@ MODEL_ROWS = [  # models, for `generate`, `evaluate` and `adapt`
     ({"--model": "loop"}, "--model must be a pipeline folder or Hub id, got 'loop'"),
     ({"--model": "a\0b"}, "--model must be a path without NUL"),
     ({"--model": "no-index"}, "model_index.json"),
-    ({"--model": "list-index"}, "--model must be a pipeline folder"),
+    ({"--model": "list-index"}, "model_index.json' must contain a JSON object, got list"),
+    ({"--model": "null-config"}, "transformer/config.json' must contain a JSON object, got NoneType"),
+    ({"--model": "list-vae"}, "vae/config.json' must contain a JSON object, got list"),
     ({"--model": "cut-index"}, "model_index.json"),
     ({"--model": "latin-index"}, "model_index.json"),
     ({"--model": "no-vae"}, "no file named config.json found in directory"),
@@ -653,6 +657,7 @@ ROWS += [
     ("generate", {"--frames": None}, "--frames is required with --model"),
     ("data", {"--output": "data"}, "--output must differ from --dataset, got 'data' for both"),
     ("data", {"--output": None}, "the following arguments are required: --output"),
+    *((name, {"--output": ""}, "argument --output: must be a path, got an empty value") for name in GOOD),
     ("data", {"--output": "full"}, "'full' is not empty and was not written from this dataset"),
     ("data", {"--robot-type": None, "--push-to-hub": "a/b/c"}, "--push-to-hub must be ORG/NAME, got 'a/b/c'"),
     ("data", {"--push-to-hub": "../name"}, "--push-to-hub must be ORG/NAME"),

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -98,6 +99,13 @@ def _sigterm_as_exception() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _path(text: str) -> Path:
+    """Convert the value of a flag to a path; an empty one would name the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got an empty value")
+    return Path(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="irasim", description="Robot world models based on IRASim.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -106,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_parser(subparsers)
     for subparser in subparsers.choices.values():
         subparser.set_defaults(parser=subparser)
+        subparser.register("type", Path, _path)
     return parser
 
 

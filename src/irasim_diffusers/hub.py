@@ -5,12 +5,19 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+from .json_files import check_config
+
 
 def missing_reason(name: str, error: BaseException | None) -> str | None:
-    """Explain that a folder or repository was not found; return None if the error has another cause."""
+    """Explain that a folder or repository was not found, or a config in the folder is no JSON object; else return None."""
     from huggingface_hub import constants, errors
 
     if Path(name).exists():
+        try:
+            for path in (Path(name) / "config.json", *Path(name).glob("*/config.json")):
+                check_config(path)
+        except ValueError as damaged:
+            return str(damaged)
         return None
     missing = (errors.HFValidationError, errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError)
     unreachable = (errors.OfflineModeIsEnabled, socket.gaierror, ConnectionError, TimeoutError)

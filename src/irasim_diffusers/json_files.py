@@ -72,6 +72,23 @@ def read_json_object(path: Path, finite: bool = False) -> dict[str, Any]:
     return content
 
 
+def check_config(path: Path) -> dict[str, Any]:
+    """Return the config of a model; an empty one if the file is missing or not valid JSON, which its loader reports.
+
+    Raises:
+        ValueError: If the file contains JSON but no object, which the loaders of diffusers do not expect.
+    """
+    try:
+        content = read_json(path)
+    except ValueError:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{str(path)!r} must contain a JSON object, got {type(content).__name__}: the file is damaged; copy the model again."
+        )
+    return content
+
+
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object, as `object_pairs_hook` of `json.loads`.
 

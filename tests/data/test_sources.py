@@ -234,6 +234,12 @@ def test_windows_match_the_whole_episode(form, tmp_path):
             skipping.window(0, start, length)
 
 
+def test_a_broken_link_is_not_suggested_for_itself(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ValueError, match=r"got '.*loop', which is not a folder\.$"):
+        open_dataset(tmp_path / "loop")
+
+
 def test_a_mistyped_folder_is_named(tmp_path, monkeypatch):
     (tmp_path / "data" / "pusht-train").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"which is not a folder \(did you mean '.*data/pusht-train'\?\)"):

@@ -10,7 +10,7 @@ from tiny_models import tiny_pipeline, tiny_transformer
 
 from irasim_diffusers.commands import loading
 from irasim_diffusers.data import Episode, LeRobotFolder, PreparedEpisodes, write_file, write_metadata
-from irasim_diffusers.training import RunArguments, is_pipeline, load_autoencoder, load_vae
+from irasim_diffusers.training import RunArguments, is_pipeline, load_autoencoder, load_transformer, load_vae
 from irasim_diffusers.training.datasets import check_frames
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -109,6 +109,21 @@ def _check_loaders(folder, message):
             load(str(folder))
 
 
+def test_configs_that_are_no_objects_are_named(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    arguments = RunArguments(dataset=["set"], output_dir="out", pretrained_model_name_or_path=str(tmp_path))
+    for name in ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json", "model_index.json"):
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text("null")
+        with pytest.raises(ValueError, match=f"{name}' must contain a JSON object, got NoneType: the file is damaged"):
+            load_vae(arguments)
+        (tmp_path / name).write_text(before)
+    (tmp_path / "transformer" / "config.json").write_text("[]")
+    arguments.pretrained_model_name_or_path = str(tmp_path / "transformer")
+    with pytest.raises(ValueError, match=r"got '.*': '.*config.json' must contain a JSON object, got list"):
+        load_transformer(arguments)
+
+
 def test_sizes_are_checked_without_decoding_episodes(tmp_path, monkeypatch):
     frames = np.zeros((3, 10, 12, 3), np.uint8)
     setting = {"fps": 5, "camera": "observation.image", "tasks": [""]}
@@ -116,6 +131,10 @@ def test_sizes_are_checked_without_decoding_episodes(tmp_path, monkeypatch):
     write_metadata(tmp_path, frame_size=(10, 12), names={}, robot_type="test", **setting)
     source = PreparedEpisodes(LeRobotFolder(tmp_path))
     monkeypatch.delattr(PreparedEpisodes, "__getitem__")
-    check_frames(source, None, 2)
+    check_frames([source], None, 2)
     with pytest.raises(ValueError, match="must have sides divisible by 4, got 10x12: use --height 8 --width 12"):
-        check_frames(source, None, 4)
+        check_frames([source], None, 4)
+    wide = PreparedEpisodes(LeRobotFolder(tmp_path), frame_size=(10, 16))
+    message = r"must have frames of the same size, got 10x12 and 10x16 \(height x width\): resize both with `height`"
+    with pytest.raises(ValueError, match=message):
+        check_frames([source, source, wide], None, 2)

@@ -55,6 +55,15 @@ def test_failed_write_ends_in_one_line(error, monkeypatch, capsys):
     assert (stop.value.code, capsys.readouterr().err) == (2, f"train.py: error: {error}\n")
 
 
+@pytest.mark.parametrize("flags", [["--output_dir", ""], ["--output_dir="]])
+def test_empty_values_do_not_name_the_current_folder(flags, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "set", *flags, "--seed", "1"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(list)
+    message = "train.py: error: `output_dir` must not be empty: pass a value, or omit it.\n"
+    assert (stop.value.code, capsys.readouterr().err) == (2, message)
+
+
 def test_repeated_sigterm_does_not_prevent_checkpoint(interruption, monkeypatch):
     monkeypatch.setattr(scripts, "REPEATED_SIGNAL_DELAY", 0.0)
     for _ in range(3):

@@ -137,7 +137,8 @@ def _similar_folders(path: Path) -> str:
     """Return a hint for a mistyped path, with a folder of a similar name if there is one."""
     if not path.parent.is_dir():
         return ""
-    similar = difflib.get_close_matches(path.name, [each.name for each in path.parent.iterdir()], n=1)
+    names = [each.name for each in path.parent.iterdir() if each.name != path.name]  # itself: a broken link
+    similar = difflib.get_close_matches(path.name, names, n=1)
     return "".join(f" (did you mean {str(path.parent / name)!r}?)" for name in similar)
 
 

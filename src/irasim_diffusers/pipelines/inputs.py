@@ -15,7 +15,7 @@ from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttention
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..json_files import read_json
+from ..json_files import check_config
 from ..latents import check_sizes
 from ..pictures import resize as resize_frames
 from ..safe_load import find_nonfinite_weight
@@ -339,17 +339,13 @@ def check_model_files(folder: Path) -> None:
         folder: The folder of the pipeline; nothing is checked if it is not a local folder.
 
     Raises:
-        ValueError: If the autoencoder has too many or too large layers, or the weights of a model that is not quantized are not
-            floating-point.
+        ValueError: If a config is not a JSON object, the autoencoder has too many or too large layers, or the weights of a model
+            that is not quantized are not floating-point.
     """
+    for path in (folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"):
+        check_config(path)
     for name in ("vae", "transformer"):
-        path = folder / name / "config.json"
-        config: Any = {}
-        if path.is_file():
-            with suppress(ValueError):  # diffusers reports a damaged file
-                config = read_json(path)
-        if not isinstance(config, dict):
-            continue
+        config = check_config(folder / name / "config.json")
         if name == "vae":
             check_sizes(config)
         if "quantization_config" not in config:

@@ -28,7 +28,7 @@ REPEATED_SIGNAL_DELAY = 5.0
 def run_script(main: Callable[[], None]) -> None:
     """Run the main function of a script, and report invalid input and other expected errors in one line.
 
-    Under `accelerate launch`, an error that occurs in every process is printed once.
+    An empty value of a flag, which would name the current folder, is invalid. Under `accelerate launch`, an error that occurs in every process is printed once.
 
     Args:
         main: Function without arguments.
@@ -43,6 +43,7 @@ def run_script(main: Callable[[], None]) -> None:
     if handled:
         signal.signal(signal.SIGTERM, _terminate)  # so that worker processes end, too
     try:
+        _check_empty_values(sys.argv[1:])
         main()
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         if int(os.environ.get("RANK", "0")):
@@ -57,6 +58,15 @@ def run_script(main: Callable[[], None]) -> None:
     finally:
         if handled:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _check_empty_values(argv: list[str]) -> None:
+    flag = ""
+    for argument in argv:
+        is_flag = argument.startswith("--")
+        flag = argument.partition("=")[0] if is_flag else flag
+        if not argument or (is_flag and argument.endswith("=")):
+            raise ValueError(f"`{flag.lstrip('-')}` must not be empty: pass a value, or omit it.")
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
