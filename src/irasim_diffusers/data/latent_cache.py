@@ -76,9 +76,7 @@ def cache_latents(
     """
     _check_arguments(vae, recorded, batch_size, episodes_per_file, process_index, num_processes)
     identity = _identity(dataset, vae, recorded, mixed_precision, episodes_per_file)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cache_dir) / f"{Path(dataset.name).name}-{digest}"
-    _create(folder, cache_dir)
+    folder = _create_folder(cache_dir, dataset, identity)
     manifest = _read_manifest(folder)
     if process_index == 0:
         remove_abandoned(folder)
@@ -97,14 +95,17 @@ def cache_latents(
     return _checked(folder, skip_broken)
 
 
-def _create(folder: Path, cache_dir: str | os.PathLike) -> None:
+def _create_folder(cache_dir: str | os.PathLike, dataset: EpisodeSource, identity: dict[str, Any]) -> Path:
     """Create the folder of a cache before anything is encoded."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(cache_dir) / f"{Path(dataset.name).name}-{digest}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
             f"`cache_dir` must be a folder that can be created and written, got {str(cache_dir)!r}: {error.strerror}."
         ) from error
+    return folder
 
 
 def _files(folder: Path, num_episodes: int, episodes_per_file: int) -> dict[Path, range]:
@@ -333,7 +334,7 @@ def _first_frame(dataset: EpisodeSource) -> np.ndarray:
 def _check_size(
     dataset: EpisodeSource, first: Callable[[], np.ndarray], number: int, frame: np.ndarray | None
 ) -> None:
-    """Compare the size of an episode's frame with that of the first episode; recorded latents have no frame."""
+    """Compare the size of an episode's frame, if there is one, with that of the first episode."""
     if frame is not None:
         check_equal_size(first(), frame, f"episode {number} of {dataset.name!r}")
 

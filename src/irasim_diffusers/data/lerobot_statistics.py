@@ -80,7 +80,7 @@ def _statistics(values: np.ndarray, counts: np.ndarray) -> dict[str, float]:
 def _quantiles(values: np.ndarray, counts: np.ndarray, mean: float) -> dict[str, float]:
     """Quantiles read from a histogram, as LeRobot estimates them.
 
-    Of a single value, or if the mean is not finite, all are the mean.
+    The mean is returned for a single value, or if it is not finite.
     """
     total = counts.sum()
     if total < 2 or not np.isfinite(mean):
