@@ -30,7 +30,7 @@ from scipy.spatial.transform import Rotation, Slerp
 from transformers import HfArgumentParser
 
 from irasim_diffusers.actions import derive_actions, integrate_actions
-from irasim_diffusers.commands import draw, read_actions
+from irasim_diffusers.commands import check_output, draw, read_actions
 from irasim_diffusers.files import temporary_path
 from irasim_diffusers.training import check_ranges, exit_without_extra, run_script
 
@@ -354,7 +354,7 @@ def check_arguments(arguments: TeleoperateArguments) -> None:
     """Check the arguments before the first request to the Space.
 
     Raises:
-        ValueError: If a value is invalid, or a file or device does not exist.
+        ValueError: If a value is invalid, a file or device does not exist, or `output` cannot be written.
     """
     check_ranges(arguments, not_negative=("seed",), at_least_1=("chunk_length",), positive=("speed", "scale"))
     if arguments.udp is not None and not 1 <= arguments.udp <= 65535:
@@ -368,6 +368,8 @@ def check_arguments(arguments: TeleoperateArguments) -> None:
             f"`gamepad` must be a joystick device, got {str(arguments.gamepad)!r}, which does not exist: plug in a gamepad."
         )
     axes_matrix(arguments.axes)
+    for suffix in (".mp4", ".npy"):
+        check_output(arguments.output.with_suffix(suffix), suffix)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import torch
 from transformers import HfArgumentParser
 
 from irasim_diffusers import embedded_checkpoint
+from irasim_diffusers.commands import check_output
 from irasim_diffusers.files import write_text
 from irasim_diffusers.training import exit_without_extra, run_script
 
@@ -73,6 +74,8 @@ def memory(environments: WorldModelVectorEnv, num_steps: int) -> list[dict[str, 
 
 def main() -> None:
     (arguments,) = HfArgumentParser(ClosedLoopArguments).parse_args_into_dataclasses()
+    if arguments.output is not None:
+        check_output(arguments.output, ".json")
     torch.set_num_threads(arguments.num_threads)
 
     def environments(num_envs: int) -> WorldModelVectorEnv:

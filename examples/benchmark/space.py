@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 from transformers import HfArgumentParser
 
+from irasim_diffusers.commands import check_output
 from irasim_diffusers.files import temporary_path, write_text
 from irasim_diffusers.training import exit_without_extra, run_script
 
@@ -192,6 +193,8 @@ def drive_together(url: str, arguments: SpaceArguments, process: psutil.Process)
 def main() -> None:
     (arguments,) = HfArgumentParser(SpaceArguments).parse_args_into_dataclasses()
     folder = tempfile.TemporaryDirectory()
+    if arguments.output:
+        check_output(arguments.output, ".json")
     process, url = serve(Path(folder.name) / "space.log", "--model", arguments.model, "--visitor-sessions", "32")
     report: dict[str, Any] = {"load": os.getloadavg(), "cores": len(os.sched_getaffinity(0))}
     try:

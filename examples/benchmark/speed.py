@@ -21,6 +21,7 @@ import torch
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
+from irasim_diffusers.commands import check_output
 from irasim_diffusers.evaluation import EvaluationCounter
 from irasim_diffusers.files import write_text
 from irasim_diffusers.training import run_script
@@ -58,6 +59,8 @@ def seconds(work: Callable[[], object], device: str, repeats: int) -> float:
 
 def main() -> None:
     (arguments,) = HfArgumentParser(SpeedArguments).parse_args_into_dataclasses()
+    if arguments.output:
+        check_output(arguments.output, ".json")
     pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipeline.to(arguments.device)
     pipeline.set_progress_bar_config(disable=True)

@@ -28,8 +28,10 @@ from transformers import HfArgumentParser
 from irasim_diffusers.data import (
     SOURCE_FILE,
     Episode,
+    EpisodeSource,
     LeRobotFolder,
     count_written,
+    first_readable,
     publish_lerobot,
     write_file,
     write_metadata,
@@ -51,6 +53,7 @@ TASKS = {
     "keys": "Move the pusher by held keys.",
     "jumps": "Move the pusher to distant targets.",
 }
+STATES = ("observation.state", "observation.environment_state")  # pusher, and block
 EPISODES_PER_FILE = 50
 CARD = """# Push-T clips
 
@@ -145,6 +148,21 @@ def read_settings(root: Path) -> dict[str, Any]:
             f"{str(root)!r} must be a folder written by collect.py: another program wrote {SOURCE_FILE!r}. Choose another folder."
         )
     return settings
+
+
+def check_states(*datasets: EpisodeSource, states: tuple[str, ...] = STATES) -> None:
+    """Check that datasets contain states that this script writes, before any work.
+
+    Raises:
+        ValueError: If a state is missing, or no episode can be read.
+    """
+    for dataset in datasets:
+        found = first_readable(dataset, dataset.vectors).keys() - {"action"}
+        for name in states:
+            if name not in found:
+                raise ValueError(
+                    f"{dataset.name!r} must have the state {name!r}, got {sorted(found)}: collect a dataset with collect.py."
+                )
 
 
 def pusher_of(kind: str, rng: np.random.Generator, state: State) -> Pusher:

@@ -30,7 +30,7 @@ import convolutional  # noqa: F401 - diffusers loads only classes of imported mo
 import diffusers
 import numpy as np
 import torch
-from collect import TASKS
+from collect import STATES, TASKS, check_states
 from counterfactuals import WAYS, counterfactuals, identification_tasks, moved
 from poses import one_pusher, pose_errors, read_poses, true_poses
 from simulator import ARENA, PUSHER_RADIUS, Simulator
@@ -39,7 +39,7 @@ from transformers import HfArgumentParser
 
 import irasim_diffusers
 from irasim_diffusers import ActionSpace, IRASimPipeline
-from irasim_diffusers.commands import key_command, load_checked
+from irasim_diffusers.commands import check_output, key_command, load_checked
 from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.driving import Steering
 from irasim_diffusers.evaluation import EvaluationCounter
@@ -61,7 +61,6 @@ SPACE = ActionSpace(  # action space of the embedded model, so that all models a
     kind="absolute",
 )
 DRIVING_SEED = 3_000_000  # first seed of the driven episodes, far from the seeds of the datasets
-STATES = ("observation.state", "observation.environment_state")
 # errors if a pose is not found: pixels, pixels, degrees
 WORST = {"pusher": 96.0, "block_centre": 96.0, "block_angle": 180.0}
 
@@ -301,7 +300,7 @@ def check_arguments(arguments: EvaluationArguments) -> None:
     """Check the arguments before anything is read.
 
     Raises:
-        ValueError: If a value is out of range, or arguments are inconsistent.
+        ValueError: If a value is out of range, arguments are inconsistent, or `output` cannot be written.
     """
     check_ranges(
         arguments,
@@ -320,6 +319,8 @@ def check_arguments(arguments: EvaluationArguments) -> None:
         raise ValueError(
             f"`num_seen_frames` must be at least `num_history_frames` ({arguments.num_history_frames}), got {seen}."
         )
+    if arguments.output:
+        check_output(Path(arguments.output), ".json")
 
 
 @dataclass
@@ -372,10 +373,7 @@ class Evaluation:
             "gain_over_last_frame": bootstrap(own - last, rng),
             "gain_over_shuffled_actions": bootstrap(own - other, rng),
             "frames_per_second": {"mean": sampled * truth.shape[1] / seconds, "n": sampled},
-            "network_evaluations_per_clip": {
-                "mean": evaluations.count / batches,
-                "n": batches,
-            },
+            "network_evaluations_per_clip": {"mean": evaluations.count / batches, "n": batches},
             "last_frame": {
                 "all": pose_figures(all_frames[:, -1], all_states, rng, arguments.pusher_radius),
                 "moving": pose_figures(prediction[:, -1], states, rng, arguments.pusher_radius),
@@ -485,6 +483,7 @@ def main() -> None:
     check_arguments(arguments)
     history = arguments.num_history_frames if arguments.num_seen_frames is None else arguments.num_seen_frames
     dataset = LeRobotFolder(Path(arguments.dataset))
+    check_states(dataset)
     rng = np.random.default_rng(arguments.seed)
     evaluation = Evaluation(arguments, dataset, *load_model(arguments), history, rng)
     report: dict[str, Any] = {}

@@ -19,12 +19,14 @@ from typing import Any
 import convolutional  # noqa: F401 - diffusers loads only classes of imported modules
 import numpy as np
 import torch
+from collect import check_states
 from simulator import Simulator
 from tqdm import tqdm
 from train_reward import BLOCK, ious
 from transformers import HfArgumentParser
 
 from irasim_diffusers import WorldModel, embedded_checkpoint
+from irasim_diffusers.commands import check_output
 from irasim_diffusers.data import open_dataset
 from irasim_diffusers.envs import load_world_model
 from irasim_diffusers.files import write_text
@@ -148,6 +150,7 @@ def main() -> None:
         at_least_1=("num_states", "horizon", "num_candidates", "num_iterations"),
         positive=("margin",),
     )
+    check_output(arguments.output, ".json")
     setting = {name: value for name, value in asdict(arguments).items() if name not in ("output", "num_states")}
     done: dict[str, list] = {}
     report: dict[str, Any] = {}
@@ -156,7 +159,9 @@ def main() -> None:
         if stored.get("setting") != setting:
             raise ValueError(f"`output` {str(arguments.output)!r} was written with other settings: choose a new file.")
         done, report = stored["plans"], stored["report"]
-    dataset, model = open_dataset(arguments.dataset), load_world_model(arguments.model, "cpu")["model"]
+    dataset = open_dataset(arguments.dataset)
+    check_states(dataset, states=(BLOCK,))
+    model = load_world_model(arguments.model, "cpu")["model"]
     reward = FrameRegressor.from_pretrained(
         arguments.reward or embedded_checkpoint(), subfolder=None if arguments.reward else "reward"
     ).eval()

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from collect import check_states
 from diffusion_policy import SCALE, DiffusionPolicy
 from tqdm import tqdm
 from train_policy import evaluate, load_state
@@ -34,7 +35,7 @@ from irasim_diffusers.envs import load_world_model
 from irasim_diffusers.files import temporary_path, write_text
 from irasim_diffusers.planning import Scoring
 from irasim_diffusers.rewards import FrameRegressor
-from irasim_diffusers.training import check_ranges, run_script
+from irasim_diffusers.training import check_output_dir, check_ranges, run_script
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Improvement:
         """Restore an earlier run with the same settings.
 
         Raises:
-            ValueError: If the folder contains a run with other settings.
+            ValueError: If the folder contains a run with other settings or more iterations.
         """
         state = load_state(self.path, self.setting())
         if state is None:
@@ -100,6 +101,11 @@ class Improvement:
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rewards, self.before = state["rewards"], state["before"]
+        if len(self.rewards) > self.arguments.num_iterations:
+            raise ValueError(
+                f"`num_iterations` must be at least {len(self.rewards)}, the iterations of the run in "
+                f"{str(self.arguments.output_dir)!r}, got {self.arguments.num_iterations}: use more, or another `output_dir`."
+            )
 
     def iterate(self, model: Any, reward: Any, dataset: EpisodeSource) -> None:
         """Sample, predict and score one group per state, and update the policy.
@@ -184,8 +190,10 @@ def main() -> None:
         raise ValueError(
             f"`group_size` must be at least 2, got {arguments.group_size}: chunks are compared within a group."
         )
+    check_output_dir(arguments.output_dir)
     started = time.perf_counter()
     run, dataset = Improvement(arguments), open_dataset(arguments.dataset)
+    check_states(dataset, states=("observation.state",))
     if arguments.num_executed > run.policy.config.horizon:
         raise ValueError(f"`num_executed` must be at most {run.policy.config.horizon}, got {arguments.num_executed}.")
     run.resume()

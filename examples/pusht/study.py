@@ -21,7 +21,7 @@ from typing import Any
 
 import study_episodes as episodes
 import torch
-from collect import read_settings
+from collect import check_states, read_settings
 from simulator import SUCCESS, Simulator
 from study_jobs import fingerprint, remove_stage, run_jobs, run_stage
 from study_models import (
@@ -37,8 +37,9 @@ from study_report import write_report
 from transformers import HfArgumentParser
 
 from irasim_diffusers import embedded_checkpoint
+from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.json_files import read_json
-from irasim_diffusers.training import check_ranges, run_script
+from irasim_diffusers.training import check_output_dir, check_ranges, run_script
 
 SCRIPTS = Path(__file__).parent
 EVALUATION_SEED = 5_000_000  # first seed of the policy evaluation; train_policy.py evaluates on other seeds
@@ -426,17 +427,19 @@ def run_study(arguments: StudyArguments, size: Size) -> None:
     """Run the stages that are not complete, and write the report of all complete stages.
 
     Raises:
-        ValueError: If an argument is out of range, a stage is unknown, an input does not exist or lacks required episodes or
-            policies, a stage was computed with other settings, or a script fails.
+        ValueError: If an argument is out of range, a stage is unknown, `output_dir` cannot be written, an input does not exist or
+            lacks required states, episodes or policies, a stage was computed with other settings, or a script fails.
     """
     check_ranges(arguments, not_negative=("seed",), at_least_1=("num_workers",))
     for name in ("stages", "redo"):
         unknown = sorted(set(getattr(arguments, name)) - set(STAGES))
         if unknown:
             raise ValueError(f"`{name}` must be among {', '.join(STAGES)}, got {', '.join(unknown)}.")
+    check_output_dir(arguments.output_dir)
     for path in [*arguments.datasets, arguments.test_dataset]:
         if not (path / "meta" / "info.json").is_file():
             raise ValueError(f"{str(path)!r} must be a complete LeRobotDataset folder: create it with collect.py.")
+        check_states(LeRobotFolder(path))
     if arguments.policies and not (arguments.policies / "report.json").is_file():
         raise ValueError(
             f"`policies` must be a folder written by train_policy.py with report.json, got {str(arguments.policies)!r}."

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from collect import TASKS
+from collect import TASKS, check_states
 from diffusers.training_utils import EMAModel
 from diffusion_policy import HORIZON, NUM_KEYPOINTS, SCALE, DiffusionPolicy
 from expert import coverage, outline
@@ -33,7 +33,7 @@ from transformers import HfArgumentParser
 from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.files import temporary_path, write_text
 from irasim_diffusers.metrics import bootstrap
-from irasim_diffusers.training import check_ranges, run_script
+from irasim_diffusers.training import check_output_dir, check_ranges, run_script
 
 FIRST_SEED = 4_000_000  # first seed of the evaluated episodes, far from the seeds of the datasets
 CORNERS = [0, 1, 4, 5]  # keypoints: corners of the block's outline, two at the bar and two at the stem
@@ -80,7 +80,7 @@ def load_state(path: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
     state = torch.load(path, weights_only=True)
     before = state["setting"]
     changed = [
-        f"{name} was {'not set' if before.get(name) is None else repr(before[name])}"
+        f"{name} was {'not set' if before.get(name) in (None, 'None') else repr(before[name])}"
         for name in before | setting
         if before.get(name) != setting.get(name)
     ]
@@ -301,7 +301,7 @@ def check(arguments: PolicyArguments) -> None:
     """Check the arguments before any work.
 
     Raises:
-        ValueError: If a value is invalid.
+        ValueError: If a value is invalid, or `output_dir` cannot be written.
     """
     check_ranges(
         arguments,
@@ -317,6 +317,7 @@ def check(arguments: PolicyArguments) -> None:
         raise ValueError(f"`stages` must be positive numbers of steps in increasing order, got {stages}.")
     if arguments.num_executed > HORIZON:
         raise ValueError(f"`num_executed` must be at most {HORIZON}, got {arguments.num_executed}.")
+    check_output_dir(arguments.output_dir)
 
 
 def main() -> None:
@@ -327,6 +328,7 @@ def main() -> None:
     earlier, started = training.minutes, time.perf_counter()
     if training.step == arguments.stages[-1]:
         return
+    check_states(*map(LeRobotFolder, arguments.datasets))
     # read first, so that missing expert episodes are found before the training
     frames, *others = demonstrations(arguments, HORIZON)
     if math.isnan(training.encoder_error):

@@ -25,7 +25,7 @@ from irasim_diffusers import IRASimPipeline, ProprioceptionModel, embedded_check
 from irasim_diffusers.data import EpisodeSource, open_dataset
 from irasim_diffusers.devices import fast_dtype
 from irasim_diffusers.files import write_text
-from irasim_diffusers.training import check_ranges, run_script, save_finished
+from irasim_diffusers.training import check_output_dir, check_ranges, run_script, save_finished
 
 
 @dataclass
@@ -207,6 +207,8 @@ def check_arguments(arguments: ProprioceptionArguments) -> None:
 def main() -> None:
     (arguments,) = HfArgumentParser(ProprioceptionArguments).parse_args_into_dataclasses()
     check_arguments(arguments)
+    output = arguments.output_dir or Path(arguments.model or "") / "proprioception"
+    check_output_dir(output)
     began = time.perf_counter()
     pipeline = IRASimPipeline.from_pretrained(arguments.model or embedded_checkpoint(), dtype=fast_dtype("cpu"))
     pipeline.set_progress_bar_config(disable=True)
@@ -219,7 +221,6 @@ def main() -> None:
             )
     count = arguments.num_validation_windows
     held_out = draw_windows(validation, pipeline, arguments, count, count, seed=1)
-    output = arguments.output_dir or Path(arguments.model or "") / "proprioception"
     if arguments.max_train_steps:
         data = draw_windows(training, pipeline, arguments, arguments.num_windows, arguments.num_rollouts, seed=0)
         size = data["recorded"][1].shape[-1]

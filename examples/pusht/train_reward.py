@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from collect import check_states
 from expert import distance_to_goal, ious
 from torch.nn import functional
 from tqdm import tqdm
@@ -31,7 +32,7 @@ from irasim_diffusers.data import EpisodeSource, open_dataset
 from irasim_diffusers.files import write_text
 from irasim_diffusers.metrics import bootstrap
 from irasim_diffusers.rewards import FrameRegressor
-from irasim_diffusers.training import check_ranges, run_script
+from irasim_diffusers.training import check_output_dir, check_ranges, run_script
 
 BLOCK = "observation.environment_state"
 SCALE = 256.0  # distance at which the closeness is 0, arena units
@@ -202,13 +203,19 @@ def main() -> None:
             f"`output_dir` is required unless `model` is the folder of a pipeline, got `model` {arguments.model!r}: pass "
             "--output_dir to save the network in a new folder, or --model to add it to a pipeline."
         )
+    output_dir = arguments.output_dir or Path(arguments.model or "") / "reward"
+    check_output_dir(output_dir)
+    dataset, test_dataset = open_dataset(arguments.dataset), None
+    check_states(dataset, states=(BLOCK,))
+    if arguments.test_dataset:
+        test_dataset = open_dataset(arguments.test_dataset)
+        check_states(test_dataset, states=(BLOCK,))
     torch.manual_seed(arguments.seed)
     started = time.perf_counter()
     # predicted first, so that a short episode is found before the training
-    clips = predicted_clips(open_dataset(arguments.test_dataset), arguments) if arguments.test_dataset else None
-    output_dir = arguments.output_dir or Path(arguments.model or "") / "reward"
+    clips = predicted_clips(test_dataset, arguments) if test_dataset else None
     if arguments.max_train_steps:
-        frames, values = read_labeled_frames(open_dataset(arguments.dataset), arguments)
+        frames, values = read_labeled_frames(dataset, arguments)
         network = FrameRegressor(
             *frames.shape[-2:], target=arguments.target, success_threshold=arguments.success_threshold
         )

@@ -4,14 +4,19 @@ import json
 
 import closed_loop
 import collect
+import evaluate
 import guard
 import improve_policy
 import numpy as np
 import pytest
+import study
 import torch
+import train_policy
 import train_proprioception
+import train_reward
 from diffusion_policy import DiffusionPolicy
 from simulator import Simulator
+from test_lerobot import write_folder
 from tiny_models import tiny_pipeline
 from train_reward import ious
 
@@ -147,6 +152,53 @@ def test_stored_reward_reads_the_iou_and_the_success():
     assert true[-1] < 0.5
 
 
+FOLDERS = {
+    train_reward: ["--dataset", "set"],
+    train_policy: ["--datasets", "set"],
+    train_proprioception: ["--dataset", "set", "--validation_dataset", "set"],
+    improve_policy: ["--policy", "policy", "--dataset", "set"],
+    study: ["--datasets", "set", "--test_dataset", "set"],
+}
+FILES = {
+    guard: ["--dataset", "set"],
+    evaluate: ["--model", str(embedded_checkpoint()), "--dataset", "set"],
+    closed_loop: [],
+}
+
+
+@pytest.mark.parametrize("script", [*FOLDERS, *FILES], ids=lambda script: script.__name__)
+def test_unusable_outputs_raise_before_any_work(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "set")
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "folder.json").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    flag, message = ("--output_dir", "`output_dir`") if script in FOLDERS else ("--output", "--output")
+    for name in ("file", "loop", "file/new") if script in FOLDERS else ("folder.json", "loop/new.json"):
+        command = [script.__name__, *(FOLDERS | FILES)[script], flag, name]
+        monkeypatch.setattr("sys.argv", command)
+        with pytest.raises(ValueError, match=f"^{message} must be (a folder|a file|writable)"):
+            script.main()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "script", [train_reward, train_policy, guard, evaluate, study], ids=lambda script: script.__name__
+)
+def test_missing_states_raise_before_any_work(script, tmp_path, monkeypatch):
+    write_folder(tmp_path / "set")  # without the pose of a block
+    monkeypatch.chdir(tmp_path)
+    output = ["--output_dir", "out"] if script in FOLDERS else ["--output", "out.json"]
+    monkeypatch.setattr("sys.argv", [script.__name__, *(FOLDERS | FILES)[script], *output])
+    message = (
+        "'set' must have the state 'observation.environment_state', got .*'observation.state'.*: collect a dataset"
+    )
+    with pytest.raises(ValueError, match=message):
+        script.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
 def test_benchmark_of_environments(tmp_path, monkeypatch):
     flags = ["--num_envs", 1, 2, "--num_steps", 1, "--memory_steps", 5, "--output", tmp_path / "report.json"]
     monkeypatch.setattr("sys.argv", ["closed_loop.py", *map(str, flags)])
@@ -189,8 +241,12 @@ def test_a_policy_is_improved_in_the_model_and_resumes(tmp_path, monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(whole.parameters(), parts.parameters(), strict=True))
     with pytest.raises(ValueError, match=r"contains a run with other settings: seed was '0'\."):
         improve(monkeypatch, tmp_path / "parts", "--seed", 1)
-    with pytest.raises(ValueError, match=r"contains a run with other settings: reward was omitted\."):
+    with pytest.raises(ValueError, match=r"contains a run with other settings: reward was not set\."):
         improve(monkeypatch, tmp_path / "parts", "--reward", tmp_path / "reward")
+    with pytest.raises(
+        ValueError, match=r"`num_iterations` must be at least 2, the iterations of the run in .*, got 1"
+    ):
+        improve(monkeypatch, tmp_path / "parts", "--num_iterations", 1)
     with pytest.raises(ValueError, match="`group_size` must be at least 2, got 1"):
         improve(monkeypatch, tmp_path / "new", "--group_size", 1)
 

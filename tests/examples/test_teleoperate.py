@@ -158,6 +158,12 @@ def test_tracker_axes_are_mapped_to_robot_axes():
     np.testing.assert_array_equal(axes_matrix("z,x"), axes_matrix("z,x,y"))
 
 
+def test_unusable_output_raises_before_the_first_request(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--output must be writable, got '.*file/drive.mp4'"):
+        check_arguments(TeleoperateArguments(device="keyboard", output=tmp_path / "file" / "drive.mp4"))
+
+
 @pytest.mark.parametrize("rate", [3, 5, 17, 90])
 def test_streams_are_resampled_to_model_rate(rate):
     motion = np.array([0.1, -0.2, 0.3, 0.0, 0.0, 0.4, 0.05])

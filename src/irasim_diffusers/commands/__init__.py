@@ -5,9 +5,18 @@ because the Space and the examples use them, too. No module here may import torc
 imported or in `add_parser`, so that `irasim --help` starts fast; `run` and the other functions import what they need.
 """
 
-from .files import IMAGE_SUFFIXES, read_actions
+from .files import IMAGE_SUFFIXES, check_output, read_actions
 from .keys import SAME_KEYS, key_command, key_controls
 from .loading import load_checked
 from .terminal import draw
 
-__all__ = ["IMAGE_SUFFIXES", "SAME_KEYS", "draw", "key_command", "key_controls", "load_checked", "read_actions"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "SAME_KEYS",
+    "check_output",
+    "draw",
+    "key_command",
+    "key_controls",
+    "load_checked",
+    "read_actions",
+]
