@@ -59,7 +59,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def write_errors_named(path: Path) -> Iterator[None]:
-    """Raise an OSError that names the file if it cannot be written; the errors of some writers do not name it.
+    """Raise an OSError that names the file if it cannot be written; some writers do not name it.
 
     Raises:
         OSError: If the disk is full, or `torch.save` cannot write.

@@ -9,7 +9,7 @@ from .json_files import check_config
 
 
 def missing_reason(name: str, error: BaseException | None) -> str | None:
-    """Explain that a folder or repository was not found, or a config in the folder is no JSON object; else return None."""
+    """Explain that a model was not found, or that a config in its folder is no JSON object; else None."""
     from huggingface_hub import constants, errors
 
     if Path(name).exists():

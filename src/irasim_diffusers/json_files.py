@@ -73,7 +73,9 @@ def read_json_object(path: Path, finite: bool = False) -> dict[str, Any]:
 
 
 def check_config(path: Path) -> dict[str, Any]:
-    """Return the config of a model; an empty one if the file is missing or not valid JSON, which its loader reports.
+    """Return the config of a model, which must be a JSON object.
+
+    The result is empty if the file is missing or not valid JSON, which the loaders report.
 
     Raises:
         ValueError: If the file contains JSON but no object, which the loaders of diffusers do not expect.

@@ -191,7 +191,7 @@ def _episodes(prepared: PreparedEpisodes, split: str) -> set[Any]:
 
 
 def check_frames(sources: list[PreparedEpisodes], vae: Autoencoder | None, patch_size: int) -> None:
-    """Check that the first readable frames can be divided into patches and have equal sizes, before encoding.
+    """Check before encoding that the first readable frames have equal sizes and consist of patches.
 
     Args:
         sources: The training datasets.

@@ -152,7 +152,7 @@ def lock_output(output: Path) -> None:
 
 
 def check_output_dir(output: Path) -> None:
-    """Check that an output folder can be written and is not a dataset, and that nothing in it blocks the results.
+    """Check that an output folder can be written, is no dataset, and contains nothing in the way.
 
     Args:
         output: The folder; it need not exist.
