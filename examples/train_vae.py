@@ -41,6 +41,7 @@ from irasim_diffusers.training import (
     check_held_out,
     check_launch,
     check_ranges,
+    check_resume,
     check_same_size,
     default_mixed_precision,
     load_autoencoder,
@@ -55,8 +56,7 @@ from irasim_diffusers.training import (
 )
 
 NO_CROPS = "`crop_size` must be omitted for an AutoencoderKL, whose normalization depends on the whole frame"
-NEW_ONLY = ("tiny", "block_out_channels", "latent_channels", "norm_num_groups")
-"""Arguments that apply only to a new autoencoder."""
+NEW_ONLY = ("tiny", "block_out_channels", "latent_channels", "norm_num_groups")  # only for a new autoencoder
 MAY_CHANGE = (
     *("output_dir", "max_train_steps", "checkpointing_steps", "compile", "latent_std"),
     *("validation_dataset", "validation_split", "validation_steps"),
@@ -178,8 +178,7 @@ def reconstruction_psnr(vae: Autoencoder, frames: torch.Tensor, device: torch.de
         decoded = vae.decode(encode_images(vae, to_model(batch, device))).sample.float()
         decoded = (decoded.clamp(-1, 1) + 1).mul(127.5).round()
         errors.append(((decoded - batch.to(device).float()) / 255).square().mean().item() * len(batch))
-    error = sum(errors) / len(frames)
-    return -10 * math.log10(error) if error else math.inf
+    return -10 * math.log10(error) if (error := sum(errors) / len(frames)) else math.inf
 
 
 @torch.no_grad()
@@ -449,8 +448,7 @@ def set_scaling(accelerator: Accelerator, arguments: VAEArguments, vae: Any, fra
         save_checkpoint(accelerator, Path(arguments.output_dir), step, limit=2, settings=settings)
         raise ValueError(
             f"`latent_std` divided by the standard deviation of the latents must be in [{MIN_FACTOR:g}, {MAX_FACTOR:g}], got "
-            f"{arguments.latent_std:g} and {deviation:g}: resume with another `latent_std`, or, if the latents do not depend on "
-            "the frames, train with a lower `learning_rate` and another `output_dir`."
+            f"{arguments.latent_std:g} and {deviation:g}: resume with another `latent_std`, or train again."
         )
     vae.register_to_config(scaling_factor=arguments.latent_std / deviation)
     if isinstance(vae, AutoencoderKL):
@@ -464,20 +462,22 @@ def main() -> None:
     output = Path(arguments.output_dir)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=arguments.mixed_precision)
     check_launch(accelerator)
+    settings, defaults = (
+        run_settings(arguments, accelerator.num_processes),
+        asdict(VAEArguments(dataset="", output_dir="")),
+    )
+    check_resume(output, settings, defaults, arguments.max_train_steps)
     set_seed(arguments.seed)
     source, held_out_source = open_data(arguments)
     height, width = first_readable(source, source.__getitem__).frames.shape[1:3]
     vae = build_vae(arguments, max(height, width))
     check_divisible(vae, height, width, arguments.crop_size)
     prepare_output(accelerator, output)
-    defaults = asdict(VAEArguments(dataset="", output_dir=""))
-    newest = newest_checkpoint(output, run_settings(arguments, accelerator.num_processes), defaults)
+    newest = newest_checkpoint(output, settings, defaults)
     training = load_frames(source, arguments.frames_per_episode, arguments.skip_broken)
     if arguments.train_batch_size > len(training):
-        raise ValueError(
-            f"`train_batch_size` must be at most the number of training frames, {len(training)}, got "
-            f"{arguments.train_batch_size}: use a smaller batch or more `frames_per_episode`."
-        )
+        most = f"{len(training)}, the number of training frames"
+        raise ValueError(f"`train_batch_size` must be at most {most}, got {arguments.train_batch_size}.")
     frames = Frames(
         training,
         load_frames(held_out_source, 4, arguments.skip_broken),

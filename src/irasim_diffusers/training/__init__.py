@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .arguments import DataArguments, RunArguments, check_frame_size, check_run_arguments, check_snr_gamma
     from .checkpoints import (
+        check_resume,
         list_checkpoints,
         newest_checkpoint,
         remove_leftovers,
@@ -33,6 +34,7 @@ _MODULES = {
     "check_launch": "scripts",
     "check_output_dir": "launch",
     "check_ranges": "scripts",
+    "check_resume": "checkpoints",
     "check_run_arguments": "arguments",
     "check_same_size": "datasets",
     "check_snr_gamma": "arguments",
@@ -84,6 +86,7 @@ __all__ = [
     "check_launch",
     "check_output_dir",
     "check_ranges",
+    "check_resume",
     "check_run_arguments",
     "check_same_size",
     "check_snr_gamma",
