@@ -18,6 +18,7 @@ The ground truth is always the simulator's frame before any compression. History
 
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -441,7 +442,8 @@ class Evaluation:
         length, first_seed, radius = history + PREDICTED, arguments.first_seed, arguments.pusher_radius
         tasks = identification_tasks(self.dataset, arguments.num_histories, length, history, first_seed, radius)
         right: list[np.ndarray] = []
-        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        workers = min(os.cpu_count() or 1, arguments.num_histories)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             bar = tqdm(total=arguments.num_histories, desc="counterfactuals", unit="history")
             for found in pool.map(counterfactuals, tasks):
                 if found is None:

@@ -325,12 +325,14 @@ def test_constant_latents_end_in_an_error_and_keep_the_checkpoint(workspace, tmp
     assert text == "held-out PSNR inf dB"
     flags = ["--dataset", workspace / "first", "--cameras", 0, "--output_dir", tmp_path / "out", *SHORT]
     flags += ["--pretrained", tmp_path / "black"]
-    with pytest.raises(ValueError, match="must be at most the number of training frames, 27, got 28: use a smaller"):
+    with pytest.raises(ValueError, match="must be at most 27, the number of training frames, got 28"):
         call("train_vae", *flags, "--train_batch_size", 28)
     for deviation in (1.0, 0.5):
         with pytest.raises(ValueError, match=rf"`latent_std` divided by .* 1e\+06\], got {deviation:g} and 0: resume"):
             call("train_vae", *flags, "--latent_std", deviation)
         assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    with pytest.raises(ValueError, match=r"`max_train_steps` must be at least 2, the step of '.*checkpoint-2', got 1"):
+        call("train_vae", *flags, "--max_train_steps", 1)
 
 
 def test_autoencoder_is_not_validated_on_frames_of_another_size(workspace, tmp_path):

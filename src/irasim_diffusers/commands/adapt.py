@@ -167,7 +167,7 @@ def _images(arguments: argparse.Namespace) -> torch.Tensor:
             reason = str(error)
             continue
         parts.append(frames[np.linspace(0, len(frames) - 1, FRAMES).astype(int)])
-        check_equal_size(parts[0], frames, f"episode {index} of {arguments.dataset!r}")
+        check_equal_size(parts[0].shape[1:3], frames, f"episode {index} of {arguments.dataset!r}")
     if not parts:
         raise ValueError(
             f"none of the first {min(len(source), EPISODES)} episodes of {arguments.dataset!r} can be read: {reason}"

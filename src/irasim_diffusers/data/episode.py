@@ -124,22 +124,22 @@ def check_max_episodes(max_episodes: int | None) -> None:
         raise ValueError(f"`max_episodes` (--max_train_episodes) must be at least 1, got {max_episodes}.")
 
 
-def check_equal_size(first: np.ndarray, frames: np.ndarray, name: str) -> None:
-    """Check that frames (T, H, W, 3) of an episode have the size of those of the first episode.
+def check_equal_size(frame_size: tuple[int, ...], frames: np.ndarray, name: str) -> None:
+    """Check that frames (T, H, W, 3) of an episode have the size of earlier ones.
 
     Args:
-        first: Frames of the first episode.
-        frames: Frames of another episode.
-        name: Name of the other episode, for the message.
+        frame_size: Height and width of earlier frames.
+        frames: Frames of the episode.
+        name: Name of the episode, for the message.
 
     Raises:
         ValueError: If the sizes differ.
     """
-    wanted, size = ("x".join(map(str, each.shape[1:3])) for each in (first, frames))
+    wanted, size = ("x".join(map(str, each)) for each in (frame_size, frames.shape[1:3]))
     if size != wanted:
         raise ValueError(
             f"frames of {name} must be {wanted} (height x width) like those of earlier episodes, got {size}: resize all with "
-            "`height` (--height) and `width` (--width)."
+            "`height` (--height) and `width` (--width), or remove the episode."
         )
 
 

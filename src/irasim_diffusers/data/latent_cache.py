@@ -7,9 +7,9 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +21,13 @@ from ..files import remove_abandoned, temporary_path
 from ..json_files import read_json_object
 from ..latents import Autoencoder, check_latent_scaling, encode_images, latent_scaling, unscale_latents
 from .content_hash import tensors_hash
-from .episode import Episode, EpisodeSource, check_equal_size, first_readable
+from .episode import Episode, EpisodeSource, check_equal_size
 
 FORMAT = 1
 """Version of the cached values; increment it whenever decoding, tiling or resizing changes."""
 
 FRAMES_AT_ONCE = 256
 """Maximum number of frames decoded at a time, unless `batch_size` is larger."""
-
-Encoded: TypeAlias = tuple[torch.Tensor, np.ndarray, np.ndarray | None]
-"""Latents (T, C, h, w), actions (T, A) and the first frame (1, H, W, 3) of an episode; None with recorded latents."""
 
 
 def cache_latents(
@@ -42,6 +39,7 @@ def cache_latents(
     mixed_precision: bool = False,
     skip_broken: bool = False,
     recorded: bool = False,
+    frame_size: tuple[int, int] | None = None,
     episodes_per_file: int = 50,
     process_index: int = 0,
     num_processes: int = 1,
@@ -58,21 +56,21 @@ def cache_latents(
         cache_dir: Parent folder of the cache, whose name depends on the dataset, the autoencoder and the options of its content.
         batch_size: Number of frames per call of the autoencoder.
         mixed_precision: Encode under bfloat16 autocast.
-        skip_broken: Skip episodes that cannot be read or have no finite latents, and list them in the manifest.
+        skip_broken: Skip episodes that cannot be read, have no finite latents or another frame size, and list them in the manifest.
         recorded: Use the latents that are stored with the videos (`IRASimFolder`), scaled by the factor of `vae`.
+        frame_size: Height and width that the frames of all episodes must have; None accepts any.
         episodes_per_file: Number of episodes per file. A file is the unit of work of a process and of an interrupted run.
         process_index: Index of this process.
         num_processes: Number of processes that encode together. Each encodes its share of the files.
         wait_for_everyone: Barrier of these processes. Every process calls it twice.
 
     Returns:
-        The folder of the cache. Its safetensors files contain `latents.<episode>` (T, C, h, w), float16 and unscaled (uint8
-        without an autoencoder), and `actions.<episode>` (T, A), float32. `manifest.json` marks the cache as complete and
-        lists the files and the errors of broken episodes.
+        The folder of the cache. Its safetensors files contain `latents.<episode>` (T, C, h, w), float16 and unscaled (uint8 without
+        an autoencoder), and `actions.<episode>` (T, A), float32. `manifest.json` lists the files and the errors of broken episodes.
 
     Raises:
-        ValueError: If an argument is invalid, `cache_dir` cannot be created, an episode cannot be read or has no finite latents and
-            `skip_broken` is False (also if an earlier run skipped it), no episode is left, or frames of two episodes differ in size.
+        ValueError: If an argument is invalid, `cache_dir` cannot be created, an episode cannot be read, has no finite latents or
+            another frame size and `skip_broken` is False (also if an earlier run skipped it), or no episode is left.
     """
     _check_arguments(vae, recorded, batch_size, episodes_per_file, process_index, num_processes)
     identity = _identity(dataset, vae, recorded, mixed_precision, episodes_per_file)
@@ -83,11 +81,10 @@ def cache_latents(
         if not manifest and (folder / "manifest.json").is_file():
             tqdm.write(f"{str(folder / 'manifest.json')!r} is damaged and is written again.")
     files = _files(folder, len(dataset), episodes_per_file)
-    ours = partial(_encode_episode, dataset, vae, batch_size, mixed_precision)
+    ours = partial(_encode_episode, dataset, vae, batch_size, mixed_precision, frame_size)
     encode = partial(_encode_recorded, dataset, vae) if recorded else ours
     share = [list(files)[index] for index in np.array_split(range(len(files)), num_processes)[process_index]]
-    check = partial(_check_size, dataset, cache(partial(_first_frame, dataset)))
-    _encode_share({path: files[path] for path in share}, manifest, encode, check, skip_broken, process_index > 0)
+    _encode_share({path: files[path] for path in share}, manifest, encode, skip_broken, process_index > 0)
     wait_for_everyone()
     if process_index == 0:
         _write_manifest(folder, files, identity, manifest, vae, len(dataset))
@@ -120,8 +117,7 @@ def _files(folder: Path, num_episodes: int, episodes_per_file: int) -> dict[Path
 def _encode_share(
     files: dict[Path, range],
     manifest: dict[str, Any],
-    encode: Callable[[int], Encoded],
-    check: Callable[[int, np.ndarray | None], None],
+    encode: Callable[[int], tuple[torch.Tensor, np.ndarray]],
     skip_broken: bool,
     quiet: bool,
 ) -> None:
@@ -135,7 +131,7 @@ def _encode_share(
             if path.is_file() or manifest:
                 state = "damaged" if path.is_file() else "missing"
                 bar.write(f"{str(path)!r} is {state}: its {len(files[path])} episodes are encoded again.")
-            _write_file(path, *_encode_episodes(files[path], encode, check, skip_broken, bar))
+            _write_file(path, *_encode_episodes(files[path], encode, skip_broken, bar))
 
 
 def _check_arguments(
@@ -272,27 +268,22 @@ def _checked(folder: Path, skip_broken: bool) -> Path:
 
 def _encode_episodes(
     numbers: range,
-    encode: Callable[[int], Encoded],
-    check: Callable[[int, np.ndarray | None], None],
+    encode: Callable[[int], tuple[torch.Tensor, np.ndarray]],
     skip_broken: bool,
     bar: tqdm,
 ) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
-    """Return the latents and actions of some episodes, and the error messages of the broken ones.
-
-    `check` receives the index and the first frame of each readable episode; its errors are not skipped.
-    """
+    """Return the latents and actions of some episodes, and the error messages of the broken ones."""
     tensors: dict[str, torch.Tensor] = {}
     broken: dict[int, str] = {}
     for number in numbers:
         try:
-            latents, actions, frame = encode(number)
+            latents, actions = encode(number)
         except ValueError as error:
             if not skip_broken:
                 raise
             broken[number] = str(error)
             bar.write(f"skipped: {error}")
         else:
-            check(number, frame)
             tensors[f"latents.{number}"] = latents
             tensors[f"actions.{number}"] = torch.from_numpy(np.ascontiguousarray(actions))
         bar.update()
@@ -300,21 +291,26 @@ def _encode_episodes(
 
 
 def _encode_episode(
-    dataset: EpisodeSource, vae: Autoencoder | None, batch_size: int, mixed_precision: bool, number: int
-) -> Encoded:
-    """Encode one episode."""
-    parts = [
-        (_encode(vae, part.frames, batch_size, mixed_precision), part.actions, part.frames[:1].copy())
-        for part in _parts(dataset, number, batch_size)
-    ]
-    latents = torch.cat([latents for latents, *_ in parts])
+    dataset: EpisodeSource,
+    vae: Autoencoder | None,
+    batch_size: int,
+    mixed_precision: bool,
+    frame_size: tuple[int, int] | None,
+    number: int,
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Encode one episode; return latents (T, C, h, w) and actions (T, A)."""
+    latents, actions = [], []
+    for part in _parts(dataset, number, batch_size):
+        if frame_size is not None:
+            check_equal_size(frame_size, part.frames, f"episode {number} of {dataset.name!r}")
+        latents.append(_encode(vae, part.frames, batch_size, mixed_precision))
+        actions.append(part.actions)
     remedy = "use float32 weights, or weights that are stable in half precision"
-    actions = np.concatenate([actions for _, actions, _ in parts])
-    return _finite(latents, dataset, number, remedy), actions, parts[0][2]
+    return _finite(torch.cat(latents), dataset, number, remedy), np.concatenate(actions)
 
 
-def _encode_recorded(dataset: EpisodeSource, vae: Autoencoder, number: int) -> Encoded:
-    """Return the unscaled latents stored with the video, and the actions of one episode."""
+def _encode_recorded(dataset: EpisodeSource, vae: Autoencoder, number: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Return the unscaled latents (T, C, h, w) stored with the video, and actions (T, A) of one episode."""
     latents = dataset.latents(number) if hasattr(dataset, "latents") else None
     if latents is None:
         raise ValueError(
@@ -323,20 +319,7 @@ def _encode_recorded(dataset: EpisodeSource, vae: Autoencoder, number: int) -> E
         )
     unscaled = unscale_latents(vae, latents)
     remedy = "use `recorded=False` (omit --recorded_latents) to encode the frames"
-    return _finite(unscaled.half(), dataset, number, remedy), dataset.vectors(number)["action"], None
-
-
-def _first_frame(dataset: EpisodeSource) -> np.ndarray:
-    """Return the first frame (1, H, W, 3) of the first readable episode."""
-    return first_readable(dataset, lambda number: dataset.window(number, 0, 1).frames, attempts=len(dataset))
-
-
-def _check_size(
-    dataset: EpisodeSource, first: Callable[[], np.ndarray], number: int, frame: np.ndarray | None
-) -> None:
-    """Compare the size of an episode's frame, if there is one, with that of the first episode."""
-    if frame is not None:
-        check_equal_size(first(), frame, f"episode {number} of {dataset.name!r}")
+    return _finite(unscaled.half(), dataset, number, remedy), dataset.vectors(number)["action"]
 
 
 def _finite(latents: torch.Tensor, dataset: EpisodeSource, number: int, remedy: str) -> torch.Tensor:

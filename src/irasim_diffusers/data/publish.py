@@ -20,7 +20,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 
 from ..files import locked_folder, remove_abandoned, temporary_path
 from ..json_files import read_json
-from .episode import Episode, EpisodeSource, first_readable
+from .episode import Episode, EpisodeSource, check_equal_size, first_readable
 from .lerobot import INDEX_FEATURES, VERSION, LeRobotFolder
 from .lerobot_writer import EPISODES_PATH, Regions, is_written, tile_regions, write_file, write_metadata
 from .prepared import PreparedEpisodes
@@ -190,13 +190,8 @@ def _read_episode(source: EpisodeSource, number: int, frame_size: tuple[int, int
     The frames must have the height and width `frame_size`, unless it is None.
     """
     episode = source[number]
-    if frame_size not in (None, episode.frames.shape[1:3]):
-        wanted, size = ("x".join(map(str, each)) for each in (frame_size, episode.frames.shape[1:3]))
-        raise ValueError(
-            f"frames of episode {number} of {source.name!r} must be {wanted} (height x width) like those of the first episode, got "
-            f"{size}: resize all with `height` (--height) and `width` (--width), or skip the episode with `skip_broken` "
-            "(--skip_broken)."
-        )
+    if frame_size is not None:
+        check_equal_size(frame_size, episode.frames, f"episode {number} of {source.name!r}")
     flags = source.flags(number) if hasattr(source, "flags") else {}
     return dataclasses.replace(episode, states=episode.states | flags)
 

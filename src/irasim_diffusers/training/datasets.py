@@ -190,13 +190,16 @@ def _episodes(prepared: PreparedEpisodes, split: str) -> set[Any]:
     return set(rows[: len(source)])
 
 
-def check_frames(sources: list[PreparedEpisodes], vae: Autoencoder | None, patch_size: int) -> None:
+def check_frames(sources: list[PreparedEpisodes], vae: Autoencoder | None, patch_size: int) -> tuple[int, int]:
     """Check before encoding that the first readable frames have equal sizes and consist of patches.
 
     Args:
         sources: The training datasets.
         vae: Autoencoder of the latents; None for pixel space.
         patch_size: Side of the patches in latent pixels.
+
+    Returns:
+        The height and width.
 
     Raises:
         ValueError: If no frame of a dataset can be read, the height or width of its first one is not divisible by the size of a
@@ -211,6 +214,7 @@ def check_frames(sources: list[PreparedEpisodes], vae: Autoencoder | None, patch
                 f"{sources[0].name!r} and {source.name!r} must have frames of the same size, got {_shown(sizes[0])} and "
                 f"{_shown(size)} (height x width): resize both with `height` and `width`."
             )
+    return sizes[0]
 
 
 def _frame_size(source: PreparedEpisodes) -> tuple[int, int]:
@@ -234,12 +238,16 @@ def _check_divisible(source: PreparedEpisodes, size: tuple[int, int], multiple: 
 
 
 def cache_sources(
-    sources: list[PreparedEpisodes], vae: Autoencoder | None, arguments: RunArguments, accelerator: Accelerator
+    sources: list[PreparedEpisodes],
+    vae: Autoencoder | None,
+    frame_size: tuple[int, int] | None,
+    arguments: RunArguments,
+    accelerator: Accelerator,
 ) -> list[Path]:
     """Encode the datasets with `cache_latents`, split over the processes; return the folders.
 
     Raises:
-        ValueError: If an episode cannot be encoded and `skip_broken` is not set, or none can.
+        ValueError: If an episode cannot be encoded or has another frame size than `frame_size`, and `skip_broken` is not set, or none can.
         OSError: If a file cannot be downloaded or written.
     """
     return [
@@ -250,6 +258,7 @@ def cache_sources(
             mixed_precision=accelerator.mixed_precision == "bf16",
             skip_broken=arguments.skip_broken,
             recorded=arguments.recorded_latents,
+            frame_size=frame_size,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             wait_for_everyone=accelerator.wait_for_everyone,
@@ -301,7 +310,7 @@ def load_frames(dataset: PreparedEpisodes, per_episode: int, skip_broken: bool) 
             continue
         chosen = np.linspace(0, len(episode) - 1, min(per_episode, len(episode))).astype(int)
         frames.append(episode.frames[chosen])
-        check_equal_size(frames[0], frames[-1], f"episode {number} of {dataset.name!r}")
+        check_equal_size(frames[0].shape[1:3], frames[-1], f"episode {number} of {dataset.name!r}")
     if not frames:
         raise ValueError(f"no episode of {dataset.name!r} can be read.")
     return torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2)
@@ -345,7 +354,7 @@ def validation_clips(arguments: RunArguments, config: Any) -> tuple[np.ndarray, 
             continue
         frames.append(clip.frames)
         actions.append(clip.actions[config["num_history_frames"] - 1 : -1])
-        check_equal_size(frames[0], frames[-1], f"episode {number} of {arguments.validation_dataset!r}")
+        check_equal_size(frames[0].shape[1:3], frames[-1], f"episode {number} of {arguments.validation_dataset!r}")
         if len(frames) == arguments.num_validation_clips:
             break
     if not frames:

@@ -60,14 +60,14 @@ def encode_data(
     """
     check_crop(arguments.crop_size, config)
     check_snr_gamma(arguments.snr_gamma, config["prediction_type"])
-    if not arguments.recorded_latents:
-        check_frames(sources, vae, config.get("patch_size", 1))
+    recorded = arguments.recorded_latents
+    frame_size = None if recorded else check_frames(sources, vae, config.get("patch_size", 1))
     held_out = validation_clips(arguments, config) if accelerator.is_main_process else None
     output = Path(arguments.output_dir)
     prepare_output(accelerator, output, (arguments.hub_model_id or output.name) if arguments.push_to_hub else None)
     if vae is not None:
         vae.to(accelerator.device)
-    folders = cache_sources(sources, vae, arguments, accelerator)
+    folders = cache_sources(sources, vae, frame_size, arguments, accelerator)
     parts = cached_clips(folders, sources, arguments, clip_length(config, arguments.rollout_chunks))
     return TrainingData(sources, vae, folders, parts, held_out)
 
