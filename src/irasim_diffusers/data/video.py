@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from ..files import temporary_path
 from .pictures import stack_pictures
@@ -49,10 +50,10 @@ def iterate_video(path: VideoFile, name: str | None = None) -> Iterator[np.ndarr
     Raises:
         ValueError: If the file is missing, is not a video, is damaged, or has gray frames of more than 8 bits.
     """
-    name = _name_of(path, name)
+    name, reformatter = _name_of(path, name), VideoReformatter()
     with _open(path, name) as (container, stream):
         for frame in container.decode(stream):
-            yield _pixels(_undamaged(frame, name), name)
+            yield _pixels(_undamaged(frame, name), reformatter, name)
 
 
 def read_frames(
@@ -99,6 +100,7 @@ def read_numbered_frames(
     """
     wanted, name = [int(number) for number in numbers], _name_of(path, name)
     frames: list[np.ndarray] = []
+    reformatter = VideoReformatter()
     with closing(_numbered_frames(path, wanted[0], fps, name)) as decoded:
         for number, frame in decoded:
             following = wanted[len(frames)] if len(frames) < len(wanted) else None
@@ -114,7 +116,7 @@ def read_numbered_frames(
                     f"{name} has no frame {following}{rate}: frames are missing, or the frame rate differs; encode the "
                     "video again at a constant rate."
                 )
-            frames.append(_pixels(_undamaged(frame, name), name))
+            frames.append(_pixels(_undamaged(frame, name), reformatter, name))
             if len(frames) == len(wanted) and not whole:
                 break
     if len(frames) < len(wanted):
@@ -169,8 +171,12 @@ def _undamaged(frame: Any, name: str) -> Any:
     return frame
 
 
-def _pixels(frame: Any, name: str) -> np.ndarray:
-    """Convert a decoded frame to RGB (H, W, 3), uint8, by its color matrix, range and display matrix."""
+def _pixels(frame: Any, reformatter: VideoReformatter, name: str) -> np.ndarray:
+    """Convert a decoded frame to RGB (H, W, 3), uint8, by its color matrix, range and display matrix.
+
+    The reformatter is shared by the frames of a video: `VideoFrame.reformat` prepares a new one for each frame, which takes
+    several times as long as decoding a small frame.
+    """
     pixel_format = frame.format.name
     if pixel_format.startswith("gray") and pixel_format not in ("gray", "gray8"):
         raise ValueError(
@@ -178,10 +184,11 @@ def _pixels(frame: Any, name: str) -> np.ndarray:
             "to 8 bits, or select another camera."
         )
     if not pixel_format.startswith(("yuv", "nv", "p0")):
-        return _upright(frame, frame.to_ndarray(format="rgb24"))
+        return _upright(frame, reformatter.reformat(frame, format="rgb24").to_ndarray())
     matrix = int(frame.colorspace)
     full = pixel_format.startswith("yuvj") or int(frame.color_range) == JPEG_RANGE
-    converted = frame.reformat(
+    converted = reformatter.reformat(
+        frame,
         format="rgb24",
         src_colorspace=matrix,
         dst_colorspace=ITU709 if matrix == ITU601 else ITU601,  # PyAV < 17 ignores the source matrix if both are equal
