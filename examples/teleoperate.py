@@ -39,7 +39,7 @@ try:
 except ModuleNotFoundError as error:
     exit_without_extra(error, "space")
 
-JOYSTICK_EVENT = struct.Struct("=IhBB")  # Linux' js_event: milliseconds, value, type, number
+JOYSTICK_EVENT = struct.Struct("=IhBB")  # Linux's js_event: milliseconds, value, type, number
 BUTTON, AXIS, INITIAL = 1, 2, 0x80
 # Keys of the Space for the axes and buttons of an Xbox gamepad, in the numbering of Linux, negative direction first: left stick
 # (0, 1), right stick (3, 4), directional pad (6, 7), buttons A and B.

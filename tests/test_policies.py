@@ -218,7 +218,7 @@ def test_processors_that_could_execute_code_are_rejected(tmp_path, steps, messag
 
 @pytest.fixture(scope="module")
 def act_policy(tmp_path_factory):
-    """A tiny saved policy of the real LeRobot."""
+    """Folder of a tiny ACT policy that was saved with LeRobot."""
     pytest.importorskip("lerobot", reason="LeRobot 0.6 needs Python 3.12")
     from lerobot.configs.types import FeatureType, PolicyFeature
     from lerobot.policies.act.configuration_act import ACTConfig

@@ -122,7 +122,7 @@ def test_pickles_are_read_only_if_named(adapted, frames, actions):
 
 
 def save_with_encoder(folder, shift=1.0, parts=("action_embed.", "null_action"), targets=("to_q",)):
-    """Save an adapter with parts of a changed action encoder, as train_lora.py does."""
+    """Save an adapter and `parts` of a changed action encoder in the format of train_lora.py."""
     pipeline = tiny_pipeline()
     pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=list(targets)))
     torch.manual_seed(9)

@@ -189,7 +189,7 @@ def test_settings_of_checkpoint_survive_new_pipelines(saved, tmp_path):
     assert settings_of(IRASimPipeline(**pipeline.components | changed)) == [2, 2, None]
     # settings of other pipelines have no effect
     assert settings_of(IRASimPipeline(None, pipeline.transformer, other)) == [50, None, None]
-    pipeline.register_to_config(num_inference_steps=7, timesteps=None)  # a setting of this pipeline only
+    pipeline.register_to_config(num_inference_steps=7, timesteps=None)  # new pipelines take the changed settings
     for again in (
         IRASimPipeline(**pipeline.components),
         IRASimPipeline.from_pipe(pipeline),

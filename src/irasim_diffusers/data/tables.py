@@ -304,7 +304,7 @@ def _download(url: str) -> bytes:
 def _read_url(url: str) -> bytes:
     name, scheme = repr(url[:200]), url.partition("://")[0]
     if "::" in url or scheme not in ("http", "https", "hf"):
-        raise ValueError(f"{name} must be a local path, or a URL of http, https or hf: download the file.")
+        raise ValueError(f"{name} must be a local path, or an http, https or hf URL: download the file.")
     try:
         opened = fsspec.open(url, "rb") if scheme == "hf" else urllib.request.urlopen(url, timeout=TIMEOUT)
         with opened as file:

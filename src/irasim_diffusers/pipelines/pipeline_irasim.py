@@ -139,7 +139,9 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load the config of a pipeline, after a check of its model files if they are local or downloaded.
+        """Load the config of a pipeline; check the model files first if the pipeline is a local folder.
+
+        `from_pretrained` passes the folder of the downloaded files, so these are checked, too.
 
         Raises:
             ValueError: See `inputs.check_model_files`.

@@ -104,7 +104,7 @@ class RunArguments(EpisodeArguments):
     history_noise: float = field(
         default=0.0,
         metadata={
-            "help": "maximum standard deviation of noise on the history latents, which reduces drift in rollouts"
+            "help": "maximum standard deviation of the noise that is added to the history latents to reduce drift in rollouts"
         },
     )
     snr_gamma: float | None = field(
