@@ -40,6 +40,7 @@ from irasim_diffusers.training import (
     check_frame_size,
     check_held_out,
     check_launch,
+    check_output_dir,
     check_ranges,
     check_resume,
     check_same_size,
@@ -226,7 +227,8 @@ def build_vae(arguments: VAEArguments, sample_size: int) -> Autoencoder:
 
 def run_settings(arguments: VAEArguments, processes: int) -> dict[str, Any]:
     """Return the settings that must not change when a run is resumed."""
-    omitted = {name for name in NEW_ONLY if getattr(arguments, name) is None}  # earlier versions stored other defaults
+    # earlier versions stored other defaults
+    omitted = {name for name in NEW_ONLY if arguments.pretrained or getattr(arguments, name) is None}
     flags = {name: value for name, value in asdict(arguments).items() if name not in omitted.union(MAY_CHANGE)}
     return flags | {"processes": processes}
 
@@ -269,12 +271,12 @@ def check_new_autoencoder(arguments: VAEArguments) -> None:
         return
     channels = arguments.block_out_channels or []
     check_sizes({"block_out_channels": channels, "latent_channels": arguments.latent_channels})
-    if arguments.tiny and (len(set(channels)) != 1 or channels[0] < 1):
+    if arguments.tiny and len(set(channels)) != 1:
         raise ValueError(f"`block_out_channels` must be equal positive numbers with `tiny`, got {channels}.")
     if arguments.tiny and arguments.norm_num_groups is not None:
         raise ValueError("`norm_num_groups` must be omitted with `tiny`: an AutoencoderTiny has no normalization.")
     groups = arguments.norm_num_groups
-    if groups and any(number < 1 or number % groups for number in channels or [0]):
+    if groups and any(number % groups for number in channels):
         raise ValueError(
             f"`block_out_channels` must be positive multiples of `norm_num_groups` = {groups}, got {channels}."
         )
@@ -325,8 +327,8 @@ def open_data(arguments: VAEArguments) -> tuple[PreparedEpisodes, PreparedEpisod
 
 def train(
     accelerator: Accelerator, arguments: VAEArguments, vae: Autoencoder, frames: Frames, newest: Path | None
-) -> int:
-    """Train the autoencoder, starting from the newest checkpoint if one exists; return the last step.
+) -> None:
+    """Train the autoencoder, starting from the newest checkpoint if one exists.
 
     Raises:
         FloatingPointError: If the loss is not finite.
@@ -364,7 +366,7 @@ def train(
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.5f}")
             stopped_by = interruption.requested(accelerator)
-            if stopped_by or (step % arguments.checkpointing_steps == 0 and step < arguments.max_train_steps):
+            if stopped_by or step % arguments.checkpointing_steps == 0 or step == arguments.max_train_steps:
                 save_checkpoint(accelerator, output, step, limit=2, settings=settings)
             if stopped_by:
                 stop_training(accelerator, stopped_by, step)
@@ -373,7 +375,6 @@ def train(
                     psnr = describe_psnr(vae, frames, accelerator.device)
                 bar.write(f"step {step}: {psnr}, {time.perf_counter() - start:.0f} s")
     accelerator.wait_for_everyone()
-    return step
 
 
 def batch_loss(
@@ -434,23 +435,23 @@ def describe_psnr(vae: Autoencoder, frames: Frames, device: torch.device) -> str
     return f"{which} PSNR {reconstruction_psnr(vae, frames.held_out, device):.2f} dB"
 
 
-def set_scaling(accelerator: Accelerator, arguments: VAEArguments, vae: Any, frames: Frames, step: int) -> None:
-    """Set the scaling factor, so that scaled latents have the requested standard deviation.
-
-    Every process must call this function. If the factor is out of range, a checkpoint of the last step is written first.
+def set_scaling(vae: Any, wanted: float, deviation: float) -> None:
+    """Set the scaling factor that changes the standard deviation of the latents to `wanted`.
 
     Raises:
         ValueError: If the factor is out of range.
     """
-    deviation = latent_std(vae, frames.held_out, accelerator.device)
-    if not MIN_FACTOR * deviation <= arguments.latent_std <= MAX_FACTOR * deviation:
-        settings = run_settings(arguments, accelerator.num_processes)
-        save_checkpoint(accelerator, Path(arguments.output_dir), step, limit=2, settings=settings)
+    if not 0 < deviation < math.inf:
+        raise ValueError(
+            f"the latents of the validation frames must differ and be finite, got a standard deviation of {deviation:g}: train "
+            "again, for example with a lower `learning_rate`."
+        )
+    if not MIN_FACTOR * deviation <= wanted <= MAX_FACTOR * deviation:
         raise ValueError(
             f"`latent_std` divided by the standard deviation of the latents must be in [{MIN_FACTOR:g}, {MAX_FACTOR:g}], got "
-            f"{arguments.latent_std:g} and {deviation:g}: resume with another `latent_std`, or train again."
+            f"{wanted:g} and {deviation:g}: resume with another `latent_std`."
         )
-    vae.register_to_config(scaling_factor=arguments.latent_std / deviation)
+    vae.register_to_config(scaling_factor=wanted / deviation)
     if isinstance(vae, AutoencoderKL):
         vae.register_to_config(shift_factor=None, latents_mean=None, latents_std=None)
 
@@ -462,6 +463,7 @@ def main() -> None:
     output = Path(arguments.output_dir)
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=arguments.mixed_precision)
     check_launch(accelerator)
+    check_output_dir(output)
     settings, defaults = (
         run_settings(arguments, accelerator.num_processes),
         asdict(VAEArguments(dataset="", output_dir="")),
@@ -475,9 +477,6 @@ def main() -> None:
     prepare_output(accelerator, output)
     newest = newest_checkpoint(output, settings, defaults)
     training = load_frames(source, arguments.frames_per_episode, arguments.skip_broken)
-    if arguments.train_batch_size > len(training):
-        most = f"{len(training)}, the number of training frames"
-        raise ValueError(f"`train_batch_size` must be at most {most}, got {arguments.train_batch_size}.")
     frames = Frames(
         training,
         load_frames(held_out_source, 4, arguments.skip_broken),
@@ -487,9 +486,9 @@ def main() -> None:
     if arguments.compile:
         vae.encoder.compile()
         vae.decoder.compile()
-    step = train(accelerator, arguments, vae, frames, newest)
+    train(accelerator, arguments, vae, frames, newest)
     if not arguments.freeze_encoder:
-        set_scaling(accelerator, arguments, vae, frames, step)
+        set_scaling(vae, arguments.latent_std, latent_std(vae, frames.held_out, accelerator.device))
     if accelerator.is_main_process:
         save_finished(output, vae.save_pretrained)
         psnr = describe_psnr(vae, frames, accelerator.device)

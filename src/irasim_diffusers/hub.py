@@ -5,17 +5,17 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
-from .json_files import check_config
+from .json_files import read_config
 
 
 def missing_reason(name: str, error: BaseException | None) -> str | None:
-    """Explain that a model was not found, or that a config in its folder is no JSON object; else None."""
+    """Explain why a model cannot be loaded: it is missing, or a config is not a JSON object; else None."""
     from huggingface_hub import constants, errors
 
     if Path(name).exists():
         try:
             for path in (Path(name) / "config.json", *Path(name).glob("*/config.json")):
-                check_config(path)
+                read_config(path)
         except ValueError as damaged:
             return str(damaged)
         return None

@@ -72,13 +72,13 @@ def read_json_object(path: Path, finite: bool = False) -> dict[str, Any]:
     return content
 
 
-def check_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """Return the config of a model, which must be a JSON object.
 
     The result is empty if the file is missing or not valid JSON, which the loaders report.
 
     Raises:
-        ValueError: If the file contains JSON but no object, which the loaders of diffusers do not expect.
+        ValueError: If the file contains valid JSON that is not an object, which the loaders of diffusers report unclearly.
     """
     try:
         content = read_json(path)

@@ -19,32 +19,36 @@ AUTOENCODER = "the folder or Hub id of an AutoencoderKL or AutoencoderTiny"
 MIN_FACTOR, MAX_FACTOR = 1e-6, 1e6
 """Range of the scaling factor; latents in bfloat16 and float32 keep their precision within it."""
 MAX_SHIFT = 1e6
-AUTOENCODER_LIMITS = {
-    "latent_channels": 1024,
-    "layers_per_block": 64,
+AUTOENCODER_LIMITS = {"latent_channels": 1024, "layers_per_block": 64}
+"""Upper limits of numbers in the config of an autoencoder."""
+LEVEL_LIMITS = {
     "num_encoder_blocks": 64,
     "num_decoder_blocks": 64,
     "block_out_channels": 16384,
     "encoder_block_out_channels": 16384,
     "decoder_block_out_channels": 16384,
 }
-"""Upper limits of sizes in the config of an autoencoder."""
+"""Upper limits of numbers that the config of an autoencoder contains for each resolution."""
 MAX_BLOCKS = 8
 """Maximum number of resolutions of an autoencoder."""
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:
-    """Check the sizes in the config of an autoencoder, which bound its memory.
+    """Check the sizes in the config of an autoencoder, which limit its memory.
 
     Raises:
-        ValueError: If there are too many resolutions, or a size is too large or not an integer.
+        ValueError: If there is no resolution or too many, or a size is out of range or not an integer.
     """
-    for key, most in AUTOENCODER_LIMITS.items():
-        sizes = config.get(key, [])
-        sizes = sizes if isinstance(sizes, list) else [sizes]
-        if len(sizes) > MAX_BLOCKS or not all(type(size) is int and 0 <= size <= most for size in sizes):
+    for key in config.keys() & AUTOENCODER_LIMITS.keys():
+        most, size = AUTOENCODER_LIMITS[key], config[key]
+        if type(size) is not int or not 1 <= size <= most:
+            raise ValueError(f"`{key}` of the autoencoder must be an integer in [1, {most}], got {size!r:.60}.")
+    for key in config.keys() & LEVEL_LIMITS.keys():
+        most, sizes = LEVEL_LIMITS[key], config[key]
+        valid = isinstance(sizes, list | tuple) and 1 <= len(sizes) <= MAX_BLOCKS
+        if not valid or not all(type(size) is int and 1 <= size <= most for size in sizes):
             raise ValueError(
-                f"`{key}` of the autoencoder must be one to {MAX_BLOCKS} integers in [0, {most}], got {config[key]!r:.60}."
+                f"`{key}` of the autoencoder must be 1 to {MAX_BLOCKS} integers in [1, {most}], got {sizes!r:.60}."
             )
 
 
@@ -131,7 +135,7 @@ def load_any_autoencoder(name: str, subfolder: str | None = None, revision: str 
     classes = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
     found = config.get("_class_name") if isinstance(config, dict) else None
     if found not in classes:
-        raise ValueError(f"the class in its config is {found!r}")
+        raise ValueError(f"its config must name the class AutoencoderKL or AutoencoderTiny, got {found!r}.")
     check_sizes(config)
     vae, info = classes[found].from_pretrained(name, **options, use_safetensors=True, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):

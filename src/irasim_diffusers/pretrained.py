@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from .devices import default_device, fast_dtype
-from .json_files import check_config
+from .json_files import read_config
 from .models import ProprioceptionModel
 from .pipelines import IRASimPipeline
 from .rewards import FrameRegressor
@@ -44,10 +44,10 @@ def load_world_model(model: Any, device: Any = None) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
     loaded: dict[str, Any] = {"model": pipe}
     if path := _stored_file(model, "proprioception/config.json"):
-        check_config(Path(path))
+        read_config(Path(path))
         loaded["proprioception"] = _load_proprioception(model).to(device)
     if path := _stored_file(model, "reward/config.json"):
-        check_config(Path(path))
+        read_config(Path(path))
         loaded["reward"] = reward = FrameRegressor.from_pretrained(model, subfolder="reward").to(device).eval()
         if reward.config.success_threshold is not None:
             loaded["success"] = reward.success

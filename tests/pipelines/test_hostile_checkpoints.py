@@ -80,12 +80,12 @@ def copy(saved, tmp_path):
         (
             VAE,
             {"layers_per_block": 10**6},
-            r"`layers_per_block` of the autoencoder must be one to 8 integers in \[0, 64\]",
+            r"`layers_per_block` of the autoencoder must be an integer in \[1, 64\]",
         ),
         (
             VAE,
             {"block_out_channels": [8] * 1000},
-            "`block_out_channels` of the autoencoder must be one to 8 integers",
+            "`block_out_channels` of the autoencoder must be 1 to 8 integers",
         ),
         (VAE, {"scaling_factor": 1e-39}, "`scaling_factor` of the autoencoder must be a number in .*, got 1e-39"),
         (VAE, {"scaling_factor": 1e20}, "`scaling_factor` of the autoencoder must be a number in .*, got 1e"),

@@ -58,7 +58,7 @@ def test_missing_autoencoders_raise_one_line(tmp_path):
         (
             lambda state: state,
             {"latent_channels": 10**9},
-            "`latent_channels` of the autoencoder must be one to 8 integers",
+            "`latent_channels` of the autoencoder must be an integer in",
         ),
     ],
 )

@@ -62,6 +62,8 @@ def test_empty_values_do_not_name_the_current_folder(flags, monkeypatch, capsys)
         run_script(list)
     message = "train.py: error: `output_dir` must not be empty: pass a value, or omit it.\n"
     assert (stop.value.code, capsys.readouterr().err) == (2, message)
+    monkeypatch.setattr("sys.argv", ["train.py", "--hub_model_id=robot="])
+    run_script(list)
 
 
 def test_repeated_sigterm_does_not_prevent_checkpoint(interruption, monkeypatch):

@@ -124,13 +124,17 @@ def check_max_episodes(max_episodes: int | None) -> None:
         raise ValueError(f"`max_episodes` (--max_train_episodes) must be at least 1, got {max_episodes}.")
 
 
-def check_equal_size(frame_size: tuple[int, ...], frames: np.ndarray, name: str) -> None:
+RESIZE = "resize all with `height` (--height) and `width` (--width), or skip it with `skip_broken` (--skip_broken)"
+
+
+def check_equal_size(frame_size: tuple[int, ...], frames: np.ndarray, name: str, remedy: str = RESIZE) -> None:
     """Check that frames (T, H, W, 3) of an episode have the size of earlier ones.
 
     Args:
         frame_size: Height and width of earlier frames.
         frames: Frames of the episode.
         name: Name of the episode, for the message.
+        remedy: What the user can do, for the message.
 
     Raises:
         ValueError: If the sizes differ.
@@ -138,8 +142,7 @@ def check_equal_size(frame_size: tuple[int, ...], frames: np.ndarray, name: str)
     wanted, size = ("x".join(map(str, each)) for each in (frame_size, frames.shape[1:3]))
     if size != wanted:
         raise ValueError(
-            f"frames of {name} must be {wanted} (height x width) like those of earlier episodes, got {size}: resize all with "
-            "`height` (--height) and `width` (--width), or remove the episode."
+            f"frames of {name} must be {wanted} (height x width) like those of earlier episodes, got {size}: {remedy}."
         )
 
 

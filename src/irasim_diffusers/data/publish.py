@@ -191,7 +191,8 @@ def _read_episode(source: EpisodeSource, number: int, frame_size: tuple[int, int
     """
     episode = source[number]
     if frame_size is not None:
-        check_equal_size(frame_size, episode.frames, f"episode {number} of {source.name!r}")
+        remedy = "resize the videos, or skip the episode with `skip_broken` (--skip_broken)"
+        check_equal_size(frame_size, episode.frames, f"episode {number} of {source.name!r}", remedy)
     flags = source.flags(number) if hasattr(source, "flags") else {}
     return dataclasses.replace(episode, states=episode.states | flags)
 

@@ -15,7 +15,7 @@ from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttention
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..json_files import check_config
+from ..json_files import read_config
 from ..latents import check_sizes
 from ..pictures import resize as resize_frames
 from ..safe_load import find_nonfinite_weight
@@ -343,9 +343,9 @@ def check_model_files(folder: Path) -> None:
             that is not quantized are not floating-point.
     """
     for path in (folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"):
-        check_config(path)
+        read_config(path)
     for name in ("vae", "transformer"):
-        config = check_config(folder / name / "config.json")
+        config = read_config(folder / name / "config.json")
         if name == "vae":
             check_sizes(config)
         if "quantization_config" not in config:

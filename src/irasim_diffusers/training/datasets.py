@@ -296,13 +296,14 @@ def load_frames(dataset: PreparedEpisodes, per_episode: int, skip_broken: bool) 
     """Read evenly spaced frames (N, 3, H, W), uint8, of each episode.
 
     Raises:
-        ValueError: If an episode cannot be read and `skip_broken` is False, no episode can be read, or the frames of two episodes
-            differ in size.
+        ValueError: If an episode cannot be read or differs in frame size and `skip_broken` is False, or no episode can be read.
     """
-    frames = []
+    frames: list[np.ndarray] = []
     for number in tqdm(range(len(dataset)), desc="reading frames", unit="episode"):
         try:
             episode = dataset[number]
+            if frames:
+                check_equal_size(frames[0].shape[1:3], episode.frames, f"episode {number} of {dataset.name!r}")
         except ValueError as error:
             if not skip_broken:
                 raise
@@ -310,7 +311,6 @@ def load_frames(dataset: PreparedEpisodes, per_episode: int, skip_broken: bool) 
             continue
         chosen = np.linspace(0, len(episode) - 1, min(per_episode, len(episode))).astype(int)
         frames.append(episode.frames[chosen])
-        check_equal_size(frames[0].shape[1:3], frames[-1], f"episode {number} of {dataset.name!r}")
     if not frames:
         raise ValueError(f"no episode of {dataset.name!r} can be read.")
     return torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2)
@@ -336,7 +336,8 @@ def validation_clips(arguments: RunArguments, config: Any) -> tuple[np.ndarray, 
     """
     if arguments.validation_dataset is None:
         return None
-    frames, actions = [], []
+    frames: list[np.ndarray] = []
+    actions: list[np.ndarray] = []
     source = open_source(arguments.validation_dataset, arguments, arguments.validation_split, None, all_phases=False)
     wanted = clip_length(config, arguments.rollout_chunks)
     for number in range(len(source)):
@@ -348,13 +349,15 @@ def validation_clips(arguments: RunArguments, config: Any) -> tuple[np.ndarray, 
                     f"{wanted}: use a smaller `rollout_chunks` or, in train.py, `sample_frames`, or skip it with --skip_broken."
                 )
             clip = source.window(number, (length - wanted) // 2, wanted)
+            if frames:
+                name = f"episode {number} of {arguments.validation_dataset!r}"
+                check_equal_size(frames[0].shape[1:3], clip.frames, name)
         except ValueError:
             if not arguments.skip_broken:
                 raise
             continue
         frames.append(clip.frames)
         actions.append(clip.actions[config["num_history_frames"] - 1 : -1])
-        check_equal_size(frames[0].shape[1:3], frames[-1], f"episode {number} of {arguments.validation_dataset!r}")
         if len(frames) == arguments.num_validation_clips:
             break
     if not frames:

@@ -48,7 +48,7 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
 
     Raises:
         ValueError: If the launcher, the precision or the distributed type does not match the arguments, or if the output folder
-            contains a run with other arguments or more steps.
+            cannot be used (see `check_output_dir`) or contains a run with other arguments or more steps.
     """
     output = Path(arguments.output_dir)
     accelerator = Accelerator(
@@ -63,6 +63,7 @@ def start_accelerator(arguments: RunArguments) -> Accelerator:
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_launch(accelerator)
+    check_output_dir(output)
     _check_accelerator(accelerator, arguments)
     torch.backends.cuda.matmul.allow_tf32 = arguments.allow_tf32
     settings = fixed_settings(arguments, accelerator)
@@ -152,7 +153,7 @@ def lock_output(output: Path) -> None:
 
 
 def check_output_dir(output: Path) -> None:
-    """Check that an output folder can be written, is no dataset, and contains nothing in the way.
+    """Check that results can be written to an output folder, and that it is not a dataset.
 
     Args:
         output: The folder; it need not exist.

@@ -28,7 +28,8 @@ REPEATED_SIGNAL_DELAY = 5.0
 def run_script(main: Callable[[], None]) -> None:
     """Run the main function of a script, and report invalid input and other expected errors in one line.
 
-    An empty value of a flag, which would name the current folder, is invalid. Under `accelerate launch`, an error that occurs in every process is printed once.
+    Empty values of flags are rejected, because an empty path names the current folder. Under `accelerate launch`, an error that
+    occurs in every process is printed once.
 
     Args:
         main: Function without arguments.
@@ -63,10 +64,12 @@ def run_script(main: Callable[[], None]) -> None:
 def _check_empty_values(argv: list[str]) -> None:
     flag = ""
     for argument in argv:
+        name, equals, value = argument.partition("=")
         is_flag = argument.startswith("--")
-        flag = argument.partition("=")[0] if is_flag else flag
-        if not argument or (is_flag and argument.endswith("=")):
-            raise ValueError(f"`{flag.lstrip('-')}` must not be empty: pass a value, or omit it.")
+        flag = name if is_flag else flag
+        if not argument or (is_flag and equals and not value):
+            shown = f"`{flag.lstrip('-')}`" if flag else "an argument"
+            raise ValueError(f"{shown} must not be empty: pass a value, or omit it.")
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
