@@ -786,9 +786,14 @@ ROWS += [
 
 
 def listing(root):
-    """Names, sizes and times of all files below a folder, which must not change."""
-    found = sorted(root.rglob("*"))
-    return [(path, path.lstat().st_size, path.lstat().st_mtime_ns) for path in found if not path.is_dir()] + found
+    """Names of all folders, and names, sizes and times of all files below a folder, which must not change."""
+    found = {}
+    for folder, folders, files in os.walk(root):
+        found |= dict.fromkeys(os.path.join(folder, name) for name in folders)
+        for path in (os.path.join(folder, name) for name in files):
+            status = os.lstat(path)
+            found[path] = status.st_size, status.st_mtime_ns
+    return found
 
 
 def lines_of(err):
@@ -821,10 +826,16 @@ def identifier(row):
     return f"{command} {' '.join(f'{flag}={value}' for flag, value in change.items())}"[:80]
 
 
+@pytest.fixture(scope="module")
+def before(workspace):
+    return listing(workspace)
+
+
 @pytest.mark.parametrize(("command", "change", "message"), ROWS, ids=map(identifier, ROWS))
-def test_bad_input_prints_one_line_and_changes_nothing(workspace, monkeypatch, capfd, command, change, message):
+def test_bad_input_prints_one_line_and_changes_nothing(
+    workspace, before, monkeypatch, capfd, command, change, message
+):
     monkeypatch.chdir(workspace)
-    before = listing(workspace)
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         warnings.simplefilter("ignore", DeprecationWarning)  # Python's default outside tests
