@@ -37,7 +37,7 @@ def check_sizes(config: Mapping[str, Any]) -> None:
     """Check the sizes in the config of an autoencoder, which limit its memory.
 
     Raises:
-        ValueError: If there is no resolution or too many, or a size is out of range or not an integer.
+        ValueError: If a list is empty or has more than `MAX_BLOCKS` entries, or a size is out of range or not an integer.
     """
     for key in config.keys() & AUTOENCODER_LIMITS.keys():
         most, size = AUTOENCODER_LIMITS[key], config[key]
