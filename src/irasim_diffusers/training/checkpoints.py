@@ -224,8 +224,8 @@ def remove_leftovers(output: Path) -> None:
 def save_finished(output: Path, save: Callable[[Path], None]) -> None:
     """Save the final model to the output folder.
 
-    Files and folders of the same names are replaced, except that a folder is never replaced by a file. `model_index.json`, which marks a pipeline as
-    complete, is moved there last.
+    Files and folders of the same names are replaced, except that a folder is never replaced by a file. `model_index.json`, which
+    marks a pipeline as complete, is moved there last.
 
     Args:
         output: Output folder, which also contains the checkpoints.
