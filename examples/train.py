@@ -23,6 +23,7 @@ from accelerate.logging import get_logger
 from transformers import HfArgumentParser
 
 from irasim_diffusers import PRESETS, UNET_PRESETS, IRASimTransformer3DModel, UNetTrajectoryModel
+from irasim_diffusers.conversion import can_adapt
 from irasim_diffusers.data import PreparedEpisodes, action_normalisation, infer_action_space
 from irasim_diffusers.models import Denoiser
 from irasim_diffusers.training import (
@@ -106,9 +107,7 @@ class TrainingArguments(RunArguments):
     )
     conditioning: str | None = field(
         default=None,
-        metadata={
-            "help": "frame for Frame-Ada, video for Video-Ada (default: frame, or that of the pretrained model)"
-        },
+        metadata={"help": "frame (Frame-Ada) or video (Video-Ada) (default: frame, or that of the pretrained model)"},
     )
     action_normalisation: str = field(
         default="std",
@@ -163,6 +162,13 @@ class TrainingArguments(RunArguments):
             "which must be a target position; every patch receives its offset from the target; requires --action_space absolute"
         },
     )
+    moving_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "transformer: number of rigidly moving layers of the last history frame; requires --relative_latents and "
+            "--prediction_type sample (default: 0, or that of the pretrained model)"
+        },
+    )
     relative_latents: bool = field(
         default=False,
         metadata={"help": "predict latents relative to the last history frame"},
@@ -190,6 +196,7 @@ NEW_MODEL: dict[str, Any] = {
     "num_history_frames": 1,
     "conditioning": "frame",
     "action_space": "relative",
+    "moving_layers": 0,
     "relative_latents": False,
     "scale_noisy_latents": False,
     "prediction_type": "epsilon",
@@ -227,6 +234,7 @@ INAPPLICABLE = {
         "spatial_position",
         "ff_conv",
         "target_extent",
+        "moving_layers",
         "scale_noisy_latents",
         "crop_size",
     ),
@@ -245,7 +253,7 @@ def check_arguments(arguments: TrainingArguments) -> None:
     presets = MODELS[arguments.model][2] if arguments.model in MODELS else {}
     check_ranges(
         arguments,
-        not_negative=("action_frequencies",),
+        not_negative=("action_frequencies", "moving_layers"),
         at_least_1=(*WINDOW, "num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "condition_dim"),
         positive=("block_out_channels",),
         choices={
@@ -346,14 +354,6 @@ def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel:
     changed = {flag: getattr(arguments, flag) for flag in (*WINDOW, "relative_latents", "target_extent")}
     model.register_to_config(**{flag: value for flag, value in changed.items() if value})
     return model
-
-
-def can_adapt(config: Mapping[str, Any], flag: str, value: Any) -> bool:
-    """Return whether `irasim adapt` can change a config entry of a model to `value`."""
-    if flag == "prediction_type":
-        return (config[flag], value) == ("v_prediction", "sample")
-    has_grid = (config["conditioning"], config["spatial_position"]) == ("frame", "grid")
-    return has_grid and (flag == "patch_size" or (flag == "action_frequencies" and value > config[flag]))
 
 
 def build_transformer(

@@ -47,6 +47,7 @@ ARCHITECTURES = {
         "prediction_type": "sample",
     },
 }
+ARCHITECTURES["Moving layers"] = ARCHITECTURES["Push-T"] | {"moving_layers": 2}
 
 
 def tiny_transformer(**changes) -> IRASimTransformer3DModel:

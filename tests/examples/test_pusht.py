@@ -342,7 +342,7 @@ def targets(workspace):
 
 
 def test_recipe_of_embedded_model(workspace, targets):
-    """The trained model can also be fine-tuned with LoRA, and with more action components."""
+    """The trained model can also be fine-tuned with LoRA, and with more action components and moving layers."""
     pipeline = IRASimPipeline.from_pretrained(targets)
     config = pipeline.transformer.config
     assert (config.target_extent, config.ff_conv, config.spatial_position) == ([0, 0, 512, 512], True, "rope")
@@ -361,14 +361,14 @@ def test_recipe_of_embedded_model(workspace, targets):
         *("--pretrained", targets, "--rank", 2, "--crop_size", 64),
     )
     pipeline.load_lora_weights(workspace / "targets-lora")
-    adapt = ["--model", targets, "--action-dim", 3, "--output", workspace / "adapted"]
+    adapt = ["--model", targets, "--action-dim", 3, "--moving-layers", 2, "--output", workspace / "adapted"]
     assert main(["adapt", *map(str, adapt)]) == 0
     call(
         *("train", *recipe(workspace), "--output_dir", workspace / "states", "--pretrained", workspace / "adapted"),
         *("--pad_actions_to", 3),
     )
     changed = IRASimPipeline.from_pretrained(workspace / "states").transformer.config
-    assert (changed.action_dim, changed.target_extent) == (3, None)
+    assert (changed.action_dim, changed.target_extent, changed.moving_layers) == (3, None, 2)
 
 
 def test_video_ada_with_flow_matching(workspace):

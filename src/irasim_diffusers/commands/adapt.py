@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from .. import IRASimPipeline, IRASimTransformer3DModel
     from ..latents import Autoencoder
 
-CHANGES = ("prediction_type", "vae", "patch_size", "action_frequencies", "action_dim")
+CHANGES = ("prediction_type", "vae", "patch_size", "action_frequencies", "action_dim", "moving_layers")
 LIMITS = {
     "patch_size": (1, 64),
     "action_dim": (1, 1024),
     "action_frequencies": (0, 32),
+    "moving_layers": (1, 64),
 }
 """Lowest and highest value of each flag; the highest bounds the memory that a flag can request."""
 EPISODES = 32
@@ -35,9 +36,10 @@ def add_parser(subparsers: Any) -> None:
     """Add `adapt` to the subparsers of `irasim`."""
     parser = subparsers.add_parser(
         "adapt",
-        help="change patch size, autoencoder, actions or prediction type of a trained model",
+        help="change patch size, autoencoder, actions, prediction type or output layer of a trained model",
         description="Change the architecture of a trained model before further training: patch size, autoencoder, number of "
-        "action components, action frequencies or prediction type. Weights that the change does not affect are kept.",
+        "action components, action frequencies, prediction type or output layer. Weights that the change does not affect are "
+        "kept.",
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
@@ -65,6 +67,12 @@ def add_parser(subparsers: Any) -> None:
         "--prediction-type",
         choices=("sample",),
         help="predict samples instead of velocities; only for v_prediction models",
+    )
+    add(
+        "--moving-layers",
+        type=int,
+        help="number of rigidly moving layers of the last history frame, instead of the output layer; only for models of "
+        "relative samples",
     )
     add_dataset_flags(parser, "train", "height", "width", required=False)
 
@@ -117,7 +125,7 @@ def _adapted(
 ) -> tuple[IRASimTransformer3DModel, Autoencoder | None]:
     """Apply the changes in the order of `CHANGES`; return the new transformer and its autoencoder."""
     from .. import IRASimTransformer3DModel
-    from ..conversion import change_action_dim, change_patch_size, fit_autoencoder, predict_samples
+    from ..conversion import add_moving_layers, change_action_dim, change_patch_size, fit_autoencoder, predict_samples
 
     transformer, vae = pipeline.transformer, pipeline.vae
     if not isinstance(transformer, IRASimTransformer3DModel):
@@ -137,6 +145,8 @@ def _adapted(
         transformer = change_patch_size(transformer, patch_size, arguments.action_frequencies)
     if arguments.action_dim is not None:
         transformer = change_action_dim(transformer, arguments.action_dim)
+    if arguments.moving_layers is not None:
+        transformer = add_moving_layers(transformer, arguments.moving_layers)
     return transformer, vae
 
 

@@ -5,6 +5,8 @@ from .latte import load_latte
 from .mapping import ConversionReport
 from .opensora import load_opensora
 from .surgery import (
+    add_moving_layers,
+    can_adapt,
     change_action_dim,
     change_autoencoder,
     change_patch_size,
@@ -16,6 +18,8 @@ from .surgery import (
 __all__ = [
     "RELEASED_DATASETS",
     "ConversionReport",
+    "add_moving_layers",
+    "can_adapt",
     "change_action_dim",
     "change_autoencoder",
     "change_patch_size",

@@ -1,6 +1,9 @@
-"""Changes to trained models: patch size, autoencoder, action encoder and prediction type."""
+"""Changes to trained models: patch size, autoencoder, actions, prediction type and output layer."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -21,6 +24,17 @@ ACTION_ENTRIES = {
 """Config entries that describe the actions of one robot, with their values for unknown actions."""
 
 
+def can_adapt(config: Mapping[str, Any], flag: str, value: Any) -> bool:
+    """Return whether `irasim adapt` can change a config entry of a model to `value`."""
+    if flag == "prediction_type":
+        return (config[flag], value) == ("v_prediction", "sample")
+    if flag == "moving_layers":
+        kind = (config["conditioning"], config["prediction_type"], config["relative_latents"])
+        return config[flag] == 0 and kind == ("frame", "sample", True)
+    has_grid = (config["conditioning"], config["spatial_position"]) == ("frame", "grid")
+    return has_grid and (flag == "patch_size" or (flag == "action_frequencies" and value > config[flag]))
+
+
 @torch.no_grad()
 def change_patch_size(
     model: IRASimTransformer3DModel, patch_size: int, action_frequencies: int | None = None
@@ -32,7 +46,7 @@ def change_patch_size(
     https://arxiv.org/abs/2212.08013, changes the scale of the patches instead.) The model must then be trained briefly.
 
     Args:
-        model: The trained model, Frame-Ada with `spatial_position="grid"`.
+        model: The trained model, Frame-Ada with `spatial_position="grid"` and without moving layers.
         patch_size: Side of the new patches, in latent pixels.
         action_frequencies: Number of octaves of the actions' sine and cosine features. Added octaves have no effect until the
             model is trained. None to keep the number.
@@ -41,13 +55,13 @@ def change_patch_size(
         A new model. The input model is not modified.
 
     Raises:
-        ValueError: If the model is not Frame-Ada with grid positions, if octaves would be removed, or if an argument is
+        ValueError: If the model is of another kind, if octaves would be removed, or if an argument is
             out of range.
     """
     config = model.config
     before = config["action_frequencies"]
     after = before if action_frequencies is None else action_frequencies
-    for name, wanted in (("conditioning", "frame"), ("spatial_position", "grid")):
+    for name, wanted in (("conditioning", "frame"), ("spatial_position", "grid"), ("moving_layers", 0)):
         if config[name] != wanted:
             raise ValueError(
                 f"the patch size and action frequencies of this model cannot be changed: its `{name}` must be {wanted!r}, got "
@@ -109,6 +123,31 @@ def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel
     return new
 
 
+@torch.no_grad()
+def add_moving_layers(model: IRASimTransformer3DModel, num_layers: int) -> IRASimTransformer3DModel:
+    """Replace the output layer of a trained model with moving layers; see `MovingLayers`.
+
+    The new output layer predicts the last history frame, so that the model must be trained.
+
+    Args:
+        model: The trained model without moving layers, Frame-Ada with `prediction_type="sample"` and `relative_latents`.
+        num_layers: Number of moving layers, for example one per moving object.
+
+    Returns:
+        A new model. The input model is not modified.
+
+    Raises:
+        ValueError: If the model has moving layers or is of another kind, or the number is invalid.
+    """
+    if model.config["moving_layers"]:
+        raise ValueError(f"`model` must have no moving layers, got {model.config['moving_layers']}.")
+    new = IRASimTransformer3DModel.from_config(model.config, moving_layers=num_layers)
+    kept = {name: value for name, value in model.state_dict().items() if not name.startswith("proj_out.")}
+    added = {name: value for name, value in new.state_dict().items() if name.startswith("layers_out.")}
+    new.load_state_dict(kept | added)
+    return new
+
+
 def change_autoencoder(
     model: IRASimTransformer3DModel, patch_size: int, before: torch.Tensor, after: torch.Tensor
 ) -> IRASimTransformer3DModel:
@@ -127,10 +166,12 @@ def change_autoencoder(
         A new model for latents of the size of `after`. The input model is not modified.
 
     Raises:
-        ValueError: If the numbers of images or the grids of patches differ, if latents are not finite or all zero, or if `patch_size`
-            or the size of the latents is out of range.
+        ValueError: If the model has moving layers, if the numbers of images or the grids of patches differ, if latents are not
+            finite or all zero, or if `patch_size` or the size of the latents is out of range.
     """
     config, old = model.config, model.config["patch_size"]
+    if config["moving_layers"]:
+        raise ValueError("`model` must have no moving layers: train a new model for the autoencoder.")
     grids = [(len(x), x.shape[2] / size, x.shape[3] / size) for x, size in ((before, old), (after, patch_size))]
     if grids[0] != grids[1]:
         raise ValueError(

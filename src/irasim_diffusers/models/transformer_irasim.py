@@ -37,6 +37,7 @@ from torch import nn
 
 from ..action_space import ActionSpace
 from .action_features import action_features
+from .moving_layers import MovingLayers
 
 PRESETS: dict[str, dict[str, int]] = {
     "S": {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 64},
@@ -69,12 +70,16 @@ LIMITS = {
 
 RANGES = {
     "action_frequencies": (0, 32),
+    "moving_layers": (0, 64),
     "fps": (1e-3, 1e5),
     "base_patch_size": (1e-3, 1e3),
     "beta_start": (0, 1),
     "beta_end": (0, 1),
 }
 """Ranges of other numbers in a config."""
+
+INTEGERS = ("action_frequencies", "moving_layers")
+"""Entries of `RANGES` that are integers."""
 
 MAX_WINDOW = 1 << 28
 """Maximum number of values of a window: channels x frames x height x width."""
@@ -313,6 +318,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
         cameras: Names of the cameras as tiled in a frame: rows from top to bottom, each from left to right.
         fps: Frames per second of the data, if known.
+        moving_layers: Number of layers of the last history frame that the output layer moves to predict a frame; see
+            `MovingLayers`. For objects that move rigidly in the image plane, and Frame-Ada with `prediction_type="sample"` and
+            `relative_latents`. 0 (as in the paper) predicts every patch from its token.
         relative_latents: Whether the latents of predicted frames are relative to the last history frame, so that static parts
             are zero. Training subtracts that frame, and sampling adds it again. False in the paper.
         scale_noisy_latents: Whether the latents of predicted frames are first multiplied by the square root of the cumulative
@@ -341,6 +349,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         "action_embed",
         "target_embed",
         "trajectory_embed",
+        "layers_out",
     ]
     # patches are split, so that only spatial attention communicates; conditions and positions have no patch dimension
     _cp_plan = {
@@ -384,6 +393,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_derivation: str = "recorded",
         cameras: list[list[str]] | None = None,
         fps: float | None = None,
+        moving_layers: int = 0,
         relative_latents: bool = False,
         scale_noisy_latents: bool = False,
         prediction_type: str = "epsilon",
@@ -434,7 +444,10 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         else:
             self.ada_norm_single = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
             self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
-        self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
+        if moving_layers:
+            self.layers_out = MovingLayers(dim, in_channels, patch_size, moving_layers)
+        else:
+            self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
 
         self.gradient_checkpointing = False
         self._tables: dict[tuple, Any] = {}
@@ -452,7 +465,11 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         for linear in (self.time_embed.linear_1, self.time_embed.linear_2):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.normal_(self.null_action, std=0.02)
-        zeros: list[Any] = [self.proj_out]
+        zeros: list[Any] = []
+        if self.config.moving_layers:
+            self.layers_out.initialize_weights()
+        else:
+            zeros.append(self.proj_out)
         if self.config.ff_conv:
             zeros += [block.ff_conv for block in self.transformer_blocks]
         if self.config.norm_type == "ada_norm_zero":
@@ -613,6 +630,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         grid = self._check_size(height, width)
         if actions is not None:
             self._check_actions(actions, num_frames)
+        num_history_frames = num_frames - (0 if actions is None else actions.shape[1])
+        last_frame = self._last_history_frame(hidden_states, num_history_frames)
         timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
         timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
         if self.config.scale_noisy_latents:
@@ -636,14 +655,23 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         else:
             positions = self._cached(self._temporal_positions, num_frames, device, dtype)
 
+        frame_tokens = None
         for spatial_block, temporal_block in zip(
             self.transformer_blocks, self.temporal_transformer_blocks, strict=True
         ):
             hidden_states = self._run(spatial_block, hidden_states, spatial_temb, spatial_rotary, None, grid)
+            if last_frame is not None and frame_tokens is None:  # before actions reach the history
+                frame_tokens = self.norm_out(hidden_states[:, num_history_frames - 1])
             hidden_states = self._run(temporal_block, hidden_states, temporal_temb, rotary, positions)
             positions = None  # only the first temporal block adds positions
 
-        sample = self._project_out(hidden_states, final_temb, grid)  # (B, C, F, H, W)
+        hidden_states = self._modulate_out(hidden_states, final_temb)
+        if last_frame is not None:
+            motion = self.layers_out(last_frame, frame_tokens, hidden_states[:, num_history_frames:], grid)
+            motion = motion - last_frame.unsqueeze(2).to(motion.device)  # relative latents
+            sample = nn.functional.pad(motion.to(dtype), (0, 0, 0, 0, num_history_frames, 0))  # (B, C, F, H, W)
+        else:
+            sample = self._project_out(hidden_states, grid)  # (B, C, F, H, W)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _check_size(self, height: int, width: int) -> tuple[int, int]:
@@ -654,12 +682,28 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 f"`hidden_states` must have a height and width divisible by the patch size {patch_size}, got "
                 f"{height}x{width}: resize or crop the frames."
             )
-        if self._parallel_config is not None and (self.config.ff_conv or self.config.spatial_position == "rope"):
+        config = self.config
+        if self._parallel_config is not None and (
+            config.ff_conv or config.spatial_position == "rope" or config.moving_layers
+        ):
             raise ValueError(
-                "Context parallelism splits the patches and does not support `ff_conv` or `spatial_position='rope'`: use data "
-                "parallelism."
+                "Context parallelism splits the patches and does not support `ff_conv`, `spatial_position='rope'` or "
+                "`moving_layers`: use data parallelism."
             )
         return height // patch_size, width // patch_size
+
+    def _last_history_frame(self, hidden_states: torch.Tensor, num_history_frames: int) -> torch.Tensor | None:
+        """Return the last history frame (B, C, H, W) of a window for the moving layers, or None without them."""
+        if not self.config.moving_layers:
+            return None
+        num_frames = hidden_states.shape[2]
+        if not 0 < num_history_frames < num_frames:
+            raise ValueError(
+                f"`hidden_states` must have history frames and predicted frames, because `moving_layers` moves the last history "
+                f"frame, got {num_frames} frames with {num_frames - num_history_frames} actions: pass one action per predicted "
+                "frame."
+            )
+        return hidden_states[:, :, num_history_frames - 1]
 
     def _scale_noisy_latents(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor, actions: torch.Tensor | None
@@ -704,15 +748,18 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             action_temb, temporal_temb = self.ada_norm_single(action_temb), self.ada_norm_single(temporal_temb)
         return action_temb, temporal_temb, final_temb
 
-    def _project_out(self, hidden_states: torch.Tensor, temb: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Convert tokens (B, F, S, D) to latents (B, C, F, H, W)."""
+    def _modulate_out(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """Normalize and modulate tokens (B, F, S, D) for the output layer."""
         if self.config.norm_type == "ada_norm_zero":
             modulation = self.ada_norm_out(temb)  # (B, F or 1, 2 D)
         else:
             modulation = torch.cat([temb, temb], dim=-1) + self.scale_shift_table.flatten().to(temb.device)
         # in a model split over GPUs, the last blocks may be on another device than the embeddings
         shift, scale = modulation.to(hidden_states.device).unsqueeze(2).chunk(2, dim=-1)
-        hidden_states = torch.addcmul(shift, self.norm_out(hidden_states), 1 + scale)
+        return torch.addcmul(shift, self.norm_out(hidden_states), 1 + scale)
+
+    def _project_out(self, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Convert tokens (B, F, S, D) to latents (B, C, F, H, W)."""
         hidden_states = self.proj_out(hidden_states)  # (B, F, S, patch patch C)
         patch_size = self.config.patch_size
         hidden_states = hidden_states.unflatten(3, (patch_size, patch_size, -1)).unflatten(2, grid)
@@ -830,6 +877,13 @@ def _check_config(config: Any) -> None:
     check_shared_config(config)
     if config.scale_noisy_latents and config.prediction_type == "flow_prediction":
         raise ValueError("`scale_noisy_latents` must be False with flow_prediction, which has no alphas.")
+    wanted = ("frame", "sample", True)
+    given = (config.conditioning, config.prediction_type, config.relative_latents)
+    if config.moving_layers and given != wanted:
+        raise ValueError(
+            "`moving_layers` predicts frames from the last history frame: it requires `conditioning`, `prediction_type` and "
+            f"`relative_latents` {wanted}, got {given}."
+        )
     if config.target_extent is not None:
         _check_target_extent(config)
     if config.temporal_position == "rope" and config.attention_head_dim % 2:
@@ -871,7 +925,7 @@ def check_shared_config(config: Any) -> None:
         )
     for name, (low, high) in RANGES.items():
         value = config.get(name)
-        kind, wanted = (int, "an integer") if name == "action_frequencies" else (int | float, "a number")
+        kind, wanted = (int, "an integer") if name in INTEGERS else (int | float, "a number")
         if value is None and (name in ("fps", "base_patch_size") or name not in config):
             continue
         if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:

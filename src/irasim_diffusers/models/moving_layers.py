@@ -1,0 +1,151 @@
+"""An output layer that moves parts of the last history frame instead of drawing the predicted frames."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+GAIN = 16.0
+"""Factor of the mask logits, so that masks become almost binary within a few hundred training steps."""
+INITIAL_LOGIT = -3.0
+"""Initial logit of every mask: a new model leaves almost every pixel where it is."""
+FILL = 2
+"""Number of rows and of columns of colors per patch for the background that a layer uncovers."""
+RADIANS = 0.5
+"""Angle of a motion of one unit; a translation by one unit is one patch."""
+
+
+class MovingLayers(nn.Module):
+    """Divides the last history frame into layers, and moves each layer rigidly for every predicted frame.
+
+    A network that draws frames from tokens redraws every moved object, which loses its shape in a long rollout. Here, moved
+    objects consist of pixels of the last history frame, as in the spatial transformer predictors of Finn et al.
+    (https://arxiv.org/abs/1605.07157, section 3). The background is static. Each layer covers the background and the layers
+    before it; it is rotated about its center and translated. Where a layer has covered the background, including a border of
+    one pixel, the background is filled at a low resolution, so that it cannot replace an object. Where a layer has covered
+    another one, that one is filled with the mean color of its visible pixels nearby.
+
+    The masks are computed from tokens of the last history frame that have not received any action. The motion of a layer is the mean of the motions
+    that the tokens of a predicted frame propose, weighted by the area of the layer in each patch. The network learns masks and
+    motions from frames and actions alone.
+
+    Args:
+        dim: Number of channels of the tokens.
+        in_channels: Number of channels C of a frame.
+        patch_size: Side length of a patch.
+        num_layers: Number L of moving layers.
+    """
+
+    def __init__(self, dim: int, in_channels: int, patch_size: int, num_layers: int) -> None:
+        super().__init__()
+        self.num_layers, self.patch_size = num_layers, patch_size
+        self.masks = nn.Linear(dim, num_layers * (patch_size**2 + in_channels))
+        self.motions = nn.Linear(dim, num_layers * 3)
+        self.fill = nn.Linear(dim, FILL**2 * in_channels)
+
+    def initialize_weights(self) -> None:
+        """Initialize masks that are almost empty but differ between layers, and motions of zero."""
+        for linear in (self.motions, self.fill):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        nn.init.normal_(self.masks.weight, std=0.01)
+        nn.init.zeros_(self.masks.bias)
+        with torch.no_grad():
+            self.masks.bias.unflatten(0, (self.num_layers, -1))[:, : self.patch_size**2] = INITIAL_LOGIT / GAIN
+
+    def forward(
+        self, frame: torch.Tensor, frame_tokens: torch.Tensor, tokens: torch.Tensor, grid: tuple[int, int]
+    ) -> torch.Tensor:
+        """Predict frames.
+
+        Args:
+            frame: The last history frame (B, C, H, W).
+            frame_tokens: Its normalized tokens (B, S, D), without actions.
+            tokens: Tokens of the predicted frames (B, n, S, D).
+            grid: Rows and columns of patches.
+
+        Returns:
+            The predicted frames (B, C, n, H, W), float32.
+        """
+        frame = frame.float()
+        masks = self.segment(frame, frame_tokens, grid)  # (B, L, H, W)
+        motions = self._pool(masks, self.motions(tokens).float())  # (B, n, L, 3)
+        centers = _centers(masks)
+        static = torch.ones_like(masks[:, None, :1])  # (B, 1, 1, H, W)
+        seen = torch.ones_like(masks[:, :1])  # (B, 1, H, W)
+        layers = []
+        for index in reversed(range(self.num_layers)):
+            mask = masks[:, index, None]
+            color = mask * (seen * frame + (1 - seen) * self._mean_color(frame, mask * seen))
+            layer = self._move(torch.cat([mask, color], dim=1), centers[:, index], motions[:, :, index])
+            border = (2 * _dilate(mask) - 1).relu()
+            static = static * (1 - mask.unsqueeze(2)) * (1 - border.unsqueeze(2) * (1 - _dilate(layer[:, :1])))
+            seen = seen * (1 - mask)
+            layers.append(layer)
+        predicted = static * frame.unsqueeze(2) + (1 - static) * self._fill(tokens, grid)
+        for layer in reversed(layers):
+            predicted = predicted * (1 - layer[:, :1]) + layer[:, 1:]
+        return predicted
+
+    def segment(self, frame: torch.Tensor, frame_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Return the masks of the layers (B, L, H, W), including parts that later layers cover.
+
+        The logits of a pixel are linear in the tokens of its patch. They are the sum of a value for the position in the patch
+        and a weight per channel times the color of the pixel.
+        """
+        size = self.patch_size
+        logits = self.masks(frame_tokens).float().unflatten(2, (self.num_layers, -1)).unflatten(1, grid)
+        positions, colors = logits.split([size**2, frame.shape[1]], dim=-1)  # (B, rows, columns, L, ...)
+        patches = frame.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, rows, size, columns, size)
+        colors = torch.einsum("brclk,bkrpcq->blrpcq", colors, patches)
+        positions = positions.unflatten(4, (size, size)).permute(0, 3, 1, 4, 2, 5)
+        return (GAIN * (positions + colors).flatten(4, 5).flatten(2, 3)).sigmoid()
+
+    def _pool(self, masks: torch.Tensor, proposals: torch.Tensor) -> torch.Tensor:
+        """Average the proposals (B, n, S, 3 L) over the areas of masks (B, L, H, W); return (B, n, L, 3)."""
+        areas = F.avg_pool2d(masks.detach(), self.patch_size).flatten(2).mT + 1e-5  # (B, S, L)
+        weights = (areas / areas.sum(1, keepdim=True))[:, None, ..., None]
+        return (weights * proposals.unflatten(3, (self.num_layers, 3))).sum(2)
+
+    def _fill(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Return the colors (B, C, n, H, W) of the background that layers uncover."""
+        colors = self.fill(tokens).float().unflatten(3, (FILL, FILL, -1)).unflatten(2, grid)
+        colors = colors.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # (B, n, C, ...)
+        size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
+        fill = F.interpolate(colors.flatten(0, 1), size=size, mode="bilinear")
+        return fill.unflatten(0, colors.shape[:2]).transpose(1, 2)
+
+    def _mean_color(self, frame: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """Return the mean color (B, C, H, W) of the visible pixels (B, 1, H, W) in the surrounding 3 x 3 patches."""
+        sums = F.avg_pool2d(torch.cat([visible, visible * frame], dim=1), self.patch_size)
+        sums = F.interpolate(F.avg_pool2d(sums, 3, stride=1, padding=1), scale_factor=self.patch_size, mode="bilinear")
+        return sums[:, 1:] / (sums[:, :1] + 1e-5)
+
+    def _move(self, layer: torch.Tensor, centers: torch.Tensor, motions: torch.Tensor) -> torch.Tensor:
+        """Move a layer (B, K, H, W) with center x, y (B, 2) by motions (B, n, 3); return (B, K, n, H, W)."""
+        height, width = layer.shape[-2:]
+        y, x = torch.meshgrid(
+            torch.arange(height, device=layer.device), torch.arange(width, device=layer.device), indexing="ij"
+        )
+        shift, angle = motions[..., :2] * self.patch_size, motions[..., 2:] * RADIANS
+        centers = centers[:, None]
+        x = x.flatten() - (centers[..., :1] + shift[..., :1])  # (B, n, H W)
+        y = y.flatten() - (centers[..., 1:] + shift[..., 1:])
+        cos, sin = angle.cos(), angle.sin()
+        x, y = centers[..., :1] + cos * x + sin * y, centers[..., 1:] - sin * x + cos * y
+        points = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)  # (B, n, H W, 2)
+        moved = F.grid_sample(layer, points, mode="bicubic", padding_mode="zeros", align_corners=False)
+        return moved.unflatten(3, (height, width))
+
+
+def _dilate(masks: torch.Tensor) -> torch.Tensor:
+    """Extend masks (B, 1, ..., H, W) by one pixel."""
+    return F.max_pool2d(masks.flatten(1, -3), 3, stride=1, padding=1).unflatten(1, masks.shape[1:-2])
+
+
+def _centers(masks: torch.Tensor) -> torch.Tensor:
+    """Return the centers of mass x, y (B, L, 2) of masks (B, L, H, W), without gradients."""
+    masks = masks.detach()
+    mass = masks.sum((2, 3)) + 1e-3
+    x = (masks.sum(2) * torch.arange(masks.shape[3], device=masks.device)).sum(2)
+    y = (masks.sum(3) * torch.arange(masks.shape[2], device=masks.device)).sum(2)
+    return torch.stack([x / mass, y / mass], dim=-1)

@@ -1,0 +1,160 @@
+"""The output layer that moves parts of the last history frame."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, tiny_transformer
+
+from irasim_diffusers import IRASimTransformer3DModel
+from irasim_diffusers.conversion import add_moving_layers, change_autoencoder, change_patch_size
+from irasim_diffusers.models.moving_layers import GAIN, RADIANS, MovingLayers
+
+EMPTY, FULL = -20 / GAIN, 20 / GAIN  # mask logits
+GRID = (2, 3)
+
+
+@pytest.fixture
+def layers():
+    """Two layers of frames with one channel and 2x3 patches of 4 pixels; the token of a patch is a unit vector."""
+    layers = MovingLayers(dim=6, in_channels=1, patch_size=4, num_layers=2)
+    for parameter in layers.parameters():
+        torch.nn.init.zeros_(parameter)
+    logits = torch.full((6, 2, 17), EMPTY)  # of the patches; 16 pixels and the weight of the color
+    logits[..., 16] = 0
+    logits[[0, 1], 0, :16] = FULL  # the first layer consists of the first two patches of the upper row
+    logits[1, 1, :16] = FULL  # the second layer covers the second of them
+    layers.masks.weight.data = logits.flatten(1).mT
+    layers.fill.bias.data.fill_(-1)
+    return layers
+
+
+@pytest.fixture
+def frame():
+    torch.manual_seed(0)
+    return torch.rand(1, 1, 8, 12)
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(4)
+    return torch.randn(3, 4, 5, 4, 6), torch.tensor([7, 500, 999]), torch.randn(3, 3, 3)
+
+
+def predict(layers, frame, *motions):
+    """Predict one frame with the motions x, y and angle of the layers."""
+    layers.motions.bias.data = torch.tensor(motions).flatten()
+    tokens = torch.eye(6)[None]
+    return layers(frame, tokens, tokens[:, None], GRID)[:, :, 0]
+
+
+def test_without_motion_the_frame_stays(layers, frame):
+    torch.testing.assert_close(predict(layers, frame, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)), frame)
+
+
+def test_a_layer_uncovers_the_layer_below(layers, frame):
+    expected = frame.clone()
+    expected[..., 4:, 4:8] = frame[..., :4, 4:8]
+    expected[..., :4, 4:8] = frame[..., :4, :4].mean()
+    expected[..., :3, 8] = -1  # the border of the layer
+    moved = predict(layers, frame, (0.0, 0.0, 0.0), (0.0, 1.0, 0.0))
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-3)
+
+
+def test_a_layer_uncovers_the_background_and_is_cut_off_at_the_border(layers, frame):
+    expected = frame.clone()
+    expected[..., :4, :4] = -1
+    expected[..., 4, :7] = -1  # the border of the layer
+    expected[..., :4, 8:] = frame[..., :4, :4]  # the second patch of the layer leaves the frame
+    moved = predict(layers, frame, (2.0, 0.0, 0.0), (0.0, 0.0, 0.0))
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-3)
+
+
+def test_a_layer_turns_about_its_center(layers, frame):
+    quarter = math.pi / 2 / RADIANS
+    expected = frame.clone()
+    expected[..., :4, 4:8] = torch.rot90(frame[..., :4, 4:8], -1, (2, 3))  # clockwise, as in image coordinates
+    moved = predict(layers, frame, (0.0, 0.0, 0.0), (0.0, 0.0, quarter))
+    torch.testing.assert_close(moved, expected, rtol=0, atol=2e-3)
+
+
+def test_motions_are_averaged_over_the_patches_of_the_layer(layers, frame):
+    layers.motions.weight.data[0] = torch.tensor([2.0, 0.0, 9.0, 9.0, 9.0, 9.0])  # x of the first layer
+    tokens = torch.eye(6)[None]
+    frames = layers(frame, tokens, torch.stack([tokens, 2 * tokens], dim=1), GRID)  # two predicted frames
+    for index, shift in enumerate((1.0, 2.0)):
+        layers.motions.weight.data.zero_()
+        expected = predict(layers, frame, (shift, 0.0, 0.0), (0.0, 0.0, 0.0))
+        torch.testing.assert_close(frames[:, :, index], expected, rtol=0, atol=5e-3)
+
+
+def test_masks_depend_on_colors(layers, frame):
+    layers.masks.weight.data.zero_()
+    layers.masks.bias.data = torch.tensor([-0.5] * 16 + [1.0] + [0.5] * 16 + [-1.0])
+    masks = layers.segment(frame, torch.eye(6)[None], GRID)
+    torch.testing.assert_close(masks, (GAIN * torch.cat([frame - 0.5, 0.5 - frame], dim=1)).sigmoid())
+
+
+def test_model_with_moving_layers(inputs):
+    model = tiny_transformer(**ARCHITECTURES["Moving layers"])
+    latents, timestep, actions = inputs
+    masks = []
+    model.layers_out.masks.register_forward_hook(lambda module, arguments, output: masks.append(output))
+    sample = model(*inputs).sample
+    assert sample.shape == latents.shape
+    assert not sample[:, :, :2].any()
+    other = model(latents, timestep, actions + 1).sample
+    assert torch.equal(masks[0], masks[1]), "masks do not depend on actions"
+    changed = (sample != other).flatten(3).any(3).any(1)
+    assert changed[:, 2:].all()
+    for wrong in (None, torch.randn(3, 5, 3)):  # without actions, and without history
+        with pytest.raises(ValueError, match="`hidden_states` must have history frames and predicted frames"):
+            model(latents, timestep, wrong)
+
+
+def test_new_model_almost_predicts_the_last_history_frame(inputs):
+    model = IRASimTransformer3DModel(**model_config())
+    assert model(*inputs).sample.abs().max() < 0.25 * inputs[0].abs().max()
+
+
+def model_config():
+    config = tiny_transformer(**ARCHITECTURES["Moving layers"]).config
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prediction_type": "epsilon"}, r"requires .* \('frame', 'sample', True\), got \('frame', 'epsilon', True\)"),
+        ({"relative_latents": False}, r"got \('frame', 'sample', False\)"),
+        ({"conditioning": "video", "target_extent": None}, r"got \('video', 'sample', True\)"),
+        ({"moving_layers": 65}, r"`moving_layers` must be an integer in \[0, 64\], got 65"),
+        ({"moving_layers": 1.0}, "`moving_layers` must be an integer"),
+        ({"moving_layers": True}, "`moving_layers` must be an integer"),
+        ({"moving_layers": None}, "`moving_layers` must be an integer"),
+    ],
+)
+def test_bad_configs(changes, message):
+    with pytest.raises(ValueError, match=message):
+        IRASimTransformer3DModel(**model_config() | changes)
+
+
+def test_moving_layers_can_be_added_to_a_model(inputs):
+    model = tiny_transformer(**ARCHITECTURES["Push-T"])
+    moving = add_moving_layers(model, 3)
+    assert moving.config.moving_layers == 3
+    for name, value in model.state_dict().items():
+        assert name.startswith("proj_out.") or torch.equal(moving.state_dict()[name], value), name
+    moving(*inputs)
+    with pytest.raises(ValueError, match="`model` must have no moving layers, got 3"):
+        add_moving_layers(moving, 2)
+    with pytest.raises(ValueError, match=r"`moving_layers` .* requires"):
+        add_moving_layers(tiny_transformer(), 2)
+
+
+def test_moving_layers_are_not_adapted_to_other_patches():
+    model = tiny_transformer(moving_layers=2, prediction_type="sample", relative_latents=True)
+    with pytest.raises(ValueError, match="its `moving_layers` must be 0, got 2"):
+        change_patch_size(model, 1)
+    with pytest.raises(ValueError, match="`model` must have no moving layers"):
+        change_autoencoder(model, 4, torch.randn(9, 4, 4, 6), torch.randn(9, 1, 8, 12))
