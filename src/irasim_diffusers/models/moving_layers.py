@@ -115,7 +115,7 @@ class MovingLayers(nn.Module):
         return fill.unflatten(0, colors.shape[:2]).transpose(1, 2)
 
     def _mean_color(self, frame: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Return the mean color (B, C, H, W) of the visible pixels (B, 1, H, W) in the surrounding 3 x 3 patches."""
+        """Return the mean color (B, C, H, W) of visible pixels (B, 1, H, W) in the 3 x 3 patches around."""
         sums = F.avg_pool2d(torch.cat([visible, visible * frame], dim=1), self.patch_size)
         sums = F.interpolate(F.avg_pool2d(sums, 3, stride=1, padding=1), scale_factor=self.patch_size, mode="bilinear")
         return sums[:, 1:] / (sums[:, :1] + 1e-5)
