@@ -107,7 +107,7 @@ class TrainingArguments(RunArguments):
     )
     conditioning: str | None = field(
         default=None,
-        metadata={"help": "frame (Frame-Ada) or video (Video-Ada) (default: frame, or that of the pretrained model)"},
+        metadata={"help": "frame (Frame-Ada) or video (Video-Ada); default: frame, or that of the pretrained model"},
     )
     action_normalisation: str = field(
         default="std",

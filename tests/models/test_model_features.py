@@ -222,6 +222,7 @@ def test_disk_offload(model, inputs, tmp_path):
     assert set(split.hf_device_map.values()) == {"cpu", "disk"}
     blocks = [name for name in split.hf_device_map if "blocks." in name]
     assert all(len(name.split(".")) == 2 for name in blocks), "no block is split"
+    assert not any(name.startswith("layers_out.") for name in split.hf_device_map)
     for actions in (inputs[2], None)[: 1 if model.config.moving_layers else 2]:  # moving layers require actions
         arguments = (*inputs[:2], actions)
         torch.testing.assert_close(split(*arguments).sample, model(*arguments).sample, rtol=1e-4, atol=1e-5)
@@ -257,7 +258,8 @@ def test_int8_weights(model, inputs, tmp_path):
 @pytest.mark.gpu
 def test_model_parallelism(model, inputs):
     expected = model(*inputs).sample
-    last = [model.transformer_blocks[1], model.temporal_transformer_blocks[1], model.norm_out, model.proj_out]
+    output = model.layers_out if model.config.moving_layers else model.proj_out
+    last = [model.transformer_blocks[1], model.temporal_transformer_blocks[1], model.norm_out, output]
     for part in [*last, *([model.ada_norm_out] if hasattr(model, "ada_norm_out") else [])]:
         add_hook_to_module(part.to("cuda"), AlignDevicesHook("cuda"))
     sample = model(*inputs).sample

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, tiny_transformer
+from diffusers import FirstBlockCacheConfig, MagCacheConfig
+from tiny_models import ARCHITECTURES, tiny_pipeline, tiny_transformer
 
 from irasim_diffusers import IRASimTransformer3DModel
-from irasim_diffusers.conversion import add_moving_layers, change_autoencoder, change_patch_size
+from irasim_diffusers.conversion import add_moving_layers, can_adapt, change_autoencoder, change_patch_size
 from irasim_diffusers.models.moving_layers import GAIN, RADIANS, MovingLayers
 
 EMPTY, FULL = -20 / GAIN, 20 / GAIN  # mask logits
@@ -112,6 +113,36 @@ def test_model_with_moving_layers(inputs):
             model(latents, timestep, wrong)
 
 
+@pytest.mark.parametrize("number", [1, 8])
+def test_new_layers_are_almost_empty(number):
+    torch.manual_seed(0)
+    layers = MovingLayers(384, 3, 8, number)
+    layers.initialize_weights()
+    tokens = torch.randn(2, 6, 384)
+    masks = layers.segment(torch.rand(2, 3, 16, 24), tokens, GRID)
+    assert masks.sum(1).mean() < 0.25
+    assert (masks > 0.5).float().mean() < 0.05
+
+
+def test_autocast_changes_little(inputs):
+    model = tiny_transformer(**ARCHITECTURES["Moving layers"])
+    expected = model(*inputs).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        sample = model(*inputs).sample
+        sample.float().square().mean().backward()
+    assert (sample - expected).abs().mean() < 0.05 * expected.abs().mean()
+    assert all(parameter.grad.isfinite().all() for parameter in model.layers_out.parameters())
+
+
+def test_caches_that_skip_blocks_are_rejected():
+    pipeline = tiny_pipeline(**ARCHITECTURES["Moving layers"])
+    for cache in (FirstBlockCacheConfig(threshold=0.1), MagCacheConfig(mag_ratios=[1.0] * 10, num_inference_steps=10)):
+        pipeline.transformer.enable_cache(cache)
+        with pytest.raises(ValueError, match=f"`{type(cache).__name__}` does not support models with `moving_layers`"):
+            pipeline(torch.rand(3, 8, 12), torch.zeros(3, 3))
+        pipeline.transformer.disable_cache()
+
+
 def test_new_model_almost_predicts_the_last_history_frame(inputs):
     model = IRASimTransformer3DModel(**model_config())
     assert model(*inputs).sample.abs().max() < 0.25 * inputs[0].abs().max()
@@ -146,6 +177,9 @@ def test_moving_layers_can_be_added_to_a_model(inputs):
     for name, value in model.state_dict().items():
         assert name.startswith("proj_out.") or torch.equal(moving.state_dict()[name], value), name
     moving(*inputs)
+    for number in (0, 65):
+        with pytest.raises(ValueError, match=f"got {number}"):
+            add_moving_layers(model, number)
     with pytest.raises(ValueError, match="`model` must have no moving layers, got 3"):
         add_moving_layers(moving, 2)
     with pytest.raises(ValueError, match=r"`moving_layers` .* requires"):
@@ -156,5 +190,6 @@ def test_moving_layers_are_not_adapted_to_other_patches():
     model = tiny_transformer(moving_layers=2, prediction_type="sample", relative_latents=True)
     with pytest.raises(ValueError, match="its `moving_layers` must be 0, got 2"):
         change_patch_size(model, 1)
+    assert not can_adapt(model.config, "patch_size", 1)
     with pytest.raises(ValueError, match="`model` must have no moving layers"):
         change_autoencoder(model, 4, torch.randn(9, 4, 4, 6), torch.randn(9, 1, 8, 12))

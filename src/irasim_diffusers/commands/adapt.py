@@ -71,8 +71,8 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--moving-layers",
         type=int,
-        help="number of rigidly moving layers of the last history frame, instead of the output layer; only for models of "
-        "relative samples",
+        help="number of rigidly moving layers of the last history frame, instead of the output layer; only for Frame-Ada models "
+        "with prediction_type sample and relative_latents",
     )
     add_dataset_flags(parser, "train", "height", "width", required=False)
 
@@ -95,7 +95,8 @@ def run(arguments: argparse.Namespace) -> None:
         finished_pipeline(vae, transformer, load_sampler(arguments.model)).save_pretrained(partial)
     config = transformer.config
     print(
-        f"patches of {config.patch_size} latent pixels, {config.in_channels} channels, {config.action_dim} action components; "
+        f"patches of {config.patch_size} latent pixels, {config.in_channels} channels, {config.action_dim} action components, "
+        f"{config.moving_layers} moving layers; "
         f"wrote {arguments.output}"
     )
 

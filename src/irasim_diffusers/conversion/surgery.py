@@ -31,7 +31,7 @@ def can_adapt(config: Mapping[str, Any], flag: str, value: Any) -> bool:
     if flag == "moving_layers":
         kind = (config["conditioning"], config["prediction_type"], config["relative_latents"])
         return config[flag] == 0 and kind == ("frame", "sample", True)
-    has_grid = (config["conditioning"], config["spatial_position"]) == ("frame", "grid")
+    has_grid = (config["conditioning"], config["spatial_position"], config["moving_layers"]) == ("frame", "grid", 0)
     return has_grid and (flag == "patch_size" or (flag == "action_frequencies" and value > config[flag]))
 
 
@@ -55,7 +55,7 @@ def change_patch_size(
         A new model. The input model is not modified.
 
     Raises:
-        ValueError: If the model is of another kind, if octaves would be removed, or if an argument is
+        ValueError: If the model is not Frame-Ada with grid positions or has moving layers, if octaves would be removed, or if an argument is
             out of range.
     """
     config = model.config
@@ -127,7 +127,7 @@ def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel
 def add_moving_layers(model: IRASimTransformer3DModel, num_layers: int) -> IRASimTransformer3DModel:
     """Replace the output layer of a trained model with moving layers; see `MovingLayers`.
 
-    The new output layer predicts the last history frame, so that the model must be trained.
+    The new output layer approximately predicts the last history frame, so that the model must be trained.
 
     Args:
         model: The trained model without moving layers, Frame-Ada with `prediction_type="sample"` and `relative_latents`.
@@ -139,6 +139,8 @@ def add_moving_layers(model: IRASimTransformer3DModel, num_layers: int) -> IRASi
     Raises:
         ValueError: If the model has moving layers or is of another kind, or the number is invalid.
     """
+    if num_layers < 1:
+        raise ValueError(f"`num_layers` must be at least 1, got {num_layers}.")
     if model.config["moving_layers"]:
         raise ValueError(f"`model` must have no moving layers, got {model.config['moving_layers']}.")
     new = IRASimTransformer3DModel.from_config(model.config, moving_layers=num_layers)

@@ -1,15 +1,19 @@
 """An output layer that moves parts of the last history frame instead of drawing the predicted frames."""
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 GAIN = 16.0
 """Factor of the mask logits, so that masks become almost binary within a few hundred training steps."""
-INITIAL_LOGIT = -3.0
-"""Initial logit of every mask: a new model leaves almost every pixel where it is."""
+INITIAL_LOGIT = -2.3
+"""Initial logit of the mask of a single layer: a new model leaves almost every pixel where it is."""
+INITIAL_DEVIATION = 1.0
+"""Initial standard deviation of the mask logits."""
 FILL = 2
-"""Number of rows and of columns of colors per patch for the background that a layer uncovers."""
+"""Rows and columns of colors per patch for uncovered background, predicted per frame and interpolated bilinearly."""
 RADIANS = 0.5
 """Angle of a motion of one unit; a translation by one unit is one patch."""
 
@@ -17,16 +21,16 @@ RADIANS = 0.5
 class MovingLayers(nn.Module):
     """Divides the last history frame into layers, and moves each layer rigidly for every predicted frame.
 
-    A network that draws frames from tokens redraws every moved object, which loses its shape in a long rollout. Here, moved
+    A network that draws frames from tokens redraws moved objects, so that they lose their shape in long rollouts. Here, moved
     objects consist of pixels of the last history frame, as in the spatial transformer predictors of Finn et al.
     (https://arxiv.org/abs/1605.07157, section 3). The background is static. Each layer covers the background and the layers
     before it; it is rotated about its center and translated. Where a layer has covered the background, including a border of
     one pixel, the background is filled at a low resolution, so that it cannot replace an object. Where a layer has covered
     another one, that one is filled with the mean color of its visible pixels nearby.
 
-    The masks are computed from tokens of the last history frame that have not received any action. The motion of a layer is the mean of the motions
-    that the tokens of a predicted frame propose, weighted by the area of the layer in each patch. The network learns masks and
-    motions from frames and actions alone.
+    The masks are computed from tokens of the last history frame that have not received any action. The motion of a layer is
+    the mean of the motions that the tokens of a predicted frame propose, weighted by the area of the layer in each patch. The
+    network learns masks and motions from frames and actions alone.
 
     Args:
         dim: Number of channels of the tokens.
@@ -47,10 +51,11 @@ class MovingLayers(nn.Module):
         for linear in (self.motions, self.fill):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
-        nn.init.normal_(self.masks.weight, std=0.01)
+        nn.init.normal_(self.masks.weight, std=INITIAL_DEVIATION / GAIN / self.masks.in_features**0.5)
         nn.init.zeros_(self.masks.bias)
+        logit = (INITIAL_LOGIT - math.log(self.num_layers)) / GAIN
         with torch.no_grad():
-            self.masks.bias.unflatten(0, (self.num_layers, -1))[:, : self.patch_size**2] = INITIAL_LOGIT / GAIN
+            self.masks.bias.unflatten(0, (self.num_layers, -1))[:, : self.patch_size**2] = logit
 
     def forward(
         self, frame: torch.Tensor, frame_tokens: torch.Tensor, tokens: torch.Tensor, grid: tuple[int, int]
@@ -78,7 +83,9 @@ class MovingLayers(nn.Module):
             color = mask * (seen * frame + (1 - seen) * self._mean_color(frame, mask * seen))
             layer = self._move(torch.cat([mask, color], dim=1), centers[:, index], motions[:, :, index])
             border = (2 * _dilate(mask) - 1).relu()
-            static = static * (1 - mask.unsqueeze(2)) * (1 - border.unsqueeze(2) * (1 - _dilate(layer[:, :1])))
+            static = (
+                static * (1 - mask.unsqueeze(2)) * (1 - border.unsqueeze(2) * (1 - _dilate(layer[:, :1]).clamp(0, 1)))
+            )
             seen = seen * (1 - mask)
             layers.append(layer)
         predicted = static * frame.unsqueeze(2) + (1 - static) * self._fill(tokens, grid)
@@ -96,7 +103,8 @@ class MovingLayers(nn.Module):
         logits = self.masks(frame_tokens).float().unflatten(2, (self.num_layers, -1)).unflatten(1, grid)
         positions, colors = logits.split([size**2, frame.shape[1]], dim=-1)  # (B, rows, columns, L, ...)
         patches = frame.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, rows, size, columns, size)
-        colors = torch.einsum("brclk,bkrpcq->blrpcq", colors, patches)
+        colors = colors.permute(0, 3, 4, 1, 2)[:, :, :, :, None, :, None]  # (B, L, C, rows, 1, columns, 1)
+        colors = (colors * patches.unsqueeze(1)).sum(2)  # not a matrix product, whose precision autocast would reduce
         positions = positions.unflatten(4, (size, size)).permute(0, 3, 1, 4, 2, 5)
         return (GAIN * (positions + colors).flatten(4, 5).flatten(2, 3)).sigmoid()
 
@@ -121,7 +129,11 @@ class MovingLayers(nn.Module):
         return sums[:, 1:] / (sums[:, :1] + 1e-5)
 
     def _move(self, layer: torch.Tensor, centers: torch.Tensor, motions: torch.Tensor) -> torch.Tensor:
-        """Move a layer (B, K, H, W) with center x, y (B, 2) by motions (B, n, 3); return (B, K, n, H, W)."""
+        """Move a layer (B, 1 + C, H, W) with center x, y (B, 2) by motions; return (B, 1 + C, n, H, W).
+
+        The motions (B, n, 3) are x, y and the angle. The first channel is the opacity, the others are the color times the opacity. Bicubic interpolation exceeds their range
+        at edges. This keeps small objects from shrinking: they are lost earlier in rollouts if the opacity is limited to [0, 1].
+        """
         height, width = layer.shape[-2:]
         y, x = torch.meshgrid(
             torch.arange(height, device=layer.device), torch.arange(width, device=layer.device), indexing="ij"

@@ -339,7 +339,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["IRASimTransformerBlock"]
+    _no_split_modules = ["IRASimTransformerBlock", "MovingLayers"]
     _repeated_blocks = ["IRASimTransformerBlock"]
     _skip_layerwise_casting_patterns = [
         "patch_embed",
@@ -613,7 +613,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             hidden_states: Latents (B, C, F, H, W), the clean history first; any F, and any H and W divisible by the patch size.
             timestep: Diffusion timesteps (B,), or one per frame (B, F); see `history_timestep`.
             actions: Actions (B, n, A) in raw units, n <= F; Video-Ada has a fixed n. They lead to the last n frames; the first
-                F - n are history. None gives every frame the null action and treats no frame as history.
+                F - n are history. None gives every frame the null action and treats no frame as history. A model with
+                `moving_layers` requires actions and 0 < n < F.
             action_mask: Booleans (B, n); actions at False are replaced by the null action (action dropout); see
                 `encode_actions`.
             fps: Frames per second, one number or (B,), for models that embed them; None for the value in the config.
@@ -624,7 +625,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             The prediction (B, C, F, H, W); the values at history frames are undefined.
 
         Raises:
-            ValueError: If the shape of latents or actions is wrong, `fps` is missing, or context parallelism is not supported.
+            ValueError: If the shape of latents or actions is wrong, `fps` is missing, a model with `moving_layers` has no history
+                or no predicted frame, or context parallelism is not supported.
         """
         batch_size, _, num_frames, height, width = hidden_states.shape
         grid = self._check_size(height, width)
@@ -700,8 +702,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         if not 0 < num_history_frames < num_frames:
             raise ValueError(
                 f"`hidden_states` must have history frames and predicted frames, because `moving_layers` moves the last history "
-                f"frame, got {num_frames} frames with {num_frames - num_history_frames} actions: pass one action per predicted "
-                "frame."
+                f"frame, got {num_frames} frames with {num_frames - num_history_frames} actions: pass at least one history frame, "
+                "and one action per predicted frame."
             )
         return hidden_states[:, :, num_history_frames - 1]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -278,7 +278,7 @@ def check_fps(fps: float | None, config: Any) -> None:
 
 
 def check_cache(transformer: Any, guidance_scale: float) -> None:
-    """Check that the enabled cache supports the guidance scale and context parallelism.
+    """Check that the enabled cache supports the guidance scale, the model and context parallelism.
 
     Raises:
         ValueError: If the cache does not support them, or is a FasterCache without `is_guidance_distilled`.
@@ -293,6 +293,11 @@ def check_cache(transformer: Any, guidance_scale: float) -> None:
         raise ValueError(
             "`FasterCacheConfig` must have is_guidance_distilled=True, got False: otherwise it treats half of each batch as "
             "the evaluation without actions."
+        )
+    if isinstance(cache, FirstBlockCacheConfig | MagCacheConfig) and transformer.config.get("moving_layers"):
+        raise ValueError(
+            f"`{type(cache).__name__}` does not support models with `moving_layers`, whose masks are computed from the output of "
+            "the first block: use another cache."
         )
     if isinstance(cache, FirstBlockCacheConfig) and transformer._parallel_config is not None:
         raise ValueError(
