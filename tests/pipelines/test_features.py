@@ -359,7 +359,8 @@ def test_saved_pipeline_is_unchanged(tiny, frames, actions, tmp_path):
     tiny.save_pretrained(tmp_path)
     loaded = IRASimPipeline.from_pretrained(tmp_path)
     assert type(loaded.scheduler) is type(tiny.scheduler)
-    torch.testing.assert_close(predict(loaded, frames, actions), expected, rtol=0, atol=1e-5)
+    atol = 1e-5 if tiny.transformer.config.moving_layers else 1e-6  # the layer multiplies mask logits by 16
+    torch.testing.assert_close(predict(loaded, frames, actions), expected, rtol=0, atol=atol)
 
 
 def test_trajectory_is_the_same_alone_and_in_a_batch(tiny, frames, actions):
@@ -408,9 +409,7 @@ def test_caches_skip_attention_of_every_architecture(tiny, frames, actions, name
     calls = count_calls(tiny.transformer.transformer_blocks[1].attn1.to_q)
     tiny.transformer.enable_cache(CACHES[name](tiny))
     cached = predict(tiny, frames, actions, num_inference_steps=8)
-    assert len(calls) in range(3, 24, 3), (
-        "the same number of evaluations in each of three windows, at most seven of eight"
-    )
+    assert len(calls) in range(3, 24, 3), "as many evaluations in each of three windows, at most seven of eight"
     assert torch.isfinite(cached).all()
     assert not torch.equal(cached, expected)
     tiny.transformer.disable_cache()
@@ -420,10 +419,9 @@ def test_caches_skip_attention_of_every_architecture(tiny, frames, actions, name
 def test_cache_without_skips_changes_nothing(tiny, frames, actions):
     if tiny.transformer.config.moving_layers:
         pytest.skip("rejected, see tests/models/test_moving_layers.py")
-    kwargs = {"guidance_scale": 2.0}
-    expected = predict(tiny, frames, actions, **kwargs)
+    expected = predict(tiny, frames, actions, guidance_scale=2.0)
     tiny.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
-    torch.testing.assert_close(predict(tiny, frames, actions, **kwargs), expected)
+    torch.testing.assert_close(predict(tiny, frames, actions, guidance_scale=2.0), expected)
 
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
@@ -437,9 +435,8 @@ def test_group_offload_of_every_architecture(tiny, frames, actions, kind):
 def test_model_offload_of_every_architecture(tiny, frames, actions):
     expected = predict(tiny, frames, actions)
     tiny.enable_model_cpu_offload(device="cpu")
-    assert set(tiny.model_cpu_offload_seq.split("->")) == {
-        name for name, part in tiny.components.items() if isinstance(part, torch.nn.Module)
-    }
+    modules = {name for name, part in tiny.components.items() if isinstance(part, torch.nn.Module)}
+    assert set(tiny.model_cpu_offload_seq.split("->")) == modules
     hook = tiny.transformer._hf_hook
     torch.testing.assert_close(predict(tiny, frames, actions), expected)
     assert tiny.transformer._hf_hook is not hook, "the next call needs its hooks"

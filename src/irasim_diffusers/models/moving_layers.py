@@ -80,7 +80,9 @@ class MovingLayers(nn.Module):
         layers = []
         for index in reversed(range(self.num_layers)):
             mask = masks[:, index, None]
-            color = mask * (seen * frame + (1 - seen) * self._mean_color(frame, mask * seen))
+            color = mask * frame
+            if index < self.num_layers - 1:  # a later layer may cover this one
+                color = seen * color + (1 - seen) * mask * self._mean_color(frame, mask * seen)
             layer = self._move(torch.cat([mask, color], dim=1), centers[:, index], motions[:, :, index])
             border = (2 * _dilate(mask) - 1).relu()
             static = (
