@@ -258,8 +258,8 @@ def test_int8_weights(model, inputs, tmp_path):
 @pytest.mark.gpu
 def test_model_parallelism(model, inputs):
     expected = model(*inputs).sample
-    output = model.layers_out if model.config.moving_layers else model.proj_out
-    last = [model.transformer_blocks[1], model.temporal_transformer_blocks[1], model.norm_out, output]
+    last = [model.transformer_blocks[1], model.temporal_transformer_blocks[1], model.norm_out, model.proj_out]
+    last += [model.layers_out] if model.config.moving_layers else []
     for part in [*last, *([model.ada_norm_out] if hasattr(model, "ada_norm_out") else [])]:
         add_hook_to_module(part.to("cuda"), AlignDevicesHook("cuda"))
     sample = model(*inputs).sample

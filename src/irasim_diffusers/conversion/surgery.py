@@ -125,9 +125,9 @@ def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel
 
 @torch.no_grad()
 def add_moving_layers(model: IRASimTransformer3DModel, num_layers: int) -> IRASimTransformer3DModel:
-    """Replace the output layer of a trained model with moving layers; see `MovingLayers`.
+    """Add moving layers to a trained model; see `MovingLayers`.
 
-    The new output layer approximately predicts the last history frame, so that the model must be trained.
+    The new layers are almost empty. They are learned by further training.
 
     Args:
         model: The trained model without moving layers, Frame-Ada with `prediction_type="sample"` and `relative_latents`.
@@ -144,10 +144,9 @@ def add_moving_layers(model: IRASimTransformer3DModel, num_layers: int) -> IRASi
     if model.config["moving_layers"]:
         raise ValueError(f"`model` must have no moving layers, got {model.config['moving_layers']}.")
     new = IRASimTransformer3DModel.from_config(model.config, moving_layers=num_layers)
-    kept = {name: value for name, value in model.state_dict().items() if not name.startswith("proj_out.")}
     added = {name: value for name, value in new.state_dict().items() if name.startswith("layers_out.")}
-    new.load_state_dict(kept | added)
-    return new
+    new.load_state_dict(model.state_dict() | added)
+    return new.train(model.training)
 
 
 def change_autoencoder(

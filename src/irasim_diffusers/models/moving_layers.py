@@ -1,4 +1,4 @@
-"""An output layer that moves parts of the last history frame instead of drawing the predicted frames."""
+"""Layers of the last history frame that are moved to predict the next frames."""
 
 import math
 
@@ -25,12 +25,16 @@ class MovingLayers(nn.Module):
     objects consist of pixels of the last history frame, as in the spatial transformer predictors of Finn et al.
     (https://arxiv.org/abs/1605.07157, section 3). The background is static. Each layer covers the background and the layers
     before it; it is rotated about its center and translated. Where a layer has covered the background, including a border of
-    one pixel, the background is filled at a low resolution, so that it cannot replace an object. Where a layer has covered
-    another one, that one is filled with the mean color of its visible pixels nearby.
+    one pixel, the background is filled at a low resolution. Where a layer has covered another one, that one is filled with
+    the mean color of its visible pixels nearby. The drawing of the network, its output without layers, is added to the
+    background. It shows what no layer can show, such as objects that enter the frame.
 
-    The masks are computed from tokens of the last history frame that have not received any action. The motion of a layer is
-    the mean of the motions that the tokens of a predicted frame propose, weighted by the area of the layer in each patch. The
-    network learns masks and motions from frames and actions alone.
+    The masks are computed from tokens of the last history frame that have not received any action. The motion of a layer is a
+    mean of the motions that the tokens of a predicted frame propose, weighted by the area of the layer in each patch and by a
+    softmax over scores of the tokens. The network learns masks and motions from frames and actions alone.
+
+    In training, half of the samples are predicted without the drawing, and in the other half only the drawing is trained.
+    Otherwise the drawing, which is learned faster, would replace the layers.
 
     Args:
         dim: Number of channels of the tokens.
@@ -43,7 +47,7 @@ class MovingLayers(nn.Module):
         super().__init__()
         self.num_layers, self.patch_size = num_layers, patch_size
         self.masks = nn.Linear(dim, num_layers * (patch_size**2 + in_channels))
-        self.motions = nn.Linear(dim, num_layers * 3)
+        self.motions = nn.Linear(dim, num_layers * 4)  # x, y, angle and score
         self.fill = nn.Linear(dim, FILL**2 * in_channels)
 
     def initialize_weights(self) -> None:
@@ -58,7 +62,13 @@ class MovingLayers(nn.Module):
             self.masks.bias.unflatten(0, (self.num_layers, -1))[:, : self.patch_size**2] = logit
 
     def forward(
-        self, frame: torch.Tensor, frame_tokens: torch.Tensor, tokens: torch.Tensor, grid: tuple[int, int]
+        self,
+        frame: torch.Tensor,
+        frame_tokens: torch.Tensor,
+        tokens: torch.Tensor,
+        drawing: torch.Tensor,
+        grid: tuple[int, int],
+        draws: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict frames.
 
@@ -66,7 +76,10 @@ class MovingLayers(nn.Module):
             frame: The last history frame (B, C, H, W).
             frame_tokens: Its normalized tokens (B, S, D), without actions.
             tokens: Tokens of the predicted frames (B, n, S, D).
+            drawing: Frames (B, C, n, H, W) to be added to the background.
             grid: Rows and columns of patches.
+            draws: For training, booleans (B,): where they are True, only the drawing receives gradients; elsewhere, the drawing is
+                omitted. None in inference.
 
         Returns:
             The predicted frames (B, C, n, H, W), float32.
@@ -91,9 +104,13 @@ class MovingLayers(nn.Module):
             seen = seen * (1 - mask)
             layers.append(layer)
         predicted = static * frame.unsqueeze(2) + (1 - static) * self._fill(tokens, grid)
+        drawing = drawing.float()
         for layer in reversed(layers):
             predicted = predicted * (1 - layer[:, :1]) + layer[:, 1:]
-        return predicted
+            drawing = drawing * (1 - layer[:, :1].detach())
+        if draws is None:
+            return predicted + drawing
+        return torch.where(draws.view(-1, 1, 1, 1, 1), predicted.detach() + drawing, predicted)
 
     def segment(self, frame: torch.Tensor, frame_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Return the masks of the layers (B, L, H, W), including parts that later layers cover.
@@ -111,10 +128,11 @@ class MovingLayers(nn.Module):
         return (GAIN * (positions + colors).flatten(4, 5).flatten(2, 3)).sigmoid()
 
     def _pool(self, masks: torch.Tensor, proposals: torch.Tensor) -> torch.Tensor:
-        """Average the proposals (B, n, S, 3 L) over the areas of masks (B, L, H, W); return (B, n, L, 3)."""
+        """Average the proposals (B, n, S, 4 L) over the areas of masks (B, L, H, W); return (B, n, L, 3)."""
         areas = F.avg_pool2d(masks.detach(), self.patch_size).flatten(2).mT + 1e-5  # (B, S, L)
-        weights = (areas / areas.sum(1, keepdim=True))[:, None, ..., None]
-        return (weights * proposals.unflatten(3, (self.num_layers, 3))).sum(2)
+        motions, scores = proposals.unflatten(3, (self.num_layers, 4)).split([3, 1], dim=-1)
+        weights = (areas.log()[:, None, ..., None] + scores).softmax(2)  # (B, n, S, L, 1)
+        return (weights * motions).sum(2)
 
     def _fill(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Return the colors (B, C, n, H, W) of the background that layers uncover."""

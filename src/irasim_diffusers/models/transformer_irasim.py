@@ -318,9 +318,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
         cameras: Names of the cameras as tiled in a frame: rows from top to bottom, each from left to right.
         fps: Frames per second of the data, if known.
-        moving_layers: Number of layers of the last history frame that the output layer moves to predict a frame; see
-            `MovingLayers`. For objects that move rigidly in the image plane, and Frame-Ada with `prediction_type="sample"` and
-            `relative_latents`. 0 (as in the paper) predicts every patch from its token.
+        moving_layers: Number of layers of the last history frame that are moved to predict a frame; see `MovingLayers`. For
+            objects that move rigidly in the image plane, and Frame-Ada with `prediction_type="sample"` and `relative_latents`.
+            0 (as in the paper) predicts every patch from its token.
         relative_latents: Whether the latents of predicted frames are relative to the last history frame, so that static parts
             are zero. Training subtracts that frame, and sampling adds it again. False in the paper.
         scale_noisy_latents: Whether the latents of predicted frames are first multiplied by the square root of the cumulative
@@ -446,8 +446,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
         if moving_layers:
             self.layers_out = MovingLayers(dim, in_channels, patch_size, moving_layers)
-        else:
-            self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
+        self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
 
         self.gradient_checkpointing = False
         self._tables: dict[tuple, Any] = {}
@@ -465,11 +464,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         for linear in (self.time_embed.linear_1, self.time_embed.linear_2):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.normal_(self.null_action, std=0.02)
-        zeros: list[Any] = []
+        zeros: list[Any] = [self.proj_out]
         if self.config.moving_layers:
             self.layers_out.initialize_weights()
-        else:
-            zeros.append(self.proj_out)
         if self.config.ff_conv:
             zeros += [block.ff_conv for block in self.transformer_blocks]
         if self.config.norm_type == "ada_norm_zero":
@@ -634,6 +631,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             self._check_actions(actions, num_frames)
         num_history_frames = num_frames - (0 if actions is None else actions.shape[1])
         last_frame = self._last_history_frame(hidden_states, num_history_frames)
+        noisy_frames = hidden_states[:, :, num_history_frames:]
         timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
         timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
         if self.config.scale_noisy_latents:
@@ -668,12 +666,14 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             positions = None  # only the first temporal block adds positions
 
         hidden_states = self._modulate_out(hidden_states, final_temb)
+        sample = self._project_out(hidden_states, grid)  # (B, C, F, H, W)
         if last_frame is not None:
-            motion = self.layers_out(last_frame, frame_tokens, hidden_states[:, num_history_frames:], grid)
-            motion = motion - last_frame.unsqueeze(2).to(motion.device)  # relative latents
-            sample = nn.functional.pad(motion.to(dtype), (0, 0, 0, 0, num_history_frames, 0))  # (B, C, F, H, W)
-        else:
-            sample = self._project_out(hidden_states, grid)  # (B, C, F, H, W)
+            tokens, drawing = hidden_states[:, num_history_frames:], sample[:, :, num_history_frames:]
+            # a random half of the samples, chosen by their noise so that it does not depend on a generator's state
+            draws = noisy_frames.flatten(1).mean(1) > 0 if self.training and torch.is_grad_enabled() else None
+            frames = self.layers_out(last_frame, frame_tokens, tokens, drawing, grid, draws)
+            frames = frames - last_frame.unsqueeze(2).to(frames.device)  # relative latents
+            sample = nn.functional.pad(frames.to(dtype), (0, 0, 0, 0, num_history_frames, 0))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _check_size(self, height: int, width: int) -> tuple[int, int]:

@@ -299,7 +299,8 @@ def _check_batch_size(arguments: RunArguments, clips: MixedClips, accelerator: A
 
 
 def _configure(transformer: Denoiser, arguments: RunArguments) -> None:
-    """Apply the options of the model that do not change its results."""
+    """Set the training mode, and apply the options of the model that do not change its results."""
+    transformer.train()  # `from_pretrained` sets the evaluation mode
     if arguments.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if arguments.attention_backend:
