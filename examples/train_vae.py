@@ -241,7 +241,8 @@ def check_arguments(arguments: VAEArguments) -> None:
     """
     check_ranges(
         arguments,
-        not_negative=("kl_weight", "latent_noise", "lr_warmup_steps", "seed"),
+        not_negative=("kl_weight", "lr_warmup_steps", "seed"),
+        fractions=("latent_noise",),
         at_least_1=(
             *("train_batch_size", "max_train_steps", "checkpointing_steps", "validation_steps", "frames_per_episode"),
             *("latent_channels", "norm_num_groups", "height", "width", "crop_size"),

@@ -274,6 +274,7 @@ def test_frames_must_match_the_autoencoder():
         ({"tiny": True, "block_out_channels": [8, 16]}, "must be equal positive numbers with `tiny`, got \\[8, 16\\]"),
         ({"tiny": True, "block_out_channels": []}, "`block_out_channels` of the autoencoder must be 1 to 8 integers"),
         ({"latent_noise": -0.1}, "`latent_noise` must"),
+        ({"latent_noise": 1e300}, "`latent_noise` must"),
         ({"latent_std": 1e30}, r"`latent_std` must be in \[1e-06, 1e\+06\], got 1e\+30"),
         ({"latent_std": 1e-30}, r"`latent_std` must be in \[1e-06, 1e\+06\], got 1e-30"),
         ({"latent_channels": 10**11}, "`latent_channels` of the autoencoder must be .*, got 100000000000"),

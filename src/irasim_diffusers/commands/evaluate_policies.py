@@ -144,6 +144,7 @@ def _check_flags(arguments: argparse.Namespace) -> dict[str, str]:
     if arguments.device is not None:
         check_device(arguments.device)
     check_flag_ranges(arguments, LIMITS)
+    arguments.batch_size = min(arguments.batch_size, arguments.num_episodes)
     if arguments.success_threshold is not None and not abs(arguments.success_threshold) < float("inf"):
         raise ValueError(f"--success-threshold must be finite, got {arguments.success_threshold}.")
     parts = [Path(path).parts for path in arguments.policies]
