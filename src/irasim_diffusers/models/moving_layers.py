@@ -12,8 +12,8 @@ INITIAL_LOGIT = -2.3
 """Initial logit of the mask of a single layer: a new model leaves almost every pixel where it is."""
 INITIAL_DEVIATION = 1.0
 """Initial standard deviation of the mask logits."""
-FILL = 2
-"""Rows and columns of colors per patch for uncovered background, predicted per frame and interpolated bilinearly."""
+GRID = 2
+"""Rows and columns of mask logits and of background colors per patch; they are interpolated bilinearly."""
 RADIANS = 0.5
 """Angle of a motion of one unit; a translation by one unit is one patch."""
 
@@ -46,9 +46,9 @@ class MovingLayers(nn.Module):
     def __init__(self, dim: int, in_channels: int, patch_size: int, num_layers: int) -> None:
         super().__init__()
         self.num_layers, self.patch_size = num_layers, patch_size
-        self.masks = nn.Linear(dim, num_layers * (patch_size**2 + in_channels))
+        self.masks = nn.Linear(dim, num_layers * (GRID**2 + in_channels))
         self.motions = nn.Linear(dim, num_layers * 4)  # x, y, angle and score
-        self.fill = nn.Linear(dim, FILL**2 * in_channels)
+        self.fill = nn.Linear(dim, GRID**2 * in_channels)
 
     def initialize_weights(self) -> None:
         """Initialize masks that are almost empty but differ between layers, and motions of zero."""
@@ -59,7 +59,7 @@ class MovingLayers(nn.Module):
         nn.init.zeros_(self.masks.bias)
         logit = (INITIAL_LOGIT - math.log(self.num_layers)) / GAIN
         with torch.no_grad():
-            self.masks.bias.unflatten(0, (self.num_layers, -1))[:, : self.patch_size**2] = logit
+            self.masks.bias.unflatten(0, (self.num_layers, -1))[:, : GRID**2] = logit
 
     def forward(
         self,
@@ -115,17 +115,18 @@ class MovingLayers(nn.Module):
     def segment(self, frame: torch.Tensor, frame_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Return the masks of the layers (B, L, H, W), including parts that later layers cover.
 
-        The logits of a pixel are linear in the tokens of its patch. They are the sum of a value for the position in the patch
-        and a weight per channel times the color of the pixel.
+        The logits of a pixel are the sum of a value at its position, and a weight per channel and patch times the color of the
+        pixel. The tokens predict the weights, and the values at a low resolution, so that masks have edges only where the
+        color changes.
         """
         size = self.patch_size
         logits = self.masks(frame_tokens).float().unflatten(2, (self.num_layers, -1)).unflatten(1, grid)
-        positions, colors = logits.split([size**2, frame.shape[1]], dim=-1)  # (B, rows, columns, L, ...)
+        positions, colors = logits.split([GRID**2, frame.shape[1]], dim=-1)  # (B, rows, columns, L, ...)
+        positions = self._enlarge(positions.unflatten(4, (GRID, GRID)).permute(0, 3, 1, 4, 2, 5))
         patches = frame.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, rows, size, columns, size)
         colors = colors.permute(0, 3, 4, 1, 2)[:, :, :, :, None, :, None]  # (B, L, C, rows, 1, columns, 1)
         colors = (colors * patches.unsqueeze(1)).sum(2)  # not a matrix product, whose precision autocast would reduce
-        positions = positions.unflatten(4, (size, size)).permute(0, 3, 1, 4, 2, 5)
-        return (GAIN * (positions + colors).flatten(4, 5).flatten(2, 3)).sigmoid()
+        return (GAIN * (positions + colors.flatten(4, 5).flatten(2, 3))).sigmoid()
 
     def _pool(self, masks: torch.Tensor, proposals: torch.Tensor) -> torch.Tensor:
         """Average the proposals (B, n, S, 4 L) over the areas of masks (B, L, H, W); return (B, n, L, 3)."""
@@ -136,11 +137,15 @@ class MovingLayers(nn.Module):
 
     def _fill(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Return the colors (B, C, n, H, W) of the background that layers uncover."""
-        colors = self.fill(tokens).float().unflatten(3, (FILL, FILL, -1)).unflatten(2, grid)
-        colors = colors.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # (B, n, C, ...)
-        size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
-        fill = F.interpolate(colors.flatten(0, 1), size=size, mode="bilinear")
-        return fill.unflatten(0, colors.shape[:2]).transpose(1, 2)
+        colors = self.fill(tokens).float().unflatten(3, (GRID, GRID, -1)).unflatten(2, grid)
+        colors = colors.permute(0, 1, 6, 2, 4, 3, 5)  # (B, n, C, rows, GRID, columns, GRID)
+        return self._enlarge(colors.flatten(0, 1)).unflatten(0, colors.shape[:2]).transpose(1, 2)
+
+    def _enlarge(self, values: torch.Tensor) -> torch.Tensor:
+        """Interpolate values (B, C, rows, GRID, columns, GRID) of patches bilinearly; return (B, C, H, W)."""
+        rows, columns = values.shape[2], values.shape[4]
+        size = (rows * self.patch_size, columns * self.patch_size)
+        return F.interpolate(values.flatten(4, 5).flatten(2, 3), size=size, mode="bilinear")
 
     def _mean_color(self, frame: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Return the mean color (B, C, H, W) of visible pixels (B, 1, H, W) in the 3 x 3 patches around."""
