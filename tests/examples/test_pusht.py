@@ -361,14 +361,25 @@ def test_recipe_of_embedded_model(workspace, targets):
         *("--pretrained", targets, "--rank", 2, "--crop_size", 64),
     )
     pipeline.load_lora_weights(workspace / "targets-lora")
-    adapt = ["--model", targets, "--action-dim", 3, "--moving-layers", 2, "--output", workspace / "adapted"]
+    adapt = [
+        "--model",
+        targets,
+        "--action-dim",
+        3,
+        "--moving-layers",
+        2,
+        "--draw-background",
+        "--output",
+        workspace / "adapted",
+    ]
     assert main(["adapt", *map(str, adapt)]) == 0
     call(
         *("train", *recipe(workspace), "--output_dir", workspace / "states", "--pretrained", workspace / "adapted"),
         *("--pad_actions_to", 3),
     )
     changed = IRASimPipeline.from_pretrained(workspace / "states").transformer.config
-    assert (changed.action_dim, changed.target_extent, changed.moving_layers) == (3, None, 2)
+    assert (changed.action_dim, changed.target_extent) == (3, None)
+    assert (changed.moving_layers, changed.draw_background) == (2, True)
 
 
 def test_video_ada_with_flow_matching(workspace):

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from .. import IRASimPipeline, IRASimTransformer3DModel
     from ..latents import Autoencoder
 
-CHANGES = ("prediction_type", "vae", "patch_size", "action_frequencies", "action_dim", "moving_layers")
+CHANGES = (
+    "prediction_type",
+    "vae",
+    "patch_size",
+    "action_frequencies",
+    "action_dim",
+    "moving_layers",
+    "draw_background",
+)
 LIMITS = {
     "patch_size": (1, 64),
     "action_dim": (1, 1024),
@@ -71,8 +79,14 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--moving-layers",
         type=int,
-        help="number of rigidly moving layers of the last history frame; only for Frame-Ada models with prediction_type sample "
-        "and relative_latents",
+        help="number of rigidly moving layers of the last history frame, instead of the output layer; only for Frame-Ada models "
+        "with prediction_type sample and relative_latents",
+    )
+    add(
+        "--draw-background",
+        action="store_true",
+        default=None,
+        help="draw on the background behind the moving layers; train the layers first, because drawing is learned faster",
     )
     add_dataset_flags(parser, "train", "height", "width", required=False)
 
@@ -96,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = transformer.config
     print(
         f"patches of {config.patch_size} latent pixels, {config.in_channels} channels, {config.action_dim} action components, "
-        f"{config.moving_layers} moving layers; "
+        f"{config.moving_layers} moving layers{' in front of a drawing' if config.draw_background else ''}; "
         f"wrote {arguments.output}"
     )
 
@@ -126,7 +140,14 @@ def _adapted(
 ) -> tuple[IRASimTransformer3DModel, Autoencoder | None]:
     """Apply the changes in the order of `CHANGES`; return the new transformer and its autoencoder."""
     from .. import IRASimTransformer3DModel
-    from ..conversion import add_moving_layers, change_action_dim, change_patch_size, fit_autoencoder, predict_samples
+    from ..conversion import (
+        add_background_drawing,
+        add_moving_layers,
+        change_action_dim,
+        change_patch_size,
+        fit_autoencoder,
+        predict_samples,
+    )
 
     transformer, vae = pipeline.transformer, pipeline.vae
     if not isinstance(transformer, IRASimTransformer3DModel):
@@ -148,6 +169,8 @@ def _adapted(
         transformer = change_action_dim(transformer, arguments.action_dim)
     if arguments.moving_layers is not None:
         transformer = add_moving_layers(transformer, arguments.moving_layers)
+    if arguments.draw_background:
+        transformer = add_background_drawing(transformer)
     return transformer, vae
 
 

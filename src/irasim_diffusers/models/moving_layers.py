@@ -26,15 +26,12 @@ class MovingLayers(nn.Module):
     (https://arxiv.org/abs/1605.07157, section 3). The background is static. Each layer covers the background and the layers
     before it; it is rotated about its center and translated. Where a layer has covered the background, including a border of
     one pixel, the background is filled at a low resolution. Where a layer has covered another one, that one is filled with
-    the mean color of its visible pixels nearby. The drawing of the network, its output without layers, is added to the
-    background. It shows what no layer can show, such as objects that enter the frame.
+    the mean color of its visible pixels nearby. A drawing can be added to the background. It shows what no layer can show, such
+    as objects that enter the frame.
 
     The masks are computed from tokens of the last history frame that have not received any action. The motion of a layer is a
     mean of the motions that the tokens of a predicted frame propose, weighted by the area of the layer in each patch and by a
     softmax over scores of the tokens. The network learns masks and motions from frames and actions alone.
-
-    In training, half of the samples are predicted without the drawing, and in the other half only the drawing is trained.
-    Otherwise the drawing, which is learned faster, would replace the layers.
 
     Args:
         dim: Number of channels of the tokens.
@@ -66,9 +63,8 @@ class MovingLayers(nn.Module):
         frame: torch.Tensor,
         frame_tokens: torch.Tensor,
         tokens: torch.Tensor,
-        drawing: torch.Tensor,
         grid: tuple[int, int],
-        draws: torch.Tensor | None = None,
+        drawing: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict frames.
 
@@ -76,10 +72,8 @@ class MovingLayers(nn.Module):
             frame: The last history frame (B, C, H, W).
             frame_tokens: Its normalized tokens (B, S, D), without actions.
             tokens: Tokens of the predicted frames (B, n, S, D).
-            drawing: Frames (B, C, n, H, W) to be added to the background.
             grid: Rows and columns of patches.
-            draws: For training, booleans (B,): where they are True, only the drawing receives gradients; elsewhere, the drawing is
-                omitted. None in inference.
+            drawing: Values (B, C, n, H, W) that are added to the background.
 
         Returns:
             The predicted frames (B, C, n, H, W), float32.
@@ -104,13 +98,11 @@ class MovingLayers(nn.Module):
             seen = seen * (1 - mask)
             layers.append(layer)
         predicted = static * frame.unsqueeze(2) + (1 - static) * self._fill(tokens, grid)
-        drawing = drawing.float()
+        if drawing is not None:
+            predicted = predicted + drawing.to(predicted)
         for layer in reversed(layers):
             predicted = predicted * (1 - layer[:, :1]) + layer[:, 1:]
-            drawing = drawing * (1 - layer[:, :1].detach())
-        if draws is None:
-            return predicted + drawing
-        return torch.where(draws.view(-1, 1, 1, 1, 1), predicted.detach() + drawing, predicted)
+        return predicted
 
     def segment(self, frame: torch.Tensor, frame_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Return the masks of the layers (B, L, H, W), including parts that later layers cover.

@@ -321,6 +321,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         moving_layers: Number of layers of the last history frame that are moved to predict a frame; see `MovingLayers`. For
             objects that move rigidly in the image plane, and Frame-Ada with `prediction_type="sample"` and `relative_latents`.
             0 (as in the paper) predicts every patch from its token.
+        draw_background: Whether the network also draws on the background behind the moving layers, for objects that enter the frame
+            and for changes that are not rigid motions. The drawing is learned faster than the layers and would replace them: train
+            the layers first, then add it with `irasim adapt --draw-background`.
         relative_latents: Whether the latents of predicted frames are relative to the last history frame, so that static parts
             are zero. Training subtracts that frame, and sampling adds it again. False in the paper.
         scale_noisy_latents: Whether the latents of predicted frames are first multiplied by the square root of the cumulative
@@ -394,6 +397,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         cameras: list[list[str]] | None = None,
         fps: float | None = None,
         moving_layers: int = 0,
+        draw_background: bool = False,
         relative_latents: bool = False,
         scale_noisy_latents: bool = False,
         prediction_type: str = "epsilon",
@@ -446,7 +450,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
         if moving_layers:
             self.layers_out = MovingLayers(dim, in_channels, patch_size, moving_layers)
-        self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
+        if draw_background or not moving_layers:
+            self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
 
         self.gradient_checkpointing = False
         self._tables: dict[tuple, Any] = {}
@@ -464,9 +469,11 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         for linear in (self.time_embed.linear_1, self.time_embed.linear_2):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.normal_(self.null_action, std=0.02)
-        zeros: list[Any] = [self.proj_out]
+        zeros: list[Any] = []
         if self.config.moving_layers:
             self.layers_out.initialize_weights()
+        if self.config.draw_background or not self.config.moving_layers:
+            zeros.append(self.proj_out)
         if self.config.ff_conv:
             zeros += [block.ff_conv for block in self.transformer_blocks]
         if self.config.norm_type == "ada_norm_zero":
@@ -631,7 +638,6 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             self._check_actions(actions, num_frames)
         num_history_frames = num_frames - (0 if actions is None else actions.shape[1])
         last_frame = self._last_history_frame(hidden_states, num_history_frames)
-        noisy_frames = hidden_states[:, :, num_history_frames:]
         timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
         timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
         if self.config.scale_noisy_latents:
@@ -666,14 +672,14 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             positions = None  # only the first temporal block adds positions
 
         hidden_states = self._modulate_out(hidden_states, final_temb)
-        sample = self._project_out(hidden_states, grid)  # (B, C, F, H, W)
         if last_frame is not None:
-            tokens, drawing = hidden_states[:, num_history_frames:], sample[:, :, num_history_frames:]
-            # a random half of the samples, chosen by their noise so that it does not depend on a generator's state
-            draws = noisy_frames.flatten(1).mean(1) > 0 if self.training and torch.is_grad_enabled() else None
-            frames = self.layers_out(last_frame, frame_tokens, tokens, drawing, grid, draws)
+            tokens = hidden_states[:, num_history_frames:]
+            drawing = self._project_out(tokens, grid) if self.config.draw_background else None
+            frames = self.layers_out(last_frame, frame_tokens, tokens, grid, drawing)
             frames = frames - last_frame.unsqueeze(2).to(frames.device)  # relative latents
-            sample = nn.functional.pad(frames.to(dtype), (0, 0, 0, 0, num_history_frames, 0))
+            sample = nn.functional.pad(frames.to(dtype), (0, 0, 0, 0, num_history_frames, 0))  # (B, C, F, H, W)
+        else:
+            sample = self._project_out(hidden_states, grid)  # (B, C, F, H, W)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _check_size(self, height: int, width: int) -> tuple[int, int]:
@@ -886,6 +892,8 @@ def _check_config(config: Any) -> None:
             "`moving_layers` predicts frames from the last history frame: it requires `conditioning`, `prediction_type` and "
             f"`relative_latents` {wanted}, got {given}."
         )
+    if config.draw_background and not config.moving_layers:
+        raise ValueError("`draw_background` requires `moving_layers`, got 0.")
     if config.target_extent is not None:
         _check_target_extent(config)
     if config.temporal_position == "rope" and config.attention_head_dim % 2:

@@ -299,8 +299,7 @@ def _check_batch_size(arguments: RunArguments, clips: MixedClips, accelerator: A
 
 
 def _configure(transformer: Denoiser, arguments: RunArguments) -> None:
-    """Set the training mode, and apply the options of the model that do not change its results."""
-    transformer.train()  # `from_pretrained` sets the evaluation mode
+    """Apply the options of the model that do not change its results."""
     if arguments.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if arguments.attention_backend:
