@@ -361,18 +361,8 @@ def test_recipe_of_embedded_model(workspace, targets):
         *("--pretrained", targets, "--rank", 2, "--crop_size", 64),
     )
     pipeline.load_lora_weights(workspace / "targets-lora")
-    adapt = [
-        "--model",
-        targets,
-        "--action-dim",
-        3,
-        "--moving-layers",
-        2,
-        "--draw-background",
-        "--output",
-        workspace / "adapted",
-    ]
-    assert main(["adapt", *map(str, adapt)]) == 0
+    changes = ["--action-dim", "3", "--moving-layers", "2", "--draw-background"]
+    assert main(["adapt", "--model", str(targets), "--output", str(workspace / "adapted"), *changes]) == 0
     call(
         *("train", *recipe(workspace), "--output_dir", workspace / "states", "--pretrained", workspace / "adapted"),
         *("--pad_actions_to", 3),
