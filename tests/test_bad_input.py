@@ -768,7 +768,6 @@ ROWS += [
     ("adapt", {"--patch-size": "4"}, "--patch-size must divide the sides of the latents"),
     ("adapt", {"--action-frequencies": "-1"}, "--action-frequencies must be at least 0, got -1"),
     ("adapt", {"--moving-layers": "0"}, "--moving-layers must be at least 1, got 0"),
-    ("adapt", {"--draw-background": []}, "--model must have moving layers and no drawing behind them"),
     ("adapt", {"--moving-layers": "2"}, "--moving-layers predicts frames from the last history frame: it requires"),
     ("adapt", {"--prediction-type": "flow"}, "argument --prediction-type: invalid choice: 'flow'"),
     ("adapt", {"--vae": "model:vae"}, "--vae and --dataset must be passed together"),

@@ -47,7 +47,7 @@ ARCHITECTURES = {
         "prediction_type": "sample",
     },
 }
-ARCHITECTURES["Moving layers"] = ARCHITECTURES["Push-T"] | {"moving_layers": 2, "draw_background": True}
+ARCHITECTURES["Moving layers"] = ARCHITECTURES["Push-T"] | {"moving_layers": 2}
 
 
 def tiny_transformer(**changes) -> IRASimTransformer3DModel:

@@ -361,15 +361,14 @@ def test_recipe_of_embedded_model(workspace, targets):
         *("--pretrained", targets, "--rank", 2, "--crop_size", 64),
     )
     pipeline.load_lora_weights(workspace / "targets-lora")
-    changes = ["--action-dim", "3", "--moving-layers", "2", "--draw-background"]
+    changes = ["--action-dim", "3", "--moving-layers", "2"]
     assert main(["adapt", "--model", str(targets), "--output", str(workspace / "adapted"), *changes]) == 0
     call(
         *("train", *recipe(workspace), "--output_dir", workspace / "states", "--pretrained", workspace / "adapted"),
         *("--pad_actions_to", 3),
     )
     changed = IRASimPipeline.from_pretrained(workspace / "states").transformer.config
-    assert (changed.action_dim, changed.target_extent) == (3, None)
-    assert (changed.moving_layers, changed.draw_background) == (2, True)
+    assert (changed.action_dim, changed.target_extent, changed.moving_layers) == (3, None, 2)
 
 
 def test_video_ada_with_flow_matching(workspace):

@@ -9,7 +9,6 @@ from tiny_models import ARCHITECTURES, tiny_pipeline, tiny_transformer
 
 from irasim_diffusers import IRASimTransformer3DModel
 from irasim_diffusers.conversion import (
-    add_background_drawing,
     add_moving_layers,
     can_adapt,
     change_autoencoder,
@@ -49,10 +48,11 @@ def inputs():
 
 
 def predict(layers, frame, *motions):
-    """Predict one frame with the motions x, y and angle of the layers."""
+    """Predict one frame with the motions x, y and angle of the layers, without a drawing."""
     layers.motions.bias.data = torch.tensor([(*motion, 0.0) for motion in motions]).flatten()
     tokens = torch.eye(6)[None]
-    return layers(frame, tokens, tokens[:, None], GRID)[:, :, 0]
+    components = layers(frame, tokens, tokens[:, None], GRID, frame[:, :, None], return_components=True)[1]
+    return components[:, 0, :, 0]
 
 
 def test_without_motion_the_frame_stays(layers, frame):
@@ -88,7 +88,9 @@ def test_a_layer_turns_about_its_center(layers, frame):
 def test_motions_are_averaged_over_the_patches_of_the_layer(layers, frame):
     layers.motions.weight.data[0] = torch.tensor([2.0, 0.0, 9.0, 9.0, 9.0, 9.0])  # x of the first layer
     tokens = torch.eye(6)[None]
-    frames = layers(frame, tokens, torch.stack([tokens, 2 * tokens], dim=1), GRID)  # two predicted frames
+    drawing = frame[:, :, None].expand(-1, -1, 2, -1, -1)
+    two = torch.stack([tokens, 2 * tokens], dim=1)  # two predicted frames
+    frames = layers(frame, tokens, two, GRID, drawing, return_components=True)[1][:, 0]
     for index, shift in enumerate((1.0, 2.0)):
         layers.motions.weight.data.zero_()
         expected = predict(layers, frame, (shift, 0.0, 0.0), (0.0, 0.0, 0.0))
@@ -104,10 +106,35 @@ def test_tokens_with_high_scores_determine_the_motion(layers, frame):
 def test_the_drawing_is_behind_the_layers(layers, frame):
     tokens = torch.eye(6)[None]
     drawing = torch.rand(1, 1, 1, 8, 12)
-    expected = frame + drawing[:, :, 0]
+    expected = drawing[:, :, 0].clone()
     expected[..., :4, :8] = frame[..., :4, :8]
-    drawn = layers(frame, tokens, tokens[:, None], GRID, drawing)[:, :, 0]
-    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-3)
+    predicted, components = layers(frame, tokens, tokens[:, None], GRID, drawing)
+    torch.testing.assert_close(predicted[:, :, 0], expected, rtol=0, atol=1e-3)
+    assert components is None
+
+
+def test_each_component_trains_its_own_weights(layers, frame):
+    tokens = torch.eye(6)[None].requires_grad_()
+    drawing = torch.rand(1, 1, 1, 8, 12, requires_grad=True)
+    predicted, components = layers(frame, tokens, tokens[:, None], GRID, drawing, return_components=True)
+    assert torch.equal(components[:, 1], drawing)
+    assert torch.equal(predicted, layers(frame, tokens, tokens[:, None], GRID, drawing)[0])
+    predicted.square().sum().backward(retain_graph=True)
+    assert drawing.grad.any()
+    assert tokens.grad is None
+    assert all(parameter.grad is None for parameter in layers.parameters())
+    drawing.grad.zero_()
+    components[:, 0].square().sum().backward()
+    assert tokens.grad.any()
+    assert not drawing.grad.any()
+
+
+def test_the_smallest_layer_is_in_front(layers, frame):
+    layers.masks.weight.data = layers.masks.weight.data.unflatten(0, (2, -1)).flip(0).flatten(0, 1)
+    right, down = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
+    moved = predict(layers, frame, down, right)
+    layers.masks.weight.data = layers.masks.weight.data.unflatten(0, (2, -1)).flip(0).flatten(0, 1)
+    torch.testing.assert_close(moved, predict(layers, frame, right, down))
 
 
 def test_masks_depend_on_colors(layers, frame):
@@ -122,11 +149,16 @@ def test_model_with_moving_layers(inputs):
     latents, timestep, actions = inputs
     masks = []
     model.layers_out.masks.register_forward_hook(lambda module, arguments, output: masks.append(output))
-    sample = model(*inputs).sample
+    output = model(*inputs, return_components=True)
+    sample, components = output.sample, output.components
     assert sample.shape == latents.shape
+    assert components.shape == (3, 2, 4, 3, 4, 6)
+    assert torch.equal(sample, model(*inputs, return_dict=False)[0])
     assert not sample[:, :, :2].any()
+    with pytest.raises(ValueError, match="`return_components` must be False for a model without `moving_layers`"):
+        tiny_transformer()(*inputs, return_components=True)
     other = model(latents, timestep, actions + 1).sample
-    assert torch.equal(masks[0], masks[1]), "masks do not depend on actions"
+    assert torch.equal(masks[0], masks[-1]), "masks do not depend on actions"
     changed = (sample != other).flatten(3).any(3).any(1)
     assert changed[:, 2:].all()
     for wrong in (None, torch.randn(3, 5, 3)):  # without actions, and without history
@@ -149,8 +181,8 @@ def test_autocast_changes_little(inputs):
     model = tiny_transformer(**ARCHITECTURES["Moving layers"])
     expected = model(*inputs).sample
     with torch.autocast("cpu", torch.bfloat16):
-        sample = model(*inputs).sample
-        sample.float().square().mean().backward()
+        sample, components = model(*inputs, return_components=True, return_dict=False)
+        components.square().mean().backward()
     assert (sample - expected).abs().mean() < 0.05 * expected.abs().mean()
     assert all(parameter.grad.isfinite().all() for parameter in model.layers_out.parameters())
 
@@ -180,7 +212,6 @@ def model_config():
         ({"prediction_type": "epsilon"}, r"requires .* \('frame', 'sample', True\), got \('frame', 'epsilon', True\)"),
         ({"relative_latents": False}, r"got \('frame', 'sample', False\)"),
         ({"conditioning": "video", "target_extent": None}, r"got \('video', 'sample', True\)"),
-        ({"moving_layers": 0}, "`draw_background` requires `moving_layers`, got 0"),
         ({"moving_layers": 65}, r"`moving_layers` must be an integer in \[0, 64\], got 65"),
         ({"moving_layers": 1.0}, "`moving_layers` must be an integer"),
         ({"moving_layers": True}, "`moving_layers` must be an integer"),
@@ -197,8 +228,8 @@ def test_moving_layers_can_be_added_to_a_model(inputs):
     moving = add_moving_layers(model, 3)
     assert moving.config.moving_layers == 3
     for name, value in model.state_dict().items():
-        assert name.startswith("proj_out.") or torch.equal(moving.state_dict()[name], value), name
-    moving(*inputs)
+        assert torch.equal(moving.state_dict()[name], value), name
+    assert 0 < (moving(*inputs).sample - model(*inputs).sample)[:, :, 2:].abs().mean() < 0.2
     for number in (0, 65):
         with pytest.raises(ValueError, match=f"got {number}"):
             add_moving_layers(model, number)
@@ -206,19 +237,6 @@ def test_moving_layers_can_be_added_to_a_model(inputs):
         add_moving_layers(moving, 2)
     with pytest.raises(ValueError, match=r"`moving_layers` .* requires"):
         add_moving_layers(tiny_transformer(), 2)
-
-
-def test_a_drawing_can_be_added_to_moving_layers(inputs):
-    model = tiny_transformer(**ARCHITECTURES["Moving layers"] | {"draw_background": False})
-    drawing = add_background_drawing(model)
-    assert torch.equal(drawing(*inputs).sample, model(*inputs).sample)
-    torch.nn.init.ones_(drawing.proj_out.bias)
-    difference = drawing(*inputs).sample - model(*inputs).sample
-    assert not difference[:, :, :2].any()
-    assert 0 < difference[:, :, 2:].mean() < 1, "the layers cover a part of the drawing"
-    for wrong in (drawing, tiny_transformer()):
-        with pytest.raises(ValueError, match="`model` must have moving layers and no drawing"):
-            add_background_drawing(wrong)
 
 
 def test_moving_layers_are_not_adapted_to_other_patches():

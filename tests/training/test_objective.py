@@ -1,11 +1,11 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from tiny_models import tiny_pipeline, tiny_transformer, tiny_unet
+from tiny_models import ARCHITECTURES, tiny_pipeline, tiny_transformer, tiny_unet
 
 from irasim_diffusers.models import noise_process
 from irasim_diffusers.training import diffusion_loss, remove_leftovers
-from irasim_diffusers.training.objective import StateReadout
+from irasim_diffusers.training.objective import StateReadout, min_snr_weights
 from irasim_diffusers.training.rollouts import predict_chunk
 
 
@@ -48,6 +48,26 @@ def test_huber_loss(batch):
     output = model(torch.cat([batch["latents"][:, :, :2], noisy], dim=2), batch["timesteps"], batch["actions"]).sample
     error = (output[:, :, 2:] - batch["latents"][:, :, 2:]).abs().mean()
     torch.testing.assert_close(diffusion_loss(model, process, **batch, huber_c=1e-4), 2e-4 * error, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_moving_layers_add_the_errors_of_both_components(batch, snr_gamma):
+    model = tiny_transformer(**ARCHITECTURES["Moving layers"])
+    process = noise_process(model.config)
+    latents, options = batch["latents"], {"moving_layers": True, "relative_latents": True, "snr_gamma": snr_gamma}
+    change = latents[:, :, 2:] - latents[:, :, 1:2]
+    noisy = process.add_noise(change, batch["noise"], batch["timesteps"])
+    window = torch.cat([latents[:, :, :2], noisy], dim=2)
+    output = model(window, batch["timesteps"], batch["actions"], return_components=True)
+    predictions = torch.stack([output.sample[:, :, 2:], *output.components.unbind(1)], dim=1)
+    errors = (predictions - change.unsqueeze(1)).square().mean(dim=(1, 2, 3, 4, 5))
+    if snr_gamma is not None:
+        errors = errors * min_snr_weights(process, batch["timesteps"], snr_gamma)
+    loss = diffusion_loss(model, process, **batch, **options)
+    torch.testing.assert_close(loss, errors.mean())
+    readout = StateReadout(model, num_components=7)
+    states = {"states": torch.randn(2, 5, 7), "state_loss_weight": 0.0}
+    torch.testing.assert_close(diffusion_loss(readout, process, **batch, **options, **states), loss)
 
 
 def test_relative_latents_are_changes_from_last_history_frame(batch):

@@ -25,7 +25,6 @@ CHANGES = (
     "action_frequencies",
     "action_dim",
     "moving_layers",
-    "draw_background",
 )
 LIMITS = {
     "patch_size": (1, 64),
@@ -44,9 +43,9 @@ def add_parser(subparsers: Any) -> None:
     """Add `adapt` to the subparsers of `irasim`."""
     parser = subparsers.add_parser(
         "adapt",
-        help="change patch size, autoencoder, actions, prediction type or output layer of a trained model",
+        help="change patch size, autoencoder, actions, prediction type or moving layers of a trained model",
         description="Change the architecture of a trained model before further training: patch size, autoencoder, number of "
-        "action components, action frequencies, prediction type or output layer. Weights that the change does not affect are "
+        "action components, action frequencies, prediction type or moving layers. Weights that the change does not affect are "
         "kept.",
     )
     parser.set_defaults(run=run)
@@ -79,14 +78,8 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--moving-layers",
         type=int,
-        help="number of rigidly moving layers of the last history frame, instead of the output layer; only for Frame-Ada models "
-        "with prediction_type sample and relative_latents",
-    )
-    add(
-        "--draw-background",
-        action="store_true",
-        default=None,
-        help="draw on the background behind the moving layers; train the layers first, because drawing is learned faster",
+        help="number of rigidly moving layers of the last history frame; only for Frame-Ada models with prediction_type sample "
+        "and relative_latents",
     )
     add_dataset_flags(parser, "train", "height", "width", required=False)
 
@@ -110,8 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = transformer.config
     print(
         f"patches of {config.patch_size} latent pixels, {config.in_channels} channels, {config.action_dim} action components, "
-        f"{config.moving_layers} moving layers{' in front of a drawing' if config.draw_background else ''}; "
-        f"wrote {arguments.output}"
+        f"{config.moving_layers} moving layers; wrote {arguments.output}"
     )
 
 
@@ -141,7 +133,6 @@ def _adapted(
     """Apply the changes in the order of `CHANGES`; return the new transformer and its autoencoder."""
     from .. import IRASimTransformer3DModel
     from ..conversion import (
-        add_background_drawing,
         add_moving_layers,
         change_action_dim,
         change_patch_size,
@@ -169,8 +160,6 @@ def _adapted(
         transformer = change_action_dim(transformer, arguments.action_dim)
     if arguments.moving_layers is not None:
         transformer = add_moving_layers(transformer, arguments.moving_layers)
-    if arguments.draw_background:
-        transformer = add_background_drawing(transformer)
     return transformer, vae
 
 

@@ -5,7 +5,6 @@ from .latte import load_latte
 from .mapping import ConversionReport
 from .opensora import load_opensora
 from .surgery import (
-    add_background_drawing,
     add_moving_layers,
     can_adapt,
     change_action_dim,
@@ -19,7 +18,6 @@ from .surgery import (
 __all__ = [
     "RELEASED_DATASETS",
     "ConversionReport",
-    "add_background_drawing",
     "add_moving_layers",
     "can_adapt",
     "change_action_dim",

@@ -125,9 +125,9 @@ def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel
 
 @torch.no_grad()
 def add_moving_layers(model: IRASimTransformer3DModel, num_layers: int) -> IRASimTransformer3DModel:
-    """Replace the output layer of a trained model with moving layers; see `MovingLayers`.
+    """Add moving layers to a trained model; see `MovingLayers`.
 
-    The new output layer approximately predicts the last history frame, so that the model must be trained.
+    The new layers are almost empty and do not move, so that the model must be trained.
 
     Args:
         model: The trained model without moving layers, Frame-Ada with `prediction_type="sample"` and `relative_latents`.
@@ -144,30 +144,7 @@ def add_moving_layers(model: IRASimTransformer3DModel, num_layers: int) -> IRASi
     if model.config["moving_layers"]:
         raise ValueError(f"`model` must have no moving layers, got {model.config['moving_layers']}.")
     new = IRASimTransformer3DModel.from_config(model.config, moving_layers=num_layers)
-    kept = {name: value for name, value in model.state_dict().items() if not name.startswith("proj_out.")}
-    added = {name: value for name, value in new.state_dict().items() if name.startswith("layers_out.")}
-    new.load_state_dict(kept | added)
-    return new
-
-
-@torch.no_grad()
-def add_background_drawing(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel:
-    """Add a drawing behind the moving layers of a trained model; the new model predicts the same frames.
-
-    Args:
-        model: The trained model with moving layers and without `draw_background`.
-
-    Returns:
-        A new model. The input model is not modified.
-
-    Raises:
-        ValueError: If the model has no moving layers, or already draws.
-    """
-    if not model.config["moving_layers"] or model.config["draw_background"]:
-        raise ValueError("`model` must have moving layers and no drawing behind them.")
-    new = IRASimTransformer3DModel.from_config(model.config, draw_background=True)
-    added = {name: value for name, value in new.state_dict().items() if name.startswith("proj_out.")}
-    new.load_state_dict(model.state_dict() | added)
+    new.load_state_dict(new.state_dict() | model.state_dict())
     return new
 
 

@@ -23,15 +23,17 @@ class MovingLayers(nn.Module):
 
     A network that draws frames from tokens redraws moved objects, so that they lose their shape in long rollouts. Here, moved
     objects consist of pixels of the last history frame, as in the spatial transformer predictors of Finn et al.
-    (https://arxiv.org/abs/1605.07157, section 3). The background is static. Each layer covers the background and the layers
-    before it; it is rotated about its center and translated. Where a layer has covered the background, including a border of
-    one pixel, the background is filled at a low resolution. Where a layer has covered another one, that one is filled with
-    the mean color of its visible pixels nearby. A drawing can be added to the background. It shows what no layer can show, such
-    as objects that enter the frame.
+    (https://arxiv.org/abs/1605.07157, section 3). Each layer is rotated about its center and translated. The layers cover the
+    frame that the network draws, which shows everything else, such as objects that enter the frame. The smallest layer is in
+    front: a larger one would hide it, and what is hidden in one frame is lost for the next one.
 
     The masks are computed from tokens of the last history frame that have not received any action. The motion of a layer is a
     mean of the motions that the tokens of a predicted frame propose, weighted by the area of the layer in each patch and by a
     softmax over scores of the tokens. The network learns masks and motions from frames and actions alone.
+
+    The network learns to draw an object earlier than to move it, so that it would not use the layers if only the prediction were
+    trained. Therefore, the layers have a loss of their own, on a prediction without the drawing: the layers in front of a
+    static background, where pixels that a layer has left, including a border of one pixel, are filled at a low resolution.
 
     Args:
         dim: Number of channels of the tokens.
@@ -64,8 +66,9 @@ class MovingLayers(nn.Module):
         frame_tokens: torch.Tensor,
         tokens: torch.Tensor,
         grid: tuple[int, int],
-        drawing: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        drawing: torch.Tensor,
+        return_components: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Predict frames.
 
         Args:
@@ -73,36 +76,26 @@ class MovingLayers(nn.Module):
             frame_tokens: Its normalized tokens (B, S, D), without actions.
             tokens: Tokens of the predicted frames (B, n, S, D).
             grid: Rows and columns of patches.
-            drawing: Values (B, C, n, H, W) that are added to the background.
+            drawing: The frames (B, C, n, H, W) that the network draws.
+            return_components: Whether the components are returned, for training. The gradients of the prediction then do not
+                reach the layers.
 
         Returns:
-            The predicted frames (B, C, n, H, W), float32.
+            The predicted frames (B, C, n, H, W), float32, and the predictions (B, 2, C, n, H, W) by the layers without the
+            drawing and by the drawing without the layers, or None.
         """
-        frame = frame.float()
+        frame, drawing = frame.float(), drawing.float()
         masks = self.segment(frame, frame_tokens, grid)  # (B, L, H, W)
         motions = self._pool(masks, self.motions(tokens).float())  # (B, n, L, 3)
-        centers = _centers(masks)
-        static = torch.ones_like(masks[:, None, :1])  # (B, 1, 1, H, W)
-        seen = torch.ones_like(masks[:, :1])  # (B, 1, H, W)
-        layers = []
-        for index in reversed(range(self.num_layers)):
-            mask = masks[:, index, None]
-            color = mask * frame
-            if index < self.num_layers - 1:  # a later layer may cover this one
-                color = seen * color + (1 - seen) * mask * self._mean_color(frame, mask * seen)
-            layer = self._move(torch.cat([mask, color], dim=1), centers[:, index], motions[:, :, index])
-            border = (2 * _dilate(mask) - 1).relu()
-            static = (
-                static * (1 - mask.unsqueeze(2)) * (1 - border.unsqueeze(2) * (1 - _dilate(layer[:, :1]).clamp(0, 1)))
-            )
-            seen = seen * (1 - mask)
-            layers.append(layer)
-        predicted = static * frame.unsqueeze(2) + (1 - static) * self._fill(tokens, grid)
-        if drawing is not None:
-            predicted = predicted + drawing.to(predicted)
-        for layer in reversed(layers):
-            predicted = predicted * (1 - layer[:, :1]) + layer[:, 1:]
-        return predicted
+        order = masks.detach().mean((2, 3)).argsort(dim=1, descending=True)  # from back to front
+        masks = masks.gather(1, order[:, :, None, None].expand_as(masks))
+        motions = motions.gather(2, order[:, None, :, None].expand_as(motions))
+        layers = self._move_layers(frame, masks, motions)
+        if not return_components:
+            return _cover(drawing, layers), None
+        background = self._background(frame, masks, layers, self._fill(tokens, grid))
+        components = torch.stack([_cover(background, layers), drawing], dim=1)
+        return _cover(drawing, [layer.detach() for layer in layers]), components
 
     def segment(self, frame: torch.Tensor, frame_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Return the masks of the layers (B, L, H, W), including parts that later layers cover.
@@ -119,6 +112,39 @@ class MovingLayers(nn.Module):
         colors = colors.permute(0, 3, 4, 1, 2)[:, :, :, :, None, :, None]  # (B, L, C, rows, 1, columns, 1)
         colors = (colors * patches.unsqueeze(1)).sum(2)  # not a matrix product, whose precision autocast would reduce
         return (GAIN * (positions + colors.flatten(4, 5).flatten(2, 3))).sigmoid()
+
+    def _move_layers(self, frame: torch.Tensor, masks: torch.Tensor, motions: torch.Tensor) -> list[torch.Tensor]:
+        """Move the layers of a frame (B, C, H, W) with masks (B, L, H, W) by motions (B, n, L, 3).
+
+        Each returned layer is (B, 1 + C, n, H, W): its opacity, and its color times the opacity.
+        """
+        seen = torch.ones_like(masks[:, :1])  # (B, 1, H, W)
+        centers = _centers(masks)
+        layers = []
+        for index in reversed(range(self.num_layers)):
+            mask = masks[:, index, None]
+            color = mask * frame
+            if (
+                index < self.num_layers - 1
+            ):  # where a later layer may cover this one, it has the color of its visible pixels
+                color = seen * color + (1 - seen) * mask * self._mean_color(frame, mask * seen)
+            layers.insert(0, self._move(torch.cat([mask, color], dim=1), centers[:, index], motions[:, :, index]))
+            seen = seen * (1 - mask)
+        return layers
+
+    def _background(
+        self, frame: torch.Tensor, masks: torch.Tensor, layers: list[torch.Tensor], fill: torch.Tensor
+    ) -> torch.Tensor:
+        """Return a frame (B, C, H, W) without its layers (B, C, n, H, W), which are replaced by `fill`.
+
+        The border of a layer is not replaced where the moved layer covers it.
+        """
+        static = torch.ones_like(masks[:, None, :1])  # (B, 1, 1, H, W)
+        for mask, layer in zip(masks.split(1, dim=1), layers, strict=True):
+            border = (2 * _dilate(mask) - 1).relu().unsqueeze(2)
+            left = 1 - _dilate(layer[:, :1]).clamp(0, 1)
+            static = static * (1 - mask.unsqueeze(2)) * (1 - border * left)
+        return static * frame.unsqueeze(2) + (1 - static) * fill
 
     def _pool(self, masks: torch.Tensor, proposals: torch.Tensor) -> torch.Tensor:
         """Average the proposals (B, n, S, 4 L) over the areas of masks (B, L, H, W); return (B, n, L, 3)."""
@@ -164,6 +190,13 @@ class MovingLayers(nn.Module):
         points = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)  # (B, n, H W, 2)
         moved = F.grid_sample(layer, points, mode="bicubic", padding_mode="zeros", align_corners=False)
         return moved.unflatten(3, (height, width))
+
+
+def _cover(frames: torch.Tensor, layers: list[torch.Tensor]) -> torch.Tensor:
+    """Cover frames (B, C, n, H, W) with layers (B, 1 + C, n, H, W), ordered from back to front."""
+    for layer in layers:
+        frames = frames * (1 - layer[:, :1]) + layer[:, 1:]
+    return frames
 
 
 def _dilate(masks: torch.Tensor) -> torch.Tensor:

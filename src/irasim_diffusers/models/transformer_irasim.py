@@ -9,6 +9,7 @@ because its signature is the flat config, and `forward` because of its documenta
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -268,6 +269,19 @@ class IRASimTransformerBlock(nn.Module):
         return torch.addcmul(hidden_states, gate_ff, self.ff(ff_input))
 
 
+@dataclass
+class IRASimTransformer3DModelOutput(Transformer2DModelOutput):
+    """Output of `IRASimTransformer3DModel`.
+
+    Args:
+        sample: The prediction (B, C, F, H, W).
+        components: With `return_components`, the predictions (B, 2, C, n, H, W) by the moving layers without the drawing and by
+            the drawing without the layers.
+    """
+
+    components: torch.Tensor | None = None
+
+
 class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """IRASim: denoises the future frames of a window, given the clean history and one action per frame.
 
@@ -318,12 +332,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
         cameras: Names of the cameras as tiled in a frame: rows from top to bottom, each from left to right.
         fps: Frames per second of the data, if known.
-        moving_layers: Number of layers of the last history frame that are moved to predict a frame; see `MovingLayers`. For
-            objects that move rigidly in the image plane, and Frame-Ada with `prediction_type="sample"` and `relative_latents`.
-            0 (as in the paper) predicts every patch from its token.
-        draw_background: Whether the network also draws on the background behind the moving layers, for objects that enter the frame
-            and for changes that are not rigid motions. The drawing is learned faster than the layers and would replace them: train
-            the layers first, then add it with `irasim adapt --draw-background`.
+        moving_layers: Number of layers of the last history frame that are moved and cover a predicted frame; see `MovingLayers`.
+            For objects that move rigidly in the image plane, and Frame-Ada with `prediction_type="sample"` and
+            `relative_latents`. 0 (as in the paper) predicts every patch from its token alone.
         relative_latents: Whether the latents of predicted frames are relative to the last history frame, so that static parts
             are zero. Training subtracts that frame, and sampling adds it again. False in the paper.
         scale_noisy_latents: Whether the latents of predicted frames are first multiplied by the square root of the cumulative
@@ -397,7 +408,6 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         cameras: list[list[str]] | None = None,
         fps: float | None = None,
         moving_layers: int = 0,
-        draw_background: bool = False,
         relative_latents: bool = False,
         scale_noisy_latents: bool = False,
         prediction_type: str = "epsilon",
@@ -450,8 +460,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
         if moving_layers:
             self.layers_out = MovingLayers(dim, in_channels, patch_size, moving_layers)
-        if draw_background or not moving_layers:
-            self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
+        self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
 
         self.gradient_checkpointing = False
         self._tables: dict[tuple, Any] = {}
@@ -469,11 +478,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         for linear in (self.time_embed.linear_1, self.time_embed.linear_2):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.normal_(self.null_action, std=0.02)
-        zeros: list[Any] = []
         if self.config.moving_layers:
             self.layers_out.initialize_weights()
-        if self.config.draw_background or not self.config.moving_layers:
-            zeros.append(self.proj_out)
+        zeros: list[Any] = [self.proj_out]
         if self.config.ff_conv:
             zeros += [block.ff_conv for block in self.transformer_blocks]
         if self.config.norm_type == "ada_norm_zero":
@@ -609,8 +616,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_mask: torch.Tensor | None = None,
         fps: float | torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        return_components: bool = False,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+    ) -> IRASimTransformer3DModelOutput | tuple[torch.Tensor, ...]:
         """Predict noise, velocity, sample or flow, as in `prediction_type`, for each frame of a window.
 
         Args:
@@ -623,14 +631,17 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 `encode_actions`.
             fps: Frames per second, one number or (B,), for models that embed them; None for the value in the config.
             attention_kwargs: `{"scale": s}` scales the LoRA layers.
-            return_dict: Return a `Transformer2DModelOutput` instead of a tuple.
+            return_components: Also return the predictions by the moving layers and by the drawing, for training: each has a loss
+                of its own. The gradients of the prediction then do not reach the layers. Requires `moving_layers`.
+            return_dict: Return an `IRASimTransformer3DModelOutput` instead of a tuple.
 
         Returns:
-            The prediction (B, C, F, H, W); the values at history frames are undefined.
+            The prediction (B, C, F, H, W); the values at history frames are undefined. With `return_components`, also the
+            components (B, 2, C, n, H, W).
 
         Raises:
             ValueError: If the shape of latents or actions is wrong, `fps` is missing, a model with `moving_layers` has no history
-                or no predicted frame, or context parallelism is not supported.
+                or no predicted frame, `return_components` is given for another model, or context parallelism is not supported.
         """
         batch_size, _, num_frames, height, width = hidden_states.shape
         grid = self._check_size(height, width)
@@ -638,6 +649,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             self._check_actions(actions, num_frames)
         num_history_frames = num_frames - (0 if actions is None else actions.shape[1])
         last_frame = self._last_history_frame(hidden_states, num_history_frames)
+        if return_components and last_frame is None:
+            raise ValueError("`return_components` must be False for a model without `moving_layers`.")
         timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
         timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
         if self.config.scale_noisy_latents:
@@ -672,15 +685,20 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             positions = None  # only the first temporal block adds positions
 
         hidden_states = self._modulate_out(hidden_states, final_temb)
-        if last_frame is not None:
-            tokens = hidden_states[:, num_history_frames:]
-            drawing = self._project_out(tokens, grid) if self.config.draw_background else None
-            frames = self.layers_out(last_frame, frame_tokens, tokens, grid, drawing)
-            frames = frames - last_frame.unsqueeze(2).to(frames.device)  # relative latents
-            sample = nn.functional.pad(frames.to(dtype), (0, 0, 0, 0, num_history_frames, 0))  # (B, C, F, H, W)
-        else:
+        components = None
+        if last_frame is None:
             sample = self._project_out(hidden_states, grid)  # (B, C, F, H, W)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        else:
+            tokens = hidden_states[:, num_history_frames:]
+            last_frame = last_frame.to(tokens.device)
+            drawing = last_frame.float().unsqueeze(2) + self._project_out(tokens, grid)
+            frames, components = self.layers_out(last_frame, frame_tokens, tokens, grid, drawing, return_components)
+            frames = frames - last_frame.unsqueeze(2)  # relative latents
+            sample = nn.functional.pad(frames.to(dtype), (0, 0, 0, 0, num_history_frames, 0))  # (B, C, F, H, W)
+            components = None if components is None else components - last_frame[:, None, :, None]
+        if not return_dict:
+            return (sample,) if components is None else (sample, components)
+        return IRASimTransformer3DModelOutput(sample=sample, components=components)
 
     def _check_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns of patches."""
@@ -892,8 +910,6 @@ def _check_config(config: Any) -> None:
             "`moving_layers` predicts frames from the last history frame: it requires `conditioning`, `prediction_type` and "
             f"`relative_latents` {wanted}, got {given}."
         )
-    if config.draw_background and not config.moving_layers:
-        raise ValueError("`draw_background` requires `moving_layers`, got 0.")
     if config.target_extent is not None:
         _check_target_extent(config)
     if config.temporal_position == "rope" and config.attention_head_dim % 2:

@@ -77,6 +77,7 @@ def training_loss(
         noise=noise[:, :, clean:],
         action_mask=(drop >= arguments.action_dropout)[:, None].expand(-1, length),
         relative_latents=config["relative_latents"],
+        moving_layers=config.get("moving_layers", 0) > 0,
         states=clip["states"][:, start:end] if arguments.state_keys else None,
         state_loss_weight=arguments.state_loss_weight,
         snr_gamma=arguments.snr_gamma,

@@ -43,13 +43,13 @@ class StateReadout(nn.Module):
     def _keep(self, block: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         self.features = [output]
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the model prediction (B, C, F, H, W) and the state of each frame (B, F, S)."""
-        prediction = self.transformer(*args, **kwargs | {"return_dict": False})[0]
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """Return the outputs of the model, the prediction (B, C, F, H, W) first, and the state of each frame (B, F, S)."""
+        outputs = self.transformer(*args, **kwargs | {"return_dict": False})
         features = self.features.pop().float()
         if self.is_unet:  # (B F, D, H, W) to (B, F, H W, D), as in a transformer
-            features = features.flatten(2).mT.unflatten(0, (-1, prediction.shape[2]))
-        return prediction, self.readout(features.mean(2))
+            features = features.flatten(2).mT.unflatten(0, (-1, outputs[0].shape[2]))
+        return *outputs, self.readout(features.mean(2))
 
 
 NoiseProcess: TypeAlias = DDPMScheduler | FlowMatchEulerDiscreteScheduler
@@ -113,6 +113,7 @@ def diffusion_loss(
     noise: torch.Tensor,
     action_mask: torch.Tensor | None = None,
     relative_latents: bool = False,
+    moving_layers: bool = False,
     states: torch.Tensor | None = None,
     state_loss_weight: float = 1.0,
     snr_gamma: float | None = None,
@@ -120,7 +121,8 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """Compute the mean squared or pseudo-Huber error of the predicted frames (paper, section 3.3).
 
-    With `states`, the error of the readout is added.
+    With `moving_layers`, it is the mean of three errors: of the prediction, of the layers without the drawing, and of the drawing
+    without the layers. With `states`, the error of the readout is added.
 
     Args:
         transformer: The model, possibly wrapped by accelerate; a `StateReadout` if `states` are given.
@@ -131,6 +133,7 @@ def diffusion_loss(
         noise: Gaussian noise (B, C, n, H, W).
         action_mask: Booleans (B, n); actions at False are replaced by the null action.
         relative_latents: Whether predicted latents are relative to the last history frame, as in the model's config.
+        moving_layers: Whether the model has moving layers.
         states: True states (B, F, S) with unit variance, for the readout.
         state_loss_weight: Weight of the mean squared error of the readout.
         snr_gamma: Gamma of `min_snr_weights`, for example 5; None for equal weights.
@@ -147,18 +150,19 @@ def diffusion_loss(
     history, future = latents[:, :, :num_history_frames], latents[:, :, num_history_frames:]
     if relative_latents:
         future = future - history[:, :, -1:]
-    noisy = add_noise(scheduler, future, noise, timesteps)
-    outputs = transformer(
-        torch.cat([history, noisy], dim=2), timesteps, actions, action_mask=action_mask, return_dict=False
-    )
-    target = diffusion_target(scheduler, future, noise, timesteps)
-    errors = (outputs[0][:, :, num_history_frames:].float() - target.float()).square()
+    window = torch.cat([history, add_noise(scheduler, future, noise, timesteps)], dim=2)
+    components = {"return_components": True} if moving_layers else {}
+    outputs = transformer(window, timesteps, actions, action_mask=action_mask, return_dict=False, **components)
+    target = diffusion_target(scheduler, future, noise, timesteps).float()
+    errors = (outputs[0][:, :, num_history_frames:].float() - target).square()
+    if moving_layers:
+        errors = torch.cat([errors, *(outputs[1] - target.unsqueeze(1)).square().unbind(1)])  # (3 B, C, n, H, W)
     if huber_c is not None:
         errors = 2 * huber_c * ((errors + huber_c**2).sqrt() - huber_c)
     errors = errors.mean(dim=(1, 2, 3, 4))
     if snr_gamma is not None:
-        errors = errors * min_snr_weights(scheduler, timesteps, snr_gamma)
+        errors = errors.unflatten(0, (-1, len(timesteps))) * min_snr_weights(scheduler, timesteps, snr_gamma)
     loss = errors.mean()
     if states is not None:
-        loss = loss + state_loss_weight * (outputs[1] - states).square().mean()
+        loss = loss + state_loss_weight * (outputs[-1] - states).square().mean()
     return loss
