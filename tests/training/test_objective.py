@@ -5,7 +5,7 @@ from tiny_models import ARCHITECTURES, tiny_pipeline, tiny_transformer, tiny_une
 
 from irasim_diffusers.models import noise_process
 from irasim_diffusers.training import diffusion_loss, remove_leftovers
-from irasim_diffusers.training.objective import StateReadout, min_snr_weights
+from irasim_diffusers.training.objective import DRAWING_MARGIN, StateReadout, min_snr_weights
 from irasim_diffusers.training.rollouts import predict_chunk
 
 
@@ -59,8 +59,10 @@ def test_moving_layers_add_the_errors_of_both_components(batch, snr_gamma):
     noisy = process.add_noise(change, batch["noise"], batch["timesteps"])
     window = torch.cat([latents[:, :, :2], noisy], dim=2)
     output = model(window, batch["timesteps"], batch["actions"], return_components=True)
-    predictions = torch.stack([output.sample[:, :, 2:], *output.components.unbind(1)], dim=1)
-    errors = (predictions - change.unsqueeze(1)).square().mean(dim=(1, 2, 3, 4, 5))
+    moved, drawing, gate = output.components
+    errors = [output.sample[:, :, 2:] - change, moved - change, drawing - change]
+    errors[0] = errors[0].abs() + DRAWING_MARGIN * gate
+    errors = torch.stack(errors).square().mean(dim=(0, 2, 3, 4, 5))
     if snr_gamma is not None:
         errors = errors * min_snr_weights(process, batch["timesteps"], snr_gamma)
     loss = diffusion_loss(model, process, **batch, **options)

@@ -127,7 +127,8 @@ def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel
 def add_moving_layers(model: IRASimTransformer3DModel, num_layers: int) -> IRASimTransformer3DModel:
     """Add moving layers to a trained model; see `MovingLayers`.
 
-    The new layers are almost empty and do not move, so that the model must be trained.
+    The prediction of the trained model becomes the drawing, which the gate hides: the new model approximately predicts the last
+    history frame, and must be trained.
 
     Args:
         model: The trained model without moving layers, Frame-Ada with `prediction_type="sample"` and `relative_latents`.

@@ -12,8 +12,12 @@ INITIAL_LOGIT = -2.3
 """Initial logit of the mask of a single layer: a new model leaves almost every pixel where it is."""
 INITIAL_DEVIATION = 1.0
 """Initial standard deviation of the mask logits."""
+GATE_GAIN = 4.0
+"""Factor of the gate logits."""
+INITIAL_GATE = -3.0
+"""Initial logit of the gate."""
 GRID = 2
-"""Rows and columns of mask logits and of background colors per patch; they are interpolated bilinearly."""
+"""Rows and columns of mask logits, gate logits and background colors per patch; they are interpolated bilinearly."""
 RADIANS = 0.5
 """Angle of a motion of one unit; a translation by one unit is one patch."""
 
@@ -23,17 +27,20 @@ class MovingLayers(nn.Module):
 
     A network that draws frames from tokens redraws moved objects, so that they lose their shape in long rollouts. Here, moved
     objects consist of pixels of the last history frame, as in the spatial transformer predictors of Finn et al.
-    (https://arxiv.org/abs/1605.07157, section 3). Each layer is rotated about its center and translated. The layers cover the
-    frame that the network draws, which shows everything else, such as objects that enter the frame. The smallest layer is in
-    front: a larger one would hide it, and what is hidden in one frame is lost for the next one.
+    (https://arxiv.org/abs/1605.07157, section 3). The background is static. Each layer covers the background and the layers
+    behind it; it is rotated about its center and translated. The smallest layer is in front: a larger one would hide it, and
+    what is hidden in one frame is lost for the next one. Where a layer has covered the background, including a border of one
+    pixel, the background is filled at a low resolution. Where a layer has covered another one, that one is filled with the mean
+    color of its visible pixels nearby.
 
     The masks are computed from tokens of the last history frame that have not received any action. The motion of a layer is a
     mean of the motions that the tokens of a predicted frame propose, weighted by the area of the layer in each patch and by a
-    softmax over scores of the tokens. The network learns masks and motions from frames and actions alone.
+    softmax over scores of the tokens.
 
-    The network learns to draw an object earlier than to move it, so that it would not use the layers if only the prediction were
-    trained. Therefore, the layers have a loss of their own, on a prediction without the drawing: the layers in front of a
-    static background, where pixels that a layer has left, including a border of one pixel, are filled at a low resolution.
+    Layers cannot show what the last history frame does not show, such as the hidden part of an object that enters the frame.
+    There, a gate replaces the moved layers by the drawing of the network. The moved layers and the drawing are trained
+    separately, as complete predictions: a network learns to draw an object earlier than to move it, and would otherwise not use
+    the layers. The prediction trains the gate. The network learns all of this from frames and actions alone.
 
     Args:
         dim: Number of channels of the tokens.
@@ -48,12 +55,14 @@ class MovingLayers(nn.Module):
         self.masks = nn.Linear(dim, num_layers * (GRID**2 + in_channels))
         self.motions = nn.Linear(dim, num_layers * 4)  # x, y, angle and score
         self.fill = nn.Linear(dim, GRID**2 * in_channels)
+        self.gate = nn.Linear(dim, GRID**2)
 
     def initialize_weights(self) -> None:
-        """Initialize masks that are almost empty but differ between layers, and motions of zero."""
-        for linear in (self.motions, self.fill):
+        """Initialize masks that are almost empty but differ between layers, motions of zero, and an almost closed gate."""
+        for linear in (self.motions, self.fill, self.gate):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
+        nn.init.constant_(self.gate.bias, INITIAL_GATE / GATE_GAIN)
         nn.init.normal_(self.masks.weight, std=INITIAL_DEVIATION / GAIN / self.masks.in_features**0.5)
         nn.init.zeros_(self.masks.bias)
         logit = (INITIAL_LOGIT - math.log(self.num_layers)) / GAIN
@@ -68,7 +77,7 @@ class MovingLayers(nn.Module):
         grid: tuple[int, int],
         drawing: torch.Tensor,
         return_components: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
         """Predict frames.
 
         Args:
@@ -77,12 +86,12 @@ class MovingLayers(nn.Module):
             tokens: Tokens of the predicted frames (B, n, S, D).
             grid: Rows and columns of patches.
             drawing: The frames (B, C, n, H, W) that the network draws.
-            return_components: Whether the components are returned, for training. The gradients of the prediction then do not
-                reach the layers.
+            return_components: Whether the components are returned, for training. The gradients of the prediction then reach
+                only the gate.
 
         Returns:
-            The predicted frames (B, C, n, H, W), float32, and the predictions (B, 2, C, n, H, W) by the layers without the
-            drawing and by the drawing without the layers, or None.
+            The predicted frames (B, C, n, H, W), float32. With `return_components`, also the moved layers and the drawing
+            (B, C, n, H, W) and the gate (B, 1, n, H, W) in [0, 1], which is 1 where the prediction is the drawing.
         """
         frame, drawing = frame.float(), drawing.float()
         masks = self.segment(frame, frame_tokens, grid)  # (B, L, H, W)
@@ -91,11 +100,13 @@ class MovingLayers(nn.Module):
         masks = masks.gather(1, order[:, :, None, None].expand_as(masks))
         motions = motions.gather(2, order[:, None, :, None].expand_as(motions))
         layers = self._move_layers(frame, masks, motions)
+        moved = self._background(frame, masks, layers, self._interpolate(self.fill(tokens), grid))
+        for layer in layers:
+            moved = moved * (1 - layer[:, :1]) + layer[:, 1:]
+        gate = (GATE_GAIN * self._interpolate(self.gate(tokens), grid)).sigmoid()
         if not return_components:
-            return _cover(drawing, layers), None
-        background = self._background(frame, masks, layers, self._fill(tokens, grid))
-        components = torch.stack([_cover(background, layers), drawing], dim=1)
-        return _cover(drawing, [layer.detach() for layer in layers]), components
+            return moved + gate * (drawing - moved), None
+        return moved.detach() + gate * (drawing - moved).detach(), (moved, drawing, gate)
 
     def segment(self, frame: torch.Tensor, frame_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Return the masks of the layers (B, L, H, W), including parts that later layers cover.
@@ -105,11 +116,11 @@ class MovingLayers(nn.Module):
         color changes.
         """
         size = self.patch_size
-        logits = self.masks(frame_tokens).float().unflatten(2, (self.num_layers, -1)).unflatten(1, grid)
-        positions, colors = logits.split([GRID**2, frame.shape[1]], dim=-1)  # (B, rows, columns, L, ...)
-        positions = self._enlarge(positions.unflatten(4, (GRID, GRID)).permute(0, 3, 1, 4, 2, 5))
+        logits = self.masks(frame_tokens).float().unflatten(2, (self.num_layers, -1))  # (B, S, L, ...)
+        positions, colors = logits.split([GRID**2, frame.shape[1]], dim=-1)
+        positions = self._interpolate(positions.mT.flatten(2).unsqueeze(1), grid).squeeze(2)  # (B, L, H, W)
         patches = frame.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, rows, size, columns, size)
-        colors = colors.permute(0, 3, 4, 1, 2)[:, :, :, :, None, :, None]  # (B, L, C, rows, 1, columns, 1)
+        colors = colors.unflatten(1, grid).permute(0, 3, 4, 1, 2)[:, :, :, :, None, :, None]
         colors = (colors * patches.unsqueeze(1)).sum(2)  # not a matrix product, whose precision autocast would reduce
         return (GAIN * (positions + colors.flatten(4, 5).flatten(2, 3))).sigmoid()
 
@@ -153,17 +164,13 @@ class MovingLayers(nn.Module):
         weights = (areas.log()[:, None, ..., None] + scores).softmax(2)  # (B, n, S, L, 1)
         return (weights * motions).sum(2)
 
-    def _fill(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Return the colors (B, C, n, H, W) of the background that layers uncover."""
-        colors = self.fill(tokens).float().unflatten(3, (GRID, GRID, -1)).unflatten(2, grid)
-        colors = colors.permute(0, 1, 6, 2, 4, 3, 5)  # (B, n, C, rows, GRID, columns, GRID)
-        return self._enlarge(colors.flatten(0, 1)).unflatten(0, colors.shape[:2]).transpose(1, 2)
-
-    def _enlarge(self, values: torch.Tensor) -> torch.Tensor:
-        """Interpolate values (B, C, rows, GRID, columns, GRID) of patches bilinearly; return (B, C, H, W)."""
-        rows, columns = values.shape[2], values.shape[4]
-        size = (rows * self.patch_size, columns * self.patch_size)
-        return F.interpolate(values.flatten(4, 5).flatten(2, 3), size=size, mode="bilinear")
+    def _interpolate(self, values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Interpolate GRID x GRID values per token (B, n, S, GRID GRID C) bilinearly; return (B, C, n, H, W)."""
+        values = values.float().unflatten(3, (GRID, GRID, -1)).unflatten(2, grid)
+        values = values.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # (B, n, C, rows GRID, columns GRID)
+        size = [side * self.patch_size for side in grid]
+        enlarged = F.interpolate(values.flatten(0, 1), size=size, mode="bilinear")
+        return enlarged.unflatten(0, values.shape[:2]).transpose(1, 2)
 
     def _mean_color(self, frame: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Return the mean color (B, C, H, W) of visible pixels (B, 1, H, W) in the 3 x 3 patches around."""
@@ -190,13 +197,6 @@ class MovingLayers(nn.Module):
         points = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)  # (B, n, H W, 2)
         moved = F.grid_sample(layer, points, mode="bicubic", padding_mode="zeros", align_corners=False)
         return moved.unflatten(3, (height, width))
-
-
-def _cover(frames: torch.Tensor, layers: list[torch.Tensor]) -> torch.Tensor:
-    """Cover frames (B, C, n, H, W) with layers (B, 1 + C, n, H, W), ordered from back to front."""
-    for layer in layers:
-        frames = frames * (1 - layer[:, :1]) + layer[:, 1:]
-    return frames
 
 
 def _dilate(masks: torch.Tensor) -> torch.Tensor:

@@ -275,11 +275,11 @@ class IRASimTransformer3DModelOutput(Transformer2DModelOutput):
 
     Args:
         sample: The prediction (B, C, F, H, W).
-        components: With `return_components`, the predictions (B, 2, C, n, H, W) by the moving layers without the drawing and by
-            the drawing without the layers.
+        components: With `return_components`, the predictions (B, C, n, H, W) by the moved layers alone and by the drawing alone,
+            and the gate (B, 1, n, H, W) between them; see `MovingLayers`.
     """
 
-    components: torch.Tensor | None = None
+    components: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
 
 class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
@@ -332,9 +332,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
         cameras: Names of the cameras as tiled in a frame: rows from top to bottom, each from left to right.
         fps: Frames per second of the data, if known.
-        moving_layers: Number of layers of the last history frame that are moved and cover a predicted frame; see `MovingLayers`.
-            For objects that move rigidly in the image plane, and Frame-Ada with `prediction_type="sample"` and
-            `relative_latents`. 0 (as in the paper) predicts every patch from its token alone.
+        moving_layers: Number of layers of the last history frame that are moved to predict a frame; see `MovingLayers`. For
+            objects that move rigidly in the image plane, and Frame-Ada with `prediction_type="sample"` and `relative_latents`.
+            0 (as in the paper) predicts every patch from its token.
         relative_latents: Whether the latents of predicted frames are relative to the last history frame, so that static parts
             are zero. Training subtracts that frame, and sampling adds it again. False in the paper.
         scale_noisy_latents: Whether the latents of predicted frames are first multiplied by the square root of the cumulative
@@ -631,13 +631,12 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 `encode_actions`.
             fps: Frames per second, one number or (B,), for models that embed them; None for the value in the config.
             attention_kwargs: `{"scale": s}` scales the LoRA layers.
-            return_components: Also return the predictions by the moving layers and by the drawing, for training: each has a loss
-                of its own. The gradients of the prediction then do not reach the layers. Requires `moving_layers`.
+            return_components: Also return the components of a prediction with `moving_layers`, for training: each has a loss of
+                its own. The gradients of the prediction then reach only the gate between them.
             return_dict: Return an `IRASimTransformer3DModelOutput` instead of a tuple.
 
         Returns:
-            The prediction (B, C, F, H, W); the values at history frames are undefined. With `return_components`, also the
-            components (B, 2, C, n, H, W).
+            The prediction (B, C, F, H, W), whose values at history frames are undefined, and the components if requested.
 
         Raises:
             ValueError: If the shape of latents or actions is wrong, `fps` is missing, a model with `moving_layers` has no history
@@ -695,7 +694,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             frames, components = self.layers_out(last_frame, frame_tokens, tokens, grid, drawing, return_components)
             frames = frames - last_frame.unsqueeze(2)  # relative latents
             sample = nn.functional.pad(frames.to(dtype), (0, 0, 0, 0, num_history_frames, 0))  # (B, C, F, H, W)
-            components = None if components is None else components - last_frame[:, None, :, None]
+            if components is not None:
+                moved, drawing, gate = components
+                components = (moved - last_frame.unsqueeze(2), drawing - last_frame.unsqueeze(2), gate)
         if not return_dict:
             return (sample,) if components is None else (sample, components)
         return IRASimTransformer3DModelOutput(sample=sample, components=components)
