@@ -37,8 +37,8 @@ class MovingLayers(nn.Module):
     mean of the motions that the tokens of a predicted frame propose, weighted by the area of the layer in each patch and by a
     softmax over scores of the tokens.
 
-    Layers cannot show what the last history frame does not show, such as the hidden part of an object that enters the frame.
-    There, a gate replaces the moved layers by the drawing of the network. The moved layers and the drawing are trained
+    Layers cannot show what the last history frame does not show, such as the hidden part of an object at the edge of the frame.
+    Therefore, a layer that reaches the edge is not moved, and a gate replaces it by the drawing of the network. The moved layers and the drawing are trained
     separately, as complete predictions: a network learns to draw an object earlier than to move it, and would otherwise not use
     the layers. The prediction trains the gate. The network learns all of this from frames and actions alone.
 
@@ -95,6 +95,7 @@ class MovingLayers(nn.Module):
         """
         frame, drawing = frame.float(), drawing.float()
         masks = self.segment(frame, frame_tokens, grid)  # (B, L, H, W)
+        masks = masks * _is_whole(masks)
         motions = self._pool(masks, self.motions(tokens).float())  # (B, n, L, 3)
         order = masks.detach().mean((2, 3)).argsort(dim=1, descending=True)  # from back to front
         masks = masks.gather(1, order[:, :, None, None].expand_as(masks))
@@ -197,6 +198,12 @@ class MovingLayers(nn.Module):
         points = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)  # (B, n, H W, 2)
         moved = F.grid_sample(layer, points, mode="bicubic", padding_mode="zeros", align_corners=False)
         return moved.unflatten(3, (height, width))
+
+
+def _is_whole(masks: torch.Tensor) -> torch.Tensor:
+    """Return 0 for masks (B, L, H, W) that reach the edge of the frame, 1 for others, as (B, L, 1, 1)."""
+    edges = torch.cat([masks[:, :, 0], masks[:, :, -1], masks[..., 0], masks[..., -1]], dim=2)
+    return (edges.amax(2) < 0.5).to(masks)[:, :, None, None]
 
 
 def _dilate(masks: torch.Tensor) -> torch.Tensor:
