@@ -14,7 +14,7 @@ from irasim_diffusers.conversion import (
     change_autoencoder,
     change_patch_size,
 )
-from irasim_diffusers.models.moving_layers import GAIN, RADIANS, MovingLayers
+from irasim_diffusers.models.moving_layers import GAIN, RADIANS, MovingLayers, _is_whole
 
 EMPTY, FULL = -80 / GAIN, 80 / GAIN  # mask logits
 GRID = (4, 5)
@@ -77,8 +77,9 @@ def test_a_layer_uncovers_the_background_and_is_cut_off_at_the_edge(layers, fram
     torch.testing.assert_close(predict(layers, frame, (3.0, 0.0, 0.0), STAY), expected, rtol=0, atol=1e-3)
 
 
-def test_a_layer_that_reaches_the_edge_is_not_moved(layers, frame):
-    layers.masks.weight.data.unflatten(0, (2, 5))[0, :4, 1] = FULL  # a patch of the first row
+def test_a_layer_that_the_edge_cuts_off_is_not_moved(layers, frame):
+    layers.masks.weight.data.unflatten(0, (2, 5))[0, :4] = EMPTY
+    layers.masks.weight.data.unflatten(0, (2, 5))[0, :4, 0] = FULL  # a corner
     torch.testing.assert_close(predict(layers, frame, RIGHT, STAY), frame, rtol=0, atol=1e-3)
     assert not torch.allclose(predict(layers, frame, RIGHT, DOWN), frame, atol=0.1)
 
@@ -174,10 +175,10 @@ def test_new_layers_are_almost_empty(number):
     torch.manual_seed(0)
     layers = MovingLayers(384, 3, 8, number)
     layers.initialize_weights()
-    tokens = torch.randn(2, 20, 384)
-    masks = layers.segment(torch.rand(2, 3, 32, 40), tokens, GRID)
+    masks = layers.segment(torch.rand(2, 3, 64, 64), torch.randn(2, 64, 384), (8, 8))
     assert masks.sum(1).mean() < 0.25
     assert (masks > 0.5).float().mean() < 0.05
+    assert _is_whole(masks).mean() > 0.9
 
 
 def test_autocast_changes_little(inputs):

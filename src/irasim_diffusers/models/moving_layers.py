@@ -22,6 +22,10 @@ RADIANS = 0.5
 """Angle of a motion of one unit; a translation by one unit is one patch."""
 
 
+CUT_SHARE = 0.12
+"""Share of the area of a layer on the outermost pixels of the frame, above which the edge may have cut it off."""
+
+
 class MovingLayers(nn.Module):
     """Divides the last history frame into layers, and moves each layer rigidly for every predicted frame.
 
@@ -38,7 +42,7 @@ class MovingLayers(nn.Module):
     softmax over scores of the tokens.
 
     Layers cannot show what the last history frame does not show, such as the hidden part of an object at the edge of the frame.
-    Therefore, a layer that reaches the edge is not moved, and a gate replaces it by the drawing of the network. The moved layers and the drawing are trained
+    Therefore, a layer that the edge cuts off is not moved, and a gate replaces it by the drawing of the network. The moved layers and the drawing are trained
     separately, as complete predictions: a network learns to draw an object earlier than to move it, and would otherwise not use
     the layers. The prediction trains the gate. The network learns all of this from frames and actions alone.
 
@@ -201,9 +205,14 @@ class MovingLayers(nn.Module):
 
 
 def _is_whole(masks: torch.Tensor) -> torch.Tensor:
-    """Return 0 for masks (B, L, H, W) that reach the edge of the frame, 1 for others, as (B, L, 1, 1)."""
-    edges = torch.cat([masks[:, :, 0], masks[:, :, -1], masks[..., 0], masks[..., -1]], dim=2)
-    return (edges.amax(2) < 0.5).to(masks)[:, :, None, None]
+    """Return 1 for masks (B, L, H, W) inside the frame and 0 for masks that its edge cuts off, as (B, L, 1, 1).
+
+    A mask is cut off if a large share of its area lies on the outermost pixels, also compared with their share of the frame.
+    """
+    masks = masks.detach()
+    area, inner = masks.sum((2, 3), keepdim=True), masks[..., 1:-1, 1:-1].sum((2, 3), keepdim=True)
+    share = 1 - masks[0, 0, 1:-1, 1:-1].numel() / masks[0, 0].numel()
+    return (area - inner <= max(CUT_SHARE, 1.5 * share) * area).to(masks)
 
 
 def _dilate(masks: torch.Tensor) -> torch.Tensor:
