@@ -119,20 +119,20 @@ def test_the_gate_replaces_the_layers_by_the_drawing(layers, frame):
     torch.testing.assert_close(predicted[..., :15], frame.unsqueeze(2)[..., :15], rtol=0, atol=1e-3)
 
 
-def test_the_prediction_trains_only_the_gate(layers, frame):
+def test_components_are_trained_separately(layers, frame):
     drawing = torch.rand(1, 1, 1, 16, 20, requires_grad=True)
     predicted, components = layers(frame, TOKENS, TOKENS[:, None], GRID, drawing, return_components=True)
-    assert torch.equal(components[1], drawing)
-    assert torch.equal(predicted, layers(frame, TOKENS, TOKENS[:, None], GRID, drawing)[0])
-    predicted.square().sum().backward(retain_graph=True)
-    assert drawing.grad is None
-    trained = {name for name, value in layers.named_parameters() if value.grad is not None}
-    assert trained == {"gate.weight", "gate.bias"}
-    layers.zero_grad()
-    components[0].square().sum().backward()
+    moved, drawn, gate = components
+    assert torch.equal(drawn, drawing)
+    assert torch.equal(predicted, moved + gate.sigmoid() * (drawn - moved))
+    moved.square().sum().backward(retain_graph=True)
     assert drawing.grad is None
     assert layers.gate.weight.grad is None
     assert all(linear.weight.grad.any() for linear in (layers.masks, layers.motions, layers.fill))
+    layers.zero_grad()
+    gate.sum().backward()
+    trained = {name for name, value in layers.named_parameters() if value.grad is not None}
+    assert trained == {"gate.weight", "gate.bias"}
 
 
 def test_the_smallest_layer_is_in_front(layers, frame):

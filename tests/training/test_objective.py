@@ -60,9 +60,10 @@ def test_moving_layers_add_the_errors_of_both_components(batch, snr_gamma):
     window = torch.cat([latents[:, :, :2], noisy], dim=2)
     output = model(window, batch["timesteps"], batch["actions"], return_components=True)
     moved, drawing, gate = output.components
-    errors = [output.sample[:, :, 2:] - change, moved - change, drawing - change]
-    errors[0] = errors[0].abs() + DRAWING_MARGIN * gate
-    errors = torch.stack(errors).square().mean(dim=(0, 2, 3, 4, 5))
+    better = (drawing - change).abs() + DRAWING_MARGIN
+    gain = ((moved - change).square() - better.square()).mean(1, keepdim=True)
+    choice = -gain.abs() * torch.where(gain > 0, gate.sigmoid(), (-gate).sigmoid()).log()
+    errors = ((moved - change).square() + (drawing - change).square() + choice).mean(dim=(1, 2, 3, 4))
     if snr_gamma is not None:
         errors = errors * min_snr_weights(process, batch["timesteps"], snr_gamma)
     loss = diffusion_loss(model, process, **batch, **options)

@@ -44,7 +44,7 @@ class MovingLayers(nn.Module):
     Layers cannot show what the last history frame does not show, such as the hidden part of an object at the edge of the frame.
     Therefore, a layer that the edge cuts off is not moved, and a gate replaces it by the drawing of the network. The moved layers and the drawing are trained
     separately, as complete predictions: a network learns to draw an object earlier than to move it, and would otherwise not use
-    the layers. The prediction trains the gate. The network learns all of this from frames and actions alone.
+    the layers. The gate learns which of them is better. The network learns all of this from frames and actions alone.
 
     Args:
         dim: Number of channels of the tokens.
@@ -90,12 +90,11 @@ class MovingLayers(nn.Module):
             tokens: Tokens of the predicted frames (B, n, S, D).
             grid: Rows and columns of patches.
             drawing: The frames (B, C, n, H, W) that the network draws.
-            return_components: Whether the components are returned, for training. The gradients of the prediction then reach
-                only the gate.
+            return_components: Whether the components are returned, for training.
 
         Returns:
             The predicted frames (B, C, n, H, W), float32. With `return_components`, also the moved layers and the drawing
-            (B, C, n, H, W) and the gate (B, 1, n, H, W) in [0, 1], which is 1 where the prediction is the drawing.
+            (B, C, n, H, W), and the logits (B, 1, n, H, W) of the share of the drawing in the prediction.
         """
         frame, drawing = frame.float(), drawing.float()
         masks = self.segment(frame, frame_tokens, grid)  # (B, L, H, W)
@@ -108,10 +107,9 @@ class MovingLayers(nn.Module):
         moved = self._background(frame, masks, layers, self._interpolate(self.fill(tokens), grid))
         for layer in layers:
             moved = moved * (1 - layer[:, :1]) + layer[:, 1:]
-        gate = (GATE_GAIN * self._interpolate(self.gate(tokens), grid)).sigmoid()
-        if not return_components:
-            return moved + gate * (drawing - moved), None
-        return moved.detach() + gate * (drawing - moved).detach(), (moved, drawing, gate)
+        gate = GATE_GAIN * self._interpolate(self.gate(tokens), grid)
+        predicted = moved + gate.sigmoid() * (drawing - moved)
+        return predicted, (moved, drawing, gate) if return_components else None
 
     def segment(self, frame: torch.Tensor, frame_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Return the masks of the layers (B, L, H, W), including parts that later layers cover.

@@ -276,7 +276,7 @@ class IRASimTransformer3DModelOutput(Transformer2DModelOutput):
     Args:
         sample: The prediction (B, C, F, H, W).
         components: With `return_components`, the predictions (B, C, n, H, W) by the moved layers alone and by the drawing alone,
-            and the gate (B, 1, n, H, W) between them; see `MovingLayers`.
+            and the logits (B, 1, n, H, W) of the gate between them; see `MovingLayers`.
     """
 
     components: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -632,7 +632,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             fps: Frames per second, one number or (B,), for models that embed them; None for the value in the config.
             attention_kwargs: `{"scale": s}` scales the LoRA layers.
             return_components: Also return the components of a prediction with `moving_layers`, for training: each has a loss of
-                its own. The gradients of the prediction then reach only the gate between them.
+                its own.
             return_dict: Return an `IRASimTransformer3DModelOutput` instead of a tuple.
 
         Returns:
