@@ -5,7 +5,7 @@ from tiny_models import ARCHITECTURES, tiny_pipeline, tiny_transformer, tiny_une
 
 from irasim_diffusers.models import noise_process
 from irasim_diffusers.training import diffusion_loss, remove_leftovers
-from irasim_diffusers.training.objective import DRAWING_MARGIN, StateReadout, min_snr_weights
+from irasim_diffusers.training.objective import StateReadout, min_snr_weights
 from irasim_diffusers.training.rollouts import predict_chunk
 
 
@@ -51,7 +51,7 @@ def test_huber_loss(batch):
 
 
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
-def test_moving_layers_add_the_errors_of_both_components(batch, snr_gamma):
+def test_moving_layers_and_drawing_have_separate_errors(batch, snr_gamma):
     model = tiny_transformer(**ARCHITECTURES["Moving layers"])
     process = noise_process(model.config)
     latents, options = batch["latents"], {"moving_layers": True, "relative_latents": True, "snr_gamma": snr_gamma}
@@ -59,11 +59,7 @@ def test_moving_layers_add_the_errors_of_both_components(batch, snr_gamma):
     noisy = process.add_noise(change, batch["noise"], batch["timesteps"])
     window = torch.cat([latents[:, :, :2], noisy], dim=2)
     output = model(window, batch["timesteps"], batch["actions"], return_components=True)
-    moved, drawing, gate = output.components
-    better = (drawing - change).abs() + DRAWING_MARGIN
-    gain = ((moved - change).square() - better.square()).mean(1, keepdim=True)
-    choice = -gain.abs() * torch.where(gain > 0, gate.sigmoid(), (-gate).sigmoid()).log()
-    errors = ((moved - change).square() + (drawing - change).square() + choice).mean(dim=(1, 2, 3, 4))
+    errors = (output.components - change.unsqueeze(1)).square().mean(dim=(1, 2, 3, 4, 5))
     if snr_gamma is not None:
         errors = errors * min_snr_weights(process, batch["timesteps"], snr_gamma)
     loss = diffusion_loss(model, process, **batch, **options)

@@ -127,8 +127,7 @@ def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel
 def add_moving_layers(model: IRASimTransformer3DModel, num_layers: int) -> IRASimTransformer3DModel:
     """Add moving layers to a trained model; see `MovingLayers`.
 
-    The prediction of the trained model becomes the drawing, which the gate hides: the new model approximately predicts the last
-    history frame, and must be trained.
+    The prediction of the trained model becomes the drawing. The new layers do not move: the model must be trained.
 
     Args:
         model: The trained model without moving layers, Frame-Ada with `prediction_type="sample"` and `relative_latents`.

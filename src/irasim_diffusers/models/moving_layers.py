@@ -12,18 +12,16 @@ INITIAL_LOGIT = -2.3
 """Initial logit of the mask of a single layer: a new model leaves almost every pixel where it is."""
 INITIAL_DEVIATION = 1.0
 """Initial standard deviation of the mask logits."""
-GATE_GAIN = 4.0
-"""Factor of the gate logits."""
-INITIAL_GATE = -3.0
-"""Initial logit of the gate."""
 GRID = 2
-"""Rows and columns of mask logits, gate logits and background colors per patch; they are interpolated bilinearly."""
+"""Rows and columns of mask logits and of background colors per patch; they are interpolated bilinearly."""
 RADIANS = 0.5
 """Angle of a motion of one unit; a translation by one unit is one patch."""
 
 
 CUT_SHARE = 0.12
 """Share of the area of a layer on the outermost pixels of the frame, above which the edge may have cut it off."""
+VISIBLE_AREA = 4
+"""Number of pixels of a visible layer."""
 
 
 class MovingLayers(nn.Module):
@@ -42,9 +40,10 @@ class MovingLayers(nn.Module):
     softmax over scores of the tokens.
 
     Layers cannot show what the last history frame does not show, such as the hidden part of an object at the edge of the frame.
-    Therefore, a layer that the edge cuts off is not moved, and a gate replaces it by the drawing of the network. The moved layers and the drawing are trained
-    separately, as complete predictions: a network learns to draw an object earlier than to move it, and would otherwise not use
-    the layers. The gate learns which of them is better. The network learns all of this from frames and actions alone.
+    Around a layer that the edge cuts off, before and after its motion, the prediction is therefore the drawing of the network;
+    if a layer is not visible at all, the whole prediction is. The moved layers and the drawing are trained separately, as
+    complete predictions: a network learns to draw an object earlier than to move it, and would otherwise not use the layers. It
+    learns both from frames and actions alone.
 
     Args:
         dim: Number of channels of the tokens.
@@ -59,14 +58,12 @@ class MovingLayers(nn.Module):
         self.masks = nn.Linear(dim, num_layers * (GRID**2 + in_channels))
         self.motions = nn.Linear(dim, num_layers * 4)  # x, y, angle and score
         self.fill = nn.Linear(dim, GRID**2 * in_channels)
-        self.gate = nn.Linear(dim, GRID**2)
 
     def initialize_weights(self) -> None:
-        """Initialize masks that are almost empty but differ between layers, motions of zero, and an almost closed gate."""
-        for linear in (self.motions, self.fill, self.gate):
+        """Initialize masks that are almost empty but differ between layers, and motions of zero."""
+        for linear in (self.motions, self.fill):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
-        nn.init.constant_(self.gate.bias, INITIAL_GATE / GATE_GAIN)
         nn.init.normal_(self.masks.weight, std=INITIAL_DEVIATION / GAIN / self.masks.in_features**0.5)
         nn.init.zeros_(self.masks.bias)
         logit = (INITIAL_LOGIT - math.log(self.num_layers)) / GAIN
@@ -80,8 +77,8 @@ class MovingLayers(nn.Module):
         tokens: torch.Tensor,
         grid: tuple[int, int],
         drawing: torch.Tensor,
-        return_components: bool = False,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
+        return_moved: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Predict frames.
 
         Args:
@@ -90,15 +87,14 @@ class MovingLayers(nn.Module):
             tokens: Tokens of the predicted frames (B, n, S, D).
             grid: Rows and columns of patches.
             drawing: The frames (B, C, n, H, W) that the network draws.
-            return_components: Whether the components are returned, for training.
+            return_moved: Whether the moved layers are also returned, for training.
 
         Returns:
-            The predicted frames (B, C, n, H, W), float32. With `return_components`, also the moved layers and the drawing
-            (B, C, n, H, W), and the logits (B, 1, n, H, W) of the share of the drawing in the prediction.
+            The predicted frames (B, C, n, H, W), float32, and the moved layers (B, C, n, H, W) without the drawing if
+            `return_moved`, else None.
         """
         frame, drawing = frame.float(), drawing.float()
         masks = self.segment(frame, frame_tokens, grid)  # (B, L, H, W)
-        masks = masks * _is_whole(masks)
         motions = self._pool(masks, self.motions(tokens).float())  # (B, n, L, 3)
         order = masks.detach().mean((2, 3)).argsort(dim=1, descending=True)  # from back to front
         masks = masks.gather(1, order[:, :, None, None].expand_as(masks))
@@ -107,9 +103,8 @@ class MovingLayers(nn.Module):
         moved = self._background(frame, masks, layers, self._interpolate(self.fill(tokens), grid))
         for layer in layers:
             moved = moved * (1 - layer[:, :1]) + layer[:, 1:]
-        gate = GATE_GAIN * self._interpolate(self.gate(tokens), grid)
-        predicted = moved + gate.sigmoid() * (drawing - moved)
-        return predicted, (moved, drawing, gate) if return_components else None
+        predicted = torch.where(self._drawn_area(masks, layers), drawing, moved)
+        return predicted, moved if return_moved else None
 
     def segment(self, frame: torch.Tensor, frame_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Return the masks of the layers (B, L, H, W), including parts that later layers cover.
@@ -160,6 +155,22 @@ class MovingLayers(nn.Module):
             static = static * (1 - mask.unsqueeze(2)) * (1 - border * left)
         return static * frame.unsqueeze(2) + (1 - static) * fill
 
+    def _drawn_area(self, masks: torch.Tensor, layers: list[torch.Tensor]) -> torch.Tensor:
+        """Return where layers with masks (B, L, H, W) are not fully visible, as booleans (B, 1, n, H, W).
+
+        A layer is cut off if a large share of its area lies on the outermost pixels, also compared with their share of the frame.
+        """
+        shapes = (masks.detach() > 0.5).float()
+        area = shapes.sum((2, 3))  # (B, L)
+        edge = area - shapes[..., 1:-1, 1:-1].sum((2, 3))
+        share = 1 - shapes[0, 0, 1:-1, 1:-1].numel() / shapes[0, 0].numel()
+        cut = edge > max(CUT_SHARE, 1.5 * share) * area
+        moved = torch.stack([layer[:, 0].detach() > 0.5 for layer in layers], dim=1).float()  # (B, L, n, H, W)
+        near = torch.maximum(moved, shapes.unsqueeze(2)) * cut[:, :, None, None, None]
+        near = F.max_pool2d(near.amax(1), 2 * self.patch_size + 1, stride=1, padding=self.patch_size)  # (B, n, H, W)
+        hidden = (area < VISIBLE_AREA).any(1)
+        return (near > 0).unsqueeze(1) | hidden.view(-1, 1, 1, 1, 1)
+
     def _pool(self, masks: torch.Tensor, proposals: torch.Tensor) -> torch.Tensor:
         """Average the proposals (B, n, S, 4 L) over the areas of masks (B, L, H, W); return (B, n, L, 3)."""
         areas = F.avg_pool2d(masks.detach(), self.patch_size).flatten(2).mT + 1e-5  # (B, S, L)
@@ -200,17 +211,6 @@ class MovingLayers(nn.Module):
         points = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)  # (B, n, H W, 2)
         moved = F.grid_sample(layer, points, mode="bicubic", padding_mode="zeros", align_corners=False)
         return moved.unflatten(3, (height, width))
-
-
-def _is_whole(masks: torch.Tensor) -> torch.Tensor:
-    """Return 1 for masks (B, L, H, W) inside the frame and 0 for masks that its edge cuts off, as (B, L, 1, 1).
-
-    A mask is cut off if a large share of its area lies on the outermost pixels, also compared with their share of the frame.
-    """
-    masks = masks.detach()
-    area, inner = masks.sum((2, 3), keepdim=True), masks[..., 1:-1, 1:-1].sum((2, 3), keepdim=True)
-    share = 1 - masks[0, 0, 1:-1, 1:-1].numel() / masks[0, 0].numel()
-    return (area - inner <= max(CUT_SHARE, 1.5 * share) * area).to(masks)
 
 
 def _dilate(masks: torch.Tensor) -> torch.Tensor:

@@ -275,11 +275,11 @@ class IRASimTransformer3DModelOutput(Transformer2DModelOutput):
 
     Args:
         sample: The prediction (B, C, F, H, W).
-        components: With `return_components`, the predictions (B, C, n, H, W) by the moved layers alone and by the drawing alone,
-            and the logits (B, 1, n, H, W) of the gate between them; see `MovingLayers`.
+        components: With `return_components`, the predictions (B, 2, C, n, H, W) by the moved layers alone and by the drawing
+            alone; see `MovingLayers`.
     """
 
-    components: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    components: torch.Tensor | None = None
 
 
 class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
@@ -691,12 +691,11 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             tokens = hidden_states[:, num_history_frames:]
             last_frame = last_frame.to(tokens.device)
             drawing = last_frame.float().unsqueeze(2) + self._project_out(tokens, grid)
-            frames, components = self.layers_out(last_frame, frame_tokens, tokens, grid, drawing, return_components)
+            frames, moved = self.layers_out(last_frame, frame_tokens, tokens, grid, drawing, return_components)
             frames = frames - last_frame.unsqueeze(2)  # relative latents
             sample = nn.functional.pad(frames.to(dtype), (0, 0, 0, 0, num_history_frames, 0))  # (B, C, F, H, W)
-            if components is not None:
-                moved, drawing, gate = components
-                components = (moved - last_frame.unsqueeze(2), drawing - last_frame.unsqueeze(2), gate)
+            if moved is not None:
+                components = torch.stack([moved, drawing], dim=1) - last_frame[:, None, :, None]
         if not return_dict:
             return (sample,) if components is None else (sample, components)
         return IRASimTransformer3DModelOutput(sample=sample, components=components)

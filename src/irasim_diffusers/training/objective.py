@@ -11,12 +11,6 @@ from torch import nn
 
 from ..models import Denoiser, UNetTrajectoryModel
 
-DRAWING_MARGIN = 0.05
-"""Reduction of the absolute error, in units of the latents, at which the drawing replaces moved layers.
-
-A drawing is a mean of the possible frames, and its error is slightly lower even where it blurs what layers keep sharp.
-"""
-
 
 class StateReadout(nn.Module):
     """A model with an auxiliary linear readout of the true state from its intermediate features.
@@ -127,8 +121,8 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """Compute the mean squared or pseudo-Huber error of the predicted frames (paper, section 3.3).
 
-    With `moving_layers`, it is the sum of the errors of the moved layers, of the drawing, and of the gate between them. With
-    `states`, the error of the readout is added.
+    With `moving_layers`, it is the mean error of the moved layers and of the drawing. With `states`, the error of the readout is
+    added.
 
     Args:
         transformer: The model, possibly wrapped by accelerate; a `StateReadout` if `states` are given.
@@ -161,34 +155,16 @@ def diffusion_loss(
     outputs = transformer(window, timesteps, actions, action_mask=action_mask, return_dict=False, **components)
     target = diffusion_target(scheduler, future, noise, timesteps).float()
     if moving_layers:
-        errors = _component_errors(*outputs[1], target, huber_c)
+        errors = outputs[1] - target.unsqueeze(1)  # of the moved layers and of the drawing (B, 2, C, n, H, W)
     else:
-        errors = _penalty(outputs[0][:, :, num_history_frames:].float() - target, huber_c)
-    errors = errors.mean(dim=(1, 2, 3, 4))
+        errors = outputs[0][:, :, num_history_frames:].float() - target
+    errors = errors.square()
+    if huber_c is not None:
+        errors = 2 * huber_c * ((errors + huber_c**2).sqrt() - huber_c)
+    errors = errors.flatten(1).mean(1)
     if snr_gamma is not None:
         errors = errors * min_snr_weights(scheduler, timesteps, snr_gamma)
     loss = errors.mean()
     if states is not None:
         loss = loss + state_loss_weight * (outputs[-1] - states).square().mean()
     return loss
-
-
-def _penalty(errors: torch.Tensor, huber_c: float | None) -> torch.Tensor:
-    """Return squared or pseudo-Huber errors."""
-    if huber_c is None:
-        return errors.square()
-    return 2 * huber_c * ((errors.square() + huber_c**2).sqrt() - huber_c)
-
-
-def _component_errors(
-    moved: torch.Tensor, drawing: torch.Tensor, gate: torch.Tensor, target: torch.Tensor, huber_c: float | None
-) -> torch.Tensor:
-    """Return the errors (B, C, n, H, W) of moved layers and drawing, and of the gate between them.
-
-    The gate (logits, B, 1, n, H, W) classifies which of them is better, weighted by the difference of their errors.
-    """
-    errors = _penalty(moved - target, huber_c)
-    with torch.no_grad():
-        gain = (errors - _penalty((drawing - target).abs() + DRAWING_MARGIN, huber_c)).mean(1, keepdim=True)
-    choice = nn.functional.binary_cross_entropy_with_logits(gate, (gain > 0).float(), gain.abs(), reduction="none")
-    return errors + _penalty(drawing - target, huber_c) + choice
