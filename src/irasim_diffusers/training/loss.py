@@ -60,18 +60,17 @@ def training_loss(
         latents, actions = latents[:, :, : first + length], actions[:, : first + length - 1]
         latents, actions = crop(latents, actions, config, arguments.crop_size, places)
     history = _predict_history(model, noise_scheduler, latents, actions, config, arguments, num_history, chunks, draw)
-    start, end = first - history.shape[2], first + length
+    start, end, clean = first - history.shape[2], first + length, history.shape[2]
     history = torch.where((true_history < TRUE_HISTORY).view(-1, 1, 1, 1, 1), latents[:, :, start:first], history)
     window, actions = torch.cat([history, latents[:, :, first:end]], dim=2), actions[:, first - 1 : end - 1]
     noise = draw(1, *window.shape[1:], normal=True)
-    clean = first - start
-    disturbance = arguments.history_noise * deviation.view(-1, 1, 1, 1, 1) * noise[:, :, :clean]
+    window[:, :, :clean] += arguments.history_noise * deviation.view(-1, 1, 1, 1, 1) * noise[:, :, :clean]
     steps = noise_scheduler.config.num_train_timesteps
     timesteps = torch.where(terminal < arguments.terminal_share, steps - 1, (timestep * steps).long())
     return diffusion_loss(
         model,
         noise_scheduler,
-        torch.cat([window[:, :, :clean] + disturbance, window[:, :, clean:]], dim=2),
+        window,
         actions,
         timesteps=timesteps.clamp_max(steps - 1),
         noise=noise[:, :, clean:],

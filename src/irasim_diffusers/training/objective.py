@@ -44,7 +44,7 @@ class StateReadout(nn.Module):
         self.features = [output]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        """Return the outputs of the model, the prediction (B, C, F, H, W) first, and the state of each frame (B, F, S)."""
+        """Return the outputs of the model and the state of each frame (B, F, S)."""
         outputs = self.transformer(*args, **kwargs | {"return_dict": False})
         features = self.features.pop().float()
         if self.is_unet:  # (B F, D, H, W) to (B, F, H W, D), as in a transformer
