@@ -121,9 +121,6 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """Compute the mean squared or pseudo-Huber error of the predicted frames (paper, section 3.3).
 
-    With `moving_layers`, it is the mean error of the moved layers and of the drawing. With `states`, the error of the readout is
-    added.
-
     Args:
         transformer: The model, possibly wrapped by accelerate; a `StateReadout` if `states` are given.
         scheduler: The model's noise process, from `models.noise_process`.
@@ -133,8 +130,8 @@ def diffusion_loss(
         noise: Gaussian noise (B, C, n, H, W).
         action_mask: Booleans (B, n); actions at False are replaced by the null action.
         relative_latents: Whether predicted latents are relative to the last history frame, as in the model's config.
-        moving_layers: Whether the model has moving layers.
-        states: True states (B, F, S) with unit variance, for the readout.
+        moving_layers: Whether the model has moving layers; the error is then the mean of their error and that of the drawing.
+        states: True states (B, F, S) with unit variance, for the readout, whose error is added.
         state_loss_weight: Weight of the mean squared error of the readout.
         snr_gamma: Gamma of `min_snr_weights`, for example 5; None for equal weights.
         huber_c: Scale c of the pseudo-Huber loss `2 c (sqrt(error^2 + c^2) - c)`, which is linear for errors much larger than c
@@ -151,14 +148,11 @@ def diffusion_loss(
     if relative_latents:
         future = future - history[:, :, -1:]
     window = torch.cat([history, add_noise(scheduler, future, noise, timesteps)], dim=2)
-    components = {"return_components": True} if moving_layers else {}
-    outputs = transformer(window, timesteps, actions, action_mask=action_mask, return_dict=False, **components)
-    target = diffusion_target(scheduler, future, noise, timesteps).float()
-    if moving_layers:
-        errors = outputs[1] - target.unsqueeze(1)  # of the moved layers and of the drawing (B, 2, C, n, H, W)
-    else:
-        errors = outputs[0][:, :, num_history_frames:].float() - target
-    errors = errors.square()
+    options = {"return_components": True} if moving_layers else {}
+    outputs = transformer(window, timesteps, actions, action_mask=action_mask, return_dict=False, **options)
+    target = diffusion_target(scheduler, future, noise, timesteps)
+    predictions = outputs[1] if moving_layers else outputs[0][:, None, :, num_history_frames:]
+    errors = (predictions.float() - target.float().unsqueeze(1)).square()  # (B, 1 or 2, C, n, H, W)
     if huber_c is not None:
         errors = 2 * huber_c * ((errors + huber_c**2).sqrt() - huber_c)
     errors = errors.flatten(1).mean(1)
