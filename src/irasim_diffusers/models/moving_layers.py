@@ -19,9 +19,11 @@ RADIANS = 0.5
 
 
 CUT_SHARE = 0.12
-"""Share of the area of a layer on the outermost pixels of the frame, above which the edge may have cut it off."""
+"""Share of the area of a layer on the outermost pixels of the frame, above which the layer counts as cut off."""
+CUT_DENSITY = 1.5
+"""The same share for small frames, relative to the share of the outermost pixels in the area of the frame."""
 VISIBLE_AREA = 4
-"""Number of pixels of a visible layer."""
+"""Minimum area of a visible layer, in pixels."""
 
 
 class MovingLayers(nn.Module):
@@ -40,8 +42,9 @@ class MovingLayers(nn.Module):
     softmax over scores of the tokens.
 
     Layers cannot show what the last history frame does not show, such as the hidden part of an object at the edge of the frame.
-    Around a layer that the edge cuts off, before and after its motion, the prediction is therefore the drawing of the network;
-    if a layer is not visible at all, the whole prediction is. The moved layers and the drawing are trained separately, as
+    If the edge of the last history frame cuts off a layer, the prediction is therefore the drawing of the network within one
+    patch of the old and the new position of the layer. If a layer is not visible, the whole prediction is the drawing. The edge
+    is detected for layers that reach at most about 8 pixels into the frame (`CUT_SHARE`). The moved layers and the drawing are trained separately, as
     complete predictions: a network learns to draw an object earlier than to move it, and would otherwise not use the layers. It
     learns both from frames and actions alone.
 
@@ -77,8 +80,7 @@ class MovingLayers(nn.Module):
         tokens: torch.Tensor,
         grid: tuple[int, int],
         drawing: torch.Tensor,
-        return_moved: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Predict frames.
 
         Args:
@@ -87,27 +89,24 @@ class MovingLayers(nn.Module):
             tokens: Tokens of the predicted frames (B, n, S, D).
             grid: Rows and columns of patches.
             drawing: The frames (B, C, n, H, W) that the network draws.
-            return_moved: Whether the moved layers are also returned, for training.
 
         Returns:
-            The predicted frames (B, C, n, H, W), float32, and the moved layers (B, C, n, H, W) without the drawing if
-            `return_moved`, else None.
+            The predicted frames and the moved layers without the drawing, both (B, C, n, H, W) and float32.
         """
         frame, drawing = frame.float(), drawing.float()
         masks = self.segment(frame, frame_tokens, grid)  # (B, L, H, W)
         motions = self._pool(masks, self.motions(tokens).float())  # (B, n, L, 3)
-        order = masks.detach().mean((2, 3)).argsort(dim=1, descending=True)  # from back to front
+        order = masks.mean((2, 3)).argsort(dim=1, descending=True)  # from back to front
         masks = masks.gather(1, order[:, :, None, None].expand_as(masks))
         motions = motions.gather(2, order[:, None, :, None].expand_as(motions))
         layers = self._move_layers(frame, masks, motions)
         moved = self._background(frame, masks, layers, self._interpolate(self.fill(tokens), grid))
         for layer in layers:
             moved = moved * (1 - layer[:, :1]) + layer[:, 1:]
-        predicted = torch.where(self._drawn_area(masks, layers), drawing, moved)
-        return predicted, moved if return_moved else None
+        return torch.where(self._drawn_area(masks, layers), drawing, moved), moved
 
     def segment(self, frame: torch.Tensor, frame_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Return the masks of the layers (B, L, H, W), including parts that later layers cover.
+        """Return the masks of the layers (B, L, H, W), including parts that other layers cover.
 
         The logits of a pixel are the sum of a value at its position, and a weight per channel and patch times the color of the
         pixel. The tokens predict the weights, and the values at a low resolution, so that masks have edges only where the
@@ -125,7 +124,7 @@ class MovingLayers(nn.Module):
     def _move_layers(self, frame: torch.Tensor, masks: torch.Tensor, motions: torch.Tensor) -> list[torch.Tensor]:
         """Move the layers of a frame (B, C, H, W) with masks (B, L, H, W) by motions (B, n, L, 3).
 
-        Each returned layer is (B, 1 + C, n, H, W): its opacity, and its color times the opacity.
+        Masks and layers are ordered from back to front. Each returned layer is (B, 1 + C, n, H, W): its opacity, and its color times the opacity.
         """
         seen = torch.ones_like(masks[:, :1])  # (B, 1, H, W)
         centers = _centers(masks)
@@ -133,9 +132,8 @@ class MovingLayers(nn.Module):
         for index in reversed(range(self.num_layers)):
             mask = masks[:, index, None]
             color = mask * frame
-            if (
-                index < self.num_layers - 1
-            ):  # where a later layer may cover this one, it has the color of its visible pixels
+            if index < self.num_layers - 1:
+                # where a layer in front may cover this one, it has the mean color of its visible pixels nearby
                 color = seen * color + (1 - seen) * mask * self._mean_color(frame, mask * seen)
             layers.insert(0, self._move(torch.cat([mask, color], dim=1), centers[:, index], motions[:, :, index]))
             seen = seen * (1 - mask)
@@ -160,12 +158,12 @@ class MovingLayers(nn.Module):
 
         A layer is cut off if a large share of its area lies on the outermost pixels, also compared with their share of the frame.
         """
-        shapes = (masks.detach() > 0.5).float()
+        shapes = (masks > 0.5).float()
         area = shapes.sum((2, 3))  # (B, L)
         edge = area - shapes[..., 1:-1, 1:-1].sum((2, 3))
         share = 1 - shapes[0, 0, 1:-1, 1:-1].numel() / shapes[0, 0].numel()
-        cut = edge > max(CUT_SHARE, 1.5 * share) * area
-        moved = torch.stack([layer[:, 0].detach() > 0.5 for layer in layers], dim=1).float()  # (B, L, n, H, W)
+        cut = edge > max(CUT_SHARE, CUT_DENSITY * share) * area
+        moved = torch.stack([layer[:, 0] > 0.5 for layer in layers], dim=1).float()  # (B, L, n, H, W)
         near = torch.maximum(moved, shapes.unsqueeze(2)) * cut[:, :, None, None, None]
         near = F.max_pool2d(near.amax(1), 2 * self.patch_size + 1, stride=1, padding=self.patch_size)  # (B, n, H, W)
         hidden = (area < VISIBLE_AREA).any(1)
@@ -195,8 +193,9 @@ class MovingLayers(nn.Module):
     def _move(self, layer: torch.Tensor, centers: torch.Tensor, motions: torch.Tensor) -> torch.Tensor:
         """Move a layer (B, 1 + C, H, W) with center x, y (B, 2) by motions; return (B, 1 + C, n, H, W).
 
-        The motions (B, n, 3) are x, y and the angle. The first channel is the opacity, the others are the color times the opacity. Bicubic interpolation exceeds their range
-        at edges. This keeps small objects from shrinking: they are lost earlier in rollouts if the opacity is limited to [0, 1].
+        The motions (B, n, 3) are x, y and the angle. The first channel is the opacity, the others are the color times the
+        opacity. Bicubic interpolation exceeds their range at edges. This keeps small objects from shrinking: they are lost
+        earlier in rollouts if the opacity is limited to [0, 1].
         """
         height, width = layer.shape[-2:]
         y, x = torch.meshgrid(

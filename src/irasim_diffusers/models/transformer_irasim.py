@@ -689,13 +689,17 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             sample = self._project_out(hidden_states, grid)  # (B, C, F, H, W)
         else:
             tokens = hidden_states[:, num_history_frames:]
-            last_frame = last_frame.to(tokens.device)
-            drawing = last_frame.float().unsqueeze(2) + self._project_out(tokens, grid)
-            frames, moved = self.layers_out(last_frame, frame_tokens, tokens, grid, drawing, return_components)
-            frames = frames - last_frame.unsqueeze(2)  # relative latents
+            drawing = self._project_out(tokens, grid)
+            last_frame = last_frame.to(drawing.device)
+            drawing = last_frame.float().unsqueeze(2) + drawing
+            predictions = self.layers_out(last_frame, frame_tokens, tokens, grid, drawing)
+            # in a model split over GPUs, the output layers may be on different devices
+            frames, moved = [
+                each.to(drawing.device) - last_frame.unsqueeze(2) for each in predictions
+            ]  # relative latents
             sample = nn.functional.pad(frames.to(dtype), (0, 0, 0, 0, num_history_frames, 0))  # (B, C, F, H, W)
-            if moved is not None:
-                components = torch.stack([moved, drawing], dim=1) - last_frame[:, None, :, None]
+            if return_components:
+                components = torch.stack([moved, drawing - last_frame.unsqueeze(2)], dim=1)
         if not return_dict:
             return (sample,) if components is None else (sample, components)
         return IRASimTransformer3DModelOutput(sample=sample, components=components)
