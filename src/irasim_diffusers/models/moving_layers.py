@@ -44,9 +44,10 @@ class MovingLayers(nn.Module):
     Layers cannot show what the last history frame does not show, such as the hidden part of an object at the edge of the frame.
     If the edge of the last history frame cuts off a layer, the prediction is therefore the drawing of the network within one
     patch of the old and the new position of the layer. If a layer is not visible, the whole prediction is the drawing. The edge
-    is detected for layers that reach at most about 8 pixels into the frame (`CUT_SHARE`). The moved layers and the drawing are trained separately, as
-    complete predictions: a network learns to draw an object earlier than to move it, and would otherwise not use the layers. It
-    learns both from frames and actions alone.
+    is detected for layers that reach at most about 8 pixels into the frame (`CUT_SHARE`).
+
+    The moved layers and the drawing are trained separately, as complete predictions: a network learns to draw an object earlier
+    than to move it, and would otherwise not use the layers. It learns both from frames and actions alone.
 
     Args:
         dim: Number of channels of the tokens.
