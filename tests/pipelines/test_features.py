@@ -99,7 +99,7 @@ def test_int8_weights_take_less_memory(plain, video, truth):
     assert weight_bytes(quantized.transformer) < 0.3 * weight_bytes(plain.transformer)
     prediction = generate(quantized)
     assert not torch.equal(prediction, video)
-    assert abs(psnr(prediction, truth) - psnr(video, truth)) < 0.6
+    assert abs(psnr(prediction, truth) - psnr(video, truth)) < 0.5
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
@@ -263,7 +263,7 @@ def test_pyramid_attention_broadcast_skips_attention(plain):
 @pytest.mark.parametrize(
     ("make", "computed"),
     [
-        (lambda _: MagCacheConfig(mag_ratios=[1.0] * 16, num_inference_steps=16), 6),
+        (lambda pipe: without_moving_layers(pipe) and MagCacheConfig(mag_ratios=[1.0] * 16, num_inference_steps=16), 6),
         (lambda _: TaylorSeerCacheConfig(cache_interval=2, cache_identifiers=[r"^(temporal_)?transformer_blocks.*attn1$"]), 9),
         (
             lambda pipeline: FasterCacheConfig(
@@ -277,10 +277,10 @@ def test_pyramid_attention_broadcast_skips_attention(plain):
     ids=["MagCache", "TaylorSeer", "FasterCache"],
 )  # fmt: skip
 def test_other_caches_skip_attention_in_every_window(make, computed):
-    pipeline = without_moving_layers(load())  # MagCache does not support them
+    config = make(pipeline := load())  # MagCache does not support moving layers
     expected = generate(pipeline, 2 * WINDOW, num_inference_steps=16)
     calls = count_calls(pipeline.transformer.temporal_transformer_blocks[1].attn1.to_q)
-    pipeline.transformer.enable_cache(make(pipeline))
+    pipeline.transformer.enable_cache(config)
     cached = generate(pipeline, 2 * WINDOW, num_inference_steps=16)
     assert len(calls) == 2 * computed
     assert 30 < psnr(cached, expected) < float("inf")

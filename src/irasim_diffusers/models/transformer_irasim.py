@@ -693,10 +693,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             last_frame = last_frame.to(drawing.device)
             drawing = last_frame.float().unsqueeze(2) + drawing
             predictions = self.layers_out(last_frame, frame_tokens, tokens, grid, drawing)
-            # in a model split over GPUs, the output layers may be on different devices
-            frames, moved = [
-                each.to(drawing.device) - last_frame.unsqueeze(2) for each in predictions
-            ]  # relative latents
+            # relative latents; in a model split over GPUs, the output layers may be on different devices
+            frames, moved = [each.to(drawing.device) - last_frame.unsqueeze(2) for each in predictions]
             sample = nn.functional.pad(frames.to(dtype), (0, 0, 0, 0, num_history_frames, 0))  # (B, C, F, H, W)
             if return_components:
                 components = torch.stack([moved, drawing - last_frame.unsqueeze(2)], dim=1)
