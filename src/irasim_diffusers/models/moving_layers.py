@@ -127,7 +127,7 @@ class MovingLayers(nn.Module):
         """
         seen = torch.ones_like(masks[:, :1])  # (B, 1, H, W)
         centers = _centers(masks)
-        layers = []
+        layers: list[torch.Tensor] = []
         for index in reversed(range(self.num_layers)):
             mask = masks[:, index, None]
             color = mask * frame
