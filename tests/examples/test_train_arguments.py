@@ -79,6 +79,8 @@ def workspace(tmp_path_factory):
         ({"spatial_position": "area"}, "`spatial_position` must be one of grid, rope, got 'area'"),
         ({"target_extent": [0, 0, 1, 1]}, "`target_extent` must be used with `action_space` absolute, got none"),
         ({"rollout_start_step": 5}, "require `rollout_chunks` > 0, got 0"),
+        ({"motion_noise": 0.1}, "require `rollout_chunks` > 0, got 0"),
+        ({"motion_noise": -0.1, "rollout_chunks": 1}, "`motion_noise` must be at least 0, got -0.1"),
         ({"model": "unet", "attention_head_dim": 7}, "`attention_head_dim` must be even for rotary positions, got 7"),
         ({"model": "unet", "block_out_channels": [7, 9]}, "`block_out_channels` must be multiples of"),
         ({"num_attention_heads": 2, "attention_head_dim": 7}, "must be divisible by 4 .*, got 2 times 7"),

@@ -59,6 +59,14 @@ def test_without_motion_the_frame_stays(layers, frame):
     torch.testing.assert_close(predict(layers, frame, STAY, STAY), frame, rtol=0, atol=1e-3)
 
 
+def test_motion_noise_is_added_to_the_motions(layers, frame):
+    expected = predict(layers, frame, RIGHT, DOWN)
+    predict(layers, frame, STAY, STAY)
+    noise = torch.tensor([RIGHT, DOWN])[None]
+    moved = layers(frame, TOKENS, TOKENS[:, None], GRID, frame[:, :, None], noise)[1][:, :, 0]
+    torch.testing.assert_close(moved, expected)
+
+
 def test_a_layer_uncovers_the_layer_below(layers, frame):
     expected = frame.clone()
     expected[..., 3, 7:13] = -1  # the border of the layer
@@ -132,11 +140,10 @@ def test_everything_is_drawn_if_a_layer_is_not_visible(layers, frame):
 @pytest.mark.parametrize(
     ("rows", "columns", "drawn"),
     [
-        (slice(0, 8), slice(10, 20), True),  # 10 of 80 pixels on the edge
-        (slice(0, 9), slice(10, 20), False),  # 10 of 90
-        (slice(1, 9), slice(10, 20), False),
-        (slice(0, 40), slice(0, 64), False),  # too large
-        (slice(0, 64), slice(0, 64), False),  # the whole frame
+        (slice(0, 20), slice(10, 21), True),  # 11 pixels on the edge, half the square root of the area is 7
+        (slice(0, 20), slice(10, 15), False),  # 5 pixels, half the square root is 5
+        (slice(1, 20), slice(10, 20), False),
+        (slice(0, 40), slice(0, 64), True),
         (slice(30, 32), slice(30, 32), False),  # 4 pixels
         (slice(30, 31), slice(30, 33), True),  # 3 pixels
     ],
@@ -184,8 +191,11 @@ def test_model_with_moving_layers(inputs):
     assert components.shape == (3, 2, 4, 3, 4, 6)
     assert torch.equal(sample, model(*inputs, return_dict=False)[0])
     assert not sample[:, :, :2].any()
-    with pytest.raises(ValueError, match="`return_components` must be False for a model without `moving_layers`"):
-        tiny_transformer()(*inputs, return_components=True)
+    for options in ({"return_components": True}, {"motion_noise": torch.zeros(3, 2, 3)}):
+        with pytest.raises(
+            ValueError, match="`return_components` and `motion_noise` require a model with `moving_layers`"
+        ):
+            tiny_transformer()(*inputs, **options)
     other = model(latents, timestep, actions + 1).sample
     assert torch.equal(masks[0], masks[-1]), "masks do not depend on actions"
     changed = (sample != other).flatten(3).any(3).any(1)

@@ -4,7 +4,7 @@ from tiny_models import tiny_transformer
 from train import TrainingArguments
 
 from irasim_diffusers.models import noise_process
-from irasim_diffusers.training.arguments import check_crop
+from irasim_diffusers.training.arguments import check_crop, check_motion_noise
 from irasim_diffusers.training.loss import training_loss
 from irasim_diffusers.training.rollouts import clip_length, crop
 
@@ -73,10 +73,11 @@ class TrueFrames(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.histories = []
+        self.histories, self.lengths = [], []
 
     def forward(self, hidden_states, timestep, actions, action_mask=None, return_dict=False):
         length = hidden_states.shape[2] - actions.shape[1]
+        self.lengths.append(actions.shape[1])
         self.histories.append((hidden_states[:, 0, :length, 0, 0], actions[:, 0, 0]))
         steps = torch.arange(1, actions.shape[1] + 1).view(-1, 1, 1)
         future = torch.zeros_like(hidden_states[:, :, length:]) + steps + self.error
@@ -101,8 +102,8 @@ def test_training_on_own_rollouts(length):
     latents = count.view(1, 1, -1, 1, 1).repeat(40, 3, 1, 2, 2)
     actions = count[1:].view(1, -1, 1).repeat(40, 1, 1)  # row k leads to frame k + 1
     process = noise_process(tiny_transformer(prediction_type="sample").config)
-    chunks = set()
-    for step in range(12):
+    chunks, lengths = set(), set()
+    for step in range(20):
         model = TrueFrames()
         model.error = 0.0
         clip = {"latents": latents, "actions": actions}
@@ -112,6 +113,8 @@ def test_training_on_own_rollouts(length):
         for history, action in model.histories:
             torch.testing.assert_close(action, history[:, -1] + 1)
         chunks.add(len(model.histories))
+        lengths.add(model.lengths[-1])
+        assert set(model.lengths[:-1]) <= {length}
         model.error, model.histories = 0.25, []
         training_loss(model, process, clip, config, settings, step=step, position=0)
         history, action = model.histories[-1]
@@ -123,6 +126,7 @@ def test_training_on_own_rollouts(length):
             assert 0.1 < true.float().mean() < 0.6
             torch.testing.assert_close(off[~true], torch.full_like(off[~true], 0.25 * (len(model.histories) - 1)))
     assert chunks == {1, 2, 3, 4}
+    assert lengths == set(range(1, length + 1))  # the loss is also computed for shorter chunks
 
 
 def test_rollouts_are_predicted_in_the_crop_of_the_loss():
@@ -146,6 +150,34 @@ def test_rollouts_are_predicted_in_the_crop_of_the_loss():
         torch.testing.assert_close(histories, histories[:1].expand_as(histories))
         lengths.add(len(windows))
     assert len(lengths) > 1
+
+
+def test_motion_noise():
+    """Rollouts are predicted with noise that differs between clips and chunks; the chunk with the loss has none."""
+    config = {"num_history_frames": 2, "sample_frames": 3, "conditioning": "frame", "relative_latents": True}
+    config |= {"moving_layers": 2}
+    process = noise_process(tiny_transformer(prediction_type="sample").config)
+    settings = TrainingArguments(dataset=["set"], output_dir="out", rollout_chunks=3, motion_noise=0.1)
+    clip = {"latents": torch.zeros(50, 3, 6, 2, 2), "actions": torch.zeros(50, 5, 1)}
+    noises = []
+
+    def model(hidden_states, timesteps, actions, motion_noise=None, return_components=False, **kwargs):
+        assert return_components == (motion_noise is None)
+        if motion_noise is not None:
+            noises.append(motion_noise)
+        return torch.zeros_like(hidden_states), torch.zeros(50, 2, 3, 1, 2, 2)
+
+    for step in range(4):
+        training_loss(model, process, clip, config, settings, step=step, position=50 * step)
+    assert len(noises) > 1
+    noise = torch.stack(noises)
+    assert noise.shape[1:] == (50, 2, 3)
+    assert noise.unique().numel() == noise.numel()
+    assert noise.std() == pytest.approx(0.1, rel=0.15)
+    check_motion_noise(0.1, config)
+    check_motion_noise(0, {})
+    with pytest.raises(ValueError, match=r"`motion_noise` must be 0 for a model without moving layers, got 0.1"):
+        check_motion_noise(0.1, {})
 
 
 def test_all_weights_have_gradients_after_bfloat16_rollout():

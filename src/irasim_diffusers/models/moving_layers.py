@@ -16,10 +16,8 @@ GRID = 2
 """Rows and columns of mask logits and of background colors per patch; they are interpolated bilinearly."""
 RADIANS = 0.5
 """Angle of a motion of one unit; a translation by one unit is one patch."""
-CUT_SHARE = 0.12
-"""Share of the area of a layer on the outermost pixels of the frame, above which the layer counts as cut off."""
-CUT_DENSITY = 1.5
-"""The same share for small frames, relative to the share of the outermost pixels in the area of the frame."""
+CUT_LENGTH = 0.5
+"""Number of edge pixels, relative to the square root of its area, above which the edge cuts off a layer."""
 VISIBLE_AREA = 4
 """Minimum area of a visible layer, in pixels."""
 
@@ -40,9 +38,9 @@ class MovingLayers(nn.Module):
     softmax over scores of the tokens.
 
     Layers cannot show what the last history frame does not show, such as the hidden part of an object at the edge of the frame.
-    If the edge of the last history frame cuts off a layer, the prediction is therefore the drawing of the network within one
-    patch of the old and the new position of the layer. If a layer is not visible, the whole prediction is the drawing. The edge
-    is detected for layers that reach at most about 8 pixels into the frame (`CUT_SHARE`).
+    If the edge of the last history frame cuts off a layer, the prediction is therefore the drawing of the network in the patches
+    of the old and the new position of the layer and in the adjacent ones. If a layer is not visible, the whole prediction is the
+    drawing.
 
     The moved layers and the drawing are trained separately, as complete predictions: a network learns to draw an object earlier
     than to move it, and would otherwise not use the layers. It learns both from frames and actions alone.
@@ -79,6 +77,7 @@ class MovingLayers(nn.Module):
         tokens: torch.Tensor,
         grid: tuple[int, int],
         drawing: torch.Tensor,
+        motion_noise: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Predict frames.
 
@@ -88,6 +87,7 @@ class MovingLayers(nn.Module):
             tokens: Tokens of the predicted frames (B, n, S, D).
             grid: Rows and columns of patches.
             drawing: The frames (B, C, n, H, W) that the network draws.
+            motion_noise: Noise (B, L, 3) that is added to the motions of all frames; see `IRASimTransformer3DModel.forward`.
 
         Returns:
             The predicted frames and the moved layers without the drawing, both (B, C, n, H, W) and float32.
@@ -95,6 +95,8 @@ class MovingLayers(nn.Module):
         frame, drawing = frame.float(), drawing.float()
         masks = self.segment(frame, frame_tokens, grid)  # (B, L, H, W)
         motions = self._pool(masks, self.motions(tokens).float())  # (B, n, L, 3)
+        if motion_noise is not None:
+            motions = motions + motion_noise.unsqueeze(1)
         order = masks.mean((2, 3)).argsort(dim=1, descending=True)  # from back to front
         masks = masks.gather(1, order[:, :, None, None].expand_as(masks))
         motions = motions.gather(2, order[:, None, :, None].expand_as(motions))
@@ -155,19 +157,17 @@ class MovingLayers(nn.Module):
     def _drawn_area(self, masks: torch.Tensor, layers: list[torch.Tensor]) -> torch.Tensor:
         """Return where layers with masks (B, L, H, W) are not fully visible, as booleans (B, 1, n, H, W).
 
-        A layer is cut off if a large share of its area lies on the outermost pixels, also compared with their share of the frame.
+        The edge of the frame cuts off a layer if many of its pixels are on the edge, relative to its size.
         """
         shapes = (masks > 0.5).float()
         area = shapes.sum((2, 3))  # (B, L)
         edge = area - shapes[..., 1:-1, 1:-1].sum((2, 3))
-        share = 1 - shapes[0, 0, 1:-1, 1:-1].numel() / shapes[0, 0].numel()
-        cut = edge > max(CUT_SHARE, CUT_DENSITY * share) * area
+        cut = edge > CUT_LENGTH * area.sqrt()
         moved = torch.stack([layer[:, 0] > 0.5 for layer in layers], dim=1).float()  # (B, L, n, H, W)
         near = torch.maximum(moved, shapes.unsqueeze(2)) * cut[:, :, None, None, None]
-        size, padding = 2 * self.patch_size + 1, self.patch_size
-        # two pools of one dimension take a quarter of the time of one of two dimensions
-        near = F.max_pool2d(near.amax(1), (size, 1), stride=1, padding=(padding, 0))  # (B, n, H, W)
-        near = F.max_pool2d(near, (1, size), stride=1, padding=(0, padding))
+        size = self.patch_size
+        near = F.max_pool2d(near.amax(1), size)  # (B, n, rows, columns)
+        near = _dilate(near).repeat_interleave(size, 2).repeat_interleave(size, 3)  # (B, n, H, W)
         hidden = (area < VISIBLE_AREA).any(1)
         return (near > 0).unsqueeze(1) | hidden.view(-1, 1, 1, 1, 1)
 
@@ -215,8 +215,10 @@ class MovingLayers(nn.Module):
 
 
 def _dilate(masks: torch.Tensor) -> torch.Tensor:
-    """Extend masks (B, 1, ..., H, W) by one pixel."""
-    return F.max_pool2d(masks.flatten(1, -3), 3, stride=1, padding=1).unflatten(1, masks.shape[1:-2])
+    """Extend masks (..., H, W) between 0 and 1 by one pixel; on a CPU, this is much faster than a pooling layer."""
+    padded = F.pad(masks, (1, 1, 1, 1))
+    rows = torch.maximum(torch.maximum(padded[..., :-2, :], padded[..., 1:-1, :]), padded[..., 2:, :])
+    return torch.maximum(torch.maximum(rows[..., :-2], rows[..., 1:-1]), rows[..., 2:])
 
 
 def _centers(masks: torch.Tensor) -> torch.Tensor:

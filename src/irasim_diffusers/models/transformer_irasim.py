@@ -616,6 +616,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_mask: torch.Tensor | None = None,
         fps: float | torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        motion_noise: torch.Tensor | None = None,
         return_components: bool = False,
         return_dict: bool = True,
     ) -> IRASimTransformer3DModelOutput | tuple[torch.Tensor, ...]:
@@ -631,6 +632,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 `encode_actions`.
             fps: Frames per second, one number or (B,), for models that embed them; None for the value in the config.
             attention_kwargs: `{"scale": s}` scales the LoRA layers.
+            motion_noise: Noise (B, L, 3) that is added to the motions of the L moving layers in the rollouts of training: x and y
+                in patches, and the angle in units of 0.5 radians. The same noise is added in all predicted frames.
             return_components: Also return the components of a prediction with `moving_layers`, for training: each has a loss of
                 its own.
             return_dict: Return an `IRASimTransformer3DModelOutput` instead of a tuple.
@@ -640,7 +643,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
         Raises:
             ValueError: If the shape of latents or actions is wrong, `fps` is missing, a model with `moving_layers` has no history
-                or no predicted frame, `return_components` is given for another model, or context parallelism is not supported.
+                or no predicted frame, `return_components` or `motion_noise` is given for another model, or context parallelism is not supported.
         """
         batch_size, _, num_frames, height, width = hidden_states.shape
         grid = self._check_size(height, width)
@@ -648,8 +651,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             self._check_actions(actions, num_frames)
         num_history_frames = num_frames - (0 if actions is None else actions.shape[1])
         last_frame = self._last_history_frame(hidden_states, num_history_frames)
-        if return_components and last_frame is None:
-            raise ValueError("`return_components` must be False for a model without `moving_layers`.")
+        if last_frame is None and (return_components or motion_noise is not None):
+            raise ValueError("`return_components` and `motion_noise` require a model with `moving_layers`.")
         timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
         timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
         if self.config.scale_noisy_latents:
@@ -692,7 +695,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             drawing = self._project_out(tokens, grid)
             last_frame = last_frame.to(drawing.device)
             drawing = last_frame.float().unsqueeze(2) + drawing
-            predictions = self.layers_out(last_frame, frame_tokens, tokens, grid, drawing)
+            predictions = self.layers_out(last_frame, frame_tokens, tokens, grid, drawing, motion_noise)
             # relative latents; in a model split over GPUs, the output layers may be on different devices
             frames, moved = [each.to(drawing.device) - last_frame.unsqueeze(2) for each in predictions]
             sample = nn.functional.pad(frames.to(dtype), (0, 0, 0, 0, num_history_frames, 0))  # (B, C, F, H, W)

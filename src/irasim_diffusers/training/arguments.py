@@ -107,6 +107,13 @@ class RunArguments(EpisodeArguments):
             "help": "maximum standard deviation of the noise that is added to the history latents to reduce drift in rollouts"
         },
     )
+    motion_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "standard deviation of the noise that is added to the motions of moving layers in the chunks of "
+            "--rollout_chunks, in patches and units of 0.5 radians, for example 0.06; a model learns to correct such errors"
+        },
+    )
     snr_gamma: float | None = field(
         default=None,
         metadata={
@@ -229,7 +236,7 @@ MAY_CHANGE = {
 
 NOT_NEGATIVE = (
     *("rollout_chunks", "rollout_start_step", "lr_warmup_steps", "history_noise", "adam_weight_decay"),
-    *("state_loss_weight", "dataloader_num_workers", "seed"),
+    *("motion_noise", "state_loss_weight", "dataloader_num_workers", "seed"),
 )
 AT_LEAST_1 = (
     *("rollout_inference_steps", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "frame_skip"),
@@ -277,8 +284,11 @@ def check_run_arguments(arguments: RunArguments) -> None:
             f"`lr_scheduler` must be constant or constant_with_warmup with `max_train_minutes`, got "
             f"{arguments.lr_scheduler!r}: the other schedules require a known number of steps."
         )
-    if arguments.rollout_chunks == 0 and (arguments.rollout_start_step or arguments.rollout_inference_steps > 1):
-        raise ValueError("`rollout_start_step` and `rollout_inference_steps` require `rollout_chunks` > 0, got 0.")
+    rollouts = arguments.rollout_start_step, arguments.rollout_inference_steps - 1, arguments.motion_noise
+    if arguments.rollout_chunks == 0 and any(rollouts):
+        raise ValueError(
+            "`rollout_start_step`, `rollout_inference_steps` and `motion_noise` require `rollout_chunks` > 0, got 0."
+        )
     _check_data_arguments(arguments)
 
 
@@ -323,6 +333,23 @@ def check_snr_gamma(snr_gamma: float | None, prediction_type: str | None) -> Non
     if snr_gamma is not None and prediction_type == "flow_prediction":
         raise ValueError(
             f"`snr_gamma` must be omitted for flow matching, which has no min-SNR weights, got {snr_gamma:g}."
+        )
+
+
+def check_motion_noise(motion_noise: float, config: Mapping[str, Any]) -> None:
+    """Check that `motion_noise` is given only for a model with moving layers.
+
+    Args:
+        motion_noise: Standard deviation of the noise.
+        config: Config of the model, or the entries of a new one.
+
+    Raises:
+        ValueError: If the model has no moving layers.
+    """
+    if motion_noise and not config.get("moving_layers"):
+        raise ValueError(
+            f"`motion_noise` must be 0 for a model without moving layers, got {motion_noise:g}: add layers with `irasim adapt "
+            "--moving-layers`."
         )
 
 

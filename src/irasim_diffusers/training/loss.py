@@ -18,6 +18,12 @@ FULL_HISTORY = 0.7
 
 Otherwise, the number is drawn uniformly from 1 to the maximum. Video-Ada and the U-Net always use the maximum.
 """
+FULL_CHUNK = 0.7
+"""Probability that a step predicts a chunk of the full length without a draw.
+
+Otherwise, the number of frames is drawn uniformly from 1 to the full length, as rollouts end with shorter chunks and closed-loop
+control predicts single frames. Video-Ada and the U-Net have a fixed length.
+"""
 TRUE_HISTORY = 0.3
 """Fraction of clips that keep the true history in a rollout step."""
 
@@ -33,7 +39,7 @@ def training_loss(
 ) -> torch.Tensor:
     """Compute the loss of a batch of clips.
 
-    The numbers of history frames and chunks depend only on the seed and the step; noise, timesteps and action dropout only on
+    The numbers of history frames, chunks and predicted frames depend only on the seed and the step; noise, timesteps and action dropout only on
     the seed and the index of the clip in the run. None of them depends on the number of processes.
 
     Args:
@@ -50,12 +56,11 @@ def training_loss(
     """
     latents, actions = clip["latents"], clip["actions"]
     most = config["num_history_frames"]
-    length = config["sample_frames"] - most  # length of a chunk
-    num_history, chunks = _draw_lengths(config, arguments, step)
+    num_history, chunks, length = _draw_lengths(config, arguments, step)
     draw = _draws(arguments.seed, position, len(latents), latents.device)
     uniform = draw(0, 8)
     (timestep, terminal, deviation, drop, true_history), places = uniform[:, :5].unbind(1), uniform[:, 5:]
-    first = most + chunks * length  # index of the first frame with a loss
+    first = most + chunks * (config["sample_frames"] - most)  # index of the first frame with a loss
     if arguments.crop_size:
         latents, actions = latents[:, :, : first + length], actions[:, : first + length - 1]
         latents, actions = crop(latents, actions, config, arguments.crop_size, places)
@@ -102,6 +107,10 @@ def _predict_history(
     shape = (latents.shape[1], length, *latents.shape[3:])
     for chunk in range(chunks):
         first = most + chunk * length
+        options = {}
+        if arguments.motion_noise:
+            motions = draw(2 + arguments.rollout_chunks + chunk, config["moving_layers"], 3, normal=True)
+            options["motion_noise"] = arguments.motion_noise * motions
         future = predict_chunk(
             model,
             noise_scheduler,
@@ -110,20 +119,25 @@ def _predict_history(
             draw(2 + chunk, *shape, normal=True),
             num_inference_steps=arguments.rollout_inference_steps,
             relative_latents=config["relative_latents"],
+            **options,
         )
         history = torch.cat([history, future.to(history)], dim=2)[:, :, -most:]
     torch.clear_autocast_cache()  # before torch 2.11, this cache keeps weights that were cast without gradient
     return history
 
 
-def _draw_lengths(config: Any, arguments: RunArguments, step: int) -> tuple[int, int]:
-    """Draw the numbers of history frames and of predicted chunks of a step, the same in every process."""
+def _draw_lengths(config: Any, arguments: RunArguments, step: int) -> tuple[int, int, int]:
+    """Draw the numbers of history frames, of chunks without gradient, and of frames with a loss, the same in every process."""
     rng = np.random.default_rng([arguments.seed, 0, step])
-    most = config["num_history_frames"]
-    shortest = 1 if config["conditioning"] == "frame" else most  # Video-Ada and the U-Net have a fixed number
-    num_history = most if rng.random() < FULL_HISTORY else int(rng.integers(shortest, most + 1))
-    started = step >= arguments.rollout_start_step
-    return num_history, int(rng.integers(0, arguments.rollout_chunks + 1)) if started else 0
+    num_history = config["num_history_frames"]
+    length = config["sample_frames"] - num_history
+    varies = config["conditioning"] == "frame"  # Video-Ada and the U-Net have fixed numbers
+    if varies and rng.random() >= FULL_HISTORY:
+        num_history = int(rng.integers(1, num_history + 1))
+    chunks = int(rng.integers(0, arguments.rollout_chunks + 1)) if step >= arguments.rollout_start_step else 0
+    if varies and rng.random() >= FULL_CHUNK:
+        length = int(rng.integers(1, length + 1))
+    return num_history, chunks, length
 
 
 def _draws(seed: int, position: int, batch_size: int, device: torch.device) -> Callable[..., torch.Tensor]:

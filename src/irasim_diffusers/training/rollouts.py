@@ -26,6 +26,7 @@ def predict_chunk(
     *,
     num_inference_steps: int = 1,
     relative_latents: bool = False,
+    **options: torch.Tensor,
 ) -> torch.Tensor:
     """Sample the frames of one chunk with a model in training, without gradients.
 
@@ -38,6 +39,7 @@ def predict_chunk(
         noise: Noise (B, C, n, H, W).
         num_inference_steps: Denoising steps.
         relative_latents: Whether predicted latents are relative to the last history frame, as in the model's config.
+        options: Other arguments of the model, such as `motion_noise`.
 
     Returns:
         Latents (B, C, n, H, W), float32.
@@ -52,7 +54,9 @@ def predict_chunk(
     sample = noise
     for timestep in sampler.timesteps:
         window = torch.cat([history, sample], dim=2)
-        output = transformer(window, timestep.to(history.device).expand(len(history)), actions, return_dict=False)[0]
+        output = transformer(
+            window, timestep.to(history.device).expand(len(history)), actions, return_dict=False, **options
+        )[0]
         sample = sampler.step(output[:, :, history.shape[2] :].float(), timestep, sample, return_dict=False)[0]
     return sample + history[:, :, -1:] if relative_latents else sample
 
