@@ -19,10 +19,10 @@ FULL_HISTORY = 0.7
 Otherwise, the number is drawn uniformly from 1 to the maximum. Video-Ada and the U-Net always use the maximum.
 """
 FULL_CHUNK = 0.7
-"""Probability that a step predicts a chunk of the full length without a draw.
+"""Probability that a step predicts a chunk of the full length.
 
-Otherwise, the number of frames is drawn uniformly from 1 to the full length, as rollouts end with shorter chunks and closed-loop
-control predicts single frames. Video-Ada and the U-Net have a fixed length.
+Otherwise, the number of frames is drawn uniformly from all smaller ones: rollouts may end with a shorter chunk, and environments
+predict single frames. Video-Ada and the U-Net always use the full length.
 """
 TRUE_HISTORY = 0.3
 """Fraction of clips that keep the true history in a rollout step."""
@@ -135,8 +135,8 @@ def _draw_lengths(config: Any, arguments: RunArguments, step: int) -> tuple[int,
     if varies and rng.random() >= FULL_HISTORY:
         num_history = int(rng.integers(1, num_history + 1))
     chunks = int(rng.integers(0, arguments.rollout_chunks + 1)) if step >= arguments.rollout_start_step else 0
-    if varies and rng.random() >= FULL_CHUNK:
-        length = int(rng.integers(1, length + 1))
+    if varies and length > 1 and rng.random() >= FULL_CHUNK:
+        length = int(rng.integers(1, length))
     return num_history, chunks, length
 
 
