@@ -179,11 +179,11 @@ def test_shortened_recording_starts_with_the_frame_before_its_first_action(pipe,
     assert np.abs(first - np.asarray(before)).mean() < np.abs(first - np.asarray(session.first_frame)).mean()
 
 
-def test_frames_do_not_depend_on_the_actions_per_step(pipe, clip):
-    """The embedded model predicts one frame per chunk, so that steps of one and of three actions agree."""
-    one, three = (DrivingSession(pipe, clip[0][:2], Steering(pipe.action_space, start=clip[1][0])) for _ in "12")
-    singly = [one.step([action])[0] for action in clip[1][1:4]]
-    np.testing.assert_array_equal(np.stack(singly), np.stack(three.step(clip[1][1:4])))
+def test_steps_of_whole_chunks_equal_one_step(pipe, clip):
+    """The embedded model predicts two frames per chunk, so that two steps of two actions agree with one of four."""
+    two, four = (DrivingSession(pipe, clip[0][:2], Steering(pipe.action_space, start=clip[1][0])) for _ in "12")
+    parts = [*two.step(clip[1][1:3]), *two.step(clip[1][3:5])]
+    np.testing.assert_array_equal(np.stack(parts), np.stack(four.step(clip[1][1:5])))
 
 
 def test_failed_step_keeps_the_target(session, monkeypatch):

@@ -26,7 +26,7 @@ from irasim_diffusers.data import read_video
 
 FRAMES = read_video(embedded_checkpoint() / "example.mp4")
 ACTIONS = np.loadtxt(embedded_checkpoint() / "example_actions.csv", delimiter=",", skiprows=1, dtype=np.float32)
-WINDOW = 1
+WINDOW = 2
 
 
 def load(**kwargs) -> IRASimPipeline:

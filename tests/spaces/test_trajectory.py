@@ -306,7 +306,7 @@ class TestSettings:
         parts = asyncio.run(windows())
         generator = torch.Generator().manual_seed(3)
         (whole,) = predict_whole(pipeline_of(setting), setting, history, actions, generator)
-        assert [len(part) for part in parts] == [1] * 16
+        assert [len(part) for part in parts] == [2] * 8
         assert np.abs(np.concatenate(parts)[:14].astype(int) - whole[:14]).max() <= 1
         assert whole.shape == (16, 96, 96, 3)
 

@@ -127,7 +127,7 @@ def _predict_history(
 
 
 def _draw_lengths(config: Any, arguments: RunArguments, step: int) -> tuple[int, int, int]:
-    """Draw the numbers of history frames, of chunks without gradient, and of frames with a loss, the same in every process."""
+    """Draw the numbers of history frames, chunks without gradient, and frames with a loss of a step."""
     rng = np.random.default_rng([arguments.seed, 0, step])
     num_history = config["num_history_frames"]
     length = config["sample_frames"] - num_history
