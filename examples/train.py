@@ -43,6 +43,7 @@ from irasim_diffusers.training import (
     save_finished,
     start_accelerator,
     train,
+    update_config,
 )
 
 logger = get_logger(__name__, log_level="INFO")
@@ -351,9 +352,8 @@ def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel:
             raise ValueError(
                 f"`{flag}` is {stored!r} in {name!r} and cannot be changed to {value!r}: omit it{remedy}."
             )
-    changed = {flag: getattr(arguments, flag) for flag in (*WINDOW, "relative_latents", "target_extent")}
-    model.register_to_config(**{flag: value for flag, value in changed.items() if value})
-    return model
+    changed = ((flag, getattr(arguments, flag)) for flag in (*WINDOW, "relative_latents", "target_extent"))
+    return update_config(model, {flag: value for flag, value in changed if value})
 
 
 def build_transformer(
@@ -394,8 +394,7 @@ def build_transformer(
     for entry in ("fps", "action_units"):  # keep the value of the model if the data have none
         if known[entry] is None:
             known.pop(entry)
-    pretrained.register_to_config(**known | given)
-    return pretrained
+    return update_config(pretrained, known | given)
 
 
 def data_settings(

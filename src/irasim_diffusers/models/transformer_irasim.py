@@ -417,7 +417,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         beta_schedule: str = "linear",
     ) -> None:
         super().__init__()
-        _check_config(self.config)
+        check_config(self.config)
 
         dim = num_attention_heads * attention_head_dim
         num_actions = sample_frames - num_history_frames
@@ -899,8 +899,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         return get_1d_rotary_pos_embed(self.config.attention_head_dim, frames, use_real=True)
 
 
-def _check_config(config: Any) -> None:
-    """Check the config of a transformer.
+def check_config(config: Any) -> None:
+    """Check the config of an `IRASimTransformer3DModel`.
 
     Raises:
         ValueError: If an entry is invalid, or entries are inconsistent.

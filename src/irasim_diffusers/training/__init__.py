@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .datasets import check_held_out, check_same_size, load_frames, open_sources
     from .launch import check_output_dir, default_mixed_precision, lock_output, prepare_output, start_accelerator
     from .objective import diffusion_loss
-    from .pretrained import is_pipeline, load_autoencoder, load_transformer, load_vae
+    from .pretrained import is_pipeline, load_autoencoder, load_transformer, load_vae, update_config
     from .run import TrainingData, encode_data, train
     from .saving import finished_pipeline, load_sampler
     from .scripts import Interruption, check_launch, check_ranges, exit_without_extra, run_script, stop_training
@@ -63,6 +63,7 @@ _MODULES = {
     "step_of": "checkpoints",
     "stop_training": "scripts",
     "train": "run",
+    "update_config": "pretrained",
 }
 
 
@@ -115,4 +116,5 @@ __all__ = [
     "step_of",
     "stop_training",
     "train",
+    "update_config",
 ]

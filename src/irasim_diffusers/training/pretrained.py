@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..conversion import scaled_latents
 from ..hub import missing_reason
 from ..latents import AUTOENCODER, Autoencoder, load_any_autoencoder
 from ..models import IRASimTransformer3DModel
+from ..models.transformer_irasim import check_config
 from ..pipelines import IRASimPipeline
 from .arguments import RunArguments
 
@@ -150,3 +152,14 @@ def load_transformer(arguments: RunArguments) -> IRASimTransformer3DModel:
             "`pretrained_model_name_or_path` must be the folder or Hub id of a pipeline or an IRASimTransformer3DModel, got "
             f"{name!r}: {reason}"
         ) from error
+
+
+def update_config(model: IRASimTransformer3DModel, entries: Mapping[str, Any]) -> IRASimTransformer3DModel:
+    """Change config entries of a model that do not affect its weights, and return the model.
+
+    Raises:
+        ValueError: If the new config is invalid.
+    """
+    model.register_to_config(**entries)
+    check_config(model.config)
+    return model
