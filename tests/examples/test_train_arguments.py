@@ -404,7 +404,7 @@ def test_zero_does_not_count_as_an_omitted_argument(workspace):
         train.load_pretrained(TrainingArguments(**flags, action_frequencies=0))
     with pytest.raises(ValueError, match="cannot be changed to 3: omit it, or change it with `irasim adapt`"):
         train.load_pretrained(TrainingArguments(**flags, action_frequencies=3))
-    with pytest.raises(ValueError, match="`num_history_frames` must be less than `sample_frames` = 1, .*, got 2"):
+    with pytest.raises(ValueError, match=r"`num_history_frames` must be less than `sample_frames` = 1, .*, got 2"):
         train.load_pretrained(TrainingArguments(**flags, sample_frames=1))
     assert train.load_pretrained(TrainingArguments(**flags)).config.action_frequencies == 2
 
