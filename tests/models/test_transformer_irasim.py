@@ -8,7 +8,7 @@ from tiny_models import ARCHITECTURES, TINY, tiny_transformer
 
 from irasim_diffusers import PRESETS, IRASimTransformer3DModel
 from irasim_diffusers.models import noise_process
-from irasim_diffusers.models.transformer_irasim import short_attention
+from irasim_diffusers.models.transformer_irasim import rotate_halves, short_attention
 
 
 @pytest.fixture
@@ -287,12 +287,15 @@ def test_rotary_attention_depends_only_on_position_differences():
 
     def score(first, second):
         rotated = [
-            apply_rotary_emb(
-                value[None, None, None], (cos[place][None], sin[place][None]), use_real_unbind_dim=-2, sequence_dim=1
-            ).flatten()
+            rotate_halves(value[None, None, None], (cos[place][None], sin[place][None])).flatten()
             for value, place in ((query, first), (key, second))
         ]
         return rotated[0] @ rotated[1]
+
+    rows = torch.randn(2, 20, 3, 12)
+    expected = apply_rotary_emb(rows, (cos, sin), use_real_unbind_dim=-2, sequence_dim=1)
+    torch.testing.assert_close(rotate_halves(rows, (cos, sin)), expected)
+    assert rotate_halves(rows.bfloat16(), (cos, sin)).dtype == torch.bfloat16
 
     torch.testing.assert_close(score(0, 7), score(6, 13))  # one row down and two columns to the right
     torch.testing.assert_close(score(3, 10), score(4, 11))

