@@ -153,6 +153,7 @@ def test_one_timestep_for_the_batch(transformer, inputs, shape):
         ({"action_low": [0.0, 2.0, None], "action_high": 1.0}, "`action_low` must be at most .* 2.0 and 1.0 .* 1"),
         ({"prediction_type": "noise"}, "`prediction_type` must be one of epsilon, .* got 'noise'"),
         ({"beta_schedule": "cosine"}, "`beta_schedule` must be one of linear, .* got 'cosine'"),
+        ({"ff_conv": "yes"}, "`ff_conv` must be one of False, True, got 'yes'"),
         (
             {"num_attention_heads": "2"},
             "`num_attention_heads` must be an integer of at least 1 and at most 256, got '2'",

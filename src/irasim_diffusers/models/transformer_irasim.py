@@ -86,7 +86,8 @@ INTEGERS = ("action_frequencies", "moving_layers")
 MAX_WINDOW = 1 << 28
 """Maximum number of values of a window: channels x frames x height x width."""
 
-CHOICES: dict[str, tuple[str | None, ...]] = {
+SWITCH = (False, True)
+CHOICES: dict[str, tuple[str | bool | None, ...]] = {
     "conditioning": ("frame", "video"),
     "norm_type": ("ada_norm_zero", "ada_norm_single"),
     "temporal_position": ("sincos", "rope"),
@@ -95,6 +96,11 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "action_activation": ("gelu_tanh", None),
     "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "final_frame_ada": SWITCH,
+    "ff_conv": SWITCH,
+    "use_fps": SWITCH,
+    "relative_latents": SWITCH,
+    "scale_noisy_latents": SWITCH,
 }
 """Valid values of config entries."""
 
