@@ -203,6 +203,10 @@ def test_model_with_moving_layers(inputs):
     for wrong in (None, torch.randn(3, 5, 3)):  # without actions, and without history
         with pytest.raises(ValueError, match="`hidden_states` must have history frames and predicted frames"):
             model(latents, timestep, wrong)
+    with pytest.raises(
+        ValueError, match=r"`motion_noise` must be \(batch, `moving_layers`, 3\) = \(3, 2, 3\), got \(2, 3\)"
+    ):
+        model(*inputs, motion_noise=torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("number", [1, 8])

@@ -96,7 +96,7 @@ class MovingLayers(nn.Module):
         masks = self.segment(frame, frame_tokens, grid)  # (B, L, H, W)
         motions = self._pool(masks, self.motions(tokens).float())  # (B, n, L, 3)
         if motion_noise is not None:
-            motions = motions + motion_noise.unsqueeze(1)
+            motions = motions + motion_noise.to(motions).unsqueeze(1)
         order = masks.mean((2, 3)).argsort(dim=1, descending=True)  # from back to front
         masks = masks.gather(1, order[:, :, None, None].expand_as(masks))
         motions = motions.gather(2, order[:, None, :, None].expand_as(motions))

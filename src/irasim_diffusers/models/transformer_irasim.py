@@ -663,7 +663,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             The prediction (B, C, F, H, W), whose values at history frames are undefined, and the components if requested.
 
         Raises:
-            ValueError: If the shape of latents or actions is wrong, `fps` is missing, a model with `moving_layers` has no history
+            ValueError: If the shape of latents, actions or noise is wrong, `fps` is missing, a model with `moving_layers` has no history
                 or no predicted frame, `return_components` or `motion_noise` is given for another model, or context parallelism is not supported.
         """
         batch_size, _, num_frames, height, width = hidden_states.shape
@@ -674,6 +674,11 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         last_frame = self._last_history_frame(hidden_states, num_history_frames)
         if last_frame is None and (return_components or motion_noise is not None):
             raise ValueError("`return_components` and `motion_noise` require a model with `moving_layers`.")
+        wanted = (batch_size, self.config.moving_layers, 3)
+        if motion_noise is not None and motion_noise.shape != wanted:
+            raise ValueError(
+                f"`motion_noise` must be (batch, `moving_layers`, 3) = {wanted}, got {tuple(motion_noise.shape)}."
+            )
         timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
         timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
         if self.config.scale_noisy_latents:
