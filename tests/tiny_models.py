@@ -95,9 +95,9 @@ def tiny_pipeline(num_inference_steps=50, **changes) -> IRASimPipeline:
 
 
 def without_moving_layers(pipeline: IRASimPipeline) -> IRASimPipeline:
-    """Replace the transformer of a pipeline by one that only draws, with the same weights."""
+    """Replace the transformer of a pipeline by one without moving layers, with the same other weights."""
     weights = pipeline.transformer.state_dict()
-    drawing = IRASimTransformer3DModel.from_config(pipeline.transformer.config, moving_layers=0)
-    drawing.load_state_dict({name: weights[name] for name in drawing.state_dict()})
-    pipeline.register_modules(transformer=drawing.eval())
+    transformer = IRASimTransformer3DModel.from_config(pipeline.transformer.config, moving_layers=0)
+    transformer.load_state_dict({name: weights[name] for name in transformer.state_dict()})
+    pipeline.register_modules(transformer=transformer.eval())
     return pipeline

@@ -116,7 +116,7 @@ def main() -> None:
 
     def train() -> int:
         latents = batch["latents"]
-        loss = diffusion_loss(
+        losses = diffusion_loss(
             model,
             process,
             latents,
@@ -124,7 +124,7 @@ def main() -> None:
             timesteps=torch.randint(1000, (len(latents),)),
             noise=torch.randn_like(latents[:, :, history:]),
         )
-        loss.backward()
+        losses["loss"].backward()
         model.zero_grad()
         return len(latents)
 

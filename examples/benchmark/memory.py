@@ -59,7 +59,7 @@ def loss_of(model: IRASimTransformer3DModel, batch_size: int, dtype: torch.dtype
         actions,
         timesteps=torch.zeros(batch_size, dtype=torch.long, device=device),
         noise=latents[:, :, 1:],
-    )
+    )["loss"]
 
 
 def kept_bytes(model: IRASimTransformer3DModel, batch_size: int) -> int:

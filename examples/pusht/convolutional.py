@@ -139,6 +139,7 @@ class ConvolutionalModel(ModelMixin, ConfigMixin, CacheMixin):
         """
         patch, num_history = self.config.patch_size, hidden_states.shape[2] - 1
         history = hidden_states[:, :, [max(num_history - 2, 0), num_history - 1]]  # a single frame is repeated
+        history = history.clamp(-1, 1)  # otherwise, errors of predicted frames can grow without limit in rollouts
         features = self.patch(functional.pixel_unshuffle(history.transpose(1, 2).flatten(0, 1), patch))
         features = self.stem(features).unflatten(0, (-1, 2)).flatten(1, 2)  # (B, 2 channels, h, w)
         waves = self._action_map(actions[:, 0], *features.shape[-2:]).to(features.dtype)

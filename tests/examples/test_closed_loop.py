@@ -200,13 +200,16 @@ def test_missing_states_raise_before_any_work(script, tmp_path, monkeypatch):
 
 
 def test_benchmark_of_environments(tmp_path, monkeypatch):
-    flags = ["--num_envs", 1, 2, "--num_steps", 1, "--memory_steps", 5, "--output", tmp_path / "report.json"]
+    flags = ["--num_envs", 1, 2, "--num_steps", 1, "--memory_steps", 5, "--num_candidates", 2, "--horizon", 1]
+    flags += ["--dtype", "bfloat16", "--output", tmp_path / "report.json"]
     monkeypatch.setattr("sys.argv", ["closed_loop.py", *map(str, flags)])
     closed_loop.main()
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["rows"] for row in report["speed"]] == [1, 2]
     assert all(row["per_cpu_second"] > 0 for row in report["speed"])
     assert [reading["step"] for reading in report["memory"]] == [1, 2, 3, 4, 5]
+    assert report["decision"].pop("seconds") > 0
+    assert report["decision"] == {"candidates": 2, "horizon": 1, "dtype": "bfloat16"}
 
 
 def improve(monkeypatch, output, *flags):

@@ -46,7 +46,8 @@ def test_every_weight_is_trained(model, inputs):
     """The batch contains clips with and without actions, so that the null action is also trained."""
     mask = torch.tensor([[True] * 3, [False] * 3, [True] * 3])
     output = model(*inputs, action_mask=mask, return_components=model.config.moving_layers > 0)
-    (output.sample if output.components is None else output.components).square().mean().backward()
+    predictions = [output.sample] if output.moved is None else [output.moved, output.generated]
+    sum(prediction.square().mean() for prediction in predictions).backward()
     untrained = [name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()]
     assert untrained == []
 

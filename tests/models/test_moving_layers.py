@@ -1,5 +1,6 @@
 """The output layer that moves parts of the last history frame."""
 
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,7 @@ from irasim_diffusers.conversion import (
     change_autoencoder,
     change_patch_size,
 )
-from irasim_diffusers.models.moving_layers import GAIN, RADIANS, MovingLayers
+from irasim_diffusers.models.moving_layers import GAIN, RADIANS, MovingLayers, _centers
 
 EMPTY, FULL = -80 / GAIN, 80 / GAIN  # mask logits
 GRID = (4, 5)
@@ -94,9 +95,9 @@ def test_a_layer_turns_about_its_center(layers, frame):
 def test_motions_are_averaged_over_the_patches_of_the_layer(layers, frame):
     layers.motions.weight.data[0, :] = 9.0  # x of the first layer
     layers.motions.weight.data[0, [6, 7]] = torch.tensor([2.0, 0.0])
-    drawing = frame[:, :, None].expand(-1, -1, 2, -1, -1)
+    generated = frame[:, :, None].expand(-1, -1, 2, -1, -1)
     tokens = torch.stack([TOKENS, 2 * TOKENS], dim=1)  # two predicted frames
-    frames = layers(frame, TOKENS, tokens, GRID, drawing)[1]
+    frames = layers(frame, TOKENS, tokens, GRID, generated)[1]
     for index, shift in enumerate((1.0, 2.0)):
         layers.motions.weight.data.zero_()
         expected = predict(layers, frame, (shift, 0.0, 0.0), STAY)
@@ -116,29 +117,30 @@ def set_patches(layers, index, patches):
     logits[:, patches] = FULL
 
 
-def test_visible_layers_are_not_drawn(layers, frame):
+def test_visible_layers_are_not_generated(layers, frame):
     predicted, moved = layers(frame, TOKENS, TOKENS[:, None], GRID, torch.rand(1, 1, 1, 16, 20))
     assert torch.equal(predicted, moved)
 
 
-def test_layers_at_the_edge_are_drawn(layers, frame):
+def test_layers_at_the_edge_are_generated(layers, frame):
     set_patches(layers, 0, [0])  # the upper left corner
-    layers.motions.bias.data[1] = 1.0  # one patch down
-    drawing = torch.rand(1, 1, 1, 16, 20)
-    predicted, moved = layers(frame, TOKENS, TOKENS[:, None], GRID, drawing)
-    assert torch.equal(predicted[..., :12, :8], drawing[..., :12, :8])  # one patch around both positions
-    assert torch.equal(predicted[..., 12:, :], moved[..., 12:, :])
-    assert torch.equal(predicted[..., 8:], moved[..., 8:])
+    layers.motions.bias.data[0] = 4.0  # four patches to the right
+    generated = torch.rand(1, 1, 1, 16, 20)
+    predicted, moved = layers(frame, TOKENS, TOKENS[:, None], GRID, generated)
+    for columns in (slice(8), slice(12, 20)):  # one patch around both positions
+        assert torch.equal(predicted[..., :8, columns], generated[..., :8, columns])
+    assert torch.equal(predicted[..., 8:, :], moved[..., 8:, :])
+    assert torch.equal(predicted[..., 8:12], moved[..., 8:12])
 
 
-def test_everything_is_drawn_if_a_layer_is_not_visible(layers, frame):
+def test_everything_is_generated_if_a_layer_is_not_visible(layers, frame):
     set_patches(layers, 1, [])
-    drawing = torch.rand(1, 1, 1, 16, 20)
-    assert torch.equal(layers(frame, TOKENS, TOKENS[:, None], GRID, drawing)[0], drawing)
+    generated = torch.rand(1, 1, 1, 16, 20)
+    assert torch.equal(layers(frame, TOKENS, TOKENS[:, None], GRID, generated)[0], generated)
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "drawn"),
+    ("rows", "columns", "generated"),
     [
         (slice(0, 20), slice(10, 21), True),  # 11 pixels on the edge, half the square root of the area is 7
         (slice(0, 20), slice(10, 15), False),  # 5 pixels, half the square root is 5
@@ -148,22 +150,28 @@ def test_everything_is_drawn_if_a_layer_is_not_visible(layers, frame):
         (slice(30, 31), slice(30, 33), True),  # 3 pixels
     ],
 )
-def test_layers_that_are_cut_off(rows, columns, drawn):
+def test_layers_that_are_cut_off(rows, columns, generated):
     layers = MovingLayers(dim=6, in_channels=1, patch_size=8, num_layers=1)
     masks = torch.zeros(2, 1, 64, 64)
     masks[0, 0, rows, columns] = 1
     masks[1, 0, 20:40, 20:40] = 1  # visible
     moved = masks.unsqueeze(2).expand(-1, -1, 3, -1, -1)  # three predicted frames
-    area = layers._drawn_area(masks, [moved])
+    area = layers._generated_area(masks, [moved])
     assert area.shape == (2, 1, 3, 64, 64)
-    assert area[0].flatten(2).any(2).tolist() == [[drawn] * 3]
+    assert area[0].flatten(2).any(2).tolist() == [[generated] * 3]
     assert not area[1].any()
 
 
-def test_the_moved_layers_are_trained_without_the_drawing(layers, frame):
-    drawing = torch.rand(1, 1, 1, 16, 20, requires_grad=True)
-    layers(frame, TOKENS, TOKENS[:, None], GRID, drawing)[1].square().sum().backward()
-    assert drawing.grad is None
+def test_motions_have_no_gradient_to_masks(layers):
+    masks = torch.rand(1, 2, 16, 20, requires_grad=True)
+    assert not _centers(masks).requires_grad
+    assert not layers._pool(masks, torch.rand(1, 1, 20, 8)).requires_grad
+
+
+def test_the_moved_layers_are_trained_without_the_generated_frame(layers, frame):
+    generated = torch.rand(1, 1, 1, 16, 20, requires_grad=True)
+    layers(frame, TOKENS, TOKENS[:, None], GRID, generated)[1].square().sum().backward()
+    assert generated.grad is None
     assert all(parameter.grad.any() for parameter in layers.parameters())
 
 
@@ -186,9 +194,9 @@ def test_model_with_moving_layers(inputs):
     masks = []
     model.layers_out.masks.register_forward_hook(lambda module, arguments, output: masks.append(output))
     output = model(*inputs, return_components=True)
-    sample, components = output.sample, output.components
+    sample = output.sample
     assert sample.shape == latents.shape
-    assert components.shape == (3, 2, 4, 3, 4, 6)
+    assert output.moved.shape == output.generated.shape == (3, 4, 3, 4, 6)
     assert torch.equal(sample, model(*inputs, return_dict=False)[0])
     assert not sample[:, :, :2].any()
     for options in ({"return_components": True}, {"motion_noise": torch.zeros(3, 2, 3)}):
@@ -217,14 +225,15 @@ def test_new_layers_are_almost_empty(number):
     masks = layers.segment(torch.rand(2, 3, 64, 64), torch.randn(2, 64, 384), (8, 8))
     assert masks.sum(1).mean() < 0.25
     assert (masks > 0.5).float().mean() < 0.05
+    assert all((first - second).abs().max() > 0.1 for first, second in itertools.combinations(masks.unbind(1), 2))
 
 
 def test_autocast_changes_little(inputs):
     model = tiny_transformer(**ARCHITECTURES["Moving layers"])
     expected = model(*inputs).sample
     with torch.autocast("cpu", torch.bfloat16):
-        sample, components = model(*inputs, return_components=True, return_dict=False)
-        components.square().mean().backward()
+        sample, moved, generated = model(*inputs, return_components=True, return_dict=False)
+        (moved + generated).square().mean().backward()
     assert (sample - expected).abs().mean() < 0.05 * expected.abs().mean()
     assert all(parameter.grad.isfinite().all() for parameter in model.layers_out.parameters())
 
@@ -236,11 +245,6 @@ def test_caches_that_skip_blocks_are_rejected():
         with pytest.raises(ValueError, match=f"`{type(cache).__name__}` does not support models with `moving_layers`"):
             pipeline(torch.rand(3, 8, 12), torch.zeros(3, 3))
         pipeline.transformer.disable_cache()
-
-
-def test_new_model_almost_predicts_the_last_history_frame(inputs):
-    model = IRASimTransformer3DModel(**model_config())
-    assert model(*inputs).sample.abs().max() < 0.25 * inputs[0].abs().max()
 
 
 def model_config():
@@ -271,12 +275,9 @@ def test_moving_layers_can_be_added_to_a_model(inputs):
     assert moving.config.moving_layers == 3
     for name, value in model.state_dict().items():
         assert torch.equal(moving.state_dict()[name], value), name
-    drawing = moving(*inputs, return_components=True).components[:, 1]
-    torch.testing.assert_close(drawing, model(*inputs).sample[:, :, 2:])
-    torch.nn.init.zeros_(moving.layers_out.masks.weight)
-    torch.nn.init.zeros_(moving.layers_out.masks.bias)
-    moving.layers_out.masks.bias.data.unflatten(0, (3, -1))[:, :4] = EMPTY
-    torch.testing.assert_close(moving(*inputs).sample[:, :, 2:], drawing)
+    expected = model(*inputs).sample[:, :, 2:]
+    torch.testing.assert_close(moving(*inputs, return_components=True).generated, expected)
+    torch.testing.assert_close(moving(*inputs).sample[:, :, 2:], expected)  # new layers are almost empty
     for number in (0, 65):
         with pytest.raises(ValueError, match=f"got {number}"):
             add_moving_layers(model, number)

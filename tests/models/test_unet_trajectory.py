@@ -135,7 +135,7 @@ def test_actions_matter_after_one_training_step(inputs):
     loss = diffusion_loss(
         unet, noise_process(unet.config), hidden_states, actions, timesteps=timestep, noise=torch.randn(3, 4, 3, 4, 6)
     )
-    loss.backward()
+    loss["loss"].backward()
     optimizer.step()
     difference = unet(*inputs).sample - unet(hidden_states, timestep, actions + 1).sample
     assert (difference.abs().amax(dim=(1, 3, 4)) > 0).all()

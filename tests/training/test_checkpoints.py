@@ -218,10 +218,11 @@ def test_missing_settings_of_earlier_versions_had_their_default_values(tmp_path)
 def test_gradient_norms_may_be_floats(tmp_path, loss, norm, name):
     """DeepSpeed returns the norm as a float. A non-finite loss is named before the gradient norm."""
     run = TrainingRun.__new__(TrainingRun)
-    run.accelerator, run.output, run.step, run.total = Accelerator(cpu=True), tmp_path, 3, torch.tensor(loss)
+    run.accelerator, run.output, run.step = Accelerator(cpu=True), tmp_path, 3
+    run.losses = {"loss": torch.tensor(loss)}
     with pytest.raises(FloatingPointError, match=f"^the {name} is (nan|inf) at step 4; there is no checkpoint"):
         run._check_finite(norm)
-    run.total = torch.tensor(1.0)
+    run.losses = {"loss": torch.tensor(1.0)}
     for finite in (2.0, torch.tensor(2.0), None):
         run._check_finite(finite)
 

@@ -34,24 +34,28 @@ def test_loss_is_error_of_predicted_frames(batch, prediction_type):
         "sample": future,
     }[prediction_type]
     output = model(window, batch["timesteps"], batch["actions"]).sample
-    loss = diffusion_loss(model, process, **batch)
+    loss = diffusion_loss(model, process, **batch)["loss"]
     torch.testing.assert_close(loss, (output[:, :, 2:] - target).square().mean())
 
 
 def test_huber_loss(batch):
     model = tiny_transformer(prediction_type="sample")
     process = noise_process(model.config)
-    squared = diffusion_loss(model, process, **batch)
+    squared = diffusion_loss(model, process, **batch)["loss"]
     # squared error for a large `huber_c`, 2 * huber_c * |error| for a small one
-    torch.testing.assert_close(diffusion_loss(model, process, **batch, huber_c=100.0), squared, rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        diffusion_loss(model, process, **batch, huber_c=100.0)["loss"], squared, rtol=1e-3, atol=0
+    )
     noisy = process.add_noise(batch["latents"][:, :, 2:], batch["noise"], batch["timesteps"])
     output = model(torch.cat([batch["latents"][:, :, :2], noisy], dim=2), batch["timesteps"], batch["actions"]).sample
     error = (output[:, :, 2:] - batch["latents"][:, :, 2:]).abs().mean()
-    torch.testing.assert_close(diffusion_loss(model, process, **batch, huber_c=1e-4), 2e-4 * error, rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        diffusion_loss(model, process, **batch, huber_c=1e-4)["loss"], 2e-4 * error, rtol=1e-2, atol=0
+    )
 
 
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
-def test_moving_layers_and_drawing_have_separate_errors(batch, snr_gamma):
+def test_moving_layers_and_generated_frames_have_separate_errors(batch, snr_gamma):
     model = tiny_transformer(**ARCHITECTURES["Moving layers"])
     process = noise_process(model.config)
     latents, options = batch["latents"], {"moving_layers": True, "relative_latents": True, "snr_gamma": snr_gamma}
@@ -59,14 +63,15 @@ def test_moving_layers_and_drawing_have_separate_errors(batch, snr_gamma):
     noisy = process.add_noise(change, batch["noise"], batch["timesteps"])
     window = torch.cat([latents[:, :, :2], noisy], dim=2)
     output = model(window, batch["timesteps"], batch["actions"], return_components=True)
-    errors = (output.components - change.unsqueeze(1)).square().mean(dim=(1, 2, 3, 4, 5))
+    errors = (torch.stack([output.moved, output.generated]) - change).square().mean(dim=(0, 2, 3, 4, 5))
     if snr_gamma is not None:
         errors = errors * min_snr_weights(process, batch["timesteps"], snr_gamma)
-    loss = diffusion_loss(model, process, **batch, **options)
-    torch.testing.assert_close(loss, errors.mean())
+    losses = diffusion_loss(model, process, **batch, **options)
+    torch.testing.assert_close(losses["loss"], errors.mean())
+    torch.testing.assert_close(losses["loss_moved"] + losses["loss_generated"], 2 * losses["loss"])
     readout = StateReadout(model, num_components=7)
     states = {"states": torch.randn(2, 5, 7), "state_loss_weight": 0.0}
-    torch.testing.assert_close(diffusion_loss(readout, process, **batch, **options, **states), loss)
+    torch.testing.assert_close(diffusion_loss(readout, process, **batch, **options, **states)["loss"], losses["loss"])
 
 
 def test_relative_latents_are_changes_from_last_history_frame(batch):
@@ -74,9 +79,9 @@ def test_relative_latents_are_changes_from_last_history_frame(batch):
     process = noise_process(model.config)
     changes = batch["latents"].clone()
     changes[:, :, 2:] -= changes[:, :, 1:2]
-    expected = diffusion_loss(model, process, **batch | {"latents": changes})
-    assert diffusion_loss(model, process, **batch, relative_latents=True) == expected
-    assert diffusion_loss(model, process, **batch) != expected
+    expected = diffusion_loss(model, process, **batch | {"latents": changes})["loss"]
+    assert diffusion_loss(model, process, **batch, relative_latents=True)["loss"] == expected
+    assert diffusion_loss(model, process, **batch)["loss"] != expected
 
 
 def test_flow_matching_loss(batch):
@@ -86,7 +91,7 @@ def test_flow_matching_loss(batch):
     future, noise = batch["latents"][:, :, 2:], batch["noise"]
     window = torch.cat([batch["latents"][:, :, :2], (1 - share) * future + share * noise], dim=2)
     output = model(window, batch["timesteps"], batch["actions"]).sample
-    loss = diffusion_loss(model, process, **batch)
+    loss = diffusion_loss(model, process, **batch)["loss"]
     torch.testing.assert_close(loss, (output[:, :, 2:] - (noise - future)).square().mean())
 
 
@@ -94,14 +99,16 @@ def test_flow_matching_loss(batch):
 def test_state_readout_adds_loss_and_keeps_prediction(batch, make_model):
     model = make_model()
     process = noise_process(model.config)
-    plain = diffusion_loss(model, process, **batch)
+    plain = diffusion_loss(model, process, **batch)["loss"]
     readout = StateReadout(model, num_components=7)
     states = torch.randn(2, 5, 7)
     prediction, read = readout(batch["latents"], batch["timesteps"], batch["actions"])
     assert read.shape == states.shape
     torch.testing.assert_close(prediction, model(batch["latents"], batch["timesteps"], batch["actions"]).sample)
-    torch.testing.assert_close(diffusion_loss(readout, process, **batch, states=states, state_loss_weight=0.0), plain)
-    assert diffusion_loss(readout, process, **batch, states=states) > plain
+    torch.testing.assert_close(
+        diffusion_loss(readout, process, **batch, states=states, state_loss_weight=0.0)["loss"], plain
+    )
+    assert diffusion_loss(readout, process, **batch, states=states)["loss"] > plain
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -137,10 +144,13 @@ def test_min_snr_weighting(batch, prediction_type):
     share = process.alphas_cumprod[batch["timesteps"]]
     snr = share / (1 - share)
     plain = torch.stack(
-        [diffusion_loss(model, process, **{name: value[k : k + 1] for name, value in batch.items()}) for k in range(2)]
+        [
+            diffusion_loss(model, process, **{name: value[k : k + 1] for name, value in batch.items()})["loss"]
+            for k in range(2)
+        ]
     )
     to_clean_error = {"epsilon": 1 / snr, "v_prediction": 1 - share, "sample": torch.ones(2)}[prediction_type]
-    weighted = diffusion_loss(model, process, **batch, snr_gamma=5.0)
+    weighted = diffusion_loss(model, process, **batch, snr_gamma=5.0)["loss"]
     torch.testing.assert_close(weighted, (plain * to_clean_error * snr.clamp_max(5.0)).mean())
 
 

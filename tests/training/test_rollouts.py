@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_models import tiny_transformer
+from tiny_models import ARCHITECTURES, tiny_transformer
 from train import TrainingArguments
 
 from irasim_diffusers.models import noise_process
@@ -93,6 +93,7 @@ def test_training_on_own_rollouts(length):
         output_dir="out",
         rollout_chunks=3,
         rollout_start_step=1,
+        short_chunk_share=0.3,
         terminal_share=1.0,
         action_dropout=0.0,
     )
@@ -107,7 +108,7 @@ def test_training_on_own_rollouts(length):
         model = TrueFrames()
         model.error = 0.0
         clip = {"latents": latents, "actions": actions}
-        loss = training_loss(model, process, clip, config, settings, step=step, position=0)
+        loss = training_loss(model, process, clip, config, settings, step=step, position=0)["loss"]
         assert loss < 1e-8  # each frame is paired with the matching history
         assert step or len(model.histories) == 1  # rollouts start at step 1
         for history, action in model.histories:
@@ -154,27 +155,29 @@ def test_rollouts_are_predicted_in_the_crop_of_the_loss():
 
 def test_motion_noise():
     """Rollouts are predicted with noise that differs between clips and chunks; the chunk with the loss has none."""
-    config = {"num_history_frames": 2, "sample_frames": 3, "conditioning": "frame", "relative_latents": True}
-    config |= {"moving_layers": 2}
-    process = noise_process(tiny_transformer(prediction_type="sample").config)
+    model = tiny_transformer(**ARCHITECTURES["Moving layers"])
+    process = noise_process(model.config)
     settings = TrainingArguments(dataset=["set"], output_dir="out", rollout_chunks=3, motion_noise=0.1)
-    clip = {"latents": torch.zeros(50, 3, 6, 2, 2), "actions": torch.zeros(50, 5, 1)}
+    torch.manual_seed(0)
+    clip = {"latents": torch.randn(50, 4, 14, 4, 6), "actions": torch.randn(50, 13, 3)}
     noises = []
 
-    def model(hidden_states, timesteps, actions, motion_noise=None, return_components=False, **kwargs):
-        assert return_components == (motion_noise is None)
-        if motion_noise is not None:
-            noises.append(motion_noise)
-        return torch.zeros_like(hidden_states), torch.zeros(50, 2, 3, 1, 2, 2)
+    def record(module, arguments, keywords):
+        noise = keywords.get("motion_noise")
+        assert keywords.get("return_components", False) == (noise is None)
+        if noise is not None:
+            noises.append(noise)
 
-    for step in range(4):
-        training_loss(model, process, clip, config, settings, step=step, position=50 * step)
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    with torch.no_grad():
+        for step in range(4):
+            training_loss(model, process, clip, model.config, settings, step=step, position=50 * step)
     assert len(noises) > 1
     noise = torch.stack(noises)
     assert noise.shape[1:] == (50, 2, 3)
     assert noise.unique().numel() == noise.numel()
     assert noise.std() == pytest.approx(0.1, rel=0.15)
-    check_motion_noise(0.1, config)
+    check_motion_noise(0.1, model.config)
     check_motion_noise(0, {})
     with pytest.raises(ValueError, match=r"`motion_noise` must be 0 for a model without moving layers, got 0.1"):
         check_motion_noise(0.1, {})
@@ -191,7 +194,7 @@ def test_all_weights_have_gradients_after_bfloat16_rollout():
     for step in range(8):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            training_loss(model, process, clip, dict(model.config), settings, step=step, position=0).backward()
+            training_loss(model, process, clip, dict(model.config), settings, step=step, position=0)["loss"].backward()
         missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
         assert not missing
 

@@ -78,8 +78,8 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--moving-layers",
         type=int,
-        help="number of rigidly moving layers of the last history frame; only for Frame-Ada models with prediction_type sample "
-        "and relative_latents",
+        help="number of rigidly moving layers of the last history frame, at most one per object that is always visible; only for "
+        "Frame-Ada models with prediction_type sample and relative_latents",
     )
     add_dataset_flags(parser, "train", "height", "width", required=False)
 

@@ -9,6 +9,7 @@ import torch
 
 from ..latents import Autoencoder, encode_images, scale_latents
 from ..models import IRASimTransformer3DModel
+from ..models.transformer_irasim import supports_moving_layers
 
 ACTION_ENTRIES = {
     "action_scale": 1.0,
@@ -29,8 +30,7 @@ def can_adapt(config: Mapping[str, Any], flag: str, value: Any) -> bool:
     if flag == "prediction_type":
         return (config[flag], value) == ("v_prediction", "sample")
     if flag == "moving_layers":
-        kind = (config["conditioning"], config["prediction_type"], config["relative_latents"])
-        return config[flag] == 0 and kind == ("frame", "sample", True)
+        return config[flag] == 0 and supports_moving_layers(config)
     has_grid = (config["conditioning"], config["spatial_position"], config["moving_layers"]) == ("frame", "grid", 0)
     return has_grid and (flag == "patch_size" or (flag == "action_frequencies" and value > config[flag]))
 
@@ -127,14 +127,15 @@ def predict_samples(model: IRASimTransformer3DModel) -> IRASimTransformer3DModel
 def add_moving_layers(model: IRASimTransformer3DModel, num_layers: int) -> IRASimTransformer3DModel:
     """Add moving layers to a trained model; see `MovingLayers`.
 
-    The prediction of the trained model becomes the drawing. The new layers do not move: the model must be trained.
+    The new layers are almost empty and do not move, so that predictions normally do not change until the model is trained. The
+    prediction of the trained model becomes the generated frame.
 
     Args:
         model: The trained model without moving layers, Frame-Ada with `prediction_type="sample"` and `relative_latents`.
-        num_layers: Number of moving layers, for example one per moving object.
+        num_layers: Number of moving layers, at most one for each object that is visible in all frames.
 
     Returns:
-        A new model. The input model is not modified.
+        A new model in the dtype of the input model, which is not modified.
 
     Raises:
         ValueError: If the model has moving layers or is of another kind, or the number is invalid.
@@ -143,7 +144,7 @@ def add_moving_layers(model: IRASimTransformer3DModel, num_layers: int) -> IRASi
         raise ValueError(f"`num_layers` must be at least 1, got {num_layers}.")
     if model.config["moving_layers"]:
         raise ValueError(f"`model` must have no moving layers, got {model.config['moving_layers']}.")
-    new = IRASimTransformer3DModel.from_config(model.config, moving_layers=num_layers)
+    new = IRASimTransformer3DModel.from_config(model.config, moving_layers=num_layers).to(model.dtype)
     new.load_state_dict(new.state_dict() | model.state_dict())
     return new
 

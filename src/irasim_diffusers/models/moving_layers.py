@@ -9,7 +9,7 @@ from torch.nn import functional as F
 GAIN = 16.0
 """Factor of the mask logits, so that masks become almost binary within a few hundred training steps."""
 INITIAL_LOGIT = -2.3
-"""Initial logit of the mask of a single layer: a new model leaves almost every pixel where it is."""
+"""Initial logit of the mask of a single layer, so that layers are almost empty at first."""
 INITIAL_DEVIATION = 1.0
 """Initial standard deviation of the mask logits."""
 GRID = 2
@@ -20,30 +20,33 @@ CUT_LENGTH = 0.5
 """Number of edge pixels, relative to the square root of its area, above which the edge cuts off a layer."""
 VISIBLE_AREA = 4
 """Minimum area of a visible layer, in pixels."""
+# These values were chosen for 96x96 pixels and not tuned, except for `CUT_LENGTH` (examples/pusht/EXPERIMENTS.md).
 
 
 class MovingLayers(nn.Module):
     """Divides the last history frame into layers, and moves each layer rigidly for every predicted frame.
 
-    A network that draws frames from tokens redraws moved objects, so that they lose their shape in long rollouts. Here, moved
-    objects consist of pixels of the last history frame, as in the spatial transformer predictors of Finn et al.
-    (https://arxiv.org/abs/1605.07157, section 3). The background is static. Each layer covers the background and the layers
-    behind it; it is rotated about its center and translated. The smallest layer is in front: a larger one would hide it, and
-    what is hidden in one frame is lost for the next one. Where a layer has covered the background, including a border of one
-    pixel, the background is filled at a low resolution. Where a layer has covered another one, that one is filled with the mean
-    color of its visible pixels nearby.
+    A network that generates every pixel loses the shape of moving objects in long rollouts. Here, moving objects consist of pixels
+    of the last history frame, in a layered representation (Wang and Adelson 1994) that is predicted as in the spatial transformer
+    predictors of Finn et al. (https://arxiv.org/abs/1605.07157, section 3). The background is static. Each layer is rotated
+    about its center and translated, and occludes the background and the layers behind it. The smallest layer is in front: a
+    larger one would hide it, and what is hidden in one frame is lost for the next one. Background pixels that a layer occluded,
+    including a border of one pixel, are filled at a low resolution. Pixels of a layer that another layer occluded are filled
+    with the mean color of its visible pixels nearby.
 
-    The masks are computed from tokens of the last history frame that have not received any action. The motion of a layer is a
-    mean of the motions that the tokens of a predicted frame propose, weighted by the area of the layer in each patch and by a
-    softmax over scores of the tokens.
+    The masks are computed from tokens of the last history frame that have not received any action. These tokens depend on the
+    timestep unless `history_timestep="zero"`, so that masks may differ between sampling steps; the layers were tested with one
+    step, in pixel space. The motion of a layer is a mean of the motions that the tokens of a predicted frame propose, weighted by
+    the area of the layer in each patch and by a softmax over scores of the tokens. Its gradient does not reach the masks.
 
     Layers cannot show what the last history frame does not show, such as the hidden part of an object at the edge of the frame.
-    If the edge of the last history frame cuts off a layer, the prediction is therefore the drawing of the network in the patches
-    of the old and the new position of the layer and in the adjacent ones. If a layer is not visible, the whole prediction is the
-    drawing.
+    If the edge of the last history frame cuts off a layer, the prediction therefore consists of the generated frame, the output
+    of the usual output layer, in the patches of the old and the new position of the layer and in the adjacent ones. If any
+    layer is not visible, the whole prediction is the generated frame: use at most as many layers as there are objects that are
+    always visible.
 
-    The moved layers and the drawing are trained separately, as complete predictions: a network learns to draw an object earlier
-    than to move it, and would otherwise not use the layers. It learns both from frames and actions alone.
+    The moved layers and the generated frame are trained with separate losses, as complete predictions: with a joint loss, the
+    generated frame is learned first, and the layers remain unused. No states are required.
 
     Args:
         dim: Number of channels of the tokens.
@@ -76,7 +79,7 @@ class MovingLayers(nn.Module):
         frame_tokens: torch.Tensor,
         tokens: torch.Tensor,
         grid: tuple[int, int],
-        drawing: torch.Tensor,
+        generated: torch.Tensor,
         motion_noise: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Predict frames.
@@ -86,13 +89,13 @@ class MovingLayers(nn.Module):
             frame_tokens: Its normalized tokens (B, S, D), without actions.
             tokens: Tokens of the predicted frames (B, n, S, D).
             grid: Rows and columns of patches.
-            drawing: The frames (B, C, n, H, W) that the network draws.
+            generated: The frames (B, C, n, H, W) of the usual output layer.
             motion_noise: Noise (B, L, 3) that is added to the motions of all frames; see `IRASimTransformer3DModel.forward`.
 
         Returns:
-            The predicted frames and the moved layers without the drawing, both (B, C, n, H, W) and float32.
+            The predicted frames and the moved layers without generated parts, both (B, C, n, H, W) and float32.
         """
-        frame, drawing = frame.float(), drawing.float()
+        frame, generated = frame.float(), generated.float()
         masks = self.segment(frame, frame_tokens, grid)  # (B, L, H, W)
         motions = self._pool(masks, self.motions(tokens).float())  # (B, n, L, 3)
         if motion_noise is not None:
@@ -104,7 +107,7 @@ class MovingLayers(nn.Module):
         moved = self._background(frame, masks, layers, self._interpolate(self.fill(tokens), grid))
         for layer in layers:
             moved = moved * (1 - layer[:, :1]) + layer[:, 1:]
-        return torch.where(self._drawn_area(masks, layers), drawing, moved), moved
+        return torch.where(self._generated_area(masks, layers), generated, moved), moved
 
     def segment(self, frame: torch.Tensor, frame_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Return the masks of the layers (B, L, H, W), including parts that other layers cover.
@@ -125,7 +128,8 @@ class MovingLayers(nn.Module):
     def _move_layers(self, frame: torch.Tensor, masks: torch.Tensor, motions: torch.Tensor) -> list[torch.Tensor]:
         """Move the layers of a frame (B, C, H, W) with masks (B, L, H, W) by motions (B, n, L, 3).
 
-        Masks and layers are ordered from back to front. Each returned layer is (B, 1 + C, n, H, W): its opacity, and its color times the opacity.
+        Masks and layers are ordered from back to front. Each returned layer is (B, 1 + C, n, H, W): its opacity, and its color
+        times the opacity.
         """
         seen = torch.ones_like(masks[:, :1])  # (B, 1, H, W)
         centers = _centers(masks)
@@ -149,12 +153,12 @@ class MovingLayers(nn.Module):
         """
         static = torch.ones_like(masks[:, None, :1])  # (B, 1, 1, H, W)
         for mask, layer in zip(masks.split(1, dim=1), layers, strict=True):
-            border = (2 * _dilate(mask) - 1).relu().unsqueeze(2)
-            left = 1 - _dilate(layer[:, :1]).clamp(0, 1)
+            border = (2 * _dilate(mask) - 1).relu().unsqueeze(2)  # 0 around a faint mask, as in a new model
+            left = 1 - _dilate(layer[:, :1].clamp(0, 1))
             static = static * (1 - mask.unsqueeze(2)) * (1 - border * left)
         return static * frame.unsqueeze(2) + (1 - static) * fill
 
-    def _drawn_area(self, masks: torch.Tensor, layers: list[torch.Tensor]) -> torch.Tensor:
+    def _generated_area(self, masks: torch.Tensor, layers: list[torch.Tensor]) -> torch.Tensor:
         """Return where layers with masks (B, L, H, W) are not fully visible, as booleans (B, 1, n, H, W).
 
         The edge of the frame cuts off a layer if many of its pixels are on the edge, relative to its size.
@@ -210,15 +214,15 @@ class MovingLayers(nn.Module):
         cos, sin = angle.cos(), angle.sin()
         x, y = centers[..., :1] + cos * x + sin * y, centers[..., 1:] - sin * x + cos * y
         points = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)  # (B, n, H W, 2)
+        device = layer.device
+        if device.type == "mps":  # PyTorch has no bicubic sampling for Apple GPUs
+            layer, points = layer.cpu(), points.cpu()
         moved = F.grid_sample(layer, points, mode="bicubic", padding_mode="zeros", align_corners=False)
-        return moved.unflatten(3, (height, width))
+        return moved.to(device).unflatten(3, (height, width))
 
 
 def _dilate(masks: torch.Tensor) -> torch.Tensor:
-    """Extend masks (..., H, W) with values of at least 0 by one pixel.
-
-    On a CPU, this takes less than a tenth of the time of a pooling layer.
-    """
+    """Extend masks (..., H, W) with values of at least 0 by one pixel, on a CPU ten times as fast as a pooling layer."""
     padded = F.pad(masks, (1, 1, 1, 1))
     rows = torch.maximum(torch.maximum(padded[..., :-2, :], padded[..., 1:-1, :]), padded[..., 2:, :])
     return torch.maximum(torch.maximum(rows[..., :-2], rows[..., 1:-1]), rows[..., 2:])

@@ -8,7 +8,7 @@ The file exceeds 500 lines because diffusers keeps a model in one file. `IRASimT
 because its signature is the flat config, and `forward` because of its documentation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -296,11 +296,12 @@ class IRASimTransformer3DModelOutput(Transformer2DModelOutput):
 
     Args:
         sample: The prediction (B, C, F, H, W).
-        components: With `return_components`, the predictions (B, 2, C, n, H, W) by the moved layers alone and by the drawing
-            alone; see `MovingLayers`.
+        moved: With `return_components`, the prediction (B, C, n, H, W) by the moved layers alone; see `MovingLayers`.
+        generated: With `return_components`, the prediction (B, C, n, H, W) by the usual output layer.
     """
 
-    components: torch.Tensor | None = None
+    moved: torch.Tensor | None = None
+    generated: torch.Tensor | None = None
 
 
 class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
@@ -353,9 +354,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
         cameras: Names of the cameras as tiled in a frame: rows from top to bottom, each from left to right.
         fps: Frames per second of the data, if known.
-        moving_layers: Number of layers of the last history frame that are moved to predict a frame; see `MovingLayers`. For
-            objects that move rigidly in the image plane, and Frame-Ada with `prediction_type="sample"` and `relative_latents`.
-            0 (as in the paper) predicts every patch from its token.
+        moving_layers: Number of layers of the last history frame that are moved to predict a frame; see `MovingLayers`. One for
+            each object that moves rigidly in the image plane and is visible in all frames. Requires Frame-Ada with
+            `prediction_type="sample"` and `relative_latents`. 0 (as in the paper) predicts every patch from its token.
         relative_latents: Whether the latents of predicted frames are relative to the last history frame, so that static parts
             are zero. Training subtracts that frame, and sampling adds it again. False in the paper.
         scale_noisy_latents: Whether the latents of predicted frames are first multiplied by the square root of the cumulative
@@ -637,9 +638,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_mask: torch.Tensor | None = None,
         fps: float | torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
         motion_noise: torch.Tensor | None = None,
         return_components: bool = False,
-        return_dict: bool = True,
     ) -> IRASimTransformer3DModelOutput | tuple[torch.Tensor, ...]:
         """Predict noise, velocity, sample or flow, as in `prediction_type`, for each frame of a window.
 
@@ -653,18 +654,20 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 `encode_actions`.
             fps: Frames per second, one number or (B,), for models that embed them; None for the value in the config.
             attention_kwargs: `{"scale": s}` scales the LoRA layers.
-            motion_noise: Noise (B, L, 3) that is added to the motions of the L moving layers in the rollouts of training: x and y
-                in patches, and the angle in units of 0.5 radians. The same noise is added in all predicted frames.
-            return_components: Also return the components of a prediction with `moving_layers`, for training: each has a loss of
-                its own.
             return_dict: Return an `IRASimTransformer3DModelOutput` instead of a tuple.
+            motion_noise: Only for training: noise (B, L, 3) that is added to the motions of the L moving layers in rollouts, x and
+                y in patches and the angle in units of 0.5 radians. The same noise is added in all predicted frames.
+            return_components: Only for training: also return the two predictions of a model with `moving_layers`, each of which
+                has a loss of its own.
 
         Returns:
-            The prediction (B, C, F, H, W), whose values at history frames are undefined, and the components if requested.
+            The prediction (B, C, F, H, W), whose values at history frames are undefined; with `return_components`, also the moved
+            layers and the generated frames, both (B, C, n, H, W).
 
         Raises:
-            ValueError: If the shape of latents, actions or noise is wrong, `fps` is missing, a model with `moving_layers` has no history
-                or no predicted frame, `return_components` or `motion_noise` is given for another model, or context parallelism is not supported.
+            ValueError: If the shape of latents, actions or noise is wrong, `fps` is missing, a model with `moving_layers` has no
+                history or no predicted frame, `return_components` or `motion_noise` is given for another model, or context
+                parallelism is not supported.
         """
         batch_size, _, num_frames, height, width = hidden_states.shape
         grid = self._check_size(height, width)
@@ -672,13 +675,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             self._check_actions(actions, num_frames)
         num_history_frames = num_frames - (0 if actions is None else actions.shape[1])
         last_frame = self._last_history_frame(hidden_states, num_history_frames)
-        if last_frame is None and (return_components or motion_noise is not None):
-            raise ValueError("`return_components` and `motion_noise` require a model with `moving_layers`.")
-        wanted = (batch_size, self.config.moving_layers, 3)
-        if motion_noise is not None and motion_noise.shape != wanted:
-            raise ValueError(
-                f"`motion_noise` must be (batch, `moving_layers`, 3) = {wanted}, got {tuple(motion_noise.shape)}."
-            )
+        self._check_training_inputs(batch_size, motion_noise, return_components)
         timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
         timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
         if self.config.scale_noisy_latents:
@@ -713,23 +710,31 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             positions = None  # only the first temporal block adds positions
 
         hidden_states = self._modulate_out(hidden_states, final_temb)
-        components = None
         if last_frame is None:
-            sample = self._project_out(hidden_states, grid)  # (B, C, F, H, W)
+            outputs: tuple[torch.Tensor, ...] = (self._project_out(hidden_states, grid),)
         else:
+            assert frame_tokens is not None
             tokens = hidden_states[:, num_history_frames:]
-            drawing = self._project_out(tokens, grid)
-            last_frame = last_frame.to(drawing.device)
-            drawing = last_frame.float().unsqueeze(2) + drawing
-            predictions = self.layers_out(last_frame, frame_tokens, tokens, grid, drawing, motion_noise)
-            # relative latents; in a model split over GPUs, the output layers may be on different devices
-            frames, moved = [each.to(drawing.device) - last_frame.unsqueeze(2) for each in predictions]
-            sample = nn.functional.pad(frames.to(dtype), (0, 0, 0, 0, num_history_frames, 0))  # (B, C, F, H, W)
-            if return_components:
-                components = torch.stack([moved, drawing - last_frame.unsqueeze(2)], dim=1)
-        if not return_dict:
-            return (sample,) if components is None else (sample, components)
-        return IRASimTransformer3DModelOutput(sample=sample, components=components)
+            outputs = self._move_last_frame(last_frame, frame_tokens, tokens, grid, motion_noise)
+            sample = outputs[0].to(dtype)
+            sample = nn.functional.pad(sample, (0, 0, 0, 0, num_history_frames, 0))  # (B, C, F, H, W)
+            outputs = (sample, *outputs[1:]) if return_components else (sample,)
+        return IRASimTransformer3DModelOutput(*outputs) if return_dict else outputs
+
+    def _move_last_frame(
+        self,
+        last_frame: torch.Tensor,
+        frame_tokens: torch.Tensor,
+        tokens: torch.Tensor,
+        grid: tuple[int, int],
+        motion_noise: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the prediction, the moved layers and the generated frames, all (B, C, n, H, W) and relative to the last frame."""
+        generated = self._project_out(tokens, grid)
+        last_frame = last_frame.to(generated.device).unsqueeze(2)  # a model may be split over GPUs
+        generated = last_frame.float() + generated
+        outputs = self._run(self.layers_out, last_frame[:, :, 0], frame_tokens, tokens, grid, generated, motion_noise)
+        return tuple(frames.to(generated.device) - last_frame for frames in (*outputs, generated))
 
     def _check_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns of patches."""
@@ -761,6 +766,17 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 "and one action per predicted frame."
             )
         return hidden_states[:, :, num_history_frames - 1]
+
+    def _check_training_inputs(
+        self, batch_size: int, motion_noise: torch.Tensor | None, return_components: bool
+    ) -> None:
+        wanted = (batch_size, self.config.moving_layers, 3)
+        if not self.config.moving_layers and (return_components or motion_noise is not None):
+            raise ValueError("`return_components` and `motion_noise` require a model with `moving_layers`.")
+        if motion_noise is not None and motion_noise.shape != wanted:
+            raise ValueError(
+                f"`motion_noise` must be (batch, `moving_layers`, 3) = {wanted}, got {tuple(motion_noise.shape)}."
+            )
 
     def _scale_noisy_latents(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor, actions: torch.Tensor | None
@@ -934,12 +950,11 @@ def check_config(config: Any) -> None:
     check_shared_config(config)
     if config.scale_noisy_latents and config.prediction_type == "flow_prediction":
         raise ValueError("`scale_noisy_latents` must be False with flow_prediction, which has no alphas.")
-    wanted = ("frame", "sample", True)
-    given = (config.conditioning, config.prediction_type, config.relative_latents)
-    if config.moving_layers and given != wanted:
+    if config.moving_layers and not supports_moving_layers(config):
         raise ValueError(
             "`moving_layers` predicts frames from the last history frame: it requires `conditioning`, `prediction_type` and "
-            f"`relative_latents` {wanted}, got {given}."
+            "`relative_latents` ('frame', 'sample', True), got "
+            f"{(config.conditioning, config.prediction_type, config.relative_latents)}."
         )
     if config.target_extent is not None:
         _check_target_extent(config)
@@ -957,6 +972,12 @@ def check_config(config: Any) -> None:
         raise ValueError(
             f"`attention_head_dim` must be divisible by 4 with `spatial_position='rope'`, got {config.attention_head_dim}."
         )
+
+
+def supports_moving_layers(config: Mapping[str, Any]) -> bool:
+    """Return whether a model with the other entries of a config can have moving layers."""
+    kind = (config["conditioning"], config["prediction_type"], config["relative_latents"])
+    return kind == ("frame", "sample", True)
 
 
 def check_shared_config(config: Any) -> None:

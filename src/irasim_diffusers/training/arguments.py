@@ -111,7 +111,14 @@ class RunArguments(EpisodeArguments):
         default=0.0,
         metadata={
             "help": "standard deviation of the noise that is added to the motions of moving layers in the chunks of "
-            "--rollout_chunks, in patches and units of 0.5 radians, for example 0.06; a model learns to correct such errors"
+            "--rollout_chunks, in patches and units of 0.5 radians, for example 0.06, so that histories contain such errors"
+        },
+    )
+    short_chunk_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "fraction of steps that predict a shorter chunk, whose length is drawn uniformly, for models that also predict "
+            "single frames, as in an environment; with --conditioning frame"
         },
     )
     snr_gamma: float | None = field(
@@ -262,7 +269,7 @@ def check_run_arguments(arguments: RunArguments) -> None:
     Raises:
         ValueError: If a value is invalid or conflicts with another argument, or an optional package is not installed.
     """
-    fractions = ("change_share", "terminal_share", "action_dropout", "ema_decay")
+    fractions = ("change_share", "short_chunk_share", "terminal_share", "action_dropout", "ema_decay")
     check_ranges(arguments, NOT_NEGATIVE, AT_LEAST_1, POSITIVE, fractions, CHOICES)
     if not 1 <= arguments.validation_inference_steps <= 1000:
         raise ValueError(
@@ -348,8 +355,8 @@ def check_motion_noise(motion_noise: float, config: Mapping[str, Any]) -> None:
     """
     if motion_noise and not config.get("moving_layers"):
         raise ValueError(
-            f"`motion_noise` must be 0 for a model without moving layers, got {motion_noise:g}: add layers with `irasim adapt "
-            "--moving-layers`."
+            f"`motion_noise` must be 0 for a model without moving layers, got {motion_noise:g}: train a transformer with "
+            "`moving_layers`, or add layers with `irasim adapt --moving-layers`."
         )
 
 

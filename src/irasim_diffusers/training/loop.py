@@ -123,7 +123,7 @@ class TrainingRun:
             }
             accelerator.init_trackers("irasim-diffusers", config=flags)
         self.step, self.seconds, self.batch_number = 0, 0.0, 0
-        self.total = torch.zeros((), device=accelerator.device)  # mean loss of the batches of a step
+        self.losses: dict[str, torch.Tensor] = {}  # means over the batches of a step
         self._resume()
         self.start = time.perf_counter() - self.seconds
         self.bar = tqdm(
@@ -210,7 +210,7 @@ class TrainingRun:
             batch = batch | {"latents": scale_latents(self.vae, batch["latents"])}
         with accelerator.accumulate(self.model):
             with accelerator.autocast():
-                loss = training_loss(
+                losses = training_loss(
                     self.model,
                     self.noise_scheduler,
                     batch,
@@ -219,8 +219,10 @@ class TrainingRun:
                     step=self.step,
                     position=place * self.arguments.train_batch_size,
                 )
-            self.total += loss.detach() / accelerator.gradient_accumulation_steps
-            accelerator.backward(loss)
+            for name, loss in losses.items():
+                part = loss.detach() / accelerator.gradient_accumulation_steps
+                self.losses[name] = self.losses[name] + part if name in self.losses else part
+            accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
                 # a scaler skips steps with a gradient that is not finite
@@ -237,9 +239,9 @@ class TrainingRun:
         The weights have not changed yet, except with DeepSpeed, which updates them in the backward pass. The values are read
         from the device once per step.
         """
-        values = {"loss": self.total}
+        values = {"loss": self.losses["loss"]}
         if norm is not None:  # a tensor, a DTensor with FSDP2, a float with DeepSpeed
-            values["gradient norm"] = whole(torch.as_tensor(norm)).to(self.total).reshape(())
+            values["gradient norm"] = whole(torch.as_tensor(norm)).to(values["loss"]).reshape(())
         bad = (~torch.stack(list(values.values())).isfinite()).float()
         everywhere = self.accelerator.reduce(bad, "sum")  # a process that raised alone would leave the others waiting
         if not everywhere.sum().item():
@@ -260,13 +262,11 @@ class TrainingRun:
         self.step += 1
         self.bar.update()
         if self.step % self.arguments.logging_steps == 0:
-            metrics = {
-                "loss": accelerator.reduce(self.total, "mean").item(),
-                "learning_rate": self.schedules[0].get_last_lr()[0],
-            }
+            metrics = {name: accelerator.reduce(loss, "mean").item() for name, loss in self.losses.items()}
+            metrics["learning_rate"] = self.schedules[0].get_last_lr()[0]
             self.bar.set_postfix(loss=f"{metrics['loss']:.4f}", lr=f"{metrics['learning_rate']:.2e}")
             accelerator.log(metrics, step=self.step)
-        self.total.zero_()
+        self.losses = {}
         self.seconds = time.perf_counter() - self.start
         if limit < math.inf:  # all processes must stop at the same step
             self.seconds = accelerator.reduce(torch.tensor(self.seconds, device=accelerator.device), "mean").item()

@@ -18,12 +18,6 @@ FULL_HISTORY = 0.7
 
 Otherwise, the number is drawn uniformly from 1 to the maximum. Video-Ada and the U-Net always use the maximum.
 """
-FULL_CHUNK = 0.7
-"""Probability that a step predicts a chunk of the full length.
-
-Otherwise, the number of frames is drawn uniformly from all smaller ones: rollouts may end with a shorter chunk, and environments
-predict single frames. Video-Ada and the U-Net always use the full length.
-"""
 TRUE_HISTORY = 0.3
 """Fraction of clips that keep the true history in a rollout step."""
 
@@ -36,11 +30,11 @@ def training_loss(
     arguments: RunArguments,
     step: int,
     position: int,
-) -> torch.Tensor:
-    """Compute the loss of a batch of clips.
+) -> dict[str, torch.Tensor]:
+    """Compute the losses of a batch of clips.
 
-    The numbers of history frames, chunks and predicted frames depend only on the seed and the step; noise, timesteps and action dropout only on
-    the seed and the index of the clip in the run. None of them depends on the number of processes.
+    The numbers of history frames, chunks and predicted frames depend only on the seed and the step; noise, timesteps and action
+    dropout only on the seed and the index of the clip in the run. None of them depends on the number of processes.
 
     Args:
         model: The model, possibly wrapped by accelerate; a `StateReadout` with `state_keys`.
@@ -52,7 +46,7 @@ def training_loss(
         position: Index of the first clip of the batch in the run.
 
     Returns:
-        The loss, a float32 scalar.
+        The losses, as from `diffusion_loss`.
     """
     latents, actions = clip["latents"], clip["actions"]
     most = config["num_history_frames"]
@@ -135,7 +129,7 @@ def _draw_lengths(config: Any, arguments: RunArguments, step: int) -> tuple[int,
     if varies and rng.random() >= FULL_HISTORY:
         num_history = int(rng.integers(1, num_history + 1))
     chunks = int(rng.integers(0, arguments.rollout_chunks + 1)) if step >= arguments.rollout_start_step else 0
-    if varies and length > 1 and rng.random() >= FULL_CHUNK:
+    if varies and length > 1 and rng.random() < arguments.short_chunk_share:
         length = int(rng.integers(1, length))
     return num_history, chunks, length
 

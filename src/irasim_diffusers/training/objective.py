@@ -118,7 +118,7 @@ def diffusion_loss(
     state_loss_weight: float = 1.0,
     snr_gamma: float | None = None,
     huber_c: float | None = None,
-) -> torch.Tensor:
+) -> dict[str, torch.Tensor]:
     """Compute the mean squared or pseudo-Huber error of the predicted frames (paper, section 3.3).
 
     Args:
@@ -130,7 +130,8 @@ def diffusion_loss(
         noise: Gaussian noise (B, C, n, H, W).
         action_mask: Booleans (B, n); actions at False are replaced by the null action.
         relative_latents: Whether predicted latents are relative to the last history frame, as in the model's config.
-        moving_layers: Whether the model has moving layers; the error is then the mean of their error and that of the drawing.
+        moving_layers: Whether the model has moving layers; the error is then the mean of the errors of the moved layers and of the
+            generated frames.
         states: True states (B, F, S) with unit variance, for the readout, whose error is added.
         state_loss_weight: Weight of the mean squared error of the readout.
         snr_gamma: Gamma of `min_snr_weights`, for example 5; None for equal weights.
@@ -138,7 +139,8 @@ def diffusion_loss(
             (https://arxiv.org/abs/2310.14189, section 3.3, and the training scripts of diffusers); None for the squared error.
 
     Returns:
-        The loss, a float32 scalar.
+        Float32 scalars: `loss`, to be minimized; with moving layers, also its parts `loss_moved` and `loss_generated`; with states,
+        `loss_states`, before it is weighted.
 
     Raises:
         ValueError: If `snr_gamma` is given for a flow, or the prediction type is unknown.
@@ -151,14 +153,19 @@ def diffusion_loss(
     options = {"return_components": True} if moving_layers else {}
     outputs = transformer(window, timesteps, actions, action_mask=action_mask, return_dict=False, **options)
     target = diffusion_target(scheduler, future, noise, timesteps)
-    predictions = outputs[1] if moving_layers else outputs[0][:, None, :, num_history_frames:]
-    errors = (predictions.float() - target.float().unsqueeze(1)).square()  # (B, 1 or 2, C, n, H, W)
+    predictions = outputs[1:3] if moving_layers else (outputs[0][:, :, num_history_frames:],)
+    errors = (
+        torch.stack(predictions, dim=1).float() - target.float().unsqueeze(1)
+    ).square()  # (B, 1 or 2, C, n, H, W)
     if huber_c is not None:
         errors = 2 * huber_c * ((errors + huber_c**2).sqrt() - huber_c)
-    errors = errors.flatten(1).mean(1)
+    errors = errors.flatten(2).mean(2)  # (B, 1 or 2)
     if snr_gamma is not None:
-        errors = errors * min_snr_weights(scheduler, timesteps, snr_gamma)
-    loss = errors.mean()
+        errors = errors * min_snr_weights(scheduler, timesteps, snr_gamma).unsqueeze(1)
+    losses = {"loss": errors.mean()}
+    if moving_layers:
+        losses["loss_moved"], losses["loss_generated"] = errors.mean(0)
     if states is not None:
-        loss = loss + state_loss_weight * (outputs[-1] - states).square().mean()
-    return loss
+        losses["loss_states"] = (outputs[-1] - states).square().mean()
+        losses["loss"] = losses["loss"] + state_loss_weight * losses["loss_states"]
+    return losses

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -160,6 +161,6 @@ def update_config(model: IRASimTransformer3DModel, entries: Mapping[str, Any]) -
     Raises:
         ValueError: If the new config is invalid.
     """
+    check_config(FrozenDict(model.config | entries))
     model.register_to_config(**entries)
-    check_config(model.config)
     return model
