@@ -99,7 +99,7 @@ def test_int8_weights_take_less_memory(plain, video, truth):
     assert weight_bytes(quantized.transformer) < 0.3 * weight_bytes(plain.transformer)
     prediction = generate(quantized)
     assert not torch.equal(prediction, video)
-    assert abs(psnr(prediction, truth) - psnr(video, truth)) < 0.5
+    assert abs(psnr(prediction, truth) - psnr(video, truth)) < 0.5  # moving layers amplify the rounding in their masks
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
