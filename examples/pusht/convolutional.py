@@ -139,14 +139,16 @@ class ConvolutionalModel(ModelMixin, ConfigMixin, CacheMixin):
         """
         patch, num_history = self.config.patch_size, hidden_states.shape[2] - 1
         history = hidden_states[:, :, [max(num_history - 2, 0), num_history - 1]]  # a single frame is repeated
-        history = history.clamp(-1, 1)  # otherwise, errors of predicted frames can grow without limit in rollouts
+        last, history = history[:, :, -1], history.clamp(-1, 1)
         features = self.patch(functional.pixel_unshuffle(history.transpose(1, 2).flatten(0, 1), patch))
         features = self.stem(features).unflatten(0, (-1, 2)).flatten(1, 2)  # (B, 2 channels, h, w)
         waves = self._action_map(actions[:, 0], *features.shape[-2:]).to(features.dtype)
         if action_mask is not None:
             waves = waves * action_mask[:, :, None, None]
         hidden = self.join(torch.cat([features, self.action(waves)], dim=1))
-        change = functional.pixel_shuffle(self.out(self.body(hidden)), patch).unsqueeze(2)
+        change = functional.pixel_shuffle(self.out(self.body(hidden)), patch)
+        # without the last term, errors outside the range of images grow from chunk to chunk in rollouts
+        change = (change + history[:, :, -1] - last).unsqueeze(2)
         sample = torch.cat([torch.zeros_like(change).expand(-1, -1, num_history, -1, -1), change], dim=2)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
