@@ -4,7 +4,7 @@ from tiny_models import ARCHITECTURES, tiny_transformer
 from train import TrainingArguments
 
 from irasim_diffusers.models import noise_process
-from irasim_diffusers.training.arguments import check_crop, check_motion_noise
+from irasim_diffusers.training.arguments import check_chunks, check_crop
 from irasim_diffusers.training.loss import training_loss
 from irasim_diffusers.training.rollouts import clip_length, crop
 
@@ -177,10 +177,20 @@ def test_motion_noise():
     assert noise.shape[1:] == (50, 2, 3)
     assert noise.unique().numel() == noise.numel()
     assert noise.std() == pytest.approx(0.1, rel=0.15)
-    check_motion_noise(0.1, model.config)
-    check_motion_noise(0, {})
-    with pytest.raises(ValueError, match=r"`motion_noise` must be 0 for a model without moving layers, got 0.1"):
-        check_motion_noise(0.1, {})
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("motion_noise", "`motion_noise` must be 0 for a model without moving layers, got 0.1"),
+        ("short_chunk_share", "`short_chunk_share` must be 0 for Video-Ada and U-Nets, .* got 0.1"),
+    ],
+)
+def test_options_of_chunks_require_models_that_support_them(option, message):
+    settings = TrainingArguments(dataset=["set"], output_dir="out", rollout_chunks=3, **{option: 0.1})
+    check_chunks(settings, {"conditioning": "frame", "moving_layers": 1})
+    with pytest.raises(ValueError, match=message):
+        check_chunks(settings, {"conditioning": "video"})
 
 
 def test_all_weights_have_gradients_after_bfloat16_rollout():

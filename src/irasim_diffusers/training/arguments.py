@@ -343,20 +343,25 @@ def check_snr_gamma(snr_gamma: float | None, prediction_type: str | None) -> Non
         )
 
 
-def check_motion_noise(motion_noise: float, config: Mapping[str, Any]) -> None:
-    """Check that `motion_noise` is given only for a model with moving layers.
+def check_chunks(arguments: RunArguments, config: Mapping[str, Any]) -> None:
+    """Check `motion_noise` and `short_chunk_share` against the config of a model.
 
     Args:
-        motion_noise: Standard deviation of the noise.
+        arguments: Arguments of the run.
         config: Config of the model, or the entries of a new one.
 
     Raises:
-        ValueError: If the model has no moving layers.
+        ValueError: If one of them is not 0 and the model does not support it.
     """
-    if motion_noise and not config.get("moving_layers"):
+    if arguments.motion_noise and not config.get("moving_layers"):
         raise ValueError(
-            f"`motion_noise` must be 0 for a model without moving layers, got {motion_noise:g}: train a transformer with "
-            "`moving_layers`, or add layers with `irasim adapt --moving-layers`."
+            f"`motion_noise` must be 0 for a model without moving layers, got {arguments.motion_noise:g}: train a transformer "
+            "with `moving_layers`, or add layers with `irasim adapt --moving-layers`."
+        )
+    if arguments.short_chunk_share and config.get("conditioning") != "frame":
+        raise ValueError(
+            f"`short_chunk_share` must be 0 for Video-Ada and U-Nets, which predict a fixed number of frames, got "
+            f"{arguments.short_chunk_share:g}."
         )
 
 

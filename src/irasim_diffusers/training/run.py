@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from ..data import LatentClips, MixedClips, PreparedEpisodes
 from ..latents import Autoencoder
 from ..models import Denoiser
-from .arguments import RunArguments, check_crop, check_motion_noise, check_snr_gamma
+from .arguments import RunArguments, check_chunks, check_crop, check_snr_gamma
 from .datasets import cache_sources, cached_clips, check_frames, validation_clips
 from .launch import prepare_output
 from .loop import TrainingRun, log_size
@@ -54,12 +54,12 @@ def encode_data(
         accelerator: Accelerator of the run. Every process must call this function.
 
     Raises:
-        ValueError: If the data, `crop_size`, `motion_noise` or `snr_gamma` do not match the model, the data cannot be read or are shorter than a
+        ValueError: If the data or an option do not match the model, the data cannot be read or are shorter than a
             clip, the validation clips differ in shape, or `prepare_output` fails.
         OSError: If a file cannot be downloaded or written, or the repository for `push_to_hub` cannot be created.
     """
     check_crop(arguments.crop_size, config)
-    check_motion_noise(arguments.motion_noise, config)
+    check_chunks(arguments, config)
     check_snr_gamma(arguments.snr_gamma, config["prediction_type"])
     recorded = arguments.recorded_latents
     frame_size = None if recorded else check_frames(sources, vae, config.get("patch_size", 1))
