@@ -75,7 +75,7 @@ def speed(environments: WorldModelVectorEnv, num_steps: int) -> dict[str, float]
 
 
 def decision(arguments: ClosedLoopArguments) -> dict[str, Any]:
-    """Measure the median time in which `Rank` chooses among sequences of actions, of three times after a warm-up."""
+    """Measure the median of three times in which `Rank` chooses among sequences of actions."""
     model = IRASimPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).to(arguments.device)
     model.set_progress_bar_config(disable=True)
     frame, space = np.full((*model.frame_size, 3), 255, np.uint8), model.action_space.box()

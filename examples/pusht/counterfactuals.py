@@ -43,6 +43,7 @@ def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | N
     Raises:
         ValueError: If the simulator does not reproduce the recorded episode.
     """
+    check_reproduction(task)
     start, end = task.start, task.start + task.num_actions
     past = task.actions[:start]
     simulator = Simulator(task.pusher_radius)
@@ -54,11 +55,6 @@ def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | N
     for attempt in range(60):
         actions = task.actions[start:end] if attempt == 0 else candidate(rng, states[-1], task.num_actions)
         frames, outcome = simulator.replay(task.seed, np.concatenate([past, actions]), start + 1 - task.history)
-        if attempt == 0 and moved(task.blocks[end], outcome[-1].block):
-            raise ValueError(
-                f"`first_seed` and `pusher_radius` must match the dataset: with seed {task.seed} the block ends at "
-                f"{outcome[-1].block.round(2).tolist()} in the simulator and {task.blocks[end].round(2).tolist()} in the dataset."
-            )
         if not moved(outcome[start].block, outcome[-1].block):
             continue
         seen, future = frames[: task.history], frames[task.history :]
@@ -69,6 +65,17 @@ def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | N
         if len(futures) == WAYS:
             return seen, np.stack(sequences), np.stack(futures)
     return None
+
+
+def check_reproduction(task: Task) -> None:
+    """Raise ValueError if the simulator does not reproduce the recorded episode up to the end of a task."""
+    end = task.start + task.num_actions
+    _, states = Simulator(task.pusher_radius).replay(task.seed, task.actions[:end], first_frame=end)
+    if moved(task.blocks[end], states[-1].block):
+        raise ValueError(
+            f"`first_seed` and `pusher_radius` must match the dataset: with seed {task.seed} the block ends at "
+            f"{states[-1].block.round(2).tolist()} in the simulator and {task.blocks[end].round(2).tolist()} in the dataset."
+        )
 
 
 def candidate(rng: np.random.Generator, state: State, num_actions: int) -> np.ndarray:

@@ -21,9 +21,12 @@ import torch
 from transformers import HfArgumentParser
 
 from irasim_diffusers import IRASimPipeline, embedded_checkpoint
+from irasim_diffusers.commands import load_checked
 from irasim_diffusers.data import LeRobotFolder, write_video
 from irasim_diffusers.pictures import film_strip
 from irasim_diffusers.training import check_ranges, run_script
+
+PREFIX = ".embed-"
 
 
 @dataclass
@@ -77,12 +80,11 @@ def save_clip(arguments: EmbedArguments, dataset: LeRobotFolder, target: Path) -
     starts = [dataset.window(number, 0, 1).frames[0] for number in range(min(arguments.num_starts, len(dataset)))]
     PIL.Image.fromarray(np.concatenate(starts)).save(target / "starts.png", optimize=True)
     pipeline = IRASimPipeline.from_pretrained(target)
-    config = pipeline.transformer.config
-    history = config.num_history_frames
+    history = pipeline.transformer.config.num_history_frames
     clip = dataset.window(arguments.episode, arguments.start, history + arguments.num_actions)
     actions = clip.actions[history - 1 : -1]  # the first one leads to the first predicted frame
     write_video(target / "example.mp4", clip.frames, dataset.fps, lossless=True)
-    names = ",".join(config.action_names)
+    names = ",".join(pipeline.action_space.names)
     np.savetxt(target / "example_actions.csv", actions, delimiter=",", header=names, comments="", fmt="%.3f")
     generator = torch.Generator().manual_seed(0)
     predicted = pipeline(clip.frames[:history], actions, generator=generator, output_type="np").frames[0]
@@ -96,9 +98,13 @@ def main() -> None:
     (arguments,) = HfArgumentParser(EmbedArguments).parse_args_into_dataclasses()
     target = embedded_checkpoint()
     dataset = LeRobotFolder(Path(arguments.dataset))
-    pipeline = IRASimPipeline.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    pipeline = load_checked(
+        "`model`", "a pipeline folder", arguments.model, IRASimPipeline.from_pretrained, dtype=torch.bfloat16
+    )
     check_arguments(arguments, dataset, pipeline.transformer.config.num_history_frames)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # on the same disk, so that folders can be renamed
+    for leftover in target.parent.glob(PREFIX + "*"):  # of a killed run
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=PREFIX) as folder:  # on the disk of the target
         new = Path(folder) / "new"
         shutil.copytree(target, new)
         save_model(arguments, pipeline, new)

@@ -32,7 +32,7 @@ import diffusers
 import numpy as np
 import torch
 from collect import STATES, TASKS, check_states
-from counterfactuals import WAYS, counterfactuals, identification_tasks, moved
+from counterfactuals import WAYS, Task, check_reproduction, counterfactuals, identification_tasks, moved
 from poses import one_pusher, pose_errors, read_poses, true_poses
 from simulator import ARENA, PUSHER_RADIUS, Simulator
 from tqdm import tqdm
@@ -40,7 +40,7 @@ from transformers import HfArgumentParser
 
 import irasim_diffusers
 from irasim_diffusers import ActionSpace, IRASimPipeline
-from irasim_diffusers.commands import check_output, key_command, load_checked
+from irasim_diffusers.commands import check_device, check_output, key_command, load_checked
 from irasim_diffusers.data import LeRobotFolder
 from irasim_diffusers.driving import Steering
 from irasim_diffusers.evaluation import EvaluationCounter
@@ -135,11 +135,6 @@ def held_out_clips(
             f"{dataset.name!r} has no clip of {length} frames in which the block {'moves' if moving else 'does not move'}."
         )
     return np.stack(frames), np.stack(actions), np.stack(states)
-
-
-def last_frames(frames: np.ndarray, number: int) -> np.ndarray:
-    """Return the last `number` frames of one history (F, H, W, 3) or of several (N, F, H, W, 3)."""
-    return frames[..., -number:, :, :, :]
 
 
 def pose_figures(
@@ -286,7 +281,7 @@ def load_model(arguments: EvaluationArguments) -> tuple[IRASimPipeline, Predict]
 
     def predict(frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
         return pipeline(
-            last_frames(frames, number),
+            frames[..., -number:, :, :, :],
             actions,
             num_inference_steps=arguments.num_inference_steps,
             chunk_length=arguments.chunk_length,
@@ -313,6 +308,7 @@ def check_arguments(arguments: EvaluationArguments) -> None:
         positive=("pusher_radius",),
         choices={"dtype": ("float32", "bfloat16")},
     )
+    check_device(arguments.device)
     if arguments.timestep_spacing and not arguments.scheduler:
         raise ValueError("`timestep_spacing` requires `scheduler`: also pass --scheduler.")
     seen = arguments.num_seen_frames
@@ -333,6 +329,7 @@ class Evaluation:
     pipeline: IRASimPipeline
     predict: Predict
     history: int  # frames of a clip before the scored frames
+    tasks: list[Task]  # of the identification
     rng: np.random.Generator
 
     def predict_batches(self, frames: np.ndarray, actions: np.ndarray, name: str) -> np.ndarray:
@@ -436,16 +433,13 @@ class Evaluation:
 
         The result is empty if no history has 8 different futures with a moving block, or `num_histories` is 0.
         """
-        arguments, history = self.arguments, self.history
-        if not arguments.num_histories:
+        if (number := self.arguments.num_histories) == 0:
             return {}
-        length, first_seed, radius = history + PREDICTED, arguments.first_seed, arguments.pusher_radius
-        tasks = identification_tasks(self.dataset, arguments.num_histories, length, history, first_seed, radius)
         right: list[np.ndarray] = []
-        workers = min(os.cpu_count() or 1, arguments.num_histories)
+        workers = min(os.cpu_count() or 1, number)
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            bar = tqdm(total=arguments.num_histories, desc="counterfactuals", unit="history")
-            for found in pool.map(counterfactuals, tasks):
+            bar = tqdm(total=number, desc="counterfactuals", unit="history")
+            for found in pool.map(counterfactuals, self.tasks):
                 if found is None:
                     continue
                 seen, sequences, futures = found
@@ -453,7 +447,7 @@ class Evaluation:
                 error = np.square(prediction[:, None] - futures[None] / 255.0).mean(axis=(2, 3, 4, 5))  # (8, 8)
                 right.append(identified(error, np.arange(WAYS)))
                 bar.update()
-                if len(right) == arguments.num_histories:
+                if len(right) == number:
                     break
             pool.shutdown(cancel_futures=True)
         if not right:
@@ -487,7 +481,11 @@ def main() -> None:
     dataset = LeRobotFolder(Path(arguments.dataset))
     check_states(dataset)
     rng = np.random.default_rng(arguments.seed)
-    evaluation = Evaluation(arguments, dataset, *load_model(arguments), history, rng)
+    number, seed, radius = arguments.num_histories, arguments.first_seed, arguments.pusher_radius
+    tasks = identification_tasks(dataset, number, history + PREDICTED, history, seed, radius)
+    if tasks:
+        check_reproduction(tasks[0])
+    evaluation = Evaluation(arguments, dataset, *load_model(arguments), history, tasks, rng)
     report: dict[str, Any] = {}
     for part in (evaluation.clips, evaluation.expert_rollouts, evaluation.drives, evaluation.identification):
         report |= part()

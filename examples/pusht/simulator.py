@@ -61,6 +61,10 @@ class Simulator:
     """
 
     def __init__(self, pusher_radius: float = PUSHER_RADIUS) -> None:
+        if not 0 < pusher_radius <= ARENA / 4:
+            raise ValueError(
+                f"`pusher_radius` must be greater than 0 and at most {ARENA // 4}, got {pusher_radius:g}."
+            )
         self.environment: Any = PushT(pusher_radius)
 
     def reset(self, seed: int) -> State:

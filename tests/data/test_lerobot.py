@@ -117,6 +117,11 @@ def test_file_is_written_when_complete(tmp_path):
     assert not is_written(tmp_path, 0)
     write_file(tmp_path, 0, [make_episode(0, 5)], fps=10, camera=CAMERA, tasks=TASKS)
     assert is_written(tmp_path, 0)
+    (video,) = tmp_path.rglob("*.mp4")
+    video.write_bytes(video.read_bytes()[:-100])
+    assert not is_written(tmp_path, 0)
+    video.unlink()
+    assert not is_written(tmp_path, 0)
 
 
 def break_version(root):

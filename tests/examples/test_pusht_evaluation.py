@@ -43,18 +43,12 @@ def test_metrics_without_data_are_omitted(capsys):
     assert evaluate.driving_figures(white / 255, white, np.zeros((1, 60, 5)), np.random.default_rng(0), 15.0) == {}
     arguments = evaluate.EvaluationArguments(model="none", dataset="none", num_histories=1)
     still = Recording([])
-    evaluation = evaluate.Evaluation(arguments, still, None, None, 1, np.random.default_rng(0))
+    evaluation = evaluate.Evaluation(arguments, still, None, None, 1, [], np.random.default_rng(0))
     assert evaluation.identification() == {}
     assert (
         "identification: omitted, because no history has 8 different futures in which the block moves"
         in capsys.readouterr().out
     )
-
-
-def test_last_frames():
-    frames = np.arange(2 * 3).reshape(2, 3, 1, 1, 1)
-    assert evaluate.last_frames(frames, 2).squeeze().tolist() == [[1, 2], [4, 5]]
-    assert evaluate.last_frames(frames[1], 1).squeeze((1, 2, 3)).tolist() == [5]
 
 
 def test_num_seen_frames_below_history_raises(tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ def workspace(tmp_path_factory):
         ({"frame_skip": 2, "target_fps": 5}, "`frame_skip` and `target_fps` are mutually exclusive"),
         ({"terminal_share": 1.5}, r"`terminal_share` must be in \[0, 1\], got 1.5"),
         ({"rollout_chunks": -1}, "`rollout_chunks` must be at least 0, got -1"),
-        ({"rollout_inference_steps": 0}, "`rollout_inference_steps` must be at least 1, got 0"),
+        ({"rollout_inference_steps": 0}, r"`rollout_inference_steps` must be in \[1, 1000\], got 0"),
         ({"crop_size": 8, "state_keys": ["joints"]}, "`crop_size` and `state_keys` are mutually exclusive"),
         ({"scale_noisy_latents": True}, "`scale_noisy_latents` must be used with `prediction_type` sample, got none"),
         ({"spatial_position": "area"}, "`spatial_position` must be one of grid, rope, got 'area'"),

@@ -6,6 +6,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_pipeline, tiny_transformer
 
 from irasim_diffusers import IRASimPipeline
@@ -362,6 +363,16 @@ def test_non_finite_weights_raise(part, value, pipeline, tmp_path):
         parameters[name].view(-1)[-1] = value
     pipeline.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"`{part}` must have finite weights, .* in '{name}'"):
+        IRASimPipeline.from_pretrained(tmp_path)
+
+
+def test_missing_weights_raise(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    path = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["proj_out.bias"]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"`transformer` must have all weights, got a file without 'proj_out.bias'"):
         IRASimPipeline.from_pretrained(tmp_path)
 
 

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,6 +142,26 @@ def test_folders_with_names_of_files_are_kept(name, tmp_path):
     with pytest.raises(ValueError, match=f"{name}' must be a file, but is a folder"):
         save_finished(tmp_path, lambda folder: (folder / name).touch())
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [name, f"{name}/notes.txt"]
+
+
+def test_an_interrupted_final_save_leaves_no_complete_pipeline(tmp_path, monkeypatch):
+    def save(folder):
+        (folder / "model_index.json").touch()
+        (folder / "transformer").mkdir()
+
+    save_finished(tmp_path, save)
+    assert (tmp_path / "model_index.json").is_file()
+    replace = Path.replace
+
+    def interrupt(path, target):
+        if path.name == "transformer":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_finished(tmp_path, save)
+    assert not (tmp_path / "model_index.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["file", "loop", "dangling"])

@@ -138,3 +138,31 @@ def test_sizes_are_checked_without_decoding_episodes(tmp_path, monkeypatch):
     message = r"must have frames of the same size, got 10x12 and 10x16 \(height x width\): resize both with `height`"
     with pytest.raises(ValueError, match=message):
         check_frames([source, source, wide], None, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: state.pop("proj_out.bias"),
+            "the config does not match the weights, for example 'proj_out.bias'",
+        ),
+        (
+            lambda state: state.update(extra=torch.zeros(3)),
+            "the config does not match the weights, for example 'extra'",
+        ),
+        (
+            lambda state: state["proj_out.bias"].fill_(torch.nan),
+            "the weights contain NaN or infinity in 'proj_out.bias'",
+        ),
+    ],
+)
+def test_damaged_transformers_are_rejected(tmp_path, change, message):
+    tiny_transformer().save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    change(state)
+    save_file(state, path, {"format": "pt"})
+    arguments = RunArguments(dataset=["set"], output_dir="out", pretrained_model_name_or_path=str(tmp_path))
+    with pytest.raises(ValueError, match=f"`pretrained_model_name_or_path` must be .*: {message}"):
+        load_transformer(arguments)

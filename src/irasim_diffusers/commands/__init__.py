@@ -8,11 +8,13 @@ imported or in `add_parser`, so that `irasim --help` starts fast; `run` and the 
 from .files import IMAGE_SUFFIXES, check_output, read_actions
 from .keys import SAME_KEYS, key_command, key_controls
 from .loading import load_checked
+from .sampling import check_device
 from .terminal import draw
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "SAME_KEYS",
+    "check_device",
     "check_output",
     "draw",
     "key_command",

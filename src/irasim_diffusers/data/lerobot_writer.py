@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -94,10 +95,18 @@ def write_file(
 
 
 def count_written(root: str | os.PathLike, file_index: int) -> int:
-    """Return the number of episodes in a file of `write_file`; 0 if the file is missing or incomplete."""
+    """Return the number of episodes in a file of `write_file`; 0 if it or a video is incomplete."""
     try:
-        return pq.read_metadata(_path(Path(root), EPISODES_PATH, file_index)).num_rows
-    except (OSError, pa.ArrowInvalid):  # missing, or damaged by a crash
+        table = pq.read_table(_path(Path(root), EPISODES_PATH, file_index))
+        for key in (
+            name for name in table.column_names if name.startswith("videos/") and name.endswith("/file_index")
+        ):
+            video = _path(Path(root), VIDEO_PATH, file_index, video_key=key.split("/")[1])
+            with av.open(str(video)) as container:
+                if sum(packet.size > 0 for packet in container.demux(video=0)) != sum(table["length"].to_pylist()):
+                    return 0
+        return table.num_rows
+    except (OSError, pa.ArrowInvalid, av.error.FFmpegError):  # missing, or damaged by a crash
         return 0
 
 

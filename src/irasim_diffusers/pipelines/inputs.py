@@ -320,16 +320,23 @@ def check_autoencoder(vae: Any, in_channels: int) -> None:
 
 
 def check_finite_weights(module: Any, name: str) -> None:
-    """Check that all weights of a module are finite; see `find_nonfinite_weight`.
+    """Check that all weights of a module were loaded and are finite; see `find_nonfinite_weight`.
 
     Args:
         module: The module; anything else is accepted without a check.
         name: Name of the module for the error message.
 
     Raises:
-        ValueError: If a weight is NaN or infinite.
+        ValueError: If a weight is missing, NaN or infinite.
     """
-    key = find_nonfinite_weight(module) if isinstance(module, nn.Module) else None
+    if not isinstance(module, nn.Module):
+        return
+    missing = next((key for key, weight in module.state_dict(keep_vars=True).items() if weight.is_meta), None)
+    if missing is not None and not any(hasattr(part, "_hf_hook") for part in module.modules()):  # without offloading
+        raise ValueError(
+            f"`{name}` must have all weights, got a file without {missing!r}: copy or train the model again."
+        )
+    key = find_nonfinite_weight(module)
     if key is not None:
         raise ValueError(
             f"`{name}` must have finite weights, got NaN or infinite values in {key!r}: the training diverged or the file "

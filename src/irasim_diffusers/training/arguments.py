@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 from diffusers.optimization import SchedulerType
 from diffusers.utils import is_bitsandbytes_available
 
@@ -246,7 +246,7 @@ NOT_NEGATIVE = (
     *("motion_noise", "state_loss_weight", "dataloader_num_workers", "seed"),
 )
 AT_LEAST_1 = (
-    *("rollout_inference_steps", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "frame_skip"),
+    *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "frame_skip"),
     *("max_train_episodes", "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"),
     *("num_validation_clips", "lr_num_cycles", "height", "width", "pad_actions_to", "crop_size"),
 )
@@ -271,10 +271,11 @@ def check_run_arguments(arguments: RunArguments) -> None:
     """
     fractions = ("change_share", "short_chunk_share", "terminal_share", "action_dropout", "ema_decay")
     check_ranges(arguments, NOT_NEGATIVE, AT_LEAST_1, POSITIVE, fractions, CHOICES)
-    if not 1 <= arguments.validation_inference_steps <= 1000:
-        raise ValueError(
-            f"`validation_inference_steps` must be in [1, 1000], got {arguments.validation_inference_steps}."
-        )
+    for name in ("validation_inference_steps", "rollout_inference_steps"):
+        if not 1 <= getattr(arguments, name) <= 1000:
+            raise ValueError(f"`{name}` must be in [1, 1000], got {getattr(arguments, name)}.")
+    if arguments.attention_backend is not None:
+        _check_attention_backend(arguments.attention_backend)
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(arguments, name) < 1:
             raise ValueError(f"`{name}` must be in [0, 1), got {getattr(arguments, name)}.")
@@ -297,6 +298,13 @@ def check_run_arguments(arguments: RunArguments) -> None:
             "`rollout_start_step`, `rollout_inference_steps` and `motion_noise` require `rollout_chunks` > 0, got 0."
         )
     _check_data_arguments(arguments)
+
+
+def _check_attention_backend(name: str) -> None:
+    try:
+        _check_attention_backend_requirements(AttentionBackendName(name))
+    except RuntimeError as error:
+        raise ValueError(f"`attention_backend` {name!r} cannot be used: {error}") from error
 
 
 def _check_data_arguments(arguments: RunArguments) -> None:
@@ -344,15 +352,20 @@ def check_snr_gamma(snr_gamma: float | None, prediction_type: str | None) -> Non
 
 
 def check_chunks(arguments: RunArguments, config: Mapping[str, Any]) -> None:
-    """Check `motion_noise` and `short_chunk_share` against the config of a model.
+    """Check `rollout_inference_steps`, `motion_noise` and `short_chunk_share` against the config of a model.
 
     Args:
         arguments: Arguments of the run.
         config: Config of the model, or the entries of a new one.
 
     Raises:
-        ValueError: If one of them is not 0 and the model does not support it.
+        ValueError: If the model does not support one of them.
     """
+    if arguments.rollout_inference_steps > config.get("num_train_timesteps", 1000):
+        raise ValueError(
+            f"`rollout_inference_steps` must be at most {config['num_train_timesteps']}, the timesteps of the model, got "
+            f"{arguments.rollout_inference_steps}."
+        )
     if arguments.motion_noise and not config.get("moving_layers"):
         raise ValueError(
             f"`motion_noise` must be 0 for a model without moving layers, got {arguments.motion_noise:g}: train a transformer "

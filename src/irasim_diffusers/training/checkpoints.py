@@ -225,7 +225,7 @@ def save_finished(output: Path, save: Callable[[Path], None]) -> None:
     """Save the final model to the output folder.
 
     Files and folders of the same names are replaced, except that a folder is never replaced by a file. `model_index.json`, which
-    marks a pipeline as complete, is moved there last.
+    marks a pipeline as complete, is removed first and moved there last.
 
     Args:
         output: Output folder, which also contains the checkpoints.
@@ -241,6 +241,8 @@ def save_finished(output: Path, save: Callable[[Path], None]) -> None:
         for path in partial.iterdir():
             if path.is_file() and (output / path.name).is_dir():
                 raise ValueError(f"{str(output / path.name)!r} must be a file, but is a folder: rename or remove it.")
+    if (finished / DiffusionPipeline.config_name).is_file():
+        (output / DiffusionPipeline.config_name).unlink(missing_ok=True)
     for path in sorted(finished.iterdir(), key=lambda path: path.name == DiffusionPipeline.config_name):
         if (output / path.name).is_dir():
             shutil.rmtree(output / path.name)

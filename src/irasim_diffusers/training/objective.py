@@ -145,21 +145,15 @@ def diffusion_loss(
     Raises:
         ValueError: If `snr_gamma` is given for a flow, or the prediction type is unknown.
     """
-    num_history_frames = latents.shape[2] - actions.shape[1]
-    history, future = latents[:, :, :num_history_frames], latents[:, :, num_history_frames:]
+    history, future = latents.tensor_split([latents.shape[2] - actions.shape[1]], dim=2)
     if relative_latents:
         future = future - history[:, :, -1:]
     window = torch.cat([history, add_noise(scheduler, future, noise, timesteps)], dim=2)
     options = {"return_components": True} if moving_layers else {}
     outputs = transformer(window, timesteps, actions, action_mask=action_mask, return_dict=False, **options)
     target = diffusion_target(scheduler, future, noise, timesteps)
-    predictions = outputs[1:3] if moving_layers else (outputs[0][:, :, num_history_frames:],)
-    errors = (
-        torch.stack(predictions, dim=1).float() - target.float().unsqueeze(1)
-    ).square()  # (B, 1 or 2, C, n, H, W)
-    if huber_c is not None:
-        errors = 2 * huber_c * ((errors + huber_c**2).sqrt() - huber_c)
-    errors = errors.flatten(2).mean(2)  # (B, 1 or 2)
+    predictions = outputs[1:3] if moving_layers else (outputs[0][:, :, history.shape[2] :],)
+    errors = _errors(torch.stack(predictions, dim=1), target.unsqueeze(1), huber_c)  # (B, 1 or 2)
     if snr_gamma is not None:
         errors = errors * min_snr_weights(scheduler, timesteps, snr_gamma).unsqueeze(1)
     losses = {"loss": errors.mean()}
@@ -169,3 +163,11 @@ def diffusion_loss(
         losses["loss_states"] = (outputs[-1] - states).square().mean()
         losses["loss"] = losses["loss"] + state_loss_weight * losses["loss_states"]
     return losses
+
+
+def _errors(predictions: torch.Tensor, targets: torch.Tensor, huber_c: float | None) -> torch.Tensor:
+    """Return the mean squared or pseudo-Huber errors (B, P) of predictions (B, P, C, n, H, W)."""
+    errors = (predictions.float() - targets.float()).square()
+    if huber_c is not None:
+        errors = 2 * huber_c * ((errors + huber_c**2).sqrt() - huber_c)
+    return errors.flatten(2).mean(2)

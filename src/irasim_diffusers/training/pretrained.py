@@ -17,6 +17,7 @@ from ..latents import AUTOENCODER, Autoencoder, load_any_autoencoder
 from ..models import IRASimTransformer3DModel
 from ..models.transformer_irasim import check_config
 from ..pipelines import IRASimPipeline
+from ..safe_load import find_nonfinite_weight
 from .arguments import RunArguments
 
 SAME_LATENTS = 1e-4
@@ -137,16 +138,22 @@ def load_transformer(arguments: RunArguments) -> IRASimTransformer3DModel:
     """Load the pretrained transformer from a pipeline, or from a folder or repository of a transformer.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        ValueError: If it cannot be loaded, or weights are missing, unknown or not finite.
     """
     name: Any = arguments.pretrained_model_name_or_path
     try:
-        return IRASimTransformer3DModel.from_pretrained(
+        model, info = IRASimTransformer3DModel.from_pretrained(
             name,
             subfolder="transformer" if is_pipeline(name, arguments.revision) else None,
             revision=arguments.revision,
             variant=arguments.variant,
+            output_loading_info=True,
         )
+        if different := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
+            raise ValueError(f"the config does not match the weights, for example {different[0]!r}.")
+        if (found := find_nonfinite_weight(model)) is not None:
+            raise ValueError(f"the weights contain NaN or infinity in {found!r}: use an earlier checkpoint.")
+        return model
     except Exception as error:  # the loaders raise errors of many types for damaged files
         reason = missing_reason(name, error) or error
         raise ValueError(
