@@ -222,7 +222,7 @@ class MovingLayers(nn.Module):
 
 
 def _dilate(masks: torch.Tensor) -> torch.Tensor:
-    """Extend masks (..., H, W) with values of at least 0 by one pixel, faster on a CPU than a pooling layer."""
+    """Extend masks (..., H, W) with values of at least 0 by one pixel; on a CPU faster than pooling."""
     padded = F.pad(masks, (1, 1, 1, 1))
     rows = torch.maximum(torch.maximum(padded[..., :-2, :], padded[..., 1:-1, :]), padded[..., 2:, :])
     return torch.maximum(torch.maximum(rows[..., :-2], rows[..., 1:-1]), rows[..., 2:])
