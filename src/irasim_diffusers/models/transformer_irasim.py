@@ -729,7 +729,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         grid: tuple[int, int],
         motion_noise: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        """Return the prediction, the moved layers and the generated frames, all (B, C, n, H, W) and relative to the last frame."""
+        """Return the prediction, the moved layers and the generated frames, relative to the last frame."""
         generated = self._project_out(tokens, grid)
         last_frame = last_frame.to(generated.device).unsqueeze(2)  # a model may be split over GPUs
         generated = last_frame.float() + generated
