@@ -352,7 +352,7 @@ def check_snr_gamma(snr_gamma: float | None, prediction_type: str | None) -> Non
 
 
 def check_chunks(arguments: RunArguments, config: Mapping[str, Any]) -> None:
-    """Check `rollout_inference_steps`, `motion_noise` and `short_chunk_share` against the config of a model.
+    """Check the options of rollouts and chunks against the config of a model.
 
     Args:
         arguments: Arguments of the run.
