@@ -108,7 +108,7 @@ class StudyArguments:
     output_dir: Path = field(metadata={"help": "folder of all results"})
     quick: bool = field(
         default=False,
-        metadata={"help": "small setting, which takes about 45 minutes on two CPU cores with --policies"},
+        metadata={"help": "small setting, which takes about 30 minutes on two CPU cores with --policies"},
     )
     base_model: Path | None = field(
         default=None, metadata={"help": "pipeline folder that is fine-tuned (default: the embedded model)"}
