@@ -54,7 +54,7 @@ class ImproveArguments:
     num_states: int = field(default=8, metadata={"help": "number of states per iteration"})
     group_size: int = field(default=8, metadata={"help": "number of chunks per state"})
     num_updates: int = field(default=8, metadata={"help": "number of optimizer steps per iteration"})
-    learning_rate: float = field(default=1e-4, metadata={"help": "learning rate"})
+    learning_rate: float = field(default=2e-5, metadata={"help": "learning rate"})
     min_spread: float = field(
         default=2e-3, metadata={"help": "groups with a smaller standard deviation of rewards are ignored"}
     )
@@ -74,7 +74,11 @@ class Improvement:
     def __init__(self, arguments: ImproveArguments) -> None:
         self.arguments, self.path = arguments, arguments.output_dir / "training.pt"
         self.policy = DiffusionPolicy.from_pretrained(arguments.policy).eval()
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), arguments.learning_rate, weight_decay=0.0)
+        self.policy.encoder.requires_grad_(
+            False
+        )  # as in train_policy.py: few states would spoil the poses that it reads
+        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, arguments.learning_rate, weight_decay=0.0)
         self.rewards: list[float] = []  # mean reward of the chunks of each iteration
         self.before: dict[str, Any] = {}
 
