@@ -6,14 +6,16 @@
 Each iteration draws recorded frames, samples a group of chunks from the policy for each frame, and predicts the result
 of every chunk with the world model. The reward of a chunk is that of the frame after its first `--num_executed`
 targets. As in GRPO, the advantage of a chunk is the difference between its reward and the mean of its group, in
-standard deviations. The denoising loss of each chunk is weighted by its advantage, limited to [0, 3]. The training uses
-no simulator. The simulator evaluates the policy before and after the training, from the same starts, and the report
+standard deviations. The denoising loss of each chunk is weighted by its advantage, limited to [0, 3]. As the KL term of
+GRPO, the squared difference from the denoised chunks of the initial policy keeps the policy close to it; without this
+term, training on own samples amplifies their errors. The training uses no simulator. The simulator evaluates the policy before and after the training, from the same starts, and the report
 contains both results.
 
 If the block is far from the goal, the policy needs a dense reward: train one with `train_reward.py --target
 closeness`. The same command resumes from the last finished iteration.
 """
 
+import copy
 import json
 import sys
 import time
@@ -55,6 +57,9 @@ class ImproveArguments:
     group_size: int = field(default=8, metadata={"help": "number of chunks per state"})
     num_updates: int = field(default=8, metadata={"help": "number of optimizer steps per iteration"})
     learning_rate: float = field(default=2e-5, metadata={"help": "learning rate"})
+    reference_weight: float = field(
+        default=1.0, metadata={"help": "weight of the squared difference from the predictions of the initial policy"}
+    )
     min_spread: float = field(
         default=2e-3, metadata={"help": "groups with a smaller standard deviation of rewards are ignored"}
     )
@@ -74,9 +79,8 @@ class Improvement:
     def __init__(self, arguments: ImproveArguments) -> None:
         self.arguments, self.path = arguments, arguments.output_dir / "training.pt"
         self.policy = DiffusionPolicy.from_pretrained(arguments.policy).eval()
-        self.policy.encoder.requires_grad_(
-            False
-        )  # as in train_policy.py: few states would spoil the poses that it reads
+        self.reference = copy.deepcopy(self.policy).requires_grad_(False)
+        self.policy.encoder.requires_grad_(False)  # as in train_policy.py
         trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, arguments.learning_rate, weight_decay=0.0)
         self.rewards: list[float] = []  # mean reward of the chunks of each iteration
@@ -147,11 +151,17 @@ class Improvement:
         frames = torch.as_tensor(observation["pixels"]).movedim(-1, 1).float() / 255
         clean = (chunks.flatten(0, 1) - positions.repeat_interleave(group, dim=0)[:, None]) / SCALE
         for _ in range(self.arguments.num_updates):
-            encoded = self.policy.encode(frames, positions).repeat_interleave(group, dim=0)
+            encoded, kept = (
+                policy.encode(frames, positions).repeat_interleave(group, dim=0)
+                for policy in (self.policy, self.reference)
+            )
             timesteps = torch.randint(self.policy.config.num_train_timesteps, (len(clean),), generator=generator)
             noise = torch.randn(clean.shape, generator=generator)
-            predicted = self.policy(scheduler.add_noise(clean, noise, timesteps), timesteps, encoded)
+            noisy = scheduler.add_noise(clean, noise, timesteps)
+            predicted = self.policy(noisy, timesteps, encoded)
             loss = (weights.flatten() * (predicted - clean).square().mean((1, 2))).mean()
+            change = (predicted - self.reference(noisy, timesteps, kept)).square().mean()
+            loss = loss + self.arguments.reference_weight * change
             self.optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
@@ -179,7 +189,7 @@ def main() -> None:
     (arguments,) = HfArgumentParser(ImproveArguments).parse_args_into_dataclasses()
     check_ranges(
         arguments,
-        not_negative=("min_spread", "seed"),
+        not_negative=("min_spread", "reference_weight", "seed"),
         at_least_1=(
             "num_iterations",
             "num_states",
