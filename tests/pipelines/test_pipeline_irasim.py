@@ -372,7 +372,7 @@ def test_missing_weights_raise(pipeline, tmp_path):
     weights = load_file(path)
     del weights["proj_out.bias"]
     save_file(weights, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"`transformer` must have all weights, got a file without 'proj_out.bias'"):
+    with pytest.raises(ValueError, match=r"the weights file does not contain transformer\.proj_out\.bias"):
         IRASimPipeline.from_pretrained(tmp_path)
 
 

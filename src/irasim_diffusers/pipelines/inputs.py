@@ -333,9 +333,7 @@ def check_finite_weights(module: Any, name: str) -> None:
         return
     missing = next((key for key, weight in module.state_dict(keep_vars=True).items() if weight.is_meta), None)
     if missing is not None and not any(hasattr(part, "_hf_hook") for part in module.modules()):  # without offloading
-        raise ValueError(
-            f"`{name}` must have all weights, got a file without {missing!r}: copy or train the model again."
-        )
+        raise ValueError(f"the weights file does not contain {name}.{missing}: copy or train the model again.")
     key = find_nonfinite_weight(module)
     if key is not None:
         raise ValueError(
