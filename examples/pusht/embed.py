@@ -115,6 +115,7 @@ def main() -> None:
         except BaseException:
             old.rename(target)
             raise
+    print(f"embedded in {target}:")
     for path in sorted(target.rglob("*")):
         if path.is_file():
             print(f"{path.stat().st_size / 1e6:8.3f} MB  {path.relative_to(target)}")
