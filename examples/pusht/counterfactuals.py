@@ -43,7 +43,6 @@ def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | N
     Raises:
         ValueError: If the simulator does not reproduce the recorded episode.
     """
-    check_reproduction(task)
     start, end = task.start, task.start + task.num_actions
     past = task.actions[:start]
     simulator = Simulator(task.pusher_radius)
@@ -55,6 +54,8 @@ def counterfactuals(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray] | N
     for attempt in range(60):
         actions = task.actions[start:end] if attempt == 0 else candidate(rng, states[-1], task.num_actions)
         frames, outcome = simulator.replay(task.seed, np.concatenate([past, actions]), start + 1 - task.history)
+        if attempt == 0:
+            _check_end(task, outcome[-1])
         if not moved(outcome[start].block, outcome[-1].block):
             continue
         seen, future = frames[: task.history], frames[task.history :]
@@ -71,10 +72,15 @@ def check_reproduction(task: Task) -> None:
     """Raise ValueError if the simulator does not reproduce the recorded episode up to the end of a task."""
     end = task.start + task.num_actions
     _, states = Simulator(task.pusher_radius).replay(task.seed, task.actions[:end], first_frame=end)
-    if moved(task.blocks[end], states[-1].block):
+    _check_end(task, states[-1])
+
+
+def _check_end(task: Task, state: State) -> None:
+    block = task.blocks[task.start + task.num_actions]
+    if moved(block, state.block):
         raise ValueError(
             f"`first_seed` and `pusher_radius` must match the dataset: with seed {task.seed} the block ends at "
-            f"{states[-1].block.round(2).tolist()} in the simulator and {task.blocks[end].round(2).tolist()} in the dataset."
+            f"{state.block.round(2).tolist()} in the simulator and {block.round(2).tolist()} in the dataset."
         )
 
 

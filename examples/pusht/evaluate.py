@@ -482,7 +482,7 @@ def main() -> None:
     check_states(dataset)
     rng = np.random.default_rng(arguments.seed)
     number, seed, radius = arguments.num_histories, arguments.first_seed, arguments.pusher_radius
-    tasks = identification_tasks(dataset, number, history + PREDICTED, history, seed, radius)
+    tasks = identification_tasks(dataset, number, history + PREDICTED, history, seed, radius) if number else []
     if tasks:
         check_reproduction(tasks[0])
     evaluation = Evaluation(arguments, dataset, *load_model(arguments), history, tasks, rng)

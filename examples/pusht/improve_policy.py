@@ -150,11 +150,10 @@ class Improvement:
         positions = torch.as_tensor(observation["agent_pos"])
         frames = torch.as_tensor(observation["pixels"]).movedim(-1, 1).float() / 255
         clean = (chunks.flatten(0, 1) - positions.repeat_interleave(group, dim=0)[:, None]) / SCALE
+        keypoints = self.policy.encoder(frames)  # frozen, so that both policies have the same ones
+        kept = self.reference.embed(keypoints, positions).repeat_interleave(group, dim=0)
         for _ in range(self.arguments.num_updates):
-            encoded, kept = (
-                policy.encode(frames, positions).repeat_interleave(group, dim=0)
-                for policy in (self.policy, self.reference)
-            )
+            encoded = self.policy.embed(keypoints, positions).repeat_interleave(group, dim=0)
             timesteps = torch.randint(self.policy.config.num_train_timesteps, (len(clean),), generator=generator)
             noise = torch.randn(clean.shape, generator=generator)
             noisy = scheduler.add_noise(clean, noise, timesteps)

@@ -95,7 +95,10 @@ def write_file(
 
 
 def count_written(root: str | os.PathLike, file_index: int) -> int:
-    """Return the number of episodes in a file of `write_file`; 0 if it or a video is incomplete."""
+    """Return the number of episodes in a file of `write_file`; 0 if it or a video is incomplete.
+
+    The videos are read, but not decoded: the header of a truncated video may be intact.
+    """
     try:
         table = pq.read_table(_path(Path(root), EPISODES_PATH, file_index))
         for key in (

@@ -657,8 +657,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             return_dict: Return an `IRASimTransformer3DModelOutput` instead of a tuple.
             motion_noise: Only for training: noise (B, L, 3) that is added to the motions of the L moving layers in rollouts, x and
                 y in patches and the angle in units of 0.5 radians. The same noise is added in all predicted frames.
-            return_components: Only for training: also return the two predictions of a model with `moving_layers`, each of which
-                has a loss of its own.
+            return_components: Only for training: also return the two predictions of a model with `moving_layers`, which have
+                separate losses.
 
         Returns:
             The prediction (B, C, F, H, W), whose values at history frames are undefined; with `return_components`, also the moved
