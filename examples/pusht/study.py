@@ -15,7 +15,7 @@ other settings raises an error; `--redo STAGE` computes this stage again, and al
 import functools
 import multiprocessing
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,16 @@ class StudyArguments:
         metadata={
             "help": "vision model of transformers for goal images, such as microsoft/resnet-50 (default: the reward network)"
         },
+    )
+    evaluation_seeds: int | None = field(
+        default=None, metadata={"help": "starts of each policy in the evaluation (default: 50, or 8 with --quick)"}
+    )
+    planning_seeds: int | None = field(
+        default=None, metadata={"help": "starts of each planner (default: 100, or 8 with --quick)"}
+    )
+    candidates: list[int] = field(
+        default_factory=list,
+        metadata={"help": "values of K, with at least one above 1 (default: 1 5 10 50, or 1 10 with --quick)"},
     )
     stages: list[str] = field(
         default_factory=list,
@@ -430,7 +440,13 @@ def run_study(arguments: StudyArguments, size: Size) -> None:
         ValueError: If an argument is out of range, a stage is unknown, `output_dir` cannot be written, an input does not exist or
             lacks required states, episodes or policies, a stage was computed with other settings, or a script fails.
     """
-    check_ranges(arguments, not_negative=("seed",), at_least_1=("num_workers",))
+    counts = ("num_workers", "evaluation_seeds", "planning_seeds", "candidates")
+    check_ranges(arguments, not_negative=("seed",), at_least_1=counts)
+    given = {name: getattr(arguments, name) for name in ("evaluation_seeds", "planning_seeds")}
+    given["candidates"] = tuple(sorted(set(arguments.candidates)))
+    size = replace(size, **{name: value for name, value in given.items() if value})
+    if size.candidates[-1] < 2:
+        raise ValueError("`candidates` must contain a number above 1, got only 1.")
     for name in ("stages", "redo"):
         unknown = sorted(set(getattr(arguments, name)) - set(STAGES))
         if unknown:

@@ -118,8 +118,12 @@ def test_study_resumes_with_the_same_results(inputs, tmp_path, monkeypatch):
     changed = dataclasses.replace(TINY, planning_steps=1)
     with pytest.raises(ValueError, match=r"'planning'.*`planning_steps` was 2 and is 1.*--redo planning"):
         study.run_study(given, changed)
-    study.run_study(dataclasses.replace(given, redo=["planning"], stages=["planning"]), changed)
-    assert len(calls) == number + len(cells)
+    changes = {"redo": ["planning"], "stages": ["planning"], "planning_seeds": 2, "candidates": [3, 1]}
+    study.run_study(dataclasses.replace(given, **changes), changed)
+    assert len(calls) == number + 2 * len(cells)
+    cells = json.loads((tmp_path / "planning" / "result.json").read_text())["results"]
+    assert "P0-K3" in cells
+    assert {len(results) for results in cells.values()} == {2}
 
 
 def test_simulator_model_is_exact():
@@ -209,6 +213,10 @@ BAD = [
     ({"stages": ["plan"]}, "`stages` must be among policies, .*, got plan"),
     ({"redo": ["x", "y"]}, "`redo` must be among policies, .*, got x, y"),
     ({"num_workers": 0}, "`num_workers` must be at least 1, got 0"),
+    ({"planning_seeds": 0}, "`planning_seeds` must be at least 1, got 0"),
+    ({"evaluation_seeds": -1}, "`evaluation_seeds` must be at least 1, got -1"),
+    ({"candidates": [1, 0]}, "`candidates` must be at least 1, got 0"),
+    ({"candidates": [1]}, "`candidates` must contain a number above 1, got only 1"),
     ({"test_dataset": study.SCRIPTS}, "must be a complete LeRobotDataset folder"),
     ({"policies": study.SCRIPTS}, "`policies` must be a folder written by train_policy.py"),
 ]
