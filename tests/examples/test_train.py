@@ -152,19 +152,16 @@ def test_tiny_autoencoder_is_trained_on_crops(workspace):
         *("train_vae", "--dataset", workspace / "first", "--cameras", 0, "--output_dir", workspace / "tiny", "--tiny"),
         *("--block_out_channels", 8, 8, "--latent_channels", 5, "--crop_size", 8, "--latent_std", 0.5, *SHORT),
     )
-    call(
-        *(
-            "train",
-            "--dataset",
-            workspace / "first",
-            "--vae",
-            workspace / "tiny",
-            "--output_dir",
-            workspace / "on-tiny",
-        ),
-        *("--cameras", 0, "--fps", 5, "--patch_size", 1, "--crop_size", 4, "--spatial_position", "rope"),
-        *("--cache_dir", workspace / "tiny-latents", *MODEL, *SHORT),
-    )
+    flags = [
+        *("train", "--dataset", workspace / "first", "--vae", workspace / "tiny", "--cameras", 0, "--fps", 5),
+        *("--output_dir", workspace / "on-tiny", "--cache_dir", workspace / "tiny-latents"),
+        *("--patch_size", 1, "--spatial_position", "rope", *MODEL, *SHORT),
+    ]
+    with pytest.raises(ValueError, match="`crop_size` must be at most the smaller side of the 8x16 latents, got 9"):
+        call(*flags, "--crop_size", 9)
+    assert not (workspace / "tiny-latents").exists()
+    assert not (workspace / "on-tiny").exists()
+    call(*flags, "--crop_size", 4)
     pipeline = IRASimPipeline.from_pretrained(workspace / "on-tiny")
     assert isinstance(pipeline.vae, AutoencoderTiny)
     config = pipeline.transformer.config

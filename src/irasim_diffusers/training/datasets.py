@@ -285,11 +285,19 @@ def cached_clips(
         known = standardised_states(sources, arguments.state_keys, arguments.state_angles, numbers)
         for part, states in zip(parts, known, strict=True):
             part.states = states
-    if (arguments.crop_size or 0) > min(parts[0].latent_size):
-        raise ValueError(
-            f"`crop_size` must be at most the smaller side of the latents {parts[0].latent_size}, got {arguments.crop_size}."
-        )
+    check_crop_fits(
+        arguments.crop_size, parts[0].latent_size
+    )  # of recorded latents; others are checked before encoding
     return parts
+
+
+def check_crop_fits(crop_size: int | None, latent_size: tuple[int, int]) -> None:
+    """Check that `crop_size` is at most the height and width of the latents; raise ValueError otherwise."""
+    if (crop_size or 0) > min(latent_size):
+        height, width = latent_size
+        raise ValueError(
+            f"`crop_size` must be at most the smaller side of the {height}x{width} latents, got {crop_size}."
+        )
 
 
 def load_frames(dataset: PreparedEpisodes, per_episode: int, skip_broken: bool) -> torch.Tensor:

@@ -11,10 +11,10 @@ import numpy as np
 from accelerate import Accelerator
 
 from ..data import LatentClips, MixedClips, PreparedEpisodes
-from ..latents import Autoencoder
+from ..latents import Autoencoder, downsampling_factor
 from ..models import Denoiser
 from .arguments import RunArguments, check_chunks, check_crop, check_snr_gamma
-from .datasets import cache_sources, cached_clips, check_frames, validation_clips
+from .datasets import cache_sources, cached_clips, check_crop_fits, check_frames, validation_clips
 from .launch import prepare_output
 from .loop import TrainingRun, log_size
 from .rollouts import clip_length
@@ -63,6 +63,9 @@ def encode_data(
     check_snr_gamma(arguments.snr_gamma, config["prediction_type"])
     recorded = arguments.recorded_latents
     frame_size = None if recorded else check_frames(sources, vae, config.get("patch_size", 1))
+    if frame_size is not None:
+        factor = downsampling_factor(vae)
+        check_crop_fits(arguments.crop_size, (frame_size[0] // factor, frame_size[1] // factor))
     held_out = validation_clips(arguments, config) if accelerator.is_main_process else None
     output = Path(arguments.output_dir)
     prepare_output(accelerator, output, (arguments.hub_model_id or output.name) if arguments.push_to_hub else None)
