@@ -205,6 +205,7 @@ NEW_MODEL: dict[str, Any] = {
     "action_frequencies": 0,
     "spatial_position": "grid",
     "ff_conv": False,
+    "activation_fn": "gelu",  # faster on a CPU than the approximation in the paper
     "target_extent": None,
 }
 """Default config of a new transformer."""
@@ -345,7 +346,7 @@ def load_pretrained(arguments: TrainingArguments) -> IRASimTransformer3DModel:
     may_change = {"action_space", "relative_latents", *(WINDOW if model.config.conditioning == "frame" else ())}
     may_change |= {"target_extent"} if model.config.target_extent else set()
     for flag in sorted(NEW_MODEL.keys() - may_change):
-        value, stored = getattr(arguments, flag), model.config[flag]
+        value, stored = getattr(arguments, flag, None), model.config[flag]
         omitted = value is None or value is False or value == []
         if not omitted and value != stored:
             remedy = ", or change it with `irasim adapt`" if can_adapt(model.config, flag, value) else ""

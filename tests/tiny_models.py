@@ -40,6 +40,7 @@ ARCHITECTURES = {
     "Push-T": {
         "spatial_position": "rope",
         "ff_conv": True,
+        "activation_fn": "gelu",
         "target_extent": [-2.0, -1.0, 1.0, 3.0],
         "action_space": "absolute",
         "relative_latents": True,

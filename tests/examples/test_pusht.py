@@ -346,6 +346,7 @@ def test_recipe_of_embedded_model(workspace, targets):
     pipeline = IRASimPipeline.from_pretrained(targets)
     config = pipeline.transformer.config
     assert (config.target_extent, config.ff_conv, config.spatial_position) == ([0, 0, 512, 512], True, "rope")
+    assert config.activation_fn == "gelu"
     assert (type(pipeline.scheduler).__name__, pipeline.config.num_inference_steps) == ("DDIMScheduler", 1)
     assert pipeline.vae is None
     assert 0 <= min(config.action_low) < max(config.action_high) <= 512

@@ -94,6 +94,16 @@ def test_new_model_predicts_zero(inputs):
     assert not IRASimTransformer3DModel(**TINY)(*inputs).sample.any()
 
 
+def test_exact_gelu_is_close_to_its_approximation(transformer, inputs):
+    expected = transformer(*inputs).sample
+    exact = tiny_transformer(activation_fn="gelu")
+    assert exact.transformer_blocks[0].ff.net[0].approximate == "none"
+    assert exact.temporal_transformer_blocks[0].ff.net[0].approximate == "none"
+    sample = exact(*inputs).sample
+    assert not torch.equal(sample, expected)
+    torch.testing.assert_close(sample, expected, rtol=0, atol=5e-3)
+
+
 def test_action_modulates_only_its_own_frame(transformer, inputs):
     hidden_states, timestep, actions = inputs
     for block in transformer.temporal_transformer_blocks:  # without temporal blocks, frames are independent
@@ -144,6 +154,7 @@ def test_one_timestep_for_the_batch(transformer, inputs, shape):
     ("config", "message"),
     [
         ({"conditioning": "clip"}, "`conditioning` must be one of frame, video, got 'clip'"),
+        ({"activation_fn": "silu"}, "`activation_fn` must be one of gelu-approximate, gelu, got 'silu'"),
         ({"action_activation": "relu"}, "`action_activation` must be one of gelu_tanh, None, got 'relu'"),
         ({"action_space": "abs"}, "`action_space` must be one of relative, absolute, got 'abs'"),
         ({"action_scale": [1.0, 2.0]}, "`action_scale` must have `action_dim` = 3 entries, one per component, got 2"),

@@ -94,6 +94,7 @@ CHOICES: dict[str, tuple[str | bool | None, ...]] = {
     "spatial_position": ("grid", "area", "fixed", "rope"),
     "history_timestep": ("same", "zero"),
     "action_activation": ("gelu_tanh", None),
+    "activation_fn": ("gelu-approximate", "gelu"),
     "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "final_frame_ada": SWITCH,
@@ -228,13 +229,14 @@ class IRASimTransformerBlock(nn.Module):
         norm_type: str = "ada_norm_zero",
         qk_norm: str | None = None,
         ff_conv: bool = False,
+        activation_fn: str = "gelu-approximate",
     ) -> None:
         super().__init__()
         self.temporal = temporal
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn1 = IRASimAttention(dim, num_attention_heads, attention_head_dim, qk_norm, temporal)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.ff = FeedForward(dim, activation_fn="gelu-approximate")
+        self.ff = FeedForward(dim, activation_fn=activation_fn)
         self.ff_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if ff_conv else None
         self.norm_type = norm_type
         if norm_type == "ada_norm_zero":
@@ -331,6 +333,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             in the attention of every spatial block.
         ff_conv: Whether the feed-forward of the spatial blocks starts with a residual depthwise 3x3 convolution over the
             grid of patches, similar to the Mix-FFN of SANA (https://arxiv.org/abs/2410.10629).
+        activation_fn: Activation of the feed-forward, `"gelu-approximate"` as in the paper, or `"gelu"`, which differs by at most
+            0.0005 and takes a third of the time in bfloat16 on a CPU.
         base_patch_size: Patch size of the pretrained model, which is the unit of `"grid"` positions; None if the patch size
             was not changed.
         use_fps: Whether frames per second are embedded (Open-Sora).
@@ -412,6 +416,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         temporal_position: str = "sincos",
         spatial_position: str = "grid",
         ff_conv: bool = False,
+        activation_fn: str = "gelu-approximate",
         base_patch_size: float | None = None,
         use_fps: bool = False,
         history_timestep: str = "same",
@@ -467,8 +472,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             self.target_embed = PixArtAlphaTextProjection(2 * (1 + 2 * TARGET_OCTAVES), dim, dim)
 
         def block(temporal: bool) -> IRASimTransformerBlock:
+            sizes = (dim, num_attention_heads, attention_head_dim)
             return IRASimTransformerBlock(
-                dim, num_attention_heads, attention_head_dim, temporal, norm_type, qk_norm, ff_conv and not temporal
+                *sizes, temporal, norm_type, qk_norm, ff_conv and not temporal, activation_fn
             )
 
         self.transformer_blocks = nn.ModuleList([block(temporal=False) for _ in range(num_layers)])
