@@ -166,8 +166,8 @@ class TrainingArguments(RunArguments):
     moving_layers: int | None = field(
         default=None,
         metadata={
-            "help": "transformer: number of rigidly moving layers of the last history frame, at most one per object that is always "
-            "visible; requires --relative_latents and --prediction_type sample (default: 0, or that of the pretrained model)"
+            "help": "transformer: number of layers that move rigidly, at most one per object; requires --relative_latents and "
+            "--prediction_type sample (default: 0, or that of the pretrained model)"
         },
     )
     relative_latents: bool = field(

@@ -1,21 +1,29 @@
+from dataclasses import replace
+
 import diffusers
 import numpy as np
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, tiny_pipeline
 
-from irasim_diffusers import IRASimPipeline, RolloutState, roll
+from irasim_diffusers import IRASimPipeline, RolloutState, embedded_checkpoint, roll
+from irasim_diffusers.data import read_video
+from irasim_diffusers.rollout import concatenate
 
 
 def state_of(*seeds):
     latents = torch.stack([torch.full((4, 2, 4, 6), float(seed)) for seed in seeds])
-    return RolloutState(latents, seeds, torch.arange(len(seeds)))
+    memory = {"motions": torch.tensor(seeds).view(-1, 1, 1).repeat(1, 2, 3)}
+    return RolloutState(latents, seeds, torch.arange(len(seeds)), memory)
 
 
 def same(state, other):
     torch.testing.assert_close(state.latents, other.latents, rtol=0, atol=0)
     assert state.seeds == other.seeds
     assert torch.equal(state.step, other.step)
+    assert state.memory.keys() == other.memory.keys()
+    for name, tensor in state.memory.items():
+        assert torch.equal(tensor, other.memory[name])
 
 
 @torch.no_grad()
@@ -50,6 +58,34 @@ def test_repeat_select_and_put_round_trip():
     same(changed.put([0, 2], state.select([0, 2])), state)
     assert state.seeds == (5, 3, 8)  # unchanged
     assert state.latents[2, 0, 0, 0, 0] == 8
+
+
+def test_rows_without_memory_have_zeros():
+    state, other = state_of(5, 3, 8), RolloutState.first(state_of(7).latents, [7])
+    for mixed in (state.put([1], other), concatenate([state.select([0]), other, state.select([2])])):
+        assert mixed.memory["motions"][:, 0, 0].tolist() == [5, 0, 8]
+    assert other.put([0], state.select([2])).memory["motions"].unique().tolist() == [8]
+
+
+def test_memory_of_a_model_with_moving_layers():
+    pipeline = IRASimPipeline.from_pretrained(embedded_checkpoint())
+    pipeline.set_progress_bar_config(disable=True)
+    frames = read_video(embedded_checkpoint() / "example.mp4")[:40]
+    actions = np.loadtxt(embedded_checkpoint() / "example_actions.csv", delimiter=",", skiprows=1)[:40]
+    plan = torch.from_numpy(actions).float()[None]
+    start = pipeline.start(frames[:1], [0])
+    *_, (later, _) = roll(pipeline, start, plan[:, :30])
+    assert {len(tensor) for tensor in later.memory.values()} == {1}
+    assert later.memory["motions"].abs().amax() > 0.5
+    with torch.no_grad():
+        future = pipeline.advance(later, plan[:, 30:32])[1]
+        assert not torch.equal(pipeline.advance(replace(later, memory={}), plan[:, 30:32])[1], future)
+        reset = pipeline.start(frames[:2], [0])
+        both = pipeline.advance(later.repeat(2).put([0], reset), torch.cat([plan[:, :2], plan[:, 30:32]]))[1]
+        alone = pipeline.advance(reset, plan[:, :2])[1]
+    torch.testing.assert_close(both, torch.cat([alone, future]), rtol=0, atol=1e-4)
+    *_, (_, last) = roll(pipeline, start, plan[:, :32])
+    torch.testing.assert_close(last, future, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

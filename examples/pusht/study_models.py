@@ -241,7 +241,8 @@ def fine_tune(root: Path, base: Path, datasets: list[Path], max_train_steps: int
             *("--pretrained_model_name_or_path", base, "--max_train_steps", max_train_steps, "--seed", seed),
             *("--train_batch_size", 16, "--learning_rate", 1e-4, "--lr_scheduler", "cosine", "--lr_warmup_steps", 10),
             *("--max_grad_norm", 1, "--ema_decay", 0.99, "--action_dropout", 0, "--terminal_share", 0.7),
-            *("--history_noise", 0.03, "--crop_size", 64, "--rollout_chunks", 2, "--checkpointing_steps", 250),
+            *("--history_noise", 0, "--huber_c", 0.02, "--crop_size", 64, "--rollout_chunks", 2),
+            *("--checkpointing_steps", 250),
             *([] if torch.cuda.is_available() else ["--attention_backend", "_native_math"]),
         )
     else:

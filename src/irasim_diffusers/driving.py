@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice
@@ -92,6 +92,10 @@ class _Predicted:
     latents: torch.Tensor  # (1, C, 1, h, w)
 
 
+MAX_MEMORIES = 32
+"""Maximum number of calls of `DrivingSession.step` after which the model's memory is kept for `undo`."""
+
+
 class DrivingSession:
     """Rollout that is steered while it is predicted, frame by frame, with undo and a recording.
 
@@ -157,10 +161,14 @@ class DrivingSession:
         self._kept.clear()
         self._before = self._first  # state before the frames in memory
         self._last_dropped: _Predicted | None = None
+        self._memories: deque[tuple[int, Mapping[str, torch.Tensor]]] = deque(maxlen=MAX_MEMORIES)
         self._sync_steering()
 
     def undo(self, num_frames: int = 1) -> PIL.Image.Image:
         """Remove the last `num_frames` predicted frames, or all frames in memory if there are fewer.
+
+        A model with a memory (see `RolloutState`) starts with an empty one if the new last frame is not the last one of a recent
+        call of `step`.
 
         Returns:
             The new last frame.
@@ -172,6 +180,8 @@ class DrivingSession:
             raise ValueError(f"`num_frames` must not be negative, got {num_frames}.")
         for _ in range(min(num_frames, len(self._kept))):
             self._kept.pop()
+        while self._memories and self._memories[-1][0] > self._num_predicted:
+            self._memories.pop()
         self._sync_steering()
         return self.last_frame
 
@@ -221,20 +231,31 @@ class DrivingSession:
                 "actions): split a longer sequence into several calls."
             )
         state = self._state()
-        chunks = [latents for _, latents in roll(self.model, state, checked, **self._sampling)]
+        chunks = []
+        for after, latents in roll(self.model, state, checked, **self._sampling):
+            state = after
+            chunks.append(latents)
         future = torch.cat(chunks, dim=2)  # (1, C, n, h, w)
         if not torch.isfinite(future).all():
             raise ValueError("the predicted frames must be finite: check the weights of the checkpoint and its dtype.")
         images = _images(self.model.decode(future)[0])
         self._keep(images, checked[0], future)
+        self._memories.append((self._num_predicted, state.memory))
         return images
+
+    @property
+    def _num_predicted(self) -> int:
+        """Number of frames predicted so far, including those no longer in memory."""
+        return int(self._before.step) + len(self._kept)
 
     def _state(self) -> RolloutState:
         """Return the state after the frames in memory; frames predicted again after `undo` get the same noise."""
         state = self._before
         for each in reversed(list(islice(reversed(self._kept), self._history_length))):
             state = state.append(each.latents, self._history_length)
-        return replace(state, step=self._before.step + len(self._kept))
+        number, memory = self._memories[-1] if self._memories else (0, {})
+        memory = memory if number == self._num_predicted else {}
+        return replace(state, step=self._before.step + len(self._kept), memory=memory)
 
     @torch.no_grad()
     def append(self, frames: Sequence[PIL.Image.Image], actions: Any) -> None:

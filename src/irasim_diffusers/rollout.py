@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +22,8 @@ class RolloutState:
         latents: Clean history (B, C, h, H, W), scaled latents.
         seeds: B non-negative seeds.
         step: Number of frames predicted so far (B,), int64, on the CPU.
+        memory: What the model keeps from chunk to chunk in addition to the history, by name: tensors (B, ...). A row of zeros is
+            empty, as at the start.
 
     Raises:
         ValueError: If the latents do not have 5 dimensions, the batch sizes differ, or a seed is negative.
@@ -30,12 +32,14 @@ class RolloutState:
     latents: torch.Tensor
     seeds: tuple[int, ...]
     step: torch.Tensor
+    memory: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.latents.ndim != 5 or not len(self.latents) == len(self.seeds) == len(self.step):
+        lengths = {len(self.latents), len(self.seeds), len(self.step), *map(len, self.memory.values())}
+        if self.latents.ndim != 5 or len(lengths) > 1:
             raise ValueError(
-                "`latents` must be (B, C, h, H, W), with B entries in `seeds` and in `step`, got "
-                f"{tuple(self.latents.shape)}, {len(self.seeds)} and {len(self.step)}."
+                "`latents` must be (B, C, h, H, W), with B entries in `seeds`, in `step` and in the tensors of `memory`, got "
+                f"{tuple(self.latents.shape)}, {len(self.seeds)}, {len(self.step)} and {[*map(len, self.memory.values())]}."
             )
         if any(seed < 0 for seed in self.seeds):
             raise ValueError(f"`seeds` must be non-negative integers, got {list(self.seeds)}.")
@@ -65,7 +69,8 @@ class RolloutState:
             ValueError: If there are no rows, or a row is out of range.
         """
         rows = self._check_rows(rows)
-        return RolloutState(self.latents[rows], tuple(self.seeds[row] for row in rows), self.step[rows])
+        memory = {name: tensor[rows] for name, tensor in self.memory.items()}
+        return RolloutState(self.latents[rows], tuple(self.seeds[row] for row in rows), self.step[rows], memory)
 
     def put(self, rows: Sequence[int], other: RolloutState) -> RolloutState:
         """Replace rows with the rows of another state, as in a partial reset.
@@ -86,23 +91,25 @@ class RolloutState:
                 f"`other` must have latents of shape {tuple(self.latents.shape[1:])} per row, got "
                 f"{tuple(other.latents.shape[1:])}: start it from the same number of history frames."
             )
-        latents, step, seeds = self.latents.clone(), self.step.clone(), list(self.seeds)
-        latents[rows], step[rows] = other.latents.to(latents), other.step
-        for row, seed in zip(rows, other.seeds, strict=True):
-            seeds[row] = seed
-        return RolloutState(latents, tuple(seeds), step)
+        kept = [row for row in range(len(self)) if row not in rows]
+        state = concatenate([self.select(kept), other.to(self.latents.device)] if kept else [other])
+        places = torch.tensor([*kept, *rows]).argsort().tolist()
+        return state.select(places)
 
-    def append(self, future: torch.Tensor, num_history_frames: int) -> RolloutState:
-        """Return the state after predicted latents (B, C, n, H, W).
+    def append(
+        self, future: torch.Tensor, num_history_frames: int, memory: Mapping[str, torch.Tensor] | None = None
+    ) -> RolloutState:
+        """Return the state after predicted latents (B, C, n, H, W), with the memory of the model, if any.
 
         The history of the new state is the last `num_history_frames` frames, old and predicted.
         """
         latents = torch.cat([self.latents.to(future), future], dim=2)[:, :, -num_history_frames:]
-        return RolloutState(latents, self.seeds, self.step + future.shape[2])
+        return RolloutState(latents, self.seeds, self.step + future.shape[2], memory or {})
 
     def to(self, device: torch.device | str) -> RolloutState:
-        """Return the state with its latents on a device."""
-        return RolloutState(self.latents.to(device), self.seeds, self.step)
+        """Return the state with its latents and its memory on a device."""
+        memory = {name: tensor.to(device) for name, tensor in self.memory.items()}
+        return RolloutState(self.latents.to(device), self.seeds, self.step, memory)
 
     def generators(self, offset: int = 0) -> list[torch.Generator]:
         """Return one seeded CPU generator per row, for the frame `offset` steps after the next frame."""
@@ -196,4 +203,9 @@ def roll(
 def concatenate(states: list[RolloutState]) -> RolloutState:
     """Concatenate the rows of several states, whose latents have the same shape per row."""
     latents, steps = torch.cat([state.latents for state in states]), torch.cat([state.step for state in states])
-    return RolloutState(latents, tuple(seed for state in states for seed in state.seeds), steps)
+    templates = {name: tensor for state in states for name, tensor in state.memory.items()}
+    memory = {
+        name: torch.cat([state.memory.get(name, tensor.new_zeros(len(state), *tensor.shape[1:])) for state in states])
+        for name, tensor in templates.items()
+    }
+    return RolloutState(latents, tuple(seed for state in states for seed in state.seeds), steps, memory)

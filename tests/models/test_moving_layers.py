@@ -15,7 +15,7 @@ from irasim_diffusers.conversion import (
     change_autoencoder,
     change_patch_size,
 )
-from irasim_diffusers.models.moving_layers import GAIN, RADIANS, MovingLayers, _centers
+from irasim_diffusers.models.moving_layers import GAIN, RADIANS, MovingLayers, _centers, _is_whole
 
 EMPTY, FULL = -80 / GAIN, 80 / GAIN  # mask logits
 GRID = (4, 5)
@@ -81,8 +81,9 @@ def test_a_layer_uncovers_the_background_and_is_cut_off_at_the_edge(layers, fram
     expected = frame.clone()
     expected[..., 3:9, 3:13] = -1  # the layer and its border
     expected[..., 4:8, 8:12] = frame[..., 4:8, 8:12]  # the other layer
-    expected[..., 4:8, 16:] = frame[..., 4:8, 4:8]  # the second patch of the layer leaves the frame
-    torch.testing.assert_close(predict(layers, frame, (3.0, 0.0, 0.0), STAY), expected, rtol=0, atol=1e-3)
+    expected[..., 4:8, 15:19] = frame[..., 4:8, 4:8]
+    expected[..., 4:8, 19] = frame[..., 4:8, 4:8].mean()  # the other columns of the layer leave the frame
+    torch.testing.assert_close(predict(layers, frame, (2.75, 0.0, 0.0), STAY), expected, rtol=0, atol=1e-3)
 
 
 def test_a_layer_turns_about_its_center(layers, frame):
@@ -118,7 +119,7 @@ def set_patches(layers, index, patches):
 
 
 def test_visible_layers_are_not_generated(layers, frame):
-    predicted, moved = layers(frame, TOKENS, TOKENS[:, None], GRID, torch.rand(1, 1, 1, 16, 20))
+    predicted, moved, _ = layers(frame, TOKENS, TOKENS[:, None], GRID, torch.rand(1, 1, 1, 16, 20))
     assert torch.equal(predicted, moved)
 
 
@@ -126,7 +127,7 @@ def test_layers_at_the_edge_are_generated(layers, frame):
     set_patches(layers, 0, [0])  # the upper left corner
     layers.motions.bias.data[0] = 4.0  # four patches to the right
     generated = torch.rand(1, 1, 1, 16, 20)
-    predicted, moved = layers(frame, TOKENS, TOKENS[:, None], GRID, generated)
+    predicted, moved, _ = layers(frame, TOKENS, TOKENS[:, None], GRID, generated)
     for columns in (slice(8), slice(12, 20)):  # one patch around both positions
         assert torch.equal(predicted[..., :8, columns], generated[..., :8, columns])
     assert torch.equal(predicted[..., 8:, :], moved[..., 8:, :])
@@ -156,10 +157,85 @@ def test_layers_that_are_cut_off(rows, columns, generated):
     masks[0, 0, rows, columns] = 1
     masks[1, 0, 20:40, 20:40] = 1  # visible
     moved = masks.unsqueeze(2).expand(-1, -1, 3, -1, -1)  # three predicted frames
-    area = layers._generated_area(masks, [moved])
+    area = layers._generated_area(masks, moved, _is_whole(masks))
     assert area.shape == (2, 1, 3, 64, 64)
     assert area[0].flatten(2).any(2).tolist() == [[generated] * 3]
     assert not area[1].any()
+
+
+def roll(layers, frame, *motions, generated=None):
+    """Predict frame by frame, with one pair of motions per frame; return the frames and the last memory."""
+    frames, memory = [], None
+    for pair in motions:
+        layers.motions.bias.data = torch.tensor([(*motion, 0.0) for motion in pair]).flatten()
+        shown = frame[:, :, None] if generated is None else generated
+        predicted, _, memory = layers(frame, TOKENS, TOKENS[:, None], GRID, shown, memory=memory)
+        frame = predicted[:, :, 0]
+        frames.append(frame)
+    return frames, memory
+
+
+def test_layers_that_leave_the_frame_or_are_occluded_are_not_lost(layers, frame):
+    up, left = (0.0, -1.0, 0.0), (-0.75, 0.0, 0.0)
+    away = [((2.0, 0.0, 0.0), STAY), ((0.75, 0.0, 0.0), DOWN)]  # three columns of the first layer leave the frame
+    back = [(left, up), ((-2.0, 0.0, 0.0), STAY)]
+    frames, _ = roll(layers, frame, *away, *back)
+    torch.testing.assert_close(frames[-1][..., 4:8, 4:12], frame[..., 4:8, 4:12], rtol=0, atol=1e-3)
+    without = frames[1]
+    for motions in back:  # each prediction starts without a memory
+        without = predict(layers, without, *motions)
+    assert not torch.allclose(without[..., 4:8, 4:12], frame[..., 4:8, 4:12], atol=0.1)
+
+
+def test_the_center_of_a_layer_stays_in_the_frame(layers, frame):
+    far = (30.0, -9.0, 0.0)
+    memory = roll(layers, frame, (STAY, far))[1]
+    # the center of the second layer is at (9.5, 5.5), the corner at (19, 0)
+    torch.testing.assert_close(memory["motions"][0, 1], torch.tensor([9.5 / 4, -5.5 / 4, 0.0]), rtol=0, atol=1e-3)
+
+
+def test_the_motion_of_a_rollout_does_not_blur_the_layers(layers, frame):
+    part = (0.1, 0.0, 0.0)
+    frames, memory = roll(layers, frame, *[(STAY, part)] * 10)
+    expected = predict(layers, frame, STAY, RIGHT)
+    torch.testing.assert_close(frames[-1][..., 4:8, 12:16], expected[..., 4:8, 12:16], rtol=0, atol=1e-3)
+    torch.testing.assert_close(memory["motions"][0], torch.tensor([STAY, RIGHT]), rtol=0, atol=1e-4)
+
+
+def test_the_background_is_filled_once(layers, frame):
+    frames, memory = roll(layers, frame, (DOWN, DOWN))
+    assert (frames[0][..., 4:7, 4:12] == -1).all()
+    layers.fill.bias.data.fill_(-9)
+    moved = layers(frame, TOKENS, TOKENS[:, None], GRID, frame[:, :, None], memory=memory)[0][:, :, 0]
+    torch.testing.assert_close(moved[..., 4:7, 4:12], frames[0][..., 4:7, 4:12])
+    torch.testing.assert_close(moved[..., 9:11, 4:12], frame[..., 9:11, 4:12])  # known from the keyframe
+
+
+def test_layers_that_are_cut_off_are_segmented_again(layers, frame):
+    set_patches(layers, 0, [0])  # the upper left corner
+    generated = torch.rand(1, 1, 1, 16, 20)
+    frames, memory = roll(layers, frame, (STAY, RIGHT), (STAY, RIGHT), generated=generated)
+    torch.testing.assert_close(memory["motions"][0], torch.tensor([STAY, (2.0, 0.0, 0.0)]), rtol=0, atol=1e-3)
+    assert torch.equal(frames[1][..., :8, :4], generated[:, :, 0, :8, :4])
+    torch.testing.assert_close(memory["layers"][:, 0, 1:, :4, :4], generated[:, :, 0, :4, :4], rtol=0, atol=1e-3)
+    torch.testing.assert_close(frames[1][..., 4:8, 16:], frame[..., 4:8, 8:12], rtol=0, atol=1e-3)
+
+
+def test_a_row_of_zeros_is_an_empty_memory(layers, frame):
+    frames = torch.cat([frame, frame.flip(-1)])
+    predicted = {}
+    for name in ("kept", "half"):
+        memory = roll(layers, frame, (STAY, DOWN))[1]
+        layers.motions.bias.data = torch.tensor([(*STAY, 0.0), (*RIGHT, 0.0)]).flatten()
+        memory = {key: torch.cat([value, value * (name == "kept")]) for key, value in memory.items()}
+        generated = frames[:, :, None]
+        predicted[name] = layers(
+            frames, TOKENS.repeat(2, 1, 1), TOKENS[:, None].repeat(2, 1, 1, 1), GRID, generated, memory=memory
+        )[1]
+    alone = predict(layers, frames[1:], STAY, RIGHT)
+    torch.testing.assert_close(predicted["half"][1:, :, 0], alone)
+    torch.testing.assert_close(predicted["half"][:1], predicted["kept"][:1])
+    assert not torch.allclose(predicted["kept"][1:, :, 0], alone, atol=0.1)
 
 
 def test_motions_have_no_gradient_to_masks(layers):
@@ -199,10 +275,12 @@ def test_model_with_moving_layers(inputs):
     assert output.moved.shape == output.generated.shape == (3, 4, 3, 4, 6)
     assert torch.equal(sample, model(*inputs, return_dict=False)[0])
     assert not sample[:, :, :2].any()
-    for options in ({"return_components": True}, {"motion_noise": torch.zeros(3, 2, 3)}):
-        with pytest.raises(
-            ValueError, match="`return_components` and `motion_noise` require a model with `moving_layers`"
-        ):
+    for options in (
+        {"return_components": True},
+        {"motion_noise": torch.zeros(3, 2, 3)},
+        {"memory": output.memory},
+    ):
+        with pytest.raises(ValueError, match="`motion_noise` and `memory` require a model with `moving_layers`"):
             tiny_transformer()(*inputs, **options)
     other = model(latents, timestep, actions + 1).sample
     assert torch.equal(masks[0], masks[-1]), "masks do not depend on actions"
@@ -232,7 +310,7 @@ def test_autocast_changes_little(inputs):
     model = tiny_transformer(**ARCHITECTURES["Moving layers"])
     expected = model(*inputs).sample
     with torch.autocast("cpu", torch.bfloat16):
-        sample, moved, generated = model(*inputs, return_components=True, return_dict=False)
+        sample, moved, generated, _ = model(*inputs, return_components=True, return_dict=False)
         (moved + generated).square().mean().backward()
     assert (sample - expected).abs().mean() < 0.05 * expected.abs().mean()
     assert all(parameter.grad.isfinite().all() for parameter in model.layers_out.parameters())

@@ -98,7 +98,7 @@ def test_rollout_matches_chained_windows(name, pipeline, frames, actions):
         window_actions = torch.from_numpy(actions[None, start : start + 3])
         noise = pipeline.prepare_latents((1, 4, 3, 4, 6), generator)
         with torch.no_grad():
-            parts.append(pipeline.denoise_window(history, window_actions, noise, 3, generator=generator))
+            parts.append(pipeline.denoise_window(history, window_actions, noise, 3, generator=generator)[0])
         history = parts[-1][:, :, -2:]
     torch.testing.assert_close(rollout, torch.cat(parts, dim=2), rtol=1e-5, atol=1e-6)
 
@@ -250,7 +250,7 @@ def test_callback_replaces_latents_and_interrupts(pipeline, frames, actions):
     assert [step for step, *_ in steps] == [0, 1], "later windows are omitted"
     history, noise = torch.zeros(1, 4, 2, 4, 6), torch.randn(1, 4, 3, 4, 6)
     with torch.no_grad():
-        assert not torch.equal(pipeline.denoise_window(history, torch.zeros(1, 3, 3), noise.clone(), 1), noise)
+        assert not torch.equal(pipeline.denoise_window(history, torch.zeros(1, 3, 3), noise.clone(), 1)[0], noise)
 
 
 def test_interrupt_affects_one_call_only(pipeline, frames, actions):
@@ -300,7 +300,7 @@ def test_gradients_flow_through_denoising_steps(pipeline, frames, actions):
     history = pipeline.encode_history(pipeline.preprocess_frames(frames))
     differentiable = torch.from_numpy(actions[None, :3]).float().requires_grad_()
     noise = torch.randn(1, 4, 3, 4, 6)
-    pipeline.decode_latents(pipeline.denoise_window(history, differentiable, noise, 2)).mean().backward()
+    pipeline.decode_latents(pipeline.denoise_window(history, differentiable, noise, 2)[0]).mean().backward()
     assert differentiable.grad.abs().sum() > 0
 
 

@@ -101,7 +101,7 @@ def test_a_perfect_network_is_sampled_exactly(name, pipeline, frames, actions):
     pipeline.transformer = Oracle()
     actions = torch.from_numpy(actions[None, :3])
     noise = pipeline.prepare_latents(sample.shape, seeded(0))
-    future = pipeline.denoise_window(history, actions, noise, 40, generator=seeded(0))
+    future, _ = pipeline.denoise_window(history, actions, noise, 40, generator=seeded(0))
     assert (future - sample).abs().mean() < 0.06
 
 
@@ -288,7 +288,7 @@ def test_flow_requires_a_flow_scheduler(frames, actions):
         return (torch.cat([args[0][:, :, :2], noise - sample], dim=2),)
 
     pipeline.transformer.register_forward_hook(velocity)
-    future = pipeline.denoise_window(history, torch.from_numpy(actions[None, :3]), noise, 3)
+    future, _ = pipeline.denoise_window(history, torch.from_numpy(actions[None, :3]), noise, 3)
     torch.testing.assert_close(future, sample)  # Euler steps along a straight line are exact
     assert all(torch.equal(window[:, :, :2], history) for window in windows)
     pipeline.scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")

@@ -172,16 +172,19 @@ def test_remove_leftovers_deletes_only_partial_files(tmp_path):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
-@pytest.mark.parametrize("relative_latents", [False, True])
-def test_predict_chunk_matches_pipeline(batch, prediction_type, relative_latents):
+@pytest.mark.parametrize(("relative_latents", "moving_layers"), [(False, 0), (True, 0), (True, 2)])
+def test_predict_chunk_matches_pipeline(batch, prediction_type, relative_latents, moving_layers):
     """Both use the same sampler, number of steps and initial noise."""
-    pipeline = tiny_pipeline(prediction_type=prediction_type, relative_latents=relative_latents)
+    if moving_layers and prediction_type != "sample":
+        pytest.skip("moving layers require predicted samples")
+    entries = {"prediction_type": prediction_type, "relative_latents": relative_latents}
+    pipeline = tiny_pipeline(**entries, moving_layers=moving_layers)
     model = pipeline.transformer
     if prediction_type != "flow_prediction":
         pipeline.scheduler = DDIMScheduler.from_config(noise_process(model.config).config, timestep_spacing="trailing")
     history = batch["latents"][:, :, :2]
-    expected = pipeline.denoise_window(history, batch["actions"], batch["noise"].clone(), 3, 1.0, None)
-    chunk = predict_chunk(
+    expected, after = pipeline.denoise_window(history, batch["actions"], batch["noise"].clone(), 3, 1.0, None)
+    chunk, memory = predict_chunk(
         model,
         noise_process(model.config),
         history,
@@ -189,6 +192,9 @@ def test_predict_chunk_matches_pipeline(batch, prediction_type, relative_latents
         batch["noise"],
         num_inference_steps=3,
         relative_latents=relative_latents,
+        moving_layers=moving_layers > 0,
     )
     assert not chunk.requires_grad
     torch.testing.assert_close(chunk, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(memory, after, rtol=1e-4, atol=1e-4)
+    assert (memory != {}) == (moving_layers > 0)

@@ -179,6 +179,38 @@ def test_motion_noise():
     assert noise.std() == pytest.approx(0.1, rel=0.15)
 
 
+def test_rollouts_keep_the_memory_of_the_model():
+    """Every chunk receives the memory of the previous one; in the chunk with the loss, it is empty for true histories."""
+    model = tiny_transformer(**ARCHITECTURES["Moving layers"])
+    settings = TrainingArguments(dataset=["set"], output_dir="out", rollout_chunks=3)
+    torch.manual_seed(0)
+    clip = {"latents": torch.randn(50, 4, 14, 4, 6), "actions": torch.randn(50, 13, 3)}
+    given, returned = [], []
+
+    def record(module, arguments, keywords, output):
+        given.append(keywords.get("memory"))
+        returned.append(output[-1])
+
+    model.register_forward_hook(record, with_kwargs=True)
+    most = 0
+    for step in range(4):
+        given.clear()
+        returned.clear()
+        with torch.no_grad():
+            training_loss(model, noise_process(model.config), clip, model.config, settings, step=step, position=0)
+        assert given[0] is None
+        for memory, expected in zip(given[1:-1], returned, strict=False):
+            torch.testing.assert_close(memory, expected, rtol=0, atol=0)
+        if len(given) > 1:
+            empty = given[-1]["background"].flatten(1).abs().amax(1) == 0
+            assert 0.1 < empty.float().mean() < 0.6
+            for name, tensor in given[-1].items():
+                assert not tensor[empty].any()
+                assert torch.equal(tensor[~empty], returned[-2][name][~empty])
+        most = max(most, len(given))
+    assert most > 2
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

@@ -78,7 +78,7 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--moving-layers",
         type=int,
-        help="number of rigidly moving layers of the last history frame, at most one per object that is always visible; only for "
+        help="number of layers that move rigidly, at most one per object; only for "
         "Frame-Ada models with prediction_type sample and relative_latents",
     )
     add_dataset_flags(parser, "train", "height", "width", required=False)

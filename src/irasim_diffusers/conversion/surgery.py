@@ -132,7 +132,7 @@ def add_moving_layers(model: IRASimTransformer3DModel, num_layers: int) -> IRASi
 
     Args:
         model: The trained model without moving layers, Frame-Ada with `prediction_type="sample"` and `relative_latents`.
-        num_layers: Number of moving layers, at most one for each object that is visible in all frames.
+        num_layers: Number of moving layers, at most one for each object.
 
     Returns:
         A new model in the dtype of the input model, which is not modified.

@@ -1,6 +1,7 @@
-"""Layers of the last history frame that are moved to predict the next frames."""
+"""Layers of an earlier frame that are moved to predict the next frames."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -22,28 +23,40 @@ VISIBLE_AREA = 4
 """Minimum area of a visible layer, in pixels."""
 # These values were chosen for 96x96 pixels and not tuned, except for `CUT_LENGTH` (examples/pusht/EXPERIMENTS.md).
 
+Memory = Mapping[str, torch.Tensor]
+"""What `MovingLayers` keep from chunk to chunk, float32.
+
+- `layers` (B, L, 1 + C, H, W): the layers of the keyframe, their opacity and their color times the opacity.
+- `motions` (B, L, 3): the motion of each layer since the keyframe.
+- `background` (B, 1 + L + C, H, W): where the background is known, where it is the border of each layer, and its color.
+
+A row of zeros is empty: the next frame becomes its keyframe.
+"""
+
 
 class MovingLayers(nn.Module):
-    """Divides the last history frame into layers, and moves each layer rigidly for every predicted frame.
+    """Divides a frame into layers, and moves each layer rigidly for every predicted frame.
 
     A network that generates every pixel loses the shape of moving objects in long rollouts. Here, moving objects consist of pixels
-    of the last history frame, in a layered representation (Wang and Adelson 1994) that is predicted as in the spatial transformer
+    of an earlier frame, in a layered representation (Wang and Adelson 1994) that is predicted as in the spatial transformer
     predictors of Finn et al. (https://arxiv.org/abs/1605.07157, section 3). The background is static. Each layer is rotated
     about its center and translated, and occludes the background and the layers behind it. The smallest layer is in front: a
-    larger one would hide it, and what is hidden in one frame is lost for the next one. Background pixels that a layer occluded,
-    including a border of one pixel, are filled at a low resolution. Pixels of a layer that another layer occluded are filled
-    with the mean color of its visible pixels nearby.
+    larger one would hide it. Background pixels that a layer occluded, including a border of one pixel, are filled at a low
+    resolution. Pixels of a layer that another layer occluded are filled with the mean color of its visible pixels nearby.
 
     The masks are computed from tokens of the last history frame that have not received any action. These tokens depend on the
     timestep unless `history_timestep="zero"`, so that masks may differ between sampling steps; the layers were tested with one
     step, in pixel space. The motion of a layer is a mean of the motions that the tokens of a predicted frame propose, weighted by
     the area of the layer in each patch and by a softmax over scores of the tokens. Its gradient does not reach the masks.
 
-    Layers cannot show what the last history frame does not show, such as the hidden part of an object at the edge of the frame.
-    If the edge of the last history frame cuts off a layer, the prediction therefore consists of the generated frame, the output
-    of the usual output layer, in the patches of the old and the new position of the layer and in the adjacent ones. If any
-    layer is not visible, the whole prediction is the generated frame: use at most as many layers as there are objects that are
-    always visible.
+    In a rollout, a memory keeps the keyframe in which the layers were segmented, and their motion since then. So a layer is
+    resampled once, however long the rollout, and what is occluded or leaves the frame is not lost. The network predicts the next
+    motion from the predicted frames; therefore the center of a layer stays in the frame.
+
+    If the edge of the frame cuts off a layer, its keyframe does not show the whole object. The layer is then segmented again for
+    the next chunk, and the prediction consists of the generated frame, the output of the usual output layer, in the patches of
+    the old and the new position of the layer and in the adjacent ones. If such a layer is not visible, the whole prediction is the
+    generated frame: use at most as many layers as there are objects.
 
     The moved layers and the generated frame are trained with separate losses, as complete predictions: with a joint loss, the
     generated frame is learned first, and the layers remain unused. No states are required.
@@ -81,7 +94,8 @@ class MovingLayers(nn.Module):
         grid: tuple[int, int],
         generated: torch.Tensor,
         motion_noise: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        memory: Memory | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, Memory]:
         """Predict frames.
 
         Args:
@@ -91,26 +105,29 @@ class MovingLayers(nn.Module):
             grid: Rows and columns of patches.
             generated: The frames (B, C, n, H, W) of the usual output layer.
             motion_noise: Noise (B, L, 3) that is added to the motions of all frames; see `IRASimTransformer3DModel.forward`.
+            memory: The memory after the last history frame, or None; see `Memory`.
 
         Returns:
-            The predicted frames and the moved layers without generated parts, both (B, C, n, H, W) and float32.
+            The predicted frames and the moved layers without generated parts, both (B, C, n, H, W) and float32, and the memory
+            after the last predicted frame.
         """
         frame, generated = frame.float(), generated.float()
-        masks = self.segment(frame, frame_tokens, grid)  # (B, L, H, W)
+        memory, masks = self._recall(frame, self.segment(frame, frame_tokens, grid), memory)
+        layers = memory["layers"]
         motions = self._pool(masks, self.motions(tokens).float())  # (B, n, L, 3)
         if motion_noise is not None:
             motions = motions + motion_noise.to(motions).unsqueeze(1)
-        order = masks.mean((2, 3)).argsort(dim=1, descending=True)  # from back to front
-        masks = masks.gather(1, order[:, :, None, None].expand_as(masks))
-        motions = motions.gather(2, order[:, None, :, None].expand_as(motions))
-        layers = self._move_layers(frame, masks, motions)
-        moved = self._background(frame, masks, layers, self._interpolate(self.fill(tokens), grid))
-        for layer in layers:
+        motions = self._keep_inside(layers, memory["motions"].unsqueeze(1) + motions)
+        layers = self._move(layers, motions)  # (B, L, 1 + C, n, H, W)
+        moved, background = self._background(memory["background"], layers, self._interpolate(self.fill(tokens), grid))
+        for layer in _sort(layers, _order(memory["layers"])).unbind(1):
             moved = moved * (1 - layer[:, :1]) + layer[:, 1:]
-        return torch.where(self._generated_area(masks, layers), generated, moved), moved
+        area = self._generated_area(masks, layers[:, :, 0], _is_whole(memory["layers"][:, :, 0]))
+        memory = {"layers": memory["layers"], "motions": motions[:, -1], "background": background}
+        return torch.where(area, generated, moved), moved, memory
 
     def segment(self, frame: torch.Tensor, frame_tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Return the masks of the layers (B, L, H, W), including parts that other layers cover.
+        """Return the masks of the layers of a frame (B, L, H, W), including parts that other layers cover.
 
         The logits of a pixel are the sum of a value at its position, and a weight per channel and patch times the color of the
         pixel. The tokens predict the weights, and the values at a low resolution, so that masks have edges only where the
@@ -125,54 +142,88 @@ class MovingLayers(nn.Module):
         colors = (colors * patches.unsqueeze(1)).sum(2)  # not a matrix product, whose precision autocast would reduce
         return (GAIN * (positions + colors.flatten(4, 5).flatten(2, 3))).sigmoid()
 
-    def _move_layers(self, frame: torch.Tensor, masks: torch.Tensor, motions: torch.Tensor) -> list[torch.Tensor]:
-        """Move the layers of a frame (B, C, H, W) with masks (B, L, H, W) by motions (B, n, L, 3).
+    def _recall(
+        self, frame: torch.Tensor, masks: torch.Tensor, memory: Memory | None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Keep the layers of a memory that are whole, and cut the others out of a frame.
 
-        Masks and layers are ordered from back to front. Each returned layer is (B, 1 + C, n, H, W): its opacity, and its color
-        times the opacity.
+        Args:
+            frame: The frame (B, C, H, W).
+            masks: The masks of its layers (B, L, H, W).
+            memory: The memory, or None.
+
+        Returns:
+            The memory, and the opacities of its layers in the frame (B, L, H, W).
         """
+        layers, motions = self._cut_out(frame, masks), masks.new_zeros(*masks.shape[:2], 3)
+        if memory is None:
+            return {"layers": layers, "motions": motions, "background": self._static(frame, masks)}, masks
+        known = {name: tensor.to(frame) for name, tensor in memory.items()}
+        moved = self._move(known["layers"][:, :, :1], known["motions"].unsqueeze(1))[:, :, 0, 0].clamp(0, 1)
+        kept = _is_whole(known["layers"][:, :, 0])  # (B, L)
+        layers = torch.where(_like(kept, layers), known["layers"], layers)
+        motions = torch.where(_like(kept, motions), known["motions"], motions)
+        masks = torch.where(_like(kept, masks), moved, masks)
+        background = self._static(frame, masks)
+        background = torch.where(_like(kept.all(1), background), known["background"], background)
+        return {"layers": layers, "motions": motions, "background": background}, masks
+
+    def _cut_out(self, frame: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """Return the layers (B, L, 1 + C, H, W) of a frame (B, C, H, W) with masks (B, L, H, W); see `Memory`."""
+        order = _order(masks.unsqueeze(2))
         seen = torch.ones_like(masks[:, :1])  # (B, 1, H, W)
-        centers = _centers(masks)
         layers: list[torch.Tensor] = []
-        for index in reversed(range(self.num_layers)):
-            mask = masks[:, index, None]
+        for mask in reversed(_sort(masks, order).split(1, dim=1)):  # from front to back
             color = mask * frame
-            if index < self.num_layers - 1:
+            if layers:
                 # where a layer in front may cover this one, it has the mean color of its visible pixels nearby
                 color = seen * color + (1 - seen) * mask * self._mean_color(frame, mask * seen)
-            layers.insert(0, self._move(torch.cat([mask, color], dim=1), centers[:, index], motions[:, :, index]))
+            layers.insert(0, torch.cat([mask, color], dim=1))
             seen = seen * (1 - mask)
-        return layers
+        return _sort(torch.stack(layers, dim=1), order.argsort(1))
+
+    def _static(self, frame: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """Return the background (B, 1 + L + C, H, W) of a frame with masks (B, L, H, W); see `Memory`."""
+        border = (2 * _dilate(masks) - 1).relu()  # 0 around a faint mask, as in a new model
+        return torch.cat([(1 - masks).prod(1, keepdim=True), border, frame], dim=1)
 
     def _background(
-        self, frame: torch.Tensor, masks: torch.Tensor, layers: list[torch.Tensor], fill: torch.Tensor
-    ) -> torch.Tensor:
-        """Return a frame (B, C, H, W) without its layers (B, C, n, H, W), which are replaced by `fill`.
+        self, background: torch.Tensor, layers: torch.Tensor, fill: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fill the background of predicted frames.
 
-        The border of a layer is not replaced where the moved layer covers it.
+        Args:
+            background: The background (B, 1 + L + C, H, W) of the memory.
+            layers: The moved layers (B, L, 1 + C, n, H, W).
+            fill: The colors (B, C, n, H, W) where the background is unknown.
+
+        Returns:
+            The predicted background (B, C, n, H, W), and the background of the memory after the last frame.
         """
-        static = torch.ones_like(masks[:, None, :1])  # (B, 1, 1, H, W)
-        for mask, layer in zip(masks.split(1, dim=1), layers, strict=True):
-            border = (2 * _dilate(mask) - 1).relu().unsqueeze(2)  # 0 around a faint mask, as in a new model
-            left = 1 - _dilate(layer[:, :1].clamp(0, 1))
-            static = static * (1 - mask.unsqueeze(2)) * (1 - border * left)
-        return static * frame.unsqueeze(2) + (1 - static) * fill
+        known, border, color = background.unsqueeze(2).split([1, self.num_layers, fill.shape[1]], dim=1)
+        left = 1 - _dilate(layers[:, :, 0].clamp(0, 1))  # (B, L, n, H, W)
+        known = known * (1 - border * left).prod(
+            1, keepdim=True
+        )  # the border of a layer is kept until the layer has left
+        color = known * color + (1 - known) * fill
+        last = left[:, :, -1]
+        filled = torch.cat([torch.ones_like(last[:, :1]), torch.zeros_like(last), color[:, :, -1]], dim=1)
+        return color, torch.where(last.amin(1, keepdim=True) > 0.5, filled, background)
 
-    def _generated_area(self, masks: torch.Tensor, layers: list[torch.Tensor]) -> torch.Tensor:
-        """Return where layers with masks (B, L, H, W) are not fully visible, as booleans (B, 1, n, H, W).
+    def _generated_area(self, masks: torch.Tensor, moved: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """Return where the frames are generated, as booleans (B, 1, n, H, W).
 
-        The edge of the frame cuts off a layer if many of its pixels are on the edge, relative to its size.
+        Args:
+            masks: Opacities of the layers in the last history frame (B, L, H, W).
+            moved: Opacities of the layers in the predicted frames (B, L, n, H, W).
+            whole: Which layers were whole in the keyframe (B, L).
         """
-        shapes = (masks > 0.5).float()
-        area = shapes.sum((2, 3))  # (B, L)
-        edge = area - shapes[..., 1:-1, 1:-1].sum((2, 3))
-        cut = edge > CUT_LENGTH * area.sqrt()
-        moved = torch.stack([layer[:, 0] > 0.5 for layer in layers], dim=1).float()  # (B, L, n, H, W)
-        near = torch.maximum(moved, shapes.unsqueeze(2)) * cut[:, :, None, None, None]
+        shapes = masks > 0.5
+        hidden = ((shapes.sum((2, 3)) < VISIBLE_AREA) & ~whole).any(1)
+        near = ((moved > 0.5) | shapes.unsqueeze(2)) & ~_like(whole, moved)
         size = self.patch_size
-        near = F.max_pool2d(near.amax(1), size)  # (B, n, rows, columns)
+        near = F.max_pool2d(near.any(1).float(), size)  # (B, n, rows, columns)
         near = _dilate(near).repeat_interleave(size, 2).repeat_interleave(size, 3)  # (B, n, H, W)
-        hidden = (area < VISIBLE_AREA).any(1)
         return (near > 0).unsqueeze(1) | hidden.view(-1, 1, 1, 1, 1)
 
     def _pool(self, masks: torch.Tensor, proposals: torch.Tensor) -> torch.Tensor:
@@ -181,6 +232,14 @@ class MovingLayers(nn.Module):
         motions, scores = proposals.unflatten(3, (self.num_layers, 4)).split([3, 1], dim=-1)
         weights = (areas.log()[:, None, ..., None] + scores).softmax(2)  # (B, n, S, L, 1)
         return (weights * motions).sum(2)
+
+    def _keep_inside(self, layers: torch.Tensor, motions: torch.Tensor) -> torch.Tensor:
+        """Limit motions (B, n, L, 3) so that the centers of layers (B, L, 1 + C, H, W) stay in the frame."""
+        height, width = layers.shape[-2:]
+        centers = _centers(layers[:, :, 0]).unsqueeze(1)  # (B, 1, L, 2)
+        corner = torch.tensor([width - 1, height - 1], device=layers.device)
+        low, high = -centers / self.patch_size, (corner - centers) / self.patch_size
+        return torch.cat([motions[..., :2].clamp(low, high), motions[..., 2:]], dim=-1)
 
     def _interpolate(self, values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Interpolate GRID x GRID values per token (B, n, S, GRID GRID C) bilinearly; return (B, C, n, H, W)."""
@@ -196,29 +255,54 @@ class MovingLayers(nn.Module):
         sums = F.interpolate(F.avg_pool2d(sums, 3, stride=1, padding=1), scale_factor=self.patch_size, mode="bilinear")
         return sums[:, 1:] / (sums[:, :1] + 1e-5)
 
-    def _move(self, layer: torch.Tensor, centers: torch.Tensor, motions: torch.Tensor) -> torch.Tensor:
-        """Move a layer (B, 1 + C, H, W) with center x, y (B, 2) by motions; return (B, 1 + C, n, H, W).
+    def _move(self, layers: torch.Tensor, motions: torch.Tensor) -> torch.Tensor:
+        """Move layers (B, L, 1 + C, H, W) by motions (B, n, L, 3); return (B, L, 1 + C, n, H, W).
 
-        The motions (B, n, 3) are x, y and the angle. The first channel is the opacity, the others are the color times the
-        opacity. Bicubic interpolation exceeds their range at edges. This keeps small objects from shrinking: they are lost
-        earlier in rollouts if the opacity is limited to [0, 1].
+        The first channel is the opacity. The motions are x, y and the angle. Bicubic interpolation exceeds the range of opacities and colors at edges.
+        This keeps small objects from shrinking.
         """
-        height, width = layer.shape[-2:]
-        y, x = torch.meshgrid(
-            torch.arange(height, device=layer.device), torch.arange(width, device=layer.device), indexing="ij"
-        )
+        height, width = layers.shape[-2:]
+        device = layers.device
+        y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+        centers = _centers(layers[:, :, 0]).flatten(0, 1).unsqueeze(1)  # (B L, 1, 2)
+        motions = motions.transpose(1, 2).flatten(0, 1)  # (B L, n, 3)
         shift, angle = motions[..., :2] * self.patch_size, motions[..., 2:] * RADIANS
-        centers = centers[:, None]
-        x = x.flatten() - (centers[..., :1] + shift[..., :1])  # (B, n, H W)
+        x = x.flatten() - (centers[..., :1] + shift[..., :1])  # (B L, n, H W)
         y = y.flatten() - (centers[..., 1:] + shift[..., 1:])
         cos, sin = angle.cos(), angle.sin()
         x, y = centers[..., :1] + cos * x + sin * y, centers[..., 1:] - sin * x + cos * y
-        points = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)  # (B, n, H W, 2)
-        device = layer.device
+        points = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)  # (B L, n, H W, 2)
+        flat = layers.flatten(0, 1)
         if device.type == "mps":  # PyTorch has no bicubic sampling for Apple GPUs
-            layer, points = layer.cpu(), points.cpu()
-        moved = F.grid_sample(layer, points, mode="bicubic", padding_mode="zeros", align_corners=False)
-        return moved.to(device).unflatten(3, (height, width))
+            flat, points = flat.cpu(), points.cpu()
+        moved = F.grid_sample(flat, points, mode="bicubic", padding_mode="zeros", align_corners=False)
+        return moved.to(device).unflatten(0, layers.shape[:2]).unflatten(4, (height, width))
+
+
+def _like(values: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Append dimensions of size 1, so that values broadcast to another tensor."""
+    return values.view(*values.shape, *[1] * (other.ndim - values.ndim))
+
+
+def _order(layers: torch.Tensor) -> torch.Tensor:
+    """Return the indices (B, L) of layers (B, L, 1 + C, H, W) from back to front, the largest first."""
+    return layers[:, :, 0].mean((2, 3)).argsort(dim=1, descending=True)
+
+
+def _sort(layers: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return layers (B, L, ...) in an order (B, L)."""
+    return layers.gather(1, _like(order, layers).expand_as(layers))
+
+
+def _is_whole(masks: torch.Tensor) -> torch.Tensor:
+    """Return which layers with masks (B, L, H, W) are visible and not cut off, as booleans (B, L).
+
+    The edge of the frame cuts off a layer if many of its pixels are on the edge, relative to its size.
+    """
+    shapes = (masks > 0.5).float()
+    area = shapes.sum((2, 3))
+    edge = area - shapes[..., 1:-1, 1:-1].sum((2, 3))
+    return (edge <= CUT_LENGTH * area.sqrt()) & (area >= VISIBLE_AREA)
 
 
 def _dilate(masks: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ from torch import nn
 
 from ..action_space import ActionSpace
 from .action_features import action_features
-from .moving_layers import MovingLayers
+from .moving_layers import Memory, MovingLayers
 
 PRESETS: dict[str, dict[str, int]] = {
     "S": {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 64},
@@ -300,10 +300,12 @@ class IRASimTransformer3DModelOutput(Transformer2DModelOutput):
         sample: The prediction (B, C, F, H, W).
         moved: With `return_components`, the prediction (B, C, n, H, W) by the moved layers alone; see `MovingLayers`.
         generated: With `return_components`, the prediction (B, C, n, H, W) by the usual output layer.
+        memory: With `moving_layers`, the memory after the last frame, for the next chunk of a rollout.
     """
 
     moved: torch.Tensor | None = None
     generated: torch.Tensor | None = None
+    memory: Memory | None = None
 
 
 class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
@@ -358,9 +360,9 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         action_derivation: `"recorded"`, or how actions are computed from states, one of `actions.DERIVATIONS`.
         cameras: Names of the cameras as tiled in a frame: rows from top to bottom, each from left to right.
         fps: Frames per second of the data, if known.
-        moving_layers: Number of layers of the last history frame that are moved to predict a frame; see `MovingLayers`. One for
-            each object that moves rigidly in the image plane and is visible in all frames. Requires Frame-Ada with
-            `prediction_type="sample"` and `relative_latents`. 0 (as in the paper) predicts every patch from its token.
+        moving_layers: Number of layers that are moved to predict a frame; see `MovingLayers`. One for each object that moves
+            rigidly in the image plane. Requires Frame-Ada with `prediction_type="sample"` and `relative_latents`. 0 (as in the
+            paper) predicts every patch from its token.
         relative_latents: Whether the latents of predicted frames are relative to the last history frame, so that static parts
             are zero. Training subtracts that frame, and sampling adds it again. False in the paper.
         scale_noisy_latents: Whether the latents of predicted frames are first multiplied by the square root of the cumulative
@@ -647,7 +649,8 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         return_dict: bool = True,
         motion_noise: torch.Tensor | None = None,
         return_components: bool = False,
-    ) -> IRASimTransformer3DModelOutput | tuple[torch.Tensor, ...]:
+        memory: Memory | None = None,
+    ) -> IRASimTransformer3DModelOutput | tuple[Any, ...]:
         """Predict noise, velocity, sample or flow, as in `prediction_type`, for each frame of a window.
 
         Args:
@@ -665,15 +668,17 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 y in patches and the angle in units of 0.5 radians. The same noise is added in all predicted frames.
             return_components: Only for training: also return the two predictions of a model with `moving_layers`, which have
                 separate losses.
+            memory: In a rollout of a model with `moving_layers`, the memory that the previous chunk returned. None segments the last
+                history frame.
 
         Returns:
             The prediction (B, C, F, H, W), whose values at history frames are undefined; with `return_components`, also the moved
-            layers and the generated frames, both (B, C, n, H, W).
+            layers and the generated frames, both (B, C, n, H, W); with `moving_layers`, the memory for the next chunk at the end.
 
         Raises:
             ValueError: If the shape of latents, actions or noise is wrong, `fps` is missing, a model with `moving_layers` has no
-                history or no predicted frame, `return_components` or `motion_noise` is given for another model, or context
-                parallelism is not supported.
+                history or no predicted frame, `return_components`, `motion_noise` or `memory` is given for another model, or
+                context parallelism is not supported.
         """
         batch_size, _, num_frames, height, width = hidden_states.shape
         grid = self._check_size(height, width)
@@ -681,7 +686,7 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             self._check_actions(actions, num_frames)
         num_history_frames = num_frames - (0 if actions is None else actions.shape[1])
         last_frame = self._last_history_frame(hidden_states, num_history_frames)
-        self._check_training_inputs(batch_size, motion_noise, return_components)
+        self._check_layer_inputs(batch_size, motion_noise, return_components, memory)
         timestep = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1)
         timestep = timestep.expand(batch_size, -1)  # (B, F or 1)
         if self.config.scale_noisy_latents:
@@ -717,30 +722,34 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
         hidden_states = self._modulate_out(hidden_states, final_temb)
         if last_frame is None:
-            outputs: tuple[torch.Tensor, ...] = (self._project_out(hidden_states, grid),)
+            outputs: tuple[Any, ...] = (self._project_out(hidden_states, grid),)
         else:
             assert frame_tokens is not None
             tokens = hidden_states[:, num_history_frames:]
-            outputs = self._move_last_frame(last_frame, frame_tokens, tokens, grid, motion_noise)
-            sample = outputs[0].to(dtype)
+            frames, memory = self._move_layers(last_frame, frame_tokens, tokens, grid, motion_noise, memory)
+            sample = frames[0].to(dtype)
             sample = nn.functional.pad(sample, (0, 0, 0, 0, num_history_frames, 0))  # (B, C, F, H, W)
-            outputs = (sample, *outputs[1:]) if return_components else (sample,)
-        return IRASimTransformer3DModelOutput(*outputs) if return_dict else outputs
+            components = frames[1:] if return_components else (None, None)
+            outputs = (sample, *components, memory)
+        output = IRASimTransformer3DModelOutput(*outputs)
+        return output if return_dict else output.to_tuple()
 
-    def _move_last_frame(
+    def _move_layers(
         self,
         last_frame: torch.Tensor,
         frame_tokens: torch.Tensor,
         tokens: torch.Tensor,
         grid: tuple[int, int],
         motion_noise: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, ...]:
-        """Return the prediction, the moved layers and the generated frames, relative to the last frame."""
+        memory: Memory | None,
+    ) -> tuple[tuple[torch.Tensor, ...], Memory]:
+        """Return prediction, moved layers and generated frames, relative to the last frame, and the memory."""
         generated = self._project_out(tokens, grid)
         last_frame = last_frame.to(generated.device).unsqueeze(2)  # a model may be split over GPUs
         generated = last_frame.float() + generated
-        outputs = self._run(self.layers_out, last_frame[:, :, 0], frame_tokens, tokens, grid, generated, motion_noise)
-        return tuple(frames.to(generated.device) - last_frame for frames in (*outputs, generated))
+        inputs = (last_frame[:, :, 0], frame_tokens, tokens, grid, generated, motion_noise, memory)
+        *frames, memory = self._run(self.layers_out, *inputs)
+        return tuple(each.to(generated.device) - last_frame for each in (*frames, generated)), memory
 
     def _check_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns of patches."""
@@ -773,12 +782,12 @@ class IRASimTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             )
         return hidden_states[:, :, num_history_frames - 1]
 
-    def _check_training_inputs(
-        self, batch_size: int, motion_noise: torch.Tensor | None, return_components: bool
+    def _check_layer_inputs(
+        self, batch_size: int, motion_noise: torch.Tensor | None, return_components: bool, memory: Memory | None
     ) -> None:
         wanted = (batch_size, self.config.moving_layers, 3)
-        if not self.config.moving_layers and (return_components or motion_noise is not None):
-            raise ValueError("`return_components` and `motion_noise` require a model with `moving_layers`.")
+        if not self.config.moving_layers and (return_components or motion_noise is not None or memory):
+            raise ValueError("`return_components`, `motion_noise` and `memory` require a model with `moving_layers`.")
         if motion_noise is not None and motion_noise.shape != wanted:
             raise ValueError(
                 f"`motion_noise` must be (batch, `moving_layers`, 3) = {wanted}, got {tuple(motion_noise.shape)}."

@@ -1,12 +1,12 @@
 """The pipeline: predicts the video of a robot from history frames and actions.
 
 The file exceeds 500 lines because diffusers keeps a pipeline, with the documentation of its arguments, in one file. The same
-documentation makes `__call__` and `stream` longer than 60 lines. Checks of arguments are in `inputs`, the adaptation to
-schedulers in `schedulers`, and the chaining of chunks in `rollout.roll`.
+documentation makes `__call__`, `stream` and `denoise_window` longer than 60 lines. Checks of arguments are in `inputs`, the
+adaptation to schedulers in `schedulers`, and the chaining of chunks in `rollout.roll`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -407,7 +407,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         attention_kwargs: dict[str, Any] | None = None,
         fps: float | None = None,
         on_step_end: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+        memory: Mapping[str, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """Denoise the future of one window; the history stays clean.
 
         Args:
@@ -423,11 +424,12 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             eta: Eta of DDIM.
             attention_kwargs: Passed to the transformer.
             fps: Frames per second, for checkpoints that embed them; None for the value in the config.
-            on_step_end: Called with step, timestep and latents after each step; returns the latents for the next step. These
-                latents are relative to the last history frame if the checkpoint has `relative_latents`.
+            on_step_end: Called with step, timestep and latents after each step; returns the latents for the next step, relative to
+                the last history frame if the checkpoint has `relative_latents`.
+            memory: Memory of the model after the previous window of a rollout, if any; see `RolloutState`.
 
         Returns:
-            The future (B, C, n, H, W), scaled latents, float32.
+            The future (B, C, n, H, W), scaled latents, float32, and the memory after it, which is empty for most models.
 
         Raises:
             ValueError: If `timesteps`, `sigmas` or the shape of the actions are invalid.
@@ -439,20 +441,22 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         self._attention_kwargs = attention_kwargs
         step_arguments = schedulers.step_arguments(self.scheduler, generator=generator, eta=eta)
         self.transformer._reset_stateful_cache()  # a cache may hold the state of the previous window
-        conditions = {"attention_kwargs": attention_kwargs} | ({} if fps is None else {"fps": fps})
+        conditions = {"attention_kwargs": attention_kwargs, "fps": fps, "memory": memory}
+        conditions = {name: value for name, value in conditions.items() if value}
+        after: Mapping[str, torch.Tensor] = {}
         for index, t in enumerate(schedule):
             if self.interrupt:
                 break
             self._current_timestep = t
             scale = getattr(self.scheduler, "scale_model_input", None)  # flow-matching schedulers do not have it
             noisy = latents if scale is None else scale(latents, t)
-            prediction = self._predict(history, noisy, t, actions, conditions)
+            prediction, after = self._predict(history, noisy, t, actions, conditions)
             if self.transformer.config.prediction_type == "sample":
                 prediction = schedulers.convert_sample(self.scheduler, prediction, noisy, float(t))
             latents = self.scheduler.step(prediction, t, latents, **step_arguments, return_dict=False)[0]
             if on_step_end is not None:
                 latents = on_step_end(index, t, latents)
-        return latents + history[:, :, -1:] if self.transformer.config.relative_latents else latents
+        return latents + history[:, :, -1:] if self.transformer.config.relative_latents else latents, after
 
     def _predict(
         self,
@@ -461,22 +465,24 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         t: torch.Tensor,
         actions: torch.Tensor,
         conditions: dict[str, Any],
-    ) -> torch.Tensor:
-        """Return the network's prediction for the future (B, C, n, H, W), with guidance, float32."""
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """Return the prediction for the future (B, C, n, H, W), with guidance, float32, and the memory."""
         window = torch.cat([history, noisy], dim=2).to(self.transformer.dtype)
         timestep = t.expand(len(noisy)).to(noisy.device)
 
-        def evaluate(action_mask: torch.Tensor | None) -> torch.Tensor:
+        def evaluate(action_mask: torch.Tensor | None) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
             arguments = conditions | {"action_mask": action_mask, "return_dict": False}
-            return self.transformer(window, timestep, actions, **arguments)[0][:, :, history.shape[2] :].float()
+            sample, *others = self.transformer(window, timestep, actions, **arguments)
+            memory = others[0] if self.transformer.config.get("moving_layers") else {}
+            return sample[:, :, history.shape[2] :].float(), memory
 
         with self.transformer.cache_context("cond"):
-            prediction = evaluate(None)
+            prediction, memory = evaluate(None)
         if not self.do_classifier_free_guidance:
-            return prediction
+            return prediction, memory
         with self.transformer.cache_context("uncond"):
-            unconditional = evaluate(torch.zeros(actions.shape[:2], dtype=torch.bool, device=actions.device))
-        return unconditional + self.guidance_scale * (prediction - unconditional)
+            unconditional, _ = evaluate(torch.zeros(actions.shape[:2], dtype=torch.bool, device=actions.device))
+        return unconditional + self.guidance_scale * (prediction - unconditional), memory
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -698,14 +704,18 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         independent = generator is None and latents is None and "on_step_end" not in sampling
         rows = CPU_ROWS if independent and self._execution_device.type == "cpu" else len(state)
         parts = torch.arange(len(state)).split(rows)
-        futures = [
-            self._denoise(
-                state if len(parts) == 1 else state.select(part), actions[part], generator, latents, sampling
-            )
-            for part in parts
-        ]
+        futures, memories = zip(
+            *(
+                self._denoise(
+                    state if len(parts) == 1 else state.select(part), actions[part], generator, latents, sampling
+                )
+                for part in parts
+            ),
+            strict=True,
+        )
         future = torch.cat(futures)[:, :, :length]
-        return state.append(future, config.num_history_frames), future
+        memory = {name: torch.cat([memory[name] for memory in memories]) for name in memories[0]}
+        return state.append(future, config.num_history_frames, memory), future
 
     def _denoise(
         self,
@@ -714,8 +724,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
         sampling: dict[str, Any],
-    ) -> torch.Tensor:
-        """Draw the noise of a chunk and denoise it; return latents (B, C, n, H, W) for actions (B, n, A)."""
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """Draw the noise of a chunk and denoise it; return latents (B, C, n, H, W) and the memory."""
         history, length = state.latents.to(self._execution_device), actions.shape[1]
         shape = (len(state), history.shape[1], length, *history.shape[-2:])
         if generator is None and latents is None:
@@ -727,7 +737,8 @@ class IRASimPipeline(DiffusionPipeline, IRASimLoraLoaderMixin):
             first = int(state.step.max())
             given = None if latents is None else latents[:, :, first : first + length]
             noise = self.prepare_latents(shape, generator, given)
-        return self.denoise_window(history, actions.to(history.device), noise, generator=generator, **sampling)
+        sampling = sampling | {"generator": generator, "memory": state.memory}
+        return self.denoise_window(history, actions.to(history.device), noise, **sampling)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode scaled latents (B, C, n, h, w) to frames (B, n, 3, H, W) in [0, 1].

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..models.moving_layers import Memory
 from .arguments import RunArguments
 from .objective import NoiseProcess, diffusion_loss
 from .rollouts import crop, predict_chunk
@@ -58,24 +59,23 @@ def training_loss(
     if arguments.crop_size:
         latents, actions = latents[:, :, : first + length], actions[:, : first + length - 1]
         latents, actions = crop(latents, actions, config, arguments.crop_size, places)
-    history = _predict_history(model, noise_scheduler, latents, actions, config, arguments, num_history, chunks, draw)
+    is_true = true_history < TRUE_HISTORY
+    inputs = (latents, actions, is_true, config, arguments, num_history, chunks, draw)
+    history, memory = _predict_history(model, noise_scheduler, *inputs)
     start, end, clean = first - history.shape[2], first + length, history.shape[2]
-    history = torch.where((true_history < TRUE_HISTORY).view(-1, 1, 1, 1, 1), latents[:, :, start:first], history)
     window, actions = torch.cat([history, latents[:, :, first:end]], dim=2), actions[:, first - 1 : end - 1]
     noise = draw(1, *window.shape[1:], normal=True)
     window[:, :, :clean] += arguments.history_noise * deviation.view(-1, 1, 1, 1, 1) * noise[:, :, :clean]
     steps = noise_scheduler.config.num_train_timesteps
     timesteps = torch.where(terminal < arguments.terminal_share, steps - 1, (timestep * steps).long())
     return diffusion_loss(
-        model,
-        noise_scheduler,
-        window,
-        actions,
+        *(model, noise_scheduler, window, actions),
         timesteps=timesteps.clamp_max(steps - 1),
         noise=noise[:, :, clean:],
         action_mask=(drop >= arguments.action_dropout)[:, None].expand(-1, length),
         relative_latents=config["relative_latents"],
         moving_layers=config.get("moving_layers", 0) > 0,
+        memory=memory or None,
         states=clip["states"][:, start:end] if arguments.state_keys else None,
         state_loss_weight=arguments.state_loss_weight,
         snr_gamma=arguments.snr_gamma,
@@ -88,24 +88,29 @@ def _predict_history(
     noise_scheduler: NoiseProcess,
     latents: torch.Tensor,
     actions: torch.Tensor,
+    is_true: torch.Tensor,
     config: Any,
     arguments: RunArguments,
     num_history: int,
     chunks: int,
     draw: Callable[..., torch.Tensor],
-) -> torch.Tensor:
-    """Predict the first chunks of clips, and return the history frames of the next chunk (B, C, h, H, W)."""
+) -> tuple[torch.Tensor, Memory]:
+    """Return history (B, C, h, H, W) and memory of the model after the first `chunks` of each clip.
+
+    The clips for which `is_true` (B,) have the true history and an empty memory; the history of the others is predicted.
+    """
     most = config["num_history_frames"]
     length = config["sample_frames"] - most  # length of a chunk
     history = latents[:, :, most - num_history : most]
     shape = (latents.shape[1], length, *latents.shape[3:])
+    memory: Memory = {}
     for chunk in range(chunks):
         first = most + chunk * length
-        options = {}
+        options: dict[str, Any] = {"memory": memory} if memory else {}
         if arguments.motion_noise:
             motions = draw(2 + arguments.rollout_chunks + chunk, config["moving_layers"], 3, normal=True)
             options["motion_noise"] = arguments.motion_noise * motions
-        future = predict_chunk(
+        future, memory = predict_chunk(
             model,
             noise_scheduler,
             history,
@@ -113,11 +118,14 @@ def _predict_history(
             draw(2 + chunk, *shape, normal=True),
             num_inference_steps=arguments.rollout_inference_steps,
             relative_latents=config["relative_latents"],
+            moving_layers=config.get("moving_layers", 0) > 0,
             **options,
         )
         history = torch.cat([history, future.to(history)], dim=2)[:, :, -most:]
     torch.clear_autocast_cache()  # before torch 2.11, this cache keeps weights that were cast without gradient
-    return history
+    first = most + chunks * length
+    history = torch.where(is_true.view(-1, 1, 1, 1, 1), latents[:, :, first - history.shape[2] : first], history)
+    return history, {name: tensor * ~is_true.view(-1, *[1] * (tensor.ndim - 1)) for name, tensor in memory.items()}
 
 
 def _draw_lengths(config: Any, arguments: RunArguments, step: int) -> tuple[int, int, int]:

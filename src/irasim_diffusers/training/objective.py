@@ -10,6 +10,7 @@ from diffusers.training_utils import compute_snr
 from torch import nn
 
 from ..models import Denoiser, UNetTrajectoryModel
+from ..models.moving_layers import Memory
 
 
 class StateReadout(nn.Module):
@@ -114,6 +115,7 @@ def diffusion_loss(
     action_mask: torch.Tensor | None = None,
     relative_latents: bool = False,
     moving_layers: bool = False,
+    memory: Memory | None = None,
     states: torch.Tensor | None = None,
     state_loss_weight: float = 1.0,
     snr_gamma: float | None = None,
@@ -130,17 +132,16 @@ def diffusion_loss(
         noise: Gaussian noise (B, C, n, H, W).
         action_mask: Booleans (B, n); actions at False are replaced by the null action.
         relative_latents: Whether predicted latents are relative to the last history frame, as in the model's config.
-        moving_layers: Whether the model has moving layers; the error is then the mean of the errors of the moved layers and of the
-            generated frames.
+        moving_layers: Whether the model has moving layers; the error is then the mean of those of its two predictions.
+        memory: With moving layers, the memory after the history in a rollout.
         states: True states (B, F, S) with unit variance, for the readout, whose error is added.
         state_loss_weight: Weight of the mean squared error of the readout.
         snr_gamma: Gamma of `min_snr_weights`, for example 5; None for equal weights.
-        huber_c: Scale c of the pseudo-Huber loss `2 c (sqrt(error^2 + c^2) - c)`, which is linear for errors much larger than c
-            (https://arxiv.org/abs/2310.14189, section 3.3, and the training scripts of diffusers); None for the squared error.
+        huber_c: Scale c of the pseudo-Huber loss (https://arxiv.org/abs/2310.14189, section 3.3); None for the squared error.
 
     Returns:
-        Float32 scalars: `loss`, to be minimized; with moving layers, also its parts `loss_moved` and `loss_generated`; with states,
-        `loss_states`, before it is weighted.
+        Float32 scalars: `loss`, to be minimized, and its parts: with moving layers `loss_moved` and `loss_generated`, with
+        states `loss_states`, before it is weighted.
 
     Raises:
         ValueError: If `snr_gamma` is given for a flow, or the prediction type is unknown.
@@ -149,7 +150,7 @@ def diffusion_loss(
     if relative_latents:
         future = future - history[:, :, -1:]
     window = torch.cat([history, add_noise(scheduler, future, noise, timesteps)], dim=2)
-    options = {"return_components": True} if moving_layers else {}
+    options: dict[str, Any] = {"return_components": True, "memory": memory} if moving_layers else {}
     outputs = transformer(window, timesteps, actions, action_mask=action_mask, return_dict=False, **options)
     target = diffusion_target(scheduler, future, noise, timesteps)
     predictions = outputs[1:3] if moving_layers else (outputs[0][:, :, history.shape[2] :],)

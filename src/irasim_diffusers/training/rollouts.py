@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+from ..models.moving_layers import Memory
 from .objective import NoiseProcess
 
 
@@ -26,8 +27,9 @@ def predict_chunk(
     *,
     num_inference_steps: int = 1,
     relative_latents: bool = False,
-    **options: torch.Tensor,
-) -> torch.Tensor:
+    moving_layers: bool = False,
+    **options: Any,
+) -> tuple[torch.Tensor, Memory]:
     """Sample the frames of one chunk with a model in training, without gradients.
 
     Args:
@@ -39,10 +41,11 @@ def predict_chunk(
         noise: Noise (B, C, n, H, W).
         num_inference_steps: Denoising steps.
         relative_latents: Whether predicted latents are relative to the last history frame, as in the model's config.
-        options: Other arguments of the model, such as `motion_noise`.
+        moving_layers: Whether the model has moving layers.
+        options: Other arguments of the model, such as `motion_noise` and `memory`.
 
     Returns:
-        Latents (B, C, n, H, W), float32.
+        Latents (B, C, n, H, W), float32, and with moving layers the memory after them, otherwise an empty one.
     """
     sampler: Any = scheduler
     if isinstance(scheduler, DDPMScheduler):
@@ -52,13 +55,15 @@ def predict_chunk(
         sampler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
         sampler.set_timesteps(sigmas=torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist())
     sample = noise
+    memory: Memory = {}
     for timestep in sampler.timesteps:
         window = torch.cat([history, sample], dim=2)
-        output = transformer(
+        output, *others = transformer(
             window, timestep.to(history.device).expand(len(history)), actions, return_dict=False, **options
-        )[0]
+        )
+        memory = others[0] if moving_layers else {}
         sample = sampler.step(output[:, :, history.shape[2] :].float(), timestep, sample, return_dict=False)[0]
-    return sample + history[:, :, -1:] if relative_latents else sample
+    return sample + history[:, :, -1:] if relative_latents else sample, memory
 
 
 def crop(
