@@ -332,5 +332,6 @@ def test_saving_and_loading_changes_nothing(model, inputs, tmp_path, max_shard_s
 
 
 def test_return_dict_false_returns_a_tuple(model, inputs):
-    (sample,) = model(*inputs, return_dict=False)
+    sample, *memory = model(*inputs, return_dict=False)
     assert torch.equal(sample, model(*inputs).sample)
+    assert len(memory) == (1 if getattr(model.config, "moving_layers", 0) else 0)
