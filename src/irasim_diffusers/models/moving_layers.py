@@ -202,9 +202,8 @@ class MovingLayers(nn.Module):
         """
         known, border, color = background.unsqueeze(2).split([1, self.num_layers, fill.shape[1]], dim=1)
         left = 1 - _dilate(layers[:, :, 0].clamp(0, 1))  # (B, L, n, H, W)
-        known = known * (1 - border * left).prod(
-            1, keepdim=True
-        )  # the border of a layer is kept until the layer has left
+        # the border of a layer is kept until the layer has left
+        known = known * (1 - border * left).prod(1, keepdim=True)
         color = known * color + (1 - known) * fill
         last = left[:, :, -1]
         filled = torch.cat([torch.ones_like(last[:, :1]), torch.zeros_like(last), color[:, :, -1]], dim=1)
@@ -258,8 +257,8 @@ class MovingLayers(nn.Module):
     def _move(self, layers: torch.Tensor, motions: torch.Tensor) -> torch.Tensor:
         """Move layers (B, L, 1 + C, H, W) by motions (B, n, L, 3); return (B, L, 1 + C, n, H, W).
 
-        The first channel is the opacity. The motions are x, y and the angle. Bicubic interpolation exceeds the range of opacities and colors at edges.
-        This keeps small objects from shrinking.
+        The first channel is the opacity. The motions are x, y and the angle. Bicubic interpolation exceeds the range of
+        opacities and colors at edges. This keeps small objects from shrinking.
         """
         height, width = layers.shape[-2:]
         device = layers.device

@@ -285,9 +285,8 @@ def cached_clips(
         known = standardised_states(sources, arguments.state_keys, arguments.state_angles, numbers)
         for part, states in zip(parts, known, strict=True):
             part.states = states
-    check_crop_fits(
-        arguments.crop_size, parts[0].latent_size
-    )  # of recorded latents; others are checked before encoding
+    # the size of recorded latents is known only here; other sizes are checked before encoding
+    check_crop_fits(arguments.crop_size, parts[0].latent_size)
     return parts
 
 
